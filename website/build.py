@@ -190,7 +190,7 @@ def stage(pages: list[SitePage], directory: Path) -> None:
     with (HERE / "zensical.toml").open("rb") as file_of_settings:
         settings = tomllib.load(file_of_settings)["project"]
     settings |= {"nav": navigation(pages), "extra": {"version_name": __version__}}
-    if address := documentation_url():
+    if address := documentation_url(__version__):
         settings |= {"site_url": address, "repo_url": PROJECT_URL}
     (directory / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
@@ -205,7 +205,7 @@ def accessible(page: str) -> str:
 
 def llms(pages: list[SitePage]) -> str:
     """The content of llms.txt: each page with its address and first sentence, by section (llmstxt.org)."""
-    base = documentation_url() or ""
+    base = documentation_url(__version__) or ""
     lines = [f"# merge-gate {__version__}", "", f"> {pages[0].summary}", ""]
     section = ""
     for page in pages:

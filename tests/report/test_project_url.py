@@ -51,7 +51,7 @@ def rendered_with(address: str, source: Path) -> dict[str, str]:
 
 def test_the_address_is_empty_or_a_repository_on_github() -> None:
     assert re.fullmatch(r"|https://github\.com/[\w-]+/[\w.-]+", PROJECT_URL)
-    assert (check_url("no-effect") is None) == (documentation_url() is None) == (not PROJECT_URL)
+    assert (check_url("no-effect", "1.0.0") is None) == (documentation_url("1.0.0") is None) == (not PROJECT_URL)
 
 
 def test_every_format_links_a_check_to_its_page(tmp_path: Path) -> None:

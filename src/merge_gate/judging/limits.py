@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from merge_gate import __version__
 from merge_gate.records.project import check_url
 from merge_gate.records.terms import Finding, Severity
 
@@ -41,7 +42,7 @@ def _rest(example: Finding, count: int) -> Finding:
         check=example.check,
         severity=example.severity,
         message=f"and {count:,} more like these",
-        url=check_url(example.check),
+        url=check_url(example.check, __version__),
         origin=example.origin,
         measured=(("more", float(count)),),
     )
@@ -52,7 +53,7 @@ def _cut(finding: Finding) -> Finding:
         finding,
         message=cut(finding.message),
         hint=cut(finding.hint),
-        url=check_url(finding.check),
+        url=check_url(finding.check, __version__),
         module=cut(finding.module) if finding.module else finding.module,
         tensor=cut(finding.tensor) if finding.tensor else finding.tensor,
     )

@@ -1,25 +1,24 @@
 """The address of the project, in one place, and the addresses that follow from it.
 
-In: nothing. Out: addresses, or None while there is no address. Imports only the standard library.
+In: nothing. Out: addresses, or None while there is no address. Imports only the standard library: the packaging
+runs this file by itself.
 """
 
 from __future__ import annotations
-
-from merge_gate import __version__
 
 PROJECT_URL = ""
 """`https://github.com/OWNER/REPOSITORY`, without a slash at its end. Empty until the project has a public address."""
 
 
-def documentation_url() -> str | None:
-    """The address of this version's documentation, with a slash at its end: the repository's GitHub Pages."""
+def documentation_url(version: str) -> str | None:
+    """The address of a version's documentation, with a slash at its end: the repository's GitHub Pages."""
     if not PROJECT_URL:
         return None
     *_, owner, repository = PROJECT_URL.split("/")
-    return f"https://{owner.lower()}.github.io/{repository}/{__version__}/"
+    return f"https://{owner.lower()}.github.io/{repository}/{version}/"
 
 
-def check_url(check: str) -> str | None:
+def check_url(check: str, version: str) -> str | None:
     """The address of a check's page."""
-    documentation = documentation_url()
+    documentation = documentation_url(version)
     return f"{documentation}checks/{check}/" if documentation else None

@@ -15,6 +15,7 @@ import posixpath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from merge_gate import __version__
 from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.records.config import COMMAND_LINE
@@ -79,7 +80,7 @@ def _summaries(report: Report) -> dict[str, str]:
 
 def _rule(check: str, summary: str) -> Json:
     row = CHECKS.get(check)
-    address = check_url(check)
+    address = check_url(check, __version__)
     return {
         "id": check,
         **({"helpUri": address} if address else {}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from merge_gate import __version__
 from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.records.project import check_url
@@ -122,7 +123,7 @@ def cause(adapter: AdapterReport) -> str:
 
 def page_of(finding: Finding) -> str | None:
     """The address of a check's page, which a stored report does not choose; None without one."""
-    return check_url(finding.check) if finding.check in {*CHECKS, NOT_JUDGED, NOT_PUBLISHED} else None
+    return check_url(finding.check, __version__) if finding.check in {*CHECKS, NOT_JUDGED, NOT_PUBLISHED} else None
 
 
 def place(finding: Finding, *, unless_in: str = "") -> str:
