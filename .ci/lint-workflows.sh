@@ -5,11 +5,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 recipes=(recipes/comment.yml recipes/hub-push.yml recipes/publish.yml)
+mapfile -t standins < <(find tests/e2e -path '*-standin/*' -name action.yml)
 workflows=(.github/workflows/*.yml tests/e2e/workflows/*.yml "${recipes[@]}")
 zizmor --offline --no-progress --quiet --strict-collection --persona=auditor .github action.yml "${recipes[@]}"
-zizmor --offline --no-progress --quiet --strict-collection tests/e2e/workflows tests/e2e/upload-artifact-standin/action.yml
+zizmor --offline --no-progress --quiet --strict-collection tests/e2e/workflows "${standins[@]}"
 actionlint -no-color -config-file .github/actionlint.yaml "${workflows[@]}"
-check-jsonschema --builtin-schema vendor.github-actions action.yml tests/e2e/upload-artifact-standin/action.yml
+check-jsonschema --builtin-schema vendor.github-actions action.yml "${standins[@]}"
 check-jsonschema --builtin-schema vendor.github-workflows "${workflows[@]}"
 check-jsonschema --builtin-schema vendor.gitlab-ci recipes/gitlab.yml
 check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml

@@ -359,6 +359,22 @@ def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
     assert (said["conclusion"], said["comment"], said["upload-sarif"]) == ("success", own, own)
 
 
+def test_only_a_configuration_is_annotated_at_its_lines(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(environ["GITHUB_WORKSPACE"], "merged")
+    model.mkdir()
+    for words, place in (
+        (["--config=gate.yml"], "file=gate.yml,line=1,col=1,title"),
+        (["--verify=merged", "--adapters=acme/lora"], "title"),
+        (["--adapters=acme/lora"], "title"),
+    ):
+        inputs = read_inputs([*words, "--output=out"], environ)
+        inputs.run.output.mkdir(exist_ok=True)
+        action._publish(inputs, StepOutcome("fail", report("fail")), action._RunMessages(), environ)
+        assert f"::error {place}=a failed" in capsys.readouterr().out
+
+
 def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     found = report("pass")
     found["adapters"][0]["findings"] = [

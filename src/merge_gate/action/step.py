@@ -116,10 +116,15 @@ def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessa
         return outcome.interrupted_by(error, path)
     finally:
         log.close()
-    file = workflow.file_in_workspace(run.config, run.workspace)
+    file = _annotated_file(run)
     for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
         _say(line)
     return outcome.decide(code, path, log.tail, messages.refused)
+
+
+def _annotated_file(run: ContainerRun) -> str:
+    """The configuration, as annotations name it; empty if it is outside the workspace, or if the run has none."""
+    return "" if run.verifies else workflow.file_in_workspace(run.config, run.workspace)
 
 
 def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], messages: _RunMessages) -> int:
@@ -169,7 +174,7 @@ def _publish(
     if result.problem:
         _say(workflow.command("error", result.problem, title="merge-gate"))
     if report and inputs:
-        file = workflow.file_in_workspace(inputs.run.config, inputs.run.workspace)
+        file = _annotated_file(inputs.run)
         for line in workflow.annotate(report, file, warnings=inputs.fail_on == "warning"):
             _say(line)
     try:
