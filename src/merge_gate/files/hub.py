@@ -28,6 +28,7 @@ import huggingface_hub
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+from merge_gate import __version__
 from merge_gate.errors import ResolveError
 from merge_gate.files import hub_errors
 from merge_gate.files.base_weights import SAFETENSORS_ENDING
@@ -187,7 +188,7 @@ class _Repository:
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
         """The commit of the revision, and its files."""
-        api = HfApi(token=self.token, library_name="merge-gate")
+        api = HfApi(token=self.token, library_name="merge-gate", library_version=__version__)
         info = self._ask(
             lambda: api.model_info(
                 self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT_S
@@ -299,6 +300,7 @@ class _Repository:
             local_files_only=local_files_only,
             token=self.token,
             library_name="merge-gate",
+            library_version=__version__,
         )
 
     def _ask(self, request: Callable[[], T], *, is_patient: bool = False) -> T:
