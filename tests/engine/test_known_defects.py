@@ -19,6 +19,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import ArrowConfig
 
+from merge_gate.judging.checks.fit import WITHOUT_WEIGHTS
 from merge_gate.records.terms import Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
 from tests.support.gating import Bench, one_thread
@@ -109,6 +110,12 @@ def _row(
 
 def _quantised(name: str, shows: Any, kind: str, quantization: Quantization, **kwargs: Any) -> Row:
     return _row(f"{name}-{quantization}", "llama", shows, kind, quantization, **Q, **kwargs)
+
+
+def test_methods_without_weights_are_those_of_peft() -> None:
+    """A config is enough to refuse them, so the list must not lag behind PEFT."""
+    tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    assert {kind.value for kind, tuner in tuners.items() if not hasattr(tuner, "merge_and_unload")} == WITHOUT_WEIGHTS
 
 
 NO_MERGE = raises(AttributeError, "merge_and_unload")

@@ -94,6 +94,7 @@ SITUATIONS: dict[str, Files] = {
     "two adapters further down": {f"{name}/{CONFIG_NAME}": b"{}" for name in ("first", "second")},
     "ten adapters further down": {f"{name}/{CONFIG_NAME}": b"{}" for name in "abcdefghij"},
     "weights of another name": without(WEIGHTS_NAME) | {"weights.safetensors": SOUND[WEIGHTS_NAME]},
+    "an adapter's weights under a model's name": without(WEIGHTS_NAME) | {"model.safetensors": SOUND[WEIGHTS_NAME]},
     "diffusers": {"pytorch_lora_weights.safetensors": b""},
     "MLX": {CONFIG_NAME: b"{}", "adapters.npz": b""},
     "GGUF": {"a.gguf": b""},

@@ -10,11 +10,18 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
-from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, FileRecord, Snapshot, StoredTensor
+from merge_gate.records.files import (
+    BaseFiles,
+    DeclaredQuantization,
+    Entry,
+    FileRecord,
+    Snapshot,
+    StoredTensor,
+)
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.refusals import NotJudged, OtherForward, ParametersNotStored
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
-from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
+from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.judging.cases import evidence, files, spec
 from tests.support.wording import Wording
 
@@ -42,6 +49,18 @@ def test_what_the_load_finds_again_may_be_loaded_where_it_is_no_error(check: str
     report = adapter_report.blocked_report(entry(check, Severity.ERROR))
     assert report is not None
     assert (report.verdict, report.cause) == (Verdict.FAILED, check)
+
+
+def test_a_method_without_weights_is_named_before_a_base_is_loaded() -> None:
+    tuned = files(config={"peft_type": "PROMPT_TUNING"})
+    report = adapter_report.blocked_report(Entry(spec=spec(), dtype="bfloat16", members=(tuned,)))
+    assert report is not None
+    assert (report.verdict, report.cause, report.failure) == (
+        Verdict.FAILED,
+        "not-mergeable",
+        FailureKind.NOT_MERGEABLE,
+    )
+    assert report.findings[0].message.startswith("PROMPT_TUNING adds inputs")
 
 
 def test_an_adapter_that_is_not_the_expected_one_is_merged_all_the_same() -> None:

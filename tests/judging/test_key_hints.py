@@ -62,6 +62,8 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
             "_orig_mod",
         ),
         (["model.embed_tokens.weight", "model.norm.weight"], "full model"),
+        (["model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_B.weight"], "lacks base_model.model."),
+        (["model.layers.0.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),
         (["model.norm.weight"], None),
         (["model.embed_tokens.weight", "base_model.model.q.lora_A.weight"], None),
         ([], None),

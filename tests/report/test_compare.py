@@ -19,6 +19,7 @@ from tests.support.reports import (
     FAILED,
     HALF,
     NAN,
+    OVERFLOW,
     PASS,
     PASSED,
     ROUNDING,
@@ -49,6 +50,7 @@ def kinds(changes: Changes) -> list[tuple[str, str]]:
         (UNDECIDED, BROKEN, Kind.WORSE, ExitCode.FAIL),
         (PASSED, WORN, Kind.WORSE, ExitCode.FAIL),
         (BROKEN, dataclasses.replace(BROKEN, findings=(NAN, ROUNDING)), Kind.WORSE, ExitCode.FAIL),
+        (BROKEN, dataclasses.replace(BROKEN, findings=(OVERFLOW,)), Kind.OTHER, ExitCode.FAIL),
         (BROKEN, PASSED, Kind.FIXED, ExitCode.PASS),
         (WORN, PASSED, Kind.BETTER, ExitCode.PASS),
         (PASSED, None, Kind.VANISHED, ExitCode.PASS),
@@ -105,7 +107,9 @@ def test_an_upgrade_that_breaks_an_adapter_is_stopped() -> None:
 
 
 def test_word_for_word() -> None:
-    text = render_text(compare(report(PASSED, FAILED), report(BROKEN, dataclasses.replace(PASSED, name="billing"))))
+    changes = compare(report(PASSED, FAILED), report(BROKEN, dataclasses.replace(PASSED, name="billing")))
+    assert max(map(len, render_text(changes, width=70).splitlines())) <= 70
+    text = render_text(changes, width=200)
     assert text.splitlines() == [
         "broke      support (bfloat16): passed → failed (adapter-nonfinite)",
         f"           adapter-nonfinite: {NAN.message}",

@@ -191,17 +191,26 @@ def test_what_keeps_shards_from_being_one_run_follows_the_result() -> None:
 
 
 def test_what_files_alone_say() -> None:
-    assert [*file_lines(adapter("support"))] == ["sound   support  (./adapters/support)"]
+    assert [*file_lines(adapter("support"))] == ["sound       support (./adapters/support)"]
     worse = adapter("billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint="")))
-    assert [*file_lines(worse)] == [
-        "failed  billing  (./adapters/billing)",
-        f"        adapter-nonfinite: {NAN.message}",
-        f"        to do: {NAN.hint}",
-        f"        warning: rounding-loss: {ROUNDING.message}",
+    assert [*file_lines(worse, width=300)] == [
+        "failed      billing (./adapters/billing)",
+        f"    adapter-nonfinite: {NAN.message}",
+        f"    to do: {NAN.hint}",
+        f"    warning: rounding-loss: {ROUNDING.message}",
     ]
     assert [*file_lines(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"
     assert [*file_lines(worse, of=41)] == [*file_lines(worse, of=40)]
     warned, *_ = file_lines(adapter("support", findings=(ROUNDING,)), of=41)
-    assert warned.startswith("sound   support")
+    assert warned.startswith("sound       support")
+    twice = adapter(
+        "billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint=NAN.hint))
+    )
+    assert sum("to do" in line for line in file_lines(twice)) == 1, "a hint is shown once"
+    narrow = [*file_lines(worse, width=50)]
+    assert max(map(len, narrow)) <= 50
+    assert "".join(narrow).replace(" ", "") == "".join(file_lines(worse)).replace(" ", "")
+    (unsure,) = file_lines(adapter("b", Verdict.ERROR, cause="not-judged"))
+    assert unsure.startswith("not judged  b")
     (line,) = file_lines(adapter("a\n::error::b"))
-    assert line == "sound   a ::error::b  (./adapters/a ::error::b)"
+    assert line == "sound       a ::error::b (./adapters/a ::error::b)"

@@ -19,7 +19,7 @@ from merge_gate.errors import UsageError
 from merge_gate.files import hub
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Access, Read
-from merge_gate.run import fed_bases
+from merge_gate.run import estimate, fed_bases, planned_run
 from merge_gate.run.planned_run import plan_run
 from merge_gate.worker import feed_service
 from merge_gate.worker.memory import MemoryGroup
@@ -45,6 +45,8 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
     monkeypatch.setattr(feed_service, "_slots", lambda: 12)
+    for module in (planned_run, estimate):
+        monkeypatch.setattr(module, "usable_cores", lambda: 2)
     return tmp_path
 
 
@@ -65,7 +67,7 @@ def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 def planned(place: Path, options: RunOptions = RunOptions(), **config: Any) -> str:  # noqa: B008 - it is frozen
     path = place / "gate.yml"
     path.write_text(json.dumps({"version": 1, "base": "./base", "adapters": ["./adapters/*"]} | config))
-    return plan_run(load_config(str(path)), options, lambda _: None).replace(str(place), "PLACE")
+    return plan_run(load_config(str(path)), options, lambda _: None, width=1000).replace(str(place), "PLACE")
 
 
 def fetched(place: Path) -> set[str]:
@@ -77,6 +79,17 @@ def test_a_base_in_a_directory(place: Path, wording: Wording) -> None:
     text = planned(place, options, base={"model": "./base", "dtype": ["float32", "bfloat16"]})
     wording(text)
     assert not (place / "report").exists()
+
+
+def test_lines_are_as_wide_as_the_terminal(place: Path) -> None:
+    planned(place)
+    text = plan_run(load_config(str(place / "gate.yml")), RunOptions(), lambda _: None, width=50)
+    assert max(map(len, text.splitlines())) <= 50
+
+
+def test_what_was_not_measured_is_not_estimated(place: Path) -> None:
+    assert "not estimated: no run on CUDA" in planned(place, RunOptions(device="cuda:0"))
+    assert "not estimated: no run on a Ray cluster" in planned(place, RunOptions(ray=""))
 
 
 def test_a_base_that_the_worker_does_not_map(place: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,14 +118,14 @@ def test_what_is_in_the_cache_is_read_from_there(server: LoopbackHub, place: Pat
     plain = planned(place, base="./base", adapters=["./adapters/a"])
     hub.fetch(BASE, None, lambda names, _: tuple(names), token=None, notify=lambda _: None)
     cached = planned(place, base=BASE, adapters=["./adapters/a"])
-    assert cached.splitlines()[3:] == plain.splitlines()[3:]
+    assert cached.splitlines()[3:] == plain.splitlines()[3:], "from the weights to the time"
     assert "mapped" in cached
 
 
 def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place: Path) -> None:
     text = planned(place, base="acme/nothing")
     assert "on 0 bases" in text
-    assert "a (auto): error" in text
+    assert "a (auto): could not be judged" in text
 
 
 @pytest.mark.slow

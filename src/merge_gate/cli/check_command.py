@@ -14,7 +14,7 @@ from merge_gate.cli.arguments import (
     exit_codes,
 )
 from merge_gate.cli.named_adapters import add_named_options, requested_config
-from merge_gate.cli.output import deliver, view_of
+from merge_gate.cli.output import deliver, result_width, view_of
 from merge_gate.run.streams import tell
 
 EXIT_CODES_OF_CHECK = exit_codes(
@@ -47,6 +47,7 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.formats.terminal_text import file_lines
     from merge_gate.report.stored.report_copies import withdraw
+    from merge_gate.report.wording.columns import wrap
     from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files
     from merge_gate.run.tally import report_on_files
@@ -59,13 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
             adapters.append(adapter)
             if arguments.quiet and not adapter.findings:
                 continue
-            for line in file_lines(adapter, of=len(config.adapters)):
+            for line in file_lines(adapter, of=len(config.adapters), width=result_width(stream)):
                 tell(line, stream)
     report = report_on_files(config, adapters)
     counts = report.counts
-    tell(
+    result = (
         f"{counted(len(adapters), 'adapter')}: the files of {counts.passed:,} are sound, {counts.failed:,} failed, "
-        f"{counts.error:,} could not be judged. Nothing was merged: `merge-gate run` does that.",
-        stream,
+        f"{counts.error:,} could not be judged. Nothing was merged: `merge-gate run` does that."
     )
+    for line in wrap(result, result_width(stream)):
+        tell(line, stream)
     return deliver(report, arguments.report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -83,6 +84,15 @@ def claimed_output(output: str) -> Iterator[Claim]:
 def say_place(earlier: EarlierReports) -> None:
     if earlier.line:
         say(f"merge-gate: {earlier.line}")
+
+
+def result_width(stream: TextIO | None = None) -> int:
+    """The columns of a result on `stream`, by default standard output: those of a terminal, within limits."""
+    from merge_gate.run.view import PLAIN_WIDTH, WIDEST
+
+    if not (stream or sys.stdout).isatty():
+        return PLAIN_WIDTH
+    return min(shutil.get_terminal_size((PLAIN_WIDTH, 0)).columns, WIDEST)
 
 
 def exit_code(report: Report) -> ExitCode:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
 
 from merge_gate.cli.arguments import CommandParser, Commands, examples
-from merge_gate.cli.output import print_document
+from merge_gate.cli.output import print_document, result_width
 from merge_gate.errors import UsageError
 
-WIDEST = 100
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -53,20 +50,27 @@ def explain(arguments: argparse.Namespace) -> int:
     from merge_gate.text import quoted
 
     if arguments.check is None:
-        return print_document(_checks())
+        return print_document(_checks(result_width()))
     if arguments.check not in explanations():
         hint = nearest(arguments.check, explanations()) or "`merge-gate explain` lists all checks"
         raise UsageError(f"there is no check {quoted(arguments.check)}", hint=hint)
-    width = min(shutil.get_terminal_size((WIDEST, 0)).columns, WIDEST) if sys.stdout.isatty() else WIDEST
-    return print_document(explanation(arguments.check, width))
+    return print_document(explanation(arguments.check, result_width()))
 
 
-def _checks() -> str:
+def _checks(width: int) -> str:
     from merge_gate.judging.answer_kinds import ANSWERS
     from merge_gate.judging.checks.table import CHECKS
+    from merge_gate.report.wording.columns import wrap
 
-    widest = max(map(len, (*CHECKS, *ANSWERS)))
-    checks, kinds = ([f"{name:<{widest}}  {row.summary}" for name, row in table.items()] for table in (CHECKS, ANSWERS))
+    indent = max(map(len, (*CHECKS, *ANSWERS))) + 2
+
+    def lines(name: str, summary: str) -> list[str]:
+        first, *rest = wrap(summary, max(width - indent, indent))
+        return [f"{name:<{indent}}{first}", *(" " * indent + line for line in rest)]
+
+    checks, kinds = (
+        [line for name, row in table.items() for line in lines(name, row.summary)] for table in (CHECKS, ANSWERS)
+    )
     last = "For one of them: merge-gate explain CHECK"
     return "\n".join([*checks, "", "Answers of `merge-gate verify`:", *kinds, "", last, ""])
 

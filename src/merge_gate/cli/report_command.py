@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from merge_gate.cli.arguments import EXIT_CODES, FORMATS, CommandParser, Commands, add_appearance, add_output, examples
-from merge_gate.cli.output import claimed_output, exit_code, print_document, view_of
+from merge_gate.cli.arguments import (
+    DEFAULT_OUTPUT,
+    EXIT_CODES,
+    FORMATS,
+    CommandParser,
+    Commands,
+    add_appearance,
+    add_output,
+    examples,
+)
+from merge_gate.cli.output import claimed_output, exit_code, print_document, result_width, view_of
 from merge_gate.text import one_of
 
 REPORT = "report"
@@ -14,6 +23,7 @@ REPORT_COMMANDS = (SHOW, DIFF, COMBINE, BASELINE)
 """Commands of two words, which argparse hears as one."""
 
 _REPORT_HELP = "the report.json of a run, or its directory"
+_REPORT_OR_DEFAULT = f"{_REPORT_HELP} (default: {DEFAULT_OUTPUT})"
 
 
 def add_show(commands: Commands[CommandParser]) -> None:
@@ -22,9 +32,11 @@ def add_show(commands: Commands[CommandParser]) -> None:
         prog=f"merge-gate {SHOW}",
         help="show a report again",
         description="Show a stored report again.",
-        epilog=examples("merge-gate report show merge-gate-report --format html > report.html"),
+        epilog=examples(
+            "merge-gate report show", "merge-gate report show merge-gate-report --format html > report.html"
+        ),
     )
-    show.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
+    show.add_argument("report", metavar="REPORT", nargs="?", default=DEFAULT_OUTPUT, help=_REPORT_OR_DEFAULT)
     formats = ("terminal", *FORMATS)
     show.add_argument(
         "--format", choices=formats, default="terminal", metavar="FORMAT", help=f"{one_of(formats)}; default: terminal"
@@ -38,10 +50,19 @@ def add_diff(commands: Commands[CommandParser]) -> None:
         help="show what changed between two reports",
         description="Show what changed from one report to another. Exit code 1 if something broke or got worse, 3 if "
         "nothing did but the newer run is not complete.",
-        epilog=examples("merge-gate report diff monday/report.json friday/report.json"),
+        epilog=examples(
+            "merge-gate report diff merge-gate-report/previous",
+            "merge-gate report diff monday/report.json friday/report.json",
+        ),
     )
     diff.add_argument("old", metavar="OLD", help=_REPORT_HELP)
-    diff.add_argument("new", metavar="NEW", help="the same of a later run")
+    diff.add_argument(
+        "new",
+        metavar="NEW",
+        nargs="?",
+        default=DEFAULT_OUTPUT,
+        help=f"the same of a later run (default: {DEFAULT_OUTPUT})",
+    )
     diff.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="default: terminal")
 
 
@@ -73,19 +94,19 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
         "and an owner for each, and name the file in the config: `baseline: FILE`.",
         epilog=examples("merge-gate report baseline merge-gate-report > baseline.yml"),
     )
-    baseline.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
+    baseline.add_argument("report", metavar="REPORT", nargs="?", default=DEFAULT_OUTPUT, help=_REPORT_OR_DEFAULT)
 
 
 def show(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import shown
 
-    return print_document(shown(arguments.report, arguments.format))
+    return print_document(shown(arguments.report, arguments.format, width=result_width()))
 
 
 def diff(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import compared
 
-    return print_document(*compared(arguments.old, arguments.new, arguments.format))
+    return print_document(*compared(arguments.old, arguments.new, arguments.format, width=result_width()))
 
 
 def combine(arguments: argparse.Namespace) -> int:

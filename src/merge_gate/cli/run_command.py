@@ -20,7 +20,8 @@ from merge_gate.cli.arguments import (
     given,
 )
 from merge_gate.cli.named_adapters import add_named_options, requested_config
-from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, say_place
+from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
+from merge_gate.cores import usable_cores
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.records.terms import Access, Read
@@ -144,7 +145,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     if arguments.container:
         raise UsageError("--plan is for a run that is not in a container", hint="omit --container: nothing is loaded")
-    return print_document(plan_run(requested_config(arguments), _options(arguments), lambda line: say(f"  {line}")))
+    config, options = requested_config(arguments), _options(arguments)
+    return print_document(plan_run(config, options, lambda line: say(f"  {line}"), width=result_width()))
 
 
 def _starts_early(arguments: argparse.Namespace) -> bool:
@@ -155,7 +157,7 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
     if arguments.container or arguments.ray is not None:
         return False
     may_hit = arguments.resume or (arguments.cache and not arguments.refresh)
-    return not may_hit or len(os.sched_getaffinity(0)) > 1
+    return not may_hit or usable_cores() > 1
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:

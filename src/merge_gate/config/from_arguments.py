@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
+from merge_gate.judging import foreign_formats
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
@@ -41,7 +42,8 @@ def names_a_file(names: Sequence[str]) -> bool:
     if files and files[0].endswith(_NOT_CONFIGS):
         raise UsageError(
             f"{quoted(files[0])} is not a configuration file or a directory",
-            hint="name the adapter's directory, which holds adapter_config.json (unpack an archive first)",
+            hint=foreign_formats.by_file(Path(files[0]).name)
+            or "name the adapter's directory, which holds adapter_config.json (unpack an archive first)",
         )
     return bool(files)
 

@@ -38,6 +38,7 @@ from merge_gate.records.files import (
     StoredTensor,
 )
 from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.tensor_names import ADAPTER_PREFIX
 from merge_gate.text import counted
 from merge_gate.text import listing as in_a_sentence
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
 _MOST_NAMES_SHOWN = 8
+_MOST_MISNAMED = 3
 _MAX_ENTRIES = 10_000
 _MAX_FOLDERS = 200  # searched in a directory that is not itself an adapter
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
@@ -159,11 +161,20 @@ def _is_there(directory: str, name: str) -> bool:
     return os.path.lexists(Path(directory, name))
 
 
-def _missing(listing: _Listing, is_missing: str) -> Finding:
+def _misnamed_weights(directory: str, listing: _Listing) -> str:
+    """The hint if a file with another name has an adapter's tensors; else empty."""
+    for name in sorted(name for name in listing.present if name.endswith(".safetensors"))[:_MOST_MISNAMED]:
+        with suppress(CorruptFileError, OSError), open_regular(str(Path(directory, name))) as file:
+            if any(tensor.name.startswith(ADAPTER_PREFIX) for tensor in parse_file(file)):
+                return f"{shown(name)} has the tensors of a PEFT adapter: rename it to {WEIGHTS_NAME}"
+    return ""
+
+
+def _missing(listing: _Listing, is_missing: str, hint: str = "") -> Finding:
     names = listing.everything
     some = in_a_sentence(map(shown, sorted(names)), _MOST_NAMES_SHOWN)
     present = f"the directory contains {some}" if names else "the directory is empty"
-    return _file_finding("file-missing", f"there {is_missing}: {present}", _advise_missing(listing))
+    return _file_finding("file-missing", f"there {is_missing}: {present}", hint or _advise_missing(listing))
 
 
 def _advise_missing(listing: _Listing) -> str:
@@ -233,7 +244,8 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
     if name is None:
         if CONFIG_NAME not in listing.present:  # _read_config has reported that
             return _Weights()
-        return _Weights(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})"),))
+        hint = _misnamed_weights(directory, listing)
+        return _Weights(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})", hint),))
     path = str(Path(directory, name))
     try:
         with open_regular(path) as file:
@@ -279,8 +291,8 @@ def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
         pass
     refused = _pickle_refused(
         f"which can run code when it is loaded; expected {WEIGHTS_NAME}",
-        "save the adapter again as safetensors (PEFT's default); if you trust its author, you can set "
-        "allow-pickle: true in the gate's config instead",
+        "save the adapter again as safetensors (PEFT's default); if you trust its author, allow the pickle with "
+        "allow-pickle: true in merge-gate.yml, or with --allow-pickle",
     )
     return (_lfs(PICKLE_NAME, size_bytes, pointer.size_bytes), refused) if pointer else (refused,)
 

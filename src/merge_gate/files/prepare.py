@@ -129,7 +129,7 @@ class Inputs:
         base = self._base((model, revision, access), label)
         if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
-            hint = base.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {base.hint}"
+            hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
             return replace(entry, problem=_refused(base, hint))
         return replace(entry, base=base)
 
@@ -187,8 +187,8 @@ def _within(limit_s: float | None, label: str, read: Callable[[], Snapshot]) -> 
 
 
 _NAMED_BY_ADAPTER = (
-    "adapter_config.json names this base by its path or id during training; override it with base.model in the gate's "
-    "config, or with --base"
+    "adapter_config.json names this base by its path or id during training: name the base with --base, or with "
+    "base.model in merge-gate.yml"
 )
 
 
@@ -205,5 +205,5 @@ def _no_base(files: AdapterFiles) -> Finding:
     unnamed = f"{CONFIG_NAME} names no base" if is_there else f"there is no {CONFIG_NAME}"
     return not_judged(
         f"no base to merge into: the config sets no base.model, and {unnamed}",
-        "set base: {model: …} in the gate's config, for all adapters or for this one, or give --base",
+        "name the base with --base, or with base: {model: …} in merge-gate.yml, for all adapters or for this one",
     )

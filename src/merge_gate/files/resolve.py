@@ -179,7 +179,7 @@ def refuse_local_name(model: str) -> None:
     if reads_as_path(model):
         raise ResolveError(
             f"the base {shown(model)} is not a directory here or a Hub id (owner/name)",
-            hint="name the base in the gate's config: base: {model: ./path/to/base} or a Hub id",
+            hint="a base is a directory such as ./path/to/base, or a Hub id",
         )
 
 

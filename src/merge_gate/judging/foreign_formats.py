@@ -49,8 +49,8 @@ FORMATS = (
         tensors=r".*\.lora_[ab]",
         hint=(
             "this is MLX's format, which has other names and another layout than PEFT's: merge it with "
-            "`mlx_lm.fuse --model BASE --adapter-path DIRECTORY --save-path MERGED` and release that, or train with "
-            "PEFT"
+            "`mlx_lm.fuse --model BASE --adapter-path DIRECTORY --save-path MERGED`, whose result this gate does not "
+            "check, or train with PEFT"
         ),
     ),
     Format(
@@ -130,6 +130,11 @@ def by_files(names: Iterable[str], *, has_config: bool = False) -> str | None:
     if hint is None and any(name.endswith(".safetensors") for name in present):
         return SINGLE_FILE
     return hint
+
+
+def by_file(name: str) -> str | None:
+    """The hint for a single file in place of a directory."""
+    return by_files((name,))
 
 
 def by_keys(keys: Iterable[str]) -> str | None:

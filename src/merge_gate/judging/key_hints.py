@@ -42,7 +42,9 @@ def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, s
 def names_of_another_kind(tensors: tuple[StoredTensor, ...]) -> str:
     """The hint for names of another format, of a wrapped model, or of a full model; empty for other names."""
     names = [tensor.name for tensor in tensors]
-    return by_tensors(names) or wrapped_twice(tensors) or _wrapped(names) or _of_a_full_model(names)
+    return (
+        by_tensors(names) or wrapped_twice(tensors) or _wrapped(names) or _unprefixed(names) or _of_a_full_model(names)
+    )
 
 
 _TOWER = re.compile(r"(?<![^.])(?:language_model|text_model|model)\.")
@@ -97,6 +99,19 @@ def _wrapped(names: Sequence[str]) -> str:
     return (
         f"names in the file contain {wrapped_layer[1]}, which torch.compile, FSDP, or activation checkpointing adds to "
         "single layers. Remove that part from the names, or save from the model without it"
+    )
+
+
+_FACTOR = re.compile(r"\.(lora|ia3|hada|lokr|oft|boft|vera|randlora|fourierft|hra|miss|road)_\w")
+
+
+def _unprefixed(names: Sequence[str]) -> str:
+    """The hint for PEFT's names without PEFT's own prefix."""
+    if any(name.startswith(ADAPTER_PREFIX) for name in names) or not any(map(_FACTOR.search, names)):
+        return ""
+    return (
+        f"every name in the file lacks {ADAPTER_PREFIX} at its start, which PEFT expects: put it in front of "
+        "each name, or save the adapter with save_pretrained"
     )
 
 

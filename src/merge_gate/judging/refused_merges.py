@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.file_checks import CONFIG_INVALID, FILE_CORRUPT
-from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing, not_mergeable
+from merge_gate.judging.checks.fit import NO_WEIGHTS, SHAPE_MISMATCH, keys_missing, not_mergeable
 from merge_gate.judging.checks.phrases import RESTORE_CONFIG
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.refusals import (
@@ -208,8 +208,7 @@ _UNPACKED = "gate it on the unquantized base (quantization: none) and merge ther
 DEFECTS: Mapping[Defect, _Words] = MappingProxyType(
     {
         Defect.NO_WEIGHTS: _Words(
-            "this method adds inputs or layers to the model at run time and has no weights to merge",
-            "serve the adapter unmerged, and leave it out of this gate",
+            *NO_WEIGHTS,
         ),
         Defect.X_LORA: _Words(
             "X-LoRA chooses between adapters for each token; PEFT's merge drops the router and keeps one expert",
@@ -265,6 +264,7 @@ DEFECTS: Mapping[Defect, _Words] = MappingProxyType(
 
 def known_defect(fact: KnownDefect) -> Finding:
     reason, hint, check = DEFECTS[fact.defect]
+    reason = reason.format(method=fact.method or "this method")
     if check is None:
         return not_judged(reason, hint, origin=Origin.CONFIG)
     place = f" (in {listing(fact.modules, 1)})" if fact.modules else ""

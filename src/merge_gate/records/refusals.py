@@ -190,9 +190,13 @@ class PeftRaised:
 
 @record
 class KnownDefect:
-    """PEFT merges the adapter wrongly, or not at all; `modules` are empty if that concerns the whole adapter."""
+    """PEFT merges the adapter wrongly, or not at all; `modules` are empty if that concerns the whole adapter.
+
+    `method` is PEFT's name of the method.
+    """
 
     defect: Defect
+    method: str = ""
     modules: tuple[str, ...] = ()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
+from merge_gate.cores import usable_cores
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.preflight import preflight
@@ -25,9 +27,13 @@ from merge_gate.records.config import AdapterSpec, Config, PublishSpec
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, AdapterFiles, BaseFiles, Entry, Snapshot
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Access, Quantization, Read
+from merge_gate.report.wording import words
+from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.untrusted import inert, one_line
+from merge_gate.run.estimate import DISK_RATE, NETWORK_RATE, BaseWork, coarse, cost_of_merge, estimate_s
 from merge_gate.run.fed_bases import FedBases, headers_limit_s, is_on_network
 from merge_gate.run.flow import checked_options, select
+from merge_gate.run.view import PLAIN_WIDTH
 from merge_gate.shards.partition import part_of
 from merge_gate.text import counted, listing
 from merge_gate.worker.feed_service import window_bytes
@@ -41,10 +47,11 @@ if TYPE_CHECKING:
 _NAME_CHARACTERS = 120
 _MOST_NAMES = 8
 _LABEL_WIDTH = 10
+_LEAST_WIDTH = 40
 
 
-def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None]) -> str:
-    """The plan of a run, as lines of text.
+def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None], *, width: int = PLAIN_WIDTH) -> str:
+    """The plan of a run, as lines of text of at most `width` columns.
 
     Raises:
         UsageError: what `run_gate` refuses.
@@ -57,9 +64,8 @@ def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None])
     )
     cache = Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=notify)
     with contextlib.closing(cache):
-        return "".join(
-            f"{inert(line)}\n" for line in _Plan(config, options, specs, cache, notify, publish=publish).lines()
-        )
+        plan = _Plan(config, options, specs, cache, notify, publish=publish)
+        return "".join(f"{inert(line)}\n" for row in plan.lines() for line in _wrapped(row, max(width, _LEAST_WIDTH)))
 
 
 class PlannedInputs(Inputs):
@@ -142,6 +148,8 @@ class _Plan:
         self._fed = FedBases(BaseWatch(cache.seen_bases), notify, records=cache.base_records)
         self._free_bytes = MemoryGroup().free_bytes()
         self._entries: list[Entry] = []
+        self._work: list[BaseWork] = []
+        self._reads_part = False
 
     def lines(self) -> Iterator[str]:
         for spec in self._specs:
@@ -163,13 +171,13 @@ class _Plan:
         for same in by_base.values():
             yield ""
             yield from self._lines_of(same)
-        others = [*self._lines_of_adapters(), *self._lines_of_output(), *self._lines_of_models(groups)]
-        yield from ["", "also", *others] if others else []
+        others = [*self._lines_of_output(), *self._lines_of_models(groups)]
+        yield from ["", "in all", *self._lines_of_bytes(to_merge), *others, *self._lines_of_time(to_merge, groups)]
         if blocked:
             yield ""
             yield f"{counted(len(blocked), 'entry', 'entries')} without a merge, since the files alone decide:"
         for report in blocked.values():
-            yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {report.verdict}, {report.cause}"
+            yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {words.title(report)}, {report.cause}"
 
     def _lines_of(self, groups: list[Group]) -> Iterator[str]:
         group = replace(groups[0], tasks=tuple(task for one in groups for task in one.tasks))
@@ -186,12 +194,21 @@ class _Plan:
         is_large = too_large(base.name, files.weight_bytes, self._free_bytes) is not None
         on_network = fetch is None and is_on_network([Path(group.directory, name) for name in files.weights])
         is_fed = files.is_streamed or is_large or on_network
-        yield _row("read", self._read(group, groups, is_fed=is_fed, on_network=on_network))
+        passes = sum(1 for _ in batches([(task, None) for task in group.tasks], one_pass=True)) if is_fed else 1
+        work = BaseWork(
+            size_bytes=files.weight_bytes,
+            in_passes=is_fed,
+            from_network=files.is_streamed or on_network,
+            passes=passes,
+            merges=sum(cost_of_merge(file.config, base.quantization) for task in group.tasks for file in task.files),
+        )
+        self._work.append(work)
+        yield _row("read", self._read(group, groups, work, on_network=on_network))
         yield _row("memory", self._memory(group, is_fed=is_fed))
         names = dict.fromkeys(_shown(self._entries[task.index].spec.name) for task in group.tasks)
         yield _row("adapters", listing(names, _MOST_NAMES))
 
-    def _read(self, group: Group, groups: list[Group], *, is_fed: bool, on_network: bool) -> str:
+    def _read(self, group: Group, groups: list[Group], work: BaseWork, *, on_network: bool) -> str:
         asked = {self._options.read or self._entries[task.index].spec.base.read for task in group.tasks}
         read = next((one for one in (Read.WHOLE, Read.TOUCHED) if one in asked), Read.AUTO)
         if self._publish is not None:
@@ -200,15 +217,14 @@ class _Plan:
             what = "what adapters touch" if read is Read.TOUCHED else "whole"
             more = ", or what adapters touch if --cache has its record" if read is Read.AUTO else ""
         else:
-            recorded = (is_fed or read is Read.TOUCHED) and all(self._fed.recorded(one, read) for one in groups)
+            recorded = (work.in_passes or read is Read.TOUCHED) and all(self._fed.recorded(one, read) for one in groups)
             what = "what adapters touch: --cache has its record" if recorded else "whole"
             more = ""
-        if not is_fed:
+        if not work.in_passes:
             return f"{what}{more}, mapped from its files"
-        passes = sum(1 for _ in batches([(task, None) for task in group.tasks], one_pass=True))
         why = "it is streamed" if group.files is not None and group.files.is_streamed else ""
         why = why or ("it is on a network mount" if on_network else "it is larger than the free memory")
-        return f"{what}{more}, in {counted(passes, 'pass', 'passes')} over its files, since {why}"
+        return f"{what}{more}, in {counted(work.passes, 'pass', 'passes')} over its files, since {why}"
 
     def _memory(self, group: Group, *, is_fed: bool) -> str:
         sizes = [self._factor_bytes(task, in_pass=is_fed) for task in group.tasks]
@@ -229,11 +245,50 @@ class _Plan:
         fetches = [self._inputs.adapters[name] for name in names if name in self._inputs.adapters]
         return factor_bytes(task, in_pass=in_pass) + sum(sum(fetch.sizes.values()) for fetch in fetches)
 
-    def _lines_of_adapters(self) -> Iterator[str]:
-        fetches = [*self._inputs.adapters.values()]
-        if fetches:
-            size = sum(fetch.sizes[name] for fetch in fetches for name in fetch.absent)
-            yield _row("download", f"{_shown_bytes(size)} of {counted(len(fetches), 'adapter')} on the Hub")
+    def _lines_of_bytes(self, to_merge: list[tuple[int, Entry]]) -> Iterator[str]:
+        bases = sum(work.read_bytes for work in self._work)
+        adapters = self._adapter_bytes(to_merge)
+        word = "at most " if self._reads_part or any(work.passes > 1 for work in self._work) else ""
+        yield _row("read", f"{word}{_shown_bytes(bases)} of bases, {_shown_bytes(adapters)} of adapters")
+        downloads = [(self._download_bytes(fetch), "base") for fetch in self._inputs.bases.values()]
+        downloads += [(self._download_bytes(fetch), "adapter") for fetch in self._inputs.adapters.values()]
+        if any(size for size, _ in downloads):
+            kinds = Counter(kind for size, kind in downloads if size)
+            of = " and ".join(counted(kinds[kind], kind) for kind in ("base", "adapter") if kinds[kind])
+            yield _row(
+                "download", f"{_shown_bytes(sum(size for size, _ in downloads))} to the disk, for {of} on the Hub"
+            )
+
+    def _download_bytes(self, fetch: PlannedFetch) -> int:
+        """What is written to the Hub's cache: nothing of weights that are streamed."""
+        return sum(fetch.sizes[name] for name in fetch.absent if name not in fetch.streamable)
+
+    def _adapter_bytes(self, to_merge: list[tuple[int, Entry]]) -> int:
+        """The bytes of adapters, each directory once."""
+        files = {member.directory: member.files for _, entry in to_merge for member in entry.members}
+        fetched = sum(sum(fetch.sizes.values()) for fetch in self._inputs.adapters.values())
+        return fetched + sum(file.size_bytes for several in files.values() for file in several)
+
+    def _lines_of_time(self, to_merge: list[tuple[int, Entry]], groups: tuple[Group, ...]) -> Iterator[str]:
+        if self._options.ray is not None or self._options.device.startswith("cuda"):
+            where = "a Ray cluster" if self._options.ray is not None else "CUDA"
+            yield _row("time", f"not estimated: no run on {where} was measured")
+            return
+        fetches = [*self._inputs.bases.values(), *self._inputs.adapters.values()]
+        seconds = estimate_s(
+            self._work,
+            adapter_bytes=self._adapter_bytes(to_merge),
+            download_bytes=sum(map(self._download_bytes, fetches)),
+            published_bytes=self._published_bytes(groups),
+        )
+        most = self._reads_part or self._options.cache.directory is not None or self._publish is not None
+        about = f"{'at most ' if most else ''}about {words.duration(coarse(seconds))}"
+        rates = f"{DISK_RATE / 1e9:g} GB/s from a disk and {NETWORK_RATE / 1e6:g} MB/s from a network"
+        yield _row(
+            "time",
+            f"estimated: {about} on {counted(usable_cores(), 'core')}, with unit costs of our benchmarks, {rates}, and "
+            "LoRA on all linear layers. Half or twice as long is possible",
+        )
 
     def _lines_of_output(self) -> Iterator[str]:
         if self._options.output is not None:
@@ -244,9 +299,14 @@ class _Plan:
 
     def _lines_of_models(self, groups: tuple[Group, ...]) -> Iterator[str]:
         if self._publish is not None:
-            size = sum(len(group.tasks) * (group.files.weight_bytes if group.files else 0) for group in groups)
             models = counted(sum(len(group.tasks) for group in groups), "model")
-            yield _row("publish", f"{_shown(self._publish.label)}: {models} at most, about {_shown_bytes(size)}")
+            size = _shown_bytes(self._published_bytes(groups))
+            yield _row("publish", f"{_shown(self._publish.label)}: {models} at most, about {size}")
+
+    def _published_bytes(self, groups: tuple[Group, ...]) -> int:
+        if self._publish is None:
+            return 0
+        return sum(len(group.tasks) * (group.files.weight_bytes if group.files else 0) for group in groups)
 
 
 def _place_of(fetch: PlannedFetch | None) -> str:
@@ -268,7 +328,17 @@ def _access_of(fetch: PlannedFetch) -> str:
 
 
 def _row(label: str, text: str) -> str:
-    return f"  {label:<{_LABEL_WIDTH}}{text}"
+    return f"{label}\t{text}"
+
+
+def _wrapped(row: str, width: int) -> Iterator[str]:
+    """The lines of a row, with all of its text to the right of its label."""
+    label, tab, text = row.partition("\t")
+    head = f"  {label:<{_LABEL_WIDTH}}" if tab else " " * (len(row) - len(row.lstrip()))
+    indent = head if tab else f"{head}  "
+    first, *rest = wrap(text if tab else row, width - len(indent))
+    yield head + first
+    yield from (f"{'':<{len(indent)}}{line}" for line in rest)
 
 
 def _shown(text: str) -> str:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from merge_gate.judging.checks.table import NOT_JUDGED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict, record
 from merge_gate.report.formats import terminal_text
@@ -352,9 +353,11 @@ def _done(adapter: AdapterReport) -> tuple[str, str]:
     if adapter.verdict is Verdict.PASSED:
         merged = adapter.coverage.modules_merged
         modules = f", {words.counted(merged, 'module')}" if merged or not words.answers(adapter) else ""
-        return adapter.verdict.value, modules + took + (f", {why}" if why else "")
+        return words.verdict(adapter), modules + took + (f", {why}" if why else "")
     module = words.deciding_module(adapter)
-    return adapter.verdict.value, f", {why}{f' in {module}' if module else ''}{took}"
+    place = f" in {module}" if module else ""
+    cause = "" if why == NOT_JUDGED else f", {why}"
+    return words.verdict(adapter), f"{cause}{place}{took}"
 
 
 def _name(name: str) -> str:

@@ -55,7 +55,8 @@ def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
     for rule in rules:
         places = list(rule.where(model, config))
         if places:
-            raise Refused(KnownDefect(defect=rule.defect, modules=tuple(places) if places[0] else ()))
+            modules = tuple(places) if places[0] else ()
+            raise Refused(KnownDefect(defect=rule.defect, method=str(config.peft_type.value), modules=modules))
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:

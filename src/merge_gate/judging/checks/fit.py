@@ -151,12 +151,35 @@ EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
 """Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
 
 
+WITHOUT_WEIGHTS = frozenset(
+    {
+        *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+        *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+    }
+)
+"""PEFT's methods that cannot be merged whatever the base is."""
+
+NO_WEIGHTS = (
+    "{method} adds inputs or layers to the model at run time and has no weights to merge",
+    "serve the adapter unmerged, and leave it out of this gate",
+)
+"""Message and hint for them."""
+
+
+def _has_no_weights(case: FileCase) -> Iterator[Finding]:
+    method = case.files.config.peft_type
+    if method in WITHOUT_WEIGHTS:
+        message, hint = NO_WEIGHTS
+        yield not_mergeable.finding(message.format(method=method), hint, Origin.CONFIG)
+
+
 @Check(
     id="not-mergeable",
     severity=ERROR,
     summary="The method cannot be merged into weights, or its merge is known to be wrong.",
     symptom=Symptom.UNTRAINED_MERGE,
     failure=FailureKind.NOT_MERGEABLE,
+    of_files=_has_no_weights,
 ).on_merge
 def not_mergeable(case: MergeCase) -> Iterator[Finding]:
     """Besides, the engine's refusals are findings of it."""

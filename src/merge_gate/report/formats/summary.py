@@ -116,7 +116,7 @@ def _folded(quiet: Sequence[AdapterReport], limit_bytes: int) -> list[str]:
 
 def _row(adapter: AdapterReport) -> str:
     base = f"{code(words.model_name(adapter.base), 80)} ({plain(words.precision(adapter.base))})"
-    verdict = f"{_VERDICT_MARK[adapter.verdict]} {adapter.verdict}"
+    verdict = f"{_VERDICT_MARK[adapter.verdict]} {words.verdict(adapter)}"
     if adapter.verdict is Verdict.PASSED:
         warned = words.warnings(adapter)
         why = f"{words.counted(len(warned), 'warning')}: {_checks(warned)}" if warned else ""

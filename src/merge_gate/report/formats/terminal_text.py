@@ -52,6 +52,8 @@ MAX_PARAGRAPHS = 20
 
 _FULL_REPORTS = "report.html and report.json have all"
 _NARROW_WIDTH = 60
+_VERDICT_WIDTH = len("not judged") + 2
+_FILES_INDENT = " " * 4
 _LABEL_WIDTH = 7
 _MIN_WIDTH = 24
 _MIN_PLACE_WIDTH = 12
@@ -133,7 +135,7 @@ def _cells(adapter: AdapterReport, *, names_base: bool, with_place: bool) -> Row
     if names_base:
         base = f"{words.model_name(adapter.base)} ({base})"
     marks = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
-    verdict = ", ".join([adapter.verdict.value, *marks])
+    verdict = ", ".join([words.verdict(adapter), *marks])
     module = words.deciding_module(adapter) if with_place else ""
     why = reason(adapter) + (f" in {module}" if module else "")
     return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, verdict, why
@@ -224,11 +226,14 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         heading += _wrong(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
+    hints = {finding.hint} if finding and adapter.verdict is not Verdict.PASSED else set()
     all_marks = marks_of([each for each, *_ in groups])
     heading += [line for text in all_marks for line in _labelled("mark", text, width)]
     others = unique_findings(same, words.others)
-    also = [line for other, more, dtypes in others for line in _also(other, more, width, dtypes)]
-    return [*heading, *also]
+    for other, more, dtypes in others:
+        heading += _also(other, more, width, dtypes, with_hint=other.hint not in hints)
+        hints.add(other.hint)
+    return heading
 
 
 def _wrong(finding: Finding, width: int) -> list[Line]:
@@ -242,7 +247,9 @@ def _wrong(finding: Finding, width: int) -> list[Line]:
     return shown + _to_do(finding, width)
 
 
-def _also(finding: Finding, more: tuple[Finding, ...], width: int, dtypes: str = "") -> list[Line]:
+def _also(
+    finding: Finding, more: tuple[Finding, ...], width: int, dtypes: str = "", *, with_hint: bool = True
+) -> list[Line]:
     label = "also" if finding.severity is Severity.ERROR else words.level(finding)
     text = f"({dtypes}) " if dtypes else ""
     text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
@@ -250,7 +257,7 @@ def _also(finding: Finding, more: tuple[Finding, ...], width: int, dtypes: str =
         text += f" ({place})"
     if more:
         text += f"; and {more_findings(more)}"
-    return _labelled(label, text, width) + _to_do(finding, width)
+    return _labelled(label, text, width) + (_to_do(finding, width) if with_hint else [])
 
 
 def _to_do(finding: Finding, width: int) -> list[Line]:
@@ -316,16 +323,26 @@ def page_to_open(output_dir: str) -> str:
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
-def file_lines(adapter: AdapterReport, *, of: int = 1) -> Iterator[str]:
+def file_lines(adapter: AdapterReport, *, of: int = 1, width: int = 100) -> Iterator[str]:
     """The lines of `merge-gate check` for one adapter of `of`, worst first. `sound` claims less than `passed`."""
     if of > MAX_ROWS and adapter.verdict is Verdict.PASSED and not adapter.findings:
         return  # sound adapters are only counted
-    verdict = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
-    yield f"{verdict:<6}  {one_line(adapter.name, words.NAME_LIMIT)}  ({one_line(adapter.source, words.NAME_LIMIT)})"
+    verdict = "sound" if adapter.verdict is Verdict.PASSED else words.verdict(adapter)
+    name, source = one_line(adapter.name, words.NAME_LIMIT), one_line(adapter.source, words.NAME_LIMIT)
+    yield from _hanging(f"{verdict:<{_VERDICT_WIDTH}}", f"{name} ({source})", width)
+    shown: set[str] = set()
     for finding in adapter.findings:
         kind = "" if finding.severity is Severity.ERROR else f"{finding.severity}: "
-        yield f"        {kind}{finding.check}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
-        if finding.hint:
-            yield f"        to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
+        message = one_line(finding.message, words.MESSAGE_LIMIT)
+        yield from _hanging(_FILES_INDENT, f"{kind}{finding.check}: {message}", width)
+        if finding.hint and finding.hint not in shown:
+            yield from _hanging(_FILES_INDENT, f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}", width)
+            shown.add(finding.hint)
         if address := words.page_of(finding):
-            yield f"        page: {address}"
+            yield f"{_FILES_INDENT}page: {address}"
+
+
+def _hanging(head: str, text: str, width: int) -> Iterator[str]:
+    first, *rest = wrap(text, max(width, _MIN_WIDTH) - len(head) - 2)
+    yield head + first
+    yield from (f"{'':<{len(head) + 2}}{line}" for line in rest)

@@ -22,6 +22,7 @@ from merge_gate.errors import ExitCode
 from merge_gate.records.report import AdapterReport, Environment, Report
 from merge_gate.records.terms import BaseKey, Severity, Verdict, record
 from merge_gate.report.wording import words
+from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.markdown import code, plain
 from merge_gate.report.wording.untrusted import inert, one_line
 
@@ -37,10 +38,15 @@ class Kind(StrEnum):
 
     BROKE = "broke"
     WORSE = "got worse"
+    OTHER = "differs"
     VANISHED = "vanished"
     FIXED = "fixed"
     BETTER = "got better"
     NEW = "new"
+
+
+_LABEL_WIDTH = 10
+_MIN_WIDTH = 24
 
 
 @record
@@ -74,8 +80,8 @@ class Changes:
 
     @property
     def exit_code(self) -> ExitCode:
-        """1 if an adapter broke or got worse; 3 if the newer run did not finish, since more adapters may be broken."""
-        if self.of(Kind.BROKE) or self.of(Kind.WORSE):
+        """1 if an adapter broke, got worse, or fails differently. 3 if the newer run did not finish: more may break."""
+        if any(self.of(kind) for kind in (Kind.BROKE, Kind.WORSE, Kind.OTHER)):
             return ExitCode.FAIL
         return ExitCode.PASS if self.complete else ExitCode.ERROR
 
@@ -113,7 +119,8 @@ def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:
         return Kind.FIXED if passes else Kind.BROKE
     before, after = _reasons(old), _reasons(new)
     if after - before:
-        return Kind.WORSE
+        both_failed = old.verdict is Verdict.FAILED and new.verdict is Verdict.FAILED
+        return Kind.OTHER if before - after and both_failed else Kind.WORSE
     return Kind.BETTER if before - after else None
 
 
@@ -144,16 +151,17 @@ def _version(version: str | None) -> str:
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
-def render_text(changes: Changes) -> str:
-    """Return lines for a terminal."""
+def render_text(changes: Changes, *, width: int = 100) -> str:
+    """Return lines for a terminal. Only what it says of findings is wrapped."""
     shown: list[str] = []
     for kind in Kind:
         for change in changes.of(kind):
             adapter = change.adapter
             name = f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
-            shown.append(f"{kind:<10} {name}: {_verdict(change.old)} → {_verdict(change.new)}")
-            shown += [f"{'':<10} {part}" for part in _why(change)]
-    shown += [f"{'version':<10} {version}" for version in changes.versions]
+            shown.append(f"{kind:<{_LABEL_WIDTH}} {name}: {_verdict(change.old)} → {_verdict(change.new)}")
+            text_width = max(width - _LABEL_WIDTH - 1, _MIN_WIDTH)
+            shown += [f"{'':<{_LABEL_WIDTH}} {line}" for part in _why(change) for line in wrap(part, text_width)]
+    shown += [f"{'version':<{_LABEL_WIDTH}} {version}" for version in changes.versions]
     return "\n".join(map(inert, [*shown, f"{headline(changes)}."])) + "\n"
 
 
@@ -186,7 +194,7 @@ def _verdict(adapter: AdapterReport | None) -> str:
     if adapter is None:
         return "absent"
     cause = words.cause(adapter)
-    return f"{adapter.verdict} ({cause})" if cause else str(adapter.verdict)
+    return f"{words.verdict(adapter)} ({cause})" if cause else words.verdict(adapter)
 
 
 def _why(change: Change) -> list[str]:

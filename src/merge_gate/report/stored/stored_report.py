@@ -5,8 +5,8 @@ It loads no model and does not import torch. `UsageError` is raised for a file t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import PREVIOUS, is_own
@@ -14,24 +14,26 @@ from merge_gate.errors import ExitCode, UsageError
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import compare
 from merge_gate.report.stored.report_files import FORMATS, WORDS
+from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from merge_gate.records.report import Report
 
-DIFF_FORMATS = MappingProxyType({"terminal": compare.render_text, "markdown": compare.render_markdown})
-"""The words of `merge-gate report diff --format`, each with its renderer."""
+_NAME_IT = "name the report.json that a run wrote, or its directory"
 
 
-def shown(name: str, word: str) -> str:
-    """The report in another format."""
+def shown(name: str, word: str, *, width: int = 100) -> str:
+    """The report in another format. `width`: columns of the format `terminal`."""
     report = stored(name)
-    return terminal_text.render(report, "") if word == "terminal" else FORMATS[WORDS[word]](report)
+    return terminal_text.render(report, "", width=width) if word == "terminal" else FORMATS[WORDS[word]](report)
 
 
-def compared(old: str, new: str, word: str) -> tuple[str, ExitCode]:
-    """The changes from one report to another, and the exit code that they ask for."""
+def compared(old: str, new: str, word: str, *, width: int = 100) -> tuple[str, ExitCode]:
+    """The changes from one report to another, and the exit code that they ask for. `width`: as in `shown`."""
     changes = compare.compare(stored(old), stored(new))
-    return DIFF_FORMATS[word](changes), changes.exit_code
+    is_text = word == "terminal"
+    text = compare.render_text(changes, width=width) if is_text else compare.render_markdown(changes)
+    return text, changes.exit_code
 
 
 def stored(name: str) -> Report:
@@ -40,14 +42,13 @@ def stored(name: str) -> Report:
     Raises:
         UsageError: the file cannot be read or is not a report.
     """
+    path = Path(name, "report.json") if os.path.isdir(name) else Path(name)  # noqa: PTH112 (pathlib raises)
     try:
-        path = Path(name, "report.json") if Path(name).is_dir() else Path(name)
         data = path.read_bytes()
-    except OSError as error:
+    except FileNotFoundError as error:
         earlier = Path(name, PREVIOUS)
         hint = f"the report of an earlier run is in {earlier}" if is_own(earlier / "report.json") else ""
-        raise UsageError(
-            f"{error.filename or name} cannot be read: {error.strerror or error}",
-            hint=hint or "name the report.json that a run wrote, or its directory",
-        ) from error
+        raise UsageError(f"there is no report {quoted(str(path), 200)}", hint=hint or _NAME_IT) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}", hint=_NAME_IT) from error
     return json_report.read(data, str(path))

@@ -165,10 +165,14 @@ def acceptance(adapter: AdapterReport) -> str:
     return f"accepted until {one_line(accepted.until, NAME_LIMIT)} by {owner}: {reason}"
 
 
+def verdict(adapter: AdapterReport) -> str:
+    """The verdict in a word or two. In a report `error` is a severity that fails an adapter, so it is not used here."""
+    return f"not {_decided(adapter)}" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
+
+
 def chip(adapter: AdapterReport) -> str:
     """The verdict on one dtype in a few words: `failed, accepted`."""
-    verdict = f"not {_decided(adapter)}" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
-    return verdict + (", accepted" if adapter.accepted else "") + (", cached" if adapter.cached else "")
+    return verdict(adapter) + (", accepted" if adapter.accepted else "") + (", cached" if adapter.cached else "")
 
 
 def passed(adapter: AdapterReport) -> str:
