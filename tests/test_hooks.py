@@ -110,7 +110,7 @@ def test_the_changed_adapters_are_checked_and_no_others(shelf: Shelf, repository
     done = repository.commit("adapters")
     assert done.returncode == 1
     assert "file-lfs-pointer: adapter_model.safetensors" in done.stderr
-    assert "failed  broken  (adapters/broken)" in done.stderr
+    assert "failed      broken (adapters/broken)" in done.stderr
     assert "adapters/old" not in done.stderr
     (repository.root / "notes.md").write_text("no adapter")
     repository.git("reset", "-q")

@@ -170,7 +170,7 @@ def test_plain_says_one_line_per_event() -> None:
         f"[2/5] legal (bfloat16): passed, 48 modules, {MARK}, warning: rounding-loss",
         "[3/5] billing (bfloat16): failed, adapter-nonfinite in model.layers.5.self_attn.q_proj, 0.84 s",
         "[4/5] summaries (float16): failed, merged-nonfinite in model.layers.17.mlp.up_proj, 0.84 s",
-        "[5/5] translate-de (bfloat16): error, not-judged, 0.84 s",
+        "[5/5] translate-de (bfloat16): not judged, 0.84 s",
         "a note",
     ]
     assert f"{run_result.verdict_line(FAIL)}." in out.text

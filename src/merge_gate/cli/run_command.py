@@ -21,10 +21,10 @@ from merge_gate.cli.arguments import (
 )
 from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
-from merge_gate.cores import usable_cores
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.records.terms import Access, Read
+from merge_gate.run.estimate import usable_cores
 from merge_gate.run.streams import say
 
 

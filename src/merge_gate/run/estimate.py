@@ -5,9 +5,9 @@ In: bytes and counts. Out: seconds, and the words for them. An estimate: other m
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from merge_gate.cores import usable_cores
 from merge_gate.records.terms import Quantization, record
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ def estimate_s(bases: Iterable[BaseWork], *, adapter_bytes: int, download_bytes:
     files_s = 2 * adapter_bytes / _GIGABYTE * _HASH_CPU_S / cores + download_bytes / NETWORK_RATE
     published_s = published_bytes / _GIGABYTE * _PUBLISH_S
     return _START_S + files_s + published_s + sum(base.seconds(cores) for base in bases)
+
+
+def usable_cores() -> int:
+    """The processors that this process may use; all of the machine if the system knows no affinity (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def coarse(seconds: float) -> float:

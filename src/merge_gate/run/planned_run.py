@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
-from merge_gate.cores import usable_cores
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.preflight import preflight
@@ -30,7 +29,7 @@ from merge_gate.records.terms import Access, Quantization, Read
 from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.untrusted import inert, one_line
-from merge_gate.run.estimate import DISK_RATE, NETWORK_RATE, BaseWork, coarse, cost_of_merge, estimate_s
+from merge_gate.run.estimate import DISK_RATE, NETWORK_RATE, BaseWork, coarse, cost_of_merge, estimate_s, usable_cores
 from merge_gate.run.fed_bases import FedBases, headers_limit_s, is_on_network
 from merge_gate.run.flow import checked_options, select
 from merge_gate.run.view import PLAIN_WIDTH

@@ -19,8 +19,6 @@ from typing import TypeVar
 
 import torch
 
-from merge_gate.cores import usable_cores
-
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
@@ -33,7 +31,8 @@ AHEAD = 16
 
 def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     """Cores that this process may use: the least of its affinity, the container's quota, and OMP_NUM_THREADS."""
-    limits = [usable_cores(), MOST_THREADS]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [cores, MOST_THREADS]
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted):
         limits.append(int(wanted))
