@@ -257,11 +257,11 @@ def _also(
         text += f" ({place})"
     if more:
         text += f"; and {more_findings(more)}"
-    return _labelled(label, text, width) + (_to_do(finding, width) if with_hint else [])
+    return _labelled(label, text, width) + _to_do(finding, width, with_hint=with_hint)
 
 
-def _to_do(finding: Finding, width: int) -> list[Line]:
-    hint = one_line(finding.hint, words.MESSAGE_LIMIT)
+def _to_do(finding: Finding, width: int, *, with_hint: bool = True) -> list[Line]:
+    hint = one_line(finding.hint, words.MESSAGE_LIMIT) if with_hint else ""
     shown = _labelled("to do", hint, width, Style.STRONG) if hint else []
     return shown + (_labelled("page", address, width) if (address := words.page_of(finding)) else [])
 
