@@ -38,9 +38,9 @@ def _part(title: str, lines: Sequence[str]) -> str:
 
 
 EXIT_CODES = exit_codes(
-    "0  pass: no adapter failed, except failures that a baseline accepts. Every adapter was merged, and every "
-    "parameter of the result checked, with --quick some by a bound instead of a merge",
-    "1  fail: at least one adapter failed; the report says which and why",
+    "0  pass: every adapter was merged, every parameter of the result was checked, and no adapter failed, except for "
+    "failures that a baseline accepts. With --quick, a bound replaces some of the merges",
+    "1  fail: at least one adapter failed. The report shows which ones and why",
     "2  usage or configuration error: nothing was judged",
     "3  error: no adapter failed, but at least one could not be judged",
 )
@@ -89,16 +89,16 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_appearance(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("what is shown")
-    group.add_argument("-q", "--quiet", action="store_true", help="show the result only, and no progress")
+    group = command.add_argument_group("display options")
+    group.add_argument("-q", "--quiet", action="store_true", help="show only the result, without progress")
     group.add_argument(
-        "-v", "--verbose", action="store_true", help="also show each start of a merge, and details of crashes"
+        "-v", "--verbose", action="store_true", help="also show when each merge starts, and details of crashes"
     )
     group.add_argument(
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="color the result: auto (default) does on a terminal, and follows NO_COLOR and FORCE_COLOR",
+        help="color the result. auto (default) uses colors on a terminal and respects NO_COLOR and FORCE_COLOR",
     )
 
 
@@ -108,7 +108,7 @@ def add_names(command: argparse.ArgumentParser) -> None:
         nargs="*",
         type=given,
         metavar="CONFIG|ADAPTER",
-        help="the YAML file that lists the adapters, or adapters: directories, globs, Hub ids "
+        help="the YAML file that lists the adapters, or the adapters themselves: directories, globs, or Hub ids "
         f"(default: {DEFAULT_CONFIG})",
     )
 
@@ -120,7 +120,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
         default=DEFAULT_OUTPUT,
         type=_directory,
         metavar="DIR",
-        help=f"where the report goes (default: {DEFAULT_OUTPUT})",
+        help=f"the directory for the report (default: {DEFAULT_OUTPUT})",
     )
 
 
@@ -131,7 +131,7 @@ def add_reports(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_copy,
         metavar="FORMAT=FILE",
-        help=f"write the report to FILE as well, or to standard output if FILE is `-`; FORMAT is {one_of(FORMATS)}; "
+        help=f"also write the report to FILE, or to standard output if FILE is `-`. FORMAT is {one_of(FORMATS)}; "
         "repeatable",
     )
 

@@ -12,17 +12,17 @@ def add(commands: Commands[CommandParser]) -> None:
     attest = commands.add_parser(
         "attest",
         help="write an in-toto statement",
-        description="Print an in-toto statement about a directory that `merge-gate run --publish` made, or about each "
-        "adapter of a report: one statement on each line. With --key, each line is a signed DSSE envelope.",
+        description="Print an in-toto statement about a directory from `merge-gate run --publish`, or about each "
+        "adapter in a report. Each line has one statement. With --key, each line is a signed DSSE envelope.",
         epilog=examples("merge-gate attest merge-gate-report --key gate.pem")
         + exit_codes(
             "0  the statements were printed",
-            "2  usage error, or a directory that is not as its merge-gate.json lists it: nothing was printed",
+            "2  usage error, or the directory does not match its merge-gate.json: nothing was printed",
         ),
     )
     attest.add_argument("source", metavar="REPORT|DIR", help="a published directory, or the report of a run")
     attest.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="attest this adapter of the report only; repeatable"
+        "--only", action="append", default=[], metavar="NAME", help="attest only this adapter of the report; repeatable"
     )
     attest.add_argument(
         "--key", metavar="FILE", help="sign with this private key (PEM; ed25519 or ECDSA); needs the extra `attest`"

@@ -18,19 +18,19 @@ from merge_gate.cli.output import deliver, result_width, view_of
 from merge_gate.run.streams import tell
 
 EXIT_CODES_OF_CHECK = exit_codes(
-    "0  the files of every adapter are sound; nothing was merged",
+    "0  the files of every adapter are valid. Nothing was merged",
     "1  the files of at least one adapter failed",
     "2  usage or configuration error: nothing was checked",
-    "3  no adapter failed, but at least one could not be judged: its files or those of its base",
+    "3  no adapter failed, but at least one could not be judged because of its files or the files of its base",
 )
 
 
 def add(commands: Commands[CommandParser]) -> None:
     check = commands.add_parser(
         "check",
-        help="check config and files only",
-        description="Check CONFIG and the adapters' files, or the files of the adapters that are named: formats, "
-        "headers, adapter_config.json, expectations. Loads no model; a clean check says nothing about values.",
+        help="check the config and the files without merging",
+        description="Check CONFIG and the files of its adapters, or the files of the adapters that you name: formats, "
+        "headers, adapter_config.json, and expectations. The command loads no model and checks no values.",
         usage="%(prog)s [CONFIG | ADAPTER ...] [options]",
         epilog=examples("merge-gate check", "merge-gate check ./my-adapter --expect r=16 --report sarif=-")
         + EXIT_CODES_OF_CHECK,
@@ -39,7 +39,7 @@ def add(commands: Commands[CommandParser]) -> None:
     add_named_options(check, merges=False)
     add_reports(check)
     check.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"
+        "--only", action="append", default=[], metavar="NAME", help="check only this adapter; repeatable"
     )
     add_appearance(check)
 

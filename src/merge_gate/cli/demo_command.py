@@ -19,8 +19,8 @@ def add(commands: Commands[CommandParser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="see what the gate catches",
-        description="Make a tiny base and a handful of good and broken adapters in DIR, and gate them for real. Files "
-        "and report stay in DIR.",
+        description="Make a tiny base and several good and broken adapters in DIR, then merge and check them. The "
+        "files and the report stay in DIR.",
         epilog=examples("merge-gate demo", "merge-gate demo ./try"),
     )
     demo.add_argument(

@@ -15,8 +15,8 @@ def add(commands: Commands[CommandParser]) -> None:
     init = commands.add_parser(
         "init",
         help="write a first config",
-        description="Write merge-gate.yml, with comments, into the current directory, for the adapters in DIR and up "
-        "to four levels below it. An existing one stays.",
+        description="Write a merge-gate.yml with comments to the current directory. It lists the adapters in DIR and "
+        "up to four levels below it. An existing merge-gate.yml is not changed.",
         epilog=examples("merge-gate init ./adapters"),
     )
     init.add_argument("directories", nargs="+", metavar="DIR", help="a directory with adapters")

@@ -23,9 +23,12 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) -> None:
     """Add the options. A command that merges nothing has none for dtypes and quantization."""
-    group = command.add_argument_group("for adapters named on the command line; a config has its own")
+    group = command.add_argument_group("options for adapters on the command line (a config has its own)")
     group.add_argument(
-        "--base", type=given, metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)"
+        "--base",
+        type=given,
+        metavar="BASE",
+        help="the base: a directory or a Hub id (default: the base in adapter_config.json)",
     )
     if merges:
         dtypes = one_of(("auto", *DTYPES))
@@ -37,17 +40,17 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
         action="append",
         type=_setting,
         metavar="CHECK=SEVERITY[:LIMIT]",
-        help="severity of a check (error, warning, off or on), and its limit: `headroom=error:0.9`; repeatable",
+        help="set the severity of a check (error, warning, off or on), and its limit: `headroom=error:0.9`; repeatable",
     )
     group.add_argument(
         "--expect",
         action="append",
         type=_expectation,
         metavar="KEY=VALUE",
-        help="fail adapters that do not match: peft_type, r, lora_alpha, base, or sha256:FILE; repeatable",
+        help="fail an adapter if a value differs. KEY is peft_type, r, lora_alpha, base, or sha256:FILE; repeatable",
     )
     group.add_argument(
-        "--allow-pickle", action="store_true", help="load pickled weights (.bin) of adapters, with weights_only"
+        "--allow-pickle", action="store_true", help="load pickled adapter weights (.bin), with weights_only=True"
     )
 
 

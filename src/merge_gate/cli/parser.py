@@ -172,7 +172,7 @@ def parser_of_words() -> argparse.ArgumentParser:
     """The command line for a shell's completion, in which a command of two words is a command in a command."""
     top = CommandParser(prog="merge-gate", description="A CI gate for PEFT adapters.")
     commands = top.add_subparsers(metavar="COMMAND")
-    inner = commands.add_parser(REPORT, help="show, compare and combine reports").add_subparsers(metavar="COMMAND")
+    inner = commands.add_parser(REPORT, help="show, compare, and combine reports").add_subparsers(metavar="COMMAND")
     for name, command in _parsers()[1].choices.items():
         first, _, second = name.partition(" ")
         place = inner if second else commands

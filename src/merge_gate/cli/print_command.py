@@ -15,12 +15,12 @@ SHELLS = ("bash", "zsh", "tcsh")
 def add_explain(commands: Commands[CommandParser]) -> None:
     explain = commands.add_parser(
         "explain",
-        help="explain a check, or an answer of verify",
-        description="Explain a check: when it fires, why it matters, what to do, and to whom it happened. Or explain "
-        "an answer of `merge-gate verify`. Without CHECK, list all of them.",
+        help="explain a check or a result of verify",
+        description="Explain a check: when it fires, why it matters, what to do, and where it has happened. Also "
+        "explain a result of `merge-gate verify`. Without CHECK, list all checks and results.",
         epilog=examples("merge-gate explain rounding-loss", "merge-gate explain not-carried"),
     )
-    explain.add_argument("check", nargs="?", metavar="CHECK", help="its id, as reports show it")
+    explain.add_argument("check", nargs="?", metavar="CHECK", help="the id in the report, such as rounding-loss")
 
 
 def add_schema(commands: Commands[CommandParser]) -> None:
@@ -30,18 +30,18 @@ def add_schema(commands: Commands[CommandParser]) -> None:
         description="Print the JSON Schema of the config, of report.json, or of a baseline.",
         epilog=examples("merge-gate schema config > merge-gate.schema.json"),
     )
-    schema.add_argument("document", choices=("config", "report", "baseline"), help="which one")
+    schema.add_argument("document", choices=("config", "report", "baseline"), help="the document to describe")
 
 
 def add_completion(commands: Commands[CommandParser]) -> None:
     completion = commands.add_parser(
         "completion",
-        help="print a shell's completion",
-        description="Print a script that completes commands and options of merge-gate in a shell. It needs the extra "
-        "`completion` when it is made, and not when it is used.",
+        help="print a completion script for a shell",
+        description="Print a script that completes the commands and options of merge-gate in a shell. Printing the "
+        "script needs the extra `completion`; using it does not.",
         epilog=examples('eval "$(merge-gate completion bash)"'),
     )
-    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    completion.add_argument("shell", choices=SHELLS, help="the shell")
 
 
 def explain(arguments: argparse.Namespace) -> int:

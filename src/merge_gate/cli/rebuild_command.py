@@ -16,29 +16,38 @@ def add(commands: Commands[CommandParser]) -> None:
     rebuild = commands.add_parser(
         "rebuild",
         help="make a published model again",
-        description="Merge again what the merge-gate.json of a published model describes, and compare every byte with "
-        "it. The files of base and adapter are compared first. The model goes to DIR, as a folder with its name, only "
-        "if all bytes are the same.",
+        description="Merge a published model again, as its merge-gate.json describes, and compare every byte with it. "
+        "First, the command compares the files of the base and the adapter. It writes the model to DIR, in a folder "
+        "with the model's name, only if all bytes are the same.",
         epilog=examples("merge-gate rebuild merged/support --output again --base ./my-base --adapter ./my-adapter")
         + exit_codes(
-            "0  the model was made, with the same bytes",
-            "1  base, adapter, or model has other bytes: the message names the files; nothing was kept",
+            "0  the model was made again, with the same bytes",
+            "1  the base, the adapter, or the model has other bytes. The message names the files, and no model "
+            "is written",
             "2  usage error",
             "3  the model could not be made",
         ),
     )
-    rebuild.add_argument("file", type=given, metavar="FILE", help="the merge-gate.json, or the directory that holds it")
-    rebuild.add_argument("--output", "-o", required=True, type=given, metavar="DIR", help="where the model goes")
-    rebuild.add_argument("--base", type=given, metavar="BASE", help="the base's place here (default: as in FILE)")
+    rebuild.add_argument(
+        "file", type=given, metavar="FILE", help="the merge-gate.json, or the directory that contains it"
+    )
+    rebuild.add_argument(
+        "--output", "-o", required=True, type=given, metavar="DIR", help="the directory to write the model to"
+    )
+    rebuild.add_argument(
+        "--base", type=given, metavar="BASE", help="the base: a directory or a Hub id (default: as in FILE)"
+    )
     rebuild.add_argument(
         "--adapter",
         action="append",
         default=[],
         type=given,
         metavar="ADAPTER",
-        help="the adapter's place here (default: as in FILE); for a combination, once for each member",
+        help="the adapter: a directory or a Hub id (default: as in FILE); repeat it for each adapter of a combination",
     )
-    rebuild.add_argument("--allow-pickle", action="store_true", help="read pickled weights, if there are no others")
+    rebuild.add_argument(
+        "--allow-pickle", action="store_true", help="read pickled weights if there are no other weights"
+    )
     add_appearance(rebuild)
 
 

@@ -30,8 +30,8 @@ def add_show(commands: Commands[CommandParser]) -> None:
     show = commands.add_parser(
         SHOW,
         prog=f"merge-gate {SHOW}",
-        help="show a report again",
-        description="Show a stored report again.",
+        help="show the report of an earlier run",
+        description="Show the report of an earlier run.",
         epilog=examples(
             "merge-gate report show", "merge-gate report show merge-gate-report --format html > report.html"
         ),
@@ -48,8 +48,8 @@ def add_diff(commands: Commands[CommandParser]) -> None:
         DIFF,
         prog=f"merge-gate {DIFF}",
         help="show what changed between two reports",
-        description="Show what changed from one report to another. Exit code 1 if something broke or got worse, 3 if "
-        "nothing did but the newer run is not complete.",
+        description="Show what changed from one report to another. The exit code is 1 if something broke or got worse. "
+        "It is 3 if nothing broke but the newer run is incomplete.",
         epilog=examples(
             "merge-gate report diff merge-gate-report/previous",
             "merge-gate report diff monday/report.json friday/report.json",
@@ -61,7 +61,7 @@ def add_diff(commands: Commands[CommandParser]) -> None:
         metavar="NEW",
         nargs="?",
         default=DEFAULT_OUTPUT,
-        help=f"the same of a later run (default: {DEFAULT_OUTPUT})",
+        help=f"the report.json of a later run, or its directory (default: {DEFAULT_OUTPUT})",
     )
     diff.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="default: terminal")
 
@@ -70,16 +70,17 @@ def add_combine(commands: Commands[CommandParser]) -> None:
     combine = commands.add_parser(
         COMBINE,
         prog=f"merge-gate {COMBINE}",
-        help="make one report of all shards",
-        description="Make one report of the reports of all shards of a run (`merge-gate run --shard I/N`). A shard "
-        "that is missing, doubled, incomplete, or of another config, version or set leaves no verdict: exit code 3.",
+        help="combine the reports of all shards",
+        description="Combine the reports of all shards of a run (`merge-gate run --shard I/N`) into one report. There "
+        "is no verdict (exit code 3) if a shard is missing, repeated, incomplete, or from another config, version, or "
+        "set of shards.",
         epilog=examples("merge-gate report combine shards --output merge-gate-report") + EXIT_CODES,
     )
     combine.add_argument(
         "directories",
         nargs="+",
         metavar="DIR",
-        help="a shard's output directory, or one that holds several, as artifacts are downloaded",
+        help="the output directory of a shard, or a directory that contains several of them",
     )
     add_output(combine)
     add_appearance(combine)
@@ -90,8 +91,8 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
         BASELINE,
         prog=f"merge-gate {BASELINE}",
         help="write a first baseline",
-        description="Print a baseline that accepts the failures of a report, one by one, for 90 days. Write a reason "
-        "and an owner for each, and name the file in the config: `baseline: FILE`.",
+        description="Print a baseline that accepts each failure in a report for 90 days. Add a reason and an owner to "
+        "each entry, save the file, and name it in the config: `baseline: FILE`.",
         epilog=examples("merge-gate report baseline merge-gate-report > baseline.yml"),
     )
     baseline.add_argument("report", metavar="REPORT", nargs="?", default=DEFAULT_OUTPUT, help=_REPORT_OR_DEFAULT)

@@ -31,9 +31,10 @@ from merge_gate.run.streams import say
 def add(commands: Commands[CommandParser]) -> None:
     run = commands.add_parser(
         "run",
-        help="gate adapters, named here or in a config",
-        description="Gate every adapter that CONFIG lists, or the adapters that are named: directories, globs or Hub "
-        "ids. Writes report.json, and the same for people and other tools, to the output directory.",
+        help="merge and check adapters",
+        description="Merge and check every adapter that CONFIG lists, or the adapters that you name: directories, "
+        "globs, or Hub ids. The command writes report.json, and the same report for people and other tools, to the "
+        "output directory.",
         usage="%(prog)s [CONFIG | ADAPTER ...] [options]",
         epilog=examples(
             "merge-gate run",
@@ -51,66 +52,80 @@ def add(commands: Commands[CommandParser]) -> None:
     run.add_argument(
         "--access",
         choices=[one.value for one in Access],
-        help="how to read the weights of a base on the Hub: download them, stream them by ranges without using "
-        "the disk, or stream only if the disk is too small (auto); default: as the config says, or auto",
+        help="how to read the weights of a base on the Hub: download them, stream them without using the disk, or "
+        "stream them only if the disk is too small (auto) (default: as in the config, or auto)",
     )
     run.add_argument(
         "--read",
         choices=[one.value for one in Read],
-        help="read every tensor of a base (whole), or only what adapters touch, if a run in --cache has read it whole "
-        "(touched); auto does so for a base that is not mapped; default: as the config says, or auto",
+        help="read every tensor of a base (whole), or only the tensors that adapters touch (touched). The value "
+        "touched needs the record of an earlier whole read in --cache. The value auto means touched for a base that is "
+        "not memory-mapped (default: as in the config, or auto)",
     )
     published = run.add_argument_group("publish the merged models")
     published.add_argument(
         "--publish",
         type=given,
         metavar="DIR",
-        help="write the merged model of each adapter that passes to DIR/NAME (default: as the config says)",
+        help="write the merged model of each adapter that passes to DIR/NAME (default: as in the config)",
     )
     published.add_argument(
         "--max-shard-size",
         type=_size_argument,
         metavar="SIZE",
-        help="the most bytes of tensors in one file, such as 5GB (default: the files of the base)",
+        help="the maximum size of the tensors in one file, such as 5GB (default: the same files as the base)",
     )
     run.add_argument(
         "--plan",
         action="store_true",
-        help="say what the run would read, download, and write, and end: nothing is merged",
+        help="show what the run would read, download, and write, and exit without merging anything",
     )
-    run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
+    run.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="merge and check only this adapter; repeatable"
+    )
     run.add_argument(
         "--quick",
         action="store_true",
-        help="let a bound replace the merge if it proves every value finite and small; for large fleets",
+        help="skip a merge if a bound proves that all its values are finite and small; for large fleets",
     )
     run.add_argument(
         "--shard",
         type=_shard_argument,
         metavar="I/N",
-        help="gate the I-th of N parts, on this machine of N; N alone takes I from JOB_COMPLETION_INDEX, which counts "
-        "from 0; `merge-gate report combine` makes one report of all",
+        help="run only part I of N on this machine. With N alone, I comes from JOB_COMPLETION_INDEX, which starts at "
+        "0. `merge-gate report combine` combines the reports",
     )
-    reused = run.add_argument_group("verdicts of earlier runs", "reused if everything that decides them is the same")
+    reused = run.add_argument_group("verdicts of earlier runs", "reused if nothing that affects them has changed")
     reused.add_argument("--cache", metavar="DIR", help="store verdicts in DIR, and reuse those that are there")
     reused.add_argument(
-        "--refresh", action="store_true", help="judge everything again; --cache stores the new verdicts"
+        "--refresh",
+        action="store_true",
+        help="ignore stored verdicts and check everything again; --cache stores the new verdicts",
     )
-    reused.add_argument("--resume", action="store_true", help="continue from the report of a killed run in --output")
+    reused.add_argument(
+        "--resume", action="store_true", help="continue a run that was killed, from its report in --output"
+    )
     cluster = run.add_argument_group("on a Ray cluster", "needs the extra `ray`")
     cluster.add_argument(
         "--ray",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="merge on the cluster at HOST:PORT, or the one that `auto` finds. Without ADDRESS, as the last argument, "
-        "start one on this machine for this run",
+        help="merge on the Ray cluster at HOST:PORT, or on the cluster that `auto` finds. Without ADDRESS (then --ray "
+        "must be the last argument), start a cluster on this machine for this run",
     )
     add_appearance(run)
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
-    container.add_argument("--container", action="store_true", help="run inside the released image, not here")
-    container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
-    container.add_argument("--gpus", default="auto", metavar="WHICH", help="auto (default), none, all, or indices: 0,1")
+    container.add_argument("--container", action="store_true", help="run inside the released container image")
+    container.add_argument(
+        "--image", default="", metavar="REF", help="use another image (default: the image of this version)"
+    )
+    container.add_argument(
+        "--gpus",
+        default="auto",
+        metavar="WHICH",
+        help="GPUs for the container: auto (default), none, all, or indices such as 0,1",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

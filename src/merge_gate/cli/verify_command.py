@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation
 
 EXIT_CODES_OF_VERIFY = exit_codes(
-    "0  the directory is the merge (bit for bit, in PEFT's other order of rounding, or within one rounding), or is as "
-    "its merge-gate.json lists it",
-    "1  it is not; the report names what it is",
+    "0  the model is the merge (bit for bit, in PEFT's other order of rounding, or within one rounding), or it matches "
+    "its merge-gate.json",
+    "1  the model is something else. The report names it",
     "2  usage error: nothing was compared",
-    "3  it could not be compared: the adapter or the base cannot be read or merged",
+    "3  the model could not be compared: the adapter or the base cannot be read or merged",
 )
 
 
@@ -28,9 +28,10 @@ def add(commands: Commands[CommandParser]) -> None:
     verify = commands.add_parser(
         "verify",
         help="compare a merged model with its base and adapter",
-        description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE, and name what "
-        "it is: the merge, the base, an adapter applied twice or at another strength, another base, and more. Without "
-        "--adapter, a directory of `merge-gate run --publish` is compared with its own merge-gate.json.",
+        description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE. The command "
+        "names the result: the merge, the unchanged base, an adapter applied twice or at another strength, another "
+        "base, and more. Without --adapter, it compares a directory from `merge-gate run --publish` with its own "
+        "merge-gate.json.",
         epilog=examples(
             "merge-gate verify ./merged --base ./my-base --adapter ./my-adapter",
             "merge-gate verify ./published/my-adapter",
@@ -54,14 +55,14 @@ def add(commands: Commands[CommandParser]) -> None:
         default=[],
         choices=ALLOWED,
         metavar="KIND",
-        help=f"do not fail for this kind; repeatable: {', '.join(ALLOWED)}",
+        help=f"accept this kind of difference; repeatable. Kinds: {', '.join(ALLOWED)}",
     )
     signed = verify.add_argument_group("a signed attestation", "needs the extra `attest`")
     signed.add_argument(
-        "--attestation", type=given, metavar="FILE", help="the attestation that must be of this directory"
+        "--attestation", type=given, metavar="FILE", help="the attestation to check the directory against"
     )
-    signed.add_argument("--key", type=given, metavar="FILE", help="the public key of its signer (PEM)")
-    signed.add_argument("--max-age", type=_days, metavar="DAYS", help="how old the attestation may be")
+    signed.add_argument("--key", type=given, metavar="FILE", help="the public key of the signer (PEM)")
+    signed.add_argument("--max-age", type=_days, metavar="DAYS", help="the maximum age of the attestation")
     add_output(verify)
     add_appearance(verify)
 
