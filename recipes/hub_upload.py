@@ -35,7 +35,7 @@ def listed_files(directory: Path) -> dict[str, str]:
     wrong |= {name for name in set(listed) & found - wrong if sha256(directory / name) != listed[name]}
     if manifest.get("verdict") != "passed" or not listed or wrong:
         sys.exit(
-            f"{directory} is not as its {MANIFEST} lists it: {', '.join(sorted(wrong)) or 'not a published model'}"
+            f"{directory} differs from its {MANIFEST}: {', '.join(sorted(wrong)) or 'not a published model'}"
         )
     return {**listed, MANIFEST: sha256(directory / MANIFEST)}
 

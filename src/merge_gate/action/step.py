@@ -201,8 +201,8 @@ def _fork_without_token(event: Event, report: Mapping[str, Any] | None, environ:
         return ""
     return (
         "This run is a pull request from a fork. GitHub passes no secrets to it, so it has no token of the Hub, and "
-        "cannot read private or gated repositories. What needs them could not be judged: run the gate again on a "
-        "branch of this repository after a review."
+        "cannot read private or gated repositories. Adapters that need them could not be judged: run the gate again on "
+        "a branch of this repository after a review."
     )
 
 

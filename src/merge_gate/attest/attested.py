@@ -40,7 +40,7 @@ def statements_of(source: str, only: Collection[str], now: datetime) -> list[byt
     if not os.path.lexists(Path(source, MANIFEST_NAME)):
         return _of_report(source, only, now)
     if only:
-        raise UsageError("--only is for a report", hint="a published directory has one adapter")
+        raise UsageError("--only needs a report", hint="a published directory has one adapter")
     return [_of_directory(Path(source), now)]
 
 
@@ -52,8 +52,8 @@ def _of_directory(folder: Path, now: datetime) -> bytes:
     if different:
         shown = listing([f"{one_line(one.path, 120)} ({one.kind})" for one in different], _LISTED)
         raise UsageError(
-            f"{one_line(str(folder))} is not as its {MANIFEST_NAME} lists it: {shown}",
-            hint="publish the adapter again; `merge-gate verify` says what the directory is now",
+            f"{one_line(str(folder))} differs from its {MANIFEST_NAME}: {shown}",
+            hint="publish the adapter again; `merge-gate verify` shows what the directory is now",
         )
     return statement.render(statement.of_directory(manifest, hashlib.sha256(data).hexdigest(), now))
 

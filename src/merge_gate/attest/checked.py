@@ -91,9 +91,9 @@ def _of_age(statement: Statement, max_age_days: float | None, now: datetime) -> 
         yield f"the attestation has the time {one_line(written, 40)}, expected one like 2026-11-27T20:15:00Z"
         return
     if attested > now + _CLOCKS_DIFFER:
-        yield f"the attestation is of {written}, which is in the future"
+        yield f"the attestation is dated {written}, which is in the future"
     if max_age_days is not None and now - attested > timedelta(days=max_age_days):
-        yield f"the attestation is of {written}, more than {max_age_days:g} days ago"
+        yield f"the attestation is dated {written}, more than {max_age_days:g} days ago"
 
 
 def _of_files(statement: Statement, folder: Path) -> Iterator[str]:
@@ -107,7 +107,7 @@ def _of_files(statement: Statement, folder: Path) -> Iterator[str]:
         yield f"the directory lacks {counted(len(missing), 'file')} of the attestation: {_shown(missing)}"
     both = sorted(set(found) & set(expected))
     if others := [name for name in both if not is_regular(folder / name)]:
-        yield f"the directory has links in the place of files: {_shown(others)}"
+        yield f"the directory has links instead of files: {_shown(others)}"
     changed = [name for name in both if name not in others and digest_file(folder / name) != expected[name]]
     if changed:
         differ = "differs" if len(changed) == 1 else "differ"

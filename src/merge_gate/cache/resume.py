@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Json = Any
 
-_NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so all is judged"
+_NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so every adapter is judged"
 
 
 class ResumedVerdicts:

@@ -160,7 +160,9 @@ def _common(adapters: Iterable[CompanionFiles]) -> tuple[dict[str, bytes], list[
     first, *others = [_without_inputs(adapter.files) for adapter in adapters]
     if all(other == first for other in others):
         return first, []
-    return {}, [_note("the members of the combination have different files next to their weights: the base's are used")]
+    return {}, [
+        _note("the members of the combination have different files next to their weights, so the base's files are used")
+    ]
 
 
 def _without_inputs(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -183,7 +185,7 @@ def _replace(files: dict[str, CompanionFile], own: Mapping[str, bytes]) -> list[
     gone = sorted(dropped - set(own))
     if not gone:
         return []
-    message = "the adapter has a tokenizer or chat template of its own, so these files of the base were left out"
+    message = "the adapter has its own tokenizer or chat template, so these files of the base were left out"
     return [_note(f"{message}: {listing(map(shown, gone), _LISTED)}")]
 
 
@@ -219,7 +221,7 @@ def _config(data: bytes | None, model: MergedModel) -> bytes:
         )
     if model.runs_code and any("auto_map" in section for section in (config, config_section(config))):
         raise NotPublishedError(
-            "the base is loaded by code of its own (`auto_map` in config.json), and code is not published",
+            "the base needs its own code (`auto_map` in config.json), and merge-gate does not publish code",
             hint="if transformers has this architecture itself, set trust-remote-code: false",
         )
     text = data.decode("utf-8")
@@ -247,7 +249,7 @@ def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, i
             f"the merge has {counted(len(added), 'tensor')} that the base does not store "
             f"({listing(map(shown, added), _LISTED)}), so the base's config.json describes another model "
             f"(architectures: {shown(str(config.get('architectures')))})",
-            hint="gate the adapter on a base that has this head, saved by transformers with the labels of the adapter",
+            hint="use a base that has this head, saved by transformers with the labels of the adapter",
         )
     changed = {name: (model.base_shapes[name], model.shapes[name]) for name in names}
     changed = {name: shapes for name, shapes in changed.items() if shapes[0] != shapes[1]}
@@ -260,8 +262,8 @@ def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, i
             return before[0], after[0]
     raise NotPublishedError(
         f"the merge changes the shape of {listing([_reshaped(name, *changed[name]) for name in changed], 3)}, and the "
-        "base's config.json does not say how: it has no vocab_size of that many rows",
-        hint="gate the adapter on a base whose shapes it keeps, or save the base with the new shapes first",
+        "base's config.json does not describe this: it has no vocab_size of that many rows",
+        hint="use a base whose shapes the adapter does not change, or save the base with the new shapes first",
     )
 
 
@@ -287,7 +289,7 @@ def _vocabulary_places(text: str, rows: int) -> set[tuple[str, ...]]:
         raise NotPublishedError(
             f"the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
             f"({listing(['.'.join(path) for path in sorted(others)])})",
-            hint="save the base with the new vocabulary first, and gate the adapter on that",
+            hint="save the base with the new vocabulary first, and use it as the adapter's base",
         )
     return places
 

@@ -54,7 +54,7 @@ SENT_LIMIT_S = 300.0
 _MORE_BYTES = 1 << 30
 """A plan may need twice the size of the base, and so much more."""
 
-_FOREIGN = "please report this: the gate's worker sent something that does not fit the base"
+_FOREIGN = "please report this: the gate's worker sent data that does not fit the base"
 
 
 class BaseReader(Protocol):
@@ -139,7 +139,7 @@ class Publication:
         if self.place.dtype != PRESERVE and (expected in FLOATING_STORED or tensor.name in self._packed):
             expected = FLOATING[self.place.dtype]
         if not self._is_in_model(tensor):
-            raise _misfit(tensor.name, "with a shape that the packed weights do not have")
+            raise _misfit(tensor.name, "has a shape that the packed weights do not have")
         if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not _is_utf8(tensor.name):
             raise NotPublishedError(
                 f"the merged tensor {shown(tensor.name)} has dtype {shown(tensor.dtype)}, expected {expected}",
@@ -213,16 +213,16 @@ class Publication:
         layout = self._writer.layout
         for tensor in layout.tensors:
             if tensor.name in final and final.pop(tensor.name) != (tensor.dtype, tensor.shape):
-                raise _misfit(tensor.name, "with another dtype or shape than planned")
+                raise _misfit(tensor.name, "has another dtype or shape than planned")
         if final:
-            raise _misfit(next(iter(final)), "without a plan")
+            raise _misfit(next(iter(final)), "arrived without a plan")
         counts = {tensor.name for tensor in tensors}
         for place in (place for file in layout.files for place in file.places):
             name = place.tensor.name
             if name in counts and not self._writer.is_written(place):
-                raise _misfit(name, "in part")
+                raise _misfit(name, "arrived only in part")
             if name not in counts and not self._is_stored_so(place.tensor):
-                raise _misfit(name, "never, and the base's own bytes do not fit")
+                raise _misfit(name, "did not arrive, and the base's own bytes do not fit")
             if name in self._written - counts:
                 self._writer.forget(place)
 
@@ -369,7 +369,7 @@ class Publication:
 
 
 def _misfit(name: str, how: str) -> NotPublishedError:
-    return NotPublishedError(f"the merged tensor {shown(name)} arrived {how}", hint=_FOREIGN)
+    return NotPublishedError(f"the merged tensor {shown(name)} {how}", hint=_FOREIGN)
 
 
 def _is_utf8(name: str) -> bool:

@@ -47,7 +47,7 @@ class PartialDirectory:
             self._lock()
             if not is_leftover(self._place):
                 raise NotPublishedError(
-                    f"{quoted(str(self._place), 200)} holds files that merge-gate did not write",
+                    f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
                     hint="move that directory away, or publish to another one",
                 )
             try:
@@ -77,7 +77,7 @@ class PartialDirectory:
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} exists, and its file system has no locks: another run may be "
                     "writing to it",
-                    hint="if none is, remove that directory",
+                    hint="if there is no other run, remove that directory",
                 )
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.descriptor), self._place.stat(follow_symlinks=False)):
@@ -100,7 +100,7 @@ class PartialDirectory:
                 _rename(self.model, target, _RENAME_NOREPLACE)
             except FileExistsError:
                 raise NotPublishedError(
-                    f"{quoted(str(target), 200)} has appeared while the model was written",
+                    f"{quoted(str(target), 200)} appeared while the model was being written",
                     hint="let only one program write to that directory",
                 ) from None
         _sync(self._parent)

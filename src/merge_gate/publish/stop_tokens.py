@@ -50,15 +50,15 @@ def disagreements(files: Mapping[str, Json], generation_of_base: Json | None = N
             STOP_TOKENS,
             f"the stop tokens disagree: {'; '.join(filter(None, places))}; generate() does not stop at "
             f"{_listed(set(ignored))}",
-            "if the adapter was trained to end with that token, give the adapter a generation_config.json of its own "
-            "with all stop tokens; otherwise nothing is to be done",
+            "if the adapter was trained to end with that token, give the adapter its own generation_config.json "
+            "with all stop tokens; otherwise no action is needed",
         )
     lost = sorted(_ids(generation_of_base or {}) - of_generation) if of_generation else []
     if lost:
         yield _warning(
             STOP_TOKENS,
-            f"the adapter's generation_config.json has the stop tokens {_listed(of_generation)}, and that of the base "
-            f"has {_listed(set(lost))} as well; generate() does not stop there any more",
+            f"the adapter's generation_config.json has the stop tokens {_listed(of_generation)}, and the base's file "
+            f"has {_listed(set(lost))} too, so generate() no longer stops there",
             "add them to eos_token_id in the adapter's generation_config.json, or remove that file",
         )
 

@@ -100,7 +100,7 @@ def _refuse_name(name: str) -> None:
     bad = "/" in name or has_hidden(name) or name.startswith(".") or name != name.strip()
     if bad or len(os.fsencode(partial_name(name))) > _MOST_NAME_BYTES:
         raise UsageError(
-            f"a model cannot be published as {quoted(name, 200)}, which is no name for a directory",
+            f"a model cannot be published as {quoted(name, 200)}, which is not a valid directory name",
             hint='give the adapter a "name" of at most 200 bytes, without / and without a dot at its start',
         )
 
@@ -109,7 +109,7 @@ def _refuse_existing(target: Path, name: str) -> None:
     place = target / name
     if os.path.lexists(place) and not is_own_publication(place):
         raise UsageError(
-            f"{quoted(str(place), 200)} exists, and is not a directory that merge-gate has published unchanged",
+            f"{quoted(str(place), 200)} exists, and is not an unchanged directory that merge-gate published",
             hint=f"move it away, or choose another directory{_CHOSEN_BY}",
         )
     partial = target / partial_name(name)
@@ -126,7 +126,7 @@ def _refuse_existing(target: Path, name: str) -> None:
     if not is_free:
         raise UsageError(
             f"{quoted(str(partial), 200)} exists, and merge-gate cannot tell whether another run uses it",
-            hint=f"if none does, remove it; or choose another directory{_CHOSEN_BY}",
+            hint=f"if there is no other run, remove it; or choose another directory{_CHOSEN_BY}",
         )
 
 

@@ -91,5 +91,5 @@ class ReportWriter:
 
     def _notify_once(self, error: GateError) -> None:
         if not self._has_notified:
-            self._notify(f"{error.message}; judging goes on, and the report is tried again")
+            self._notify(f"{error.message}; the run continues and writes the report again later")
         self._has_notified = True

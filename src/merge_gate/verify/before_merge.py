@@ -35,14 +35,14 @@ def quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_name
         return NotJudged(
             message=f"the base {quoted(base_name, 200)} is stored quantized ({_method(base)}), and a merge into it is "
             "not compared",
-            hint=f"name {original}: the one that was merged into, before its quantization",
+            hint=f"name {original}: the base of the merge, before it was quantized",
             origin=Origin.BASE,
         )
     is_whole = all(one.check == "base-format" for one in merged.findings)
     if merged.quantization is not None and merged.quantization.is_read and is_whole:
         return NotJudged(
-            message=f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), and its values are "
-            "not those of a merge",
+            message=f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), so its values are "
+            "not the values of the merge",
             hint="verify the merged model before it is quantized",
             origin=Origin.MODEL,
         )

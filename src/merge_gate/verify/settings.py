@@ -265,7 +265,7 @@ def _stop_tokens(merged: Path, adapter: Path, base: Path) -> Iterator[Finding]:
     if parts:
         yield finding(
             "stop-tokens-differ",
-            f"other tokens end a text: {'; '.join(parts)}",
+            f"the stop tokens differ: {'; '.join(parts)}",
             measured=(("lost", float(len(lost))),),
         )
 

@@ -167,7 +167,7 @@ def _merged(
     if candidate is not None:
         yield finding(
             "other-candidate",
-            f"it is the merge of the candidate {quoted(candidate, 200)}, expected that of --adapter",
+            f"it is the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter",
         )
         return
     if len(by_state[TensorState.BASE]) == len(touched):
@@ -205,8 +205,8 @@ def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison
             "rounding",
             f"{len(close):,} of {counted(count, 'merged tensor')} {verb(len(close), 'differs', 'differ')} "
             f"from PEFT's merge by at most "
-            f"{worst.units:.3g} units of the last place; the others and {counted(rest, 'other tensor')} have the "
-            "expected bits",
+            f"{worst.units:.3g} units of the last place; the remaining tensors and {counted(rest, 'other tensor')} "
+            "have the expected bits",
             tensor=worst.name,
             measured=(("units", worst.units),),
         )
@@ -216,7 +216,7 @@ def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison
             "other-order",
             f"{len(other):,} of {counted(count, 'merged tensor')} {verb(len(other), 'has', 'have')} "
             f"the bits of PEFT's merge without safe_merge; "
-            f"the others and {counted(rest, 'other tensor')} have the expected bits",
+            f"the remaining tensors and {counted(rest, 'other tensor')} have the expected bits",
         )
     return finding(
         "exact", f"{counted(count, 'merged tensor')} and {counted(rest, 'other tensor')} have the expected bits"
