@@ -34,9 +34,7 @@ def listed_files(directory: Path) -> dict[str, str]:
     wrong = set(listed) ^ found | {name for name in found if (directory / name).is_symlink()}
     wrong |= {name for name in set(listed) & found - wrong if sha256(directory / name) != listed[name]}
     if manifest.get("verdict") != "passed" or not listed or wrong:
-        sys.exit(
-            f"{directory} differs from its {MANIFEST}: {', '.join(sorted(wrong)) or 'not a published model'}"
-        )
+        sys.exit(f"{directory} differs from its {MANIFEST}: {', '.join(sorted(wrong)) or 'not a published model'}")
     return {**listed, MANIFEST: sha256(directory / MANIFEST)}
 
 
