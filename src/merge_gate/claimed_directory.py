@@ -1,4 +1,4 @@
-"""A directory that one process holds at a time.
+"""A directory that only one process uses at a time.
 
 In: the path of a directory. Out: the system's lock on it. Standard library of Python 3.9 only, because the action uses
 it too.

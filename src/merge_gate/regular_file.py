@@ -1,6 +1,6 @@
 """The one way to open a file of unknown origin.
 
-In: a path, or a name in an open directory. Out: an open regular file, or an error that says what is there instead.
+In: a path, or a name in an open directory. Out: an open regular file, or an error that names the kind of the file.
 Standard library of Python 3.9 only, because the action uses it too.
 """
 

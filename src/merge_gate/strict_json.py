@@ -1,6 +1,6 @@
 """JSON of unknown origin, read strictly: nothing that two readers could understand in two ways.
 
-In: bytes. Out: the value, or an error that says what is wrong. Standard library of Python 3.9 only.
+In: bytes. Out: the value, or an error that names the problem. Standard library of Python 3.9 only.
 """
 
 from __future__ import annotations

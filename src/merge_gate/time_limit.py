@@ -1,6 +1,6 @@
 """Bounds the time of reads of files that may be on a mount that does not answer.
 
-In: a function that reads. Out: what it returns. It imports the standard library only.
+In: a function that reads. Out: its result. It imports the standard library only.
 """
 
 from __future__ import annotations

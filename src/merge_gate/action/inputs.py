@@ -85,7 +85,7 @@ DEFAULTS = {
 class ActionInputs:
     """The checked inputs: the run that they ask for, without its environment, and where and how it runs.
 
-    `fail_on` is `failed`, `warning` or `never`. `upload_sarif` and `comment` say what was asked for; an event may rule
+    `fail_on` is `failed`, `warning` or `never`. `upload_sarif` and `comment` are the requests; an event may rule
     it out.
     """
 

@@ -3,9 +3,9 @@
 In: an envelope and a key, of unknown origin, and a directory. Out: every problem, as a sentence; none if the owner of
 the key attests exactly these files.
 
-1. The envelope is signed by this key, and holds a statement of merge-gate about a published model.
+1. The envelope is signed by this key, and contains a statement from merge-gate about a published model.
 2. The verdict in it is `passed`, the base is the expected one, and it is not too old.
-3. Its subjects are the files of the directory: no file more, no file less, and each with its digest.
+3. Its subjects are the files of the directory: no extra file, no missing file, and each with its digest.
 """
 
 from __future__ import annotations

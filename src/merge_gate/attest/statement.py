@@ -1,4 +1,4 @@
-"""In-toto statements about an adapter's verdict: made of a report or of a published directory, and read back.
+"""In-toto statements about an adapter's verdict: made from a report or a published directory, and read back.
 
 In: a `Report`, or a directory with merge-gate.json, or bytes of unknown origin. Out: a `Statement`, and its bytes. It
 knows no signatures.

@@ -1,7 +1,7 @@
 """Figures of whole bases that earlier runs measured, so that a later run reads only the tensors that adapters touch.
 
 In: the digests of a base, and how it is loaded. Out: a `BaseRecord` for each model class that an earlier run measured,
-or none. A record is sealed as verdicts are, and holds for the same bytes, code, and versions only.
+or none. A record has a seal like a verdict, and applies only to the same bytes, code, and versions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A verdict as it is stored and read back: what is read must be what this run would report for the same entry.
+"""A verdict in the form that the cache stores. A verdict read back must be the one that this run would report.
 
-In: a verdict, and the material of its key. Out: a sealed verdict and its document. Back: a document or the entry of an
-earlier report, and today's `Entry`; out comes today's entry of the report, or None if the verdict does not hold for it.
+Storing: a verdict and the material of its key become a sealed verdict and its document. Reading: a document, or the
+entry of an earlier report, and today's `Entry` become today's entry of the report. The result is None if the verdict
+does not apply to it.
 """
 
 from __future__ import annotations

@@ -87,5 +87,5 @@ def _name(directory: str) -> str:
 
 
 def clock_offset_s() -> float:
-    """How far the clock of files is ahead of the one that no one can set."""
+    """How far the clock of files is ahead of the clock that no one can set."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,4 +1,4 @@
-"""The cache of verdicts: looks up what earlier runs reached on the same key, and stores what this run reaches.
+"""The cache of verdicts: looks up the verdicts of earlier runs with the same key, and stores the verdicts of this run.
 
 In: entries, the digests of their bases, and what the run merges on. Out: cached verdicts, and files in the cache
 directory. Judges nothing, hashes nothing, and starts no worker.
@@ -59,7 +59,7 @@ class StoredVerdicts:
 
 
 class Cache:
-    """The verdicts of earlier runs, for one run. `device` is the one that was asked for, `auto` perhaps.
+    """The verdicts of earlier runs, for one run. `device` is the requested device, which may be `auto`.
 
     Attributes:
         resumed: the verdicts in earlier reports; None without `--resume`.
@@ -148,7 +148,7 @@ class Cache:
 
 
 def _is_unchanged(entry: Entry) -> bool:
-    """Whether every file of the adapter is still the one that was hashed."""
+    """Whether every file of the adapter is still the file that was hashed."""
     for member in entry.members:
         for file in member.files:
             try:

@@ -84,7 +84,7 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 
 def _crashed(error: Exception, *, verbose: bool) -> int:
-    """Say what is missing on this machine, or that this is a bug. It is never an adapter's failure."""
+    """Report a missing requirement of this machine, or a bug. It is never an adapter's failure."""
     if isinstance(error, OSError) and (shortage := SHORTAGES.get(error.errno or 0)):
         say(f"merge-gate: {shortage}")
     elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("merge_gate"):

@@ -1,6 +1,6 @@
 """The options for adapters that are named on the command line, and the configuration that a command asks for.
 
-With a configuration file they are refused: the file is what was reviewed, and its digest stands in the report.
+A command with a configuration file refuses them. The file was reviewed, and the report has its digest.
 """
 
 from __future__ import annotations

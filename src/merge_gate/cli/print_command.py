@@ -1,4 +1,4 @@
-"""Commands that print what the package knows: a JSON Schema, the explanation of a check, a shell's completion."""
+"""Commands that print reference text: a JSON Schema, the explanation of a check, or a shell's completion."""
 
 from __future__ import annotations
 

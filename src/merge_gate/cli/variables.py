@@ -1,6 +1,6 @@
-"""The environment variables that stand for options: `MERGE_GATE_DEVICE` for `--device`.
+"""The environment variables that set options: `MERGE_GATE_DEVICE` for `--device`.
 
-A flag on the command line goes before its variable. An option that can be given several times has no variable, and no
+A flag on the command line overrides its variable. An option that can be given several times has no variable, and no
 variable can make the gate trust more.
 """
 

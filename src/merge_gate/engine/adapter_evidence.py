@@ -4,8 +4,8 @@ In: a `Base`, and what the preflight read of an adapter. Out: `Evidence`, with n
 that explains why there are none. This module imports nothing of judging.
 
 1. Read and measure every tensor of the adapter's file.                 weights.py, measure.py
-2. Load the adapter on a scratch copy, and see what arrived.            load_adapter.py, arrival.py
-3. Refuse what PEFT merges wrongly.                                     known_defects.py, custom_forward.py
+2. Load the adapter on a scratch copy, and find its tensors.            load_adapter.py, arrival.py
+3. Refuse adapters that PEFT merges wrongly.                            known_defects.py, custom_forward.py
 4. Find out for each broken tensor of the file if a merge reads it.     unused_tensors.py
 5. Find layers that have no effect until they are merged.               unread_layers.py, direct_reads.py
 6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py

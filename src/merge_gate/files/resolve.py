@@ -228,7 +228,7 @@ def base_weight_files(directory: str) -> tuple[str, ...]:
 
 
 def base_setting_files(directory: str) -> tuple[str, ...]:
-    """The files besides weights that transformers may read: configurations, and code in and below the directory."""
+    """The files other than weights that transformers may read: configurations, and code in and below the directory."""
     names = os.listdir(directory)  # noqa: PTH208 (names are all that is wanted)
     configs = {n for n in names if n.endswith(".json") and not n.endswith(".index.json")} - _TOKENIZER
     code = {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*.py")}

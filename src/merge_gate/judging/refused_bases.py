@@ -1,4 +1,4 @@
-"""Why a base could not be loaded, and what kept the gate itself from judging, as findings.
+"""Findings for bases that could not be loaded, and for faults of the gate itself.
 
 In: facts of the engine and the worker (records/refusals.py). Out: `Finding`s. Imports no torch and opens no files.
 """

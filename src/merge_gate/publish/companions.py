@@ -121,7 +121,7 @@ def files_of(base_directory: str, adapter_directories: tuple[str, ...], model: M
     Args:
         base_directory: the base's directory.
         adapter_directories: the directory of the adapter, or of each member of a combination.
-        model: what is published.
+        model: the model to publish.
 
     Raises:
         NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.

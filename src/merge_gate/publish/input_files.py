@@ -1,4 +1,4 @@
-"""The files of base and adapter that a published model is made of, each with its size and digest.
+"""The files of the base and adapter that make a published model, each with its size and digest.
 
 In: the directories of a base and of adapters, which are hostile. Out: `InputFiles`, for merge-gate.json, and the
 differences between two of them. Code of a base is not listed: a model that runs code is not published.

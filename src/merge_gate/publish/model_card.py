@@ -1,4 +1,4 @@
-"""README.md of a published directory: a model card that says what the model is and what was checked.
+"""README.md of a published directory: a model card that describes the model and the checks.
 
 In: a `Manifest`, whose names come from strangers. Out: Markdown with YAML in front. It has no versions and no time, so
 that a rebuild makes the same bytes.

@@ -1,4 +1,4 @@
-"""One model that is being published: from the plan of its merge to the directory under its name.
+"""Publishes one model, from the plan of its merge to the directory under its name.
 
 In: the tensors that the worker sends, the base's own files, and the verdict. Out: a directory, or `NotPublishedError`.
 
@@ -111,7 +111,7 @@ class Publication:
     # --- 1 to 3: the worker ----------------------------------------------------------------------------------------
 
     def plan(self, tensors: Iterable[PlannedTensor]) -> None:
-        """Begin to write the model, and forget what was written before."""
+        """Start writing the model, and discard earlier parts."""
         with self._lock:
             if not self._is_closed and not self._is_canceled:
                 self._reset()
@@ -133,7 +133,7 @@ class Publication:
         self._writer = ModelWriter(self._partial.model, layout)
 
     def _checked(self, tensor: PlannedTensor) -> StoredTensor:
-        """A tensor that the worker plans, if its dtype is the one that is to be published."""
+        """A tensor in the worker's plan, if its dtype is the one to publish."""
         stored = self._stored.get(tensor.name)
         expected = stored.dtype if stored is not None else tensor.dtype
         if self.place.dtype != PRESERVE and (expected in FLOATING_STORED or tensor.name in self._packed):
@@ -347,11 +347,11 @@ class Publication:
     # --- the end ---------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Write no more. `discard` removes what was written."""
+        """Stop writing. `discard` removes the written files."""
         self._is_canceled = True
 
     def discard(self) -> None:
-        """Remove what was written, unless it has its name."""
+        """Remove the written files, unless the model already has its name."""
         with self._lock:
             self._reset()
 

@@ -1,11 +1,11 @@
-"""All models that one run publishes: one for each adapter, from the plan of the run to the directories.
+"""Publishes the models of one run, one for each adapter, from the plan of the run to the directories.
 
 In: the entries of a run, and what the worker sends about them. Out: directories of models, or why there is none. It is
 the `Publisher` of the worker's tensors (worker/publish_service.py).
 
 1. `choose` decides which entries are published, and checks directory and disk before the first merge.
 2. Tensors arrive on a thread of the service. If the base is streamed, so do those that no merge changes.
-3. `passed` copies the rest and reads all back, on a thread of its own, while the next adapter is merged.
+3. `passed` copies the rest and reads everything back, on a separate thread, while the next adapter is merged.
 4. `publish` gives a model its name. The caller knows by then that the base has not changed.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the weight files of one model, in any order, and proves that the files have what was written.
+"""Writes the weight files of one model, in any order, and proves that the files contain the written bytes.
 
 In: a layout, and the bytes of its tensors in parts. Out: files in a directory, and their SHA-256. It does not know
 the meaning of the bytes.

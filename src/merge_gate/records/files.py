@@ -195,7 +195,7 @@ class AdapterFiles:
 
 @record
 class Entry:
-    """One adapter (or combination) on one base in one dtype, with the files that its names stand for.
+    """One adapter (or combination) on one base in one dtype, with the files that its names refer to.
 
     `problem` says why a name has no files.
     """

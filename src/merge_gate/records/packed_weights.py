@@ -20,7 +20,7 @@ class PackedWeights:
     """The packed weights among the stored tensors of a base.
 
     Attributes:
-        counts: how many values each packed weight stands for, by its stored name. With 4 bits, the last may be padding.
+        counts: how many values each packed weight has, by its stored name. With 4 bits, the last may be padding.
         states: the stored tensor that has the shape of each weight of 4 bits, by the weight's name.
         others: the stored tensors that only packed weights need.
     """

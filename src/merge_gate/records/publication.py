@@ -1,4 +1,4 @@
-"""The record of merge-gate.json, the file in a published directory that says what it is and how it was made."""
+"""The record of merge-gate.json, the file that describes a published directory and how it was made."""
 
 from __future__ import annotations
 

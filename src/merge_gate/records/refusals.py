@@ -1,7 +1,7 @@
 """Why an adapter could not be loaded, merged, or judged: one record for each kind of fact.
 
-The engine and the worker fill them in, and `judging/` makes findings of them. None of them holds a sentence, except
-`NotJudged`, which is the sentence of an error of the gate itself.
+The engine and the worker fill them in, and `judging/` makes findings of them. None of them contains a sentence, except
+`NotJudged`, which has the message for an error of the gate itself.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def is_on_network(paths: list[Path]) -> bool:
 
 
 class FedBases:
-    """Use it in a `with` block: leaving it removes what was laid out.
+    """Use it in a `with` block: leaving it removes the created files.
 
     `records` are figures of bases that earlier runs measured. `is_remote`: the adapters are merged on other machines,
     so this process feeds no worker. `on_piece` gets the bytes of bases that are fed, as they pass.
@@ -103,7 +103,7 @@ class FedBases:
         return replace(scheduled, records=records, keeps_record=self._records is not None)
 
     def recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
-        """What earlier runs measured of a group's base, unless all of it is to be read.
+        """The figures that earlier runs measured for a group's base, unless this run reads all of it.
 
         Raises:
             UsageError: only touched tensors are to be read, and there is no record.

@@ -238,7 +238,7 @@ class _Plan:
         return f"{' and '.join([*parts, of_adapters])}, plus torch and the largest layer{free}"
 
     def _factor_bytes(self, task: Task, *, in_pass: bool) -> int:
-        """What an adapter takes once it is loaded. Of one that was not fetched, only the size of its file is known."""
+        """What an adapter takes once it is loaded. If it was not fetched, only the size of its file is known."""
         spec = self._entries[task.index].spec
         names = spec.combine.adapters if spec.combine is not None else (spec.name,)
         fetches = [self._inputs.adapters[name] for name in names if name in self._inputs.adapters]

@@ -5,7 +5,7 @@ torch: only the worker process does.
 
 1. Resolve the names, and read the headers of the directory.          files/resolve.py, files/prepare.py
 2. Merge the adapter and each candidate, and compare each merge.      worker/supervisor.py, engine/finished_model.py
-3. Name what the directory is.                                        verify/
+3. Name the kind of the directory.                                    verify/
 4. Write the report.                                                  run/report_writer.py
 """
 

@@ -3,7 +3,7 @@
 In: the reports, and the places without one. Out: a `Report`. Its `problems` say why the shards are not one run, and a
 report with problems never has the result `pass`. It reads no file, and trusts no shard more than the others.
 
-1. The run's plan is the one that most reports have. Other reports are left out, and named.
+1. The plan of the run is the plan in most of the reports. Reports with other plans are named and left out.
 2. A shard counts once, if it is complete and has exactly the entries that it announces.
 3. Versions, and the bytes of a base, must be the same in all shards. Devices may differ, and are all named.
 4. Entries are in the order of the configuration. A base is listed once.
@@ -205,7 +205,7 @@ def _baseline(parts: list[_ShardReport]) -> tuple[BaselineEntry, ...]:
 
 
 def _environment(environments: Sequence[Environment]) -> Environment:
-    """The environment of the shards that merged: all devices, what all sandboxes held, and what any lacked."""
+    """The environment of the shards that merged: all devices, and the restrictions that all or only some had."""
     merged = [each for each in environments if each.sandbox != Sandbox()] or list(environments[:1])
     held = [part for part in merged[0].sandbox.held if all(part in each.sandbox.held for each in merged)]
     missing = _once(why for each in merged for why in each.sandbox.missing)

@@ -1,8 +1,8 @@
 """Compares tokenizer, chat template, and stop tokens of a finished directory with those of the adapter or base.
 
 In: three directories, all hostile. Out: findings. The adapter's own copy of a file is expected; without one, the
-base's. Files are compared by what they mean, because libraries write the same tokenizer in several ways. No code of
-them runs.
+base's. Files are compared by their meaning, because libraries write the same tokenizer in several ways. Their code
+never runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LISTED = 5
 
 
 def settings_findings(merged: str, base: str, adapter: str) -> Iterator[Finding]:
-    """The findings on everything besides the weights."""
+    """The findings on everything except the weights."""
     folders = [Path(folder) for folder in (adapter, base)]
     yield from _pickles(Path(merged))
     yield from _declared_dtype(Path(merged), Path(base))

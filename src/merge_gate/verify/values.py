@@ -1,11 +1,11 @@
-"""Names what the values of a finished model are, from the facts of each tensor.
+"""Names the kind of a finished model, from the facts about each tensor.
 
 In: a `Comparison`, those of other candidates, and the adapter's strength. Out: findings, one for each kind. Imports no
 torch.
 
 1. Each tensor that the merge touches has a state: as merged, as in the base, along the delta, or other.
 2. The states of all tensors together give the kind: one adapter is applied by one program.
-3. Tensors that the merge does not touch have to be the base's.
+3. Tensors that the merge does not touch must equal those of the base.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The worker process from inside: loads bases, merges adapters, and sends the measurements.
 
-In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module,
+In: a `Job` from the channel. Out: events. process.py starts it as a separate interpreter. Only this module,
 group_bases.py, the engine, the demo, and integrations/ use torch, transformers, or PEFT.
 """
 
@@ -360,7 +360,7 @@ def _judge_batch(
 
 
 def _finish_publication(task: Task, evidence: Evidence, sinks: SinksByTask) -> None:
-    """Send what is left of a merged model, before its evidence."""
+    """Send the remaining tensors of a merged model, before its evidence."""
     if task.publishes is not None and task.index in sinks:
         sinks[task.index].finish(task.index, evidence)
 

@@ -231,7 +231,7 @@ class GroupBases:
         return self.client.open_aside(position) if position is not None else None
 
     def keep_figures(self, base: Base) -> None:
-        """Keep what was measured of a skeleton, for another class."""
+        """Keep the figures of a skeleton for another class."""
         from merge_gate.engine.base.skeleton import figures_by_span  # noqa: PLC0415 - imports torch
 
         self._figures |= figures_by_span(base)

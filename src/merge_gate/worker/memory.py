@@ -1,6 +1,6 @@
 """Reads memory counters of the kernel: whether a process was killed for lack of memory, and how much there is.
 
-Cuts the adapters on a base into passes by it: those that are merged together, while the base's files are read once.
+Divides the adapters on a base into passes by these counters. A pass merges several adapters and reads the files once.
 
 The counters are those of the process's cgroup (version 2 or 1). Without them, and outside of Linux, the result is None.
 """

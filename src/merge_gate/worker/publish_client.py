@@ -1,4 +1,4 @@
-"""The worker's side of publishing: sends the tensors of merged models to the parent, which alone writes files.
+"""The worker's side of publishing: sends the tensors of merged models to the parent process, which writes the files.
 
 In: stored tensors, as bytes. Out: messages on a connection of its own, and the bytes in a window of shared memory. Each
 part of the window is used again after the parent has copied it.

@@ -6,8 +6,8 @@ come.
 1. Find the engine, and remove the containers of killed launchers             docker_api, leftovers
 2. Pull the image by its digest if it is missing                              docker_api
 3. Request GPUs in the form that the engine takes                             gpus
-4. Make the directories: the cache, and one that stands in for the output
-   directory; plant canaries in them, which the container looks for           _directories, canary
+4. Make the directories: the cache, and a temporary one for the output;
+   plant canaries in them, which the container looks for                      _directories, canary
 5. Run as the caller, without capabilities; pass the token; pass on the log;
    stop on SIGINT, SIGTERM, or at the time limit                              container, handover
 6. In any case: remove the container, copy the report out of the directory

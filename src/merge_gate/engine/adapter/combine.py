@@ -1,4 +1,4 @@
-"""Several adapters → one, by PEFT's `add_weighted_adapter`, or why PEFT cannot combine them.
+"""Combines several adapters into one with PEFT's `add_weighted_adapter`.
 
 In: a base, and what the preflight read of each member. Out: `Loaded`, as of one adapter.
 """

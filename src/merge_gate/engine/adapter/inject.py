@@ -1,4 +1,4 @@
-"""A scratch → the same with an adapter's layers in place, put there by PEFT, or why it cannot.
+"""Lets PEFT add an adapter's layers to a scratch copy.
 
 In: a scratch of the base, PEFT's config of the adapter, what the preflight read. Out: PEFT's model, and the base's
 names of the scratch's parameters, or `Refused`. Knows no values of the adapter (steps 2 and 3 of load_adapter.py).
@@ -169,8 +169,8 @@ def inject(
 def _targets_filled(base: Base, config: Any) -> Iterator[None]:
     """The weights of a module have values while PEFT makes its layer: DoRA, among others, reads them then (hollow.py).
 
-    Only for memory: what is read elsewhere is noticed, filled for good, and loaded again. If PEFT also writes to these
-    weights, they get copies of their own for the rest of the adapter's life.
+    This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. If PEFT
+    also writes to these weights, they get their own copies until the adapter is removed.
     """
     private = initialization_writes_to_base(config)
     tuner, hollow, name = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base.hollow, "_create_and_replace"

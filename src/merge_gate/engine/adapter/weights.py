@@ -1,6 +1,6 @@
 """The tensors of an adapter's own file.
 
-In: what the preflight read. Out: tensors by their names, memory-mapped where the file is safetensors, or `Refused`.
+In: what the preflight read. Out: tensors by their names, memory-mapped if the file is safetensors, or `Refused`.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def account_for(directory: str, model_class: ModelClass, label: str, files: Base
 
 
 def settle(base: Base, account: Account, directory: str) -> None:
-    """Write into a loaded base's facts what is known of its files.
+    """Add the facts about a base's files to the facts of the loaded base.
 
     Raises:
         Undecidable: the load has shown what the headers could not: its files contradict each other.

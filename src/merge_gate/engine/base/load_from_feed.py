@@ -1,6 +1,6 @@
 """Loads a base into memory from a `Feed`, tensor by tensor: one that transformers quantizes while it loads it.
 
-In: what a skeleton is made of. Out: a `Base` like that of `load_base`, or `NoSkeletonError` with the reason. No file is
+In: the inputs of a skeleton. Out: a `Base` like that of `load_base`, or `NoSkeletonError` with the reason. No file is
 mapped, and none is needed on the disk. Knows no PEFT.
 
 1. The tensor map of the headers shows what is loaded, and how much memory that takes.

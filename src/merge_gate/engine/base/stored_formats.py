@@ -1,4 +1,4 @@
-"""How a base is stored and what it is in memory: dtype and quantization, and whether the config asks for them.
+"""The dtype and quantization of a base, in its files and in memory, and whether the config asks for them.
 
 In: config.json, or a loaded model. Out: names for the report, or an error with a check of bases. Knows no PEFT.
 """
@@ -69,7 +69,7 @@ def _packed(model: Any) -> Iterator[torch.Tensor]:
 
 
 def main_dtype(model: Any) -> torch.dtype:
-    """The dtype of most of the parameters of floating point; of a packed model, what its weights stand for."""
+    """The dtype of most of the parameters of floating point; for a packed model, the dtype of the unpacked weights."""
     sizes: Counter[torch.dtype] = Counter()
     for one in model.parameters():
         state = getattr(one, "quant_state", None)

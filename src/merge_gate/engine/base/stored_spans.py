@@ -1,7 +1,7 @@
 """Where the bytes of each stored tensor are in a base's files.
 
 In: a directory, and the headers of its weight files as they were read before. Out: `StoredBytes` by name. Reads the
-headers again, which have the places, and holds them against what was read. Knows no model.
+headers again to get the places, and compares them with the given headers. Knows no model.
 """
 
 from __future__ import annotations

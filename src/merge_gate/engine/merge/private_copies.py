@@ -164,7 +164,7 @@ class PrivateCopies:
             self._layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
 
     def _can_lend(self, data: torch.Tensor) -> bool:
-        """Whether its values can be written once more: the load of the base may have changed those kept for good."""
+        """Whether its values can be written again. The load of the base may have changed values that stay in memory."""
         hollow = self._hollow
         return hollow is not None and hollow.holds(data) and not hollow.is_kept(data) and data.is_contiguous()
 

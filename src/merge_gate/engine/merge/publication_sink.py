@@ -267,7 +267,7 @@ class PublicationSink:
     # --- 3. --------------------------------------------------------------------------------------------------------
 
     def finish(self) -> tuple[StoredTensor, ...]:
-        """Send what is left. All stored tensors that were sent; the others are as in the base.
+        """Send the remaining tensors. Returns all stored tensors that were sent; the others are as in the base.
 
         Raises:
             GateError: the merged model must not be published.

@@ -64,7 +64,7 @@ class PublicationSinks:
         return self._open[task]
 
     def finish(self, task: int, evidence: Evidence) -> None:
-        """Send what is left of a task, and the list of its tensors."""
+        """Send the remaining tensors of a task, and the list of its tensors."""
         publication, problem = self._open.pop(task, None), self._problems.pop(task, None)
         tensors: Sequence[StoredTensor] = ()
         try:

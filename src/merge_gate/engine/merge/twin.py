@@ -1,9 +1,9 @@
-"""A layer's second merge, into float32 copies, against which the loss by rounding is measured.
+"""A layer's second merge, into float32 copies, which is the reference for the rounding loss.
 
 In: a tuner layer that PEFT merges twice. Out: the second merge in less time, with the same bits; for a packed weight,
 the values that PEFT packs. Knows no method.
 
-1. Most of a merge is its delta, and most methods make it (`get_delta_weight`) without a look at the weight.
+1. Most of a merge is its delta, and most methods make it (`get_delta_weight`) without reading the weight.
 2. The first layer of each kind shows whether this is so: both merges make the delta, and the bits have to be equal.
 3. If they are, the second merge of the other layers of the kind reuses the delta of the first.
 """

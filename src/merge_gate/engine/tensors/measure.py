@@ -1,4 +1,4 @@
-"""One tensor in, its `TensorStats` out. The hot loop; knows nothing of PEFT, of models or of what is good or bad.
+"""One tensor in, its `TensorStats` out. The hot loop. It knows nothing about PEFT, models, or limits.
 
 The common case costs one pass: `torch.aminmax` reads a tensor once and carries NaN and both infinities to its result
 (an `amax` alone misses −Inf; `isfinite().all()` is an order of magnitude slower on CPU in bfloat16). Counts and the

@@ -1,7 +1,7 @@
-"""A base that is quantized while it is loaded, with plain weights again: what a QLoRA adapter is merged into.
+"""Replaces the weights of a base that was quantized during the load with plain weights, for merging QLoRA adapters.
 
 In: a loaded model with layers of bitsandbytes, and a dtype. Out: the same model with plain layers, whose weights are
-the values that the packed ones stand for. Knows no PEFT.
+the values of the packed weights. Knows no PEFT.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantized bases, in two tables: how each one is loaded, and which values each kind of packed weight stands for.
+"""Quantized bases, in two tables: how to load each kind, and how to get the values of each kind of packed weight.
 
 In: a word of `Quantization`, or a module and its weight. Out: options for transformers; plain tensors to measure. A
 packed integer is always finite, but its scale can be NaN, which shows only in the values.
@@ -179,13 +179,13 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 
 def elements(tensor: torch.Tensor) -> int:
-    """The number of values that a tensor stands for."""
+    """The number of values in a tensor, after unpacking."""
     found = _packing(tensor)
     return tensor.numel() if found is None else found.elements(tensor)
 
 
 def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
-    """The values that a quantized weight stands for, in the shape of the layer (out_features, in_features)."""
+    """The dequantized values of a weight, in the shape of the layer (out_features, in_features)."""
     return PACKINGS[type(weight).__name__].values(module, weight)
 
 

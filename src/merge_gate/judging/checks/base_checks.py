@@ -1,6 +1,6 @@
 """Checks of the base itself: its files hold the whole model, and the gate can read it.
 
-In: what was measured. Out: findings. Others come with a refusal of the engine or with the base's files. An error
+In: measurements. Out: findings. Others come with a refusal of the engine or with the base's files. An error
 of one of these makes the verdict `error`: the adapter is not to blame.
 """
 

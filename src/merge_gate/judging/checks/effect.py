@@ -1,4 +1,4 @@
-"""Checks of the merge's effect on the weights: too small, too large, or different from what was trained.
+"""Checks of the merge's effect on the weights: too small, too large, or different from the training.
 
 In: the evidence of one merge, or an adapter's files. Out: findings; it imports no torch and opens no file.
 """

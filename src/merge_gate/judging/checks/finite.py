@@ -1,6 +1,6 @@
 """Checks for NaN and infinity: in the base, in the adapter's file, in the merged model.
 
-In: what was measured. Out: findings, the root first. Plain Python: no torch, no files.
+In: measurements. Out: findings, the root cause first. Plain Python: no torch, no files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks that adapter, base and expectations belong together.
 
-In: names, shapes and what is expected. Out: findings. Plain Python: no torch, no files.
+In: names, shapes, and expectations. Out: findings. Plain Python: no torch, no files.
 """
 
 from __future__ import annotations

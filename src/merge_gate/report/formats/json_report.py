@@ -1,7 +1,7 @@
 """The report for programs: strict JSON (RFC 8259, no bare NaN or Infinity), and back.
 
 In: a `records.Report`, or the bytes of a report.json of unknown origin. Out: `render`, the text of report.json, and
-`read`, the report again. Knows no files and no other format. Every key is always there; what is not known is
+`read`, the report again. Knows no files and no other format. Every key is always there; unknown values are
 null.
 """
 

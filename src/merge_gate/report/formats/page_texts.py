@@ -1,6 +1,6 @@
-"""Texts of report.html that are not read off the report: what a check means, and the command that repeats an adapter.
+"""Texts of report.html that are not in the report: the meaning of a check, and the command that repeats an adapter.
 
-In: ids of checks, or the entries of an adapter. Out: HTML that holds no foreign text, or a command for a shell.
+In: ids of checks, or the entries of an adapter. Out: HTML without foreign text, or a command for a shell.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _kind(kind: Any) -> Json:
 
 
 def _table(cls: Any) -> Json:
-    """Rows whose cells stand in the order of `columns`; a later 1.x adds columns at the end."""
+    """Rows whose cells have the order of `columns`; a later 1.x adds columns at the end."""
     keys = [field.key for field in columns(cls)]
     head = {"type": "array", "items": {"type": "string"}, "prefixItems": [{"const": key} for key in keys]}
     row = {"type": "array", "prefixItems": [_kind(field.kind) for field in columns(cls)], "minItems": len(keys)}
@@ -97,7 +97,7 @@ def _table(cls: Any) -> Json:
 
 
 def field_table(cls: Any) -> str:
-    """The fields of a record as a Markdown table: key, type, sentence. Records inside of it stand in their place."""
+    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place."""
     rows = [f"| `{name}` | {_kind_in_words(field)} | {_sentence(field)} |" for name, field in _listed(cls, "")]
     return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 

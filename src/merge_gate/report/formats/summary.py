@@ -1,7 +1,7 @@
 """Renders summary.md: GitHub-flavored Markdown for the job summary, at most 64 KiB.
 
-It has the result in a sentence, a table with the worst first, and for each adapter that is not cleared what is wrong,
-where, and what to do. Foreign text cannot form markup (see markdown.py).
+It has the result in a sentence, a table with the worst first, and for each adapter that is not cleared the problem,
+its place, and the next step. Foreign text cannot form markup (see markdown.py).
 """
 
 from __future__ import annotations

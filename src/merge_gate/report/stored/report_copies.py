@@ -44,7 +44,7 @@ def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
     """Check that every copy can be written, and remove the files that earlier runs wrote.
 
     Args:
-        copies: what was asked for.
+        copies: the requested copies.
         output: the output directory, whose files are written without being asked for.
 
     Raises:

@@ -37,7 +37,7 @@ def more_findings(rest: Sequence[Finding]) -> str:
 
 
 def _more(finding: Finding) -> int:
-    """How many findings stand behind the one that counts the rest (judging/limits.py); 0 for any other."""
+    """How many findings the last finding counts (judging/limits.py); 0 for any other."""
     more = dict(finding.measured).get("more", 0.0)
     return int(more) if finding.message.startswith("and ") and 0 < more < 1 << 53 else 0
 

@@ -1,4 +1,4 @@
-"""Words the result of a run: its headline, and what it means for a release.
+"""Words the result of a run: its headline, and its meaning for a release.
 
 In: a report. Out: plain sentences. They count adapters first and merges second: an adapter has a merge for each dtype.
 """
@@ -208,7 +208,7 @@ def _accepted(adapters: list[Adapter]) -> str:
 
 
 def _reservation(adapters: list[Adapter]) -> str:
-    """What is to be said against a run that passed, most serious first; empty if there is no warning."""
+    """The reservations about a run that passed, most serious first; empty if there is no warning."""
     warned = [adapter for adapter in adapters if adapter.state is AdapterState.PASSED and adapter.warnings]
     for check, is_so, phrase in (
         (effect.rounding_loss.id, _is_hardly_changed, "hardly {differ} from {its} base in {dtypes}"),
