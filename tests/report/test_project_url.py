@@ -8,30 +8,42 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import merge_gate
+from merge_gate.judging.pages import EXPLAINED
 from merge_gate.records.project import PROJECT_URL, check_url, documentation_url
+from merge_gate.report.wording.explanations import explanations
 
 PACKAGE = Path(merge_gate.__file__).parent
 ADDRESS = "https://github.com/Acme/merge-gate"
-PAGE = f"https://acme.github.io/merge-gate/{merge_gate.__version__}/checks/adapter-nonfinite/"
+DOCUMENTATION = f"https://acme.github.io/merge-gate/{merge_gate.__version__}/"
+PAGE = f"{DOCUMENTATION}checks/adapter-nonfinite/"
 
 RENDERED = """
-import json, sys
-from merge_gate.judging.limits import bounded
-from merge_gate.report.formats import html_report, json_report, sarif, summary
-from merge_gate.report.formats.terminal_text import file_lines
-from tests.support.reports import FAILED, report
-run = report(FAILED)
+import dataclasses, json
+from merge_gate.action.workflow import annotate
+from merge_gate.judging.answer_kinds import finding
+from merge_gate.judging.pages import linked, page_of
+from merge_gate.records.terms import Verdict
+from merge_gate.report.formats import html_report, json_report, junit, sarif, summary, terminal_text
+from tests.support.reports import FAILED, NAN, adapter, report
+failed, base = linked(FAILED), linked(dataclasses.replace(report().bases[0], findings=(NAN,)))
+twice = adapter(verdict=Verdict.FAILED, cause="applied-twice", findings=(finding("applied-twice", "twice"),))
+run, compared = report(failed), report(linked(twice), is_comparison=True)
 print(json.dumps({
     "html": html_report.render(run), "sarif": sarif.render(run), "summary": summary.render(run),
-    "terminal": "\\n".join(file_lines(run.adapters[0])),
-    "urls": [found.url for found in bounded(run.adapters[0].findings)],
+    "junit": junit.render(run), "annotations": "\\n".join(annotate(json.loads(json_report.render(run)), "")),
+    "files": "\\n".join(terminal_text.file_lines(failed)), "terminal": terminal_text.render(run, "", width=40),
+    "base": html_report.render(report(bases=(base,))),
+    "comparison": terminal_text.render(compared, ""), "compared": sarif.render(compared),
+    "urls": [each.url for judged in (failed, base) for each in judged.findings],
+    "answer": linked(twice).findings[0].url, "unknown": page_of("published-files"),
 }))
 """
 
 
-def rendered(source: Path) -> dict[str, str]:
+def rendered(source: Path) -> dict[str, Any]:
     """A failed report in every format, by the package in `source`."""
     code = f"import sys; sys.path[:0] = [{str(source)!r}, {str(Path(__file__).parents[2])!r}]\n{RENDERED}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -39,7 +51,7 @@ def rendered(source: Path) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def rendered_with(address: str, source: Path) -> dict[str, str]:
+def rendered_with(address: str, source: Path) -> dict[str, Any]:
     """What a copy of the package with this address writes."""
     shutil.copytree(PACKAGE, source / "merge_gate", ignore=shutil.ignore_patterns("__pycache__"))
     setting = source / "merge_gate" / "records" / "project.py"
@@ -55,19 +67,44 @@ def test_the_address_is_empty_or_a_repository_on_github() -> None:
 
 
 def test_every_format_links_a_check_to_its_page(tmp_path: Path) -> None:
-    with_address = rendered_with(ADDRESS, tmp_path)
-    assert PAGE in with_address["terminal"]
-    assert f"]({PAGE})" in with_address["summary"]
-    assert f'href="{PAGE}"' in with_address["html"]
-    assert PAGE in with_address["urls"]
-    driver = json.loads(with_address["sarif"])["runs"][0]["tool"]["driver"]
+    linked = rendered_with(ADDRESS, tmp_path)
+    assert f"  more    {PAGE}\n" in linked["terminal"], "an address is never wrapped"
+    assert f"    more: {PAGE}\n" in linked["files"]
+    assert f"- **More:** [adapter-nonfinite]({PAGE})\n" in linked["summary"]
+    assert f"\nmore: {PAGE}\n" in linked["junit"]
+    assert linked["annotations"].endswith(f"%0AMore: {PAGE}")
+    assert f'href="{PAGE}"' in linked["html"]
+    assert f'href="{PAGE}"' in linked["base"]
+    assert PAGE in linked["urls"]
+    assert None not in linked["urls"]
+    driver = json.loads(linked["sarif"])["runs"][0]["tool"]["driver"]
     assert driver["informationUri"] == ADDRESS
     assert {rule["id"]: rule["helpUri"] for rule in driver["rules"]}["adapter-nonfinite"] == PAGE
+    assert not any("merge-gate explain" in linked[kind] for kind in ("terminal", "files", "summary", "junit"))
 
 
-def test_without_an_address_nothing_is_linked(tmp_path: Path) -> None:
+def test_an_answer_of_verify_is_a_section_of_one_page(tmp_path: Path) -> None:
+    linked = rendered_with(ADDRESS, tmp_path)
+    section = f"{DOCUMENTATION}guides/verify/#applied-twice"
+    assert linked["answer"] == section
+    assert f"  more    {section}\n" in linked["comparison"]
+    rules = json.loads(linked["compared"])["runs"][0]["tool"]["driver"]["rules"]
+    assert {rule["id"]: rule["helpUri"] for rule in rules}["applied-twice"] == section
+    assert linked["unknown"] is None
+
+
+def test_without_an_address_nothing_is_linked_and_the_command_explains(tmp_path: Path) -> None:
     without = rendered_with("", tmp_path)
-    assert set(without["urls"]) == {None}
-    for kind in ("html", "sarif", "summary", "terminal"):
+    assert {*without["urls"], without["answer"]} == {None}
+    named = "merge-gate explain adapter-nonfinite"
+    for kind in ("html", "sarif", "summary", "terminal", "files", "junit", "annotations", "base"):
         assert "github.io" not in without[kind]
         assert "helpUri" not in without[kind]
+    for kind in ("summary", "files", "junit", "annotations"):
+        assert without[kind].count(named) == 1
+    assert " ".join(without["terminal"].split()).count(named) == 1
+    assert without["comparison"].count("merge-gate explain applied-twice") == 1
+
+
+def test_what_has_a_page_has_an_explanation() -> None:
+    assert explanations().keys() == EXPLAINED

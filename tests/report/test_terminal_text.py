@@ -197,6 +197,7 @@ def test_what_files_alone_say() -> None:
         "failed      billing (./adapters/billing)",
         f"    adapter-nonfinite: {NAN.message}",
         f"    to do: {NAN.hint}",
+        "    more: merge-gate explain adapter-nonfinite",
         f"    warning: rounding-loss: {ROUNDING.message}",
     ]
     assert [*file_lines(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"

@@ -173,6 +173,9 @@ def _sentences(finding: Mapping[str, Any]) -> str:
     tensor = finding["tensor"]
     lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
     lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
+    # An error's check is one that the command explains. Some warnings belong to no check.
+    more = finding.get("url") or (f"merge-gate explain {finding['check']}" if finding["severity"] == "error" else "")
+    lines += [f"More: {one_line(more, _MESSAGE_LIMIT)}"] if more else []
     return "\n".join(lines)
 
 

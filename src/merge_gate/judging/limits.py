@@ -1,8 +1,7 @@
 """As many findings as a reader can use, and how many more there are.
 
-In: findings, one at a time. Out: the first of each check and severity with their texts cut and the address of their
-check, and a last one that counts the rest. Keeps no others in memory. `files/preflight.py` bounds the findings on
-files, `all_checks.py` those of checks.
+In: findings, one at a time. Out: the first of each check and severity with their texts cut, and a last one that counts
+the rest. Keeps no others in memory. `files/preflight.py` bounds the findings on files, `all_checks.py` those of checks.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from merge_gate import __version__
-from merge_gate.records.project import check_url
 from merge_gate.records.terms import Finding, Severity
 
 MOST_FINDINGS = 100
@@ -42,7 +39,6 @@ def _rest(example: Finding, count: int) -> Finding:
         check=example.check,
         severity=example.severity,
         message=f"and {count:,} more like these",
-        url=check_url(example.check, __version__),
         origin=example.origin,
         measured=(("more", float(count)),),
     )
@@ -53,7 +49,6 @@ def _cut(finding: Finding) -> Finding:
         finding,
         message=cut(finding.message),
         hint=cut(finding.hint),
-        url=check_url(finding.check, __version__),
         module=cut(finding.module) if finding.module else finding.module,
         tensor=cut(finding.tensor) if finding.tensor else finding.tensor,
     )

@@ -22,3 +22,9 @@ def check_url(check: str, version: str) -> str | None:
     """The address of a check's page."""
     documentation = documentation_url(version)
     return f"{documentation}checks/{check}/" if documentation else None
+
+
+def kind_url(kind: str, version: str) -> str | None:
+    """The address of the section on an answer of `merge-gate verify`."""
+    documentation = documentation_url(version)
+    return f"{documentation}guides/verify/#{kind}" if documentation else None

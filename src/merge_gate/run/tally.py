@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.cache.key import libraries
 from merge_gate.judging.baseline import accept
+from merge_gate.judging.pages import linked
 from merge_gate.records.report import (
     TOOL,
     AdapterReport,
@@ -85,7 +86,7 @@ class Tally:
 
     def settle(self, index: int, report: AdapterReport) -> None:
         """Set or replace the report of an entry."""
-        self._reports[index] = report
+        self._reports[index] = linked(report)
 
     def of(self, index: int) -> AdapterReport | None:
         """The report of an entry, if it has one."""
@@ -93,6 +94,7 @@ class Tally:
 
     def use(self, directory: str, base: BaseReport, index: int) -> None:
         """List a base, which this entry is merged into."""
+        base = linked(base)
         position = self._shard.positions[index] if self._shard is not None else index
         self._bases[directory, base] = min(position, self._bases.get((directory, base), position))
 
@@ -129,7 +131,7 @@ def report_on_files(config: Config, adapters: Sequence[AdapterReport]) -> Report
         environment=_environment("cpu"),
         config=config_file(config, os.environ),
         files_only=True,
-        adapters=tuple(adapters),
+        adapters=tuple(map(linked, adapters)),
     )
 
 

@@ -116,7 +116,7 @@ def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Map
         if kind is not None and kind is not FailureKind.BROKEN:
             message = f"{words.FAILURES[kind]}: {message}"
         element = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
-        element.text = _text([*([finding] if finding else []), *words.others(adapter)], before)
+        element.text = _text([*([finding] if finding else []), *words.others(adapter)], before, decided_by=finding)
     has_warnings = adapter.findings and adapter.verdict is Verdict.PASSED
     output = [_text(list(adapter.findings), before)] if has_warnings else []
     output += words.marks(adapter)
@@ -124,11 +124,15 @@ def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Map
         ET.SubElement(case, "system-out").text = "\n\n".join(output)
 
 
-def _text(findings: list[Finding], before: Mapping[Finding, AdapterReport]) -> str:
-    """Every kind of finding, the deciding one first: what is wrong, where, and what to do."""
+def _text(
+    findings: list[Finding], before: Mapping[Finding, AdapterReport], *, decided_by: Finding | None = None
+) -> str:
+    """Every kind of finding, the deciding one first: what is wrong, where, what to do, and where to read more."""
     groups = words.grouped(findings)
     parts = [
-        _repeated(finding, before[finding]) if finding in before else _part(finding, more)
+        _repeated(finding, before[finding])
+        if finding in before
+        else _part(finding, more, is_deciding=finding is decided_by)
         for finding, more in groups[:_MAX_GROUPS]
     ]
     if len(groups) > _MAX_GROUPS:
@@ -145,12 +149,13 @@ def _kind(finding: Finding) -> str:
     return f"{words.level(finding)} {one_line(finding.check, words.NAME_LIMIT)}"
 
 
-def _part(finding: Finding, more: tuple[Finding, ...]) -> str:
+def _part(finding: Finding, more: tuple[Finding, ...], *, is_deciding: bool) -> str:
     lines = [
         f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
         f"where: {'; '.join(filter(None, (words.place(finding), words.ORIGINS[finding.origin])))}",
         f"found: {words.values(finding)}" if words.values(finding) else "",
         f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
+        f"more: {words.more(finding)}" if is_deciding and words.more(finding) else "",
         f"and {more_findings(more)}" if more else "",
     ]
     return "\n".join(filter(None, lines))

@@ -15,12 +15,12 @@ import posixpath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from merge_gate import __version__
 from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
+from merge_gate.judging.pages import page_of
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
-from merge_gate.records.project import PROJECT_URL, check_url
+from merge_gate.records.project import PROJECT_URL
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report.wording import run_result, words
@@ -80,7 +80,7 @@ def _summaries(report: Report) -> dict[str, str]:
 
 def _rule(check: str, summary: str) -> Json:
     row = CHECKS.get(check)
-    address = check_url(check, __version__)
+    address = page_of(check)
     return {
         "id": check,
         **({"helpUri": address} if address else {}),

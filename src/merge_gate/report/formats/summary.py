@@ -188,8 +188,10 @@ def _facts(groups: AlikeAdapters, finding: Finding | None) -> list[str]:
         facts.append(f"- **Where:** {_place(finding)}")
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
-    if finding and (address := words.page_of(finding)):
-        facts.append(f"- **More:** [{plain(finding.check)}]({address})")
+    if finding and words.more(finding):
+        address = words.page(finding)
+        link = f"[{plain(finding.check)}]({address})" if address else code(words.command_to_explain(finding))
+        facts.append(f"- **More:** {link}")
     sources = (code(each.source) + (f" at {code(each.revision, 80)}" if each.revision else "") for each in adapters)
     bases = dict.fromkeys(code(words.model_name(each.base)) for each in adapters)
     label = "Adapter" if len(groups) == 1 else "Adapters"

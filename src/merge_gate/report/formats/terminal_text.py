@@ -244,7 +244,14 @@ def _wrong(finding: Finding, width: int) -> list[Line]:
     )
     for index, part in enumerate(parts):
         shown += _labelled("where" if index == 0 else "", part, width)
-    return shown + _to_do(finding, width)
+    return shown + _to_do(finding, width) + _more(finding, width)
+
+
+def _more(finding: Finding, width: int) -> list[Line]:
+    """Where to read about the check. An address is never wrapped, so that a terminal can open it."""
+    if address := words.page(finding):
+        return [((f"  {'more':<{_LABEL_WIDTH}} ", Style.FAINT), (address, Style.PLAIN))]
+    return _labelled("more", words.command_to_explain(finding), width)
 
 
 def _also(
@@ -257,13 +264,12 @@ def _also(
         text += f" ({place})"
     if more:
         text += f"; and {more_findings(more)}"
-    return _labelled(label, text, width) + _to_do(finding, width, with_hint=with_hint)
+    return _labelled(label, text, width) + (_to_do(finding, width) if with_hint else [])
 
 
-def _to_do(finding: Finding, width: int, *, with_hint: bool = True) -> list[Line]:
-    hint = one_line(finding.hint, words.MESSAGE_LIMIT) if with_hint else ""
-    shown = _labelled("to do", hint, width, Style.STRONG) if hint else []
-    return shown + (_labelled("page", address, width) if (address := words.page_of(finding)) else [])
+def _to_do(finding: Finding, width: int) -> list[Line]:
+    hint = one_line(finding.hint, words.MESSAGE_LIMIT)
+    return _labelled("to do", hint, width, Style.STRONG) if hint else []
 
 
 def _labelled(label: str, text: str, width: int, style: Style = Style.PLAIN) -> list[Line]:
@@ -338,8 +344,8 @@ def file_lines(adapter: AdapterReport, *, of: int = 1, width: int = 100) -> Iter
         if finding.hint and finding.hint not in shown:
             yield from _hanging(_FILES_INDENT, f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}", width)
             shown.add(finding.hint)
-        if address := words.page_of(finding):
-            yield f"{_FILES_INDENT}page: {address}"
+        if finding is words.deciding(adapter) and (more := words.more(finding)):
+            yield f"{_FILES_INDENT}more: {more}"
 
 
 def _hanging(head: str, text: str, width: int) -> Iterator[str]:

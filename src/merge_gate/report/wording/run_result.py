@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from merge_gate.judging.answer_kinds import ANSWERS, ATTESTED
 from merge_gate.judging.checks import effect
-from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -262,9 +261,7 @@ def _of_compared(report: Report) -> str:
     if report.result is Result.ERROR:
         return "A model that could not be compared is not cleared for release."
     if report.result is Result.FAIL:
-        known = [adapter.cause for adapter in report.adapters if adapter.cause in {*ANSWERS, *CHECKS}]
-        more = f": see `merge-gate explain {known[0]}`" if known else ""
-        return f"Do not serve this model before this is explained{more}."
+        return "Do not serve this model before this is explained."
     if any(adapter.compared_with is None for adapter in report.adapters):
         signed = any(finding.check == ATTESTED for adapter in report.adapters for finding in adapter.findings)
         listed = "the signed attestation and merge-gate.json" if signed else "merge-gate.json, which is not signed"

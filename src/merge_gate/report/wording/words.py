@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from merge_gate import __version__
 from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
-from merge_gate.records.project import check_url
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.pages import EXPLAINED, page_of
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
@@ -121,9 +120,19 @@ def cause(adapter: AdapterReport) -> str:
     return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
 
 
-def page_of(finding: Finding) -> str | None:
-    """The address of a check's page, which a stored report does not choose; None without one."""
-    return check_url(finding.check, __version__) if finding.check in {*CHECKS, NOT_JUDGED, NOT_PUBLISHED} else None
+def page(finding: Finding) -> str | None:
+    """The address of the page on a finding's check, which a stored report does not choose; None without one."""
+    return page_of(finding.check)
+
+
+def command_to_explain(finding: Finding) -> str:
+    """`merge-gate explain merged-nonfinite`. Empty if that command does not know the check."""
+    return f"merge-gate explain {finding.check}" if finding.check in EXPLAINED else ""
+
+
+def more(finding: Finding) -> str:
+    """Where to read what a check means: the address of its page, or else the command. May be empty."""
+    return page(finding) or command_to_explain(finding)
 
 
 def place(finding: Finding, *, unless_in: str = "") -> str:
