@@ -154,10 +154,13 @@ def test_the_demo_keeps_its_report_and_ends_with_its_page(without_a_directory: t
     assert (place / page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_the_readme_has_an_excerpt_of_what_the_demo_prints(without_a_directory: tuple[Path, Answer]) -> None:
+@pytest.mark.parametrize(("page", "language"), [("README.md", "text"), ("docs/quickstart.md", "console")])
+def test_a_page_has_an_excerpt_of_what_the_demo_prints(
+    page: str, language: str, without_a_directory: tuple[Path, Answer]
+) -> None:
     _, answer = without_a_directory
     printed = {without_numbers(line) for line in plain(answer.out).splitlines()}
-    (excerpt,) = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "text")
+    excerpt = blocks((ROOT / page).read_text(encoding="utf-8"), language)[0]
     first, *lines = excerpt.splitlines()
     assert first == "$ merge-gate demo"
     assert [line for line in lines if without_numbers(line) not in printed] == []
