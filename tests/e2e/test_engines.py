@@ -251,7 +251,7 @@ def test_the_first_step_refuses_an_engine_elsewhere_in_a_sentence(
     python = (bare if sdk == "none" else home / "sdks" / sdk / "bin") / "python"
     said = first_step(python, released, "image", place, *way)
     assert "merge-gate: result error" in said
-    assert "an engine on another machine does not see the workspace" in said
+    assert "an engine on another machine cannot see the workspace" in said
     assert "Traceback" not in said
 
 

@@ -138,8 +138,8 @@ def why_not_saved(environ: Mapping[str, str]) -> str:
     if cache is None or cache.prefix:
         return ""
     return (
-        "the Hub's cache is not used: this run may read private repositories of the Hub, the event does not name this "
-        "repository as private, and a pull request from a fork could read the cache"
+        "the Hub's cache is not used: this run may read private repositories of the Hub, the event does not show that "
+        "this repository is private, and a pull request from a fork could read the cache"
     )
 
 

@@ -179,7 +179,7 @@ def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -
     if name in {"cache", "hf-cache"}:
         more = f"; a directory goes into `{name}-dir`"
     if (name, value) == ("fail-on", "broken"):
-        more = "; `fail-on: failed` is what `broken` was"
+        more = "; use `fail-on: failed` instead of `broken`"
     return f"{name}: got {value!r}, expected {expected}{more}"
 
 
@@ -187,7 +187,7 @@ def _clashes(given: Mapping[str, str]) -> list[str]:
     """Inputs that contradict each other."""
     problems = [
         f"{name}-dir: got {given[f'{name}-dir']!r}, expected nothing, because `{name}` is true: GitHub's cache has a "
-        "directory of its own; leave one of them out"
+        "directory of its own; remove one of the two inputs"
         for name in ("hf-cache", "cache")
         if given[name] == "true" and given[f"{name}-dir"]
     ]

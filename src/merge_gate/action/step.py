@@ -71,7 +71,7 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 def _check_system(name: str) -> None:
     if name != "posix":
         raise UsageError(
-            "this runner has Windows, expected Linux (or macOS with `runtime: native`)",
+            "this runner uses Windows, expected Linux (or macOS with `runtime: native`)",
             hint="run the job on a Linux runner",
         )
 

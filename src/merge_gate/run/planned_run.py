@@ -174,7 +174,8 @@ class _Plan:
         yield from ["", "in all", *self._lines_of_bytes(to_merge), *others, *self._lines_of_time(to_merge, groups)]
         if blocked:
             yield ""
-            yield f"{counted(len(blocked), 'entry', 'entries')} without a merge, since the files alone decide:"
+            entries = counted(len(blocked), "entry", "entries")
+            yield f"{entries} without a merge, because the files alone decide the verdict:"
         for report in blocked.values():
             yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {words.title(report)}, {report.cause}"
 
@@ -223,7 +224,7 @@ class _Plan:
             return f"{what}{more}, mapped from its files"
         why = "it is streamed" if group.files is not None and group.files.is_streamed else ""
         why = why or ("it is on a network mount" if on_network else "it is larger than the free memory")
-        return f"{what}{more}, in {counted(work.passes, 'pass', 'passes')} over its files, since {why}"
+        return f"{what}{more}, in {counted(work.passes, 'pass', 'passes')} over its files, because {why}"
 
     def _memory(self, group: Group, *, is_fed: bool) -> str:
         sizes = [self._factor_bytes(task, in_pass=is_fed) for task in group.tasks]
@@ -294,7 +295,7 @@ class _Plan:
             names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
             yield _row("write", f"{_shown(self._options.output)}: {names}")
         if self._options.cache.directory is not None:
-            yield _row("cache", f"{_shown(self._options.cache.directory)}: verdicts that it has need no merge")
+            yield _row("cache", f"{_shown(self._options.cache.directory)}: stored verdicts need no merge")
 
     def _lines_of_models(self, groups: tuple[Group, ...]) -> Iterator[str]:
         if self._publish is not None:

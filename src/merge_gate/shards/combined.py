@@ -75,14 +75,14 @@ def _unfit(report: Report) -> str:
     """Why a report is not the report of a shard; empty if it is."""
     shard = report.shard
     if shard is None:
-        return "holds the report of a whole run, expected that of a shard (merge-gate run --shard I/N)"
+        return "has the report of a whole run, expected the report of a shard (merge-gate run --shard I/N)"
     ascending = all(first < then for first, then in zip(shard.positions, shard.positions[1:], strict=False))
     inside = not shard.positions or shard.positions[-1] < shard.entries
     numbered = 1 <= shard.index <= shard.count <= _MOST_SHARDS and shard.entries > 0
     fits = len(report.adapters) <= len(shard.positions) and len(shard.bases_from) == len(report.bases)
     whole = not report.complete or len(report.adapters) == len(shard.positions)
     if report.problems or not (ascending and inside and numbered and fits and whole):
-        return "holds a report that contradicts itself about its shard"
+        return "has a report that contradicts itself about its shard"
     return ""
 
 

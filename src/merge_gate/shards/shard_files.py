@@ -79,12 +79,12 @@ def _in(directory: Path) -> Iterator[FoundReport]:
         Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False) and not is_previous(entry.name)
     ]
     if not places and not below and not links:
-        yield FoundReport(place=str(directory), problem=f"holds no {REPORT}, and no directory that could")
+        yield FoundReport(place=str(directory), problem=f"has no {REPORT}, and no directory with one")
     yield from (FoundReport(place=link, problem=_LINK) for link in links[:MOST_DIRECTORIES])
     if len(below) > MOST_DIRECTORIES:
         yield FoundReport(
             place=str(directory),
-            problem=f"holds {len(below):,} directories; only {MOST_DIRECTORIES:,} of them were read",
+            problem=f"has {len(below):,} directories; only {MOST_DIRECTORIES:,} of them were read",
         )
     yield from map(_read, [*places, *below[:MOST_DIRECTORIES]])
 
@@ -96,9 +96,11 @@ def _read(place: Path) -> FoundReport:
             status = os.fstat(file.fileno())
             report = read_report(file, str(path))
     except FileNotFoundError:
-        return FoundReport(place=str(place), problem=f"holds no {REPORT}")
+        return FoundReport(place=str(place), problem=f"has no {REPORT}")
     except OSError as error:
         return FoundReport(place=str(place), problem=f"has a {REPORT} that cannot be read: {error.strerror}")
     except GateError as error:
-        return FoundReport(place=str(place), problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
+        return FoundReport(
+            place=str(place), problem=f"has a {REPORT} that is not valid: {one_line(error.message, 300)}"
+        )
     return FoundReport(place=str(place), report=report, file=(status.st_dev, status.st_ino))

@@ -64,7 +64,7 @@ def connect(environ: Mapping[str, str]) -> Any:
     if address.url.startswith("ssh://"):
         raise LauncherError(
             f"{address.origin} names the engine at {address.url}, expected unix:// or tcp://: an engine on another "
-            "machine does not see the workspace",
+            "machine cannot see the workspace",
             hint="run the job on the machine of the engine",
         )
     problem = addresses.unreachable(address)
