@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import importlib
 import importlib.util
 import io
 import json
@@ -200,6 +201,22 @@ def test_every_command_and_option_exists(command: str) -> None:
 
 def test_commands_are_found_at_all() -> None:
     assert {"run", "check", "demo", "schema"} <= {command.split()[0] for command in told_commands()}
+
+
+def python_snippets() -> list[tuple[str, str]]:
+    return [(page.name, body) for page in PAGES for body in blocks(page.read_text(encoding="utf-8"), "python")]
+
+
+@pytest.mark.parametrize(("name", "snippet"), python_snippets(), ids=lambda value: value[:12])
+def test_python_in_a_page_compiles_and_imports_what_there_is(name: str, snippet: str) -> None:
+    for node in ast.walk(ast.parse(snippet, name)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("merge_gate"):
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_python_is_found_in_pages() -> None:
+    assert {"python.md", "trainers.md"} <= {name for name, _ in python_snippets()}
 
 
 # --- the README's configs and tables ------------------------------------------------------------------------
