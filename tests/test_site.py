@@ -10,7 +10,18 @@ import pytest
 
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from website import build
-from website.build import ROOT, SitePage, in_order, llms, llms_full, navigation, newest_first, site_pages, staged_text
+from website.build import (
+    ROOT,
+    SitePage,
+    in_order,
+    llms,
+    llms_full,
+    navigation,
+    newest_first,
+    site_pages,
+    staged_text,
+    write_versions,
+)
 
 PAGES = site_pages()
 GUIDE = ROOT / "docs" / "guides" / "fleets.md"
@@ -96,6 +107,15 @@ def test_llms_txt_lists_every_page() -> None:
 def test_the_newest_version_comes_first() -> None:
     versions = ["1.9.0", "1.10.0.dev0", "1.10.0", "0.1.0"]
     assert newest_first(versions) == ["1.10.0", "1.10.0.dev0", "1.9.0", "0.1.0"]
+
+
+def test_a_version_is_added_to_the_earlier_ones(tmp_path: Path) -> None:
+    for version in ("1.0.0", "1.1.0"):
+        (tmp_path / version).mkdir()
+    write_versions(tmp_path)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.index("1.1.0/index.html") < page.index("1.0.0/index.html")
+    assert (tmp_path / "versions.json").read_text(encoding="utf-8") == '["1.1.0", "1.0.0"]\n'
 
 
 def test_the_site_loads_nothing_from_elsewhere() -> None:

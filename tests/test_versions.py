@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import email
 import importlib.util
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
+from email.message import Message
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -150,6 +155,50 @@ def test_the_package_has_no_link_before_there_is_an_address() -> None:
     links = setup_py()["links"]
     assert links("", None) == {}
     assert links(REPOSITORY, "https://acme.github.io/merge-gate/1.0.0/")["Repository"] == REPOSITORY
+
+
+def test_the_file_with_the_address_imports_the_standard_library_only() -> None:
+    tree = ast.parse((ROOT / "src" / "merge_gate" / "records" / "project.py").read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def metadata_of_wheel(copy: Path, address: str) -> Message:
+    """The metadata of a wheel of this source with this address, built in a copy."""
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, copy / name)
+    setting = copy / "src" / "merge_gate" / "records" / "project.py"
+    text = setting.read_text(encoding="utf-8")
+    changed = re.sub(r'^PROJECT_URL = ".*"$', f'PROJECT_URL = "{address}"', text, flags=re.MULTILINE)
+    setting.write_text(changed, encoding="utf-8")
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+    (wheel,) = copy.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [each for each in archive.namelist() if each.endswith(".dist-info/METADATA")]
+        return email.message_from_string(archive.read(name).decode("utf-8"))
+
+
+LINK = re.compile(r'(?:\]\(|src(?:set)?=")([^)"\s]+)')
+
+
+def test_a_wheel_has_links_once_there_is_an_address(tmp_path: Path) -> None:
+    metadata = metadata_of_wheel(tmp_path, "https://github.com/Acme/gate")
+    urls = dict(each.split(", ", 1) for each in metadata.get_all("Project-URL", []))
+    assert urls["Repository"] == "https://github.com/Acme/gate"
+    assert urls["Documentation"] == f"https://acme.github.io/gate/{__version__}/"
+    targets = LINK.findall(metadata.get_payload())
+    assert len(targets) > 20
+    assert {target for target in targets if not target.startswith(("https://github.com/Acme/gate/", "#"))} == set()
+
+
+def test_a_wheel_has_no_link_of_its_own_without_an_address(tmp_path: Path) -> None:
+    metadata = metadata_of_wheel(tmp_path, "")
+    assert metadata.get_all("Project-URL") is None
+    assert metadata.get("Home-page") is None
+    assert not re.search(r"!\[[^\]]*\]\(https?:|shields\.io|/badge", metadata.get_payload())
 
 
 def test_the_metadata_has_the_readme() -> None:

@@ -38,7 +38,7 @@ DOCS = ROOT / "docs"
 
 ORDER: Mapping[str, tuple[str, ...]] = {
     "": ("index", "quickstart", "installation"),
-    "guides": ("trainers", "github-actions", "other-ci", "troubleshooting"),
+    "guides": ("trainers", "github-actions", "other-ci", "clusters", "troubleshooting"),
     "reference": ("command-line", "action", "configuration", "report", "exit-codes", "environment"),
     "checks": ("index", *CHECKS, NOT_JUDGED, NOT_PUBLISHED),
     "concepts": ("how-it-works", "limits"),

@@ -1,4 +1,4 @@
-"""The documentation's site in a real browser, from a local server: every page, light on a desk and dark on a phone.
+"""The documentation's site in a real browser, from a local server: every page on a desk, and some on a phone at night.
 
 Screenshots are left in $MERGE_GATE_SCREENSHOTS if that names a directory.
 """
@@ -20,7 +20,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from merge_gate import __version__
-from website.build import ROOT, site_pages
+from website.build import ROOT, SitePage, site_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.e2e
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
+OF_EACH_KIND = ("index.md", "guides/github-actions.md", "reference/configuration.md", "checks/merged-nonfinite.md")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -75,22 +76,46 @@ def opened(browser: Browser, address: str, complaints: list[str], size: Any = DE
     return page
 
 
-@pytest.mark.parametrize(("size", "scheme"), [(DESK, "light"), (PHONE, "dark")], ids=["desk-light", "phone-dark"])
-def test_every_page_is_accessible_and_fits(browser: Browser, address: str, size: Any, scheme: str) -> None:
+def problems_of(page: Page, one: SitePage) -> list[tuple[str, str, str]]:
+    """What axe finds on an open page. Its script is injected once."""
+    page.wait_for_selector("table:not(.md-typeset__table table)", state="detached")
+    found = Axe().run(page).response["violations"]
+    return [(one.path, kind["id"], kind["nodes"][0]["html"][:200]) for kind in found]
+
+
+def shoot(page: Page, one: SitePage, name: str) -> None:
+    if shots := os.environ.get("MERGE_GATE_SCREENSHOTS"):
+        page.screenshot(path=Path(shots) / f"site-{one.path.replace('/', '-')}-{name}.png")
+
+
+def test_every_page_is_accessible_and_fits_a_phone(browser: Browser, address: str) -> None:
     complaints: list[str] = []
     problems = []
-    page = opened(browser, address, complaints, size, scheme)
-    shots = os.environ.get("MERGE_GATE_SCREENSHOTS")
+    page = opened(browser, address, complaints)
     for one in site_pages():
+        page.set_viewport_size(DESK)
         page.goto(f"{address}{__version__}/{one.address}")
-        page.wait_for_selector("table:not(.md-typeset__table table)", state="detached")
         assert page.locator("h1").count() == 1, one.path
-        found = Axe().run(page).response["violations"]
-        problems += [(one.path, kind["id"], kind["nodes"][0]["html"][:200]) for kind in found]
-        wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
-        problems += [(one.path, "wider than the screen", "")] if wide else []
-        if shots:
-            page.screenshot(path=Path(shots) / f"site-{one.path.replace('/', '-')}-{size['width']}-{scheme}.png")
+        problems += problems_of(page, one)
+        shoot(page, one, "desk-light")
+        page.set_viewport_size(PHONE)
+        if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+            problems.append((one.path, "wider than a phone's screen", ""))
+    page.context.close()
+    assert problems == []
+    assert complaints == []
+
+
+def test_a_page_of_each_kind_is_accessible_on_a_phone_in_the_dark(browser: Browser, address: str) -> None:
+    complaints: list[str] = []
+    problems = []
+    page = opened(browser, address, complaints, PHONE, "dark")
+    pages = [one for one in site_pages() if one.path in OF_EACH_KIND]
+    assert len(pages) == len(OF_EACH_KIND)
+    for one in pages:
+        page.goto(f"{address}{__version__}/{one.address}")
+        problems += problems_of(page, one)
+        shoot(page, one, "phone-dark")
     page.context.close()
     assert problems == []
     assert complaints == []
