@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,10 +77,11 @@ def opened(browser: Browser, address: str, complaints: list[str], size: Any = DE
     return page
 
 
-def problems_of(page: Page, one: SitePage) -> list[tuple[str, str, str]]:
-    """What axe finds on an open page. Its script is injected once."""
+def problems_of(page: Page, one: SitePage, *, colors: bool = True) -> list[tuple[str, str, str]]:
+    """What axe finds on an open page. The contrast of colors takes as long as all other rules."""
     page.wait_for_selector("table:not(.md-typeset__table table)", state="detached")
-    found = Axe().run(page).response["violations"]
+    options = {"resultTypes": ["violations"], "preload": False, "rules": {"color-contrast": {"enabled": colors}}}
+    found = Axe().run(page, options=options).response["violations"]
     return [(one.path, kind["id"], kind["nodes"][0]["html"][:200]) for kind in found]
 
 
@@ -92,11 +94,14 @@ def test_every_page_is_accessible_and_fits_a_phone(browser: Browser, address: st
     complaints: list[str] = []
     problems = []
     page = opened(browser, address, complaints)
+    languages: set[str] = set()  # whose colors have been seen
     for one in site_pages():
         page.set_viewport_size(DESK)
         page.goto(f"{address}{__version__}/{one.address}")
         assert page.locator("h1").count() == 1, one.path
-        problems += problems_of(page, one)
+        new = set(re.findall(r"^ *```(\w+)", one.text, re.MULTILINE)) - languages
+        problems += problems_of(page, one, colors=bool(new) or one.path in OF_EACH_KIND)
+        languages |= new
         shoot(page, one, "desk-light")
         page.set_viewport_size(PHONE)
         if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
