@@ -160,7 +160,7 @@ def files_gone_wrong() -> tuple[Row, ...]:
     page = b"<!DOCTYPE html><html>Sign in</html>"
     return (
         Row(name="copy", check="file-missing", says=(),
-            hint=("names",), break_=renamed_copy),
+            hint=("rename",), break_=renamed_copy),
         Row(name="split", check="file-missing", says=("-of-00002",),
             hint=("sharded",), break_=split),
         Row(name="neither", check="file-missing", says=(*NEITHER, "'README.md'"),

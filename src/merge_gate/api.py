@@ -6,7 +6,9 @@ In: names, and the options of a run. Out: a `Report`. torch is imported by the w
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     Name = str | os.PathLike[str]
 
+_IN_CONFIG = ("base", "dtypes", "quantization", "revision", "checks", "expect", "allow_pickle")
+"""The options of `gate` that a configuration has too."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
@@ -80,8 +84,7 @@ def gate(
         "expect": expect,
         "allow_pickle": allow_pickle,
     }
-    if not is_device(device):
-        raise UsageError(f"device is {quoted(device)}, expected auto, cpu, cuda, or cuda:N")
+    _refuse_device(device)
     folder = None if output is None else os.fspath(output)
     options = RunOptions(
         device=device,
@@ -99,6 +102,27 @@ def gate(
         report = run_gate(config, options, worker=worker, begins=earlier.replace_previous)
         forget(folder)
         return report
+
+
+def refuse_options(**options: Any) -> None:
+    """Refuse the options that `gate` would refuse, before there is an adapter to gate.
+
+    Raises:
+        TypeError: `gate` has no such option.
+        UsageError: the value of an option is wrong.
+    """
+    given = inspect.signature(gate).bind("", **options)
+    given.apply_defaults()
+    _refuse_device(given.arguments["device"])
+    named = {name: given.arguments[name] for name in _IN_CONFIG}
+    base = named["base"]
+    with tempfile.TemporaryDirectory() as directory:
+        config_of([directory], **named | {"base": None if base is None else os.fspath(base)})
+
+
+def _refuse_device(device: str) -> None:
+    if not is_device(device):
+        raise UsageError(f"device is {quoted(device)}, expected auto, cpu, cuda, or cuda:N")
 
 
 def _config(names: Sequence[str], named: Mapping[str, Any]) -> Config:

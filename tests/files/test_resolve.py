@@ -242,7 +242,7 @@ def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str, wording: W
     with pytest.raises(ResolveError) as raised:
         resolve_base(name)
     wording(raised.value)
-    assert "base:" in raised.value.hint
+    assert "Hub id" in raised.value.hint
 
 
 def test_an_absolute_path_of_another_machine(wording: Wording) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from merge_gate import GateError, Verdict
+from merge_gate import GateError, UsageError, Verdict
 from merge_gate.demo import VOCABULARY, make_demo
 from merge_gate.integrations.transformers import AdapterNotPassedError, GateCallback
 from tests.support.wording import Wording
@@ -73,6 +73,21 @@ def test_a_diverged_training_run_is_an_error(
             assert [record.levelname for record in caplog.records if record.name == "merge_gate"] == ["ERROR"]
     assert callback.report is not None
     assert callback.report.adapters[0].cause == "adapter-nonfinite"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dtype": "bfloat16"}, TypeError),
+        ({"output": "out"}, TypeError),
+        ({"base": "./nowhere"}, UsageError),
+        ({"checks": {"roundingloss": "error"}}, UsageError),
+        ({"device": "tpu"}, UsageError),
+    ],
+)
+def test_a_wrong_option_is_refused_before_the_training(options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        GateCallback(**options)
 
 
 def test_a_model_without_an_adapter_is_refused(base: Path, tmp_path: Path, wording: Wording) -> None:

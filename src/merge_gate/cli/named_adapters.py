@@ -65,7 +65,8 @@ def requested_config(arguments: argparse.Namespace) -> Config:
             variable = arguments.variables.get(option)
             source = f" (from the variable {variable})" if variable else ""
             raise UsageError(
-                f"{option}{source} is for adapters named on the command line", hint="write it into the config instead"
+                f"{option}{source} is for adapters named on the command line",
+                hint=f"{arguments.names[0]} lists the adapters of this run: write it into that file instead",
             )
         return load_config(arguments.names[0])
     if getattr(arguments, "container", False):

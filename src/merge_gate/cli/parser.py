@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     if values.command in {"run", "check"} and not values.names:
         if not os.path.isfile(DEFAULT_CONFIG):  # noqa: PTH113 (False where pathlib raises)
             command = commands.choices[values.command]
-            command.error(f"name a configuration or adapters: there is no {DEFAULT_CONFIG} here")
+            command.error(
+                f"name a configuration or adapters: there is no {DEFAULT_CONFIG} here\n"
+                f"  for example: merge-gate {values.command} ./my-adapter --base ./my-base"
+            )
         values.names = [DEFAULT_CONFIG]
     return values
 
@@ -144,7 +148,7 @@ def _options(command: argparse.ArgumentParser) -> list[str]:
 
 def _meant(word: str, known: Sequence[str]) -> str:
     """A hint: the nearest of the known words, or all of them."""
-    if near := _nearest(word, known):
+    if near := _nearest(word, known) or _of_letter(word, known):
         return f"; did you mean {quoted(near)}?"
     return "" if word.startswith("-") else f", expected {one_of(known)}"
 
@@ -154,6 +158,13 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     from difflib import get_close_matches
 
     return next(iter(get_close_matches(word[:_LONGEST], known, 1)), "")
+
+
+def _of_letter(word: str, known: Sequence[str]) -> str:
+    """The only option that begins with the letter of a short option: `--base` for `-b`; empty if there are several."""
+    letter = re.fullmatch(r"-([a-z])", word)
+    options = [option for option in known if letter and option.startswith(f"--{letter[1]}")]
+    return options[0] if len(options) == 1 else ""
 
 
 def _is_place(word: str) -> bool:

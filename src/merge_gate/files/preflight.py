@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _MOST_NAMES_SHOWN = 8
 _MOST_MISNAMED = 3
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _MAX_ENTRIES = 10_000
 _MAX_FOLDERS = 200  # searched in a directory that is not itself an adapter
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
@@ -162,8 +163,9 @@ def _is_there(directory: str, name: str) -> bool:
 
 
 def _misnamed_weights(directory: str, listing: _Listing) -> str:
-    """The hint if a file with another name has an adapter's tensors; else empty."""
-    for name in sorted(name for name in listing.present if name.endswith(".safetensors"))[:_MOST_MISNAMED]:
+    """The hint if a file with another name has an adapter's tensors; else empty. A shard has only some of them."""
+    whole = (name for name in listing.present if name.endswith(".safetensors") and not _SHARD.search(name))
+    for name in sorted(whole)[:_MOST_MISNAMED]:
         with suppress(CorruptFileError, OSError), open_regular(str(Path(directory, name))) as file:
             if any(tensor.name.startswith(ADAPTER_PREFIX) for tensor in parse_file(file)):
                 return f"{shown(name)} has the tensors of a PEFT adapter: rename it to {WEIGHTS_NAME}"

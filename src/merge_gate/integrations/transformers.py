@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
-from merge_gate.api import gate
+from merge_gate.api import gate, refuse_options
 from merge_gate.errors import GateError
 from merge_gate.report.wording import run_result
 
@@ -45,6 +45,10 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
         on_failure: `raise` raises `AdapterNotPassedError`, `log` logs an error.
         options: arguments of `merge_gate.gate`, such as `base`, `dtypes`, `checks` and `device`, but not `output`.
 
+    Raises:
+        TypeError: an argument that `merge_gate.gate` does not have.
+        UsageError: the value of an argument is wrong. This is known before the training.
+
     Attributes:
         report: the report of the last training; None before its end, and on other processes than the first.
     """
@@ -52,6 +56,7 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
     def __init__(self, *, on_failure: Literal["raise", "log"] = "raise", **options: Any) -> None:
         self._on_failure = on_failure
         self._options = {"device": "cpu"} | options
+        refuse_options(output="", **self._options)
         self.report: Report | None = None
 
     def on_train_end(

@@ -152,17 +152,22 @@ def _version(version: str | None) -> str:
 
 
 def render_text(changes: Changes, *, width: int = 100) -> str:
-    """Return lines for a terminal. Only what it says of findings is wrapped."""
+    """Return lines for a terminal, at most `width` columns wide."""
     shown: list[str] = []
     for kind in Kind:
         for change in changes.of(kind):
             adapter = change.adapter
             name = f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
-            shown.append(f"{kind:<{_LABEL_WIDTH}} {name}: {_verdict(change.old)} → {_verdict(change.new)}")
-            text_width = max(width - _LABEL_WIDTH - 1, _MIN_WIDTH)
-            shown += [f"{'':<{_LABEL_WIDTH}} {line}" for part in _why(change) for line in wrap(part, text_width)]
-    shown += [f"{'version':<{_LABEL_WIDTH}} {version}" for version in changes.versions]
-    return "\n".join(map(inert, [*shown, f"{headline(changes)}."])) + "\n"
+            shown += _labelled(kind, f"{name}: {_verdict(change.old)} → {_verdict(change.new)}", width)
+            shown += [line for part in _why(change) for line in _labelled("", part, width)]
+    shown += [line for version in changes.versions for line in _labelled("version", version, width)]
+    shown += wrap(f"{headline(changes)}.", max(width, _MIN_WIDTH))
+    return "\n".join(map(inert, shown)) + "\n"
+
+
+def _labelled(label: str, text: str, width: int) -> list[str]:
+    lines = wrap(text, max(width - _LABEL_WIDTH - 1, _MIN_WIDTH))
+    return [f"{label if index == 0 else '':<{_LABEL_WIDTH}} {line}" for index, line in enumerate(lines)]
 
 
 def render_markdown(changes: Changes) -> str:
