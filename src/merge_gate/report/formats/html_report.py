@@ -129,6 +129,10 @@ def _checks(report: Report) -> list[str]:
     return list(dict.fromkeys(finding.check for finding in findings))
 
 
+_IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
+"""After a dot or an underscore in a name, and not in a number."""
+
+
 @cache
 def _templates() -> tuple[Template, Template]:
     """The templates of the page and of a row."""
@@ -143,6 +147,7 @@ def _templates() -> tuple[Template, Template]:
     environment.globals |= {"words": words, "run_result": run_result}
     environment.filters["number"] = words.number
     environment.filters["spaced"] = _spaced
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html"), environment.get_template("row.html")
 
 
@@ -154,8 +159,13 @@ def _visible(value: Any) -> Any:
 def _spaced(text: str) -> Markup:
     """A part of a sentence, with its leading and trailing space, which `one_line` removes."""
     return Markup("{}{}{}").format(
-        " " if text[:1].isspace() else "", _escaped(text), " " if text[1:] and text[-1:].isspace() else ""
+        " " if text[:1].isspace() else "", _breakable(text), " " if text[1:] and text[-1:].isspace() else ""
     )
+
+
+def _breakable(text: str) -> Markup:
+    """Visible text, which a narrow page breaks after the dots and underscores of names."""
+    return Markup(_IN_NAME.sub("<wbr>", _escaped(text)))  # noqa: S704 - it is escaped
 
 
 def _escaped(text: str) -> Markup:

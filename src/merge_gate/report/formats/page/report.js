@@ -145,9 +145,9 @@
     const clamp = (value) => Math.min(Math.max(value, 0), 1);
     const KINDS = {
       state: { label: "state" },
-      headroom: { label: "headroom used", ends: ["0", "the dtype's largest value"], tint: (value) => clamp(value) },
-      ratio: { label: "‖ΔW‖/‖W‖", ends: ["1e-5", "10, logarithmic"], tint: (value) => (value > 0 ? clamp((Math.log10(value) + 5) / 6) : 0) },
-      loss: { label: "rounding loss", ends: ["0", "all of ΔW"], tint: (value) => clamp(value) },
+      headroom: { label: "headroom used", title: "the largest value as a share of the dtype's largest value", ends: ["0", "the dtype's largest value"], tint: (value) => clamp(value) },
+      ratio: { label: "‖ΔW‖/‖W‖", title: "the size of the adapter's change, relative to the base's weight", ends: ["1e-5", "10, logarithmic"], tint: (value) => (value > 0 ? clamp((Math.log10(value) + 5) / 6) : 0) },
+      loss: { label: "rounding loss", title: "the share of the adapter's change that rounding to this dtype loses", ends: ["0", "all of ΔW"], tint: (value) => clamp(value) },
     };
 
     const headroom = (data, layout, index) => {
@@ -343,8 +343,9 @@
       };
       const kinds = make("fieldset", "kinds");
       kinds.append(make("legend", "", "Show"));
-      for (const [kind, { label }] of Object.entries(KINDS)) {
+      for (const [kind, { label, title }] of Object.entries(KINDS)) {
         const choice = make("label");
+        if (title) choice.title = title;
         const radio = make("input");
         Object.assign(radio, { type: "radio", name: `kind-${maps}`, value: kind, checked: kind === data.kind });
         radio.addEventListener("change", () => choose(kind));
