@@ -312,7 +312,7 @@ def test_a_hostile_name_is_only_text(attack: str) -> None:
         return Page(html)
 
     seen, tame = played(attack.replace("`", "'") or "-"), played("tame")
-    assert seen.tags == tame.tags
+    assert [tag for tag in seen.tags if tag != "wbr"] == [tag for tag in tame.tags if tag != "wbr"]
     assert [(tag, name) for tag, name, _ in seen.attributes] == [(tag, name) for tag, name, _ in tame.attributes]
     assert len(seen.data()) == 2
 

@@ -120,7 +120,7 @@ def _row(adapter: AdapterReport) -> str:
     if adapter.verdict is Verdict.PASSED:
         warned = words.warnings(adapter)
         why = f"{words.counted(len(warned), 'warning')}: {_checks(warned)}" if warned else ""
-        why = why or ", ".join(_answer(finding) for finding in words.answers(adapter)) or words.passed(adapter)
+        why = why or ", ".join(_answer(finding) for finding in words.answers(adapter))
     else:
         module = words.deciding_module(adapter)
         why = code(words.cause(adapter), 80) + (f" in {code(module, 120)}" if module else "")
