@@ -38,7 +38,7 @@ class FileRecord:
     `identity` is that of the open file that was hashed. It does not count when two records are compared.
     """
 
-    path: str = reported("Relative to the directory of the adapter or base.")
+    path: str = reported("Relative to the directory of the adapter, base, or published model.")
     size_bytes: int = reported("Size in bytes.", key="bytes")
     sha256: str = reported("Digest of its bytes, hex.")
     identity: FileIdentity | None = field(default=None, compare=False)

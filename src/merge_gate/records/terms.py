@@ -161,7 +161,9 @@ class Finding:
     )
     message: str = reported("What is wrong, where, what the gate got, and what it expected.")
     hint: str = reported("What to do about it; may be empty.", default="")
-    url: str | None = reported("The page of the check; null until the project has an address.", default=None)
+    url: str | None = reported(
+        "The page of the check, or of an answer of verify; null until the project has an address.", default=None
+    )
     module: str | None = reported("Module of the base.", default=None)
     tensor: str | None = reported("Tensor, with its name in the file or model.", default=None)
     origin: Origin = reported("The place of the fault.")
