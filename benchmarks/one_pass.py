@@ -179,8 +179,8 @@ class Prepared:
 
 def prepared(name: str, row: Row, work: Path) -> Prepared:
     base = f"bench/{row.size}" if row.streams else str(work / f"base-{row.size}")
-    beside = "" if row.job.kind == "lora" else f"-{row.job.kind}"
-    made = make_adapters(row.size, Path(base), work / f"adapters-{row.size}{beside}", row.job.count, row.job.kind)
+    kind = "" if row.job.kind == "lora" else f"-{row.job.kind}"
+    made = make_adapters(row.size, Path(base), work / f"adapters-{row.size}{kind}", row.job.count, row.job.kind)
     if not row.streams:
         make_base(row.size, Path(base))
     adapters = targeted(made, row.targets, work / f"adapters-{name}")

@@ -1,4 +1,4 @@
-"""The gate beside the tools that stand nearest to it, on the same cases; writes the tables of docs/evidence/peers.md.
+"""Compares the gate with similar tools on the same cases, and writes the tables of docs/evidence/peers.md.
 
     python benchmarks/peers.py --work DIR [CASE ...]     # all: half an hour on two cores; goes on where it was
     python benchmarks/peers.py --work DIR --write        # peers.json and docs/evidence/peers.md from what is there

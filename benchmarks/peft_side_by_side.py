@@ -1,4 +1,4 @@
-"""PEFT's own check beside the gate's, over every trial of the method matrix; prints the document's tables.
+"""Compares PEFT's own check with the gate's in every trial of the method matrix, and prints the document's tables.
 
     python benchmarks/peft_side_by_side.py [CASE ...]
 

@@ -35,6 +35,7 @@ def test_a_comment_is_written_once_and_then_edited(
 ) -> None:
     github = GitHub()
     github.comments += [
+        {"id": 4, "user": None, "body": "<!-- merge-gate 0a1b -->"},
         {"id": 1, "user": {"login": "stranger"}, "body": "<!-- merge-gate 0a1b -->"},
         {"id": 2, "user": {"login": BOT}, "body": "<!-- merge-gate ffff --> of another job"},
     ]
@@ -45,11 +46,11 @@ def test_a_comment_is_written_once_and_then_edited(
         (tmp_path / "summary.md").write_text("## ✅ merge-gate PASS: 2 adapters passed\n", encoding="utf-8")
         assert comment.main(environ) == 0
     assert "::warning" not in capsys.readouterr().out
-    assert len(github.comments) == 3
-    body = github.comments[2]["body"]
+    assert len(github.comments) == 4
+    body = github.comments[3]["body"]
     assert body.startswith("<!-- merge-gate 0a1b -->\n## ✅ merge-gate PASS: 2 adapters passed")
     assert body.endswith("\n\n[The whole report](https://example.org/artifact)\n")
-    assert github.comments[1]["body"].endswith("of another job")
+    assert github.comments[2]["body"].endswith("of another job")
 
 
 def test_foreign_text_addresses_no_one_and_is_cut() -> None:

@@ -78,7 +78,8 @@ def _own_comment(environ: Mapping[str, str], place: str, marker: str) -> int | N
     for page in range(1, _PAGES + 1):
         listed = _request(environ, "GET", f"{place}?per_page={_PAGE_ENTRIES}&page={page}")
         for comment in listed:
-            if comment["user"]["login"] == _BOT and str(comment["body"]).startswith(marker):
+            author = comment["user"] or {}  # null if the account is gone
+            if author.get("login") == _BOT and str(comment["body"]).startswith(marker):
                 return int(comment["id"])
         if len(listed) < _PAGE_ENTRIES:
             break
