@@ -10,7 +10,6 @@ from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, ad
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
 from merge_gate.judging.answer_kinds import ALLOWED
-from merge_gate.verify.exchanged import refuse_exchanged
 
 if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation
@@ -72,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
     from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
+    from merge_gate.verify.exchanged import refuse_exchanged
     from merge_gate.worker.supervisor import WorkerSlot
 
     refuse_exchanged(arguments.merged, arguments.base, arguments.adapter, arguments.candidate)
