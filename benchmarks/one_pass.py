@@ -68,6 +68,7 @@ ROWS = {
     "cached-0.1b": Row(size="0.1b", is_cached=True),
     "cached-lora-1": Row(size="1.1b", is_cached=True),
     **{f"cached-{name}": Row(size="1.1b", job=row.job, is_cached=True) for name, row in CACHED.items()},
+    "cached-8b-8": Row(size="8b", job=Job(count=8), is_cached=True),
     "local-1.1b-8": Row(size="1.1b", job=Job(count=8), limit_bytes=3 * GIB // 2),
     "local-1.1b-4-dtypes": Row(size="1.1b", job=Job(count=4, dtypes=("bfloat16", "float16")), limit_bytes=3 * GIB // 2),
     "local-7b-4": Row(size="7b", job=Job(count=4), limit_bytes=8 * GIB),
