@@ -17,7 +17,7 @@ def add_explain(commands: Commands[CommandParser]) -> None:
         "explain",
         help="explain a check or a result of verify",
         description="Explain a check: when it fires, why it matters, what to do, and where it has happened. Also "
-        "explain a result of `merge-gate verify`. Without CHECK, list all checks and results.",
+        "explain the other findings of a report and the results of `merge-gate verify`. Without CHECK, list all.",
         epilog=examples("merge-gate explain rounding-loss", "merge-gate explain not-carried"),
     )
     explain.add_argument("check", nargs="?", metavar="CHECK", help="the id in the report, such as rounding-loss")
@@ -53,26 +53,31 @@ def explain(arguments: argparse.Namespace) -> int:
         return print_document(_checks(result_width()))
     if arguments.check not in explanations():
         hint = nearest(arguments.check, explanations()) or "`merge-gate explain` lists all checks"
-        raise UsageError(f"there is no check {quoted(arguments.check)}", hint=hint)
+        raise UsageError(f"there is no check or finding {quoted(arguments.check)}", hint=hint)
     return print_document(explanation(arguments.check, result_width()))
 
 
 def _checks(width: int) -> str:
     from merge_gate.judging.answer_kinds import ANSWERS
-    from merge_gate.judging.checks.table import CHECKS
+    from merge_gate.judging.checks.table import CHECKS, FIXED
     from merge_gate.report.wording.columns import wrap
 
-    indent = max(map(len, (*CHECKS, *ANSWERS))) + 2
+    indent = max(map(len, (*CHECKS, *FIXED, *ANSWERS))) + 2
 
     def lines(name: str, summary: str) -> list[str]:
         first, *rest = wrap(summary, max(width - indent, indent))
         return [f"{name:<{indent}}{first}", *(" " * indent + line for line in rest)]
 
-    checks, kinds = (
-        [line for name, row in table.items() for line in lines(name, row.summary)] for table in (CHECKS, ANSWERS)
-    )
-    last = "For one of them: merge-gate explain CHECK"
-    return "\n".join([*checks, "", "Answers of `merge-gate verify`:", *kinds, "", last, ""])
+    tables = {
+        "Checks:": {name: row.summary for name, row in CHECKS.items()},
+        "Findings without a setting:": {name: row.summary for name, row in FIXED.items()},
+        "Answers of `merge-gate verify`:": {name: row.summary for name, row in ANSWERS.items()},
+    }
+    sections = [
+        "\n".join([title, *(line for name, summary in table.items() for line in lines(name, summary))])
+        for title, table in tables.items()
+    ]
+    return "\n\n".join([*sections, "For one of them: merge-gate explain NAME"]) + "\n"
 
 
 def schema(arguments: argparse.Namespace) -> int:

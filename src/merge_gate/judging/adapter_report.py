@@ -22,7 +22,7 @@ from dataclasses import replace
 from merge_gate.judging import all_checks, verdict
 from merge_gate.judging.checks import base_checks, fit
 from merge_gate.judging.checks.finite import findings_of_base
-from merge_gate.judging.checks.table import CHECKS, NOT_PUBLISHED
+from merge_gate.judging.checks.table import CHECKS, EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
@@ -102,10 +102,6 @@ def unpublished_report(report: AdapterReport, message: str, hint: str) -> Adapte
         decided_by=index,
         findings=findings,
     )
-
-
-EARLIER_MODEL = "earlier-model"
-"""The check of a warning that a model of an earlier run has the name of one that was not published."""
 
 
 def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterReport:

@@ -22,6 +22,7 @@ from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
+from merge_gate.judging.checks.table import PUBLISHED_FILES
 from merge_gate.publish import json_text
 from merge_gate.publish.companion_files import CompanionFiles, read_companions
 from merge_gate.publish.facts import PublicationFacts
@@ -33,9 +34,6 @@ from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagr
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
 from merge_gate.text import counted, listing
-
-PUBLISHED_FILES = "published-files"
-"""The check of notes about files that were not published."""
 
 _CODE = ("auto_map", "custom_pipelines")
 _DTYPE_KEYS = ("dtype", "torch_dtype")

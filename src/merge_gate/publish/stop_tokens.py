@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from merge_gate.judging.checks.table import STOP_TOKENS, TOKENIZER_SIZE
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import quoted
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     Json = Mapping[str, Any]
 
-STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
 TEXT_SECTIONS = ("text_config", "llm_config")
 """The sections of config.json that describe the language model of a model with several parts."""
 

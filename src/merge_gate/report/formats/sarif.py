@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
+from merge_gate.judging.checks.table import CHECKS, FIXED, FixedFinding
 from merge_gate.judging.pages import page_of
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
@@ -31,16 +31,15 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from merge_gate.judging.checks.check import Check
     from merge_gate.records.report import BaseReport, Report
     from merge_gate.records.terms import BaseKey, Finding
 
 MAX_RESULTS = 5_000
 """GitHub keeps at most this many results of a run."""
 
-_SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
-    NOT_JUDGED: "The adapter could not be judged, so it is not cleared.",
-    NOT_PUBLISHED: "The adapter passed, and its merged model could not be published.",
-}
+_ROWS: dict[str, Check | FixedFinding] = {**CHECKS, **FIXED}
+_SUMMARIES = {check: row.summary for check, row in _ROWS.items()}
 _LEVELS = [str(level) for level in (Severity.ERROR, Severity.WARNING, Severity.NOTE)]
 _EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}
 
@@ -79,7 +78,7 @@ def _summaries(report: Report) -> dict[str, str]:
 
 
 def _rule(check: str, summary: str) -> Json:
-    row = CHECKS.get(check)
+    row = _ROWS.get(check)
     address = page_of(check)
     return {
         "id": check,
