@@ -10,12 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge_gate.engine import adapter_evidence
+from merge_gate.engine.adapter import load_adapter
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge import one_pass, walk
+from merge_gate.errors import Refused
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions
+from merge_gate.records.refusals import Defect, KnownDefect
 from tests.support.faults import configure
 
 if TYPE_CHECKING:
@@ -173,3 +177,33 @@ def test_a_cross_check_that_differs_sends_its_adapter_alone_through_peft(
     extremes = [{one.stats.name: one.stats.maximum for one in found.merges} for found in (first, second, right)]
     assert extremes[1] == extremes[2]
     assert {name: extremes[0][name] for name in extremes[2]} == extremes[2]
+
+
+def test_adapters_of_one_kind_share_one_injection(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    injections: list[str] = []
+    own = load_adapter.inject
+
+    def inject(*args: Any, **options: Any) -> Any:
+        injections.append(str(args[1].peft_type))
+        return own(*args, **options)
+
+    monkeypatch.setattr(load_adapter, "inject", inject)
+    adapter = shelf.adapter("every-projection")
+    base = base_for(shelf.base("llama"), adapter, "bfloat16")
+    together = merge_together([request_for(base, adapter)] * 3)
+    assert len(injections) == 1
+    assert base.pattern is None
+    assert len({evidence.merges for evidence in together if evidence is not None}) == 1
+
+
+def test_what_the_first_adapter_is_refused_for_the_next_of_its_kind_is_refused_for_too(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise Refused(KnownDefect(defect=Defect.LOFTQ_WITHOUT_GPU))
+
+    monkeypatch.setattr(adapter_evidence, "refuse_wrong_merges", refuse)
+    adapter = shelf.adapter("every-projection")
+    base = base_for(shelf.base("llama"), adapter, "bfloat16")
+    together = merge_together([request_for(base, adapter)] * 2)
+    assert [evidence is not None and evidence.refusal is not None for evidence in together] == [True, True]

@@ -161,6 +161,8 @@ def _attempt(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> tuple[E
             if isinstance(prepared[-1], Walk) and len(prepared) < len(attempts) and not is_begun:
                 begin_reading(bases)  # not before: `prepare` refuses an adapter whose merge does not fit in memory
                 is_begun = True
+        for base in bases:
+            base.pattern = None  # PEFT may merge into it
         walks = [walk for walk in prepared if isinstance(walk, Walk)]
         errors = [error for error in prepared if isinstance(error, Exception)]
         if errors and len(errors) == len(prepared):
@@ -260,7 +262,10 @@ class _Attempt:
         self._evidence = replace(self._evidence, unread=unread_layers(base, loaded))
         if (self._waits or base.feed is not None) and len(loaded.arrivals) == 1:
             loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
-        return self._planned_walk(loaded)
+        walk = self._planned_walk(loaded)
+        if self._waits and loaded.template is not None:
+            base.pattern = loaded.template  # not before: another adapter of its kind skips what was checked here
+        return walk
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self._request

@@ -77,7 +77,7 @@ class Loaded:
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
-    """Load one adapter onto a scratch copy of the base: the base's template if it fits, otherwise a new one.
+    """Load one adapter onto a scratch copy: the base's template or a copy of its pattern if it fits, or a new one.
 
     Args:
         base: the loaded base.
@@ -87,10 +87,13 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     Raises:
         Refused: PEFT cannot load the adapter, or would lose some of it.
     """
-    template = base.template if base.template is not None and base.template.kind == kind_of(files) else None
+    kind = kind_of(files)
+    template = base.template if base.template is not None and base.template.kind == kind else None
     base.template = None  # adapter_evidence.py puts it back after a merge that leaves it unchanged
     if template is not None:
         template.renew()
+    elif base.pattern is not None and base.pattern.kind == kind:
+        template = base.pattern.copied()
     loaded = _load_onto(template or _make_template(base, files, blank=True), base, files, weights)
     if loaded.arrivals[0].missing:  # a missing tensor keeps PEFT's initial values, which a blank template lacks
         return _load_onto(_make_template(base, files), base, files, weights)

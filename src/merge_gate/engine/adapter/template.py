@@ -15,7 +15,7 @@ no method other than LoRA and DoRA.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from merge_gate.engine.base.module_copies import copied, tensors_of
 from merge_gate.engine.tensors.hollow import CASTABLE
 from merge_gate.records.files import AdapterFiles
 
@@ -74,6 +75,23 @@ class Template:
             layer.merged_adapters.clear()
             for _, _, factor in parameters_of(layer):
                 factor.data = torch.full_like(factor.data, torch.nan)  # its memory may be a file's (mapped_factors.py)
+
+    def copied(self) -> Template:
+        """Another template for the same base, for an adapter that is loaded while this one is in use."""
+        memo = tensors_of(self.model)
+        model = copied(self.model, memo)
+        made = replace(
+            self,
+            model=model,
+            config=copied(self.config, memo),
+            slots={(id(memo[module]), attribute): name for (module, attribute), name in self.slots.items()},
+            children=tuple(
+                (copied(module, memo), {name: copied(child, memo) for name, child in children.items()})
+                for module, children in self.children
+            ),
+        )
+        made.renew()
+        return made
 
     def holds(self, keys: set[str]) -> bool:
         """Whether all of these keys of the model are factors of the adapter, and none is a tensor of the base."""

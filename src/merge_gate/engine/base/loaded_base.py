@@ -10,7 +10,6 @@ module imports no PEFT, and no code writes to the base.
 
 from __future__ import annotations
 
-import copy
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
+from merge_gate.engine.base.module_copies import copied, tensors_of
 from merge_gate.engine.base.shared_reads import SharedReads
 from merge_gate.engine.base.stored_formats import (
     loaded_dtypes,
@@ -99,9 +99,10 @@ class Base:
 
     `tensors` and `stats` are by name, a tied tensor under its first name only. `aliases` maps the other names of tied
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
-    a scratch copy that the last adapter left unchanged, for the next adapter (template.py). `direct_reads` is what the
-    forward reads without calling layers, once it is traced (unread_layers.py). The tensors are in host memory,
-    quantized ones on `device`. `weights` brings them to `device` when they are needed.
+    a scratch copy that the last adapter left unchanged, for the next adapter (template.py), and `pattern` one that is
+    in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
+    layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`. `weights`
+    brings them to `device` when they are needed.
 
     Tensors in `hollow` have values only while they are `filled`. They are cast from another base (other_dtype.py), or
     come from `feed` (skeleton.py). In the second case `stats` lacks a tensor until its values have passed by: use
@@ -117,6 +118,7 @@ class Base:
     newly_initialized: frozenset[str]
     unexpected: frozenset[str] = frozenset()
     template: Any = None
+    pattern: Any = None
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
@@ -227,30 +229,13 @@ class Base:
         """Whether some code has read a tensor that had no values. The tensor has values from now on."""
         if self.hollow is None or not self.hollow.fill_touched():
             return False
-        self.template = None
+        self.template = self.pattern = None
         return True
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A scratch copy: own modules over the base's storage. With `private`, over copies of the tensors."""
-        copies: dict[int, Any] = {}
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in copies:
-                    copies[id(parameter)] = wrap(parameter, private=private)
-            for buffer in module._buffers.values():
-                if buffer is not None and id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.clone() if private else buffer.detach()
-        return copy.deepcopy(self.model, copies)  # as its memo, so that deepcopy copies no tensor, and ties stay
-
-
-def wrap(parameter: torch.Tensor, *, private: bool = False) -> torch.Tensor:
-    """A new parameter of the same class and attributes over the same storage (a copy of it with `private`)."""
-    data = parameter.detach()
-    if type(parameter) is nn.Parameter:
-        return nn.Parameter(data.clone() if private else data, requires_grad=False)
-    wrapped = torch.Tensor._make_subclass(type(parameter), data.clone() if private else data, False)
-    wrapped.__dict__.update(parameter.__dict__)
-    return wrapped
+        made: nn.Module = copied(self.model, tensors_of(self.model, private=private))
+        return made
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
