@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands, add_appearance, examples
-from merge_gate.cli.output import claimed_output, exit_code, gate_adapters
+from merge_gate.cli.output import claimed_output, exit_code, gate_adapters, result_width
 from merge_gate.errors import ExitCode, GateError
 from merge_gate.records.options import RunOptions
 from merge_gate.run.streams import tell
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.load_config import load_config
     from merge_gate.demo import make_demo, misjudged
     from merge_gate.report.formats.terminal_text import page_to_open
+    from merge_gate.report.wording.columns import wrap
 
     output = str(Path(arguments.directory, DEFAULT_OUTPUT))
     config = load_config(make_demo(arguments.directory))
@@ -47,10 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",
             hint="this installation of merge-gate cannot be trusted; please report this, with the output of `pip list`",
         )
-    tell(
-        f"\nThe gate judged all {len(report.adapters)} merges of the demo as it should. Its own exit code is "
+    closing = (
+        f"The gate judged all {len(report.adapters)} merges of the demo as it should. Its own exit code is "
         f"{int(exit_code(report))}: in a workflow, this release would stop here."
     )
+    tell("\n" + "\n".join(wrap(closing, result_width())))
     tell(f"Change its files and run it again: merge-gate run {shlex.quote(config.label)}")
     tell("Now yours: merge-gate run ./my-adapter --base ./my-base")
     tell(page_to_open(output))
