@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import transformers
 from packaging.version import Version
-from transformers.utils import import_utils
 
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
@@ -120,23 +119,6 @@ def test_what_peft_uses_of_torch_is_there_as_it_is_without() -> None:
     assert "torch.nn.functional.linear" in plain
     assert quick == plain
     assert not is_compiler_there, "it has been looked for in the compiler"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "",
-        "import os\n",
-        '__all__ = ["A", "B"]',
-        'x = 1\n\n__all__ = [\n    "A",\n    "B",\n]\n',
-        '# __all__ is below\nx = 1\n__all__ = ["A"]\n__all__ = ["B"]\n',
-        'if x:\n    __all__ = ["A"]\n',
-        'x = 1\f__all__ = ["A"]\n',
-    ],
-)
-def test_exports_are_found_in_what_follows_their_first_mention(source: str) -> None:
-    found = import_utils.fetch__all__(source)
-    assert quick_imports._read_once_and_short(import_utils)["fetch__all__"](source) == found
 
 
 def test_whoever_wants_more_of_scipy_gets_it_meanwhile() -> None:

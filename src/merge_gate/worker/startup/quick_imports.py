@@ -5,8 +5,7 @@ what it does without it.
 
 1. Packages that transformers and PEFT import and hardly use are deferred (deferred.py).
 2. transformers reads the source of all its models to learn what they export, and then reads much of it again, because
-   its cache holds fewer directories than there are. It gets a cache without a limit. It searches each source for a
-   line that begins with `__all__`: it gets the source from the first mention on.
+   its cache holds fewer directories than there are. It gets a cache without a limit.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ _USED_WITHOUT_IMPORT = "torch.distributed.tensor"
 """PEFT uses it without an import of its own: the compiler imports it, and some releases of transformers do."""
 _STRUCTURES = "transformers.utils.import_utils"
 _READS_SOURCE = "create_import_structure_from_path"
-_FINDS_EXPORTS = "fetch__all__"
 
 Change = Callable[[ModuleType], dict[str, Any]]
 """A module → the names that it has only while the imports last, with their values."""
@@ -48,7 +46,7 @@ def quick_imports() -> Iterator[None]:
     its argument. Then the compiler is deferred as well.
     """
     compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"
-    changes: dict[str, Change] = {_STRUCTURES: _read_once_and_short}
+    changes: dict[str, Change] = {_STRUCTURES: _with_unlimited_cache}
     if not compiles:
         changes["torch"] = lambda _: {"compile": mark}
     with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes):
@@ -88,19 +86,9 @@ class _Changing:
         return spec
 
 
-def _read_once_and_short(module: ModuleType) -> dict[str, Any]:
-    """Step 2. Nothing changes in a release of transformers that lacks these functions."""
-    changes: dict[str, Any] = {}
+def _with_unlimited_cache(module: ModuleType) -> dict[str, Any]:
+    """Step 2. Nothing changes in a release of transformers whose function has no cache."""
     reads: Any = getattr(module, _READS_SOURCE, None)
-    if hasattr(reads, "cache_info"):
-        changes[_READS_SOURCE] = functools.lru_cache(maxsize=None)(reads.__wrapped__)
-    finds: Any = getattr(module, _FINDS_EXPORTS, None)
-    if finds is not None:
-        changes[_FINDS_EXPORTS] = lambda source: finds(_from_first_mention(source))
-    return changes
-
-
-def _from_first_mention(source: str) -> str:
-    """The source from the first line on that mentions `__all__`."""
-    at = source.find("__all__")
-    return source[source.rfind("\n", 0, at) + 1 :] if at >= 0 else ""
+    if not hasattr(reads, "cache_info"):
+        return {}
+    return {_READS_SOURCE: functools.lru_cache(maxsize=None)(reads.__wrapped__)}
