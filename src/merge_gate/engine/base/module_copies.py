@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_AS_THEY_ARE = (bool, int, float, str, type(None))
+_AS_THEY_ARE = (bool, int, float, str, type(None), torch.device, torch.dtype)
 
 Memo = dict[int, Any]
 """Copies by the id of the original, as `copy.deepcopy` keeps them."""
@@ -49,16 +49,21 @@ def copied(value: Any, memo: Memo) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    made: Any
     if kind is dict or kind is OrderedDict:
         made = memo[id(value)] = kind()
         made.update((copied(key, memo), copied(one, memo)) for key, one in value.items())
-        return made
-    if isinstance(value, nn.Module) and _is_copied_by_attributes(kind):
-        module: Any = object.__new__(kind)
-        memo[id(value)] = module
-        module.__dict__.update((name, copied(one, memo)) for name, one in value.__dict__.items())
-        return module
-    return copy.deepcopy(value, memo)
+    elif kind is list:
+        made = memo[id(value)] = []
+        made.extend(copied(one, memo) for one in value)
+    elif kind is set:
+        made = memo[id(value)] = {copied(one, memo) for one in value}
+    elif issubclass(kind, nn.Module) and _is_copied_by_attributes(kind):
+        made = memo[id(value)] = object.__new__(kind)
+        made.__setstate__({name: copied(one, memo) for name, one in value.__getstate__().items()})
+    else:
+        made = copy.deepcopy(value, memo)
+    return made
 
 
 def _is_copied_by_attributes(kind: Any) -> bool:
@@ -67,6 +72,6 @@ def _is_copied_by_attributes(kind: Any) -> bool:
         not hasattr(kind, "__deepcopy__")
         and kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
-        and kind.__getstate__ is object.__getstate__
+        and kind.__getstate__ is nn.Module.__getstate__
         and kind.__setstate__ is nn.Module.__setstate__
     )
