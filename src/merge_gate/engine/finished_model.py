@@ -34,7 +34,7 @@ from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import EngineError, Undecidable
 from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.measured import Evidence
+from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 
@@ -157,7 +157,7 @@ def compare(
     others = tuple(_unloaded(files, base_files, base_map))
     if any(one.touched and not one.same for one in found.facts.values()):
         again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None)
-        adapter_evidence.merge(again)
+        adapter_evidence.merge(replace(again, measure_options=MeasureOptions(estimates=True)))  # only the sink counts
     given = sink.names | (base.tensors.keys() - base.newly_initialized)
     order = {name: number for number, name in enumerate(merged.tensors)}
     facts = sorted(found.facts.values(), key=lambda one: order[one.name])

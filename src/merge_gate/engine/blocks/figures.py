@@ -66,16 +66,21 @@ class Measured:
 
 @torch.no_grad()
 def measure_merge(
-    merge: BlockMerge, *, figures: bool = False, receive: Callable[[MergedRows], None] | None = None
+    merge: BlockMerge,
+    *,
+    figures: bool = False,
+    receive: Callable[[MergedRows], None] | None = None,
+    with_change: bool = False,
 ) -> Measured:
     """Merge every row and measure it. The figures cost more than the merge.
 
     Without figures, the rows of a 16-bit weight that cannot hold an extreme are merged and measured in one product
-    (screen.py). With `receive`, each row is merged with PEFT's roundings, measured, and passed on.
+    (screen.py). With `receive`, each row is merged with PEFT's roundings, measured, and passed on,
+    if asked for together with its unrounded change.
     """
     tally = _Tally(merge, figures=figures)
     if receive is not None:
-        for block in merge.blocks(with_change=figures):
+        for block in merge.blocks(with_change=figures or with_change):
             receive(block)
             tally.add(block)
         return tally.result()

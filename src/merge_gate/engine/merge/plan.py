@@ -166,7 +166,7 @@ def merge_in_blocks(
     receive = None
     if sink is not None:
         receive = functools.partial(_pass_on, sink, one, merge if once else None)
-    found = measure_merge(merge, figures=once or sample is None, receive=receive)
+    found = measure_merge(merge, figures=sample is None, receive=receive, with_change=once)
     if not found.finite or found.max_abs >= ceiling:
         return None
     extremes = found.minimum, found.maximum
