@@ -93,7 +93,7 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     if template is not None:
         template.renew()
     elif base.pattern is not None and base.pattern.kind == kind:
-        template = base.pattern.copied()
+        template = base.pattern.duplicate()
     loaded = _load_onto(template or _make_template(base, files, blank=True), base, files, weights)
     if loaded.arrivals[0].missing:  # a missing tensor keeps PEFT's initial values, which a blank template lacks
         return _load_onto(_make_template(base, files), base, files, weights)

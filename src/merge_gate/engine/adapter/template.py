@@ -76,7 +76,7 @@ class Template:
             for _, _, factor in parameters_of(layer):
                 factor.data = torch.full_like(factor.data, torch.nan)  # its memory may be a file's (mapped_factors.py)
 
-    def copied(self) -> Template:
+    def duplicate(self) -> Template:
         """Another template for the same base, for an adapter that is loaded while this one is in use."""
         memo = tensors_of(self.model)
         model = copied(self.model, memo)
