@@ -19,6 +19,7 @@ from merge_gate.report.wording.columns import cells
 from tests.support.reports import (
     EMPTY,
     FAIL,
+    HALF,
     MISSING,
     NAN,
     PASS,
@@ -135,6 +136,12 @@ def test_what_breaks_many_alike_is_said_once() -> None:
 def failed(name: str, message: str = "") -> AdapterReport:
     finding = dataclasses.replace(NAN, message=message or NAN.message)
     return adapter(name, Verdict.FAILED, cause=NAN.check, findings=(finding,))
+
+
+def test_causes_count_adapters_and_not_their_dtypes() -> None:
+    fleet = [failed(f"broken-{number}") for number in range(30)]
+    text = render(report(*fleet, *(dataclasses.replace(one, base=HALF) for one in fleet)), "out")
+    assert "\nCauses: adapter-nonfinite 30.\n" in text
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -310,10 +310,11 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
 
 def _causes(report: Report) -> str:
     """How many adapters failed by each cause, if there are too many to show."""
-    failed = Counter(words.cause(adapter) for adapter in report.adapters if adapter.verdict is Verdict.FAILED)
-    if failed.total() <= MAX_PARAGRAPHS:
+    failed = [entry for entry in report.adapters if entry.verdict is Verdict.FAILED]
+    if len(failed) <= MAX_PARAGRAPHS:
         return ""
-    causes = [f"{check} {words.number(count)}" for check, count in failed.most_common()]
+    counts = Counter(cause for _, cause in dict.fromkeys((entry.name, words.cause(entry)) for entry in failed))
+    causes = [f"{check} {words.number(count)}" for check, count in counts.most_common()]
     return f"Causes: {listing(causes, _MAX_CAUSES)}."
 
 
