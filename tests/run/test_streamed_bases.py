@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.command import Answer, merge_gate, strict_json
-from tests.support.faults import poison
+from tests.support.command import Answer, merge_gate, start, strict_json, wait_until
+from tests.support.faults import LFS_POINTER, overwrite, poison
 from tests.support.hub import LoopbackHub
 from tests.support.models import read_tensors, write_tensors
 
@@ -38,34 +39,35 @@ class Place:
     def run(
         self, *words: str, base: str = BASE, adapters: str = "./adapters/*", **keys: Any
     ) -> tuple[Answer, dict[str, Any]]:
-        config = {
-            "version": 1,
-            "base": {"model": base} | keys,
-            "adapters": [adapters],
-            "checks": {"base-mismatch": "off"},
-        }
-        (self.directory / "gate.yml").write_text(json.dumps(config))
-        temporary = self.directory / "tmp"
-        temporary.mkdir(exist_ok=True)
+        self.configure(base=base, adapters=[adapters], **keys)
 
         def look(path: str) -> None:
             if path.startswith("/cdn/"):
-                stubs = temporary.glob("merge-gate-worker-*/base-*/*.safetensors")
+                stubs = self.temporary.glob("merge-gate-worker-*/base-*/*.safetensors")
                 self.blocks |= {stub.name: stub.stat().st_blocks for stub in stubs}
 
         self.hub.on_request = look
-        answer = merge_gate(
-            "run",
-            "gate.yml",
-            *words,
-            cwd=self.directory,
-            HF_ENDPOINT=self.hub.url,
-            HF_HOME=str(self.directory / "cache"),
-            HF_HUB_OFFLINE="0",
-            HF_TOKEN=TOKEN,
-            TMPDIR=str(temporary),
-        )
+        answer = merge_gate("run", "gate.yml", *words, cwd=self.directory, **self.variables)
         return answer, strict_json(self.directory / REPORT)
+
+    def configure(self, *, adapters: list[str], base: str = BASE, **keys: Any) -> None:
+        settings = {"version": 1, "base": {"model": base} | keys, "adapters": adapters}
+        (self.directory / "gate.yml").write_text(json.dumps(settings | {"checks": {"base-mismatch": "off"}}))
+        self.temporary.mkdir(exist_ok=True)
+
+    @property
+    def temporary(self) -> Path:
+        return self.directory / "tmp"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(self.directory / "cache"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+            "TMPDIR": str(self.temporary),
+        }
 
 
 def lay_base(shelf: Shelf, directory: Path) -> None:
@@ -189,6 +191,45 @@ def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -
     answer, report = place.run("--access", "stream")
     assert answer.code == 3, answer.said
     assert {one["verdict"] for one in report["adapters"]} == {"error"}
+    assert stored(place) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_pass_that_a_signal_ends_is_continued(number: signal.Signals, shelf: Shelf, place: Place) -> None:
+    """It leaves the verdict that was reached before. The others need the whole pass."""
+    pointer = place.directory / "pointer" / "lfs"
+    if not pointer.exists():
+        shutil.copytree(shelf.adapter("plain"), pointer)
+        overwrite(LFS_POINTER)(pointer)
+    place.configure(adapters=["./pointer/*", "./adapters/*"], access="stream")
+    bodies: list[str] = []
+
+    def stall(path: str) -> None:
+        if path.startswith("/cdn/"):
+            bodies.append(path)
+            if len(bodies) == len(SHARDS) + 1:  # the headers have arrived
+                place.hub.damage("/cdn/", "stall")
+
+    place.hub.on_request = stall
+    process = start("run", "gate.yml", cwd=place.directory, **place.variables)
+    wait_until(lambda: len(bodies) > len(SHARDS), process)
+    process.send_signal(number)
+    assert process.wait(60) == 3
+    report = strict_json(place.directory / REPORT)
+    reached = [one["name"] for one in report["adapters"] if one["verdict"] != "error"]
+    assert (report["complete"], reached) == (False, ["lfs"])
+
+    place.hub.damages.clear()
+    place.hub.on_request = lambda path: path
+    answer = merge_gate("run", "gate.yml", "--resume", cwd=place.directory, **place.variables)
+    report = strict_json(place.directory / REPORT)
+    assert report["complete"] is True, answer.said
+    assert [(one["name"], one["verdict"]) for one in report["adapters"]] == [
+        ("lfs", "failed"),
+        ("good", "passed"),
+        ("nan", "failed"),
+    ]
     assert stored(place) == []
 
 

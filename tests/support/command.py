@@ -51,13 +51,13 @@ def merge_gate(*words: str | Path, cwd: Path, **changes: str) -> Answer:
     return _answer([*COMMAND, *map(str, words)], cwd, changes)
 
 
-def start(*words: str | Path, cwd: Path) -> subprocess.Popen[bytes]:
+def start(*words: str | Path, cwd: Path, **changes: str) -> subprocess.Popen[bytes]:
     """Start `merge-gate`, whose output goes to `log` beside the config, and leave it running."""
     with (cwd / "log").open("wb") as log:
         return subprocess.Popen(
             [*COMMAND, *map(str, words)],
             cwd=cwd,
-            env=environment(),
+            env=environment(**changes),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
