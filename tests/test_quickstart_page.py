@@ -80,8 +80,10 @@ def test_the_failure_of_the_pull_request_is_that_of_the_demo() -> None:
 @pytest.mark.slow
 def test_the_page_is_followed_to_the_letter(tmp_path: Path) -> None:
     for kind, body in CODE_BLOCK.findall(PAGE):
-        if kind == "yaml" and body in configs():
-            (tmp_path / "merge-gate.yml").write_text(body, encoding="utf-8")
+        if kind == "yaml":
+            file = tmp_path / ("merge-gate.yml" if body in configs() else ".github/workflows/gate.yml")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(body, encoding="utf-8")
         if kind != "console":
             continue
         for command, shown in commands(body):
