@@ -10,7 +10,7 @@ COMMAND_LINE = "the command line"
 
 @record
 class Problem:
-    """One thing wrong with the configuration. `line` and `column` count from 1."""
+    """One thing wrong with the configuration. `line` and `column` count from 1; 0 if there is no file."""
 
     message: str
     path: str
@@ -19,7 +19,8 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.path}:{self.line}:{self.column}: {self.message}"
+        place = f"{self.path}:{self.line}:{self.column}" if self.line else self.path
+        text = f"{place}: {self.message}"
         return f"{text} ({self.hint})" if self.hint else text
 
 
