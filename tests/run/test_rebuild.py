@@ -206,6 +206,12 @@ def test_what_a_rebuild_has_just_made_stays(place: Path) -> None:
     assert young.exists()
 
 
+def test_a_directory_without_a_record_gets_a_hint_for_reading(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["rebuild", "base", "--output", "again"]) == 2
+    err = capfd.readouterr().err
+    assert "cannot read base/merge-gate.json: No such file or directory\n  name a published model" in err
+
+
 def test_links_and_pipes_are_not_read(place: Path) -> None:
     manifest = place / "merged" / "one" / MANIFEST_NAME
     manifest.unlink()

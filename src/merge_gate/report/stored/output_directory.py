@@ -133,3 +133,15 @@ def explained(what: str, *, chosen_by: str = " with --output") -> Iterator[None]
             hint = f"free some space on that disk, or choose another directory{chosen_by}"
             raise GateError(message, hint=hint) from error
         raise UsageError(message, hint=f"choose a directory that you may write to{chosen_by}") from error
+
+
+@contextlib.contextmanager
+def explained_read(what: str, hint: str) -> Iterator[None]:
+    """Turn errors of the system that reading raises into sentences that begin with `what`."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{what}: {error.strerror or error}"
+        if error.errno in _DISK:
+            raise GateError(message, hint="check that disk, then run again") from error
+        raise UsageError(message, hint=hint) from error
