@@ -166,7 +166,8 @@ def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
         from cryptography.hazmat.primitives.asymmetric import ec, ed25519  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
-            "signatures need the package cryptography", hint="install it with: pip install 'merge-gate[attest]'"
+            "signatures need the package cryptography",
+            hint="install merge-gate again with the extra `attest`: pip install '.[attest]' in its checkout",
         ) from error
     return serialization, ec, ed25519
 

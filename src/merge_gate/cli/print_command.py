@@ -97,6 +97,6 @@ def completion(arguments: argparse.Namespace, commands: argparse.ArgumentParser)
     except ModuleNotFoundError:
         raise UsageError(
             "the package shtab is not installed, which makes the script",
-            hint="install the extra `completion`: pip install 'merge-gate[completion]'",
+            hint="install merge-gate again with the extra `completion`: pip install '.[completion]' in its checkout",
         ) from None
     return print_document(shtab.complete(commands, shell=arguments.shell))
