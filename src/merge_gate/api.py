@@ -94,7 +94,7 @@ def gate(
     )
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(WorkerSlot())
-        config = _config(names, named)
+        config = _config(names, named, folder)
         if folder is None:
             return run_gate(config, options, worker=worker)
         refuse_report(folder, FORMATS, names)
@@ -125,15 +125,15 @@ def _refuse_device(device: str) -> None:
         raise UsageError(f"device is {quoted(device)}, expected auto, cpu, cuda, or cuda:N")
 
 
-def _config(names: Sequence[str], named: Mapping[str, Any]) -> Config:
+def _config(names: Sequence[str], named: Mapping[str, Any], output: str | None) -> Config:
     """The configuration in the file, or that of the named adapters."""
     if not names:
         raise UsageError("no adapters are named", hint="name directories, globs, Hub ids, or a configuration file")
     if not names_a_file(names):
-        return config_of(names, **named)
+        return config_of(names, **named, output=output)
     given = next((name for name, value in named.items() if value), None)
     if given is not None:
         raise UsageError(f"{given} is for named adapters", hint="write it into the configuration file instead")
     from merge_gate.config.load_config import load_config  # noqa: PLC0415 - imports pydantic
 
-    return load_config(names[0])
+    return load_config(names[0], output=output)

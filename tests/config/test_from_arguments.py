@@ -196,6 +196,37 @@ def test_a_name_that_is_not_utf_8_is_refused() -> None:
         config_of([os.fsdecode(b"caf\xe9")])
 
 
+OWN_REPORT = (
+    '{"schema_version": "1.0", "complete": true, "result": "pass", "counts": {}, "tool": {"name": "merge-gate"}}'
+)
+
+
+def named(config: Config) -> list[str]:
+    return [spec.name for spec in config.adapters]
+
+
+def test_a_glob_skips_where_reports_are(here: Path) -> None:
+    """An adapter in such a directory, or what is left of one, is gated."""
+    for name in ("now", "once/previous", "twice", "with-an-adapter", "foreign", "empty"):
+        (here / name).mkdir(parents=True)
+    for name in ("once/previous", "twice", "with-an-adapter"):
+        (here / name / "report.json").write_text(OWN_REPORT)
+    (here / "foreign" / "report.json").write_text("{}")
+    (here / "with-an-adapter" / "adapter_model.safetensors").touch()
+    gated = ["base", "empty", "foreign", "support", "teams", "with-an-adapter"]
+    assert named(config_of(["./*"], output="./now/")) == gated
+    assert named(config_of(["./*"], output="support")) == sorted([*gated, "now"])
+    (here / "merge-gate.yml").write_text('version: 1\nadapters: ["./*"]\n')
+    assert named(load_config("merge-gate.yml", output=str(here / "now"))) == gated
+    assert named(config_of(["now", "once"], output="now")) == ["now", "once"]
+
+
+def test_a_glob_that_matches_only_reports_is_an_error(here: Path) -> None:
+    (here / "now").mkdir()
+    with pytest.raises(UsageError, match=re.escape('no directory matches "n*" (only directories with reports)')):
+        config_of(["n*"], output="now")
+
+
 def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
     (here / "merge-gate.yml").write_text(first_config(["."], base_of))
     config = load_config("merge-gate.yml")

@@ -59,6 +59,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
 
+    output = getattr(arguments, "output", None)
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in _OPTIONS}
     if names_a_file(arguments.names):
         for option in (f"--{name.replace('_', '-')}" for name, value in values.items() if value):
@@ -68,7 +69,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
                 f"{option}{source} is for adapters named on the command line",
                 hint=f"{arguments.names[0]} lists the adapters of this run: write it into that file instead",
             )
-        return load_config(arguments.names[0])
+        return load_config(arguments.names[0], output=output)
     if getattr(arguments, "container", False):
         raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
     return config_of(
@@ -80,6 +81,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
         checks=_unique("--set", values["set"]),
         expect=_expected(values["expect"]),
         allow_pickle=bool(values["allow_pickle"]),
+        output=output,
     )
 
 

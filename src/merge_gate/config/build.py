@@ -40,7 +40,9 @@ _LEAST_PERCENT = 2
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 
-def build_config(document: YamlDocument, sha256: str, *, path: str | None, directory: Path) -> Config:
+def build_config(
+    document: YamlDocument, sha256: str, *, path: str | None, directory: Path, output: str | None = None
+) -> Config:
     """Validate the values of a file and build its configuration.
 
     Args:
@@ -48,12 +50,14 @@ def build_config(document: YamlDocument, sha256: str, *, path: str | None, direc
         sha256: the digest of the file's bytes.
         path: the file as the user named it; None if the adapters are named on the command line.
         directory: where relative names start.
+        output: the output directory of the run, which globs skip.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
     file = read_models(document, FileEntry)
-    adapters = _Build(document, file, directory, is_file=path is not None).adapters(file.adapters or [])
+    build = _Build(document, file, directory, is_file=path is not None, output=output)
+    adapters = build.adapters(file.adapters or [])
     document.raise_problems()
     baseline = str(Path(path or "").parent / file.baseline) if file.baseline else None
     return file.record(
@@ -78,9 +82,11 @@ def _publish(entry: PublishEntry, directory: Path) -> PublishSpec:
 
 
 class _Build:
-    def __init__(self, document: YamlDocument, file: FileEntry, directory: Path, *, is_file: bool) -> None:
+    def __init__(
+        self, document: YamlDocument, file: FileEntry, directory: Path, *, is_file: bool, output: str | None
+    ) -> None:
         self.document, self.report = document, document.report
-        self.directory, self.is_file = directory, is_file
+        self.directory, self.is_file, self.output = directory, is_file, output
         self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
         self.default = self._override((), file, DEFAULT_ADAPTER)
 
@@ -196,7 +202,7 @@ class _Build:
     def _resolved(self, loc: Loc, written: str, *, on_hub: bool, is_base: bool = False) -> list[ResolvedName]:
         """Resolve the name at `loc`. Report a problem and return an empty list if it is invalid."""
         try:
-            return resolve_name(written, self.directory, on_hub=on_hub, is_base=is_base)
+            return resolve_name(written, self.directory, on_hub=on_hub, is_base=is_base, output=self.output)
         except InvalidName as problem:
             self.report(loc, *problem.args)
             return []

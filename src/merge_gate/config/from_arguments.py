@@ -92,6 +92,7 @@ def config_of(
     checks: Mapping[str, object] = MappingProxyType({}),
     expect: Mapping[str, object] = MappingProxyType({}),
     allow_pickle: bool = False,
+    output: str | None = None,
 ) -> Config:
     """Build the configuration that lists these adapters. Relative names start in the current directory.
 
@@ -104,6 +105,7 @@ def config_of(
         checks: severities, or mappings with severity and limit, by the ids of checks, as a file has them.
         expect: facts that every adapter must match, as a file has them.
         allow_pickle: load pickled weights, with weights_only.
+        output: the output directory of the run, which globs skip.
 
     Raises:
         UsageError: with every problem.
@@ -132,7 +134,7 @@ def config_of(
     text = yaml_text(file, indent=1)
     try:
         document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()
-        return build_config(document, digest, path=None, directory=Path.cwd())
+        return build_config(document, digest, path=None, directory=Path.cwd(), output=output)
     except FileNotFoundError:
         raise current_directory_gone() from None
     except ConfigError as error:

@@ -5,18 +5,21 @@ treated as a Hub id: a mistyped directory must not become a download from a stra
 """
 
 # os.path returns False if pathlib raises (a name too long), and keeps ./ as written:
-# ruff: noqa: PTH110, PTH111, PTH112, PTH114, PTH115, PTH118, PTH207
+# ruff: noqa: PTH110, PTH111, PTH112, PTH114, PTH115, PTH118, PTH121, PTH207
 
 from __future__ import annotations
 
 import glob
 import os
 import re
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
 from merge_gate.config.suggestions import nearest
+from merge_gate.earlier_reports import REPORTS, is_own, places
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
 
 
@@ -39,7 +42,9 @@ ResolvedName = tuple[str, str | None, str | None]
 """A name of an adapter or a base, and its absolute directory or its Hub id."""
 
 
-def resolve_name(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> list[ResolvedName]:
+def resolve_name(
+    written: str, directory: Path, *, on_hub: bool, is_base: bool, output: str | None = None
+) -> list[ResolvedName]:
     """Resolve `written`: to each directory that a glob matches, sorted, or to the one directory or Hub id.
 
     Args:
@@ -47,6 +52,7 @@ def resolve_name(written: str, directory: Path, *, on_hub: bool, is_base: bool) 
         directory: the start of relative paths.
         on_hub: a revision is given. Then `acme/billing` is a Hub id even if a directory `acme` exists without it.
         is_base: a Hub id may be a bare name (`gpt2`). Otherwise it must be `owner/name`.
+        output: the output directory of this run. A glob skips it, and directories with reports of earlier runs.
 
     Raises:
         InvalidName: no directory and no Hub id has this name.
@@ -56,12 +62,24 @@ def resolve_name(written: str, directory: Path, *, on_hub: bool, is_base: bool) 
     if "**" in written:
         raise InvalidName(f'{quoted(written)}: "**" is not supported', "write one * for each level")
     matches = sorted(glob.glob(os.path.expanduser(written), root_dir=directory))
-    directories = [match for match in matches if os.path.isdir(directory / match)]
+    found = [match for match in matches if os.path.isdir(directory / match)]
+    directories = [match for match in found if not _is_for_reports(directory / match, output)]
     if not directories:
         files = " (only files)" if matches else ""
+        files = " (only directories with reports)" if found else files
         hint = partial(_suggest_directory, _literal_part(written, directory))
         raise InvalidName(f"no directory matches {quoted(written)}{files}", hint)
     return [(name, os.path.normpath(directory / name), None) for name in directories]
+
+
+def _is_for_reports(place: Path, output: str | None) -> bool:
+    """Whether a directory is where a run writes or wrote its reports, and holds no file of an adapter."""
+    if any(os.path.lexists(place / name) for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)):
+        return False
+    with suppress(OSError, ValueError):  # the output directory does not exist yet, or cannot
+        if output is not None and os.path.samefile(place, output):
+            return True
+    return any(is_own(folder / name) for folder in places(place) for name in REPORTS)
 
 
 def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> ResolvedName:
