@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.loaded_base import ModelClass, Source
@@ -162,3 +164,37 @@ def test_a_quantization_that_transformers_does_not_know_is_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "no-such-method"}}')
     with pytest.raises(Undecidable, match=r"QuantizationUnknown.*'no-such-method'"):
         refuse_unknown_format(str(tmp_path), "b")
+
+
+def test_stale_buffers_are_those_of_the_models_own_modules(shelf: Shelf, tmp_path: Path) -> None:
+    """What else transformers merely ignores, such as an MTP head, is lost if a merge lacks it."""
+    stale = [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "layers.1.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.position_ids",
+    ]
+    ignored = [
+        "mtp.inv_freq",
+        "mtp.layers.0.fc.weight",
+        "mtp.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.2.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.bias",
+    ]
+    base = changed(shelf, tmp_path, {name: torch.ones(4) for name in (*stale, *ignored)})
+    found = tensor_map(LlamaForCausalLM, str(base), stored_tensors(str(base)))
+    found = dataclasses.replace(found, unexpected=frozenset())
+    assert set(found.unloaded) == {*stale, *ignored}
+    assert set(accounting.stale_buffers(found)) == set(stale)
+    found = dataclasses.replace(found, unexpected=frozenset(stale[:1]))
+    assert set(accounting.stale_buffers(found)) == set(stale[1:])
+
+
+@pytest.mark.parametrize(("shape", "is_mask"), [((1, 1, 4, 4), True), ((32,), False)])
+def test_a_stored_mask_is_stale_and_a_bias_is_not(
+    shape: tuple[int, ...], is_mask: bool, shelf: Shelf, tmp_path: Path
+) -> None:
+    name = "transformer.h.0.attn.bias"
+    base = changed(shelf, tmp_path, {name: torch.ones(shape)}, base="gpt2")
+    found = tensor_map(GPT2LMHeadModel, str(base), stored_tensors(str(base)))
+    assert list(found.unloaded) == [name]
+    assert accounting.stale_buffers(found) == ((name,) if is_mask else ())

@@ -74,6 +74,14 @@ def test_a_wrong_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier
     assert report.cause == recipe.kind
 
 
+def test_a_lost_head_is_named_without_the_buffers_that_transformers_computes(
+    scene: Scene, verifier: Verifier, tmp_path: Path
+) -> None:
+    recipe = next(one for one in WRONG if one.name == "MTP heads dropped with positions")
+    (lost,) = [one for one in reported(recipe, scene, verifier, tmp_path / "m").findings if one.check == "not-carried"]
+    assert (lost.tensor, dict(lost.measured)) == ("mtp.x", {"tensors": 1})
+
+
 def test_there_are_enough_of_both() -> None:
     assert len(RIGHT) >= 25
     assert len({recipe.name for recipe in WRONG}) >= 25

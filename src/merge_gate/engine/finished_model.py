@@ -22,6 +22,7 @@ import torch
 
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
+from merge_gate.engine.base.accounting import stale_buffers
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
@@ -338,6 +339,7 @@ def _keys(base: Base, found: TensorMap | None) -> LoadedKeys:
     return LoadedKeys(
         targets=tuple(found.targets().items()),
         unloaded=tuple(found.unloaded),
+        stale_buffers=stale_buffers(found),
         without_source=tuple(sorted(base.newly_initialized)),
         ties=tuple(base.aliases.items()),
     )

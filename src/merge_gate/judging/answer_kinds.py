@@ -126,7 +126,8 @@ _ROWS = (
         id="not-carried",
         phrase="lacks tensors of the base",
         summary="The directory lacks tensors of the base.",
-        hint=f"save_pretrained drops tensors that transformers does not load: {_SAVE_AGAIN}",
+        hint=f"save_pretrained drops tensors that transformers does not load: {_SAVE_AGAIN}; "
+        "if your server does not need these tensors, pass --allow not-carried",
     ),
     AnswerKind(
         id="added",

@@ -98,12 +98,14 @@ class LoadedKeys:
     Attributes:
         targets: each stored tensor that is loaded, and the tensors of the model that it is part of.
         unloaded: stored tensors that are not loaded.
+        stale_buffers: those of them that transformers computes: earlier releases stored them, and it saves none.
         without_source: tensors of the model that no stored tensor makes.
         ties: a name of a tied tensor, and its first name.
     """
 
     targets: tuple[tuple[str, tuple[str, ...]], ...] = ()
     unloaded: tuple[str, ...] = ()
+    stale_buffers: tuple[str, ...] = ()
     without_source: tuple[str, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()
 

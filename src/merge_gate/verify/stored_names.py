@@ -44,11 +44,12 @@ class _Names:
         self.merged_made = {target for targets in self._merged_targets.values() for target in targets}
         self._ties = dict(comparison.base_keys.ties) | dict(comparison.merged_keys.ties)
         self._absent = comparison.absent
+        self._stale_buffers = frozenset(comparison.base_keys.stale_buffers)
         self._is_other_class = comparison.is_other_class
         self._from_adapter = {one.name for one in comparison.tensors if one.touched}
 
     def findings(self) -> Iterator[Finding]:
-        lacking = [name for name in self.base if name not in self.merged]
+        lacking = [name for name in self.base if name not in self.merged and name not in self._stale_buffers]
         extra = [name for name in self.merged if name not in self.base]
         renamed = [name for name in lacking if self._is_stored_otherwise(name)]
         gone = [name for name in lacking if not self._has_a_source(name)]

@@ -154,6 +154,35 @@ def by_hand(
     write_weights(out, tensors)
 
 
+POSITIONS = {"embeddings.position_ids": torch.arange(32)[None]}
+MASKS = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool) for layer in range(2)}
+FREQUENCIES = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+"""Buffers that earlier releases of transformers stored, and that it now computes."""
+
+
+def _with_buffers(name: str, variant: str, buffers: Tensors) -> Callable[[Scene], Path]:
+    """A variant's base as an earlier release of transformers has saved it."""
+
+    def make(scene: Scene, out: Path) -> None:
+        _copy(scene.base(variant), out)
+        write_weights(out, weights_of(out) | buffers)
+
+    return lambda scene: scene.once(f"base of {name}", lambda out: make(scene, out))
+
+
+def _of_buffers(name: str, kind: str, variant: str, buffers: Tensors, carried: Tensors | None = None) -> Recipe:
+    """PEFT's merge into such a base, with these tensors added to what transformers saves."""
+    base = _with_buffers(name, variant, buffers)
+
+    def make(scene: Scene, out: Path) -> None:
+        peft_merge(base(scene), scene.adapter(variant), out)
+        saved = weights_of(out)
+        assert saved.keys().isdisjoint(buffers)
+        write_weights(out, saved | (carried or {}))
+
+    return Recipe(name, kind, make, variant, base=base)
+
+
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +522,11 @@ RIGHT = [
     Recipe("another order of the product", "rounding", _scaled_before, "plain"),
     _of_dressed("all files", "exact", _nothing),
     _of_dressed("a tokenizer saved again", "exact", _resaved),
+    _of_buffers("positions not stored", "exact", "feature-extraction", POSITIONS),
+    _of_buffers("positions stored", "exact", "feature-extraction", POSITIONS, POSITIONS),
+    _of_buffers("positions of the body not stored", "exact", "six-labels", POSITIONS),
+    _of_buffers("masks not stored", "exact", "conv1d", MASKS),
+    _of_buffers("rotary frequencies not stored", "exact", "plain", FREQUENCIES),
 ]
 
 WRONG = [
@@ -525,6 +559,16 @@ WRONG = [
     Recipe("a norm changed", "base-changed", _edited(_set("model.norm.weight", lambda one: one + 0.5))),
     Recipe("a head of zeros", "base-changed", _edited(_set("lm_head.weight", torch.zeros_like))),
     _of_dressed("MTP heads dropped", "not-carried", _without_mtp),
+    _of_buffers(
+        "MTP heads dropped with positions", "not-carried", "feature-extraction", POSITIONS | {"mtp.x": torch.ones(3)}
+    ),
+    _of_buffers(
+        "other positions",
+        "base-changed",
+        "feature-extraction",
+        POSITIONS,
+        {"embeddings.position_ids": POSITIONS["embeddings.position_ids"] + 1},
+    ),
     Recipe("a head dropped", "not-carried", _edited(_drop("lm_head"))),
     Recipe("a layer's norms dropped", "not-carried", _edited(_drop("layers.1.input_layernorm", "layers.1.post_att"))),
     Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),

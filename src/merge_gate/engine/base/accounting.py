@@ -45,6 +45,9 @@ _WRAPPED = ("base_layer.weight", "original_module.weight")
 _STALE = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked|attn\.bias|attention\.bias)$")
 """Buffers that earlier releases stored and that the model computes: transformers expects to find them."""
 
+_MASKS = ("attn.bias", "attention.bias")
+"""Of these, causal masks. They have two dimensions or more, and a bias has one."""
+
 NEED_NOT_BE_STORED = frozenset({"pooler", "masked_spec_embed", "mask_token"})
 """Parts of names: a pooler that nothing was trained with, and what stands in for masked inputs in training alone."""
 
@@ -124,6 +127,32 @@ def _partly_stacked(found: TensorMap) -> frozenset[str]:
 
 def _is_notable(name: str, found: TensorMap) -> bool:
     return name in found.unexpected or not _STALE.search(name)
+
+
+def stale_buffers(found: TensorMap) -> tuple[str, ...]:
+    """Stored tensors that are buffers of the model's own modules, and that transformers computes instead of loading.
+
+    Not those of a part that transformers does not load at all, such as an MTP head.
+    """
+    modules = {name for name, _ in found.model.named_modules()}
+    prefix = getattr(found.model, "base_model_prefix", "")
+    return tuple(
+        name
+        for name, renamed in found.unloaded.items()
+        if name not in found.unexpected
+        and (match := _STALE.search(renamed))
+        and _is_owned(renamed, modules, f"{prefix}." if prefix else "")
+        and (match[2] not in _MASKS or len(found.stored[name].shape) > 1)
+    )
+
+
+def _is_owned(name: str, modules: Collection[str], prefix: str) -> bool:
+    """Whether the model has the module of a buffer. Rotary embeddings have moved out of the layers that had them."""
+    owner, _, last = name.rpartition(".")
+    if last == "inv_freq" and owner not in modules:
+        owner = owner.rpartition(".")[0] or owner
+    others = (f"{prefix}{owner}.", f"{owner}.".removeprefix(prefix))
+    return owner in modules or any(other.strip(".") in modules for other in others)
 
 
 # --- 1. ------------------------------------------------------------------------------------------------------------
