@@ -93,6 +93,10 @@ def left_out(**settings: Any) -> StoredTensorsLeftOut:
     return StoredTensorsLeftOut(base="./base", **(usual | settings))
 
 
+def misspelled(*settings: str) -> IgnoredSettings:
+    return IgnoredSettings(settings=settings, peft="9.0.0", saved_by="9.0.0", near=(("alfa", "alpha"),))
+
+
 PACKED = {"quantization": "bnb-4bit"}
 NO_TOKEN_ROW = {"trains_tokens": True, "more": ("LookupError",)}
 OF_CONFIG, OF_ADAPTER, OF_MERGE, OF_BASE, OF_FILE = (
@@ -115,6 +119,8 @@ CASES: tuple[tuple[Refusal, str, Origin], ...] = (
     (IgnoredSettings(settings=("odd=1",), peft="9.0.0", saved_by="9.0.0"), "config-invalid", OF_CONFIG),
     (IgnoredSettings(settings=tuple("abcdefgh"), peft="9.0.0", saved_by="main"), "config-invalid", OF_CONFIG),
     (IgnoredSettings(settings=("odd=1",), peft="9.0.0", saved_by="9.0.1.dev0"), NOT_JUDGED, OF_CONFIG),
+    (misspelled("alfa=1"), "config-invalid", OF_CONFIG),
+    (misspelled("alfa=1", "odd=1"), "config-invalid", OF_CONFIG),
     (targets("query"), "targets-not-found", OF_CONFIG),
     (targets(), "targets-not-found", OF_CONFIG),
     (targets("score", task_type="SEQ_CLS"), "targets-not-found", OF_CONFIG),

@@ -75,12 +75,14 @@ def ignored_settings(fact: IgnoredSettings) -> Finding:
     if _release(fact.saved_by) > _release(fact.peft):
         hint = f"the adapter was saved by PEFT {fact.saved_by}: run the gate with that version or newer"
         return not_judged(message, hint, origin=Origin.CONFIG)
-    return CONFIG_INVALID.finding(
-        message,
-        "remove the key if it is a mistake or another trainer's own; if it changes what is computed, "
-        "merge with the program that wrote it: the gate needs PEFT 0.21 or newer",
-        Origin.CONFIG,
-    )
+    hints = [f"did you mean {quoted(known)}? then rename {quoted(key)}" for key, known in fact.near[:_SETTINGS]]
+    if len(fact.near) < len(fact.settings):
+        remove = "for any other key: remove it" if hints else "remove the key"
+        hints.append(
+            f"{remove} if it is a mistake or another trainer's own; if it changes what is computed, "
+            "merge with the program that wrote it: the gate needs PEFT 0.21 or newer"
+        )
+    return CONFIG_INVALID.finding(message, "; ".join(hints), Origin.CONFIG)
 
 
 def _release(text: str) -> tuple[int, ...]:

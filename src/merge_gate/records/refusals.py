@@ -82,11 +82,16 @@ class UnknownMethod:
 
 @record
 class IgnoredSettings:
-    """Keys that adapter_config.json sets (`key=value`) and this release of PEFT ignores."""
+    """Keys that adapter_config.json sets (`key=value`) and this release of PEFT ignores.
+
+    Attributes:
+        near: pairs of such a key and the key of PEFT's that it is probably a misspelling of, which is not set.
+    """
 
     settings: tuple[str, ...]
     peft: str
     saved_by: str
+    near: tuple[tuple[str, str], ...] = ()
 
 
 @record

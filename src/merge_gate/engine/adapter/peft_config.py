@@ -6,6 +6,8 @@ In: what the preflight read. Out: PEFT's config object, or `Refused`. Loads noth
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import peft
@@ -29,6 +31,12 @@ STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
 """Words of LoRA's for a product that is zero at first (tests/engine/test_unread_layers.py). C3A's `gaussian` is no
 zero."""
+
+_LIKENESS = 0.8
+"""How much a misspelled key has in common with the known one, by difflib: a letter or two differ."""
+
+_LONGEST_KEY = 100
+"""Comparing takes quadratic time."""
 
 
 def read_config(files: AdapterFiles) -> Any:
@@ -70,10 +78,24 @@ def raised(step: Step, error: Exception, config: Any, base: Base) -> PeftRaised:
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
     """PEFT drops keys that it does not know with a warning; one that is set may change what the adapter computes."""
     known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
-    ignored = sorted(f"{key}={value}" for key, value in files.config.values if key not in known)
+    values = dict(files.config.values)
+    ignored = sorted(key for key in values if key not in known)
     if ignored:
-        saved_by = (files.config.peft_version or "").split("@")[0]
-        raise Refused(IgnoredSettings(settings=tuple(ignored), peft=peft.__version__, saved_by=saved_by))
+        raise Refused(
+            IgnoredSettings(
+                settings=tuple(f"{key}={values[key]}" for key in ignored),
+                peft=peft.__version__,
+                saved_by=(files.config.peft_version or "").split("@")[0],
+                near=tuple(_near(ignored, known - values.keys())),
+            )
+        )
+
+
+def _near(keys: Iterable[str], known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The keys that are probably misspelled, each with the known one."""
+    for key in keys:
+        if len(key) <= _LONGEST_KEY:
+            yield from ((key, near) for near in get_close_matches(key.lower(), sorted(known), 1, _LIKENESS))
 
 
 def initialization_writes_to_base(config: Any) -> bool:

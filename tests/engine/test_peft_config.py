@@ -1,0 +1,38 @@
+"""Keys of adapter_config.json that PEFT does not know: which of them are misspelled."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.engine.adapter.peft_config import read_config
+from merge_gate.errors import Refused
+from merge_gate.files.preflight import preflight
+from merge_gate.records.refusals import IgnoredSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("settings", "near"),
+    [
+        ({"lora_alfa": 64}, (("lora_alfa", "lora_alpha"),)),
+        ({"Lora_Alpha": 64, "odd": 1}, (("Lora_Alpha", "lora_alpha"),)),
+        ({"lora_alfa": 64, "lora_alpha": 16}, ()),
+        ({"alpha": 64}, ()),
+        ({"lora_alph" + "a" * 200: 64}, ()),
+    ],
+    ids=["a letter", "capitals", "the known one is set too", "another trainer's", "long"],
+)
+def test_a_misspelled_key_is_told_from_an_unknown_one(
+    tmp_path: Path, settings: dict[str, int], near: tuple[tuple[str, str], ...]
+) -> None:
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], **settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused) as caught:
+        read_config(preflight(str(tmp_path), allow_pickle=False))
+    assert isinstance(caught.value.refusal, IgnoredSettings)
+    assert caught.value.refusal.near == near
