@@ -5,6 +5,7 @@ The result is a model with a hole for each invalid value. Text from the file is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -34,6 +35,9 @@ _EXPECTED = {
 }
 """What the value must be, by the type of pydantic's error."""
 _MISSING = {"version": "write version: 1", "adapters": "list the adapters to judge"}
+_NOTHING, _NUMBER = re.compile(r"(?!)"), re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_WITHOUT_QUOTES = {"int_type": _NUMBER, "float_type": _NUMBER, "bool_type": re.compile("true|false|yes|no|on|off")}
+"""What is a value of the type if it is not quoted."""
 _EMPTY = {"adapters": "list at least one adapter: a gate without adapters proves nothing"}
 
 
@@ -136,8 +140,8 @@ def _notation_hint(kind: str, value: Any, written: str) -> str:
     """The correct notation, if only quotes or a dash are wrong."""
     if kind == "string_type" and isinstance(value, int | float):
         return f'put it in quotes: "{written[:60]}"'
-    if kind in {"int_type", "float_type", "bool_type"} and isinstance(value, str):
-        return "remove the quotes: YAML reads quoted values as text"
+    if isinstance(value, str) and _WITHOUT_QUOTES.get(kind, _NOTHING).fullmatch(value):
+        return "remove the quotes: a quoted value is text"
     if kind == "list_type" and isinstance(value, str):
         return f'put it in a list: "- {quoted(value, mark="")}"'
     return ""

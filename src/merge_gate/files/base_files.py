@@ -237,7 +237,7 @@ def _auto_dtype(config: Mapping[str, Any], name: str) -> Finding | None:
         f"the base {shown(name)} cannot be loaded: {key} in its config.json is {shown(str(dtype))}, expected a "
         "floating-point dtype of torch, such as float16"
     )
-    hint = f"{meant}set base.dtype in the gate's config to the dtype that is meant"
+    hint = f"{meant}set base.dtype in the gate's config, or --dtype, to the dtype that is meant"
     return Finding(check=INCONSISTENT, severity=Severity.ERROR, message=message, hint=hint, origin=Origin.BASE)
 
 

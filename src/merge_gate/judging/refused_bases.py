@@ -16,6 +16,7 @@ from merge_gate.judging.checks.base_checks import (
 )
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.judging.refused_merges import INSTALL
+from merge_gate.records.config import A_FILE
 from merge_gate.records.refusals import (
     AdapterNextToBase,
     BaseOfAnotherClass,
@@ -68,7 +69,8 @@ def remote_code_needed(fact: RemoteCodeNeeded) -> Finding:
     what = f"base {fact.base}" if fact.base else "the base's config.json"
     return not_judged(
         f"{what} needs Python code that comes with the base, and the gate's config does not allow it to run",
-        "read that code, pin base.revision to the commit that you have read, and set trust-remote-code: true",
+        "read that code, pin base.revision to the commit that you have read, and set trust-remote-code: true, in "
+        f"{A_FILE}",
     )
 
 

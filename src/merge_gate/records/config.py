@@ -7,6 +7,9 @@ from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantizatio
 COMMAND_LINE = "the command line"
 """What a configuration is called if the adapters are named on the command line."""
 
+A_FILE = "a configuration file (`merge-gate init` writes one)"
+"""For hints about settings that have no option. The run may be one without a file."""
+
 
 @record
 class Problem:

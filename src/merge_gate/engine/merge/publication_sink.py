@@ -24,6 +24,7 @@ from merge_gate.engine.base.tensor_map import TensorGroup
 from merge_gate.engine.merge.sink import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.terms import PRESERVE
 
@@ -94,7 +95,8 @@ class PublicationSink:
                     raise NotPublishedError(
                         f"{source} is stored in {stored}, and was merged in {dtype_name(dtype)}: `preserve` writes "
                         "each tensor in the dtype that it is stored in",
-                        hint=f"set base.dtype to {stored}, or publish.dtype to {dtype_name(dtype)}",
+                        hint=f"set base.dtype (--dtype) to {stored}, or publish.dtype to {dtype_name(dtype)}, "
+                        f"in {A_FILE}",
                     )
                 if is_renamed(group):
                     yield StoredTensor(name=source, dtype=written, shape=tuple(shape), file=header.file)

@@ -19,6 +19,7 @@ from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, la
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, stored_tensors, tensor_map
 from merge_gate.engine.merge.publication_sink import Outlet, PublicationSink
 from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
 from merge_gate.records.packed_weights import packed_weights
@@ -95,8 +96,8 @@ class PublicationSinks:
             raise NotPublishedError(
                 f"the base is quantized ({quantization}): its merge cannot be written in that format without "
                 "quantizing it again",
-                hint="set publish.dtype to bfloat16, float16, or float32: then the dequantized merge is judged and "
-                "published"
+                hint=f"set publish.dtype to bfloat16, float16, or float32 in {A_FILE}: then the dequantized merge is "
+                "judged and published"
                 if quantization in _BY_BITSANDBYTES
                 else "publish the merge into the unquantized base",
             )
