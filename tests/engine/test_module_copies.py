@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from merge_gate.engine.base.module_copies import copied, tensors_of
+from merge_gate.engine.tensors.module_copies import copied, tensors_of
 from tests.support import methods
 
 

@@ -16,7 +16,7 @@ def told(judged: object) -> list[tuple[str, str]]:
 
 def test_a_passed_adapter_is_sound_all_the_way() -> None:
     assert told(PASSED) == [
-        ("sound", "finite"), ("sound", "96 tensors"), ("sound", "48 modules"), ("sound", "4 tensors, all finite"),
+        ("sound", "finite"), ("sound", "96 tensors"), ("sound", "48 modules"), ("sound", "4 tensors merged, all finite"),
     ]  # fmt: skip
     assert [stage.name for stage in chain(PASSED)] == ["base", "adapter", "merge", "bfloat16"]
 
@@ -26,7 +26,9 @@ def test_it_breaks_where_the_cause_lies() -> None:
     assert [outcome for outcome, _ in told(HALF_FAILED)] == ["sound", "sound", "broken", "follows"]
     assert told(HALF_FAILED)[3] == ("follows", "±Inf in 1 of 36 tensors")
     base = dataclasses.replace(NAN, origin=Origin.BASE, check="base-nonfinite")
-    assert told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))[0] == ("broken", "base-nonfinite")
+    of_base = told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))
+    assert of_base[0] == ("broken", "base-nonfinite")
+    assert [outcome for outcome, _ in of_base[1:]] == ["sound", "unknown", "unknown"], "no merge with it is sound"
 
 
 def test_what_was_not_judged_is_not_said_to_be_sound() -> None:

@@ -36,6 +36,10 @@ def failed(name: str, check: str, **fields: object) -> AdapterReport:
     return adapter(name, Verdict.FAILED, cause=check, findings=(finding,), **fields)
 
 
+def undecided(name: str, check: str) -> AdapterReport:
+    return adapter(name, Verdict.ERROR, cause=check, findings=(dataclasses.replace(NAN, check=check),))
+
+
 def warned(name: str, check: str, *, lost: float = 0.0, **fields: object) -> AdapterReport:
     finding = dataclasses.replace(ROUNDING, check=check, measured=(("lost_share", lost),))
     return adapter(name, findings=(finding,), **fields)
@@ -85,6 +89,11 @@ RUNS: dict[str, Report] = {
         failed("d", "not-mergeable"),
         failed("e", "expectation-failed"),
     ),
+    "broken-base": report(PASSED, failed("a", "base-nonfinite"), failed("b", "base-nonfinite")),
+    "broken-base-and-adapter": report(failed("a", "base-nonfinite"), failed("b", "adapter-nonfinite")),
+    "not-published": report(PASSED, undecided("a", "not-published")),
+    "only-not-published": report(undecided("a", "not-published")),
+    "not-judged-and-not-published": report(undecided("a", "not-judged"), undecided("b", "not-published")),
     "hardly-changed": report(warned("a", "rounding-loss", lost=0.98)),
     "one-hardly-changed": report(PASSED, warned("a", "rounding-loss", lost=0.98), warned("b", "headroom")),
     "hardly-changed-dtypes": report(

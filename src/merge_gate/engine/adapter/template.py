@@ -23,8 +23,8 @@ from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.base.module_copies import copied, tensors_of
 from merge_gate.engine.tensors.hollow import CASTABLE
+from merge_gate.engine.tensors.module_copies import copied, tensors_of
 from merge_gate.records.files import AdapterFiles
 
 DORA = (

@@ -22,7 +22,6 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
-from merge_gate.engine.base.module_copies import copied, tensors_of
 from merge_gate.engine.base.shared_reads import SharedReads
 from merge_gate.engine.base.stored_formats import (
     loaded_dtypes,
@@ -34,6 +33,7 @@ from merge_gate.engine.base.stored_formats import (
 from merge_gate.engine.tensors.buffers import Buffers
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.engine.tensors.module_copies import copied, tensors_of
 from merge_gate.engine.tensors.plain_layers import with_plain_layers
 from merge_gate.engine.tensors.quantized import (
     dequantized,

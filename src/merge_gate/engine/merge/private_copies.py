@@ -20,8 +20,8 @@ from torch import nn
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
 from merge_gate.engine.adapter.mapped_factors import in_memory
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.module_copies import wrap
 from merge_gate.engine.base.stored_spans import bytes_of
+from merge_gate.engine.tensors.module_copies import wrap
 from merge_gate.engine.tensors.quantized import is_quantized
 
 Names = Mapping[tuple[int, str], str]

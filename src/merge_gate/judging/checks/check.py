@@ -18,6 +18,9 @@ from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, rec
 
 ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
+FOLLOWS = "this follows from"
+"""A hint that begins so names the finding that this one follows from, and no action."""
+
 
 class Symptom(StrEnum):
     """What a user sees; the rows of the table of checks, in its order."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
+from merge_gate.judging.checks.check import ERROR, FOLLOWS, WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import describe_nonfinite, figure, nothing_finite
 from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Severity
@@ -119,7 +119,7 @@ def _same_place(module: str, merge: TensorMerge) -> bool:
 def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
     stats = merge.stats
     if follows:
-        hint = "this follows from the adapter's own tensors of this module: see adapter-nonfinite"
+        hint = f"{FOLLOWS} the adapter's own tensors of this module: see adapter-nonfinite"
     elif stats.nan:
         hint = (
             "the merge of finite values gives NaN: look in the adapter's tensors of this module for norms and scales "

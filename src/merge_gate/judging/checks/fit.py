@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from merge_gate.judging import key_hints
-from merge_gate.judging.checks.check import ERROR, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
+from merge_gate.judging.checks.check import ERROR, FOLLOWS, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
 from merge_gate.records.config import Expect, reads_as_path
 from merge_gate.records.measured import Evidence, UnreadLayer
@@ -99,7 +99,7 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
     stray, missing, unnamed = case.evidence.unexpected, case.evidence.missing, case.evidence.unnamed
     named = key_hints.names_of_another_kind(case.files.tensors) or key_hints.of_another_model(missing, stray)
     if named and missing and not case.evidence.dropped:
-        named = "this follows from the same names: see keys-missing"
+        named = f"{FOLLOWS} the same names: see keys-missing"
     if stray:
         yield keys_unexpected.finding(
             f"{tensors(stray)} in the file {'matches' if len(stray) == 1 else 'match'} nothing in the base, so PEFT "

@@ -287,7 +287,7 @@ def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
         "level": words.level(first),
         "place": words.place(first),
         "values": words.values(first),
-        "origin": words.ORIGINS[first.origin],
+        "origin": words.origin(first),
         "has_meaning": first.check in explanations(),
         "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
         "omitted": max(len(more) - _MAX_PLACES, 0),

@@ -152,9 +152,9 @@ def _kind(finding: Finding) -> str:
 def _part(finding: Finding, more: tuple[Finding, ...], *, is_deciding: bool) -> str:
     lines = [
         f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
-        f"where: {'; '.join(filter(None, (words.place(finding), words.ORIGINS[finding.origin])))}",
+        f"where: {'; '.join(filter(None, (words.place(finding), words.origin(finding))))}",
         f"found: {words.values(finding)}" if words.values(finding) else "",
-        f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
+        f"{words.hint_label(finding)}: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
         f"more: {words.more(finding)}" if is_deciding and words.more(finding) else "",
         f"and {more_findings(more)}" if more else "",
     ]

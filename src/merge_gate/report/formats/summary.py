@@ -187,7 +187,8 @@ def _facts(groups: AlikeAdapters, finding: Finding | None) -> list[str]:
     if finding:
         facts.append(f"- **Where:** {_place(finding)}")
     if hint:
-        facts.append(f"- **What to do:** {prose(hint)}")
+        label = _hint_label(finding) if finding else "What to do"
+        facts.append(f"- **{label}:** {prose(hint)}")
     if finding and words.more(finding):
         address = words.page(finding)
         link = f"[{plain(finding.check)}]({address})" if address else code(words.command_to_explain(finding))
@@ -208,7 +209,7 @@ def _facts(groups: AlikeAdapters, finding: Finding | None) -> list[str]:
 
 def _place(finding: Finding) -> str:
     place, values = words.place(finding), words.values(finding)
-    return "; ".join(filter(None, (code(place) if place else "", plain(values), words.ORIGINS[finding.origin])))
+    return "; ".join(filter(None, (code(place) if place else "", plain(values), words.origin(finding))))
 
 
 def _finding(finding: Finding, more: tuple[Finding, ...], dtypes: str = "") -> str:
@@ -219,7 +220,11 @@ def _finding(finding: Finding, more: tuple[Finding, ...], dtypes: str = "") -> s
         text += f" ({code(place, 120)})"
     if more:
         text += f"; and {prose(more_findings(more))}"
-    return f"{text}. **What to do:** {prose(finding.hint, 300)}" if finding.hint else text
+    return f"{text}. **{_hint_label(finding)}:** {prose(finding.hint, 300)}" if finding.hint else text
+
+
+def _hint_label(finding: Finding) -> str:
+    return {"to do": "What to do", "because": "Because"}[words.hint_label(finding)]
 
 
 def _warnings(report: Report) -> list[str]:

@@ -239,9 +239,7 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
 def _wrong(finding: Finding, width: int) -> list[Line]:
     message = one_line(finding.message, words.MESSAGE_LIMIT)
     shown = _labelled("wrong", message, width)
-    parts = filter(
-        None, (words.place(finding, unless_in=message), words.values(finding), words.ORIGINS[finding.origin])
-    )
+    parts = filter(None, (words.place(finding, unless_in=message), words.values(finding), words.origin(finding)))
     for index, part in enumerate(parts):
         shown += _labelled("where" if index == 0 else "", part, width)
     return shown + _to_do(finding, width) + _more(finding, width)
@@ -269,7 +267,7 @@ def _also(
 
 def _to_do(finding: Finding, width: int) -> list[Line]:
     hint = one_line(finding.hint, words.MESSAGE_LIMIT)
-    return _labelled("to do", hint, width, Style.STRONG) if hint else []
+    return _labelled(words.hint_label(finding), hint, width, Style.STRONG) if hint else []
 
 
 def _labelled(label: str, text: str, width: int, style: Style = Style.PLAIN) -> list[Line]:
@@ -343,7 +341,9 @@ def file_lines(adapter: AdapterReport, *, of: int = 1, width: int = 100) -> Iter
         message = one_line(finding.message, words.MESSAGE_LIMIT)
         yield from _hanging(_FILES_INDENT, f"{kind}{finding.check}: {message}", width)
         if finding.hint and finding.hint not in shown:
-            yield from _hanging(_FILES_INDENT, f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}", width)
+            yield from _hanging(
+                _FILES_INDENT, f"{words.hint_label(finding)}: {one_line(finding.hint, words.MESSAGE_LIMIT)}", width
+            )
             shown.add(finding.hint)
         if finding is words.deciding(adapter) and (more := words.more(finding)):
             yield f"{_FILES_INDENT}more: {more}"

@@ -53,8 +53,17 @@ def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
         "merge": words.counted(adapter.coverage.modules_merged, "module") if merged else "",
     }
     stages = [*(_stage(name, adapter, sound[name]) for name in _STAGES), _dtype(adapter), *_model(adapter)]
-    broken = [stage for stage in stages if stage.outcome is Outcome.BROKEN]
-    return tuple(replace(stage, outcome=Outcome.FOLLOWS) if stage in broken[1:] else stage for stage in stages)
+    broken = [number for number, stage in enumerate(stages) if stage.outcome is Outcome.BROKEN]
+    behind = broken[0] + 1 if broken else len(stages)
+    return (*stages[:behind], *map(_behind_broken, stages[behind:]))
+
+
+def _behind_broken(stage: Stage) -> Stage:
+    """A stage behind the first broken one. An adapter can be sound on a broken base; a merge with it cannot."""
+    if stage.outcome is Outcome.BROKEN:
+        return replace(stage, outcome=Outcome.FOLLOWS)
+    is_sound = stage.outcome is Outcome.SOUND and stage.name != "adapter"
+    return replace(stage, outcome=Outcome.UNKNOWN) if is_sound else stage
 
 
 def _stage(name: str, adapter: AdapterReport, sound: str) -> Stage:
@@ -80,7 +89,7 @@ def _dtype(adapter: AdapterReport) -> Stage:
     total = words.counted(len(adapter.tensors), "tensor")
     if broken:
         return Stage(name=name, outcome=Outcome.BROKEN, summary=f"{', '.join(broken)} of {total}")
-    return Stage(name=name, outcome=Outcome.SOUND, summary=f"{total}, all finite")
+    return Stage(name=name, outcome=Outcome.SOUND, summary=f"{total} merged, all finite")
 
 
 def _model(adapter: AdapterReport) -> list[Stage]:

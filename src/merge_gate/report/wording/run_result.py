@@ -11,7 +11,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from merge_gate.judging.answer_kinds import ANSWERS, ATTESTED
-from merge_gate.judging.checks import effect
+from merge_gate.judging.checks import effect, finite
+from merge_gate.judging.checks.table import NOT_PUBLISHED
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -165,22 +166,39 @@ def _counts(report: Report, adapters: list[Adapter], whole: str) -> str:
         parts.append(_failed(adapters, whole if failed == total else f"{failed:,} {of_all}", merges))
     if errors:
         who = whole if errors == total else f"{errors:,}" if failed else f"{errors:,} {of_all}"
-        parts.append(f"{who} could not be judged{'' if failed else merges}")
+        parts.append(f"{who} could not be {_undecided(adapters)}{'' if failed else merges}")
         parts += [] if failed or errors == total or states[AdapterState.ACCEPTED] else ["none failed"]
     if not failed and not errors and passed:
         parts.append(f"{whole if passed == total else counted(passed, 'adapter')} passed{merges}")
     return ", ".join(filter(None, [*parts, _accepted(adapters)]))
 
 
+def _undecided(adapters: list[Adapter]) -> str:
+    """`judged`, `published`, or both: what could not be done with the adapters that neither failed nor passed."""
+    causes = [set(adapter.causes) for adapter in adapters if adapter.state is AdapterState.ERROR]
+    unpublished = sum(one == {NOT_PUBLISHED} for one in causes)
+    if unpublished:
+        return "published" if unpublished == len(causes) else f"judged or published ({unpublished:,} not published)"
+    return "judged"
+
+
 def _failed(adapters: list[Adapter], who: str, merges: str) -> str:
     """`2 of 6 adapters failed: 1 broken, 1 refused`. Broken is what a reader expects of a failure."""
     kinds = Counter(adapter.failure for adapter in adapters if adapter.failure and adapter.state is AdapterState.FAILED)
+    if _has_broken_base(adapters):
+        return f"{who} failed (broken base){merges}"
     if set(kinds) == {FailureKind.BROKEN}:
         return f"{who} failed{merges}"
     in_words = [f"{kinds[kind]:,} {words.FAILURES[kind]}" for kind in FailureKind if kinds[kind]]
     if len(in_words) == 1:
         return f"{who} failed ({words.FAILURES[next(iter(filter(None, kinds)))]}){merges}"
     return f"{who} failed{merges}: {', '.join(in_words)}"
+
+
+def _has_broken_base(adapters: list[Adapter]) -> bool:
+    """Whether all adapters that failed did so because their base has NaN or Inf."""
+    causes = {cause for adapter in adapters if adapter.state is AdapterState.FAILED for cause in adapter.causes}
+    return causes == {finite.base_nonfinite.id}
 
 
 def _merges(report: Report, adapters: int) -> str:
@@ -277,11 +295,21 @@ def _of_gated(report: Report) -> str:
     if not report.complete and report.result is not Result.FAIL:
         return "This report clears no adapter for release: the run did not finish. Run it again."
     if report.result is Result.FAIL:
-        kinds = {adapter.failure for adapter in adapters_of(report)}
-        return " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
-    if report.result is Result.ERROR:
-        return "An adapter that could not be judged is not cleared for release. The gate stays closed."
-    return _of_passed(report)
+        return _of_failed(adapters_of(report))
+    return _of_undecided(adapters_of(report)) if report.result is Result.ERROR else _of_passed(report)
+
+
+def _of_failed(adapters: list[Adapter]) -> str:
+    if _has_broken_base(adapters):
+        return "The base has NaN or Inf before any merge, so each merged model has them. The adapter is not the cause."
+    kinds = {adapter.failure for adapter in adapters}
+    return " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
+
+
+def _of_undecided(adapters: list[Adapter]) -> str:
+    if _undecided(adapters) == "published":
+        return "The merges passed, but there is no new model under the name of an adapter that could not be published."
+    return "An adapter that could not be judged is not cleared for release. The gate stays closed."
 
 
 def _of_passed(report: Report) -> str:

@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from merge_gate.judging.answer_kinds import ANSWERS
+from merge_gate.judging.checks.check import FOLLOWS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.pages import EXPLAINED, page_of
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
@@ -42,7 +43,19 @@ ORIGINS = {
 }
 """What each origin means to the person who fixes the problem."""
 
+_FOLLOWING = "in the merged model"
+
 _ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
+
+
+def origin(finding: Finding) -> str:
+    """Where the cause is. A finding that follows from another one only says where it shows."""
+    return _FOLLOWING if finding.hint.startswith(FOLLOWS) else ORIGINS[finding.origin]
+
+
+def hint_label(finding: Finding) -> str:
+    """The label of a finding's hint."""
+    return "because" if finding.hint.startswith(FOLLOWS) else "to do"
 
 
 def number(value: int) -> str:
