@@ -11,7 +11,7 @@ from dataclasses import fields
 from merge_gate.judging import key_hints
 from merge_gate.judging.checks.check import ERROR, FOLLOWS, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
-from merge_gate.records.config import Expect, reads_as_path
+from merge_gate.records.config import A_FILE, Expect, reads_as_path
 from merge_gate.records.measured import Evidence, UnreadLayer
 from merge_gate.records.terms import FailureKind, Finding, Origin
 from merge_gate.tensor_names import module_of
@@ -257,15 +257,15 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
     elif any(_last(named) == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
         yield base_mismatch.finding(
             f"{names}, a copy in 4 bits of {label!r}, the base of this run",
-            "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit",
+            "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit "
+            "(--quantization bnb-4bit)",
             Origin.CONFIG,
             severity=NOTE,
         )
     else:
         yield base_mismatch.finding(
             f"{names}, but the base of this run is {label!r}",
-            f"if both are the same weights, list {named!r} under `base.names` in merge-gate.yml; else name the right "
-            "base",
+            f"if both are the same weights, list {named!r} under `base.names` in {A_FILE}; else name the right base",
             Origin.CONFIG,
         )
 
