@@ -16,8 +16,11 @@ def told(judged: object) -> list[tuple[str, str]]:
 
 def test_a_passed_adapter_is_sound_all_the_way() -> None:
     assert told(PASSED) == [
-        ("sound", "finite"), ("sound", "96 tensors"), ("sound", "48 modules"), ("sound", "4 tensors merged, all finite"),
-    ]  # fmt: skip
+        ("sound", "finite"),
+        ("sound", "96 tensors"),
+        ("sound", "48 modules"),
+        ("sound", "4 tensors merged, all finite"),
+    ]
     assert [stage.name for stage in chain(PASSED)] == ["base", "adapter", "merge", "bfloat16"]
 
 

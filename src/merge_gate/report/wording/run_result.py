@@ -174,7 +174,7 @@ def _counts(report: Report, adapters: list[Adapter], whole: str) -> str:
 
 
 def _undecided(adapters: list[Adapter]) -> str:
-    """`judged`, `published`, or both: what could not be done with the adapters that neither failed nor passed."""
+    """`judged`, `published`, or both: what could not be done with the adapters in doubt."""
     causes = [set(adapter.causes) for adapter in adapters if adapter.state is AdapterState.ERROR]
     unpublished = sum(one == {NOT_PUBLISHED} for one in causes)
     if unpublished:
