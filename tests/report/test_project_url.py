@@ -38,7 +38,7 @@ print(json.dumps({
     "base": html_report.render(report(bases=(base,))),
     "comparison": terminal_text.render(compared, ""), "compared": sarif.render(compared),
     "urls": [each.url for judged in (failed, base) for each in judged.findings],
-    "answer": linked(twice).findings[0].url, "unknown": page_of("published-files"),
+    "answer": linked(twice).findings[0].url, "unknown": page_of("no-such-check"),
 }))
 """
 
