@@ -44,11 +44,11 @@ def write(place: Path, base: Path, more: str = "") -> None:
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The children of this process, whenever a config is read."""
     seen: list[list[int]] = []
-    real: Callable[[str], Config] = load_config.load_config
+    real: Callable[..., Config] = load_config.load_config
 
-    def watched(path: str) -> Config:
+    def watched(path: str, **options: Any) -> Config:
         seen.append(children_of(os.getpid()))
-        return real(path)
+        return real(path, **options)
 
     monkeypatch.setattr(load_config, "load_config", watched)
     return seen
