@@ -315,9 +315,7 @@ def test_the_worker_sends_each_model_before_its_evidence(
         reads.clear()
         plain = replace(group, tasks=tuple(replace(task, publishes=None) for task in tasks))
         assert list(judge_job(Job(groups=(plain,), device="cpu"), lambda _: None, Sandbox()))
-        assert read_bytes <= 1.01 * sum(reads), (
-            "small tensors may be read again: that depends on time"
-        )
+        assert read_bytes <= 1.01 * sum(reads), "small tensors may be read again: that depends on time"
 
 
 def test_the_worker_publishes_a_quantized_base_with_plain_weights(
