@@ -30,7 +30,7 @@ from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, FIXED
+from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.formats.schema import report_schema
@@ -607,7 +607,7 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wordi
     assert main(["explain"]) == 0
     listed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     ids = [line.split()[0] for line in listed if line and not line.endswith(":")]
-    assert ids[:-1] == [*CHECKS, *FIXED, *ANSWERS]
+    assert ids[:-1] == [*CHECKS, *WITHOUT_SETTING, *ANSWERS]
     assert all(main(["explain", one]) == 0 for one in ids[:-1])
     capsys.readouterr()
     for unknown in ("no-efect", "zzz"):

@@ -31,7 +31,7 @@ from merge_gate.config.load_config import config_schema
 from merge_gate.errors import ExitCode
 from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from merge_gate.judging.checks.check import Symptom
-from merge_gate.judging.checks.table import CHECKS, FIXED, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, WITHOUT_SETTING
 from merge_gate.records.terms import Origin, Result, Severity
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.report.wording.explanations import STORED, explanation, to_store
@@ -281,7 +281,7 @@ def test_what_safe_merge_sees_and_whom_it_blames(name: str, raised: str | None, 
 
 
 def test_every_check_has_a_page() -> None:
-    assert set(CHECK_PAGES) == {*CHECKS, *FIXED}
+    assert set(CHECK_PAGES) == {*CHECKS, *WITHOUT_SETTING}
 
 
 @pytest.mark.parametrize("check", CHECK_PAGES)
@@ -316,7 +316,7 @@ def test_the_table_of_checks_is_followed_by_the_order_of_blame() -> None:
 
 
 def test_the_stored_explanations_are_those_of_the_pages() -> None:
-    stored = to_store({check: explained(check) for check in (*CHECKS, *FIXED)})
+    stored = to_store({check: explained(check) for check in (*CHECKS, *WITHOUT_SETTING)})
     if os.environ.get("UPDATE_GOLDENS"):
         STORED.write_text(stored, encoding="utf-8")
         return
@@ -348,7 +348,7 @@ def test_a_section_states_the_default(check: str) -> None:
     assert said in explained(check).splitlines()
 
 
-@pytest.mark.parametrize("check", [*CHECKS, *FIXED])
+@pytest.mark.parametrize("check", [*CHECKS, *WITHOUT_SETTING])
 def test_a_section_answers_three_questions(check: str) -> None:
     for question in ("**Fires when**", "**Why it matters.**", "**What to do.**"):
         assert f"\n{question}" in explained(check)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.judging.checks.table import CHECKS, FIXED
+from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
 from website import build
 from website.build import (
     ROOT,
@@ -52,7 +52,7 @@ def test_the_navigation_is_sorted_by_reader() -> None:
 
 def test_the_checks_are_in_the_order_of_blame() -> None:
     checks = [page for page in entries(navigation(PAGES)) if page.startswith("checks/")]
-    assert checks == [f"checks/{name}.md" for name in ("index", *CHECKS, *FIXED)]
+    assert checks == [f"checks/{name}.md" for name in ("index", *CHECKS, *WITHOUT_SETTING)]
 
 
 def test_a_page_that_the_order_does_not_name_follows_the_others() -> None:

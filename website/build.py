@@ -29,7 +29,7 @@ import yaml
 from packaging.version import Version
 
 from merge_gate import __version__
-from merge_gate.judging.checks.table import CHECKS, FIXED
+from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
 from merge_gate.records.project import PROJECT_URL, documentation_url
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "": ("index", "quickstart", "installation"),
     "guides": ("trainers", "github-actions", "other-ci", "clusters", "troubleshooting"),
     "reference": ("command-line", "action", "configuration", "report", "exit-codes", "environment"),
-    "checks": ("index", *CHECKS, *FIXED),
+    "checks": ("index", *CHECKS, *WITHOUT_SETTING),
     "concepts": ("how-it-works", "limits"),
     "evidence": ("index",),
     "project": ("support", "changelog", "contributing", "security-policy"),

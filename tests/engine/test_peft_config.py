@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,3 +37,13 @@ def test_a_misspelled_key_is_told_from_an_unknown_one(
         read_config(preflight(str(tmp_path), allow_pickle=False))
     assert isinstance(caught.value.refusal, IgnoredSettings)
     assert caught.value.refusal.near == near
+
+
+def test_a_file_with_many_unknown_keys_does_not_cost_time(tmp_path: Path) -> None:
+    misspelled = {f"lora_alph{first}{second}": 1 for first in ascii_lowercase for second in ascii_lowercase}
+    config = {"peft_type": "LORA", "r": 4, **misspelled}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused) as caught:
+        read_config(preflight(str(tmp_path), allow_pickle=False))
+    assert isinstance(caught.value.refusal, IgnoredSettings)
+    assert len(caught.value.refusal.near) == 20

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from merge_gate.judging.checks.table import CHECKS, FIXED
+from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.report import TOOL, BaseReport, Tool
 from merge_gate.records.terms import Quantization, Verdict
@@ -81,9 +81,9 @@ def test_golden() -> None:
 
 def test_the_rules_are_the_table_of_checks() -> None:
     rules = parse(PASS)["tool"]["driver"]["rules"]
-    assert [rule["id"] for rule in rules] == [*CHECKS, *FIXED]
+    assert [rule["id"] for rule in rules] == [*CHECKS, *WITHOUT_SETTING]
     for rule in rules:
-        default = (CHECKS | FIXED)[rule["id"]]
+        default = (CHECKS | WITHOUT_SETTING)[rule["id"]]
         assert rule["shortDescription"]["text"] == default.summary
         assert rule["defaultConfiguration"]["level"] == default.severity.value
         assert f"merge-gate explain {rule['id']}" in rule["help"]["text"]

@@ -7,6 +7,7 @@ import html
 
 import pytest
 
+from merge_gate.judging.checks.check import FOLLOWS
 from merge_gate.records.report import Accepted, Judged
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from merge_gate.report.formats import html_report, junit, summary
@@ -113,3 +114,18 @@ def test_precision() -> None:
 def test_hundreds_of_findings_become_one_line_per_check() -> None:
     many = [dataclasses.replace(NAN, tensor=f"t{n}") for n in range(96)]
     assert words.grouped([*many, MERGED_NAN]) == [(many[0], tuple(many[1:])), (MERGED_NAN, ())]
+
+
+@pytest.mark.parametrize(
+    ("origin", "hint", "told"),
+    [
+        (Origin.MERGE, f"{FOLLOWS} the adapter's own tensors", ("in the merged model", "because")),
+        (Origin.ADAPTER, f"{FOLLOWS} the same names", (words.ORIGINS[Origin.ADAPTER], "because")),
+        (Origin.MERGE, "lower lora_alpha", (words.ORIGINS[Origin.MERGE], "to do")),
+    ],
+)
+def test_what_follows_from_another_finding_is_no_cause_and_no_action(
+    origin: Origin, hint: str, told: tuple[str, str]
+) -> None:
+    finding = dataclasses.replace(NAN, origin=origin, hint=hint)
+    assert (words.origin(finding), words.hint_label(finding)) == told

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.cli.arguments import given
 from merge_gate.errors import UsageError
 from merge_gate.records.terms import DTYPES, Quantization
-from merge_gate.text import one_of
+from merge_gate.text import NUMBER, one_of
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
 
 _OPTIONS = ("base", "dtype", "quantization", "revision", "set", "expect", "allow_pickle")
-_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) -> None:
@@ -88,7 +87,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
 def _setting(text: str) -> tuple[str, dict[str, object]]:
     check, equals, value = text.partition("=")
     severity, colon, limit = value.partition(":")
-    if not check or not equals or not severity or (colon and not _NUMBER.fullmatch(limit)):
+    if not check or not equals or not severity or (colon and not NUMBER.fullmatch(limit)):
         raise argparse.ArgumentTypeError(f"{text!r} is not CHECK=SEVERITY or CHECK=SEVERITY:LIMIT with a number")
     return check, {"severity": severity} | ({"limit": float(limit)} if colon else {})
 
@@ -97,7 +96,7 @@ def _expectation(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, _number(value) if key in {"r", "lora_alpha"} and _NUMBER.fullmatch(value) else value
+    return key, _number(value) if key in {"r", "lora_alpha"} and NUMBER.fullmatch(value) else value
 
 
 def _number(text: str) -> float:

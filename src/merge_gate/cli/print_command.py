@@ -59,10 +59,10 @@ def explain(arguments: argparse.Namespace) -> int:
 
 def _checks(width: int) -> str:
     from merge_gate.judging.answer_kinds import ANSWERS
-    from merge_gate.judging.checks.table import CHECKS, FIXED
+    from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
     from merge_gate.report.wording.columns import wrap
 
-    indent = max(map(len, (*CHECKS, *FIXED, *ANSWERS))) + 2
+    indent = max(map(len, (*CHECKS, *WITHOUT_SETTING, *ANSWERS))) + 2
 
     def lines(name: str, summary: str) -> list[str]:
         first, *rest = wrap(summary, max(width - indent, indent))
@@ -70,7 +70,7 @@ def _checks(width: int) -> str:
 
     tables = {
         "Checks:": {name: row.summary for name, row in CHECKS.items()},
-        "Findings without a setting:": {name: row.summary for name, row in FIXED.items()},
+        "Findings without a setting:": {name: row.summary for name, row in WITHOUT_SETTING.items()},
         "Answers of `merge-gate verify`:": {name: row.summary for name, row in ANSWERS.items()},
     }
     sections = [

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from merge_gate.config.model import PATTERNS, Model, errors_in, place_of_key
 from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Hint, Loc, NoValue, Value, YamlDocument
-from merge_gate.text import quoted
+from merge_gate.text import NUMBER, quoted
 
 _File = TypeVar("_File", bound=Model)
 
@@ -35,8 +35,7 @@ _EXPECTED = {
 }
 """What the value must be, by the type of pydantic's error."""
 _MISSING = {"version": "write version: 1", "adapters": "list the adapters to judge"}
-_NOTHING, _NUMBER = re.compile(r"(?!)"), re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-_WITHOUT_QUOTES = {"int_type": _NUMBER, "float_type": _NUMBER, "bool_type": re.compile("true|false|yes|no|on|off")}
+_WITHOUT_QUOTES = {"int_type": NUMBER, "float_type": NUMBER, "bool_type": re.compile("true|false|yes|no|on|off")}
 """What is a value of the type if it is not quoted."""
 _EMPTY = {"adapters": "list at least one adapter: a gate without adapters proves nothing"}
 
@@ -140,7 +139,8 @@ def _notation_hint(kind: str, value: Any, written: str) -> str:
     """The correct notation, if only quotes or a dash are wrong."""
     if kind == "string_type" and isinstance(value, int | float):
         return f'put it in quotes: "{written[:60]}"'
-    if isinstance(value, str) and _WITHOUT_QUOTES.get(kind, _NOTHING).fullmatch(value):
+    pattern = _WITHOUT_QUOTES.get(kind)
+    if pattern is not None and isinstance(value, str) and pattern.fullmatch(value):
         return "remove the quotes: a quoted value is text"
     if kind == "list_type" and isinstance(value, str):
         return f'put it in a list: "- {quoted(value, mark="")}"'

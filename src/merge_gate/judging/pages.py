@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from merge_gate import __version__
 from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, FIXED
+from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
 from merge_gate.records.project import check_url, kind_url
 from merge_gate.records.report import AdapterReport, BaseReport
 
-WITH_PAGE = CHECKS.keys() | FIXED.keys()
+WITH_PAGE = CHECKS.keys() | WITHOUT_SETTING.keys()
 """The ids that have a page of their own in docs/checks."""
 
 EXPLAINED = WITH_PAGE | ANSWERS.keys()

@@ -28,7 +28,7 @@ def record(cls: type[_T]) -> type[_T]:
     """Make a class a frozen, slotted, keyword-only dataclass. All records are made by it.
 
     They share three methods, which `dataclass` would write and compile for each class. There are so many classes that
-    this takes a tenth of a second of every run, half of it in the worker.
+    this would take a tenth of a second of every run.
     """
     made = dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)(cls)
     for name, method in {"__eq__": _equal, "__hash__": _hash, "__repr__": _shown}.items():
@@ -36,8 +36,8 @@ def record(cls: type[_T]) -> type[_T]:
     return made
 
 
-def _compared(record: Any) -> tuple[object, ...]:
-    return tuple(getattr(record, one.name) for one in fields(record) if one.compare)
+def _compared(one: Any) -> tuple[object, ...]:
+    return tuple(getattr(one, field.name) for field in fields(one) if field.compare)
 
 
 def _equal(self: object, other: object) -> bool:

@@ -35,8 +35,8 @@ zero."""
 _LIKENESS = 0.8
 """How much a misspelled key has in common with the known one, by difflib: a letter or two differ."""
 
-_LONGEST_KEY = 100
-"""Comparing takes quadratic time."""
+_LONGEST_KEY, _MOST_NEAR = 100, 20
+"""Comparing takes quadratic time, and a hostile file may have many keys."""
 
 
 def read_config(files: AdapterFiles) -> Any:
@@ -86,7 +86,7 @@ def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
                 settings=tuple(f"{key}={values[key]}" for key in ignored),
                 peft=peft.__version__,
                 saved_by=(files.config.peft_version or "").split("@")[0],
-                near=tuple(_near(ignored, known - values.keys())),
+                near=tuple(_near(ignored[:_MOST_NEAR], known - values.keys())),
             )
         )
 

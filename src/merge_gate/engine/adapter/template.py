@@ -11,6 +11,9 @@ no method other than LoRA and DoRA.
 # A template serves only adapters that leave it unchanged: every layer is merged in blocks, and nothing of the base is
 # overwritten. Its factors are NaN before each load, so that no value of an earlier adapter can stay. What follows only
 # from names and places is computed for the first adapter of a kind (`Layout`).
+#
+# Adapters that are merged in one pass are loaded at the same time, so each needs a template. Those after the first of a
+# kind get a copy of it, which costs less than a fifth of an injection.
 
 from __future__ import annotations
 

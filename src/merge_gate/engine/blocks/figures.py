@@ -75,8 +75,8 @@ def measure_merge(
     """Merge every row and measure it. The figures cost more than the merge.
 
     Without figures, the rows of a 16-bit weight that cannot hold an extreme are merged and measured in one product
-    (screen.py). With `receive`, each row is merged with PEFT's roundings, measured, and passed on,
-    if asked for together with its unrounded change.
+    (screen.py). With `receive`, each row is merged with PEFT's roundings, measured, and passed on.
+    With `with_change`, each row has its unrounded change, too.
     """
     tally = _Tally(merge, figures=figures)
     if receive is not None:

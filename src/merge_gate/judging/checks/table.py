@@ -20,32 +20,32 @@ PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
 
 
 @record
-class FixedFinding:
+class FindingKind:
     """A kind of finding that is not a check: nothing is measured for it, and it has no setting."""
 
     severity: Severity
     summary: str
 
 
-FIXED: Mapping[str, FixedFinding] = MappingProxyType(
+WITHOUT_SETTING: Mapping[str, FindingKind] = MappingProxyType(
     {
-        NOT_JUDGED: FixedFinding(
+        NOT_JUDGED: FindingKind(
             severity=Severity.ERROR, summary="The adapter could not be judged, so it is not cleared."
         ),
-        NOT_PUBLISHED: FixedFinding(
+        NOT_PUBLISHED: FindingKind(
             severity=Severity.ERROR, summary="The adapter passed, and its merged model could not be published."
         ),
-        STOP_TOKENS: FixedFinding(
+        STOP_TOKENS: FindingKind(
             severity=Severity.WARNING, summary="The files of a published model name different stop tokens."
         ),
-        TOKENIZER_SIZE: FixedFinding(
+        TOKENIZER_SIZE: FindingKind(
             severity=Severity.WARNING,
             summary="The tokenizer of a published model has an id that the embedding has no row for.",
         ),
-        PUBLISHED_FILES: FixedFinding(
+        PUBLISHED_FILES: FindingKind(
             severity=Severity.NOTE, summary="Some files of the base or the adapter were not published."
         ),
-        EARLIER_MODEL: FixedFinding(
+        EARLIER_MODEL: FindingKind(
             severity=Severity.WARNING, summary="The model of an earlier run has the name of one that was not published."
         ),
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, FIXED, FixedFinding
+from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING, FindingKind
 from merge_gate.judging.pages import page_of
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MAX_RESULTS = 5_000
 """GitHub keeps at most this many results of a run."""
 
-_ROWS: dict[str, Check | FixedFinding] = {**CHECKS, **FIXED}
+_ROWS: dict[str, Check | FindingKind] = {**CHECKS, **WITHOUT_SETTING}
 _SUMMARIES = {check: row.summary for check, row in _ROWS.items()}
 _LEVELS = [str(level) for level in (Severity.ERROR, Severity.WARNING, Severity.NOTE)]
 _EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}

@@ -49,8 +49,9 @@ _ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
 
 
 def origin(finding: Finding) -> str:
-    """Where the cause is. A finding that follows from another one only says where it shows."""
-    return _FOLLOWING if finding.hint.startswith(FOLLOWS) else ORIGINS[finding.origin]
+    """Where the cause is. For a merge that is broken because its adapter is, only where it shows."""
+    follows = finding.origin is Origin.MERGE and finding.hint.startswith(FOLLOWS)
+    return _FOLLOWING if follows else ORIGINS[finding.origin]
 
 
 def hint_label(finding: Finding) -> str:
