@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills publish-layouts tensor-maps schemas pictures docs \
+.PHONY: demo test test-all attempts lint e2e bench fuzz mutants coverage publish-kills publish-layouts tensor-maps schemas pictures docs \
 	clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
 	@echo "make test    the tests, with a sample of each sweep (6 minutes on 2 cores)"
 	@echo "make test-all the sweeps in full: all methods and bases, Ray, a thousand adapters (7 minutes on 2 cores)"
+	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
@@ -67,6 +68,10 @@ test: $(STAMPS)/test
 # What `make test` leaves out, and its properties with more examples.
 test-all: $(STAMPS)/test
 	$(PYTEST) -m "slow or hypothesis"
+
+# The table of what outsiders tried, from the tests that repeat it.
+attempts: $(STAMPS)/test
+	$(PYTEST) -m attempt --attempts tests/attempts.md
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from tests.support import attempts
 from tests.support.cases import Judged, digests, lay_out, top_settings, write_config_file
 from tests.support.command import merge_gate
 from tests.support.properties import FAST_EXAMPLES
@@ -34,6 +35,18 @@ IN_CI = {"derandomize": bool(os.environ.get("CI"))}
 hypothesis.settings.register_profile("full", **UNTIMED, **IN_CI)
 hypothesis.settings.register_profile("fast", max_examples=FAST_EXAMPLES, **UNTIMED, **IN_CI)
 hypothesis.settings.load_profile("full")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--attempts", metavar="FILE", help="write the table of attempts; see tests/support/attempts.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    attempts.configure(config)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.user_properties += [(attempts.PROPERTY, row) for row in attempts.rows_of(item)]
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist calls it, with `-n`
