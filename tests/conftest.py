@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Under nohup the tests ignore SIGHUP, and what they start would inherit that. A handler ends with exec, so the started
+# commands have the default again, and the tests still survive a closed terminal.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # No property is timed: a busy machine is not a fault of the code. In CI the examples are always the same ones, so that
 # a red run is due to the change; elsewhere each run looks for new ones. `make test` loads "fast".

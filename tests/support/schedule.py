@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TOGETHER = {
     # All of them need the fixture `judged`, which takes many seconds.
-    "tests/engine/test_inputs_unchanged.py": "judged",
+    "tests/engine/merge/test_inputs_unchanged.py": "judged",
     "tests/test_weight_formats.py": "judged",
     "tests/test_docs.py": "judged",
     "tests/test_faults.py": "judged",
@@ -27,7 +27,7 @@ TOGETHER = {
     "tests/run/test_thousand.py": "ray",
 }
 ONE_BY_ONE = {
-    "tests/engine/test_bitsandbytes.py",
+    "tests/engine/merge/test_bitsandbytes.py",
     "tests/worker/test_quick_imports.py",
     "tests/fuzz/test_fuzz.py",
     "tests/files/test_resolve.py",

@@ -40,7 +40,7 @@ CASES = (
     _case("shira", "ShiraConfig", r=1, random_seed=3),
 )
 PVERA = _case("pvera", "PveraConfig", r=4)
-"""Merges rightly into 8-bit only; tests/engine/test_known_defects.py shows what becomes of it in 4-bit."""
+"""Merges rightly into 8-bit only; tests/engine/adapter/test_known_defects.py shows what becomes of it in 4-bit."""
 FAST = {("lora", "bnb-4bit")}
 GRID = [
     pytest.param(case, quantization, marks=() if (case.name, quantization) in FAST else pytest.mark.slow)

@@ -106,7 +106,7 @@ def _injected(base: Base, members: tuple[AdapterFiles, ...], config: Any, name: 
 def _refuse_lost_settings(name: str, config: Any) -> None:
     """Settings that PEFT's add_weighted_adapter accepts and loses: the result is not the weighted sum of the deltas.
 
-    Shown with plain PEFT in tests/engine/test_combine.py.
+    Shown with plain PEFT in tests/engine/adapter/test_combine.py.
     """
     settings = {
         "use_rslora": getattr(config, "use_rslora", False),
