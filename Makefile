@@ -12,7 +12,7 @@ help:
 	@echo "make test    the tests, with a sample of each sweep (6 minutes on 2 cores)"
 	@echo "make test-all the sweeps in full: all methods and bases, Ray, a thousand adapters (7 minutes on 2 cores)"
 	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
-	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
 	@echo "make mutants small changes of the code that judges: does a test fail? (an hour)"
@@ -78,6 +78,7 @@ lint: $(STAMPS)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tests.tools.prose
 
 e2e: $(STAMPS)/e2e
 	$(BIN)/python -m pytest tests/e2e -m e2e

@@ -544,3 +544,12 @@ def test_the_formats_were_not_tried_with_later_versions_than_these() -> None:
     assert tried
     installed = [Version(version(name)) for name in ("torch", "transformers", "peft")]
     assert all(Version(one) <= here for one, here in zip(tried.groups(), installed, strict=True))
+
+
+def test_glossary_is_sorted_and_short() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    glossary = contributing.partition("### Glossary")[2].partition("\n## ")[0]
+    terms = re.findall(r"^\| ([a-z -]+) \|", glossary, re.MULTILINE)
+    terms.remove("term")
+    assert terms == sorted(set(terms))
+    assert 30 <= len(terms) <= 40

@@ -1,34 +1,28 @@
-"""Holds the project's prose to plain American English: documents, the action, docstrings, and messages.
+"""Shows where the project's prose is not plain American English: documents, the action, docstrings, and messages.
 
-The rules are in `tests/language/rules.toml`, each with its reason. `tests/language/exempt.txt` lists the files that do
-not follow them yet. A listed file that follows the rules must leave the list, so the list only shrinks.
+    .venv/bin/python -m tests.tools.prose        # `make lint` calls it
+
+It is an editor's aid: it prints what it finds, and fails nothing. The rules are in `prose_rules.toml`.
 """
 
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "tests" / "language"
-RULES = tomllib.loads((DATA / "rules.toml").read_text(encoding="utf-8"))
+ROOT = Path(__file__).resolve().parents[2]
+RULES = tomllib.loads(Path(__file__).with_name("prose_rules.toml").read_text(encoding="utf-8"))
 DICTIONARIES = "clear,en-GB_to_en-US"
 """Of codespell: plain misspellings, and British spelling. It lacks verbs in -ise, which rules.toml has."""
-
-EXEMPT = (DATA / "exempt.txt").read_text(encoding="utf-8").split()
-
-GENERATED: set[str] = set()
-"""Tables that a program writes."""
 
 NOT_PROSE = re.compile(
     r"^(```|~~~).*?^\1.*?$"  # a fenced block
@@ -106,10 +100,7 @@ def prose_of(path: Path) -> Prose:
 def files() -> list[Path]:
     patterns = ("*.md", "docs/**/*.md", "action.yml", "src/merge_gate/**/*.py", "recipes/*.py", "entrypoint.py")
     found = (path for pattern in patterns for path in ROOT.glob(pattern))
-    return sorted(path for path in found if str(path.relative_to(ROOT)) not in GENERATED)
-
-
-ALL = {prose.path: prose for prose in map(prose_of, files())}
+    return sorted(found)
 
 
 def problems(prose: Prose) -> list[str]:
@@ -132,58 +123,26 @@ def problems(prose: Prose) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="session")
-def misspelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For each file, what codespell would write in American English."""
-    folder = tmp_path_factory.mktemp("prose")
-    for number, prose in enumerate(ALL.values()):
-        (folder / f"{number}.txt").write_text(prose.text, encoding="utf-8")
-    command = [sys.executable, "-m", "codespell_lib", "--builtin", DICTIONARIES]
-    done = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, check=False, env={**os.environ, "HOME": "/"}
-    )
-    assert done.returncode in {0, 65}, done.stderr
-    paths, found = list(ALL), {path: [] for path in ALL}
+def misspelled(files_prose: list[Prose]) -> Iterator[str]:
+    """What codespell would write in American English."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, prose in enumerate(files_prose):
+            Path(folder, f"{number}.txt").write_text(prose.text, encoding="utf-8")
+        command = [sys.executable, "-m", "codespell_lib", "--builtin", DICTIONARIES, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if match := re.fullmatch(r".*/(\d+)\.txt:\d+: (.*)", line):
-            found[paths[int(match[1])]].append(match[2])
-    return found
+            yield f"{files_prose[int(match[1])].path}: {match[2]}"
 
 
-@pytest.mark.parametrize("path", [path for path in ALL if path not in EXEMPT])
-def test_prose_is_plain_american_english(path: str, misspelled: dict[str, list[str]]) -> None:
-    found = problems(ALL[path]) + misspelled[path]
-    assert not found, f"{path}:\n" + "\n".join(found)
+def main() -> None:
+    """Print one line for each place."""
+    every = [prose_of(path) for path in files()]
+    places = [f"{prose.path}: {problem}" for prose in every for problem in problems(prose)]
+    for place in (*places, *misspelled(every)):
+        print(place)
+    print(f"prose: {len(every)} files read")
 
 
-def test_exempt_files_still_break_a_rule(misspelled: dict[str, list[str]]) -> None:
-    if os.environ.get("UPDATE_GOLDENS"):
-        broken = [path for path in ALL if problems(ALL[path]) or misspelled[path]]
-        added = set(broken) - set(EXEMPT)
-        assert not added, f"these files broke a rule and were not exempt: {sorted(added)}"
-        (DATA / "exempt.txt").write_text("".join(f"{path}\n" for path in broken), encoding="utf-8")
-        return
-    clean = [path for path in EXEMPT if path not in ALL or not (problems(ALL[path]) or misspelled[path])]
-    assert not clean, f"take these files out of tests/language/exempt.txt: {clean}"
-
-
-@pytest.mark.parametrize("example", RULES["examples"], ids=lambda example: example["text"][:30])
-def test_rules_find_what_they_name(example: dict[str, object]) -> None:
-    prose = Prose("example", tuple(sentences(str(example["text"]))))
-    assert bool(problems(prose)) is example["breaks-a-rule"]
-
-
-def test_codespell_finds_british_spelling() -> None:
-    command = [sys.executable, "-m", "codespell_lib", "--builtin", DICTIONARIES, "-"]
-    done = subprocess.run(command, input="behaviour, behavior\n", capture_output=True, text=True, check=False)
-    assert "behaviour ==> behavior" in done.stdout
-    assert "behavior ==>" not in done.stdout
-
-
-def test_glossary_is_sorted_and_short() -> None:
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    glossary = contributing.partition("### Glossary")[2].partition("\n## ")[0]
-    terms = re.findall(r"^\| ([a-z -]+) \|", glossary, re.MULTILINE)
-    terms.remove("term")
-    assert terms == sorted(set(terms))
-    assert 30 <= len(terms) <= 40
+if __name__ == "__main__":
+    main()
