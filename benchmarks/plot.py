@@ -1,4 +1,4 @@
-"""Draw time and memory against the number of adapters, for the gate, with and without --quick, (a) and (b).
+"""Draw time and memory against the number of adapters, for the gate, (a) and (b).
 
 In: results.json. Out: time-and-memory.svg, text kept as text. Needs matplotlib, which nothing else in the project does.
 """
@@ -13,9 +13,8 @@ NAMES = {
     "a": "(a) load, merge, check per adapter",
     "b": "(b) base once, deep copy per adapter",
     "gate": "merge-gate",
-    "quick": "merge-gate --quick",
 }
-COLOURS = {"a": "#b35806", "b": "#998ec3", "quick": "#7fbf7b", "gate": "#1b7837"}
+COLOURS = {"a": "#b35806", "b": "#998ec3", "gate": "#1b7837"}
 PANELS = {"wall_s": "seconds, whole process", "peak_anon_mib": "peak anonymous memory, GiB"}
 
 

@@ -76,18 +76,12 @@ def scaling(plan: Plan) -> dict[str, object]:
         job = Job(count=count)
         commands = {
             "gate": inputs.gate(job),
-            **({"quick": [*inputs.gate(job), "--quick"]} if has_quick() else {}),
             "a": inputs.script("baseline_a", job),
             "b": inputs.script("baseline_b", job),
         }
         for name, figures in alternate(commands, repeat=plan.repeat, env=HUB_OFF).items():
             found.setdefault(name, {})[str(count)] = figures
     return {"size": plan.size, "idle_anon_mib": idle_anon_mib(), **found}
-
-
-def has_quick() -> bool:
-    """Whether this gate knows a way to settle by a bound what it need not merge."""
-    return "--quick" in subprocess.run([GATE, "run", "--help"], check=True, capture_output=True, text=True).stdout
 
 
 def idle_anon_mib() -> float:

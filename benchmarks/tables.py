@@ -12,7 +12,7 @@ from pathlib import Path
 from rows import METHODS, ROWS
 
 HERE = Path(__file__).parent
-LABELS = {"gate": "gate", "quick": "`--quick`", "a": "(a)", "b": "(b)"}
+LABELS = {"gate": "gate", "a": "(a)", "b": "(b)"}
 BEGIN, END = "<!-- tables: written by tables.py -->", "<!-- end of tables -->"
 
 

@@ -41,12 +41,12 @@ def usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_variable_stands_for_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGE_GATE_DEVICE", "cuda:1")
-    monkeypatch.setenv("MERGE_GATE_QUICK", "true")
+    monkeypatch.setenv("MERGE_GATE_RESUME", "true")
     monkeypatch.setenv("MERGE_GATE_REFRESH", "0")
     monkeypatch.setenv("MERGE_GATE_CACHE", "")
     values = parsed(["run", "gate.yml"])
-    assert (values.device, values.quick, values.refresh, values.cache) == ("cuda:1", True, False, None)
-    assert values.variables == {"--device": "MERGE_GATE_DEVICE", "--quick": "MERGE_GATE_QUICK"}
+    assert (values.device, values.resume, values.refresh, values.cache) == ("cuda:1", True, False, None)
+    assert values.variables == {"--device": "MERGE_GATE_DEVICE", "--resume": "MERGE_GATE_RESUME"}
 
 
 @pytest.mark.parametrize("words", [["--output", "b"], ["--output=b"], ["-o", "b"], ["-ob"]])
@@ -72,7 +72,7 @@ def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("DEVICE", "tpu"), ("ACCESS", "guess"), ("QUICK", "maybe"), ("OUTPUT", "gate.yml")]
+    ("variable", "value"), [("DEVICE", "tpu"), ("ACCESS", "guess"), ("REFRESH", "maybe"), ("OUTPUT", "gate.yml")]
 )
 def test_a_wrong_variable_is_named(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
@@ -166,7 +166,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([""], {name.split()[0] for name in commands()}),
         (["report", ""], {"show", "diff", "combine", "baseline"}),
-        (["run", "--qui"], {"--quick", "--quiet"}),
+        (["run", "--re"], {"--read", "--refresh", "--report", "--resume", "--revision"}),
         (["report", "show", "--format", ""], {"terminal", "json", "markdown", "html", "junit", "sarif"}),
     ],
 )

@@ -249,7 +249,7 @@ def test_what_cannot_be_had_together_is_wrong_usage(
     [
         ((), ()),
         (("--shard", "2/4", "--refresh", "--only", "one"), ("--only", "one", "--refresh", "--shard", "2/4")),
-        (("--quick", "--access", "stream"), ("--quick", "--access", "stream")),
+        (("--refresh", "--access", "stream"), ("--refresh", "--access", "stream")),
     ],
 )
 def test_a_run_in_a_container_is_told_what_this_one_was(

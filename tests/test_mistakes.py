@@ -400,7 +400,7 @@ MISTAKES = (
         *("report", "combine", "shards", "--output", "all"),
         says="all/junit.xml",
     ),
-    typo("`report combine` with a mistyped option", "report", "combine", "shards", "--quick"),
+    typo("`report combine` with a mistyped option", "report", "combine", "shards", "--refresh"),
     typo("`report combine` with a wrong directory", "report", "combine", "shrads", code=3),
     Mistake(
         "`report combine` of directories with earlier reports in them",

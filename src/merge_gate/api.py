@@ -45,7 +45,6 @@ def gate(
     expect: Mapping[str, object] = _NOTHING,
     allow_pickle: bool = False,
     device: str = "auto",
-    quick: bool = False,
     cache: Name | None = None,
     output: Name | None = None,
 ) -> Report:
@@ -62,7 +61,6 @@ def gate(
         expect: facts that every adapter must match, as a configuration has them.
         allow_pickle: load pickled weights of adapters, with weights_only.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        quick: let a bound replace the merge of a weight if it proves every value finite and small.
         cache: a directory for verdicts, which later runs reuse.
         output: a directory for the report. None writes no file.
 
@@ -89,7 +87,6 @@ def gate(
     options = RunOptions(
         device=device,
         output=folder,
-        quick=quick,
         cache=CacheOptions(directory=None if cache is None else os.fspath(cache)),
     )
     with contextlib.ExitStack() as stack:

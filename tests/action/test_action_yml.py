@@ -169,7 +169,6 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     assert known - set(action.RESERVED_OPTIONS) - of_named_adapters == {
         "--only",
         "--plan",
-        "--quick",
         "--refresh",
         "--resume",
         "--access",
@@ -182,7 +181,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     }, "a new option: give it an input, or allow it in `args` here"
     parse = parser().parse_args
     for arguments in (
-        ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--quick"],
+        ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--refresh"],
         ["run", "c", "--device", "auto"],
     ):
         assert parse(arguments).names == ["c"]

@@ -114,8 +114,8 @@ def test_a_model_is_verified_on_the_cpu_and_without_a_config(environ: dict[str, 
 
 
 def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(shard="2/4", args="--quick"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
-    assert inputs.run.arguments == ("--shard", "2/4", "--quick")
+    inputs = action.read_inputs(words(shard="2/4", args="--refresh"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
+    assert inputs.run.arguments == ("--shard", "2/4", "--refresh")
     assert inputs.artifact_name.startswith("merge-gate-report-release-gate-shard-2-of-4-")
 
 
@@ -178,7 +178,7 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("args", "--publish=elsewhere"),
         ("shard", "2"),
         ("shard", "0/2"),
-        ("shard", "2/4 --quick"),
+        ("shard", "2/4 --refresh"),
     ],
 )
 def test_a_wrong_input_is_named_with_what_was_expected(

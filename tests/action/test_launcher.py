@@ -130,8 +130,8 @@ def test_the_command_hands_on_what_the_gate_inside_has_to_know(
     monkeypatch.setattr(launcher, "run_in_container", lambda wanted, _log: asked.append(wanted) or 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    dispatch.main(["run", str(config), "--container", "--only", "a", "--quick", "--image", "x:y"])
-    assert asked[0].arguments == ("--only", "a", "--quick")
+    dispatch.main(["run", str(config), "--container", "--only", "a", "--refresh", "--image", "x:y"])
+    assert asked[0].arguments == ("--only", "a", "--refresh")
     dispatch.main(["run", str(config), "--container", "--publish", "merged", "--max-shard-size", "1KiB"])
     assert asked[1].arguments == ("--max-shard-size", "1.024KB", "--publish", str(tmp_path / "merged"))
     assert asked[1].publish == tmp_path / "merged"

@@ -87,7 +87,6 @@ DECIDES = {
     "its seed": of(with_spec(combine=replace(COMBINE, seed=1))),
     "its members' names": of(with_spec(combine=replace(COMBINE, adapters=("b", "a")))),
     "the device": of(run=replace(RUN, device="NVIDIA H100")),
-    "--quick": of(run=replace(RUN, quick=True)),
     "pickles": of(run=replace(RUN, allow_pickle=True)),
     "code of the base": of(run=replace(RUN, trust_remote_code=True)),
 }

@@ -124,7 +124,6 @@ MEASURED = evidence(
     layers_in_blocks=4,
     layers_by_peft=2,
     cross_checked=("a", "b", "c"),
-    parameters_bounded=5,
     seconds=1.5,
     seed=11,
 )
@@ -136,7 +135,6 @@ WHOLE = Coverage(
     layers_in_blocks=4,
     layers_by_peft=2,
     layers_witnessed=3,
-    parameters_bounded=5,
     parameters_total=64,
 )
 NOW_ON = BaseKey(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)

@@ -522,57 +522,22 @@ def test_running_out_of_memory_is_no_bug() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "quick", "expected"),
+    ("settings", "expected"),
     [
-        ((), False, MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=250.0)),
-        ((), True, MeasureOptions(headroom=0.5, estimates=True, estimated_ratio=250.0)),
-        (
-            (setting("headroom", Severity.WARNING, 0.25),),
-            True,
-            MeasureOptions(headroom=0.25, estimates=True, estimated_ratio=250.0),
-        ),
-        (
-            (setting("headroom", Severity.WARNING, 0.75),),
-            True,
-            MeasureOptions(headroom=0.5, estimates=True, estimated_ratio=250.0),
-        ),
-        (
-            (setting("rounding-loss", Severity.ERROR),),
-            False,
-            MeasureOptions(headroom=0.0, estimates=False, estimated_ratio=250.0),
-        ),
-        (
-            (setting("delta-norm", Severity.ERROR),),
-            True,
-            MeasureOptions(headroom=0.5, estimates=False, estimated_ratio=250.0),
-        ),
-        (
-            (setting("delta-norm", Severity.WARNING),),
-            False,
-            MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=250.0),
-        ),
+        ((), MeasureOptions(estimates=True, estimated_ratio=250.0)),
+        ((setting("rounding-loss", Severity.ERROR),), MeasureOptions(estimated_ratio=250.0)),
+        ((setting("delta-norm", Severity.ERROR),), MeasureOptions(estimated_ratio=250.0)),
+        ((setting("delta-norm", Severity.WARNING),), MeasureOptions(estimates=True, estimated_ratio=250.0)),
         (
             (CheckSetting(check="rounding-loss", severity=Severity.WARNING, limit=0.5, error_limit=0.9),),
-            False,
-            MeasureOptions(headroom=0.0, estimates=False, estimated_ratio=250.0),
+            MeasureOptions(estimated_ratio=250.0),
         ),
         (
             (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=10.0, error_limit=40.0),),
-            False,
-            MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=10.0),
+            MeasureOptions(estimates=True, estimated_ratio=10.0),
         ),
-        (
-            (setting("headroom", Severity.ERROR),),
-            False,
-            MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=250.0),
-        ),
+        ((setting("headroom", Severity.ERROR),), MeasureOptions(estimates=True, estimated_ratio=250.0)),
     ],
 )
-def test_an_error_rests_on_a_measurement(
-    settings: tuple[CheckSetting, ...], quick: bool, expected: MeasureOptions
-) -> None:
-    assert measure_options(with_settings(spec(), *settings), quick=quick) == expected
-
-
-def test_exactly_is_the_default() -> None:
-    assert measure_options(spec()).headroom == 0.0
+def test_an_error_rests_on_a_measurement(settings: tuple[CheckSetting, ...], expected: MeasureOptions) -> None:
+    assert measure_options(with_settings(spec(), *settings)) == expected

@@ -259,7 +259,7 @@ def test_the_map_s_data_are_the_tensors() -> None:
     assert block["places"] == [0, 0, 0, 1, 1, 0, 2, 0, 1, 3, 1, 1]
     assert drawn["state"] == "FFFU"
     assert (drawn["low"], drawn["ratio"][0], drawn["loss"][0]) == ([-0.5, -0.5, -1.5, -1.5], 0.00781, 0.125)
-    assert drawn["bounded"] == drawn["estimated"] == [0, 1]
+    assert drawn["estimated"] == [0, 1]
 
 
 def test_adapters_on_the_same_tensors_share_a_layout() -> None:

@@ -164,7 +164,7 @@ def test_the_tensors_are_a_table_with_a_line_for_each() -> None:
     stats = TensorStats(
         name="a.weight", dtype="float16", shape=(2, 3), numel=6, minimum=-1 / 3, maximum=None, nan=1, first_index=(0, 1)
     )
-    merge = TensorMerge(module="a", stats=stats, dtype_max=65504.0, changed=True, delta_norm=float("inf"), bounded=2)
+    merge = TensorMerge(module="a", stats=stats, dtype_max=65504.0, changed=True, delta_norm=float("inf"))
     text = render(report(adapter(tensors=(merge, merge))))
     (row, _) = [line for line in text.splitlines() if '"a.weight"' in line]
     table = parse(text)["adapters"][0]["tensors"]
@@ -173,7 +173,7 @@ def test_the_tensors_are_a_table_with_a_line_for_each() -> None:
         "module": "a", "name": "a.weight", "dtype": "float16", "shape": [2, 3], "numel": 6, "minimum": -0.333333,
         "maximum": None, "nan": 1, "posinf": 0, "neginf": 0, "first_index": [0, 1], "dtype_max": 65504.0,
         "changed": True, "base_norm": None, "delta_norm": None, "lost_norm": None, "unchanged_fraction": None,
-        "bounded": 2, "estimated": False,
+        "estimated": False,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.formats.summary import render
 from merge_gate.report.stored.compare import compare, render_markdown
-from merge_gate.report.wording import run_result, words
+from merge_gate.report.wording import run_result
 from merge_gate.report.wording.markdown import code, prose
 from merge_gate.report.wording.textmap import text_map
 from merge_gate.report.wording.untrusted import one_line
@@ -128,15 +128,6 @@ def test_golden() -> None:
     if os.environ.get("UPDATE_GOLDENS"):
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
-
-
-def test_the_footer_says_how_many_elements_a_bound_stands_for() -> None:
-    first = PASS.adapters[0]
-    bounded = dataclasses.replace(first, coverage=dataclasses.replace(first.coverage, parameters_bounded=1_234_567))
-    run = dataclasses.replace(PASS, adapters=(bounded, *PASS.adapters[1:]))
-    said = words.proved_by_bound(1_234_567)
-    assert said in render(run).rpartition("| checked |")[2].partition("\n")[0]
-    assert said.partition(":")[0] not in render(PASS)
 
 
 @pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])

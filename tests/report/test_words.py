@@ -34,7 +34,7 @@ KNOWN = Accepted(owner="ml", until="2027-01-01", reason="known")
 
 def test_what_stands_beside_a_verdict(wording: Wording) -> None:
     wording(words.cached(PASS), *words.marks(WARNED), *words.marks(dataclasses.replace(FAILED, accepted=KNOWN)))
-    wording(words.proved_by_bound(1_234_567), words.title(FAILED), words.title(CRASHED), words.title(PASSED))
+    wording(words.title(FAILED), words.title(CRASHED), words.title(PASSED))
 
 
 def at(time: str, place: str = "acme/adapters run 7") -> Judged:

@@ -19,7 +19,7 @@ from merge_gate.errors import UsageError
 from merge_gate.files import hub
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Access, Read
-from merge_gate.run import estimate, fed_bases, planned_run
+from merge_gate.run import fed_bases
 from merge_gate.run.planned_run import plan_run
 from merge_gate.worker import feed_service
 from merge_gate.worker.memory import MemoryGroup
@@ -45,8 +45,6 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
     monkeypatch.setattr(feed_service, "_slots", lambda: 12)
-    for module in (planned_run, estimate):
-        monkeypatch.setattr(module, "usable_cores", lambda: 2)
     return tmp_path
 
 
@@ -85,11 +83,6 @@ def test_lines_are_as_wide_as_the_terminal(place: Path) -> None:
     planned(place)
     text = plan_run(load_config(str(place / "gate.yml")), RunOptions(), lambda _: None, width=50)
     assert max(map(len, text.splitlines())) <= 50
-
-
-def test_what_was_not_measured_is_not_estimated(place: Path) -> None:
-    assert "not estimated: no run on CUDA" in planned(place, RunOptions(device="cuda:0"))
-    assert "not estimated: no run on a Ray cluster" in planned(place, RunOptions(ray=""))
 
 
 def test_a_base_that_the_worker_does_not_map(place: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:

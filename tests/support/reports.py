@@ -177,7 +177,6 @@ def tensors(
             delta_norm=0.5,
             lost_norm=0.0625,
             unchanged_fraction=0.25,
-            bounded=1_000_000 if layer == 0 else 0,
             estimated=layer == 0,
         )
         for layer in range(layers)
@@ -288,7 +287,7 @@ def merges() -> st.SearchStrategy[TensorMerge]:
     )  # fmt: skip
     return st.builds(
         TensorMerge, module=TEXTS, stats=stats, dtype_max=st.floats(), changed=st.booleans(), base_norm=figure,
-        delta_norm=figure, lost_norm=figure, unchanged_fraction=figure, bounded=count, estimated=st.booleans(),
+        delta_norm=figure, lost_norm=figure, unchanged_fraction=figure, estimated=st.booleans(),
     )  # fmt: skip
 
 

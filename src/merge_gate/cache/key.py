@@ -45,7 +45,6 @@ class Circumstances:
     """What is the same for all entries of a run. `device` is `cpu` or the name of the card, None until it is known."""
 
     device: str | None = None
-    quick: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
@@ -69,7 +68,6 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
         "gate": {"version": merge_gate.__version__, "code": own_code()},
         "libraries": libraries(),
         "device": circumstances.device,
-        "quick": circumstances.quick,
         "allow-pickle": circumstances.allow_pickle,
         "trust-remote-code": circumstances.trust_remote_code,
         "base": _base(entry, base),

@@ -39,7 +39,7 @@ def _part(title: str, lines: Sequence[str]) -> str:
 
 EXIT_CODES = exit_codes(
     "0  pass: every adapter was merged, every parameter of the result was checked, and no adapter failed, except for "
-    "failures that a baseline accepts. With --quick, a bound replaces some of the merges",
+    "failures that a baseline accepts",
     "1  fail: at least one adapter failed. The report shows which ones and why",
     "2  usage or configuration error: nothing was judged",
     "3  error: no adapter failed, but at least one could not be judged",

@@ -24,7 +24,6 @@ from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.records.terms import Access, Read
-from merge_gate.run.estimate import usable_cores
 from merge_gate.run.streams import say
 
 
@@ -82,11 +81,6 @@ def add(commands: Commands[CommandParser]) -> None:
     )
     run.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="merge and check only this adapter; repeatable"
-    )
-    run.add_argument(
-        "--quick",
-        action="store_true",
-        help="skip a merge if a bound proves that all its values are finite and small; for large fleets",
     )
     run.add_argument(
         "--shard",
@@ -172,7 +166,8 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
     if arguments.container or arguments.ray is not None:
         return False
     may_hit = arguments.resume or (arguments.cache and not arguments.refresh)
-    return not may_hit or usable_cores() > 1
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # not on macOS
+    return not may_hit or len(cores) > 1
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
@@ -205,7 +200,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
     if arguments.ray is not None:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
-    more += [option for option, asked in (("--quick", arguments.quick), ("--refresh", arguments.refresh)) if asked]
+    more += ["--refresh"] if arguments.refresh else []
     more += ["--access", arguments.access] if arguments.access else []
     more += ["--read", arguments.read] if arguments.read else []
     more += ["--max-shard-size", f"{arguments.max_shard_size / 1000:.3f}KB"] if arguments.max_shard_size else []
@@ -239,7 +234,6 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         device=arguments.device,
         output=arguments.output,
         only=tuple(arguments.only),
-        quick=arguments.quick,
         access=arguments.access and Access(arguments.access),
         read=arguments.read and Read(arguments.read),
         publish=arguments.publish,

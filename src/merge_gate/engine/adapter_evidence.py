@@ -316,7 +316,6 @@ class _Attempt:
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,
             parameters_checked=walk.ledger.checked,
-            parameters_bounded=sum(merge.bounded for merge in merges.values()),
             parameters_total=walk.ledger.total,
             parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )

@@ -231,7 +231,6 @@ def _coverage(evidence: Evidence) -> Coverage:
         layers_by_peft=evidence.layers_by_peft,
         layers_witnessed=len(evidence.cross_checked),
         layers_differing=evidence.differing[:10],
-        parameters_bounded=evidence.parameters_bounded,
         parameters_from_record=evidence.parameters_from_record,
         parameters_total=evidence.parameters_total,
     )

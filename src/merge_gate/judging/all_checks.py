@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from merge_gate.judging import refused_adapters, refused_bases, refused_merges
 from merge_gate.judging.checks import effect
-from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit, limit
+from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import accident
@@ -27,24 +27,17 @@ _WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 _WORDS = {**refused_adapters.WORDS, **refused_merges.WORDS, **refused_bases.WORDS}
 
-MEASURE_ABOVE = 0.5
-"""Values that may exceed this share of their dtype's largest are merged one by one, whatever `headroom` allows."""
-
 ESTIMATED_BELOW = 0.25
 """A ratio of norms above this share of the error limit is measured, because an error must not rest on an estimate."""
 
 
-def measure_options(spec: AdapterSpec, *, quick: bool = False) -> MeasureOptions:
-    """What may be estimated: a warning may rest on an estimate, an error rests on a measurement.
-
-    With `quick`, a bound may replace a merge, as long as it is below the limit of `headroom`.
-    """
+def measure_options(spec: AdapterSpec) -> MeasureOptions:
+    """What may be estimated: a warning may rest on an estimate, an error rests on a measurement."""
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
     if math.isfinite(error_limit(settings, effect.rounding_loss)):
         errors.add(effect.rounding_loss.id)
     return MeasureOptions(
-        headroom=min(limit(settings, effect.headroom), MEASURE_ABOVE) if quick else 0.0,
         estimates=not {effect.rounding_loss.id, effect.delta_norm.id} & errors,
         estimated_ratio=error_limit(settings, effect.delta_norm) * ESTIMATED_BELOW,
     )

@@ -53,8 +53,7 @@ class TensorMerge:
     Frobenius norms of the base's tensor and of the exact delta. `lost_norm` is ‖merged − (W + delta)‖. A norm is None
     if it was not measured. `unchanged_fraction` is the share of elements whose bits the merge did not change.
 
-    `bounded` counts elements that were not merged one by one. If it is not 0, `stats.minimum` and `stats.maximum` are
-    bounds that no element exceeds. `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm`
+    `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm`
     are estimates from a sample of the rows (engine/merge/plan.py).
     """
 
@@ -68,11 +67,6 @@ class TensorMerge:
         "What rounding lost: the norm of the merged tensor minus the exact sum W + ΔW.", default=None
     )
     unchanged_fraction: float | None = reported("Share of elements whose bits the merge did not change.", default=None)
-    bounded: int = reported(
-        "Elements that were not merged one by one. If it is not 0, `minimum` and `maximum` are bounds that no element "
-        "exceeds.",
-        default=0,
-    )
     estimated: bool = reported(
         "Whether `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm` are estimated from a sample.",
         default=False,
@@ -103,14 +97,12 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 @record
 class MeasureOptions:
-    """Which figures may be estimated or bounded, because no check needs them exactly. By default none may.
+    """Which figures may be estimated, because no check needs them exactly. By default none may.
 
-    With `estimates`, norms and losses may come from a sample of the rows. With a `headroom` above 0, a bound can
-    replace the merge of a weight (`--quick`). The bound must prove that every value is finite, and below this share of
-    the dtype's largest value. If an estimated ‖ΔW‖/‖W‖ is above `estimated_ratio`, all rows are measured.
+    With `estimates`, norms and losses may come from a sample of the rows. If an estimated ‖ΔW‖/‖W‖ is above
+    `estimated_ratio`, all rows are measured.
     """
 
-    headroom: float = 0.0
     estimates: bool = False
     estimated_ratio: float = math.inf
 
@@ -257,7 +249,6 @@ class Evidence:
     instead_of: str | None = None
     seed: int | None = None
     parameters_checked: int = 0
-    parameters_bounded: int = 0
     parameters_total: int = 0
     parameters_from_record: int = 0
     seconds: float = 0.0

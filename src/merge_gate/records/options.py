@@ -28,7 +28,6 @@ class RunOptions:
         device: The requested device: `auto`, `cpu`, `cuda`, or `cuda:N`.
         output: The directory that the reports go to; None writes none.
         only: Names of adapters; empty for all in the configuration.
-        quick: Whether a bound may replace the merge of a weight (engine/blocks/bound.py).
         shard: (I, N), the I-th of N parts of the run; None for all of it.
         ray: The address of the Ray cluster that merges (on_ray/ray_cluster.py); None merges on this machine.
         access: How the weights of bases on the Hub are read (`--access`); None reads them as the configuration says.
@@ -43,7 +42,6 @@ class RunOptions:
     device: str = "auto"
     output: str | None = None
     only: tuple[str, ...] = ()
-    quick: bool = False
     shard: tuple[int, int] | None = None
     ray: str | None = None
     access: Access | None = None

@@ -14,11 +14,7 @@ TOOL = "merge-gate"
 
 @record
 class Coverage:
-    """How much of the adapter and of the model was checked.
-
-    `parameters_bounded` of the `parameters_checked` were not merged one by one: a bound proves that they are finite
-    (engine/blocks/bound.py).
-    """
+    """How much of the adapter and of the model was checked."""
 
     adapter_tensors: int = reported("Tensors in the adapter's file.", default=0)
     applied: int = reported("Tensors of the file that the merge used.", default=0)
@@ -34,10 +30,6 @@ class Coverage:
     )
     parameters_checked: int = reported(
         "Elements of the merged model that were checked; equal to `parameters_total` for every adapter that passed.",
-        default=0,
-    )
-    parameters_bounded: int = reported(
-        "Checked elements that were not merged one by one, because a bound proves them finite; 0 without `--quick`.",
         default=0,
     )
     parameters_from_record: int = reported(

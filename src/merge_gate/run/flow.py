@@ -91,9 +91,7 @@ def run_gate(
     wanted = checked_options(config, specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()
-    circumstances = Circumstances(
-        quick=options.quick, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
-    )
+    circumstances = Circumstances(allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
     with contextlib.closing(
         Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
     ) as cache:
@@ -304,7 +302,7 @@ class _Run:
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
     def _group(self, to_merge: dict[int, Entry]) -> None:
-        groups = group_by_base(to_merge.items(), quick=self._options.quick, publishes=self._published)
+        groups = group_by_base(to_merge.items(), publishes=self._published)
         scheduled = [self._fed.schedule(group, self._read_of(group)) for group in groups]
         self._groups = tuple(
             replace(group, keeps_record=group.keeps_record and group.plain_dtype is None) for group in scheduled

@@ -29,7 +29,6 @@ from merge_gate.records.terms import Access, Quantization, Read
 from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.untrusted import inert, one_line
-from merge_gate.run.estimate import DISK_RATE, NETWORK_RATE, BaseWork, coarse, cost_of_merge, estimate_s, usable_cores
 from merge_gate.run.fed_bases import FedBases, headers_limit_s, is_on_network
 from merge_gate.run.flow import checked_options, select
 from merge_gate.run.view import PLAIN_WIDTH
@@ -58,9 +57,7 @@ def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None],
     specs = select(config, options.only)
     publish = checked_options(config, specs, options)
     specs, _ = part_of(config, specs, options)
-    circumstances = Circumstances(
-        quick=options.quick, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
-    )
+    circumstances = Circumstances(allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
     cache = Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=notify)
     with contextlib.closing(cache):
         plan = _Plan(config, options, specs, cache, notify, publish=publish)
@@ -147,8 +144,8 @@ class _Plan:
         self._fed = FedBases(BaseWatch(cache.seen_bases), notify, records=cache.base_records)
         self._free_bytes = MemoryGroup().free_bytes()
         self._entries: list[Entry] = []
-        self._work: list[BaseWork] = []
-        self._reads_part = False
+        self._read_bytes = 0
+        self._is_read_again = False
 
     def lines(self) -> Iterator[str]:
         for spec in self._specs:
@@ -159,7 +156,7 @@ class _Plan:
             if (report := adapter_report.blocked_report(entry)) is not None
         }
         to_merge = [(index, entry) for index, entry in enumerate(self._entries) if index not in blocked]
-        groups = group_by_base(to_merge, quick=self._options.quick)
+        groups = group_by_base(to_merge)
         by_base: dict[tuple[str, str], list[Group]] = {}
         for group in groups:  # the dtypes of a base share its passes
             by_base.setdefault((group.directory, group.base.quantization), []).append(group)
@@ -171,7 +168,7 @@ class _Plan:
             yield ""
             yield from self._lines_of(same)
         others = [*self._lines_of_output(), *self._lines_of_models(groups)]
-        yield from ["", "in all", *self._lines_of_bytes(to_merge), *others, *self._lines_of_time(to_merge, groups)]
+        yield from ["", "in all", *self._lines_of_bytes(to_merge), *others]
         if blocked:
             yield ""
             entries = counted(len(blocked), "entry", "entries")
@@ -195,20 +192,15 @@ class _Plan:
         on_network = fetch is None and is_on_network([Path(group.directory, name) for name in files.weights])
         is_fed = files.is_streamed or is_large or on_network
         passes = sum(1 for _ in batches([(task, None) for task in group.tasks], one_pass=True)) if is_fed else 1
-        work = BaseWork(
-            size_bytes=files.weight_bytes,
-            in_passes=is_fed,
-            from_network=files.is_streamed or on_network,
-            passes=passes,
-            merges=sum(cost_of_merge(file.config, base.quantization) for task in group.tasks for file in task.files),
-        )
-        self._work.append(work)
-        yield _row("read", self._read(group, groups, work, on_network=on_network))
+        self._read_bytes += files.weight_bytes * passes
+        self._is_read_again |= passes > 1
+        yield _row("read", self._read(group, groups, passes if is_fed else None, on_network=on_network))
         yield _row("memory", self._memory(group, is_fed=is_fed))
         names = dict.fromkeys(_shown(self._entries[task.index].spec.name) for task in group.tasks)
         yield _row("adapters", listing(names, _MOST_NAMES))
 
-    def _read(self, group: Group, groups: list[Group], work: BaseWork, *, on_network: bool) -> str:
+    def _read(self, group: Group, groups: list[Group], passes: int | None, *, on_network: bool) -> str:
+        """How the base is read: in `passes`, or mapped if they are None."""
         asked = {self._options.read or self._entries[task.index].spec.base.read for task in group.tasks}
         read = next((one for one in (Read.WHOLE, Read.TOUCHED) if one in asked), Read.AUTO)
         if self._publish is not None:
@@ -217,14 +209,16 @@ class _Plan:
             what = "what adapters touch" if read is Read.TOUCHED else "whole"
             more = ", or what adapters touch if --cache has its record" if read is Read.AUTO else ""
         else:
-            recorded = (work.in_passes or read is Read.TOUCHED) and all(self._fed.recorded(one, read) for one in groups)
+            recorded = (passes is not None or read is Read.TOUCHED) and all(
+                self._fed.recorded(one, read) for one in groups
+            )
             what = "what adapters touch: --cache has its record" if recorded else "whole"
             more = ""
-        if not work.in_passes:
+        if passes is None:
             return f"{what}{more}, mapped from its files"
         why = "it is streamed" if group.files is not None and group.files.is_streamed else ""
         why = why or ("it is on a network mount" if on_network else "it is larger than the free memory")
-        return f"{what}{more}, in {counted(work.passes, 'pass', 'passes')} over its files, because {why}"
+        return f"{what}{more}, in {counted(passes, 'pass', 'passes')} over its files, because {why}"
 
     def _memory(self, group: Group, *, is_fed: bool) -> str:
         sizes = [self._factor_bytes(task, in_pass=is_fed) for task in group.tasks]
@@ -246,10 +240,9 @@ class _Plan:
         return factor_bytes(task, in_pass=in_pass) + sum(sum(fetch.sizes.values()) for fetch in fetches)
 
     def _lines_of_bytes(self, to_merge: list[tuple[int, Entry]]) -> Iterator[str]:
-        bases = sum(work.read_bytes for work in self._work)
         adapters = self._adapter_bytes(to_merge)
-        word = "at most " if self._reads_part or any(work.passes > 1 for work in self._work) else ""
-        yield _row("read", f"{word}{_shown_bytes(bases)} of bases, {_shown_bytes(adapters)} of adapters")
+        word = "at most " if self._is_read_again else ""  # a later pass reads only the weights that it merges
+        yield _row("read", f"{word}{_shown_bytes(self._read_bytes)} of bases, {_shown_bytes(adapters)} of adapters")
         downloads = [(self._download_bytes(fetch), "base") for fetch in self._inputs.bases.values()]
         downloads += [(self._download_bytes(fetch), "adapter") for fetch in self._inputs.adapters.values()]
         if any(size for size, _ in downloads):
@@ -268,27 +261,6 @@ class _Plan:
         files = {member.directory: member.files for _, entry in to_merge for member in entry.members}
         fetched = sum(sum(fetch.sizes.values()) for fetch in self._inputs.adapters.values())
         return fetched + sum(file.size_bytes for several in files.values() for file in several)
-
-    def _lines_of_time(self, to_merge: list[tuple[int, Entry]], groups: tuple[Group, ...]) -> Iterator[str]:
-        if self._options.ray is not None or self._options.device.startswith("cuda"):
-            where = "a Ray cluster" if self._options.ray is not None else "CUDA"
-            yield _row("time", f"not estimated: no run on {where} was measured")
-            return
-        fetches = [*self._inputs.bases.values(), *self._inputs.adapters.values()]
-        seconds = estimate_s(
-            self._work,
-            adapter_bytes=self._adapter_bytes(to_merge),
-            download_bytes=sum(map(self._download_bytes, fetches)),
-            published_bytes=self._published_bytes(groups),
-        )
-        most = self._reads_part or self._options.cache.directory is not None or self._publish is not None
-        about = f"{'at most ' if most else ''}about {words.duration(coarse(seconds))}"
-        rates = f"{DISK_RATE / 1e9:g} GB/s from a disk and {NETWORK_RATE / 1e6:g} MB/s from a network"
-        yield _row(
-            "time",
-            f"estimated: {about} on {counted(usable_cores(), 'core')}, with unit costs of our benchmarks, {rates}, and "
-            "LoRA on all linear layers. Half or twice as long is possible",
-        )
 
     def _lines_of_output(self) -> Iterator[str]:
         if self._options.output is not None:

@@ -206,7 +206,7 @@ class _Verification:
         mergeable = [
             (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
         ]
-        groups = group_by_base(mergeable, quick=False)
+        groups = group_by_base(mergeable)
         self._groups = tuple(self._fed.schedule(_comparing(group, merged), Read.WHOLE) for group in groups)
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
         finished = Group(base=key, directory=merged.directory, files=merged.base_files, fed=True, tasks=())

@@ -79,7 +79,6 @@ def part_of(
         "version": __version__,
         "config": config.sha256,
         "baseline": repr(config.baseline),
-        "quick": options.quick,
         "shards": count,
         "entries": [[spec.name, list(spec.base.dtypes), shards[spec.name]] for spec in specs],
     }

@@ -17,7 +17,7 @@ LIMIT_PER_GIB_S = 180.0
 
 
 def group_by_base(
-    entries: Iterable[tuple[int, Entry]], *, quick: bool, publishes: Mapping[int, str] | None = None
+    entries: Iterable[tuple[int, Entry]], *, publishes: Mapping[int, str] | None = None
 ) -> tuple[Group, ...]:
     """Group entries by the key of their base. Each comes with the index of its task.
 
@@ -31,19 +31,19 @@ def group_by_base(
         base = replace(entry.spec.base.key(entry.dtype), model=files.name, revision=files.revision)
         key = replace(base, model=files.directory)  # a directory may be written in several ways
         group = groups.get(key) or Group(base=base, directory=files.directory, files=entry.base_files, tasks=())
-        task = _task(index, entry, limit_s=_default_limit_s(entry.base_files), quick=quick)
+        task = _task(index, entry, limit_s=_default_limit_s(entry.base_files))
         task = replace(task, publishes=(publishes or {}).get(index))
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
 
 
-def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
+def _task(index: int, entry: Entry, *, limit_s: float) -> Task:
     spec = entry.spec
     return Task(
         index=index,
         files=entry.members,
         combine=spec.combine,
-        measure_options=all_checks.measure_options(spec, quick=quick),
+        measure_options=all_checks.measure_options(spec),
         limit_s=spec.limit_seconds or limit_s,
     )
 

@@ -84,19 +84,12 @@ def adapters(shelf: Shelf, tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "measure_options", [SAMPLED, MeasureOptions(estimates=True, headroom=0.5)], ids=["measured", "bounded"]
-)
-def test_each_adapter_has_the_evidence_of_a_pass_of_its_own(
-    dtype: str, measure_options: MeasureOptions, shelf: Shelf, adapters: list[Path]
-) -> None:
+def test_each_adapter_has_the_evidence_of_a_pass_of_its_own(dtype: str, shelf: Shelf, adapters: list[Path]) -> None:
     directory = shelf.base("llama")
     base = base_for(directory, adapters[0], dtype)
     before = {name: tensor.clone() for name, tensor in base.tensors.items()}
-    together = merge_together([request_for(base, adapter, measure_options=measure_options) for adapter in adapters])
-    alone = [
-        merge(request_for(base_for(directory, one, dtype), one, measure_options=measure_options)) for one in adapters
-    ]
+    together = merge_together([request_for(base, adapter, measure_options=SAMPLED) for adapter in adapters])
+    alone = [merge(request_for(base_for(directory, one, dtype), one, measure_options=SAMPLED)) for one in adapters]
     for adapter, one, expected in zip(adapters, together, alone, strict=True):
         assert one is not None
         assert comparable(one) == comparable(expected), adapter.name

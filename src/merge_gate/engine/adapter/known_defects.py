@@ -1,7 +1,8 @@
 """What PEFT merges wrongly, or cannot merge, although it may not report an error.
 
 In: a loaded `PeftModel` and its config. Out: nothing, or `Refused` with a `KnownDefect`. An exception of PEFT itself
-needs no row. tests/engine/adapter/test_known_defects.py shows each row with plain PEFT, and fails if a release fixes one.
+needs no row. tests/engine/adapter/test_known_defects.py shows each row with plain PEFT, and fails if a release fixes
+one.
 """
 
 from __future__ import annotations

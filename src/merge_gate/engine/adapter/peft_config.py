@@ -29,8 +29,8 @@ STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """Keys that say where training begins."""
 
 NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
-"""Words of LoRA's for a product that is zero at first (tests/engine/probes/test_unread_layers.py). C3A's `gaussian` is no
-zero."""
+"""Words of LoRA's for a product that is zero at first (tests/engine/probes/test_unread_layers.py). C3A's `gaussian` is
+no zero."""
 
 _LIKENESS = 0.8
 """How much a misspelled key has in common with the known one, by difflib: a letter or two differ."""

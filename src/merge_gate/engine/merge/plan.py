@@ -23,7 +23,6 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.adapter.template import DORA
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.blocks.block_merge import BlockMerge, MergedRows, merged_blocks, supports
-from merge_gate.engine.blocks.bound import merged_bound
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.blocks.figures import Figures, Measured, measure_merge
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
@@ -108,10 +107,7 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
 
 
 def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
-    """The cross-check: whether PEFT's merge has the bits and the scales of the blocks.
-
-    Its extremes must be the measured ones too, if those are of the whole weight.
-    """
+    """The cross-check: whether PEFT's merge has the bits, the extremes, and the scales of the blocks."""
     theirs = one.slot.tensor
     if theirs is None:
         return False
@@ -121,7 +117,7 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
     values = dequantized(one.slot.module, theirs) if quantized else theirs.data
     if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
         return False
-    if not quantized and not measured.bounded:
+    if not quantized:
         stats = measure(values, one.slot.name)
         if (stats.minimum, stats.maximum) != (measured.stats.minimum, measured.stats.maximum):
             return False
@@ -159,10 +155,6 @@ def merge_in_blocks(
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
-    if measure_options.headroom and sample is not None and sink is None:
-        bounded = _bounded(base, one, merge, sample, measure_options.headroom * ceiling, norm=norm)
-        if bounded is not None:
-            return bounded
     receive = None
     if sink is not None:
         receive = functools.partial(_pass_on, sink, one, merge if once else None)
@@ -179,22 +171,6 @@ def _pass_on(sink: TensorSink, one: BlockLayer, once: BlockMerge | None, block: 
     if once is not None and block.change is not None and not once.quantized and one.update.magnitude is None:
         rows = (once.base(block.rows).to(block.change.dtype) + block.change).to(rows.dtype)
     sink.put_rows(one.slot.name, rows, start=block.rows.start, shape=one.update.shape)
-
-
-def _bounded(
-    base: Base, one: BlockLayer, merge: BlockMerge, sample: Measured, limit: float, *, norm: float | None
-) -> TensorMerge | None:
-    """Settle a weight by a bound on its values (`--quick`). None if that proves nothing, or if nothing changes.
-
-    A bound cannot show a change, so rows are merged until one of them changes.
-    """
-    bound = merged_bound(base.figures(one.slot.name).max_abs, one.update, merge.dtype)
-    if merge.quantized or sample.numel == merge.of or not bound <= limit:  # a sample of everything needs no bound
-        return None
-    if not any(bool((block.merged != merge.base(block.rows)).any()) for block in merge.blocks()):
-        return None
-    record = _as_record(one, (-bound, bound), sample, norm=norm, changed=True, merge=merge)
-    return replace(record, bounded=merge.of - sample.numel)
 
 
 def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -> Measured | None:

@@ -351,7 +351,6 @@ def _map(adapter: AdapterReport, layout: int) -> dict[str, Any]:
         "high": [_short(merge.stats.maximum) for merge in merges],
         "ratio": [_short(merge.delta_ratio) for merge in merges],
         "loss": [_short(merge.lost_share) for merge in merges],
-        "bounded": [index for index, merge in enumerate(merges) if merge.bounded],
         "estimated": [index for index, merge in enumerate(merges) if merge.estimated],
         "broken": {
             index: [merge.stats.nan, merge.stats.posinf, merge.stats.neginf, list(merge.stats.first_index or ())]

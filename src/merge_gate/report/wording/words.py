@@ -166,8 +166,8 @@ def deciding_module(adapter: AdapterReport) -> str:
 
 
 def marks(adapter: AdapterReport) -> list[str]:
-    """Remarks that belong next to the verdict: a proof by a bound, an acceptance, and the origin if it is cached."""
-    remarks = [bound] if (bound := proved_by_bound(adapter.coverage.parameters_bounded)) else []
+    """Remarks that belong next to the verdict: an acceptance, and the origin if it is cached."""
+    remarks = []
     if adapter.accepted is not None:
         remarks.append(acceptance(adapter))
     if adapter.cached:
@@ -220,11 +220,6 @@ def coverage(adapter: AdapterReport) -> str:
 def base_precisions(bases: Iterable[BaseReport]) -> str:
     """The dtypes of a base in a report, each once."""
     return "; ".join(dict.fromkeys(precision(base.key) for base in bases))
-
-
-def proved_by_bound(elements: int) -> str:
-    """Proved by a bound: 1,234,567 parameters. Empty if all were merged."""
-    return f"proved by a bound: {counted(elements, 'parameter')}" if elements else ""
 
 
 def baseline(report: Report) -> list[str]:

@@ -167,8 +167,7 @@
         const counts = [[nan, "NaN"], [posinf, "+Inf"], [neginf, "-Inf"]].filter(([count]) => count);
         parts.push(counts.map(([count, name]) => `${count.toLocaleString("en")} ${name}`).join(", ") + (first.length ? `, the first at [${first.join(", ")}]` : ""));
       }
-      const bounded = data.bounded.has(index);
-      parts.push(`${bounded ? "bounds on the finite values" : "finite values"} ${figure(data.low[index])} to ${figure(data.high[index])}`);
+      parts.push(`finite values ${figure(data.low[index])} to ${figure(data.high[index])}`);
       parts.push(`headroom used ${share(headroom(data, layout, index))}`);
       const how = (value) => (value !== null && data.estimated.has(index) ? ", estimated from a sample" : "");
       parts.push(`‖ΔW‖/‖W‖ ${figure(data.ratio[index])}${how(data.ratio[index])}`);
@@ -330,7 +329,7 @@
     const draw = (place) => {
       maps += 1;
       const data = JSON.parse(one("script", place).textContent);
-      for (const key of ["bounded", "estimated"]) data[key] = new Set(data[key]);
+      data.estimated = new Set(data.estimated);
       const layout = layouts[data.layout];
       const reader = make("p", "read");
       reader.setAttribute("role", "status");
