@@ -51,6 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
     attempts.configure(config)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    attempts.collect(config, items)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     item.user_properties += [(attempts.PROPERTY, row) for row in attempts.rows_of(item)]
 

@@ -6,15 +6,19 @@ the marked tests and writes `tests/attempts.md`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+import pytest
 
-    import pytest
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 PROPERTY = "attempt"
+AS_EXPECTED = "as expected"
+ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
+"""The rows of all collected tests, also of those that this run leaves out."""
 
 _HEAD = """# Attempts
 
@@ -31,6 +35,16 @@ def rows_of(item: pytest.Item) -> Iterator[tuple[str, str, str]]:
     for mark in item.iter_markers(PROPERTY):
         number, what, expected = mark.args
         yield number, what, expected
+
+
+def lines(table: Path) -> list[str]:
+    """The rows of a written table."""
+    return [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a row."""
+    return [cell.replace("\\|", "|") for cell in re.split(r"(?<!\\) \| ", line[2:-2])]
 
 
 class AttemptTable:
@@ -52,8 +66,13 @@ class AttemptTable:
         self._path.write_text(_HEAD + "".join(sorted(map(self._line, self._seen))), encoding="utf-8")
 
     def _line(self, row: tuple[str, str, str]) -> str:
-        seen = "as expected" if all(self._seen[row]) else "**not as expected**"
+        seen = AS_EXPECTED if all(self._seen[row]) else "**not as expected**"
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in (*row, seen))} |\n"
+
+
+def collect(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
+    """Keep the rows of the collected tests."""
+    config.stash[ROWS] = [row for item in items for row in rows_of(item)]
 
 
 def configure(config: Any) -> None:
