@@ -327,7 +327,7 @@ def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None
 def test_a_model_that_was_not_completed_has_no_name(tmp_path: Path) -> None:
     where = PublicationPlace(parent=tmp_path, name="one", dtype="preserve", shard_limit_bytes=None)
     with pytest.raises(AssertionError):
-        Publication(where, ModelLayout(files=())).publish(None, replaces=False)  # type: ignore[arg-type]
+        Publication(where, ModelLayout(files=())).publish(None, {}, replaces=None)  # type: ignore[arg-type]
 
 
 def test_a_canceled_model_is_not_read_back(place: Path) -> None:
