@@ -100,9 +100,7 @@ def test_a_card_that_is_gone_cannot_vouch_for_the_manifest(tmp_path: Path) -> No
     assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [(CARD_NAME, Difference.MISSING)]
     without = replace(manifest, files=tuple(file for file in manifest.files if file.path != CARD_NAME))
     (tmp_path / MANIFEST_NAME).write_bytes(render(without))
-    assert [(one.path, one.kind) for one in differences(tmp_path, without)] == [
-        (MANIFEST_NAME, Difference.NOT_ON_CARD)
-    ]
+    assert [(one.path, one.kind) for one in differences(tmp_path, without)] == [(MANIFEST_NAME, Difference.NOT_ON_CARD)]
 
 
 def test_weights_may_be_compared_by_their_size(tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.attempt("F11", "a directory takes DIR/NAME between the check and the exchange", "not published, and it stays")
+@pytest.mark.attempt(
+    "F11", "a directory takes DIR/NAME between the check and the exchange", "not published, and it stays"
+)
 @pytest.mark.parametrize("change", OTHERS)
 def test_what_is_not_the_checked_model_goes_back(tmp_path: Path, exchanges: bool, change: str) -> None:
     before = earlier(tmp_path)
@@ -164,7 +166,9 @@ made.publish(replaces=directory_identity(place / "one"))
 """
 
 
-@pytest.mark.attempt("F05", "without exchange: kill -9 between the two renames", "the next run puts the earlier model back")
+@pytest.mark.attempt(
+    "F05", "without exchange: kill -9 between the two renames", "the next run puts the earlier model back"
+)
 @pytest.mark.parametrize("by", ["the same name", "another name"])
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, by: str) -> None:
     before = earlier(tmp_path)

@@ -249,8 +249,8 @@ def _refuse_place(file: str, named_in: str, name: str) -> None:
     """A name must stay inside of the base's directory: an index is as hostile as the rest."""
     if not is_inside(file):
         raise ResolveError(
-            f"the base {shown(name)} is broken: {named_in} names {shown(file)}, expected the plain name of a file in "
-            "the base's directory",
+            f"the base {shown(name)} is broken: {named_in} names {shown(file)}, expected the plain name of a file "
+            "inside the base's directory",
             hint="correct the index: names in it are relative to its own directory",
             check=INCONSISTENT,
         )
