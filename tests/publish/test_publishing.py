@@ -631,7 +631,7 @@ def test_a_link_above_the_current_directory_is_followed(place: Path, monkeypatch
 
 
 @pytest.mark.attempt("P12", "YAML publishes to an absolute place, ../.. and ~, with the action's limit", "exit 2")
-@pytest.mark.parametrize("target", ["../outside", "../../outside", "/tmp/merge-gate-outside", "checkout/../.."])  # noqa: S108
+@pytest.mark.parametrize("target", ["../outside", "../../outside", "/tmp/merge-gate-outside", "checkout/../.."])
 @pytest.mark.parametrize("by", ["option", "configuration"])
 def test_a_limit_keeps_models_inside(place: Path, monkeypatch: pytest.MonkeyPatch, target: str, by: str) -> None:
     monkeypatch.setenv("MERGE_GATE_PUBLISH_WITHIN", str(place))
@@ -640,7 +640,7 @@ def test_a_limit_keeps_models_inside(place: Path, monkeypatch: pytest.MonkeyPatc
     words = {"adapters": ["gate.yml"]} if by == "configuration" else {}
     assert play(place, *(["--publish", target] if by == "option" else []), **words) == 2  # type: ignore[arg-type]
     assert not (place.parent / "outside").exists()
-    assert not Path("/tmp/merge-gate-outside").exists()  # noqa: S108
+    assert not Path("/tmp/merge-gate-outside").exists()
     assert play(place, "--publish", "~/merged") == 0
     assert (place / "~" / "merged" / "one").is_dir()
 

@@ -54,7 +54,7 @@ def prepared(directory: str, names: Collection[str], within: str | None = None) 
 
 
 def _without_link(directory: str) -> Path:
-    """The directory, resolved. Neither it nor a directory between it and the current one may be a link."""
+    """The directory, resolved. It may not be a link, and nothing between it and the current directory may be one."""
     place, here = Path(directory).absolute(), Path.cwd()
     for part in (place, *place.parents):
         if part.is_symlink() and (part == place or part.is_relative_to(here)):
