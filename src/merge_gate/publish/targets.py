@@ -128,7 +128,7 @@ def _refuse_name(name: str) -> None:
 
 def _refuse_existing(target: Path, name: str) -> None:
     place = target / name
-    if os.path.lexists(place) and not is_own_publication(place):
+    if os.path.lexists(place) and not unchanged(place, weights=False):
         raise _changed(UsageError, place)
     partial = target / partial_name(name)
     if not os.path.lexists(partial):
@@ -148,11 +148,6 @@ def _refuse_existing(target: Path, name: str) -> None:
         )
 
 
-def is_own_publication(place: Path) -> bool:
-    """Whether merge-gate has published a directory, and it is as published. Of the weights, only the sizes count."""
-    return _unchanged(place, weights=False) is not None
-
-
 def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
     """The identity of the earlier model in a directory, after every byte of it was compared; None if there is nothing.
 
@@ -162,13 +157,13 @@ def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentit
     if not os.path.lexists(place):
         return None
     notify(f"{place} is compared with its {MANIFEST_NAME} before it is replaced")
-    if (identity := _unchanged(place, weights=True)) is None:
+    if (identity := unchanged(place)) is None:
         raise _changed(NotPublishedError, place)
     return identity
 
 
-def _unchanged(place: Path, *, weights: bool) -> tuple[FileIdentity, ...] | None:
-    """The identity of an unchanged publication; None for anything else."""
+def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged publication; None for anything else. Without `weights`, only their sizes count."""
     if place.is_symlink() or not place.is_dir():
         return None
     try:
