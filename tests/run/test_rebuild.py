@@ -198,6 +198,7 @@ def test_an_edited_file_does_not_fit_its_card(place: Path, capfd: pytest.Capture
     assert nothing_is_left(place)
 
 
+@pytest.mark.attempt("F14", "kill -9 of a rebuild, and again", "the leftover is removed")
 def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
     left = place / "again" / ".merge-gate-rebuild-x"
     left.mkdir(parents=True)
