@@ -15,7 +15,7 @@ from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.identity import directory_identity
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.manifest import MANIFEST_NAME, differences, read_manifest
-from merge_gate.publish.partial import is_leftover, partial_name, remove_leftovers
+from merge_gate.publish.partial import ABANDONED, is_leftover, partial_name, remove_leftovers
 from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
@@ -144,7 +144,7 @@ def _refuse_existing(target: Path, name: str) -> None:
     if not is_free:
         raise UsageError(
             f"{quoted(str(partial), 200)} exists, and merge-gate cannot tell whether another run uses it",
-            hint=f"if there is no other run, remove it; or choose another directory{_CHOSEN_BY}",
+            hint=f"{ABANDONED}; or choose another directory{_CHOSEN_BY}",
         )
 
 

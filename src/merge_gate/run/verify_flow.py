@@ -303,9 +303,10 @@ def _unless_swapped(
     report: AdapterReport, merged: Snapshot, before: tuple[FileIdentity, ...] | None, output: str | None = None
 ) -> AdapterReport:
     """The report, or an error if something in the finished directory was replaced or written to meanwhile."""
-    if before is not None and _identity(merged.directory, output) == before:
+    now = _identity(merged.directory, output)
+    if before is not None and now == before:
         return report
-    error = base_changed(merged.name)
+    error = (base_silent if before is None or now is None else base_changed)(merged.name)
     message, hint = (answer.of_model(text, merged.name) for text in (error.message, error.hint))
     why = replace(not_judged(message, hint), origin=Origin.MODEL)
     return answer.decided(merged, replace(report, files=()), [why], ())
