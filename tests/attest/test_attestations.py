@@ -21,6 +21,7 @@ from merge_gate.attest.statement import InvalidStatementError, Subject
 from merge_gate.cli.dispatch import main
 from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
 from tests.support import published, reports
@@ -80,7 +81,10 @@ def test_a_statement_is_in_toto_and_lists_every_file(model: Path) -> None:
     document = json.loads(statements_of(str(model), (), NOW)[0])
     assert document["_type"] == "https://in-toto.io/Statement/v1"
     assert document["predicateType"] == "urn:merge-gate:verdict:1"
-    assert [subject["name"] for subject in document["subject"]] == [*sorted(published.FILES), MANIFEST_NAME]
+    assert [subject["name"] for subject in document["subject"]] == [
+        *sorted((*published.FILES, CARD_NAME)),
+        MANIFEST_NAME,
+    ]
     assert document["predicate"]["verdict"] == "passed"
     assert document["predicate"]["attested_at"] == "2026-11-27T20:15:00Z"
     assert document["predicate"]["base"]["sha256"] == reports.report(reports.adapter()).bases[0].sha256

@@ -17,6 +17,7 @@ from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.protocol import PublicationSent
 from merge_gate.worker.publish_service import Publisher
+from tests.support import published
 from tests.support.played_merges import MERGED, lay, play, played, send_all
 
 
@@ -146,8 +147,7 @@ def test_another_base_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_other_versions_are_named_if_the_bytes_differ(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
-    document["versions"]["torch"] = "0.1"
-    (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document))
+    published.rewrite(place / "merged" / "one", versions=document["versions"] | {"torch": "0.1"})
     assert rebuild(place, send=flips_a_bit) == 1
     assert "torch is" in capfd.readouterr().err
     assert rebuild(place) == 0, "with the same bytes, versions do not matter"
@@ -185,11 +185,20 @@ def test_no_code_runs_whatever_the_file_says(place: Path) -> None:
     config = place / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "x.Y"}}))
     assert play(place, "--publish", "merged") == 0
-    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
-    (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document | {"trust_remote_code": True}))
+    published.rewrite(place / "merged" / "one", trust_remote_code=True)
     assert rebuild(place) == 0, "the reference is removed, as in the first run"
 
 
+@pytest.mark.attempt("T13b", "merge-gate.json with false facts, and the card as it was", "exit 1, and nothing is kept")
+def test_an_edited_file_does_not_fit_its_card(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = place / "merged" / "one" / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes().replace(b'"parameters": ', b'"parameters": 9'))
+    assert rebuild(place) == 1
+    assert "README.md" in capfd.readouterr().err
+    assert nothing_is_left(place)
+
+
+@pytest.mark.attempt("F14", "kill -9 of a rebuild, and again", "the leftover is removed")
 def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
     left = place / "again" / ".merge-gate-rebuild-x"
     left.mkdir(parents=True)

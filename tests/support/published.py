@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, names_below, render
+from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, names_below, parse_manifest, render
+from merge_gate.publish.model_card import model_card
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config
 from merge_gate.records.files import AdapterFiles, Entry, FileRecord
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.report import AdapterReport
+from merge_gate.report.formats.fields import dump_record
 from tests.support import reports
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFa
         "entry": Entry(spec=own, dtype="auto", members=(member,) * (len(names) or 1), revision=adapter.revision),
         "report": adapter,
         "base": reports.report(adapter).bases[0],
+        "base_identity": (),
         "environment": reports.ENVIRONMENT,
         "config": Config(
             path="merge-gate.yml", directory="/", sha256=reports.SHA256, adapters=(own, *map(spec, names))
@@ -56,9 +61,25 @@ def publish(folder: Path, **more: object) -> Manifest:
     for name, data in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    manifest = manifest_of(facts(**more), records(folder))  # type: ignore[arg-type]
+    of_merge = facts(**more)  # type: ignore[arg-type]
+    (folder / CARD_NAME).unlink(missing_ok=True)
+    (folder / CARD_NAME).write_bytes(model_card(manifest_of(of_merge, records(folder))))
+    manifest = manifest_of(of_merge, records(folder))
     (folder / MANIFEST_NAME).write_bytes(render(manifest))
     return manifest
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Write other facts into merge-gate.json, and make the card fit, as someone who knows the gate would."""
+    document = json.loads((folder / MANIFEST_NAME).read_text()) | changes
+    document["files"] = [file for file in document["files"] if file["path"] != CARD_NAME]
+
+    def data() -> bytes:
+        return (json.dumps(document, indent=2) + "\n").encode()
+
+    (folder / CARD_NAME).write_bytes(model_card(parse_manifest(data(), MANIFEST_NAME)))
+    document["files"] = [dump_record(file) for file in records(folder)]
+    (folder / MANIFEST_NAME).write_bytes(data())
 
 
 def records(folder: Path) -> tuple[FileRecord, ...]:
