@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,9 +23,10 @@ from merge_gate import demo, whole_file
 from merge_gate.cache.store import ABANDONED_S
 from merge_gate.cli.dispatch import main
 from merge_gate.earlier_reports import is_own
+from merge_gate.errors import UsageError
 from merge_gate.records.report import Judged, Shard
 from merge_gate.report.formats.json_report import render
-from merge_gate.report.stored.output_directory import claimed
+from merge_gate.report.stored.output_directory import claimed, stored_result
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
 from merge_gate.worker import supervisor
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence/reliability.md"
 OUTPUT = "merge-gate-report"
 PREVIOUS = f"{OUTPUT}/previous"
+STALE = "in its place, marked as stale"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 
 Arrange = Callable[[Path], object]
@@ -206,7 +208,7 @@ class Mistake:
     steps: tuple[tuple[str, ...], ...]
     arrange: Arrange = earlier
     code: int = 2
-    now_in: str = PREVIOUS
+    now_in: str = STALE
     says: str = ""
     accident: Accident = none
 
@@ -215,11 +217,12 @@ class Mistake:
         return f"| {self.mistake} | {self.code} | {self.left} |"
 
 
+MARKED = "the earlier report, marked as stale"
 MOVED = "the earlier report, in `previous/`"
 UNTOUCHED = "everything as it was"
 
 
-def typo(mistake: str, *words: str, left: str = MOVED, **more: object) -> Mistake:
+def typo(mistake: str, *words: str, left: str = MARKED, **more: object) -> Mistake:
     return Mistake(mistake, left, (words,), **more)  # type: ignore[arg-type]
 
 
@@ -227,7 +230,7 @@ def output(mistake: str, arrange: Arrange, *words: str, now_in: str = "", **more
     return Mistake(mistake, UNTOUCHED, (words,), arrange, now_in=now_in, **more)  # type: ignore[arg-type]
 
 
-def resumed(mistake: str, *steps: tuple[str, ...], arrange: Arrange = killed, where: str = PREVIOUS) -> Mistake:
+def resumed(mistake: str, *steps: tuple[str, ...], arrange: Arrange = killed, where: str = OUTPUT) -> Mistake:
     left = "the verdicts of the killed run; `--resume` finds them"
     return Mistake(mistake, left, (*steps, RESUME), arrange, code=1, now_in="", says=where)
 
@@ -256,12 +259,13 @@ MISTAKES = (
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
     typo("`--cache` names a file", *RUN, "--cache", "one/adapter_config.json", says="one/adapter_config.json"),
     typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="--container"),
-    Mistake("the same mistake twice", MOVED, (("run", "absent.yml"), ("run", "absent.yml"))),
+    Mistake("the same mistake twice", MARKED, (("run", "absent.yml"), ("run", "absent.yml"))),
     Mistake(
         "the mistake, a good run, the mistake again",
-        "the first report in `previous/`, the second in `previous-2/`",
+        "the first report in `previous/`, the second marked as stale",
         (("run", "absent.yml"), RUN, ("run", "absent.yml")),
-        says=f"{OUTPUT}/previous-2",
+        now_in=PREVIOUS,
+        says=f"now in {PREVIOUS}",
     ),
     # --output is wrong
     output("`--output` mistyped: `--ouptut notes`", earlier, *RUN, "--ouptut", "notes", now_in=OUTPUT),
@@ -342,6 +346,7 @@ MISTAKES = (
         "the earlier report, in `previous/`; the new one",
         (RUN,),
         code=1,
+        now_in=PREVIOUS,
     ),
     Mistake(
         "two shards, one after the other, into the same directory",
@@ -349,24 +354,26 @@ MISTAKES = (
         ((*RUN, "--shard", "1/2"),),
         written(OUTPUT, FAIL),
         code=1,
+        now_in=PREVIOUS,
     ),
     # a run was killed, and the next command is wrong
     resumed("after a kill: `--resumee`", (*RUN, "--resumee")),
     resumed("after a kill: a wrong path", ("run", "gat.yml", "--resume")),
     resumed("after a kill: no path", ("run", "--resume")),
     resumed("after a kill: all three, one after the other", (*RUN, "--resumee"), ("run", "gat.yml"), ("run",)),
-    resumed("after a kill: a run without `--resume`, to its end", RUN),
-    resumed("after a kill: a wrong path, then a run without `--resume`", ("run", "gat.yml"), RUN),
+    resumed("after a kill: a run without `--resume`, to its end", RUN, where=PREVIOUS),
+    resumed("after a kill: a wrong path, then a run without `--resume`", ("run", "gat.yml"), RUN, where=PREVIOUS),
     resumed(
         "after two kills with a wrong path in between",
         arrange=both(written(PREVIOUS, verdicts("b")), killed),
-        where=f"{PREVIOUS}, {OUTPUT}/previous-2",
+        where=f"{OUTPUT}, {PREVIOUS}",
     ),
     resumed(
         "after a kill, the report was damaged; an older one is whole",
         arrange=both(
             written(PREVIOUS, verdicts("b")), text(f"{OUTPUT}/report.json", render(verdicts("a")).rpartition("}")[0])
         ),
+        where=PREVIOUS,
     ),
     Mistake(
         "`--resume` with another `--output`",
@@ -420,11 +427,19 @@ MISTAKES = (
     ),
     # not the user's mistake
     output("two runs at once", nothing, *RUN, now_in=OUTPUT, says=OUTPUT, accident=another_run),
-    typo("the disk is full when the report is written", *RUN, code=3, says="No space left", accident=disk_full),
-    output("the disk has no room for `previous/`", earlier, *RUN, code=3, says="No space left", accident=no_room),
+    typo(
+        "the disk is full when the report is written",
+        *RUN,
+        left=MOVED,
+        code=3,
+        now_in=PREVIOUS,
+        says="No space left",
+        accident=disk_full,
+    ),
+    typo("the disk has no room for `previous/`", *RUN, code=3, says="No space left", accident=no_room),
     typo("Ctrl-C before anything is judged", *RUN, code=3, says="SIGINT", accident=interrupt),
-    Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), code=1),
-    Mistake("a clock that went back: the earlier report is of 1980", MOVED, (("run", "absent.yml"),), clock(1980)),
+    Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), 1, PREVIOUS),
+    Mistake("a clock that went back: the earlier report is of 1980", MARKED, (("run", "absent.yml"),), clock(1980)),
 )  # fmt: skip
 
 
@@ -453,6 +468,14 @@ def state(place: Path) -> dict[str, bytes]:
         for path in place.rglob("*")
         if path.is_symlink() or path.is_file()
     }
+
+
+def after_the_next_run(place: Path) -> dict[str, bytes]:
+    """The files once a run judges, which moves the report of the output directory to `previous/`."""
+    if (place / OUTPUT).is_dir():
+        with suppress(UsageError), claimed(place / OUTPUT) as earlier_reports:
+            earlier_reports.replace_previous()
+    return state(place)
 
 
 def run(words: tuple[str, ...]) -> int:
@@ -487,18 +510,25 @@ def test_a_mistake_loses_nothing(
     if mistake.says and mistake.mistake not in WORDED_ELSEWHERE:
         lines = [line for line in said.splitlines() if mistake.says in line]
         wording(max(lines, key=lambda line: line.startswith("--resume")).partition(", expected")[0])
+    if mistake.now_in == STALE:
+        there = {path.name for path in (place / OUTPUT).iterdir() if not path.name.startswith(".")}
+        assert there.isdisjoint(set(FORMATS) - {"report.json"}), "an earlier report passes for the report of this run"
+        document = json.loads(after[f"{OUTPUT}/report.json"])
+        assert (document["complete"], document["stale"]) == (False, "fail")
+        assert stored_result(place / OUTPUT) is None
+        assert f"{OUTPUT}/report.json" in said
+        assert not (place / PREVIOUS).exists(), "a mistake moves nothing"
+    monkeypatch.undo()
+    kept = [*after.values(), *state(place).values(), *after_the_next_run(place).values()]
     for name, content in before.items():
         if name in own:
-            assert content in after.values(), f"{name} is lost"
+            assert content in kept, f"{name} is lost"
         else:
             assert after.get(name, b"") == content, f"{name} is not as it was"
     if mistake.left == UNTOUCHED:
         assert after == before
-    if mistake.now_in:
+    if mistake.now_in not in {"", STALE}:
         assert after[f"{mistake.now_in}/report.json"] in {before[name] for name in own if name.endswith(".json")}
-    if mistake.now_in == PREVIOUS and mistake.code == 2:
-        assert not (place / OUTPUT / "report.json").exists(), "an earlier report passes for the report of this run"
-        assert f"{OUTPUT}/previous" in said
 
 
 def test_the_table_has_a_row_for_each_mistake() -> None:

@@ -54,22 +54,22 @@ def gate_adapters(
 
 
 class Claim:
-    """An output directory that this run holds, and the earlier reports that were in it."""
+    """An output directory that this run holds, and the report of an earlier run that was in it."""
 
     def __init__(self, earlier: EarlierReports) -> None:
         self._earlier = earlier
         self.has_begun = False
 
     def begin(self) -> None:
-        """Let the earlier reports replace `previous/`, and say where they are."""
-        self.has_begun = True
+        """Move the report of an earlier run to `previous/`, and say where it is."""
         self._earlier.replace_previous()
+        self.has_begun = True
         say_place(self._earlier)
 
 
 @contextmanager
 def claimed_output(output: str) -> Iterator[Claim]:
-    """Hold the output directory. If the run never begins, say where the reports of earlier runs are."""
+    """Hold the output directory. If the run never begins, say that the report in it is of an earlier run."""
     from merge_gate.report.stored.output_directory import claimed
 
     with claimed(output) as earlier:

@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-from pathlib import Path
 
 from merge_gate.cli.arguments import (
     EXIT_CODES,
@@ -181,16 +180,15 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import stored
 
     with claimed(arguments.output) as earlier:
-        pass
+        pass  # from here on, an earlier report is stale
     try:
         code = _in_container(arguments)
         if arguments.report and stored_result(arguments.output) is not None:
             deliver(stored(arguments.output), arguments.report)
         return code
     finally:
-        if os.path.lexists(Path(arguments.output, "report.json")):
-            earlier.replace_previous()
-        say_place(earlier)
+        if stored_result(arguments.output) is None:
+            say_place(earlier)
 
 
 def _in_container(arguments: argparse.Namespace) -> int:

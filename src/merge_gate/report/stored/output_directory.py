@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from merge_gate.claimed_directory import claimed_directory
-from merge_gate.earlier_reports import EarlierReports, move_aside
+from merge_gate.earlier_reports import EarlierReports, mark_stale
 from merge_gate.errors import GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.terms import Result
@@ -32,7 +32,7 @@ _DISK = frozenset(
 
 @contextlib.contextmanager
 def claimed(directory: str | Path) -> Iterator[EarlierReports]:
-    """Lock `directory` for one run, and move the reports of earlier runs aside.
+    """Lock `directory` for one run, and mark the report of an earlier run as stale.
 
     The directory is created if it is missing, and removed again if the run wrote nothing.
 
@@ -47,8 +47,8 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
         with contextlib.ExitStack() as stack:
             with explained(f"cannot use the output directory {folder}"):
                 stack.enter_context(claimed_directory(folder))
-            with explained(f"cannot move the report of an earlier run aside in {folder}"):
-                earlier = move_aside(folder)
+            with explained(f"cannot mark the report of an earlier run in {folder}"):
+                earlier = mark_stale(folder)
             yield earlier
     finally:
         with contextlib.suppress(OSError):
@@ -114,11 +114,12 @@ class StoredResult(NamedTuple):
 
 
 def stored_result(directory: str | Path) -> StoredResult | None:
-    """The result in the report in `directory`; None if there is no readable report."""
+    """The result in the report in `directory`; None if there is no readable report, or a stale one."""
     try:
         row = OUTPUT_FILES[0]
         document = parse_strictly(read_regular_file(Path(directory, row.name), row.limit_bytes))
-        return StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
+        stored = StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
+        return None if document.get("stale") else stored
     except (OSError, InvalidJsonError, ValueError, KeyError, TypeError):
         return None
 
