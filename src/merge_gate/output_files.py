@@ -17,6 +17,9 @@ GENERATOR_COMMENT = "<!-- generator: merge-gate -->"
 TAG_WITHIN_BYTES = 2048
 """How much of a file is read to find its tag."""
 
+PUBLISH_WITHIN = "MERGE_GATE_PUBLISH_WITHIN"
+"""The variable that limits the directory of published models. The action sets it for a pull request's configuration."""
+
 _COMMENT = re.escape(GENERATOR_COMMENT.encode())
 
 

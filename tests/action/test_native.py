@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import venv
@@ -75,6 +76,31 @@ def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device
 def test_gpus_and_device_that_contradict_each_other(run: ContainerRun, gpus: str, device: str) -> None:
     with pytest.raises(UsageError, match="contradict"):
         native.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+
+
+@pytest.mark.attempt("A04b", "native runtime: the YAML of a pull request publishes outside of the workspace", "exit 2")
+@pytest.mark.parametrize("target", ["../outside", "link", "inside"])
+def test_models_stay_in_the_workspace(run: ContainerRun, tmp_path: Path, target: str) -> None:
+    (tmp_path / "outside").mkdir()
+    workspace = tmp_path / "workspace"
+    shutil.copytree(run.workspace, workspace)
+    (workspace / "link").symlink_to(tmp_path / "outside")
+    config = workspace / "merge-gate.yml"
+    config.write_text(f"{config.read_text()}\npublish: {target}\n")
+    log = bytearray()
+    limited = ContainerRun(**{**vars_of(run), "workspace": workspace, "config": config})
+    assert native.run_here(limited, log.extend) == (0 if target == "inside" else 2), log.decode()
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert (workspace / "inside" / "good").is_dir() == (target == "inside")
+
+
+def test_a_directory_that_the_workflow_names_may_be_elsewhere(run: ContainerRun, tmp_path: Path) -> None:
+    place = tmp_path / "models"
+    words = ("--only", "good", "--publish", str(place))
+    elsewhere = ContainerRun(**{**vars_of(run), "publish": place, "arguments": words})
+    log = bytearray()
+    assert native.run_here(elsewhere, log.extend) == 0, log.decode()
+    assert (place / "good").is_dir()
 
 
 def test_a_python_without_merge_gate(

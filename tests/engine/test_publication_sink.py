@@ -13,6 +13,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge import one_pass as passes
 from merge_gate.errors import EngineError
 from merge_gate.files.preflight import preflight
@@ -139,6 +140,26 @@ def test_a_broken_tensor_that_is_not_loaded_prevents_publishing(publish: str, va
     assert sent.refusal is not None
     assert "mtp.fc.weight" in sent.refusal.message
     assert sent.tensors == ()
+
+
+FRACTIONS = tuple(name for name in DTYPES.values() if getattr(torch, name).is_floating_point or name == "complex64")
+COMPLEX = [("complex64", torch.inf, "preserve"), ("complex64", torch.nan, "float32"), ("complex64", 1.0, "float32")]
+
+
+@pytest.mark.attempt("P17", "NaN or Inf in a tensor that transformers does not load, in every dtype", "not published")
+@pytest.mark.parametrize(
+    ("dtype", "value", "publish"), [*((name, torch.nan, "preserve") for name in FRACTIONS), *COMPLEX]
+)
+def test_no_dtype_hides_a_broken_tensor_that_is_not_loaded(
+    dtype: str, value: float, publish: str, tmp_path: Path
+) -> None:
+    head = torch.ones(2, 4, dtype=torch.complex64 if dtype == "complex64" else torch.float32)
+    head[1, 2] = complex(1.0, value) if head.is_complex() else value  # the real part alone is finite
+    base, adapter = qwen3_5(tmp_path, head.to(getattr(torch, dtype)))
+    sent = sent_by(base, adapter, publish=publish, dtype="auto" if publish == "preserve" else publish)
+    assert (sent.refusal is not None) == (value != 1.0), sent.refusal
+    if sent.refusal is not None:
+        assert "mtp.fc.weight" in sent.refusal.message
 
 
 # --- other names -----------------------------------------------------------------------------------------------------

@@ -90,6 +90,17 @@ def test_a_shard_that_is_a_link_into_the_blobs_of_a_cache_is_followed(tmp_path: 
         ({INDEX: index(x__safetensors=FIRST)}, INCOMPLETE, "x.safetensors"),
         ({INDEX: index(**{"../x__safetensors": FIRST})}, INCONSISTENT, "inside"),
         ({INDEX: index(**{"/etc/x__safetensors": FIRST})}, INCONSISTENT, "inside"),
+        *(
+            pytest.param(
+                {INDEX: index(**{name: FIRST}), "x.safetensors": HALVES[0], "a/x.safetensors": HALVES[0]},
+                INCONSISTENT,
+                "inside",
+                marks=pytest.mark.attempt(
+                    "P08", "shards named ./a, a//b, a/./b, or a\\b in the index", "base-inconsistent"
+                ),
+            )
+            for name in ("./x__safetensors", "a//x__safetensors", "a/./x__safetensors", "a\\x__safetensors")
+        ),
         ({INDEX: index(x__bin=FIRST), "x.bin": b"PK"}, INCONSISTENT, "x.bin"),
         ({INDEX: b'{"weight_map": {"a": "x.safetensors"}}', "x.safetensors": HALVES[0]}, INCONSISTENT, "metadata"),
         ({INDEX: b"[" * 100_000}, INCONSISTENT, INDEX),

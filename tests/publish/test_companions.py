@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,8 @@ import pytest
 
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
+from merge_gate.publish import json_text
+from merge_gate.publish.companion_files import companion_identities
 from merge_gate.publish.companions import Companions, MergedModel, companions_of, files_of
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.terms import Severity
@@ -19,7 +23,7 @@ from tests.support import published, reports
 from tests.support.vocabularies import vocabulary_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 SHAPES = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
 CONFIG = b'{\n  "vocab_size": 32,\n  "eos_token_id": 2,\n  "dtype": "float32"\n}\n'
@@ -328,7 +332,76 @@ def test_a_base_that_is_quantized_while_it_is_loaded_is_stored_plain(tmp_path: P
     head = StoredTensor(name="score.weight", dtype="BF16", shape=(2, 8))
     quantized = reports.adapter(base=replace(reports.BASE, quantization="bnb-4bit"))
     facts = published.facts(quantized, dtype="bfloat16", base_tensors=(plain,), tensors=(plain,))
-    names = [file.name for file in companions_of(base, (adapter,), facts).files]
-    assert names == ["config.json", "README.md"]
+    seen = {base: companion_identities(base)}
+    names = [file.name for file in companions_of(base, (adapter,), facts, seen).files]
+    assert names == ["config.json"]
     with pytest.raises(NotPublishedError, match=r"score\.weight"):
-        companions_of(base, (adapter,), replace(facts, tensors=(plain, head)))
+        companions_of(base, (adapter,), replace(facts, tensors=(plain, head)), seen)
+
+
+# --- the same files as when the run began ----------------------------------------------------------------------------
+
+SWAPS = {
+    "written to": lambda file: file.write_bytes(file.read_bytes()),
+    "replaced": lambda file: (file.rename(file.with_name("x")), file.write_bytes(Path(file.parent, "x").read_bytes())),
+    "removed": lambda file: file.unlink(),
+    "added": lambda file: file.with_name("added_tokens.json").write_bytes(b"{}"),
+    "a link": lambda file: (file.rename(file.with_name("x.model")), file.symlink_to("x.model")),
+}
+
+
+@pytest.mark.attempt("F08b", "tokenizer of base or adapter is swapped during the run", "not published")
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("owner", ["base", "adapter"])
+def test_a_file_that_changed_during_the_run_is_not_published(tmp_path: Path, swap: str, owner: str) -> None:
+    base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, **TOKENIZER})
+    adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}", **TOKENIZER})
+    seen = {one: companion_identities(one) for one in (base, adapter)}
+    model = MergedModel(base_shapes=SHAPES, shapes=SHAPES)
+    assert files_of(base, (adapter,), model, seen).files
+    (tmp_path / owner / "a-log.txt").touch()  # no such file is published
+    assert files_of(base, (adapter,), model, seen).files
+    SWAPS[swap](tmp_path / owner / "tokenizer_config.json")
+    with pytest.raises(NotPublishedError):
+        files_of(base, (adapter,), model, seen)
+
+
+def test_a_directory_that_cannot_be_listed_has_no_identities(tmp_path: Path) -> None:
+    assert companion_identities(str(tmp_path / "absent")) == {}
+
+
+@pytest.mark.attempt(
+    "X03b", "a generation_config.json of 257 MB next to the weights", "not published, and never left out"
+)
+def test_a_file_that_is_too_large_is_not_left_out(tmp_path: Path) -> None:
+    base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, "generation_config.json": b"{}"})
+    os.truncate(Path(base, "generation_config.json"), 257 * 1024 * 1024)
+    with pytest.raises(NotPublishedError):
+        files_of(base, (), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
+
+
+@pytest.mark.attempt(
+    "X05", "tokenizer_config.json nested deeper than Python functions may be", "not published, no crash"
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_json_that_is_nested_deeply_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since Python 3.12, the limit does not count what `json` nests, and it counts the gate's own functions."""
+    without = json_text.without
+
+    def limited(text: str, chosen: Callable[[json_text.Member], bool]) -> str:
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+        try:
+            return without(text, chosen)
+        finally:
+            sys.setrecursionlimit(before)
+
+    monkeypatch.setattr(json_text, "without", limited)
+    deep = b'{"vocab_size": 32, "x": ' + b'{"x":' * 200 + b"1" + b"}" * 200 + b"}"
+    base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, **TOKENIZER, name: deep})
+    with pytest.raises(NotPublishedError):
+        files_of(base, (base,), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
+    monkeypatch.undo()
+    Path(base, name).write_bytes(b'{"x":' * 100_000 + b"1" + b"}" * 100_000)
+    with pytest.raises(NotPublishedError):
+        files_of(base, (base,), MergedModel(base_shapes=SHAPES, shapes=SHAPES))

@@ -17,7 +17,6 @@ from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     Difference,
     differences,
-    is_inside,
     manifest_of,
     parse_manifest,
     read_manifest,
@@ -25,6 +24,8 @@ from merge_gate.publish.manifest import (
 )
 from merge_gate.publish.model_card import model_card
 from merge_gate.records.config import Combine
+from merge_gate.records.publication import CARD_NAME
+from merge_gate.regular_file import is_inside
 from tests.support import published, reports
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == read_manifest(tmp_path / MANIFEST_NAME) == written
     assert written.warnings == ("rounding-loss",)
     assert written.adapters[0].revision == "abc"
-    assert [file.path for file in written.files] == sorted(published.FILES)
+    assert [file.path for file in written.files] == sorted((*published.FILES, CARD_NAME))
     assert differences(tmp_path, written) == ()
 
 
@@ -64,11 +65,57 @@ def test_every_difference_has_its_kind(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(elsewhere)
     (tmp_path / "model.safetensors").symlink_to(elsewhere)
     assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [
+        ("additional_chat_templates", Difference.ADDED),  # the folder is empty now
         ("additional_chat_templates/x.jinja", Difference.MISSING),
         ("config.json", Difference.CHANGED),
         ("model.safetensors", Difference.NO_FILE),
         ("more.py", Difference.ADDED),
     ]
+
+
+@pytest.mark.attempt("P04b", "merge-gate.json of an earlier publication is edited", "noticed by its digest on the card")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"max_shard_bytes": null', b'"max_shard_bytes": 1000'),
+        (b'"warnings": []', b'"warnings": ["headroom"]'),
+        (b"{", b'{"a later key": 1,'),
+        (b"{", b" {"),
+        (b'"name"', b'"\\u006eame"'),
+    ],
+)
+def test_an_edited_manifest_is_a_difference(tmp_path: Path, old: bytes, new: bytes) -> None:
+    published.publish(tmp_path)
+    place = tmp_path / MANIFEST_NAME
+    assert old in place.read_bytes()
+    place.write_bytes(place.read_bytes().replace(old, new, 1))
+    assert [(one.path, one.kind) for one in differences(tmp_path, read_manifest(tmp_path))] == [
+        (MANIFEST_NAME, Difference.NOT_ON_CARD)
+    ]
+
+
+def test_a_card_that_is_gone_cannot_vouch_for_the_manifest(tmp_path: Path) -> None:
+    manifest = published.publish(tmp_path)
+    (tmp_path / CARD_NAME).unlink()
+    assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [(CARD_NAME, Difference.MISSING)]
+    without = replace(manifest, files=tuple(file for file in manifest.files if file.path != CARD_NAME))
+    (tmp_path / MANIFEST_NAME).write_bytes(render(without))
+    assert [(one.path, one.kind) for one in differences(tmp_path, without)] == [(MANIFEST_NAME, Difference.NOT_ON_CARD)]
+
+
+def test_weights_may_be_compared_by_their_size(tmp_path: Path) -> None:
+    manifest = published.publish(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(bytes(len(published.FILES[name])))
+    assert [one.path for one in differences(tmp_path, manifest)] == ["config.json", "model.safetensors"]
+    assert [one.path for one in differences(tmp_path, manifest, weights=False)] == ["config.json"]
+
+
+@pytest.mark.attempt("T05b", "an empty folder is added to a published directory", "a difference")
+def test_an_empty_folder_is_a_difference(tmp_path: Path) -> None:
+    manifest = published.publish(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [("a/b", Difference.ADDED)]
 
 
 def test_a_folder_behind_a_link_is_a_difference(tmp_path: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from merge_gate.claimed_directory import DirectoryLock, locked_directory
 from merge_gate.errors import NotPublishedError
+from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
+from merge_gate.records.files import FileIdentity
 
 
 def filled(parent: Path, name: str = "one") -> PartialDirectory:
@@ -29,7 +33,7 @@ def names(parent: Path) -> set[str]:
 def test_it_gets_its_name_whole(tmp_path: Path) -> None:
     partial = filled(tmp_path)
     assert names(tmp_path) == {".one.partial"}
-    partial.publish(replace=False)
+    partial.publish(replaces=None)
     assert names(tmp_path) == {"one"}
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == b"new"
 
@@ -48,25 +52,161 @@ def test_what_has_taken_the_name_meanwhile_stays(tmp_path: Path, is_empty: bool)
     if not is_empty:
         (tmp_path / "one" / "mine").touch()
     with pytest.raises(NotPublishedError):
-        partial.publish(replace=False)
+        partial.publish(replaces=None)
     partial.remove()
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == (set() if is_empty else {"mine"})
 
 
-@pytest.mark.parametrize("has_renameat2", [True, False])
-def test_an_earlier_publication_is_exchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_renameat2: bool
-) -> None:
-    if not has_renameat2:
-        monkeypatch.setattr(partial_module, "_renameat2", lambda *_: False)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "old").touch()
-    filled(tmp_path).publish(replace=True)
+def earlier(parent: Path) -> tuple[FileIdentity, ...]:
+    """An earlier model under the name, and its identity."""
+    (parent / "one").mkdir()
+    (parent / "one" / "old").touch()
+    return directory_identity(parent / "one")
+
+
+@pytest.fixture(params=["exchange", "no exchange"])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can exchange two directories."""
+    if request.param == "no exchange":
+        monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
+    return bool(request.param == "exchange")
+
+
+def test_an_earlier_publication_is_exchanged(tmp_path: Path, exchanges: bool) -> None:
+    before = earlier(tmp_path)
+    filled(tmp_path).publish(replaces=before)
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == {"model.safetensors"}
 
 
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "a file more": lambda one: (one / "precious.txt").touch(),
+    "an edit of equal size": lambda one: (one / "old").write_bytes(b""),
+    "an empty folder": lambda one: (one / "folder").mkdir(),
+    "another directory": lambda one: (one.rename(one.with_name("moved")), one.mkdir(), (one / "old").touch()),
+    "a file": lambda one: (one.rename(one.with_name("moved")), one.write_text("precious")),
+    "a link to it": lambda one: (one.rename(one.with_name("moved")), one.symlink_to("moved")),
+}
+
+
+@pytest.mark.attempt(
+    "F11", "a directory takes DIR/NAME between the check and the exchange", "not published, and it stays"
+)
+@pytest.mark.parametrize("change", OTHERS)
+def test_what_is_not_the_checked_model_goes_back(tmp_path: Path, exchanges: bool, change: str) -> None:
+    before = earlier(tmp_path)
+    partial = filled(tmp_path)
+    OTHERS[change](tmp_path / "one")
+    put_there = (tmp_path / "one").lstat().st_ino, directory_identity(tmp_path / "one")[1:]
+    with pytest.raises(NotPublishedError):
+        partial.publish(replaces=before)
+    partial.remove()
+    remove_leftovers(tmp_path)
+    assert ((tmp_path / "one").lstat().st_ino, directory_identity(tmp_path / "one")[1:]) == put_there
+    assert names(tmp_path) - {"moved"} == {"one"}
+
+
+def test_what_cannot_go_back_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = earlier(tmp_path)
+    partial = filled(tmp_path)
+    (tmp_path / "one" / "precious.txt").touch()
+    exchange = iter([True, False])
+    real = partial_module.renameat2
+    monkeypatch.setattr(partial_module, "renameat2", lambda *words: next(exchange) and real(*words))
+    with pytest.raises(OSError, match=r"."):
+        partial.publish(replaces=before)
+    partial.remove()
+    remove_leftovers(tmp_path)
+    assert names(partial.model) == {"old", "precious.txt"}
+    with pytest.raises(NotPublishedError):
+        PartialDirectory(tmp_path, "one")
+
+
+@pytest.mark.attempt("F06", "without exchange: the second rename fails (EIO, ENOSPC)", "the earlier model is put back")
+def test_an_error_between_two_renames_puts_the_earlier_model_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = earlier(tmp_path)
+    partial = filled(tmp_path)
+    real = Path.rename
+
+    def fail(source: Path, target: Path) -> Path:
+        if source == partial.model:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(source, target)
+
+    monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match=r"."):
+        partial.publish(replaces=before)
+    partial.remove()
+    assert names(tmp_path) == {"one"}
+    assert directory_identity(tmp_path / "one")[1:] == before[1:]
+
+
+KILLED_BETWEEN = """
+import os, sys
+from pathlib import Path
+from merge_gate.files.identity import directory_identity
+from merge_gate.publish import partial
+place = Path(sys.argv[1])
+made = partial.PartialDirectory(place, "one")
+(made.model / "model.safetensors").write_bytes(b"new")
+rename = Path.rename
+def killed(source, target):
+    if source == made.model and sys.argv[2] == "before":
+        os.kill(os.getpid(), 9)
+    rename(source, target)
+    if source == made.model:
+        os.kill(os.getpid(), 9)
+partial.renameat2 = lambda *_: False
+Path.rename = killed
+made.publish(replaces=directory_identity(place / "one"))
+"""
+
+
+@pytest.mark.attempt(
+    "F05", "without exchange: kill -9 between the two renames", "the next run puts the earlier model back"
+)
+@pytest.mark.parametrize("by", ["the same name", "another name"])
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, by: str) -> None:
+    before = earlier(tmp_path)
+    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "before"], check=False)
+    assert names(tmp_path) == {".one.partial"}
+    if by == "the same name":
+        PartialDirectory(tmp_path, "one").remove()
+    else:
+        remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"one"}
+    assert directory_identity(tmp_path / "one")[1:] == before[1:]
+
+
+@pytest.mark.attempt("F05b", "the same, and a user makes a directory of that name before the next run", "both stay")
+def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
+    before = earlier(tmp_path)
+    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "before"], check=False)
+    (tmp_path / "one").mkdir()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path / "one") == set()
+    with pytest.raises(NotPublishedError):
+        PartialDirectory(tmp_path, "one")
+    (tmp_path / "one").rmdir()
+    remove_leftovers(tmp_path)
+    assert directory_identity(tmp_path / "one")[1:] == before[1:]
+
+
+@pytest.mark.attempt("F05c", "without exchange: kill -9 after the second rename", "the new model, and no leftover")
+def test_a_kill_after_two_renames_leaves_the_new_model(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "after"], check=False)
+    assert names(tmp_path) == {"one", ".one.partial"}
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"one"}
+    assert names(tmp_path / "one") == {"model.safetensors"}
+
+
+@pytest.mark.attempt("F07b", "two writers of one name, at the lock", "the second is refused")
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     first = filled(tmp_path)
     with pytest.raises(NotPublishedError):
@@ -136,7 +276,7 @@ def test_a_directory_that_another_run_has_just_removed_is_made_again(
             yield lock
 
     monkeypatch.setattr(partial_module, "locked_directory", racing)
-    filled(tmp_path).publish(replace=False)
+    filled(tmp_path).publish(replaces=None)
     assert names(tmp_path) == {"one"}
 
 
@@ -178,20 +318,20 @@ def test_a_file_in_the_place_of_the_model_is_removed(tmp_path: Path) -> None:
 def test_a_file_system_that_cannot_exchange_still_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_taken: bool
 ) -> None:
-    monkeypatch.setattr(partial_module, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
     partial = filled(tmp_path)
     if is_taken:
         (tmp_path / "one").mkdir()
         with pytest.raises(NotPublishedError):
-            partial.publish(replace=False)
+            partial.publish(replaces=None)
         partial.remove()
         assert names(tmp_path / "one") == set()
     else:
-        partial.publish(replace=False)
+        partial.publish(replaces=None)
         assert names(tmp_path / "one") == {"model.safetensors"}
 
 
 def test_a_flag_that_the_system_does_not_know(tmp_path: Path) -> None:
-    assert partial_module._renameat2(tmp_path, tmp_path / "other", 1 << 20) is False
+    assert partial_module.renameat2(tmp_path, tmp_path / "other", 1 << 20) is False
     with pytest.raises(FileNotFoundError):
-        partial_module._renameat2(tmp_path / "absent", tmp_path / "other", 1)
+        partial_module.renameat2(tmp_path / "absent", tmp_path / "other", 1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +327,7 @@ def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None
 def test_a_model_that_was_not_completed_has_no_name(tmp_path: Path) -> None:
     where = PublicationPlace(parent=tmp_path, name="one", dtype="preserve", shard_limit_bytes=None)
     with pytest.raises(AssertionError):
-        Publication(where, ModelLayout(files=())).publish(None, replaces=False)  # type: ignore[arg-type]
+        Publication(where, ModelLayout(files=())).publish(None, {}, replaces=None)  # type: ignore[arg-type]
 
 
 def test_a_canceled_model_is_not_read_back(place: Path) -> None:
@@ -464,6 +464,24 @@ def test_a_model_of_an_earlier_run_is_named_if_the_adapter_has_no_new_one(
 # --- the target ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attempt("P03", "DIR/NAME is a link, a dangling link, a file, or a pipe", "exit 2, and it stays")
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "pipe", "empty"])
+def test_what_is_no_publication_is_refused_and_stays(place: Path, kind: str) -> None:
+    (place / "merged").mkdir()
+    (place / "mine").mkdir()
+    makes: dict[str, Callable[[Path], object]] = {
+        "link": lambda one: one.symlink_to("../mine"),
+        "dangling link": lambda one: one.symlink_to("../absent"),
+        "file": lambda one: one.write_text("mine"),
+        "pipe": os.mkfifo,
+        "empty": lambda one: one.mkdir(),
+    }
+    makes[kind](place / "merged" / "one")
+    before = (place / "merged" / "one").lstat()
+    assert play(place, "--publish", "merged") == 2
+    assert (place / "merged" / "one").lstat() == before
+
+
 def test_a_foreign_directory_is_refused_and_stays(place: Path) -> None:
     (place / "merged" / "one").mkdir(parents=True)
     (place / "merged" / "one" / "mine").write_text("mine")
@@ -478,20 +496,36 @@ def test_a_foreign_partial_directory_is_refused_and_stays(place: Path) -> None:
     assert list(state(place / "merged")) == [".one.partial/mine"]
 
 
-@pytest.mark.parametrize("change", ["none", "another file", "a file less", "a longer file", "a link"])
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "another file": lambda model: (model / "mine").touch(),
+    "a hidden file": lambda model: (model / ".mine").touch(),
+    "an empty folder": lambda model: (model / "mine").mkdir(),
+    "a pipe": lambda model: os.mkfifo(model / "mine"),
+    "a file less": lambda model: (model / "README.md").unlink(),
+    "a longer file": lambda model: (model / "README.md").write_text("longer" * 1000),
+    "an edit of equal size": lambda model: edited(model / "config.json", b"llama", b"gemma"),
+    "an edit of the card": lambda model: edited(model / "README.md", b"checked", b"unknown"),
+    "an edited manifest": lambda model: edited(model / "merge-gate.json", b'"config"', b'"Config"'),
+    "another spelling of the manifest": lambda model: edited(model / "merge-gate.json", b"\n", b" "),
+    "a link": lambda model: (model.rename(model.parents[1] / "elsewhere"), model.symlink_to("../elsewhere")),
+}
+
+
+def edited(file: Path, old: bytes, new: bytes) -> None:
+    """The file with the same size."""
+    content = file.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    file.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.attempt("P04", "own publication edited, at equal size too: files, card, manifest", "exit 2, and it stays")
+@pytest.mark.attempt("P05", "files, pipe, hidden file, empty folder, or link added to it", "exit 2, and it stays")
+@pytest.mark.parametrize("change", ["none", *CHANGES])
 def test_only_an_earlier_publication_that_is_unchanged_is_replaced(place: Path, change: str) -> None:
     assert play(place, "--publish", "merged") == 0
     model = place / "merged" / "one"
-    match change:
-        case "another file":
-            (model / "mine").touch()
-        case "a file less":
-            (model / "README.md").unlink()
-        case "a longer file":
-            (model / "README.md").write_text("longer" * 1000)
-        case "a link":
-            model.rename(place / "elsewhere")
-            model.symlink_to(place / "elsewhere")
+    CHANGES.get(change, lambda _: None)(model)
     before = state(place)
     assert play(place, "--publish", "merged", "-o", "second") == (0 if change == "none" else 2)
     shutil.rmtree(place / "second", ignore_errors=True)
@@ -500,6 +534,115 @@ def test_only_an_earlier_publication_that_is_unchanged_is_replaced(place: Path, 
         assert [path.name for path in (place / "merged").iterdir()] == ["one"]
     else:
         assert state(place) == before
+
+
+@pytest.mark.attempt("P04c", "weights of an earlier publication edited at equal size", "not published, and they stay")
+def test_edited_weights_are_noticed_before_they_would_be_replaced(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert play(place, "--publish", "merged") == 0
+    assert "is compared with" not in capfd.readouterr().err, "there was no earlier model"
+    weights = place / "merged" / "one" / "model-00001-of-00002.safetensors"
+    edited(weights, weights.read_bytes()[-4:], b"mine")
+    before = state(place / "merged")
+    assert play(place, "--publish", "merged", "-o", "second") == 3
+    assert state(place / "merged") == before
+    assert "is compared with" in capfd.readouterr().err
+    (adapter,) = json.loads((place / "second" / "report.json").read_text())["adapters"]
+    assert (adapter["verdict"], adapter["cause"]) == ("error", "not-published")
+
+
+@pytest.mark.attempt("F08", "config.json of the base is replaced after the verdict", "not published")
+@pytest.mark.parametrize("name", ["base/config.json", "base/tokenizer.json", "one/tokenizer.json"])
+@pytest.mark.parametrize("when", ["while it is merged", "before it is copied"])
+def test_a_file_that_is_swapped_during_the_run_is_not_published(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, when: str
+) -> None:
+    for file in ("base/tokenizer.json", "one/tokenizer.json"):
+        (place / file).write_text("{}")
+
+    def swap() -> None:
+        (place / "new").write_bytes((place / name).read_bytes())
+        (place / "new").rename(place / name)
+
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        send_all(publisher, task, tensors)
+        if when == "while it is merged":
+            swap()
+
+    checked = targets.replaceable
+
+    def swapped(*words: Any) -> Any:
+        if when == "before it is copied":
+            swap()
+        return checked(*words)
+
+    monkeypatch.setattr(targets, "replaceable", swapped)
+    assert play(place, "--publish", "merged", send=send) == 3
+    assert nothing_published(place)
+    assert adapters_of(place)[0]["verdict"] == "error"
+
+
+@pytest.mark.attempt(
+    "X05b", "publishing one model raises what nothing expects", "that adapter's error, and not the run's end"
+)
+@pytest.mark.parametrize("error", [RecursionError(), ZeroDivisionError("a bug"), UnicodeError("text")])
+def test_an_error_of_one_model_costs_that_model(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    lay_adapter(place, "two")
+    chosen = one_publication.companions_of
+
+    def fail(base: str, adapters: tuple[str, ...], *more: Any) -> Any:
+        if adapters == (str(place / "one"),):
+            raise error
+        return chosen(base, adapters, *more)
+
+    monkeypatch.setattr(one_publication, "companions_of", fail)
+    assert play(place, "--publish", "merged") == 3
+    assert [path.name for path in (place / "merged").iterdir()] == ["two"]
+    assert [adapter["cause"] for adapter in adapters_of(place)] == ["not-published", None]
+
+
+@pytest.mark.attempt("A04", "publish leads through a link of the checkout", "exit 2, and nothing outside")
+@pytest.mark.parametrize("target", ["link", "link/below", "inner/link", "inner/../link/below", "dangling", "./link/"])
+@pytest.mark.parametrize("by", ["option", "absolute option", "configuration"])
+def test_a_link_below_the_current_directory_is_refused(place: Path, target: str, by: str) -> None:
+    outside = place.with_name(f"{place.name}-outside")
+    (outside / "below").mkdir(parents=True)
+    (place / "inner").mkdir()
+    for name, to in (("link", outside), ("inner/link", outside), ("dangling", outside / "absent")):
+        (place / name).symlink_to(to)
+    config = {"version": 1, "base": "base", "adapters": ["one"], "publish": target}
+    (place / "gate.yml").write_text(json.dumps(config))
+    if by == "configuration":
+        assert play(place, adapters=["gate.yml"]) == 2
+    else:
+        assert play(place, "--publish", target if by == "option" else f"{place}/{target}") == 2
+    assert state(outside) == {}
+    assert not (outside / "absent").exists()
+
+
+def test_a_link_above_the_current_directory_is_followed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many homes and disks are behind links."""
+    home = place.with_name(f"{place.name}-home")
+    home.symlink_to(place)
+    (place / "work").mkdir()
+    assert play(place, "--publish", f"{home}/merged") == 0
+    assert (place / "merged" / "one").is_dir()
+
+
+@pytest.mark.attempt("P12", "YAML publishes to an absolute place, ../.. and ~, with the action's limit", "exit 2")
+@pytest.mark.parametrize("target", ["../outside", "../../outside", "/tmp/merge-gate-outside", "checkout/../.."])  # noqa: S108
+@pytest.mark.parametrize("by", ["option", "configuration"])
+def test_a_limit_keeps_models_inside(place: Path, monkeypatch: pytest.MonkeyPatch, target: str, by: str) -> None:
+    monkeypatch.setenv("MERGE_GATE_PUBLISH_WITHIN", str(place))
+    config = {"version": 1, "base": "base", "adapters": ["one"], "publish": target}
+    (place / "gate.yml").write_text(json.dumps(config))
+    words = {"adapters": ["gate.yml"]} if by == "configuration" else {}
+    assert play(place, *(["--publish", target] if by == "option" else []), **words) == 2  # type: ignore[arg-type]
+    assert not (place.parent / "outside").exists()
+    assert not Path("/tmp/merge-gate-outside").exists()  # noqa: S108
+    assert play(place, "--publish", "~/merged") == 0
+    assert (place / "~" / "merged" / "one").is_dir()
 
 
 @pytest.mark.parametrize("target", ["base", "base/merged", ".", "one/merged"])

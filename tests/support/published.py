@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, names_below, render
+from merge_gate.publish.model_card import model_card
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config
 from merge_gate.records.files import AdapterFiles, Entry, FileRecord
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.report import AdapterReport
 from tests.support import reports
 
@@ -39,6 +41,7 @@ def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFa
         "entry": Entry(spec=own, dtype="auto", members=(member,) * (len(names) or 1), revision=adapter.revision),
         "report": adapter,
         "base": reports.report(adapter).bases[0],
+        "base_identity": (),
         "environment": reports.ENVIRONMENT,
         "config": Config(
             path="merge-gate.yml", directory="/", sha256=reports.SHA256, adapters=(own, *map(spec, names))
@@ -56,7 +59,10 @@ def publish(folder: Path, **more: object) -> Manifest:
     for name, data in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    manifest = manifest_of(facts(**more), records(folder))  # type: ignore[arg-type]
+    of_merge = facts(**more)  # type: ignore[arg-type]
+    (folder / CARD_NAME).unlink(missing_ok=True)
+    (folder / CARD_NAME).write_bytes(model_card(manifest_of(of_merge, records(folder))))
+    manifest = manifest_of(of_merge, records(folder))
     (folder / MANIFEST_NAME).write_bytes(render(manifest))
     return manifest
 

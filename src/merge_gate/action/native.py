@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from merge_gate.action.docker.container import gate_words
 from merge_gate.errors import ExitCode, LauncherError, UsageError
 from merge_gate.interrupts import STOP_GRACE_S, Interrupted, interruptible
+from merge_gate.output_files import PUBLISH_WITHIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,6 +46,8 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
             "use `runtime: docker`",
         )
     environ, device = gpus_and_device(run)
+    is_elsewhere = run.publish is not None and run.workspace not in run.publish.parents  # the workflow says so
+    environ[PUBLISH_WITHIN] = str(run.publish if is_elsewhere else run.workspace)
     # -P keeps the workspace, the child's working directory, off its import path.
     words = gate_words(run, device)
     with subprocess.Popen(

@@ -143,6 +143,10 @@ class BaseWatch:
             if name in sizes
         )
 
+    def identity(self, directory: str) -> tuple[FileIdentity, ...]:
+        """The files of a base that was hashed, as they were then."""
+        return self._hashed.get(directory, ())
+
     def content(self, directory: str) -> BaseContent | None:
         """The digests of all that the base contains; None if one is missing, or if the files have changed since."""
         known = self._digests.get(directory) or self._listed.get(directory)

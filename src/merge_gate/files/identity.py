@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import FileIdentity
+from merge_gate.regular_file import is_inside
 from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 if TYPE_CHECKING:
@@ -40,6 +41,21 @@ def base_identity(directory: str) -> tuple[FileIdentity, ...]:
         OSError: the directory cannot be read.
     """
     return tuple(sorted(_base_files(directory), key=lambda identity: identity.name))
+
+
+def directory_identity(directory: str | Path) -> tuple[FileIdentity, ...]:
+    """The identities of a directory, which comes first, and of everything in it. A link counts as what it leads to.
+
+    Raises:
+        OSError: something in it cannot be found any more.
+    """
+    places = [Path(directory)]
+    for folder, folders, files in os.walk(directory):
+        places += [Path(folder, name) for name in (*folders, *files)]
+    return tuple(
+        identity_of(str(place.relative_to(directory)), place.stat(follow_symlinks=place.exists()))
+        for place in sorted(places)
+    )
 
 
 def base_bytes(directory: str) -> int | None:
@@ -77,11 +93,4 @@ def _named_by(path: str) -> set[str]:
 
 
 def _is_inside(name: str, directory: Path) -> bool:
-    parts = PurePosixPath(name).parts
-    return (
-        bool(parts)
-        and ".." not in parts
-        and not name.startswith("/")
-        and "\0" not in name
-        and (directory / name).is_file()
-    )
+    return is_inside(name) and (directory / name).is_file()

@@ -6,16 +6,23 @@ others. A link may lead to another file of the directory or of its own repositor
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from merge_gate.companion_names import TEMPLATES, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.headers import shown
+from merge_gate.files.identity import identity_of
+from merge_gate.records.files import FileIdentity
 from merge_gate.records.terms import record
-from merge_gate.regular_file import read_regular_file
+from merge_gate.regular_file import open_regular_file, read_all
 
 _MOST_BYTES = 256 * 1024 * 1024
+Identities = Mapping[str, Mapping[str, FileIdentity]]
+"""By directory, the files next to the weights as they were when the run began."""
+
 _POINTER = b"version https://git-lfs"
 
 
@@ -27,22 +34,35 @@ class CompanionFiles:
     others: tuple[str, ...] = ()
 
 
-def read_companions(directory: str, owner: str) -> CompanionFiles:
+def companion_identities(directory: str) -> dict[str, FileIdentity]:
+    """The identities of the files that may be published. What cannot be looked at is left out, and is refused later."""
+    found: dict[str, FileIdentity] = {}
+    with contextlib.suppress(OSError):
+        for name in _names(Path(directory)):
+            if companion_kind(name) is not None:
+                found[name] = identity_of(name, Path(directory, name).stat())
+    return found
+
+
+def read_companions(directory: str, owner: str, expected: Mapping[str, FileIdentity] | None = None) -> CompanionFiles:
     """The files next to the weights. `owner` is what messages call the directory's owner, such as `the base`.
 
+    `expected` has the identities of the files when the run began; None accepts any.
+
     Raises:
-        NotPublishedError: a file on the allow-list cannot be read, is too large, is a Git LFS pointer, or is a link to
-            another place.
+        NotPublishedError: a file on the allow-list cannot be read, is too large, is a Git LFS pointer, is a link to
+            another place, or is not the expected one.
     """
     folder = Path(directory)
     files: dict[str, bytes] = {}
+    read: dict[str, FileIdentity] = {}
     others: list[str] = []
     try:
         for name in _names(folder):
             if companion_kind(name) is None:
                 others.append(name)
             else:
-                files[name] = _read(folder, name, owner)
+                files[name], read[name] = _read(folder, name, owner)
                 if sum(map(len, files.values())) > _MOST_BYTES:
                     raise NotPublishedError(
                         f"the files next to the weights of {owner} have more than {_MOST_BYTES:,} bytes",
@@ -53,6 +73,12 @@ def read_companions(directory: str, owner: str) -> CompanionFiles:
             f"the directory of {owner} cannot be read: {error.strerror or error}",
             hint="check that the user who runs the gate may read it",
         ) from error
+    for name in sorted({*read, *expected}) if expected is not None else ():
+        if read.get(name) != expected.get(name):
+            raise NotPublishedError(
+                f"{shown(name)} of {owner} was added, removed, or written to during the run",
+                hint="let nothing write to that directory during the run, and run the gate again",
+            )
     return CompanionFiles(files=files, others=tuple(others))
 
 
@@ -69,11 +95,13 @@ def _names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _read(folder: Path, name: str, owner: str) -> bytes:
+def _read(folder: Path, name: str, owner: str) -> tuple[bytes, FileIdentity]:
     what = f"{shown(name)} of {owner}"
     try:
         place = _within(folder, name, what)
-        data = read_regular_file(place, _MOST_BYTES)
+        with open_regular_file(place) as file:
+            data = read_all(file, _MOST_BYTES)
+            identity = identity_of(name, os.fstat(file.fileno()))
     except OSError as error:
         raise NotPublishedError(
             f"{what} cannot be read: {error.strerror or error}",
@@ -84,7 +112,7 @@ def _read(folder: Path, name: str, owner: str) -> bytes:
             f"{what} is a Git LFS pointer, expected the file itself",
             hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
         )
-    return data
+    return data, identity
 
 
 def _within(folder: Path, name: str, what: str) -> Path:

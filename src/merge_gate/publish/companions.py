@@ -13,9 +13,9 @@ and findings. Files are copied, and config.json is changed only where the tensor
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from merge_gate.companion_names import Companion, companion_kind
@@ -24,14 +24,13 @@ from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.judging.checks.table import PUBLISHED_FILES
 from merge_gate.publish import json_text
-from merge_gate.publish.companion_files import CompanionFiles, read_companions
+from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.json_text import Member
 from merge_gate.publish.layout import FLOATING_STORED
-from merge_gate.publish.manifest import manifest_of
-from merge_gate.publish.model_card import CARD_NAME, model_card
 from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagreements, oversized
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
 from merge_gate.text import counted, listing
 
@@ -66,7 +65,7 @@ class MergedModel:
 
 @record
 class CompanionFile:
-    """One file to be published. `origin` is `base`, `adapter`, or `merge-gate`."""
+    """One file to be published. `origin` is `base` or `adapter`."""
 
     name: str
     data: bytes
@@ -86,8 +85,10 @@ class Companions:
     of_adapters: tuple[CompanionFiles, ...] = ()
 
 
-def companions_of(base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts) -> Companions:
-    """The files that belong next to the weights of a published model, with a model card.
+def companions_of(
+    base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts, seen: Identities
+) -> Companions:
+    """The files that belong next to the weights of a published model.
 
     Raises:
         NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
@@ -106,27 +107,29 @@ def companions_of(base_directory: str, adapter_directories: tuple[str, ...], fac
         is_dequantized=is_dequantized,
         runs_code=facts.config.trust_remote_code,
     )
-    chosen = files_of(base_directory, adapter_directories, model)
-    card = CompanionFile(
-        name=CARD_NAME, data=model_card(manifest_of(facts, findings=chosen.findings)), origin="merge-gate"
-    )
-    return replace(chosen, files=(*chosen.files, card))
+    loaded = {file.name: file for file in facts.base_identity}  # config.json, as the merge has read it
+    of_base = {name: loaded.get(name, file) for name, file in seen[base_directory].items()}
+    return files_of(base_directory, adapter_directories, model, {**seen, base_directory: of_base})
 
 
-def files_of(base_directory: str, adapter_directories: tuple[str, ...], model: MergedModel) -> Companions:
+def files_of(
+    base_directory: str, adapter_directories: tuple[str, ...], model: MergedModel, seen: Identities | None = None
+) -> Companions:
     """The files of base and adapter that belong next to the weights of a published model.
 
     Args:
         base_directory: the base's directory.
         adapter_directories: the directory of the adapter, or of each member of a combination.
         model: the model to publish.
+        seen: the expected files; None accepts any.
 
     Raises:
-        NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
+        NotPublishedError: a file cannot be copied, is not the expected one, or config.json would not fit the tensors.
     """
     # 1. Read.
-    base = read_companions(base_directory, "the base")
-    adapters = [read_companions(directory, "the adapter") for directory in adapter_directories]
+    seen = seen or {}
+    base = read_companions(base_directory, "the base", seen.get(base_directory))
+    adapters = [read_companions(directory, "the adapter", seen.get(directory)) for directory in adapter_directories]
     own, notes = _common(adapters)
     # 2. The adapter's own files.
     files = {name: CompanionFile(name=name, data=data) for name, data in base.files.items()}
@@ -222,16 +225,17 @@ def _config(data: bytes | None, model: MergedModel) -> bytes:
             "the base needs its own code (`auto_map` in config.json), and merge-gate does not publish code",
             hint="if transformers has this architecture itself, set trust-remote-code: false",
         )
-    text = data.decode("utf-8")
     rows = _resized_rows(model, config)
-    if rows is not None:
-        places = _vocabulary_places(text, rows[0])
-        text = json_text.replaced(text, lambda member: member.path in places, rows[1])
-    if model.dtype is not None:
-        text = json_text.replaced(text, _names_dtype, model.dtype)
-    if model.is_dequantized:
-        text = json_text.without(text, lambda member: member.path[-1] in _QUANTIZATIONS)
-    return text.encode("utf-8")
+    with _as_json("config.json", "base"):
+        text = data.decode("utf-8")
+        if rows is not None:
+            places = _vocabulary_places(text, rows[0])
+            text = json_text.replaced(text, lambda member: member.path in places, rows[1])
+        if model.dtype is not None:
+            text = json_text.replaced(text, _names_dtype, model.dtype)
+        if model.is_dequantized:
+            text = json_text.without(text, lambda member: member.path[-1] in _QUANTIZATIONS)
+        return text.encode("utf-8")
 
 
 def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -304,7 +308,8 @@ def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
     for name, file in files.items():
         if not name.endswith("config.json") or not isinstance(_parsed(file), dict):
             continue
-        text = json_text.without(file.data.decode("utf-8"), lambda member: member.path[-1] in _CODE)
+        with _as_json(name, file.origin):
+            text = json_text.without(file.data.decode("utf-8"), lambda member: member.path[-1] in _CODE)
         if text.encode() != file.data:
             files[name] = CompanionFile(name=name, data=text.encode(), origin=file.origin)
             changed.append(name)
@@ -322,11 +327,18 @@ def _parsed(file: CompanionFile) -> Any:
     """
     if not file.name.endswith(".json"):
         return None
-    try:
+    with _as_json(file.name, file.origin):
         return json.loads(file.data.decode("utf-8"))
+
+
+@contextlib.contextmanager
+def _as_json(name: str, origin: str) -> Iterator[None]:
+    """The block reads a file as JSON. How deep it may be nested depends on the release of Python, and on the reader."""
+    try:
+        yield
     except (ValueError, RecursionError) as error:
         raise NotPublishedError(
-            f"{shown(file.name)} of the {file.origin} is not valid JSON: {str(error)[:120]}",
+            f"{shown(name)} of the {origin} cannot be read as JSON: {str(error)[:120]}",
             hint="fetch it again, or remove it if the model does not need it",
         ) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge_gate.records.config import Config
-from merge_gate.records.files import Entry, StoredTensor
+from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import AdapterReport, BaseReport, Environment
 from merge_gate.records.terms import record
 
@@ -16,6 +16,7 @@ class PublicationFacts:
         entry: the adapter, its base, and their files.
         report: the verdict on the merge.
         base: the base as it was loaded, with the digest of its weights.
+        base_identity: the files that the base was loaded from.
         environment: the versions and the device of the run.
         config: the run's configuration.
         dtype: `preserve`, or the dtype that all floating tensors were cast to.
@@ -27,6 +28,7 @@ class PublicationFacts:
     entry: Entry
     report: AdapterReport
     base: BaseReport | None
+    base_identity: tuple[FileIdentity, ...]
     environment: Environment
     config: Config
     dtype: str

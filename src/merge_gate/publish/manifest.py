@@ -1,11 +1,12 @@
 """merge-gate.json: written into a published directory, read back, and compared with the directory's files.
 
 In: the facts of a publication, or a directory of unknown origin. Out: a `Manifest`, its bytes, and the differences
-between the manifest and the files. The manifest lists every file except itself.
+between the manifest and the files. The manifest lists every file except itself, and the card has its digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -18,6 +19,7 @@ from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
+    CARD_NAME,
     MANIFEST_VERSION,
     Manifest,
     PublishedAdapter,
@@ -27,7 +29,7 @@ from merge_gate.records.publication import (
 )
 from merge_gate.records.report import TOOL, ConfigFile, Tool
 from merge_gate.records.terms import DTYPES, PRESERVE, Finding, Severity, Verdict, record
-from merge_gate.regular_file import read_regular_file
+from merge_gate.regular_file import is_inside, read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
@@ -50,6 +52,7 @@ class Difference(StrEnum):
     ADDED = "added"
     CHANGED = "changed"
     NO_FILE = "no regular file"
+    NOT_ON_CARD = f"not the file that {CARD_NAME} has the digest of"
 
 
 @record
@@ -141,7 +144,26 @@ def _adapters(facts: PublicationFacts, inputs: InputFiles | None) -> tuple[Publi
 
 def render(manifest: Manifest) -> bytes:
     """The bytes of merge-gate.json. They are ASCII, so no name in it hides or reorders text."""
-    return (json.dumps(dump_record(manifest), allow_nan=False, indent=2) + "\n").encode("ascii")
+    return _rendered(dump_record(manifest))
+
+
+def _rendered(document: object) -> bytes:
+    return (json.dumps(document, allow_nan=False, indent=2) + "\n").encode("ascii")
+
+
+def digest_on_card(data: bytes) -> str | None:
+    """The digest of merge-gate.json that the card has: of everything except the card's own entry.
+
+    None if `render` does not write these bytes: another spelling is another file.
+    """
+    try:
+        document = parse_strictly(data)
+        if _rendered(document) != data:
+            return None
+        document["files"] = [file for file in document["files"] if file["path"] != CARD_NAME]
+    except (InvalidJsonError, LookupError, TypeError):
+        return None
+    return hashlib.sha256(_rendered(document)).hexdigest()
 
 
 # --- read back -------------------------------------------------------------------------------------------------------
@@ -203,25 +225,23 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise UnreadableError("files names a file twice")
 
 
-def is_inside(name: str) -> bool:
-    """Whether a relative name stays inside of its directory, and has one spelling only."""
-    return not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
-
-
 # --- compared with the files -----------------------------------------------------------------------------------------
 
 
-def differences(directory: str | Path, manifest: Manifest) -> tuple[FileDifference, ...]:
+def differences(directory: str | Path, manifest: Manifest, *, weights: bool = True) -> tuple[FileDifference, ...]:
     """The files of a directory that are not as the manifest lists them. Every byte is read.
+
+    Without `weights`, only the size of a safetensors file is compared.
 
     Raises:
         OSError: a file cannot be read.
     """
     found = set(names_below(directory)) - {MANIFEST_NAME}
-    return tuple(sorted(_compared(Path(directory), manifest, found), key=lambda difference: difference.path))
+    compared = _compared(Path(directory), manifest, found, weights=weights)
+    return tuple(sorted(compared, key=lambda difference: difference.path))
 
 
-def _compared(folder: Path, manifest: Manifest, found: set[str]) -> Iterator[FileDifference]:
+def _compared(folder: Path, manifest: Manifest, found: set[str], *, weights: bool) -> Iterator[FileDifference]:
     listed = {file.path: file for file in manifest.files}
     yield from (FileDifference(path=name, kind=Difference.ADDED) for name in found - set(listed))
     for name, file in listed.items():
@@ -229,16 +249,28 @@ def _compared(folder: Path, manifest: Manifest, found: set[str]) -> Iterator[Fil
             yield FileDifference(path=name, kind=Difference.MISSING)
         elif not is_regular(folder / name):
             yield FileDifference(path=name, kind=Difference.NO_FILE)
-        elif (folder / name).stat().st_size != file.size_bytes or digest_file(folder / name) != file.sha256:
+        elif (folder / name).stat().st_size != file.size_bytes or (
+            (weights or not name.endswith(".safetensors")) and digest_file(folder / name) != file.sha256
+        ):
             yield FileDifference(path=name, kind=Difference.CHANGED)
+        elif name == CARD_NAME and not _is_on_card(folder):
+            yield FileDifference(path=MANIFEST_NAME, kind=Difference.NOT_ON_CARD)
+    if CARD_NAME not in listed:
+        yield FileDifference(path=MANIFEST_NAME, kind=Difference.NOT_ON_CARD)
+
+
+def _is_on_card(folder: Path) -> bool:
+    digest = digest_on_card(read_regular_file(folder / MANIFEST_NAME, MOST_BYTES))
+    return digest is not None and digest.encode() in read_regular_file(folder / CARD_NAME, MOST_BYTES)
 
 
 def names_below(directory: str | Path) -> list[str]:
-    """Everything below a directory except folders, by its relative name. Links are listed and not followed."""
+    """Everything below a directory, by its relative name. Links are not followed, and only empty folders are listed."""
     names = []
     for place, folders, files in os.walk(directory, onerror=_raise):
         linked = [name for name in folders if Path(place, name).is_symlink()]
-        names += [Path(place, name).relative_to(directory).as_posix() for name in (*files, *linked)]
+        is_empty = not folders and not files and Path(place) != Path(directory)
+        names += [Path(place, name).relative_to(directory).as_posix() for name in (*files, *linked, *["."] * is_empty)]
     return sorted(names)
 
 

@@ -1,7 +1,7 @@
 """README.md of a published directory: a model card that describes the model and the checks.
 
-In: a `Manifest`, whose names come from strangers. Out: Markdown with YAML in front. It has no versions and no time, so
-that a rebuild makes the same bytes.
+In: a `Manifest`, whose names come from strangers. Out: Markdown with YAML in front. Everything in it follows from the
+manifest, so that a rebuild makes the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from merge_gate.publish.manifest import digest_on_card, render
 from merge_gate.records.terms import PRESERVE
 from merge_gate.report.wording.markdown import code
 from merge_gate.text import counted
@@ -17,7 +18,6 @@ from merge_gate.text import counted
 if TYPE_CHECKING:
     from merge_gate.records.publication import Manifest
 
-CARD_NAME = "README.md"
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -59,6 +59,8 @@ checked. All other tensors are copies of the base's.
 
 `merge-gate.json` has the digests of all files, of the base, and of the adapter. `merge-gate verify` compares this
 directory with them, and `merge-gate rebuild merge-gate.json --output DIR` makes the same files again.
+
+The SHA-256 of `merge-gate.json` without the entry of this card is `{digest_on_card(render(manifest))}`.
 """
 
 

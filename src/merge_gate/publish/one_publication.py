@@ -21,12 +21,14 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
+from merge_gate.publish.companion_files import Identities
 from merge_gate.publish.companions import companions_of
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.input_files import InputFiles, of_adapter, of_base
@@ -40,10 +42,12 @@ from merge_gate.publish.layout import (
     merged_layout,
 )
 from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, render
+from merge_gate.publish.model_card import model_card
 from merge_gate.publish.partial import PartialDirectory
 from merge_gate.publish.writer import CHUNK_BYTES, ModelWriter
-from merge_gate.records.files import FileRecord, StoredTensor
+from merge_gate.records.files import FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import quoted
 from merge_gate.worker.protocol import PlannedTensor, PublicationSent
@@ -313,12 +317,15 @@ class Publication:
     def base_tensors(self) -> tuple[StoredTensor, ...]:
         return self._base.tensors
 
-    def publish(self, facts: PublicationFacts, *, replaces: bool) -> tuple[tuple[FileRecord, ...], tuple[Finding, ...]]:
+    def publish(
+        self, facts: PublicationFacts, seen: Identities, *, replaces: tuple[FileIdentity, ...] | None
+    ) -> tuple[tuple[FileRecord, ...], tuple[Finding, ...]]:
         """Write the files next to the weights, compare the whole with the plan, and give the directory its name.
 
         Returns the files of the directory, and what there is to say about them.
 
-        `replaces`: a directory of this name was published by an earlier run, and may be replaced.
+        `seen`: the expected files next to the weights. `replaces`: the identity of an earlier model of this name, which
+        may be replaced; None if there is none.
 
         Raises:
             NotPublishedError: the model cannot be published.
@@ -328,7 +335,7 @@ class Publication:
             raise AssertionError("the model was not completed")
         try:
             members, base = facts.entry.members, base_directory(facts.entry)
-            more = companions_of(base, tuple(member.directory for member in members), facts)
+            more = companions_of(base, tuple(member.directory for member in members), facts, seen)
             inputs = InputFiles(
                 base=of_base(base, facts.base.files if facts.base is not None else (), more.of_base),
                 adapters=tuple(
@@ -336,10 +343,11 @@ class Publication:
                 ),
             )
             files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
-            files = tuple(sorted(files, key=lambda file: file.path))
-            manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files, more.findings, inputs)))
+            content = manifest_of(facts, files, more.findings, inputs)
+            files = tuple(sorted((*files, writer.add_file(CARD_NAME, model_card(content))), key=lambda file: file.path))
+            manifest = writer.add_file(MANIFEST_NAME, render(replace(content, files=files)))
             compare_written(partial.model, writer.layout)
-            partial.publish(replace=replaces)
+            partial.publish(replaces=replaces)
         except OSError as error:
             raise self._disk(error) from error
         return (*files, manifest), more.findings

@@ -3,6 +3,9 @@
 In: a directory and the name that the model will have. Out: `DIR/.NAME.partial`, locked, with the model's files in
 `model/`. It gets its name whole, or is removed. The system ends the lock with the process, so that a later run removes
 what a killed one left.
+
+The new model and an earlier one of that name are exchanged in one step. If the file system cannot do that, the earlier
+one waits in `replaced/`, and gets its name back if the new one does not get it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from pathlib import Path
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.errors import NotPublishedError
+from merge_gate.files.identity import directory_identity
+from merge_gate.records.files import FileIdentity
 from merge_gate.text import quoted
 
 _ENDING = ".partial"
@@ -45,7 +50,7 @@ class PartialDirectory:
         self._stack = contextlib.ExitStack()
         with self._stack:
             self._lock()
-            if not is_leftover(self._place):
+            if not is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
                     hint="move that directory away, or publish to another one",
@@ -84,27 +89,39 @@ class PartialDirectory:
                     return
             self._stack.close()
 
-    def publish(self, *, replace: bool) -> None:
-        """Give the model its name. With `replace`, a directory of that name is exchanged for it, and removed.
+    def publish(self, *, replaces: tuple[FileIdentity, ...] | None) -> None:
+        """Give the model its name. The directory that has the identity `replaces` is exchanged for it, and removed.
 
         Raises:
-            NotPublishedError: something has that name, and may not be replaced.
+            NotPublishedError: something else has that name, and stays there.
             OSError: the directory cannot be renamed.
         """
         target = self._parent / self.name
         _sync(self.model)
-        if replace and target.is_dir() and not target.is_symlink():
-            _rename(self.model, target, _RENAME_EXCHANGE)
-        else:
-            try:
-                _rename(self.model, target, _RENAME_NOREPLACE)
-            except FileExistsError:
-                raise NotPublishedError(
-                    f"{quoted(str(target), 200)} appeared while the model was being written",
-                    hint="let only one program write to that directory",
-                ) from None
+        try:
+            if replaces is None:
+                _rename(self.model, target)
+            elif renameat2(self.model, target, _RENAME_EXCHANGE):
+                self._refuse_other(self.model, target, replaces)
+            else:
+                target.rename(self._place / _REPLACED)
+                self._refuse_other(self._place / _REPLACED, target, replaces)
+                _rename(self.model, target)
+        except FileExistsError:
+            raise _taken(target) from None
         _sync(self._parent)
         self.remove()
+
+    def _refuse_other(self, out: Path, target: Path, expected: tuple[FileIdentity, ...]) -> None:
+        """Look at what came out of the name. If it is not the expected model, it goes back."""
+        if not out.is_symlink() and _content(out) == expected[1:]:
+            return
+        if out == self.model:
+            (self._place / _MARKER).unlink()  # from here on, no run removes what is in `model`
+            if not renameat2(out, target, _RENAME_EXCHANGE):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(target))
+            (self._place / _MARKER).touch()
+        raise _taken(target)
 
     def remove(self) -> None:
         """Remove the directory, with all that was written. May be called more than once."""
@@ -119,12 +136,12 @@ def is_leftover(place: Path) -> bool:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the partial directories of dead runs. What cannot be removed stays."""
+    """Remove the partial directories of dead runs, and put back what they took away. What cannot be removed stays."""
     with contextlib.suppress(OSError):
         places = [Path(entry.path) for entry in os.scandir(parent) if _is_partial(entry)]
         for place in places:
             with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(place, follow=False) as lock:
-                if lock.is_held and is_leftover(place):
+                if lock.is_held:
                     remove_leftover(place)
 
 
@@ -135,11 +152,22 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 
 def remove_leftover(place: Path) -> None:
     """The marker goes last: a directory that a second kill left half removed still has it."""
-    _remove(place / _MODEL)
-    _remove(place / _REPLACED)
     with contextlib.suppress(OSError):
-        (place / _MARKER).unlink(missing_ok=True)
-        place.rmdir()
+        if is_leftover(place) and _put_back(place):
+            _remove(place / _MODEL)
+            _remove(place / _REPLACED)
+            (place / _MARKER).unlink(missing_ok=True)
+            place.rmdir()
+
+
+def _put_back(place: Path) -> bool:
+    """Give an earlier model its name again if the new one did not get it. False if that is not possible."""
+    if os.path.lexists(place / _MODEL) and os.path.lexists(place / _REPLACED):
+        try:
+            _rename(place / _REPLACED, place.with_name(place.name.removeprefix(".").removesuffix(_ENDING)))
+        except OSError:
+            return False
+    return True
 
 
 def _remove(directory: Path) -> None:
@@ -160,19 +188,31 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _rename(source: Path, target: Path, flag: int) -> None:
-    """`os.rename` would replace an empty directory, and cannot exchange two."""
-    if _renameat2(source, target, flag):
+def _content(directory: Path) -> tuple[FileIdentity, ...]:
+    """The identity of all that is in a directory. That of the directory itself changes with its name."""
+    try:
+        return directory_identity(directory)[1:]
+    except OSError:
+        return ()
+
+
+def _taken(target: Path) -> NotPublishedError:
+    return NotPublishedError(
+        f"{quoted(str(target), 200)} appeared or changed while the model was being written",
+        hint="let only one program write to that directory",
+    )
+
+
+def _rename(source: Path, target: Path) -> None:
+    """`os.rename` would replace an empty directory."""
+    if renameat2(source, target, _RENAME_NOREPLACE):
         return
-    # The file system cannot do that (NFS, old overlayfs).
-    if flag == _RENAME_EXCHANGE:
-        target.rename(source.with_name(_REPLACED))
-    elif os.path.lexists(target):
+    if os.path.lexists(target):  # the file system cannot do that (NFS, old overlayfs)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     source.rename(target)
 
 
-def _renameat2(source: Path, target: Path, flag: int) -> bool:
+def renameat2(source: Path, target: Path, flag: int) -> bool:
     """The system call of Linux 3.15. False if the file system does not know the flag."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:

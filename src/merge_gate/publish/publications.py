@@ -23,11 +23,12 @@ from typing import Self
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.publish import targets
+from merge_gate.publish.companion_files import companion_identities
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
 from merge_gate.records.config import AdapterSpec, PublishSpec
-from merge_gate.records.files import Entry
+from merge_gate.records.files import Entry, FileIdentity
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import quoted
@@ -54,18 +55,25 @@ class Publications:
     """Use it in a `with` block: leaving it removes every model that has no name yet."""
 
     def __init__(
-        self, wanted: PublishSpec | None, specs: Iterable[AdapterSpec], *, inputs: Iterable[tuple[str, str]] = ()
+        self,
+        wanted: PublishSpec | None,
+        specs: Iterable[AdapterSpec],
+        *,
+        inputs: Iterable[tuple[str, str]] = (),
+        within: str | None = None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._wanted, specs = wanted, tuple(specs)
+        self._wanted, specs, self._notify = wanted, tuple(specs), notify
         if wanted is not None:
             targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
         names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
-        self._parent = targets.prepared(wanted.directory, names) if wanted is not None else Path()
+        self._parent = targets.prepared(wanted.directory, names, within) if wanted is not None else Path()
         self._specs = tuple(spec.name for spec in specs)
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
         self._bases: dict[str, ModelLayout | NotPublishedError] = {}
         self._of_base: dict[str, list[Publication]] = {}
+        self._seen: dict[str, dict[str, FileIdentity]] = {}
         self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
         self._pending: set[int] = set()
         self._is_over = False
@@ -132,6 +140,8 @@ class Publications:
                 dtype=wanted.dtype,
                 shard_limit_bytes=wanted.max_shard_bytes,
             )
+            for seen in (directory, *(member.directory for member in entry.members)):
+                self._seen.setdefault(seen, companion_identities(seen))
             model = Publication(place, base)
             model.expected  # noqa: B018 - raises if the shards cannot be so small
         except NotPublishedError as error:
@@ -176,18 +186,10 @@ class Publications:
         for index, base in iter(self._to_complete.get, None):
             with contextlib.suppress(CanceledError):
                 try:
-                    self._models[index].complete(base(), self._siblings(self._models[index]))
+                    with _this_model_only():
+                        self._models[index].complete(base(), self._siblings(self._models[index]))
                 except NotPublishedError as error:
                     self._refused[index] = error
-                except GateError as error:
-                    self._refused[index] = NotPublishedError(error.message, hint=error.hint)
-                except CanceledError:
-                    raise
-                except Exception as error:  # noqa: BLE001 - it costs this model only
-                    self._refused[index] = NotPublishedError(
-                        f"the model could not be written: unexpected {type(error).__name__}: {str(error)[:200]}",
-                        hint="this is a bug of merge-gate: please report it",
-                    )
             self._pending.discard(index)
 
     def _siblings(self, model: Publication) -> list[Publication]:
@@ -233,8 +235,9 @@ class Publications:
             raise self._refused[index]
         model = self._models[index]
         try:
-            is_own = targets.is_own_publication(model.place.directory)
-            files, findings = model.publish(facts_of(model), replaces=is_own)
+            with _this_model_only():
+                earlier = targets.replaceable(model.place.directory, self._notify)
+                files, findings = model.publish(facts_of(model), self._seen, replaces=earlier)
         except NotPublishedError:
             model.discard()
             raise
@@ -252,6 +255,22 @@ class Publications:
                 name = model_name(adapter, self._wanted.dtype)
                 if adapter not in published and targets.is_own_publication(self._parent / name):
                     yield adapter, str(Path(self._wanted.label, name))
+
+
+@contextlib.contextmanager
+def _this_model_only() -> Iterator[None]:
+    """Whatever goes wrong in this block costs one model, and not the run."""
+    try:
+        yield
+    except (NotPublishedError, CanceledError):
+        raise
+    except GateError as error:
+        raise NotPublishedError(error.message, hint=error.hint) from error
+    except Exception as error:
+        raise NotPublishedError(
+            f"the model could not be written: unexpected {type(error).__name__}: {str(error)[:200]}",
+            hint="this is a bug of merge-gate: please report it",
+        ) from error
 
 
 def _stored_dtype(entry: Entry) -> str:

@@ -7,13 +7,16 @@ created, or a sentence that says why it cannot be used.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate.errors import GateError, UsageError
-from merge_gate.publish.manifest import MANIFEST_NAME, read_manifest
+from merge_gate.errors import GateError, NotPublishedError, UsageError
+from merge_gate.files.identity import directory_identity
+from merge_gate.output_files import PUBLISH_WITHIN
+from merge_gate.publish.manifest import MANIFEST_NAME, differences, read_manifest
 from merge_gate.publish.partial import is_leftover, partial_name, remove_leftovers
+from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
 
@@ -22,14 +25,19 @@ _MOST_NAME_BYTES = 255
 _GIB = 1 << 30
 
 
-def prepared(directory: str, names: Collection[str]) -> Path:
-    """Create the directory, and remove what killed runs left in it.
+def prepared(directory: str, names: Collection[str], within: str | None = None) -> Path:
+    """Create the directory, and remove what killed runs left in it. With `within`, it must be in that directory.
 
     Raises:
         UsageError: the directory cannot be used, or one of the names cannot be a directory in it.
         GateError: the disk is full.
     """
-    target = Path(directory).resolve()
+    target = _without_link(directory)
+    if within and not target.is_relative_to(Path(within).resolve()):
+        raise UsageError(
+            f"cannot publish to {quoted(directory, 200)}: it is outside of {quoted(within, 200)} ({PUBLISH_WITHIN})",
+            hint=f"choose a directory inside of it{_CHOSEN_BY}",
+        )
     for name in names:
         _refuse_name(name)
     with explained(f"cannot publish to {quoted(directory, 200)}", chosen_by=_CHOSEN_BY):
@@ -43,6 +51,19 @@ def prepared(directory: str, names: Collection[str]) -> Path:
         for name in names:
             _refuse_existing(target, name)
     return target
+
+
+def _without_link(directory: str) -> Path:
+    """The directory, resolved. Neither it nor a directory between it and the current one may be a link."""
+    place, here = Path(directory).absolute(), Path.cwd()
+    for part in (place, *place.parents):
+        if part.is_symlink() and (part == place or part.is_relative_to(here)):
+            raise UsageError(
+                f"cannot publish to {quoted(directory, 200)}: {quoted(str(part), 200)} is a symbolic link, expected a "
+                "directory",
+                hint=f"remove the link, or name the directory that it points to{_CHOSEN_BY}",
+            )
+    return place.resolve()
 
 
 def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
@@ -108,10 +129,7 @@ def _refuse_name(name: str) -> None:
 def _refuse_existing(target: Path, name: str) -> None:
     place = target / name
     if os.path.lexists(place) and not is_own_publication(place):
-        raise UsageError(
-            f"{quoted(str(place), 200)} exists, and is not an unchanged directory that merge-gate published",
-            hint=f"move it away, or choose another directory{_CHOSEN_BY}",
-        )
+        raise _changed(UsageError, place)
     partial = target / partial_name(name)
     if not os.path.lexists(partial):
         return
@@ -131,14 +149,38 @@ def _refuse_existing(target: Path, name: str) -> None:
 
 
 def is_own_publication(place: Path) -> bool:
-    """Whether merge-gate has published a directory, and its files still have the listed names and sizes."""
+    """Whether merge-gate has published a directory, and it is as published. Of the weights, only the sizes count."""
+    return _unchanged(place, weights=False) is not None
+
+
+def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
+    """The identity of the earlier model in a directory, after every byte of it was compared; None if there is nothing.
+
+    Raises:
+        NotPublishedError: it is not as it was published.
+    """
+    if not os.path.lexists(place):
+        return None
+    notify(f"{place} is compared with its {MANIFEST_NAME} before it is replaced")
+    if (identity := _unchanged(place, weights=True)) is None:
+        raise _changed(NotPublishedError, place)
+    return identity
+
+
+def _unchanged(place: Path, *, weights: bool) -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged publication; None for anything else."""
     if place.is_symlink() or not place.is_dir():
-        return False
+        return None
     try:
-        listed = {file.path: file.size_bytes for file in read_manifest(place).files}
-        paths = [path for path in place.rglob("*") if path.is_symlink() or not path.is_dir()]
-        sizes = {str(path.relative_to(place)): path.lstat().st_size for path in paths if not path.is_symlink()}
+        identity = directory_identity(place)
+        is_other = differences(place, read_manifest(place), weights=weights)
+        return None if is_other or directory_identity(place) != identity else identity
     except (OSError, GateError):
-        return False
-    sizes.pop(MANIFEST_NAME, None)
-    return len(paths) == len(sizes) + 1 and sizes == listed
+        return None
+
+
+def _changed(kind: type[GateError], place: Path) -> GateError:
+    return kind(
+        f"{quoted(str(place), 200)} exists, and is not an unchanged directory that merge-gate published",
+        hint=f"move it away, or choose another directory{_CHOSEN_BY}; `merge-gate verify` names the files that differ",
+    )

@@ -7,6 +7,7 @@ from merge_gate.records.report import ConfigFile, Tool
 from merge_gate.records.terms import Quantization, Verdict, record, reported
 
 MANIFEST_VERSION = "1.0"
+CARD_NAME = "README.md"
 
 
 @record

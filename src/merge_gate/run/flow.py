@@ -31,6 +31,7 @@ from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.on_ray.job import judge_on_ray
+from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.publications import Publications
@@ -97,7 +98,9 @@ def run_gate(
     with contextlib.closing(
         Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
     ) as cache:
-        publications = Publications(wanted, specs, inputs=_inputs(config))
+        publications = Publications(
+            wanted, specs, inputs=_inputs(config), within=os.environ.get(PUBLISH_WITHIN), notify=view.note
+        )
         run = _Run(
             config, options, specs, shard=shard, cache=cache, worker=worker, view=view, publications=publications
         )
@@ -503,6 +506,7 @@ class _Run:
             entry=entry,
             report=report,
             base=replace(self._loaded[index], sha256=self._watch.digest(directory), files=self._watch.files(directory)),
+            base_identity=self._watch.identity(directory),
             environment=self._tally.environment,
             config=self._config,
             dtype=model.place.dtype,

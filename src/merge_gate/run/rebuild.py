@@ -29,10 +29,11 @@ from merge_gate.files.prepare import Inputs
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.publish.input_files import different_files, inputs_of
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, FileDifference, differences, parse_manifest
-from merge_gate.publish.model_card import CARD_NAME, model_card
+from merge_gate.publish.model_card import model_card
 from merge_gate.publish.publications import model_name
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, PublishSpec
 from merge_gate.records.options import RunOptions
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.stored.output_directory import explained, explained_read

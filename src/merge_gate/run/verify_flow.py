@@ -19,12 +19,14 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
+from merge_gate.files.identity import directory_identity
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.config import Config, reads_as_path
-from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.files import Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
@@ -35,6 +37,7 @@ from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import View
 from merge_gate.text import quoted
+from merge_gate.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
 from merge_gate.verify.own_record import recorded_report
@@ -89,6 +92,7 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         GateError: a file cannot be read, or the report cannot be written.
     """
     name = options.merged
+    before = _identity(name)
     if not Path(name).is_dir():
         raise UsageError(
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
@@ -100,6 +104,7 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
     if options.attestation is not None:
         found = attested_report(found, name, options.attestation, None)
+    found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
     begins()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
     tally = Tally(config, None, device=options.device, watch=BaseWatch())
@@ -127,13 +132,18 @@ class _Verification:
 
     def run(self) -> Report:
         with self._fed, self._worker:
+            before = _identity(self._options.merged)
             merged = self._merged()
+            if before is None and isinstance(merged, Snapshot):  # a model on the Hub
+                before = _identity(merged.directory)
             self._begins()
             self._writer.write_first(replace(self._tally.report(), is_comparison=True))
             self._view.start_comparison(self._options.merged)
             report = self._judged(merged)
             self._watch.wait()
             report = self._attested(self._unless_changed(report))
+            if isinstance(merged, Snapshot):
+                report = _unless_swapped(report, merged, before)
         self._tally.settle(0, report)
         self._view.adapter_done(report)
         whole = replace(self._tally.report(complete=True), is_comparison=True)
@@ -271,6 +281,24 @@ class _Verification:
         refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
         withdrawn = adapter_report.withdrawn_report(entry, refusal)
         return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
+
+
+def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
+    """The identity of a directory and everything in it; None if it cannot be read, or its mount does not answer."""
+    try:
+        return within(ANSWER_LIMIT_S, lambda: directory_identity(directory))
+    except (OSError, ValueError):
+        return None
+
+
+def _unless_swapped(report: AdapterReport, merged: Snapshot, before: tuple[FileIdentity, ...] | None) -> AdapterReport:
+    """The report, or an error if something in the finished directory was replaced or written to meanwhile."""
+    if before is not None and _identity(merged.directory) == before:
+        return report
+    error = base_changed(merged.name)
+    message, hint = (answer.of_model(text, merged.name) for text in (error.message, error.hint))
+    why = replace(not_judged(message, hint), origin=Origin.MODEL)
+    return answer.decided(merged, replace(report, files=()), [why], ())
 
 
 def _comparing(group: Group, merged: Snapshot) -> Group:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import zlib
 from collections.abc import Mapping
 
 from merge_gate.files.headers import shown
@@ -31,7 +30,7 @@ class Digests:
     def __init__(self, sizes: Mapping[str, int], expected: Mapping[str, str]) -> None:
         self._sizes, self._expected = sizes, expected
         self._adding = threading.Lock()
-        self._chunks: dict[tuple[str, int], int] = {}
+        self._chunks: dict[tuple[str, int], bytes] = {}
         self.known: dict[str, str] = {}
         self.begin()
 
@@ -84,8 +83,8 @@ class Digests:
             chunk = content[offset : offset + CHUNK_BYTES]
             if len(chunk) < CHUNK_BYTES and start + offset + len(chunk) < self._sizes[file]:
                 return
-            checksum = zlib.crc32(chunk)
-            if self._chunks.setdefault((file, start + offset), checksum) != checksum:
+            digest = hashlib.sha256(chunk).digest()  # not a checksum: a hostile server would forge it
+            if self._chunks.setdefault((file, start + offset), digest) != digest:
                 raise SourceError(
                     f"{shown(file)} changed while it was read: its bytes from {start + offset:,} are different now",
                     hint="run again; if it happens again, check HF_ENDPOINT and any proxy, which may change files",

@@ -109,7 +109,7 @@ class StoredLayout:
                 yield group
 
     def unloaded(self) -> Iterator[StoredTensor]:
-        """Floating stored tensors that no tensor of the loaded base has the values of, in the order of the files."""
+        """Floating and complex stored tensors that no loaded tensor has the values of, in the order of the files."""
         covered = {source for group in self.loaded_groups() for source in group.sources}
         for name in sorted(self.places.keys() - covered, key=lambda one: self.places[one].order):
             if name in self.packed:
@@ -117,7 +117,7 @@ class StoredLayout:
                     f"{name} is packed by bitsandbytes, and transformers does not load it, so it has no plain values",
                     hint=_UNQUANTIZED,
                 )
-            if self.places[name].dtype.is_floating_point:
+            if self.places[name].dtype.is_floating_point or self.places[name].dtype.is_complex:
                 yield self.map.stored[name]
 
     def blocks(self, source: str) -> Iterator[tuple[int, torch.Tensor]]:

@@ -300,7 +300,7 @@ class PublicationSink:
 
     def _finish_unloaded(self, one: StoredTensor) -> None:
         """Measure a tensor that transformers does not load, in the dtype in which it is written."""
-        dtype = self._cast or self._layout.places[one.name].dtype
+        dtype = (self._cast if self._is_cast(one.name) else None) or self._layout.places[one.name].dtype
         for start, stored in self._layout.blocks(one.name):
             values = stored.to(dtype)
             stats = measure(values, one.name)
