@@ -33,6 +33,8 @@ from merge_gate.worker import supervisor
 from tests.support.reports import FAIL, PASS, SHA256, adapter, report
 
 if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
+
     from merge_gate.records.report import Report
     from merge_gate.worker.protocol import Job
     from tests.support.wording import Wording
@@ -257,7 +259,7 @@ MISTAKES = (
     typo("options that contradict each other: `--resume --refresh`", *RUN, "--resume", "--refresh"),
     typo("an option that needs another one: `--gpus 0`", *RUN, "--gpus", "0"),
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
-    typo("`--cache` names a file", *RUN, "--cache", "one/adapter_config.json", says="one/adapter_config.json"),
+    typo("`--cache` names a file", *RUN, "--cache", "base/config.json", says="base/config.json"),
     typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="--container"),
     Mistake("the same mistake twice", MARKED, (("run", "absent.yml"), ("run", "absent.yml"))),
     Mistake(
@@ -276,6 +278,8 @@ MISTAKES = (
     output("`--output` is a link", both(folder("real"), link("out", "real")), *RUN, "--output", "out"),
     output("`--output` is an adapter's directory", nothing, *RUN, "--output", "one", says="one"),
     output("`--output` is a base's directory", nothing, "run", "./one", "--base", "base", "--output", "base"),
+    output("`--cache` is an adapter's directory", nothing, *RUN, "--cache", "one", says="one"),
+    output("`--cache` is inside of a base's directory", nothing, "run", "./one", "--base", "base", "--cache", "base/c"),
     output("`--output` does not exist, and the config does not either", nothing, "run", "absent.yml", "--output", "o"),
     output(
         "`--output` holds `summary.md` and `report.html` of the user, and the adapter is mistyped",
@@ -485,7 +489,27 @@ def run(words: tuple[str, ...]) -> int:
         return int(str(left.code))
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda one: one.mistake)
+ATTEMPTS = {
+    "`--cache` is an adapter's directory": ("X07a", "exit 2"),
+    "`--cache` is inside of a base's directory": ("X07b", "exit 2"),
+    "the same mistake twice": ("D8a", "the report stays in its place, marked as stale"),
+    "the mistake, a good run, the mistake again": ("D8b", "no report is lost"),
+    "`previous/` is a directory of the user": ("C10a", "nothing is lost"),
+    "`previous` is a file of the user": ("C10b", "nothing is lost"),
+    "`--output` is a link": ("C10c", "exit 2"),
+    "a link has the name of a report": ("C10d", "exit 2"),
+    "a directory has the name of a report": ("C10e", "exit 2"),
+    "`--output` holds a `report.json` of another tool": ("C10f", "exit 2"),
+}
+
+
+def parameter(one: Mistake) -> ParameterSet:
+    tried = ATTEMPTS.get(one.mistake)
+    marks = [pytest.mark.attempt(tried[0], one.mistake, tried[1])] if tried else []
+    return pytest.param(one, id=one.mistake, marks=marks)
+
+
+@pytest.mark.parametrize("mistake", [parameter(one) for one in MISTAKES])
 def test_a_mistake_loses_nothing(
     mistake: Mistake,
     place: Path,

@@ -16,14 +16,14 @@ def add(commands: Commands[CommandParser]) -> None:
     rebuild = commands.add_parser(
         "rebuild",
         help="make a published model again",
-        description="Merge a published model again, as its merge-gate.json describes, and compare every byte with it. "
-        "First, the command compares the files of the base and the adapter. It writes the model to DIR, in a folder "
-        "with the model's name, only if all bytes are the same.",
+        description="Merge a published model again, as its merge-gate.json describes, and compare every byte and every "
+        "fact with it. First, the command compares the files of the base and the adapter. It writes the model to DIR, "
+        "in a folder with the model's name, only if all of them are the same.",
         epilog=examples("merge-gate rebuild merged/support --output again --base ./my-base --adapter ./my-adapter")
         + exit_codes(
-            "0  the model was made again, with the same bytes",
-            "1  the base, the adapter, or the model has other bytes. The message names the files, and no model "
-            "is written",
+            "0  the model was made again, with the same bytes and the same facts",
+            "1  the base, the adapter, or the model has other bytes, or the merge has other facts. The message names "
+            "them, and no model is written",
             "2  usage error",
             "3  the model could not be made",
         ),
@@ -67,12 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"merge-gate: {len(rebuilt.inputs) - _LISTED:,} more files differ")
         say("merge-gate: the model was made of other files than these; nothing was merged")
         return ExitCode.FAIL
-    if not rebuilt.different:
-        tell(f"{one_line(str(rebuilt.directory))} has the bytes that merge-gate.json describes")
+    if not rebuilt.different and not rebuilt.reasons:
+        changed = f"; checks without their defaults: {rebuilt.changed}" if rebuilt.changed else ""
+        tell(f"{one_line(str(rebuilt.directory))} has the bytes and the facts of merge-gate.json{changed}")
         return ExitCode.PASS
     for file in rebuilt.different:
         say(f"merge-gate: {one_line(file.path, 200)}: {file.kind}")
     for reason in rebuilt.reasons:
         say(f"merge-gate: {reason}")
-    say("merge-gate: the model has other bytes than merge-gate.json describes; it was not kept")
+    what = "bytes" if rebuilt.different else "facts"
+    say(f"merge-gate: the model has other {what} than merge-gate.json describes; it was not kept")
     return ExitCode.FAIL

@@ -10,6 +10,7 @@ from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, ad
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
 from merge_gate.judging.answer_kinds import ALLOWED
+from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation
@@ -62,13 +63,16 @@ def add(commands: Commands[CommandParser]) -> None:
     )
     signed.add_argument("--key", type=given, metavar="FILE", help="the public key of the signer (PEM)")
     signed.add_argument("--max-age", type=_days, metavar="DAYS", help="the maximum age of the attestation")
-    add_output(verify)
+    add_output(verify, "merge-gate-verify")
     add_appearance(verify)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from merge_gate.config.from_arguments import config_of
-    from merge_gate.report.stored.output_directory import refuse_report
+    from merge_gate.earlier_reports import refuse_run
+    from merge_gate.report.stored.output_directory import refuse_input, refuse_report
     from merge_gate.report.stored.report_files import FORMATS
     from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
     from merge_gate.verify.exchanged import refuse_exchanged
@@ -80,7 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
             "--adapter is missing",
             hint="give it; without --base and --candidate, the directory is compared with its own record",
         )
+    names = [] if arguments.adapter is None else [arguments.adapter, *arguments.candidate]
     refuse_report(arguments.output, FORMATS, [arguments.merged])
+    refuse_input(
+        arguments.output, [(name, f"the input {quoted(name, 200)}") for name in (arguments.base, *names) if name]
+    )
+    refuse_run(Path(arguments.output))
     options = VerifyOptions(
         merged=arguments.merged,
         allowed=tuple(arguments.allow),
@@ -93,7 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
                 report = verify_record(options, view=view, begins=claim.begin)
             else:
                 worker.start_early()
-                names = [arguments.adapter, *arguments.candidate]
                 config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
                 report = verify(config, options, view=view, worker=worker, begins=claim.begin)
         return exit_code(report)

@@ -20,6 +20,7 @@ class PublishedBase:
     quantization: str = reported("How the loaded base is quantized; `none` if it is not.")
     requested_dtype: str = reported("The dtype that was asked for: `auto`, or a name.", default="auto")
     requested_quantization: Quantization = reported("The quantization that was asked for.", default=Quantization.NONE)
+    names: tuple[str, ...] = reported("Other names for it, which the configuration accepts.", default=())
     sha256: str = reported("Digest of its weights, hex, as in report.json.")
     files: tuple[FileRecord, ...] = reported(
         "Its weight files; of a published model also its settings, tokenizer, and all other files that were copied.",
@@ -48,6 +49,16 @@ class PublishedCombination:
     density: float | None = reported("The share of values that the method keeps.", default=None)
     majority_sign_method: str | None = reported("How the method elects signs.", default=None)
     seed: int = reported("The seed of a random method.", default=0)
+
+
+@record
+class PublishedCheck:
+    """The setting of a check that the configuration changed."""
+
+    check: str = reported("Its id.")
+    severity: str = reported("`error`, `warning`, `note`, or `off`.")
+    limit: float | None = reported("The limit above which it fires; null if it has none.", default=None)
+    error_limit: float | None = reported("The limit above which its warning is an error.", default=None)
 
 
 @record
@@ -87,6 +98,9 @@ class Manifest:
     trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
+    checks: tuple[PublishedCheck, ...] = reported(
+        "The checks whose severity or limits the configuration changed; empty if all have their defaults.", default=()
+    )
     files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
 
 
@@ -110,3 +124,11 @@ class Predicate:
     adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.", default=())
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
+    checks: tuple[PublishedCheck, ...] = reported(
+        "The checks of a published model whose severity or limits the configuration changed.", default=()
+    )
+    report_sha256: str | None = reported(
+        "SHA-256 of the report.json that has the verdict; null if the verdict is from merge-gate.json alone, which "
+        "anyone who can write to the directory can write.",
+        default=None,
+    )

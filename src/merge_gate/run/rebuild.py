@@ -6,13 +6,14 @@ the base runs, whatever the file says.
 1. Make the configuration that the file describes.              _config
 2. Compare every file of base and adapters with it.             publish/input_files.py
 3. Merge and publish into a directory of its own.               run/flow.py
-4. Write the card and the file itself, which follow from it.
+4. Compare every fact in the file with this run's, and write the card and the file, which follow from them.
 5. Compare every file. Only then the model gets its name.       publish/manifest.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -20,15 +21,23 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.config.paths import InvalidName, resolve_name
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
-from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.checks.table import DEFAULT_SETTINGS
 from merge_gate.publish.input_files import different_files, inputs_of
-from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, FileDifference, differences, parse_manifest
+from merge_gate.publish.manifest import (
+    MANIFEST_NAME,
+    MOST_BYTES,
+    FileDifference,
+    changed_checks,
+    differences,
+    parse_manifest,
+    read_manifest,
+)
 from merge_gate.publish.model_card import model_card
 from merge_gate.publish.publications import model_name
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, PublishSpec
@@ -36,10 +45,12 @@ from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
+from merge_gate.report.formats.fields import dump_record
 from merge_gate.report.stored.output_directory import explained, explained_read
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
 from merge_gate.text import quoted
+from merge_gate.verify.exchanged import is_adapter, is_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,18 +83,20 @@ class RebuildOptions:
 
 @record
 class Rebuilt:
-    """The outcome. If `inputs` and `different` are empty, the model is in `directory`.
+    """The outcome. If `inputs`, `different`, and `reasons` are empty, the model is in `directory`.
 
     Attributes:
         inputs: the files of base and adapters that are other ones, a sentence for each. Then nothing was merged.
         different: the files of the model that have other bytes.
-        reasons: other versions.
+        reasons: the facts that this run did not reproduce, a sentence for each.
+        changed: the checks that were not judged by their defaults, in words.
     """
 
     directory: Path
     inputs: tuple[str, ...] = ()
     different: tuple[FileDifference, ...] = ()
     reasons: tuple[str, ...] = ()
+    changed: str = ""
 
 
 def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebuilt:
@@ -102,6 +115,7 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         raise UsageError(f"{one_line(str(place))} has the name {quoted(manifest.name)}, expected the name of a folder")
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already", hint="remove it, or choose another directory with --output")
+    _refuse_inside(Path(output))
     # 1. and 2.
     config = _config(manifest, options)
     other = tuple(_other_inputs(manifest, config, view))
@@ -114,18 +128,33 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         )
         run_options = RunOptions(device=_device(manifest), only=(manifest.name,))
         report = run_gate(replace(config, publish=wanted), run_options, view=view)
-        reasons = tuple(_other_versions(manifest, report))
         model = folder / target.name
         if not model.is_dir():
-            raise _not_published(report, reasons)
+            raise _not_published(report, tuple(_other_versions(manifest, report)))
         # 4. and 5.
+        reasons = tuple(_other_facts(manifest, read_manifest(model)))
         with explained(f"cannot write {target}"):
             (model / CARD_NAME).write_bytes(model_card(manifest))
             (model / MANIFEST_NAME).write_bytes(data)
             different = differences(model, manifest)
-            if not different:
+            if not different and not reasons:
                 model.rename(target)
-    return Rebuilt(directory=target, different=different, reasons=reasons)
+    return Rebuilt(directory=target, different=different, reasons=reasons, changed=changed_checks(manifest.checks))
+
+
+def _refuse_inside(output: Path) -> None:
+    """Refuse a directory to write to that is a link, or in a model or an adapter, which would have one more file."""
+    if output.is_symlink():
+        raise UsageError(
+            f"{output} is a symbolic link, expected a directory", hint="give --output the directory that it points to"
+        )
+    folder = output.resolve()
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place / MANIFEST_NAME) or is_model(str(place)) or is_adapter(str(place)):
+            raise UsageError(
+                f"{output} is in {place}, which holds a model or an adapter",
+                hint="choose another directory with --output",
+            )
 
 
 @contextlib.contextmanager
@@ -164,11 +193,20 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
         )
     here = options.adapters or tuple(adapter.source for adapter in manifest.adapters)
     base = _base(manifest, options.base)
+    changed = {
+        one.check: CheckSetting(
+            check=one.check, severity=Severity(one.severity), limit=one.limit, error_limit=one.error_limit
+        )
+        for one in manifest.checks
+    }
+    checks = tuple(changed.get(setting.check, setting) for setting in DEFAULT_SETTINGS)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
         path, hub_id = _resolved(name, adapter.revision, is_base=False)
         revision = None if path else adapter.revision
-        specs.append(_spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision))
+        specs.append(
+            _spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision, checks=checks)
+        )
     if manifest.combination is not None:
         combine = Combine(
             method=manifest.combination.method,
@@ -178,7 +216,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
             majority_sign_method=manifest.combination.majority_sign_method,
             seed=manifest.combination.seed,
         )
-        specs.append(_spec(manifest.name, manifest.name, base, combine=combine))
+        specs.append(_spec(manifest.name, manifest.name, base, combine=combine, checks=checks))
     return Config(
         path=manifest.config.path,
         directory=str(Path.cwd()),
@@ -197,6 +235,7 @@ def _base(manifest: Manifest, named: str | None) -> BaseSpec:
         revision=None if path else manifest.base.revision,
         dtypes=(manifest.base.requested_dtype,),
         quantization=manifest.base.requested_quantization,
+        names=manifest.base.names,
     )
 
 
@@ -221,6 +260,7 @@ def _spec(
     hub_id: str | None = None,
     revision: str | None = None,
     combine: Combine | None = None,
+    checks: tuple[CheckSetting, ...],
 ) -> AdapterSpec:
     return AdapterSpec(
         name=name,
@@ -230,21 +270,10 @@ def _spec(
         revision=revision,
         combine=combine,
         base=base,
-        checks=_SETTINGS,
+        checks=checks,
         line=1,
         column=1,
     )
-
-
-_SETTINGS = tuple(
-    CheckSetting(
-        check=row.id,
-        severity=Severity.WARNING if row.can_be_off and row.severity is Severity.ERROR else row.severity,
-        limit=row.limit,
-    )
-    for row in CHECKS.values()
-)
-"""The first run judged the merge, with its own settings. Here the bytes decide."""
 
 
 # --- 2. --------------------------------------------------------------------------------------------------------------
@@ -264,6 +293,30 @@ def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[st
 
 
 # --- the outcome -----------------------------------------------------------------------------------------------------
+
+
+_PERMISSIONS = frozenset({"allow_pickle", "trust_remote_code"})
+"""Settings that a rebuild need not have. One that it has is a fact."""
+
+
+def _other_facts(manifest: Manifest, made: Manifest) -> Iterator[str]:
+    """The facts that this run did not reproduce. A directory has no revision, and a rebuild has no configuration."""
+    listed, got = (dict(_facts(dump_record(replace(one, files=())))) for one in (manifest, made))
+    for name in sorted({*listed, *got}):
+        is_given = name.startswith("config.") or (name.endswith("revision") and got.get(name) is None)
+        if listed.get(name) != got.get(name) and not is_given and (name not in _PERMISSIONS or got[name]):
+            here, there = (one_line(json.dumps(facts.get(name)), 80) for facts in (got, listed))
+            yield f"{one_line(name, 120)} is {here}, and merge-gate.json has {there}"
+
+
+def _facts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value of a document, by its place."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inside is None:
+        yield name, value
+        return
+    for key, one in inside:
+        yield from _facts(one, f"{name}.{key}" if name else str(key))
 
 
 def _other_versions(manifest: Manifest, report: Report) -> Iterator[str]:

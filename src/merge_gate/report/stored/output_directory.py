@@ -72,21 +72,19 @@ def make_directory(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse an output directory that is one of `inputs`: pairs of a directory and what it belongs to.
+def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]], option: str = "--output") -> None:
+    """Refuse a directory to write to that is one of `inputs`: pairs of a directory and what it belongs to.
 
     Raises:
-        UsageError: the report would be released with the adapter.
+        UsageError: what is written would be released with the adapter.
     """
-    with contextlib.suppress(OSError):
-        own = Path(folder).stat()
-        for directory, owner in inputs:
-            with contextlib.suppress(OSError, ValueError):
-                if os.path.samestat(own, os.stat(directory)):  # noqa: PTH116 - an invalid name is no input
-                    raise UsageError(
-                        f"the output directory {folder} is that of {owner}: the report would be among its files",
-                        hint="choose another directory with --output",
-                    )
+    for directory, owner in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samefile(folder, directory):  # noqa: PTH121 - an invalid name is no input
+                raise UsageError(
+                    f"{option} leads into {folder}, the directory of {owner}: what is written would be among its files",
+                    hint=f"choose another directory with {option}",
+                )
 
 
 def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:

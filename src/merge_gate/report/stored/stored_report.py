@@ -5,15 +5,17 @@ It loads no model and does not import torch. `UsageError` is raised for a file t
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import PREVIOUS, is_own
 from merge_gate.errors import ExitCode, UsageError
+from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import compare
-from merge_gate.report.stored.report_files import FORMATS, WORDS
+from merge_gate.report.stored.report_files import FORMATS, LONGEST_BYTES, WORDS
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
@@ -42,13 +44,21 @@ def stored(name: str) -> Report:
     Raises:
         UsageError: the file cannot be read or is not a report.
     """
+    return with_digest(name)[0]
+
+
+def with_digest(name: str) -> tuple[Report, str]:
+    """The report of `stored`, and the SHA-256 of its file."""
     path = Path(name, "report.json") if os.path.isdir(name) else Path(name)  # noqa: PTH112 (pathlib raises)
     try:
-        data = path.read_bytes()
+        with open_regular_file(path, follow=True) as file:
+            data = read_all(file, LONGEST_BYTES)
     except FileNotFoundError as error:
         earlier = Path(name, PREVIOUS)
         hint = f"the report of an earlier run is in {earlier}" if is_own(earlier / "report.json") else ""
         raise UsageError(f"there is no report {quoted(str(path), 200)}", hint=hint or _NAME_IT) from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}", hint=_NAME_IT) from error
-    return json_report.read(data, str(path))
+        raise UsageError(
+            f"{quoted(str(path), 200)} cannot be read: {error.strerror or error}", hint=_NAME_IT
+        ) from error
+    return json_report.read(data, str(path)), hashlib.sha256(data).hexdigest()
