@@ -53,6 +53,7 @@ class EarlierReports:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._is_there = is_own(directory / _REPORT)
         self.place: Path | None = None
 
     def replace_previous(self) -> None:
@@ -87,7 +88,7 @@ class EarlierReports:
         if self.place is not None:
             return f"the report of an earlier run is now in {self.place}"
         report = self._directory / _REPORT
-        return f"{report} is of an earlier run, and is marked as stale" if is_own(report) else ""
+        return f"{report} is of an earlier run, and is marked as stale" if self._is_there else ""
 
 
 def mark_stale(directory: Path, *, chosen_by: str = "--output") -> EarlierReports:

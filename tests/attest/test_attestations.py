@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 from dataclasses import replace
@@ -24,8 +23,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.earlier_reports import mark_stale
 from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME
-from merge_gate.records.files import FileRecord
-from merge_gate.records.report import PublishedModel
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
 from tests.support import published, reports
@@ -86,8 +84,10 @@ def test_a_statement_is_in_toto_and_lists_every_file(model: Path) -> None:
     document = json.loads(statements_of(str(model), (), NOW)[0])
     assert document["_type"] == "https://in-toto.io/Statement/v1"
     assert document["predicateType"] == "urn:merge-gate:verdict:1"
-    names = [*sorted([*published.FILES, "README.md"]), MANIFEST_NAME]
-    assert [subject["name"] for subject in document["subject"]] == names
+    assert [subject["name"] for subject in document["subject"]] == [
+        *sorted((*published.FILES, CARD_NAME)),
+        MANIFEST_NAME,
+    ]
     assert document["predicate"]["verdict"] == "passed"
     assert document["predicate"]["attested_at"] == "2026-11-27T20:15:00Z"
     assert document["predicate"]["base"]["sha256"] == reports.report(reports.adapter()).bases[0].sha256
@@ -332,53 +332,16 @@ def test_a_date_in_other_digits_is_refused(model: Path) -> None:
 # --- what the statement rests on -------------------------------------------------------------------------------------
 
 
-def published_by(model: Path, place: Path, **changes: Any) -> str:
-    """The report of a run that published this directory."""
-    digest = hashlib.sha256((model / MANIFEST_NAME).read_bytes()).hexdigest()
-    files = (*published.records(model), FileRecord(path=MANIFEST_NAME, size_bytes=1, sha256=digest))
-    adapter = reports.adapter(published=PublishedModel(directory="merged/support", dtype="preserve", files=files))
-    place.mkdir()
-    (place / "report.json").write_text(json_report.render(reports.report(replace(adapter, **changes))))
-    return str(place)
-
-
-def predicate_of(model: Path, report: str | None) -> dict[str, Any]:
-    return json.loads(statements_of(str(model), (), NOW, report)[0])["predicate"]  # type: ignore[no-any-return]
-
-
 @pytest.mark.attempt("T10", "attest a hand-made directory that fits its own merge-gate.json", "the statement says so")
-def test_a_statement_says_whether_a_report_has_its_verdict(model: Path, tmp_path: Path) -> None:
-    assert predicate_of(model, None)["report_sha256"] is None
-    report = published_by(model, tmp_path / "run")
-    digest = hashlib.sha256((tmp_path / "run" / "report.json").read_bytes()).hexdigest()
-    assert predicate_of(model, report)["report_sha256"] == digest
-    (of_report,) = statements_of(report, (), NOW)
-    assert json.loads(of_report)["predicate"]["report_sha256"] == digest
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"published": None}, id="nothing published"),
-        pytest.param({"verdict": Verdict.FAILED}, id="failed"),
-        pytest.param(
-            {"published": PublishedModel(directory="x", dtype="preserve", files=reports.adapter().files)}, id="another"
-        ),
-    ],
-)
-def test_the_report_of_another_run_is_refused(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    report = published_by(model, tmp_path / "run", **changes)
-    with pytest.raises(UsageError, match="published with this"):
-        statements_of(str(model), (), NOW, report)
-
-
-def test_a_report_belongs_to_a_directory(model: Path, tmp_path: Path) -> None:
-    report = published_by(model, tmp_path / "run")
-    with pytest.raises(UsageError, match="--report"):
-        statements_of(report, (), NOW, report)
-    mark_stale(Path(report))
+def test_a_statement_says_where_its_verdict_is_from(model: Path, tmp_path: Path) -> None:
+    (of_directory,) = statements_of(str(model), (), NOW)
+    assert json.loads(of_directory)["predicate"]["verdict_from"] == MANIFEST_NAME
+    (tmp_path / "report.json").write_text(json_report.render(reports.report(reports.adapter())))
+    (of_report,) = statements_of(str(tmp_path), (), NOW)
+    assert json.loads(of_report)["predicate"]["verdict_from"] == "report.json"
+    mark_stale(tmp_path)
     with pytest.raises(UsageError, match="judged nothing"):
-        statements_of(str(model), (), NOW, report)
+        statements_of(str(tmp_path), (), NOW)
 
 
 # --- what is not attested --------------------------------------------------------------------------------------------

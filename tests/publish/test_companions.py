@@ -148,6 +148,7 @@ def test_a_combination_has_its_members_files_if_they_agree(tmp_path: Path) -> No
 # --- hostile directories ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attempt("P06", "LICENSE, tokenizer, or template is a link to another place", "not published")
 def test_a_link_leads_to_the_directory_or_the_hubs_cache_and_no_further(tmp_path: Path) -> None:
     secret = tmp_path / "id_rsa"
     secret.write_bytes(b"secret")
@@ -184,6 +185,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: 
         chosen(tmp_path, {name: data})
 
 
+@pytest.mark.attempt("P07", "a pipe next to the weights", "not published, and no hang")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b""})
     os.mkfifo(f"{base}/LICENSE")
@@ -191,6 +193,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         files_of(base, (made(tmp_path, "adapter", {"x": b""}),), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
 
 
+@pytest.mark.attempt("P16", "auto_map, nested and in the tokenizer", "removed")
 def test_references_to_code_are_removed(tmp_path: Path) -> None:
     config = b'{"auto_map": {"AutoModel": "modeling_x.X"}, "vocab_size": 32}'
     found = chosen(tmp_path, {"config.json": config, "vocab.json": b'{"auto_map": 1}'})

@@ -25,6 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> KilledRuns:
 
 
 @pytest.mark.slow
+@pytest.mark.attempt("F03", "kill -9 at 20 moments of publishing", "only whole models have names")
 def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
     outcomes = [runs.kill_once() for _ in range(KILLS)]
     assert outcomes.count("killed") >= KILLS // 2
@@ -32,6 +33,7 @@ def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.attempt("F04", "kill -9 of whole runs, and then an undisturbed one", "whole models, and no leftover")
 def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
     adapters = lay_real(tmp_path / "place")
     real = KilledRuns(tmp_path / "place", random.Random(1), adapters)
@@ -53,6 +55,7 @@ def test_a_killed_run_without_an_earlier_publication_leaves_no_name(runs: Killed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.attempt("F03b", "SIGINT, SIGTERM, SIGHUP while publishing", "no model and no leftover")
 def test_an_interrupted_run_leaves_nothing(runs: KilledRuns, number: signal.Signals) -> None:
     shutil.rmtree(runs.target)
     process = runs.start()
@@ -62,6 +65,7 @@ def test_an_interrupted_run_leaves_nothing(runs: KilledRuns, number: signal.Sign
     assert (runs.named(), runs.partials()) == ([], [])
 
 
+@pytest.mark.attempt("F12b", "the disk fills up", "not published, and no leftover")
 def test_a_disk_that_fills_up_leaves_nothing(runs: KilledRuns) -> None:
     """A limit on the size of files stands for the disk: the weights do not fit, and the report does."""
     shutil.rmtree(runs.target, ignore_errors=True)
@@ -73,6 +77,7 @@ def test_a_disk_that_fills_up_leaves_nothing(runs: KilledRuns) -> None:
     runs.check()
 
 
+@pytest.mark.attempt("F07", "a second run publishes to the same name", "exit 2")
 def test_a_second_publisher_is_refused_while_the_first_is_alive(runs: KilledRuns) -> None:
     shutil.rmtree(runs.target, ignore_errors=True)
     first = runs.start()

@@ -229,6 +229,7 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize("by", ["the same name", "another name"])
+@pytest.mark.attempt("F03c", "kill -9 while the weights are written", "the next run removes the leftover")
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, by: str) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert names(tmp_path) == {".one.partial"}
@@ -250,6 +251,7 @@ def test_a_foreign_directory_of_that_name_stays(tmp_path: Path) -> None:
     assert names(place) == {"mine"}
 
 
+@pytest.mark.attempt("F10", "the partial directory is replaced by a link", "nothing in the link's target")
 def test_a_link_of_that_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".one.partial").symlink_to(tmp_path / "elsewhere")

@@ -53,6 +53,7 @@ def expected(base: Mapping[str, bytes]) -> dict[str, bytes]:
 # --- what is published -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attempt("P00", "plain publication (control)", "published, and the base unchanged")
 def test_a_published_model_is_the_base_with_the_merged_tensors(place: Path) -> None:
     before = state(place / "base")
     assert play(place, "--publish", "merged") == 0
@@ -115,6 +116,7 @@ def nothing_published(place: Path) -> bool:
     return not any((place / "merged").iterdir())
 
 
+@pytest.mark.attempt("P18", "two adapters in several dtypes", "one model each")
 def test_two_adapters_in_two_dtypes_have_one_model_each(place: Path) -> None:
     lay_adapter(place, "two")
     base = {"model": "base", "dtype": ["float32", "bfloat16", "auto"]}
@@ -139,6 +141,7 @@ def test_a_base_that_is_not_there_costs_the_verdict_and_no_more(place: Path) -> 
     assert nothing_published(place)
 
 
+@pytest.mark.attempt("P18b", "an adapter fails", "nothing is published")
 def test_an_adapter_that_fails_is_not_published(place: Path) -> None:
     broken_merge = {"merges": (merged_tensor(broken()),)}
     assert play(place, "--publish", "merged", changes=broken_merge) == 1
@@ -290,6 +293,7 @@ def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) ->
 
 @pytest.mark.parametrize("error", [SourceError("the base is gone"), ZeroDivisionError("a bug")])
 @pytest.mark.parametrize("when", ["read", "open"])
+@pytest.mark.attempt("F13", "the base cannot be read again for the copy", "not published")
 def test_a_base_that_cannot_be_read_again_is_not_published(
     place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, when: str
 ) -> None:
@@ -314,6 +318,7 @@ def test_a_base_whose_files_cannot_be_published(place: Path, monkeypatch: pytest
     assert {adapter["cause"] for adapter in adapters_of(place)} == {"not-published"}
 
 
+@pytest.mark.attempt("F11b", "an empty directory takes DIR/NAME during the run", "not published, and it stays")
 def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
         send_all(publisher, task, tensors)
@@ -403,6 +408,7 @@ def test_what_the_worker_has_sent_in_the_place_of_the_base_does_not_count(place:
         model.discard()
 
 
+@pytest.mark.attempt("F01", "ENOSPC while the model is written", "not published, and no leftover")
 def test_a_disk_that_is_full_while_the_base_passes_prevents_publishing(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +430,7 @@ def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: p
     assert play(place, "--publish", "merged") == 2
 
 
+@pytest.mark.attempt("F09", "weights of the base are replaced while it is merged", "withdrawn")
 def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
         send_all(publisher, task, tensors)
@@ -482,6 +489,7 @@ def test_what_is_no_publication_is_refused_and_stays(place: Path, kind: str) -> 
     assert (place / "merged" / "one").lstat() == before
 
 
+@pytest.mark.attempt("P03b", "DIR/NAME is a user's directory", "exit 2, and it stays")
 def test_a_foreign_directory_is_refused_and_stays(place: Path) -> None:
     (place / "merged" / "one").mkdir(parents=True)
     (place / "merged" / "one" / "mine").write_text("mine")
@@ -631,7 +639,7 @@ def test_a_link_above_the_current_directory_is_followed(place: Path, monkeypatch
 
 
 @pytest.mark.attempt("P12", "YAML publishes to an absolute place, ../.. and ~, with the action's limit", "exit 2")
-@pytest.mark.parametrize("target", ["../outside", "../../outside", "/tmp/merge-gate-outside", "checkout/../.."])  # noqa: S108
+@pytest.mark.parametrize("target", ["../outside", "../../outside", "/tmp/merge-gate-outside", "checkout/../.."])
 @pytest.mark.parametrize("by", ["option", "configuration"])
 def test_a_limit_keeps_models_inside(place: Path, monkeypatch: pytest.MonkeyPatch, target: str, by: str) -> None:
     monkeypatch.setenv("MERGE_GATE_PUBLISH_WITHIN", str(place))
@@ -640,12 +648,14 @@ def test_a_limit_keeps_models_inside(place: Path, monkeypatch: pytest.MonkeyPatc
     words = {"adapters": ["gate.yml"]} if by == "configuration" else {}
     assert play(place, *(["--publish", target] if by == "option" else []), **words) == 2  # type: ignore[arg-type]
     assert not (place.parent / "outside").exists()
-    assert not Path("/tmp/merge-gate-outside").exists()  # noqa: S108
+    assert not Path("/tmp/merge-gate-outside").exists()
     assert play(place, "--publish", "~/merged") == 0
     assert (place / "~" / "merged" / "one").is_dir()
 
 
 @pytest.mark.parametrize("target", ["base", "base/merged", ".", "one/merged"])
+@pytest.mark.attempt("P01", "publish into the base, below it, or over it", "exit 2, and nothing changes")
+@pytest.mark.attempt("P02", "publish into the adapter", "exit 2, and nothing changes")
 def test_no_input_is_written_to_or_replaced(place: Path, target: str) -> None:
     before = state(place)
     assert play(place, "--publish", target, "-o", "report") == 2
@@ -661,17 +671,20 @@ def test_a_base_that_was_published_before_is_not_replaced_by_its_own_merge(place
 
 
 @pytest.mark.parametrize("target", ["/proc/merged", "base/config.json", "base/config.json/merged"])
+@pytest.mark.attempt("P14", "DIR is a file, below a file, or in /proc", "exit 2")
 def test_a_target_that_cannot_be_written_is_refused(place: Path, target: str) -> None:
     assert play(place, "--publish", target) == 2
 
 
 @pytest.mark.parametrize("name", [".one", "a/b", "x" * 250])
+@pytest.mark.attempt("P11", "adapters named .one, a/b, or with 200 characters", "used as a name, or exit 2")
 def test_a_name_that_is_no_directory_is_refused(place: Path, name: str) -> None:
     config = {"version": 1, "base": "base", "adapters": [{"path": "one", "name": name[:200]}], "publish": "merged"}
     (place / "gate.yml").write_text(json.dumps(config))
     assert play(place, adapters=["gate.yml"]) == (0 if name.startswith("x") else 2)
 
 
+@pytest.mark.attempt("F12", "a disk that is too small", "exit 3 before the first merge")
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_bytes_outside_of_the_layout_are_refused(
 
 
 @pytest.mark.parametrize("place", [3, -1, "short", "long"])
+@pytest.mark.attempt("F02b", "the disk gives other bytes back", "not published")
 def test_a_disk_with_other_bytes_is_found(base: dict[str, bytes], tmp_path: Path, place: int | str) -> None:
     writer = new_writer(tmp_path)
     for name, content in base.items():
@@ -79,6 +80,7 @@ def test_a_disk_with_other_bytes_is_found(base: dict[str, bytes], tmp_path: Path
         writer.read_back()
 
 
+@pytest.mark.attempt("F02", "ENOSPC in a write", "an error, and nothing has a name")
 def test_a_full_disk_is_an_error(base: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = new_writer(tmp_path)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import operator
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,7 @@ import pytest
 from merge_gate.cli.dispatch import main
 from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME, differences, parse_manifest, read_manifest, render
-from merge_gate.publish.model_card import model_card
 from merge_gate.records.config import Combine
-from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.protocol import PublicationSent
@@ -154,18 +149,12 @@ def test_another_base_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -
     assert nothing_is_left(place)
 
 
-def edit(place: Path, name: str, value: object, model: str = "one") -> None:
+def edit(place: Path, name: str, value: object) -> None:
     """Change a fact in merge-gate.json, by its place, and the card with it: nothing else shows the edit."""
-    folder = place / "merged" / model
+    folder = place / "merged" / "one"
+    key, _, inner = name.partition(".")
     document = json.loads((folder / MANIFEST_NAME).read_text())
-    *parents, last = [int(part) if part.isdigit() else part for part in name.split(".")]
-    functools.reduce(operator.getitem, parents, document)[last] = value
-    manifest = parse_manifest(json.dumps(document).encode(), "edited")
-    card = model_card(manifest)
-    record = FileRecord(path=CARD_NAME, size_bytes=len(card), sha256=hashlib.sha256(card).hexdigest())
-    files = tuple(record if file.path == CARD_NAME else file for file in manifest.files)
-    (folder / CARD_NAME).write_bytes(card)
-    (folder / MANIFEST_NAME).write_bytes(render(replace(manifest, files=files)))
+    published.rewrite(folder, **{key: document[key] | {inner: value} if inner else value})
     assert not differences(folder, read_manifest(folder)), "the directory fits its own record"
 
 
@@ -228,14 +217,14 @@ def switched_off(place: Path) -> Path:
 @pytest.mark.attempt("T14a", "rebuild a merge that fails the gate, published with the check off", "says so")
 def test_checks_that_were_off_are_in_the_file_and_named(switched_off: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest = read_manifest(switched_off / "merged" / "one")
-    assert [(setting.check, setting.severity) for setting in manifest.checks] == [("keys-unexpected", "off")]
+    assert manifest.checks == ("keys-unexpected=off",)
     assert "keys-unexpected" in (switched_off / "merged" / "one" / CARD_NAME).read_text()
     capfd.readouterr()
     assert rebuild(switched_off, changes=LOST) == 0
-    assert "keys-unexpected (off)" in capfd.readouterr().out
+    assert "keys-unexpected=off" in capfd.readouterr().out
     assert main(["verify", "merged/one"]) == 0
     (entry,) = json.loads((switched_off / "merge-gate-verify" / "report.json").read_text())["adapters"]
-    assert "keys-unexpected (off)" in entry["findings"][0]["message"]
+    assert "keys-unexpected=off" in entry["findings"][0]["message"]
 
 
 @pytest.mark.attempt("T14b", "the same, after the changed check was removed from merge-gate.json", "exit 3")
@@ -246,20 +235,34 @@ def test_a_merge_that_the_gate_fails_is_not_laundered(switched_off: Path, capfd:
     assert nothing_is_left(switched_off)
 
 
-@pytest.mark.parametrize(
-    ("check", "severity"),
-    [
-        pytest.param("merged-nonfinite", "off", marks=pytest.mark.attempt("T14c", "merged-nonfinite is off", "exit 2")),
-        pytest.param("base-nonfinite", "warning", marks=pytest.mark.attempt("T14d", "base-nonfinite warns", "exit 2")),
-        pytest.param("no-such-check", "off", marks=pytest.mark.attempt("T14e", "a check that is none", "exit 2")),
-    ],
-)
-def test_a_check_that_nothing_can_change_is_refused(place: Path, check: str, severity: str) -> None:
+SETTINGS = {
+    "merged-nonfinite is off": "merged-nonfinite=off",
+    "base-nonfinite warns": "base-nonfinite=warning",
+    "a check that is none": "no-such-check=off",
+    "a severity that is none": "no-effect=maybe",
+    "a limit that is none": "headroom=error:nan",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("setting", tried("T14x", "checks in merge-gate.json", "exit 2", SETTINGS))
+def test_a_setting_that_no_configuration_can_have_is_refused(place: Path, setting: str) -> None:
     path = place / "merged" / "one" / MANIFEST_NAME
-    setting = {"check": check, "severity": severity, "limit": None, "error_limit": None}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"checks": [setting]}))
     assert rebuild(place) == 2
     assert main(["verify", "merged/one"]) == 2
+
+
+def test_limits_are_repeated_too(place: Path) -> None:
+    checks = {"headroom": {"severity": "error", "limit": 0.123456789}, "delta-norm": {"limit": 7, "error-limit": 9}}
+    (place / "gate.yml").write_text(
+        json.dumps({"version": 1, "base": "./base", "adapters": ["./one"], "checks": checks})
+    )
+    shutil.rmtree(place / "merged")
+    assert play(place, "--publish", "merged", adapters=["gate.yml"]) == 0
+    listed = read_manifest(place / "merged" / "one").checks
+    assert set(listed) == {"headroom=error:0.123456789", "delta-norm=warning:7.0:9.0"}
+    assert rebuild(place) == 0
 
 
 def test_other_names_of_the_base_are_accepted_as_in_the_first_run(place: Path) -> None:
@@ -344,6 +347,16 @@ def test_no_code_runs_whatever_the_file_says(place: Path) -> None:
     assert rebuild(place) == 0, "the reference is removed, as in the first run"
 
 
+@pytest.mark.attempt("T13y", "merge-gate.json with false facts, and the card as it was", "exit 1, and nothing is kept")
+def test_an_edited_file_does_not_fit_its_card(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = place / "merged" / "one" / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes().replace(b'"parameters": ', b'"parameters": 9'))
+    assert rebuild(place) == 1
+    assert "README.md" in capfd.readouterr().err
+    assert nothing_is_left(place)
+
+
+@pytest.mark.attempt("F14", "kill -9 of a rebuild, and again", "the leftover is removed")
 def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
     left = place / "again" / ".merge-gate-rebuild-x"
     left.mkdir(parents=True)

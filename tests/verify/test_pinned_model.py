@@ -75,6 +75,18 @@ def test_a_model_that_is_swapped_during_the_comparison(
     assert (found["verdict"], found["cause"], found["findings"][0]["origin"]) == ("error", "not-judged", "model")
 
 
+@pytest.mark.slow
+def test_a_report_inside_of_the_model_is_no_change_of_it(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_thread():
+        scene = Scene(shelf, tmp_path / "scene")
+        shutil.copytree(scene.merge(VARIANT), tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    words = ["--base", str(scene.base(VARIANT)), "--adapter", str(scene.adapter(VARIANT))]
+    assert main(["verify", ".", *words, "--output", "reports/of-verify"]) == 0
+
+
 @pytest.mark.attempt(
     "W06b", "a published directory is swapped while it is compared with its record", "error, no answer"
 )

@@ -51,7 +51,8 @@ def forged(content: bytes, crc: int) -> bytes:
     rows = [(column ^ zero, 1 << bit) for bit, column in enumerate(columns)]
     wanted, patch = crc ^ zero, 0
     basis: dict[int, tuple[int, int]] = {}
-    for value, bits in rows:  # Gauss over the 32 bits: the CRC is linear
+    for row in rows:  # Gauss over the 32 bits: the CRC is linear
+        value, bits = row
         while value and (top := value.bit_length()) in basis:
             value, bits = value ^ basis[top][0], bits ^ basis[top][1]
         if value:

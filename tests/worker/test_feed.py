@@ -264,6 +264,7 @@ def test_a_file_with_another_digest_never_finishes(ends: Ends, content: dict[str
     assert not ends.base.digests.are_complete
 
 
+@pytest.mark.attempt("S09b", "a second read gets other bytes", "refused")
 def test_bytes_that_differ_when_they_are_read_again_are_refused(
     ends: Ends, content: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -54,9 +54,7 @@ class Statement:
     predicate: Predicate
 
 
-def of_directory(
-    manifest: Manifest, manifest_sha256: str, now: datetime, report_sha256: str | None = None
-) -> Statement:
+def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Statement:
     """The statement about a published directory. The caller has compared its files with the manifest."""
     return Statement(
         subjects=(*map(_subject, manifest.files), Subject(name=MANIFEST_NAME, sha256=manifest_sha256)),
@@ -75,12 +73,11 @@ def of_directory(
             config=manifest.config,
             versions=manifest.versions,
             checks=manifest.checks,
-            report_sha256=report_sha256,
         ),
     )
 
 
-def of_adapter(report: Report, adapter: AdapterReport, now: datetime, report_sha256: str) -> Statement:
+def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
     """The statement about one entry of a report. Its subjects are the adapter's own files."""
     base = next((base for base in report.bases if base.key == adapter.base), None)
     environment = report.environment
@@ -121,7 +118,7 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime, report_sha
                 bitsandbytes=environment.bitsandbytes if adapter.base.is_quantized else None,
                 device=environment.device,
             ),
-            report_sha256=report_sha256,
+            verdict_from="report.json",
         ),
     )
 

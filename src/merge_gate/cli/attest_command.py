@@ -14,7 +14,7 @@ def add(commands: Commands[CommandParser]) -> None:
         help="write an in-toto statement",
         description="Print an in-toto statement about a directory from `merge-gate run --publish`, or about each "
         "adapter in a report. Each line has one statement. With --key, each line is a signed DSSE envelope.",
-        epilog=examples("merge-gate attest merged/support --report merge-gate-report --key gate.pem")
+        epilog=examples("merge-gate attest merge-gate-report --key gate.pem")
         + exit_codes(
             "0  the statements were printed",
             "2  usage error, or the directory does not match its merge-gate.json: nothing was printed",
@@ -25,13 +25,6 @@ def add(commands: Commands[CommandParser]) -> None:
     )
     attest.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="attest only this adapter of the report; repeatable"
-    )
-    attest.add_argument(
-        "--report",
-        type=given,
-        metavar="REPORT",
-        help="the report of the run that published DIR. Without it, the statement says that its verdict comes from "
-        "merge-gate.json alone",
     )
     attest.add_argument(
         "--key", metavar="FILE", help="sign with this private key (PEM; ed25519 or ECDSA); needs the extra `attest`"
@@ -45,6 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.attest.envelope import read_key, signed
 
     key = None if arguments.key is None else read_key(arguments.key)
-    statements = statements_of(arguments.source, arguments.only, datetime.now(UTC), arguments.report)
+    statements = statements_of(arguments.source, arguments.only, datetime.now(UTC))
     lines = statements if key is None else [signed(statement, key) for statement in statements]
     return print_document("".join(line.decode("ascii") + "\n" for line in lines))

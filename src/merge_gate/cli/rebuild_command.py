@@ -54,27 +54,20 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.rebuild import RebuildOptions, rebuild
+    from merge_gate.text import listing
 
     options = RebuildOptions(
         base=arguments.base, adapters=tuple(arguments.adapter), allow_pickle=arguments.allow_pickle
     )
     with view_of(arguments) as (view, _):
         rebuilt = rebuild(arguments.file, arguments.output, options, view)
-    if rebuilt.inputs:
-        for sentence in rebuilt.inputs[:_LISTED]:
-            say(f"merge-gate: {sentence}")
-        if len(rebuilt.inputs) > _LISTED:
-            say(f"merge-gate: {len(rebuilt.inputs) - _LISTED:,} more files differ")
-        say("merge-gate: the model was made of other files than these; nothing was merged")
-        return ExitCode.FAIL
-    if not rebuilt.different and not rebuilt.reasons:
-        changed = f"; checks without their defaults: {rebuilt.changed}" if rebuilt.changed else ""
+    if not rebuilt.problems:
+        changed = f"; judged with changed checks: {one_line(listing(rebuilt.checks), 400)}" if rebuilt.checks else ""
         tell(f"{one_line(str(rebuilt.directory))} has the bytes and the facts of merge-gate.json{changed}")
         return ExitCode.PASS
-    for file in rebuilt.different:
-        say(f"merge-gate: {one_line(file.path, 200)}: {file.kind}")
-    for reason in rebuilt.reasons:
-        say(f"merge-gate: {reason}")
-    what = "bytes" if rebuilt.different else "facts"
-    say(f"merge-gate: the model has other {what} than merge-gate.json describes; it was not kept")
+    for sentence in rebuilt.problems[:_LISTED]:
+        say(f"merge-gate: {sentence}")
+    if len(rebuilt.problems) > _LISTED:
+        say(f"merge-gate: {len(rebuilt.problems) - _LISTED:,} more differences")
+    say(f"merge-gate: {rebuilt.conclusion}")
     return ExitCode.FAIL

@@ -144,12 +144,14 @@ def run(arguments: argparse.Namespace) -> int:
         withdraw(arguments.report, arguments.output)
         if arguments.container:
             return _run_in_container(arguments)
-        with claimed_output(arguments.output) as claim:
+        with claimed_output(arguments.output) as earlier:
             config = requested_config(arguments)
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            report = gate_adapters(config, _options(arguments), arguments, worker=worker, begins=claim.begin)
+            report = gate_adapters(
+                config, _options(arguments), arguments, worker=worker, begins=earlier.replace_previous
+            )
             forget(arguments.output)
             return deliver(report, arguments.report)
 

@@ -10,7 +10,6 @@ from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, ad
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
 from merge_gate.judging.answer_kinds import ALLOWED
-from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from merge_gate.config.from_arguments import config_of
     from merge_gate.earlier_reports import refuse_run
-    from merge_gate.report.stored.output_directory import refuse_input, refuse_report
+    from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
     from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
     from merge_gate.verify.exchanged import refuse_exchanged
@@ -84,11 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
             "--adapter is missing",
             hint="give it; without --base and --candidate, the directory is compared with its own record",
         )
-    names = [] if arguments.adapter is None else [arguments.adapter, *arguments.candidate]
-    refuse_report(arguments.output, FORMATS, [arguments.merged])
-    refuse_input(
-        arguments.output, [(name, f"the input {quoted(name, 200)}") for name in (arguments.base, *names) if name]
-    )
+    inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
+    refuse_report(arguments.output, FORMATS, filter(None, inputs))
     refuse_run(Path(arguments.output))
     options = VerifyOptions(
         merged=arguments.merged,
@@ -96,14 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         attestation=_attestation(arguments),
     )
-    with WorkerSlot() as worker, claimed_output(arguments.output) as claim:
+    with WorkerSlot() as worker, claimed_output(arguments.output) as earlier:
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
-                report = verify_record(options, view=view, begins=claim.begin)
+                report = verify_record(options, view=view, begins=earlier.replace_previous)
             else:
                 worker.start_early()
+                names = [arguments.adapter, *arguments.candidate]
                 config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
-                report = verify(config, options, view=view, worker=worker, begins=claim.begin)
+                report = verify(config, options, view=view, worker=worker, begins=earlier.replace_previous)
         return exit_code(report)
 
 

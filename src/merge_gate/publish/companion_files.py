@@ -73,12 +73,12 @@ def read_companions(directory: str, owner: str, expected: Mapping[str, FileIdent
             f"the directory of {owner} cannot be read: {error.strerror or error}",
             hint="check that the user who runs the gate may read it",
         ) from error
-    for name in sorted({*read, *expected}) if expected is not None else ():
-        if read.get(name) != expected.get(name):
-            raise NotPublishedError(
-                f"{shown(name)} of {owner} was added, removed, or written to during the run",
-                hint="let nothing write to that directory during the run, and run the gate again",
-            )
+    if expected is not None and read != expected:
+        other = min(name for name in {*read, *expected} if read.get(name) != expected.get(name))
+        raise NotPublishedError(
+            f"{shown(other)} of {owner} was added, removed, or written to during the run",
+            hint="let nothing write to that directory during the run, and run the gate again",
+        )
     return CompanionFiles(files=files, others=tuple(others))
 
 

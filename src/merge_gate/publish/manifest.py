@@ -18,6 +18,7 @@ from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
+from merge_gate.records.config import CheckSetting
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
     CARD_NAME,
@@ -25,7 +26,6 @@ from merge_gate.records.publication import (
     Manifest,
     PublishedAdapter,
     PublishedBase,
-    PublishedCheck,
     PublishedCombination,
     Versions,
 )
@@ -35,10 +35,10 @@ from merge_gate.regular_file import is_inside, read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import listing, one_of
+from merge_gate.text import NUMBER, one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from merge_gate.publish.facts import PublicationFacts
     from merge_gate.publish.input_files import InputFiles
@@ -128,11 +128,7 @@ def manifest_of(
             bitsandbytes=facts.environment.bitsandbytes if adapter.base.is_quantized else None,
             device=facts.environment.device,
         ),
-        checks=tuple(
-            PublishedCheck(check=one.check, severity=one.severity, limit=one.limit, error_limit=one.error_limit)
-            for one in spec.checks
-            if one not in DEFAULT_SETTINGS
-        ),
+        checks=tuple(_written(setting) for setting in spec.checks if setting not in DEFAULT_SETTINGS),
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
 
@@ -225,7 +221,10 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise UnreadableError("files is empty, expected every file of the directory")
     if not manifest.adapters or (len(manifest.adapters) > 1) != (manifest.combination is not None):
         raise UnreadableError("adapters has the wrong number of entries")
-    _refuse_settings(manifest)
+    settings_of(manifest)
+    members = [adapter.name for adapter in manifest.adapters]
+    if manifest.combination is not None and len({manifest.name, *members}) <= len(members):
+        raise UnreadableError("adapters names one adapter twice")
     names = [file.path for file in manifest.files]
     outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
     if outside is not None:
@@ -234,21 +233,27 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise UnreadableError("files names a file twice")
 
 
-def _refuse_settings(manifest: Manifest) -> None:
-    rows = [(CHECKS.get(setting.check), setting.severity) for setting in manifest.checks]
-    if any(
-        row is None or severity not in (set(Severity) if row.can_be_off else {row.severity}) for row, severity in rows
-    ):
-        raise UnreadableError("checks changes a check that no configuration can change")
-    members = [adapter.name for adapter in manifest.adapters]
-    if manifest.combination is not None and len({manifest.name, *members}) <= len(members):
-        raise UnreadableError("adapters names one adapter twice")
+def _written(setting: CheckSetting) -> str:
+    limits = [repr(limit) for limit in (setting.limit, setting.error_limit) if limit is not None]
+    return f"{setting.check}={':'.join([setting.severity, *limits])}"
 
 
-def changed_checks(settings: Iterable[PublishedCheck]) -> str:
-    """The settings that are not the defaults, in words; empty without any. They come from strangers."""
-    limits = [(one, [f"limit {x:g}" for x in (one.limit, one.error_limit) if x is not None]) for one in settings]
-    return listing([f"{one_line(one.check, 80)} ({', '.join([one.severity, *more])})" for one, more in limits])
+def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
+    """The settings of all checks.
+
+    Raises:
+        UnreadableError: no configuration can have them.
+    """
+    settings = {setting.check: setting for setting in DEFAULT_SETTINGS}
+    for text in manifest.checks:
+        check, _, value = text.partition("=")
+        (severity, *limits), row = value.split(":"), CHECKS.get(check)
+        allowed = () if row is None else tuple(Severity) if row.can_be_off else (row.severity,)
+        if severity not in allowed or not all(map(NUMBER.fullmatch, limits)):
+            raise UnreadableError(f"checks has {one_line(text, 80)!r}, expected a setting such as keys-unexpected=off")
+        own = dict(zip(("limit", "error_limit"), map(float, limits), strict=False))
+        settings[check] = replace(settings[check], severity=Severity(severity), **own)
+    return tuple(settings.values())
 
 
 # --- compared with the files -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from merge_gate.publish.manifest import changed_checks, digest_on_card, render
+from merge_gate.publish.manifest import digest_on_card, render
 from merge_gate.records.terms import PRESERVE
 from merge_gate.report.wording.markdown import code
 from merge_gate.text import counted
@@ -50,7 +50,7 @@ def _text(manifest: Manifest) -> str:
         ("warnings", ", ".join(map(code, manifest.warnings)) or "none"),
     ]
     if manifest.checks:
-        rows.append(("changed checks", code(changed_checks(manifest.checks))))
+        rows.append(("changed checks", ", ".join(map(code, manifest.checks))))
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     return f"""# {code(manifest.name)}, merged into its base
 

@@ -29,6 +29,8 @@ _MARKER = "written-by-merge-gate"
 _MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
+ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
+
 
 def partial_name(name: str) -> str:
     """The name of the directory in which the model `name` is written."""
@@ -82,7 +84,7 @@ class PartialDirectory:
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} exists, and its file system has no locks: another run may be "
                     "writing to it",
-                    hint="if there is no other run, remove that directory",
+                    hint=ABANDONED,
                 )
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.descriptor), self._place.stat(follow_symlinks=False)):

@@ -253,7 +253,7 @@ class Publications:
         if self._wanted is not None:
             for adapter in self._specs:
                 name = model_name(adapter, self._wanted.dtype)
-                if adapter not in published and targets.is_own_publication(self._parent / name):
+                if adapter not in published and targets.unchanged(self._parent / name, weights=False):
                     yield adapter, str(Path(self._wanted.label, name))
 
 

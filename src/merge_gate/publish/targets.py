@@ -15,7 +15,7 @@ from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.identity import directory_identity
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.manifest import MANIFEST_NAME, differences, read_manifest
-from merge_gate.publish.partial import is_leftover, partial_name, remove_leftovers
+from merge_gate.publish.partial import ABANDONED, is_leftover, partial_name, remove_leftovers
 from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
@@ -54,7 +54,7 @@ def prepared(directory: str, names: Collection[str], within: str | None = None) 
 
 
 def _without_link(directory: str) -> Path:
-    """The directory, resolved. Neither it nor a directory between it and the current one may be a link."""
+    """The directory, resolved. It may not be a link, and nothing between it and the current directory may be one."""
     place, here = Path(directory).absolute(), Path.cwd()
     for part in (place, *place.parents):
         if part.is_symlink() and (part == place or part.is_relative_to(here)):
@@ -128,7 +128,7 @@ def _refuse_name(name: str) -> None:
 
 def _refuse_existing(target: Path, name: str) -> None:
     place = target / name
-    if os.path.lexists(place) and not is_own_publication(place):
+    if os.path.lexists(place) and not unchanged(place, weights=False):
         raise _changed(UsageError, place)
     partial = target / partial_name(name)
     if not os.path.lexists(partial):
@@ -144,13 +144,8 @@ def _refuse_existing(target: Path, name: str) -> None:
     if not is_free:
         raise UsageError(
             f"{quoted(str(partial), 200)} exists, and merge-gate cannot tell whether another run uses it",
-            hint=f"if there is no other run, remove it; or choose another directory{_CHOSEN_BY}",
+            hint=f"{ABANDONED}; or choose another directory{_CHOSEN_BY}",
         )
-
-
-def is_own_publication(place: Path) -> bool:
-    """Whether merge-gate has published a directory, and it is as published. Of the weights, only the sizes count."""
-    return _unchanged(place, weights=False) is not None
 
 
 def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
@@ -162,13 +157,13 @@ def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentit
     if not os.path.lexists(place):
         return None
     notify(f"{place} is compared with its {MANIFEST_NAME} before it is replaced")
-    if (identity := _unchanged(place, weights=True)) is None:
+    if (identity := unchanged(place)) is None:
         raise _changed(NotPublishedError, place)
     return identity
 
 
-def _unchanged(place: Path, *, weights: bool) -> tuple[FileIdentity, ...] | None:
-    """The identity of an unchanged publication; None for anything else."""
+def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged publication; None for anything else. Without `weights`, only their sizes count."""
     if place.is_symlink() or not place.is_dir():
         return None
     try:

@@ -52,16 +52,6 @@ class PublishedCombination:
 
 
 @record
-class PublishedCheck:
-    """The setting of a check that the configuration changed."""
-
-    check: str = reported("Its id.")
-    severity: str = reported("`error`, `warning`, `note`, or `off`.")
-    limit: float | None = reported("The limit above which it fires; null if it has none.", default=None)
-    error_limit: float | None = reported("The limit above which its warning is an error.", default=None)
-
-
-@record
 class Versions:
     """The versions that made a merge. A version is null if the package was not used."""
 
@@ -98,8 +88,8 @@ class Manifest:
     trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
-    checks: tuple[PublishedCheck, ...] = reported(
-        "The checks whose severity or limits the configuration changed; empty if all have their defaults.", default=()
+    checks: tuple[str, ...] = reported(
+        "The checks that the configuration changed, with severity and limits: `keys-unexpected=off`.", default=()
     )
     files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
 
@@ -124,11 +114,8 @@ class Predicate:
     adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.", default=())
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
-    checks: tuple[PublishedCheck, ...] = reported(
-        "The checks of a published model whose severity or limits the configuration changed.", default=()
-    )
-    report_sha256: str | None = reported(
-        "SHA-256 of the report.json that has the verdict; null if the verdict is from merge-gate.json alone, which "
-        "anyone who can write to the directory can write.",
-        default=None,
+    checks: tuple[str, ...] = reported("The checks of a published model that the configuration changed.", default=())
+    verdict_from: str = reported(
+        "`report.json`, or `merge-gate.json`, which anyone who can write to the directory can write.",
+        default="merge-gate.json",
     )

@@ -27,26 +27,24 @@ from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.config.paths import InvalidName, resolve_name
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
-from merge_gate.judging.checks.table import DEFAULT_SETTINGS
 from merge_gate.publish.input_files import different_files, inputs_of
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,
-    FileDifference,
-    changed_checks,
     differences,
     parse_manifest,
     read_manifest,
+    settings_of,
 )
 from merge_gate.publish.model_card import model_card
 from merge_gate.publish.publications import model_name
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import CARD_NAME
-from merge_gate.records.terms import Severity, Verdict, record
+from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
-from merge_gate.report.stored.output_directory import explained, explained_read
+from merge_gate.report.stored.output_directory import explained, explained_read, make_directory
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
 from merge_gate.text import quoted
@@ -63,6 +61,8 @@ _SCRATCH = ".merge-gate-rebuild-"
 _MIN_AGE_S = 60.0
 """A younger directory may not be locked yet, because it was just made."""
 
+_OTHER_FILES = "the model was made of other files than these; nothing was merged"
+_OTHER_MODEL = "the model has other bytes or facts than merge-gate.json describes; it was not kept"
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -83,20 +83,18 @@ class RebuildOptions:
 
 @record
 class Rebuilt:
-    """The outcome. If `inputs`, `different`, and `reasons` are empty, the model is in `directory`.
+    """The outcome. Without `problems`, the model is in `directory`.
 
     Attributes:
-        inputs: the files of base and adapters that are other ones, a sentence for each. Then nothing was merged.
-        different: the files of the model that have other bytes.
-        reasons: the facts that this run did not reproduce, a sentence for each.
-        changed: the checks that were not judged by their defaults, in words.
+        problems: what differs, a sentence for each: input files, and then files of the model, and facts.
+        conclusion: what that means.
+        checks: the checks that were not judged by their defaults.
     """
 
     directory: Path
-    inputs: tuple[str, ...] = ()
-    different: tuple[FileDifference, ...] = ()
-    reasons: tuple[str, ...] = ()
-    changed: str = ""
+    problems: tuple[str, ...] = ()
+    conclusion: str = ""
+    checks: tuple[str, ...] = ()
 
 
 def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebuilt:
@@ -115,12 +113,12 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         raise UsageError(f"{one_line(str(place))} has the name {quoted(manifest.name)}, expected the name of a folder")
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already", hint="remove it, or choose another directory with --output")
-    _refuse_inside(Path(output))
+    _refuse_inside(target.parent.resolve())
     # 1. and 2.
     config = _config(manifest, options)
     other = tuple(_other_inputs(manifest, config, view))
     if other:
-        return Rebuilt(directory=target, inputs=other)
+        return Rebuilt(directory=target, problems=other, conclusion=_OTHER_FILES)
     with _scratch(target.parent) as folder:
         # 3.
         wanted = PublishSpec(
@@ -130,30 +128,24 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         report = run_gate(replace(config, publish=wanted), run_options, view=view)
         model = folder / target.name
         if not model.is_dir():
-            raise _not_published(report, tuple(_other_versions(manifest, report)))
+            raise _not_published(report)
         # 4. and 5.
-        reasons = tuple(_other_facts(manifest, read_manifest(model)))
+        problems = list(_other_facts(manifest, read_manifest(model)))
         with explained(f"cannot write {target}"):
             (model / CARD_NAME).write_bytes(model_card(manifest))
             (model / MANIFEST_NAME).write_bytes(data)
-            different = differences(model, manifest)
-            if not different and not reasons:
+            problems += [f"{one_line(file.path, 200)}: {file.kind}" for file in differences(model, manifest)]
+            if not problems:
                 model.rename(target)
-    return Rebuilt(directory=target, different=different, reasons=reasons, changed=changed_checks(manifest.checks))
+    return Rebuilt(directory=target, problems=tuple(problems), conclusion=_OTHER_MODEL, checks=manifest.checks)
 
 
-def _refuse_inside(output: Path) -> None:
-    """Refuse a directory to write to that is a link, or in a model or an adapter, which would have one more file."""
-    if output.is_symlink():
-        raise UsageError(
-            f"{output} is a symbolic link, expected a directory", hint="give --output the directory that it points to"
-        )
-    folder = output.resolve()
+def _refuse_inside(folder: Path) -> None:
+    """Refuse to write into a model or an adapter, which would have one more file."""
     for place in (folder, *folder.parents):
         if os.path.lexists(place / MANIFEST_NAME) or is_model(str(place)) or is_adapter(str(place)):
             raise UsageError(
-                f"{output} is in {place}, which holds a model or an adapter",
-                hint="choose another directory with --output",
+                f"{folder} is in a model or an adapter: {place}", hint="choose another directory with --output"
             )
 
 
@@ -161,8 +153,8 @@ def _refuse_inside(output: Path) -> None:
 def _scratch(parent: Path) -> Iterator[Path]:
     """A directory of this run in `parent`, removed at its end. Those of killed runs are removed as well."""
     new = [place for place in (parent, *parent.parents) if not place.exists()]
+    make_directory(parent)
     with explained(f"cannot use the directory {parent}"):
-        parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_SCRATCH}*"):
             with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(left, follow=False) as lock:
                 if lock.is_held and time.time() - left.lstat().st_mtime > _MIN_AGE_S:
@@ -193,13 +185,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
         )
     here = options.adapters or tuple(adapter.source for adapter in manifest.adapters)
     base = _base(manifest, options.base)
-    changed = {
-        one.check: CheckSetting(
-            check=one.check, severity=Severity(one.severity), limit=one.limit, error_limit=one.error_limit
-        )
-        for one in manifest.checks
-    }
-    checks = tuple(changed.get(setting.check, setting) for setting in DEFAULT_SETTINGS)
+    checks = settings_of(manifest)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
         path, hub_id = _resolved(name, adapter.revision, is_base=False)
@@ -319,15 +305,7 @@ def _facts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _facts(one, f"{name}.{key}" if name else str(key))
 
 
-def _other_versions(manifest: Manifest, report: Report) -> Iterator[str]:
-    """The versions that are not those of the first run."""
-    for name in ("python", "torch", "peft", "transformers", "bitsandbytes", "device"):
-        before, now = getattr(manifest.versions, name), getattr(report.environment, name)
-        if before is not None and before != now:
-            yield f"{name} is {now}, and was {one_line(before, 40)}"
-
-
-def _not_published(report: Report, reasons: tuple[str, ...]) -> GateError:
+def _not_published(report: Report) -> GateError:
     """The error of a model that could not be made."""
     said = [
         finding.message
@@ -336,6 +314,6 @@ def _not_published(report: Report, reasons: tuple[str, ...]) -> GateError:
         for finding in adapter.findings[:1]
     ]
     return GateError(
-        "the model could not be made: " + "; ".join([*(one_line(text, 400) for text in said), *reasons]),
+        "the model could not be made: " + "; ".join(one_line(text, 400) for text in said),
         hint="rebuild it from the same base and adapter, with the versions in merge-gate.json",
     )

@@ -12,6 +12,7 @@ torch: only the worker process does.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,10 +133,10 @@ class _Verification:
 
     def run(self) -> Report:
         with self._fed, self._worker:
-            before = _identity(self._options.merged)
+            before = _identity(self._options.merged, self._options.output)
             merged = self._merged()
             if before is None and isinstance(merged, Snapshot):  # a model on the Hub
-                before = _identity(merged.directory)
+                before = _identity(merged.directory, self._options.output)
             self._begins()
             self._writer.write_first(replace(self._tally.report(), is_comparison=True))
             self._view.start_comparison(self._options.merged)
@@ -143,7 +144,7 @@ class _Verification:
             self._watch.wait()
             report = self._attested(self._unless_changed(report))
             if isinstance(merged, Snapshot):
-                report = _unless_swapped(report, merged, before)
+                report = _unless_swapped(report, merged, before, self._options.output)
         self._tally.settle(0, report)
         self._view.adapter_done(report)
         whole = replace(self._tally.report(complete=True), is_comparison=True)
@@ -283,19 +284,29 @@ class _Verification:
         return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
 
 
-def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
-    """The identity of a directory and everything in it; None if it cannot be read, or its mount does not answer."""
+def _identity(directory: str, output: str | None = None) -> tuple[FileIdentity, ...] | None:
+    """The identity of a directory and everything in it; None if it cannot be read, or its mount does not answer.
+
+    What this run changes by writing its report is left out.
+    """
     try:
-        return within(ANSWER_LIMIT_S, lambda: directory_identity(directory))
+        found = within(ANSWER_LIMIT_S, lambda: directory_identity(directory))
     except (OSError, ValueError):
         return None
+    own = Path(os.path.relpath(os.path.realpath(output or ""), os.path.realpath(directory)))
+    if output is None or os.pardir in own.parts:
+        return found
+    return tuple(one for one in found if not (Path(one.name).is_relative_to(own) or own.is_relative_to(one.name)))
 
 
-def _unless_swapped(report: AdapterReport, merged: Snapshot, before: tuple[FileIdentity, ...] | None) -> AdapterReport:
+def _unless_swapped(
+    report: AdapterReport, merged: Snapshot, before: tuple[FileIdentity, ...] | None, output: str | None = None
+) -> AdapterReport:
     """The report, or an error if something in the finished directory was replaced or written to meanwhile."""
-    if before is not None and _identity(merged.directory) == before:
+    now = _identity(merged.directory, output)
+    if before is not None and now == before:
         return report
-    error = base_changed(merged.name)
+    error = (base_silent if before is None or now is None else base_changed)(merged.name)
     message, hint = (answer.of_model(text, merged.name) for text in (error.message, error.hint))
     why = replace(not_judged(message, hint), origin=Origin.MODEL)
     return answer.decided(merged, replace(report, files=()), [why], ())

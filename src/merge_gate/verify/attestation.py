@@ -13,12 +13,13 @@ from merge_gate.attest.envelope import opened, read_key
 from merge_gate.attest.statement import read
 from merge_gate.errors import GateError, UsageError
 from merge_gate.judging.answer_kinds import ATTESTATION, ATTESTED, finding
-from merge_gate.publish.manifest import MANIFEST_NAME, changed_checks
+from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.files import Snapshot
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import open_regular_file, read_all
-from merge_gate.text import quoted
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.text import listing, quoted
 from merge_gate.verify.answer import decided
 
 UNKNOWN = "unknown"
@@ -76,21 +77,13 @@ def attested_report(
     if report.verdict is Verdict.ERROR and not problems:
         return report
     found = [finding(ATTESTATION, problem) for problem in problems]
-    found = found or [finding(ATTESTED, _attested(attestation))]
+    if not found:
+        message = (
+            "the attestation is signed by this key, and lists exactly these files. Its verdict is from "
+            f"{MANIFEST_NAME}, and not from the report of a run"
+        )
+        if checks := read(opened(attestation.envelope, attestation.public_key)).predicate.checks:
+            message += f". It was judged with changed checks: {one_line(listing(checks), 400)}"
+        found = [finding(ATTESTED, message)]
     snapshot = Snapshot(name=report.name, directory=directory, revision=report.revision)
     return decided(snapshot, report, (*report.findings, *found), ())
-
-
-def _attested(attestation: Attestation) -> str:
-    """What a good attestation says, and what it does not."""
-    predicate = read(opened(attestation.envelope, attestation.public_key)).predicate
-    changed = changed_checks(predicate.checks)
-    return (
-        "the attestation is signed by this key, and lists exactly these files"
-        + (
-            ""
-            if predicate.report_sha256
-            else f". Its verdict is from {MANIFEST_NAME} alone, without the report of a run"
-        )
-        + (f". Checks without their defaults: {changed}" if changed else "")
-    )

@@ -5,7 +5,6 @@ It loads no model and does not import torch. `UsageError` is raised for a file t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +43,6 @@ def stored(name: str) -> Report:
     Raises:
         UsageError: the file cannot be read or is not a report.
     """
-    return with_digest(name)[0]
-
-
-def with_digest(name: str) -> tuple[Report, str]:
-    """The report of `stored`, and the SHA-256 of its file."""
     path = Path(name, "report.json") if os.path.isdir(name) else Path(name)  # noqa: PTH112 (pathlib raises)
     try:
         with open_regular_file(path, follow=True) as file:
@@ -61,4 +55,4 @@ def with_digest(name: str) -> tuple[Report, str]:
         raise UsageError(
             f"{quoted(str(path), 200)} cannot be read: {error.strerror or error}", hint=_NAME_IT
         ) from error
-    return json_report.read(data, str(path)), hashlib.sha256(data).hexdigest()
+    return json_report.read(data, str(path))
