@@ -251,8 +251,8 @@ def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
         allowed = () if row is None else tuple(Severity) if row.can_be_off else (row.severity,)
         if severity not in allowed or not all(map(NUMBER.fullmatch, limits)):
             raise UnreadableError(f"checks has {one_line(text, 80)!r}, expected a setting such as keys-unexpected=off")
-        own = dict(zip(("limit", "error_limit"), map(float, limits), strict=False))
-        settings[check] = replace(settings[check], severity=Severity(severity), **own)
+        limit, error_limit, *_ = [*map(float, limits), None, None]
+        settings[check] = CheckSetting(check=check, severity=Severity(severity), limit=limit, error_limit=error_limit)
     return tuple(settings.values())
 
 
