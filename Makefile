@@ -137,4 +137,4 @@ docs: $(STAMPS)/docs
 	$(BIN)/python -m website.build
 
 clean:
-	rm -rf $(VENV) merge-gate-demo merge-gate-report build dist site src/*.egg-info
+	rm -rf $(VENV) merge-gate-demo merge-gate-report merge-gate-verify build dist site src/*.egg-info

@@ -13,6 +13,7 @@ import pytest
 import merge_gate
 from merge_gate import ConfigError, GateError, Report, Result, UsageError, Verdict, gate
 from merge_gate.demo import make_demo
+from tests.support.tried import tried
 from tests.support.wording import Wording
 
 
@@ -54,6 +55,23 @@ def test_a_report_has_typed_records(run: tuple[Report, dict[str, object], dict[s
     assert good.coverage.parameters_checked == good.coverage.parameters_total > 0
     assert (nan.verdict, nan.cause) == (Verdict.FAILED, "adapter-nonfinite")
     assert nan.findings[0].nan == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    tried(
+        "Y01",
+        "gate() with a name",
+        "UsageError",
+        {"a surrogate": "\ud800", "a config": "\ud800.yml", "NUL": "a\0b", "5,000 characters": "x" * 5000, "no": ""},
+    ),
+)
+def test_an_odd_name_is_a_usage_error(name: str) -> None:
+    for names in (name, ["./adapter", name]):
+        with pytest.raises(UsageError):
+            gate(names)
+    with pytest.raises(UsageError):
+        gate("./adapter", base=name or "./none")
 
 
 def test_a_run_leaves_no_trace(run: tuple[Report, dict[str, object], dict[str, object]]) -> None:

@@ -802,11 +802,10 @@ def test_an_earlier_pass_does_not_survive_a_run_without_a_verdict(name: str, pla
     write_report(PASS, output)
     answer = merge_gate(*NO_VERDICT[name](place), cwd=place)
     assert answer.code == 2, answer.said
-    assert [path.name for path in output.iterdir()] == ["previous"]
-    assert {path.name: path.read_text() for path in (output / "previous").iterdir()} == {
-        name: render(PASS) for name, render in FORMATS.items()
-    }
-    assert answer.err.count("merge-gate-report/previous\n") == 1
+    assert [path.name for path in output.iterdir() if not path.name.startswith(".")] == ["report.json"]
+    document = json.loads((output / "report.json").read_text())
+    assert (document["complete"], document["stale"], document["result"]) == (False, "pass", "error")
+    assert answer.err.count("merge-gate-report/report.json") == 1
 
 
 @pytest.mark.parametrize("delay_s", [0.03, 0.06, 0.1, 0.2, 0.4, 0.8])

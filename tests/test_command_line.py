@@ -58,6 +58,7 @@ def test_a_flag_goes_before_its_variable(words: list[str], monkeypatch: pytest.M
     assert parsed(["run", "--", "gate.yml"]).output == "a"
 
 
+@pytest.mark.attempt("C30", "MERGE_GATE_SHARD=2/2 in the environment of a job", "ignored: every adapter is merged")
 @pytest.mark.parametrize("command", commands())
 def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {action for action in commands()[command]._actions if "[env: " in str(action.help)}
@@ -65,10 +66,11 @@ def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest
     assert not options & (WITHOUT_VARIABLE | {"--set", "--expect", "--only", "--report", "--allow"})
     assert not any(isinstance(action, argparse._AppendAction) for action in shown)
     monkeypatch.setenv("MERGE_GATE_ALLOW_PICKLE", "1")
+    monkeypatch.setenv("MERGE_GATE_SHARD", "2/2")
     monkeypatch.setenv("MERGE_GATE_IMAGE", "cpu")
     if command == "run":
         values = parsed(["run", "x"])
-        assert (values.allow_pickle, values.image, values.variables) == (False, "", {})
+        assert (values.allow_pickle, values.image, values.shard, values.variables) == (False, "", None, {})
 
 
 @pytest.mark.parametrize(

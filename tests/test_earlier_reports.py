@@ -1,15 +1,18 @@
-"""The gate knows its own files by their tag alone, moves them aside, and never touches another file."""
+"""The gate knows its own files by their tag alone, marks and moves them, and never touches another file."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.earlier_reports import RESUMED, is_own, move_aside, places
-from merge_gate.errors import UsageError
+from merge_gate.earlier_reports import RESUMED, is_own, mark_stale
+from merge_gate.errors import GateError, UsageError
 from merge_gate.output_files import TAG_WITHIN_BYTES
+from merge_gate.records.terms import Result
+from merge_gate.report.formats.json_report import read
 from merge_gate.report.stored.report_files import FORMATS, write_report, write_text
 from tests.support.reports import EMPTY, FAIL, PASS
 
@@ -90,7 +93,7 @@ def test_any_other_file_is_refused_and_nothing_moves(kind: str, name: str, tmp_p
     FOREIGN[kind](tmp_path / name)
     before = sorted((str(path), os.lstat(path)[:3]) for path in tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=name) as caught:
-        move_aside(tmp_path)
+        mark_stale(tmp_path)
     assert "--output" in caught.value.hint
     assert before == sorted((str(path), os.lstat(path)[:3]) for path in tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=name):
@@ -99,36 +102,65 @@ def test_any_other_file_is_refused_and_nothing_moves(kind: str, name: str, tmp_p
 
 def test_a_file_with_the_name_of_the_resumed_verdicts_is_only_replaced_if_it_is_the_gates(tmp_path: Path) -> None:
     (tmp_path / RESUMED).write_text("mine")
-    assert move_aside(tmp_path).place is None
+    assert mark_stale(tmp_path).place is None
     with pytest.raises(UsageError, match=RESUMED):
         write_text(tmp_path / RESUMED, OWN)
     assert (tmp_path / RESUMED).read_text() == "mine"
 
 
-# --- moved ---------------------------------------------------------------------------------------------------------
+# --- marked ---------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_move_makes_no_directory(tmp_path: Path) -> None:
-    earlier = move_aside(tmp_path)
+    earlier = mark_stale(tmp_path)
     earlier.replace_previous()
     assert (earlier.place, earlier.line) == (None, "")
     assert not [*tmp_path.iterdir()]
 
 
-def test_an_occupied_place_is_never_replaced_before_a_run_judges(tmp_path: Path) -> None:
-    for number, report in enumerate((PASS, FAIL, EMPTY), 1):
-        write_report(report, tmp_path)
-        earlier = move_aside(tmp_path)
-        assert earlier.place == tmp_path / ("previous" if number == 1 else f"previous-{number}")
-        assert str(earlier.place) in earlier.line
-    assert set(contents(tmp_path).values()) == texts(PASS) | texts(FAIL) | texts(EMPTY)
-    assert [place.name for place in places(tmp_path)][1:] == ["previous", "previous-2", "previous-3"]
+@pytest.mark.parametrize("earlier", [PASS, FAIL, EMPTY], ids=["pass", "fail", "provisional"])
+def test_a_mistake_marks_the_report_and_loses_nothing(earlier: Report, tmp_path: Path) -> None:
+    write_report(earlier, tmp_path)
+    for _ in range(3):
+        assert str(tmp_path / "report.json") in mark_stale(tmp_path).line
+    stale = read((tmp_path / "report.json").read_bytes(), "report.json")
+    was = earlier.result.value if earlier.complete else "incomplete"
+    assert (stale.complete, stale.stale, stale.passed) == (False, was, False)
+    assert FORMATS["report.json"](replace(stale, complete=earlier.complete, stale=None)) == FORMATS["report.json"](
+        earlier
+    )
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"report.json"}
+    assert len({*tmp_path.iterdir()}) == len(FORMATS)
+    mark_stale(tmp_path).replace_previous()
+    assert contents(tmp_path) == {f"previous/{name}": render(earlier).encode() for name, render in FORMATS.items()}
+
+
+def test_a_report_without_the_field_is_marked_too(tmp_path: Path) -> None:
+    """An earlier version of the gate wrote it."""
+    (tmp_path / "report.json").write_text(OWN.replace('  "stale": null,\n', ""))
+    mark_stale(tmp_path)
+    stale = read((tmp_path / "report.json").read_bytes(), "report.json")
+    assert (stale.complete, stale.stale, stale.result) == (False, "pass", Result.ERROR)
+    mark_stale(tmp_path).replace_previous()
+    assert contents(tmp_path) == {"previous/report.json": OWN.encode()}
+
+
+def test_a_file_of_the_user_with_a_hidden_name_is_refused(tmp_path: Path) -> None:
+    write_report(PASS, tmp_path)
+    (tmp_path / ".summary.md.stale").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"\.summary\.md\.stale"):
+        mark_stale(tmp_path)
+    assert contents(tmp_path) == before
+
+
+# --- moved ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_judges_replaces_the_previous_report(tmp_path: Path) -> None:
     for report in (PASS, FAIL):
         write_report(report, tmp_path)
-        earlier = move_aside(tmp_path)
+        earlier = mark_stale(tmp_path)
         earlier.replace_previous()
         assert earlier.place == tmp_path / "previous"
     assert set(contents(tmp_path)) == {f"previous/{name}" for name in FORMATS}
@@ -149,7 +181,7 @@ def test_a_place_with_a_file_of_the_user_is_left_alone(mine: str, tmp_path: Path
     before = contents(tmp_path)
     for report in (PASS, FAIL, EMPTY):
         write_report(report, tmp_path)
-        earlier = move_aside(tmp_path)
+        earlier = mark_stale(tmp_path)
         earlier.replace_previous()
         assert earlier.place == tmp_path / "previous-2"
     after = contents(tmp_path)
@@ -163,32 +195,22 @@ def test_only_the_gates_own_unfinished_files_are_removed(tmp_path: Path) -> None
     for name in own + users:
         (tmp_path / name).write_text("half")
     (tmp_path / ".junit.xml.0123456789abcdef.tmp").mkdir()
-    move_aside(tmp_path)
+    mark_stale(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*users, ".junit.xml.0123456789abcdef.tmp"}
 
 
-def test_a_directory_that_cannot_be_made_leaves_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(PASS, tmp_path)
+@pytest.mark.parametrize("broken", ["mkdir", "unlink"])
+def test_a_report_that_cannot_be_moved_stays(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(FAIL, tmp_path)
+    if broken == "unlink":
+        write_report(PASS, tmp_path / "previous")
+    earlier = mark_stale(tmp_path)
     before = contents(tmp_path)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "mkdir", full)
-    with pytest.raises(OSError, match="No space left"):
-        move_aside(tmp_path)
+    monkeypatch.setattr(os, broken, full)
+    with pytest.raises(GateError, match="No space left"):
+        earlier.replace_previous()
     assert contents(tmp_path) == before
-
-
-def test_a_report_that_cannot_be_moved_once_more_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(PASS, tmp_path / "previous")
-    write_report(FAIL, tmp_path)
-    earlier = move_aside(tmp_path)
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(os, "unlink", fail)
-    earlier.replace_previous()
-    assert earlier.place == tmp_path / "previous-2"
-    assert set(contents(tmp_path).values()) == texts(PASS) | texts(FAIL)

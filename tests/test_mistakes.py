@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,15 +23,18 @@ from merge_gate import demo, whole_file
 from merge_gate.cache.store import ABANDONED_S
 from merge_gate.cli.dispatch import main
 from merge_gate.earlier_reports import is_own
+from merge_gate.errors import UsageError
 from merge_gate.records.report import Judged, Shard
 from merge_gate.report.formats.json_report import render
-from merge_gate.report.stored.output_directory import claimed
+from merge_gate.report.stored.output_directory import claimed, stored_result
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
 from merge_gate.worker import supervisor
 from tests.support.reports import FAIL, PASS, SHA256, adapter, report
 
 if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
+
     from merge_gate.records.report import Report
     from merge_gate.worker.protocol import Job
     from tests.support.wording import Wording
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence/reliability.md"
 OUTPUT = "merge-gate-report"
 PREVIOUS = f"{OUTPUT}/previous"
+STALE = "in its place, marked as stale"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 
 Arrange = Callable[[Path], object]
@@ -206,7 +210,7 @@ class Mistake:
     steps: tuple[tuple[str, ...], ...]
     arrange: Arrange = earlier
     code: int = 2
-    now_in: str = PREVIOUS
+    now_in: str = STALE
     says: str = ""
     accident: Accident = none
 
@@ -215,11 +219,12 @@ class Mistake:
         return f"| {self.mistake} | {self.code} | {self.left} |"
 
 
+MARKED = "the earlier report, marked as stale"
 MOVED = "the earlier report, in `previous/`"
 UNTOUCHED = "everything as it was"
 
 
-def typo(mistake: str, *words: str, left: str = MOVED, **more: object) -> Mistake:
+def typo(mistake: str, *words: str, left: str = MARKED, **more: object) -> Mistake:
     return Mistake(mistake, left, (words,), **more)  # type: ignore[arg-type]
 
 
@@ -227,7 +232,7 @@ def output(mistake: str, arrange: Arrange, *words: str, now_in: str = "", **more
     return Mistake(mistake, UNTOUCHED, (words,), arrange, now_in=now_in, **more)  # type: ignore[arg-type]
 
 
-def resumed(mistake: str, *steps: tuple[str, ...], arrange: Arrange = killed, where: str = PREVIOUS) -> Mistake:
+def resumed(mistake: str, *steps: tuple[str, ...], arrange: Arrange = killed, where: str = OUTPUT) -> Mistake:
     left = "the verdicts of the killed run; `--resume` finds them"
     return Mistake(mistake, left, (*steps, RESUME), arrange, code=1, now_in="", says=where)
 
@@ -254,14 +259,15 @@ MISTAKES = (
     typo("options that contradict each other: `--resume --refresh`", *RUN, "--resume", "--refresh"),
     typo("an option that needs another one: `--gpus 0`", *RUN, "--gpus", "0"),
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
-    typo("`--cache` names a file", *RUN, "--cache", "one/adapter_config.json", says="one/adapter_config.json"),
+    typo("`--cache` names a file", *RUN, "--cache", "base/config.json", says="base/config.json"),
     typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="--container"),
-    Mistake("the same mistake twice", MOVED, (("run", "absent.yml"), ("run", "absent.yml"))),
+    Mistake("the same mistake twice", MARKED, (("run", "absent.yml"), ("run", "absent.yml"))),
     Mistake(
         "the mistake, a good run, the mistake again",
-        "the first report in `previous/`, the second in `previous-2/`",
+        "the first report in `previous/`, the second marked as stale",
         (("run", "absent.yml"), RUN, ("run", "absent.yml")),
-        says=f"{OUTPUT}/previous-2",
+        now_in=PREVIOUS,
+        says=f"now in {PREVIOUS}",
     ),
     # --output is wrong
     output("`--output` mistyped: `--ouptut notes`", earlier, *RUN, "--ouptut", "notes", now_in=OUTPUT),
@@ -272,6 +278,8 @@ MISTAKES = (
     output("`--output` is a link", both(folder("real"), link("out", "real")), *RUN, "--output", "out"),
     output("`--output` is an adapter's directory", nothing, *RUN, "--output", "one", says="one"),
     output("`--output` is a base's directory", nothing, "run", "./one", "--base", "base", "--output", "base"),
+    output("`--cache` is an adapter's directory", nothing, *RUN, "--cache", "one", says="one"),
+    output("`--cache` is inside of a base's directory", nothing, "run", "./one", "--base", "base", "--cache", "base/c"),
     output("`--output` does not exist, and the config does not either", nothing, "run", "absent.yml", "--output", "o"),
     output(
         "`--output` holds `summary.md` and `report.html` of the user, and the adapter is mistyped",
@@ -342,6 +350,7 @@ MISTAKES = (
         "the earlier report, in `previous/`; the new one",
         (RUN,),
         code=1,
+        now_in=PREVIOUS,
     ),
     Mistake(
         "two shards, one after the other, into the same directory",
@@ -349,24 +358,26 @@ MISTAKES = (
         ((*RUN, "--shard", "1/2"),),
         written(OUTPUT, FAIL),
         code=1,
+        now_in=PREVIOUS,
     ),
     # a run was killed, and the next command is wrong
     resumed("after a kill: `--resumee`", (*RUN, "--resumee")),
     resumed("after a kill: a wrong path", ("run", "gat.yml", "--resume")),
     resumed("after a kill: no path", ("run", "--resume")),
     resumed("after a kill: all three, one after the other", (*RUN, "--resumee"), ("run", "gat.yml"), ("run",)),
-    resumed("after a kill: a run without `--resume`, to its end", RUN),
-    resumed("after a kill: a wrong path, then a run without `--resume`", ("run", "gat.yml"), RUN),
+    resumed("after a kill: a run without `--resume`, to its end", RUN, where=PREVIOUS),
+    resumed("after a kill: a wrong path, then a run without `--resume`", ("run", "gat.yml"), RUN, where=PREVIOUS),
     resumed(
         "after two kills with a wrong path in between",
         arrange=both(written(PREVIOUS, verdicts("b")), killed),
-        where=f"{PREVIOUS}, {OUTPUT}/previous-2",
+        where=f"{OUTPUT}, {PREVIOUS}",
     ),
     resumed(
         "after a kill, the report was damaged; an older one is whole",
         arrange=both(
             written(PREVIOUS, verdicts("b")), text(f"{OUTPUT}/report.json", render(verdicts("a")).rpartition("}")[0])
         ),
+        where=PREVIOUS,
     ),
     Mistake(
         "`--resume` with another `--output`",
@@ -420,11 +431,19 @@ MISTAKES = (
     ),
     # not the user's mistake
     output("two runs at once", nothing, *RUN, now_in=OUTPUT, says=OUTPUT, accident=another_run),
-    typo("the disk is full when the report is written", *RUN, code=3, says="No space left", accident=disk_full),
-    output("the disk has no room for `previous/`", earlier, *RUN, code=3, says="No space left", accident=no_room),
+    typo(
+        "the disk is full when the report is written",
+        *RUN,
+        left=MOVED,
+        code=3,
+        now_in=PREVIOUS,
+        says="No space left",
+        accident=disk_full,
+    ),
+    typo("the disk has no room for `previous/`", *RUN, code=3, says="No space left", accident=no_room),
     typo("Ctrl-C before anything is judged", *RUN, code=3, says="SIGINT", accident=interrupt),
-    Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), code=1),
-    Mistake("a clock that went back: the earlier report is of 1980", MOVED, (("run", "absent.yml"),), clock(1980)),
+    Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), 1, PREVIOUS),
+    Mistake("a clock that went back: the earlier report is of 1980", MARKED, (("run", "absent.yml"),), clock(1980)),
 )  # fmt: skip
 
 
@@ -455,6 +474,14 @@ def state(place: Path) -> dict[str, bytes]:
     }
 
 
+def after_the_next_run(place: Path) -> dict[str, bytes]:
+    """The files once a run judges, which moves the report of the output directory to `previous/`."""
+    if (place / OUTPUT).is_dir():
+        with suppress(UsageError), claimed(place / OUTPUT) as earlier_reports:
+            earlier_reports.replace_previous()
+    return state(place)
+
+
 def run(words: tuple[str, ...]) -> int:
     try:
         return main(list(words))
@@ -462,7 +489,27 @@ def run(words: tuple[str, ...]) -> int:
         return int(str(left.code))
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda one: one.mistake)
+ATTEMPTS = {
+    "`--cache` is an adapter's directory": ("X07a", "exit 2"),
+    "`--cache` is inside of a base's directory": ("X07b", "exit 2"),
+    "the same mistake twice": ("D8a", "the report stays in its place, marked as stale"),
+    "the mistake, a good run, the mistake again": ("D8b", "no report is lost"),
+    "`previous/` is a directory of the user": ("C10a", "nothing is lost"),
+    "`previous` is a file of the user": ("C10b", "nothing is lost"),
+    "`--output` is a link": ("C10c", "exit 2"),
+    "a link has the name of a report": ("C10d", "exit 2"),
+    "a directory has the name of a report": ("C10e", "exit 2"),
+    "`--output` holds a `report.json` of another tool": ("C10f", "exit 2"),
+}
+
+
+def parameter(one: Mistake) -> ParameterSet:
+    tried = ATTEMPTS.get(one.mistake)
+    marks = [pytest.mark.attempt(tried[0], one.mistake, tried[1])] if tried else []
+    return pytest.param(one, id=one.mistake, marks=marks)
+
+
+@pytest.mark.parametrize("mistake", [parameter(one) for one in MISTAKES])
 def test_a_mistake_loses_nothing(
     mistake: Mistake,
     place: Path,
@@ -487,18 +534,25 @@ def test_a_mistake_loses_nothing(
     if mistake.says and mistake.mistake not in WORDED_ELSEWHERE:
         lines = [line for line in said.splitlines() if mistake.says in line]
         wording(max(lines, key=lambda line: line.startswith("--resume")).partition(", expected")[0])
+    if mistake.now_in == STALE:
+        there = {path.name for path in (place / OUTPUT).iterdir() if not path.name.startswith(".")}
+        assert there.isdisjoint(set(FORMATS) - {"report.json"}), "an earlier report passes for the report of this run"
+        document = json.loads(after[f"{OUTPUT}/report.json"])
+        assert (document["complete"], document["stale"]) == (False, "fail")
+        assert stored_result(place / OUTPUT) is None
+        assert f"{OUTPUT}/report.json" in said
+        assert not (place / PREVIOUS).exists(), "a mistake moves nothing"
+    monkeypatch.undo()
+    kept = [*after.values(), *state(place).values(), *after_the_next_run(place).values()]
     for name, content in before.items():
         if name in own:
-            assert content in after.values(), f"{name} is lost"
+            assert content in kept, f"{name} is lost"
         else:
             assert after.get(name, b"") == content, f"{name} is not as it was"
     if mistake.left == UNTOUCHED:
         assert after == before
-    if mistake.now_in:
+    if mistake.now_in not in {"", STALE}:
         assert after[f"{mistake.now_in}/report.json"] in {before[name] for name in own if name.endswith(".json")}
-    if mistake.now_in == PREVIOUS and mistake.code == 2:
-        assert not (place / OUTPUT / "report.json").exists(), "an earlier report passes for the report of this run"
-        assert f"{OUTPUT}/previous" in said
 
 
 def test_the_table_has_a_row_for_each_mistake() -> None:

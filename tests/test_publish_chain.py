@@ -38,7 +38,7 @@ def test_what_is_published_is_attested_verified_and_built_again(shelf: Shelf, tm
     signed = ("--attestation", "attestation.json", "--key", "key.pub", "--max-age", "1")
     verified = merge_gate("verify", model, *names, *signed, cwd=tmp_path)
     assert verified.code == 0, verified.said
-    (entry,) = json.loads((tmp_path / "merge-gate-report" / "report.json").read_text())["adapters"]
+    (entry,) = json.loads((tmp_path / "merge-gate-verify" / "report.json").read_text())["adapters"]
     assert {"exact", "attested"} <= {found["check"] for found in entry["findings"]}
     # 3. Build it again.
     rebuilt = merge_gate("rebuild", model, "--output", "again", cwd=tmp_path)

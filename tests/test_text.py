@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate.report.formats.json_report import render
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, has_hidden, is_hidden, listing, quoted
+from merge_gate.text import counted, has_hidden, is_hidden, listing, quoted, unusable
 from tests.support.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]
@@ -22,6 +22,13 @@ def test_what_is_hidden() -> None:
         assert is_hidden(character), repr(character)
     for character in "a ~ß名é\u0301🙂\ue000":
         assert not is_hidden(character), repr(character)
+
+
+def test_what_can_be_a_name() -> None:
+    for name in ("a", ".", "./a b", "acme/name", "名" * 85, "x" * 255, "a/" * 2000, "adapters/*", "-x"):
+        assert unusable(name) == "", name
+    for name in ("", "  ", "a\0", "\ud800", "\udcff", "名" * 86, "x" * 256, "a/" * 2048):
+        assert unusable(name), name
 
 
 def test_every_place_means_the_same_by_it() -> None:

@@ -1,7 +1,9 @@
-"""Moves the reports of earlier runs in an output directory aside, into `previous/` or a directory next to it.
+"""Marks the report of an earlier run in an output directory as stale, and moves it to `previous/` once a run judges.
 
 Reports are recognized by their generator tag. The caller has locked the directory. It uses only the standard library of
 Python 3.9, because the action uses it too.
+
+A stale report.json has `"complete": false`, and `stale` has its result. The other formats have hidden names meanwhile.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import UsageError
+from merge_gate.errors import GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
-from merge_gate.regular_file import open_regular_file
+from merge_gate.regular_file import open_regular_file, read_regular_file
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,69 +29,125 @@ RESUMED = "resumed.json"
 REPORTS = tuple(row.name for row in OUTPUT_FILES)
 PREVIOUS = "previous"
 
+_REPORT, *_RENDERED = REPORTS
+_HIDDEN = {name: f".{name}.stale" for name in _RENDERED}
+"""The names of the other formats of a stale report, which no program looks for."""
+
 _TAGS = {row.name: row.tag for row in OUTPUT_FILES}
-_TAGS[RESUMED] = _TAGS["report.json"]
-_UNFINISHED = re.compile(rf"\.(?:{'|'.join(map(re.escape, _TAGS))})\.[0-9a-f]{{16}}\.tmp")
+_TAGS.update({hidden: _TAGS[name] for name, hidden in _HIDDEN.items()})
+_TAGS[RESUMED] = _TAGS[_REPORT]
+_UNFINISHED = re.compile(rf"\.(?:{'|'.join(map(re.escape, (*REPORTS, RESUMED)))})\.[0-9a-f]{{16}}\.tmp")
 """The names that `whole_file` writes to; a killed run may leave one."""
 
 _SLOT = re.compile(rf"{PREVIOUS}(?:-([2-9]|[1-9][0-9]{{1,8}}))?")
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
+_INCOMPLETE = b"incomplete"
+_HEAD = re.compile(
+    rb'"complete":\s*(true|false),\s*(?:"stale":\s*(?:null|"([a-z]{1,16})"),\s*)?"result":\s*"([a-z]{1,16})"'
+)
+
 
 class EarlierReports:
-    """The earlier reports of one output directory. `place` is the directory that holds them; None without any."""
+    """The report of an earlier run in one output directory. `place` is the directory that it was moved to, if any."""
 
-    def __init__(self, directory: Path, place: Path | None) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.place = place
+        self._is_there = is_own(directory / _REPORT)
+        self.place: Path | None = None
 
     def replace_previous(self) -> None:
-        """Let these reports replace those in `previous/`, because a new run judges.
+        """Move the report to `previous/`, and replace the report there, because a new run judges.
 
         A directory that holds any other file keeps its name and its files; then `previous-2/` is the one to replace.
-        If the reports cannot be moved once more, they stay where they are.
+
+        Raises:
+            GateError: it cannot be moved, and the new report would replace it.
         """
-        if self.place is None:
+        files = [(self._directory / _REPORT, _REPORT)]
+        files += [(self._directory / hidden, name) for name, hidden in _HIDDEN.items()]
+        files = [(path, name) for path, name in files if is_own(path)]
+        if not files:
             return
-        with contextlib.suppress(OSError):
-            slot = next(slot for slot in _slots(self._directory) if slot == self.place or _is_free(slot))
-            self.place.rename(slot)
-            self.place = slot
+        try:
+            slot = next(slot for slot in _slots(self._directory) if _is_free(slot))
+            slot.mkdir(exist_ok=True)
+            for path, name in files:
+                path.rename(slot / name)
+            _write_stale(slot / _REPORT, is_stale=False)
+        except OSError as error:
+            raise GateError(
+                f"cannot move the report of an earlier run aside in {self._directory}: {error.strerror or error}",
+                hint="free some space on that disk, or choose another directory for the report",
+            ) from error
+        self.place = slot
 
     @property
     def line(self) -> str:
-        """One line for the user, empty if nothing was moved."""
-        return f"the report of an earlier run is now in {self.place}" if self.place else ""
+        """One line for the user, empty if there is no such report."""
+        if self.place is not None:
+            return f"the report of an earlier run is now in {self.place}"
+        report = self._directory / _REPORT
+        return f"{report} is of an earlier run, and is marked as stale" if self._is_there else ""
 
 
-def move_aside(directory: Path, *, chosen_by: str = "--output") -> EarlierReports:
-    """Move the reports of earlier runs to the first directory of `previous/`, `previous-2/`, … that is free.
+def mark_stale(directory: Path, *, chosen_by: str = "--output") -> EarlierReports:
+    """Mark the report of an earlier run, so that it does not stand for a run that judges nothing. Nothing is lost.
 
     Args:
         directory: an output directory that no other run writes to.
         chosen_by: the option or input that named it, for the hint.
 
     Raises:
-        UsageError: a file has the name of a report and does not carry its tag. Nothing was moved.
+        UsageError: a file has the name of a report and does not carry its tag. Nothing was marked.
         OSError: the directory cannot be changed.
     """
-    refuse_foreign(directory, REPORTS, chosen_by=chosen_by)
-    names = [name for name in _TAGS if is_own(directory / name)]
+    refuse_foreign(directory, (*REPORTS, *_HIDDEN.values()), chosen_by=chosen_by)
     for path in directory.iterdir():
         if _UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
-    if not names:
-        return EarlierReports(directory, None)
-    place = next(slot for slot in _slots(directory) if not os.path.lexists(slot))
-    place.mkdir()
-    try:
-        for name in names:
-            (directory / name).rename(place / name)
-    except OSError:
-        with contextlib.suppress(OSError):
-            place.rmdir()  # fails if one of them was moved
-        raise
-    return EarlierReports(directory, place)
+    _write_stale(directory / _REPORT, is_stale=True)
+    for name, hidden in _HIDDEN.items():
+        with contextlib.suppress(FileNotFoundError):
+            (directory / name).replace(directory / hidden)
+    return EarlierReports(directory)
+
+
+def _write_stale(report: Path, *, is_stale: bool) -> None:
+    """Change the first fields of a report.json, if there is one: `complete`, `stale`, and `result`."""
+    if not is_own(report):
+        return
+    data = read_regular_file(report, OUTPUT_FILES[0].limit_bytes)
+    head = _HEAD.search(data[:TAG_WITHIN_BYTES])
+    if head is None or is_stale == (head[2] is not None):
+        return
+    complete, before, result = head.groups()
+    if is_stale:
+        before = result if complete == b"true" else _INCOMPLETE
+        fields = (b"false", b'"%b"' % before, b"fail" if result == b"fail" else b"error")
+    else:
+        fields = (b"false", b"null", result) if before == _INCOMPLETE else (b"true", b"null", before)
+    with whole_file(report) as file:
+        file.write(data[: head.start()] + b'"complete": %b,\n  "stale": %b,\n  "result": "%b"' % fields)
+        file.write(data[head.end() :])
+
+
+def refuse_run(directory: Path, *, chosen_by: str = "--output") -> None:
+    """Refuse an output directory with the report of a run: a verification does not replace it.
+
+    Raises:
+        UsageError: it names the report.
+    """
+    for path in (place / _REPORT for place in places(directory)):
+        if not is_own(path):
+            continue
+        with contextlib.suppress(OSError, InvalidJsonError):
+            if parse_strictly(read_regular_file(path, OUTPUT_FILES[0].limit_bytes)).get("is_comparison") is True:
+                continue
+        raise UsageError(
+            f"{path} is the report of a run, and a verification does not replace it",
+            hint=f"choose another directory with {chosen_by}",
+        )
 
 
 def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = "--output") -> None:

@@ -47,7 +47,8 @@ OUTPUT_FILES = (
         "programs",
         "all results in strict JSON, described below",
         re.compile(
-            rb'\{\s*"schema_version":\s*"[0-9.]{1,16}",\s*"complete":\s*(?:true|false),\s*"result":\s*"[a-z]{1,16}",'
+            rb'\{\s*"schema_version":\s*"[0-9.]{1,16}",\s*"complete":\s*(?:true|false),\s*'
+            rb'(?:"stale":\s*(?:null|"[a-z]{1,16}"),\s*)?"result":\s*"[a-z]{1,16}",'
             rb'\s*"counts":\s*\{[^{}]{0,256}\},\s*"tool":\s*\{\s*"name":\s*"merge-gate"\s*[,}]'
         ),
     ),

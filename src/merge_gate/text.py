@@ -5,6 +5,7 @@ It uses only the standard library and Python 3.9, because the action's own Pytho
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 # Letters that look empty: Hangul fillers, and the blank braille cell.
 _BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+
+_MOST_PATH_BYTES, _MOST_NAME_BYTES = 4095, 255  # of Linux
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 """A number as a user writes it."""
@@ -55,6 +58,22 @@ def counted(count: int, singular: str, plural: str = "") -> str:
 def verb(count: int, singular: str, plural: str) -> str:
     """The form of a verb that fits a count: 1 tensor `has`, 2 tensors `have`."""
     return singular if count == 1 else plural
+
+
+def unusable(name: str) -> str:
+    """Why a text can be no name of a file, directory, or repository; empty if it can."""
+    if not name.strip():
+        return "is empty (a variable that is not set?)"
+    try:
+        path = os.fsencode(name)
+        path.decode("utf-8")
+    except UnicodeError:
+        return f"is {quoted(name)}, expected a name in UTF-8"
+    if "\0" in name:
+        return f"is {quoted(name)}, expected a name without NUL"
+    if len(path) > _MOST_PATH_BYTES or max(map(len, path.split(b"/"))) > _MOST_NAME_BYTES:
+        return f"is {quoted(name)} and has {len(name):,} characters, expected a shorter name"
+    return ""
 
 
 def one_of(words: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate.action import outcome
 from merge_gate.action.docker import collect
 from merge_gate.errors import UsageError
 from merge_gate.report.stored.report_files import FORMATS, write_report
@@ -104,15 +105,15 @@ def test_a_link_at_the_target_is_replaced_and_not_written_through(source: Path, 
     assert not (target / "report.json").is_symlink()
 
 
-def test_an_earlier_report_is_moved_aside(target: Path, wording: Wording) -> None:
+def test_an_earlier_report_is_marked_as_stale(target: Path, wording: Wording) -> None:
     write_report(PASS, target)
     (target / "mine.txt").touch()
     with collect.claimed(target), pytest.raises(UsageError) as caught, collect.claimed(target):
         pytest.fail("two runs at once")
     wording(caught.value)
-    assert {path.name for path in target.iterdir()} == {"mine.txt", "previous"}
-    assert collect.files(target) == [], "an earlier report is never uploaded"
-    assert collect.files(target / "previous") == [target / "previous" / name for name in FORMATS]
+    visible = {path.name for path in target.iterdir() if not path.name.startswith(".")}
+    assert visible == {"mine.txt", "report.json"}
+    assert outcome.read_report(target / "report.json") == (None, "wrote no report"), "it is never taken for this run's"
 
 
 def test_a_file_of_another_tool_is_not_replaced(target: Path) -> None:

@@ -256,9 +256,25 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert outputs(environ)["result"] == "error"
     assert outputs(environ)["upload-path"] == ""
-    assert [path.name for path in out.iterdir()] == ["previous"]
-    assert {path.name for path in (out / "previous").iterdir()} == set(FORMATS)
-    assert log.count(str(out / "previous")) == 1
+    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["report.json"]
+    assert json.loads((out / "report.json").read_text())["stale"] == "pass"
+    assert "wrote no report" in log
+
+
+@pytest.mark.attempt("D2c", "the action's verify with the output of a run", "error, and the run's report stays")
+@pytest.mark.parametrize("runtime", ["native", "docker"])
+def test_a_verification_leaves_the_report_of_a_run(environ: dict[str, str], runtime: str) -> None:
+    workspace = Path(environ["GITHUB_WORKSPACE"])
+    (workspace / "model").mkdir()
+    write_report(PASS, workspace / "out")
+    process = step(environ, runtime=runtime, config="merge-gate.yml", verify="model", output="out")
+    log, _ = process.communicate(timeout=PATIENCE_S)
+    (error,) = annotations("error", log)
+    assert "report of a run" in error
+    assert outputs(environ)["result"] == "error"
+    assert {path.name: path.read_text() for path in (workspace / "out").iterdir()} == {
+        name: render(PASS) for name, render in FORMATS.items()
+    }
 
 
 @pytest.mark.parametrize("runtime", ["native", "docker"])

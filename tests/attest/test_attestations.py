@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,16 +20,17 @@ from merge_gate.attest.checked import attestation_problems
 from merge_gate.attest.envelope import opened, read_key, signed
 from merge_gate.attest.statement import InvalidStatementError, Subject
 from merge_gate.cli.dispatch import main
+from merge_gate.earlier_reports import mark_stale
 from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
 from tests.support import published, reports
+from tests.support.tried import tried
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 NOW = datetime(2026, 11, 27, 20, 15, tzinfo=UTC)
 KEYS = {
@@ -67,6 +69,7 @@ def problems(envelope: bytes, model: Path, key: Any = SIGNER, **more: Any) -> tu
     return attestation_problems(envelope, public(key), model, **({"now": NOW} | more))
 
 
+@pytest.mark.attempt("T00", "attest and verify with ed25519, P-256, P-384, and P-521 (control)", "accepted")
 @pytest.mark.parametrize("kind", KEYS)
 def test_what_is_signed_is_accepted_with_its_key_and_no_other(model: Path, kind: str) -> None:
     envelope = envelope_of(model, KEYS[kind])
@@ -124,16 +127,21 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a link to the same bytes": link,
     "a folder behind a link": other_folder,
     "an empty directory": empty,
+    "an empty folder more": lambda model: (model / "more").mkdir(),
+    "a folder in a folder more": lambda model: (model / "a" / "b").mkdir(parents=True),
+    "a pipe more": lambda model: os.mkfifo(model / "pipe"),
+    "a hard link more": lambda model: os.link(model / "config.json", model / "other.json"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_directory_is_refused(model: Path, change: str) -> None:
+@pytest.mark.parametrize("change", tried("T05", "attested directory", "refused", CHANGES))
+def test_a_changed_directory_is_refused(model: Path, change: Callable[[Path], object]) -> None:
     envelope = envelope_of(model)
-    CHANGES[change](model)
+    change(model)
     assert problems(envelope, model)
 
 
+@pytest.mark.attempt("T02a", "flipped bytes of an envelope, except the id of the key", "refused")
 def test_no_flipped_byte_of_an_envelope_is_accepted(model: Path) -> None:
     envelope = envelope_of(model)
     accepted = []
@@ -147,6 +155,7 @@ def test_no_flipped_byte_of_an_envelope_is_accepted(model: Path) -> None:
     assert [place for place in accepted if not keyid <= place < end] == []
 
 
+@pytest.mark.attempt("T04", "replay of an old attestation, and one of the future", "refused")
 def test_an_old_attestation_and_one_of_the_future_are_refused(model: Path) -> None:
     envelope = envelope_of(model)
     assert problems(envelope, model, now=NOW + timedelta(days=6.9), max_age_days=7) == ()
@@ -169,14 +178,25 @@ def changed_statement(model: Path, **predicate: Any) -> bytes:
     return signed(json.dumps(document).encode(), private(SIGNER))
 
 
-@pytest.mark.parametrize("verdict", ["failed", "error"])
+@pytest.mark.parametrize("verdict", tried("T03c", "signed verdict", "refused", {"failed": "failed", "error": "error"}))
 def test_a_signed_verdict_that_is_not_passed_is_refused(model: Path, verdict: str) -> None:
     assert problems(changed_statement(model, verdict=verdict), model)
 
 
 @pytest.mark.parametrize(
     "predicate",
-    [{"published": False}, {"verdict": "good"}, {"attested_at": "yesterday"}, {"base": None}, {"attested_at": None}],
+    tried(
+        "T03b",
+        "signed predicate",
+        "refused",
+        {
+            "an adapter's own files": {"published": False},
+            "a verdict that is none": {"verdict": "good"},
+            "a time that is none": {"attested_at": "yesterday"},
+            "no base": {"base": None},
+            "no time": {"attested_at": None},
+        },
+    ),
 )
 def test_a_signed_predicate_that_says_something_else_is_refused(model: Path, predicate: dict[str, Any]) -> None:
     assert problems(changed_statement(model, **predicate), model)
@@ -191,17 +211,22 @@ def test_an_attestation_of_an_adapters_files_is_none_of_a_model(model: Path, tmp
 
 @pytest.mark.parametrize(
     "subjects",
-    [
-        [],
-        None,
-        [{"name": "../outside", "digest": {"sha256": "0" * 64}}],
-        [{"name": "/etc/passwd", "digest": {"sha256": "0" * 64}}],
-        [{"name": "config.json"}],
-        [{"name": "config.json", "digest": {"sha1": "0" * 40}}],
-        [{"name": "config.json", "digest": {"sha256": "0" * 64}}] * 2,
-        [{"name": f"{n}", "digest": {"sha256": "0" * 64}} for n in range(1025)],
-        ["config.json"],
-    ],
+    tried(
+        "T03d",
+        "signed subjects",
+        "refused",
+        {
+            "an empty list": [],
+            "none": None,
+            "a name outside": [{"name": "../outside", "digest": {"sha256": "0" * 64}}],
+            "an absolute name": [{"name": "/etc/passwd", "digest": {"sha256": "0" * 64}}],
+            "no digest": [{"name": "config.json"}],
+            "SHA-1": [{"name": "config.json", "digest": {"sha1": "0" * 40}}],
+            "a name twice": [{"name": "config.json", "digest": {"sha256": "0" * 64}}] * 2,
+            "1,025 names": [{"name": f"{n}", "digest": {"sha256": "0" * 64}} for n in range(1025)],
+            "a text": ["config.json"],
+        },
+    ),
 )
 def test_a_statement_with_other_subjects_is_refused(model: Path, subjects: Any) -> None:
     document = json.loads(statements_of(str(model), (), NOW)[0]) | {"subject": subjects}
@@ -218,24 +243,47 @@ def test_a_statement_of_another_type_is_refused(model: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"payloadType": "text/plain"},
-        {"payload": "!"},
-        {"payload": None},
-        {"signatures": []},
-        {"signatures": None},
-        {"signatures": [{"sig": "AAAA"}] * 65},
-        {"signatures": [3]},
-        {"signatures": [{"sig": "AAAA"}]},
-        {"payload": base64.b64encode(b"{}").decode()},
-    ],
+    tried(
+        "T02c",
+        "envelope",
+        "refused",
+        {
+            "another payload type": {"payloadType": "text/plain"},
+            "a payload that is no base64": {"payload": "!"},
+            "no payload": {"payload": None},
+            "no signatures": {"signatures": []},
+            "no list of signatures": {"signatures": None},
+            "65 signatures": {"signatures": [{"sig": "AAAA"}] * 65},
+            "a signature that is a number": {"signatures": [3]},
+            "a signature of 3 bytes": {"signatures": [{"sig": "AAAA"}]},
+            "another payload": {"payload": base64.b64encode(b"{}").decode()},
+            "a line break in base64": {"payload": "AA\nAA"},
+            "the other alphabet of base64": {"payload": "-_AA"},
+        },
+    ),
 )
 def test_another_envelope_is_refused(model: Path, change: dict[str, Any]) -> None:
     envelope = json.dumps(json.loads(envelope_of(model)) | change).encode()
     assert problems(envelope, model)
 
 
-@pytest.mark.parametrize("envelope", [b"", b"[]", b"{", b"\xff", b'{"payloadType": 1, "payloadType": 2}'])
+@pytest.mark.parametrize(
+    "envelope",
+    tried(
+        "T02d",
+        "envelope",
+        "refused",
+        {
+            "empty": b"",
+            "a list": b"[]",
+            "cut off": b"{",
+            "no UTF-8": b"\xff",
+            "a key twice": b'{"payloadType": 1, "payloadType": 2}',
+            "NaN": b'{"payloadType": NaN}',
+            "nested 100,000 deep": b"[" * 100_000,
+        },
+    ),
+)
 def test_bytes_that_are_no_envelope_are_refused(model: Path, envelope: bytes) -> None:
     assert problems(envelope, model)
 
@@ -254,6 +302,46 @@ def test_an_envelope_holds_what_openssl_verifies(model: Path) -> None:
     signature = base64.b64decode(document["signatures"][0]["sig"])
     SIGNER.public_key().verify(signature, b"DSSEv1 28 " + kind + b" " + str(len(payload)).encode() + b" " + payload)
     assert opened(json.dumps(document).encode(), public(SIGNER)) == payload
+
+
+UNUSED_BITS = {"A": "B", "Q": "R", "g": "h", "w": "x"}
+"""The last letters of base64 before `==`, and others with the same bits of the value."""
+
+
+@pytest.mark.attempt("T02b", "unused bits of base64 flipped, in payload and signature", "refused")
+@pytest.mark.parametrize("field", ["payload", "sig"])
+def test_another_spelling_of_base64_is_refused(model: Path, field: str) -> None:
+    (content,) = statements_of(str(model), (), NOW)
+    document = json.loads(signed(content + b" " * ((1 - len(content)) % 3), private(SIGNER)))
+    assert problems(json.dumps(document).encode(), model) == ()
+    holder = document if field == "payload" else document["signatures"][0]
+    text = holder[field]
+    holder[field] = f"{text[:-3]}{UNUSED_BITS[text[-3]]}=="
+    assert base64.b64decode(holder[field]) == base64.b64decode(text)
+    assert any("base64" in problem for problem in problems(json.dumps(document).encode(), model))
+
+
+@pytest.mark.attempt("T03a", "the date in digits of another script", "refused")
+def test_a_date_in_other_digits_is_refused(model: Path) -> None:
+    whole = statement.read(statements_of(str(model), (), NOW)[0])
+    other = replace(whole.predicate, attested_at=whole.predicate.attested_at.replace("2", "\N{ARABIC-INDIC DIGIT TWO}"))
+    envelope = signed(statement.render(replace(whole, predicate=other)), private(SIGNER))
+    assert any("time" in problem for problem in problems(envelope, model))
+
+
+# --- what the statement rests on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.attempt("T10", "attest a hand-made directory that fits its own merge-gate.json", "the statement says so")
+def test_a_statement_says_where_its_verdict_is_from(model: Path, tmp_path: Path) -> None:
+    (of_directory,) = statements_of(str(model), (), NOW)
+    assert json.loads(of_directory)["predicate"]["verdict_from"] == MANIFEST_NAME
+    (tmp_path / "report.json").write_text(json_report.render(reports.report(reports.adapter())))
+    (of_report,) = statements_of(str(tmp_path), (), NOW)
+    assert json.loads(of_report)["predicate"]["verdict_from"] == "report.json"
+    mark_stale(tmp_path)
+    with pytest.raises(UsageError, match="judged nothing"):
+        statements_of(str(tmp_path), (), NOW)
 
 
 # --- what is not attested --------------------------------------------------------------------------------------------
@@ -319,6 +407,7 @@ def test_a_statement_has_limits(model: Path) -> None:
 # --- keys and the command --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attempt("T01a", "keys: RSA, secp256k1, a private key as a public one, no key", "exit 2")
 def test_keys_of_other_kinds_are_refused(model: Path) -> None:
     envelope = envelope_of(model)
     weak = rsa.generate_private_key(public_exponent=65537, key_size=1024)
@@ -331,6 +420,7 @@ def test_keys_of_other_kinds_are_refused(model: Path) -> None:
             attestation_problems(envelope, key, model, now=NOW)
 
 
+@pytest.mark.attempt("T01b", "a private key with a password", "exit 2")
 def test_a_key_with_a_password_is_refused(model: Path) -> None:
     locked = SIGNER.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"x")
@@ -339,10 +429,12 @@ def test_a_key_with_a_password_is_refused(model: Path) -> None:
         signed(b"{}", locked)
 
 
+@pytest.mark.attempt("T01c", "a key that is a pipe, 100 KB, absent, or a directory", "exit 2")
 def test_a_key_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(b"x" * 100_000)
-    for name in ("pipe", "large", "none", "."):
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "large", "none", ".", "zero"):
         with pytest.raises(UsageError):
             read_key(str(tmp_path / name))
 

@@ -92,6 +92,7 @@ def test_a_fresh_run_writes_and_does_not_read(store: Store, records: BaseRecords
     assert records.lookup(BASE, CONTENT)
 
 
+@pytest.mark.attempt("C04", "a forged base record, with a secret", "not used")
 def test_a_record_under_another_secret_is_none(tmp_path: Path) -> None:
     BaseRecords(Store(str(tmp_path), Seal("another secret, as long"), pytest.fail), "x").store(BASE, CONTENT, RECORD)
     own = BaseRecords(Store(str(tmp_path), Seal("a secret of some length"), pytest.fail), "x")

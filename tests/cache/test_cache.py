@@ -212,6 +212,7 @@ def forge(cache: Path, name: str, verdict: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.attempt("C01", "a forged verdict in the cache", "a miss with a secret, believed without, as documented")
 def test_a_forged_verdict_is_believed_without_a_secret_and_a_miss_with_one(copy: Path) -> None:
     """The first half is what docs/guides/fleets.md warns of: it must be said as long as it is so."""
     forge(copy / "cache", "adapter-nonfinite", "passed")
@@ -227,6 +228,7 @@ def test_a_forged_verdict_is_believed_without_a_secret_and_a_miss_with_one(copy:
 
 
 @pytest.mark.slow
+@pytest.mark.attempt("C02", "entries of the cache exchanged with others", "a miss")
 def test_every_entry_exchanged_with_another_is_a_miss(copy: Path) -> None:
     files = sorted((copy / "cache" / "verdicts").iterdir())
     bodies = [path.read_bytes() for path in files]
@@ -333,6 +335,7 @@ def test_killed_twice_and_resumed_is_the_whole_run_but_for_marks(fleet: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.attempt("C06", "--resume from an edited report, with a secret", "judged again")
 def test_a_report_that_was_edited_is_judged_again(copy: Path) -> None:
     document = json.loads((copy / "cold" / "report.json").read_bytes())
     for one in document["adapters"]:

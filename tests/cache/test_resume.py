@@ -11,7 +11,7 @@ from merge_gate.cache.cached_verdict import CachedVerdict, sealed
 from merge_gate.cache.key import key_of
 from merge_gate.cache.resume import ResumedVerdicts, forget
 from merge_gate.cache.seal import Seal
-from merge_gate.earlier_reports import RESUMED, move_aside
+from merge_gate.earlier_reports import RESUMED, mark_stale
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.formats.json_report import read, render
@@ -70,20 +70,26 @@ def test_a_second_kill_loses_nothing_of_the_first(tmp_path: Path) -> None:
     assert not (tmp_path / RESUMED).exists()
 
 
-def test_verdicts_are_found_wherever_a_mistake_has_moved_them(tmp_path: Path) -> None:
-    """The newest report, those that usage errors moved, and the file of a run that resumed others."""
-    for name in "abc":
-        (tmp_path / "report.json").write_text(render(killed(name)))
-        resumed(tmp_path).preserve()
-        move_aside(tmp_path)
+def test_verdicts_are_found_in_every_earlier_report(tmp_path: Path) -> None:
+    """Those in the reports that earlier versions moved aside, too."""
+    for name, place in zip("abc", ("previous", "previous-2", "previous-3"), strict=True):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "report.json").write_text(render(killed(name)))
     (tmp_path / "report.json").write_text(render(killed("D")))
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "previous", "previous-2", "previous-3"}
     verdicts = resumed(tmp_path)
     assert known(verdicts, "abcd") == "abc"
     places = ", ".join(str(tmp_path / name) for name in ("previous", "previous-2", "previous-3"))
     (note,) = verdicts.notes
     assert note.startswith("--resume ")
     assert note.endswith(places)
+
+
+def test_a_mistake_in_between_keeps_the_verdicts(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(render(killed("a")))
+    resumed(tmp_path).preserve()
+    (tmp_path / "report.json").write_text(render(killed("b")))
+    mark_stale(tmp_path)
+    assert known(resumed(tmp_path), "ab") == "ab"
 
 
 def test_a_verdict_may_be_on_every_base_of_its_name(tmp_path: Path) -> None:

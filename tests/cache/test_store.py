@@ -58,6 +58,7 @@ def test_a_renamed_document_is_a_miss(tmp_path: Path, file: Path) -> None:
     assert store(tmp_path).get("bases", NAME) is None
 
 
+@pytest.mark.attempt("C03a", "a cached verdict is a link", "a miss, and the link is not written through")
 def test_a_link_is_a_miss_wherever_it_leads(tmp_path: Path, file: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     file.rename(elsewhere)
@@ -68,6 +69,7 @@ def test_a_link_is_a_miss_wherever_it_leads(tmp_path: Path, file: Path) -> None:
     assert not file.is_symlink()
 
 
+@pytest.mark.attempt("C03b", "a folder of the cache is a link", "exit 2")
 def test_a_kind_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "verdicts").symlink_to(tmp_path)
@@ -75,6 +77,7 @@ def test_a_kind_that_is_a_link_is_refused(tmp_path: Path) -> None:
         store(tmp_path)
 
 
+@pytest.mark.attempt("C03c", "a cached verdict is a pipe, a directory, or too large", "a miss, no hang")
 @pytest.mark.parametrize("kind", ["a pipe", "a directory", "a file that is too large"])
 def test_what_is_no_plain_small_file_is_a_miss(tmp_path: Path, file: Path, kind: str) -> None:
     file.unlink()
@@ -102,6 +105,7 @@ def test_a_name_cannot_lead_out(tmp_path: Path, file: Path) -> None:
         assert store(tmp_path).get("verdicts", name) is None
 
 
+@pytest.mark.attempt("C01b", "a verdict under another secret, or none", "a miss")
 def test_another_secret_or_none_is_a_miss(tmp_path: Path, file: Path) -> None:
     assert store(tmp_path, SECRET).get("verdicts", NAME) is None, "a forged document passed for one with a secret"
     store(tmp_path, SECRET).put("verdicts", NAME, DOCUMENT)
@@ -111,6 +115,7 @@ def test_another_secret_or_none_is_a_miss(tmp_path: Path, file: Path) -> None:
     assert SECRET.encode() not in file.read_bytes()
 
 
+@pytest.mark.attempt("C05", "a short secret", "exit 2")
 def test_a_short_secret_is_refused(wording: Wording) -> None:
     with pytest.raises(UsageError) as caught:
         Seal("secret")

@@ -1,4 +1,4 @@
-"""The output directory belongs to one run at a time, and has no earlier report at its top level."""
+"""The output directory belongs to one run at a time, and an earlier report in it is stale."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from tests.support.reports import PASS
 from tests.support.wording import Wording
 
 
-def test_an_earlier_report_is_moved_aside_and_other_files_stay(tmp_path: Path) -> None:
+def test_an_earlier_report_is_moved_once_a_run_judges_and_other_files_stay(tmp_path: Path) -> None:
     write_report(PASS, tmp_path)
     for name in (".report.json.0123456789abcdef.tmp", "notes.txt"):
         (tmp_path / name).write_text("old")
     with claimed(tmp_path) as earlier:
+        assert stored_result(tmp_path) is None, "a killed run leaves no earlier verdict"
+        earlier.replace_previous()
         assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "previous"}
         assert earlier.place == tmp_path / "previous"
         assert {file.name for file in earlier.place.iterdir()} == set(FORMATS)
@@ -35,7 +37,7 @@ def test_a_second_run_is_told_of_the_first_and_leaves_its_report_alone(tmp_path:
         assert (tmp_path / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert caught.value.hint
     with claimed(tmp_path):
-        assert not (tmp_path / "report.json").exists()
+        assert stored_result(tmp_path) is None
 
 
 def test_a_directory_of_which_nothing_came_is_taken_away_again(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
     monkeypatch.setattr(claimed_directory.fcntl, "flock", refuse)
     write_report(PASS, tmp_path)
     with claimed(tmp_path):
-        assert not (tmp_path / "report.json").exists()
+        assert stored_result(tmp_path) is None
 
 
 def test_a_link_is_not_followed(tmp_path: Path, wording: Wording) -> None:

@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 
 from merge_gate.cli.dispatch import main
-from merge_gate.publish.manifest import MANIFEST_NAME
+from merge_gate.errors import UsageError
+from merge_gate.publish.manifest import MANIFEST_NAME, differences, parse_manifest, read_manifest, render
+from merge_gate.records.config import Combine
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.protocol import PublicationSent
 from merge_gate.worker.publish_service import Publisher
 from tests.support import published
 from tests.support.played_merges import MERGED, lay, play, played, send_all
+from tests.support.tried import tried
 
 
 @pytest.fixture
@@ -145,12 +149,162 @@ def test_another_base_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -
     assert nothing_is_left(place)
 
 
-def test_other_versions_are_named_if_the_bytes_differ(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
-    published.rewrite(place / "merged" / "one", versions=document["versions"] | {"torch": "0.1"})
-    assert rebuild(place, send=flips_a_bit) == 1
-    assert "torch is" in capfd.readouterr().err
-    assert rebuild(place) == 0, "with the same bytes, versions do not matter"
+def edit(place: Path, name: str, value: object) -> None:
+    """Change a fact in merge-gate.json, by its place, and the card with it: nothing else shows the edit."""
+    folder = place / "merged" / "one"
+    key, _, inner = name.partition(".")
+    document = json.loads((folder / MANIFEST_NAME).read_text())
+    published.rewrite(folder, **{key: document[key] | {inner: value} if inner else value})
+    assert not differences(folder, read_manifest(folder)), "the directory fits its own record"
+
+
+FACTS: dict[str, object] = {
+    "parameters": 999_999_999,
+    "warnings": ["headroom"],
+    "peft_type": "DORA",
+    "tool.version": "99",
+    "versions.torch": "99",
+    "versions.torch ": None,
+    "versions.python": "2.7",
+    "base.sha256": "0" * 64,
+    "base.dtype": "float32",
+    "base.quantization": "fp8",
+}
+
+
+@pytest.mark.parametrize(
+    "fact", tried("T13", "merge-gate.json edited, and the card made to fit", "exit 1", {n: n for n in FACTS})
+)
+def test_a_fact_that_the_run_did_not_reproduce_is_named(
+    place: Path, fact: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit(place, fact.strip(), FACTS[fact])
+    assert rebuild(place) == 1
+    assert fact.strip() in capfd.readouterr().err
+    assert nothing_is_left(place)
+
+
+def test_a_permission_that_the_run_does_not_need_is_no_fact(place: Path) -> None:
+    edit(place, "allow_pickle", True)
+    assert rebuild(place) == 0
+
+
+@pytest.mark.attempt("T13z", "card and merge-gate.json written anew in another spelling", "exit 1")
+def test_another_spelling_of_the_file_is_named(place: Path) -> None:
+    path = place / "merged" / "one" / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert rebuild(place) == 1
+    assert nothing_is_left(place)
+
+
+# --- checks without their defaults -----------------------------------------------------------------------------------
+
+LOST = {"unexpected": ("optimizer.step",)}
+"""Evidence of an adapter that fails the gate, unless the check is off."""
+
+
+@pytest.fixture
+def switched_off(place: Path) -> Path:
+    """A model whose merge the gate fails by its defaults."""
+    config = {"version": 1, "base": "./base", "adapters": ["./one"], "checks": {"keys-unexpected": "off"}}
+    (place / "gate.yml").write_text(json.dumps(config))
+    assert play(place, "--publish", "off", adapters=["gate.yml"], changes=LOST) == 0
+    shutil.rmtree(place / "merged")
+    (place / "off").rename(place / "merged")
+    return place
+
+
+@pytest.mark.attempt("T14a", "rebuild a merge that fails the gate, published with the check off", "says so")
+def test_checks_that_were_off_are_in_the_file_and_named(switched_off: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(switched_off / "merged" / "one")
+    assert manifest.checks == ("keys-unexpected=off",)
+    assert "keys-unexpected" in (switched_off / "merged" / "one" / CARD_NAME).read_text()
+    capfd.readouterr()
+    assert rebuild(switched_off, changes=LOST) == 0
+    assert "keys-unexpected=off" in capfd.readouterr().out
+    assert main(["verify", "merged/one"]) == 0
+    (entry,) = json.loads((switched_off / "merge-gate-verify" / "report.json").read_text())["adapters"]
+    assert "keys-unexpected=off" in entry["findings"][0]["message"]
+
+
+@pytest.mark.attempt("T14b", "the same, after the changed check was removed from merge-gate.json", "exit 3")
+def test_a_merge_that_the_gate_fails_is_not_laundered(switched_off: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    edit(switched_off, "checks", [])
+    assert rebuild(switched_off, changes=LOST) == 3
+    assert "optimizer.step" in capfd.readouterr().err
+    assert nothing_is_left(switched_off)
+
+
+SETTINGS = {
+    "merged-nonfinite is off": "merged-nonfinite=off",
+    "base-nonfinite warns": "base-nonfinite=warning",
+    "a check that is none": "no-such-check=off",
+    "a severity that is none": "no-effect=maybe",
+    "a limit that is none": "headroom=error:nan",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("setting", tried("T14x", "checks in merge-gate.json", "exit 2", SETTINGS))
+def test_a_setting_that_no_configuration_can_have_is_refused(place: Path, setting: str) -> None:
+    path = place / "merged" / "one" / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checks": [setting]}))
+    assert rebuild(place) == 2
+    assert main(["verify", "merged/one"]) == 2
+
+
+def test_limits_are_repeated_too(place: Path) -> None:
+    checks = {"headroom": {"severity": "error", "limit": 0.123456789}, "delta-norm": {"limit": 7, "error-limit": 9}}
+    (place / "gate.yml").write_text(
+        json.dumps({"version": 1, "base": "./base", "adapters": ["./one"], "checks": checks})
+    )
+    shutil.rmtree(place / "merged")
+    assert play(place, "--publish", "merged", adapters=["gate.yml"]) == 0
+    listed = read_manifest(place / "merged" / "one").checks
+    assert set(listed) == {"headroom=error:0.123456789", "delta-norm=warning:7.0:9.0"}
+    assert rebuild(place) == 0
+
+
+def test_other_names_of_the_base_are_accepted_as_in_the_first_run(place: Path) -> None:
+    adapter = place / "one" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": "acme/other"}))
+    base = {"model": "./base", "names": ["acme/other"]}
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "base": base, "adapters": ["./one"]}))
+    shutil.rmtree(place / "merged")
+    assert play(place, "--publish", "merged", adapters=["gate.yml"]) == 0
+    assert rebuild(place) == 0
+
+
+# --- where it goes ---------------------------------------------------------------------------------------------------
+
+PLACES = {
+    "the published model": "merged/one",
+    "a folder in the published model": "merged/one/sub",
+    "the base": "base",
+    "a folder in the base": "base/sub",
+    "the adapter": "one",
+    "a link to a directory": "link",
+    "a link to the model": "link-to-model",
+    "a file": "file",
+    "/proc": "/proc/self",
+    "5,000 characters": "x" * 5000,
+}
+
+
+@pytest.mark.parametrize("output", tried("T15", "rebuild --output", "exit 2", PLACES))
+def test_a_model_is_not_written_into_other_files(place: Path, output: str) -> None:
+    (place / "elsewhere").mkdir()
+    (place / "link").symlink_to("elsewhere")
+    (place / "link-to-model").symlink_to("merged/one")
+    (place / "file").write_text("mine")
+    before = files(place)
+    with played(place / "base", send=merges):
+        try:
+            code = main(["rebuild", "merged/one", "--output", output])
+        except SystemExit as leaving:
+            code = int(str(leaving.code))
+    assert code == 2
+    assert files(place) == before
 
 
 def refuses(publisher: Publisher, task: int, _: Mapping[str, bytes]) -> None:
@@ -166,12 +320,16 @@ def test_a_model_that_cannot_be_made_is_a_sentence(place: Path, capfd: pytest.Ca
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "../one"},
-        {"name": "."},
-        {"verdict": "failed"},
-        {"dtype": "int4"},
+        pytest.param({"name": "../one"}, marks=pytest.mark.attempt("T11a", "the name ../one", "exit 2")),
+        pytest.param({"name": "."}, marks=pytest.mark.attempt("T11b", "the name .", "exit 2")),
+        pytest.param({"name": "/etc/x"}, marks=pytest.mark.attempt("T11c", "an absolute name", "exit 2")),
+        pytest.param({"name": "a/b"}, marks=pytest.mark.attempt("T11d", "the name a/b", "exit 2")),
+        pytest.param({"name": "a\0b"}, marks=pytest.mark.attempt("T11e", "a name with NUL", "exit 2")),
+        pytest.param({"name": "x" * 300}, marks=pytest.mark.attempt("T11f", "a name of 300 characters", "exit 2")),
+        pytest.param({"verdict": "failed"}, marks=pytest.mark.attempt("T12a", "the verdict failed", "exit 2")),
+        pytest.param({"dtype": "int4"}, marks=pytest.mark.attempt("T12b", "a dtype that is none", "exit 2")),
         {"base": None},
-        {"adapters": []},
+        pytest.param({"adapters": []}, marks=pytest.mark.attempt("T12c", "no adapters", "exit 2")),
     ],
 )
 def test_a_file_of_a_stranger_is_refused(place: Path, change: Mapping[str, Any]) -> None:
@@ -185,11 +343,11 @@ def test_no_code_runs_whatever_the_file_says(place: Path) -> None:
     config = place / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "x.Y"}}))
     assert play(place, "--publish", "merged") == 0
-    published.rewrite(place / "merged" / "one", trust_remote_code=True)
+    edit(place, "trust_remote_code", True)
     assert rebuild(place) == 0, "the reference is removed, as in the first run"
 
 
-@pytest.mark.attempt("T13b", "merge-gate.json with false facts, and the card as it was", "exit 1, and nothing is kept")
+@pytest.mark.attempt("T13y", "merge-gate.json with false facts, and the card as it was", "exit 1, and nothing is kept")
 def test_an_edited_file_does_not_fit_its_card(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest = place / "merged" / "one" / MANIFEST_NAME
     manifest.write_bytes(manifest.read_bytes().replace(b'"parameters": ', b'"parameters": 9'))
@@ -221,6 +379,7 @@ def test_a_directory_without_a_record_gets_a_hint_for_reading(place: Path, capfd
     assert "cannot read base/merge-gate.json: No such file or directory\n  name a published model" in err
 
 
+@pytest.mark.attempt("T19", "rebuild FILE is a pipe", "exit 2")
 def test_links_and_pipes_are_not_read(place: Path) -> None:
     manifest = place / "merged" / "one" / MANIFEST_NAME
     manifest.unlink()
@@ -242,3 +401,13 @@ def test_a_combination_is_made_of_its_members_again(tmp_path: Path, monkeypatch:
     assert (
         files(tmp_path / "again" / "both") == files(tmp_path / "more" / "both") == files(tmp_path / "merged" / "both")
     )
+
+
+@pytest.mark.attempt("T12d", "an adapter has the combination's name", "exit 2")
+def test_a_member_with_the_name_of_the_combination_is_refused(tmp_path: Path) -> None:
+    combine = Combine(method="linear", adapters=("a", "b"), weights=(1.0, 1.0))
+    document = json.loads(render(published.publish(tmp_path, combine=combine)))
+    assert parse_manifest(json.dumps(document).encode(), "x").combination
+    document["adapters"][0]["name"] = document["name"]
+    with pytest.raises(UsageError, match="adapters"):
+        parse_manifest(json.dumps(document).encode(), "x")

@@ -18,6 +18,7 @@ from merge_gate.shards.combined import combined
 from merge_gate.shards.shard_files import FoundReport
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
 from tests.support.shards.shard_reports import BASE, SHARDS, mark
+from tests.support.tried import tried
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ WRONG: dict[str, Callable[[], list[Report]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", tried("C12", "report combine", "result error", {name: name for name in WRONG}))
 def test_what_is_not_one_whole_run_is_said_and_never_passes(name: str, wording: Wording) -> None:
     whole = combined(found(*WRONG[name]()))
     assert whole.result is Result.ERROR

@@ -40,7 +40,7 @@ def verify(*words: str, key: str = "key.pub") -> int:
 
 
 def entry(place: Path) -> dict[str, Any]:
-    (adapter,) = json.loads((place / "merge-gate-report" / "report.json").read_text())["adapters"]
+    (adapter,) = json.loads((place / "merge-gate-verify" / "report.json").read_text())["adapters"]
     return adapter  # type: ignore[no-any-return]
 
 

@@ -62,7 +62,7 @@ def test_exchanged_arguments_are_refused_with_the_corrected_command(
     ):
         assert main(["verify", *words]) == 2
         assert "run: merge-gate verify" in capsys.readouterr().err
-    assert not (tmp_path / "merge-gate-report" / "report.json").exists()
+    assert not (tmp_path / "merge-gate-verify" / "report.json").exists()
 
 
 def test_no_command_is_made_of_names_that_cannot_be_typed() -> None:

@@ -30,7 +30,7 @@ def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 def entry(place: Path) -> dict[str, object]:
-    report = json.loads((place / "merge-gate-report" / "report.json").read_text())
+    report = json.loads((place / "merge-gate-verify" / "report.json").read_text())
     assert report["complete"]
     (found,) = report["adapters"]
     return found
@@ -53,7 +53,7 @@ def test_another_model_fails_unless_its_kind_is_allowed(scene: Scene, tmp_path: 
     answer = merge_gate("verify", *words, cwd=tmp_path)
     assert answer.code == 1, answer.said
     assert entry(tmp_path)["cause"] == "applied-twice"
-    assert {path.name for path in (tmp_path / "merge-gate-report").iterdir()} >= {"report.html", "junit.xml"}
+    assert {path.name for path in (tmp_path / "merge-gate-verify").iterdir()} >= {"report.html", "junit.xml"}
     allowed = merge_gate("verify", *words, "--allow", "applied-twice", cwd=tmp_path)
     assert allowed.code == 0, allowed.said
 

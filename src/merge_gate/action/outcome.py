@@ -204,6 +204,8 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
 def _problem_of(report: Any) -> str:
     if not _is_known(report):
         return "wrote a report that this version of the action does not support"
+    if report.get("stale"):
+        return "wrote no report"
     if report["complete"] and not report["adapters"] and not _is_empty_shard(report):
         return "judged nothing"
     contradiction = _contradiction(report)

@@ -23,13 +23,12 @@ from merge_gate.action.docker.launcher import RunListener, run_in_container
 from merge_gate.action.event import Event, read_event
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
+from merge_gate.earlier_reports import refuse_run
 from merge_gate.errors import ExitCode, GateError, UsageError
 from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from merge_gate.earlier_reports import EarlierReports
 
 
 @dataclass
@@ -39,7 +38,6 @@ class _RunMessages:
     image: str = ""
     warnings: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    earlier: EarlierReports | None = None
 
     def listener(self) -> RunListener:
         return RunListener(
@@ -105,8 +103,9 @@ def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessa
     run = replace(inputs.run, environ=environ)
     path = run.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
-    with collect.claimed(run.output) as earlier:  # an earlier report must not be mistaken for the report of this run
-        messages.earlier = earlier
+    if run.verifies:
+        refuse_run(run.output, chosen_by="`output`")
+    with collect.claimed(run.output):  # an earlier report must not be mistaken for the report of this run
         runtime = choose_runtime(inputs.runtime, environ)
     _say(f"merge-gate: runtime {runtime}, report in {run.output}")
     log.open()
@@ -159,10 +158,6 @@ def _publish(
     inputs: ActionInputs | None, result: StepOutcome, messages: _RunMessages, environ: Mapping[str, str]
 ) -> int:
     report = result.report
-    if messages.earlier is not None and messages.earlier.line:
-        if report is not None:
-            messages.earlier.replace_previous()
-        _say(f"merge-gate: {messages.earlier.line}")
     cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
     wants_upload = report is not None and inputs is not None and inputs.upload_report
     event = read_event(environ)

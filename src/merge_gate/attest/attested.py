@@ -61,7 +61,8 @@ def _of_directory(folder: Path, now: datetime) -> bytes:
 def _of_report(source: str, only: Collection[str], now: datetime) -> list[bytes]:
     report = stored(source)
     if not report.complete:
-        raise UsageError("the report is not complete: its run did not finish", hint="run the gate again")
+        why = "a later command judged nothing" if report.stale else "its run did not finish"
+        raise UsageError(f"the report is not complete: {why}", hint="run the gate again")
     if report.files_only:
         raise UsageError(
             "the report is from `merge-gate check`, which merges nothing", hint="attest the report of `merge-gate run`"

@@ -86,7 +86,7 @@ def _of_predicate(statement: Statement, base_sha256: str | None) -> Iterator[str
 def _of_age(statement: Statement, max_age_days: float | None, now: datetime) -> Iterator[str]:
     written = statement.predicate.attested_at
     try:
-        attested = datetime.strptime(written, TIME_FORMAT).replace(tzinfo=UTC)
+        attested = datetime.strptime(written.encode("ascii", "replace").decode(), TIME_FORMAT).replace(tzinfo=UTC)
     except ValueError:
         yield f"the attestation has the time {one_line(written, 40)}, expected one like 2026-11-27T20:15:00Z"
         return

@@ -134,10 +134,12 @@ def _parsed(envelope: bytes) -> tuple[bytes, list[bytes]]:
 def _decoded(value: Any) -> bytes:
     try:
         if isinstance(value, str):
-            return base64.b64decode(value, validate=True)
+            decoded = base64.b64decode(value, validate=True)
+            if base64.b64encode(decoded).decode("ascii") == value:  # unused bits can give one payload two spellings
+                return decoded
     except (binascii.Error, ValueError):
         pass
-    raise InvalidEnvelopeError("has a payload or a signature that is not base64")
+    raise InvalidEnvelopeError("has a payload or a signature that is not canonical base64")
 
 
 def _pre_authentication(payload_type: str, payload: bytes) -> bytes:

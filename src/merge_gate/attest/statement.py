@@ -72,6 +72,7 @@ def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Sta
             adapters=manifest.adapters,
             config=manifest.config,
             versions=manifest.versions,
+            checks=manifest.checks,
         ),
     )
 
@@ -117,6 +118,7 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
                 bitsandbytes=environment.bitsandbytes if adapter.base.is_quantized else None,
                 device=environment.device,
             ),
+            verdict_from="report.json",
         ),
     )
 

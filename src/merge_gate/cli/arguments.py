@@ -9,7 +9,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.output_files import OUTPUT_FILES
-from merge_gate.text import one_of
+from merge_gate.text import one_of, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,14 +113,14 @@ def add_names(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output(command: argparse.ArgumentParser) -> None:
+def add_output(command: argparse.ArgumentParser, default: str = DEFAULT_OUTPUT) -> None:
     command.add_argument(
         "-o",
         "--output",
-        default=DEFAULT_OUTPUT,
-        type=_directory,
+        default=default,
+        type=given,
         metavar="DIR",
-        help=f"the directory for the report (default: {DEFAULT_OUTPUT})",
+        help=f"the directory for the report (default: {default})",
     )
 
 
@@ -145,14 +145,8 @@ def _copy(text: str) -> ReportCopy:
     return ReportCopy(word, place)
 
 
-def _directory(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty, expected a directory (a variable that is not set?)")
-    return text
-
-
 def given(text: str) -> str:
-    """The text, unless it is empty. An empty base or dtype would silently select another one."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty (a variable that is not set?)")
+    """The text, unless it can be no name. An empty base or dtype would silently select another one."""
+    if why := unusable(text):
+        raise argparse.ArgumentTypeError(why)
     return text

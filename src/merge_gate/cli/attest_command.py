@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from merge_gate.cli.arguments import CommandParser, Commands, examples, exit_codes
+from merge_gate.cli.arguments import CommandParser, Commands, examples, exit_codes, given
 from merge_gate.cli.output import print_document
 
 
@@ -20,7 +20,9 @@ def add(commands: Commands[CommandParser]) -> None:
             "2  usage error, or the directory does not match its merge-gate.json: nothing was printed",
         ),
     )
-    attest.add_argument("source", metavar="REPORT|DIR", help="a published directory, or the report of a run")
+    attest.add_argument(
+        "source", type=given, metavar="REPORT|DIR", help="a published directory, or the report of a run"
+    )
     attest.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="attest only this adapter of the report; repeatable"
     )

@@ -41,8 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = str(Path(arguments.directory, DEFAULT_OUTPUT))
     config = load_config(make_demo(arguments.directory))
-    with claimed_output(output) as claim:
-        report = gate_adapters(config, RunOptions(device="cpu", output=output), arguments, begins=claim.begin)
+    with claimed_output(output) as earlier:
+        report = gate_adapters(
+            config, RunOptions(device="cpu", output=output), arguments, begins=earlier.replace_previous
+        )
     if wrong := misjudged(report):
         raise GateError(
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments. If they are wrong, earlier reports move aside, so that they do not look like this run's."""
+    """The arguments. If they are wrong, an earlier report is marked as stale: it is not the report of this run."""
     try:
         arguments = parsed(argv)
     except SystemExit as leaving:

@@ -53,32 +53,16 @@ def gate_adapters(
         return run_gate(config, options, view=view, worker=worker, begins=begins)
 
 
-class Claim:
-    """An output directory that this run holds, and the earlier reports that were in it."""
-
-    def __init__(self, earlier: EarlierReports) -> None:
-        self._earlier = earlier
-        self.has_begun = False
-
-    def begin(self) -> None:
-        """Let the earlier reports replace `previous/`, and say where they are."""
-        self.has_begun = True
-        self._earlier.replace_previous()
-        say_place(self._earlier)
-
-
 @contextmanager
-def claimed_output(output: str) -> Iterator[Claim]:
-    """Hold the output directory. If the run never begins, say where the reports of earlier runs are."""
+def claimed_output(output: str) -> Iterator[EarlierReports]:
+    """Hold the output directory. At the end, say where the report of an earlier run is."""
     from merge_gate.report.stored.output_directory import claimed
 
     with claimed(output) as earlier:
-        claim = Claim(earlier)
         try:
-            yield claim
+            yield earlier
         finally:
-            if not claim.has_begun:
-                say_place(earlier)
+            say_place(earlier)
 
 
 def say_place(earlier: EarlierReports) -> None:

@@ -16,14 +16,14 @@ def add(commands: Commands[CommandParser]) -> None:
     rebuild = commands.add_parser(
         "rebuild",
         help="make a published model again",
-        description="Merge a published model again, as its merge-gate.json describes, and compare every byte with it. "
-        "First, the command compares the files of the base and the adapter. It writes the model to DIR, in a folder "
-        "with the model's name, only if all bytes are the same.",
+        description="Merge a published model again, as its merge-gate.json describes, and compare every byte and every "
+        "fact with it. First, the command compares the files of the base and the adapter. It writes the model to DIR, "
+        "in a folder with the model's name, only if all of them are the same.",
         epilog=examples("merge-gate rebuild merged/support --output again --base ./my-base --adapter ./my-adapter")
         + exit_codes(
-            "0  the model was made again, with the same bytes",
-            "1  the base, the adapter, or the model has other bytes. The message names the files, and no model "
-            "is written",
+            "0  the model was made again, with the same bytes and the same facts",
+            "1  the base, the adapter, or the model has other bytes, or the merge has other facts. The message names "
+            "them, and no model is written",
             "2  usage error",
             "3  the model could not be made",
         ),
@@ -54,25 +54,20 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.rebuild import RebuildOptions, rebuild
+    from merge_gate.text import listing
 
     options = RebuildOptions(
         base=arguments.base, adapters=tuple(arguments.adapter), allow_pickle=arguments.allow_pickle
     )
     with view_of(arguments) as (view, _):
         rebuilt = rebuild(arguments.file, arguments.output, options, view)
-    if rebuilt.inputs:
-        for sentence in rebuilt.inputs[:_LISTED]:
-            say(f"merge-gate: {sentence}")
-        if len(rebuilt.inputs) > _LISTED:
-            say(f"merge-gate: {len(rebuilt.inputs) - _LISTED:,} more files differ")
-        say("merge-gate: the model was made of other files than these; nothing was merged")
-        return ExitCode.FAIL
-    if not rebuilt.different:
-        tell(f"{one_line(str(rebuilt.directory))} has the bytes that merge-gate.json describes")
+    if not rebuilt.problems:
+        changed = f"; judged with changed checks: {one_line(listing(rebuilt.checks), 400)}" if rebuilt.checks else ""
+        tell(f"{one_line(str(rebuilt.directory))} has the bytes and the facts of merge-gate.json{changed}")
         return ExitCode.PASS
-    for file in rebuilt.different:
-        say(f"merge-gate: {one_line(file.path, 200)}: {file.kind}")
-    for reason in rebuilt.reasons:
-        say(f"merge-gate: {reason}")
-    say("merge-gate: the model has other bytes than merge-gate.json describes; it was not kept")
+    for sentence in rebuilt.problems[:_LISTED]:
+        say(f"merge-gate: {sentence}")
+    if len(rebuilt.problems) > _LISTED:
+        say(f"merge-gate: {len(rebuilt.problems) - _LISTED:,} more differences")
+    say(f"merge-gate: {rebuilt.conclusion}")
     return ExitCode.FAIL

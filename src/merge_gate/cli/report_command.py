@@ -118,9 +118,9 @@ def combine(arguments: argparse.Namespace) -> int:
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)
-    with claimed_output(arguments.output) as claim:
+    with claimed_output(arguments.output) as earlier:
         report = combined(found)
-        claim.begin()
+        earlier.replace_previous()
         with view_of(arguments) as (view, _):
             write_report(report, arguments.output)
             view.finish(report, arguments.output)

@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-from pathlib import Path
 
 from merge_gate.cli.arguments import (
     EXIT_CODES,
@@ -139,12 +138,14 @@ def run(arguments: argparse.Namespace) -> int:
         withdraw(arguments.report, arguments.output)
         if arguments.container:
             return _run_in_container(arguments)
-        with claimed_output(arguments.output) as claim:
+        with claimed_output(arguments.output) as earlier:
             config = requested_config(arguments)
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            report = gate_adapters(config, _options(arguments), arguments, worker=worker, begins=claim.begin)
+            report = gate_adapters(
+                config, _options(arguments), arguments, worker=worker, begins=earlier.replace_previous
+            )
             forget(arguments.output)
             return deliver(report, arguments.report)
 
@@ -176,16 +177,15 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import stored
 
     with claimed(arguments.output) as earlier:
-        pass
+        pass  # from here on, an earlier report is stale
     try:
         code = _in_container(arguments)
         if arguments.report and stored_result(arguments.output) is not None:
             deliver(stored(arguments.output), arguments.report)
         return code
     finally:
-        if os.path.lexists(Path(arguments.output, "report.json")):
-            earlier.replace_previous()
-        say_place(earlier)
+        if stored_result(arguments.output) is None:
+            say_place(earlier)
 
 
 def _in_container(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ PREFIX = "MERGE_GATE_"
 WITHOUT_VARIABLE = frozenset(
     {
         *("--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus"),
-        *("--plan", "--ray", "--attestation", "--key"),
+        *("--plan", "--ray", "--shard", "--attestation", "--key"),
     }
 )
 """A variable of these could keep a job from merging, or choose who is trusted. `MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS`

@@ -62,12 +62,15 @@ def add(commands: Commands[CommandParser]) -> None:
     )
     signed.add_argument("--key", type=given, metavar="FILE", help="the public key of the signer (PEM)")
     signed.add_argument("--max-age", type=_days, metavar="DAYS", help="the maximum age of the attestation")
-    add_output(verify)
+    add_output(verify, "merge-gate-verify")
     add_appearance(verify)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from merge_gate.config.from_arguments import config_of
+    from merge_gate.earlier_reports import refuse_run
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
     from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
@@ -80,22 +83,24 @@ def run(arguments: argparse.Namespace) -> int:
             "--adapter is missing",
             hint="give it; without --base and --candidate, the directory is compared with its own record",
         )
-    refuse_report(arguments.output, FORMATS, [arguments.merged])
+    inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
+    refuse_report(arguments.output, FORMATS, filter(None, inputs))
+    refuse_run(Path(arguments.output))
     options = VerifyOptions(
         merged=arguments.merged,
         allowed=tuple(arguments.allow),
         output=arguments.output,
         attestation=_attestation(arguments),
     )
-    with WorkerSlot() as worker, claimed_output(arguments.output) as claim:
+    with WorkerSlot() as worker, claimed_output(arguments.output) as earlier:
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
-                report = verify_record(options, view=view, begins=claim.begin)
+                report = verify_record(options, view=view, begins=earlier.replace_previous)
             else:
                 worker.start_early()
                 names = [arguments.adapter, *arguments.candidate]
                 config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
-                report = verify(config, options, view=view, worker=worker, begins=claim.begin)
+                report = verify(config, options, view=view, worker=worker, begins=earlier.replace_previous)
         return exit_code(report)
 
 

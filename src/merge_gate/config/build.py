@@ -27,13 +27,12 @@ from merge_gate.config.problems import read_models
 from merge_gate.config.sizes import size_bytes
 from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
-from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
 from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
-_DEFAULTS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
-DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS, line=1, column=1)
+DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=DEFAULT_SETTINGS, line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
 _LEAST_PERCENT, _PERCENT = 2, 100
 _LEAST_PERCENT = 2

@@ -20,7 +20,7 @@ from merge_gate.errors import ConfigError, UsageError
 from merge_gate.judging import foreign_formats
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from merge_gate.text import listing, quoted
+from merge_gate.text import listing, quoted, unusable
 
 _NOT_CONFIGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".tar", ".gz", ".tgz", ".zst")
 """Suffixes of weights and archives."""
@@ -30,8 +30,10 @@ def names_a_file(names: Sequence[str]) -> bool:
     """Say whether the single name is a configuration file, existing or not. Otherwise the names are adapters.
 
     Raises:
-        UsageError: a configuration file is mixed with other arguments.
+        UsageError: a configuration file is mixed with other arguments, or a text can be no name.
     """
+    if why := next(filter(None, map(unusable, names)), ""):
+        raise UsageError(f"a name {why}")
     others = [name for name in names if _adapter_directory(name) == name]
     files = [name for name in others if name.endswith((".yml", ".yaml")) or _is_not_directory(name)]
     if files and len(names) > 1:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
+from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
+from merge_gate.records.config import CheckSetting
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
     CARD_NAME,
@@ -33,7 +35,7 @@ from merge_gate.regular_file import is_inside, read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import one_of
+from merge_gate.text import NUMBER, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,6 +103,7 @@ def manifest_of(
             quantization=base.quantization,
             requested_dtype=facts.entry.dtype,
             requested_quantization=spec.base.quantization,
+            names=spec.base.names,
             sha256=base.sha256 or "",
             files=base.files if inputs is None else inputs.base,
         ),
@@ -125,6 +128,7 @@ def manifest_of(
             bitsandbytes=facts.environment.bitsandbytes if adapter.base.is_quantized else None,
             device=facts.environment.device,
         ),
+        checks=tuple(_written(setting) for setting in spec.checks if setting not in DEFAULT_SETTINGS),
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
 
@@ -217,12 +221,39 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise UnreadableError("files is empty, expected every file of the directory")
     if not manifest.adapters or (len(manifest.adapters) > 1) != (manifest.combination is not None):
         raise UnreadableError("adapters has the wrong number of entries")
+    settings_of(manifest)
+    members = [adapter.name for adapter in manifest.adapters]
+    if manifest.combination is not None and len({manifest.name, *members}) <= len(members):
+        raise UnreadableError("adapters names one adapter twice")
     names = [file.path for file in manifest.files]
     outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
     if outside is not None:
         raise UnreadableError(f"files names {one_line(outside, 120)!r}, expected a file inside of the directory")
     if len(set(names)) < len(names):
         raise UnreadableError("files names a file twice")
+
+
+def _written(setting: CheckSetting) -> str:
+    limits = [repr(limit) for limit in (setting.limit, setting.error_limit) if limit is not None]
+    return f"{setting.check}={':'.join([setting.severity, *limits])}"
+
+
+def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
+    """The settings of all checks.
+
+    Raises:
+        UnreadableError: no configuration can have them.
+    """
+    settings = {setting.check: setting for setting in DEFAULT_SETTINGS}
+    for text in manifest.checks:
+        check, _, value = text.partition("=")
+        (severity, *limits), row = value.split(":"), CHECKS.get(check)
+        allowed = () if row is None else tuple(Severity) if row.can_be_off else (row.severity,)
+        if severity not in allowed or not all(map(NUMBER.fullmatch, limits)):
+            raise UnreadableError(f"checks has {one_line(text, 80)!r}, expected a setting such as keys-unexpected=off")
+        limit, error_limit, *_ = [*map(float, limits), None, None]
+        settings[check] = CheckSetting(check=check, severity=Severity(severity), limit=limit, error_limit=error_limit)
+    return tuple(settings.values())
 
 
 # --- compared with the files -----------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def _text(manifest: Manifest) -> str:
         ("checks", f"passed; all {counted(manifest.parameters, 'parameter')} of the merged model checked"),
         ("warnings", ", ".join(map(code, manifest.warnings)) or "none"),
     ]
+    if manifest.checks:
+        rows.append(("changed checks", ", ".join(map(code, manifest.checks))))
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     return f"""# {code(manifest.name)}, merged into its base
 

@@ -20,6 +20,7 @@ class PublishedBase:
     quantization: str = reported("How the loaded base is quantized; `none` if it is not.")
     requested_dtype: str = reported("The dtype that was asked for: `auto`, or a name.", default="auto")
     requested_quantization: Quantization = reported("The quantization that was asked for.", default=Quantization.NONE)
+    names: tuple[str, ...] = reported("Other names for it, which the configuration accepts.", default=())
     sha256: str = reported("Digest of its weights, hex, as in report.json.")
     files: tuple[FileRecord, ...] = reported(
         "Its weight files; of a published model also its settings, tokenizer, and all other files that were copied.",
@@ -87,6 +88,9 @@ class Manifest:
     trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
+    checks: tuple[str, ...] = reported(
+        "The checks that the configuration changed, with severity and limits: `keys-unexpected=off`.", default=()
+    )
     files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
 
 
@@ -110,3 +114,8 @@ class Predicate:
     adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.", default=())
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
+    checks: tuple[str, ...] = reported("The checks of a published model that the configuration changed.", default=())
+    verdict_from: str = reported(
+        "`report.json`, or `merge-gate.json`, which anyone who can write to the directory can write.",
+        default="merge-gate.json",
+    )

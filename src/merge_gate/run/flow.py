@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
@@ -89,6 +90,10 @@ def run_gate(
     specs = select(config, options.only)
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
+    if options.cache.directory is not None:
+        cache_folder = Path(options.cache.directory).absolute()
+        for place in (cache_folder, *cache_folder.parents):
+            refuse_input(place, _inputs(config), "--cache")
     wanted = checked_options(config, specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()

@@ -6,13 +6,14 @@ the base runs, whatever the file says.
 1. Make the configuration that the file describes.              _config
 2. Compare every file of base and adapters with it.             publish/input_files.py
 3. Merge and publish into a directory of its own.               run/flow.py
-4. Write the card and the file itself, which follow from it.
+4. Compare every fact in the file with this run's, and write the card and the file, which follow from them.
 5. Compare every file. Only then the model gets its name.       publish/manifest.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -20,26 +21,34 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.config.paths import InvalidName, resolve_name
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
-from merge_gate.judging.checks.table import CHECKS
 from merge_gate.publish.input_files import different_files, inputs_of
-from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, FileDifference, differences, parse_manifest
+from merge_gate.publish.manifest import (
+    MANIFEST_NAME,
+    MOST_BYTES,
+    differences,
+    parse_manifest,
+    read_manifest,
+    settings_of,
+)
 from merge_gate.publish.model_card import model_card
 from merge_gate.publish.publications import model_name
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import CARD_NAME
-from merge_gate.records.terms import Severity, Verdict, record
+from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import read_regular_file
-from merge_gate.report.stored.output_directory import explained, explained_read
+from merge_gate.report.formats.fields import dump_record
+from merge_gate.report.stored.output_directory import explained, explained_read, make_directory
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
 from merge_gate.text import quoted
+from merge_gate.verify.exchanged import is_adapter, is_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +61,8 @@ _SCRATCH = ".merge-gate-rebuild-"
 _MIN_AGE_S = 60.0
 """A younger directory may not be locked yet, because it was just made."""
 
+_OTHER_FILES = "the model was made of other files than these; nothing was merged"
+_OTHER_MODEL = "the model has other bytes or facts than merge-gate.json describes; it was not kept"
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -72,18 +83,18 @@ class RebuildOptions:
 
 @record
 class Rebuilt:
-    """The outcome. If `inputs` and `different` are empty, the model is in `directory`.
+    """The outcome. Without `problems`, the model is in `directory`.
 
     Attributes:
-        inputs: the files of base and adapters that are other ones, a sentence for each. Then nothing was merged.
-        different: the files of the model that have other bytes.
-        reasons: other versions.
+        problems: what differs, a sentence for each: input files, and then files of the model, and facts.
+        conclusion: what that means.
+        checks: the checks that were not judged by their defaults.
     """
 
     directory: Path
-    inputs: tuple[str, ...] = ()
-    different: tuple[FileDifference, ...] = ()
-    reasons: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    conclusion: str = ""
+    checks: tuple[str, ...] = ()
 
 
 def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebuilt:
@@ -102,11 +113,12 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         raise UsageError(f"{one_line(str(place))} has the name {quoted(manifest.name)}, expected the name of a folder")
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already", hint="remove it, or choose another directory with --output")
+    _refuse_inside(target.parent.resolve())
     # 1. and 2.
     config = _config(manifest, options)
     other = tuple(_other_inputs(manifest, config, view))
     if other:
-        return Rebuilt(directory=target, inputs=other)
+        return Rebuilt(directory=target, problems=other, conclusion=_OTHER_FILES)
     with _scratch(target.parent) as folder:
         # 3.
         wanted = PublishSpec(
@@ -114,26 +126,35 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         )
         run_options = RunOptions(device=_device(manifest), only=(manifest.name,))
         report = run_gate(replace(config, publish=wanted), run_options, view=view)
-        reasons = tuple(_other_versions(manifest, report))
         model = folder / target.name
         if not model.is_dir():
-            raise _not_published(report, reasons)
+            raise _not_published(report)
         # 4. and 5.
+        problems = list(_other_facts(manifest, read_manifest(model)))
         with explained(f"cannot write {target}"):
             (model / CARD_NAME).write_bytes(model_card(manifest))
             (model / MANIFEST_NAME).write_bytes(data)
-            different = differences(model, manifest)
-            if not different:
+            problems += [f"{one_line(file.path, 200)}: {file.kind}" for file in differences(model, manifest)]
+            if not problems:
                 model.rename(target)
-    return Rebuilt(directory=target, different=different, reasons=reasons)
+    return Rebuilt(directory=target, problems=tuple(problems), conclusion=_OTHER_MODEL, checks=manifest.checks)
+
+
+def _refuse_inside(folder: Path) -> None:
+    """Refuse to write into a model or an adapter, which would have one more file."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place / MANIFEST_NAME) or is_model(str(place)) or is_adapter(str(place)):
+            raise UsageError(
+                f"{folder} is in a model or an adapter: {place}", hint="choose another directory with --output"
+            )
 
 
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """A directory of this run in `parent`, removed at its end. Those of killed runs are removed as well."""
     new = [place for place in (parent, *parent.parents) if not place.exists()]
+    make_directory(parent)
     with explained(f"cannot use the directory {parent}"):
-        parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_SCRATCH}*"):
             with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(left, follow=False) as lock:
                 if lock.is_held and time.time() - left.lstat().st_mtime > _MIN_AGE_S:
@@ -164,11 +185,14 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
         )
     here = options.adapters or tuple(adapter.source for adapter in manifest.adapters)
     base = _base(manifest, options.base)
+    checks = settings_of(manifest)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
         path, hub_id = _resolved(name, adapter.revision, is_base=False)
         revision = None if path else adapter.revision
-        specs.append(_spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision))
+        specs.append(
+            _spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision, checks=checks)
+        )
     if manifest.combination is not None:
         combine = Combine(
             method=manifest.combination.method,
@@ -178,7 +202,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
             majority_sign_method=manifest.combination.majority_sign_method,
             seed=manifest.combination.seed,
         )
-        specs.append(_spec(manifest.name, manifest.name, base, combine=combine))
+        specs.append(_spec(manifest.name, manifest.name, base, combine=combine, checks=checks))
     return Config(
         path=manifest.config.path,
         directory=str(Path.cwd()),
@@ -197,6 +221,7 @@ def _base(manifest: Manifest, named: str | None) -> BaseSpec:
         revision=None if path else manifest.base.revision,
         dtypes=(manifest.base.requested_dtype,),
         quantization=manifest.base.requested_quantization,
+        names=manifest.base.names,
     )
 
 
@@ -221,6 +246,7 @@ def _spec(
     hub_id: str | None = None,
     revision: str | None = None,
     combine: Combine | None = None,
+    checks: tuple[CheckSetting, ...],
 ) -> AdapterSpec:
     return AdapterSpec(
         name=name,
@@ -230,21 +256,10 @@ def _spec(
         revision=revision,
         combine=combine,
         base=base,
-        checks=_SETTINGS,
+        checks=checks,
         line=1,
         column=1,
     )
-
-
-_SETTINGS = tuple(
-    CheckSetting(
-        check=row.id,
-        severity=Severity.WARNING if row.can_be_off and row.severity is Severity.ERROR else row.severity,
-        limit=row.limit,
-    )
-    for row in CHECKS.values()
-)
-"""The first run judged the merge, with its own settings. Here the bytes decide."""
 
 
 # --- 2. --------------------------------------------------------------------------------------------------------------
@@ -266,15 +281,31 @@ def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[st
 # --- the outcome -----------------------------------------------------------------------------------------------------
 
 
-def _other_versions(manifest: Manifest, report: Report) -> Iterator[str]:
-    """The versions that are not those of the first run."""
-    for name in ("python", "torch", "peft", "transformers", "bitsandbytes", "device"):
-        before, now = getattr(manifest.versions, name), getattr(report.environment, name)
-        if before is not None and before != now:
-            yield f"{name} is {now}, and was {one_line(before, 40)}"
+_PERMISSIONS = frozenset({"allow_pickle", "trust_remote_code"})
+"""Settings that a rebuild need not have. One that it has is a fact."""
 
 
-def _not_published(report: Report, reasons: tuple[str, ...]) -> GateError:
+def _other_facts(manifest: Manifest, made: Manifest) -> Iterator[str]:
+    """The facts that this run did not reproduce. A directory has no revision, and a rebuild has no configuration."""
+    listed, got = (dict(_facts(dump_record(replace(one, files=())))) for one in (manifest, made))
+    for name in sorted({*listed, *got}):
+        is_given = name.startswith("config.") or (name.endswith("revision") and got.get(name) is None)
+        if listed.get(name) != got.get(name) and not is_given and (name not in _PERMISSIONS or got[name]):
+            here, there = (one_line(json.dumps(facts.get(name)), 80) for facts in (got, listed))
+            yield f"{one_line(name, 120)} is {here}, and merge-gate.json has {there}"
+
+
+def _facts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value of a document, by its place."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inside is None:
+        yield name, value
+        return
+    for key, one in inside:
+        yield from _facts(one, f"{name}.{key}" if name else str(key))
+
+
+def _not_published(report: Report) -> GateError:
     """The error of a model that could not be made."""
     said = [
         finding.message
@@ -283,6 +314,6 @@ def _not_published(report: Report, reasons: tuple[str, ...]) -> GateError:
         for finding in adapter.findings[:1]
     ]
     return GateError(
-        "the model could not be made: " + "; ".join([*(one_line(text, 400) for text in said), *reasons]),
+        "the model could not be made: " + "; ".join(one_line(text, 400) for text in said),
         hint="rebuild it from the same base and adapter, with the versions in merge-gate.json",
     )

@@ -9,14 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from merge_gate.attest.checked import MOST_ENVELOPE_BYTES, attestation_problems
-from merge_gate.attest.envelope import read_key
+from merge_gate.attest.envelope import opened, read_key
+from merge_gate.attest.statement import read
 from merge_gate.errors import GateError, UsageError
 from merge_gate.judging.answer_kinds import ATTESTATION, ATTESTED, finding
+from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.files import Snapshot
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import open_regular_file, read_all
-from merge_gate.text import quoted
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.text import listing, quoted
 from merge_gate.verify.answer import decided
 
 UNKNOWN = "unknown"
@@ -40,8 +43,8 @@ def read_attestation(file: str, key: str, max_age_days: float | None) -> Attesta
     """
     public_key = read_key(key)
     try:
-        with open_regular_file(file, follow=True) as opened:
-            envelope = read_all(opened, MOST_ENVELOPE_BYTES)
+        with open_regular_file(file, follow=True) as source:
+            envelope = read_all(source, MOST_ENVELOPE_BYTES)
     except OSError as error:
         raise UsageError(
             f"cannot read the attestation {quoted(file, 200)}: {error.strerror or error}",
@@ -74,6 +77,13 @@ def attested_report(
     if report.verdict is Verdict.ERROR and not problems:
         return report
     found = [finding(ATTESTATION, problem) for problem in problems]
-    found = found or [finding(ATTESTED, "the attestation is signed by this key, and lists exactly these files")]
+    if not found:
+        message = (
+            "the attestation is signed by this key, and lists exactly these files. Its verdict is from "
+            f"{MANIFEST_NAME}, and not from the report of a run"
+        )
+        if checks := read(opened(attestation.envelope, attestation.public_key)).predicate.checks:
+            message += f". It was judged with changed checks: {one_line(listing(checks), 400)}"
+        found = [finding(ATTESTED, message)]
     snapshot = Snapshot(name=report.name, directory=directory, revision=report.revision)
     return decided(snapshot, report, (*report.findings, *found), ())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.claimed_directory import claimed_directory
-from merge_gate.earlier_reports import EarlierReports, move_aside
+from merge_gate.earlier_reports import EarlierReports, mark_stale
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.regular_file import chunks, open_regular_file
 from merge_gate.whole_file import whole_file
@@ -27,7 +27,7 @@ LIMITS_BYTES = {file.name: file.limit_bytes for file in OUTPUT_FILES}
 
 @contextlib.contextmanager
 def claimed(target: Path) -> Iterator[EarlierReports]:
-    """Create and lock the directory of the report for one run, and move the reports of earlier runs aside.
+    """Create and lock the directory of the report for one run, and mark the report of an earlier run as stale.
 
     Raises:
         UsageError: another run uses the directory, or a file that merge-gate did not write has the name of a report.
@@ -35,7 +35,7 @@ def claimed(target: Path) -> Iterator[EarlierReports]:
     """
     target.mkdir(parents=True, exist_ok=True)
     with claimed_directory(target, chosen_by="`output`"):
-        yield move_aside(target, chosen_by="`output`")
+        yield mark_stale(target, chosen_by="`output`")
 
 
 def take(source: Path, target: Path) -> list[str]:

@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.action.docker import canary, collect, container, docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.gpus import requested_gpus
-from merge_gate.errors import ExitCode, LauncherError, UsageError
+from merge_gate.errors import ExitCode, GateError, LauncherError, UsageError
 from merge_gate.interrupts import Interrupted, deferred_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from merge_gate.earlier_reports import EarlierReports
 
 _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/merge-gate", "/proc", "/sbin", "/sys", "/usr")
 
@@ -229,9 +231,9 @@ def _prepare(
 def _directories(run: ContainerRun, clearing: contextlib.ExitStack, listener: RunListener) -> tuple[Path, Path]:
     """Make the directories that the container writes to; return the cache and the directory for the report."""
     with _prepared():
-        clearing.enter_context(collect.claimed(run.output))
+        earlier = clearing.enter_context(collect.claimed(run.output))
         written = _scratch(run.environ, "report", clearing)
-        clearing.callback(_take, written, run.output, listener)
+        clearing.callback(_take, written, run.output, listener, earlier)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
         for directory in filter(None, (cache, run.cache, run.publish)):
             directory.mkdir(parents=True, exist_ok=True)
@@ -271,10 +273,12 @@ def _scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.Exit
     return folder
 
 
-def _take(written: Path, output: Path, listener: RunListener) -> None:
+def _take(written: Path, output: Path, listener: RunListener, earlier: EarlierReports) -> None:
     try:
+        if os.path.lexists(written / "report.json"):
+            earlier.replace_previous()
         refused = collect.take(written, output)
-    except OSError as error:
-        refused = [f"the report cannot be copied from {written}: {error.strerror}"]
+    except (OSError, GateError) as error:
+        refused = [f"the report cannot be copied from {written}: {getattr(error, 'strerror', error)}"]
     for sentence in refused:
         listener.refused(sentence)

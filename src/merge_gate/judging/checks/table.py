@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from merge_gate.judging.checks import base_checks, effect, file_checks, finite, fit
 from merge_gate.judging.checks.check import Check
+from merge_gate.records.config import CheckSetting
 from merge_gate.records.terms import Severity, record
 
 NOT_JUDGED, NOT_PUBLISHED = "not-judged", "not-published"
@@ -61,3 +62,6 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
     }
 )
 """Every check by its id."""
+
+DEFAULT_SETTINGS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
+"""The setting of every check that no configuration changes."""

@@ -191,7 +191,7 @@ def headline(changes: Changes) -> str:
     counts = [(kind, len(changes.of(kind))) for kind in Kind]
     changed = [f"{words.number(count)} {kind}" for kind, count in counts if count]
     unchanged = f"{words.number(changes.unchanged)} unchanged"
-    unfinished = "" if changes.complete else "the newer run did not finish: "
+    unfinished = "" if changes.complete else "the newer report is not complete: "
     return f"{unfinished}{', '.join([*changed, unchanged])}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from merge_gate.claimed_directory import claimed_directory
-from merge_gate.earlier_reports import EarlierReports, move_aside
+from merge_gate.earlier_reports import EarlierReports, mark_stale
 from merge_gate.errors import GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.terms import Result
@@ -32,7 +32,7 @@ _DISK = frozenset(
 
 @contextlib.contextmanager
 def claimed(directory: str | Path) -> Iterator[EarlierReports]:
-    """Lock `directory` for one run, and move the reports of earlier runs aside.
+    """Lock `directory` for one run, and mark the report of an earlier run as stale.
 
     The directory is created if it is missing, and removed again if the run wrote nothing.
 
@@ -47,8 +47,8 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
         with contextlib.ExitStack() as stack:
             with explained(f"cannot use the output directory {folder}"):
                 stack.enter_context(claimed_directory(folder))
-            with explained(f"cannot move the report of an earlier run aside in {folder}"):
-                earlier = move_aside(folder)
+            with explained(f"cannot mark the report of an earlier run in {folder}"):
+                earlier = mark_stale(folder)
             yield earlier
     finally:
         with contextlib.suppress(OSError):
@@ -72,21 +72,19 @@ def make_directory(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse an output directory that is one of `inputs`: pairs of a directory and what it belongs to.
+def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]], option: str = "--output") -> None:
+    """Refuse a directory to write to that is one of `inputs`: pairs of a directory and what it belongs to.
 
     Raises:
-        UsageError: the report would be released with the adapter.
+        UsageError: what is written would be released with the adapter.
     """
-    with contextlib.suppress(OSError):
-        own = Path(folder).stat()
-        for directory, owner in inputs:
-            with contextlib.suppress(OSError, ValueError):
-                if os.path.samestat(own, os.stat(directory)):  # noqa: PTH116 - an invalid name is no input
-                    raise UsageError(
-                        f"the output directory {folder} is that of {owner}: the report would be among its files",
-                        hint="choose another directory with --output",
-                    )
+    for directory, owner in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samefile(folder, directory):  # noqa: PTH121 - an invalid name is no input
+                raise UsageError(
+                    f"{option} leads into {folder}, the directory of {owner}: what is written would be among its files",
+                    hint=f"choose another directory with {option}",
+                )
 
 
 def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:
@@ -114,11 +112,12 @@ class StoredResult(NamedTuple):
 
 
 def stored_result(directory: str | Path) -> StoredResult | None:
-    """The result in the report in `directory`; None if there is no readable report."""
+    """The result in the report in `directory`; None if there is no readable report, or a stale one."""
     try:
         row = OUTPUT_FILES[0]
         document = parse_strictly(read_regular_file(Path(directory, row.name), row.limit_bytes))
-        return StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
+        stored = StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
+        return None if document.get("stale") else stored
     except (OSError, InvalidJsonError, ValueError, KeyError, TypeError):
         return None
 

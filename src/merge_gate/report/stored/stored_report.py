@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import PREVIOUS, is_own
 from merge_gate.errors import ExitCode, UsageError
+from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import compare
-from merge_gate.report.stored.report_files import FORMATS, WORDS
+from merge_gate.report.stored.report_files import FORMATS, LONGEST_BYTES, WORDS
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ def stored(name: str) -> Report:
     """
     path = Path(name, "report.json") if os.path.isdir(name) else Path(name)  # noqa: PTH112 (pathlib raises)
     try:
-        data = path.read_bytes()
+        with open_regular_file(path, follow=True) as file:
+            data = read_all(file, LONGEST_BYTES)
     except FileNotFoundError as error:
         earlier = Path(name, PREVIOUS)
         hint = f"the report of an earlier run is in {earlier}" if is_own(earlier / "report.json") else ""
         raise UsageError(f"there is no report {quoted(str(path), 200)}", hint=hint or _NAME_IT) from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}", hint=_NAME_IT) from error
+        raise UsageError(
+            f"{quoted(str(path), 200)} cannot be read: {error.strerror or error}", hint=_NAME_IT
+        ) from error
     return json_report.read(data, str(path))
