@@ -227,9 +227,11 @@ _ROWS = (
 ANSWERS: Mapping[str, AnswerKind] = MappingProxyType({row.id: row for row in _ROWS})
 """Every kind by its id."""
 
-_NEVER_ALLOWED = {ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE}
+_NEVER_ALLOWED = {ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, "wrong-base"}
 ALLOWED = tuple(row.id for row in _ROWS if not row.is_good and row.id not in _NEVER_ALLOWED)
-"""The kinds that `--allow` accepts. A bad attestation is not accepted, and no model whose tensors were not compared."""
+"""The kinds that `--allow` accepts. A bad attestation is not accepted, and no model whose tensors were not compared.
+
+With another base, every value may differ, so nothing would be compared either."""
 
 
 def finding(
