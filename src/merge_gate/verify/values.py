@@ -61,7 +61,7 @@ def state_of(one: TensorComparison, limit: float) -> TensorState:
         return TensorState.BASE
     if not one.has_figures or not one.is_along_delta or one.astray:
         return TensorState.OTHER
-    if abs(one.factor - 1) > _tolerance(one):
+    if one.delta_sq and abs(one.factor - 1) > _tolerance(one):
         return TensorState.SCALED
     return TensorState.IMPRECISE if one.bias <= limit else TensorState.BIASED
 

@@ -114,8 +114,8 @@ class Fit:
     - twice: fl(fl(W) + fl(D)), if F has 16 bits.
 
     Each order is monotone, so it explains a value that lies between its results at both ends of the bound. The errors
-    of an honest merge have random signs, except for what a row or a column may share: a rounded factor, and the scaling,
-    which is rounded at most twice.
+    of an honest merge have random signs, except for what a row or a column may share: a rounded factor, and the
+    scaling, which is rounded at most twice.
 
     Args:
         dtype: that of the merge.
