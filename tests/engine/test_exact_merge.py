@@ -97,7 +97,7 @@ def limit_of(actual: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_honest_order_explains_itself(dtype: torch.dtype) -> None:
     with one_thread():
-        for seed in range(20):
+        for seed in range(10):
             of = layer(seed, dtype)
             for number, actual in enumerate(honest(*of)):
                 outside, bias, astray = fitted(of, actual)

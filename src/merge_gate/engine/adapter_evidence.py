@@ -34,13 +34,14 @@ from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.mapped_factors import map_factors
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.exact_merge import ExactRows, exact_rows
+from merge_gate.engine.merge.exact_merge import exact_rows
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes.custom_forward import refuse_other_merges
 from merge_gate.engine.probes.unread_layers import unread_layers
 from merge_gate.engine.probes.unused_tensors import mark_used
+from merge_gate.engine.tensors.deviation import ExactRows
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.errors import Refused

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
-from merge_gate.judging.answer_kinds import finding
+from merge_gate.judging.answer_kinds import COPY_AGAIN, MERGE_AGAIN, finding
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding
@@ -30,9 +30,6 @@ FACTOR_TOLERANCE = 0.05
 _LISTED = 5
 MOST_UNTOUCHED = 0.5
 """If more of the untouched tensors differ than this share, the base is another one."""
-
-
-_COPY_AGAIN = "copy these tensors from the base again: the adapter does not change them"
 
 
 class TensorState(Enum):
@@ -170,7 +167,7 @@ def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
             f"{_names(broken)}",
             tensor=broken[0].name,
             measured=(("values", float(total)),),
-            hint="" if broken[0].touched else _COPY_AGAIN,
+            hint=MERGE_AGAIN if broken[0].touched else COPY_AGAIN,
         )
 
 

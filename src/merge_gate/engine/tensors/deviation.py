@@ -163,10 +163,9 @@ class _Order:
         self.outside += int((comparable & ((values < low) | (values > high))).sum())
         unit = units(centre.abs(), self.final) + bound
         counted = comparable & torch.isfinite(centre)
-        parts = (values - centre, values - centre, 2 * FLOAT32 * delta, rows.shared.expand_as(delta))
-        parts = torch.where(counted, torch.stack(parts) / unit, 0.0).reshape(
-            4, len(delta) if delta.dim() > 1 else 1, -1
-        )
+        step, drift = values - centre, 2 * FLOAT32 * delta
+        parts = torch.stack((step, step, drift, rows.shared.expand_as(delta))) / unit
+        parts = torch.where(counted, parts, 0.0).reshape(4, len(delta) if delta.dim() > 1 else 1, -1)
         parts[1].square_()
         self._rows.append(parts.sum(2))
         columns = parts.sum(1)
