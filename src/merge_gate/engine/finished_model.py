@@ -229,12 +229,15 @@ class _Found:
                 self.facts[name, partner] = facts
 
     def unlike(self) -> frozenset[str]:
-        """The merged tensors that are like neither of PEFT's orders, and have one shape."""
+        """The merged tensors that may be rounded in another order than PEFT rounds."""
         return frozenset(name for name, partner in self.facts if self._is_unlike(name, partner))
 
     def _is_unlike(self, name: str, partner: str) -> bool:
         one = self.facts[name, partner]
-        return one.touched and one.has_figures and not one.in_other_order and one.shape == one.expected_shape
+        is_near = one.is_along_delta and not (one.is_base and one.units > 2)  # noqa: PLR2004 - each order rounds twice
+        return (
+            one.touched and one.has_figures and not one.in_other_order and one.shape == one.expected_shape and is_near
+        )
 
     def fit(self, name: str, blocks: Iterable[ExactRows]) -> None:
         """The merge of a tensor in float64, from the first row to the last. If it comes again, neither is the whole."""

@@ -30,8 +30,8 @@ DEVIATIONS = 6.0
 
 OTHER_METHODS = 2.0**-18
 
-ELEMENTS = 1 << 20
-"""Elements that are merged at a time."""
+ELEMENTS = 1 << 16
+"""Elements that are compared at a time: they stay in the processor's cache."""
 
 
 def exact_rows(walk: Walk, names: Collection[str]) -> Iterator[ExactRows]:
@@ -94,7 +94,7 @@ def _by_peft(walk: Walk, layer: Any, slots: list[Slot], wanted: list[Slot]) -> I
         base = bases[name]
         if base.shape == exact.shape and exact.dim() and exact.numel() and not torch.equal(base, exact):
             size = torch.maximum(base.abs().max(), exact.abs().max())
-            step = max(1, ELEMENTS * len(exact) // exact.numel())
+            step = max(1, ELEMENTS * len(exact) // exact.numel()) if exact.dim() > 1 else len(exact)
             for start in range(0, len(exact), step):
                 rows = slice(start, start + step)
                 yield ExactRows(
