@@ -54,9 +54,13 @@ def errors(report: AdapterReport) -> list[str]:
     "recipe",
     [
         pytest.param(
-            recipe, marks=[pytest.mark.slow] if recipe.variant in set(EXACT) - IN_MAKE_TEST - {"float16-base"} else []
+            recipe,
+            marks=[
+                pytest.mark.attempt(f"right-{number:02}", f"a right merge: {recipe.name}", recipe.kind),
+                *([pytest.mark.slow] if recipe.variant in set(EXACT) - IN_MAKE_TEST - {"float16-base"} else []),
+            ],
         )
-        for recipe in RIGHT
+        for number, recipe in enumerate(RIGHT, 1)
     ],
     ids=str,
 )
@@ -66,7 +70,16 @@ def test_a_right_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier
     assert [one.check for one in report.findings if one.check in GOOD] == [recipe.kind], told(report)
 
 
-@pytest.mark.parametrize("recipe", WRONG, ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            recipe, marks=pytest.mark.attempt(f"wrong-{number:02}", f"a wrong merge: {recipe.name}", recipe.kind)
+        )
+        for number, recipe in enumerate(WRONG, 1)
+    ],
+    ids=str,
+)
 def test_a_wrong_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
     report = reported(recipe, scene, verifier, tmp_path / "merged")
     assert report.verdict is Verdict.FAILED, told(report)

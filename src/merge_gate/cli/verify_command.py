@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
-from merge_gate.judging.answer_kinds import ALLOWED
+from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS
 
 if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation
@@ -52,6 +52,7 @@ def add(commands: Commands[CommandParser]) -> None:
         "--allow",
         action="append",
         default=[],
+        type=_kind,
         choices=ALLOWED,
         metavar="KIND",
         help=f"accept this kind of difference; repeatable. Kinds: {', '.join(ALLOWED)}",
@@ -114,6 +115,14 @@ def _attestation(arguments: argparse.Namespace) -> Attestation | None:
     if arguments.key is None:
         raise UsageError("--attestation needs --key", hint="give the public key of the signer that you trust")
     return read_attestation(arguments.attestation, arguments.key, arguments.max_age)
+
+
+def _kind(text: str) -> str:
+    if text in ANSWERS and text not in ALLOWED and not ANSWERS[text].is_good:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is never accepted: the merge was then not compared, or every value may differ from it"
+        )
+    return text
 
 
 def _days(text: str) -> float:

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -34,12 +34,14 @@ from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.mapped_factors import map_factors
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.merge.exact_merge import exact_rows
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes.custom_forward import refuse_other_merges
 from merge_gate.engine.probes.unread_layers import unread_layers
 from merge_gate.engine.probes.unused_tensors import mark_used
+from merge_gate.engine.tensors.deviation import ExactRows
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.errors import Refused
@@ -118,6 +120,15 @@ def merge(request: MergeRequest) -> Evidence:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
+    """The merges of these tensors in float64, of an adapter that `merge` has accepted."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        walk = _Attempt(request, waits=False).prepare()
+        if walk is not None:
+            yield from exact_rows(walk, names)
 
 
 def measure_wholly(base: Base) -> None:

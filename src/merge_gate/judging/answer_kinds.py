@@ -31,7 +31,8 @@ class AnswerKind:
     is_good: bool = False
 
 
-_MERGE_AGAIN = "merge again with PEFT's merge_and_unload(safe_merge=True)"
+MERGE_AGAIN = "merge again with PEFT's merge_and_unload(safe_merge=True)"
+COPY_AGAIN = "copy tensors that the adapter does not change from the base"
 _SAVE_AGAIN = "copy the base's own files, and replace only the tensors that the merge changes"
 
 ATTESTATION, ATTESTED = "attestation", "attested"
@@ -60,7 +61,7 @@ _ROWS = (
         id="nonfinite",
         phrase="has NaN or Inf values that the merge does not have",
         summary="Some values are NaN or Inf in the model, but finite in the merge.",
-        hint=_MERGE_AGAIN,
+        hint=f"{MERGE_AGAIN}; {COPY_AGAIN}",
     ),
     AnswerKind(
         id="wrong-base",
@@ -70,8 +71,8 @@ _ROWS = (
     ),
     AnswerKind(
         id="other-candidate",
-        phrase="is the merge of another adapter",
-        summary="The model is the merge of another adapter.",
+        phrase="has the merge of another adapter",
+        summary="The model, or some of its tensors, are from the merge of another adapter.",
         hint="merge the right adapter, or name this one with --adapter",
     ),
     AnswerKind(
@@ -107,7 +108,7 @@ _ROWS = (
     AnswerKind(
         id="imprecise",
         phrase="is the merge with large rounding errors",
-        summary="The merge was computed with larger rounding errors than PEFT's.",
+        summary="The merge was computed with larger rounding errors than float32 and rounding explain.",
         hint="merge with float32 factors: load the adapter without autocast_adapter_dtype=False",
     ),
     AnswerKind(
@@ -209,8 +210,8 @@ _ROWS = (
     ),
     AnswerKind(
         id="rounding",
-        phrase="is the merge, within one rounding",
-        summary="The model is the merge, within one rounding of the dtype.",
+        phrase="is the merge, in another order of rounding",
+        summary="The model is the merge: some order of rounding gives each value.",
         is_good=True,
     ),
     AnswerKind(
@@ -227,9 +228,11 @@ _ROWS = (
 ANSWERS: Mapping[str, AnswerKind] = MappingProxyType({row.id: row for row in _ROWS})
 """Every kind by its id."""
 
-_NEVER_ALLOWED = {ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE}
+_NEVER_ALLOWED = {ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, "wrong-base"}
 ALLOWED = tuple(row.id for row in _ROWS if not row.is_good and row.id not in _NEVER_ALLOWED)
-"""The kinds that `--allow` accepts. A bad attestation is not accepted, and no model whose tensors were not compared."""
+"""The kinds that `--allow` accepts. A bad attestation is not accepted, and no model whose tensors were not compared.
+
+With another base, every value may differ, so nothing would be compared either."""
 
 
 def finding(

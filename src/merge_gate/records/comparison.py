@@ -15,6 +15,7 @@ class TensorComparison:
     `same` is about PEFT's merge with safe_merge, and the figures are about the merge without it, which rounds once.
 
     Let W be the base's values, E the expected ones, and A the actual ones. A tensor with the same bits has no figures.
+    If the shapes differ, all of this is about the part that both tensors have.
 
     Attributes:
         name: the name in the model, or the stored name if transformers does not load the tensor.
@@ -23,7 +24,7 @@ class TensorComparison:
         same_as_base: the same for W.
         in_other_order: whether A has the bits of PEFT's other order of rounding.
         dtype, expected_dtype: torch's words.
-        shape, expected_shape: the tensor has no figures if they differ.
+        shape, expected_shape: the tensor has no figures if these have not the same number of dimensions.
         numel: the number of values.
         changed: in how many values E differs from W.
         units: the largest |A - E|, in units of the last place of the larger of |W| and |E|.
@@ -33,6 +34,10 @@ class TensorComparison:
         actual_sq: the sum of (A - W)².
         rounding_sq: the sum of the squares of these units.
         nonfinite: how many values of A are not finite although E's are.
+        outside: how many values of A no order of rounding explains; None if the exact merge is not known.
+        bias: the largest sum of signed differences of a row, a column, or the tensor, in standard deviations of random
+            rounding.
+        astray: how many values of A are further from W + k(E - W) than factors in 16 bits explain.
         requantized: a quantization of the base that explains A - E, and the share that it explains; None if none does.
     """
 
@@ -53,13 +58,20 @@ class TensorComparison:
     actual_sq: float = 0.0
     rounding_sq: float = 0.0
     nonfinite: int = 0
+    outside: int | None = None
+    bias: float = 0.0
+    astray: int = 0
     requantized: tuple[str, float] | None = None
 
     @property
     def has_figures(self) -> bool:
         """Whether the values could be compared one by one."""
-        is_finite = math.isfinite(self.units)
-        return not self.same and is_finite and self.shape == self.expected_shape and self.rounding_sq > 0
+        return not self.same and math.isfinite(self.units) and self.rounding_sq > 0
+
+    @property
+    def is_base(self) -> bool:
+        """Whether A has the values of W, except for values that are not finite."""
+        return self.same_as_base or (self.nonfinite > 0 and self.has_figures and self.actual_sq == 0)
 
     @property
     def factor(self) -> float:
@@ -70,11 +82,6 @@ class TensorComparison:
     def residual_sq(self) -> float:
         """What is left of A - W with this factor, as the square of a norm."""
         return max(0.0, self.actual_sq - self.factor * self.cross)
-
-    @property
-    def distance_sq(self) -> float:
-        """The square of the norm of A - E."""
-        return max(0.0, self.actual_sq - 2 * self.cross + self.delta_sq)
 
     @property
     def is_along_delta(self) -> bool:

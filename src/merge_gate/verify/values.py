@@ -15,23 +15,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
-from merge_gate.judging.answer_kinds import finding
+from merge_gate.judging.answer_kinds import COPY_AGAIN, MERGE_AGAIN, finding
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding
 from merge_gate.text import counted, listing, quoted, verb
 
-MOST_UNITS = 2.0
-"""The merge within one rounding: PEFT rounds the delta and the sum once each, and so may the other program."""
-
-PRODUCT_ROUNDING = 2.0**-18
-"""The order of the sums in a product of float32 factors changes the delta by less than this share of its norm."""
+CHANCE = 6.3e-5
+"""Random rounding exceeds a limit of four standard deviations this often."""
 
 FACTOR_TOLERANCE = 0.05
 """A factor within this share of another one is that factor."""
-
-FEW = 8
-"""If a merge changes fewer values of a tensor than this, rounding may undo all of it."""
 
 _LISTED = 5
 MOST_UNTOUCHED = 0.5
@@ -44,6 +38,7 @@ class TensorState(Enum):
     EXACT = "exact"
     OTHER_ORDER = "other order"
     CLOSE = "close"
+    BIASED = "biased"
     IMPRECISE = "imprecise"
     BASE = "base"
     SCALED = "scaled"
@@ -53,21 +48,29 @@ class TensorState(Enum):
 GOOD = (TensorState.EXACT, TensorState.OTHER_ORDER, TensorState.CLOSE)
 
 
-def state_of(one: TensorComparison) -> TensorState:
-    """The state of a tensor of the right shape that the merge touches."""
+def state_of(one: TensorComparison, limit: float) -> TensorState:
+    """The state of a tensor that the merge touches. `limit`: the standard deviations that random rounding may show."""
     if one.same or one.in_other_order:
         return TensorState.EXACT if one.same else TensorState.OTHER_ORDER
-    if not one.has_figures:
+    if one.outside == 0:
+        return TensorState.CLOSE if one.bias <= limit else TensorState.BIASED
+    if one.is_base:
+        return TensorState.BASE
+    if not one.has_figures or not one.is_along_delta or one.astray:
         return TensorState.OTHER
-    if one.same_as_base:
-        return TensorState.BASE if one.changed >= FEW else TensorState.CLOSE
-    is_merge = abs(one.factor - 1) <= _tolerance(one)
-    is_close = one.units <= MOST_UNITS and (is_merge or one.changed < FEW)
-    if is_close or one.distance_sq <= PRODUCT_ROUNDING**2 * one.delta_sq:
-        return TensorState.CLOSE
-    if one.is_along_delta:
-        return TensorState.IMPRECISE if is_merge else TensorState.SCALED
-    return TensorState.OTHER
+    if one.delta_sq and abs(one.factor - 1) > _tolerance(one):
+        return TensorState.SCALED
+    return TensorState.IMPRECISE if one.bias <= limit else TensorState.BIASED
+
+
+def bias_limit(comparison: Comparison) -> float:
+    """The standard deviations that random rounding exceeds in no row, column, or tensor, except by `CHANCE` in all.
+
+    By Hoeffding's inequality, a sum of n terms with random signs exceeds k of them with a chance of 2·exp(-k²/2).
+    """
+    touched = [one for one in comparison.tensors if one.touched and one.numel and one.shape]
+    lines = sum(1 + one.shape[0] + one.numel // one.shape[0] for one in touched)
+    return math.sqrt(2 * math.log(2 * max(1, lines) / CHANCE))
 
 
 def _tolerance(one: TensorComparison) -> float:
@@ -83,33 +86,57 @@ def value_findings(
     candidates: Mapping[str, Comparison] | None = None,
 ) -> Iterator[Finding]:
     """The findings on the values of all tensors."""
-    shaped = [one for one in comparison.tensors if one.shape == one.expected_shape]
+    limit = bias_limit(comparison)
     yield from _shapes(one for one in comparison.tensors if one.shape != one.expected_shape)
-    yield from _nonfinite(one for one in shaped if one.nonfinite)
-    finite = [one for one in shaped if not one.nonfinite]
-    touched = [(one, state_of(one)) for one in finite if one.touched]
-    others = [one for one in finite if not one.touched]
+    for is_touched in (True, False):
+        yield from _nonfinite(one for one in comparison.tensors if one.nonfinite and one.touched is is_touched)
+    states = [(one, state_of(one, limit)) for one in comparison.tensors if one.touched]
+    others = [one for one in comparison.tensors if not one.touched and not one.same and not one.is_base]
+    odd = [*(one for one, state in states if state not in GOOD), *others]
+    carriers = _carriers(odd, candidates or {})
+    yield from _of_candidates(carriers, len(odd))
+    touched = [(one, state) for one, state in states if one.name not in carriers]
+    others = [one for one in others if one.name not in carriers]
     base = _wrong_base(touched, others, comparison)
     if base is not None:
         yield base
         return
-    yield from _merged(comparison, touched, others, config or AdapterConfig(), candidates or {})
-    retied = retied_names(comparison)
-    yield from _base_changed([one for one in others if one.name not in retied])
+    if len(odd) > len(carriers) or not odd:
+        yield from _merged(comparison, touched, others, config or AdapterConfig(), has_candidates=bool(candidates))
+    yield from _base_changed(others)
 
 
-def retied_names(comparison: Comparison) -> frozenset[str]:
-    """Names of tensors that are tied in the base or in the finished model, and not in both."""
-    before, after = dict(comparison.base_keys.ties), dict(comparison.merged_keys.ties)
-    return frozenset(before.keys() ^ after.keys()) - frozenset(comparison.untied)
+def _carriers(odd: Iterable[TensorComparison], candidates: Mapping[str, Comparison]) -> dict[str, str]:
+    """The names of tensors that have a candidate's values, and that candidate.
+
+    If the model is the candidate's merge, the tensors that this merge leaves alone count too.
+    """
+    found: dict[str, str] = {}
+    for name, comparison in candidates.items():
+        limit = bias_limit(comparison)
+        theirs = {
+            one.name: state_of(one, limit) in GOOD and one.shape == one.expected_shape and not one.nonfinite
+            for one in comparison.tensors
+        }
+        is_whole = bool(theirs) and all(theirs.values())
+        found |= {one.name: name for one in odd if one.name not in found and theirs.get(one.name, is_whole)}
+    return found
 
 
-def is_the_merge(comparison: Comparison) -> bool:
-    """Whether all touched tensors are as merged."""
-    touched = [one for one in comparison.tensors if one.touched]
-    return bool(touched) and all(
-        one.shape == one.expected_shape and not one.nonfinite and state_of(one) in GOOD for one in touched
-    )
+def _of_candidates(carriers: Mapping[str, str], total: int) -> Iterator[Finding]:
+    for candidate in dict.fromkeys(carriers.values()):
+        names = [name for name, one in carriers.items() if one == candidate]
+        values = f"the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter"
+        yield finding(
+            "other-candidate",
+            f"it is {values}"
+            if len(names) == total
+            else f"{len(names):,} of {counted(total, 'tensor')} that {verb(total, 'differs', 'differ')} "
+            f"from the merge {verb(len(names), 'has', 'have')} the values of {values}: "
+            f"{listing([quoted(name, 120) for name in names], _LISTED)}",
+            tensor=names[0],
+            measured=(("tensors", float(len(names))),),
+        )
 
 
 def _names(tensors: Iterable[TensorComparison]) -> str:
@@ -140,6 +167,7 @@ def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
             f"{_names(broken)}",
             tensor=broken[0].name,
             measured=(("values", float(total)),),
+            hint=MERGE_AGAIN if broken[0].touched else COPY_AGAIN,
         )
 
 
@@ -153,22 +181,16 @@ def _merged(
     touched: _Touched,
     others: Sequence[TensorComparison],
     config: AdapterConfig,
-    candidates: Mapping[str, Comparison],
+    *,
+    has_candidates: bool,
 ) -> Iterator[Finding]:
     by_state: dict[TensorState, list[TensorComparison]] = {state: [] for state in TensorState}
     for one, state in touched:
         by_state[state].append(one)
     good = [one for state in GOOD for one in by_state[state]]
-    if not touched or len(good) == len(touched):
+    if len(good) == len(touched):
         if len(others) < comparison.compared:
             yield _good(by_state, comparison)
-        return
-    candidate = next((name for name, one in candidates.items() if is_the_merge(one)), None)
-    if candidate is not None:
-        yield finding(
-            "other-candidate",
-            f"it is the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter",
-        )
         return
     if len(by_state[TensorState.BASE]) == len(touched):
         yield finding(
@@ -188,7 +210,7 @@ def _merged(
             tensor=left[0].name,
             measured=(("tensors", float(len(left))),),
         )
-    yield from _odd(by_state)
+    yield from _odd(by_state, has_candidates=has_candidates)
 
 
 def _all(count: int) -> str:
@@ -205,8 +227,8 @@ def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison
             "rounding",
             f"{len(close):,} of {counted(count, 'merged tensor')} {verb(len(close), 'differs', 'differ')} "
             f"from PEFT's merge by at most "
-            f"{worst.units:.3g} units of the last place; the remaining tensors and {counted(rest, 'other tensor')} "
-            "have the expected bits",
+            f"{worst.units:.3g} units of the last place, as another order of rounding does; the remaining tensors and "
+            f"{counted(rest, 'other tensor')} have the expected bits",
             tensor=worst.name,
             measured=(("units", worst.units),),
         )
@@ -277,8 +299,10 @@ def _reasons(factor: float, config: AdapterConfig) -> Iterator[str]:
         )
 
 
-def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]]) -> Iterator[Finding]:
-    other, imprecise = by_state[TensorState.OTHER], by_state[TensorState.IMPRECISE]
+def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_candidates: bool) -> Iterator[Finding]:
+    other, biased, imprecise = (
+        by_state[state] for state in (TensorState.OTHER, TensorState.BIASED, TensorState.IMPRECISE)
+    )
     if other:
         worst = max(other, key=lambda one: one.units)
         yield finding(
@@ -288,16 +312,29 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]]) -> Iterator
             f"the delta: {_names(other)}",
             tensor=worst.name,
             measured=(("units", worst.units), ("factor", worst.factor)),
+            hint="check the base and its revision: no candidate has these values" if has_candidates else "",
+        )
+    if biased:
+        worst = max(biased, key=lambda one: one.bias)
+        yield finding(
+            "unexplained",
+            f"in {counted(len(biased), 'merged tensor')}, small differences from the exact merge add up in one "
+            f"direction: up to {worst.bias:.3g} standard deviations of random rounding in a row, a column, or the "
+            f"tensor: {_names(biased)}",
+            tensor=worst.name,
+            measured=(("deviations", worst.bias),),
+            hint="merge again: no order of rounding gives such values",
         )
     if imprecise:
         worst = max(imprecise, key=lambda one: one.units)
+        values = sum(one.outside or 0 for one in imprecise)
         yield finding(
             "imprecise",
-            f"{counted(len(imprecise), 'merged tensor')} {verb(len(imprecise), 'differs', 'differ')} "
-            f"from PEFT's merge by up to {worst.units:.3g} units of "
-            f"the last place, expected at most {MOST_UNITS:g}: {_names(imprecise)}",
+            f"{counted(values, 'value')} of {counted(len(imprecise), 'merged tensor')} {verb(values, 'is', 'are')} "
+            f"off by more than float32 and rounding explain, by up to {worst.units:.3g} units of the last place: "
+            f"{_names(imprecise)}",
             tensor=worst.name,
-            measured=(("units", worst.units),),
+            measured=(("units", worst.units), ("values", float(values))),
         )
 
 
@@ -315,7 +352,7 @@ def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], compariso
             "wrong-base",
             f"{counted(len(odd) + len(others), 'tensor')} {verb(len(odd) + len(others), 'differs', 'differ')} "
             f"as the base does after {name} quantization, expected "
-            f"the base as it is stored: {_names(explained)}",
+            f"the base as it is stored: {_names(sorted((*odd, *others), key=lambda one: one.requantized is None))}",
             tensor=explained[0].name,
         )
     untouched = comparison.compared - len(touched)
@@ -329,8 +366,7 @@ def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], compariso
     return None
 
 
-def _base_changed(others: Sequence[TensorComparison]) -> Iterator[Finding]:
-    odd = [one for one in others if not one.same]
+def _base_changed(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
     if not odd:
         return
     worst = max(odd, key=lambda one: one.units)

@@ -477,11 +477,14 @@ def _adapter_left(out: Path) -> None:
     write_config(out, {"peft_type": "LORA", "base_model_name_or_path": "x"})
 
 
-def _untied(out: Path) -> None:
-    tensors = weights_of(out)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.5
-    write_weights(out, tensors)
-    edit_json(out / "config.json", tie_word_embeddings=False)
+def _untied(added: float) -> Callable[[Path], None]:
+    def change(out: Path) -> None:
+        tensors = weights_of(out)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + added
+        write_weights(out, tensors)
+        edit_json(out / "config.json", tie_word_embeddings=False)
+
+    return change
 
 
 def _tied(out: Path) -> None:
@@ -573,8 +576,16 @@ WRONG = [
     Recipe("a layer's norms dropped", "not-carried", _edited(_drop("layers.1.input_layernorm", "layers.1.post_att"))),
     Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),
     Recipe("other names", "renamed", _edited(_renamed)),
-    Recipe("a head untied", "tied", _with_files(_untied, "tied-base"), "tied-base"),
+    Recipe("an equal head untied", "tied", _with_files(_untied(0), "tied-base"), "tied-base"),
+    Recipe("a head untied", "base-changed", _with_files(_untied(0.5), "tied-base"), "tied-base", also=("tied",)),
     Recipe("a head tied", "base-changed", _with_files(_tied), also=("tied",)),
+    Recipe(
+        "a head tied to a merged embedding",
+        "base-changed",
+        _with_files(_tied, "embedding"),
+        "embedding",
+        also=("tied",),
+    ),
     Recipe("a second set of shards", "stale-shards", _with_files(_stale)),
     Recipe("a ghost in the index", "ghost-index", _with_files(_ghost)),
     Recipe("a tensor that the index lacks", "ghost-index", _with_files(_unlisted)),

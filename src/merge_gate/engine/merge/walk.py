@@ -107,9 +107,9 @@ class Walk:
     differing: list[str] = field(default_factory=list)
     adapted: set[str] = field(default_factory=set)
     layers_by_peft: int = 0
+    layers: list[tuple[str, Any]] = field(init=False)
     planned: list[BlockLayer] = field(default_factory=list)
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
-    _layers: list[tuple[str, Any]] = field(init=False)
     _beside: dict[int, Made] = field(default_factory=dict)
     _twins: Twins = field(default_factory=Twins)
     _turns: Turns = field(init=False)
@@ -124,7 +124,7 @@ class Walk:
         """Find the layers that are merged in blocks: `planned`, in the model's order."""
         named = self.loaded.model.named_modules()
         layers = [(path.removeprefix(ADAPTER_PREFIX), one) for path, one in named if isinstance(one, BaseTunerLayer)]
-        self._layers, self._total = layers, len(layers)
+        self.layers, self._total = layers, len(layers)
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
         if self.in_blocks:
             self.planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
@@ -135,7 +135,7 @@ class Walk:
         They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized.
         """
         in_blocks = {id(block.layer): [block.slot] for block in self.planned}
-        slots = [in_blocks.get(id(layer)) or slots_of(layer, self.loaded.slots) for _, layer in self._layers]
+        slots = [in_blocks.get(id(layer)) or slots_of(layer, self.loaded.slots) for _, layer in self.layers]
         below = {slot.name for of_layer in slots for slot in of_layer} | set(in_file)
         wrappers = [one for one in self.loaded.model.modules() if isinstance(one, ModulesToSaveWrapper)]
         copied = {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
@@ -162,7 +162,7 @@ class Walk:
         in_blocks = {id(block.layer) for block in self.planned}
         needed = (
             (_peft_bytes(layer, self.loaded.slots, copies=1 if id(layer) in in_blocks else 2), path)
-            for path, layer in self._layers
+            for path, layer in self.layers
         )
         most, path = max(needed, default=(0, ""))
         if most > free_bytes:
@@ -199,7 +199,7 @@ class Walk:
             Undecidable: a measurement failed, which says nothing about the adapter.
         """
         self._merge_beside()
-        for path, layer in self._layers:
+        for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
             merged = self.loaded.model.merge_and_unload(safe_merge=True)
@@ -208,7 +208,7 @@ class Walk:
         except Exception as error:  # PEFT refuses with six kinds of exception
             raise self._refused(error) from error
         finally:
-            for _, layer in self._layers:
+            for _, layer in self.layers:
                 layer.__dict__.pop("merge", None)
         self.ledger.close(merged)
 
@@ -287,7 +287,7 @@ class Walk:
 
     def apart(self) -> dict[str, list[tuple[str, Any]]]:
         """The layers that share nothing with others, and that PEFT has to merge: by a tensor of theirs."""
-        left = [(path, layer) for path, layer in self._layers if id(layer) not in self.blocks]
+        left = [(path, layer) for path, layer in self.layers if id(layer) not in self.blocks]
         inside = {id(inner) for _, layer in left for inner in layer.modules() if inner is not layer}
         found: dict[str, list[tuple[str, Any]]] = {}
         for path, layer in left:

@@ -1,12 +1,13 @@
 """How the values of one tensor deviate from the expected ones, in units of the last place and by least squares.
 
-In: actual, expected, and base values. Out: `Deviation`. Works in blocks of bounded size. Knows nothing of models.
+In: actual, expected, and base values. Out: `Deviation` and `Fit`. Works in blocks of bounded size. Knows nothing of
+models.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +27,15 @@ _EXPONENTS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
 """The integers of the size of a floating dtype, and the bits of the exponent in them."""
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+FLOAT32 = 2.0**-24
+"""The largest relative error of one operation in float32."""
+
+LOOSE = 2.0**-6
+"""Factors in 16 bits change a product by less than this share of what is added up to make it."""
 
 
 @dataclass(slots=True)
@@ -74,6 +84,104 @@ def _add(result: Deviation, values: list[torch.Tensor | None], dtype: torch.dtyp
     result.cross += float(delta.dot(moved))
     result.actual_sq += float(moved.dot(moved))
     result.rounding_sq += float(torch.linalg.vector_norm(unit, dtype=torch.float64)) ** 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactRows:
+    """Rows of a merged tensor from row `start` on, in float64.
+
+    `base` is W, `merged` is the merge without any rounding, and `bound` is how far a float32 merge may be from it.
+    A row or a column may share an error of `shared`.
+    `size` is the magnitude of what is added up to make the delta: |s|·|B||A|, or the tensor's largest value.
+    """
+
+    name: str
+    start: int
+    base: torch.Tensor
+    merged: torch.Tensor
+    bound: torch.Tensor
+    shared: torch.Tensor
+    size: torch.Tensor
+
+
+class Fit:
+    """How well orders of rounding explain the values of one tensor. Rows are added from the first to the last.
+
+    A float32 merge gives some number within `bound` of the exact W + D. It is then rounded in one order, the same for
+    the whole tensor. F is the final dtype of the merge or the dtype of the actual values, and fl rounds to it:
+
+    - once: fl(fl(W) + D). If F has 16 bits, the sum is rounded in float32 first.
+    - twice: fl(fl(W) + fl(D)), if F has 16 bits.
+
+    Each order is monotone, so it explains a value that lies between its results at both ends of the bound. The errors
+    of an honest merge have random signs, except for what a row or a column may share: a rounded factor, and the
+    scaling, which is rounded at most twice.
+
+    Args:
+        dtype: that of the merge.
+        factor: the k of W + kD that values which no order explains may still be near.
+    """
+
+    def __init__(self, dtype: torch.dtype, actual: torch.dtype, factor: float) -> None:
+        finals = dict.fromkeys((dtype, actual))
+        self._orders = [
+            _Order(final, is_twice) for final in finals for is_twice in (False, True)[: 1 + (final in _HALVES)]
+        ]
+        self._factor, self._coarse = factor, max(finals, key=lambda one: torch.finfo(one).eps)
+        self.astray = 0
+
+    def add(self, actual: torch.Tensor, rows: ExactRows) -> None:
+        """Add rows."""
+        values, delta = actual.detach().double(), rows.merged - rows.base
+        is_comparable = torch.isfinite(values) & torch.isfinite(rows.merged)
+        for order in self._orders:
+            order.add(values, is_comparable, rows, actual.dtype)
+        room = LOOSE * max(1.0, abs(self._factor)) * rows.size
+        room = room + 2 * units(torch.maximum(rows.base.abs(), values.abs()), self._coarse)
+        self.astray += int((is_comparable & ((values - rows.base - self._factor * delta).abs() > room)).sum())
+
+    def best(self) -> tuple[int, float]:
+        """How many values the best order does not explain, and its largest sum of signs in standard deviations."""
+        return min((order.outside, order.bias()) for order in self._orders)
+
+
+@dataclass(slots=True)
+class _Order:
+    """One order of rounding. It sums up each row and column: steps, their squares, and what they may share."""
+
+    final: torch.dtype
+    is_twice: bool
+    outside: int = 0
+    _rows: list[torch.Tensor] = field(default_factory=list)
+    _columns: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor, comparable: torch.Tensor, rows: ExactRows, actual: torch.dtype) -> None:
+        start, delta, bound = rows.base.to(self.final).double(), rows.merged - rows.base, rows.bound
+        if self.final in _HALVES and not self.is_twice:
+            bound = bound + FLOAT32 * ((start + delta).abs() + bound)
+        low, centre, high = (self._rounded(start, delta + one, actual) for one in (-bound, 0.0, bound))
+        self.outside += int((comparable & ((values < low) | (values > high))).sum())
+        unit = units(centre.abs(), self.final) + bound
+        counted = comparable & torch.isfinite(centre)
+        step, drift = values - centre, 2 * FLOAT32 * delta
+        parts = torch.stack((step, step, drift, rows.shared.expand_as(delta))) / unit
+        parts = torch.where(counted, parts, 0.0).reshape(4, len(delta) if delta.dim() > 1 else 1, -1)
+        parts[1].square_()
+        self._rows.append(parts.sum(2))
+        columns = parts.sum(1)
+        self._columns = columns if self._columns is None else self._columns + columns
+
+    def _rounded(self, start: torch.Tensor, delta: torch.Tensor, actual: torch.dtype) -> torch.Tensor:
+        if self.is_twice:
+            delta = delta.to(self.final).double()
+        return (start + delta).to(self.final).to(actual).double()
+
+    def bias(self) -> float:
+        if self._columns is None:
+            return 0.0
+        sums = torch.cat((*self._rows, self._columns, self._columns.sum(1, keepdim=True)), 1)
+        steps, squares, drift, shared = sums[:, sums[1] > 0]
+        return float(((steps.abs() - drift.abs() - shared) / squares.sqrt()).max()) if len(steps) else 0.0
 
 
 def units(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ In: the evidence of one merge, or an adapter's files. Out: findings; it imports 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
@@ -253,18 +254,19 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
     ]
     large = [(ratio, merge) for ratio, merge in ratios if ratio > limit]
     if large:
-        ratio, worst = max(large, key=lambda pair: pair[0])
-        # Only matrices fail: a bias or a norm can be close to zero in a good base, and training may multiply it.
         error_limit = case.error_limit(delta_norm)
-        is_error = any(ratio > error_limit and len(merge.stats.shape) > 1 for ratio, merge in large)
-        allowed = f"error-limit {figure(error_limit)}" if is_error else f"limit {figure(limit)}"
+        errors = [
+            (ratio, merge) for ratio, merge in large if ratio > error_limit and _exceeds(merge, error_limit, case)
+        ]
+        ratio, worst = max(errors or large, key=lambda pair: pair[0])
+        allowed = f"error-limit {figure(error_limit)}" if errors else f"limit {figure(limit)}"
         estimated = any(merge.estimated for _, merge in large)
         yield delta_norm.finding(
             f"the delta of {worst.stats.name} is {figure(float(f'{ratio:.3g}'))} times as large as the weight it is "
             f"added to ({allowed}){above(large)}{'; estimated from a sample' if estimated else ''}",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base instead of adapting it",
             Origin.MERGE,
-            severity=ERROR if is_error else None,
+            severity=ERROR if errors else None,
             module=worst.module,
             tensor=worst.stats.name,
             measured=(("ratio", ratio), ("limit", limit), *(ESTIMATED if estimated else ())),
@@ -290,6 +292,16 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             tensor=zeros[0].stats.name,
             measured=(("tensors", float(len(zeros))),),
         )
+
+
+def _exceeds(merge: TensorMerge, limit: float, case: MergeCase) -> bool:
+    """Whether the RMS of a matrix's delta is this many times the median RMS of the matrices that the merge changes.
+
+    A bias, a norm, or a matrix may be close to zero in a good base, and training may multiply it.
+    """
+    matrices = [one for one in case.evidence.merges if len(one.stats.shape) > 1 and one.base_norm and one.stats.numel]
+    median = statistics.median([(one.base_norm or 0.0) / math.sqrt(one.stats.numel) for one in matrices] or [0.0])
+    return len(merge.stats.shape) > 1 and (merge.delta_norm or 0.0) > limit * median * math.sqrt(merge.stats.numel)
 
 
 def _is_blank(evidence: Evidence) -> bool:

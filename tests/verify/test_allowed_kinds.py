@@ -1,0 +1,212 @@
+"""`--allow KIND` allows that kind and nothing else: another fault next to it is still an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from merge_gate.judging.answer_kinds import ALLOWED
+from merge_gate.records.terms import Severity, Verdict
+from tests.support.command import merge_gate
+from tests.support.gating import one_thread
+from tests.support.models import make_adapter, read_tensors, write_tensors
+from tests.support.verify.merges import WRONG, Recipe, Scene, peft_merge, weights_of, write_weights
+from tests.support.verify.verification import Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from merge_gate.records.report import AdapterReport
+    from tests.support.models import Shelf, Tensors
+
+VARIANT = "bfloat16-base"
+MERGED, UNTOUCHED = "layers.1.self_attn.q_proj.weight", "model.norm.weight"
+
+OWN_RECORD = {"file-changed"}
+"""Kinds of the comparison with merge-gate.json, which finds no others."""
+
+
+@pytest.fixture(scope="module")
+def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with one_thread():
+        yield Scene(shelf, tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    return Verifier()
+
+
+def recipe_of(kind: str) -> Recipe:
+    """The first wrong merge that is of this kind alone."""
+    return next(one for one in WRONG if one.kind == kind and set(one.also) <= {kind})
+
+
+def errors(report: AdapterReport) -> set[str]:
+    return {one.check for one in report.findings if one.severity is Severity.ERROR}
+
+
+def changed(out: Path, change: Callable[[Tensors], None]) -> None:
+    tensors = weights_of(out)
+    change(tensors)
+    write_weights(out, tensors)
+
+
+def _in(part: str) -> Callable[[Tensors], None]:
+    """One value of a tensor, changed by more than any rounding."""
+
+    def change(tensors: Tensors) -> None:
+        name = next(one for one in tensors if one.endswith(part.removeprefix("model.")))
+        flat = tensors[name].clone()
+        flat.view(-1)[7] = flat.view(-1)[7] + 0.25
+        tensors[name] = flat
+
+    return change
+
+
+FAULTS = "one changed value in a merged tensor, and in another tensor"
+
+ATTEMPTS = {
+    "dtype-changed": pytest.mark.attempt("V14", "garbage under --allow dtype-changed", "still an error"),
+    "renamed": pytest.mark.attempt("V16", "garbage under --allow renamed", "still an error"),
+    "imprecise": pytest.mark.attempt("V16b", "one changed value under --allow imprecise", "still an error"),
+    "other-strength": pytest.mark.attempt("V16c", "one changed value under --allow other-strength", "still an error"),
+    "shape-changed": pytest.mark.attempt("V16d", "one changed value under --allow shape-changed", "still an error"),
+    "other-candidate": pytest.mark.attempt("V16e", "one changed value under --allow other-candidate", "still an error"),
+    "tied": pytest.mark.attempt("V12a", "one changed value under --allow tied", "still an error"),
+    "nonfinite": pytest.mark.attempt("V11a", "one changed value under --allow nonfinite", "still an error"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=ATTEMPTS.get(kind, pytest.mark.attempt(f"--allow {kind}", FAULTS, "still an error")))
+        for kind in ALLOWED
+        if kind not in OWN_RECORD
+    ],
+)
+def test_an_allowed_kind_passes_alone_and_not_with_another_fault(
+    kind: str, scene: Scene, verifier: Verifier, tmp_path: Path
+) -> None:
+    recipe = recipe_of(kind)
+    base, adapter, candidates = recipe.base_of(scene), recipe.adapter_of(scene), recipe.candidates(scene)
+    for part in ("", MERGED, UNTOUCHED):
+        out = tmp_path / (part or "alone")
+        recipe.make(scene, out)
+        if part:
+            changed(out, _in(part))
+        found = verifier.report(out, base, adapter, *candidates, allowed=(kind,))
+        is_of_kind = not part or kind == ("unexplained" if part == MERGED else "base-changed")
+        assert found.verdict is (Verdict.PASSED if is_of_kind else Verdict.FAILED), (part, errors(found))
+        assert bool(errors(found)) is not is_of_kind
+
+
+def _noise_with_nan(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "proj" in name]:
+        tensors[name] = torch.randn_like(tensors[name])
+        tensors[name].view(-1)[3] = torch.nan
+
+
+def _noise(tensors: Tensors) -> None:
+    for name in tensors:
+        tensors[name] = torch.randn_like(tensors[name])
+
+
+def report_of(
+    change: Callable[[Tensors], None],
+    scene: Scene,
+    verifier: Verifier,
+    out: Path,
+    *allowed: str,
+    variant: str = VARIANT,
+) -> AdapterReport:
+    peft_merge(scene.base(variant), scene.adapter(variant), out)
+    changed(out, change)
+    return verifier.report(out, scene.base(variant), scene.adapter(variant), allowed=allowed)
+
+
+@pytest.mark.attempt("V11", "noise in every merged tensor, with one NaN each, under --allow nonfinite", "unexplained")
+def test_the_finite_values_of_a_tensor_with_nan_are_compared(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    found = report_of(_noise_with_nan, scene, verifier, tmp_path / "m", "nonfinite")
+    assert found.cause in {"unexplained", "wrong-base"}
+    assert "nonfinite" not in errors(found)
+
+
+@pytest.mark.attempt("V13", "a base with one NaN in each merged tensor, under --allow nonfinite", "not-applied")
+def test_a_base_with_nan_is_still_the_base(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for name, one in weights_of(scene.base(VARIANT)).items():
+            tensors[name] = one.clone()
+            if "proj" in name:
+                tensors[name].view(-1)[3] = torch.nan
+
+    found = report_of(change, scene, verifier, tmp_path / "m", "nonfinite")
+    assert found.cause in {"not-applied", "applied-in-part"}
+
+
+@pytest.mark.attempt("V12", "an untied head of random values under --allow tied", "base-changed")
+@pytest.mark.parametrize("name", ["a head untied", "a head tied", "a head tied to a merged embedding"])
+def test_a_head_that_is_tied_otherwise_is_compared(name: str, scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    recipe = next(one for one in WRONG if one.name == name)
+    recipe.make(scene, tmp_path / "m")
+    found = verifier.report(tmp_path / "m", recipe.base_of(scene), recipe.adapter_of(scene), allowed=("tied",))
+    assert errors(found) == {"base-changed"}
+
+
+@pytest.mark.attempt("V15", "noise everywhere under --allow wrong-base", "exit code 2")
+@pytest.mark.parametrize("kind", ["wrong-base", "broken-files", "other-architecture", "attestation"])
+def test_a_kind_that_leaves_nothing_to_compare_cannot_be_allowed(kind: str, tmp_path: Path) -> None:
+    answer = merge_gate("verify", ".", "--adapter", "x/y", "--allow", kind, cwd=tmp_path)
+    assert answer.code == 2
+    assert "never accepted" in answer.err
+
+
+@pytest.mark.attempt("V15a", "noise in every tensor, with every kind allowed", "wrong-base")
+def test_noise_everywhere_is_no_merge_whatever_is_allowed(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    found = report_of(_noise, scene, verifier, tmp_path / "m", *ALLOWED, "wrong-base")
+    assert found.cause == "wrong-base"
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+def _up(row: int | None) -> Callable[[Tensors], None]:
+    """One unit of the last place more, in every value of the merged tensors, or in a row."""
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "proj" in name]:
+            one = tensors[name].clone()
+            part = one if row is None else one[row]
+            part.copy_(torch.nextafter(part, torch.full_like(part, torch.inf)))
+            tensors[name] = one
+
+    return change
+
+
+@pytest.mark.attempt("V03", "+1 unit of the last place in every merged value", "unexplained")
+def test_a_unit_more_in_every_value_is_unexplained(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    for allowed in ((), ("imprecise",)):
+        found = report_of(_up(None), scene, verifier, tmp_path / f"m{len(allowed)}", *allowed)
+        assert found.cause == "unexplained"
+
+
+@pytest.mark.attempt("V04", "+1 unit of the last place in every value of a row", "unexplained or imprecise")
+@pytest.mark.parametrize("variant", [VARIANT, "float16-base", "plain"])
+def test_a_unit_more_in_a_row_fails(variant: str, scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    found = report_of(_up(2), scene, verifier, tmp_path / "m", variant=variant)
+    assert found.cause in {"unexplained", "imprecise"}
+
+
+def test_a_tensor_that_the_merge_does_not_move_is_compared(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    """The delta is lost in rounding, so no multiple of it can be found."""
+    adapter = tmp_path / "tiny"
+    make_adapter(scene.base(VARIANT), adapter)
+    write_tensors(adapter, {name: one * 1e-4 for name, one in read_tensors(adapter).items()})
+    peft_merge(scene.base(VARIANT), adapter, tmp_path / "m")
+    assert errors(verifier.report(tmp_path / "m", scene.base(VARIANT), adapter)) == {"no-effect"}
+    changed(tmp_path / "m", _up(2))
+    assert errors(verifier.report(tmp_path / "m", scene.base(VARIANT), adapter)) > {"no-effect"}
