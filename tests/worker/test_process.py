@@ -33,8 +33,8 @@ from tests.support.wording import Wording
 def test_the_child_gets_no_token_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN",
-        "MERGE_GATE_CACHE_KEY", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL", "AWS_SECRET_ACCESS_KEY",
-        "PIP_INDEX_URL", "NETRC", "PYTHON_GITHUB_TOKEN", "DATABASE_URL",
+        "MERGE_GATE_CACHE_KEY", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL",
+        "AWS_SECRET_ACCESS_KEY", "PIP_INDEX_URL", "NETRC", "PYTHON_GITHUB_TOKEN", "DATABASE_URL",
     ):  # fmt: skip
         monkeypatch.setenv(name, "hf_secret")
     with WorkerProcess() as child:
@@ -63,7 +63,15 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, mo
 
 def test_variables_of_the_libraries_that_compute_are_passed_on() -> None:
     """Those of the linker, of threads, and of devices, without which a user's torch does not load or is slow."""
-    names = "PATH HOME LD_LIBRARY_PATH OMP_NUM_THREADS CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF LC_ALL".split()
+    names = [
+        "PATH",
+        "HOME",
+        "LD_LIBRARY_PATH",
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "LC_ALL",
+    ]
     assert dict.fromkeys(names, "x").items() <= child_environment(dict.fromkeys(names, "x")).items()
 
 
