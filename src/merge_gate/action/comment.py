@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.action import workflow
 from merge_gate.action.docker import collect
 from merge_gate.action.event import read_event
+from merge_gate.limits.time_limit import within
 from merge_gate.regular_file import read_regular_file
-from merge_gate.time_limit import within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from merge_gate.errors import ResolveError
 from merge_gate.files import json_object
 from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, shown
+from merge_gate.foreign_names import is_inside
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.text import counted, listing
 
@@ -246,8 +247,7 @@ def _broken_index(what: str, name: str) -> ResolveError:
 
 def _refuse_place(file: str, named_in: str, name: str) -> None:
     """A name must stay inside of the base's directory: an index is as hostile as the rest."""
-    parts = PurePosixPath(file).parts
-    if not parts or ".." in parts or file.startswith("/") or "\\" in file or "\0" in file or file.endswith("/"):
+    if not is_inside(file):
         raise ResolveError(
             f"the base {shown(name)} is broken: {named_in} names {shown(file)}, expected a file inside of the base's "
             "directory",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
+from merge_gate.foreign_names import is_inside
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
     MANIFEST_VERSION,
@@ -201,11 +202,6 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise UnreadableError(f"files names {one_line(outside, 120)!r}, expected a file inside of the directory")
     if len(set(names)) < len(names):
         raise UnreadableError("files names a file twice")
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative name stays inside of its directory, and has one spelling only."""
-    return not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
 
 
 # --- compared with the files -----------------------------------------------------------------------------------------
