@@ -110,10 +110,11 @@ _LOOP["no-effect"] = _LOOP
 
 
 WRONG = (
-    ("adapters", 123), ("adapters", None), ("adapters", b"x"), ("adapters", [1]), ("adapters", {"x"}),
-    ("adapters", _Bytes()), ("adapters", "\ud800"), ("adapters", ["x", "\ud800"]), ("adapters", "a\0b"),
-    ("adapters", ""),
-    ("base", 1), ("base", ""), ("base", "\ud800"), ("dtypes", 16), ("dtypes", [16]), ("dtypes", None),
+    ("adapters", 123), ("adapters", None), ("adapters", b"x"), ("adapters", [1]), ("adapters", [["x"]]),
+    ("adapters", {"x"}), ("adapters", _Bytes()), ("adapters", "\ud800"), ("adapters", ["x", "\ud800"]),
+    ("adapters", "a\0b"), ("adapters", ""),
+    ("base", 1), ("base", ""), ("base", "\ud800"), ("dtypes", 16), ("dtypes", [16]), ("dtypes", [Path("float16")]),
+    ("dtypes", None),
     ("dtypes", "fp16"), ("quantization", 8),
     ("revision", 1), ("revision", "\ud800"), ("checks", "x"), ("checks", {"no-effect": object}), ("checks", _LOOP),
     ("checks", {(1, 2): 3}), ("expect", []), ("expect", {"r": "\ud800"}), ("allow_pickle", "no"), ("allow_pickle", 1),

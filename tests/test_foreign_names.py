@@ -34,7 +34,7 @@ def test_other_names_are_not(name: str) -> None:
     ("name", "is_commit"),
     [
         ("0a" * 20, True),
-        ("0a" * 32, True),
+        ("0a" * 32, False),
         ("0A" * 20, False),
         ("0a" * 19, False),
         ("0a" * 20 + "\n", False),

@@ -33,6 +33,7 @@ _IN_CONFIG = ("base", "dtypes", "quantization", "revision", "checks", "expect", 
 """The options of `gate` that a configuration has too."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
 _NAME = (str, os.PathLike)
+# If a list is allowed, it is the last of the types, and its entries have the others.
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "adapters": ((*_NAME, Sequence), "a name or a list of names"),
     **dict.fromkeys(("base", "cache", "output"), ((*_NAME, NoneType), "a name")),
@@ -140,7 +141,7 @@ def _refuse(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         kinds, expected = _TYPES[name]
         texts = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if not isinstance(value, kinds) or (texts is value and not all(isinstance(text, _NAME) for text in texts)):
+        if not isinstance(value, kinds) or (texts is value and not all(isinstance(text, kinds[:-1]) for text in texts)):
             raise UsageError(f"{name} is {quoted(repr(value))}, expected {expected}")
         try:
             yaml_text(dict(value) if isinstance(value, Mapping) else None)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-"""A commit of git, by SHA-1 or SHA-256. The Hub's cache has a folder of this name."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A commit, as huggingface_hub knows it. It asks the server again for the commit of any other name."""
 
 _MOST_BYTES = 255
 """What file systems allow in one part of a path."""

@@ -208,7 +208,7 @@ COMMITS = (
     "commit",
     [
         pytest.param(commit, marks=pytest.mark.attempt(f"S06{letter}", f"the commit {commit[:44]!r}", "error, no file"))
-        for letter, commit in zip("abcdefghij", COMMITS, strict=True)
+        for letter, commit in zip("abcdefghijk", COMMITS, strict=True)
     ],
 )
 def test_a_commit_that_is_none_is_refused(commit: str, hub: LoopbackHub, tmp_path: Path) -> None:

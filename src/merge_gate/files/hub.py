@@ -63,9 +63,6 @@ _DOWNLOAD_TIMEOUT_S = 8
 SPARE_DISK_BYTES = 2_000_000_000
 """With access `auto`, a base is streamed if a download would leave less of the disk free."""
 
-_MOST_UNLISTED_BYTES = 50_000_000_000
-"""Of a file whose size a mirror does not list."""
-
 _LISTED = 6
 _DIGEST_CHARACTERS = 16
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\[]*", re.ASCII)
@@ -213,22 +210,19 @@ class _Repository:
 
     def _commit(self, name: str | None) -> str:
         """Check a commit before it becomes a part of a path in the cache."""
-        if not name:
-            raise ResolveError(f"{host()} answered without a commit for {self.what}", hint=CHECK_ENDPOINT)
-        if not COMMIT.fullmatch(name):
-            raise ResolveError(
-                f"{shown(name)} is named as the commit of {self.what}, expected 40 hexadecimal digits",
-                hint=f"{CHECK_ENDPOINT}; if it is offline, remove the repository from the cache",
-            )
+        if not name or not COMMIT.fullmatch(name):
+            what = f"with the commit {shown(name)}, expected 40 hexadecimal digits," if name else "without a commit"
+            raise ResolveError(f"{host()}, or the cache, answered {what} for {self.what}", hint=CHECK_ENDPOINT)
         return name
 
     def _limits(self, files: Mapping[str, RepoSibling], names: Iterable[str], commit: str) -> dict[str, int]:
         """The most bytes of files, by the paths of their addresses."""
-        urls = {name: hf_hub_url(self.repo_id, name, revision=commit) for name in names}
-        sizes = {name: files[name].size for name in urls}
+        sizes = {name: files[name].size for name in names}
         return {
-            unquote(urlsplit(url).path): _MOST_UNLISTED_BYTES if (size := sizes[name]) is None else size
-            for name, url in urls.items()
+            unquote(urlsplit(hf_hub_url(self.repo_id, name, revision=commit)).path): (
+                constants.MAX_HTTP_DOWNLOAD_SIZE if size is None else size
+            )
+            for name, size in sizes.items()
         }
 
     def _write_ref(self, commit: str) -> None:
@@ -282,9 +276,7 @@ class _Repository:
 
     def from_cache(self, choose: Choose) -> Fetched:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
-        commit = self._commit(Path(directory).name)
-        if not (self._cache / "snapshots").samefile(Path(directory).parent):
-            self._commit(directory)
+        commit = self._commit(os.path.relpath(os.path.realpath(directory), os.path.realpath(self._cache / "snapshots")))
         listing = self._cached_listing(commit)
         names = _files_below(directory) | (listing or frozenset())
 
@@ -338,7 +330,8 @@ class _Repository:
         if not hasattr(huggingface_hub, "get_cached_repo_tree"):
             return None
         try:
-            return frozenset(file.path for file in huggingface_hub.get_cached_repo_tree(self.repo_id, revision=commit))
+            tree = huggingface_hub.get_cached_repo_tree(self.repo_id, revision=commit)
+            return frozenset(file.path for file in tree if is_inside(file.path))
         except errors.CachedRepoTreeNotFoundError:
             return None
 
