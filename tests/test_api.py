@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +118,62 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, monkeypatch: pytest
     assert issubclass(ConfigError, GateError)
 
 
+class _Bytes:
+    def __fspath__(self) -> bytes:
+        return b"adapters/good"
+
+
+_LOOP: dict[str, object] = {}
+_LOOP["no-effect"] = _LOOP
+
+
+WRONG = (
+    ("adapters", 123), ("adapters", None), ("adapters", b"x"), ("adapters", [1]), ("adapters", [["x"]]),
+    ("adapters", {"x"}), ("adapters", _Bytes()), ("adapters", "\ud800"), ("adapters", ["x", "\ud800"]),
+    ("adapters", "a\0b"), ("adapters", ""),
+    ("base", 1), ("base", ""), ("base", "\ud800"), ("dtypes", 16), ("dtypes", [16]), ("dtypes", [Path("float16")]),
+    ("dtypes", None),
+    ("dtypes", "fp16"), ("quantization", 8),
+    ("revision", 1), ("revision", "\ud800"), ("checks", "x"), ("checks", {"no-effect": object}), ("checks", _LOOP),
+    ("checks", {(1, 2): 3}), ("expect", []), ("expect", {"r": "\ud800"}), ("allow_pickle", "no"), ("allow_pickle", 1),
+    ("quick", "yes"), ("device", None), ("device", "\ud800"), ("device", "cuda:\u0661"), ("cache", 1),
+    ("cache", "a\0b"), ("output", 1), ("output", ""), ("output", "a\0b"),
+)  # fmt: skip
+
+
+def _wrong() -> Iterator[Any]:
+    for number, (argument, value) in enumerate(WRONG):
+        shown = "a path of bytes" if isinstance(value, _Bytes) else ascii(value)[:40]
+        row = pytest.mark.attempt(f"Y01-{number:02}", f"gate({argument}={shown})", "UsageError")
+        yield pytest.param(argument, value, marks=row)
+
+
+@pytest.mark.parametrize(("argument", "value"), list(_wrong()))
+def test_a_wrong_type_is_a_sentence(argument: str, value: object, demo: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "adapters": demo / "adapters" / "good",
+        "base": demo / "base",
+        "output": tmp_path / "out",
+    }
+    with pytest.raises(UsageError) as caught:
+        gate(**options | {argument: value})
+    assert not (tmp_path / "out").exists()
+    assert str(caught.value).isprintable()
+
+
+def test_dtypes_may_be_one_text_as_on_the_command_line(demo: Path) -> None:
+    adapter = demo / "adapters" / "lfs-pointer"
+    for given, expected in (("float16", ["float16"]), ("float16, bfloat16", ["float16", "bfloat16"])):
+        report = gate(adapter, base=demo / "base", dtypes=given)
+        assert [each.base.dtype for each in report.adapters] == expected
+
+
+def test_the_text_of_an_error_says_what_to_do() -> None:
+    with pytest.raises(UsageError) as caught:
+        gate([])
+    assert str(caught.value) == f"{caught.value.message}; to do: {caught.value.hint}"
+
+
 def test_nothing_slow_is_imported_before_a_run() -> None:
     code = """
 import sys, merge_gate
@@ -134,5 +192,9 @@ sys.exit(f"{before & heavy} {after & {'torch', 'transformers', 'peft', 'numpy'}}
 
 def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(merge_gate, name) for name in merge_gate.__all__)
+    listed = subprocess.run(
+        [sys.executable, "-c", "import merge_gate; print(*dir(merge_gate))"], check=True, capture_output=True, text=True
+    )
+    assert set(merge_gate.__all__) <= set(listed.stdout.split())
     with pytest.raises(AttributeError):
         merge_gate.gates  # noqa: B018

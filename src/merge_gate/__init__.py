@@ -42,3 +42,8 @@ def __getattr__(name: str) -> object:
         if name in names:
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, whether they are imported already or not."""
+    return sorted({*globals(), *__all__})

@@ -10,11 +10,11 @@ import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache.resume import forget
-from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.config.from_arguments import config_of, names_a_file, yaml_text
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
@@ -32,13 +32,24 @@ if TYPE_CHECKING:
 _IN_CONFIG = ("base", "dtypes", "quantization", "revision", "checks", "expect", "allow_pickle")
 """The options of `gate` that a configuration has too."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
+_NAME = (str, os.PathLike)
+# If a list is allowed, it is the last of the types, and its entries have the others.
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "adapters": ((*_NAME, Sequence), "a name or a list of names"),
+    **dict.fromkeys(("base", "cache", "output"), ((*_NAME, NoneType), "a name")),
+    "dtypes": ((str, Sequence), "a dtype or a list of dtypes"),
+    **dict.fromkeys(("quantization", "revision"), ((str, NoneType), "a text")),
+    **dict.fromkeys(("checks", "expect"), ((Mapping,), "a mapping")),
+    **dict.fromkeys(("allow_pickle", "quick"), ((bool,), "True or False")),
+    "device": ((str,), "a text"),
+}
 
 
 def gate(
     adapters: Name | Sequence[Name],
     *,
     base: Name | None = None,
-    dtypes: Sequence[str] = (),
+    dtypes: str | Sequence[str] = (),
     quantization: str | None = None,
     revision: str | None = None,
     checks: Mapping[str, object] = _NOTHING,
@@ -54,7 +65,8 @@ def gate(
         adapters: directories, globs or Hub ids, or one configuration file. Relative names start in the current
             directory.
         base: a directory or a Hub id. If None, each adapter's adapter_config.json names its base.
-        dtypes: `auto`, `float32`, `bfloat16`, `float16`. Each adapter has one entry in the report for each of them.
+        dtypes: `auto`, `float32`, `bfloat16`, `float16`, or a list of them. Each adapter has one entry in the report
+            for each of them.
         quantization: `none`, `bnb-8bit` or `bnb-4bit`.
         revision: a commit, tag or branch of the adapters, if they are on the Hub.
         checks: severities by the ids of checks, or mappings with `severity` and `limit`, as a configuration has them.
@@ -72,17 +84,10 @@ def gate(
         ConfigError: the configuration file is wrong. Nothing was judged.
         GateError: the gate cannot go on, such as on a full disk.
     """
-    names = [os.fspath(name) for name in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
-    named: dict[str, Any] = {
-        "base": None if base is None else os.fspath(base),
-        "dtypes": list(dtypes),
-        "quantization": quantization,
-        "revision": revision,
-        "checks": checks,
-        "expect": expect,
-        "allow_pickle": allow_pickle,
-    }
-    _refuse_device(device)
+    given = locals()
+    _refuse(given)
+    names = [os.fspath(name) for name in ([adapters] if isinstance(adapters, _NAME) else adapters)]
+    named = _in_config(given)
     folder = None if output is None else os.fspath(output)
     options = RunOptions(
         device=device,
@@ -108,18 +113,44 @@ def refuse_options(**options: Any) -> None:
         TypeError: `gate` has no such option.
         UsageError: the value of an option is wrong.
     """
-    given = inspect.signature(gate).bind("", **options)
+    given = inspect.signature(gate).bind(os.curdir, **options)
     given.apply_defaults()
-    _refuse_device(given.arguments["device"])
-    named = {name: given.arguments[name] for name in _IN_CONFIG}
-    base = named["base"]
+    _refuse(given.arguments)
     with tempfile.TemporaryDirectory() as directory:
-        config_of([directory], **named | {"base": None if base is None else os.fspath(base)})
+        config_of([directory], **_in_config(given.arguments))
 
 
-def _refuse_device(device: str) -> None:
-    if not is_device(device):
-        raise UsageError(f"device is {quoted(device)}, expected auto, cpu, cuda, or cuda:N")
+def _in_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a configuration has too, as `config_of` takes them."""
+    named = {name: given[name] for name in _IN_CONFIG}
+    named["base"] = None if named["base"] is None else os.fspath(named["base"])
+    dtypes = named["dtypes"]
+    named["dtypes"] = [word.strip() for word in dtypes.split(",")] if isinstance(dtypes, str) else list(dtypes)
+    return named
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a wrong type, and texts that no name and no configuration can hold.
+
+    Raises:
+        UsageError: with the argument and what it expects.
+    """
+    for name, value in given.items():
+        kinds, expected = _TYPES[name]
+        texts = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        if not isinstance(value, kinds) or (texts is value and not all(isinstance(text, kinds[:-1]) for text in texts)):
+            raise UsageError(f"{name} is {quoted(repr(value))}, expected {expected}")
+        try:
+            yaml_text(dict(value) if isinstance(value, Mapping) else None)
+            is_whole = all(
+                os.fsencode(text) and "\0" not in os.fspath(text) for text in texts if isinstance(text, _NAME)
+            )
+        except (TypeError, ValueError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise UsageError(f"{name} is {quoted(repr(value))}: it is empty, or holds something that is no text")
+    if not is_device(given["device"]):
+        raise UsageError(f"device is {quoted(given['device'])}, expected auto, cpu, cuda, or cuda:N")
 
 
 def _config(names: Sequence[str], named: Mapping[str, Any], output: str | None) -> Config:

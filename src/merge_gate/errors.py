@@ -57,6 +57,9 @@ class GateError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        return f"{self.message}; to do: {self.hint}" if self.hint else self.message
+
 
 class UsageError(GateError):
     """The command line or an input of the action is wrong."""

@@ -102,11 +102,6 @@ def chunks(file: BufferedReader, limit_bytes: int) -> Iterator[bytes]:
         yield chunk
 
 
-def is_inside(name: str) -> bool:
-    """Whether a relative name stays inside of its directory, and has one spelling only."""
-    return not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
-
-
 def _refuse_other_kinds(mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise NotRegularFileError(next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a device"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from merge_gate.action import comment
+from merge_gate.report.wording.markdown import code, plain
 from tests.support.e2e.github import BOT, GitHub, serving
 from tests.support.wording import Wording
 
@@ -64,7 +67,61 @@ def test_foreign_text_addresses_no_one_and_is_cut() -> None:
 
 def test_without_a_report_it_has_the_headline(environ: dict[str, str]) -> None:
     given = {**environ, "SUMMARY": "", "HEADLINE": "merge-gate ERROR: no engine"}
-    assert comment._summary(given) == "## merge-gate ERROR: no engine"
+    assert comment._summary(given) == "## `merge-gate ERROR: no engine`"
+
+
+def test_entities_of_the_summary_stay_whole() -> None:
+    """A name with an address: the summary's own escaping keeps it from being a link."""
+    text = f"{code('a:b')} {plain('see http://evil.example')}"
+    assert text in comment.comment_body(text, "<!-- m -->", "")
+
+
+@pytest.mark.attempt("A03a", "the API redirects the comment to another host", "the token stays")
+def test_the_token_follows_no_redirect(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    other, github = GitHub(), GitHub()
+    (tmp_path / "other").mkdir()
+    with serving(other, tmp_path / "other") as trusted, serving(github, tmp_path) as certificate:
+        (tmp_path / "both.pem").write_bytes(certificate.read_bytes() + trusted.read_bytes())
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "both.pem"))
+        github.redirect = f"{other.url}/repos/acme/adapters/issues/5/comments"
+        assert comment.main({**environ, "GITHUB_API_URL": github.url}) == 0
+    assert "::warning" in capsys.readouterr().out
+    assert github.tokens == ["Bearer ghs_x"]
+    assert other.requests == []
+
+
+def _is_slow(*_: object) -> Any:
+    time.sleep(2)
+    return []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(answer, marks=pytest.mark.attempt(f"A03{letter}", what, "a warning"))
+        for letter, what, answer in (
+            ("b", "the API answers with an object instead of a list of comments", lambda *_: {"id": 1}),
+            ("c", "the API answers with a list of numbers", lambda *_: [1, 2]),
+            ("d", "the API answers with more than a page can have", lambda *_: b"[" + b" " * 5_000 + b"]"),
+            ("e", "the API answers with deep JSON", lambda *_: b"[" * 4_000),
+            ("f", "the API does not end its answer", _is_slow),
+            ("g", "the API answers without JSON", lambda *_: b"<html>"),
+        )
+    ],
+)
+def test_an_odd_answer_is_a_warning(
+    answer: Any, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    github = GitHub()
+    monkeypatch.setattr(github, "answer", answer)
+    monkeypatch.setattr(comment, "_MOST_BYTES", 4_096)
+    monkeypatch.setattr(comment, "_TIMEOUT_S", 1.0)
+    with serving(github, tmp_path) as certificate:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert comment.main({**environ, "GITHUB_API_URL": github.url}) == 0
+    assert "::warning" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("event", "head"), [("pull_request", "stranger/adapters"), ("push", "acme/adapters")])

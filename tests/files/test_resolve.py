@@ -575,6 +575,7 @@ def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adapter_model.safetensors", "SHA-256"), ("adapter_config.json", "git")])
+@pytest.mark.attempt("S01j", "a download with other bytes than the Hub lists", "error, and the file leaves the cache")
 def test_other_bytes_than_those_that_are_listed_leave_the_cache(
     hub: LoopbackHub, client: Client, name: str, kind: str, wording: Wording
 ) -> None:
@@ -651,6 +652,7 @@ def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client, wording: Word
     assert "HF_ENDPOINT" in answer["hint"]
 
 
+@pytest.mark.attempt("S11", "a password in HF_ENDPOINT, and an error", "it is not shown")
 def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     url = hub.url.replace("http://", f"http://user:{SECRET}@")
     wording(client.adapter("acme/absent", HF_ENDPOINT=url)["error"])

@@ -51,7 +51,8 @@ def test_a_trained_adapter_passes(base: Path, tmp_path: Path) -> None:
     assert (adapter.name, adapter.verdict, adapter.base.dtype) == ("support", Verdict.PASSED, "bfloat16")
     assert adapter.coverage.modules_merged == 4
     folder = tmp_path / "support" / "merge-gate"
-    assert sorted(path.name for path in folder.iterdir()) == ["report", "support"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "report"]
+    assert (folder / "adapter" / "support" / "adapter_config.json").exists()
     assert (folder / "report" / "report.html").exists()
 
 
@@ -67,10 +68,14 @@ def test_a_diverged_training_run_is_an_error(
             with pytest.raises(AdapterNotPassedError) as caught:
                 run.train()
             assert caught.value.report is callback.report
-            wording(caught.value)
+            wording(str(caught.value).replace(str(tmp_path), "<out>"))
         else:
             run.train()
-            assert [record.levelname for record in caplog.records if record.name == "merge_gate"] == ["ERROR"]
+            (record,) = (record for record in caplog.records if record.name == "merge_gate")
+            assert record.levelname == "ERROR"
+            page = tmp_path / "support" / "merge-gate" / "report" / "report.html"
+            assert "adapter-nonfinite" in record.getMessage()
+            assert str(page) in record.getMessage()
     assert callback.report is not None
     assert callback.report.adapters[0].cause == "adapter-nonfinite"
 
@@ -83,11 +88,75 @@ def test_a_diverged_training_run_is_an_error(
         ({"base": "./nowhere"}, UsageError),
         ({"checks": {"roundingloss": "error"}}, UsageError),
         ({"device": "tpu"}, UsageError),
+        *(
+            pytest.param({"on_failure": value}, UsageError, marks=pytest.mark.attempt(f"X08{letter}", what, "refused"))
+            for letter, what, value in (
+                ("a", "GateCallback(on_failure='Raise')", "Raise"),
+                ("b", "GateCallback(on_failure='error')", "error"),
+                ("c", "GateCallback(on_failure=True)", True),
+                ("d", "GateCallback(on_failure=None)", None),
+                ("e", "GateCallback(on_failure=[])", []),
+            )
+        ),
+        pytest.param(
+            {"allow_pickle": "no"}, UsageError, marks=pytest.mark.attempt("X08f", "allow_pickle='no'", "refused")
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_before_the_training(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         GateCallback(**options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.attempt(f"Y03{letter}", f"an output_dir named {name}", "the adapter is judged")
+        )
+        for letter, name in zip("abc", ("report", "run.yml", "run[1]"), strict=True)
+    ],
+)
+def test_an_output_directory_of_any_name_works(name: str, base: Path, tmp_path: Path) -> None:
+    callback = GateCallback(base=base, on_failure="log")  # an adapter before its training has no effect
+    run = trainer(base, tmp_path / name, callback)
+    callback.on_train_end(run.args, run.state, run.control, model=run.model)
+    assert callback.report is not None
+    assert [adapter.name for adapter in callback.report.adapters] == [name]
+
+
+@pytest.mark.attempt("Y06a", "a file where GateCallback's folder would be, with on_failure='log'", "logged")
+@pytest.mark.attempt("Y06b", "a report of another tool in GateCallback's folder, with on_failure='log'", "logged")
+@pytest.mark.attempt("Y06c", "a base that is removed during the training, with on_failure='log'", "logged")
+@pytest.mark.attempt("Y06d", "a model without an adapter, with on_failure='log'", "logged")
+def test_no_error_of_the_gate_ends_a_program_that_asked_for_a_log(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = tmp_path / "base"
+    moved.symlink_to(base)
+    callback = GateCallback(on_failure="log", base=moved)
+    run, bare = (trainer(base, tmp_path / "out", callback, is_adapter=adapts) for adapts in (True, False))
+
+    def logged(model: Any) -> str:
+        caplog.clear()
+        callback.on_train_end(run.args, run.state, run.control, model=model)
+        (record,) = (record for record in caplog.records if record.name == "merge_gate")
+        assert record.levelname == "ERROR"
+        assert record.exc_info is None
+        return record.getMessage()
+
+    folder = tmp_path / "out" / "merge-gate"
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_text("")
+    assert "merge-gate" in logged(run.model)
+    folder.unlink()
+    (folder / "report").mkdir(parents=True)
+    (folder / "report" / "report.json").write_text("of another tool")
+    assert "report.json" in logged(run.model)
+    (folder / "report" / "report.json").unlink()
+    assert "LlamaForCausalLM" in logged(bare.model)
+    moved.unlink()
+    assert "no such directory" in logged(run.model)
 
 
 def test_a_model_without_an_adapter_is_refused(base: Path, tmp_path: Path, wording: Wording) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from merge_gate.publish.manifest import (
 from merge_gate.publish.model_card import model_card
 from merge_gate.records.config import Combine
 from merge_gate.records.publication import CARD_NAME
-from merge_gate.regular_file import is_inside
 from tests.support import published, reports
 
 if TYPE_CHECKING:
@@ -166,12 +164,6 @@ def test_a_name_listed_twice_is_refused(tmp_path: Path) -> None:
     manifest = published.publish(tmp_path)
     with pytest.raises(UsageError):
         parse_manifest(render(replace(manifest, files=manifest.files * 2)), "x")
-
-
-@given(st.lists(st.sampled_from(["a", "..", ".", "", "b c"]), max_size=4).map("/".join))
-def test_a_name_that_is_inside_has_one_spelling(name: str) -> None:
-    inside = os.path.normpath(f"/top/{name}")
-    assert is_inside(name) == (inside == f"/top/{name}" and inside != "/top")
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from cmarkgfm import github_flavored_markdown_to_html
 from cmarkgfm.cmark import Options
 from hypothesis import given
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from merge_gate.output_files import GENERATOR_COMMENT
@@ -22,7 +23,7 @@ from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.formats.summary import render
 from merge_gate.report.stored.compare import compare, render_markdown
 from merge_gate.report.wording import run_result
-from merge_gate.report.wording.markdown import code, prose
+from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.textmap import text_map
 from merge_gate.report.wording.untrusted import one_line
 from tests.support.reports import (
@@ -83,6 +84,12 @@ def github(markdown: str) -> str:
 
 
 RENDERERS = (commonmark, github)
+
+
+PARTS_OF_ADDRESSES = (
+    "http", "ftp", ":", "//", "www", "WWW", ".", "evil", "example", "@", "me", "mailto:", "xmpp:", "`", "``", " ", "_",
+    "-", "<", ">", "(", ")", "[", "]", "\\", "&", "&#58;", "#", "~", "*", "x", "/", "名", "+",
+)  # fmt: skip
 
 
 class Seen(HTMLParser):
@@ -211,13 +218,39 @@ def test_github_finds_nothing_to_link_in_prose(text: str) -> None:
     # GitHub links in two passes: over the Markdown (schemes, www.), then over the text outside code (@, #).
     outside_code = re.sub(r"`[^`]*`", "", markdown)
     assert not re.search(r"://|www\.|mailto:", outside_code, re.IGNORECASE)
-    assert not re.search(r"@\w|#\w", seen.plain)
+    assert not re.search(r"@[\w./-]|#\w|\bGH-\d|\b[0-9a-f]{7,40}\b", seen.plain, re.ASCII | re.IGNORECASE)
 
 
-@pytest.mark.parametrize("name", ["a!b@octocat.example", "::error::owned@www.evil.example", "!http://x@evil.example"])
-def test_an_e_mail_address_in_a_name_is_no_link(name: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(text, marks=pytest.mark.attempt(f"A02{letter}", f"{text} in a name or a message", "no link"))
+        for letter, text in zip(
+            "abcdefghijklmnopqrs",
+            (
+                "a!b@octocat.example", "::error::owned@www.evil.example", "!http://x@evil.example", "W@.evil.example",
+                "x<+@-.evil.example", "名a@me@.evil.example", "https://evil.example/x", "WWW.evil.example",
+                "ftp://evil.example", "mailto:me@evil.example", "xmpp:me@evil.example/x", "@octocat", "@acme/team",
+                "#12", "acme/x#12", "GH-12", "0123abc", "www``.evil.example",
+                "acme/x@8f14e45fceea167a5a36dedd4bea2543a0b1c2d3",
+            ),
+            strict=True,
+        )
+    ],
+)  # fmt: skip
+def test_an_address_is_no_link(text: str) -> None:
+    """In a name as code, and outside of code, where GitHub also links users, issues, and commits."""
     for renderer in RENDERERS:
-        assert "a" not in Seen(code(name), renderer).tags
+        assert "a" not in Seen(code(text), renderer).tags
+        seen = Seen(f"x {prose(text)} and {plain(text)}", renderer)
+        assert "a" not in seen.tags
+        assert not re.search(r"@[\w./-]|#\w|\bGH-\d|\b[0-9a-f]{7,40}\b", seen.plain, re.ASCII | re.IGNORECASE)
+
+
+@given(st.lists(st.sampled_from(PARTS_OF_ADDRESSES), min_size=2, max_size=12).map("".join))
+def test_no_address_of_any_form_is_a_link(text: str) -> None:
+    for shown in (code(text), plain(text), prose(text)):
+        assert "a" not in Seen(f"x {shown} y", github).tags
 
 
 @given(hostile_reports())

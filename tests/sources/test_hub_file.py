@@ -69,7 +69,13 @@ def test_a_file_that_the_hub_serves_itself_needs_the_token(hub: LoopbackHub, com
     assert {request.token for request in hub.requests} == {TOKEN}
 
 
-@pytest.mark.parametrize("kind", ["cut", "short"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.attempt(f"S01{letter}", f"a streamed range: {kind}", "read to its end"))
+        for letter, kind in (("a", "cut"), ("b", "short"))
+    ],
+)
 def test_a_read_that_breaks_off_goes_on_where_it_stopped(kind: str, hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     hub.damage("/cdn/", kind, times=3)
@@ -111,7 +117,13 @@ def test_an_address_that_has_expired_is_asked_for_again(hub: LoopbackHub, commit
     assert len([path for path in hub.paths("HEAD") if "/resolve/" in path]) == 2
 
 
-@pytest.mark.parametrize("kind", ["whole", "shifted", "excess", "packed"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.attempt(f"S01{letter}", f"a streamed range: {kind}", "error"))
+        for letter, kind in (("c", "whole"), ("d", "shifted"), ("e", "excess"), ("f", "packed"))
+    ],
+)
 def test_bytes_that_were_not_asked_for_are_refused(kind: str, hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     hub.damage("/cdn/", kind)
@@ -121,6 +133,7 @@ def test_bytes_that_were_not_asked_for_are_refused(kind: str, hub: LoopbackHub, 
     assert len(tries) == 1, "no second try of what cannot become right"
 
 
+@pytest.mark.attempt("S05d", "a redirect of streamed bytes", "error")
 def test_a_redirect_of_the_bytes_is_refused(hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     hub.fail("/cdn/", 302, Location=hub.url + "/elsewhere")
@@ -129,6 +142,7 @@ def test_a_redirect_of_the_bytes_is_refused(hub: LoopbackHub, commit: str) -> No
     assert "/elsewhere" not in hub.paths()
 
 
+@pytest.mark.attempt("S01h", "a streamed file that is another one after its address expires", "error")
 def test_a_file_that_is_replaced_is_refused(hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     read(file, 0, 10)
@@ -138,6 +152,7 @@ def test_a_file_that_is_replaced_is_refused(hub: LoopbackHub, commit: str) -> No
         read(file, 0, 10)
 
 
+@pytest.mark.attempt("S01i", "a resolver that answers for another commit", "error")
 def test_another_commit_is_refused(hub: LoopbackHub, commit: str) -> None:
     repo = hub.repos[REPOSITORY]
     repo.refs["0" * 40] = commit
@@ -145,6 +160,7 @@ def test_another_commit_is_refused(hub: LoopbackHub, commit: str) -> None:
         opened("0" * 40)
 
 
+@pytest.mark.attempt("S05e", "a redirect of streamed bytes into a private network", "error")
 @pytest.mark.parametrize(
     ("url", "endpoint", "refused"),
     [
@@ -173,6 +189,7 @@ def test_a_server_that_stops_is_asked_again(
     assert read(file, 0, 1000) == CONTENT[:1000]
 
 
+@pytest.mark.attempt("S01g", "two ranges of a streamed file with two ETags", "error")
 def test_two_files_behind_one_address_are_refused(hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     hub.cdn_headers = {"ETag": '"first"'}

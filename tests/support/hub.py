@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
@@ -59,7 +60,8 @@ class Damage:
     `stall`: the first half, and no more. `cut`: the first half, and the end of the connection. `short`: the first half,
     said to be all of it. `other`: as many bytes, of which the last is another. `silence`: not even a status line.
     `whole`: a requested range is ignored. `shifted`: the range is another one than requested. `excess`: more bytes than
-    the range has. `packed`: said to be compressed.
+    the range has. `packed`: said to be compressed. `byte`: one byte, and the end of the connection. `drip`: a byte at a
+    time, and `drip-chunk`: the digits of a chunk's size so. `endless`: more bytes, without end.
     """
 
     pattern: str
@@ -72,6 +74,7 @@ class Request:
     method: str
     path: str
     token: str | None
+    host: str
 
 
 class LoopbackHub:
@@ -90,6 +93,14 @@ class LoopbackHub:
         """Keys that a repository's description lacks here, as on a mirror that knows less than the real Hub."""
         self.ignored: set[str] = set()
         """Files that an upload leaves out, as those that a .gitignore names."""
+        self.dripping = ""
+        """The requests whose path matches get their headers a character at a time, without end."""
+        self.overrides: dict[str, Any] = {}
+        """What a repository's description says instead."""
+        self.file_headers: dict[str, str] = {}
+        """Headers of files that this Hub sends instead of its own."""
+        self.next_page = ""
+        """The path and the query of the next page of every listing of files."""
         self.cdn_headers: dict[str, str] = {}
         """More headers of files in Git LFS."""
         self._lock = threading.Lock()
@@ -213,8 +224,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         path = urlsplit(self.path).path
-        self.hub.requests.append(Request(self.command, path, self._token()))
+        self.hub.requests.append(Request(self.command, path, self._token(), self.headers.get("Host") or ""))
         self.hub.on_request(path)
+        if self.hub.dripping and re.search(self.hub.dripping, path):
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Padding: ", b"x")
+            return
         if path.startswith("/api/") and (kind := self.hub.next_damage(path)):
             self._send_damaged(kind, 200, b"{}", {})
             return
@@ -291,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit = self._find(repo_id, revision)
         siblings = [self._said(_sibling(name, content)) for name, content in repo.commits[commit].items()]
         info = {"id": repo_id, "sha": commit, "private": repo.private, "gated": repo.gated, "siblings": siblings}
-        self._send_json(self._said(info | {"tags": [], "downloads": 0, "likes": 0}))
+        self._send_json(self._said(info | {"tags": [], "downloads": 0, "likes": 0} | self.hub.overrides))
 
     def _said(self, described: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in described.items() if key not in self.hub.unsaid}
@@ -302,7 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
         folders = sorted({name.rpartition("/")[0] for name in files if "/" in name})
         self._send_json(
             [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
-            + [_describe(name, content) for name, content in sorted(files.items())]
+            + [_describe(name, content) for name, content in sorted(files.items())],
+            {"Link": f'<{self.hub.url}{self.hub.next_page}>; rel="next"'} if self.hub.next_page else {},
         )
 
     def _send_file(self, repo_id: str, revision: str, name: str) -> None:
@@ -313,12 +328,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusalError(404, "EntryNotFound", "Entry not found")
         content = repo.commits[commit][name]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_sha1(content)}"'}
+        if "Location" in self.hub.file_headers:
+            self._send(302, b"", headers | self.hub.file_headers)
+            return
         if _is_lfs(name):
             headers |= {
                 "X-Linked-Size": str(len(content)),
                 "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "Location": f"{self.hub.cdn_url}/cdn/{repo_id}/{commit}/{name}",
             }
+        headers |= self.hub.file_headers
+        if _is_lfs(name):
             self._send(302, b"", headers)
         else:
             self._send_content(content, headers)
@@ -344,8 +364,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(status, content[begin:end], headers | place)
 
-    def _send_json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, value: object, headers: Mapping[str, str] | None = None) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -356,12 +376,34 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    def _drip(self, first: bytes, more: bytes) -> None:
+        """Send `more` without end: large parts as fast as they are taken, and others slowly."""
+        self.close_connection = True
+        with suppress(OSError):
+            self.wfile.write(first)
+            while more and not self.hub.is_over.wait(0.02 if len(more) == 1 else 0):
+                self.wfile.write(more)
+
     def _send_damaged(self, kind: str, status: int, content: bytes, headers: dict[str, str]) -> None:
         half = content[: len(content) // 2]
         if kind == "short":
             self._send(status, half, headers)
         elif kind == "other":
             self._send(status, content[:-1] + bytes([content[-1] ^ 1]), headers)
+        elif kind in {"endless", "drip-chunk"}:
+            self.send_response(status)
+            for name, value in (headers | {"Transfer-Encoding": "chunked"}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            more = b"10000\r\n" + bytes(65_536) + b"\r\n"
+            self._drip(content[:1] and b"1\r\n" + content[:1] + b"\r\n", more if kind == "endless" else b"0")
+        elif kind in {"byte", "drip"}:
+            self.close_connection = True
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self._drip(content[:1], content[:1] if kind == "drip" else b"")
         else:
             self.close_connection = True
             if kind != "silence":

@@ -17,7 +17,7 @@ from merge_gate.demo import make_demo
 from merge_gate.worker import process
 from merge_gate.worker.confine.private_directory import PREFIX, private_directory
 from merge_gate.worker.memory import MemoryGroup
-from merge_gate.worker.process import SECRETS, SLEEPING_THREADS, Ending, WorkerProcess, child_environment, describe_exit
+from merge_gate.worker.process import SLEEPING_THREADS, Ending, WorkerProcess, child_environment, describe_exit
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from merge_gate.worker.startup.heap import REUSE
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
@@ -26,8 +26,16 @@ from tests.support.wording import Wording
 # --- what the child sees ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attempt("A05a", "HF_TOKEN and the cache's key in the environment of a run", "not in the worker's")
+@pytest.mark.attempt("A05b", "GH_TOKEN and GITHUB_TOKEN in the environment of a run", "not in the worker's")
+@pytest.mark.attempt("A05c", "ACTIONS_ID_TOKEN_REQUEST_TOKEN in the environment of a run", "not in the worker's")
+@pytest.mark.attempt("A05d", "tokens of other services under names that the gate does not know", "not in the worker's")
 def test_the_child_gets_no_token_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SECRETS:
+    for name in (
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN",
+        "MERGE_GATE_CACHE_KEY", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL",
+        "AWS_SECRET_ACCESS_KEY", "PIP_INDEX_URL", "NETRC", "PYTHON_GITHUB_TOKEN", "DATABASE_URL",
+    ):  # fmt: skip
         monkeypatch.setenv(name, "hf_secret")
     with WorkerProcess() as child:
         seen = wait_until(lambda: _environment_of(child._process.pid))
@@ -51,6 +59,20 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, mo
     assert child_environment({"PYTHONPATH": path})["PYTHONPATH"] == "/opt/site"
     assert "PYTHONPATH" not in child_environment({"PYTHONPATH": str(tmp_path)})
     assert "PYTHONPATH" not in child_environment({})
+
+
+def test_variables_of_the_libraries_that_compute_are_passed_on() -> None:
+    """Those of the linker, of threads, and of devices, without which a user's torch does not load or is slow."""
+    names = [
+        "PATH",
+        "HOME",
+        "LD_LIBRARY_PATH",
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "LC_ALL",
+    ]
+    assert dict.fromkeys(names, "x").items() <= child_environment(dict.fromkeys(names, "x")).items()
 
 
 @pytest.mark.parametrize("name", [*SLEEPING_THREADS, *REUSE])

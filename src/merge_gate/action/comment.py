@@ -6,6 +6,7 @@ because a comment informs, and the last step decides the job. Only pull requests
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import urllib.error
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.action import workflow
 from merge_gate.action.docker import collect
 from merge_gate.action.event import read_event
+from merge_gate.limits.time_limit import within
 from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ _LIMIT = 65_000
 """GitHub takes 65,536 characters."""
 _PAGES = 30
 _PAGE_ENTRIES = 100
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
+_MOST_BYTES = 32 << 20
+"""A page of comments of the most characters, as JSON."""
 _INVISIBLE_SPACE = "\N{ZERO WIDTH SPACE}"
 
 
@@ -39,16 +43,17 @@ def main(environ: Mapping[str, str]) -> int:
     try:
         _put_comment(environ, event.pull_request)
     except urllib.error.HTTPError as error:
+        error.close()
         hint = "; the job needs the permission `pull-requests: write`" if error.code in {403, 404} else ""
         _warn(f"the comment was not written: GitHub answered {error.code} {error.reason}{hint}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         _warn(f"the comment was not written: {error}")
     return 0
 
 
 def comment_body(summary: str, marker: str, link: str) -> str:
     """The text of the comment. Foreign text in the summary mentions no user and refers to no issue."""
-    text = re.sub(r"@|#(?=\d)", rf"\g<0>{_INVISIBLE_SPACE}", summary)
+    text = re.sub(r"@|(?<!&)#(?=\d)", rf"\g<0>{_INVISIBLE_SPACE}", summary)
     end = f"\n\n[The whole report]({link})\n" if link else "\n"
     return f"{marker}\n{text}"[: _LIMIT - len(end)].rstrip() + end
 
@@ -70,16 +75,19 @@ def _summary(environ: Mapping[str, str]) -> str:
     path = environ.get("SUMMARY", "")
     if path:
         return read_regular_file(Path(path), collect.LIMITS_BYTES["summary.md"]).decode("utf-8", "replace")
-    return f"## {environ.get('HEADLINE') or 'merge-gate ERROR: there is no verdict'}"
+    return f"## `{environ.get('HEADLINE') or 'merge-gate ERROR: there is no verdict'}`"  # code: it may hold an address
 
 
 def _own_comment(environ: Mapping[str, str], place: str, marker: str) -> int | None:
     """The id of the comment that an earlier run of the same job wrote; None if there is none."""
     for page in range(1, _PAGES + 1):
         listed = _request(environ, "GET", f"{place}?per_page={_PAGE_ENTRIES}&page={page}")
+        if not isinstance(listed, list) or not all(isinstance(comment, dict) for comment in listed):
+            raise ValueError("GitHub's answer is not a list of comments")
         for comment in listed:
-            author = comment["user"] or {}  # null if the account is gone
-            if author.get("login") == _BOT and str(comment["body"]).startswith(marker):
+            author = comment.get("user")  # null if the account is gone
+            is_bot = isinstance(author, dict) and author.get("login") == _BOT
+            if is_bot and str(comment.get("body")).startswith(marker) and isinstance(comment.get("id"), int):
                 return int(comment["id"])
         if len(listed) < _PAGE_ENTRIES:
             break
@@ -102,8 +110,25 @@ def _request(environ: Mapping[str, str], method: str, place: str, body: object =
             "X-GitHub-Api-Version": "2022-11-28",
         },
     )
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
-        return json.load(answer)
+    return within(_TIMEOUT_S, lambda: _answer(request))
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Takes no redirect, which could name another host: the request has the token."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _answer(request: urllib.request.Request) -> Any:
+    with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S) as answer:
+        content = answer.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"GitHub's answer has more than {_MOST_BYTES >> 20} MiB")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("GitHub's answer is nested too deeply") from None
 
 
 def _warn(sentence: str) -> None:

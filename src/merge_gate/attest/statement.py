@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
+from merge_gate.foreign_names import is_inside
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase, Versions
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
 from merge_gate.records.terms import Severity, record
-from merge_gate.regular_file import is_inside
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from merge_gate.config.model import (
@@ -27,6 +27,7 @@ from merge_gate.config.problems import read_models
 from merge_gate.config.sizes import size_bytes
 from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
+from merge_gate.foreign_names import is_inside
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
 from merge_gate.records.terms import Access, Quantization, Read, Severity
@@ -291,7 +292,7 @@ class _Build:
 
     def _refuse_outside(self, loc: Loc, names: Iterable[str]) -> None:
         for name in names:
-            if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+            if not is_inside(name):
                 hint = "write it relative to the adapter's directory, with /"
                 self.report(loc, f"{quoted(name)} is not a file inside the adapter", hint, key=name)
 

@@ -35,7 +35,7 @@ def names_a_file(names: Sequence[str]) -> bool:
     if why := next(filter(None, map(unusable, names)), ""):
         raise UsageError(f"a name {why}")
     others = [name for name in names if _adapter_directory(name) == name]
-    files = [name for name in others if name.endswith((".yml", ".yaml")) or _is_not_directory(name)]
+    files = [name for name in others if not os.path.isdir(name) and _reads_as_file(name)]  # noqa: PTH112 (as below)
     if files and len(names) > 1:
         raise UsageError(
             f"{quoted(files[0])} is a file among other arguments",
@@ -50,9 +50,9 @@ def names_a_file(names: Sequence[str]) -> bool:
     return bool(files)
 
 
-def _is_not_directory(name: str) -> bool:
-    """Whether the name exists and is not a directory but a file, a pipe, or a device."""
-    return os.path.exists(name) and not os.path.isdir(name)  # noqa: PTH110, PTH112 (False where pathlib raises)
+def _reads_as_file(name: str) -> bool:
+    """Whether the name is one of a configuration, or exists: as a file, a pipe, or a device."""
+    return name.endswith((".yml", ".yaml")) or os.path.exists(name)  # noqa: PTH110 (False where pathlib raises)
 
 
 def _adapter_directory(name: str) -> str:

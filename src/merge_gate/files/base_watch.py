@@ -19,8 +19,8 @@ from typing import Protocol
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import BaseContent, Entry, FileIdentity, FileRecord
-from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 _Identity = tuple[FileIdentity, ...]
 

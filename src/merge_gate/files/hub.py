@@ -3,7 +3,7 @@
 A Hub id, a revision, and a function that chooses from the repository's file names go in; `Fetched` or a `ResolveError`
 comes out. Only this module and hub_errors.py import huggingface_hub.
 
-1. One request resolves the revision to a commit and lists the repository's files.
+1. One request resolves the revision to a commit and lists the repository's files. Their names are checked.
 2. The caller chooses from the list. A file that it must read for that, such as an index, is fetched first.
 3. The files are fetched at that commit, so later changes of the repository have no effect.
 4. The files are compared with the digests that the Hub lists. Files with other bytes are removed from the cache.
@@ -20,12 +20,15 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_url, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from merge_gate import __version__
@@ -34,8 +37,11 @@ from merge_gate.files import hub_errors
 from merge_gate.files.base_weights import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, host, translate
+from merge_gate.foreign_names import COMMIT, is_inside
+from merge_gate.limits.request_limits import AGENT, ConnectError, limit_requests
 from merge_gate.records.terms import Access
 from merge_gate.text import counted
+from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,15 +161,13 @@ class _Repository:
         streamable = self._streamable(files, chosen, commit)
         chosen = tuple(name for name in chosen if name not in streamable)
         new = [name for name in chosen if not self._is_cached(name, commit)]
-        # 3. Fetch at that commit. The first call writes the revision's ref into the cache, for offline runs. If the
-        #    revision has moved since step 1, the second call goes back to the commit.
+        # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
         total_bytes = sum(files[name].size or 0 for name in chosen)
         self.notify(
             f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {_shown_bytes(total_bytes)}"
         )
-        directory = self._ask(lambda: self._download(self.revision, chosen), is_patient=True)
-        if Path(directory).name != commit:
-            directory = self._ask(lambda: self._download(commit, chosen), is_patient=True)
+        self._write_ref(commit)
+        directory = self._ask(lambda: self._download(commit, chosen), self._limits(files, chosen, commit))
         fetched = self._check(directory, chosen, withheld=withheld)
         # 4. Compare the new files with the digests that the Hub lists.
         for name in new:
@@ -188,16 +192,52 @@ class _Repository:
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
         """The commit of the revision, and its files."""
-        api = HfApi(token=self.token, library_name="merge-gate", library_version=__version__)
+        api = HfApi(token=self.token, library_name=AGENT, library_version=__version__)
         info = self._ask(
             lambda: api.model_info(
                 self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT_S
             )
         )
-        commit = info.sha
-        if not commit:
-            raise ResolveError(f"{host()} answered without a commit for {self.what}", hint=CHECK_ENDPOINT)
-        return commit, {file.rfilename: file for file in info.siblings or ()}
+        commit = self._commit(info.sha)
+        files = {file.rfilename: file for file in info.siblings or ()}
+        outside = next((name for name in files if not is_inside(name)), None)
+        if outside is not None:
+            raise ResolveError(
+                f"{host()} lists {shown(str(outside))} for {self.what}, which is no file of a repository",
+                hint=CHECK_ENDPOINT,
+            )
+        return commit, files
+
+    def _commit(self, name: str | None) -> str:
+        """Check a commit before it becomes a part of a path in the cache."""
+        if not name or not COMMIT.fullmatch(name):
+            what = f"with the commit {shown(name)}, expected 40 hexadecimal digits," if name else "without a commit"
+            raise ResolveError(f"{host()}, or the cache, answered {what} for {self.what}", hint=CHECK_ENDPOINT)
+        return name
+
+    def _limits(self, files: Mapping[str, RepoSibling], names: Iterable[str], commit: str) -> dict[str, int]:
+        """The most bytes of files, by the paths of their addresses."""
+        sizes = {name: files[name].size for name in names}
+        return {
+            unquote(urlsplit(hf_hub_url(self.repo_id, name, revision=commit)).path): (
+                constants.MAX_HTTP_DOWNLOAD_SIZE if size is None else size
+            )
+            for name, size in sizes.items()
+        }
+
+    def _write_ref(self, commit: str) -> None:
+        """Note the commit of the revision, as huggingface_hub does for a revision that it resolves itself."""
+        revision = self.revision or constants.DEFAULT_REVISION
+        ref = self._cache / "refs" / revision
+        if revision != commit:
+            with suppress(OSError):  # the download reports a cache that cannot be written
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(ref) as file:
+                    file.write(commit.encode())
+
+    @property
+    def _cache(self) -> Path:
+        return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self.repo_id, repo_type="model"))
 
     def _streamable(self, files: Mapping[str, RepoSibling], chosen: Sequence[str], commit: str) -> tuple[str, ...]:
         """The weight files that are to be read by ranges: all of them, or none if the cache has them already.
@@ -226,7 +266,8 @@ class _Repository:
     def _fetch_first(self, file: RepoSibling, commit: str) -> Path:
         """Fetch a file that the choice depends on."""
         is_new = not self._is_cached(file.rfilename, commit)
-        path = Path(self._ask(lambda: self._download(commit, (file.rfilename,)), is_patient=True), file.rfilename)
+        limits = self._limits({file.rfilename: file}, (file.rfilename,), commit)
+        path = Path(self._ask(lambda: self._download(commit, (file.rfilename,)), limits), file.rfilename)
         if not path.exists():
             raise incomplete(self.what, (file.rfilename,))
         if is_new:
@@ -235,7 +276,8 @@ class _Repository:
 
     def from_cache(self, choose: Choose) -> Fetched:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
-        listing = self._cached_listing(commit=Path(directory).name)
+        commit = self._commit(os.path.relpath(os.path.realpath(directory), os.path.realpath(self._cache / "snapshots")))
+        listing = self._cached_listing(commit)
         names = _files_below(directory) | (listing or frozenset())
 
         def cached(name: str) -> Path:
@@ -288,35 +330,43 @@ class _Repository:
         if not hasattr(huggingface_hub, "get_cached_repo_tree"):
             return None
         try:
-            return frozenset(file.path for file in huggingface_hub.get_cached_repo_tree(self.repo_id, revision=commit))
+            tree = huggingface_hub.get_cached_repo_tree(self.repo_id, revision=commit)
+            return frozenset(file.path for file in tree if is_inside(file.path))
         except errors.CachedRepoTreeNotFoundError:
             return None
 
     def _download(self, revision: str | None, names: Sequence[str], *, local_files_only: bool = False) -> str:
-        return snapshot_download(
-            self.repo_id,
-            revision=revision,
-            allow_patterns=[glob.escape(n) for n in names],
-            local_files_only=local_files_only,
-            token=self.token,
-            library_name="merge-gate",
-            library_version=__version__,
-        )
+        xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True  # its requests have no limits
+        try:
+            return snapshot_download(
+                self.repo_id,
+                revision=revision,
+                allow_patterns=[glob.escape(n) for n in names],
+                local_files_only=local_files_only,
+                token=self.token,
+                library_name=AGENT,
+                library_version=__version__,
+            )
+        finally:
+            constants.HF_HUB_DISABLE_XET = xet
 
-    def _ask(self, request: Callable[[], T], *, is_patient: bool = False) -> T:
+    def _ask(self, request: Callable[[], T], limits: Mapping[str, int] | None = None) -> T:
         """Call `request`, repeat it after temporary failures, and translate its errors.
 
-        If `is_patient`, the request itself has already retried lost connections and timeouts.
+        With `limits` it is a download, which has already retried lost connections and timeouts.
         """
         pauses = iter(PAUSES_S)
         while True:
+            limit_requests(get_session(), limits)
             try:
                 return request()
+            except ResolveError as error:
+                raise ResolveError(f"{self.what} was not fetched: {error.message}", hint=error.hint) from error
             except Exception as error:
                 translated = translate(error, self.what)
                 if translated is None:
                     raise
-                wait_s = _pause(error, next(pauses, None), is_patient=is_patient)
+                wait_s = _pause(error, next(pauses, None), is_patient=limits is not None)
                 if wait_s is None:
                     raise translated from error
                 self.notify(f"{translated.message}; trying again in {wait_s:.0f} s")
@@ -344,7 +394,11 @@ def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
 
 
 def _set_up_library() -> None:
-    """Disable progress bars, which break the gate's own view, and set a timeout. Environment variables win."""
+    """Disable progress bars, which break the gate's own view, and requests for statistics, and set a timeout.
+
+    The variables for progress bars and the timeout win.
+    """
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
@@ -363,6 +417,7 @@ def _shown_bytes(count: int) -> str:
 
 def _pause(error: Exception, pause_s: float | None, *, is_patient: bool) -> float | None:
     """Seconds to wait before the next attempt; None if it is pointless or no attempt is left."""
-    if pause_s is None or not hub_errors.is_passing(error, transport=not is_patient):
+    transport = not is_patient or isinstance(error, ConnectError)  # which the library has not retried
+    if pause_s is None or not hub_errors.is_passing(error, transport=transport):
         return None
     return max(pause_s, min(hub_errors.retry_after_s(error), _LONGEST_PAUSE_S))

@@ -188,7 +188,7 @@ _ROWS = (
     _Row(
         _is_transport_with("timeout"),
         "{host} did not answer in time for {what}",
-        "run again; for a slow connection, raise HF_HUB_DOWNLOAD_TIMEOUT (seconds)",
+        "run again; for a slow connection, raise HF_HUB_DOWNLOAD_TIMEOUT (seconds, at most 60)",
     ),
     _Row(
         _is_transport_with("protocol"),
@@ -215,6 +215,11 @@ _ROWS = (
         _is(errors.FileMetadataError, errors.EntryNotFoundError),
         "{host} did not deliver the files that it lists for {what}",
         CHECK_ENDPOINT,
+    ),
+    _Row(
+        lambda error: isinstance(error, ValueError) and "too large" in str(error),
+        "{what} has a file that is too large for a download over HTTP",
+        "set access: stream",
     ),
     _Row(_is_incomplete, "{what} arrived incomplete from {host}", "run again; check any proxy"),
     _Row(_is(OSError), "{what} cannot be fetched into the cache ({cache}): {why}"),

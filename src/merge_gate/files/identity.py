@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.files.json_object import read_as_transformers
+from merge_gate.foreign_names import is_inside
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import FileIdentity
-from merge_gate.regular_file import is_inside
-from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,8 +89,4 @@ def _named_by(path: str) -> set[str]:
     index = content.get("weight_map")
     values = [content.get("transformers_weights"), *(index.values() if isinstance(index, dict) else ())]
     named = {value for value in values if isinstance(value, str)}
-    return {name for name in named if _is_inside(name, Path(path).parent)}
-
-
-def _is_inside(name: str, directory: Path) -> bool:
-    return is_inside(name) and (directory / name).is_file()
+    return {name for name in named if is_inside(name) and Path(path).parent.joinpath(name).is_file()}

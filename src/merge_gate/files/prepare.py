@@ -15,11 +15,11 @@ from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import Streamable
 from merge_gate.judging.not_judged import accident, not_judged
+from merge_gate.limits.time_limit import within
 from merge_gate.records.config import AdapterSpec, Config, reads_as_path
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Access, Finding, Origin, Severity
 from merge_gate.text import quoted
-from merge_gate.time_limit import within
 
 _BaseRequest = tuple[str, str | None, Access]
 """The model, the revision, and how its weights are read."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import TrainerCallback
 
 from merge_gate.api import gate, refuse_options
-from merge_gate.errors import GateError
-from merge_gate.report.wording import run_result
+from merge_gate.errors import GateError, UsageError
+from merge_gate.report.wording import run_result, words
+from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -32,8 +33,16 @@ class AdapterNotPassedError(GateError):
     """The trained adapter failed, or could not be judged; `report` says why."""
 
     def __init__(self, report: Report, page: Path) -> None:
-        super().__init__(f"{report.result.value}: {run_result.headline(report)}", hint=f"open {page}")
+        worst = words.worst_first(report.adapters)[0]
+        finding = words.deciding(worst)
+        place = words.place(finding) if finding else ""
+        message = f"{words.cause(worst)} in {place}" if place else words.cause(worst)
+        super().__init__(message, hint=finding.hint if finding else run_result.headline(report))
         self.report = report
+        self.page = page
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; report: {self.page}"
 
 
 class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is skipped by mypy
@@ -45,6 +54,8 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
         on_failure: `raise` raises `AdapterNotPassedError`, `log` logs an error.
         options: arguments of `merge_gate.gate`, such as `base`, `dtypes`, `checks` and `device`, but not `output`.
 
+    With `log`, no error of the gate ends the training's program.
+
     Raises:
         TypeError: an argument that `merge_gate.gate` does not have.
         UsageError: the value of an argument is wrong. This is known before the training.
@@ -54,9 +65,11 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
     """
 
     def __init__(self, *, on_failure: Literal["raise", "log"] = "raise", **options: Any) -> None:
+        if on_failure not in ("raise", "log"):
+            raise UsageError(f"on_failure is {quoted(repr(on_failure))}, expected raise or log")
         self._on_failure = on_failure
         self._options = {"device": "cpu"} | options
-        refuse_options(output="", **self._options)
+        refuse_options(output=FOLDER, **self._options)
         self.report: Report | None = None
 
     def on_train_end(
@@ -70,18 +83,22 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
         """
         if not state.is_world_process_zero:
             return
+        try:
+            self._gate(args, model)
+        except (GateError, OSError) as error:
+            if self._on_failure == "raise":
+                raise
+            _log.error("%s", error)
+
+    def _gate(self, args: TrainingArguments, model: Any) -> None:
         place = Path(args.output_dir, FOLDER)
-        adapter = _saved(model, args, place / (Path(args.output_dir).resolve().name or "adapter"))
+        adapter = _saved(model, args, place / "adapter" / (Path(args.output_dir).resolve().name or "adapter"))
         output = place / "report"
         self.report = gate(adapter, output=output, **self._options)
         page = output / "report.html"
-        if self.report.passed:
-            _log.info("%s: %s", run_result.headline(self.report), page)
-            return
-        error = AdapterNotPassedError(self.report, page)
-        if self._on_failure == "raise":
-            raise error
-        _log.error("%s (%s)", error.message, error.hint)
+        if not self.report.passed:
+            raise AdapterNotPassedError(self.report, page)
+        _log.info("%s: %s", run_result.headline(self.report), page)
 
 
 def _saved(model: Any, args: TrainingArguments, directory: Path) -> Path:

@@ -20,13 +20,13 @@ from merge_gate.cache.key import versions_digest
 from merge_gate.errors import GateError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_bytes, base_identity
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray.ray_cluster import Cluster, LostError, Resources
 from merge_gate.on_ray.ray_task import Expected, RayPart
 from merge_gate.records.refusals import NotJudged
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
 from merge_gate.shards.partition import assign
-from merge_gate.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.worker.protocol import (
     Event,
     Finished,

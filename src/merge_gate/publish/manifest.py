@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
+from merge_gate.foreign_names import is_inside
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.files import FileRecord
@@ -31,7 +32,7 @@ from merge_gate.records.publication import (
 )
 from merge_gate.records.report import TOOL, ConfigFile, Tool
 from merge_gate.records.terms import DTYPES, PRESERVE, Finding, Severity, Verdict, record
-from merge_gate.regular_file import is_inside, read_regular_file
+from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly

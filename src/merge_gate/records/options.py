@@ -54,4 +54,4 @@ class RunOptions:
 def is_device(text: str) -> bool:
     """Whether a text is a value of `RunOptions.device`."""
     name, _, index = text.partition(":")
-    return text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isdecimal())
+    return text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isascii() and index.isdecimal())

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Self
 
 from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.sources.mounts import network_file_system
-from merge_gate.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large

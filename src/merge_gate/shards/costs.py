@@ -11,10 +11,10 @@ from pathlib import Path
 
 from merge_gate.files.identity import base_bytes
 from merge_gate.files.json_object import read_as_transformers
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.terms import record
-from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 MERGE_BYTES = 64 << 20
 LOAD_BYTES = 256 << 20

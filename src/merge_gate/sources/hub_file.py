@@ -5,7 +5,7 @@ the process that has the token and the network.
 
 1. One request to the resolver gives the size, the digest, and the address of the bytes.
 2. Each read is one request for one range. Status, Content-Range, and ETag must be the expected ones.
-3. A read that breaks off goes on where it stopped. 429 and 5xx wait as long as the server asks.
+3. A read that breaks off goes on where it stopped, unless it is too slow. 429 and 5xx wait as long as the server asks.
 4. 401 and 403 mean that the address has expired: the resolver is asked again.
 """
 
@@ -15,6 +15,7 @@ import contextlib
 import ipaddress
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,8 +24,11 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_hf_file_metadata, get_session, get_token, hf_hub_url
 
+from merge_gate import __version__
+from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import is_passing, is_transport, retry_after_s, translate
+from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_LIMIT_S, limit_requests
 from merge_gate.records.terms import record
 from merge_gate.sources.feed import SourceError
 from merge_gate.text import counted
@@ -39,6 +43,7 @@ LONGEST_PAUSE_S = 60.0
 TIMEOUT_S = 30.0
 """Seconds without a byte."""
 
+_LATER = "run the gate again later, or set access: download"
 _PARTIAL_CONTENT = 206
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -103,8 +108,14 @@ class HubFile:
             SourceError: the bytes cannot be had, or the server sends others than asked for.
         """
         done = tries = 0
+        spent_s = 0.0
         while done < len(buffer):
+            if spent_s > REQUEST_LIMIT_S and done < LEAST_BYTES_PER_S * spent_s:
+                raise SourceError(
+                    f"{self.label}: {done:,} bytes arrived in {spent_s:.0f} s, which is too slow", hint=_LATER
+                )
             address = self._address
+            began_s = time.monotonic()
             try:
                 received = self._request(address, start + done, buffer[done:])
                 reason, pause_s = "the connection ended", None
@@ -113,12 +124,15 @@ class HubFile:
             except _ExpiredError as error:
                 received, reason, pause_s = 0, str(error), 0.0
                 self._renew(address)
+            except ResolveError as error:
+                raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
             done += received
+            spent_s += time.monotonic() - began_s
             tries = 0 if received else tries + 1
             if done < len(buffer) and tries >= MOST_TRIES:
                 raise SourceError(
                     f"{self.label}: {reason}, {MOST_TRIES} times in a row at byte {start + done:,}",
-                    hint="run the gate again later, or set access: download",
+                    hint=_LATER,
                 )
             if done < len(buffer) and not received:
                 self._sleep(min(2.0**tries, LONGEST_PAUSE_S) if pause_s is None else min(pause_s, LONGEST_PAUSE_S))
@@ -131,8 +145,13 @@ class HubFile:
         tries = 0
         while True:
             try:
-                found = get_hf_file_metadata(url, token=self._token or False)
+                limit_requests(get_session())
+                found = get_hf_file_metadata(
+                    url, token=self._token or False, library_name=AGENT, library_version=__version__
+                )
                 break
+            except ResolveError as error:
+                raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
             except Exception as error:
                 tries += 1
                 refused = translate(error, self.label)
@@ -178,13 +197,16 @@ class HubFile:
     def _request(self, address: HubAddress, start: int, buffer: memoryview) -> int:
         """Read as many of these bytes as arrive over one connection."""
         end = start + len(buffer) - 1
-        headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
+        agent = f"{AGENT}/{__version__}"
+        headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity", "User-Agent": agent}
         if address.is_on_hub and self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         done = 0
+        most = {MOST_BYTES: sys.maxsize}  # `_refuse_excess` knows better
+        limit_requests(get_session())
         try:
             with get_session().stream(
-                "GET", address.url, headers=headers, follow_redirects=False, timeout=TIMEOUT_S
+                "GET", address.url, headers=headers, follow_redirects=False, timeout=TIMEOUT_S, extensions=most
             ) as answer:
                 self._check(answer, address, start, end)
                 for part in answer.iter_raw():

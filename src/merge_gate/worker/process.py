@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,11 +31,16 @@ from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener
 from merge_gate.worker.publish_service import Publisher, PublishService
 from merge_gate.worker.startup.heap import REUSE
 
-SECRETS = (
-    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN",
-    "MERGE_GATE_CACHE_KEY",
-)  # fmt: skip
-"""Variables that the process does not get. All files that it reads are on disk when it gets its job."""
+PASSED = re.compile(
+    r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"
+    r"|XDG_CACHE_HOME|MERGE_GATE_(SANDBOX|DEBUG)"
+    r"|(LC|LD|DYLD|MALLOC|GLIBC|OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|DNNL|ONEDNN|ATEN|CUDA|CUDNN|CUBLAS|NVIDIA|HIP|HSA|ROCR|ROCM"
+    r"|MIOPEN|BNB|TRITON|COVERAGE)_\w+|(PYTHON|TORCH|PYTORCH)\w+)"
+)
+"""The variables that the process gets, if their names hold none of `SECRETS`: for the system, Python, and the libraries
+that compute. All files that it reads are on disk when it gets its job."""
+
+SECRETS = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH")
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -188,8 +194,8 @@ def _start(
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The caller's environment without its tokens, without relative import paths, and offline."""
-    env = {name: value for name, value in environ.items() if name not in SECRETS}
+    """What the process needs of the caller's environment, without relative import paths, and offline."""
+    env = {name: value for name, value in environ.items() if PASSED.fullmatch(name) and not SECRETS.search(name)}
     here = Path.cwd()
     entries = [entry for entry in env.pop("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry).is_absolute()]
     kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]

@@ -34,6 +34,9 @@ class GitHub:
     comments: list[dict[str, Any]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     url: str = ""
+    redirect: str = ""
+    """Another host's address, to which every request is sent on."""
+    tokens: list[str | None] = field(default_factory=list)
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> Any:
         """JSON, bytes, or None where there is no such thing."""
@@ -83,6 +86,13 @@ def serving(github: GitHub, directory: Path) -> Iterator[Path]:
             size = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(size)) if size else {}
             github.requests.append(f"{self.command} {split.path}")
+            github.tokens.append(self.headers.get("Authorization"))
+            if github.redirect:
+                self.send_response(302)
+                self.send_header("Location", github.redirect)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             found = github.answer(self.command, split.path, parse_qs(split.query), body)
             data = found if isinstance(found, bytes) else json.dumps(found).encode()
             self.send_response(200 if found is not None else 404)

@@ -11,10 +11,11 @@ from merge_gate.report.wording.untrusted import one_line
 _PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
 # Markdown and HTML syntax, mathematics, and what GitHub turns into links in Markdown: www. and scheme:.
 _SYNTAX = re.compile(r"[`*\\<>&\[\]|~$@#!]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
-# What GitHub turns into links later: @name and #123. Outside of code, only a zero-width space prevents it.
-_REFERENCE = re.compile(r"(&#(?:64|35);)(?=\w)")
+# What GitHub turns into links later: @name, e-mail addresses, #123, GH-123, and commits. Outside of code, only a
+# zero-width space prevents it.
+_REFERENCE = re.compile(r"&#64;(?=[\w./-])|&#35;(?=\w)|\bGH-(?=\d)|\b[0-9a-f]{7,40}\b", re.ASCII | re.IGNORECASE)
 # The sign of an e-mail address, which Markdown turns into a link even inside of HTML's code.
-_ADDRESS = re.compile(r"(?<=[\w.+-])@(?=\w)")
+_ADDRESS = re.compile(r"@(?=[\w./-])")
 
 
 def code(text: str, limit: int = words.NAME_LIMIT) -> str:
@@ -28,15 +29,16 @@ def code(text: str, limit: int = words.NAME_LIMIT) -> str:
 
 def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
     """Return a sentence as plain text. Text between backticks becomes code."""
-    parts = one_line(text, limit).split("`")
+    parts = re.sub("` ?`", " ", one_line(text, limit)).split("`")  # no code in between: its neighbors stay apart
     if len(parts) % 2 == 0:
         parts[-2:] = ["`".join(parts[-2:])]
-    return "".join(code(part) if index % 2 and part.strip() else plain(part) for index, part in enumerate(parts))
+    return "".join(code(part) if index % 2 else plain(part) for index, part in enumerate(parts))
 
 
 def plain(text: str) -> str:
     """Return text of one line that forms no markup."""
-    return _REFERENCE.sub(r"\1&#8203;", _SYNTAX.sub(lambda match: _entity(match[0]), text))
+    escaped = _SYNTAX.sub(lambda match: _entity(match[0]), text)
+    return _REFERENCE.sub(lambda match: re.sub(".{1,6}", r"\g<0>&#8203;", match[0]), escaped)
 
 
 def _entity(character: str) -> str:

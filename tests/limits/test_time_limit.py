@@ -8,7 +8,7 @@ import pytest
 
 from merge_gate.files import base_watch
 from merge_gate.files.base_watch import BaseWatch
-from merge_gate.time_limit import within
+from merge_gate.limits.time_limit import within
 
 
 def test_the_result_is_that_of_the_read() -> None:

@@ -1,0 +1,1 @@
+"""Limits of what the gate reads from mounts and servers that may not answer."""

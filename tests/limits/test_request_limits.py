@@ -1,0 +1,321 @@
+"""A Hub on the loopback interface that drips, floods, and names places outside of the cache."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from merge_gate.errors import GateError, ResolveError
+from merge_gate.files import hub as hub_module
+from merge_gate.files.resolve import resolve_adapter
+from merge_gate.limits import request_limits
+from merge_gate.records.config import AdapterSpec, BaseSpec
+from merge_gate.sources import hub_file
+from merge_gate.sources.feed import SourceError
+from merge_gate.sources.hub_file import HubFile
+from tests.support.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TENSORS = b"\x02\0\0\0\0\0\0\0{}"
+ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": TENSORS + bytes(100_000)}
+LORA, TOKEN = "acme/lora", "hf_loopback"
+LIMIT_S = 1.0
+PATIENCE_S = 30.0
+"""More than a few limits, on a busy machine, and less than any of the library's own retries without end."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
+        monkeypatch.setattr(hub_module, "PAUSES_S", (0.01, 0.02))
+        monkeypatch.setattr(request_limits, "REQUEST_LIMIT_S", LIMIT_S)
+        monkeypatch.setattr(hub_file, "REQUEST_LIMIT_S", LIMIT_S)
+        hub.add_repo(LORA, ADAPTER, private=True, token=TOKEN)
+        yield hub
+
+
+def fetched() -> Path:
+    spec = AdapterSpec(name="a", source=LORA, hub_id=LORA, base=BaseSpec(), checks=(), line=1, column=1)
+    return Path(resolve_adapter(spec, token=TOKEN).directory)
+
+
+def refused(call: Any, kind: type[GateError]) -> float:
+    """The seconds until the call raised this error."""
+    began = time.monotonic()
+    with pytest.raises(kind) as caught:
+        call()
+    assert type(caught.value) is kind
+    took = time.monotonic() - began
+    assert took < PATIENCE_S
+    return took
+
+
+def opened(hub: LoopbackHub, name: str = "adapter_model.safetensors") -> HubFile:
+    return HubFile(LORA, hub.repos[LORA].refs["main"], name, token=TOKEN)
+
+
+def read(file: HubFile) -> None:
+    file.read_into(0, memoryview(bytearray(file.size_bytes)))
+
+
+@pytest.mark.attempt("S00", "a Hub as it should be: a download and a stream", "passes; the token goes to the Hub alone")
+@pytest.mark.attempt("S05", "the Hub redirects weights to another host", "the token stays")
+@pytest.mark.attempt("S15", "a download that is redirected to another host", "the token stays")
+def test_a_sound_hub_is_not_limited(hub: LoopbackHub) -> None:
+    folder = fetched()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == ADAPTER
+    read(opened(hub))
+    assert {request.token for request in hub.requests if request.path.startswith("/cdn/")} == {None}
+    assert {request.token for request in hub.requests if not request.path.startswith("/cdn/")} == {TOKEN}
+
+
+@pytest.mark.attempt("S05b", "the API redirects to another host", "the token stays")
+@pytest.mark.attempt("S05c", "a small file is redirected to another host", "the token stays")
+def test_the_token_follows_no_redirect(hub: LoopbackHub) -> None:
+    hub.file_headers = {"Location": f"{hub.cdn_url}/elsewhere"}
+    refused(fetched, ResolveError)
+    hub.fail(f"/api/models/{LORA}$", 302, times=1, Location=f"{hub.cdn_url}/api/models/{LORA}")
+    refused(fetched, ResolveError)
+    hosts = {request.token for request in hub.requests if request.host == urlsplit(hub.cdn_url).netloc}
+    assert hosts == {None}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [
+        pytest.param(pattern, kind, marks=pytest.mark.attempt(f"S02{letter}", f"{what}: {kind}", "error in time"))
+        for letter, what, pattern, kind in (
+            ("a", "the answer of the API", r"/api/models/acme/lora$", "endless"),
+            ("b", "the answer of the API", r"/api/models/acme/lora$", "drip"),
+            ("c", "the list of files", r"/tree/", "endless"),
+            ("d", "adapter_config.json", r"/resolve/.*json$", "endless"),
+            ("e", "adapter_config.json", r"/resolve/.*json$", "drip"),
+            ("f", "adapter_config.json", r"/resolve/.*json$", "drip-chunk"),
+            ("g", "downloaded weights", r"/cdn/", "endless"),
+            ("h", "downloaded weights", r"/cdn/", "drip"),
+            ("i", "downloaded weights", r"/cdn/", "drip-chunk"),
+        )
+    ],
+)
+def test_a_download_without_end_is_an_error(pattern: str, kind: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.damage(pattern, kind)
+    refused(fetched, ResolveError)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 300_000
+
+
+@pytest.mark.attempt("S02k", "what huggingface_hub asks for its statistics has no end", "it is not asked")
+def test_the_hub_is_asked_only_for_what_a_run_needs(hub: LoopbackHub) -> None:
+    hub.dripping = "agent-harnesses"
+    fetched()
+    assert "/api/agent-harnesses" not in hub.paths()
+
+
+@pytest.mark.attempt("S02j", "a list of files whose pages have no end", "error in time")
+def test_pages_without_end_are_an_error(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_limits, "LISTING_LIMIT_S", LIMIT_S)
+    hub.next_page = f"/api/models/{LORA}/tree/{hub.repos[LORA].refs['main']}?cursor=x"
+    refused(fetched, ResolveError)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(pattern, marks=pytest.mark.attempt(f"S03{letter}", f"headers of {what} drip", "error in time"))
+        for letter, what, pattern in (
+            ("a", "the API", "/api/models"),
+            ("b", "a list of files", "/tree/"),
+            ("c", "a small file", "/resolve/.*json"),
+            ("d", "downloaded weights", "/cdn/"),
+        )
+    ],
+)
+def test_headers_that_drip_are_an_error(pattern: str, hub: LoopbackHub) -> None:
+    hub.dripping = pattern
+    refused(fetched, ResolveError)
+
+
+@pytest.mark.attempt("S03e", "headers of the resolver of a streamed base drip", "error in time")
+@pytest.mark.attempt("S03f", "headers of a streamed base's weights drip", "error in time")
+def test_headers_of_a_stream_that_drip_are_an_error(hub: LoopbackHub) -> None:
+    file = opened(hub)
+    hub.dripping = "/cdn/"
+    refused(lambda: read(file), SourceError)
+    hub.dripping = "/resolve/"
+    refused(lambda: opened(hub), SourceError)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.attempt(f"S03{letter}", f"streamed weights: {kind}", "error in time"))
+        for letter, kind in (("g", "drip"), ("h", "drip-chunk"), ("i", "byte"), ("j", "endless"))
+    ],
+)
+def test_a_stream_that_is_too_slow_is_an_error(kind: str, hub: LoopbackHub) -> None:
+    file = opened(hub)
+    hub.damage("/cdn/", kind)
+    refused(lambda: read(file), SourceError)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        pytest.param(location, marks=pytest.mark.attempt(f"S04{letter}", f"a redirect to {location}", "error at once"))
+        for letter, location in zip(
+            "abcde",
+            ("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "unix:///run/x", "data:,x"),
+            strict=True,
+        )
+    ],
+)
+def test_a_redirect_that_leaves_the_web_fails_at_once(
+    location: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", PATIENCE_S)
+    hub.file_headers = {"Location": location, "X-Linked-Size": "100", "X-Linked-ETag": '"' + "0" * 64 + '"'}
+    assert refused(fetched, ResolveError) < 10
+    assert refused(lambda: read(opened(hub)), SourceError) < 10
+
+
+COMMITS = (
+    "../../../../elsewhere",
+    "/tmp/elsewhere",
+    "..",
+    "a/b",
+    "main",
+    "0" * 39,
+    "0" * 41,
+    "A" * 40,
+    "0" * 64,
+    "0" * 5_000,
+    "",
+)
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [
+        pytest.param(commit, marks=pytest.mark.attempt(f"S06{letter}", f"the commit {commit[:44]!r}", "error, no file"))
+        for letter, commit in zip("abcdefghijk", COMMITS, strict=True)
+    ],
+)
+def test_a_commit_that_is_none_is_refused(commit: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.overrides = {"sha": commit}
+    refused(fetched, ResolveError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        pytest.param(header, value, marks=pytest.mark.attempt(f"S06b{letter}", f"{header}: {value}", "error, no file"))
+        for letter, header, value in (
+            ("a", "X-Repo-Commit", "../../../../elsewhere"),
+            ("b", "X-Repo-Commit", "/elsewhere"),
+            ("c", "ETag", '"../../../elsewhere"'),
+            ("d", "ETag", 'W/"../../../elsewhere"'),
+            ("e", "ETag", '".."'),
+            ("f", "ETag", '"' + "x" * 300 + '"'),
+            ("g", "X-Linked-ETag", "../../../elsewhere"),
+        )
+    ],
+)
+def test_a_header_that_becomes_a_path_is_checked(header: str, value: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.file_headers = {header: value}
+    refused(fetched, ResolveError)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert not list(tmp_path.rglob("*elsewhere*"))
+
+
+@pytest.mark.attempt("S06bh", "the second answer of the API has another commit than the first", "the first counts")
+def test_a_commit_is_asked_for_once(hub: LoopbackHub) -> None:
+    assert fetched().name == hub.repos[LORA].refs["main"]
+    assert hub.paths().count(f"/api/models/{LORA}") + hub.paths().count(f"/api/models/{LORA}/revision/main") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.attempt(f"S07{letter}", f"a repository lists {name!r}"[:60], "error"))
+        for letter, name in zip(
+            "abcdefgh", ("../x.json", "/etc/x.json", "a/../x", "./a", "a//b", "a\\b", "a\0b", "\ud800"), strict=True
+        )
+    ],
+)
+def test_a_listed_name_that_leads_elsewhere_is_refused(name: str, hub: LoopbackHub) -> None:
+    listed = [{"rfilename": each, "size": 1} for each in (*ADAPTER, name)]
+    hub.overrides = {"siblings": listed}
+    refused(fetched, ResolveError)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(headers, marks=pytest.mark.attempt(f"S10{letter}", f"429 with {headers}", "bounded"))
+        for letter, headers in (
+            ("a", {"Retry_After": "1000000000"}),
+            ("b", {"Retry_After": "9" * 5_000}),
+            ("c", {"Retry_After": "nan"}),
+            ("d", {"Retry_After": "-5"}),
+            ("e", {"Retry_After": "²"}),
+            ("f", {"RateLimit": '"api";r=0;t=1000000000'}),
+        )
+    ],
+)
+def test_a_pause_that_the_server_asks_for_is_bounded(
+    headers: dict[str, str], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    hub.fail("/cdn/", 429, times=2, **headers)
+    hub.fail("/tree/", 429, times=2, **headers)
+    fetched()
+    assert pauses
+    assert max(pauses) <= LIMIT_S + 1 + 8
+
+
+@pytest.mark.attempt("S14a", "refs/main in the cache leads out of it", "error offline")
+@pytest.mark.attempt("S14b", "refs/main in the cache is an absolute path", "error offline")
+@pytest.mark.attempt("S14c", "refs/main in the cache leads to a folder that is named like a commit", "error offline")
+def test_a_ref_of_the_cache_that_leads_elsewhere_is_refused(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetched()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetched() == folder
+    for elsewhere in (tmp_path / "elsewhere", tmp_path / ("0a" * 20)):
+        elsewhere.mkdir()
+        for name, content in ADAPTER.items():
+            (elsewhere / name).write_bytes(content)
+        for ref in (f"../../../{elsewhere.name}", str(elsewhere)):
+            (folder.parent.parent / "refs" / "main").write_text(ref)
+            refused(fetched, ResolveError)
+
+
+def test_a_file_beyond_what_http_can_have_is_an_error(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads by hf_xet have no limits, so they are not made."""
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 10)
+    refused(fetched, ResolveError)
+
+
+def test_requests_of_other_code_are_not_limited(hub: LoopbackHub) -> None:
+    """The process may be a trainer's, which goes on with its own downloads and uploads."""
+    fetched()
+    commit = hub.add_repo("acme/other", ADAPTER)
+    hub.on_request = lambda path: time.sleep(2 * LIMIT_S) if path.endswith("acme/other") else None
+    assert HfApi().model_info("acme/other").sha == commit
+    with pytest.raises(ResolveError):
+        HfApi(library_name="merge-gate", library_version="1").model_info("acme/other")
