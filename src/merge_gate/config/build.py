@@ -25,9 +25,9 @@ from merge_gate.config.model import (
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
 from merge_gate.config.sizes import size_bytes
-from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
 from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
@@ -230,8 +230,9 @@ class _Build:
             return spec
         if entry.model and entry.model != spec.label:
             resolved = self._resolved((*loc, "model"), entry.model, on_hub=bool(entry.revision), is_base=True)
-            model = next((path or hub_id for _, path, hub_id in resolved), entry.model)
-            spec = replace(spec, model=model, label=entry.model, revision=None, names=())
+            for label, path, hub_id in resolved or [(entry.model, None, entry.model)]:
+                if (model := path or hub_id) != spec.model:
+                    spec = replace(spec, model=model, label=label, revision=None, names=())
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():

@@ -18,6 +18,7 @@ from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.judging import foreign_formats
+from merge_gate.names.hub_names import HUB
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
@@ -32,7 +33,7 @@ def names_a_file(names: Sequence[str]) -> bool:
     Raises:
         UsageError: a configuration file is mixed with other arguments.
     """
-    others = [name for name in names if _adapter_directory(name) == name]
+    others = [name for name in names if _adapter_directory(name) == name and not name.startswith(HUB)]
     files = [name for name in others if name.endswith((".yml", ".yaml")) or _is_not_directory(name)]
     if files and len(names) > 1:
         raise UsageError(

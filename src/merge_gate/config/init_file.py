@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names, yaml_text
-from merge_gate.config.paths import could_be_hub_id
 from merge_gate.errors import UsageError
+from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.text import counted, listing, quoted
 

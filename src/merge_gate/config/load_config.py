@@ -26,8 +26,8 @@ from typing import NoReturn
 from merge_gate.config.baseline_file import build_baseline
 from merge_gate.config.build import build_config
 from merge_gate.config.model import config_schema
-from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import end_of, read_yaml, refuse
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
 from merge_gate.text import listing, quoted
 

@@ -19,10 +19,10 @@ from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 
 from merge_gate.config.sizes import SIZE
-from merge_gate.config.suggestions import closest
 from merge_gate.config.yaml_document import Loc
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.names.suggestions import closest
 from merge_gate.records.terms import DTYPES, Access, Quantization, Read
 from merge_gate.text import one_of
 
@@ -208,8 +208,8 @@ class BaseEntry(Model):
     """The base that adapters are merged into."""
 
     model: Text | None = None
-    """A directory (relative to this file), or a Hub id if no such directory exists. Without it, each adapter's
-    adapter_config.json names its base."""
+    """A directory (relative to this file), or a Hub id if no such directory exists. hub:owner/name is always a Hub id.
+    Without it, each adapter's adapter_config.json names its base."""
     revision: Text | None = None
     """Hub commit, tag or branch; only with a Hub id. A commit is the safest. Put it in quotes if it could be a
     number. Default: the Hub's default branch."""
@@ -345,7 +345,7 @@ class AdapterEntry(Model):
     """Name in the report, unique, at most 200 characters. Required with combine, not allowed with a glob. Default:
     the last part of the path or Hub id."""
     path: Text | None = None
-    """A directory (relative to this file), a glob over directories, or a Hub id owner/name."""
+    """A directory (relative to this file), a glob over directories, or a Hub id: owner/name or hub:owner/name."""
     combine: CombineEntry | None = None
     """Judge a weighted combination of other listed adapters, instead of a path."""
     revision: Text | None = None

@@ -313,7 +313,7 @@ class _Repository:
             try:
                 return request()
             except Exception as error:
-                translated = translate(error, self.what)
+                translated = translate(error, f"{self.what} is not a directory here, and")
                 if translated is None:
                     raise
                 wait_s = _pause(error, next(pauses, None), is_patient=is_patient)

@@ -27,11 +27,6 @@ class Problem:
         return f"{text} ({self.hint})" if self.hint else text
 
 
-def reads_as_path(model: str) -> bool:
-    """Whether a base's name is a path (/data/x, ./out, a drive letter) and cannot be a Hub id."""
-    return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
-
-
 @record
 class BaseSpec:
     """Which base to merge into.

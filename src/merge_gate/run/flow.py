@@ -25,11 +25,11 @@ from merge_gate.cache.cached_verdict import CachedVerdict
 from merge_gate.cache.device_lookup import MergeDevice
 from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
-from merge_gate.config.suggestions import nearest
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
+from merge_gate.names.suggestions import nearest
 from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.one_publication import Publication

@@ -165,7 +165,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
     base = _base(manifest, options.base)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
-        path, hub_id = _resolved(name, adapter.revision, is_base=False)
+        path, hub_id = _resolved(name, None if options.adapters else adapter.revision, is_base=False)
         revision = None if path else adapter.revision
         specs.append(_spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision))
     if manifest.combination is not None:
@@ -189,7 +189,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
 
 def _base(manifest: Manifest, named: str | None) -> BaseSpec:
     written = named or manifest.base.model
-    path, hub_id = _resolved(written, manifest.base.revision, is_base=True)
+    path, hub_id = _resolved(written, None if named else manifest.base.revision, is_base=True)
     return BaseSpec(
         model=path or hub_id,
         label=manifest.base.model,
@@ -201,13 +201,14 @@ def _base(manifest: Manifest, named: str | None) -> BaseSpec:
 
 def _resolved(name: str, revision: str | None, *, is_base: bool) -> tuple[str | None, str | None]:
     """The directory, or the Hub id."""
+    hint = f"name its place here with {'--base' if is_base else '--adapter'}"
     try:
         ((_, path, hub_id),) = resolve_name(name, Path.cwd(), on_hub=revision is not None, is_base=is_base)
-    except (InvalidName, ValueError) as error:
-        option = "--base" if is_base else "--adapter"
-        raise UsageError(
-            f"{quoted(name, 200)} is not a directory here or a Hub id", hint=f"name its place here with {option}"
-        ) from error
+    except InvalidName as problem:
+        error = problem.usage_error()
+        raise UsageError(error.message, hint="; ".join(filter(None, [error.hint, hint]))) from None
+    except ValueError:
+        raise UsageError(f"{quoted(name, 200)} names several directories", hint=hint) from None
     return path, hub_id
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from merge_gate.config.paths import InvalidName, ResolvedName, resolve_name
 from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
@@ -23,7 +24,7 @@ from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.config import Config, reads_as_path
+from merge_gate.records.config import Config
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
@@ -88,8 +89,8 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         UsageError: there is no such directory, or it has no merge-gate.json of merge-gate.
         GateError: a file cannot be read, or the report cannot be written.
     """
-    name = options.merged
-    if not Path(name).is_dir():
+    name, path, _ = _merged_name(options)
+    if path is None:
         raise UsageError(
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
         )
@@ -108,6 +109,19 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
     ReportWriter(options.output, view.note).write_last(report)
     view.finish(report, options.output or "")
     return report
+
+
+def _merged_name(options: VerifyOptions) -> ResolvedName:
+    """MERGED, which is a directory or a Hub id.
+
+    Raises:
+        UsageError: it is neither, or may be a mistyped directory.
+    """
+    try:
+        (resolved,) = resolve_name(options.merged, Path.cwd(), on_hub=False, is_base=True)
+    except InvalidName as problem:
+        raise problem.usage_error() from None
+    return resolved
 
 
 class _Verification:
@@ -153,24 +167,18 @@ class _Verification:
 
     def _merged(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
-        name = self._options.merged
-        is_here = Path(name).is_dir()
-        if not is_here and reads_as_path(name):
-            raise UsageError(
-                f"{quoted(name, 200)} is not a directory here", hint="name the directory of the merged model"
-            )
-        model = str(Path(name).absolute()) if is_here else name
+        label, path, hub_id = _merged_name(self._options)
         try:
             return resolve.resolve_base(
-                model,
-                label=name,
+                path or hub_id or label,
+                label=label,
                 notify=self._view.note,
                 access=Access.STREAM,
                 lay_out=self._fed.lay_out,
                 with_companions=True,
             )
         except ResolveError as error:
-            if is_here or error.check is not None:
+            if path is not None or error.check is not None:
                 return error
             raise
 

@@ -135,7 +135,7 @@ class HubFile:
                 break
             except Exception as error:
                 tries += 1
-                refused = translate(error, self.label)
+                refused = translate(error, f"{self.label}:")
                 if refused is None:
                     raise
                 if tries >= MOST_TRIES or not is_passing(error, transport=True):

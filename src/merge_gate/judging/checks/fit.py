@@ -11,7 +11,8 @@ from dataclasses import fields
 from merge_gate.judging import key_hints
 from merge_gate.judging.checks.check import ERROR, FOLLOWS, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
-from merge_gate.records.config import A_FILE, Expect, reads_as_path
+from merge_gate.names.hub_names import could_be_hub_id
+from merge_gate.records.config import A_FILE, Expect
 from merge_gate.records.measured import Evidence, UnreadLayer
 from merge_gate.records.terms import FailureKind, Finding, Origin
 from merge_gate.tensor_names import module_of
@@ -247,7 +248,7 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
     if _last(named) in known or (expect is not None and expect.base == named):
         return
     names = f"adapter_config.json names base {named!r}"
-    if reads_as_path(named):
+    if not could_be_hub_id(named, is_base=True):
         yield base_mismatch.finding(
             f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
             "a path does not say which weights it held: make sure that these are the same",

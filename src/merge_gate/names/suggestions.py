@@ -26,9 +26,9 @@ def nearest(word: str, known: Iterable[str], *, before: str = "") -> str:
     return f"did you mean {quoted(before + near)}?" if near else ""
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """Return the known word closest to `word`; empty if no known word is close."""
-    candidates = list(known)[:MAX_COMPARED]
+def closest(word: str, known: Iterable[str], most: int = MAX_COMPARED) -> str:
+    """Return the known word closest to `word`; empty if none of the first `most` known words is close."""
+    candidates = list(known)[:most]
     if len(word) > MAX_COMPARED:
         return ""
     plain = {candidate.lower().replace("_", "-"): candidate for candidate in candidates}
