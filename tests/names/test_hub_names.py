@@ -36,8 +36,8 @@ def place(tmp_path: Path) -> Path:
         ("adaptors/healthy", "adapters/healthy"),
         ("adapters/helthy", "adapters/healthy"),
         ("Adapters/Healthy", "adapters/healthy"),
-        ("adapters/unheard-of", "adapters"),
-        ("adaptors/unheard-of", "adapters"),
+        ("adapters/unheard-of", "adapters/"),
+        ("adaptors/unheard-of", "adapters/"),
         ("model/base", "models/base"),
         ("modles", "models"),
         ("project-1/models", "models"),
@@ -75,7 +75,7 @@ def test_a_name_among_a_thousand(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"a{number:04}").mkdir()
     (tmp_path / "zebra").mkdir()
-    assert close_directory("zebar/x", tmp_path) == "zebra"
+    assert close_directory("zebar/x", tmp_path) == "zebra/"
 
 
 @pytest.mark.parametrize("name", ["./a/b", "../a", "~/a", "/a/b", "a/b/c", "a/b/", "C:\\a", "a b", "a--b/c", ""])

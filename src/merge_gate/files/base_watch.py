@@ -19,6 +19,7 @@ from typing import Protocol
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
+from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.files import BaseContent, Entry, FileIdentity, FileRecord
 from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
@@ -142,6 +143,17 @@ class BaseWatch:
             for name, digest in sorted(self._digests[directory].files.items())
             if name in sizes
         )
+
+    def pinned(self, directory: str, names: Iterable[str]) -> dict[str, str] | None:
+        """The digests of these files, as far as they exist, and of all weights; None if the weights have none.
+
+        The digests that the Hub lists of a streamed base count: its bytes are compared with them when they pass.
+        """
+        known = self._digests.get(directory) or self._listed.get(directory)
+        if known is None:
+            return None
+        others = [name for name in names if name not in known.files and Path(directory, name).is_file()]
+        return {ALL_WEIGHTS: known.weights, **known.files, **resolve.digest_files(directory, others)}
 
     def content(self, directory: str) -> BaseContent | None:
         """The digests of all that the base contains; None if one is missing, or if the files have changed since."""

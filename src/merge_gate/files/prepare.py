@@ -15,7 +15,8 @@ from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import Streamable
 from merge_gate.judging.not_judged import accident, not_judged
-from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id
+from merge_gate.judging.policies import POLICIES
+from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id, is_commit
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Access, Finding, Origin, Severity
@@ -101,7 +102,7 @@ class Inputs:
         if requested is None:
             return entry
         model, revision, label = requested
-        if could_be_hub_id(model, is_base=True) and self._mistyped(entry, model, revision) is None:
+        if could_be_hub_id(model, is_base=True) and self._not_fetched(entry, model, revision) is None:
             self._leave_out(label)
             return entry
         return self._with_base(entry)
@@ -128,7 +129,7 @@ class Inputs:
             return replace(entry, problem=_no_base(entry.files))
         model, revision, label = requested
         access = self._access or entry.spec.base.access
-        base = self._mistyped(entry, model, revision) or self._base((model, revision, access), label)
+        base = self._not_fetched(entry, model, revision) or self._base((model, revision, access), label)
         if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
@@ -140,13 +141,20 @@ class Inputs:
         path = str(Path(self._config.directory, name))
         return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
 
-    def _mistyped(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
-        """Why the base that adapter_config.json names must not be fetched: it may be a directory's name."""
-        if entry.spec.base.model is not None or revision is not None or not could_be_hub_id(model, is_base=True):
+    def _not_fetched(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
+        """Why the base that adapter_config.json names must not be fetched: it is not pinned, or may be a directory."""
+        base = entry.spec.base
+        if base.model is not None or not could_be_hub_id(model, is_base=True):
             return None
-        if model not in self._close:
+        if POLICIES[self._config.policy].needs_pins and not base.sha256 and not is_commit(revision):
+            return ResolveError(
+                f"base_model_name_or_path is {quoted(model, 200)}, and nothing pins its files, which policy: "
+                f"{self._config.policy} asks for",
+                hint="add base.model and base.revision, as a full commit, to merge-gate.yml",
+            )
+        if revision is None and model not in self._close:
             self._close[model] = close_directory(model, self._config.directory)
-        if not (close := self._close[model]):
+        if revision is not None or not (close := self._close[model]):
             return None
         return ResolveError(
             f"base_model_name_or_path is {quoted(model, 200)}, which is not a directory here, and was not fetched from "

@@ -35,15 +35,15 @@ def is_commit(revision: str | None) -> bool:
 def close_directory(name: str, directory: str | Path) -> str:
     """The file or directory that a Hub id was probably meant to be; empty if none is close.
 
-    1. Its first part, or all of it, is close to a name in `directory`. So `adaptors/x` means `adapters/x`.
+    1. Its first part, or all of it, is close to a name in `directory`. So `adaptors/x` means `adapters/x`. If nothing
+       in there is close to `x`, the answer is `adapters/`.
     2. Its last part is a name in `directory`.
     3. It exists one level deeper, as a model or an adapter, or in a directory above `directory`.
     """
     place = Path(directory)
     names, (first, _, rest) = _entries(place), name.partition("/")
     if near := closest(first, names, _MOST_ENTRIES):
-        inner = closest(rest, _entries(place / near), _MOST_ENTRIES) if rest else ""
-        return f"{near}/{inner}" if inner else near
+        return f"{near}/{closest(rest, _entries(place / near), _MOST_ENTRIES)}" if rest else near
     if near := closest(name, names, _MOST_ENTRIES) or next((one for one in names if one == rest), ""):
         return near
     above = ("../" * level + name for level, outer in enumerate(place.absolute().parents, 1) if (outer / name).is_dir())
