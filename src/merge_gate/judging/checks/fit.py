@@ -301,6 +301,7 @@ _IN_CONFIG = {"base": "base_name"}
     symptom=Symptom.WRONG_PAIR,
     failure=FailureKind.UNEXPECTED,
     allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
+    allows_loading=True,  # it is about the base's bytes, or about facts that PEFT reads safely
 ).on_files
 def expectation_failed(case: FileCase) -> Iterator[Finding]:
     expect = case.spec.expect
