@@ -17,6 +17,7 @@ FOLDERS = (
     "src", "tests", "docs", "adapters", "models", "configs", "scripts", "data", "notebooks", "training", "merged",
     "outputs", "checkpoints", "examples", "README.md", "LICENSE", "Makefile", "pyproject.toml", "merge-gate.yml",
     "merge-gate-report", "Dockerfile", "requirements.txt", "lora", "eval", "tools", "build", "dist", "package.json",
+    "cache", "release", "infra", "peft",
 )  # fmt: skip
 
 
@@ -44,6 +45,10 @@ def place(tmp_path: Path) -> Path:
         ("base", "models/base"),
         ("gpt2", "models/gpt2"),
         ("project/models", "models"),
+        ("adpt/healthy", "adapters/healthy"),
+        ("adpt/unheard-of", ""),
+        ("mod/bases", "models/base"),
+        ("gpt2-lora", ""),
         ("acme/base-1b", ""),
         ("acme/healthy", ""),
         ("gpt3", ""),

@@ -20,6 +20,8 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_PART}/)?{_PART}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_ENTRIES = 100_000
+_CLOSER = 0.7
+"""`acme` is a little like `cache`, and both are common."""
 
 
 def could_be_hub_id(name: str, *, is_base: bool) -> bool:
@@ -35,16 +37,18 @@ def is_commit(revision: str | None) -> bool:
 def close_directory(name: str, directory: str | Path) -> str:
     """The file or directory that a Hub id was probably meant to be; empty if none is close.
 
-    1. Its first part, or all of it, is close to a name in `directory`. So `adaptors/x` means `adapters/x`. If nothing
-       in there is close to `x`, the answer is `adapters/`.
-    2. Its last part is a name in `directory`.
+    1. Its first part is close to a directory here, and the rest to a name in there: `adaptors/x` means `adapters/x`. If
+       nothing in there is close to `x`, the first part must be closer, and the answer is `adapters/`.
+    2. All of it is close to a name in `directory`, or its last part is a name in `directory`.
     3. It exists one level deeper, as a model or an adapter, or in a directory above `directory`.
     """
     place = Path(directory)
     names, (first, _, rest) = _entries(place), name.partition("/")
-    if near := closest(first, names, _MOST_ENTRIES):
-        return f"{near}/{closest(rest, _entries(place / near), _MOST_ENTRIES)}" if rest else near
-    if near := closest(name, names, _MOST_ENTRIES) or next((one for one in names if one == rest), ""):
+    if rest and (near := closest(first, names, _MOST_ENTRIES)):
+        inner = closest(rest, _entries(place / near), _MOST_ENTRIES)
+        if inner or closest(first, [near], likeness=_CLOSER):
+            return f"{near}/{inner}"
+    if near := closest(name, names, _MOST_ENTRIES, _CLOSER) or next((one for one in names if one == rest), ""):
         return near
     above = ("../" * level + name for level, outer in enumerate(place.absolute().parents, 1) if (outer / name).is_dir())
     return next(_deeper(name, place, names), "") or next(above, "")

@@ -33,7 +33,7 @@ from merge_gate.names.suggestions import nearest
 from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.one_publication import Publication
-from merge_gate.publish.publications import Publications
+from merge_gate.publish.publications import Publications, unpublished_dtypes
 from merge_gate.records.config import AdapterSpec, Config, PublishSpec
 from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
@@ -103,6 +103,8 @@ def run_gate(
         )
         if cache.resumed is not None:
             cache.resumed.preserve()
+            if wanted is not None and not cache.resumed.is_empty:
+                view.note("publishing merges each adapter again: a reused verdict comes without its model")
         begins()
         return run.run()
 
@@ -226,6 +228,8 @@ class _Run:
                 to_merge = dict(self._judge_files())  # 1
                 self._refuse_other_bases(to_merge)
                 self._published = self._publications.choose(to_merge)
+                if self._published and (note := unpublished_dtypes(to_merge, self._published)):
+                    self._view.note(note)
                 self._reuse(to_merge)  # 2
                 self._group(to_merge)  # 3
                 self._merge()  # 4
