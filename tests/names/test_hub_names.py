@@ -55,24 +55,32 @@ def place(tmp_path: Path) -> Path:
     ],
 )
 def test_the_directory_that_was_meant(place: Path, name: str, close: str) -> None:
-    assert close_directory(name, place) == close
+    assert close_directory(name, place, is_base=True) == close
     assert could_be_hub_id(name, is_base=True)
+
+
+def test_an_adapter_may_be_named_after_its_base(place: Path) -> None:
+    (place / "llama-8b").mkdir()
+    assert close_directory("acme/llama-8b", place, is_base=True) == "llama-8b"
+    (place / "llama-8b" / "adapter_config.json").touch()
+    assert close_directory("acme/llama-8b", place, is_base=True) == ""
+    assert close_directory("project/llama-8b", place, is_base=False) == "llama-8b", "an adapter is looked for"
 
 
 def test_a_directory_above(place: Path) -> None:
     """A config in a folder of its own, with paths relative to the repository."""
     (place / "ci" / "gate").mkdir(parents=True)
-    assert close_directory("models/base", place / "ci" / "gate") == "../../models/base"
+    assert close_directory("models/base", place / "ci" / "gate", is_base=True) == "../../models/base"
 
 
 def test_a_directory_that_cannot_be_listed(tmp_path: Path) -> None:
-    assert close_directory("acme/lora", tmp_path / "absent") == ""
+    assert close_directory("acme/lora", tmp_path / "absent", is_base=False) == ""
 
 
 def test_owners_on_the_hub_are_close_to_no_usual_folder(tmp_path: Path) -> None:
     for folder in FOLDERS:
         (tmp_path / folder).mkdir()
-    assert [owner for owner in OWNERS if close_directory(f"{owner}/some-model-8b", tmp_path)] == []
+    assert [owner for owner in OWNERS if close_directory(f"{owner}/some-model-8b", tmp_path, is_base=True)] == []
 
 
 def test_a_name_among_a_thousand(tmp_path: Path) -> None:
@@ -80,7 +88,7 @@ def test_a_name_among_a_thousand(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"a{number:04}").mkdir()
     (tmp_path / "zebra").mkdir()
-    assert close_directory("zebar/x", tmp_path) == "zebra/"
+    assert close_directory("zebar/x", tmp_path, is_base=False) == "zebra/"
 
 
 @pytest.mark.parametrize("name", ["./a/b", "../a", "~/a", "/a/b", "a/b/c", "a/b/", "C:\\a", "a b", "a--b/c", ""])

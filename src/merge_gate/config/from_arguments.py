@@ -121,8 +121,8 @@ def config_of(
         _refuse_parent_directory(place)
     own_names = distinguishing_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
     expect = dict(expect)
-    options = {"model": base, "dtype": list(dtypes), "quantization": quantization}
-    options["sha256"] = expect.pop("base-sha256", None)
+    digest = expect.pop("base-sha256", None)
+    options = {"model": base, "dtype": list(dtypes), "quantization": quantization, "sha256": digest}
     facts: dict[str, Any] = {"revision": revision} if revision else {}
     facts |= {"expect": expect} if expect else {}
     entries = [

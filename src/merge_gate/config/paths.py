@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import takewhile
@@ -27,11 +28,6 @@ from merge_gate.text import listing, quoted
 
 class InvalidName(Exception):  # noqa: N818 (not an error of the program: the caller adds its place)
     """A name that cannot be resolved. Carries the problem's message and hint, which may be made when it is shown."""
-
-    def usage_error(self) -> UsageError:
-        """The same as an error of the command line."""
-        message, hint = self.args
-        return UsageError(message, hint=hint() if callable(hint) else hint)
 
 
 _PATH_LIKE = re.compile(r"\.{1,2}(?:$|[/\\])|[/~\\]|[A-Za-z]:[/\\]")
@@ -79,6 +75,22 @@ def resolve_name(
     return [(name, os.path.normpath(directory / name), None) for name in directories]
 
 
+def resolve_argument(written: str, *, is_base: bool, on_hub: bool = False) -> ResolvedName:
+    """Resolve one name of the command line.
+
+    Raises:
+        UsageError: no directory and no Hub id has this name, or several have.
+    """
+    try:
+        first, *others = resolve_name(written, Path.cwd(), on_hub=on_hub, is_base=is_base)
+    except InvalidName as problem:
+        message, hint = problem.args
+        raise UsageError(message, hint=hint() if callable(hint) else hint) from None
+    if others:
+        raise UsageError(f"{quoted(written, 200)} names several directories", hint="name one of them")
+    return first
+
+
 def _is_for_reports(place: Path, output: str | None) -> bool:
     """Whether a directory is where a run writes or wrote its reports, and holds no file of an adapter."""
     if any(os.path.lexists(place / name) for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)):
@@ -106,13 +118,14 @@ def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) 
         raise InvalidName(
             f"{quoted(written)} is a broken symbolic link to {target}", "fix the link, or name the directory"
         )
-    close = close_directory(written, directory) if could_be_hub and not on_hub else ""
+    close = close_directory(written, directory, is_base=is_base) if could_be_hub and not on_hub else ""
     if could_be_hub and not close:
         return written, None, written
     if "://" in written:
         raise InvalidName(
             f"{quoted(written)} is a URL, expected a directory or a Hub id", "write a Hub id as owner/name"
         )
+    hint: str | Callable[[], str]
     if close:
         hint = partial(_suggest_close, written, directory, close, "" if is_base else " or add a revision (--revision)")
     else:

@@ -153,7 +153,7 @@ class Inputs:
                 hint="add base.model and base.revision, as a full commit, to merge-gate.yml",
             )
         if revision is None and model not in self._close:
-            self._close[model] = close_directory(model, self._config.directory)
+            self._close[model] = close_directory(model, self._config.directory, is_base=True)
         if revision is not None or not (close := self._close[model]):
             return None
         return ResolveError(

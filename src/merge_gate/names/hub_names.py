@@ -34,12 +34,12 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and bool(_COMMIT.fullmatch(revision))
 
 
-def close_directory(name: str, directory: str | Path) -> str:
+def close_directory(name: str, directory: str | Path, *, is_base: bool) -> str:
     """The file or directory that a Hub id was probably meant to be; empty if none is close.
 
     1. Its first part is close to a directory here, and the rest to a name in there: `adaptors/x` means `adapters/x`. If
        nothing in there is close to `x`, the first part must be closer, and the answer is `adapters/`.
-    2. All of it is close to a name in `directory`, or its last part is a name in `directory`.
+    2. All of it is close to a name in `directory`, or its last part is one. A base is no adapter.
     3. It exists one level deeper, as a model or an adapter, or in a directory above `directory`.
     """
     place = Path(directory)
@@ -48,7 +48,9 @@ def close_directory(name: str, directory: str | Path) -> str:
         inner = closest(rest, _entries(place / near), _MOST_ENTRIES)
         if inner or closest(first, [near], likeness=_CLOSER):
             return f"{near}/{inner}"
-    if near := closest(name, names, _MOST_ENTRIES, _CLOSER) or next((one for one in names if one == rest), ""):
+    near = closest(name, names, _MOST_ENTRIES, _CLOSER) or (rest if rest in names else "")
+    is_adapter = (place / near / "adapter_config.json").is_file()
+    if near and not (is_base and rest and is_adapter):  # many adapters are named after their base
         return near
     above = ("../" * level + name for level, outer in enumerate(place.absolute().parents, 1) if (outer / name).is_dir())
     return next(_deeper(name, place, names), "") or next(above, "")

@@ -33,6 +33,9 @@ from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import listing, quoted
 from merge_gate.worker.protocol import PlannedTensor, PublicationSent
 
+_NONE_FITS = 10
+"""More than there are dtypes."""
+
 END_LIMIT_S = 10.0
 """How long a disk may take for the piece that is being written when the run is interrupted."""
 
@@ -252,11 +255,21 @@ def one_of_each(entries: Mapping[int, Entry], wanted: str) -> dict[int, Entry]:
     chosen: dict[str, tuple[int, int, Entry]] = {}
     for index, entry in entries.items():
         fitting = ("auto", *_stored_dtypes(entry)) if wanted == PRESERVE else (wanted, "auto")
-        rank = fitting.index(entry.dtype) if entry.dtype in fitting else len(fitting)
+        rank = fitting.index(entry.dtype) if entry.dtype in fitting else _NONE_FITS
         if entry.spec.name not in chosen or rank < chosen[entry.spec.name][0]:
             chosen[entry.spec.name] = rank, index, entry
-    for _, _, entry in chosen.values():
-        _refuse_dtype(entry, wanted)
+    for rank, _, entry in chosen.values():
+        stored = _stored_dtypes(entry)
+        if rank == _NONE_FITS and entry.dtype != "auto" and stored:
+            expected, why = (
+                (stored[0], f"`preserve` writes each tensor as its base stores it, in {stored[0]}")
+                if wanted == PRESERVE
+                else (wanted, f"publish.dtype is {wanted}")
+            )
+            raise UsageError(
+                f"the merge of {quoted(entry.spec.name, 200)} in {entry.dtype} cannot be published: {why}",
+                hint=f"add {expected} to --dtype (base.dtype), or set publish.dtype to {entry.dtype} in {A_FILE}",
+            )
     return {index: entry for _, index, entry in chosen.values()}
 
 
@@ -267,22 +280,6 @@ def unpublished_dtypes(entries: Mapping[int, Entry], published: Collection[int])
         for is_published in (False, True)
     )
     return f"the merge in {shown} is published, and the one in {checked} is only checked" if checked else ""
-
-
-def _refuse_dtype(entry: Entry, wanted: str) -> None:
-    stored = _stored_dtypes(entry)
-    if entry.dtype == "auto" or entry.dtype in (stored if wanted == PRESERVE else (wanted,)) or not stored:
-        return
-    expected = stored[0] if wanted == PRESERVE else wanted
-    raise UsageError(
-        f"the merge of {quoted(entry.spec.name, 200)} in {entry.dtype} cannot be published: "
-        + (
-            f"its base is stored in {expected}, and `preserve` writes each tensor as it is stored"
-            if wanted == PRESERVE
-            else f"publish.dtype is {wanted}"
-        ),
-        hint=f"add {expected} to --dtype (base.dtype), or set publish.dtype to {entry.dtype} in {A_FILE}",
-    )
 
 
 def _stored_dtypes(entry: Entry) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate.config.paths import InvalidName, resolve_name
+from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging.checks.table import CHECKS
@@ -201,14 +201,11 @@ def _base(manifest: Manifest, named: str | None) -> BaseSpec:
 
 def _resolved(name: str, revision: str | None, *, is_base: bool) -> tuple[str | None, str | None]:
     """The directory, or the Hub id."""
-    hint = f"name its place here with {'--base' if is_base else '--adapter'}"
     try:
-        ((_, path, hub_id),) = resolve_name(name, Path.cwd(), on_hub=revision is not None, is_base=is_base)
-    except InvalidName as problem:
-        error = problem.usage_error()
+        _, path, hub_id = resolve_argument(name, on_hub=revision is not None, is_base=is_base)
+    except UsageError as error:
+        hint = f"name its place here with {'--base' if is_base else '--adapter'}"
         raise UsageError(error.message, hint="; ".join(filter(None, [error.hint, hint]))) from None
-    except ValueError:
-        raise UsageError(f"{quoted(name, 200)} names several directories", hint=hint) from None
     return path, hub_id
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.config.paths import InvalidName, ResolvedName, resolve_name
+from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
@@ -89,7 +89,7 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         UsageError: there is no such directory, or it has no merge-gate.json of merge-gate.
         GateError: a file cannot be read, or the report cannot be written.
     """
-    name, path, _ = _merged_name(options)
+    name, path, _ = resolve_argument(options.merged, is_base=True)
     if path is None:
         raise UsageError(
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
@@ -109,19 +109,6 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
     ReportWriter(options.output, view.note).write_last(report)
     view.finish(report, options.output or "")
     return report
-
-
-def _merged_name(options: VerifyOptions) -> ResolvedName:
-    """MERGED, which is a directory or a Hub id.
-
-    Raises:
-        UsageError: it is neither, or may be a mistyped directory.
-    """
-    try:
-        (resolved,) = resolve_name(options.merged, Path.cwd(), on_hub=False, is_base=True)
-    except InvalidName as problem:
-        raise problem.usage_error() from None
-    return resolved
 
 
 class _Verification:
@@ -167,7 +154,7 @@ class _Verification:
 
     def _merged(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
-        label, path, hub_id = _merged_name(self._options)
+        label, path, hub_id = resolve_argument(self._options.merged, is_base=True)
         try:
             return resolve.resolve_base(
                 path or hub_id or label,
