@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.named_adapters import requested_config
 from merge_gate.cli.parser import parsed, parser
-from merge_gate.cli.variables import WITHOUT_VARIABLE
+from merge_gate.cli.variables import WITHOUT_VARIABLE, unknown_variables
 from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,6 +102,54 @@ def test_the_variables_that_were_used_are_named(
     monkeypatch.setenv("MERGE_GATE_COLOR", "never")
     assert main(["check", "nowhere.yml"]) == 2
     wording(capsys.readouterr().err.splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        pytest.param(name, meant, marks=pytest.mark.attempt(f"D9{letter}", f"{name}=x", "warning, did you mean"))
+        for letter, name, meant in (
+            ("a", "MERGE_GATE_DTPYE", "MERGE_GATE_DTYPE"),
+            ("b", "MERGE_GATE_DEVISE", "MERGE_GATE_DEVICE"),
+            ("c", "MERGE_GATE_BASES", "MERGE_GATE_BASE"),
+            ("d", "MERGE_GATE_QUANTISATION", "MERGE_GATE_QUANTIZATION"),
+            ("e", "MERGE_GATE_OUT_PUT", "MERGE_GATE_OUTPUT"),
+            ("f", "MERGE_GATE_ALLOW_PICKLE", ""),
+            ("g", "MERGE_GATE_XYZZY_PLUGH", ""),
+        )
+    ],
+)
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    monkeypatch.setenv(name, "x")
+    (line,) = parsed(["run", "one"]).unknown_variables
+    assert name in line
+    assert ("did you mean" in line) is bool(meant)
+    assert meant in line
+
+
+def test_an_unknown_variable_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MERGE_GATE_DTPYE", "float16")
+    monkeypatch.setenv("MERGE_GATE_EMPTY", "")
+    assert main(["schema", "config"]) == 0
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1
+    assert "MERGE_GATE_DTPYE" in error
+
+
+def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the action, its containers, the recipes, and the tests too. Only this file names unknown ones."""
+    root = Path(__file__).resolve().parent.parent
+    places = ("src", "tests", "docs", "recipes", "examples", "benchmarks", ".ci", ".github")
+    files = [path for place in places for path in (root / place).rglob("*") if "__pycache__" not in path.parts]
+    texts = [
+        path.read_bytes() for path in (*files, *root.iterdir()) if path.is_file() and path.name != Path(__file__).name
+    ]
+    names = {name.decode() for text in texts for name in re.findall(rb"MERGE_GATE_[A-Z0-9_]*[A-Z0-9]\b", text)}
+    for name in names - {"MERGE_GATE_I", "MERGE_GATE_INPUT", "MERGE_GATE_DTPYE"}:
+        monkeypatch.setenv(name, "cpu")
+    unknown = unknown_variables(commands().values(), os.environ)
+    assert len(names) > 60
+    assert unknown == ()
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

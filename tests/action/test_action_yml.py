@@ -169,6 +169,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     assert known - set(action.RESERVED_OPTIONS) - of_named_adapters == {
         "--only",
         "--plan",
+        "--policy",
         "--refresh",
         "--resume",
         "--access",

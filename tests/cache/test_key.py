@@ -74,6 +74,7 @@ DECIDES = {
     "quantisation": of(with_base(quantization=Quantization.BNB_8BIT)),
     "dtype": of(replace(ENTRY, dtype="float16")),
     "a severity": of(with_spec(checks=(replace(SPEC.checks[0], severity=Severity.ERROR),))),
+    "a severity of warnings about the base": of(with_spec(checks=(replace(SPEC.checks[0], of_base=Severity.ERROR),))),
     "a limit": of(with_spec(checks=(replace(SPEC.checks[0], limit=0.6),))),
     "a check more": of(with_spec(checks=(*SPEC.checks, CheckSetting(check="no-effect", severity=Severity.OFF)))),
     "an expectation": of(with_spec(expect=Expect(r=8))),
@@ -116,13 +117,13 @@ def test_names_places_and_time_limits_do_not() -> None:
             {"base", "checks", "combine", "expect"}
             | {"name", "source", "path", "hub_id", "revision", "limit_seconds", "line", "column"},
         ),
-        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names"}),
-        (CheckSetting, {"check", "severity", "limit", "error_limit"}),
+        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names", "sha256"}),
+        (CheckSetting, {"check", "severity", "limit", "error_limit", "of_base"}),
         (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
         (
             Config,
             {"allow_pickle", "trust_remote_code"}
-            | {"path", "directory", "sha256", "adapters", "baseline", "baseline_path", "publish"},
+            | {"path", "directory", "sha256", "adapters", "baseline", "baseline_path", "publish", "policy"},
         ),
     ],
 )

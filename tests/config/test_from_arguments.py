@@ -19,7 +19,7 @@ from merge_gate.config.init_file import first_config
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.files.preflight import base_of
-from merge_gate.records.config import COMMAND_LINE, Config
+from merge_gate.records.config import ALL_WEIGHTS, COMMAND_LINE, Config
 from merge_gate.records.terms import Quantization
 from tests.support.wording import Wording
 
@@ -232,6 +232,19 @@ def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
     config = load_config("merge-gate.yml")
     assert {adapter.name for adapter in config.adapters} == {"support", "billing"}
     assert {adapter.base.label for adapter in config.adapters} == {"./base"}
+
+
+@pytest.mark.attempt("D3g", "init --pin", "the digest of each base in a directory")
+def test_a_first_config_pins_bases_that_are_here(here: Path) -> None:
+    digests = {"./base": "a" * 64, "./other": "b" * 64}
+    (here / "merge-gate.yml").write_text(first_config(["."], base_of, digests.__getitem__))
+    config = load_config("merge-gate.yml")
+    assert {adapter.base.sha256 for adapter in config.adapters} == {((ALL_WEIGHTS, "a" * 64),)}
+    (here / "other").mkdir()
+    text = first_config(["."], lambda place: "acme/llama" if "support" in place else "./other", digests.__getitem__)
+    (here / "merge-gate.yml").write_text(text)
+    pinned = {adapter.name: adapter.base.sha256 for adapter in load_config("merge-gate.yml").adapters}
+    assert pinned == {"billing": ((ALL_WEIGHTS, "b" * 64),), "support": ()}
 
 
 def test_the_only_checkpoint_of_a_run_is_listed_and_nothing_is_left_out(here: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -34,6 +35,7 @@ from merge_gate.config.model import (
 from merge_gate.config.yaml_document import read_yaml
 from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.policies import POLICIES, Policy
 from merge_gate.records.config import AdapterSpec, Config, Problem
 from merge_gate.records.terms import DTYPES, Access, Quantization, Severity
 from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, ROOT, SCHEMA_FILE, WRONG
@@ -596,6 +598,7 @@ BEYOND_SCHEMA = {
     "two stars", "too long for the system", "glob too long for the system", "name of a glob", "revision of a glob", "revision of a directory", "duplicate name",
     "the same twice", "duplicate in a glob", "duplicate given name", "name of the root", "no base",
     "base revision alone", "base revision of a directory", "outside", "absolute", "blank file", "unknown member",
+    "pin outside", "unpinned adapter", "unpinned adapter without a revision", "unpinned base", "unpinned base of an adapter",
     "itself", "weights", "another base",
     # a number without a fraction is an integer in JSON Schema
     "version as float", "rank as float",
@@ -653,6 +656,38 @@ def checks_table() -> str:
 
 def test_the_documented_table_of_checks_is_the_real_one() -> None:
     held(DOCS, "checks", checks_table())
+
+
+def policies_table() -> str:
+    """What `release` sets, from the fields of its policy: a new field needs a row."""
+    release = POLICIES["release"]
+    rows = [
+        (f"`{check}`", str(CHECKS[check].severity), "error", f"`checks: {{{check}: …}}`")
+        for check in CHECKS
+        if check in release.errors
+    ]
+    words = {
+        "of_base": ("a warning with the origin `base`", "warning", "error", "the severity of its check"),
+        "needs_pins": (
+            "an adapter or a base on the Hub without a full commit (a base may have `sha256` instead)",
+            "fetched",
+            "refused, exit code 2; if adapter_config.json names the base, the verdict is `error`",
+            "`revision`",
+        ),
+        "needs_known_variables": (
+            "an unknown variable `MERGE_GATE_…`",
+            "warning on standard error",
+            "refused, exit code 2",
+            "",
+        ),
+    }
+    rows += [words[field.name] for field in fields(Policy) if field.name != "errors" and getattr(release, field.name)]
+    table = ["| what | `default` | `release` | overridden by |", "|---|---|---|---|"]
+    return "\n".join([*table, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def test_the_documented_table_of_policies_is_the_real_one() -> None:
+    held(DOCS, "policies", policies_table())
 
 
 KINDS = {"string": "text", "integer": "whole number", "array": "list", "object": "mapping"}

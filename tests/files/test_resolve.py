@@ -672,7 +672,7 @@ def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Cli
 def test_errors_that_no_loopback_server_can_cause(error: OSError, wording: Wording) -> None:
     wrapped = RuntimeError("somewhere deep in a thread pool")
     wrapped.__cause__ = error
-    translated = translate(wrapped, "'acme/lora'")
+    translated = translate(wrapped, "'acme/lora':")
     assert translated is not None
     assert "acme/lora" in translated.message
     wording(translated)
@@ -682,7 +682,7 @@ def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk(wording:
     """Although the error of ssl has the number of "operation not permitted"; and it is not asked for again."""
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate in certificate chain"
-    translated = translate(error, "'acme/lora'")
+    translated = translate(error, "'acme/lora':")
     assert translated is not None
     wording(translated.message)
     assert "SSL_CERT_FILE" in translated.hint

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from merge_gate.cli.dispatch import main
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import identity_of
 from merge_gate.publish import one_publication, publications, targets
@@ -24,7 +25,7 @@ from merge_gate.worker.protocol import PlannedTensor, PublicationSent
 from merge_gate.worker.publish_service import Publisher
 from tests.support.judging.cases import broken
 from tests.support.judging.cases import merged as merged_tensor
-from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, send_all, stored
+from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, send_all, stored
 
 NAMES = [MERGED.format(layer) for layer in range(LAYERS)]
 
@@ -148,6 +149,57 @@ def test_an_adapter_that_fails_is_not_published(place: Path) -> None:
     assert play(place, "--publish", "merged", changes=broken_merge) == 1
     assert nothing_published(place)
     assert adapters_of(place)[0]["published"] is None
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted", "words"),
+    [
+        pytest.param("float16", "preserve", "base.dtype", marks=pytest.mark.attempt("D5a", "float16", "exit 2")),
+        pytest.param(["float16", "float32"], "preserve", "bfloat16", id="neither"),
+        pytest.param("bfloat16", "float32", "publish.dtype", id="another than the named one"),
+    ],
+)
+@pytest.mark.attempt("D5", "--publish of a dtype that cannot be published", "exit 2 before the first merge")
+def test_a_dtype_that_cannot_be_published_is_refused_before_the_first_merge(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: Any, wanted: str, words: str
+) -> None:
+    def merges(*_: object, **__: object) -> None:
+        pytest.fail("it was merged")
+
+    monkeypatch.setattr("tests.support.played_merges._play_group", merges)
+    config = {"version": 1, "base": {"model": "base", "dtype": base}, "adapters": ["one"]}
+    publish = {"directory": "merged", "dtype": wanted}
+    (place / "gate.yml").write_text(json.dumps(config | {"publish": publish}))
+    assert play(place, adapters=["gate.yml"]) == 2
+    assert words in capfd.readouterr().err
+    assert not list((place / "merged").iterdir())
+    assert main(["run", "gate.yml", "--plan"]) == 2
+    assert words in capfd.readouterr().err
+
+
+@pytest.mark.attempt("D5b", "--dtype bfloat16,float16 --publish", "says before the merge which one is published")
+def test_the_dtype_that_is_only_checked_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("one", "--base", "base", "--dtype", "float16,bfloat16", "--publish", "merged")
+    note = "the merge in bfloat16 is published, and the one in float16 is only checked"
+    with played(place / "base"):
+        assert main(["run", *words]) == 0
+    error = capfd.readouterr().err
+    assert note in error
+    assert error.index(note) < error.index("base base")
+    assert main(["run", *words, "--plan"]) == 0
+    assert note in " ".join(capfd.readouterr().out.split())
+
+
+@pytest.mark.attempt("D7", "--resume with --publish", "says that publishing merges again")
+def test_a_resumed_run_says_that_publishing_merges_again(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert play(place) == 0
+    capfd.readouterr()
+    assert play(place, "--resume") == 0
+    error = capfd.readouterr().err
+    assert "--resume reuses" in error
+    assert "publishing merges" not in error
+    assert play(place, "--resume", "--publish", "merged") == 0
+    assert "publishing merges each adapter again" in capfd.readouterr().err
 
 
 def plan_of(tensors: Mapping[str, bytes], dtype: str = "BF16", columns: int = 8) -> tuple[PlannedTensor, ...]:

@@ -25,6 +25,7 @@ from merge_gate.report.formats.page_texts import meanings
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,
+    CRASHED,
     EMPTY,
     FAIL,
     FAILED,
@@ -167,6 +168,13 @@ def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
     line = row.partition('<tr class="detail">')[0]
     assert re.findall('class="chip ([a-z]+)"[^>]*>([a-z0-9]+)', line) == [("failed", "float16"), ("passed", "bfloat16")]
     assert row.count('<section class="entry"') == 2
+
+
+def test_an_adapter_that_failed_and_was_not_judged_is_counted_and_found_as_both() -> None:
+    html = render(report(FAILED, dataclasses.replace(CRASHED, name=FAILED.name, base=HALF)))
+    for pick in ("failed", "error"):
+        assert re.search(rf'data-pick="{pick}"[^>]*><b>1</b>', html), pick
+    assert re.search(r'<tbody class="adapter"[^>]* data-verdict="failed"[^>]* data-also="error', html)
 
 
 def test_a_row_has_an_address_of_its_name() -> None:

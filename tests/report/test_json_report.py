@@ -102,7 +102,13 @@ def test_a_failed_adapter_word_for_word() -> None:
     assert document["schema_version"] == "1.0"
     assert document["result"] == "fail"
     assert document["counts"] == {"passed": 0, "failed": 1, "error": 0}
-    assert document["config"] == {"path": "merge-gate.yml", "sha256": "9f2c5d1e" * 8, "read_at": None, "commit": None}
+    assert document["config"] == {
+        "path": "merge-gate.yml",
+        "sha256": "9f2c5d1e" * 8,
+        "read_at": None,
+        "commit": None,
+        "policy": "default",
+    }
     judged = document["adapters"][0]
     assert (judged["verdict"], judged["cause"], judged["line"], judged["column"]) == (
         "failed",

@@ -40,6 +40,14 @@ def undecided(name: str, check: str) -> AdapterReport:
     return adapter(name, Verdict.ERROR, cause=check, findings=(dataclasses.replace(NAN, check=check),))
 
 
+@pytest.mark.attempt("M5", "an adapter that failed in one dtype and was not judged in the other", "1 not judged")
+def test_what_was_not_judged_in_another_dtype_is_counted() -> None:
+    run = report(failed("a", "delta-norm"), dataclasses.replace(undecided("a", "not-judged"), base=HALF), adapter("b"))
+    assert "(1 of 3 merges, 1 not judged)" in run_result.headline(run)
+    first, second = run_result.adapters_of(run)
+    assert (first.state, first.is_undecided, second.is_undecided) == (AdapterState.FAILED, True, False)
+
+
 def warned(name: str, check: str, *, lost: float = 0.0, **fields: object) -> AdapterReport:
     finding = dataclasses.replace(ROUNDING, check=check, measured=(("lost_share", lost),))
     return adapter(name, findings=(finding,), **fields)

@@ -411,3 +411,24 @@ def test_a_member_with_the_name_of_the_combination_is_refused(tmp_path: Path) ->
     document["adapters"][0]["name"] = document["name"]
     with pytest.raises(UsageError, match="adapters"):
         parse_manifest(json.dumps(document).encode(), "x")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "meant"),
+    [
+        pytest.param("--base", "bsae", '"base"', marks=pytest.mark.attempt("D1-r1", "rebuild", "exit 2")),
+        pytest.param("--adapter", "merge/one", '"merged/one"', marks=pytest.mark.attempt("D1-r2", "rebuild", "exit 2")),
+    ],
+)
+def test_a_mistyped_place_is_not_fetched(
+    place: Path, capfd: pytest.CaptureFixture[str], option: str, name: str, meant: str
+) -> None:
+    """Also if merge-gate.json has a revision: that is not the revision of another name."""
+    record = place / "merged" / "one" / MANIFEST_NAME
+    manifest = json.loads(record.read_text())
+    manifest["base"]["revision"] = "0" * 40
+    record.write_text(json.dumps(manifest))
+    assert rebuild(place, option, name) == 2
+    error = capfd.readouterr().err
+    assert meant in error
+    assert nothing_is_left(place)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
-from merge_gate.foreign_names import is_inside
+from merge_gate.names.foreign_names import is_inside
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase, Versions
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool

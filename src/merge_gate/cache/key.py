@@ -74,7 +74,8 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
         "members": [_files(member) for member in entry.members],
         "combine": _combine(spec.combine),
         "checks": [
-            [setting.check, str(setting.severity), setting.limit, setting.error_limit] for setting in spec.checks
+            [setting.check, str(setting.severity), setting.limit, setting.error_limit, setting.of_base]
+            for setting in spec.checks
         ],
         "expect": _expect(spec.expect),
     }

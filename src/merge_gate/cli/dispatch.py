@@ -58,6 +58,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
         raise
     if arguments.variables:
         say(f"merge-gate: options from the environment: {', '.join(arguments.variables.values())}")
+    for line in arguments.unknown_variables:
+        say(f"merge-gate: warning: {line}")
     return arguments
 
 

@@ -17,7 +17,12 @@ def add(commands: Commands[CommandParser]) -> None:
         help="write a first config",
         description="Write a merge-gate.yml with comments to the current directory. It lists the adapters in DIR and "
         "up to four levels below it. An existing merge-gate.yml is not changed.",
-        epilog=examples("merge-gate init ./adapters"),
+        epilog=examples("merge-gate init ./adapters", "merge-gate init ./adapters --pin"),
+    )
+    init.add_argument(
+        "--pin",
+        action="store_true",
+        help="also write the SHA-256 of each base that is a directory, so that no other base passes",
     )
     init.add_argument("directories", nargs="+", metavar="DIR", help="a directory with adapters")
 
@@ -25,9 +30,15 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.init_file import first_config
     from merge_gate.files.preflight import base_of
-    from merge_gate.report.stored.output_directory import explained
+    from merge_gate.files.resolve import base_weight_files, digest_directory
+    from merge_gate.report.stored.output_directory import explained, explained_read
 
-    text, path = first_config(arguments.directories, base_of), Path("merge-gate.yml")
+    def digest_of(base: str) -> str:
+        with explained_read(f"cannot read the base {base}", "check that it is complete"):
+            return digest_directory(base, base_weight_files(base))
+
+    text = first_config(arguments.directories, base_of, digest_of if arguments.pin else None)
+    path = Path("merge-gate.yml")
     with explained(f"cannot write {path}", chosen_by=""):
         try:
             with path.open("x", encoding="utf-8") as file:

@@ -46,7 +46,8 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
         action="append",
         type=_expectation,
         metavar="KEY=VALUE",
-        help="fail an adapter if a value differs. KEY is peft_type, r, lora_alpha, base, or sha256:FILE; repeatable",
+        help="fail an adapter if a value differs. KEY is peft_type, r, lora_alpha, base, "
+        "sha256:FILE, or base-sha256, the digest that a report has of the base; repeatable",
     )
     group.add_argument(
         "--allow-pickle", action="store_true", help="load pickled adapter weights (.bin), with weights_only=True"
@@ -58,7 +59,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
 
-    output = getattr(arguments, "output", None)
+    output, policy = getattr(arguments, "output", None), getattr(arguments, "policy", None)
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in _OPTIONS}
     if names_a_file(arguments.names):
         for option in (f"--{name.replace('_', '-')}" for name, value in values.items() if value):
@@ -68,10 +69,10 @@ def requested_config(arguments: argparse.Namespace) -> Config:
                 f"{option}{source} is for adapters named on the command line",
                 hint=f"{arguments.names[0]} lists the adapters of this run: write it into that file instead",
             )
-        return load_config(arguments.names[0], output=output)
+        return _with_known_variables(load_config(arguments.names[0], output=output, policy=policy), arguments)
     if getattr(arguments, "container", False):
         raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
-    return config_of(
+    config = config_of(
         arguments.names,
         base=values["base"],
         dtypes=[word.strip() for word in (values["dtype"] or "").split(",") if word.strip()],
@@ -81,7 +82,18 @@ def requested_config(arguments: argparse.Namespace) -> Config:
         expect=_expected(values["expect"]),
         allow_pickle=bool(values["allow_pickle"]),
         output=output,
+        policy=policy,
     )
+    return _with_known_variables(config, arguments)
+
+
+def _with_known_variables(config: Config, arguments: argparse.Namespace) -> Config:
+    """The configuration, unless its policy refuses the environment."""
+    from merge_gate.judging.policies import POLICIES
+
+    if arguments.unknown_variables and POLICIES[config.policy].needs_known_variables:
+        raise UsageError("; ".join(arguments.unknown_variables), hint=f"policy: {config.policy} allows no unknown ones")
+    return config
 
 
 def _setting(text: str) -> tuple[str, dict[str, object]]:

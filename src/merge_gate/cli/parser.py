@@ -27,7 +27,7 @@ from merge_gate.cli import (
 )
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
-from merge_gate.cli.variables import show_variables, words_of
+from merge_gate.cli.variables import show_variables, unknown_variables, words_of
 from merge_gate.text import one_of, quoted
 
 _LONGEST = 40
@@ -54,7 +54,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         commands.choices[words[0]].from_environment = variables
         end = words.index("--") if "--" in words else len(words)
         words[end:end] = more
-    values, rest = top.parse_known_args(words, argparse.Namespace(variables=variables))
+    unknown = unknown_variables(commands.choices.values(), os.environ)
+    values, rest = top.parse_known_args(words, argparse.Namespace(variables=variables, unknown_variables=unknown))
     if rest:
         command = commands.choices[values.command]
         option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")

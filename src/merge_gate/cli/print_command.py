@@ -45,7 +45,7 @@ def add_completion(commands: Commands[CommandParser]) -> None:
 
 
 def explain(arguments: argparse.Namespace) -> int:
-    from merge_gate.config.suggestions import nearest
+    from merge_gate.names.suggestions import nearest
     from merge_gate.report.wording.explanations import explanation, explanations
     from merge_gate.text import quoted
 

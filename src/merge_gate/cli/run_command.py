@@ -82,6 +82,12 @@ def add(commands: Commands[CommandParser]) -> None:
         "--only", action="append", default=[], metavar="NAME", help="merge and check only this adapter; repeatable"
     )
     run.add_argument(
+        "--policy",
+        choices=("release",),
+        help="the strict preset for releases: more warnings are errors, and what is on the Hub must be pinned "
+        "(default: as in the config)",
+    )
+    run.add_argument(
         "--shard",
         type=_shard_argument,
         metavar="I/N",
@@ -202,6 +208,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
     more = [word for name in arguments.only for word in ("--only", name)]
     more += ["--refresh"] if arguments.refresh else []
     more += ["--access", arguments.access] if arguments.access else []
+    more += ["--policy", arguments.policy] if arguments.policy else []
     more += ["--read", arguments.read] if arguments.read else []
     more += ["--max-shard-size", f"{arguments.max_shard_size / 1000:.3f}KB"] if arguments.max_shard_size else []
     if shard := _shard(arguments):

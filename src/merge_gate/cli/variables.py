@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from merge_gate.names.suggestions import nearest
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PREFIX = "MERGE_GATE_"
 WITHOUT_VARIABLE = frozenset(
@@ -23,6 +24,15 @@ WITHOUT_VARIABLE = frozenset(
 )
 """A variable of these could keep a job from merging, or choose who is trusted. `MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS`
 tell a gate in a container about the container."""
+_OTHERS = frozenset(
+    {
+        *("CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX"),
+        *("PLACE", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS"),
+    }
+)
+"""Names after the prefix that are no option's: of the gate, its action and container, its recipes, and its tests."""
+_INPUT = f"{PREFIX}INPUT_"
+"""Before an input of the action."""
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -57,6 +67,19 @@ def words_of(
             command.error(f"the variable {variable} is {quoted(value)}, expected {_YES[1]} or {_NO[1]}")
         used[option] = variable
     return more, used
+
+
+def unknown_variables(commands: Iterable[argparse.ArgumentParser], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence for each variable that nothing reads. It may be a mistyped one, which would have set an option."""
+    options = (variable.removeprefix(PREFIX) for command in commands for *_, variable in _variables(command))
+    known = sorted({*options, *_OTHERS})
+    given = sorted(name for name, value in environ.items() if value and name.startswith(PREFIX))
+    strange = [name for name in given if not name.startswith(_INPUT) and name.removeprefix(PREFIX) not in known]
+    hints = (nearest(name.removeprefix(PREFIX), known, before=PREFIX) for name in strange)
+    return tuple(
+        f"nothing reads the variable {quoted(name)}{f' ({hint})' if hint else ''}"
+        for name, hint in zip(strange, hints, strict=True)
+    )
 
 
 def _variables(command: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str, str]]:

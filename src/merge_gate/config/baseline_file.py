@@ -13,8 +13,8 @@ from pydantic import Field, WrapValidator
 
 from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole, schema_of
 from merge_gate.config.problems import read_models
-from merge_gate.config.suggestions import nearest
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.terms import Acceptance, BaselineEntry
 from merge_gate.text import quoted
 

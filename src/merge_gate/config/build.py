@@ -25,15 +25,17 @@ from merge_gate.config.model import (
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
 from merge_gate.config.sizes import size_bytes
-from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
-from merge_gate.foreign_names import is_inside
-from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
+from merge_gate.names.foreign_names import is_inside
+from merge_gate.names.hub_names import is_commit
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
 from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
-DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=DEFAULT_SETTINGS, line=1, column=1)
+_DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
 _LEAST_PERCENT, _PERCENT = 2, 100
 _LEAST_PERCENT = 2
@@ -41,7 +43,13 @@ _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub id
 
 
 def build_config(
-    document: YamlDocument, sha256: str, *, path: str | None, directory: Path, output: str | None = None
+    document: YamlDocument,
+    sha256: str,
+    *,
+    path: str | None,
+    directory: Path,
+    output: str | None = None,
+    policy: str | None = None,
 ) -> Config:
     """Validate the values of a file and build its configuration.
 
@@ -51,12 +59,14 @@ def build_config(
         path: the file as the user named it; None if the adapters are named on the command line.
         directory: where relative names start.
         output: the output directory of the run, which globs skip.
+        policy: the name of a policy, instead of the file's.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
     file = read_models(document, FileEntry)
-    build = _Build(document, file, directory, is_file=path is not None, output=output)
+    policy = policy or file.policy or DEFAULT
+    build = _Build(document, file, directory, is_file=path is not None, output=output, policy=POLICIES[policy])
     adapters = build.adapters(file.adapters or [])
     document.raise_problems()
     baseline = str(Path(path or "").parent / file.baseline) if file.baseline else None
@@ -69,6 +79,7 @@ def build_config(
         baseline_path=baseline,
         baseline=(),
         publish=_publish(file.publish, directory) if file.publish else None,
+        policy=policy,
     )
 
 
@@ -83,12 +94,19 @@ def _publish(entry: PublishEntry, directory: Path) -> PublishSpec:
 
 class _Build:
     def __init__(
-        self, document: YamlDocument, file: FileEntry, directory: Path, *, is_file: bool, output: str | None
+        self,
+        document: YamlDocument,
+        file: FileEntry,
+        directory: Path,
+        *,
+        is_file: bool,
+        output: str | None,
+        policy: Policy,
     ) -> None:
         self.document, self.report = document, document.report
-        self.directory, self.is_file, self.output = directory, is_file, output
+        self.directory, self.is_file, self.output, self.policy = directory, is_file, output, policy
         self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
-        self.default = self._override((), file, DEFAULT_ADAPTER)
+        self.default = self._override((), file, replace(_DEFAULT_ADAPTER, checks=tuple(map(policy.setting, CHECKS))))
 
     def adapters(self, entries: list[AdapterEntry]) -> tuple[AdapterSpec, ...]:
         """Build all entries in the order of the file. Combinations are resolved last, since they name other entries."""
@@ -118,7 +136,7 @@ class _Build:
         draft = replace(self._override(loc, entry, self.default), line=place.line, column=place.column)
         draft = replace(draft, name=entry.name or "", revision=entry.revision or None)
         if entry.expect:
-            self._refuse_outside((*loc, "expect", "sha256"), entry.expect.sha256 or ())
+            self._refuse_outside((*loc, "expect", "sha256"), entry.expect.sha256 or (), "adapter")
             draft = replace(draft, expect=entry.expect.record(Expect))
         if given >= {"path", "combine"}:
             self.report(loc, 'an entry cannot have both "path" and "combine"', "remove one of them", key="combine")
@@ -138,6 +156,7 @@ class _Build:
         for source, path, hub_id in self._resolved((*loc, "path"), written, on_hub=bool(draft.revision)):
             if path and draft.revision:
                 self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
+            self._refuse_unpinned((*loc, "path"), "adapter", hub_id, draft.revision)
             name = (not globbed and draft.name) or (path or source).rsplit("/", 1)[-1]
             if reason := _bad_name(name):
                 message = f"the adapter's name would be {quoted(name)}, which {reason}", 'add a "name"'
@@ -225,23 +244,28 @@ class _Build:
     # --- base, checks, expect --------------------------------------------------------------------------------------
 
     def _base(self, loc: Loc, entry: BaseEntry | None, spec: BaseSpec) -> BaseSpec:
-        """Override `spec` with the keys given at `loc`. A new model drops the revision and the names of the old one."""
+        """Override `spec` with the keys given at `loc`. A new model drops revision, names, and digests of the old."""
         if not entry:
             return spec
         if entry.model and entry.model != spec.label:
             resolved = self._resolved((*loc, "model"), entry.model, on_hub=bool(entry.revision), is_base=True)
-            model = next((path or hub_id for _, path, hub_id in resolved), entry.model)
-            spec = replace(spec, model=model, label=entry.model, revision=None, names=())
+            for label, path, hub_id in resolved or [(entry.model, None, entry.model)]:
+                if (model := path or hub_id) != spec.model:
+                    spec = replace(spec, model=model, label=label, revision=None, names=(), sha256=())
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
                 self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
             elif spec.model is None and "model" not in entry.model_fields_set:
                 self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
+        spec = replace(spec, sha256=tuple((entry.sha256 or {}).items()) or spec.sha256)
+        is_on_hub = spec.model is not None and not Path(spec.model).is_absolute()
+        self._refuse_unpinned(loc, "base", spec.label if is_on_hub and not spec.sha256 else None, spec.revision)
         for index in _repeated(entry.dtype):
             self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is listed twice", "remove one")
         for index in _repeated(entry.names):
             self.report((*loc, "names", index), f"{quoted((entry.names or ())[index])} is listed twice", "remove one")
+        self._refuse_outside((*loc, "sha256"), entry.sha256 or (), "base")
         quantization = Quantization(entry.quantization or spec.quantization)
         return replace(
             spec,
@@ -252,12 +276,23 @@ class _Build:
             names=tuple(entry.names or spec.names),
         )
 
+    def _refuse_unpinned(self, loc: Loc, what: str, hub_id: str | None, revision: str | None) -> None:
+        """Report what is on the Hub without a full commit, if the policy asks for one. A branch or tag may move."""
+        if hub_id is not None and self.policy.needs_pins and not is_commit(revision):
+            message = f"the {what} {quoted(hub_id)} is not pinned, which policy: release asks for"
+            or_so = ", or pin its files (sha256, --expect base-sha256)" if what == "base" else ""
+            self.report(loc, message, f"add its revision, as a commit of 40 hexadecimal digits{or_so}")
+
     def _setting(self, loc: Loc, checks: Any, default: CheckSetting) -> CheckSetting:
         entry: CheckEntry | None = getattr(checks, default.check)
         if not entry:
             return default
         row = CHECKS[default.check]
-        severity = row.severity if entry.severity == "on" else Severity(entry.severity or default.severity)
+        if entry.severity == "on":
+            default = replace(self.policy.setting(row.id), limit=default.limit, error_limit=default.error_limit)
+        elif entry.severity:
+            default = replace(default, severity=Severity(entry.severity), of_base=None)
+        severity = default.severity
         if not row.can_be_off and severity is not row.severity:
             change = "switched off" if severity is Severity.OFF else f"lowered to {severity}"
             hint = (
@@ -281,7 +316,7 @@ class _Build:
             message = f"the error-limit {entry.error_limit:g} is below the limit {limit:g}"
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
             self.report(loc, message, hint, key="error-limit")
-        return replace(default, severity=severity, limit=limit, error_limit=error_limit)
+        return replace(default, limit=limit, error_limit=error_limit)
 
     def _refuse_percent(self, loc: Loc, key: str, share: float | None) -> None:
         """Report a share above 1: as a limit it would switch the check off."""
@@ -290,11 +325,11 @@ class _Build:
             hint = f"did you mean {share / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
             self.report((*loc, key), f"{quoted(key)} must be a share between 0 and 1, got the number {share:g}", hint)
 
-    def _refuse_outside(self, loc: Loc, names: Iterable[str]) -> None:
+    def _refuse_outside(self, loc: Loc, names: Iterable[str], owner: str) -> None:
         for name in names:
             if not is_inside(name):
-                hint = "write it relative to the adapter's directory, with /"
-                self.report(loc, f"{quoted(name)} is not a file inside the adapter", hint, key=name)
+                hint = f"write it relative to the {owner}'s directory, with /"
+                self.report(loc, f"{quoted(name)} is not a file inside the {owner}", hint, key=name)
 
 
 def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.judging import foreign_formats
+from merge_gate.names.hub_names import HUB
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted, unusable
@@ -34,7 +35,7 @@ def names_a_file(names: Sequence[str]) -> bool:
     """
     if why := next(filter(None, map(unusable, names)), ""):
         raise UsageError(f"a name {why}")
-    others = [name for name in names if _adapter_directory(name) == name]
+    others = [name for name in names if _adapter_directory(name) == name and not name.startswith(HUB)]
     files = [name for name in others if not os.path.isdir(name) and _reads_as_file(name)]  # noqa: PTH112 (as below)
     if files and len(names) > 1:
         raise UsageError(
@@ -95,6 +96,7 @@ def config_of(
     expect: Mapping[str, object] = MappingProxyType({}),
     allow_pickle: bool = False,
     output: str | None = None,
+    policy: str | None = None,
 ) -> Config:
     """Build the configuration that lists these adapters. Relative names start in the current directory.
 
@@ -105,9 +107,10 @@ def config_of(
         quantization: a word of `Quantization`.
         revision: a commit, tag or branch of the adapters, if they are on the Hub.
         checks: severities, or mappings with severity and limit, by the ids of checks, as a file has them.
-        expect: facts that every adapter must match, as a file has them.
+        expect: facts that every adapter must match, as a file has them; and `base-sha256`, the digest of the base.
         allow_pickle: load pickled weights, with weights_only.
         output: the output directory of the run, which globs skip.
+        policy: the name of a policy.
 
     Raises:
         UsageError: with every problem.
@@ -119,13 +122,15 @@ def config_of(
     for place in places:
         _refuse_parent_directory(place)
     own_names = distinguishing_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
+    expect = dict(expect)
+    digest = expect.pop("base-sha256", None)
+    options = {"model": base, "dtype": list(dtypes), "quantization": quantization, "sha256": digest}
     facts: dict[str, Any] = {"revision": revision} if revision else {}
-    facts |= {"expect": dict(expect)} if expect else {}
+    facts |= {"expect": expect} if expect else {}
     entries = [
         {"path": _as_utf8(place)} | ({"name": _as_utf8(own_names[place])} if place in own_names else {}) | facts
         for place in places
     ]
-    options = {"model": base, "dtype": list(dtypes), "quantization": quantization}
     file: dict[str, Any] = {"version": 1, "adapters": entries}
     if any(options.values()):
         file["base"] = {key: value for key, value in options.items() if value}
@@ -136,7 +141,7 @@ def config_of(
     text = yaml_text(file, indent=1)
     try:
         document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()
-        return build_config(document, digest, path=None, directory=Path.cwd(), output=output)
+        return build_config(document, digest, path=None, directory=Path.cwd(), output=output, policy=policy)
     except FileNotFoundError:
         raise current_directory_gone() from None
     except ConfigError as error:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names, yaml_text
-from merge_gate.config.paths import could_be_hub_id
 from merge_gate.errors import UsageError
+from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.text import counted, listing, quoted
 
@@ -38,12 +38,17 @@ class _FoundFiles:
     """Directories that cannot be read, in the order of the search."""
 
 
-def first_config(directories: Sequence[str], base_of: Callable[[str], str | None]) -> str:
+def first_config(
+    directories: Sequence[str],
+    base_of: Callable[[str], str | None],
+    digest_of: Callable[[str], str] | None = None,
+) -> str:
     """Return a commented configuration of the adapters in and below these directories.
 
     Args:
         directories: the directories to search.
         base_of: returns the base that the adapter in a directory names, or None.
+        digest_of: returns the digest of the base in a directory, to pin it; None pins nothing.
 
     Raises:
         UsageError: a directory does not exist, or no adapter was found.
@@ -65,7 +70,9 @@ def first_config(directories: Sequence[str], base_of: Callable[[str], str | None
     listed, earlier = _without_checkpoints(files.adapters)
     bases = {place: _locate_base(name, place, files.models) for place in listed if (name := base_of(place))}
     common = set(bases.values())
-    lines = [*_head(bases), *_entries(listed, bases if len(common) > 1 else {})]
+    here = [base.path for base in common if base.path is not None and os.path.isdir(base.path)]  # noqa: PTH112 (as above)
+    digests = {path: digest_of(path) for path in here} if digest_of is not None else {}
+    lines = [*_head(bases, digests), *_entries(listed, bases if len(common) > 1 else {}, digests)]
     return "\n".join([*lines, *_not_listed(earlier, files), *_foot()]) + "\n"
 
 
@@ -152,7 +159,7 @@ def _locate_base(name: str, adapter: str, models: set[str]) -> _Base:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def _head(bases: Mapping[str, _Base]) -> list[str]:
+def _head(bases: Mapping[str, _Base], digests: Mapping[str, str]) -> list[str]:
     lines = ["# What to merge and check before a release. Try it: merge-gate run merge-gate.yml", "version: 1", ""]
     common = set(bases.values())
     if len(common) != 1:
@@ -163,22 +170,26 @@ def _head(bases: Mapping[str, _Base]) -> list[str]:
     if base.path != base.name:
         comment = f"the adapters name {quoted(base.name, 200)}, which does not exist here"
         comment += "" if base.path else ": write the path of the base"
-    return [*lines, "base:", f"  model: {_scalar(base.path or base.name)}   # {comment}", *_dtype("")]
+    pin = [f"  sha256: {digest}   # of its weight files"] if (digest := digests.get(base.path or "")) else []
+    return [*lines, "base:", f"  model: {_scalar(base.path or base.name)}   # {comment}", *pin, *_dtype("")]
 
 
 def _dtype(comment: str) -> list[str]:
     return [f"{comment}  # dtype: [bfloat16, float16]   # what you serve in; each is checked (default: as stored)", ""]
 
 
-def _entries(places: Sequence[str], bases: Mapping[str, _Base]) -> Iterator[str]:
+def _entries(places: Sequence[str], bases: Mapping[str, _Base], digests: Mapping[str, str]) -> Iterator[str]:
     """A line for each adapter. `bases` has the bases that entries name themselves."""
     own_names = distinguishing_names(places)
     yield "adapters:"
     for place in places:
         name = own_names.get(place) or _checkpoint_name(place)
         base = bases.get(place)
-        keys = {"name": name, "path": place, "base": base.path if base and base.path != base.name else None}
+        digest = digests.get((base and base.path) or "")
+        keys = {"name": name, "path": place, "base": base.path if base and (digest or base.path != base.name) else None}
         given = {key: _scalar(value) for key, value in keys.items() if value}
+        if digest:
+            given["base"] = f"{{model: {given['base']}, sha256: {digest}}}"
         entry = "{" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
         missing = base is not None and base.path is None
         comment = f"   # its base {quoted(base.name, 200)} does not exist here" if base and missing else ""

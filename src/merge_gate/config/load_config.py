@@ -26,8 +26,8 @@ from typing import NoReturn
 from merge_gate.config.baseline_file import build_baseline
 from merge_gate.config.build import build_config
 from merge_gate.config.model import config_schema
-from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import end_of, read_yaml, refuse
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
 from merge_gate.text import listing, quoted
 
@@ -36,12 +36,13 @@ __all__ = ["MAX_BYTES", "config_schema", "load_config"]
 MAX_BYTES = 1024 * 1024
 
 
-def load_config(path: str, *, output: str | None = None) -> Config:
+def load_config(path: str, *, output: str | None = None, policy: str | None = None) -> Config:
     """Read and validate a configuration.
 
     Args:
         path: the YAML file, as the user named it; relative paths in it are relative to its directory.
         output: the output directory of the run, which globs skip.
+        policy: the name of a policy, instead of the file's.
 
     Raises:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
@@ -49,16 +50,16 @@ def load_config(path: str, *, output: str | None = None) -> Config:
     thresholds = gc.get_threshold()
     gc.set_threshold(0)  # garbage collection while many values are created would take half of the time
     try:
-        return _load(path, output)
+        return _load(path, output, policy)
     finally:
         gc.set_threshold(*thresholds)
 
 
-def _load(path: str, output: str | None) -> Config:
+def _load(path: str, output: str | None, policy: str | None) -> Config:
     raw = _read_bytes(path)  # 1
     document = read_yaml(_text(raw, path), path)  # 2
     digest, directory = hashlib.sha256(raw).hexdigest(), Path(path).absolute().parent
-    config = build_config(document, digest, path=path, directory=directory, output=output)  # 3 and 4
+    config = build_config(document, digest, path=path, directory=directory, output=output, policy=policy)  # 3 and 4
     if config.baseline_path is None:
         return config
     baseline = _text(_read_bytes(config.baseline_path), config.baseline_path)

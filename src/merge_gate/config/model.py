@@ -19,10 +19,12 @@ from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 
 from merge_gate.config.sizes import SIZE
-from merge_gate.config.suggestions import closest
 from merge_gate.config.yaml_document import Loc
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.policies import DEFAULT, POLICIES
+from merge_gate.names.suggestions import closest
+from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.terms import DTYPES, Access, Quantization, Read
 from merge_gate.text import one_of
 
@@ -185,6 +187,14 @@ Name = Annotated[str, Field(pattern=TEXT, max_length=MAX_NAME)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Digest = Annotated[str, StringConstraints(pattern=HEX_64, to_lower=True), Field(description="64 hexadecimal digits.")]
+BaseDigests = Annotated[
+    Annotated[dict[Text, Digest], Field(min_length=1)],
+    ShortForm(
+        ALL_WEIGHTS,
+        "64 hexadecimal digits, or a mapping of files to digests",
+        {"type": "string", "pattern": HEX_64, "description": "The digest of all weight files."},
+    ),
+]
 UNIQUE = Field(json_schema_extra={"uniqueItems": True})
 Dtypes = Annotated[
     Annotated[list[Dtype], Field(min_length=1), UNIQUE],
@@ -208,11 +218,14 @@ class BaseEntry(Model):
     """The base that adapters are merged into."""
 
     model: Text | None = None
-    """A directory (relative to this file), or a Hub id if no such directory exists. Without it, each adapter's
-    adapter_config.json names its base."""
+    """A directory (relative to this file), or a Hub id if no such directory exists. hub:owner/name is always a Hub id.
+    Without it, each adapter's adapter_config.json names its base."""
     revision: Text | None = None
     """Hub commit, tag or branch; only with a Hub id. A commit is the safest. Put it in quotes if it could be a
     number. Default: the Hub's default branch."""
+    sha256: BaseDigests | None = None
+    """The SHA-256 of the base: the digest that the report shows as bases[].sha256, or a mapping of files to digests,
+    by name relative to the base's directory. With another base, expectation-failed fires."""
     dtype: Dtypes | None = None
     """The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list without repetition. Each dtype
     is checked and has its own entry in the report. Default: auto."""
@@ -345,7 +358,7 @@ class AdapterEntry(Model):
     """Name in the report, unique, at most 200 characters. Required with combine, not allowed with a glob. Default:
     the last part of the path or Hub id."""
     path: Text | None = None
-    """A directory (relative to this file), a glob over directories, or a Hub id owner/name."""
+    """A directory (relative to this file), a glob over directories, or a Hub id: owner/name or hub:owner/name."""
     combine: CombineEntry | None = None
     """Judge a weighted combination of other listed adapters, instead of a path."""
     revision: Text | None = None
@@ -386,6 +399,9 @@ class FileEntry(Model):
     """The base of all adapters that do not name their own."""
     adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)] = NEEDED
     """The adapters to judge, at most 10,000 entries. A glob is one entry."""
+    policy: Literal[tuple(POLICIES)] = DEFAULT  # type: ignore[valid-type] # as above
+    """A preset of strictness: default or release, which makes warnings errors and refuses what is not pinned. The keys
+    of checks override it. Default: default."""
     checks: Checks | None = None
     """Severity of each check (error, warning or off), or a mapping with severity and limit."""
     limits: LimitsEntry | None = None

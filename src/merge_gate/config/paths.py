@@ -1,7 +1,7 @@
 """Resolves a name in a configuration to absolute directories or a Hub id, or raises `InvalidName`.
 
-It checks which directories exist and never looks into an adapter or a base. A name that looks like a path is never
-treated as a Hub id: a mistyped directory must not become a download from a stranger's repository.
+It checks which directories exist and never looks into an adapter or a base. A name that looks like a path, or is close
+to one here (hub_names.py), is no Hub id: a mistyped directory must not become a download of a stranger's repository.
 """
 
 # os.path returns False if pathlib raises (a name too long), and keeps ./ as written:
@@ -12,30 +12,33 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from merge_gate.config.suggestions import nearest
 from merge_gate.earlier_reports import REPORTS, is_own, places
+from merge_gate.errors import UsageError
+from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
 
 
 class InvalidName(Exception):  # noqa: N818 (not an error of the program: the caller adds its place)
-    """A name that cannot be resolved. Carries the problem's message and hint."""
+    """A name that cannot be resolved. Carries the problem's message and hint, which may be made when it is shown."""
 
 
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_PART}/)?{_PART}")
 _PATH_LIKE = re.compile(r"\.{1,2}(?:$|[/\\])|[/~\\]|[A-Za-z]:[/\\]")
 _GLOB = re.compile(r"[*?\[]")
 
 
 def is_glob(written: str, directory: Path) -> bool:
     """Whether the text is a pattern. If a directory has exactly this name, it is not a pattern."""
-    return bool(_GLOB.search(written)) and not os.path.isdir(_absolute(written, directory))
+    return (
+        bool(_GLOB.search(written)) and not written.startswith(HUB) and not os.path.isdir(_absolute(written, directory))
+    )
 
 
 ResolvedName = tuple[str, str | None, str | None]
@@ -50,7 +53,7 @@ def resolve_name(
     Args:
         written: the text in the file. The name of a base is never a glob.
         directory: the start of relative paths.
-        on_hub: a revision is given. Then `acme/billing` is a Hub id even if a directory `acme` exists without it.
+        on_hub: a revision is given. Then `acme/billing` is a Hub id even if it is close to a directory here.
         is_base: a Hub id may be a bare name (`gpt2`). Otherwise it must be `owner/name`.
         output: the output directory of this run. A glob skips it, and directories with reports of earlier runs.
 
@@ -72,6 +75,22 @@ def resolve_name(
     return [(name, os.path.normpath(directory / name), None) for name in directories]
 
 
+def resolve_argument(written: str, *, is_base: bool, on_hub: bool = False) -> ResolvedName:
+    """Resolve one name of the command line.
+
+    Raises:
+        UsageError: no directory and no Hub id has this name, or several have.
+    """
+    try:
+        first, *others = resolve_name(written, Path.cwd(), on_hub=on_hub, is_base=is_base)
+    except InvalidName as problem:
+        message, hint = problem.args
+        raise UsageError(message, hint=hint() if callable(hint) else hint) from None
+    if others:
+        raise UsageError(f"{quoted(written, 200)} names several directories", hint="name one of them")
+    return first
+
+
 def _is_for_reports(place: Path, output: str | None) -> bool:
     """Whether a directory is where a run writes or wrote its reports, and holds no file of an adapter."""
     if any(os.path.lexists(place / name) for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)):
@@ -83,33 +102,43 @@ def _is_for_reports(place: Path, output: str | None) -> bool:
 
 
 def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> ResolvedName:
+    if written.startswith(HUB):
+        hub_id = written.removeprefix(HUB)
+        if not could_be_hub_id(hub_id, is_base=is_base):
+            raise InvalidName(f"{quoted(written)} is no Hub id", f"write it as {HUB}owner/name")
+        return hub_id, None, hub_id
     place = _absolute(written, directory)
     if os.path.isdir(place):
         return written, os.path.normpath(place), None
     if os.path.exists(place):
         raise InvalidName(f"{quoted(written)} is a file, expected a directory", "name the directory that holds it")
-    path_like = bool(_PATH_LIKE.match(written))
-    first = written.split("/", 1)[0]
-    starts_with_directory = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
     could_be_hub = could_be_hub_id(written, is_base=is_base)
     if os.path.islink(place.rstrip("/")) and not (could_be_hub and on_hub):
         target = quoted(os.readlink(place.rstrip("/")), 200)
         raise InvalidName(
             f"{quoted(written)} is a broken symbolic link to {target}", "fix the link, or name the directory"
         )
-    if could_be_hub and not starts_with_directory:
+    close = close_directory(written, directory, is_base=is_base) if could_be_hub and not on_hub else ""
+    if could_be_hub and not close:
         return written, None, written
     if "://" in written:
         raise InvalidName(
             f"{quoted(written)} is a URL, expected a directory or a Hub id", "write a Hub id as owner/name"
         )
-    more = "a Hub id looks like owner/name" if not path_like and not starts_with_directory else ""
-    if starts_with_directory and could_be_hub:
-        more = f"{quoted(first)} is a directory here, so this is read as a path; for a Hub id, add a revision"
-        more += " (in a config)"
-    spelling = "" if starts_with_directory else _spelling_hint(written)
-    hint = spelling or partial(_suggest_directory, Path(place).parent, written, more)
+    hint: str | Callable[[], str]
+    if close:
+        hint = partial(_suggest_close, written, directory, close, "" if is_base else " or add a revision (--revision)")
+    else:
+        more = "" if _PATH_LIKE.match(written) else "a Hub id looks like owner/name"
+        hint = _spelling_hint(written) or partial(_suggest_directory, Path(place).parent, written, more)
     raise InvalidName(f"no such directory: {quoted(written)}", hint)
+
+
+def _suggest_close(written: str, directory: Path, close: str, or_so: str) -> str:
+    """Name what is close here. Of a path whose last part is close to nothing, name what its directory holds."""
+    is_part = close.endswith("/") and os.path.isdir(directory / close)
+    here = f"{_suggest_directory(directory / close)}; if" if is_part else f"did you mean {quoted(close)}? If"
+    return f"{here} it is on the Hub, write {quoted(HUB + written)}{or_so}"
 
 
 def _spelling_hint(written: str) -> str:
@@ -122,12 +151,6 @@ def _spelling_hint(written: str) -> str:
     if at and could_be_hub_id(hub_id, is_base=False):
         return f"give the revision under its own key, in a config: revision: {quoted(revision)}"
     return ""
-
-
-def could_be_hub_id(written: str, *, is_base: bool) -> bool:
-    """Whether a name is spelled like a Hub id. That of a base may be bare (`gpt2`)."""
-    has_owner = "/" in written
-    return bool(_HUB_ID.fullmatch(written)) and (has_owner or is_base) and not _PATH_LIKE.match(written)
 
 
 def _absolute(written: str, directory: Path) -> str:

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from merge_gate.config.model import PATTERNS, Model, errors_in, place_of_key
-from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Hint, Loc, NoValue, Value, YamlDocument
+from merge_gate.names.suggestions import nearest
 from merge_gate.text import NUMBER, quoted
 
 _File = TypeVar("_File", bound=Model)

@@ -20,6 +20,7 @@ from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.files import BaseContent, Entry, FileIdentity, FileRecord
 
 _Identity = tuple[FileIdentity, ...]
@@ -146,6 +147,17 @@ class BaseWatch:
     def identity(self, directory: str) -> tuple[FileIdentity, ...]:
         """The files of a base that was hashed, as they were then."""
         return self._hashed.get(directory, ())
+
+    def pinned(self, directory: str, names: Iterable[str]) -> dict[str, str] | None:
+        """The digests of these files, as far as they exist, and of all weights; None if the weights have none.
+
+        The digests that the Hub lists of a streamed base count: its bytes are compared with them when they pass.
+        """
+        known = self._digests.get(directory) or self._listed.get(directory)
+        if known is None:
+            return None
+        others = [name for name in names if name not in known.files and Path(directory, name).is_file()]
+        return {ALL_WEIGHTS: known.weights, **known.files, **resolve.digest_files(directory, others)}
 
     def content(self, directory: str) -> BaseContent | None:
         """The digests of all that the base contains; None if one is missing, or if the files have changed since."""

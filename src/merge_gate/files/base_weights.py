@@ -21,7 +21,7 @@ from typing import Any
 from merge_gate.errors import ResolveError
 from merge_gate.files import json_object
 from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, shown
-from merge_gate.foreign_names import is_inside
+from merge_gate.names.foreign_names import is_inside
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.text import counted, listing
 

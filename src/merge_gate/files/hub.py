@@ -37,8 +37,8 @@ from merge_gate.files import hub_errors
 from merge_gate.files.base_weights import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, host, translate
-from merge_gate.foreign_names import COMMIT, is_inside
 from merge_gate.limits.request_limits import AGENT, ConnectError, limit_requests
+from merge_gate.names.foreign_names import COMMIT, is_inside
 from merge_gate.records.terms import Access
 from merge_gate.text import counted
 from merge_gate.whole_file import whole_file
@@ -363,7 +363,7 @@ class _Repository:
             except ResolveError as error:
                 raise ResolveError(f"{self.what} was not fetched: {error.message}", hint=error.hint) from error
             except Exception as error:
-                translated = translate(error, self.what)
+                translated = translate(error, f"{self.what} is not a directory here, and")
                 if translated is None:
                     raise
                 wait_s = _pause(error, next(pauses, None), is_patient=limits is not None)

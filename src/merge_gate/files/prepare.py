@@ -15,8 +15,10 @@ from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import Streamable
 from merge_gate.judging.not_judged import accident, not_judged
+from merge_gate.judging.policies import POLICIES
 from merge_gate.limits.time_limit import within
-from merge_gate.records.config import AdapterSpec, Config, reads_as_path
+from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id, is_commit
+from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Access, Finding, Origin, Severity
 from merge_gate.text import quoted
@@ -54,6 +56,7 @@ class Inputs:
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
+        self._close: dict[str, str] = {}
         self._bases: dict[_BaseRequest, Snapshot | GateError] = {}
 
     def entries(self, spec: AdapterSpec) -> tuple[Entry, ...]:
@@ -98,8 +101,8 @@ class Inputs:
         requested = None if entry.problem is not None else self._requested_base(entry)
         if requested is None:
             return entry
-        model, _, label = requested
-        if not reads_as_path(model):
+        model, revision, label = requested
+        if could_be_hub_id(model, is_base=True) and self._not_fetched(entry, model, revision) is None:
             self._leave_out(label)
             return entry
         return self._with_base(entry)
@@ -126,7 +129,7 @@ class Inputs:
             return replace(entry, problem=_no_base(entry.files))
         model, revision, label = requested
         access = self._access or entry.spec.base.access
-        base = self._base((model, revision, access), label)
+        base = self._not_fetched(entry, model, revision) or self._base((model, revision, access), label)
         if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
@@ -137,6 +140,27 @@ class Inputs:
         """A base from adapter_config.json: a directory relative to the gate's config if it exists, or a Hub id."""
         path = str(Path(self._config.directory, name))
         return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
+
+    def _not_fetched(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
+        """Why the base that adapter_config.json names must not be fetched: it is not pinned, or may be a directory."""
+        base = entry.spec.base
+        if base.model is not None or not could_be_hub_id(model, is_base=True):
+            return None
+        if POLICIES[self._config.policy].needs_pins and not base.sha256 and not is_commit(revision):
+            return ResolveError(
+                f"base_model_name_or_path is {quoted(model, 200)}, and nothing pins its files, which policy: "
+                f"{self._config.policy} asks for",
+                hint="add base.model and base.revision, as a full commit, to merge-gate.yml",
+            )
+        if revision is None and model not in self._close:
+            self._close[model] = close_directory(model, self._config.directory, is_base=True)
+        if revision is not None or not (close := self._close[model]):
+            return None
+        return ResolveError(
+            f"base_model_name_or_path is {quoted(model, 200)}, which is not a directory here, and was not fetched from "
+            "the Hub because the name is close to a path here",
+            hint=f"did you mean {quoted(close, 200)}? If it is on the Hub, name it as {quoted(HUB + model, 200)}",
+        )
 
     def _base(self, request: _BaseRequest, label: str) -> Snapshot | GateError:
         if request not in self._bases:

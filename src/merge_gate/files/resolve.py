@@ -18,7 +18,8 @@ from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
-from merge_gate.records.config import AdapterSpec, reads_as_path
+from merge_gate.names.hub_names import could_be_hub_id
+from merge_gate.records.config import AdapterSpec
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
 from merge_gate.records.terms import Access
 from merge_gate.text import counted, listing
@@ -176,7 +177,7 @@ def _fetch(
 
 def refuse_local_name(model: str) -> None:
     """Refuse a path of the machine that trained the adapter: the Hub's answer to it would mislead."""
-    if reads_as_path(model):
+    if not could_be_hub_id(model, is_base=True):
         raise ResolveError(
             f"the base {shown(model)} is not a directory here or a Hub id (owner/name)",
             hint="a base is a directory such as ./path/to/base, or a Hub id",

@@ -4,6 +4,7 @@ In: an `Entry`, and its `Evidence` or the refusal that explains why there is non
 Imports no torch and opens no files.
 
 - `blocked_report`: the files alone decide, and the adapter is never loaded.
+- `other_base_report`: the base is not the pinned one.
 - `merged_report`: the evidence decides.
 - `not_judged_report`: the gate could not judge the adapter.
 - `withdrawn_report`: the base changed.
@@ -17,6 +18,7 @@ The entry of a base comes from `base_report`, `refused_base_report`, or `unloade
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from merge_gate.judging import all_checks, verdict
@@ -46,6 +48,26 @@ def blocked_report(entry: Entry) -> AdapterReport | None:
         unsafe[0].hint,
     )
     return _judged(entry, (*findings, why))
+
+
+def with_base_digests(entry: Entry, got: Mapping[str, str] | None) -> Entry:
+    """The entry, with what the digests of its base say. `got` is None if the base could not be hashed."""
+    if got is None:
+        why = "the base is pinned, and its SHA-256 could not be computed"
+        return replace(entry, problem=not_judged(why, "check that nothing writes to the base, and that it can be read"))
+    first, *others = entry.members
+    findings = (*first.findings, *bounded(fit.other_base(entry.spec.base, got)))
+    return replace(entry, members=(replace(first, findings=findings), *others))
+
+
+def other_base_report(entry: Entry) -> AdapterReport | None:
+    """The report of an entry whose base is not the pinned one; None if it is, or if that is no error."""
+    findings = _file_findings(entry)
+    check = fit.expectation_failed.id
+    is_other = any(
+        one.check == check and one.origin is Origin.BASE and one.severity is Severity.ERROR for one in findings
+    )
+    return _judged(entry, findings) if is_other else None
 
 
 def _allows_merging(finding: Finding) -> bool:

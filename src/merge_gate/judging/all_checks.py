@@ -21,7 +21,7 @@ from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import Finding, Severity
+from merge_gate.records.terms import Finding, Origin, Severity
 
 _WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
@@ -73,7 +73,8 @@ def _yielded(judge: Callable[[Check], Iterator[Finding]]) -> list[Finding]:
 
 
 def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting]) -> tuple[Finding, ...]:
-    configured = [with_severity for each in findings if (with_severity := _configured(each, settings)) is not None]
+    found = (_configured(each, settings) for each in findings)
+    configured = [_of_base(each, settings) for each in found if each is not None]
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
     return tuple(sorted(configured, key=lambda finding: (_WEIGHT[finding.severity], order.get(finding.check, 0))))
 
@@ -94,6 +95,15 @@ def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Findi
     if setting.severity is Severity.ERROR and finding.severity is Severity.WARNING is not check.severity:
         return finding
     return replace(finding, severity=setting.severity)
+
+
+def _of_base(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding:
+    """Apply the policy to a warning about the base."""
+    setting = settings.get(finding.check)
+    is_warning = finding.severity is Severity.WARNING and finding.origin is Origin.BASE
+    if not is_warning or setting is None or setting.of_base is None:
+        return finding
+    return replace(finding, severity=setting.of_base)
 
 
 def refused(refusal: Refusal) -> Finding:

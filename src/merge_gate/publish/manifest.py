@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
-from merge_gate.foreign_names import is_inside
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
+from merge_gate.names.foreign_names import is_inside
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
@@ -129,7 +129,9 @@ def manifest_of(
             bitsandbytes=facts.environment.bitsandbytes if adapter.base.is_quantized else None,
             device=facts.environment.device,
         ),
-        checks=tuple(_written(setting) for setting in spec.checks if setting not in DEFAULT_SETTINGS),
+        checks=tuple(
+            _written(setting) for setting in spec.checks if replace(setting, of_base=None) not in DEFAULT_SETTINGS
+        ),
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
 

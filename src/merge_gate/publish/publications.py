@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.publish import targets
 from merge_gate.publish.companion_files import companion_identities
@@ -28,12 +28,15 @@ from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
 from merge_gate.publish.partial import unchanged
-from merge_gate.records.config import AdapterSpec, PublishSpec
+from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding, record
-from merge_gate.text import quoted
+from merge_gate.text import listing, quoted
 from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+
+_NONE_FITS = 10
+"""More than there are dtypes."""
 
 END_LIMIT_S = 10.0
 """How long a disk may take for the piece that is being written when the run is interrupted."""
@@ -99,30 +102,19 @@ class Publications:
         one that the base is stored in.
 
         Raises:
-            UsageError: the directory of a model is inside a base, or would replace an input.
+            UsageError: the directory of a model is inside a base, or would replace an input; or none of the dtypes that
+                an adapter is merged in can be published.
             GateError: the disk is too small.
         """
         if self._wanted is None:
             return {}
         inputs = [*_inputs(entries.values())]
         targets.refuse_inside(self._parent, inputs)
-        for index, entry in self._one_of_each(entries).items():
+        for index, entry in one_of_each(entries, self._wanted.dtype).items():
             self._add(index, entry, self._wanted)
         targets.refuse_over((model.place.directory for model in self._models.values()), inputs)
         targets.refuse_small_disk(self._parent, sum(model.expected.size_bytes for model in self._models.values()))
         return dict.fromkeys(self._models, self._wanted.dtype)
-
-    def _one_of_each(self, entries: Mapping[int, Entry]) -> dict[int, Entry]:
-        assert self._wanted is not None  # noqa: S101 - the caller has checked it
-        wanted = self._wanted.dtype
-        chosen: dict[str, tuple[int, int, Entry]] = {}
-        for index, entry in entries.items():
-            fitting = ("auto", _stored_dtype(entry)) if wanted == PRESERVE else (wanted, "auto")
-            rank = fitting.index(entry.dtype) if entry.dtype in fitting else len(fitting)
-            name = entry.spec.name
-            if name not in chosen or rank < chosen[name][0]:
-                chosen[name] = rank, index, entry
-        return {index: entry for _, index, entry in chosen.values()}
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
         directory = base_directory(entry)
@@ -274,12 +266,48 @@ def _this_model_only() -> Iterator[None]:
         ) from error
 
 
-def _stored_dtype(entry: Entry) -> str:
-    """The dtype of most floating tensors of the base's files."""
+def one_of_each(entries: Mapping[int, Entry], wanted: str) -> dict[int, Entry]:
+    """The entries that are published with the dtype `wanted`: the one of each adapter that fits it best.
+
+    Raises:
+        UsageError: it is merged in no dtype that can be published. What `auto` loads is known only later.
+    """
+    chosen: dict[str, tuple[int, int, Entry]] = {}
+    for index, entry in entries.items():
+        fitting = ("auto", *_stored_dtypes(entry)) if wanted == PRESERVE else (wanted, "auto")
+        rank = fitting.index(entry.dtype) if entry.dtype in fitting else _NONE_FITS
+        if entry.spec.name not in chosen or rank < chosen[entry.spec.name][0]:
+            chosen[entry.spec.name] = rank, index, entry
+    for rank, _, entry in chosen.values():
+        stored = _stored_dtypes(entry)
+        if rank == _NONE_FITS and entry.dtype != "auto" and stored:
+            expected, why = (
+                (stored[0], f"`preserve` writes each tensor as its base stores it, in {stored[0]}")
+                if wanted == PRESERVE
+                else (wanted, f"publish.dtype is {wanted}")
+            )
+            raise UsageError(
+                f"the merge of {quoted(entry.spec.name, 200)} in {entry.dtype} cannot be published: {why}",
+                hint=f"add {expected} to --dtype (base.dtype), or set publish.dtype to {entry.dtype} in {A_FILE}",
+            )
+    return {index: entry for _, index, entry in chosen.values()}
+
+
+def unpublished_dtypes(entries: Mapping[int, Entry], published: Collection[int]) -> str:
+    """A note on the dtypes that adapters are only checked in; empty if there are none."""
+    checked, shown = (
+        listing(dict.fromkeys(entry.dtype for index, entry in entries.items() if (index in published) is is_published))
+        for is_published in (False, True)
+    )
+    return f"the merge in {shown} is published, and the one in {checked} is only checked" if checked else ""
+
+
+def _stored_dtypes(entry: Entry) -> tuple[str, ...]:
+    """The dtypes of the floating tensors in the base's files, the most frequent one first."""
     names = {stored: name for name, stored in FLOATING.items()}
     tensors = entry.base_files.tensors if entry.base_files is not None else ()
     counts = Counter(names[tensor.dtype] for tensor in tensors if tensor.dtype in names)
-    return counts.most_common(1)[0][0] if counts else ""
+    return tuple(name for name, _ in counts.most_common())
 
 
 def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:

@@ -11,6 +11,10 @@ A_FILE = "a configuration file (`merge-gate init` writes one)"
 """For hints about settings that have no option. The run may be one without a file."""
 
 
+ALL_WEIGHTS = "*"
+"""In `BaseSpec.sha256`: the digest of all weight files together, as the report has it."""
+
+
 @record
 class Problem:
     """One thing wrong with the configuration. `line` and `column` count from 1; 0 if there is no file."""
@@ -27,11 +31,6 @@ class Problem:
         return f"{text} ({self.hint})" if self.hint else text
 
 
-def reads_as_path(model: str) -> bool:
-    """Whether a base's name is a path (/data/x, ./out, a drive letter) and cannot be a Hub id."""
-    return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
-
-
 @record
 class BaseSpec:
     """Which base to merge into.
@@ -45,6 +44,7 @@ class BaseSpec:
         access: how its weights are read, if it is on the Hub.
         read: how much of its weights is read.
         names: other names that adapters may give for this base.
+        sha256: pairs of file names and the hex digests that they must have. `ALL_WEIGHTS` stands for all weight files.
     """
 
     model: str | None = None
@@ -55,6 +55,7 @@ class BaseSpec:
     access: Access = Access.AUTO
     read: Read = Read.AUTO
     names: tuple[str, ...] = ()
+    sha256: tuple[tuple[str, str], ...] = ()
 
     def key(self, dtype: str = "auto") -> BaseKey:
         """The base in one of its dtypes, as the configuration asks for it."""
@@ -63,12 +64,16 @@ class BaseSpec:
 
 @record
 class CheckSetting:
-    """Severity of one check, and its limits if the check has any. Above `error_limit`, a warning is an error."""
+    """Severity of one check, and its limits if the check has any. Above `error_limit`, a warning is an error.
+
+    A warning with the origin `base` has the severity `of_base`, if there is one.
+    """
 
     check: str
     severity: Severity
     limit: float | None = None
     error_limit: float | None = None
+    of_base: Severity | None = None
 
 
 @record
@@ -143,6 +148,7 @@ class Config:
         directory: where relative names start: the file's directory, or the current one. Absolute.
         sha256: the digest of the file's bytes.
         publish: how the merged models of adapters that pass are published; None publishes none.
+        policy: the name of the preset of strictness (judging/policies.py).
         baseline_path: the file that `baseline` was read from.
     """
 
@@ -155,6 +161,7 @@ class Config:
     baseline_path: str | None = None
     baseline: tuple[BaselineEntry, ...] = ()
     publish: PublishSpec | None = None
+    policy: str = "default"
 
     @property
     def label(self) -> str:

@@ -257,6 +257,7 @@ class ConfigFile:
         "`BUILD_SOURCEVERSION`); null elsewhere.",
         default=None,
     )
+    policy: str = reported("The policy of the run: `default` or `release`.", default="default")
 
 
 @record

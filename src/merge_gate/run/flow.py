@@ -26,16 +26,16 @@ from merge_gate.cache.cached_verdict import CachedVerdict
 from merge_gate.cache.device_lookup import MergeDevice
 from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
-from merge_gate.config.suggestions import nearest
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
+from merge_gate.names.suggestions import nearest
 from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.one_publication import Publication
-from merge_gate.publish.publications import Publications
+from merge_gate.publish.publications import Publications, unpublished_dtypes
 from merge_gate.records.config import AdapterSpec, Config, PublishSpec
 from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
@@ -109,6 +109,8 @@ def run_gate(
         )
         if cache.resumed is not None:
             cache.resumed.preserve()
+            if wanted is not None and not cache.resumed.is_empty:
+                view.note("publishing merges each adapter again: a reused verdict comes without its model")
         begins()
         return run.run()
 
@@ -230,7 +232,10 @@ class _Run:
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
                 self._view.start(self._config.label, len(self._specs), merges)
                 to_merge = dict(self._judge_files())  # 1
+                self._refuse_other_bases(to_merge)
                 self._published = self._publications.choose(to_merge)
+                if self._published and (note := unpublished_dtypes(to_merge, self._published)):
+                    self._view.note(note)
                 self._reuse(to_merge)  # 2
                 self._group(to_merge)  # 3
                 self._merge()  # 4
@@ -274,6 +279,26 @@ class _Run:
                 unloaded = adapter_report.unloaded_base_report(report.base, of_base)
                 self._tally.use(entry.base.directory, unloaded, index)
             self._settle(index, report)
+
+    def _refuse_other_bases(self, to_merge: dict[int, Entry]) -> None:
+        """Settle the entries whose base is not the pinned one, before anything is merged.
+
+        A base in a directory is hashed first, once in a run. A streamed base has the digests that the Hub lists, with
+        which its bytes are compared when they pass.
+        """
+        pinned = {index: entry for index, entry in to_merge.items() if entry.spec.base.sha256}
+        for entry in pinned.values():
+            self._watch.start(base_directory(entry))
+        if pinned:
+            self._watch.wait()
+        for index, entry in pinned.items():
+            names = [name for name, _ in entry.spec.base.sha256]
+            checked = adapter_report.with_base_digests(entry, self._watch.pinned(base_directory(entry), names))
+            self._tally.entries[index] = to_merge[index] = checked
+            report = adapter_report.blocked_report(checked) or adapter_report.other_base_report(checked)
+            if report is not None:
+                del to_merge[index]
+                self._settle(index, report)
 
     # --- 2: the cache ------------------------------------------------------------------------------------------------
 
@@ -407,7 +432,8 @@ class _Run:
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
         directory = base_directory(entry)
-        if evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:
+        needs_all = evidence.base.record is None or entry.spec.base.sha256
+        if needs_all and (unproven := self._fed.unproven(directory)) is not None:
             self._settle_undecided(protocol.Undecided(task=index, refusal=unproven))
             return
         self._watch.start(directory)  # unless its bytes passed through this process

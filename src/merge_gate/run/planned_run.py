@@ -22,6 +22,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.publish.publications import one_of_each, unpublished_dtypes
 from merge_gate.records.config import AdapterSpec, Config, PublishSpec
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, AdapterFiles, BaseFiles, Entry, Snapshot
 from merge_gate.records.options import RunOptions
@@ -167,7 +168,7 @@ class _Plan:
         for same in by_base.values():
             yield ""
             yield from self._lines_of(same)
-        others = [*self._lines_of_output(), *self._lines_of_models(groups)]
+        others = [*self._lines_of_output(), *self._lines_of_models(dict(to_merge), groups)]
         yield from ["", "in all", *self._lines_of_bytes(to_merge), *others]
         if blocked:
             yield ""
@@ -269,11 +270,14 @@ class _Plan:
         if self._options.cache.directory is not None:
             yield _row("cache", f"{_shown(self._options.cache.directory)}: stored verdicts need no merge")
 
-    def _lines_of_models(self, groups: tuple[Group, ...]) -> Iterator[str]:
+    def _lines_of_models(self, to_merge: dict[int, Entry], groups: tuple[Group, ...]) -> Iterator[str]:
         if self._publish is not None:
-            models = counted(sum(len(group.tasks) for group in groups), "model")
+            models = one_of_each(to_merge, self._publish.dtype)
             size = _shown_bytes(self._published_bytes(groups))
-            yield _row("publish", f"{_shown(self._publish.label)}: {models} at most, about {size}")
+            more = f"; {note}" if (note := unpublished_dtypes(to_merge, models)) else ""
+            yield _row(
+                "publish", f"{_shown(self._publish.label)}: {counted(len(models), 'model')} at most, about {size}{more}"
+            )
 
     def _published_bytes(self, groups: tuple[Group, ...]) -> int:
         if self._publish is None:

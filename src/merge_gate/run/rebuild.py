@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate.config.paths import InvalidName, resolve_name
+from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
 from merge_gate.publish.input_files import different_files, inputs_of
@@ -188,7 +188,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
     checks = settings_of(manifest)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
-        path, hub_id = _resolved(name, adapter.revision, is_base=False)
+        path, hub_id = _resolved(name, None if options.adapters else adapter.revision, is_base=False)
         revision = None if path else adapter.revision
         specs.append(
             _spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision, checks=checks)
@@ -214,7 +214,7 @@ def _config(manifest: Manifest, options: RebuildOptions) -> Config:
 
 def _base(manifest: Manifest, named: str | None) -> BaseSpec:
     written = named or manifest.base.model
-    path, hub_id = _resolved(written, manifest.base.revision, is_base=True)
+    path, hub_id = _resolved(written, None if named else manifest.base.revision, is_base=True)
     return BaseSpec(
         model=path or hub_id,
         label=manifest.base.model,
@@ -228,12 +228,10 @@ def _base(manifest: Manifest, named: str | None) -> BaseSpec:
 def _resolved(name: str, revision: str | None, *, is_base: bool) -> tuple[str | None, str | None]:
     """The directory, or the Hub id."""
     try:
-        ((_, path, hub_id),) = resolve_name(name, Path.cwd(), on_hub=revision is not None, is_base=is_base)
-    except (InvalidName, ValueError) as error:
-        option = "--base" if is_base else "--adapter"
-        raise UsageError(
-            f"{quoted(name, 200)} is not a directory here or a Hub id", hint=f"name its place here with {option}"
-        ) from error
+        _, path, hub_id = resolve_argument(name, on_hub=revision is not None, is_base=is_base)
+    except UsageError as error:
+        hint = f"name its place here with {'--base' if is_base else '--adapter'}"
+        raise UsageError(error.message, hint="; ".join(filter(None, [error.hint, hint]))) from None
     return path, hub_id
 
 

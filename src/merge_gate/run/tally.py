@@ -148,6 +148,7 @@ def config_file(config: Config, environ: Mapping[str, str]) -> ConfigFile:
         sha256=config.sha256,
         read_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=next((commit for commit in commits if _COMMIT.fullmatch(commit)), None),
+        policy=config.policy,
     )
 
 

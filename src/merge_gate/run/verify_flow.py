@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
@@ -26,7 +27,7 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.config import Config, reads_as_path
+from merge_gate.records.config import Config
 from merge_gate.records.files import Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
@@ -92,9 +93,9 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         UsageError: there is no such directory, or it has no merge-gate.json of merge-gate.
         GateError: a file cannot be read, or the report cannot be written.
     """
-    name = options.merged
-    before = _identity(name)
-    if not Path(name).is_dir():
+    name, path, _ = resolve_argument(options.merged, is_base=True)
+    before = _identity(path or "")
+    if path is None:
         raise UsageError(
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
         )
@@ -164,24 +165,18 @@ class _Verification:
 
     def _merged(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
-        name = self._options.merged
-        is_here = Path(name).is_dir()
-        if not is_here and reads_as_path(name):
-            raise UsageError(
-                f"{quoted(name, 200)} is not a directory here", hint="name the directory of the merged model"
-            )
-        model = str(Path(name).absolute()) if is_here else name
+        label, path, hub_id = resolve_argument(self._options.merged, is_base=True)
         try:
             return resolve.resolve_base(
-                model,
-                label=name,
+                path or hub_id or label,
+                label=label,
                 notify=self._view.note,
                 access=Access.STREAM,
                 lay_out=self._fed.lay_out,
                 with_companions=True,
             )
         except ResolveError as error:
-            if is_here or error.check is not None:
+            if path is not None or error.check is not None:
                 return error
             raise
 

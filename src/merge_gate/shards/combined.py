@@ -96,7 +96,8 @@ def _of_one_plan(parts: list[_ShardReport]) -> tuple[list[_ShardReport], list[st
 
 def _plan(part: _ShardReport) -> tuple[object, ...]:
     shard, report = part.shard, part.report
-    return shard.plan_sha256, shard.count, shard.entries, report.config.sha256, report.tool.version
+    config = report.config.sha256, report.config.policy
+    return shard.plan_sha256, shard.count, shard.entries, config, report.tool.version
 
 
 def _difference(part: _ShardReport, others: _ShardReport) -> str:
@@ -105,6 +106,8 @@ def _difference(part: _ShardReport, others: _ShardReport) -> str:
         return f"merge-gate {theirs} wrote it, and {ours} the others"
     if part.report.config.sha256 != others.report.config.sha256:
         return "its configuration differs from the others'"
+    if part.report.config.policy != others.report.config.policy:
+        return "its policy differs from the others'"
     if part.shard.count != others.shard.count:
         return f"the others are of {others.shard.count} shards"
     return "its machine saw other adapters, file sizes, or options than the others"

@@ -154,7 +154,7 @@ class HubFile:
                 raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
             except Exception as error:
                 tries += 1
-                refused = translate(error, self.label)
+                refused = translate(error, f"{self.label}:")
                 if refused is None:
                     raise
                 if tries >= MOST_TRIES or not is_passing(error, transport=True):

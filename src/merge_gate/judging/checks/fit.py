@@ -5,17 +5,18 @@ In: names, shapes, and expectations. Out: findings. Plain Python: no torch, no f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from merge_gate.judging import key_hints
 from merge_gate.judging.checks.check import ERROR, FOLLOWS, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
-from merge_gate.records.config import A_FILE, Expect, reads_as_path
+from merge_gate.names.hub_names import could_be_hub_id
+from merge_gate.records.config import A_FILE, ALL_WEIGHTS, BaseSpec, Expect
 from merge_gate.records.measured import Evidence, UnreadLayer
 from merge_gate.records.terms import FailureKind, Finding, Origin
 from merge_gate.tensor_names import module_of
-from merge_gate.text import listing
+from merge_gate.text import listing, quoted
 
 _NAMES = 3
 """Names of an adapter's tensors are long, and the first ones say what kind it is."""
@@ -247,7 +248,7 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
     if _last(named) in known or (expect is not None and expect.base == named):
         return
     names = f"adapter_config.json names base {named!r}"
-    if reads_as_path(named):
+    if not could_be_hub_id(named, is_base=True):
         yield base_mismatch.finding(
             f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
             "a path does not say which weights it held: make sure that these are the same",
@@ -296,10 +297,11 @@ _IN_CONFIG = {"base": "base_name"}
 @Check(
     id="expectation-failed",
     severity=ERROR,
-    summary="A fact stated under expect does not match the adapter.",
+    summary="A fact stated under expect does not match the adapter, or base.sha256 does not match the base.",
     symptom=Symptom.WRONG_PAIR,
     failure=FailureKind.UNEXPECTED,
     allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
+    allows_loading=True,  # it is about the base's bytes, or about facts that PEFT reads safely
 ).on_files
 def expectation_failed(case: FileCase) -> Iterator[Finding]:
     expect = case.spec.expect
@@ -317,6 +319,20 @@ def expectation_failed(case: FileCase) -> Iterator[Finding]:
             yield _not_so(f"expect.sha256 names {path}, but the adapter has no such file")
         elif got != wanted.lower():
             yield _not_so(f"expect.sha256 of {path} is {wanted}, but the file's is {got}")
+
+
+def other_base(spec: BaseSpec, got: Mapping[str, str]) -> Iterator[Finding]:
+    """The findings of a base that is not the pinned one. `got` has the digests of its files, and of all its weights."""
+    name = quoted(spec.label or spec.model or "", 200)
+    for path, wanted in spec.sha256:
+        what = "its weights" if path == ALL_WEIGHTS else quoted(path, 200)
+        stated = f"has the digest {got[path]}" if path in got else "is no file of it"
+        if got.get(path) != wanted:
+            yield expectation_failed.finding(
+                f"the base {name} is not the pinned one: base.sha256 of {what} is {wanted}, but {what} {stated}",
+                "restore the base that was reviewed, or review this one and pin its digest",
+                Origin.BASE,
+            )
 
 
 def _plain(value: str | float) -> str:

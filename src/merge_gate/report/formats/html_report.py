@@ -98,7 +98,7 @@ def _counts(adapters: list[Adapter]) -> list[dict[str, Any]]:
     rows = [
         ("", "in all", len(adapters)),
         (AdapterState.FAILED, "failed", states[AdapterState.FAILED]),
-        (AdapterState.ERROR, "not judged", states[AdapterState.ERROR]),
+        (AdapterState.ERROR, "not judged", sum(adapter.is_undecided for adapter in adapters)),
         (AdapterState.ACCEPTED, "known failures", states[AdapterState.ACCEPTED]),
         (AdapterState.PASSED, "passed", states[AdapterState.PASSED]),
         ("warned", "with warnings", warned),
@@ -218,7 +218,7 @@ def _rows(
             "id": address,
             "state": str(adapter.state),
             "causes": " ".join(adapter.causes),
-            "is_warned": bool(adapter.warnings),
+            "also": " ".join(["error"] * adapter.is_undecided + ["warned"] * bool(adapter.warnings)),
             "text": Markup(text),  # noqa: S704 - made below
         }
         for adapter, address, text in zip(adapters, ids, texts, strict=True)

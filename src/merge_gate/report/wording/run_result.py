@@ -52,6 +52,11 @@ class Adapter:
         return min(map(_state, self.entries), key=list(AdapterState).index)
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether one of its entries could not be judged, even if another one failed."""
+        return AdapterState.ERROR in map(_state, self.entries)
+
+    @property
     def failure(self) -> FailureKind | None:
         """The first kind of failure that the baseline does not accept."""
         kinds = [words.failure(entry) for entry in self.entries if _state(entry) is AdapterState.FAILED]
@@ -160,7 +165,7 @@ def _counts(report: Report, adapters: list[Adapter], whole: str) -> str:
     failed, errors, passed = (states[state] for state in (AdapterState.FAILED, AdapterState.ERROR, AdapterState.PASSED))
     total = len(adapters)
     of_all = f"of {counted(total, 'adapter')}"
-    merges = _merges(report, total)
+    merges = _merges(report, adapters)
     parts = []
     if failed:
         parts.append(_failed(adapters, whole if failed == total else f"{failed:,} {of_all}", merges))
@@ -201,14 +206,15 @@ def _has_broken_base(adapters: list[Adapter]) -> bool:
     return causes == {finite.base_nonfinite.id}
 
 
-def _merges(report: Report, adapters: int) -> str:
+def _merges(report: Report, adapters: list[Adapter]) -> str:
     """The same count in merges, if there are more of them than adapters."""
     total = len(report.adapters)
-    if total == adapters:
+    if total == len(adapters):
         return ""
     failed, errors = report.counts.failed - report.accepted, report.counts.error
     if failed or errors:
-        return f" ({failed or errors:,} of {counted(total, 'merge')})"
+        too = sum(_state(entry) is AdapterState.ERROR for one in adapters if one.failure for entry in one.entries)
+        return f" ({failed or errors:,} of {counted(total, 'merge')}{f', {too:,} not judged' if too else ''})"
     return f" ({report.counts.passed:,} of {counted(total, 'merge')})" if report.accepted else f" ({total:,} merges)"
 
 

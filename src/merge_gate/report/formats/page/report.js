@@ -75,7 +75,7 @@
     let pick = "";
     let cause = "";
     const fits = (adapter) =>
-      (!pick || (pick === "warned" ? "warned" in adapter.dataset : adapter.dataset.verdict === pick)) &&
+      (!pick || adapter.dataset.verdict === pick || (adapter.dataset.also ?? "").split(" ").includes(pick)) &&
       (!cause || adapter.dataset.causes.split(" ").includes(cause));
     const show = () => {
       const wanted = filter.value.toLowerCase().split(/\s+/).filter(Boolean);

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.foreign_names import COMMIT, is_inside
+from merge_gate.names.foreign_names import COMMIT, is_inside
 
 
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b c"]), max_size=4).map("/".join))

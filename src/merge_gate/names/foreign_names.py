@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-"""A commit, as huggingface_hub knows it. It asks the server again for the commit of any other name."""
+"""A full commit of the Hub. huggingface_hub asks the server again for the commit of any other name."""
 
 _MOST_BYTES = 255
 """What file systems allow in one part of a path."""

@@ -26,12 +26,12 @@ def nearest(word: str, known: Iterable[str], *, before: str = "") -> str:
     return f"did you mean {quoted(before + near)}?" if near else ""
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """Return the known word closest to `word`; empty if no known word is close."""
-    candidates = list(known)[:MAX_COMPARED]
+def closest(word: str, known: Iterable[str], most: int = MAX_COMPARED, likeness: float = 0.6) -> str:
+    """Return the known word closest to `word`; empty if none of the first `most` known words is this close."""
+    candidates = list(known)[:most]
     if len(word) > MAX_COMPARED:
         return ""
     plain = {candidate.lower().replace("_", "-"): candidate for candidate in candidates}
     other = _OTHER_NAMES.get(word.lower(), "")
-    close = [other] if other in plain else get_close_matches(word.lower().replace("_", "-"), plain, 1)
+    close = [other] if other in plain else get_close_matches(word.lower().replace("_", "-"), plain, 1, likeness)
     return plain[close[0]] if close else ""
