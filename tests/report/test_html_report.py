@@ -169,6 +169,21 @@ def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
     assert row.count('<section class="entry"') == 2
 
 
+@pytest.mark.attempt("M4", "an adapter that fails in two dtypes for two reasons", "its row has both causes")
+def test_a_row_has_each_cause_of_its_dtypes() -> None:
+    overflow = adapter(
+        "billing", Verdict.FAILED, base=HALF, cause=OVERFLOW.check, findings=(OVERFLOW,), decided_by=0, line=FAILED.line
+    )
+    row = render(report(FAILED, overflow)).partition('id="adapter-billing"')[2].partition('<tr class="detail">')[0]
+    causes = re.findall(r'<code class="cause">([^<]+)</code> <span class="kind">\(([^)]+)\)', row)
+    assert causes == [("adapter-nonfinite", "bfloat16"), (OVERFLOW.check, "float16")]
+    same = dataclasses.replace(FAILED, base=HALF)
+    row = render(report(FAILED, same)).partition('id="adapter-billing"')[2].partition('<tr class="detail">')[0]
+    assert re.findall(r'<code class="cause">([^<]+)</code> <span class="([^"]+)', row) == [
+        ("adapter-nonfinite", "place")
+    ]
+
+
 def test_a_row_has_an_address_of_its_name() -> None:
     names = ("a b", "a/b", "Straße", "", "-", "x" * 300)
     ids = re.findall(r'<tbody class="adapter" id="([^"]*)"', render(report(*map(adapter, names))))
