@@ -16,6 +16,7 @@ from merge_gate.cli.arguments import (
     add_names,
     add_output,
     add_reports,
+    add_short_help,
     examples,
     given,
 )
@@ -43,7 +44,9 @@ def add(commands: Commands[CommandParser]) -> None:
             "merge-gate run merge-gate.yml --only support --shard 2/4",
         )
         + EXIT_CODES,
+        conflict_handler="resolve",
     )
+    add_short_help(run, "--base", "--dtype", "--expect", "--output", "--report", "--publish", "--plan", "--cache")
     add_names(run)
     add_named_options(run)
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")

@@ -346,7 +346,7 @@ def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
 def _set_up_library() -> None:
     """Disable progress bars, which break the gate's own view, and set a timeout. Environment variables win.
 
-    Without telemetry, huggingface_hub neither asks the Hub for a list of coding agents nor names torch's version.
+    Without telemetry, huggingface_hub requests no list of coding agents, and does not name torch's version.
     """
     constants.HF_HUB_DISABLE_TELEMETRY = True
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
