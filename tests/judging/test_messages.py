@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from merge_gate.judging.not_judged import accident
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.measured import Evidence, FileTensor

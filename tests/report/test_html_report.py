@@ -158,6 +158,7 @@ def test_counts_and_causes_are_buttons_that_filter() -> None:
         assert re.search(rf'data-cause="{cause}"[^>]*><code>{cause}</code> <b>1</b>', html), cause
 
 
+@pytest.mark.attempt("M9", "a run in two dtypes", "the page has a row for each adapter, as the quickstart says")
 def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
     run = report(dataclasses.replace(FAILED, base=HALF), adapter("billing"), adapter("billing-2", findings=(ROUNDING,)))
     html = render(run)
