@@ -90,23 +90,6 @@ def _wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str
     return wrapper.wrap(" ".join(text.split()))
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that knows no abbreviations: a later option could give `--out` another meaning.
-
-    `from_environment` has the options that come from variables, so that an error names the variable.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options, "formatter_class": HelpText})
-        self.from_environment: dict[str, str] = {}
-
-    def error(self, message: str) -> NoReturn:
-        named = re.match(r"argument (\S+?): ", message)
-        options = named[1].split("/") if named else []
-        variables = [self.from_environment[option] for option in options if option in self.from_environment]
-        super().error(f"{message} (from the variable {variables[0]})" if variables else message)
-
-
 class _ShortHelp(argparse.Action):
     """Prints the arguments, some of the options, and two examples."""
 
@@ -131,9 +114,27 @@ class _ShortHelp(argparse.Action):
         parser.exit()
 
 
-def add_short_help(command: CommandParser, *shown: str) -> None:
-    """Let `-h` show only these options. The parser must allow that it replaces the `-h` of `--help`."""
-    command.add_argument("-h", action=_ShortHelp, shown=shown, help="show the options that most users need")
+class CommandParser(argparse.ArgumentParser):
+    """A parser that knows no abbreviations: a later option could give `--out` another meaning.
+
+    `from_environment` has the options that come from variables, so that an error names the variable. With `short`, `-h`
+    shows only these options.
+    """
+
+    def __init__(self, *, short: Sequence[str] = (), **options: Any) -> None:
+        conflicts = "resolve" if short else "error"  # the -h of `short` replaces that of --help
+        super().__init__(
+            **{"allow_abbrev": False, "conflict_handler": conflicts, **options, "formatter_class": HelpText}
+        )
+        self.from_environment: dict[str, str] = {}
+        if short:
+            self.add_argument("-h", action=_ShortHelp, shown=short, help="show the options that most users need")
+
+    def error(self, message: str) -> NoReturn:
+        named = re.match(r"argument (\S+?): ", message)
+        options = named[1].split("/") if named else []
+        variables = [self.from_environment[option] for option in options if option in self.from_environment]
+        super().error(f"{message} (from the variable {variables[0]})" if variables else message)
 
 
 def add_appearance(command: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ from merge_gate.cli.arguments import (
     add_names,
     add_output,
     add_reports,
-    add_short_help,
     examples,
     given,
 )
@@ -44,9 +43,8 @@ def add(commands: Commands[CommandParser]) -> None:
             "merge-gate run merge-gate.yml --only support --shard 2/4",
         )
         + EXIT_CODES,
-        conflict_handler="resolve",
+        short=("--base", "--dtype", "--expect", "--output", "--report", "--publish", "--plan", "--cache"),
     )
-    add_short_help(run, "--base", "--dtype", "--expect", "--output", "--report", "--publish", "--plan", "--cache")
     add_names(run)
     add_named_options(run)
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")

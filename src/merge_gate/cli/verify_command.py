@@ -6,16 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from merge_gate.cli.arguments import (
-    CommandParser,
-    Commands,
-    add_appearance,
-    add_output,
-    add_short_help,
-    examples,
-    exit_codes,
-    given,
-)
+from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
 from merge_gate.judging.answer_kinds import ALLOWED
@@ -46,9 +37,8 @@ def add(commands: Commands[CommandParser]) -> None:
             "merge-gate verify ./published/my-adapter",
         )
         + EXIT_CODES_OF_VERIFY,
-        conflict_handler="resolve",
+        short=("--base", "--adapter", "--candidate", "--output"),
     )
-    add_short_help(verify, "--base", "--adapter", "--candidate", "--output")
     verify.add_argument("merged", type=given, metavar="MERGED", help="the merged model: a directory or a Hub id")
     verify.add_argument("--base", type=given, metavar="BASE", help="the base: a directory or a Hub id")
     verify.add_argument("--adapter", type=given, metavar="ADAPTER", help="the adapter: a directory or a Hub id")
