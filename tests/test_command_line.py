@@ -165,6 +165,42 @@ def test_help_fits_80_columns_and_cuts_no_word(command: str) -> None:
         assert set(str(written).split()) <= set(text.split())
 
 
+def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["50", "80"])
+@pytest.mark.parametrize(("command", "options"), [("run", 8), ("verify", 4)])
+def test_short_help_has_few_options_and_names_the_long_one(
+    command: str, options: int, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = printed([command, "-h"], capsys)
+    assert max(map(len, text.splitlines()[1:])) <= int(columns)  # without the usage
+    assert len(re.findall(r"^  -", text, re.MULTILINE)) == options
+    assert len(re.findall(r"^  merge-gate ", text, re.MULTILINE)) == 2
+    assert f"`merge-gate {command} --help`" in text
+    assert "[env:" not in text
+    long = printed([command, "--help"], capsys)
+    for action in commands()[command]._actions:
+        assert all(re.search(rf"(^|[ ,]){option}\b", long) for option in action.option_strings)
+    assert "  -h  " in long
+
+
+@pytest.mark.parametrize("command", sorted(set(commands()) - {"run", "verify"}))
+def test_a_command_with_few_options_has_one_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(commands()[command]._actions) <= 12
+    assert printed([*command.split(), "-h"], capsys) == printed([*command.split(), "--help"], capsys)
+
+
+def test_the_commands_for_published_models_are_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    group = printed(["-h"], capsys).partition("published models:\n")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in group.splitlines()] == ["verify", "attest", "rebuild"]
+
+
 def test_every_example_can_be_typed() -> None:
     for name, command in commands().items():
         text = str(command.epilog).partition("exit codes:")[0]
@@ -183,13 +219,7 @@ def test_every_example_can_be_typed() -> None:
     ("words", "same"), [(["help"], ["--help"]), (["help", "run"], ["run", "--help"]), (["version"], ["--version"])]
 )
 def test_help_and_version_are_words_too(words: list[str], same: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    texts = []
-    for asked in (words, same):
-        with pytest.raises(SystemExit) as left:
-            main(asked)
-        assert left.value.code == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != ""
+    assert printed(words, capsys) == printed(same, capsys) != ""
 
 
 # --- completion ----------------------------------------------------------------------------------------------------

@@ -254,6 +254,16 @@ def test_the_exit_codes_are_the_tools() -> None:
     assert results == {ExitCode[result.name]: result.value for result in Result}
 
 
+@pytest.mark.attempt("M13", "git status after the README's own environment", "git ignores it")
+def test_git_ignores_the_environment_that_the_readme_makes() -> None:
+    (name,) = re.findall(r"python3 -m venv (\S+)", README)
+    assert f"{name}/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_readme_ends_with_five_links() -> None:
+    assert len(re.findall(r"\]\(", README.splitlines()[-1])) == 5
+
+
 def test_the_readme_can_be_read_in_one_sitting() -> None:
     assert len(README.splitlines()) <= 130
 

@@ -332,6 +332,7 @@ def test_a_limit_is_what_the_config_says(check: str, limit: float, evidence_: Ev
     assert dict(finding.measured)["limit"] == limit / 2
 
 
+@pytest.mark.attempt("M11", "delta-norm above its error-limit, in JSON and SARIF", "both limits are there")
 @pytest.mark.parametrize(
     ("settings", "ratio", "shape", "severity"),
     [
@@ -364,8 +365,12 @@ def test_a_delta_above_the_error_limit_fails(
     settings: tuple[CheckSetting, ...], ratio: float, shape: tuple[int, ...], severity: Severity | None
 ) -> None:
     merge = merged(dataclasses.replace(tensor(), shape=shape), base_norm=1.0, delta_norm=ratio)
-    found = judge(with_settings(spec(), *settings), files(), evidence(merges=(merge,)))
-    assert [finding.severity for finding in of("delta-norm", found)] == ([severity] if severity else [])
+    found = of("delta-norm", judge(with_settings(spec(), *settings), files(), evidence(merges=(merge,))))
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
+    # A program sees the limit that the message names.
+    assert [("error-limit" in finding.message) for finding in found] == [
+        "error_limit" in dict(finding.measured) for finding in found
+    ]
 
 
 def test_a_bias_above_the_error_limit_does_not_fail_a_matrix_below_it() -> None:
@@ -419,6 +424,7 @@ def test_rounding_fails_only_where_the_config_says_so(error_limit: float | None,
     )
     (finding,) = of("rounding-loss", judge(chosen, files(), evidence(merges=(lossy(0.95),))))
     assert finding.severity is severity
+    assert ("error_limit" in dict(finding.measured)) is (severity is Severity.ERROR)
 
 
 # --- blame -----------------------------------------------------------------------------------------------------------

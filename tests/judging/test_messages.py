@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from merge_gate.judging.not_judged import accident
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.measured import Evidence, FileTensor
@@ -158,6 +160,10 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
         files(),
     ),
     "no effect, since tensors are missing": (evidence(missing=(LORA_A,), merges=(merged(changed=False),)), files()),
+    "one of two modules without effect, since its tensors are missing": (
+        evidence(missing=(LORA_A,), targeted=(MODULE, SECOND), merges=(merged(changed=False), merged(module=SECOND))),
+        files(),
+    ),
     "two of three modules without effect": (
         evidence(
             targeted=(MODULE, SECOND, "lm_head"),
@@ -320,6 +326,7 @@ def told() -> str:
     return "\n".join(parts)
 
 
+@pytest.mark.attempt("M6", "the keys of one module are missing", "no-effect points to keys-missing")
 def test_messages_of_checks() -> None:
     if os.environ.get("UPDATE_GOLDENS"):
         GOLDEN.write_text(told(), encoding="utf-8")

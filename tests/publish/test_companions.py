@@ -121,6 +121,16 @@ def test_files_are_copied_and_others_are_noted(tmp_path: Path) -> None:
     assert "training_args.bin" in notes[1]
 
 
+@pytest.mark.attempt("M7", "publish a model of sentence-transformers", "a note says what to copy")
+def test_the_pooling_of_sentence_transformers_is_to_be_copied(tmp_path: Path) -> None:
+    found = chosen(tmp_path, {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}, {"training_args.bin": b"x"})
+    of_base, of_adapter = found.findings
+    assert "modules.json" in of_base.hint
+    assert "1_Pooling" in of_base.hint
+    assert of_adapter.hint
+    assert "modules.json" not in of_adapter.hint
+
+
 def test_the_adapters_tokenizer_replaces_the_bases_as_a_whole(tmp_path: Path) -> None:
     base = TOKENIZER | {"merges.txt": b"a b", "chat_template.jinja": b"base", "preprocessor_config.json": b"{}"}
     own = {"tokenizer.json": b'{"model": {"vocab": {"a": 0}}}', "tokenizer_config.json": b'{"chat_template": "own"}'}

@@ -159,6 +159,7 @@ def test_counts_and_causes_are_buttons_that_filter() -> None:
         assert re.search(rf'data-cause="{cause}"[^>]*><code>{cause}</code> <b>1</b>', html), cause
 
 
+@pytest.mark.attempt("M9", "a run in two dtypes", "the page has a row for each adapter, as the quickstart says")
 def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
     run = report(dataclasses.replace(FAILED, base=HALF), adapter("billing"), adapter("billing-2", findings=(ROUNDING,)))
     html = render(run)
@@ -175,6 +176,21 @@ def test_an_adapter_that_failed_and_was_not_judged_is_counted_and_found_as_both(
     for pick in ("failed", "error"):
         assert re.search(rf'data-pick="{pick}"[^>]*><b>1</b>', html), pick
     assert re.search(r'<tbody class="adapter"[^>]* data-verdict="failed"[^>]* data-also="error', html)
+
+
+@pytest.mark.attempt("M4", "an adapter that fails in two dtypes for two reasons", "its row has both causes")
+def test_a_row_has_each_cause_of_its_dtypes() -> None:
+    overflow = adapter(
+        "billing", Verdict.FAILED, base=HALF, cause=OVERFLOW.check, findings=(OVERFLOW,), decided_by=0, line=FAILED.line
+    )
+    row = render(report(FAILED, overflow)).partition('id="adapter-billing"')[2].partition('<tr class="detail">')[0]
+    causes = re.findall(r'<code class="cause">([^<]+)</code> <span class="kind">\(([^)]+)\)', row)
+    assert causes == [("adapter-nonfinite", "bfloat16"), (OVERFLOW.check, "float16")]
+    same = dataclasses.replace(FAILED, base=HALF)
+    row = render(report(FAILED, same)).partition('id="adapter-billing"')[2].partition('<tr class="detail">')[0]
+    assert re.findall(r'<code class="cause">([^<]+)</code> <span class="([^"]+)', row) == [
+        ("adapter-nonfinite", "place")
+    ]
 
 
 def test_a_row_has_an_address_of_its_name() -> None:

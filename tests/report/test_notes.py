@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,7 +53,7 @@ def test_an_adapter_with_a_note_alone_has_no_paragraph_and_its_base_has_a_line()
 @pytest.mark.parametrize(
     ("render", "said"),
     [
-        (summary.render, f"- note `./models/base` `{NOTE.check}`"),
+        (summary.render, f"- note `./models/base` (bfloat16) `{NOTE.check}`"),
         (html_report.render, '<article class="finding note">'),
         (junit.render, f"note {NOTE.check}: "),
         (sarif.render, '"level": "note"'),
@@ -60,6 +61,18 @@ def test_an_adapter_with_a_note_alone_has_no_paragraph_and_its_base_has_a_line()
 )
 def test_every_format_calls_it_a_note(render: Callable[[Report], str], said: str) -> None:
     assert said in render(report(NOTED, bases=(BASE,)))
+
+
+@pytest.mark.attempt("M3", "a base that one adapter of the run loads as another class", "its note names both, once")
+@pytest.mark.parametrize("render", [partial(terminal_text.render, output_dir=""), summary.render, html_report.render])
+def test_a_note_on_a_base_comes_once_and_names_class_and_adapter(render: Callable[[Report], str]) -> None:
+    encoder = dataclasses.replace(BASE, loaded_as="BertModel", first_adapter="encoder")
+    half = dataclasses.replace(encoder, dtype="float16")
+    other = dataclasses.replace(BASE, loaded_as="BertForMaskedLM", first_adapter="filler", findings=())
+    text = " ".join(render(report(PASSED, bases=(encoder, half, other))).split())
+    assert "(bfloat16; float16) as encoder loads it (BertModel)" in text
+    assert text.count(NOTE.hint) == 1
+    assert "filler" not in text
 
 
 def test_report_json_has_it_and_it_can_be_read() -> None:

@@ -32,7 +32,7 @@ from merge_gate.run.flow import check_files, run_gate, select
 from merge_gate.worker import supervisor
 from merge_gate.worker.protocol import BaseLoaded, Event, Undecided
 from tests.support.command import merge_gate, strict_json, wait_until
-from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
+from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove, rename
 from tests.support.hub import LoopbackHub
 from tests.support.models import to_pickle
 from tests.support.reports import PASS
@@ -89,6 +89,21 @@ UNLOADABLE: dict[str, Callable[[Path], object]] = {
     "config-unsafe": configure(megatron_config={"x": 1}, megatron_core="megatron.core"),
     "config-invalid": configure(peft_type=...),
 }
+
+
+@pytest.mark.attempt("M3", "an encoder's adapter among adapters of a language model", "the base names it")
+def test_a_base_names_the_first_adapter_of_each_class(shelf: Shelf, tmp_path: Path) -> None:
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    encoder = both(configure(task_type="FEATURE_EXTRACTION"), rename("base_model.model.model.", "base_model.model."))
+    for name, break_ in (("a", None), ("encoder", encoder), ("z", encoder)):
+        lay(tmp_path, shelf, name, break_)
+    config = write(tmp_path, {"path": "./adapters/*"}, base={"model": "./base", "dtype": ["bfloat16", "float16"]})
+    found = run_gate(load_config(config), RunOptions())
+    assert found.result is Result.PASS
+    assert {(one.loaded_as, one.first_adapter, len(one.findings)) for one in found.bases} == {
+        ("LlamaForCausalLM", "a", 0),
+        ("LlamaModel", "encoder", 1),
+    }
 
 
 NO_BASES = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")

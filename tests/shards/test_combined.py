@@ -130,6 +130,13 @@ def test_bases_stand_once_in_the_order_of_their_entries() -> None:
     assert combined(found(first, second, SHARDS[2])).bases == (BASE, classifier, OTHER)
 
 
+def test_a_base_names_the_first_adapter_of_all_shards() -> None:
+    late, early = (replace(BASE, first_adapter=name) for name in ("late", "early"))
+    first = mark(unlike(SHARDS[1], bases=(late,)), bases_from=(1,))
+    second = mark(unlike(SHARDS[0], bases=(early,)), bases_from=(0,))
+    assert combined(found(first, second, SHARDS[2])).bases[0].first_adapter == "early"
+
+
 def test_devices_may_differ_and_are_all_named() -> None:
     other = replace(ENVIRONMENT, device_name="another CPU", sandbox=Sandbox(held=("network",), missing=("files: why",)))
     idle = replace(ENVIRONMENT, device="auto", device_name="", sandbox=Sandbox())

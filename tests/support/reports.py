@@ -319,6 +319,8 @@ def hostile_reports() -> st.SearchStrategy[Report]:
         sha256=_SOME,
         parameters=st.integers(0, 10**12),
         findings=st.lists(findings(), max_size=2).map(tuple),
+        loaded_as=TEXTS,
+        first_adapter=TEXTS,
     )
     environment = st.builds(Environment, python=TEXTS, torch=_SOME, device=TEXTS, device_name=TEXTS)
     return st.builds(

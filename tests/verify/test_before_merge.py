@@ -65,6 +65,20 @@ def test_exchanged_arguments_are_refused_with_the_corrected_command(
     assert not (tmp_path / "merge-gate-verify" / "report.json").exists()
 
 
+@pytest.mark.attempt("M8", "base and adapter exchanged, in run and in check", "exit code 2 with the corrected command")
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_run_with_base_and_adapter_exchanged_is_refused(
+    command: str, scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, adapter = str(scene.base(VARIANT)), str(scene.adapter(VARIANT))
+    assert main([command, base, "--base", adapter]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == f"  run: merge-gate {command} {adapter} --base {base}"
+    exchanged.refuse_exchanged_base(command, base, [adapter])
+    exchanged.refuse_exchanged_base(command, adapter, [base, adapter])
+
+
 def test_no_command_is_made_of_names_that_cannot_be_typed() -> None:
     assert exchanged.command("a b", "c", None) == "merge-gate verify 'a b' --base c"
     for name in ("a\nb", "a\u202eb", "a`b"):

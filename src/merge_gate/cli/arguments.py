@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import shutil
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,7 +14,7 @@ from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.text import one_of, unusable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from merge_gate.report.stored.report_copies import ReportCopy
 
@@ -52,6 +54,8 @@ class HelpText(argparse.HelpFormatter):
     """Wraps the description, and each line of the epilog for itself, to the width of the terminal."""
 
     _HANGING = 3
+    _HEADINGS: Mapping[str, str] = {"verify": "published models"}
+    """The commands that begin a group of commands."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         columns = shutil.get_terminal_size().columns
@@ -62,24 +66,69 @@ class HelpText(argparse.HelpFormatter):
         if isinstance(action, Commands):
             self._action_max_length += self._HANGING  # argparse forgets their indentation
 
+    def _format_action(self, action: argparse.Action) -> str:
+        heading = self._HEADINGS.get(action.dest)
+        return (f"\n  {heading}:\n" if heading else "") + super()._format_action(action)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
         for line in text.splitlines():
             first = indent + " " * (len(line) - len(line.lstrip()))
             rest = first + " " * (self._HANGING if first else 0)
-            lines += textwrap.wrap(line.strip(), width, initial_indent=first, subsequent_indent=rest) or [""]
+            lines += _wrapped(line, width, first, rest) or [""]
         return "\n".join(lines)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return _wrapped(text, width)
+
+
+def _wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """The lines of a text, with these indents. A name stays whole, so that it can be copied."""
+    wrapper = textwrap.TextWrapper(
+        width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+    return wrapper.wrap(" ".join(text.split()))
+
+
+class _ShortHelp(argparse.Action):
+    """Prints the arguments, some of the options, and two examples."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, shown: Sequence[str], **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+        self._shown = shown
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        text = HelpText(parser.prog)
+        text.add_usage(parser.usage, [], [])
+        text.add_text(parser.description)
+        text.start_section(None)
+        for action in parser._actions:  # noqa: SLF001 - argparse has no public name for them
+            if not action.option_strings or any(word in self._shown for word in action.option_strings):
+                short = copy.copy(action)
+                short.help = (action.help or "").partition(" [env:")[0]
+                text.add_argument(short)
+        text.end_section()
+        text.add_text("\n".join((parser.epilog or "").splitlines()[:3]))
+        text.add_text(f"`{parser.prog} --help` shows all options, their variables, and the exit codes.")
+        sys.stdout.write(text.format_help())
+        parser.exit()
 
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that knows no abbreviations: a later option could give `--out` another meaning.
 
-    `from_environment` has the options that come from variables, so that an error names the variable.
+    `from_environment` has the options that come from variables, so that an error names the variable. With `short`, `-h`
+    shows only these options.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options, "formatter_class": HelpText})
+    def __init__(self, *, short: Sequence[str] = (), **options: Any) -> None:
+        conflicts = "resolve" if short else "error"  # the -h of `short` replaces that of --help
+        super().__init__(
+            **{"allow_abbrev": False, "conflict_handler": conflicts, **options, "formatter_class": HelpText}
+        )
         self.from_environment: dict[str, str] = {}
+        if short:
+            self.add_argument("-h", action=_ShortHelp, shown=short, help="show the options that most users need")
 
     def error(self, message: str) -> NoReturn:
         named = re.match(r"argument (\S+?): ", message)

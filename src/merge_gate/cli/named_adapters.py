@@ -58,6 +58,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
     from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
+    from merge_gate.verify.exchanged import refuse_exchanged_base
 
     output, policy = getattr(arguments, "output", None), getattr(arguments, "policy", None)
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in _OPTIONS}
@@ -72,6 +73,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
         return _with_known_variables(load_config(arguments.names[0], output=output, policy=policy), arguments)
     if getattr(arguments, "container", False):
         raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
+    refuse_exchanged_base(arguments.command, values["base"], arguments.names)
     config = config_of(
         arguments.names,
         base=values["base"],

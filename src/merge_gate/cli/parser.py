@@ -202,6 +202,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
         + EXIT_CODES,
     )
     top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
+    top._positionals.title = "commands"  # noqa: SLF001 - a group of add_subparsers would come after the options
     commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
     for add in (
         run_command.add,
@@ -212,12 +213,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
         report_command.add_diff,
         report_command.add_combine,
         report_command.add_baseline,
-        attest_command.add,
-        rebuild_command.add,
-        verify_command.add,
         print_command.add_explain,
         print_command.add_schema,
         print_command.add_completion,
+        verify_command.add,
+        attest_command.add,
+        rebuild_command.add,
     ):
         add(commands)
     for command in commands.choices.values():

@@ -41,6 +41,7 @@ def add(commands: Commands[CommandParser]) -> None:
             "merge-gate run merge-gate.yml --only support --shard 2/4",
         )
         + EXIT_CODES,
+        short=("--base", "--dtype", "--expect", "--output", "--report", "--publish", "--plan", "--cache"),
     )
     add_names(run)
     add_named_options(run)

@@ -31,11 +31,13 @@ def add(commands: Commands[CommandParser]) -> None:
         "names the result: the merge, the unchanged base, an adapter applied twice or at another strength, another "
         "base, and more. Without --adapter, it compares a directory from `merge-gate run --publish` with its own "
         "merge-gate.json.",
+        usage="%(prog)s MERGED [options]",
         epilog=examples(
             "merge-gate verify ./merged --base ./my-base --adapter ./my-adapter",
             "merge-gate verify ./published/my-adapter",
         )
         + EXIT_CODES_OF_VERIFY,
+        short=("--base", "--adapter", "--candidate", "--output"),
     )
     verify.add_argument("merged", type=given, metavar="MERGED", help="the merged model: a directory or a Hub id")
     verify.add_argument("--base", type=given, metavar="BASE", help="the base: a directory or a Hub id")

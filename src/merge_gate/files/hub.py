@@ -394,9 +394,9 @@ def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
 
 
 def _set_up_library() -> None:
-    """Disable progress bars, which break the gate's own view, and requests for statistics, and set a timeout.
+    """Disable progress bars, which break the gate's own view, and set a timeout. The variables for both win.
 
-    The variables for progress bars and the timeout win.
+    Without telemetry, huggingface_hub requests no list of coding agents, and does not name torch's version.
     """
     constants.HF_HUB_DISABLE_TELEMETRY = True
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:

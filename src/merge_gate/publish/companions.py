@@ -40,6 +40,12 @@ _QUANTIZATIONS = ("quantization_config", "compression_config")
 _ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LISTED = 8
+_MODULES = "modules.json"
+_COPY_NEEDED = "if the program that loads the model needs one of them, review it and copy it"
+_COPY_POOLING = (
+    f"for sentence-transformers, review and copy {_MODULES} and the folders that it names, such as 1_Pooling: without "
+    "them the model may pool in another way"
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -205,7 +211,10 @@ def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[Comp
     of_base = sorted(set(base.others) - expected)
     of_adapter = sorted({name for adapter in adapters for name in adapter.others} - _ADAPTER_FILES - {CARD_NAME})
     return [
-        _note(f"not published: {counted(len(names), 'file')} of {owner} ({listing(map(shown, names), _LISTED)})")
+        _note(
+            f"not published: {counted(len(names), 'file')} of {owner} ({listing(map(shown, names), _LISTED)})",
+            _COPY_POOLING if _MODULES in names else _COPY_NEEDED,
+        )
         for owner, names in (("the base", of_base), ("the adapter", of_adapter))
         if names
     ]
@@ -351,5 +360,5 @@ def _object(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _note(message: str) -> Finding:
-    return Finding(check=PUBLISHED_FILES, severity=Severity.NOTE, message=message, origin=Origin.FILE)
+def _note(message: str, hint: str = "") -> Finding:
+    return Finding(check=PUBLISHED_FILES, severity=Severity.NOTE, message=message, hint=hint, origin=Origin.FILE)

@@ -166,6 +166,7 @@ class BaseReport:
         default=(),
     )
     loaded_as: str = reported("The class of transformers that loaded it.", default="")
+    first_adapter: str = reported("The first adapter of the configuration that loaded it as this class.", default="")
     replaced: tuple[str, ...] = reported(
         "Tensors of its own head that were replaced, because the adapters have a head with another number of labels.",
         default=(),

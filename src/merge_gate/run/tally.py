@@ -51,7 +51,7 @@ class Tally:
         self._config_file = config_file(config, os.environ)
         self._environment = _environment(device)
         self._reports: dict[int, AdapterReport] = {}
-        self._bases: dict[tuple[str, BaseReport], int] = {}
+        self._bases: dict[tuple[str, BaseReport], tuple[int, str]] = {}
         self.entries: list[Entry] = []
 
     @property
@@ -96,7 +96,8 @@ class Tally:
         """List a base, which this entry is merged into."""
         base = linked(base)
         position = self._shard.positions[index] if self._shard is not None else index
-        self._bases[directory, base] = min(position, self._bases.get((directory, base), position))
+        use = (position, self.entries[index].spec.name if self.entries else "")
+        self._bases[directory, base] = min(use, self._bases.get((directory, base), use))
 
     def _with_digests(self, directory: str, base: BaseReport) -> BaseReport:
         """Without digests if this run has read a part of a base, and the Hub lists the digests of the whole."""
@@ -106,9 +107,7 @@ class Tally:
 
     def report(self, *, complete: bool = False) -> Report:
         """The report so far; `complete` at the end of the run."""
-        bases = in_order(
-            (self._with_digests(directory, base), position) for (directory, base), position in self._bases.items()
-        )
+        bases = in_order((self._with_digests(directory, base), use) for (directory, base), use in self._bases.items())
         adapters = tuple(self._reports[index] for index in sorted(self._reports))
         adapters, baseline = accept(adapters, self._config.baseline, self._today)
         return Report(
@@ -116,9 +115,9 @@ class Tally:
             tool=Tool(name=TOOL, version=__version__),
             environment=self._environment,
             config=self._config_file,
-            bases=tuple(bases),
+            bases=tuple(replace(base, first_adapter=name) for base, (_, name) in bases.items()),
             adapters=adapters,
-            shard=self._shard and replace(self._shard, bases_from=tuple(bases.values())),
+            shard=self._shard and replace(self._shard, bases_from=tuple(position for position, _ in bases.values())),
             baseline=baseline,
         )
 

@@ -165,17 +165,18 @@ def _other_versions(parts: list[_ShardReport]) -> Iterator[str]:
 def _bases(parts: list[_ShardReport]) -> tuple[tuple[BaseReport, ...], list[str]]:
     """Each base once, and the shards whose digest of a base differs: they read another base."""
     digests: dict[BaseReport, BaseReport] = {}
-    uses: list[tuple[BaseReport, int]] = []
+    uses: list[tuple[BaseReport, tuple[int, str]]] = []
     problems: list[str] = []
     for part in parts:
         for base, position in zip(part.report.bases, part.shard.bases_from, strict=True):
-            bare = replace(base, sha256=None, files=())
-            uses.append((bare, position))
+            bare = replace(base, sha256=None, files=(), first_adapter="")
+            uses.append((bare, (position, base.first_adapter)))
             if base.sha256 is not None and digests.setdefault(bare, base).sha256 != base.sha256:
                 problems.append(
                     f"{part.name} read different bytes of base {one_line(base.model, _SHOWN)} than another shard"
                 )
-    return tuple(digests.get(base, base) for base in in_order(uses)), problems
+    bases = in_order(uses).items()
+    return tuple(replace(digests.get(base, base), first_adapter=name) for base, (_, name) in bases), problems
 
 
 def _whole(parts: list[_ShardReport], bases: tuple[BaseReport, ...], problems: tuple[str, ...]) -> Report:

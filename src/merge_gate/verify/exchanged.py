@@ -1,4 +1,4 @@
-"""Recognizes arguments of `merge-gate verify` that were exchanged, and words the corrected command.
+"""Recognizes arguments of a command that were exchanged, and words the corrected command.
 
 In: the arguments, which name hostile directories. Out: `UsageError`, or a command for a hint. Only names in directories
 are read. A Hub id is not recognized here: its files are not known yet.
@@ -36,6 +36,17 @@ def refuse_exchanged(merged: str, base: str | None, adapter: str | None, candida
             raise _misplaced(name, one, "a model and not an adapter", command(merged, base or one, "ADAPTER"))
 
 
+def refuse_exchanged_base(command_name: str, base: str | None, adapters: Sequence[str]) -> None:
+    """Refuse the base in the place of the only adapter, and the adapter in the place of the base.
+
+    Raises:
+        UsageError: they are exchanged. The hint has the corrected command, if it can be typed.
+    """
+    if base is not None and len(adapters) == 1 and is_adapter(base) and is_model(adapters[0]):
+        corrected = _typed(["merge-gate", command_name, base, "--base", adapters[0]])
+        raise _exchanged("--base", "the adapter", corrected)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a name is a directory here with an adapter, and without a model."""
     return Path(name, CONFIG_NAME).is_file() and not (Path(name, "config.json").is_file() or _weights(name))
@@ -59,6 +70,10 @@ def command(merged: str, base: str | None, adapter: str | None, candidates: Sequ
     words = ["merge-gate", "verify", merged, *(["--base", base] if base is not None else [])]
     words += ["--adapter", adapter] if adapter is not None else []
     words += [word for one in candidates for word in ("--candidate", one)]
+    return _typed(words)
+
+
+def _typed(words: Sequence[str]) -> str:
     return "" if any(map(has_hidden, words)) or "`" in "".join(words) else shlex.join(words)
 
 

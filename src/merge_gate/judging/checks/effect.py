@@ -25,6 +25,8 @@ _UNTRAINED = (
     "the adapter was saved before training, or without gathering its tensors (ZeRO-3, FSDP): train it, or save it again"
 )
 
+_SEE_MISSING = "the missing tensors are the reason: see keys-missing"
+
 WIPED_SHARE = 2.0**-20
 """A merged tensor whose norm is at most this share of the base's is zero: float32 leaves this much of W - W."""
 
@@ -39,7 +41,8 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
     if evidence.refusal is not None:
         return
-    has_missing = bool(evidence.missing)  # keys-missing has reported them, and they explain why nothing changes
+    # keys-missing has reported these, and they explain why modules do not change
+    missing = {module_of(name) for name in evidence.missing}
     zeros = {file.stats.name for file in evidence.file_tensors if file.stats.minimum == file.stats.maximum == 0.0}
     lora_b = {file.stats.name for file in evidence.file_tensors if "lora_B" in file.stats.name}
     is_untrained = bool(lora_b) and lora_b <= zeros
@@ -55,7 +58,7 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
     unchanged = tuple(name for name in evidence.targeted if not _any_inside(name, changed) and name not in pruned)
     if not changed:
         reason = "the delta is zero, or smaller than the dtype can add"
-        if has_missing:
+        if missing:
             reason = "its tensors are missing"
         elif is_untrained:
             reason = "every lora_B is zero, as before training"
@@ -66,8 +69,8 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
             "only removes the base's smallest singular values, as KaSA does before training"
             if changed_by_kasa
             else f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
-            "the missing tensors are the reason: see keys-missing"
-            if has_missing
+            _SEE_MISSING
+            if missing
             else "with these weights the members cancel each other, or each was saved before training"
             if case.spec.combine is not None
             else "restore lora_alpha in adapter_config.json, which scales the delta"
@@ -84,8 +87,10 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
         yield no_effect.finding(
             f"{len(unchanged):,} of {counted(len(evidence.targeted), 'targeted module')} {are(unchanged)} not changed "
             f"by the {by}: {listing(unchanged)}",
-            "if you meant to train these modules, their tensors were never updated, or were not saved: train them, or "
-            "save again. If not, there is nothing to do",
+            _SEE_MISSING
+            if missing.issuperset(unchanged)
+            else "if you meant to train these modules, their tensors were never updated, or were not saved: train "
+            "them, or save again. If not, there is nothing to do",
             Origin.ADAPTER,
             severity=Severity.WARNING,
             module=unchanged[0],
@@ -181,6 +186,7 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
         measured=(
             ("lost_share", share),
             ("limit", limit),
+            *((("error_limit", error_limit),) if share > error_limit else ()),
             *((("unchanged_share", unchanged_share),) if size else ()),
             *(ESTIMATED if estimated else ()),
         ),
@@ -269,7 +275,12 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             severity=ERROR if errors else None,
             module=worst.module,
             tensor=worst.stats.name,
-            measured=(("ratio", ratio), ("limit", limit), *(ESTIMATED if estimated else ())),
+            measured=(
+                ("ratio", ratio),
+                ("limit", limit),
+                *((("error_limit", error_limit),) if is_error else ()),
+                *(ESTIMATED if estimated else ()),
+            ),
         )
     wiped = tuple(merge.stats.name for merge in case.evidence.merges if _is_wiped(merge))
     if wiped:

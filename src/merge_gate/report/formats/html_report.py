@@ -247,15 +247,11 @@ def _row(
     config_path: str,
 ) -> str:
     """Render the row of an adapter, whose worst entry is the first. `before` maps findings to an earlier dtype."""
-    decided = words.deciding(first)
-    kind = words.failure(first)
     _, template = _templates()
     return template.render(
         first=first,
         entries=[_entry(*parts) for parts in zip(entries, layouts, before, strict=True)],
-        cause=words.cause(first),
-        kind="" if kind in (None, FailureKind.BROKEN) else words.FAILURES[kind],
-        place=words.place(decided) if decided else "",
+        causes=_causes_of(entries),
         accepted=next((mark for entry in entries if (mark := words.acceptance(entry))), ""),
         warnings=sorted({finding.check for entry in entries for finding in words.warnings(entry)}),
         answers=words.answers(first),
@@ -265,6 +261,21 @@ def _row(
         is_direct=config_path in {"", COMMAND_LINE},
         command=repeat_command(entries, config_path),
     )
+
+
+def _causes_of(entries: tuple[AdapterReport, ...]) -> list[dict[str, str]]:
+    """Each cause once, with the place in its first dtype. If there are several, each is named with its dtypes."""
+    by_cause: dict[str, list[AdapterReport]] = {}
+    for entry in entries:
+        if cause := words.cause(entry):
+            by_cause.setdefault(cause, []).append(entry)
+    rows = []
+    for cause, having in by_cause.items():
+        kind, decided = words.failure(having[0]), words.deciding(having[0])
+        about = [words.FAILURES[kind]] if kind not in {None, FailureKind.BROKEN} else []
+        about += [words.precisions(having)] if len(by_cause) > 1 else []
+        rows.append({"id": cause, "about": ", ".join(about), "place": words.place(decided) if decided else ""})
+    return rows
 
 
 def _entry(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str]) -> dict[str, Any]:

@@ -128,9 +128,9 @@ def _results(report: Report) -> Iterator[Json]:
     for same in _entries(report):
         for finding, more, where in unique_findings(same, lambda adapter: list(adapter.findings)):
             yield _result(report, same[0], finding, more, where or words.precisions(same))
-    for base in report.bases:
-        for finding, more in words.grouped(base.findings):
-            yield _result(report, base, finding, more, words.precision(base.key))
+    for bases in words.bases_with_findings(report.bases):
+        for finding, more in words.grouped(bases[0].findings):
+            yield _result(report, bases[0], finding, more, words.base_precisions(bases))
 
 
 def _entries(report: Report) -> list[list[AdapterReport]]:

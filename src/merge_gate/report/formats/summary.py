@@ -246,16 +246,16 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _base_findings(report: Report) -> list[str]:
+    bases = words.bases_with_findings(report.bases)
     items = [
-        f"- {finding.severity} {code(words.model_name(base.key))} {_finding(finding, more)}"
-        for base in report.bases
-        for finding, more in words.grouped(base.findings)
+        f"- {finding.severity} {code(words.model_name(same[0].key))} {plain(words.how_loaded(same))} "
+        f"{_finding(finding, more)}"
+        for same in bases
+        for finding, more in words.grouped(same[0].findings)
     ]
     if not items:
         return []
-    title = (
-        f"{words.counted(sum(len(base.findings) for base in report.bases), 'finding')} in the base, before any merge"
-    )
+    title = f"{words.counted(sum(len(same[0].findings) for same in bases), 'finding')} in the base, before any merge"
     return _details(title, items, _BASES_BYTES)
 
 

@@ -280,11 +280,11 @@ def _labelled(label: str, text: str, width: int, style: Style = Style.PLAIN) -> 
 
 def _base_findings(report: Report, width: int) -> list[Line]:
     shown: list[Line] = []
-    for base in report.bases:
-        if base.findings:
-            title = cut(f"base {words.model_name(base.key)} ({words.precision(base.key)})", width)
-            shown += [_BLANK, ((title, Style.STRONG),)]
-            shown += [line for finding, more in words.grouped(base.findings) for line in _also(finding, more, width)]
+    for several in words.bases_with_findings(report.bases):
+        base = several[0]
+        title = f"base {words.model_name(base.key)} {words.how_loaded(several)}"
+        shown += [_BLANK, *(((part, Style.STRONG),) for part in wrap(title, width))]
+        shown += [line for finding, more in words.grouped(base.findings) for line in _also(finding, more, width)]
     return shown
 
 

@@ -222,6 +222,21 @@ def base_precisions(bases: Iterable[BaseReport]) -> str:
     return "; ".join(dict.fromkeys(precision(base.key) for base in bases))
 
 
+def bases_with_findings(bases: Iterable[BaseReport]) -> list[list[BaseReport]]:
+    """The bases that have findings. A base with the same findings in several dtypes is one group."""
+    groups: dict[object, list[BaseReport]] = {}
+    for base in bases:
+        if base.findings:
+            groups.setdefault((base.model, base.revision, base.loaded_as, base.findings), []).append(base)
+    return list(groups.values())
+
+
+def how_loaded(several: list[BaseReport]) -> str:
+    """(bfloat16; float16) as support loads it (LlamaModel). Another class may have tensors that this one lacks."""
+    name, loaded_as = (one_line(text, NAME_LIMIT) for text in (several[0].first_adapter, several[0].loaded_as))
+    return f"({base_precisions(several)})" + (f" as {name} loads it ({loaded_as})" if name and loaded_as else "")
+
+
 def baseline(report: Report) -> list[str]:
     """The entries of the baseline that accept nothing, each in a sentence without its final period."""
     reasons = {

@@ -140,8 +140,10 @@
       return `${Number((100 * value).toPrecision(3)).toLocaleString("en")} %`;
     };
     // For a cell of a small map.
-    const short = (kind, value) =>
-      kind === "ratio" ? String(Number(value.toPrecision(2))) : `${Number((100 * value).toPrecision(2))}%`;
+    const short = (kind, value) => {
+      if (kind !== "ratio") return `${Number((100 * value).toPrecision(2))}%`;
+      return value < 1e4 ? String(Number(value.toPrecision(2))) : value.toExponential(1).replace("+", "");
+    };
     const clamp = (value) => Math.min(Math.max(value, 0), 1);
     const KINDS = {
       state: { label: "state" },
