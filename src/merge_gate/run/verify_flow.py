@@ -22,7 +22,7 @@ from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
-from merge_gate.records.comparison import Comparison
+from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Config, reads_as_path
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.records.measured import Evidence
@@ -37,6 +37,7 @@ from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
+from merge_gate.verify.directory import expected_files, settings_files
 from merge_gate.verify.own_record import recorded_report
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
@@ -207,7 +208,8 @@ class _Verification:
             (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
         ]
         groups = group_by_base(mergeable, quick=False)
-        self._groups = tuple(self._fed.schedule(_comparing(group, merged), Read.WHOLE) for group in groups)
+        settings = settings_files(merged, expected_files(self._entries[0]))
+        self._groups = tuple(self._fed.schedule(_comparing(group, merged, settings), Read.WHOLE) for group in groups)
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
         finished = Group(base=key, directory=merged.directory, files=merged.base_files, fed=True, tasks=())
         job = Job(
@@ -273,6 +275,10 @@ class _Verification:
         return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
 
 
-def _comparing(group: Group, merged: Snapshot) -> Group:
-    """The group with each of its adapters compared, one at a time."""
-    return replace(group, tasks=tuple(replace(task, compares=merged, most_together=1) for task in group.tasks))
+def _comparing(group: Group, merged: Snapshot, settings: SettingsFiles) -> Group:
+    """The group with each of its adapters compared, one at a time. The files are compared with those of the first."""
+    tasks = (
+        replace(task, compares=merged, most_together=1, settings=settings if task.index == 0 else None)
+        for task in group.tasks
+    )
+    return replace(group, tasks=tuple(tasks))

@@ -1,0 +1,468 @@
+"""Compares what the files next to the weights mean: config, generation settings, tokenizer, and processor.
+
+In: the names of both models' files, and both loaded configurations. Out: `ReadSettings`. It judges nothing, and runs no
+code of either model. A file is compared key by key with the expected file, and the rows of expected_differences.py say
+which differences change no result. What transformers loads is compared too, since a default may hide a difference:
+
+1. config.json: the configuration of the loaded model, with all defaults.
+2. generation_config.json: the settings that generate() uses, which come from config.json if there is no such file.
+3. tokenizer.json: its canonical form, which the library `tokenizers` writes with all defaults.
+4. The tokenizer: both are loaded, and must encode the same texts and all special tokens in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from merge_gate.companion_names import Companion, companion_kind
+from merge_gate.engine.expected_differences import ABSENT, Change, Expectation, expected_by, same
+from merge_gate.records.comparison import ReadSettings, SettingDifference, SettingsFiles
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.text import quoted
+from merge_gate.time_limit import within
+
+LIMIT_S = 120.0
+"""How long reading both tokenizers may take. A large one takes seconds."""
+
+_MOST_DIFFERENCES = 200
+_SHOWN_CHARACTERS = 80
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, twice.",
+    "  two  blanks\tand a tab\nand\n\nlines \r\n",
+    "def f(x: int) -> str:\n    return f'{x + 1:>10}'  # 3.14e-10",
+    "Größe, naïve café, ﬁne, Å (A\u030a), İstanbul, ½, ²",
+    "日本語のテキスト、한국어 텍스트, 简体中文。",
+    "Здравствуй мир! مرحبا بالعالم שלום नमस्ते สวัสดี",
+    "🙂👩‍👩‍👧‍👦🇩🇪 \u200b\u00a0\ufeff\x00\x7f",
+    "0123456789 1000000 1,000,000.00 -42 0x1F",
+    "I'm you're WE'LL don\u2019t «quoted» \u201cquotes\u201d --- ... ___",
+    "a" * 70 + " " * 20 + "Aa" * 30,
+    "",
+)
+"""What both tokenizers encode, with and without special tokens."""
+
+
+def read_settings(
+    files: SettingsFiles, directory: str, expected: Any, actual: Any, expectation: Expectation
+) -> ReadSettings:
+    """Compare the files of a finished model in `directory` with the expected ones.
+
+    Args:
+        files: the names of both.
+        directory: the finished model's.
+        expected: the configuration of the base, with the class that the adapter needs.
+        actual: the configuration of the finished model.
+        expectation: what the conditions of the rows depend on, as far as the tensors tell.
+    """
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folders = [Path(place, name) for name in ("expected", "merged", "written")]
+        _link(folders[0], dict(files.expected))
+        _link(folders[1], {name: str(Path(directory, name)) for name in files.merged})
+        folders[2].mkdir()
+        reading = _Reading(files, folders[0], folders[1], folders[2], expected, actual, expectation)
+        try:
+            return within(LIMIT_S, reading.result)
+        except TimeoutError:
+            why = f"loading took longer than {LIMIT_S:g} s"
+        except Exception as error:
+            why = _words(error)
+        return ReadSettings(
+            differences=(SettingDifference(file="tokenizer.json", key="", expected="", actual=f"does not load: {why}"),)
+        )
+
+
+def _link(folder: Path, places: Mapping[str, str]) -> None:
+    folder.mkdir()
+    for name, place in places.items():
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(place).absolute())
+
+
+@dataclass
+class _Tokenizer:
+    """A loaded tokenizer, or why there is none."""
+
+    loaded: Any = None
+    problem: str = ""
+
+
+@dataclass
+class _Reading:
+    """The comparison of one finished model."""
+
+    files: SettingsFiles
+    first: Path
+    second: Path
+    written: Path
+    expected: Any
+    actual: Any
+    expectation: Expectation
+    found: dict[tuple[str, str], SettingDifference] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)
+
+    def result(self) -> ReadSettings:
+        names = set(dict(self.files.expected)) | set(self.files.merged)
+        loaded: dict[str, Any] = {"config.json": self.expected.to_dict()}
+        with contextlib.suppress(Exception):
+            self.expected.save_pretrained(self.written)
+        generation = self._generation(names, loaded)
+        tokenizers = self._tokenizers(loaded) if self._differs(Companion.TOKENIZER, Companion.PROCESSOR) else None
+        written = {path.name: _parsed(path)[0] for path in self.written.glob("*.json")}
+        config = _parsed(self.first / "config.json")[0] or {}
+        self.expectation = replace(
+            self.expectation,
+            loaded=loaded,
+            written={name: one for name, one in written.items() if one is not None},
+            names_labels="id2label" in config,
+            architectures=(config.get("architectures", ABSENT),) if self.expectation.has_base_tensors_only else (),
+        )
+        self._loaded("config.json", loaded["config.json"], self.actual.to_dict())
+        if generation is not None:
+            self._loaded("generation_config.json", *generation)
+        for name in self.files.merged:
+            if companion_kind(name) not in {Companion.TEMPLATE, Companion.LICENSE}:
+                self._file(name)
+        if tokenizers is not None:
+            self._meaning(*tokenizers)
+        return ReadSettings(
+            read=tuple(self.read),
+            written=tuple(sorted(path.name for path in self.written.iterdir())),
+            differences=tuple(self.found.values())[:_MOST_DIFFERENCES],
+        )
+
+    def _differs(self, *kinds: Companion) -> bool:
+        """Whether a file of these kinds has other bytes, or is in only one of the models."""
+        of_first, of_second = (
+            {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            for folder in (self.first, self.second)
+        )
+        names = [name for name in of_first.keys() | of_second.keys() if companion_kind(name) in kinds]
+        is_any = any(name in of_second for name in names)
+        return is_any and any(_bytes(self.first / name) != _bytes(self.second / name) for name in names)
+
+    # --- config and generation ---------------------------------------------------------------------------------------
+
+    def _generation(self, names: set[str], loaded: dict[str, Any]) -> tuple[Any, Any] | None:
+        """What generate() uses of both; None if neither has settings of its own."""
+        name = "generation_config.json"
+        if name not in names:
+            return None
+        try:
+            settings = _generation(self.first, self.expected)
+        except Exception:  # the base's own file cannot be read: only the same bytes are equal to it
+            return None
+        loaded[name] = settings.to_dict()
+        with contextlib.suppress(Exception):
+            settings.save_pretrained(self.written)
+        try:
+            return loaded[name], _generation(self.second, self.actual).to_dict()
+        except Exception as error:
+            self._refuse(name, f"does not load: {_words(error)}")
+            return None
+
+    def _loaded(self, file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+        """Compare what transformers has loaded. The dtype and the class are those of the file."""
+        old, new = _flat(first), _flat(second)
+        for key in sorted(old.keys() | new.keys()):
+            if {key[-1]} & {"dtype", "architectures", "_name_or_path", "transformers_version"}:
+                continue
+            before, after = old.get(key), new.get(key)
+            if not same(before, after):
+                self._judge(Change(file=file, key=key, expected=before, actual=after, whole=second, is_loaded=True))
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _file(self, name: str) -> None:
+        path, expected = self.second / name, self.first / name
+        if _bytes(path) == _bytes(expected):
+            return
+        if _bytes(path) == _bytes(self.written / name):
+            self.read.append(name)
+        elif name.endswith(".json"):
+            self._json(name)
+        elif (lines := _derived(name, self.expectation.loaded.get("tokenizer.json"))) and lines == _lines(path):
+            self.read.append(name)
+
+    def _json(self, name: str) -> None:
+        value, problem = _parsed(self.second / name)
+        old, _ = _parsed(self.first / name)
+        if problem:
+            self._refuse(name, problem)
+            self.read.append(name)
+            return
+        if old is None and name not in self.expectation.written and name not in self.expectation.loaded:
+            return
+        if old is None and name == "vocab.json":
+            old = self.expectation.loaded[name]
+        if name == "config.json":
+            old = {**(old or {}), "architectures": self.expectation.loaded[name]["architectures"]}
+        is_canonical = name == "tokenizer.json" and self._canonical()
+        tokens = self.expectation.added_tokens
+        first, second = (_flat(_normal(one, tokens, name)) for one in (old or {}, value))
+        if name == "tokenizer_config.json":  # compared as texts
+            first, second = (
+                {key: one for key, one in part.items() if key != ("chat_template",)} for part in (first, second)
+            )
+        for key in sorted(first.keys() | second.keys()):
+            before, after = first.get(key, ABSENT), second.get(key, ABSENT)
+            if not same(before, after) and not (is_canonical and after is ABSENT):
+                self._judge(Change(file=name, key=key, expected=before, actual=after, whole=value))
+        self.read.append(name)
+
+    def _canonical(self) -> bool:
+        """Compare tokenizer.json in its canonical form with that of the expected file, or of what transformers writes.
+
+        False if neither has one: the expected file does not load.
+        """
+        places = [place / "tokenizer.json" for place in (self.first, self.written)]
+        forms = [form for place in places if (form := canonical(place)) is not None]
+        actual = canonical(self.second / "tokenizer.json")
+        if not forms:
+            return False
+        if actual is None:
+            self._refuse("tokenizer.json", "does not load with the library `tokenizers`")
+        elif not any(same(actual, form) for form in forms):
+            first, second = _flat(forms[0]), _flat(actual)
+            for key in sorted(first.keys() | second.keys()):
+                if not same(first.get(key, ABSENT), second.get(key, ABSENT)):
+                    self._add("tokenizer.json", key, first.get(key, ABSENT), second.get(key, ABSENT))
+        return True
+
+    # --- the tokenizer -----------------------------------------------------------------------------------------------
+
+    def _tokenizers(self, loaded: dict[str, Any]) -> tuple[_Tokenizer, _Tokenizer]:
+        """Load both, and have transformers write the expected one again."""
+        first, second = _tokenizer(self.first), _tokenizer(self.second)
+        if (own := first.loaded) is not None:
+            with contextlib.suppress(Exception):
+                own.save_pretrained(self.written)
+            self._processors()
+            tokens = {
+                str(one.content): one.__getstate__() | {"id": number}
+                for number, one in own.added_tokens_decoder.items()
+            }
+            config, _ = _parsed(self.second / "tokenizer_config.json")
+            loaded["tokenizer_config.json"] = {
+                key: one for key in config or () if (one := getattr(own, key, ABSENT)) is not ABSENT and _is_plain(one)
+            }
+            loaded["special_tokens_map.json"] = {
+                **own.special_tokens_map,
+                "additional_special_tokens": list(getattr(own, "extra_special_tokens", ())),
+            }
+            loaded["added_tokens.json"] = {content: one["id"] for content, one in tokens.items()}
+            if (form := canonical(self.first / "tokenizer.json")) is not None:
+                loaded["tokenizer.json"] = form
+                if isinstance(form["model"].get("vocab"), dict):
+                    loaded["vocab.json"] = form["model"]["vocab"]
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            self.expectation = replace(
+                self.expectation,
+                token_ids={name: getattr(own, name, None) for name in names},
+                added_tokens=tokens,
+                same_class=type(own) is type(second.loaded),
+                has_own_tokenizer=self.files.has_own_tokenizer,
+            )
+        return first, second
+
+    def _processors(self) -> None:
+        import transformers  # noqa: PLC0415 - its classes are loaded on demand
+
+        if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
+            for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
+                with contextlib.suppress(Exception):
+                    own = getattr(transformers, name).from_pretrained(str(self.first), trust_remote_code=False)
+                    own.save_pretrained(str(self.written))
+
+    def _meaning(self, first: _Tokenizer, second: _Tokenizer) -> None:
+        """Compare both tokenizers as they are loaded. If both fail in the same way, only the same bytes are equal."""
+        if first.loaded is None or second.loaded is None:
+            if first.problem != second.problem:
+                self._refuse(
+                    "tokenizer",
+                    f"does not load ({second.problem})" if second.problem else "loads, unlike the expected one",
+                )
+            return
+        for name, value in _properties(first.loaded).items():
+            try:
+                actual = _properties(second.loaded, name)[name]
+            except Exception as error:
+                actual = _words(error)
+            if not same(value, actual):
+                self._add("tokenizer", (name,), *_first_difference(value, actual))
+
+    # --- differences -------------------------------------------------------------------------------------------------
+
+    def _judge(self, change: Change) -> None:
+        row = expected_by(change, self.expectation)
+        self._add(change.file, change.key, change.expected, change.actual, row.shown if row is not None else "")
+
+    def _refuse(self, file: str, why: str) -> None:
+        """The whole file differs. `why` continues a sentence that begins with its name."""
+        self.found[file, ""] = SettingDifference(file=file, key="", expected="", actual=quoted(why, 240, ""))
+
+    def _add(self, file: str, key: tuple[str, ...], expected: Any, actual: Any, row: str = "") -> None:
+        name = ".".join(key)
+        if (known := self.found.get((file, name))) is None or known.row:
+            self.found[file, name] = SettingDifference(
+                file=file, key=name[:200], expected=_shown(expected), actual=_shown(actual), row=row
+            )
+
+
+def _generation(folder: Path, config: Any) -> Any:
+    from transformers import GenerationConfig  # noqa: PLC0415 - slow
+
+    if (folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(str(folder))
+    return GenerationConfig.from_model_config(config)
+
+
+def _tokenizer(folder: Path) -> _Tokenizer:
+    """Load a tokenizer, without the code that its files may name."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow
+
+    try:
+        return _Tokenizer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True))
+    except BaseException as error:  # a panic of the library is no Exception
+        return _Tokenizer(problem=_words(error).replace(str(folder), ""))
+
+
+def canonical(path: Path) -> Any:
+    """tokenizer.json as the library `tokenizers` writes it, with all defaults; None if it does not load."""
+    from tokenizers import Tokenizer  # noqa: PLC0415 - slow
+
+    try:
+        return json.loads(Tokenizer.from_str(path.read_text(encoding="utf-8")).to_str())
+    except BaseException:  # a panic of the library is no Exception
+        return None
+
+
+def _properties(tokenizer: Any, only: str = "") -> dict[str, Any]:
+    """What a loaded tokenizer does."""
+    added = {str(number): one.__getstate__() for number, one in tokenizer.added_tokens_decoder.items()}
+    special = sorted({one["content"] for one in added.values()} | set(tokenizer.all_special_tokens))
+    texts = [*TEXTS, *(f"{token} a{token}b {token}" for token in special)]
+
+    def ids(**how: Any) -> Callable[[], Any]:
+        return lambda: {text: list(tokenizer(text, **how)["input_ids"]) for text in texts}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    ways: dict[str, Callable[[], Any]] = {
+        "vocabulary": lambda: dict(tokenizer.get_vocab()),
+        "special tokens": lambda: {**tokenizer.special_tokens_map, "all": list(tokenizer.all_special_tokens)},
+        "added tokens": lambda: added,
+        "encoding": ids(),
+        "encoding without special tokens": ids(add_special_tokens=False),
+        "pairs": lambda: list(tokenizer(TEXTS[0], TEXTS[1])["input_ids"]),
+        "decoding": lambda: tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]),
+        "settings": lambda: {
+            name: getattr(tokenizer, name, None)
+            for name in (
+                "padding_side",
+                "truncation_side",
+                "model_max_length",
+                "model_input_names",
+                "split_special_tokens",
+            )
+        },
+        "processing": lambda: json.loads(backend.to_str()) if backend is not None else None,
+    }
+    return {name: way() for name, way in ways.items() if not only or name == only}
+
+
+def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
+    """The innermost values that differ, of two values that do."""
+    while isinstance(first, Mapping) and isinstance(second, Mapping):
+        odd = [key for key in (*first, *second) if not same(first.get(key, ABSENT), second.get(key, ABSENT))]
+        first, second = (
+            {odd[0]: one} if one is ABSENT else one for one in (first.get(odd[0], ABSENT), second.get(odd[0], ABSENT))
+        )
+    return first, second
+
+
+def _derived(name: str, form: Any) -> list[str] | None:
+    """The lines of merges.txt or vocab.txt that transformers 4 writes next to this tokenizer.json."""
+    model = form["model"] if form is not None else {}
+    if name == "merges.txt" and isinstance(model.get("merges"), list):
+        return [" ".join(one) if isinstance(one, list) else one for one in model["merges"]]
+    if name == "vocab.txt" and isinstance(model.get("vocab"), dict):
+        return sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return None
+
+
+def _lines(path: Path) -> list[str] | None:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except ValueError:
+        return None
+    return [line for number, line in enumerate(lines) if not (number == 0 and line.startswith("#version")) and line]
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _parsed(path: Path) -> tuple[Any, str]:
+    """The object in a JSON file, or what is wrong with it. `Infinity` and `NaN` are numbers, as in transformers."""
+    if not path.is_file():
+        return None, "there is no such file"
+    try:
+        value = parse_strictly(path.read_bytes(), constant=float)
+    except InvalidJsonError as error:
+        return None, str(error)
+    return (value, "") if isinstance(value, dict) else (None, "is no JSON object")
+
+
+def _flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The values of an object by their keys, also those of objects in it. `torch_dtype` is the older name of `dtype`."""
+    if not isinstance(value, Mapping) or (not value and key):
+        return {key: value}
+    found: dict[tuple[str, ...], Any] = {}
+    for name, one in value.items():
+        word = "dtype" if name == "torch_dtype" and "dtype" not in value else str(name)
+        found |= _flat(one, (*key, word))
+    return found
+
+
+def _normal(value: Any, tokens: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+    """The file with each token as its text, if it has the flags of the added token of this text."""
+    if name not in {"tokenizer_config.json", "special_tokens_map.json"} or not isinstance(value, dict):
+        return value
+    return {key: one if key == "added_tokens_decoder" else _text_of(one, tokens) for key, one in value.items()}
+
+
+def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:
+    if isinstance(value, list):
+        return [_text_of(one, tokens) for one in value]
+    own = tokens.get(str(value.get("content"))) if isinstance(value, dict) else None
+    if own is None or any(key != "__type" and not same(own.get(key, ABSENT), one) for key, one in value.items()):
+        return value
+    return value["content"]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | dict | None)
+
+
+def _shown(value: Any) -> str:
+    if value is ABSENT:
+        return "absent"
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    return quoted(text, _SHOWN_CHARACTERS, '"' if isinstance(value, str) else "")
+
+
+def _words(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}"
