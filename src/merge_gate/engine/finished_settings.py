@@ -70,7 +70,7 @@ def read_settings(
         folders[2].mkdir()
         reading = _Reading(files, folders[0], folders[1], folders[2], expected, actual, expectation)
         try:
-            return within(LIMIT_S, reading.result)
+            return within(LIMIT_S, lambda: _without_panic(reading.result))
         except TimeoutError:
             why = f"loading took longer than {LIMIT_S:g} s"
         except Exception as error:
@@ -78,6 +78,16 @@ def read_settings(
         return ReadSettings(
             differences=(SettingDifference(file="tokenizer.json", key="", expected="", actual=f"does not load: {why}"),)
         )
+
+
+def _without_panic(function: Callable[[], Any]) -> Any:
+    """The result. A panic of the library `tokenizers` is no `Exception`, and becomes one."""
+    try:
+        return function()
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(_words(error)) from error
 
 
 def _link(folder: Path, places: Mapping[str, str]) -> None:
@@ -116,7 +126,8 @@ class _Reading:
         with contextlib.suppress(Exception):
             self.expected.save_pretrained(self.written)
         generation = self._generation(names, loaded)
-        tokenizers = self._tokenizers(loaded) if self._differs(Companion.TOKENIZER, Companion.PROCESSOR) else None
+        if self._differs(*Companion):
+            self._tokenizers(loaded)
         written = {path.name: _parsed(path)[0] for path in self.written.glob("*.json")}
         config = _parsed(self.first / "config.json")[0] or {}
         self.expectation = replace(
@@ -132,8 +143,6 @@ class _Reading:
         for name in self.files.merged:
             if companion_kind(name) not in {Companion.TEMPLATE, Companion.LICENSE}:
                 self._file(name)
-        if tokenizers is not None:
-            self._meaning(*tokenizers)
         return ReadSettings(
             read=tuple(self.read),
             written=tuple(sorted(path.name for path in self.written.iterdir())),
@@ -142,13 +151,8 @@ class _Reading:
 
     def _differs(self, *kinds: Companion) -> bool:
         """Whether a file of these kinds has other bytes, or is in only one of the models."""
-        of_first, of_second = (
-            {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-            for folder in (self.first, self.second)
-        )
-        names = [name for name in of_first.keys() | of_second.keys() if companion_kind(name) in kinds]
-        is_any = any(name in of_second for name in names)
-        return is_any and any(_bytes(self.first / name) != _bytes(self.second / name) for name in names)
+        names = {name for name in (*dict(self.files.expected), *self.files.merged) if companion_kind(name) in kinds}
+        return any(_bytes(self.first / name) != _bytes(self.second / name) for name in names)
 
     # --- config and generation ---------------------------------------------------------------------------------------
 
@@ -184,7 +188,7 @@ class _Reading:
 
     def _file(self, name: str) -> None:
         path, expected = self.second / name, self.first / name
-        if _bytes(path) == _bytes(expected):
+        if _bytes(path) == _bytes(expected) and name != "config.json":  # the adapter may need another class
             return
         if _bytes(path) == _bytes(self.written / name):
             self.read.append(name)
@@ -240,9 +244,12 @@ class _Reading:
 
     # --- the tokenizer -----------------------------------------------------------------------------------------------
 
-    def _tokenizers(self, loaded: dict[str, Any]) -> tuple[_Tokenizer, _Tokenizer]:
-        """Load both, and have transformers write the expected one again."""
-        first, second = _tokenizer(self.first), _tokenizer(self.second)
+    def _tokenizers(self, loaded: dict[str, Any]) -> None:
+        """Load both, compare them, and have transformers write the expected one again."""
+        first, second = _tokenizer(self.first), _Tokenizer()
+        if any(companion_kind(name) is Companion.TOKENIZER for name in self.files.merged):
+            second = _tokenizer(self.second)
+            self._meaning(first, second)
         if (own := first.loaded) is not None:
             with contextlib.suppress(Exception):
                 own.save_pretrained(self.written)
@@ -257,7 +264,7 @@ class _Reading:
             }
             loaded["special_tokens_map.json"] = {
                 **own.special_tokens_map,
-                "additional_special_tokens": list(getattr(own, "extra_special_tokens", ())),
+                "extra_special_tokens": list(getattr(own, "extra_special_tokens", ())),
             }
             loaded["added_tokens.json"] = {content: one["id"] for content, one in tokens.items()}
             if (form := canonical(self.first / "tokenizer.json")) is not None:
@@ -272,7 +279,6 @@ class _Reading:
                 same_class=type(own) is type(second.loaded),
                 has_own_tokenizer=self.files.has_own_tokenizer,
             )
-        return first, second
 
     def _processors(self) -> None:
         import transformers  # noqa: PLC0415 - its classes are loaded on demand
@@ -292,13 +298,11 @@ class _Reading:
                     f"does not load ({second.problem})" if second.problem else "loads, unlike the expected one",
                 )
             return
-        for name, value in _properties(first.loaded).items():
-            try:
-                actual = _properties(second.loaded, name)[name]
-            except Exception as error:
-                actual = _words(error)
-            if not same(value, actual):
-                self._add("tokenizer", (name,), *_first_difference(value, actual))
+        texts = _texts(first.loaded)
+        old, new = (_properties(one.loaded, texts) for one in (first, second))
+        for name, value in old.items():
+            if not same(value, new[name]):
+                self._add("tokenizer", (name,), *_first_difference(value, new[name]))
 
     # --- differences -------------------------------------------------------------------------------------------------
 
@@ -330,9 +334,10 @@ def _tokenizer(folder: Path) -> _Tokenizer:
     """Load a tokenizer, without the code that its files may name."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow
 
+    options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return _Tokenizer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True))
-    except BaseException as error:  # a panic of the library is no Exception
+        return _Tokenizer(_without_panic(lambda: AutoTokenizer.from_pretrained(str(folder), **options)))
+    except Exception as error:
         return _Tokenizer(problem=_words(error).replace(str(folder), ""))
 
 
@@ -340,43 +345,42 @@ def canonical(path: Path) -> Any:
     """tokenizer.json as the library `tokenizers` writes it, with all defaults; None if it does not load."""
     from tokenizers import Tokenizer  # noqa: PLC0415 - slow
 
-    try:
-        return json.loads(Tokenizer.from_str(path.read_text(encoding="utf-8")).to_str())
-    except BaseException:  # a panic of the library is no Exception
-        return None
+    with contextlib.suppress(Exception):
+        return _without_panic(lambda: json.loads(Tokenizer.from_str(path.read_text(encoding="utf-8")).to_str()))
+    return None
 
 
-def _properties(tokenizer: Any, only: str = "") -> dict[str, Any]:
-    """What a loaded tokenizer does."""
-    added = {str(number): one.__getstate__() for number, one in tokenizer.added_tokens_decoder.items()}
-    special = sorted({one["content"] for one in added.values()} | set(tokenizer.all_special_tokens))
-    texts = [*TEXTS, *(f"{token} a{token}b {token}" for token in special)]
+def _texts(tokenizer: Any) -> list[str]:
+    special = {one.content for one in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    return [*TEXTS, *(f"{token} a{token}b {token}" for token in sorted(special))]
+
+
+def _properties(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+    """What a loaded tokenizer does, and how it is set. The texts are encoded with and without special tokens."""
 
     def ids(**how: Any) -> Callable[[], Any]:
         return lambda: {text: list(tokenizer(text, **how)["input_ids"]) for text in texts}
 
+    settings = ("padding_side", "truncation_side", "model_max_length", "model_input_names", "split_special_tokens")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     ways: dict[str, Callable[[], Any]] = {
-        "vocabulary": lambda: dict(tokenizer.get_vocab()),
+        "vocabulary": tokenizer.get_vocab,
         "special tokens": lambda: {**tokenizer.special_tokens_map, "all": list(tokenizer.all_special_tokens)},
-        "added tokens": lambda: added,
+        "added tokens": lambda: {str(n): one.__getstate__() for n, one in tokenizer.added_tokens_decoder.items()},
         "encoding": ids(),
         "encoding without special tokens": ids(add_special_tokens=False),
         "pairs": lambda: list(tokenizer(TEXTS[0], TEXTS[1])["input_ids"]),
         "decoding": lambda: tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]),
-        "settings": lambda: {
-            name: getattr(tokenizer, name, None)
-            for name in (
-                "padding_side",
-                "truncation_side",
-                "model_max_length",
-                "model_input_names",
-                "split_special_tokens",
-            )
-        },
+        "settings": lambda: {name: getattr(tokenizer, name, None) for name in settings},
         "processing": lambda: json.loads(backend.to_str()) if backend is not None else None,
     }
-    return {name: way() for name, way in ways.items() if not only or name == only}
+    found: dict[str, Any] = {}
+    for name, way in ways.items():
+        try:
+            found[name] = _without_panic(way)
+        except Exception as error:
+            found[name] = _words(error)
+    return found
 
 
 def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
@@ -434,10 +438,15 @@ def _flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
 
 
 def _normal(value: Any, tokens: Mapping[str, Mapping[str, Any]], name: str) -> Any:
-    """The file with each token as its text, if it has the flags of the added token of this text."""
+    """The file with each token as its text, if it has the flags of the added token of this text.
+
+    As in transformers, `additional_special_tokens` counts if `extra_special_tokens` is empty.
+    """
     if name not in {"tokenizer_config.json", "special_tokens_map.json"} or not isinstance(value, dict):
         return value
-    return {key: one if key == "added_tokens_decoder" else _text_of(one, tokens) for key, one in value.items()}
+    texts = {key: one if key == "added_tokens_decoder" else _text_of(one, tokens) for key, one in value.items()}
+    extra = (texts.pop("extra_special_tokens", None), texts.pop("additional_special_tokens", None))  # the older name
+    return texts | {"extra_special_tokens": one for one in reversed(extra) if one}
 
 
 def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:

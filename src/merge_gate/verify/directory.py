@@ -52,6 +52,7 @@ _KINDS_OF_KEYS = {
     "eos_token_id": "stop-tokens-differ",
     "eos_token": "stop-tokens-differ",
     "dtype": "dtype-changed",
+    "torch_dtype": "dtype-changed",
     "tie_word_embeddings": "tied",
 }
 _LINE_END = re.compile(r"\r\n|\r")
@@ -177,10 +178,10 @@ class _Account:
         if kind in _KINDS and path is not None:
             self._companion(name, path, self._expected.companions.get(name))
         elif is_harmless(name) or name == MANIFEST_NAME:
-            if name not in {CARD_NAME, MANIFEST_NAME} and (path is None or not _refused(path, None)):
-                self.harmless.append(name)
-            elif path is not None and (why := _refused(path, None)):
+            if path is not None and (why := _refused(path, None)):
                 self.unexpected.append(f"{_named(name)} ({why})")
+            elif name not in {CARD_NAME, MANIFEST_NAME, *self._expected.others}:
+                self.harmless.append(name)
         elif path is not None and self._is_copy(name, path):
             pass
         elif name.endswith(".safetensors") or name.rpartition("/")[2].startswith("pytorch_model"):
