@@ -427,7 +427,7 @@ def _parsed(path: Path) -> tuple[Any, str]:
 
 
 def _flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The values of an object by their keys, also those of objects in it. `torch_dtype` is the older name of `dtype`."""
+    """The values of an object by their keys, with those of inner objects. `torch_dtype` is the older name of `dtype`."""
     if not isinstance(value, Mapping) or (not value and key):
         return {key: value}
     found: dict[tuple[str, ...], Any] = {}
@@ -446,7 +446,8 @@ def _normal(value: Any, tokens: Mapping[str, Mapping[str, Any]], name: str) -> A
         return value
     texts = {key: one if key == "added_tokens_decoder" else _text_of(one, tokens) for key, one in value.items()}
     extra = (texts.pop("extra_special_tokens", None), texts.pop("additional_special_tokens", None))  # the older name
-    return texts | {"extra_special_tokens": one for one in reversed(extra) if one}
+    named = next((one for one in extra if one), None)
+    return texts | ({"extra_special_tokens": named} if named else {})
 
 
 def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:

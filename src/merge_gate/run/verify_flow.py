@@ -169,6 +169,7 @@ class _Verification:
                 access=Access.STREAM,
                 lay_out=self._fed.lay_out,
                 with_companions=True,
+                with_copies=True,
             )
         except ResolveError as error:
             if is_here or error.check is not None:
@@ -182,6 +183,7 @@ class _Verification:
             lay_out=self._fed.lay_out,
             limit_s=headers_limit_s,
             with_companions=True,
+            with_copies=True,
         )
         return [inputs.prepare(spec) for spec in self._config.adapters]
 
