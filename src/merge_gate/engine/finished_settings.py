@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.companion_names import Companion, companion_kind
-from merge_gate.engine.expected_differences import ABSENT, Change, Expectation, expected_by, same
+from merge_gate.engine.expected_differences import ABSENT, Change, Expectation, expected_by, flat, same
 from merge_gate.records.comparison import ReadSettings, SettingDifference, SettingsFiles
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import quoted
@@ -31,8 +31,14 @@ from merge_gate.time_limit import within
 LIMIT_S = 120.0
 """How long reading both tokenizers may take. A large one takes seconds."""
 
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+_OF_FILES = {"dtype", "architectures", "_name_or_path", "transformers_version"}
+"""Keys that a loaded configuration has from its load, and not from the file."""
+
 _MOST_DIFFERENCES = 200
 _SHOWN_CHARACTERS = 80
+
+_FLAGS = {"single_word", "lstrip", "rstrip", "normalized"}
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, twice.",
@@ -99,16 +105,8 @@ def _link(folder: Path, places: Mapping[str, str]) -> None:
 
 
 @dataclass
-class _Tokenizer:
-    """A loaded tokenizer, or why there is none."""
-
-    loaded: Any = None
-    problem: str = ""
-
-
-@dataclass
 class _Reading:
-    """The comparison of one finished model."""
+    """The comparison of one finished model. `loaded` has what transformers makes of the expected files."""
 
     files: SettingsFiles
     first: Path
@@ -117,228 +115,189 @@ class _Reading:
     expected: Any
     actual: Any
     expectation: Expectation
+    loaded: dict[str, Any] = field(default_factory=dict)
     found: dict[tuple[str, str], SettingDifference] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
 
     def result(self) -> ReadSettings:
-        names = set(dict(self.files.expected)) | set(self.files.merged)
-        loaded: dict[str, Any] = {"config.json": self.expected.to_dict()}
+        names = {*dict(self.files.expected), *self.files.merged}
         with contextlib.suppress(Exception):
             self.expected.save_pretrained(self.written)
-        generation = self._generation(names, loaded)
-        if self._differs(*Companion):
-            self._tokenizers(loaded)
+        of_model = {_CONFIG: (self.expected.to_dict(), self.actual.to_dict())}
+        if _GENERATION in names:
+            of_model |= self._generation()
+        self.loaded |= {name: _plain(one) for name, (one, _) in of_model.items()}
+        if any(_bytes(self.first / name) != _bytes(self.second / name) for name in names):
+            self._tokenizers()
         written = {path.name: _parsed(path)[0] for path in self.written.glob("*.json")}
-        config = _parsed(self.first / "config.json")[0] or {}
+        config = _parsed(self.first / _CONFIG)[0] or {}
         self.expectation = replace(
             self.expectation,
-            loaded=loaded,
+            loaded=self.loaded,
             written={name: one for name, one in written.items() if one is not None},
             names_labels="id2label" in config,
             architectures=(config.get("architectures", ABSENT),) if self.expectation.has_base_tensors_only else (),
         )
-        self._loaded("config.json", loaded["config.json"], self.actual.to_dict())
-        if generation is not None:
-            self._loaded("generation_config.json", *generation)
+        for name, (_, actual) in of_model.items():
+            old, new = flat(self.loaded[name]), flat(_plain(actual))
+            keys = [key for key in old.keys() | new.keys() if key[-1] not in _OF_FILES]
+            old, new = ({key: one.get(key) for key in keys} for one in (old, new))
+            self._compare(name, old, new, whole=actual, is_loaded=True)
         for name in self.files.merged:
-            if companion_kind(name) not in {Companion.TEMPLATE, Companion.LICENSE}:
+            if companion_kind(name) is not Companion.TEMPLATE:
                 self._file(name)
         return ReadSettings(
             read=tuple(self.read),
             written=tuple(sorted(path.name for path in self.written.iterdir())),
-            differences=tuple(self.found.values())[:_MOST_DIFFERENCES],
+            differences=tuple(sorted(self.found.values(), key=lambda one: bool(one.row)))[:_MOST_DIFFERENCES],
         )
 
-    def _differs(self, *kinds: Companion) -> bool:
-        """Whether a file of these kinds has other bytes, or is in only one of the models."""
-        names = {name for name in (*dict(self.files.expected), *self.files.merged) if companion_kind(name) in kinds}
-        return any(_bytes(self.first / name) != _bytes(self.second / name) for name in names)
-
-    # --- config and generation ---------------------------------------------------------------------------------------
-
-    def _generation(self, names: set[str], loaded: dict[str, Any]) -> tuple[Any, Any] | None:
-        """What generate() uses of both; None if neither has settings of its own."""
-        name = "generation_config.json"
-        if name not in names:
-            return None
-        try:
-            settings = _generation(self.first, self.expected)
-        except Exception:  # the base's own file cannot be read: only the same bytes are equal to it
-            return None
-        loaded[name] = settings.to_dict()
+    def _generation(self) -> dict[str, tuple[Any, Any]]:
+        """What generate() uses of both. If the base's own file does not load, only the same bytes are equal to it."""
         with contextlib.suppress(Exception):
-            settings.save_pretrained(self.written)
-        try:
-            return loaded[name], _generation(self.second, self.actual).to_dict()
-        except Exception as error:
-            self._refuse(name, f"does not load: {_words(error)}")
-            return None
-
-    def _loaded(self, file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-        """Compare what transformers has loaded. The dtype and the class are those of the file."""
-        old, new = _flat(first), _flat(second)
-        for key in sorted(old.keys() | new.keys()):
-            if {key[-1]} & {"dtype", "architectures", "_name_or_path", "transformers_version"}:
-                continue
-            before, after = old.get(key), new.get(key)
-            if not same(before, after):
-                self._judge(Change(file=file, key=key, expected=before, actual=after, whole=second, is_loaded=True))
+            settings = _generation(self.first, self.expected)
+            with contextlib.suppress(Exception):
+                settings.save_pretrained(self.written)
+            try:
+                return {_GENERATION: (settings.to_dict(), _generation(self.second, self.actual).to_dict())}
+            except Exception as error:
+                self._refuse(_GENERATION, f"does not load: {_words(error)}")
+        return {}
 
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> None:
-        path, expected = self.second / name, self.first / name
-        if _bytes(path) == _bytes(expected) and name != "config.json":  # the adapter may need another class
+        path = self.second / name
+        if _bytes(path) == _bytes(self.first / name) and name != _CONFIG:  # the adapter may need another class
             return
-        if _bytes(path) == _bytes(self.written / name):
+        lines = _derived(name, self.loaded.get(_TOKENIZER))
+        if _bytes(path) == _bytes(self.written / name) or (lines and lines == _lines(path)):
             self.read.append(name)
         elif name.endswith(".json"):
             self._json(name)
-        elif (lines := _derived(name, self.expectation.loaded.get("tokenizer.json"))) and lines == _lines(path):
-            self.read.append(name)
 
     def _json(self, name: str) -> None:
-        value, problem = _parsed(self.second / name)
+        value, problem = _parsed(path := self.second / name)
         old, _ = _parsed(self.first / name)
+        if old is None and name not in self.expectation.written and name not in self.loaded:
+            return
+        self.read.append(name)
         if problem:
             self._refuse(name, problem)
-            self.read.append(name)
             return
-        if old is None and name not in self.expectation.written and name not in self.expectation.loaded:
-            return
-        if old is None and name == "vocab.json":
-            old = self.expectation.loaded[name]
-        if name == "config.json":
-            old = {**(old or {}), "architectures": self.expectation.loaded[name]["architectures"]}
-        is_canonical = name == "tokenizer.json" and self._canonical()
+        if name == _CONFIG:
+            old = {**(old or {}), "architectures": self.loaded[name]["architectures"]}
+        elif name == "vocab.json" and old is None:
+            old = self.loaded[name]
         tokens = self.expectation.added_tokens
-        first, second = (_flat(_normal(one, tokens, name)) for one in (old or {}, value))
-        if name == "tokenizer_config.json":  # compared as texts
-            first, second = (
-                {key: one for key, one in part.items() if key != ("chat_template",)} for part in (first, second)
-            )
+        first, second = (flat(_normal(one, tokens, name)) for one in (old or {}, value))
+        if name == _TOKENIZER and (forms := _forms(self.first, self.written)):
+            actual = canonical(path)
+            if actual is None:
+                self._refuse(name, "does not load with the library `tokenizers`")
+            elif not any(same(actual, form) for form in forms):
+                self._compare(name, flat(forms[0]), flat(actual), whole=actual, is_loaded=True)
+            first = {key: one for key, one in first.items() if key in second}  # that form has every key
+        self._compare(name, first, second, whole=value)
+
+    def _compare(
+        self, name: str, first: Mapping[Any, Any], second: Mapping[Any, Any], *, whole: Any, is_loaded: bool = False
+    ) -> None:
+        """Judge each key whose value differs. A chat template is compared as a text, elsewhere."""
         for key in sorted(first.keys() | second.keys()):
-            before, after = first.get(key, ABSENT), second.get(key, ABSENT)
-            if not same(before, after) and not (is_canonical and after is ABSENT):
-                self._judge(Change(file=name, key=key, expected=before, actual=after, whole=value))
-        self.read.append(name)
-
-    def _canonical(self) -> bool:
-        """Compare tokenizer.json in its canonical form with that of the expected file, or of what transformers writes.
-
-        False if neither has one: the expected file does not load.
-        """
-        places = [place / "tokenizer.json" for place in (self.first, self.written)]
-        forms = [form for place in places if (form := canonical(place)) is not None]
-        actual = canonical(self.second / "tokenizer.json")
-        if not forms:
-            return False
-        if actual is None:
-            self._refuse("tokenizer.json", "does not load with the library `tokenizers`")
-        elif not any(same(actual, form) for form in forms):
-            first, second = _flat(forms[0]), _flat(actual)
-            for key in sorted(first.keys() | second.keys()):
-                if not same(first.get(key, ABSENT), second.get(key, ABSENT)):
-                    self._add("tokenizer.json", key, first.get(key, ABSENT), second.get(key, ABSENT))
-        return True
+            old, new = first.get(key, ABSENT), second.get(key, ABSENT)
+            if not same(old, new) and (name, key) != ("tokenizer_config.json", ("chat_template",)):
+                change = Change(file=name, key=key, expected=old, actual=new, whole=whole, is_loaded=is_loaded)
+                row = expected_by(change, self.expectation)
+                self._add(name, ".".join(key), old, new, row.shown if row is not None else "")
 
     # --- the tokenizer -----------------------------------------------------------------------------------------------
 
-    def _tokenizers(self, loaded: dict[str, Any]) -> None:
-        """Load both, compare them, and have transformers write the expected one again."""
-        first, second = _tokenizer(self.first), _Tokenizer()
+    def _tokenizers(self) -> None:
+        """Load both, compare them, and have transformers write the expected files again."""
+        own, problem = _tokenizer(self.first)
+        other, why = None, ""
         if any(companion_kind(name) is Companion.TOKENIZER for name in self.files.merged):
-            second = _tokenizer(self.second)
-            self._meaning(first, second)
-        if (own := first.loaded) is not None:
-            with contextlib.suppress(Exception):
-                own.save_pretrained(self.written)
-            self._processors()
-            tokens = {
-                str(one.content): one.__getstate__() | {"id": number}
-                for number, one in own.added_tokens_decoder.items()
-            }
-            config, _ = _parsed(self.second / "tokenizer_config.json")
-            loaded["tokenizer_config.json"] = {
-                key: one for key in config or () if (one := getattr(own, key, ABSENT)) is not ABSENT and _is_plain(one)
-            }
-            loaded["special_tokens_map.json"] = {
-                **own.special_tokens_map,
-                "extra_special_tokens": list(getattr(own, "extra_special_tokens", ())),
-            }
-            loaded["added_tokens.json"] = {content: one["id"] for content, one in tokens.items()}
-            if (form := canonical(self.first / "tokenizer.json")) is not None:
-                loaded["tokenizer.json"] = form
-                if isinstance(form["model"].get("vocab"), dict):
-                    loaded["vocab.json"] = form["model"]["vocab"]
-            names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            self.expectation = replace(
-                self.expectation,
-                token_ids={name: getattr(own, name, None) for name in names},
-                added_tokens=tokens,
-                same_class=type(own) is type(second.loaded),
-                has_own_tokenizer=self.files.has_own_tokenizer,
-            )
+            other, why = _tokenizer(self.second)
+            if own is not None and other is not None:
+                texts = _texts(own)
+                actual = _properties(other, texts)
+                for name, value in _properties(own, texts).items():
+                    if not same(value, actual[name]):
+                        self._add("tokenizer", name, *_first_difference(value, actual[name]))
+            elif problem != why:
+                self._refuse("tokenizer", f"does not load ({why})" if why else "loads, unlike the expected one")
+        if own is None:
+            return
+        self._write(own)
+        tokens = {
+            str(one.content): one.__getstate__() | {"id": number} for number, one in own.added_tokens_decoder.items()
+        }
+        config = _parsed(self.second / "tokenizer_config.json")[0] or {}
+        self.loaded |= {
+            "tokenizer_config.json": {
+                key: one for key in config if isinstance(one := getattr(own, key, None), str | int | float | bool)
+            },
+            "special_tokens_map.json": {**own.special_tokens_map, "extra_special_tokens": own.extra_special_tokens},
+            "added_tokens.json": {content: one["id"] for content, one in tokens.items()},
+        }
+        if forms := _forms(self.first):
+            vocab = forms[0]["model"].get("vocab")
+            self.loaded |= {_TOKENIZER: forms[0]} | ({"vocab.json": vocab} if isinstance(vocab, dict) else {})
+        self.expectation = replace(
+            self.expectation,
+            token_ids={name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            added_tokens=tokens,
+            same_class=type(own) is type(other),
+            has_own_tokenizer=self.files.has_own_tokenizer,
+        )
 
-    def _processors(self) -> None:
+    def _write(self, tokenizer: Any) -> None:
         import transformers  # noqa: PLC0415 - its classes are loaded on demand
 
+        with contextlib.suppress(Exception):
+            tokenizer.save_pretrained(self.written)
         if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
             for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
                 with contextlib.suppress(Exception):
                     own = getattr(transformers, name).from_pretrained(str(self.first), trust_remote_code=False)
                     own.save_pretrained(str(self.written))
 
-    def _meaning(self, first: _Tokenizer, second: _Tokenizer) -> None:
-        """Compare both tokenizers as they are loaded. If both fail in the same way, only the same bytes are equal."""
-        if first.loaded is None or second.loaded is None:
-            if first.problem != second.problem:
-                self._refuse(
-                    "tokenizer",
-                    f"does not load ({second.problem})" if second.problem else "loads, unlike the expected one",
-                )
-            return
-        texts = _texts(first.loaded)
-        old, new = (_properties(one.loaded, texts) for one in (first, second))
-        for name, value in old.items():
-            if not same(value, new[name]):
-                self._add("tokenizer", (name,), *_first_difference(value, new[name]))
-
     # --- differences -------------------------------------------------------------------------------------------------
-
-    def _judge(self, change: Change) -> None:
-        row = expected_by(change, self.expectation)
-        self._add(change.file, change.key, change.expected, change.actual, row.shown if row is not None else "")
 
     def _refuse(self, file: str, why: str) -> None:
         """The whole file differs. `why` continues a sentence that begins with its name."""
         self.found[file, ""] = SettingDifference(file=file, key="", expected="", actual=quoted(why, 240, ""))
 
-    def _add(self, file: str, key: tuple[str, ...], expected: Any, actual: Any, row: str = "") -> None:
-        name = ".".join(key)
-        if (known := self.found.get((file, name))) is None or known.row:
-            self.found[file, name] = SettingDifference(
-                file=file, key=name[:200], expected=_shown(expected), actual=_shown(actual), row=row
+    def _add(self, file: str, key: str, expected: Any, actual: Any, row: str = "") -> None:
+        if (known := self.found.get((file, key))) is None or known.row:
+            self.found[file, key] = SettingDifference(
+                file=file, key=key[:200] or '""', expected=_shown(expected), actual=_shown(actual), row=row
             )
 
 
 def _generation(folder: Path, config: Any) -> Any:
     from transformers import GenerationConfig  # noqa: PLC0415 - slow
 
-    if (folder / "generation_config.json").exists():
+    if (folder / _GENERATION).exists():
         return GenerationConfig.from_pretrained(str(folder))
     return GenerationConfig.from_model_config(config)
 
 
-def _tokenizer(folder: Path) -> _Tokenizer:
-    """Load a tokenizer, without the code that its files may name."""
+def _tokenizer(folder: Path) -> tuple[Any, str]:
+    """A tokenizer, loaded without the code that its files may name, or why there is none."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow
 
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return _Tokenizer(_without_panic(lambda: AutoTokenizer.from_pretrained(str(folder), **options)))
+        return _without_panic(lambda: AutoTokenizer.from_pretrained(str(folder), **options)), ""
     except Exception as error:
-        return _Tokenizer(problem=_words(error).replace(str(folder), ""))
+        return None, _words(error).replace(str(folder), "")
+
+
+def _forms(*folders: Path) -> list[Any]:
+    """The canonical forms of the files tokenizer.json in these folders."""
+    return [form for folder in folders if (form := canonical(folder / _TOKENIZER)) is not None]
 
 
 def canonical(path: Path) -> Any:
@@ -426,17 +385,6 @@ def _parsed(path: Path) -> tuple[Any, str]:
     return (value, "") if isinstance(value, dict) else (None, "is no JSON object")
 
 
-def _flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The values of an object by their keys, with those of inner objects. `torch_dtype` is the older name of `dtype`."""
-    if not isinstance(value, Mapping) or (not value and key):
-        return {key: value}
-    found: dict[tuple[str, ...], Any] = {}
-    for name, one in value.items():
-        word = "dtype" if name == "torch_dtype" and "dtype" not in value else str(name)
-        found |= _flat(one, (*key, word))
-    return found
-
-
 def _normal(value: Any, tokens: Mapping[str, Mapping[str, Any]], name: str) -> Any:
     """The file with each token as its text, if it has the flags of the added token of this text.
 
@@ -454,13 +402,18 @@ def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:
     if isinstance(value, list):
         return [_text_of(one, tokens) for one in value]
     own = tokens.get(str(value.get("content"))) if isinstance(value, dict) else None
-    if own is None or any(key != "__type" and not same(own.get(key, ABSENT), one) for key, one in value.items()):
+    if (
+        own is None
+        or not value.keys() >= _FLAGS
+        or any(key != "__type" and not same(own.get(key), value[key]) for key in value)
+    ):
         return value
     return value["content"]
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | list | dict | None)
+def _plain(values: Any) -> Any:
+    """The values as JSON has them."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def _shown(value: Any) -> str:
