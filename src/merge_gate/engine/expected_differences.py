@@ -94,7 +94,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 def flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The values of an object by their keys, with those in inner objects. `torch_dtype` is the older name of `dtype`."""
+    """The values of an object and its inner objects, by their keys. `torch_dtype` is the older name of `dtype`."""
     if not isinstance(value, Mapping) or (not value and key):
         return {key: value}
     found: dict[tuple[str, ...], Any] = {}

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ _KINDS_OF_KEYS = {
     "tie_word_embeddings": "tied",
 }
 _LINE_END = re.compile(r"\r\n|\r")
-_ON_DEMAND = {Companion.TOKENIZER: "tokenizer", Companion.PROCESSOR: "processor"}
 
 
 @record
@@ -75,30 +74,21 @@ def expected_files(entry: Entry) -> ExpectedFiles:
     """The files of base and adapter that belong next to the merge, by the rule of a publication."""
     base = _places(entry.base.directory if entry.base is not None else "")
     adapter = _places(entry.files.directory)
-    own = {
-        name: path
-        for name, path in adapter.items()
-        if companion_kind(name) not in {None, Companion.CONFIG, Companion.LICENSE}
-    }
+    own = {name: path for name, path in adapter.items() if companion_kind(name) in _KINDS.keys() - {Companion.CONFIG}}
     settings = _object(own.get("tokenizer_config.json"))
     dropped = replaced(base, own, has_template=bool(settings.get("chat_template")))
-    kept = {name: path for name, path in base.items() if name not in dropped}
-    companions = {name: path for name, path in kept.items() if companion_kind(name) in _KINDS} | own
     return ExpectedFiles(
-        companions=companions,
+        companions={name: base[name] for name in base if companion_kind(name) in _KINDS and name not in dropped} | own,
         others={name: path for name, path in base.items() if companion_kind(name) not in _KINDS},
-        has_own_tokenizer=any(companion_kind(name) is Companion.TOKENIZER for name in dropped & own.keys())
-        or any(companion_kind(name) is Companion.TOKENIZER for name in own),
+        has_own_tokenizer=bool(_of_kind(own, Companion.TOKENIZER)),
     )
 
 
 def settings_files(merged: Snapshot, expected: ExpectedFiles) -> SettingsFiles:
-    """What the worker compares: of the finished model, the companions that can be read."""
-    places = _places(merged.directory)
-    names = (name for name in places if companion_kind(name) in _KINDS and not _refused(places[name]))
+    """What the worker compares: of both, the companions that can be read."""
     return SettingsFiles(
-        expected=tuple((name, str(path)) for name, path in sorted(expected.companions.items()) if not _refused(path)),
-        merged=tuple(sorted(names)),
+        expected=tuple((name, str(path)) for name, path in _readable(expected.companions).items()),
+        merged=tuple(_readable(_places(merged.directory))),
         has_own_tokenizer=expected.has_own_tokenizer,
     )
 
@@ -108,47 +98,39 @@ def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSett
     account = _Account(merged, expected, read)
     account.run()
     for kind, parts in account.odd.items():
-        yield finding(
-            kind, f"{counted(len(parts), 'difference')} in the files next to the weights: {listing(parts, _LISTED)}"
-        )
-    for kind, names, what in (
-        ("stale-shards", account.stale, "of weights that transformers does not load"),
-        (
-            "unexpected-file",
-            account.unexpected,
-            "that neither the base nor the adapter has, and that a program may load",
-        ),
-    ):
-        if names:
-            yield finding(kind, f"{counted(len(names), 'file')} {what}: {listing(names, _LISTED)}")
-    if account.absent:
-        parts = [f"no {what} ({listing(map(_named, names), _LISTED)})" for what, names in account.absent.items()]
-        yield note("tokenizer-differs", f"the directory has {' and '.join(parts)}: the server must supply it")
+        what = f"{counted(len(parts), 'difference')} in the files next to the weights"
+        yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
+    for kind, parts in account.extra.items():
+        what = f"{counted(len(parts), 'file')} that neither the base nor the adapter has, and that a program may load"
+        yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
+    for what, names in account.absent.items():
+        files = listing(map(_named, names), _LISTED)
+        yield note("tokenizer-differs", f"the directory has no {what}: the server must supply it ({files})")
     if account.harmless:
-        named = listing(map(_named, account.harmless), _LISTED)
-        yield note("unexpected-file", f"{counted(len(account.harmless), 'file')} that no loader reads: {named}")
+        files = listing(map(_named, account.harmless), _LISTED)
+        yield note("unexpected-file", f"{counted(len(account.harmless), 'file')} that no loader reads: {files}")
 
 
 class _Account:
-    """The account of one directory."""
+    """The account of one directory: what is odd, by kind, and which files are too many, by kind."""
 
     def __init__(self, merged: Snapshot, expected: ExpectedFiles, read: ReadSettings) -> None:
         self._merged, self._expected, self._read = merged, expected, read
         self._places = _places(merged.directory)
-        self._names = sorted({*self._places, *merged.withheld})
         self.odd: dict[str, list[str]] = defaultdict(list)
-        self.stale: list[str] = []
-        self.unexpected: list[str] = []
-        self.harmless: list[str] = []
+        self.extra: dict[str, list[str]] = defaultdict(list)
         self.absent: dict[str, list[str]] = {}
+        self.harmless: list[str] = []
 
     def run(self) -> None:
-        weights = self._weights()
-        if len(self._names) > MOST_FILES:
-            self.unexpected.append(f"more than {MOST_FILES:,} files")
-        for name in self._names[:MOST_FILES]:
-            if name not in weights:
-                self._file(name)
+        names = sorted({*self._places, *self._merged.withheld} - self._weights())
+        if len(names) > MOST_FILES:
+            self.extra["unexpected-file"].append(f"more than {MOST_FILES:,} files")
+        for name in names[:MOST_FILES]:
+            if companion_kind(name) in _KINDS and name in self._places:
+                self._companion(name, self._places[name])
+            else:
+                self._other(name, self._places.get(name))
         for one in self._read.differences:
             if not one.row:
                 kind = _KINDS_OF_KEYS.get(one.key.rpartition(".")[2]) or _kind_of(one.file)
@@ -157,7 +139,6 @@ class _Account:
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
         self._missing()
         self._templates()
-        self._code()
 
     def _weights(self) -> set[str]:
         """The files that transformers loads, with the index. mlx-lm writes an index of a single file, too."""
@@ -165,122 +146,77 @@ class _Account:
             files = {*loaded_files(self._merged.directory).all_files}
         except ResolveError:  # the findings on the weights say what is wrong
             return set()
-        listed = _object(self._places.get(MODEL_INDEX)).get("weight_map")
-        own = self._merged.base_files
+        listed, own = _object(self._places.get(MODEL_INDEX)).get("weight_map"), self._merged.base_files
         if isinstance(listed, dict) and own is not None and files.issuperset(map(str, listed.values())):
             files |= {MODEL_INDEX} if listed.keys() <= {one.name for one in own.tensors} else set()
         return {os.path.normpath(name) for name in files}
 
-    # --- files that are there ----------------------------------------------------------------------------------------
-
-    def _file(self, name: str) -> None:
-        path, kind = self._places.get(name), companion_kind(name)
-        if kind in _KINDS and path is not None:
-            self._companion(name, path, self._expected.companions.get(name))
-        elif is_harmless(name) or name == MANIFEST_NAME:
-            if path is not None and (why := _refused(path, None)):
-                self.unexpected.append(f"{_named(name)} ({why})")
-            elif name not in {CARD_NAME, MANIFEST_NAME, *self._expected.others}:
-                self.harmless.append(name)
-        elif path is not None and self._is_copy(name, path):
-            pass
-        elif name.endswith(".safetensors") or name.rpartition("/")[2].startswith("pytorch_model"):
-            self.stale.append(_named(name))
-        else:
-            self.unexpected.append(f"{_named(name)}{self._why(name, path)}")
-
-    def _companion(self, name: str, path: Path, expected: Path | None) -> None:
-        kind = companion_kind(name)
-        why = _refused(path)
-        if not why and expected is not None and _same_bytes(path, expected):
-            return
-        if why:
+    def _companion(self, name: str, path: Path) -> None:
+        expected = self._expected.companions.get(name)
+        if why := _refused(path):
             self.odd[_kind_of(name)].append(f"{_named(name)} cannot be read: {why}")
-        elif name not in self._read.read and kind is not Companion.TEMPLATE:
+        elif expected is not None and _same_bytes(path, expected):
+            return
+        elif name not in self._read.read and companion_kind(name) is not Companion.TEMPLATE:
             if expected is None:
-                self.unexpected.append(_named(name))
+                self.extra["unexpected-file"].append(_named(name))
             else:
                 self.odd[_kind_of(name)].append(f"{_named(name)} has other bytes")
 
-    def _is_copy(self, name: str, path: Path) -> bool:
-        """Whether the base has the same file. Weights in a folder must be those of a module that modules.json names."""
+    def _other(self, name: str, path: Path | None) -> None:
         of_base = self._expected.others.get(name)
         is_module = name.endswith(".safetensors") and name.rpartition("/")[0] in self._modules()
-        return of_base is not None and (is_carried(name) or is_module) and _same_bytes(path, of_base)
+        why = "not fetched" if path is None else _refused(path, None)
+        if (is_harmless(name) or name == MANIFEST_NAME) and (path is None or not why):
+            self.harmless += [name] if of_base is None and name not in {CARD_NAME, MANIFEST_NAME} else []
+        elif not (of_base and path and (is_carried(name) or is_module) and _same_bytes(path, of_base)):
+            if of_base is not None and not why:
+                why = "other bytes than the base's" if is_carried(name) else "weights of the base, which are not merged"
+            is_stale = name.endswith(".safetensors") or name.rpartition("/")[2].startswith("pytorch_model")
+            self.extra["stale-shards" if is_stale else "unexpected-file"].append(_named(name) + f" ({why})" * bool(why))
 
     def _modules(self) -> set[str]:
+        """The folders that modules.json of sentence-transformers names."""
         try:
-            listed = json.loads(_text(self._places.get("modules.json")) or "")
-        except (ValueError, RecursionError):
+            listed = json.loads(_text(self._places.get("modules.json")) or "[]")
+            return {str(one["path"]) for one in listed if one["path"]}
+        except (ValueError, TypeError, KeyError, RecursionError):
             return set()
-        return (
-            {str(one["path"]) for one in listed if isinstance(one, dict) and one.get("path")}
-            if isinstance(listed, list)
-            else set()
-        )
-
-    def _why(self, name: str, path: Path | None) -> str:
-        of_base = self._expected.others.get(name)
-        if path is None:
-            return " (not fetched)"
-        if of_base is None:
-            return f" ({why})" if (why := _refused(path, None)) else ""
-        return " (other bytes than the base's)" if is_carried(name) else " (weights of the base, which are not merged)"
-
-    # --- files that are not there ------------------------------------------------------------------------------------
 
     def _missing(self) -> None:
-        for kind, what in _ON_DEMAND.items():
-            expected = sorted(name for name in self._expected.companions if companion_kind(name) is kind)
-            actual = [name for name in self._places if companion_kind(name) is kind]
+        """A model without any tokenizer needs that of its server; one with half of it is wrong.
+
+        A file that transformers does not write may be absent. Code that a configuration names must be there.
+        """
+        for kind in (Companion.TOKENIZER, Companion.PROCESSOR):
+            expected, actual = _of_kind(self._expected.companions, kind), _of_kind(self._places, kind)
+            written = _of_kind(self._read.written, kind) or expected
             if expected and not actual:
-                self.absent[what] = expected
+                self.absent[str(kind)] = sorted(expected)
                 continue
-            written = {name for name in self._read.written if companion_kind(name) is kind}
-            for name in expected:
-                if name not in actual and (name in written or not written):
-                    self.odd[_KINDS[kind]].append(f"{_named(name)} is missing")
-
-    def _code(self) -> None:
-        """A directory that names code has all of the base's code: what it has was compared."""
-        configs = (path for name, path in self._places.items() if name.endswith("config.json") and "/" not in name)
-        if any('"auto_map"' in (_text(path) or "") for path in configs):
-            lost = [name for name in self._expected.others if name.endswith(".py") and name not in self._names]
-            self.odd["config-differs"] += [f"{_named(name)} is missing, and auto_map names code" for name in lost]
-        if not self.odd["config-differs"]:
-            del self.odd["config-differs"]
-
-    # --- the chat template -------------------------------------------------------------------------------------------
+            for name in sorted((expected & written) - actual):
+                self.odd[_KINDS[kind]].append(f"{_named(name)} is missing")
+        if any(name.endswith("config.json") and "auto_map" in _object(path) for name, path in self._places.items()):
+            for name in self._expected.others:
+                if name.endswith(".py") and name not in {*self._places, *self._merged.withheld}:
+                    self.odd["config-differs"].append(f"{_named(name)} is missing, and auto_map names code")
 
     def _templates(self) -> None:
         """Each place of the directory has the expected text, and so has what transformers takes."""
-        companions = self._expected.companions
-        expected, actual = (
-            _templates({name: path for name, path in places.items() if not _refused(path)})
-            for places in (companions, self._places)
-        )
-        if "tokenizer" in self.absent and not any(actual.values()):
+        expected, actual = (_templates(_readable(files)) for files in (self._expected.companions, self._places))
+        if Companion.TOKENIZER in self.absent and not any(actual.values()):
             return
-        texts = defaultdict(set)
-        for of_place in (*expected.values(), *(_used(expected, fallback) for fallback in _FALLBACKS)):
-            for name, text in of_place.items():
-                texts[name].add(text)
-        used = [_used(expected, fallback) for fallback in _FALLBACKS]
+        used = [(_used(expected, fallback), _used(actual, fallback)) for fallback in _FALLBACKS]
         odd: set[str] = set()
-        for place, of_place in actual.items():
-            for name, text in of_place.items():
-                allowed = {one[name] for one in used if name in one} | {expected.get(place, {}).get(name)}
+        for place, texts in actual.items():
+            for name, text in texts.items():
+                allowed = {before.get(name) for before, _ in used} | {expected.get(place, {}).get(name)}
                 if text not in allowed:
                     odd.add(f"the text {quoted(name, 60)} in {quoted(place, 120)}{_position(text, allowed)}")
-        for fallback, before in zip(_FALLBACKS, used, strict=True):
-            after = _used(actual, fallback)
-            lost = [name for name in before if name not in after]
-            odd |= {f"the template {quoted(name, 60)} is missing" for name in lost}
-            odd |= {f"the template {quoted(name, 60)}, expected none" for name in after if name not in before}
-            if not lost and before != after and after.keys() == before.keys():
-                odd |= {
-                    f"the template {quoted(name, 60)} has another text" for name in after if after[name] != before[name]
-                }
+        for before, after in used:
+            odd |= {f"the template {quoted(name, 60)} is missing" for name in before.keys() - after.keys()}
+            changed = {name for name in after if after[name] != before.get(name)}
+            odd |= {f"the template {quoted(name, 60)} is another one" for name in changed}
         if odd:
             self.odd["chat-template-differs"] += sorted(odd)
 
@@ -299,30 +235,21 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
             found[name] = {key: f"\0{name} is not UTF-8" if text is None else text}
         elif name in _FALLBACKS:
             value = _object(path).get("chat_template")
-            listed = (
-                [(one.get("name"), one.get("template")) for one in value if isinstance(one, dict)]
-                if isinstance(value, list)
-                else []
-            )
-            pairs = (
-                [("default", value)]
-                if isinstance(value, str)
-                else list(value.items())
-                if isinstance(value, dict)
-                else listed
-            )
-            found[name] = {str(key): str(text) for key, text in pairs}
+            if isinstance(value, list):
+                value = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
+            named = value if isinstance(value, dict) else {"default": value} if value is not None else {}
+            found[name] = {str(key): str(text) for key, text in named.items()}
     return {place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in found.items()}
 
 
 def _used(templates: Mapping[str, Mapping[str, str]], fallback: str) -> dict[str, str]:
-    """The templates that transformers takes: from the files of their own, or else from the fallback."""
-    of_files = {
-        key: text for place, texts in templates.items() if place.endswith(".jinja") for key, text in texts.items()
-    }
-    if len(of_files) > 1 and "default" in of_files:  # a file of this name in the folder comes last
-        of_files |= templates.get("additional_chat_templates/default.jinja", {})
-    return of_files or dict(templates.get(fallback, {})) or dict(templates.get(_FALLBACKS[0], {}))
+    """The templates that transformers takes: from the files of their own, or else from the fallback.
+
+    A file in the folder replaces a template of the same name.
+    """
+    files = sorted((place.count("/"), place) for place in templates if place.endswith(".jinja"))
+    texts = {name: text for _, place in files for name, text in templates[place].items()}
+    return texts or dict(templates.get(fallback, {})) or dict(templates.get(_FALLBACKS[0], {}))
 
 
 def _position(text: str, allowed: set[str | None]) -> str:
@@ -343,33 +270,42 @@ def _named(name: str) -> str:
 
 
 def _kind_of(name: str) -> str:
-    kind = companion_kind(name)
-    return _KINDS.get(kind, "tokenizer-differs") if kind is not None else "tokenizer-differs"
+    return _KINDS.get(companion_kind(name) or Companion.TOKENIZER, "tokenizer-differs")
+
+
+def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
+    return {name for name in names if companion_kind(name) is kind}
+
+
+def _readable(places: Mapping[str, Path]) -> dict[str, Path]:
+    return {
+        name: path for name, path in sorted(places.items()) if companion_kind(name) in _KINDS and not _refused(path)
+    }
 
 
 def _places(directory: str) -> dict[str, Path]:
-    """The files in and below a directory. No link to another directory is followed, and .git/ is one place."""
-    found: dict[str, Path] = {}
-    if not directory:
-        return found
-    for place, folders, names in os.walk(directory):
+    """The files in and below a directory. No link to another directory is followed, and .git/ is one place.
+
+    A folder that cannot be read is a place, too.
+    """
+    paths: list[Path] = []
+    errors: list[OSError] = []
+    for place, folders, names in os.walk(directory, onerror=errors.append):
         here = Path(place)
-        is_top = here == Path(directory)
-        links = [name for name in folders if (here / name).is_symlink()]
-        for name in (*names, *links):
-            found[(here / name).relative_to(directory).as_posix()] = here / name
-        if is_top and ".git" in folders:
+        paths += [here / name for name in (*names, *(one for one in folders if (here / one).is_symlink()))]
+        if here == Path(directory) and ".git" in folders:
             folders.remove(".git")
-            found[".git/"] = here / ".git"
-        folders.sort()
-        if len(found) > 2 * MOST_FILES:
+            paths.append(here / ".git")
+        if len(paths) > 2 * MOST_FILES:
             break
-    return found
+    paths += [Path(error.filename) for error in errors]
+    found = {path.relative_to(directory).as_posix(): path for path in paths if path != Path(directory)}
+    return {".git/" if name == ".git" and path.is_dir() else name: path for name, path in found.items()}
 
 
 def _refused(path: Path, limit_bytes: int | None = MOST_BYTES) -> str:
     """Why a file cannot be read, or has more bytes than are read; empty if it can."""
-    if path.name == ".git":
+    if path.name == ".git" and path.is_dir() and not path.is_symlink():
         return ""
     try:
         with open_regular_file(path, follow=True) as file:
