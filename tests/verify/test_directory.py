@@ -27,8 +27,6 @@ from tests.support.verify.accounting import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Change = "Callable[[Path], object]"
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -464,7 +462,7 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
         edited(SETTINGS, clean_up_tokenization_spaces=True),
         _COPIED,
     ),
-    "config.json, generation_config.json: a key that is left out": (
+    "config.json, generation_config.json, tokenizer.json: a key that is left out": (
         edited(CONFIG, mlp_bias=...),
         edited(CONFIG, max_position_embeddings=...),
         _COPIED,

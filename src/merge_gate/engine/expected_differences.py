@@ -50,7 +50,7 @@ class Expectation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class KeyChange:
     """A key whose value differs. `is_loaded`: it is the value after transformers has loaded the file."""
 
     file: str
@@ -77,7 +77,7 @@ class ExpectedDifference:
     key: str
     writer: str
     reason: str
-    condition: Callable[[Change, Expectation], bool]
+    condition: Callable[[KeyChange, Expectation], bool]
 
 
 def same(first: Any, second: Any) -> bool:
@@ -104,7 +104,7 @@ def flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     return found
 
 
-def expected_by(change: Change, expectation: Expectation) -> ExpectedDifference | None:
+def expected_by(change: KeyChange, expectation: Expectation) -> ExpectedDifference | None:
     """The row that expects a difference."""
     key = ".".join(change.key)
     for row in ROWS:
@@ -117,7 +117,7 @@ def expected_by(change: Change, expectation: Expectation) -> ExpectedDifference 
 # --- conditions ------------------------------------------------------------------------------------------------------
 
 
-def _is_written(change: Change, expectation: Expectation) -> bool:
+def _is_written(change: KeyChange, expectation: Expectation) -> bool:
     """A key of a processor that is left out must be spelled otherwise: nothing else shows what it means."""
     written = expectation.written.get(change.file)
     if written is None or change.is_loaded or not change.has(written):
@@ -126,45 +126,45 @@ def _is_written(change: Change, expectation: Expectation) -> bool:
     return not is_left_out or flat(written).keys() <= flat(change.whole).keys()
 
 
-def _is_default(change: Change, expectation: Expectation) -> bool:
+def _is_default(change: KeyChange, expectation: Expectation) -> bool:
     is_there = change.actual is not ABSENT and not change.is_loaded
     return is_there and change.has(expectation.loaded.get(change.file, {}))
 
 
-def _is_left_out(change: Change, _: Expectation) -> bool:
-    """What transformers loads is compared as well, except the dtype and the class."""
-    is_absent = change.actual is ABSENT and not change.is_loaded
+def _is_left_out(change: KeyChange, expectation: Expectation) -> bool:
+    """What is loaded is compared as well, except the dtype and the class."""
+    is_absent = change.actual is ABSENT and not change.is_loaded and change.file in expectation.loaded
     return is_absent and not {*change.key} & {"dtype", "architectures", "auto_map", "custom_pipelines"}
 
 
-def _is_nothing(change: Change, _: Expectation) -> bool:
+def _is_nothing(change: KeyChange, _: Expectation) -> bool:
     return not change.is_loaded and {repr(change.expected), repr(change.actual)} <= {"absent", "None"}
 
 
-def _is_text(change: Change, _: Expectation) -> bool:
+def _is_text(change: KeyChange, _: Expectation) -> bool:
     return change.actual is ABSENT or isinstance(change.actual, str | None)
 
 
-def _is_flag(change: Change, _: Expectation) -> bool:
+def _is_flag(change: KeyChange, _: Expectation) -> bool:
     return change.actual is ABSENT or isinstance(change.actual, bool)
 
 
-def _is_resized(change: Change, expectation: Expectation) -> bool:
+def _is_resized(change: KeyChange, expectation: Expectation) -> bool:
     return (change.expected, change.actual) in expectation.resized
 
 
-def _is_same_dtype(change: Change, _: Expectation) -> bool:
+def _is_same_dtype(change: KeyChange, _: Expectation) -> bool:
     whole = change.whole if isinstance(change.whole, Mapping) else {}
     is_inner = len(change.key) > 1 and change.expected is ABSENT
     return is_inner and same(change.actual, whole.get("dtype", whole.get("torch_dtype")))
 
 
-def _is_of_tokenizer(change: Change, expectation: Expectation) -> bool:
+def _is_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
     number = expectation.token_ids.get(change.key[-1])
     return number is not None and same(change.actual, number) and change.expected in (ABSENT, None)
 
 
-def _is_pad_of_tokenizer(change: Change, expectation: Expectation) -> bool:
+def _is_pad_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
     number = expectation.token_ids.get("pad_token_id")
     return number is not None and same(change.actual, number)
 
@@ -174,7 +174,7 @@ def _stops(value: Any) -> frozenset[int] | None:
     return frozenset(values) if all(type(one) is int for one in values) else None
 
 
-def _are_same_stops(change: Change, expectation: Expectation) -> bool:
+def _are_same_stops(change: KeyChange, expectation: Expectation) -> bool:
     """The same ids, or also that of the adapter's own end token."""
     old, new = _stops(change.expected), _stops(change.actual)
     if old is None or new is None:
@@ -183,7 +183,7 @@ def _are_same_stops(change: Change, expectation: Expectation) -> bool:
     return old == new or (old <= new and new - old == {own})
 
 
-def _is_of_a_new_head(change: Change, expectation: Expectation) -> bool:
+def _is_of_a_new_head(change: KeyChange, expectation: Expectation) -> bool:
     """The names of labels that only the training knew: both directions agree."""
     whole = change.whole if isinstance(change.whole, Mapping) else {}
     names, numbers = whole.get("id2label"), whole.get("label2id")
@@ -192,19 +192,19 @@ def _is_of_a_new_head(change: Change, expectation: Expectation) -> bool:
     return {str(name): str(key) for key, name in names.items()} == {key: str(one) for key, one in numbers.items()}
 
 
-def _is_derived_problem(change: Change, _: Expectation) -> bool:
+def _is_derived_problem(change: KeyChange, _: Expectation) -> bool:
     return change.expected in (ABSENT, None) and change.actual == "single_label_classification"
 
 
-def _is_own_class(change: Change, expectation: Expectation) -> bool:
+def _is_own_class(change: KeyChange, expectation: Expectation) -> bool:
     return any(same(change.actual, one) for one in expectation.architectures)
 
 
-def _is_removed(change: Change, _: Expectation) -> bool:
+def _is_removed(change: KeyChange, _: Expectation) -> bool:
     return change.actual is ABSENT or change.actual is None
 
 
-def _is_added_token(change: Change, expectation: Expectation) -> bool:
+def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
     """An entry of `added_tokens_decoder`, which repeats the tokenizer's own added token."""
     decoder = change.whole.get("added_tokens_decoder") if isinstance(change.whole, Mapping) else None
     entry = decoder.get(change.key[1]) if isinstance(decoder, Mapping) and len(change.key) > 1 else None
@@ -214,22 +214,22 @@ def _is_added_token(change: Change, expectation: Expectation) -> bool:
     return isinstance(entry, Mapping) and same(dict(entry) | {"id": own["id"]}, dict(own))
 
 
-def _is_older_rope(change: Change, _: Expectation) -> bool:
+def _is_older_rope(change: KeyChange, _: Expectation) -> bool:
     place = change.whole
     for part in change.key[: -1 if change.key[-1] == "rope_theta" else change.key.index("rope_scaling")]:
         place = place.get(part, {}) if isinstance(place, Mapping) else {}
     return not change.is_loaded and isinstance(place, Mapping) and "rope_parameters" not in place
 
 
-def _is_untied(change: Change, expectation: Expectation) -> bool:
+def _is_untied(change: KeyChange, expectation: Expectation) -> bool:
     return expectation.is_untied and change.actual is False
 
 
-def _is_same_class(change: Change, expectation: Expectation) -> bool:
+def _is_same_class(change: KeyChange, expectation: Expectation) -> bool:
     return expectation.same_class and isinstance(change.actual, str)
 
 
-def _is_provenance(change: Change, _: Expectation) -> bool:
+def _is_provenance(change: KeyChange, _: Expectation) -> bool:
     return change.actual is ABSENT or change.actual == "tokenizers" or type(change.actual) is bool
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.companion_names import Companion, companion_kind
-from merge_gate.engine.expected_differences import ABSENT, Change, Expectation, expected_by, flat, same
+from merge_gate.engine.expected_differences import ABSENT, Expectation, KeyChange, expected_by, flat, same
 from merge_gate.records.comparison import ReadSettings, SettingDifference, SettingsFiles
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import quoted
@@ -197,7 +197,6 @@ class _Reading:
                 self._refuse(name, "does not load with the library `tokenizers`")
             elif not any(same(actual, form) for form in forms):
                 self._compare(name, flat(forms[0]), flat(actual), whole=actual, is_loaded=True)
-            first = {key: one for key, one in first.items() if key in second}  # that form has every key
         self._compare(name, first, second, whole=value)
 
     def _compare(
@@ -207,7 +206,7 @@ class _Reading:
         for key in sorted(first.keys() | second.keys()):
             old, new = first.get(key, ABSENT), second.get(key, ABSENT)
             if not same(old, new) and (name, key) != ("tokenizer_config.json", ("chat_template",)):
-                change = Change(file=name, key=key, expected=old, actual=new, whole=whole, is_loaded=is_loaded)
+                change = KeyChange(file=name, key=key, expected=old, actual=new, whole=whole, is_loaded=is_loaded)
                 row = expected_by(change, self.expectation)
                 self._add(name, ".".join(key), old, new, row.shown if row is not None else "")
 
@@ -367,7 +366,7 @@ def _lines(path: Path) -> list[str] | None:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except ValueError:
         return None
-    return [line for number, line in enumerate(lines) if not (number == 0 and line.startswith("#version")) and line]
+    return [line for number, line in enumerate(lines) if line and (number, line) != (0, "#version: 0.2")]
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -156,7 +156,7 @@ _ROWS = (
     ),
     AnswerKind(
         id="unexpected-file",
-        phrase="has files that neither the base nor the adapter has",
+        phrase="has unexpected files",
         summary="The directory has files that programs may load as weights, code, tokenizer, template, or settings.",
         hint="remove these files, and verify again",
     ),

@@ -101,7 +101,7 @@ def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSett
         what = f"{counted(len(parts), 'difference')} in the files next to the weights"
         yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
     for kind, parts in account.extra.items():
-        what = f"{counted(len(parts), 'file')} that neither the base nor the adapter has, and that a program may load"
+        what = f"{counted(len(parts), 'file')} that a program may load, and that is not expected"
         yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
     for what, names in account.absent.items():
         files = listing(map(_named, names), _LISTED)

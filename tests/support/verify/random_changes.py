@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.companion_names import is_harmless
+from merge_gate.engine.expected_differences import same
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.terms import Severity
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
@@ -36,7 +37,8 @@ STEMS = (
 )  # fmt: skip
 ENDINGS = (
     "", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".gguf", ".msgpack", ".safetensors", ".py", ".json", ".txt",
-    ".model", ".jinja", ".md", ".png", ".log", ".yml", ".yaml", ".npz", ".pkl", ".so", ".sh", ".index.json", ".zip", ".tgz", ".ot", ".tflite", ".BIN", ".Json",
+    ".model", ".jinja", ".md", ".png", ".log", ".yml", ".yaml", ".npz", ".pkl", ".so", ".sh", ".index.json",
+    ".zip", ".tgz", ".ot", ".tflite", ".BIN", ".Json",
 )  # fmt: skip
 FOLDERS = (
     "", "", "", "sub/", "additional_chat_templates/", "custom_generate/", "original/", ".cache/", "onnx/", "1_Pooling/",
@@ -95,13 +97,9 @@ def _is_named(place: Place, name: str, before: bytes | None, seen: ReadSettings 
     of_base = place.base / name
     equal = {before, of_base.read_bytes() if of_base.exists() else None} - {None}
     after = _value((place.merged / name).read_bytes())
-    if after is not None and any(_text(_value(one)) == _text(after) for one in equal):
+    if after is not None and any(same(_value(one), after) for one in equal):
         return True
     return seen is not None and any(one.row and one.file == name for one in seen.differences)
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 def _value(content: Any) -> Any:
