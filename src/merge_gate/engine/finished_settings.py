@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.engine.expected_differences import ABSENT, Expectation, KeyChange, expected_by, flat, same
@@ -27,6 +27,8 @@ from merge_gate.records.comparison import ReadSettings, SettingDifference, Setti
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import quoted
 from merge_gate.time_limit import within
+
+T = TypeVar("T")
 
 LIMIT_S = 120.0
 """How long reading both tokenizers may take. A large one takes seconds."""
@@ -86,7 +88,7 @@ def read_settings(
         )
 
 
-def _without_panic(function: Callable[[], Any]) -> Any:
+def _without_panic(function: Callable[[], T]) -> T:
     """The result. A panic of the library `tokenizers` is no `Exception`, and becomes one."""
     try:
         return function()
