@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all attempts lint e2e bench fuzz mutants coverage publish-kills publish-layouts tensor-maps schemas pictures docs \
+.PHONY: demo test test-all attempts lint e2e bench fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps schemas pictures docs \
 	clean help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
 	@echo "make publish-kills 200 kills while models are published (ten minutes)"
 	@echo "make publish-layouts a published change of every model type with converted tensors (ten minutes)"
+	@echo "make verify-changes 10,000 random changes of a published directory, which verify must name (half an hour)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
 	@echo "make schemas writes again what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
@@ -120,12 +121,15 @@ publish-kills: $(STAMPS)/test
 publish-layouts: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.publish_layouts --write
 
+verify-changes: $(STAMPS)/test
+	$(BIN)/python -m tests.tools.verify_changes 10000
+
 tensor-maps: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.tensor_maps --write
 
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test
-	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is or table_of_policies or table_of_the_models or stored_explanations or copy_of_them or table_of_the_kinds or the_reference_of" \
+	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is or table_of_policies or table_of_the_models or stored_explanations or copy_of_them or table_of_the_kinds or table_of_the_expected or the_reference_of" \
 		tests/config tests/report/test_docs.py tests/report/test_json_report.py tests/test_docs.py tests/test_reference.py tests/verify/test_docs.py
 
 # The pictures of README.md and docs/, from a real run; Chromium comes from .ci/install-e2e.sh.

@@ -1,4 +1,4 @@
-"""The names of the files that a published model may have next to its weights: the allow-list, and what each file is.
+"""The names of the files that a model may have next to its weights: what each file is, and which ones no loader reads.
 
 In: the name of a file, relative to its directory. Out: its kind, or None for a file that is not published.
 """
@@ -41,3 +41,26 @@ _PATTERNS = {kind: re.compile(pattern, re.ASCII) for kind, pattern in _NAMES.ite
 def companion_kind(name: str) -> Companion | None:
     """What the file is for; None if a file of this name is not published."""
     return next((kind for kind, pattern in _PATTERNS.items() if pattern.fullmatch(name)), None)
+
+
+_HARMLESS = re.compile(
+    r"(.*/)?(readme|[^/]+\.(md|rst|pdf|html|txt|log|png|jpe?g|gif|svg|webp)|\.git(attributes|ignore)|\.ds_store)"
+    r"|mergekit_config\.yml|\.git/|\.cache/huggingface/(cachedir\.tag|download/([^/]+/)*[^/]+\.(metadata|lock))",
+    re.ASCII | re.IGNORECASE,
+)
+_TEXTS = re.compile(r".+\.(json|py|txt|jinja|ya?ml|toml|model|spm|tiktoken|csv)", re.ASCII)
+_OF_WEIGHTS = re.compile(r"(.*/)?(.+\.index\.json|adapter_[^/]*)", re.ASCII | re.IGNORECASE)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether no loader reads the file as weights, code, a tokenizer, a template, or settings."""
+    kind = companion_kind(name.rpartition("/")[2])
+    return kind is Companion.LICENSE or (kind is None and _HARMLESS.fullmatch(name) is not None)
+
+
+def is_carried(name: str) -> bool:
+    """Whether a model may have a copy of this file of its base, of a kind of its own, such as code.
+
+    No file of the base's weights is one: these are the weights of the unmerged model.
+    """
+    return _TEXTS.fullmatch(name) is not None and _OF_WEIGHTS.fullmatch(name) is None

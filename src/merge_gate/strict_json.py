@@ -28,7 +28,11 @@ class InvalidJsonError(Exception):
 
 
 def parse_strictly(
-    raw: bytes, *, integer: Callable[[str], int] = int, other_number: Callable[[str], float] = float
+    raw: bytes,
+    *,
+    integer: Callable[[str], int] = int,
+    other_number: Callable[[str], float] = float,
+    constant: Callable[[str], float] | None = None,
 ) -> Any:
     """The value that the bytes say.
 
@@ -36,6 +40,7 @@ def parse_strictly(
         raw: JSON in UTF-8.
         integer: makes a number of the digits of an integer.
         other_number: makes a number of any other one.
+        constant: makes a number of NaN and Infinity, which are refused without it.
 
     Raises:
         InvalidJsonError: it is not UTF-8 or not JSON, it names a key twice in one object, holds NaN or Infinity, is
@@ -46,7 +51,7 @@ def parse_strictly(
         return json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
+            parse_constant=constant or _refuse_constant,
             parse_int=integer,
             parse_float=other_number,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.cli.dispatch import main
+from merge_gate.engine.expected_differences import ROWS
 from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.report.wording.explanations import STORED_KINDS, explanation, kinds_to_store
@@ -20,6 +21,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "guides/verify.md"
 def test_the_page_has_a_table_of_the_kinds() -> None:
     rows = [f"| `{kind.id}` | {kind.summary} | {kind.hint or 'nothing'} |" for kind in ANSWERS.values()]
     held(PAGE, "kinds", "\n".join(["", "| kind | when | what to do |", "|---|---|---|", *rows, ""]))
+
+
+def test_the_page_has_a_table_of_the_expected_differences() -> None:
+    rows = [f"| {row.shown} | {row.writer} | {row.reason} |" for row in ROWS]
+    head = ["", "| difference | who writes it | why the meaning is the same |", "|---|---|---|"]
+    held(PAGE, "expected differences", "\n".join([*head, *rows, ""]))
 
 
 def test_the_page_has_a_section_for_each_kind_and_the_package_a_copy_of_them() -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.support.command import merge_gate
 from tests.support.gating import one_thread
 from tests.support.hub import LoopbackHub
+from tests.support.models import make_adapter
 from tests.support.verify.merges import Scene
 
 if TYPE_CHECKING:
@@ -98,6 +99,18 @@ def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene
 
 
 @pytest.mark.slow
+@pytest.mark.attempt("X01", "a published FEATURE_EXTRACTION adapter on a causal base", "passed")
+def test_a_published_body_of_a_causal_base_is_the_merge(scene: Scene, tmp_path: Path) -> None:
+    base, adapter = scene.base(VARIANT), tmp_path / "body"
+    make_adapter(base, adapter, task_type="FEATURE_EXTRACTION")
+    answer = merge_gate("run", adapter, "--base", base, "--publish", "out", cwd=tmp_path)
+    assert answer.code == 0, answer.said
+    answer = merge_gate("verify", tmp_path / "out" / "body", "--base", base, "--adapter", adapter, cwd=tmp_path)
+    assert answer.code == 0, answer.said
+
+
+@pytest.mark.slow
+@pytest.mark.attempt("S12", "a model on the Hub with model.gguf", "unexpected-file")
 def test_models_on_the_hub_are_read_by_ranges(scene: Scene, tmp_path: Path) -> None:
     """The finished model, and in the second run its base too: no weight of them is on the disk."""
     merged, base, adapter = scene.merge(VARIANT), scene.base(VARIANT), scene.adapter(VARIANT)
@@ -117,6 +130,11 @@ def test_models_on_the_hub_are_read_by_ranges(scene: Scene, tmp_path: Path) -> N
         answer = merge_gate(*wrong, cwd=tmp_path, **keys)
         assert answer.code == 1, answer.said
         assert entry(tmp_path)["cause"] == "applied-twice"
+        evil = {file.name: file.read_bytes() for file in merged.iterdir()} | {"model.gguf": b"GGUF", "a.png": b"PNG"}
+        hub.add_repo("acme/evil", evil)
+        answer = merge_gate("verify", "acme/evil", *right[2:], cwd=tmp_path, **keys)
+        assert answer.code == 1, answer.said
+        assert entry(tmp_path)["cause"] == "unexpected-file"
     assert not [
         path for path in (tmp_path / "cache").rglob("*.safetensors") if "merged" in str(path) or "twice" in str(path)
     ]

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -29,13 +30,15 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_ba
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
+from merge_gate.engine.expected_differences import Expectation
+from merge_gate.engine.finished_settings import read_settings
 from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.engine.tensors.deviation import ExactRows, Fit, deviation, requantized
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import EngineError, Undecidable
-from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
+from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Quantization
@@ -52,21 +55,19 @@ MOST_VALUES_REQUANTIZED = 1 << 22
 
 _LOADED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-_IRRELEVANT = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "vocab_size", "tie_word_embeddings"}
-    | {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"}
-)
-"""Keys of config.json that say nothing of the model, or that are compared by other means."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """A directory's stored tensors, and the feed of their bytes. `is_streamed`: its files are stubs."""
+    """A directory's stored tensors, and the feed of their bytes.
+
+    `is_streamed`: its files are stubs. `settings`: the files next to the weights that are compared; None compares none.
+    """
 
     directory: str
     stored: tuple[StoredTensor, ...]
     feed: Feed
     is_streamed: bool = False
+    settings: SettingsFiles | None = None
 
     def bytes_of(self, names: Sequence[str]) -> dict[str, StoredBytes]:
         by_name = {one.name: one for one in self.stored}
@@ -175,7 +176,7 @@ def compare(
         merged_keys=_keys(merged, _map_of(merged, files)),
         is_other_class=type(base.model).__name__ not in (_config(base).architectures or ()),
         untied=tuple(name for name, _ in sink.untied),
-        settings=tuple(_settings(_expected_settings(base), _config(merged).to_dict())),
+        settings=_settings(base, merged, files, base_files, is_untied=bool(sink.untied)),
     )
 
 
@@ -410,28 +411,22 @@ def _keys(base: Base, found: TensorMap | None) -> LoadedKeys:
     )
 
 
-def _settings(expected: Any, actual: Any) -> Iterator[tuple[str, str, str]]:
-    """Settings of both configurations that differ, as transformers reads them."""
-    first, second = dict(_flat(expected)), dict(_flat(actual))
-    for key in sorted(first.keys() | second.keys()):
-        if first.get(key) != second.get(key) and _IRRELEVANT.isdisjoint(key.split(".")):
-            yield key, str(first.get(key))[:80], str(second.get(key))[:80]
+def _settings(base: Base, merged: Base, files: Files, base_files: Files, *, is_untied: bool) -> ReadSettings:
+    """The files next to the weights. If the adapter needs another class than the base's own, that class is expected."""
+    if files.settings is None:
+        return ReadSettings()
+    expected, name = deepcopy(_config(base)), type(base.model).__name__
+    if name not in (expected.architectures or ()):
+        expected.architectures = [name]
+    before, after = ({one.name: one.shape for one in part.stored} for part in (base_files, files))
+    pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
+    facts = Expectation(
+        resized=frozenset((old[0], new[0]) for old, new in pairs if old and new and old[0] != new[0]),
+        is_untied=is_untied,
+        has_base_tensors_only=after.keys() <= before.keys(),
+    )
+    return read_settings(files.settings, files.directory, expected, _config(merged), facts)
 
 
 def _config(base: Base) -> Any:
     return base.model.config
-
-
-def _expected_settings(base: Base) -> dict[str, Any]:
-    """The base's configuration. If the adapter needs another class than the base's own, that class is named there."""
-    settings: dict[str, Any] = _config(base).to_dict()
-    name = type(base.model).__name__
-    return settings | {"architectures": [name]} if name not in (settings.get("architectures") or ()) else settings
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -37,6 +37,7 @@ class Inputs:
         lay_out: makes a directory for a base that is streamed. Without it, none is.
         limit_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
         with_companions: whether tokenizers, licenses, and the like are fetched from the Hub too, for a publication.
+        with_copies: whether other text files of bases are fetched too, such as code, to compare a model's copies.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Inputs:
         lay_out: Callable[[Streamable], str] | None = None,
         limit_s: Callable[[str], float | None] = lambda _: None,
         with_companions: bool = False,
+        with_copies: bool = False,
     ) -> None:
         self._config = config
         self._notify = notify
         self._access, self._lay_out, self._limit_s = access, lay_out, limit_s
-        self._with_companions = with_companions
+        self._with_companions, self._with_copies = with_companions, with_copies
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
@@ -190,6 +192,7 @@ class Inputs:
             access=access,
             lay_out=self._lay_out,
             with_companions=self._with_companions,
+            with_copies=self._with_copies,
         )
 
 

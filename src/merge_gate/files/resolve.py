@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.companion_names import Companion, companion_kind
+from merge_gate.companion_names import Companion, companion_kind, is_carried, is_harmless
 from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
@@ -99,12 +99,14 @@ def resolve_base(
     access: Access = Access.DOWNLOAD,
     lay_out: Callable[[Streamable], str] | None = None,
     with_companions: bool = False,
+    with_copies: bool = False,
 ) -> Snapshot:
     """Resolve a base to its directory. An absolute `model` is a directory, anything else is a Hub id.
 
     The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
     `lay_out` makes a directory with stubs of the weight files, if `access` leaves them on the Hub. Without it, they are
-    downloaded. `with_companions`: also fetch the files that a published model has next to its weights.
+    downloaded. `with_companions`: also fetch the files that a published model has next to its weights. `with_copies`:
+    also those that a model may copy from its base, such as code.
     """
     name = label or model
     streamable: Streamable | None = None
@@ -117,7 +119,9 @@ def resolve_base(
             chosen = choose_base(
                 names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
             )
-            return (*chosen, *sorted(companions(names) - {*chosen})) if with_companions else chosen
+            more = companions(names) if with_companions else frozenset()
+            copies = {file for file in names if is_carried(file) and not is_harmless(file)} if with_copies else set()
+            return (*chosen, *sorted((more | copies) - {*chosen}))
 
         access = access if lay_out is not None else Access.DOWNLOAD
         snapshot, streamable = _fetch(model, revision, choose, name=name, token=token, notify=notify, access=access)

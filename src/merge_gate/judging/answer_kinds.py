@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from merge_gate.records.terms import Finding, Origin, Severity, record
@@ -155,6 +156,12 @@ _ROWS = (
         hint="remove the files that the index does not name: other programs may load them",
     ),
     AnswerKind(
+        id="unexpected-file",
+        phrase="has unexpected files",
+        summary="The directory has files that programs may load as weights, code, tokenizer, template, or settings.",
+        hint="remove these files, and verify again",
+    ),
+    AnswerKind(
         id="ghost-index",
         phrase="has an index that contradicts its weight files",
         summary="The index and the weight files list different tensors.",
@@ -189,6 +196,12 @@ _ROWS = (
         phrase="has other stop tokens than the adapter or the base",
         summary="The tokens that end a text differ from those of the adapter or the base.",
         hint="copy generation_config.json from the base, and eos_token from the adapter's tokenizer",
+    ),
+    AnswerKind(
+        id="settings-differ",
+        phrase="has other settings for generation or processing",
+        summary="generation_config.json, or a file of the processor, differs from the adapter's own or the base's.",
+        hint="copy the file from the adapter, or from the base if the adapter has none",
     ),
     AnswerKind(
         id="file-changed",
@@ -249,3 +262,8 @@ def finding(
         origin=Origin.MODEL,
         measured=tuple((name, figure) for name, figure in measured if math.isfinite(figure)),
     )
+
+
+def note(kind: str, message: str) -> Finding:
+    """A fact of a kind that needs no action."""
+    return replace(finding(kind, message), severity=Severity.NOTE, hint="")

@@ -176,13 +176,22 @@ def _without_inputs(files: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if companion_kind(name) is not Companion.CONFIG}
 
 
+def replaced(of_base: Iterable[str], own: Iterable[str], *, has_template: bool) -> set[str]:
+    """The base's files that give way to the adapter's own tokenizer or chat template.
+
+    `has_template`: the adapter's tokenizer_config.json has a chat template.
+    """
+    names, dropped = set(own), set()
+    if any(name in names for name in _VOCABULARIES):
+        dropped |= _of_kind(of_base, Companion.TOKENIZER)
+    if has_template or any(companion_kind(name) is Companion.TEMPLATE for name in names):
+        dropped |= _of_kind(of_base, Companion.TEMPLATE)
+    return dropped
+
+
 def _replace(files: dict[str, CompanionFile], own: Mapping[str, bytes]) -> list[Finding]:
     """Put the adapter's own files into `files`, and return notes about the base's files that they replace."""
-    dropped: set[str] = set()
-    if any(name in own for name in _VOCABULARIES):
-        dropped |= _of_kind(files, Companion.TOKENIZER)
-    if any(companion_kind(name) is Companion.TEMPLATE for name in own) or _has_template(own):
-        dropped |= _of_kind(files, Companion.TEMPLATE)
+    dropped = replaced(files, own, has_template=_has_template(own))
     for name in dropped:
         del files[name]
     for name, data in own.items():

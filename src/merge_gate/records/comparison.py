@@ -118,6 +118,51 @@ class LoadedKeys:
 
 
 @record
+class SettingsFiles:
+    """The files next to the weights that a finished model has, and those that it should have.
+
+    Attributes:
+        expected: the name of each expected file, and its path: the adapter's own file, or else the base's.
+        merged: names of the finished model's files of these kinds that can be read.
+        has_own_tokenizer: whether the expected tokenizer is the adapter's.
+    """
+
+    expected: tuple[tuple[str, str], ...]
+    merged: tuple[str, ...]
+    has_own_tokenizer: bool = False
+
+
+@record
+class SettingDifference:
+    """A key of a file, or a property of the loaded tokenizer, that differs. The values are JSON, cut to one line.
+
+    Without a key, the whole file differs, and `actual` continues a sentence that begins with its name.
+    `row` is the reason of the expected difference that it is (engine/expected_differences.py); empty for any other.
+    """
+
+    file: str
+    key: str
+    expected: str
+    actual: str
+    row: str = ""
+
+
+@record
+class ReadSettings:
+    """What transformers makes of the files next to the weights.
+
+    Attributes:
+        read: the finished model's files that were compared key by key. Any other file must be equal byte for byte.
+        written: names of the files that transformers writes for the expected ones.
+        differences: the keys that differ, with those whose difference is expected.
+    """
+
+    read: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    differences: tuple[SettingDifference, ...] = ()
+
+
+@record
 class Comparison:
     """A finished directory, compared with the merge of one adapter.
 
@@ -129,7 +174,7 @@ class Comparison:
         base_keys, merged_keys: what transformers makes of both directories.
         is_other_class: whether the adapter's task needs another class than the base's own, with other stored names.
         untied: names of tensors that the merge itself unties.
-        settings: keys of config.json, as transformers reads it, with different values: key, expected, and actual value.
+        settings: the differences of the files next to the weights.
     """
 
     tensors: tuple[TensorComparison, ...] = ()
@@ -140,4 +185,4 @@ class Comparison:
     merged_keys: LoadedKeys = LoadedKeys()
     is_other_class: bool = False
     untied: tuple[str, ...] = ()
-    settings: tuple[tuple[str, str, str], ...] = ()
+    settings: ReadSettings = ReadSettings()

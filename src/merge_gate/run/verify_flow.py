@@ -25,8 +25,9 @@ from merge_gate.files.identity import directory_identity
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
-from merge_gate.records.comparison import Comparison
+from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Config
 from merge_gate.records.files import Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
@@ -39,9 +40,9 @@ from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import View
 from merge_gate.text import quoted
-from merge_gate.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
+from merge_gate.verify.directory import expected_files, settings_files
 from merge_gate.verify.own_record import recorded_report
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
@@ -174,6 +175,7 @@ class _Verification:
                 access=Access.STREAM,
                 lay_out=self._fed.lay_out,
                 with_companions=True,
+                with_copies=True,
             )
         except ResolveError as error:
             if path is not None or error.check is not None:
@@ -187,6 +189,7 @@ class _Verification:
             lay_out=self._fed.lay_out,
             limit_s=headers_limit_s,
             with_companions=True,
+            with_copies=True,
         )
         return [inputs.prepare(spec) for spec in self._config.adapters]
 
@@ -213,7 +216,8 @@ class _Verification:
             (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
         ]
         groups = group_by_base(mergeable)
-        self._groups = tuple(self._fed.schedule(_comparing(group, merged), Read.WHOLE) for group in groups)
+        settings = settings_files(merged, expected_files(self._entries[0]))
+        self._groups = tuple(self._fed.schedule(_comparing(group, merged, settings), Read.WHOLE) for group in groups)
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
         finished = Group(base=key, directory=merged.directory, files=merged.base_files, fed=True, tasks=())
         job = Job(
@@ -307,6 +311,10 @@ def _unless_swapped(
     return answer.decided(merged, replace(report, files=()), [why], ())
 
 
-def _comparing(group: Group, merged: Snapshot) -> Group:
-    """The group with each of its adapters compared, one at a time."""
-    return replace(group, tasks=tuple(replace(task, compares=merged, most_together=1) for task in group.tasks))
+def _comparing(group: Group, merged: Snapshot, settings: SettingsFiles) -> Group:
+    """The group with each of its adapters compared, one at a time. The files are compared with those of the first."""
+    tasks = (
+        replace(task, compares=merged, most_together=1, settings=settings if task.index == 0 else None)
+        for task in group.tasks
+    )
+    return replace(group, tasks=tuple(tasks))

@@ -6,7 +6,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, Verdict
-from merge_gate.text import counted, listing, quoted, verb
+from merge_gate.text import quoted
 from merge_gate.verify.before_merge import architecture_finding, quantized
+from merge_gate.verify.directory import directory_findings, expected_files
 from merge_gate.verify.exchanged import command
-from merge_gate.verify.settings import settings_findings
 from merge_gate.verify.stored_names import stored_findings
 from merge_gate.verify.values import value_findings
 
@@ -42,13 +42,11 @@ def findings_of(
         return (_unloadable(merged, all_checks.refused(comparison.unloadable)),)
     base = entry.base_files or BaseFiles(directory="")
     own = merged.base_files or BaseFiles(directory=merged.directory)
-    directories = merged.directory, entry.base.directory if entry.base is not None else "", entry.files.directory
     values = value_findings(comparison, config=entry.files.config, candidates=candidates)
     return (
         *(_with_exchange(one, merged, entry) for one in values),
         *stored_findings(base, own, comparison),
-        *_settings(comparison),
-        *settings_findings(*directories),
+        *directory_findings(merged, expected_files(entry), comparison.settings),
     )
 
 
@@ -91,16 +89,6 @@ def _with_exchange(one: Finding, merged: Snapshot, entry: Entry) -> Finding:
 
 def _same(first: str, second: str) -> bool:
     return first == second or (Path(first).is_dir() and Path(first).resolve() == Path(second).resolve())
-
-
-def _settings(comparison: Comparison) -> Iterator[Finding]:
-    odd = comparison.settings
-    if odd:
-        keys = [f"{quoted(key, 80)} is {quoted(new, 80)}, expected {quoted(old, 80)}" for key, old, new in odd]
-        yield finding(
-            "config-differs",
-            f"{counted(len(odd), 'key')} of config.json {verb(len(odd), 'differs', 'differ')}: {listing(keys, 5)}",
-        )
 
 
 def before_merge(merged: Snapshot, entry: Entry) -> AdapterReport | None:

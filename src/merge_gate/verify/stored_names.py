@@ -148,13 +148,6 @@ def file_findings(merged: BaseFiles) -> Iterator[Finding]:
     """The findings on the directory's weight files alone."""
     for one in merged.findings:
         yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
-    files = sorted({one.file for one in merged.aside})
-    if files:
-        yield finding(
-            "stale-shards",
-            f"{counted(len(files), 'weight file')} in the directory {'is' if len(files) == 1 else 'are'} not loaded: "
-            f"{listing([quoted(file, 120) for file in files], _LISTED)}",
-        )
     if merged.ghosts:
         names = [name for name, _ in merged.ghosts]
         yield finding(

@@ -210,7 +210,11 @@ class GroupBases:
             identity, feed = base_identity(directory), self._feed_of(snapshot) or local
             found = snapshot.base_files.tensors if snapshot.base_files is not None else ()
             files = finished_model.Files(
-                directory=directory, stored=found or stored_tensors(directory), feed=feed, is_streamed=feed is not local
+                directory=directory,
+                stored=found or stored_tensors(directory),
+                feed=feed,
+                is_streamed=feed is not local,
+                settings=task.settings,
             )
             compared = finished_model.compared(
                 request, files, own, model_class=loaded.model_class, label=snapshot.name, base_map=account.map

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from merge_gate.records.comparison import Comparison
+from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
@@ -30,7 +30,7 @@ class Task:
     of its merge, and of the load of its base. `most_together`: it is merged in a pass of at most so many adapters, 0
     for any number. 1 if it was in progress when a pass died, half of the pass if none was. `publishes`: the merged
     tensors are sent, too. It is `preserve`, or the dtype that all floating tensors are cast to.
-    `compares`: a finished model that is compared with the merge.
+    `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
     """
 
     index: int
@@ -41,6 +41,7 @@ class Task:
     most_together: int = 0
     publishes: str | None = None
     compares: Snapshot | None = None
+    settings: SettingsFiles | None = None
 
 
 @record

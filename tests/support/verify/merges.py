@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tests.support.models import (
     VARIANTS,
@@ -249,6 +250,7 @@ def _hand(variant: str = "bfloat16-base", **how: Any) -> Callable[[Scene, Path],
 # --- a base with a tokenizer, a chat template, and MTP heads ---------------------------------------------------------
 
 TOKENS = {f"t{number}": number for number in range(60)} | {"<s>": 60, "</s>": 61, "<end>": 62, "<unk>": 63}
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -261,7 +263,7 @@ def dressed(base: Path, out: Path) -> None:
     write_weights(out, tensors | mtp)
     tokenizer = {
         "version": "1.0",
-        "added_tokens": [{"id": 62, "content": "<end>", "special": True}],
+        "added_tokens": [{"id": 62, "content": "<end>", "special": True} | FLAGS],
         "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"},
         "post_processor": None,
@@ -304,13 +306,9 @@ def _nothing(_: Path) -> None:
 
 
 def _resaved(out: Path) -> None:
-    """As other releases write the same tokenizer: other keys, other order, the template in a file of its own."""
-    tokenizer = json.loads((out / "tokenizer.json").read_text())
-    tokenizer |= {"truncation": {"max_length": 16}, "padding": None}
-    tokenizer["model"]["continuing_subword_prefix"] = None
-    (out / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2, sort_keys=True))
-    edit_json(out / "tokenizer_config.json", eos_token={"content": "</s>", "lstrip": False}, chat_template=...)
-    (out / "chat_template.jinja").write_text(TEMPLATE + "\n")
+    """As transformers writes the same tokenizer: with its defaults, and the template in a file of its own."""
+    AutoTokenizer.from_pretrained(out).save_pretrained(out)
+    assert (out / "chat_template.jinja").read_text() == TEMPLATE
 
 
 def _without_mtp(out: Path) -> None:
@@ -630,6 +628,11 @@ WRONG = [
         "stop-tokens-differ",
         lambda out: edit_json(out / "generation_config.json", eos_token_id=61),
     ),
-    _of_dressed("no generation config", "stop-tokens-differ", lambda out: (out / "generation_config.json").unlink()),
+    _of_dressed(
+        "no generation config",
+        "stop-tokens-differ",
+        lambda out: (out / "generation_config.json").unlink(),
+        "settings-differ",
+    ),
 ]
 """Each with one thing wrong."""

@@ -18,13 +18,14 @@ from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.sources.feed import LocalFeed
 from merge_gate.verify import answer
+from merge_gate.verify.directory import expected_files, settings_files
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records.comparison import Comparison
+    from merge_gate.records.comparison import Comparison, SettingsFiles
     from merge_gate.records.measured import Evidence
     from merge_gate.records.report import AdapterReport
 
@@ -46,7 +47,8 @@ class Verifier:
             return answer.unread_report(Snapshot(name="merged", directory=str(merged)), entry, error)
         if (decided := answer.before_merge(finished, entry)) is not None:
             return decided
-        evidence, comparison = self.compared(finished, base, adapter)
+        settings = settings_files(finished, expected_files(entry))
+        evidence, comparison = self.compared(finished, base, adapter, settings)
         others = {path.name: self.compared(finished, base, path)[1] for path in candidates}
         return self.named(finished, entry, evidence, comparison, others, allowed)
 
@@ -62,7 +64,9 @@ class Verifier:
         findings = answer.findings_of(finished, entry, comparison, others)
         return answer.compared_report(finished, entry, evidence, findings, allowed)
 
-    def compared(self, finished: Snapshot, base: Path, adapter: Path) -> tuple[Evidence, Comparison]:
+    def compared(
+        self, finished: Snapshot, base: Path, adapter: Path, settings: SettingsFiles | None = None
+    ) -> tuple[Evidence, Comparison]:
         files = preflight(str(adapter), allow_pickle=False)
         loaded = self.gate.base(base, files, dtype="auto")
         model_class = model_class_for(str(base), files)
@@ -72,7 +76,9 @@ class Verifier:
         assert finished.base_files is not None
         with LocalFeed(str(base)) as base_feed, LocalFeed(finished.directory) as feed:
             own = finished_model.Files(directory=str(base), stored=of_base.tensors, feed=base_feed)
-            others = finished_model.Files(directory=finished.directory, stored=finished.base_files.tensors, feed=feed)
+            others = finished_model.Files(
+                directory=finished.directory, stored=finished.base_files.tensors, feed=feed, settings=settings
+            )
             return finished_model.compared(
                 MergeRequest(base=loaded, members=(files,)),
                 others,

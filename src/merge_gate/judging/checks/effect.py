@@ -278,7 +278,7 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             measured=(
                 ("ratio", ratio),
                 ("limit", limit),
-                *((("error_limit", error_limit),) if is_error else ()),
+                *((("error_limit", error_limit),) if errors else ()),
                 *(ESTIMATED if estimated else ()),
             ),
         )

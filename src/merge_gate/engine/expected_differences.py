@@ -1,0 +1,244 @@
+"""The differences that exporters are known to make in the files next to the weights, and why the meaning is the same.
+
+In: a key of a file whose value differs. Out: the row that expects this difference, or None. A row names the file, the
+key, who writes it, and the reason. Its condition is a function here, which holds only for values that change no result.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "absent"})()
+"""The value of a key that is not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What the conditions of the rows depend on.
+
+    Attributes:
+        written: what the installed transformers writes for the expected files, by file.
+        loaded: the values after transformers has loaded the expected files, with all defaults, by file.
+        token_ids: `bos_token_id`, `eos_token_id`, and `pad_token_id` of the expected tokenizer.
+        added_tokens: the added tokens of the expected tokenizer by their text, with `id` and flags.
+        same_class: whether both tokenizers are loaded as the same class.
+        has_own_tokenizer: whether the expected tokenizer is the adapter's.
+        resized: rows of a stored tensor in the base and in the finished model, if they differ.
+        is_untied: whether the merge unties the head.
+        names_labels: whether the base's config.json names labels.
+        has_base_tensors_only: whether the finished model stores no tensor that the base does not store.
+        architectures: the classes that may be named instead of the one that the adapter needs.
+    """
+
+    written: Mapping[str, Any] = field(default_factory=dict)
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Mapping[str, int | None] = field(default_factory=dict)
+    added_tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    same_class: bool = False
+    has_own_tokenizer: bool = False
+    resized: frozenset[tuple[int, int]] = frozenset()
+    is_untied: bool = False
+    names_labels: bool = True
+    has_base_tensors_only: bool = False
+    architectures: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyChange:
+    """A key whose value differs. `is_loaded`: it is the value after transformers has loaded the file."""
+
+    file: str
+    key: tuple[str, ...]
+    expected: Any
+    actual: Any
+    whole: Any
+    """The finished model's file."""
+    is_loaded: bool = False
+
+    def has(self, values: Any) -> bool:
+        """Whether the actual value is the one at this key of an object."""
+        for part in self.key:
+            values = values.get(part, ABSENT) if isinstance(values, Mapping) else ABSENT
+        return same(self.actual, values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedDifference:
+    """A row of the table. `file` and `key` are regular expressions; `shown` is what the documents call them."""
+
+    shown: str
+    file: str
+    key: str
+    writer: str
+    reason: str
+    condition: Callable[[KeyChange, Expectation], bool]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two JSON values are equal. 1 equals 1.0, and true equals neither."""
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, float) and isinstance(second, float) and math.isnan(first):
+        return math.isnan(second)
+    return bool(first == second)
+
+
+def flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The values of an object and its inner objects, by their keys. `torch_dtype` is the older name of `dtype`."""
+    if not isinstance(value, Mapping) or (not value and key):
+        return {key: value}
+    found: dict[tuple[str, ...], Any] = {}
+    for name, one in value.items():
+        word = "dtype" if name == "torch_dtype" and "dtype" not in value else str(name)
+        found |= flat(one, (*key, word))
+    return found
+
+
+def expected_by(change: KeyChange, expectation: Expectation) -> ExpectedDifference | None:
+    """The row that expects a difference."""
+    key = ".".join(change.key)
+    for row in ROWS:
+        is_about = re.fullmatch(row.file, change.file) and re.fullmatch(row.key, key, re.DOTALL)
+        if is_about and row.condition(change, expectation):
+            return row
+    return None
+
+
+# --- conditions ------------------------------------------------------------------------------------------------------
+
+
+def _is_written(change: KeyChange, expectation: Expectation) -> bool:
+    """A key of a processor that is left out must be spelled otherwise: nothing else shows what it means."""
+    written = expectation.written.get(change.file)
+    if written is None or change.is_loaded or not change.has(written):
+        return False
+    is_left_out = change.actual is ABSENT and change.file.endswith("processor_config.json")
+    return not is_left_out or flat(written).keys() <= flat(change.whole).keys()
+
+
+def _is_default(change: KeyChange, expectation: Expectation) -> bool:
+    is_there = change.actual is not ABSENT and not change.is_loaded
+    return is_there and change.has(expectation.loaded.get(change.file, {}))
+
+
+def _is_left_out(change: KeyChange, expectation: Expectation) -> bool:
+    """What is loaded is compared as well, except the dtype and the class."""
+    is_absent = change.actual is ABSENT and not change.is_loaded and change.file in expectation.loaded
+    return is_absent and not {*change.key} & {"dtype", "architectures", "auto_map", "custom_pipelines"}
+
+
+def _is_nothing(change: KeyChange, _: Expectation) -> bool:
+    return not change.is_loaded and {repr(change.expected), repr(change.actual)} <= {"absent", "None"}
+
+
+def _is_text(change: KeyChange, _: Expectation) -> bool:
+    return change.actual is ABSENT or isinstance(change.actual, str | None)
+
+
+def _is_flag(change: KeyChange, _: Expectation) -> bool:
+    return change.actual is ABSENT or isinstance(change.actual, bool)
+
+
+def _is_resized(change: KeyChange, expectation: Expectation) -> bool:
+    return (change.expected, change.actual) in expectation.resized
+
+
+def _is_same_dtype(change: KeyChange, _: Expectation) -> bool:
+    whole = change.whole if isinstance(change.whole, Mapping) else {}
+    is_inner = len(change.key) > 1 and change.expected is ABSENT
+    return is_inner and same(change.actual, whole.get("dtype", whole.get("torch_dtype")))
+
+
+def _is_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
+    number = expectation.token_ids.get(change.key[-1])
+    return number is not None and same(change.actual, number) and change.expected in (ABSENT, None)
+
+
+def _is_pad_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
+    number = expectation.token_ids.get("pad_token_id")
+    return number is not None and same(change.actual, number)
+
+
+def _stops(value: Any) -> frozenset[int] | None:
+    values = value if isinstance(value, list) else [value]
+    return frozenset(values) if all(type(one) is int for one in values) else None
+
+
+def _are_same_stops(change: KeyChange, expectation: Expectation) -> bool:
+    """The same ids, or also that of the adapter's own end token."""
+    old, new = _stops(change.expected), _stops(change.actual)
+    if old is None or new is None:
+        return False
+    own = expectation.token_ids.get("eos_token_id") if expectation.has_own_tokenizer else None
+    return old == new or (old <= new and new - old == {own})
+
+
+def _is_of_a_new_head(change: KeyChange, expectation: Expectation) -> bool:
+    """The names of labels that only the training knew: both directions agree."""
+    whole = change.whole if isinstance(change.whole, Mapping) else {}
+    names, numbers = whole.get("id2label"), whole.get("label2id")
+    if expectation.names_labels or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
+        return False
+    return {str(name): str(key) for key, name in names.items()} == {key: str(one) for key, one in numbers.items()}
+
+
+def _is_derived_problem(change: KeyChange, _: Expectation) -> bool:
+    return change.expected in (ABSENT, None) and change.actual == "single_label_classification"
+
+
+def _is_own_class(change: KeyChange, expectation: Expectation) -> bool:
+    return any(same(change.actual, one) for one in expectation.architectures)
+
+
+def _is_removed(change: KeyChange, _: Expectation) -> bool:
+    return change.actual is ABSENT or change.actual is None
+
+
+def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
+    """An entry of `added_tokens_decoder`, which repeats the tokenizer's own added token."""
+    decoder = change.whole.get("added_tokens_decoder") if isinstance(change.whole, Mapping) else None
+    entry = decoder.get(change.key[1]) if isinstance(decoder, Mapping) and len(change.key) > 1 else None
+    own = expectation.added_tokens.get(str(entry.get("content"))) if isinstance(entry, Mapping) else None
+    if own is None or str(own["id"]) != change.key[1]:
+        return isinstance(change.actual, dict) and not change.actual
+    return isinstance(entry, Mapping) and same(dict(entry) | {"id": own["id"]}, dict(own))
+
+
+def _is_older_rope(change: KeyChange, _: Expectation) -> bool:
+    place = change.whole
+    for part in change.key[: -1 if change.key[-1] == "rope_theta" else change.key.index("rope_scaling")]:
+        place = place.get(part, {}) if isinstance(place, Mapping) else {}
+    return not change.is_loaded and isinstance(place, Mapping) and "rope_parameters" not in place
+
+
+def _is_untied(change: KeyChange, expectation: Expectation) -> bool:
+    return expectation.is_untied and change.actual is False
+
+
+def _is_same_class(change: KeyChange, expectation: Expectation) -> bool:
+    return expectation.same_class and isinstance(change.actual, str)
+
+
+def _is_provenance(change: KeyChange, _: Expectation) -> bool:
+    return change.actual is ABSENT or change.actual == "tokenizers" or type(change.actual) is bool
+
+
+def _rows() -> Iterator[ExpectedDifference]:
+    table = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8")
+    for shown, file, key, writer, reason, condition in [*csv.reader(table.splitlines())][1:]:
+        holds = globals()[f"_{condition}"]
+        yield ExpectedDifference(shown=shown, file=file, key=key, writer=writer, reason=reason, condition=holds)
+
+
+ROWS: tuple[ExpectedDifference, ...] = tuple(_rows())
+"""Every expected difference, from expected_differences.csv. The first row whose condition holds names it."""
