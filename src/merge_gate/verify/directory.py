@@ -28,9 +28,9 @@ from merge_gate.files.base_weights import MODEL_INDEX
 from merge_gate.judging.answer_kinds import finding, note
 from merge_gate.publish.companions import replaced
 from merge_gate.publish.manifest import MANIFEST_NAME
-from merge_gate.publish.model_card import CARD_NAME
 from merge_gate.records.comparison import ReadSettings, SettingsFiles
 from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Finding, record
 from merge_gate.regular_file import RefusedFileError, chunks, open_regular_file, read_all
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
