@@ -320,6 +320,7 @@ WORDED = {
 """The other sentences are in the goldens of configurations, of the output directory, and of users' mistakes."""
 
 
+@pytest.mark.attempt("X06", "reports would go over an input or through a link", "exit 2, and inputs stay")
 @pytest.mark.parametrize("name", USAGE)
 def test_2_when_there_is_nothing_to_judge(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording

@@ -81,6 +81,7 @@ def test_every_difference_has_its_kind(tmp_path: Path) -> None:
         (b'"warnings": []', b'"warnings": ["headroom"]'),
         (b"{", b'{"a later key": 1,'),
         (b"{", b" {"),
+        (b"{", b'{"large": 1e999,'),
         (b'"name"', b'"\\u006eame"'),
     ],
 )

@@ -18,6 +18,7 @@ from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
 from merge_gate.records.files import FileIdentity
+from tests.support import published
 
 
 def filled(parent: Path, name: str = "one") -> PartialDirectory:
@@ -157,9 +158,10 @@ rename = Path.rename
 def killed(source, target):
     if source == made.model and sys.argv[2] == "before":
         os.kill(os.getpid(), 9)
-    rename(source, target)
+    renamed = rename(source, target)
     if source == made.model:
         os.kill(os.getpid(), 9)
+    return renamed
 partial.renameat2 = lambda *_: False
 Path.rename = killed
 made.publish(replaces=directory_identity(place / "one"))
@@ -194,6 +196,44 @@ def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
     (tmp_path / "one").rmdir()
     remove_leftovers(tmp_path)
     assert directory_identity(tmp_path / "one")[1:] == before[1:]
+
+
+KILLED_BEFORE_A_LOOK = """
+import os, sys
+from pathlib import Path
+from merge_gate.files.identity import directory_identity
+from merge_gate.publish import partial
+place = Path(sys.argv[1])
+made = partial.PartialDirectory(place, "one")
+(made.model / "model.safetensors").write_bytes(b"new")
+before = directory_identity(place / "one")
+(place / "one" / "precious.txt").touch()
+partial.directory_identity = lambda _: os.kill(os.getpid(), 9)
+made.publish(replaces=before)
+"""
+
+
+@pytest.mark.attempt("F11c", "a user's file comes in before the exchange, and kill -9 after it", "no run removes it")
+def test_a_kill_before_the_look_loses_nothing(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    subprocess.run([sys.executable, "-c", KILLED_BEFORE_A_LOOK, str(tmp_path)], check=False)
+    remove_leftovers(tmp_path)
+    with pytest.raises(NotPublishedError):
+        PartialDirectory(tmp_path, "one")
+    assert names(tmp_path / ".one.partial" / "model") == {"old", "precious.txt"}
+
+
+@pytest.mark.attempt(
+    "F04b", "kill -9 right after the exchange, without a user's file", "the next run removes the leftover"
+)
+def test_a_kill_before_the_look_leaves_an_earlier_model_that_is_removed(tmp_path: Path) -> None:
+    published.publish(tmp_path / "one")
+    untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")
+    subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
+    assert names(tmp_path / ".one.partial" / "model") > set(published.FILES) - {"additional_chat_templates/x.jinja"}
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"one"}
+    assert names(tmp_path / "one") == {"model.safetensors"}
 
 
 @pytest.mark.attempt("F05c", "without exchange: kill -9 after the second rename", "the new model, and no leftover")
@@ -298,7 +338,7 @@ def test_without_locks_a_leftover_is_not_touched(tmp_path: Path, monkeypatch: py
 
 
 def test_an_error_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "touch", lambda *_: 1 / 0)
+    monkeypatch.setattr(Path, "touch", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         PartialDirectory(tmp_path, "one")
     monkeypatch.undo()

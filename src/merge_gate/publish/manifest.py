@@ -165,7 +165,7 @@ def digest_on_card(data: bytes) -> str | None:
         if _rendered(document) != data:
             return None
         document["files"] = [file for file in document["files"] if file["path"] != CARD_NAME]
-    except (InvalidJsonError, LookupError, TypeError):
+    except (InvalidJsonError, LookupError, TypeError, ValueError, RecursionError):
         return None
     return hashlib.sha256(_rendered(document)).hexdigest()
 

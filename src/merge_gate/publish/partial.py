@@ -19,8 +19,9 @@ import stat
 from pathlib import Path
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate.errors import NotPublishedError
+from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.files.identity import directory_identity
+from merge_gate.publish.manifest import differences, read_manifest
 from merge_gate.records.files import FileIdentity
 from merge_gate.text import quoted
 
@@ -29,6 +30,7 @@ _MARKER = "written-by-merge-gate"
 _MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
+_LOOK = "an exchange began: look at `model` before it is removed"
 ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
 
 
@@ -58,9 +60,9 @@ class PartialDirectory:
                     hint="move that directory away, or publish to another one",
                 )
             try:
-                (self._place / _MARKER).touch()
-                _remove(self.model)
-                _remove(self._place / _REPLACED)
+                for own in (_MODEL, _REPLACED, _MARKER):
+                    _remove(self._place / own)
+                (self._place / _MARKER).touch(exist_ok=False)
                 self.model.mkdir()
             except BaseException:
                 remove_leftover(self._place)
@@ -101,29 +103,29 @@ class PartialDirectory:
         target = self._parent / self.name
         _sync(self.model)
         try:
-            if replaces is None:
-                _rename(self.model, target)
-            elif renameat2(self.model, target, _RENAME_EXCHANGE):
-                self._refuse_other(self.model, target, replaces)
-            else:
-                target.rename(self._place / _REPLACED)
-                self._refuse_other(self._place / _REPLACED, target, replaces)
+            if replaces is None or self._take_away(target, replaces):
                 _rename(self.model, target)
         except FileExistsError:
             raise _taken(target) from None
         _sync(self._parent)
         self.remove()
 
-    def _refuse_other(self, out: Path, target: Path, expected: tuple[FileIdentity, ...]) -> None:
-        """Look at what came out of the name. If it is not the expected model, it goes back."""
-        if not out.is_symlink() and _content(out) == expected[1:]:
-            return
-        if out == self.model:
-            (self._place / _MARKER).unlink()  # from here on, no run removes what is in `model`
-            if not renameat2(out, target, _RENAME_EXCHANGE):
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(target))
-            (self._place / _MARKER).touch()
-        raise _taken(target)
+    def _take_away(self, target: Path, expected: tuple[FileIdentity, ...]) -> bool:
+        """Exchange the two models, and look at what came out. If it is not the expected one, it goes back.
+
+        Returns whether the new model still needs the name, because the file system cannot exchange directories.
+        """
+        marker, out = self._place / _MARKER, self.model
+        marker.write_text(_LOOK)
+        if not renameat2(self.model, target, _RENAME_EXCHANGE):
+            out = target.rename(self._place / _REPLACED)
+        is_other = out.is_symlink() or _content(out) != expected[1:]
+        if is_other and out == self.model and not renameat2(out, target, _RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(target))
+        marker.write_text("")
+        if is_other:
+            raise _taken(target)
+        return out != self.model
 
     def remove(self) -> None:
         """Remove the directory, with all that was written. May be called more than once."""
@@ -156,20 +158,20 @@ def remove_leftover(place: Path) -> None:
     """The marker goes last: a directory that a second kill left half removed still has it."""
     with contextlib.suppress(OSError):
         if is_leftover(place) and _put_back(place):
-            _remove(place / _MODEL)
-            _remove(place / _REPLACED)
-            (place / _MARKER).unlink(missing_ok=True)
+            for name in (_MODEL, _REPLACED, _MARKER):
+                _remove(place / name)
             place.rmdir()
 
 
 def _put_back(place: Path) -> bool:
-    """Give an earlier model its name again if the new one did not get it. False if that is not possible."""
+    """Give an earlier model its name again if the new one did not get it. False if a user's files may be in `place`."""
     if os.path.lexists(place / _MODEL) and os.path.lexists(place / _REPLACED):
         try:
             _rename(place / _REPLACED, place.with_name(place.name.removeprefix(".").removesuffix(_ENDING)))
         except OSError:
             return False
-    return True
+    is_looked_at = not os.path.lexists(place / _MODEL) or not (place / _MARKER).stat().st_size
+    return is_looked_at or unchanged(place / _MODEL, weights=False) is not None
 
 
 def _remove(directory: Path) -> None:
@@ -188,6 +190,18 @@ def _sync(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged publication; None for anything else. Without `weights`, only their sizes count."""
+    if place.is_symlink() or not place.is_dir():
+        return None
+    try:
+        identity = directory_identity(place)
+        is_other = differences(place, read_manifest(place), weights=weights)
+        return None if is_other or directory_identity(place) != identity else identity
+    except (OSError, GateError):
+        return None
 
 
 def _content(directory: Path) -> tuple[FileIdentity, ...]:

@@ -27,6 +27,7 @@ from merge_gate.publish.companion_files import companion_identities
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
+from merge_gate.publish.partial import unchanged
 from merge_gate.records.config import AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity
 from merge_gate.records.report import PublishedModel
@@ -253,7 +254,7 @@ class Publications:
         if self._wanted is not None:
             for adapter in self._specs:
                 name = model_name(adapter, self._wanted.dtype)
-                if adapter not in published and targets.unchanged(self._parent / name, weights=False):
+                if adapter not in published and unchanged(self._parent / name, weights=False):
                     yield adapter, str(Path(self._wanted.label, name))
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.errors import GateError, NotPublishedError, UsageError
-from merge_gate.files.identity import directory_identity
 from merge_gate.output_files import PUBLISH_WITHIN
-from merge_gate.publish.manifest import MANIFEST_NAME, differences, read_manifest
-from merge_gate.publish.partial import ABANDONED, is_leftover, partial_name, remove_leftovers
+from merge_gate.publish.manifest import MANIFEST_NAME
+from merge_gate.publish.partial import ABANDONED, is_leftover, partial_name, remove_leftovers, unchanged
 from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
@@ -160,18 +159,6 @@ def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentit
     if (identity := unchanged(place)) is None:
         raise _changed(NotPublishedError, place)
     return identity
-
-
-def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:
-    """The identity of an unchanged publication; None for anything else. Without `weights`, only their sizes count."""
-    if place.is_symlink() or not place.is_dir():
-        return None
-    try:
-        identity = directory_identity(place)
-        is_other = differences(place, read_manifest(place), weights=weights)
-        return None if is_other or directory_identity(place) != identity else identity
-    except (OSError, GateError):
-        return None
 
 
 def _changed(kind: type[GateError], place: Path) -> GateError:
