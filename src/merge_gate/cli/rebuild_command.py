@@ -62,8 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     with view_of(arguments) as (view, _):
         rebuilt = rebuild(arguments.file, arguments.output, options, view)
     if not rebuilt.problems:
+        place = one_line(str(rebuilt.directory))
         changed = f"; judged with changed checks: {one_line(listing(rebuilt.checks), 400)}" if rebuilt.checks else ""
-        tell(f"{one_line(str(rebuilt.directory))} has the bytes and the facts of merge-gate.json{changed}")
+        tell(f"{place} has the bytes and the facts of merge-gate.json, except its config{changed}")
         return ExitCode.PASS
     for sentence in rebuilt.problems[:_LISTED]:
         say(f"merge-gate: {sentence}")
