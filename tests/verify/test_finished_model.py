@@ -71,7 +71,9 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
     return comparison
 
 
-@pytest.mark.parametrize("name", ["PEFT without safe_merge", "one layer only", "all files", "a head of zeros"])
+@pytest.mark.parametrize(
+    "name", ["PEFT without safe_merge", "one layer only", "all files", "a head of zeros", "factors in bfloat16"]
+)
 def test_a_base_that_is_read_in_a_pass_gives_the_same_facts(name: str, scene: Scene, tmp_path: Path) -> None:
     recipe, out = RECIPES[name], tmp_path / "merged"
     with one_thread():

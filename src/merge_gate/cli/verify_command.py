@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation
 
 EXIT_CODES_OF_VERIFY = exit_codes(
-    "0  the model is the merge (bit for bit, in PEFT's other order of rounding, or within one rounding), or it matches "
-    "its merge-gate.json",
+    "0  the model is the merge (bit for bit, or in another order of rounding), or it matches its merge-gate.json",
     "1  the model is something else. The report names it",
     "2  usage error: nothing was compared",
     "3  the model could not be compared: the adapter or the base cannot be read or merged",

@@ -124,7 +124,7 @@ def merge(request: MergeRequest) -> Evidence:
 
 def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
     """The merges of these tensors in float64, of an adapter that `merge` has accepted."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
         walk = _Attempt(request, waits=False).prepare()
         if walk is not None:
