@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from merge_gate import GateError, UsageError, Verdict
 from merge_gate.demo import VOCABULARY, make_demo
 from merge_gate.integrations.transformers import AdapterNotPassedError, GateCallback
+from merge_gate.records.terms import Finding, Origin, Severity
+from tests.support.reports import adapter, report
 from tests.support.wording import Wording
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers and PEFT warn each other's users while they train
@@ -174,6 +176,15 @@ def test_other_processes_of_a_training_run_do_nothing(base: Path, tmp_path: Path
     callback.on_train_end(run.args, run.state, run.control, model=run.model)
     assert callback.report is None
     assert not (tmp_path / "out" / "merge-gate").exists()
+
+
+def test_the_text_of_an_error_has_the_message_if_there_is_no_place() -> None:
+    finding = Finding(
+        check="not-judged", severity=Severity.ERROR, message="no\nspace", hint="free it", origin=Origin.RUNTIME
+    )
+    broken = adapter("a", Verdict.ERROR, cause=None, findings=(finding,))
+    error = AdapterNotPassedError(report(broken), Path("out/report.html"))
+    assert str(error) == "not-judged: no space; to do: free it; report: out/report.html"
 
 
 def test_sharded_weights_are_refused(base: Path, tmp_path: Path, wording: Wording) -> None:

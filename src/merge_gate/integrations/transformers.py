@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from merge_gate.api import gate, refuse_options
 from merge_gate.errors import GateError, UsageError
 from merge_gate.report.wording import run_result, words
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ class AdapterNotPassedError(GateError):
     def __init__(self, report: Report, page: Path) -> None:
         worst = words.worst_first(report.adapters)[0]
         finding = words.deciding(worst)
+        message, hint = (finding.message, finding.hint) if finding else (run_result.headline(report), "")
         place = words.place(finding) if finding else ""
-        message = f"{words.cause(worst)} in {place}" if place else words.cause(worst)
-        super().__init__(message, hint=finding.hint if finding else run_result.headline(report))
+        where = f" in {place}" if place else f": {one_line(message, words.MESSAGE_LIMIT)}"
+        super().__init__(words.cause(worst) + where, hint=one_line(hint, words.MESSAGE_LIMIT))
         self.report = report
         self.page = page
 
