@@ -111,7 +111,7 @@ def document_of(judged: CachedVerdict, material: Json, reached: Judged) -> Json:
         "place": reached.place,
         "seconds": reached.seconds,
         "adapter": dump(adapter),
-        "base": dump(replace(judged.base, sha256=None, files=())),
+        "base": dump(judged.base.bare),
     }
 
 
@@ -151,7 +151,7 @@ def for_entry(judged: CachedVerdict, entry: Entry) -> CachedVerdict | None:
         cached=True,
         accepted=None,
     )
-    return CachedVerdict(adapter=adapter, base=replace(judged.base, sha256=None, files=()))
+    return CachedVerdict(adapter=adapter, base=judged.base.bare)
 
 
 def _with(judged: CachedVerdict, reached: Judged) -> CachedVerdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import RecordedRun, TensorMerge
@@ -184,6 +185,11 @@ class BaseReport:
     @property
     def key(self) -> BaseKey:
         return BaseKey(model=self.model, revision=self.revision, dtype=self.dtype, quantization=self.quantization)
+
+    @property
+    def bare(self) -> BaseReport:
+        """The base without what one run adds to it: its digests, and the first adapter."""
+        return replace(self, sha256=None, files=(), first_adapter="")
 
 
 @record

@@ -169,7 +169,7 @@ def _bases(parts: list[_ShardReport]) -> tuple[tuple[BaseReport, ...], list[str]
     problems: list[str] = []
     for part in parts:
         for base, position in zip(part.report.bases, part.shard.bases_from, strict=True):
-            bare = replace(base, sha256=None, files=(), first_adapter="")
+            bare = base.bare
             uses.append((bare, (position, base.first_adapter)))
             if base.sha256 is not None and digests.setdefault(bare, base).sha256 != base.sha256:
                 problems.append(
