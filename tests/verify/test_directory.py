@@ -248,6 +248,13 @@ ATTEMPTS = [
         added("chat_template.json", '{"chat_template": "evil"}'),
         X,
     ),
+    attempt("V44b", "chat_template.json without a template", added("chat_template.json", "import os"), U),
+    attempt(
+        "V44c",
+        "chat_template.json with the right template and more",
+        added("chat_template.json", json.dumps({"chat_template": TEMPLATE, "evil": 1})),
+        U,
+    ),
     attempt("V50", "a chat_template.jinja of 5 MB, and the right one in tokenizer_config.json", _large_template, X),
     attempt("V52", "a blank at the end of the chat template", added("chat_template.jinja", TEMPLATE + " "), X),
     attempt("V52b", "a line feed at the end of the chat template", added("chat_template.jinja", TEMPLATE + "\n"), X),

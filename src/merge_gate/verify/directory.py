@@ -157,7 +157,7 @@ class _Account:
             self.odd[_kind_of(name)].append(f"{_named(name)} cannot be read: {why}")
         elif expected is not None and _same_bytes(path, expected):
             return
-        elif name not in self._read.read and companion_kind(name) is not Companion.TEMPLATE:
+        elif name not in self._read.read and not _is_template(name, path):
             if expected is None:
                 self.extra["unexpected-file"].append(_named(name))
             else:
@@ -240,6 +240,12 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
             named = value if isinstance(value, dict) else {"default": value} if value is not None else {}
             found[name] = {str(key): str(text) for key, text in named.items()}
     return {place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in found.items()}
+
+
+def _is_template(name: str, path: Path) -> bool:
+    """Whether the file holds nothing but chat templates, which are compared as texts."""
+    is_of_kind = companion_kind(name) is Companion.TEMPLATE
+    return is_of_kind and (name.endswith(".jinja") or _object(path).keys() == {"chat_template"})
 
 
 def _used(templates: Mapping[str, Mapping[str, str]], fallback: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.companion_names import is_harmless
 from merge_gate.engine.expected_differences import same
+from merge_gate.engine.finished_settings import _normal
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.terms import Severity
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
@@ -97,7 +98,7 @@ def _is_named(place: Place, name: str, before: bytes | None, seen: ReadSettings 
     of_base = place.base / name
     equal = {before, of_base.read_bytes() if of_base.exists() else None} - {None}
     after = _value((place.merged / name).read_bytes())
-    if after is not None and any(same(_value(one), after) for one in equal):
+    if after is not None and any(same(_normal(_value(one), {}, name), _normal(after, {}, name)) for one in equal):
         return True
     return seen is not None and any(one.row and one.file == name for one in seen.differences)
 
