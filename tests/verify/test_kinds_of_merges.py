@@ -54,9 +54,13 @@ def errors(report: AdapterReport) -> list[str]:
     "recipe",
     [
         pytest.param(
-            recipe, marks=[pytest.mark.slow] if recipe.variant in set(EXACT) - IN_MAKE_TEST - {"float16-base"} else []
+            recipe,
+            marks=[
+                *([pytest.mark.slow] if recipe.variant in set(EXACT) - IN_MAKE_TEST - {"float16-base"} else []),
+                pytest.mark.attempt(f"M{number:02}", f"a right merge: {recipe.name}", recipe.kind),
+            ],
         )
-        for recipe in RIGHT
+        for number, recipe in enumerate(RIGHT)
     ],
     ids=str,
 )
