@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,11 +13,10 @@ from tests.support.command import merge_gate
 from tests.support.gating import one_thread
 from tests.support.hub import LoopbackHub
 from tests.support.models import make_adapter
-from tests.support.verify.merges import Scene
+from tests.support.verify.accounting import EXPORTS
+from tests.support.verify.merges import Scene, edit_json
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.models import Shelf
 
 VARIANT = "bfloat16-base"
@@ -96,6 +97,35 @@ def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene
     answer = merge_gate("verify", merged, cwd=tmp_path)
     assert answer.code == 1, answer.said
     assert entry(tmp_path)["cause"] == "file-changed"
+
+
+def _byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.attempt("R02", "one byte of the weights, by the whole command", "fails")
+@pytest.mark.attempt("R03", "truncation in tokenizer.json, by the whole command", "tokenizer-differs")
+@pytest.mark.attempt("R04", "a key of config.json, by the whole command", "config-differs")
+def test_a_changed_export_fails(tmp_path: Path) -> None:
+    """A sample of test_random_changes.py, in the confined worker."""
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    for number, (change, kinds) in enumerate(
+        (
+            (lambda out: _byte(out / "model.safetensors"), {"unexplained", "base-changed", "imprecise", "nonfinite"}),
+            (lambda out: edit_json(out / "tokenizer.json", truncation=truncation), {"tokenizer-differs"}),
+            (lambda out: edit_json(out / "config.json", rms_norm_eps=0.5), {"config-differs"}),
+        )
+    ):
+        merged, output = tmp_path / f"m{number}", tmp_path / f"o{number}"
+        shutil.copytree(EXPORTS / "mlx", merged)
+        change(merged)
+        inputs = ("--base", EXPORTS / "base", "--adapter", EXPORTS / "adapter", "-o", output)
+        answer = merge_gate("verify", merged, *inputs, cwd=tmp_path)
+        assert answer.code == 1, answer.said
+        assert json.loads((output / "report.json").read_text())["adapters"][0]["cause"] in kinds, answer.said
 
 
 @pytest.mark.slow
