@@ -239,7 +239,7 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
 
 
 def _is_template(name: str, path: Path) -> bool:
-    """Whether the file holds nothing but chat templates, which are compared as texts."""
+    """Whether the file holds only chat templates, which are compared as texts."""
     is_of_kind = companion_kind(name) is Companion.TEMPLATE
     return is_of_kind and (name.endswith(".jinja") or _object(path).keys() == {"chat_template"})
 
