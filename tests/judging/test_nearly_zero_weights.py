@@ -56,7 +56,7 @@ def with_record(base: Path, adapter: Path) -> Base:
     return fed
 
 
-BASES = {
+BASES: dict[str, Callable[[Path, Path], Base]] = {
     "loaded": loaded,
     "skeleton": skeleton,
     "record": with_record,
@@ -127,7 +127,7 @@ def test_an_adapter_that_exploded_fails(shelf: Shelf, tmp_path: Path) -> None:
 def test_an_adapter_that_changes_only_weights_that_are_nearly_zero(kind: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
     make_adapter(base, tmp_path / "adapter")
-    load: Callable[[Path, Path], Base] = BASES[kind]
+    load = BASES[kind]
     assert severity(load(base, tmp_path / "adapter"), tmp_path / "adapter") is Severity.WARNING
     explode(tmp_path / "adapter")
     found = judged(load(base, tmp_path / "adapter"), tmp_path / "adapter")
@@ -142,7 +142,7 @@ def test_an_adapter_that_changes_only_weights_that_are_nearly_zero(kind: str, sh
 def test_an_adapter_of_one_projection_of_zeros(kind: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path / "base", "layers.1.self_attn.q_proj", factor=0)
     make_adapter(base, tmp_path / "adapter", target_modules=["model.layers.1.self_attn.q_proj"])
-    load: Callable[[Path, Path], Base] = BASES[kind]
+    load = BASES[kind]
     assert severity(load(base, tmp_path / "adapter"), tmp_path / "adapter") is None
     explode(tmp_path / "adapter")
     found = judged(load(base, tmp_path / "adapter"), tmp_path / "adapter")
