@@ -382,35 +382,38 @@ def test_a_bias_above_the_error_limit_does_not_fail_a_matrix_below_it() -> None:
 
 @pytest.mark.attempt("D01", "a good adapter on a weight that is nearly zero", "delta-norm warns")
 @pytest.mark.parametrize(
-    ("small", "others", "delta", "severity"),
+    ("weight", "typical", "delta", "severity", "ratio"),
     [
-        (1e-8, 1.0, 1.6, Severity.WARNING),
-        (1e-8, 1.0, 999.0, Severity.WARNING),
-        (1e-8, 1.0, 1001.0, Severity.ERROR),
-        (1e-8, 1e-8, 1.6, Severity.ERROR),
-        (1.0, 1.0, 1e6, Severity.ERROR),
+        (1e-8, 1.0, 1.6, Severity.WARNING, 1.6e8),
+        (1e-8, 1.0, 999.0, Severity.WARNING, 999e8),
+        (1e-8, 1.0, 1001.0, Severity.ERROR, 1001),
+        (1e-8, 1e-8, 1.6, Severity.ERROR, 1.6e8),
+        (1.0, 1.0, 1e6, Severity.ERROR, 1e6),
+        (1.0, 1e-3, 1e6, Severity.ERROR, 1e6),
+        (0.0, 1.0, 1001.0, Severity.ERROR, 1001),
+        (0.0, 1.0, 999.0, None, None),
     ],
 )
-def test_a_delta_is_compared_with_the_median_weight_too(
-    small: float, others: float, delta: float, severity: Severity
+def test_a_delta_is_compared_with_the_typical_weight_of_the_model_too(
+    weight: float, typical: float, delta: float, severity: Severity | None, ratio: float | None
 ) -> None:
-    """All matrices have 64 values, so that norms are to each other as RMS."""
+    """All are RMS; the matrix has 64 values, so that its norms are 8 times as large."""
     shape = dataclasses.replace(tensor(), shape=(8, 8), numel=64)
-    merges = [merged(shape, base_norm=small, delta_norm=delta), *[merged(shape, base_norm=others, delta_norm=0.1)] * 4]
-    (finding,) = of("delta-norm", judge(spec(), files(), evidence(merges=tuple(merges))))
-    assert finding.severity is severity
+    merge = merged(shape, base_norm=8 * weight, delta_norm=8 * delta)
+    found = of("delta-norm", judge(spec(), files(), evidence(merges=(merge,), typical_rms=typical)))
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
+    assert [dict(finding.measured)["ratio"] for finding in found] == ([pytest.approx(ratio)] if ratio else [])
 
 
 def test_the_matrix_that_fails_is_named_and_not_a_smaller_weight_with_a_larger_ratio() -> None:
     shape = dataclasses.replace(tensor(), shape=(8, 8), numel=64)
     tiny = merged(shape, base_norm=1e-9, delta_norm=1.0)
     exploded = merged(dataclasses.replace(shape, name="b.weight"), base_norm=1.0, delta_norm=1e6)
-    rest = [merged(shape, base_norm=1.0, delta_norm=0.1)] * 3
-    (finding,) = of("delta-norm", judge(spec(), files(), evidence(merges=(tiny, exploded, *rest))))
+    (finding,) = of("delta-norm", judge(spec(), files(), evidence(merges=(tiny, exploded), typical_rms=1 / 8)))
     assert (finding.severity, finding.tensor) == (Severity.ERROR, "b.weight")
 
 
-def test_a_weight_of_zeros_has_no_ratio_to_fail_by() -> None:
+def test_a_weight_of_zeros_has_no_ratio_to_warn_by() -> None:
     merge = merged(dataclasses.replace(tensor(), shape=(8, 8)), base_norm=0.0, delta_norm=1e9)
     assert not of("delta-norm", judge(spec(), files(), evidence(merges=(merge,))))
 

@@ -261,6 +261,10 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
         ),
         files(),
     ),
+    "a delta that is too large for a typical weight": (
+        evidence(merges=(merged(tensor(shape=(8, 8), numel=64), base_norm=0.0, delta_norm=6e6),), typical_rms=0.5),
+        files(),
+    ),
     "two large deltas of one size": (
         evidence(
             merges=(

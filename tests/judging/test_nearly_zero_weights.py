@@ -3,44 +3,112 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import SamConfig, SamModel
 
-from merge_gate.engine import adapter_evidence
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.base.loaded_base import MOST_TYPICAL, Base
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.base.skeleton import skeleton_of
+from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.files.preflight import preflight
-from merge_gate.judging.all_checks import judge_merge
-from merge_gate.records.terms import Severity
+from merge_gate.judging.all_checks import judge_merge, measure_options
+from merge_gate.records.terms import Quantization, Severity
+from merge_gate.sources.feed import SourceError
+from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.gating import SPEC, Gate
 from tests.support.models import make_adapter, read_tensors, write_tensors
 from tests.support.verify.merges import weights_of, write_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from merge_gate.records.terms import Finding
     from tests.support.models import Shelf
 
 
-def delta_norm(base: Path, adapter: Path) -> Finding | None:
+def loaded(base: Path, adapter: Path, quantization: Quantization = Quantization.NONE) -> Base:
+    return Gate().base(base, preflight(str(adapter), allow_pickle=False), dtype="auto", quantization=quantization)
+
+
+def skeleton(base: Path, adapter: Path) -> Base:
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
+    with methods.quiet():
+        return skeleton_of(source(base), model_class, stored_tensors(str(base)), CountingFeed(str(base)))
+
+
+def with_record(base: Path, adapter: Path) -> Base:
+    """A skeleton that has the figures of all tensors from an earlier run."""
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
+    record, fed = loaded(base, adapter).record(model_class), skeleton(base, adapter)
+    assert record is not None
+    fed.adopt(record)
+    return fed
+
+
+BASES: dict[str, Callable[[Path, Path], Base]] = {
+    "loaded": loaded,
+    "skeleton": skeleton,
+    "record": with_record,
+    "bnb-4bit": partial(loaded, quantization=Quantization.BNB_4BIT),
+}
+
+
+def judged(base: Base, adapter: Path) -> Finding | None:
     files = preflight(str(adapter), allow_pickle=False)
-    evidence = adapter_evidence.merge_adapter(Gate().base(base, files, dtype="auto"), files)
+    evidence = merge(MergeRequest(base=base, members=(files,), measure_options=measure_options(SPEC)))
     return next((one for one in judge_merge(SPEC, files, evidence) if one.check == "delta-norm"), None)
 
 
-def nearly_zero(base: Path, part: str) -> None:
-    write_weights(base, {name: one * (1e-9 if part in name else 1) for name, one in weights_of(base).items()})
+def severity(base: Base, adapter: Path) -> Severity | None:
+    found = judged(base, adapter)
+    return None if found is None else found.severity
+
+
+def changed(shelf: Shelf, to: Path, *parts: str, factor: float = 1e-9) -> Path:
+    """The base with these weights multiplied."""
+    shutil.copytree(shelf.base("llama"), to)
+    times(to, *parts, factor=factor)
+    return to
+
+
+def times(base: Path, *parts: str, factor: float) -> None:
+    write_weights(
+        base,
+        {name: one * (factor if any(part in name for part in parts) else 1) for name, one in weights_of(base).items()},
+    )
+
+
+def explode(adapter: Path) -> None:
+    write_tensors(
+        adapter, {name: one * (1e6 if "lora_B" in name else 1) for name, one in read_tensors(adapter).items()}
+    )
+
+
+def reads_of(base: Base, directory: Path) -> dict[str, int]:
+    """How often each tensor of a skeleton was read from its files."""
+    assert base.feed is not None
+    feed = base.feed._feed
+    assert isinstance(feed, CountingFeed)
+    stored = {one.name: one for one in stored_tensors(str(directory))}
+    return {name: feed.reads.count(one.span) for name, one in stored_bytes(str(directory), stored).items()}
 
 
 @pytest.mark.attempt("D02", "a good adapter on a base with a layer that starts at zero", "delta-norm warns")
 def test_a_layer_that_starts_at_zero_does_not_fail_a_good_adapter(shelf: Shelf, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(shelf.base("llama"), base)
-    nearly_zero(base, "layers.1.self_attn.q_proj")
+    base = changed(shelf, tmp_path / "base", "layers.1.self_attn.q_proj")
     make_adapter(base, tmp_path / "adapter")
-    found = delta_norm(base, tmp_path / "adapter")
+    found = judged(loaded(base, tmp_path / "adapter"), tmp_path / "adapter")
     assert found is not None
     assert found.severity is Severity.WARNING
     assert found.tensor == "model.layers.1.self_attn.q_proj.weight"
@@ -48,15 +116,38 @@ def test_a_layer_that_starts_at_zero_does_not_fail_a_good_adapter(shelf: Shelf, 
 
 @pytest.mark.attempt("D03", "an adapter that exploded by 1e6", "delta-norm fails")
 def test_an_adapter_that_exploded_fails(shelf: Shelf, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(shelf.base("llama"), base)
-    nearly_zero(base, "layers.1.self_attn.q_proj")
+    make_adapter(shelf.base("llama"), tmp_path / "adapter")
+    explode(tmp_path / "adapter")
+    assert severity(loaded(shelf.base("llama"), tmp_path / "adapter"), tmp_path / "adapter") is Severity.ERROR
+
+
+@pytest.mark.attempt("D05", "a good adapter that changes only weights that are nearly zero", "delta-norm warns")
+@pytest.mark.attempt("D06", "an adapter that exploded on weights that are nearly zero", "delta-norm fails")
+@pytest.mark.parametrize("kind", BASES)
+def test_an_adapter_that_changes_only_weights_that_are_nearly_zero(kind: str, shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
     make_adapter(base, tmp_path / "adapter")
-    tensors = read_tensors(tmp_path / "adapter")
-    write_tensors(tmp_path / "adapter", {name: one * 1e3 for name, one in tensors.items()})
-    found = delta_norm(base, tmp_path / "adapter")
+    load = BASES[kind]
+    assert severity(load(base, tmp_path / "adapter"), tmp_path / "adapter") is Severity.WARNING
+    explode(tmp_path / "adapter")
+    found = judged(load(base, tmp_path / "adapter"), tmp_path / "adapter")
     assert found is not None
     assert found.severity is Severity.ERROR
+    assert found.module in {f"model.layers.{number}.self_attn.{name}_proj" for number in (0, 1) for name in "qv"}
+
+
+@pytest.mark.attempt("D07", "a good adapter on one projection of zeros", "passed")
+@pytest.mark.attempt("D08", "an adapter that exploded on one projection of zeros", "delta-norm fails")
+@pytest.mark.parametrize("kind", BASES)
+def test_an_adapter_of_one_projection_of_zeros(kind: str, shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path / "base", "layers.1.self_attn.q_proj", factor=0)
+    make_adapter(base, tmp_path / "adapter", target_modules=["model.layers.1.self_attn.q_proj"])
+    load = BASES[kind]
+    assert severity(load(base, tmp_path / "adapter"), tmp_path / "adapter") is None
+    explode(tmp_path / "adapter")
+    found = judged(load(base, tmp_path / "adapter"), tmp_path / "adapter")
+    assert found is not None
+    assert (found.severity, found.module) == (Severity.ERROR, "model.layers.1.self_attn.q_proj")
 
 
 @pytest.mark.attempt("D04", "SAM with random weights, half of its mask decoder nearly zero", "delta-norm warns")
@@ -64,7 +155,59 @@ def test_a_sam_with_weights_near_zero_passes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sam = architectures.build("sam", tmp_path / "base")
     architectures.save_lora(sam, tmp_path / "base", tmp_path / "adapter")
-    nearly_zero(tmp_path / "base", "mask_decoder.transformer.layers.0")
-    found = delta_norm(tmp_path / "base", tmp_path / "adapter")
+    times(tmp_path / "base", "mask_decoder.transformer.layers.0", factor=1e-9)
+    assert severity(loaded(tmp_path / "base", tmp_path / "adapter"), tmp_path / "adapter") is Severity.WARNING
+
+
+@pytest.mark.attempt("D09", "LoRA on the vision encoder of a SAM as transformers initializes it", "delta-norm warns")
+def test_a_sam_as_transformers_initializes_it_passes(tmp_path: Path) -> None:
+    """Every weight of its vision encoder is zero, or 1e-10."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "image_size": 64, "patch_size": 16}
+    vision = {**size, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32, "output_channels": 16}
+    decoder = {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    config = SamConfig(
+        vision_config={**vision, "global_attn_indexes": [1], "window_size": 2},
+        prompt_encoder_config={**size, "mask_input_channels": 4},
+        mask_decoder_config=decoder,
+    )
+    with methods.quiet():
+        SamModel(config).save_pretrained(tmp_path / "base")
+        model = get_peft_model(
+            SamModel.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path / "adapter")
+    found = judged(loaded(tmp_path / "base", tmp_path / "adapter"), tmp_path / "adapter")
     assert found is not None
     assert found.severity is Severity.WARNING
+    assert dict(found.measured)["ratio"] > 1e6
+
+
+def test_a_typical_weight_is_measured_only_if_a_delta_is_large(shelf: Shelf, tmp_path: Path) -> None:
+    directory = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
+    make_adapter(shelf.base("llama"), tmp_path / "adapter")
+    plain = with_record(shelf.base("llama"), tmp_path / "adapter")
+    assert severity(plain, tmp_path / "adapter") is None
+    touched = {name for name in plain.tensors if "q_proj" in name or "v_proj" in name}
+    assert {name for name, count in reads_of(plain, shelf.base("llama")).items() if count} <= touched
+
+    base = with_record(directory, tmp_path / "adapter")
+    judged(base, tmp_path / "adapter")
+    once = reads_of(base, directory)
+    others = [name for name, count in once.items() if count and name not in touched]
+    assert 0 < len(others) <= MOST_TYPICAL
+    assert base.recorded - touched == base.tensors.keys() - touched - set(others), (
+        "what was read is no longer of the record"
+    )
+    judged(base, tmp_path / "adapter")
+    assert [name for name in others if reads_of(base, directory)[name] > once[name]] == [], "it is known by now"
+
+
+def test_a_record_that_does_not_fit_a_typical_weight_is_no_verdict(shelf: Shelf, tmp_path: Path) -> None:
+    directory = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
+    make_adapter(directory, tmp_path / "adapter")
+    base = with_record(directory, tmp_path / "adapter")
+    for name in base.recorded:
+        base.stats[name] = replace(base.stats[name], maximum=0.5)
+    with pytest.raises(SourceError, match="does not fit"):
+        judged(base, tmp_path / "adapter")

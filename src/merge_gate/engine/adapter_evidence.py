@@ -306,6 +306,9 @@ class _Attempt:
         loaded, merges = walk.loaded, walk.ledger.merges
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
+        ratio = self._request.measure_options.estimated_ratio
+        matrices = [merge for merge in merges.values() if len(merge.stats.shape) > 1]
+        is_large = any((merge.delta_norm or 0.0) > ratio * (merge.base_norm or 0.0) for merge in matrices)
         without_source = _without_source(base, self._parameters_in_file | (merges.keys() - walk.adapted))
         self._evidence = replace(
             self._evidence,
@@ -315,6 +318,7 @@ class _Attempt:
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
             targeted=loaded.targeted,
             merges=tuple(merges.values()),
+            typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
             tied=walk.ledger.tied(loaded.tied_modules, self._token_owners),
             replaced_nonfinite=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),

@@ -99,8 +99,8 @@ def _share(part: float | None, whole: float | None) -> float | None:
 class MeasureOptions:
     """Which figures may be estimated, because no check needs them exactly. By default none may.
 
-    With `estimates`, norms and losses may come from a sample of the rows. If an estimated ‖ΔW‖/‖W‖ is above
-    `estimated_ratio`, all rows are measured.
+    With `estimates`, norms and losses may come from a sample of the rows. If a ‖ΔW‖/‖W‖ is above `estimated_ratio`, all
+    rows are measured, and `Evidence.typical_rms` too.
     """
 
     estimates: bool = False
@@ -210,6 +210,7 @@ class Evidence:
         dropped: those of `missing` that are in the file.
         unexpected: tensors in the file that nothing in the merge uses, with their names in the file.
         targeted: the base's modules that have the adapter's layers.
+        typical_rms: the median RMS of the model's matrices; 0.0 if no delta is so large that it matters.
         shared: pairs of modules that hold one tensor; the tensor has the name of the second.
         tied: pairs of a merged tensor and the module that shares it unmerged.
         refused_by_safe_merge: modules that PEFT's `safe_merge=True` refuses although the merged tensor is finite.
@@ -234,6 +235,7 @@ class Evidence:
     unexpected: tuple[str, ...] = ()
     targeted: tuple[str, ...] = ()
     merges: tuple[TensorMerge, ...] = ()
+    typical_rms: float = 0.0
     shared: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()

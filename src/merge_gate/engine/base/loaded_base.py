@@ -10,7 +10,9 @@ module imports no PEFT, and no code writes to the base.
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +34,7 @@ from merge_gate.engine.base.stored_formats import (
 )
 from merge_gate.engine.tensors.buffers import Buffers
 from merge_gate.engine.tensors.hollow import Hollow
-from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.engine.tensors.measure import distance, dtype_name, measure
 from merge_gate.engine.tensors.module_copies import copied, tensors_of
 from merge_gate.engine.tensors.plain_layers import with_plain_layers
 from merge_gate.engine.tensors.quantized import (
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
 
 _REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
 """transformers' errors refer to a table in its log, which the reader of a message does not see."""
+
+MOST_TYPICAL = 9
+"""So many matrices are read for the typical RMS, because a streamed base may have to send them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +131,7 @@ class Base:
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
+    _typical_rms: float | None = None
 
     def __post_init__(self) -> None:
         self.weights = Weights(self.tensors, self.device)
@@ -164,6 +170,26 @@ class Base:
             with self.filled([name]):
                 found = self.stats[name] = measure(self.tensors[name], name)
         return found
+
+    def typical_rms(self) -> float:
+        """The median RMS of the files' matrices and kernels that are not zero; 0.0 if there are none.
+
+        The largest value of each is known. Only the matrices in the middle of that order are read.
+        """
+        if self._typical_rms is None:
+            names = [name for name, _ in self.model.named_parameters() if name not in self.newly_initialized]
+            ordered = sorted(map(self.figures, names), key=lambda one: one.max_abs)
+            matrices = [one for one in ordered if one.finite and one.max_abs and sum(n > 1 for n in one.shape) > 1]
+            middle = matrices[max(0, (len(matrices) - MOST_TYPICAL) // 2) :][:MOST_TYPICAL]
+            self._typical_rms = statistics.median([self._rms(one.name) for one in middle] or [0.0])
+        return self._typical_rms
+
+    def _rms(self, name: str) -> float:
+        tensor, module = self.tensors[name], self.model.get_submodule(name.rpartition(".")[0])
+        with self.filled([name]):
+            self.confirm(name)
+            values = dequantized(module, tensor) if is_quantized(tensor) else tensor
+            return distance(values) / math.sqrt(values.numel())
 
     def adopt(self, record: BaseRecord) -> None:
         """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.

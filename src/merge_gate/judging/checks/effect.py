@@ -6,7 +6,6 @@ In: the evidence of one merge, or an adapter's files. Out: findings; it imports 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
@@ -252,24 +251,18 @@ def headroom(case: MergeCase) -> Iterator[Finding]:
     error_limit=1000.0,
 ).on_merge
 def delta_norm(case: MergeCase) -> Iterator[Finding]:
-    limit = case.limit(delta_norm)
-    ratios = [
-        (merge.delta_norm / merge.base_norm, merge)
-        for merge in case.evidence.merges
-        if merge.delta_norm is not None and merge.base_norm and math.isfinite(merge.delta_norm)
-    ]
-    large = [(ratio, merge) for ratio, merge in ratios if ratio > limit]
+    limit, error_limit, merges = case.limit(delta_norm), case.error_limit(delta_norm), case.evidence.merges
+    ratios = [(_ratio(merge, case.evidence.typical_rms), merge) for merge in merges if len(merge.stats.shape) > 1]
+    errors = [(ratio, merge) for ratio, merge in ratios if ratio > error_limit]
+    large = errors or [(ratio, merge) for merge in merges if (ratio := _ratio(merge)) > limit]
     if large:
-        error_limit = case.error_limit(delta_norm)
-        errors = [
-            (ratio, merge) for ratio, merge in large if ratio > error_limit and _exceeds(merge, error_limit, case)
-        ]
-        ratio, worst = max(errors or large, key=lambda pair: pair[0])
+        ratio, worst = max(large, key=lambda pair: pair[0])
+        weight = "the weight it is added to" if ratio == _ratio(worst) else "a typical weight of the model"
         allowed = f"error-limit {figure(error_limit)}" if errors else f"limit {figure(limit)}"
         estimated = any(merge.estimated for _, merge in large)
         yield delta_norm.finding(
-            f"the delta of {worst.stats.name} is {figure(float(f'{ratio:.3g}'))} times as large as the weight it is "
-            f"added to ({allowed}){above(large)}{'; estimated from a sample' if estimated else ''}",
+            f"the delta of {worst.stats.name} is {figure(float(f'{ratio:.3g}'))} times as large as {weight} "
+            f"({allowed}){above(large)}{'; estimated from a sample' if estimated else ''}",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base instead of adapting it",
             Origin.MERGE,
             severity=ERROR if errors else None,
@@ -305,14 +298,13 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
         )
 
 
-def _exceeds(merge: TensorMerge, limit: float, case: MergeCase) -> bool:
-    """Whether the RMS of a matrix's delta is this many times the median RMS of the matrices that the merge changes.
+def _ratio(merge: TensorMerge, least_rms: float = 0.0) -> float:
+    """The RMS of the delta divided by the weight's, or by `least_rms` if that is larger; 0.0 if that has no value.
 
-    A bias, a norm, or a matrix may be close to zero in a good base, and training may multiply it.
+    A matrix may be close to zero in a good base, and training may multiply it.
     """
-    matrices = [one for one in case.evidence.merges if len(one.stats.shape) > 1 and one.base_norm and one.stats.numel]
-    median = statistics.median([(one.base_norm or 0.0) / math.sqrt(one.stats.numel) for one in matrices] or [0.0])
-    return len(merge.stats.shape) > 1 and (merge.delta_norm or 0.0) > limit * median * math.sqrt(merge.stats.numel)
+    norm = max(merge.base_norm or 0.0, least_rms * math.sqrt(merge.stats.numel))
+    return merge.delta_norm / norm if norm and merge.delta_norm and math.isfinite(merge.delta_norm) else 0.0
 
 
 def _is_blank(evidence: Evidence) -> bool:
