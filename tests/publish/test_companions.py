@@ -14,7 +14,7 @@ import pytest
 
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish import json_text
+from merge_gate.publish import companions
 from merge_gate.publish.companion_files import companion_identities
 from merge_gate.publish.companions import Companions, MergedModel, companions_of, files_of
 from merge_gate.records.files import StoredTensor
@@ -23,7 +23,7 @@ from tests.support import published, reports
 from tests.support.vocabularies import vocabulary_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 SHAPES = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
 CONFIG = b'{\n  "vocab_size": 32,\n  "eos_token_id": 2,\n  "dtype": "float32"\n}\n'
@@ -219,6 +219,19 @@ def test_references_to_code_are_removed(tmp_path: Path) -> None:
 # --- config.json -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("indent", [None, 1, 2, 4, "\t"])
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_a_changed_config_is_written_as_it_was(tmp_path: Path, indent: int | str | None, is_ascii: bool) -> None:
+    code = {"auto_map": {"AutoModel": "modeling_x.X"}, "x": {"y": [{"auto_map": 1}, 1e-05], "auto_map": 3}}
+    own = {"b": [], "a": {"n": None, "é": 1.5, "big": 10**30}, "eps": 1e-05}
+    before, after = (
+        (json.dumps(content, indent=indent, ensure_ascii=is_ascii) + "\n").encode()
+        for content in ({"vocab_size": 32} | code | own, {"vocab_size": 40, "x": {"y": [{"auto_map": 1}, 1e-05]}} | own)
+    )
+    found = chosen(tmp_path, {"config.json": before}, shapes=resized(40))
+    assert contents(found)["config.json"][1] == after
+
+
 def resized(rows: int) -> dict[str, tuple[int, ...]]:
     return SHAPES | {"model.embed_tokens.weight": (rows, 8)}
 
@@ -399,17 +412,17 @@ def test_a_file_that_is_too_large_is_not_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
 def test_json_that_is_nested_deeply_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Since Python 3.12, the limit does not count what `json` nests, and it counts the gate's own functions."""
-    without = json_text.without
+    written = companions._written
 
-    def limited(text: str, chosen: Callable[[json_text.Member], bool]) -> str:
+    def limited(content: dict[str, Any], data: bytes) -> bytes:
         before = sys.getrecursionlimit()
         sys.setrecursionlimit(len(inspect.stack(0)) + 100)
         try:
-            return without(text, chosen)
+            return written(content, data)
         finally:
             sys.setrecursionlimit(before)
 
-    monkeypatch.setattr(json_text, "without", limited)
+    monkeypatch.setattr(companions, "_written", limited)
     deep = b'{"vocab_size": 32, "x": ' + b'{"x":' * 200 + b"1" + b"}" * 200 + b"}"
     base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, **TOKENIZER, name: deep})
     with pytest.raises(NotPublishedError):

@@ -6,7 +6,7 @@ and findings. Files are copied, and config.json is changed only where the tensor
 1. Read the files whose names are on the allow-list (companion_names.py).
 2. The adapter's own copy replaces that of the base, except config.json and licenses. Tokenizer and chat template are
    replaced as a whole: half of a tokenizer would be worse than either.
-3. Change in the text of config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
+3. Change in config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
    References to code are removed, because code is not published.
 4. Compare the stop tokens, and the tokenizer with the embedding.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,10 +24,8 @@ from merge_gate.errors import NotPublishedError
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.judging.checks.table import PUBLISHED_FILES
-from merge_gate.publish import json_text
 from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
 from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.json_text import Member
 from merge_gate.publish.layout import FLOATING_STORED
 from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagreements, oversized
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
@@ -46,6 +45,12 @@ _COPY_POOLING = (
     f"for sentence-transformers, review and copy {_MODULES} and the folders that it names, such as 1_Pooling: without "
     "them the model may pool in another way"
 )
+
+_TEXT = ((), *((name,) for name in TEXT_SECTIONS))
+_INDENT = re.compile(r"\{\r?\n([ \t]+)")
+
+Place = tuple[str, ...]
+"""The place of an object in a JSON document: the keys that lead to it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -245,15 +250,16 @@ def _config(data: bytes | None, model: MergedModel) -> bytes:
         )
     rows = _resized_rows(model, config)
     with _as_json("config.json", "base"):
-        text = data.decode("utf-8")
         if rows is not None:
-            places = _vocabulary_places(text, rows[0])
-            text = json_text.replaced(text, lambda member: member.path in places, rows[1])
+            for section in _vocabulary_sections(config, rows[0]):
+                section["vocab_size"] = rows[1]
         if model.dtype is not None:
-            text = json_text.replaced(text, _names_dtype, model.dtype)
+            for place, section in _objects(config):
+                if not any(name in _QUANTIZATIONS for name in place):
+                    section.update({key: model.dtype for key in _DTYPE_KEYS if isinstance(section.get(key), str)})
         if model.is_dequantized:
-            text = json_text.without(text, lambda member: member.path[-1] in _QUANTIZATIONS)
-        return text.encode("utf-8")
+            _remove(config, _QUANTIZATIONS)
+        return _written(config, data)
 
 
 def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -295,41 +301,34 @@ def _sizes(config: Mapping[str, Any]) -> set[Any]:
     return {config.get("vocab_size"), config_section(config).get("vocab_size")}
 
 
-def _vocabulary_places(text: str, rows: int) -> set[tuple[str, ...]]:
-    """The members of config.json that hold the old size of the vocabulary: its own, and that of the language model.
+def _vocabulary_sections(config: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+    """The objects of config.json with the old size of the vocabulary: the whole, and that of the language model.
 
     Raises:
         NotPublishedError: another part of the model has the same size, and its tensors may have kept it.
     """
-    places = {
-        member.path for member in json_text.members(text) if member.path[-1] == "vocab_size" and member.value == rows
-    }
-    others = [path for path in places if len(path) > 1 and path[:-1] not in {(name,) for name in TEXT_SECTIONS}]
+    sections = {place: section for place, section in _objects(config) if section.get("vocab_size") == rows}
+    others = sorted(".".join((*place, "vocab_size")) for place in sections if place not in _TEXT)
     if others:
         raise NotPublishedError(
-            f"the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
-            f"({listing(['.'.join(path) for path in sorted(others)])})",
+            "the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
+            f"({listing(others)})",
             hint="save the base with the new vocabulary first, and use it as the adapter's base",
         )
-    return places
-
-
-def _names_dtype(member: Member) -> bool:
-    """Whether this is the dtype of the model or of a part of it."""
-    is_dtype = member.path[-1] in _DTYPE_KEYS and isinstance(member.value, str)
-    return is_dtype and not any(name in _QUANTIZATIONS for name in member.path)
+    return list(sections.values())
 
 
 def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
     """Remove the references to code from the configurations: the code itself is not published."""
     changed = []
     for name, file in files.items():
-        if not name.endswith("config.json") or not isinstance(_parsed(file), dict):
+        if not name.endswith("config.json") or not isinstance(content := _parsed(file), dict):
             continue
         with _as_json(name, file.origin):
-            text = json_text.without(file.data.decode("utf-8"), lambda member: member.path[-1] in _CODE)
-        if text.encode() != file.data:
-            files[name] = CompanionFile(name=name, data=text.encode(), origin=file.origin)
+            _remove(content, _CODE)
+            data = _written(content, file.data)
+        if data != file.data:
+            files[name] = CompanionFile(name=name, data=data, origin=file.origin)
             changed.append(name)
     return [_note(f"the reference to code was removed from {listing(map(shown, sorted(changed)))}")] if changed else []
 
@@ -347,6 +346,30 @@ def _parsed(file: CompanionFile) -> Any:
         return None
     with _as_json(file.name, file.origin):
         return json.loads(file.data.decode("utf-8"))
+
+
+def _objects(content: dict[str, Any], place: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The object and all objects in it, with their places. Arrays are not entered."""
+    yield place, content
+    for key, value in list(content.items()):
+        if isinstance(value, dict):
+            yield from _objects(value, (*place, key))
+
+
+def _remove(content: dict[str, Any], keys: Iterable[str]) -> None:
+    for _, section in _objects(content):
+        for key in keys:
+            section.pop(key, None)
+
+
+def _written(content: dict[str, Any], data: bytes) -> bytes:
+    """The content, written as `data` is: these bytes themselves, if they say the same."""
+    text = data.decode("utf-8")
+    if json.loads(text) == content:
+        return data
+    indent = _INDENT.match(text)
+    written = json.dumps(content, indent=indent and indent[1], ensure_ascii=text.isascii())
+    return (written + text[len(text.rstrip()) :]).encode("utf-8")
 
 
 @contextlib.contextmanager
