@@ -87,13 +87,12 @@ class CompanionFile:
 class Companions:
     """The files next to the weights, in the order of their names, and what there is to say about them.
 
-    `of_base` and `of_adapters` are the files that they were chosen from.
+    `read` are the files that they were chosen from: those of the base, and those of each adapter.
     """
 
     files: tuple[CompanionFile, ...]
     findings: tuple[Finding, ...] = ()
-    of_base: CompanionFiles = CompanionFiles(files={})
-    of_adapters: tuple[CompanionFiles, ...] = ()
+    read: tuple[CompanionFiles, ...] = ()
 
 
 def companions_of(
@@ -159,8 +158,7 @@ def files_of(
     return Companions(
         files=tuple(files[name] for name in sorted(files)),
         findings=(*warnings, *notes),
-        of_base=base,
-        of_adapters=tuple(adapters),
+        read=(base, *adapters),
     )
 
 
@@ -169,16 +167,12 @@ def files_of(
 
 def _common(adapters: Iterable[CompanionFiles]) -> tuple[dict[str, bytes], list[Finding]]:
     """The adapter's own files. Those of a combination count only if all members have the same ones."""
-    first, *others = [_without_inputs(adapter.files) for adapter in adapters]
+    first, *others = [adapter.without_config for adapter in adapters]
     if all(other == first for other in others):
         return first, []
     return {}, [
         _note("the members of the combination have different files next to their weights, so the base's files are used")
     ]
-
-
-def _without_inputs(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in files.items() if companion_kind(name) is not Companion.CONFIG}
 
 
 def replaced(of_base: Iterable[str], own: Iterable[str], *, has_template: bool) -> set[str]:

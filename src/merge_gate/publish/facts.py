@@ -27,7 +27,7 @@ class PublicationFacts:
 
     entry: Entry
     report: AdapterReport
-    base: BaseReport | None
+    base: BaseReport
     base_identity: tuple[FileIdentity, ...]
     environment: Environment
     config: Config

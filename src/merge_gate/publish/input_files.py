@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.publish.companion_files import CompanionFiles, read_companions
@@ -32,21 +31,27 @@ class InputFiles:
     adapters: tuple[tuple[FileRecord, ...], ...] = ()
 
 
-def of_base(directory: str, weights: Iterable[FileRecord], companions: CompanionFiles) -> tuple[FileRecord, ...]:
-    """The files of a base. `weights` are its weight files with the index, and `companions` are what was read of it.
+def input_files(
+    entry: Entry, weights: Iterable[FileRecord], base: CompanionFiles, *adapters: CompanionFiles
+) -> InputFiles:
+    """The files of an entry: those that were read for the merge, and those that a publication copies.
+
+    `weights` are the base's weight files with the index. `base` and `adapters` are what a publication read of each.
 
     Raises:
         OSError: a file cannot be read.
     """
-    known = {file.path: file for file in (*weights, *_records(companions.files))}
-    names = {name for name in resolve.base_setting_files(directory) if not name.endswith(_CODE)} - set(known)
-    return _sorted((*known.values(), *_read(directory, names)))
-
-
-def of_adapter(files: Iterable[FileRecord], companions: CompanionFiles) -> tuple[FileRecord, ...]:
-    """The files of an adapter: those that were read for the merge, and those that a publication copies."""
-    copied = {name: data for name, data in companions.files.items() if companion_kind(name) is not Companion.CONFIG}
-    return _sorted({file.path: file for file in (*_records(copied), *files)}.values())
+    directory = base_directory(entry)
+    known = {file.path: file for file in (*weights, *_records(base.files))}
+    settings = {name for name in resolve.base_setting_files(directory) if not name.endswith(_CODE)} - set(known)
+    of_adapters = (
+        {file.path: file for file in (*_records(own.without_config), *member.files)}
+        for own, member in zip(adapters, entry.members, strict=True)
+    )
+    return InputFiles(
+        base=_sorted((*known.values(), *_read(directory, settings))),
+        adapters=tuple(_sorted(files.values()) for files in of_adapters),
+    )
 
 
 def inputs_of(entry: Entry) -> InputFiles:
@@ -58,12 +63,8 @@ def inputs_of(entry: Entry) -> InputFiles:
     """
     directory = base_directory(entry)
     weights = tuple(_read(directory, resolve.base_weight_files(directory)))
-    return InputFiles(
-        base=of_base(directory, weights, read_companions(directory, "the base")),
-        adapters=tuple(
-            of_adapter(member.files, read_companions(member.directory, "the adapter")) for member in entry.members
-        ),
-    )
+    adapters = (read_companions(member.directory, "the adapter") for member in entry.members)
+    return input_files(entry, weights, read_companions(directory, "the base"), *adapters)
 
 
 def different_files(got: Iterable[FileRecord], expected: Iterable[FileRecord], owner: str) -> Iterator[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
@@ -39,10 +39,12 @@ from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import NUMBER, one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from merge_gate.publish.facts import PublicationFacts
     from merge_gate.publish.input_files import InputFiles
+    from merge_gate.records.report import Environment
+    from merge_gate.records.terms import BaseKey
 
 MANIFEST_NAME = "merge-gate.json"
 MOST_BYTES = 16 * 1024 * 1024
@@ -84,15 +86,11 @@ def manifest_of(
         inputs: all files of base and adapters; None for those that the merge itself has read.
     """
     adapter, base, spec = facts.report, facts.base, facts.entry.spec
-    if base is None:
-        raise AssertionError("a merge that passed has a base")
     return Manifest(
         tool=Tool(name=TOOL, version=__version__),
         name=adapter.name,
         verdict=adapter.verdict,
-        warnings=tuple(
-            dict.fromkeys(found.check for found in (*adapter.findings, *findings) if found.severity is Severity.WARNING)
-        ),
+        warnings=warnings_in((*adapter.findings, *findings)),
         parameters=adapter.coverage.parameters_checked,
         peft_type=adapter.peft_type,
         dtype=facts.dtype,
@@ -111,29 +109,32 @@ def manifest_of(
         adapters=_adapters(facts, inputs),
         combination=None
         if spec.combine is None
-        else PublishedCombination(
-            method=spec.combine.method,
-            weights=spec.combine.weights,
-            density=spec.combine.density,
-            majority_sign_method=spec.combine.majority_sign_method,
-            seed=spec.combine.seed,
-        ),
+        else PublishedCombination(**shared_fields(PublishedCombination, spec.combine)),
         allow_pickle=facts.config.allow_pickle,
         trust_remote_code=facts.config.trust_remote_code,
         config=ConfigFile(path=facts.config.label, sha256=facts.config.sha256),
-        versions=Versions(
-            python=facts.environment.python,
-            torch=facts.environment.torch,
-            peft=facts.environment.peft,
-            transformers=facts.environment.transformers,
-            bitsandbytes=facts.environment.bitsandbytes if adapter.base.is_quantized else None,
-            device=facts.environment.device,
-        ),
+        versions=versions_of(facts.environment, adapter.base),
         checks=tuple(
             _written(setting) for setting in spec.checks if replace(setting, of_base=None) not in DEFAULT_SETTINGS
         ),
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
+
+
+def shared_fields(kind: type, source: Any) -> dict[str, Any]:
+    """The values that `source` has for the fields of a record, by name."""
+    return {field.name: getattr(source, field.name) for field in fields(kind) if hasattr(source, field.name)}
+
+
+def versions_of(environment: Environment, base: BaseKey) -> Versions:
+    """The versions that made a merge into this base."""
+    used = Versions(**shared_fields(Versions, environment))
+    return used if base.is_quantized else replace(used, bitsandbytes=None)
+
+
+def warnings_in(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """The checks with warnings, by id."""
+    return tuple(dict.fromkeys(finding.check for finding in findings if finding.severity is Severity.WARNING))
 
 
 def _adapters(facts: PublicationFacts, inputs: InputFiles | None) -> tuple[PublishedAdapter, ...]:

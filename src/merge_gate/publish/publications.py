@@ -29,11 +29,11 @@ from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
 from merge_gate.publish.partial import unchanged
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
-from merge_gate.records.files import Entry, FileIdentity
+from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import listing, quoted
-from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+from merge_gate.worker.protocol import PublicationSent
 
 _NONE_FITS = 10
 """More than there are dtypes."""
@@ -80,7 +80,6 @@ class Publications:
         self._seen: dict[str, dict[str, FileIdentity]] = {}
         self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
         self._pending: set[int] = set()
-        self._is_over = False
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -145,7 +144,7 @@ class Publications:
 
     # --- 2: the worker ---------------------------------------------------------------------------------------------
 
-    def planned(self, task: int, tensors: tuple[PlannedTensor, ...]) -> None:
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         self._models[task].plan(tensors)
 
     def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
@@ -179,16 +178,13 @@ class Publications:
         for index, base in iter(self._to_complete.get, None):
             with contextlib.suppress(CanceledError):
                 try:
+                    model = self._models[index]
+                    together = next(models for models in self._of_base.values() if model in models)
                     with _this_model_only():
-                        self._models[index].complete(base(), self._siblings(self._models[index]))
+                        model.complete(base(), [other for other in together if other is not model])
                 except NotPublishedError as error:
                     self._refused[index] = error
             self._pending.discard(index)
-
-    def _siblings(self, model: Publication) -> list[Publication]:
-        """The other models of the same base."""
-        together = next(models for models in self._of_base.values() if model in models)
-        return [other for other in together if other is not model]
 
     @property
     def is_completing(self) -> bool:
@@ -198,9 +194,7 @@ class Publications:
     def wait(self, timeout_s: float) -> None:
         """Wait until every model is completed, or for so long."""
         if self._thread is not None:
-            if not self._is_over:
-                self._to_complete.put(None)
-            self._is_over = True
+            self._to_complete.put(None)
             self._thread.join(timeout_s)
 
     @property

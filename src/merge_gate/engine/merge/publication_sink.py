@@ -1,7 +1,7 @@
 """The stored tensors of one merged model, handed out while its adapter is merged and measured.
 
 In: merged tensors, as a sink gets them (sink.py), and the base's layout (stored_layout.py). Out: bytes of stored
-tensors, for an `Outlet`, and at the end the list of them, or the reason why the model must not be published. Judges
+tensors, for a `Connection`, and at the end the list of them, or the reason why the model must not be published. Judges
 nothing, and writes no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
@@ -26,27 +26,31 @@ from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import PRESERVE
 
 ROWS_BYTES = 1 << 22
 """Rows are sent in parts of about this size."""
 
 
-class Outlet(Protocol):
-    """Takes the bytes of stored tensors. Several threads may call these methods, for different tensors."""
+class Connection(Protocol):
+    """Takes the stored tensors of tasks (worker/publish_client.py). Several threads may send different tensors."""
 
-    def plan(self, tensors: Sequence[StoredTensor]) -> None:
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
         """The merge begins, perhaps again: these stored tensors will be sent, with these dtypes and shapes."""
 
-    def send(self, name: str, offset: int, values: memoryview) -> None:
+    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
         """Bytes of a stored tensor, from `offset` of the tensor on."""
+
+    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
+        """All tensors of a task were sent, or it must not be published."""
 
 
 class PublicationSink:
     """A sink for one adapter. `dtype` is `preserve`, or the dtype that the base was loaded in, for a cast."""
 
-    def __init__(self, layout: StoredLayout, outlet: Outlet, dtype: str = PRESERVE) -> None:
-        self._layout, self._outlet = layout, outlet
+    def __init__(self, layout: StoredLayout, connection: Connection, task: int, dtype: str = PRESERVE) -> None:
+        self._layout, self._connection, self._task = layout, connection, task
         self._cast: torch.dtype | None = None if dtype == PRESERVE else getattr(torch, dtype)
         self._problem: GateError | None = None
         self._planned: dict[str, StoredTensor] = {}
@@ -71,7 +75,7 @@ class PublicationSink:
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
             self._planned = planned
-            self._outlet.plan(tuple(planned.values()))
+            self._connection.plan(self._task, tuple(planned.values()))
         except Exception as error:  # the merge itself goes on
             self._fail(error, "the plan")
 
@@ -208,7 +212,7 @@ class PublicationSink:
         part = self._in_written_dtype(held.sources[0], held.buffer[: held.filled]) if held.sources else held.buffer
         row_bytes = part[0].nbytes if len(part) else 0
         for source in held.sources:
-            self._outlet.send(source, held.first * row_bytes, bytes_of(part))
+            self._connection.send(self._task, source, held.first * row_bytes, bytes_of(part))
         held.first, held.filled = held.first + held.filled, 0
         dtype: torch.dtype = part.dtype
         return dtype
@@ -259,7 +263,7 @@ class PublicationSink:
     def _send_whole(self, source: str, values: torch.Tensor) -> None:
         values = self._in_written_dtype(source, values.cpu()).contiguous()
         if values.numel():
-            self._outlet.send(source, 0, bytes_of(values))
+            self._connection.send(self._task, source, 0, bytes_of(values))
         self._sent[source] = self._as_written(source, values.shape, values.dtype)
 
     def _as_written(self, source: str, shape: torch.Size, dtype: torch.dtype) -> StoredTensor:
@@ -311,6 +315,6 @@ class PublicationSink:
                     hint="repair the base: other programs load this tensor",
                 )
             if self._is_cast(one.name):
-                self._outlet.send(one.name, start * dtype.itemsize, bytes_of(values))
+                self._connection.send(self._task, one.name, start * dtype.itemsize, bytes_of(values))
         if self._is_cast(one.name):
             self._sent[one.name] = self._as_written(one.name, torch.Size(one.shape), dtype)
