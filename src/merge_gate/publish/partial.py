@@ -31,7 +31,7 @@ _MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
 _LOOK = "an exchange began: look at `model` before it is removed"
-ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
+_ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
 
 
 def partial_name(name: str) -> str:
@@ -54,7 +54,7 @@ class PartialDirectory:
         self._stack = contextlib.ExitStack()
         with self._stack:
             self._lock()
-            if not is_leftover(self._place) or not _put_back(self._place):
+            if not _is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
                     hint="move that directory away, or publish to another one",
@@ -65,7 +65,7 @@ class PartialDirectory:
                 (self._place / _MARKER).touch(exist_ok=False)
                 self.model.mkdir()
             except BaseException:
-                remove_leftover(self._place)
+                _remove_leftover(self._place)
                 raise
             self._stack = self._stack.pop_all()
 
@@ -80,13 +80,13 @@ class PartialDirectory:
                 raise NotPublishedError(
                     f"another run of merge-gate is writing the model {quoted(self.name, 200)} to "
                     f"{quoted(str(self._parent), 200)}",
-                    hint="wait for it, or publish to another directory",
+                    hint="wait for it, or choose another directory with --publish",
                 ) from None
             if not lock.is_held and os.listdir(self._place):  # noqa: PTH208 - names are all that is wanted
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} exists, and its file system has no locks: another run may be "
                     "writing to it",
-                    hint=ABANDONED,
+                    hint=_ABANDONED,
                 )
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.descriptor), self._place.stat(follow_symlinks=False)):
@@ -129,11 +129,11 @@ class PartialDirectory:
 
     def remove(self) -> None:
         """Remove the directory, with all that was written. May be called more than once."""
-        remove_leftover(self._place)
+        _remove_leftover(self._place)
         self._stack.close()
 
 
-def is_leftover(place: Path) -> bool:
+def _is_leftover(place: Path) -> bool:
     """Whether a directory holds what a run of merge-gate writes into a partial directory, or nothing."""
     names = set(os.listdir(place))  # noqa: PTH208 - names are all that is wanted
     return not names or (_MARKER in names and names <= {_MARKER, _MODEL, _REPLACED})
@@ -146,7 +146,7 @@ def remove_leftovers(parent: Path) -> None:
         for place in places:
             with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(place, follow=False) as lock:
                 if lock.is_held:
-                    remove_leftover(place)
+                    _remove_leftover(place)
 
 
 def _is_partial(entry: os.DirEntry[str]) -> bool:
@@ -154,10 +154,10 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
     return is_named_so and entry.is_dir(follow_symlinks=False)
 
 
-def remove_leftover(place: Path) -> None:
+def _remove_leftover(place: Path) -> None:
     """The marker goes last: a directory that a second kill left half removed still has it."""
     with contextlib.suppress(OSError):
-        if is_leftover(place) and _put_back(place):
+        if _is_leftover(place) and _put_back(place):
             for name in (_MODEL, _REPLACED, _MARKER):
                 _remove(place / name)
             place.rmdir()

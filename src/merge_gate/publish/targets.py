@@ -10,11 +10,10 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.manifest import MANIFEST_NAME
-from merge_gate.publish.partial import ABANDONED, is_leftover, partial_name, remove_leftovers, unchanged
+from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged
 from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
@@ -129,22 +128,11 @@ def _refuse_existing(target: Path, name: str) -> None:
     place = target / name
     if os.path.lexists(place) and not unchanged(place, weights=False):
         raise _changed(UsageError, place)
-    partial = target / partial_name(name)
-    if not os.path.lexists(partial):
-        return
-    try:
-        with locked_directory(partial, follow=False) as lock:
-            is_free = lock.is_held and is_leftover(partial)
-    except AlreadyLockedError as error:
-        raise UsageError(
-            f"another run of merge-gate is writing the model {quoted(name, 200)} to {quoted(str(target), 200)}",
-            hint=f"wait for it, or choose another directory{_CHOSEN_BY}",
-        ) from error
-    if not is_free:
-        raise UsageError(
-            f"{quoted(str(partial), 200)} exists, and merge-gate cannot tell whether another run uses it",
-            hint=f"{ABANDONED}; or choose another directory{_CHOSEN_BY}",
-        )
+    if os.path.lexists(target / partial_name(name)):
+        try:
+            PartialDirectory(target, name).remove()
+        except NotPublishedError as error:
+            raise UsageError(error.message, hint=error.hint) from error
 
 
 def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
