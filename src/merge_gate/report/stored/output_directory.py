@@ -41,15 +41,22 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
             another run.
     """
     folder = Path(directory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(made_directory(folder))
+        with explained(f"cannot use the output directory {folder}"):
+            stack.enter_context(claimed_directory(folder))
+        with explained(f"cannot mark the report of an earlier run in {folder}"):
+            earlier = mark_stale(folder)
+        yield earlier
+
+
+@contextlib.contextmanager
+def made_directory(folder: Path) -> Iterator[None]:
+    """Create a directory if it is missing, and remove it at the end if it is empty."""
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     make_directory(folder)
     try:
-        with contextlib.ExitStack() as stack:
-            with explained(f"cannot use the output directory {folder}"):
-                stack.enter_context(claimed_directory(folder))
-            with explained(f"cannot mark the report of an earlier run in {folder}"):
-                earlier = mark_stale(folder)
-            yield earlier
+        yield
     finally:
         with contextlib.suppress(OSError):
             for path in created:
