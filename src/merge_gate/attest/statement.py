@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.names.foreign_names import is_inside
-from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
-from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase, Versions
+from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, shared_fields, versions_of, warnings_in
+from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
-from merge_gate.records.terms import Severity, record
+from merge_gate.records.terms import record
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
@@ -61,18 +61,7 @@ def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Sta
         predicate=Predicate(
             attested_at=_time(now),
             published=True,
-            tool=Tool(name=TOOL, version=__version__),
-            name=manifest.name,
-            verdict=manifest.verdict,
-            warnings=manifest.warnings,
-            parameters=manifest.parameters,
-            peft_type=manifest.peft_type,
-            dtype=manifest.dtype,
-            base=manifest.base,
-            adapters=manifest.adapters,
-            config=manifest.config,
-            versions=manifest.versions,
-            checks=manifest.checks,
+            **shared_fields(Predicate, manifest) | {"tool": Tool(name=TOOL, version=__version__)},
         ),
     )
 
@@ -80,7 +69,6 @@ def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Sta
 def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
     """The statement about one entry of a report. Its subjects are the adapter's own files."""
     base = next((base for base in report.bases if base.key == adapter.base), None)
-    environment = report.environment
     return Statement(
         subjects=tuple(map(_subject, adapter.files)),
         predicate=Predicate(
@@ -90,9 +78,7 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
             name=adapter.name,
             verdict=adapter.verdict,
             cause=adapter.cause,
-            warnings=tuple(
-                dict.fromkeys(found.check for found in adapter.findings if found.severity is Severity.WARNING)
-            ),
+            warnings=warnings_in(adapter.findings),
             parameters=adapter.coverage.parameters_checked,
             peft_type=adapter.peft_type,
             dtype=None,
@@ -104,20 +90,9 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
                 sha256=(base.sha256 if base is not None else None) or "",
                 files=base.files if base is not None else (),
             ),
-            adapters=(
-                PublishedAdapter(
-                    name=adapter.name, source=adapter.source, revision=adapter.revision, files=adapter.files
-                ),
-            ),
+            adapters=(PublishedAdapter(**shared_fields(PublishedAdapter, adapter)),),
             config=report.config,
-            versions=Versions(
-                python=environment.python,
-                torch=environment.torch,
-                peft=environment.peft,
-                transformers=environment.transformers,
-                bitsandbytes=environment.bitsandbytes if adapter.base.is_quantized else None,
-                device=environment.device,
-            ),
+            versions=versions_of(report.environment, adapter.base),
             verdict_from="report.json",
         ),
     )

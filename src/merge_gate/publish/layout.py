@@ -11,6 +11,7 @@ bytes, places of tensors, and the index. Reads headers and the index, no values.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -256,9 +257,7 @@ def tensor_bytes(tensor: StoredTensor) -> int:
     Raises:
         NotPublishedError: its elements do not fill whole bytes.
     """
-    bits = DTYPE_BITS[tensor.dtype]
-    for factor in tensor.shape:
-        bits *= factor
+    bits = DTYPE_BITS[tensor.dtype] * math.prod(tensor.shape)
     if bits % 8:
         raise NotPublishedError(f"the tensor {shown(tensor.name)} does not fill whole bytes")
     return bits // 8
