@@ -23,6 +23,8 @@ from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from merge_gate.records.files import FileRecord
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -39,25 +41,17 @@ class InvalidStatementError(Exception):
 
 
 @record
-class Subject:
-    """A file that a statement is about. Its name is relative to the directory."""
-
-    name: str
-    sha256: str
-
-
-@record
 class Statement:
-    """One in-toto statement."""
+    """One in-toto statement. `subjects` has the SHA-256 of each file, by its name relative to the directory."""
 
-    subjects: tuple[Subject, ...]
+    subjects: Mapping[str, str]
     predicate: Predicate
 
 
 def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Statement:
     """The statement about a published directory. The caller has compared its files with the manifest."""
     return Statement(
-        subjects=(*map(_subject, manifest.files), Subject(name=MANIFEST_NAME, sha256=manifest_sha256)),
+        subjects=_digests(manifest.files) | {MANIFEST_NAME: manifest_sha256},
         predicate=Predicate(
             attested_at=_time(now),
             published=True,
@@ -70,7 +64,7 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
     """The statement about one entry of a report. Its subjects are the adapter's own files."""
     base = next((base for base in report.bases if base.key == adapter.base), None)
     return Statement(
-        subjects=tuple(map(_subject, adapter.files)),
+        subjects=_digests(adapter.files),
         predicate=Predicate(
             attested_at=_time(now),
             published=False,
@@ -117,7 +111,7 @@ def render(statement: Statement) -> bytes:
         )
     document = {
         "_type": STATEMENT_TYPE,
-        "subject": [{"name": one.name, "digest": {"sha256": one.sha256}} for one in statement.subjects],
+        "subject": [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in statement.subjects.items()],
         "predicateType": PREDICATE_TYPE,
         "predicate": dump_record(statement.predicate),
     }
@@ -150,12 +144,12 @@ def read(data: bytes) -> Statement:
         raise InvalidStatementError(str(error)) from error
 
 
-def _subjects(listed: Any) -> tuple[Subject, ...]:
+def _subjects(listed: Any) -> dict[str, str]:
     if not isinstance(listed, list) or not listed:
         raise InvalidStatementError("has no subjects")
     if len(listed) > MOST_SUBJECTS:
         raise InvalidStatementError(f"has {len(listed):,} subjects, expected at most {MOST_SUBJECTS:,}")
-    subjects = []
+    subjects: dict[str, str] = {}
     for value in listed:
         name, digest = (value.get("name"), value.get("digest")) if isinstance(value, dict) else (None, None)
         sha256 = digest.get("sha256") if isinstance(digest, dict) else None
@@ -163,14 +157,14 @@ def _subjects(listed: Any) -> tuple[Subject, ...]:
             raise InvalidStatementError("has a subject without a name or a SHA-256")
         if not is_inside(name):
             raise InvalidStatementError(f"has the subject {one_line(name, 120)!r}, which is outside of the directory")
-        subjects.append(Subject(name=name, sha256=sha256))
-    if len({subject.name for subject in subjects}) < len(subjects):
-        raise InvalidStatementError("has two subjects of one name")
-    return tuple(subjects)
+        if name in subjects:
+            raise InvalidStatementError("has two subjects of one name")
+        subjects[name] = sha256
+    return subjects
 
 
-def _subject(file: FileRecord) -> Subject:
-    return Subject(name=file.path, sha256=file.sha256)
+def _digests(files: Iterable[FileRecord]) -> dict[str, str]:
+    return {file.path: file.sha256 for file in files}
 
 
 def _time(now: datetime) -> str:

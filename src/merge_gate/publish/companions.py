@@ -52,27 +52,6 @@ _INDENT = re.compile(r"\{\r?\n([ \t]+)")
 Place = tuple[str, ...]
 """The place of an object in a JSON document: the keys that lead to it."""
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@record
-class MergedModel:
-    """What is published, as far as the files next to the weights depend on it.
-
-    Attributes:
-        base_shapes: the shapes of the base's stored tensors, by name; of a quantized base, those that are not packed.
-        shapes: the shapes of the stored tensors that are published.
-        dtype: the dtype that every floating tensor was cast to; None if each tensor keeps its own.
-        is_dequantized: whether the base is quantized, and the published tensors are not.
-        runs_code: whether the base may have been loaded by code in its own directory.
-    """
-
-    base_shapes: Shapes
-    shapes: Shapes
-    dtype: str | None = None
-    is_dequantized: bool = False
-    runs_code: bool = False
-
 
 @record
 class CompanionFile:
@@ -96,41 +75,17 @@ class Companions:
 
 
 def companions_of(
-    base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts, seen: Identities
-) -> Companions:
-    """The files that belong next to the weights of a published model.
-
-    Raises:
-        NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
-    """
-    is_cast = facts.dtype != PRESERVE
-    stored = facts.entry.base_files
-    is_dequantized = is_cast and stored is not None and stored.quantization is not None
-    model = MergedModel(
-        base_shapes={
-            tensor.name: tensor.shape
-            for tensor in facts.base_tensors
-            if not is_dequantized or tensor.dtype in FLOATING_STORED
-        },
-        shapes={tensor.name: tensor.shape for tensor in facts.tensors},
-        dtype=facts.dtype if is_cast else None,
-        is_dequantized=is_dequantized,
-        runs_code=facts.config.trust_remote_code,
-    )
-    loaded = {file.name: file for file in facts.base_identity}  # config.json, as the merge has read it
-    of_base = {name: loaded.get(name, file) for name, file in seen[base_directory].items()}
-    return files_of(base_directory, adapter_directories, model, {**seen, base_directory: of_base})
-
-
-def files_of(
-    base_directory: str, adapter_directories: tuple[str, ...], model: MergedModel, seen: Identities | None = None
+    base_directory: str,
+    adapter_directories: tuple[str, ...],
+    facts: PublicationFacts,
+    seen: Identities | None = None,
 ) -> Companions:
     """The files of base and adapter that belong next to the weights of a published model.
 
     Args:
         base_directory: the base's directory.
         adapter_directories: the directory of the adapter, or of each member of a combination.
-        model: the model to publish.
+        facts: the model to publish.
         seen: the expected files; None accepts any.
 
     Raises:
@@ -138,7 +93,10 @@ def files_of(
     """
     # 1. Read.
     seen = seen or {}
-    base = read_companions(base_directory, "the base", seen.get(base_directory))
+    loaded = {file.name: file for file in facts.base_identity}  # config.json, as the merge has read it
+    of_base = seen.get(base_directory)
+    of_base = of_base and {name: loaded.get(name, file) for name, file in of_base.items()}
+    base = read_companions(base_directory, "the base", of_base)
     adapters = [read_companions(directory, "the adapter", seen.get(directory)) for directory in adapter_directories]
     own, notes = _common(adapters)
     # 2. The adapter's own files.
@@ -146,15 +104,14 @@ def files_of(
     files.pop("config.json", None)
     notes += _replace(files, own)
     # 3. Texts that would no longer be true.
-    files["config.json"] = CompanionFile(name="config.json", data=_config(base.files.get("config.json"), model))
+    files["config.json"] = CompanionFile(name="config.json", data=_config(base.files.get("config.json"), facts))
     notes += _remove_code(files)
     notes += _left_out(base_directory, base, adapters)
     # 4. Comparisons.
     contents = {name: content for name, file in files.items() if isinstance(content := _parsed(file), dict)}
-    replaced = base.files.get("generation_config.json") if "generation_config.json" in own else None
-    of_base = _object(replaced) if replaced is not None else None
+    generation = _object(base.files.get("generation_config.json")) if "generation_config.json" in own else None
     rows = config_section(contents["config.json"]).get("vocab_size")
-    warnings = [*disagreements(contents, of_base), *oversized(contents, rows if type(rows) is int else None)]
+    warnings = [*disagreements(contents, generation), *oversized(contents, rows if type(rows) is int else None)]
     return Companions(
         files=tuple(files[name] for name in sorted(files)),
         findings=(*warnings, *notes),
@@ -209,8 +166,7 @@ def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
 
 
 def _has_template(files: Mapping[str, bytes]) -> bool:
-    content = _object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else None
-    return bool(content and content.get("chat_template"))
+    return bool((_object(files.get("tokenizer_config.json")) or {}).get("chat_template"))
 
 
 def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[CompanionFiles]) -> list[Finding]:
@@ -231,39 +187,41 @@ def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[Comp
 # --- 3. --------------------------------------------------------------------------------------------------------------
 
 
-def _config(data: bytes | None, model: MergedModel) -> bytes:
+def _config(data: bytes | None, facts: PublicationFacts) -> bytes:
     """config.json, changed where the tensors have changed. Without a change, these are the base's bytes."""
     if data is None or (config := _object(data)) is None:
         raise NotPublishedError(
             "config.json of the base cannot be read as a JSON object", hint="fetch the base again, or correct the file"
         )
-    if model.runs_code and any("auto_map" in section for section in (config, config_section(config))):
+    if facts.config.trust_remote_code and any("auto_map" in section for section in (config, config_section(config))):
         raise NotPublishedError(
             "the base needs its own code (`auto_map` in config.json), and merge-gate does not publish code",
             hint="if transformers has this architecture itself, set trust-remote-code: false",
         )
-    rows = _resized_rows(model, config)
+    rows = _resized_rows(facts, config)
     with _as_json("config.json", "base"):
         if rows is not None:
             for section in _vocabulary_sections(config, rows[0]):
                 section["vocab_size"] = rows[1]
-        if model.dtype is not None:
+        if facts.dtype != PRESERVE:
             for place, section in _objects(config):
                 if not any(name in _QUANTIZATIONS for name in place):
-                    section.update({key: model.dtype for key in _DTYPE_KEYS if isinstance(section.get(key), str)})
-        if model.is_dequantized:
+                    section.update({key: facts.dtype for key in _DTYPE_KEYS if isinstance(section.get(key), str)})
+        if facts.is_dequantized:
             _remove(config, _QUANTIZATIONS)
         return _written(config, data)
 
 
-def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, int] | None:
+def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The rows of the embedding before and after, if the merge has changed them.
 
     Raises:
         NotPublishedError: other tensors have other shapes, or the base does not store them.
     """
-    names = [name for name in model.shapes if name in model.base_shapes or not model.is_dequantized]
-    added = [name for name in names if name not in model.base_shapes]
+    is_plain = not facts.is_dequantized  # else the shapes of packed tensors say nothing
+    base_shapes = {one.name: one.shape for one in facts.base_tensors if is_plain or one.dtype in FLOATING_STORED}
+    shapes = {one.name: one.shape for one in facts.tensors if is_plain or one.name in base_shapes}
+    added = [name for name in shapes if name not in base_shapes]
     if added:
         raise NotPublishedError(
             f"the merge has {counted(len(added), 'tensor')} that the base does not store "
@@ -271,8 +229,7 @@ def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, i
             f"(architectures: {shown(str(config.get('architectures')))})",
             hint="use a base that has this head, saved by transformers with the labels of the adapter",
         )
-    changed = {name: (model.base_shapes[name], model.shapes[name]) for name in names}
-    changed = {name: shapes for name, shapes in changed.items() if shapes[0] != shapes[1]}
+    changed = {name: (base_shapes[name], shape) for name, shape in shapes.items() if shape != base_shapes[name]}
     if not changed:
         return None
     rows = {(old[:1], new[:1]) for old, new in changed.values()}
@@ -378,9 +335,10 @@ def _as_json(name: str, origin: str) -> Iterator[None]:
         ) from error
 
 
-def _object(data: bytes) -> dict[str, Any] | None:
+def _object(data: bytes | None) -> dict[str, Any] | None:
+    """The object in a JSON file; None if it has none, or is not there."""
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads((data or b"").decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -71,13 +71,10 @@ def different_files(got: Iterable[FileRecord], expected: Iterable[FileRecord], o
     """One sentence for each file that differs. `owner` is what they call the directory, such as `the base`."""
     here, listed = ({file.path: file for file in files} for files in (got, expected))
     for name in sorted({*here, *listed}):
-        what = f"{one_line(name, 200)} of {owner}"
-        if name not in here:
-            yield f"{what} is missing, expected {_shown(listed[name])}"
-        elif name not in listed:
-            yield f"{what} has {_shown(here[name])}, expected no such file"
-        elif here[name] != listed[name]:
-            yield f"{what} has {_shown(here[name])}, expected {_shown(listed[name])}"
+        one, other = here.get(name), listed.get(name)
+        if one != other:
+            has = f"has {_shown(one)}" if one else "is missing"
+            yield f"{one_line(name, 200)} of {owner} {has}, expected {_shown(other) if other else 'no such file'}"
 
 
 def _shown(file: FileRecord) -> str:

@@ -213,28 +213,24 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
 
 def _refuse_contradictions(manifest: Manifest) -> None:
     """Refuse what a run cannot have written."""
-    if manifest.schema_version.split(".")[0] != "1":
-        raise UnreadableError(f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x")
-    if manifest.tool.name != TOOL:
-        raise UnreadableError(f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}")
-    if manifest.verdict is not Verdict.PASSED:
-        raise UnreadableError(f"verdict is {manifest.verdict}, expected {Verdict.PASSED}")
-    if manifest.dtype not in {PRESERVE, *DTYPES} or manifest.base.requested_dtype not in {"auto", *DTYPES}:
-        raise UnreadableError(f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}")
-    if not manifest.files:
-        raise UnreadableError("files is empty, expected every file of the directory")
-    if not manifest.adapters or (len(manifest.adapters) > 1) != (manifest.combination is not None):
-        raise UnreadableError("adapters has the wrong number of entries")
-    settings_of(manifest)
-    members = [adapter.name for adapter in manifest.adapters]
-    if manifest.combination is not None and len({manifest.name, *members}) <= len(members):
-        raise UnreadableError("adapters names one adapter twice")
-    names = [file.path for file in manifest.files]
+    names, members = [file.path for file in manifest.files], [adapter.name for adapter in manifest.adapters]
     outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
-    if outside is not None:
-        raise UnreadableError(f"files names {one_line(outside, 120)!r}, expected a file inside of the directory")
-    if len(set(names)) < len(names):
-        raise UnreadableError("files names a file twice")
+    is_combination, version = manifest.combination is not None, manifest.schema_version.split(".")[0]
+    has_dtypes = manifest.dtype in {PRESERVE, *DTYPES} and manifest.base.requested_dtype in {"auto", *DTYPES}
+    for is_wrong, sentence in (
+        (version != "1", f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x"),
+        (manifest.tool.name != TOOL, f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}"),
+        (manifest.verdict is not Verdict.PASSED, f"verdict is {manifest.verdict}, expected {Verdict.PASSED}"),
+        (not has_dtypes, f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}"),
+        (not names, "files is empty, expected every file of the directory"),
+        (not members or (len(members) > 1) != is_combination, "adapters has the wrong number of entries"),
+        (is_combination and len({manifest.name, *members}) <= len(members), "adapters names one adapter twice"),
+        (outside is not None, f"files names {one_line(outside or '', 120)!r}, expected a file inside of the directory"),
+        (len(set(names)) < len(names), "files names a file twice"),
+    ):
+        if is_wrong:
+            raise UnreadableError(sentence)
+    settings_of(manifest)
 
 
 def _written(setting: CheckSetting) -> str:

@@ -24,6 +24,7 @@ from merge_gate.files.identity import directory_identity
 from merge_gate.publish.manifest import differences, read_manifest
 from merge_gate.records.files import FileIdentity
 from merge_gate.text import quoted
+from merge_gate.whole_file import sync_directory
 
 _ENDING = ".partial"
 _MARKER = "written-by-merge-gate"
@@ -101,13 +102,13 @@ class PartialDirectory:
             OSError: the directory cannot be renamed.
         """
         target = self._parent / self.name
-        _sync(self.model)
+        sync_directory(self.model)
         try:
             if replaces is None or self._take_away(target, replaces):
                 _rename(self.model, target)
         except FileExistsError:
             raise _taken(target) from None
-        _sync(self._parent)
+        sync_directory(self._parent)
         self.remove()
 
     def _take_away(self, target: Path, expected: tuple[FileIdentity, ...]) -> bool:
@@ -180,16 +181,6 @@ def _remove(directory: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         else:
             directory.unlink()
-
-
-def _sync(directory: Path) -> None:
-    """Some file systems cannot sync a directory."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:

@@ -68,6 +68,7 @@ class Publications:
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._wanted, specs, self._notify = wanted, tuple(specs), notify
+        self.is_wanted = wanted is not None
         if wanted is not None:
             targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
         names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
@@ -75,7 +76,7 @@ class Publications:
         self._specs = tuple(spec.name for spec in specs)
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
-        self._bases: dict[str, ModelLayout | NotPublishedError] = {}
+        self._bases: dict[str, ModelLayout] = {}
         self._of_base: dict[str, list[Publication]] = {}
         self._seen: dict[str, dict[str, FileIdentity]] = {}
         self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
@@ -117,15 +118,9 @@ class Publications:
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
         directory = base_directory(entry)
-        if directory not in self._bases:
-            try:
-                self._bases[directory] = base_layout(directory)
-            except NotPublishedError as error:
-                self._bases[directory] = error
-        base = self._bases[directory]
         try:
-            if isinstance(base, NotPublishedError):
-                raise base
+            if directory not in self._bases:
+                self._bases[directory] = base_layout(directory)
             place = PublicationPlace(
                 parent=self._parent,
                 name=model_name(entry.spec.name, wanted.dtype),
@@ -134,7 +129,7 @@ class Publications:
             )
             for seen in (directory, *(member.directory for member in entry.members)):
                 self._seen.setdefault(seen, companion_identities(seen))
-            model = Publication(place, base)
+            model = Publication(place, self._bases[directory])
             model.expected  # noqa: B018 - raises if the shards cannot be so small
         except NotPublishedError as error:
             self._refused[index] = error
@@ -198,18 +193,9 @@ class Publications:
             self._thread.join(timeout_s)
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether anything is to be published."""
-        return self._wanted is not None
-
-    @property
     def wanted(self) -> tuple[int, ...]:
         """The entries that are to be published, in their order."""
         return tuple(sorted({*self._models, *self._refused}))
-
-    def wants(self, index: int) -> bool:
-        """Whether an entry is to be published."""
-        return index in self._models or index in self._refused
 
     def publish(self, index: int, facts_of: Callable[[Publication], PublicationFacts]) -> Published:
         """Give a model its name.

@@ -12,6 +12,7 @@ nothing, and writes no files.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -69,15 +70,13 @@ class PublicationSink:
         self._waiting.clear()
         self._given.clear()
         self._expected = frozenset(outlines)
-        try:
+        with self._attempt("the plan"):
             self._refuse_other_dtype()
             planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
             self._planned = planned
             self._connection.plan(self._task, tuple(planned.values()))
-        except Exception as error:  # the merge itself goes on
-            self._fail(error, "the plan")
 
     def _refuse_other_dtype(self) -> None:
         loaded = self._layout.base.facts.dtype
@@ -132,27 +131,21 @@ class PublicationSink:
 
     def put(self, name: str, values: torch.Tensor) -> None:
         if self._problem is None:
-            try:
+            with self._attempt(name):
                 self._put(name, values.detach().cpu().contiguous())
-            except Exception as error:  # as above
-                self._fail(error, name)
 
     def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
         if self._problem is None:
-            try:
+            with self._attempt(name):
                 self._put_rows(name, rows, start, tuple(shape))
-            except Exception as error:  # as above
-                self._fail(error, name)
 
     def pass_by(self, name: str, values: torch.Tensor) -> None:
         """Cast what the merge does not change while it has values, so that the base is read once."""
         if self._problem is None and self._cast is not None and name not in self._expected:
-            try:
+            with self._attempt(name):
                 for group in self._layout.groups(name):
                     if any(source in self._planned for source in group.sources):
                         self._collect(group, name, values.detach())
-            except Exception as error:  # as above
-                self._fail(error, name)
 
     def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         for name, first in untied:
@@ -169,13 +162,17 @@ class PublicationSink:
             group.sources[0] in self._sent or group.sources[0] in self._waiting for group in self._layout.groups(name)
         )
 
-    def _fail(self, error: Exception, name: str) -> None:
-        if isinstance(error, GateError):
+    @contextlib.contextmanager
+    def _attempt(self, name: str) -> Iterator[None]:
+        """Whatever goes wrong in the block costs the publication. The merge itself goes on."""
+        try:
+            yield
+        except GateError as error:
             self._problem = error
-            return
-        self._problem = NotPublishedError(
-            f"{name} could not be made ready for writing: {type(error).__name__}: {str(error)[:200]}"
-        )
+        except Exception as error:
+            self._problem = NotPublishedError(
+                f"{name} could not be made ready for writing: {type(error).__name__}: {str(error)[:200]}"
+            )
 
     def _put(self, name: str, values: torch.Tensor) -> None:
         self._check_plan(name, (values.shape, values.dtype))
@@ -279,10 +276,8 @@ class PublicationSink:
             GateError: the merged model must not be published.
         """
         if self._problem is None:
-            try:
+            with self._attempt("the rest of the model"):
                 self._finish()
-            except Exception as error:  # as above
-                self._fail(error, "the rest of the model")
         if self._problem is not None:
             raise self._problem
         return tuple(self._sent.values())
