@@ -134,11 +134,7 @@ def _write_stale(report: Path, *, is_stale: bool) -> None:
 
 
 def refuse_run(directory: Path, *, chosen_by: str = "--output") -> None:
-    """Refuse an output directory with the report of a run: a verification does not replace it.
-
-    Raises:
-        UsageError: it names the report.
-    """
+    """Refuse an output directory with the report of a run: a verification does not replace it."""
     for path in (place / _REPORT for place in places(directory)):
         if not is_own(path):
             continue
@@ -152,11 +148,7 @@ def refuse_run(directory: Path, *, chosen_by: str = "--output") -> None:
 
 
 def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = "--output") -> None:
-    """Refuse to replace a file that merge-gate did not write.
-
-    Raises:
-        UsageError: it names the first such file.
-    """
+    """Refuse to replace a file that merge-gate did not write."""
     for name in names:
         path = directory / name
         if os.path.lexists(path) and not is_own(path):

@@ -288,11 +288,7 @@ def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
 
 
 def _parsed(file: CompanionFile) -> Any:
-    """The content of a JSON file; None for any other file.
-
-    Raises:
-        NotPublishedError: the file is not JSON.
-    """
+    """The content of a JSON file; None for any other file."""
     if not file.name.endswith(".json"):
         return None
     with _as_json(file.name, file.origin):

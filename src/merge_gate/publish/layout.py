@@ -252,11 +252,7 @@ def _metadata(file: FileLayout) -> dict[str, str] | None:
 
 
 def tensor_bytes(tensor: StoredTensor) -> int:
-    """The size of a tensor's values.
-
-    Raises:
-        NotPublishedError: its elements do not fill whole bytes.
-    """
+    """The size of a tensor's values."""
     bits = DTYPE_BITS[tensor.dtype] * math.prod(tensor.shape)
     if bits % 8:
         raise NotPublishedError(f"the tensor {shown(tensor.name)} does not fill whole bytes")

@@ -239,11 +239,7 @@ def _written(setting: CheckSetting) -> str:
 
 
 def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
-    """The settings of all checks.
-
-    Raises:
-        UnreadableError: no configuration can have them.
-    """
+    """The settings of all checks."""
     settings = {setting.check: setting for setting in DEFAULT_SETTINGS}
     for text in manifest.checks:
         check, _, value = text.partition("=")
@@ -263,9 +259,6 @@ def differences(directory: str | Path, manifest: Manifest, *, weights: bool = Tr
     """The files of a directory that are not as the manifest lists them. Every byte is read.
 
     Without `weights`, only the size of a safetensors file is compared.
-
-    Raises:
-        OSError: a file cannot be read.
     """
     found = set(names_below(directory)) - {MANIFEST_NAME}
     compared = _compared(Path(directory), manifest, found, weights=weights)

@@ -325,9 +325,6 @@ class Publication:
 
         `seen`: the expected files next to the weights. `replaces`: the identity of an earlier model of this name, which
         may be replaced; None if there is none.
-
-        Raises:
-            NotPublishedError: the model cannot be published.
         """
         writer, partial = self._writer, self._partial
         if writer is None or partial is None or not self._weights:

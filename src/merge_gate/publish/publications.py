@@ -198,11 +198,7 @@ class Publications:
         return tuple(sorted({*self._models, *self._refused}))
 
     def publish(self, index: int, facts_of: Callable[[Publication], PublicationFacts]) -> Published:
-        """Give a model its name.
-
-        Raises:
-            NotPublishedError: it cannot be published.
-        """
+        """Give a model its name."""
         assert self._wanted is not None  # noqa: S101 - there is an entry to publish
         if index in self._refused:
             raise self._refused[index]

@@ -65,11 +65,7 @@ def _without_link(directory: str) -> Path:
 
 
 def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to.
-
-    Raises:
-        UsageError: an input would change.
-    """
+    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to."""
     for directory, owner in inputs:
         if not os.path.isdir(directory):  # noqa: PTH112 - a name with a zero byte is no directory
             continue
@@ -83,11 +79,7 @@ def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
 
 
 def refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse to publish a model in the place of an input, or of a directory that holds one.
-
-    Raises:
-        UsageError: an input would be replaced.
-    """
+    """Refuse to publish a model in the place of an input, or of a directory that holds one."""
     owners = [(Path(directory).resolve(), owner) for directory, owner in inputs if os.path.isdir(directory)]  # noqa: PTH112 - as above
     for place in places:
         for directory, owner in owners:
@@ -99,11 +91,7 @@ def refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> No
 
 
 def refuse_small_disk(target: Path, needed_bytes: int) -> None:
-    """Refuse a disk that cannot hold the models.
-
-    Raises:
-        GateError: there is too little space.
-    """
+    """Refuse a disk that cannot hold the models, by a `GateError`."""
     with explained(f"cannot publish to {quoted(str(target), 200)}", chosen_by=_CHOSEN_BY):
         disk = os.statvfs(target)
     free_bytes = disk.f_bavail * disk.f_frsize
@@ -136,11 +124,7 @@ def _refuse_existing(target: Path, name: str) -> None:
 
 
 def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
-    """The identity of the earlier model in a directory, after every byte of it was compared; None if there is nothing.
-
-    Raises:
-        NotPublishedError: it is not as it was published.
-    """
+    """The identity of the earlier model in a directory; None if there is none. Every byte must be as published."""
     if not os.path.lexists(place):
         return None
     notify(f"{place} is compared with its {MANIFEST_NAME} before it is replaced")

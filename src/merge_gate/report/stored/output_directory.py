@@ -95,11 +95,7 @@ def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]], option: 
 
 
 def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:
-    """Refuse to gate the output directory, or a file in it with one of `names`: the run would move it.
-
-    Raises:
-        UsageError: an input is a report.
-    """
+    """Refuse to gate the output directory, or a file in it with one of `names`: the run would move it."""
     reports = {Path(folder), *(Path(folder, name) for name in names)}
     for argument in inputs:
         with contextlib.suppress(OSError, ValueError):
