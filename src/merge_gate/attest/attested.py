@@ -14,7 +14,7 @@ from merge_gate.attest import statement
 from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, differences, parse_manifest
 from merge_gate.regular_file import read_regular_file
-from merge_gate.report.stored.output_directory import explained_read
+from merge_gate.report.stored.output_directory import explained
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import listing, quoted
@@ -45,7 +45,7 @@ def statements_of(source: str, only: Collection[str], now: datetime) -> list[byt
 
 
 def _of_directory(folder: Path, now: datetime) -> bytes:
-    with explained_read(f"cannot read {one_line(str(folder))}", "check that it is a published model and can be read"):
+    with explained(f"cannot read {one_line(str(folder))}", "check that it is a published model and can be read"):
         data = read_regular_file(folder / MANIFEST_NAME, MOST_BYTES)
         manifest = parse_manifest(data, str(folder / MANIFEST_NAME))
         different = differences(folder, manifest)

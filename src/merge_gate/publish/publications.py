@@ -17,8 +17,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import base_directory
@@ -56,7 +54,7 @@ def model_name(adapter: str, dtype: str) -> str:
 
 
 class Publications:
-    """Use it in a `with` block: leaving it removes every model that has no name yet."""
+    """`close` removes every model that has no name yet."""
 
     def __init__(
         self,
@@ -83,10 +81,8 @@ class Publications:
         self._pending: set[int] = set()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Stop writing."""
         for model in self._models.values():
             model.cancel()
         self.wait(END_LIMIT_S)

@@ -227,7 +227,7 @@ class _Run:
     def run(self) -> Report:
         self._writer.write_first(self._tally.report())
         try:
-            with self._publications, self._fed, self._worker:
+            with contextlib.closing(self._publications), self._fed, self._worker:
                 self._start_worker()
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
                 self._view.start(self._config.label, len(self._specs), merges)

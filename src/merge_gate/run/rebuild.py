@@ -42,7 +42,7 @@ from merge_gate.records.publication import CARD_NAME, PublishedCombination
 from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
-from merge_gate.report.stored.output_directory import explained, explained_read, made_directory
+from merge_gate.report.stored.output_directory import explained, made_directory
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
 from merge_gate.text import quoted
@@ -102,7 +102,7 @@ def rebuild(
         GateError: the merge was not judged, or did not pass.
     """
     place = Path(file, MANIFEST_NAME) if Path(file).is_dir() else Path(file)
-    with explained_read(f"cannot read {one_line(str(place))}", "name a published model, or its merge-gate.json"):
+    with explained(f"cannot read {one_line(str(place))}", "name a published model, or its merge-gate.json"):
         data = read_regular_file(place, MOST_BYTES)
     manifest = parse_manifest(data, str(place))
     target = Path(output, model_name(manifest.name, manifest.dtype)).absolute()
@@ -220,7 +220,7 @@ def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[st
     if entry.problem is not None:
         return  # the run reports it
     view.note("the files of base and adapter are compared with merge-gate.json")
-    with explained_read("cannot read the files of base and adapter", "check that they are there and can be read"):
+    with explained("cannot read the files of base and adapter", "check that they are there and can be read"):
         got = inputs_of(entry)
     yield from different_files(got.base, manifest.base.files, "the base")
     for adapter, files in zip(manifest.adapters, got.adapters, strict=True):

@@ -23,7 +23,6 @@ from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from contextlib import AbstractContextManager
 
 _DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
@@ -125,26 +124,14 @@ def stored_result(directory: str | Path) -> StoredResult | None:
         return None
 
 
-def explained(what: str, *, chosen_by: str = " with --output") -> AbstractContextManager[None]:
-    """Turn errors that writing raises into sentences that begin with `what`."""
-    return _explained(
-        what,
-        of_disk=f"free some space on that disk, or choose another directory{chosen_by}",
-        otherwise=f"choose a directory that you may write to{chosen_by}",
-    )
-
-
-def explained_read(what: str, hint: str) -> AbstractContextManager[None]:
-    """Turn errors that reading raises into sentences that begin with `what`."""
-    return _explained(what, of_disk="check that disk, then run again", otherwise=hint)
-
-
 @contextlib.contextmanager
-def _explained(what: str, *, of_disk: str, otherwise: str) -> Iterator[None]:
+def explained(what: str, hint: str = "", *, chosen_by: str = " with --output") -> Iterator[None]:
+    """Turn errors of the system into sentences that begin with `what`. Reading has a `hint`, and writing a default."""
     try:
         yield
     except OSError as error:
         message = f"{what}: {error.strerror or error}"
         if error.errno in _DISK:
-            raise GateError(message, hint=of_disk) from error
-        raise UsageError(message, hint=otherwise) from error
+            of_disk = f"free some space on that disk, or choose another directory{chosen_by}"
+            raise GateError(message, hint="check that disk, then run again" if hint else of_disk) from error
+        raise UsageError(message, hint=hint or f"choose a directory that you may write to{chosen_by}") from error
