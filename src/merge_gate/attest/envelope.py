@@ -59,7 +59,7 @@ def signed(payload: bytes, private_key: bytes) -> bytes:
             f"the key is not a private key in PEM without a password: {one_line(str(error), 120)}",
             hint="make one with: openssl genpkey -algorithm ed25519 -out key.pem",
         ) from error
-    signature = key.sign(_pre_authentication(PAYLOAD_TYPE, payload), *_scheme(key))
+    signature = key.sign(_pre_authentication(payload), *_scheme(key))
     public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     document = {
         "payloadType": PAYLOAD_TYPE,
@@ -92,7 +92,7 @@ def opened(envelope: bytes, public_key: bytes) -> bytes:
     payload, signatures = _parsed(envelope)
     for signature in signatures:
         with contextlib.suppress(exceptions.InvalidSignature):
-            key.verify(signature, _pre_authentication(PAYLOAD_TYPE, payload), *scheme)
+            key.verify(signature, _pre_authentication(payload), *scheme)
             return payload
     raise InvalidEnvelopeError("has no signature of this key")
 
@@ -123,9 +123,9 @@ def _decoded(value: Any) -> bytes:
     raise InvalidEnvelopeError("has a payload or a signature that is not canonical base64")
 
 
-def _pre_authentication(payload_type: str, payload: bytes) -> bytes:
+def _pre_authentication(payload: bytes) -> bytes:
     """What is signed: DSSE's PAE, protocol.md."""
-    kind = payload_type.encode()
+    kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 

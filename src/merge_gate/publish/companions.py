@@ -75,10 +75,7 @@ class Companions:
 
 
 def companions_of(
-    base_directory: str,
-    adapter_directories: tuple[str, ...],
-    facts: PublicationFacts,
-    seen: Identities | None = None,
+    base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts, seen: Identities | None = None
 ) -> Companions:
     """The files of base and adapter that belong next to the weights of a published model.
 

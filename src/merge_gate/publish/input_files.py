@@ -1,10 +1,8 @@
 """The files of the base and adapter that make a published model, each with its size and digest.
 
 In: the directories of a base and of adapters, which are hostile. Out: `InputFiles`, for merge-gate.json, and the
-differences between two of them. Code of a base is not listed: a model that runs code is not published.
-
-A base has weight files with their index, settings in JSON, and the files that a publication copies
-(companion_files.py). An adapter has the files that PEFT reads, and those that a publication copies, except config.json.
+differences between two of them. A base also has settings in JSON. Its code is not listed: a model that runs code is not
+published.
 """
 
 from __future__ import annotations

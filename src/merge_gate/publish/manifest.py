@@ -260,27 +260,27 @@ def differences(directory: str | Path, manifest: Manifest, *, weights: bool = Tr
 
     Without `weights`, only the size of a safetensors file is compared.
     """
-    found = set(names_below(directory)) - {MANIFEST_NAME}
-    compared = _compared(Path(directory), manifest, found, weights=weights)
-    return tuple(sorted(compared, key=lambda difference: difference.path))
+    compared = _compared(Path(directory), manifest, weights=weights)
+    return tuple(FileDifference(path=name, kind=kind) for name, kind in sorted(compared))
 
 
-def _compared(folder: Path, manifest: Manifest, found: set[str], *, weights: bool) -> Iterator[FileDifference]:
+def _compared(folder: Path, manifest: Manifest, *, weights: bool) -> Iterator[tuple[str, Difference]]:
+    found = set(names_below(folder)) - {MANIFEST_NAME}
     listed = {file.path: file for file in manifest.files}
-    yield from (FileDifference(path=name, kind=Difference.ADDED) for name in found - set(listed))
+    yield from ((name, Difference.ADDED) for name in found - set(listed))
     for name, file in listed.items():
         if name not in found:
-            yield FileDifference(path=name, kind=Difference.MISSING)
+            yield name, Difference.MISSING
         elif not is_regular(folder / name):
-            yield FileDifference(path=name, kind=Difference.NO_FILE)
+            yield name, Difference.NO_FILE
         elif (folder / name).stat().st_size != file.size_bytes or (
             (weights or not name.endswith(".safetensors")) and digest_file(folder / name) != file.sha256
         ):
-            yield FileDifference(path=name, kind=Difference.CHANGED)
+            yield name, Difference.CHANGED
         elif name == CARD_NAME and not _is_on_card(folder):
-            yield FileDifference(path=MANIFEST_NAME, kind=Difference.NOT_ON_CARD)
+            yield MANIFEST_NAME, Difference.NOT_ON_CARD
     if CARD_NAME not in listed:
-        yield FileDifference(path=MANIFEST_NAME, kind=Difference.NOT_ON_CARD)
+        yield MANIFEST_NAME, Difference.NOT_ON_CARD
 
 
 def _is_on_card(folder: Path) -> bool:

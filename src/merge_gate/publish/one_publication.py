@@ -144,7 +144,8 @@ class Publication:
             expected = FLOATING[self.place.dtype]
         if not self._is_in_model(tensor):
             raise _misfit(tensor.name, "has a shape that the packed weights do not have")
-        if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not _is_utf8(tensor.name):
+        is_text = tensor.name.encode(errors="replace").decode() == tensor.name  # no surrogates
+        if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not is_text:
             raise NotPublishedError(
                 f"the merged tensor {shown(tensor.name)} has dtype {shown(tensor.dtype)}, expected {expected}",
                 hint=_FOREIGN,
@@ -369,11 +370,3 @@ class Publication:
 
 def _misfit(name: str, how: str) -> NotPublishedError:
     return NotPublishedError(f"the merged tensor {shown(name)} {how}", hint=_FOREIGN)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
