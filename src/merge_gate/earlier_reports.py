@@ -9,6 +9,7 @@ A stale report.json has `"complete": false`, and `stale` has its result. The oth
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -70,7 +71,7 @@ class EarlierReports:
         if not files:
             return
         try:
-            slot = next(slot for slot in _slots(self._directory) if _is_free(slot))
+            slot = next(filter(_is_free, (_slot(self._directory, number) for number in itertools.count(1))))
             slot.mkdir(exist_ok=True)
             for path, name in files:
                 path.rename(slot / name)
@@ -133,11 +134,7 @@ def _write_stale(report: Path, *, is_stale: bool) -> None:
 
 
 def refuse_run(directory: Path, *, chosen_by: str = "--output") -> None:
-    """Refuse an output directory with the report of a run: a verification does not replace it.
-
-    Raises:
-        UsageError: it names the report.
-    """
+    """Refuse an output directory with the report of a run: a verification does not replace it."""
     for path in (place / _REPORT for place in places(directory)):
         if not is_own(path):
             continue
@@ -151,11 +148,7 @@ def refuse_run(directory: Path, *, chosen_by: str = "--output") -> None:
 
 
 def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = "--output") -> None:
-    """Refuse to replace a file that merge-gate did not write.
-
-    Raises:
-        UsageError: it names the first such file.
-    """
+    """Refuse to replace a file that merge-gate did not write."""
     for name in names:
         path = directory / name
         if os.path.lexists(path) and not is_own(path):
@@ -165,9 +158,19 @@ def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = 
             )
 
 
-def is_own(path: Path, report: str = "") -> bool:
-    """Whether merge-gate wrote this file: a regular file that begins with the tag of its name, or of `report`'s."""
-    return _carries_tag(path, report=report)
+def is_own(path: Path, report: str = "", *, folder: int | None = None) -> bool:
+    """Whether merge-gate wrote this file: a regular file that begins with the tag of its name, or of `report`'s.
+
+    `folder` is the descriptor of its directory if `path` is only its name.
+    """
+    tag = _TAGS.get(report or path.name)
+    if tag is None:
+        return False
+    try:
+        with open_regular_file(path, folder=folder) as file:
+            return tag.match(file.read(TAG_WITHIN_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def places(directory: Path) -> Iterator[Path]:
@@ -188,24 +191,6 @@ def _slot(directory: Path, number: int) -> Path:
     return directory / (PREVIOUS if number == 1 else f"{PREVIOUS}-{number}")
 
 
-def _slots(directory: Path) -> Iterator[Path]:
-    number = 1
-    while True:
-        yield _slot(directory, number)
-        number += 1
-
-
-def _carries_tag(path: Path, folder: int | None = None, *, report: str = "") -> bool:
-    tag = _TAGS.get(report or path.name)
-    if tag is None:
-        return False
-    try:
-        with open_regular_file(path, folder=folder) as file:
-            return tag.match(file.read(TAG_WITHIN_BYTES)) is not None
-    except OSError:
-        return False
-
-
 def _is_free(slot: Path) -> bool:
     """Whether a directory can be renamed to `slot`. If it holds only reports, they are removed."""
     if not os.path.lexists(slot):
@@ -216,7 +201,7 @@ def _is_free(slot: Path) -> bool:
         return False
     try:
         names = os.listdir(folder)  # noqa: PTH208 - of an open directory
-        if not all(_carries_tag(Path(name), folder) for name in names):
+        if not all(is_own(Path(name), folder=folder) for name in names):
             return False
         for name in names:
             os.unlink(name, dir_fd=folder)

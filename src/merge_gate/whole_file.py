@@ -47,10 +47,11 @@ def whole_file(path: Path, *, folder: int | None = None, lasts: bool = False) ->
             os.unlink(temporary, dir_fd=folder)
         raise
     if lasts:
-        _sync(path.parent)
+        sync_directory(path.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync_directory(folder: Path) -> None:
+    """Let the names in a directory survive a crash of the machine. Some file systems cannot sync a directory."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

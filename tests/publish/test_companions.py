@@ -14,16 +14,20 @@ import pytest
 
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish import json_text
+from merge_gate.publish import companions
 from merge_gate.publish.companion_files import companion_identities
-from merge_gate.publish.companions import Companions, MergedModel, companions_of, files_of
-from merge_gate.records.files import StoredTensor
-from merge_gate.records.terms import Severity
+from merge_gate.publish.companions import Companions, companions_of
+from merge_gate.records.files import BaseFiles, DeclaredQuantization, Snapshot, StoredTensor
+from merge_gate.records.terms import PRESERVE, Severity
 from tests.support import published, reports
 from tests.support.vocabularies import vocabulary_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
+
+    from merge_gate.publish.facts import PublicationFacts
+
+    Shapes = Mapping[str, tuple[int, ...]]
 
 SHAPES = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
 CONFIG = b'{\n  "vocab_size": 32,\n  "eos_token_id": 2,\n  "dtype": "float32"\n}\n'
@@ -43,6 +47,28 @@ def made(place: Path, name: str, files: Mapping[str, bytes]) -> str:
     return str(folder)
 
 
+def facts(
+    base_shapes: Shapes = SHAPES,
+    shapes: Shapes = SHAPES,
+    *,
+    dtype: str = PRESERVE,
+    is_dequantized: bool = False,
+    runs_code: bool = False,
+) -> PublicationFacts:
+    base, merged = (
+        tuple(StoredTensor(name=name, dtype="F32", shape=shape) for name, shape in of_model.items())
+        for of_model in (base_shapes, shapes)
+    )
+    made = published.facts(dtype=dtype, base_tensors=base, tensors=merged)
+    declared = DeclaredQuantization(method="fp8", file="config.json") if is_dequantized else None
+    files = BaseFiles(directory="/base", quantization=declared)
+    return replace(
+        made,
+        entry=replace(made.entry, base=Snapshot(name="base", directory="/base", base_files=files)),
+        config=replace(made.config, trust_remote_code=runs_code),
+    )
+
+
 def chosen(
     tmp_path: Path,
     base: Mapping[str, bytes],
@@ -55,7 +81,7 @@ def chosen(
         made(tmp_path, f"adapter{n}", {"adapter_config.json": b"{}"} | dict(a))
         for n, a in enumerate([adapter or {}, *more])
     ]
-    return files_of(base_directory, tuple(adapters), MergedModel(**{"base_shapes": SHAPES, "shapes": SHAPES} | model))
+    return companions_of(base_directory, tuple(adapters), facts(**model))
 
 
 def contents(companions: Companions) -> dict[str, tuple[str, bytes]]:
@@ -164,20 +190,20 @@ def test_a_link_leads_to_the_directory_or_the_hubs_cache_and_no_further(tmp_path
     secret.write_bytes(b"secret")
     base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b"", "NOTICE": b"x"})
     adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}"})
-    model = MergedModel(base_shapes=SHAPES, shapes=SHAPES)
+    model = facts()
     Path(base, "LICENSE").symlink_to("NOTICE")
-    assert contents(files_of(base, (adapter,), model))["LICENSE"] == ("base", b"x")
+    assert contents(companions_of(base, (adapter,), model))["LICENSE"] == ("base", b"x")
     made(tmp_path, "adapter/.git", {"config": b"secret"})
     for target in (str(secret), ".git/config", "adapter_config.json"):
         Path(adapter, "NOTICE").symlink_to(target)
         with pytest.raises(NotPublishedError, match="link"):
-            files_of(base, (adapter,), model)
+            companions_of(base, (adapter,), model)
         Path(adapter, "NOTICE").unlink()
     cached = tmp_path / "hub" / "models--a--b"
     made(cached, "snapshots/0123", {"adapter_config.json": b"{}"})
     made(cached, "blobs", {"aa": b"{}"})
     (cached / "snapshots/0123/generation_config.json").symlink_to("../../blobs/aa")
-    files = contents(files_of(base, (str(cached / "snapshots/0123"),), model))
+    files = contents(companions_of(base, (str(cached / "snapshots/0123"),), model))
     assert files["generation_config.json"] == ("adapter", b"{}")
 
 
@@ -200,7 +226,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b""})
     os.mkfifo(f"{base}/LICENSE")
     with pytest.raises(NotPublishedError):
-        files_of(base, (made(tmp_path, "adapter", {"x": b""}),), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
+        companions_of(base, (made(tmp_path, "adapter", {"x": b""}),), facts())
 
 
 @pytest.mark.attempt("P16", "auto_map, nested and in the tokenizer", "removed")
@@ -217,6 +243,19 @@ def test_references_to_code_are_removed(tmp_path: Path) -> None:
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indent", [None, 1, 2, 4, "\t"])
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_a_changed_config_is_written_as_it_was(tmp_path: Path, indent: int | str | None, is_ascii: bool) -> None:
+    code = {"auto_map": {"AutoModel": "modeling_x.X"}, "x": {"y": [{"auto_map": 1}, 1e-05], "auto_map": 3}}
+    own = {"b": [], "a": {"n": None, "é": 1.5, "big": 10**30}, "eps": 1e-05}
+    before, after = (
+        (json.dumps(content, indent=indent, ensure_ascii=is_ascii) + "\n").encode()
+        for content in ({"vocab_size": 32} | code | own, {"vocab_size": 40, "x": {"y": [{"auto_map": 1}, 1e-05]}} | own)
+    )
+    found = chosen(tmp_path, {"config.json": before}, shapes=resized(40))
+    assert contents(found)["config.json"][1] == after
 
 
 def resized(rows: int) -> dict[str, tuple[int, ...]]:
@@ -344,12 +383,12 @@ def test_a_base_that_is_quantized_while_it_is_loaded_is_stored_plain(tmp_path: P
     plain = StoredTensor(name="model.norm.weight", dtype="BF16", shape=(8,))
     head = StoredTensor(name="score.weight", dtype="BF16", shape=(2, 8))
     quantized = reports.adapter(base=replace(reports.BASE, quantization="bnb-4bit"))
-    facts = published.facts(quantized, dtype="bfloat16", base_tensors=(plain,), tensors=(plain,))
+    cast = published.facts(quantized, dtype="bfloat16", base_tensors=(plain,), tensors=(plain,))
     seen = {base: companion_identities(base)}
-    names = [file.name for file in companions_of(base, (adapter,), facts, seen).files]
+    names = [file.name for file in companions_of(base, (adapter,), cast, seen).files]
     assert names == ["config.json"]
     with pytest.raises(NotPublishedError, match=r"score\.weight"):
-        companions_of(base, (adapter,), replace(facts, tensors=(plain, head)), seen)
+        companions_of(base, (adapter,), replace(cast, tensors=(plain, head)), seen)
 
 
 # --- the same files as when the run began ----------------------------------------------------------------------------
@@ -370,13 +409,13 @@ def test_a_file_that_changed_during_the_run_is_not_published(tmp_path: Path, swa
     base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, **TOKENIZER})
     adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}", **TOKENIZER})
     seen = {one: companion_identities(one) for one in (base, adapter)}
-    model = MergedModel(base_shapes=SHAPES, shapes=SHAPES)
-    assert files_of(base, (adapter,), model, seen).files
+    model = facts()
+    assert companions_of(base, (adapter,), model, seen).files
     (tmp_path / owner / "a-log.txt").touch()  # no such file is published
-    assert files_of(base, (adapter,), model, seen).files
+    assert companions_of(base, (adapter,), model, seen).files
     SWAPS[swap](tmp_path / owner / "tokenizer_config.json")
     with pytest.raises(NotPublishedError):
-        files_of(base, (adapter,), model, seen)
+        companions_of(base, (adapter,), model, seen)
 
 
 def test_a_directory_that_cannot_be_listed_has_no_identities(tmp_path: Path) -> None:
@@ -390,7 +429,7 @@ def test_a_file_that_is_too_large_is_not_left_out(tmp_path: Path) -> None:
     base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, "generation_config.json": b"{}"})
     os.truncate(Path(base, "generation_config.json"), 257 * 1024 * 1024)
     with pytest.raises(NotPublishedError):
-        files_of(base, (), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
+        companions_of(base, (), facts())
 
 
 @pytest.mark.attempt(
@@ -399,22 +438,22 @@ def test_a_file_that_is_too_large_is_not_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
 def test_json_that_is_nested_deeply_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Since Python 3.12, the limit does not count what `json` nests, and it counts the gate's own functions."""
-    without = json_text.without
+    written = companions._written
 
-    def limited(text: str, chosen: Callable[[json_text.Member], bool]) -> str:
+    def limited(content: dict[str, Any], data: bytes) -> bytes:
         before = sys.getrecursionlimit()
         sys.setrecursionlimit(len(inspect.stack(0)) + 100)
         try:
-            return without(text, chosen)
+            return written(content, data)
         finally:
             sys.setrecursionlimit(before)
 
-    monkeypatch.setattr(json_text, "without", limited)
+    monkeypatch.setattr(companions, "_written", limited)
     deep = b'{"vocab_size": 32, "x": ' + b'{"x":' * 200 + b"1" + b"}" * 200 + b"}"
     base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, **TOKENIZER, name: deep})
     with pytest.raises(NotPublishedError):
-        files_of(base, (base,), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
+        companions_of(base, (base,), facts())
     monkeypatch.undo()
     Path(base, name).write_bytes(b'{"x":' * 100_000 + b"1" + b"}" * 100_000)
     with pytest.raises(NotPublishedError):
-        files_of(base, (base,), MergedModel(base_shapes=SHAPES, shapes=SHAPES))
+        companions_of(base, (base,), facts())

@@ -16,16 +16,16 @@ from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish.layout import base_layout
 from merge_gate.publish.one_publication import Publication, PublicationPlace
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.sources.feed import LocalFeed
-from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+from merge_gate.worker.protocol import PublicationSent
 from tests.support import bases, bases_broken, bases_good, methods
 from tests.support.engine.published import sent_by
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.engine.published import Sent
 
 DRAFTS = {
     "nf4": bases_broken.bnb_4bit,
@@ -56,20 +56,16 @@ def dequantized_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return dict(merged.state_dict())
 
 
-def planned(sent: Sent) -> tuple[PlannedTensor, ...]:
-    return tuple(PlannedTensor(name=one.name, dtype=one.dtype, shape=one.shape) for one in sent.planned)
-
-
 def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> None:
     sent = sent_by(base, base.parent / "adapter", publish="bfloat16", dtype="bfloat16", dequantized=True)
     assert sent.refusal is None, sent.refusal
     is_resharded = packed_weights(stored_tensors(str(base))).states == {}
     model = publication(base, shard_limit_bytes=20_000 if is_resharded else None)
     expected_bytes = model.expected.size_bytes
-    model.plan(planned(sent))
+    model.plan(sent.planned)
     for name, content in sent.data.items():
         model.write(name, 0, memoryview(content))
-    model.sent(PublicationSent(task=0, tensors=planned(sent)))
+    model.sent(PublicationSent(task=0, tensors=sent.planned))
     model.complete(LocalFeed(str(base)))
     files = [*(base.parent / ".one.partial" / "model").glob("*.safetensors")]
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -86,7 +82,7 @@ def test_the_worker_may_send_nothing_else(base: Path) -> None:
     state = next(iter(packed_weights(stored_tensors(str(base))).others))
     for name, dtype, shape in [(weight, "BF16", (3, 5)), (weight, "F32", (1, 1)), (state, "BF16", (1,))]:
         model = publication(base)
-        model.plan((PlannedTensor(name=name, dtype=dtype, shape=shape),))
+        model.plan((StoredTensor(name=name, dtype=dtype, shape=shape),))
         model.sent(PublicationSent(task=0))
         with pytest.raises(NotPublishedError):
             model.complete(LocalFeed(str(base)))

@@ -18,10 +18,11 @@ from merge_gate.files.identity import identity_of
 from merge_gate.publish import one_publication, publications, targets
 from merge_gate.publish.layout import ModelLayout, base_layout
 from merge_gate.publish.one_publication import CanceledError, Publication, PublicationPlace
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker import feed_service
-from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+from merge_gate.worker.protocol import PublicationSent
 from merge_gate.worker.publish_service import Publisher
 from tests.support.judging.cases import broken
 from tests.support.judging.cases import merged as merged_tensor
@@ -202,8 +203,8 @@ def test_a_resumed_run_says_that_publishing_merges_again(place: Path, capfd: pyt
     assert "publishing merges each adapter again" in capfd.readouterr().err
 
 
-def plan_of(tensors: Mapping[str, bytes], dtype: str = "BF16", columns: int = 8) -> tuple[PlannedTensor, ...]:
-    return tuple(PlannedTensor(name=name, dtype=dtype, shape=(8, columns)) for name in NAMES)
+def plan_of(tensors: Mapping[str, bytes], dtype: str = "BF16", columns: int = 8) -> tuple[StoredTensor, ...]:
+    return tuple(StoredTensor(name=name, dtype=dtype, shape=(8, columns)) for name in NAMES)
 
 
 def refuses(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
@@ -239,17 +240,17 @@ def sends_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]
 
 
 def plans_far_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, (PlannedTensor(name="new", dtype="F32", shape=(1 << 40,)),))
+    publisher.planned(task, (StoredTensor(name="new", dtype="F32", shape=(1 << 40,)),))
     publisher.sent(PublicationSent(task=task))
 
 
 def names_what_it_did_not_plan(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
     publisher.planned(task, ())
-    publisher.sent(PublicationSent(task=task, tensors=(PlannedTensor(name="new", dtype="F32", shape=(1,)),)))
+    publisher.sent(PublicationSent(task=task, tensors=(StoredTensor(name="new", dtype="F32", shape=(1,)),)))
 
 
 def plans_a_shape_and_sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, (PlannedTensor(name="embed.weight", dtype="BF16", shape=(9, 8)),))
+    publisher.planned(task, (StoredTensor(name="embed.weight", dtype="BF16", shape=(9, 8)),))
     publisher.sent(PublicationSent(task=task))
 
 
@@ -266,7 +267,7 @@ def sends_an_end_without_a_plan(publisher: Publisher, task: int, tensors: Mappin
 
 
 def plans_a_name_that_is_no_text(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, (PlannedTensor(name="\ud800", dtype="F32", shape=(1,)),))
+    publisher.planned(task, (StoredTensor(name="\ud800", dtype="F32", shape=(1,)),))
     publisher.sent(PublicationSent(task=task))
 
 
@@ -331,7 +332,7 @@ def test_a_planned_tensor_that_does_not_count_has_the_bases_bytes(place: Path) -
 
 def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        planned = tuple(PlannedTensor(name=name, dtype="F32", shape=(8, 8)) for name in tensors)
+        planned = tuple(StoredTensor(name=name, dtype="F32", shape=(8, 8)) for name in tensors)
         publisher.planned(task, planned)
         for name in tensors:
             publisher.part(task, name, 0, memoryview(tensors[name] * 2))

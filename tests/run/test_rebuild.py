@@ -358,8 +358,8 @@ def test_an_edited_file_does_not_fit_its_card(place: Path, capfd: pytest.Capture
 
 @pytest.mark.attempt("F14", "kill -9 of a rebuild, and again", "the leftover is removed")
 def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
-    left = place / "again" / ".merge-gate-rebuild-x"
-    left.mkdir(parents=True)
+    left = place / "again" / ".merge-gate-rebuild-abcdefgh"
+    left.mkdir(0o700, parents=True)
     (left / "half").write_bytes(b"")
     os.utime(left, (0, 0))  # of a run that began long ago
     assert rebuild(place) == 0
@@ -367,8 +367,8 @@ def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
 
 
 def test_what_a_rebuild_has_just_made_stays(place: Path) -> None:
-    young = place / "again" / ".merge-gate-rebuild-x"
-    young.mkdir(parents=True)
+    young = place / "again" / ".merge-gate-rebuild-abcdefgh"
+    young.mkdir(0o700, parents=True)
     assert rebuild(place) == 0
     assert young.exists()
 

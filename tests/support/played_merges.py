@@ -18,10 +18,11 @@ from unittest import mock
 
 from merge_gate.cli.dispatch import main
 from merge_gate.files.identity import base_identity
+from merge_gate.records.files import StoredTensor
 from merge_gate.run import flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.device import cpu_name
-from merge_gate.worker.protocol import Event, Group, Job, PlannedTensor, PublicationPlanned, PublicationSent
+from merge_gate.worker.protocol import Event, Group, Job, PublicationPlanned, PublicationSent
 from merge_gate.worker.publish_service import Publisher
 from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
@@ -148,7 +149,7 @@ def _play_group(
 def send_all(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
     """What a worker sends of a merge that changes the layers."""
     names = [MERGED.format(layer) for layer in range(LAYERS)]
-    planned = tuple(PlannedTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in names)
+    planned = tuple(StoredTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in names)
     plan = PublicationPlanned(task=task, tensors=planned)
     publisher.planned(plan.task, plan.tensors)
     for name in names:

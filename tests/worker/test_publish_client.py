@@ -16,7 +16,6 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.protocol import (
     PartTaken,
-    PlannedTensor,
     PlanTaken,
     PublicationPlanned,
     PublicationSent,
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 3 * PART_BYTES
 TENSOR = StoredTensor(name="a", dtype="BF16", shape=(2, 3), file="model.safetensors")
-PLANNED = PlannedTensor(name="a", dtype="BF16", shape=(2, 3))
 
 
 class Writer:
@@ -89,12 +87,11 @@ def test_all_bytes_arrive_before_the_end(ends: tuple[PublishClient, socket.socke
     data = {task: random.Random(task).randbytes(2 * PART_BYTES + 5) for task in range(4)}
 
     def send(task: int) -> None:
-        outlet = client.outlet(task)
-        outlet.plan([TENSOR])
+        client.plan(task, [TENSOR])
         for start in (0, PART_BYTES + 1):
-            outlet.send("a", start, memoryview(data[task])[start : start + PART_BYTES + 1])
-        outlet.send("a", 2 * PART_BYTES + 2, memoryview(data[task])[2 * PART_BYTES + 2 :])
-        outlet.finish([TENSOR], None)
+            client.send(task, "a", start, memoryview(data[task])[start : start + PART_BYTES + 1])
+        client.send(task, "a", 2 * PART_BYTES + 2, memoryview(data[task])[2 * PART_BYTES + 2 :])
+        client.finish(task, [TENSOR], None)
 
     threads = [threading.Thread(target=send, args=(task,)) for task in data]
     for thread in threads:
@@ -105,10 +102,10 @@ def test_all_bytes_arrive_before_the_end(ends: tuple[PublishClient, socket.socke
     writer.thread.join()
     assert {task: bytes(whole) for (task, _), whole in writer.bytes.items()} == data
     assert {one for one in writer.messages if isinstance(one, PublicationPlanned)} == {
-        PublicationPlanned(task=task, tensors=(PLANNED,)) for task in data
+        PublicationPlanned(task=task, tensors=(TENSOR,)) for task in data
     }
     assert {one for one in writer.messages if isinstance(one, PublicationSent)} == {
-        PublicationSent(task=task, tensors=(PLANNED,)) for task in data
+        PublicationSent(task=task, tensors=(TENSOR,)) for task in data
     }
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.protocol import (
     PartTaken,
-    PlannedTensor,
     PlanTaken,
     PublicationPlanned,
     PublicationSent,
@@ -20,7 +20,7 @@ from merge_gate.worker.protocol import (
 )
 from merge_gate.worker.publish_service import MOST_TENSORS, WINDOW_BYTES, PublishService
 
-TENSOR = PlannedTensor(name="a.weight", dtype="BF16", shape=(2, 2))
+TENSOR = StoredTensor(name="a.weight", dtype="BF16", shape=(2, 2))
 PLAN = PublicationPlanned(task=3, tensors=(TENSOR,))
 
 
@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[object] = []
 
-    def planned(self, task: int, tensors: tuple[PlannedTensor, ...]) -> None:
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         self.calls.append((task, tensors))
 
     def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
@@ -91,7 +91,7 @@ def part(**changes: object) -> TensorPart:
     [
         PublicationPlanned(task=4, tensors=()),
         PublicationPlanned(task=3, tensors=("a",)),  # type: ignore[arg-type]
-        PublicationPlanned(task=3, tensors=(PlannedTensor(name="a", dtype="BF16", shape=(-1,)),)),
+        PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(-1,)),)),
         PublicationPlanned(task=3, tensors=(TENSOR,) * (MOST_TENSORS + 1)),
         PublicationSent(task=4),
         part(task=4),

@@ -14,7 +14,7 @@ from merge_gate.attest import statement
 from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, differences, parse_manifest
 from merge_gate.regular_file import read_regular_file
-from merge_gate.report.stored.output_directory import explained_read
+from merge_gate.report.stored.output_directory import explained
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import listing, quoted
@@ -45,7 +45,7 @@ def statements_of(source: str, only: Collection[str], now: datetime) -> list[byt
 
 
 def _of_directory(folder: Path, now: datetime) -> bytes:
-    with explained_read(f"cannot read {one_line(str(folder))}", "check that it is a published model and can be read"):
+    with explained(f"cannot read {one_line(str(folder))}", "check that it is a published model and can be read"):
         data = read_regular_file(folder / MANIFEST_NAME, MOST_BYTES)
         manifest = parse_manifest(data, str(folder / MANIFEST_NAME))
         different = differences(folder, manifest)
@@ -60,20 +60,20 @@ def _of_directory(folder: Path, now: datetime) -> bytes:
 
 def _of_report(source: str, only: Collection[str], now: datetime) -> list[bytes]:
     report = stored(source)
-    if not report.complete:
-        why = "a later command judged nothing" if report.stale else "its run did not finish"
-        raise UsageError(f"the report is not complete: {why}", hint="run the gate again")
-    if report.files_only:
-        raise UsageError(
-            "the report is from `merge-gate check`, which merges nothing", hint="attest the report of `merge-gate run`"
-        )
-    if report.is_comparison:
-        raise UsageError(
-            "the report is from `merge-gate verify`, which gates no adapter",
-            hint="attest the published directory, or the report of `merge-gate run`",
-        )
-    if not report.adapters:
-        raise UsageError("the report has no adapters, so there is nothing to attest")
+    why = "a later command judged nothing" if report.stale else "its run did not finish"
+    of_run = "the report of `merge-gate run`"
+    for is_so, problem, hint in (
+        (not report.complete, f"is not complete: {why}", "run the gate again"),
+        (report.files_only, "is from `merge-gate check`, which merges nothing", f"attest {of_run}"),
+        (
+            report.is_comparison,
+            "is from `merge-gate verify`, which gates no adapter",
+            f"attest the published directory, or {of_run}",
+        ),
+        (not report.adapters, "has no adapters, so there is nothing to attest", ""),
+    ):
+        if is_so:
+            raise UsageError(f"the report {problem}", hint=hint)
     unknown = sorted(set(only) - {adapter.name for adapter in report.adapters})
     if unknown:
         raise UsageError(

@@ -97,7 +97,7 @@ def _of_age(statement: Statement, max_age_days: float | None, now: datetime) -> 
 
 
 def _of_files(statement: Statement, folder: Path) -> Iterator[str]:
-    found, expected = names_below(folder), {subject.name: subject.sha256 for subject in statement.subjects}
+    found, expected = names_below(folder), statement.subjects
     if not found:
         yield "the directory is empty"
         return

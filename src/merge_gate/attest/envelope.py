@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -50,21 +51,15 @@ def signed(payload: bytes, private_key: bytes) -> bytes:
     Raises:
         UsageError: the key cannot be used, or the extra is not installed.
     """
-    serialization, ec, ed25519 = _library()
+    serialization, exceptions = _library()
     try:
         key = serialization.load_pem_private_key(private_key, password=None)
-    except (ValueError, TypeError, _unsupported()) as error:
+    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         raise UsageError(
             f"the key is not a private key in PEM without a password: {one_line(str(error), 120)}",
             hint="make one with: openssl genpkey -algorithm ed25519 -out key.pem",
         ) from error
-    data = _pre_authentication(PAYLOAD_TYPE, payload)
-    if isinstance(key, ed25519.Ed25519PrivateKey):
-        signature = key.sign(data)
-    elif isinstance(key, ec.EllipticCurvePrivateKey):
-        signature = key.sign(data, ec.ECDSA(_hash_of(key.curve.name)))
-    else:
-        raise _other_kind(key)
+    signature = key.sign(_pre_authentication(payload), *_scheme(key))
     public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     document = {
         "payloadType": PAYLOAD_TYPE,
@@ -85,35 +80,21 @@ def opened(envelope: bytes, public_key: bytes) -> bytes:
         InvalidEnvelopeError: it is not an envelope of a statement, or no signature is of this key.
         UsageError: the key cannot be used, or the extra is not installed.
     """
-    serialization, ec, ed25519 = _library()
+    serialization, exceptions = _library()
     try:
         key = serialization.load_pem_public_key(public_key)
-    except (ValueError, _unsupported()) as error:
+    except (ValueError, exceptions.UnsupportedAlgorithm) as error:
         raise UsageError(
             f"the key is not a public key in PEM: {one_line(str(error), 120)}",
             hint="make it of the private key with: openssl pkey -in key.pem -pubout -out key.pub",
         ) from error
-    if not isinstance(key, ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey):
-        raise _other_kind(key)
+    scheme = _scheme(key)
     payload, signatures = _parsed(envelope)
-    data = _pre_authentication(PAYLOAD_TYPE, payload)
     for signature in signatures:
-        if _is_signed(key, signature, data, ec, ed25519):
+        with contextlib.suppress(exceptions.InvalidSignature):
+            key.verify(signature, _pre_authentication(payload), *scheme)
             return payload
     raise InvalidEnvelopeError("has no signature of this key")
-
-
-def _is_signed(key: Any, signature: bytes, data: bytes, ec: ModuleType, ed25519: ModuleType) -> bool:
-    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - the extra may be absent
-
-    try:
-        if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(signature, data)
-        else:
-            key.verify(signature, data, ec.ECDSA(_hash_of(key.curve.name)))
-    except InvalidSignature:
-        return False
-    return True
 
 
 def _parsed(envelope: bytes) -> tuple[bytes, list[bytes]]:
@@ -142,9 +123,9 @@ def _decoded(value: Any) -> bytes:
     raise InvalidEnvelopeError("has a payload or a signature that is not canonical base64")
 
 
-def _pre_authentication(payload_type: str, payload: bytes) -> bytes:
+def _pre_authentication(payload: bytes) -> bytes:
     """What is signed: DSSE's PAE, protocol.md."""
-    kind = payload_type.encode()
+    kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
@@ -158,24 +139,29 @@ def _hash_of(curve: str) -> Any:
     return known[curve]()
 
 
-def _other_kind(key: Any) -> UsageError:
-    return UsageError(f"the key is a {type(key).__name__}, expected ed25519 or ECDSA")
+def _scheme(key: Any) -> tuple[Any, ...]:
+    """What `sign` and `verify` of the key need besides the data.
+
+    Raises:
+        UsageError: the key is of another kind.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519  # noqa: PLC0415 - the extra may be absent
+
+    if isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
+        return ()
+    if isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey):
+        return (ec.ECDSA(_hash_of(key.curve.name)),)
+    raise UsageError(f"the key is a {type(key).__name__}, expected ed25519 or ECDSA")
 
 
-def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
+def _library() -> tuple[ModuleType, ModuleType]:
+    """The functions that read keys, and the exceptions."""
     try:
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - the extra may be absent
-        from cryptography.hazmat.primitives.asymmetric import ec, ed25519  # noqa: PLC0415
+        from cryptography import exceptions  # noqa: PLC0415 - the extra may be absent
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
             "signatures need the package cryptography",
             hint="install merge-gate again with the extra `attest`: pip install '.[attest]' in its checkout",
         ) from error
-    return serialization, ec, ed25519
-
-
-def _unsupported() -> type[Exception]:
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - the extra may be absent
-
-    unsupported: type[Exception] = UnsupportedAlgorithm
-    return unsupported
+    return serialization, exceptions

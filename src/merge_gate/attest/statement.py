@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.names.foreign_names import is_inside
-from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
-from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase, Versions
+from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, shared_fields, versions_of, warnings_in
+from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
-from merge_gate.records.terms import Severity, record
+from merge_gate.records.terms import record
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from merge_gate.records.files import FileRecord
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -39,40 +41,21 @@ class InvalidStatementError(Exception):
 
 
 @record
-class Subject:
-    """A file that a statement is about. Its name is relative to the directory."""
-
-    name: str
-    sha256: str
-
-
-@record
 class Statement:
-    """One in-toto statement."""
+    """One in-toto statement. `subjects` has the SHA-256 of each file, by its name relative to the directory."""
 
-    subjects: tuple[Subject, ...]
+    subjects: Mapping[str, str]
     predicate: Predicate
 
 
 def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Statement:
     """The statement about a published directory. The caller has compared its files with the manifest."""
     return Statement(
-        subjects=(*map(_subject, manifest.files), Subject(name=MANIFEST_NAME, sha256=manifest_sha256)),
+        subjects=_digests(manifest.files) | {MANIFEST_NAME: manifest_sha256},
         predicate=Predicate(
             attested_at=_time(now),
             published=True,
-            tool=Tool(name=TOOL, version=__version__),
-            name=manifest.name,
-            verdict=manifest.verdict,
-            warnings=manifest.warnings,
-            parameters=manifest.parameters,
-            peft_type=manifest.peft_type,
-            dtype=manifest.dtype,
-            base=manifest.base,
-            adapters=manifest.adapters,
-            config=manifest.config,
-            versions=manifest.versions,
-            checks=manifest.checks,
+            **shared_fields(Predicate, manifest) | {"tool": Tool(name=TOOL, version=__version__)},
         ),
     )
 
@@ -80,9 +63,8 @@ def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Sta
 def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
     """The statement about one entry of a report. Its subjects are the adapter's own files."""
     base = next((base for base in report.bases if base.key == adapter.base), None)
-    environment = report.environment
     return Statement(
-        subjects=tuple(map(_subject, adapter.files)),
+        subjects=_digests(adapter.files),
         predicate=Predicate(
             attested_at=_time(now),
             published=False,
@@ -90,9 +72,7 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
             name=adapter.name,
             verdict=adapter.verdict,
             cause=adapter.cause,
-            warnings=tuple(
-                dict.fromkeys(found.check for found in adapter.findings if found.severity is Severity.WARNING)
-            ),
+            warnings=warnings_in(adapter.findings),
             parameters=adapter.coverage.parameters_checked,
             peft_type=adapter.peft_type,
             dtype=None,
@@ -104,20 +84,9 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
                 sha256=(base.sha256 if base is not None else None) or "",
                 files=base.files if base is not None else (),
             ),
-            adapters=(
-                PublishedAdapter(
-                    name=adapter.name, source=adapter.source, revision=adapter.revision, files=adapter.files
-                ),
-            ),
+            adapters=(PublishedAdapter(**shared_fields(PublishedAdapter, adapter)),),
             config=report.config,
-            versions=Versions(
-                python=environment.python,
-                torch=environment.torch,
-                peft=environment.peft,
-                transformers=environment.transformers,
-                bitsandbytes=environment.bitsandbytes if adapter.base.is_quantized else None,
-                device=environment.device,
-            ),
+            versions=versions_of(report.environment, adapter.base),
             verdict_from="report.json",
         ),
     )
@@ -142,7 +111,7 @@ def render(statement: Statement) -> bytes:
         )
     document = {
         "_type": STATEMENT_TYPE,
-        "subject": [{"name": one.name, "digest": {"sha256": one.sha256}} for one in statement.subjects],
+        "subject": [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in statement.subjects.items()],
         "predicateType": PREDICATE_TYPE,
         "predicate": dump_record(statement.predicate),
     }
@@ -175,12 +144,12 @@ def read(data: bytes) -> Statement:
         raise InvalidStatementError(str(error)) from error
 
 
-def _subjects(listed: Any) -> tuple[Subject, ...]:
+def _subjects(listed: Any) -> dict[str, str]:
     if not isinstance(listed, list) or not listed:
         raise InvalidStatementError("has no subjects")
     if len(listed) > MOST_SUBJECTS:
         raise InvalidStatementError(f"has {len(listed):,} subjects, expected at most {MOST_SUBJECTS:,}")
-    subjects = []
+    subjects: dict[str, str] = {}
     for value in listed:
         name, digest = (value.get("name"), value.get("digest")) if isinstance(value, dict) else (None, None)
         sha256 = digest.get("sha256") if isinstance(digest, dict) else None
@@ -188,14 +157,14 @@ def _subjects(listed: Any) -> tuple[Subject, ...]:
             raise InvalidStatementError("has a subject without a name or a SHA-256")
         if not is_inside(name):
             raise InvalidStatementError(f"has the subject {one_line(name, 120)!r}, which is outside of the directory")
-        subjects.append(Subject(name=name, sha256=sha256))
-    if len({subject.name for subject in subjects}) < len(subjects):
-        raise InvalidStatementError("has two subjects of one name")
-    return tuple(subjects)
+        if name in subjects:
+            raise InvalidStatementError("has two subjects of one name")
+        subjects[name] = sha256
+    return subjects
 
 
-def _subject(file: FileRecord) -> Subject:
-    return Subject(name=file.path, sha256=file.sha256)
+def _digests(files: Iterable[FileRecord]) -> dict[str, str]:
+    return {file.path: file.sha256 for file in files}
 
 
 def _time(now: datetime) -> str:

@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.init_file import first_config
     from merge_gate.files.preflight import base_of
     from merge_gate.files.resolve import base_weight_files, digest_directory
-    from merge_gate.report.stored.output_directory import explained, explained_read
+    from merge_gate.report.stored.output_directory import explained
 
     def digest_of(base: str) -> str:
-        with explained_read(f"cannot read the base {base}", "check that it is complete"):
+        with explained(f"cannot read the base {base}", "check that it is complete"):
             return digest_directory(base, base_weight_files(base))
 
     text = first_config(arguments.directories, base_of, digest_of if arguments.pin else None)

@@ -53,14 +53,12 @@ def add(commands: Commands[CommandParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.wording.untrusted import one_line
-    from merge_gate.run.rebuild import RebuildOptions, rebuild
+    from merge_gate.run.rebuild import rebuild
     from merge_gate.text import listing
 
-    options = RebuildOptions(
-        base=arguments.base, adapters=tuple(arguments.adapter), allow_pickle=arguments.allow_pickle
-    )
+    given_here = {"base": arguments.base, "adapters": arguments.adapter, "allow_pickle": arguments.allow_pickle}
     with view_of(arguments) as (view, _):
-        rebuilt = rebuild(arguments.file, arguments.output, options, view)
+        rebuilt = rebuild(arguments.file, arguments.output, view, **given_here)
     if not rebuilt.problems:
         place = one_line(str(rebuilt.directory))
         changed = f"; judged with changed checks: {one_line(listing(rebuilt.checks), 400)}" if rebuilt.checks else ""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from merge_gate.companion_names import TEMPLATES, companion_kind
+from merge_gate.companion_names import TEMPLATES, Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.headers import shown
 from merge_gate.files.identity import identity_of
@@ -32,6 +32,11 @@ class CompanionFiles:
 
     files: dict[str, bytes]
     others: tuple[str, ...] = ()
+
+    @property
+    def without_config(self) -> dict[str, bytes]:
+        """The files without config.json: that of an adapter is not published."""
+        return {name: data for name, data in self.files.items() if companion_kind(name) is not Companion.CONFIG}
 
 
 def companion_identities(directory: str) -> dict[str, FileIdentity]:

@@ -6,7 +6,7 @@ and findings. Files are copied, and config.json is changed only where the tensor
 1. Read the files whose names are on the allow-list (companion_names.py).
 2. The adapter's own copy replaces that of the base, except config.json and licenses. Tokenizer and chat template are
    replaced as a whole: half of a tokenizer would be worse than either.
-3. Change in the text of config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
+3. Change in config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
    References to code are removed, because code is not published.
 4. Compare the stop tokens, and the tokenizer with the embedding.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,10 +24,8 @@ from merge_gate.errors import NotPublishedError
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.judging.checks.table import PUBLISHED_FILES
-from merge_gate.publish import json_text
 from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
 from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.json_text import Member
 from merge_gate.publish.layout import FLOATING_STORED
 from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagreements, oversized
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
@@ -47,26 +46,11 @@ _COPY_POOLING = (
     "them the model may pool in another way"
 )
 
-Shapes = Mapping[str, tuple[int, ...]]
+_TEXT = ((), *((name,) for name in TEXT_SECTIONS))
+_INDENT = re.compile(r"\{\r?\n([ \t]+)")
 
-
-@record
-class MergedModel:
-    """What is published, as far as the files next to the weights depend on it.
-
-    Attributes:
-        base_shapes: the shapes of the base's stored tensors, by name; of a quantized base, those that are not packed.
-        shapes: the shapes of the stored tensors that are published.
-        dtype: the dtype that every floating tensor was cast to; None if each tensor keeps its own.
-        is_dequantized: whether the base is quantized, and the published tensors are not.
-        runs_code: whether the base may have been loaded by code in its own directory.
-    """
-
-    base_shapes: Shapes
-    shapes: Shapes
-    dtype: str | None = None
-    is_dequantized: bool = False
-    runs_code: bool = False
+Place = tuple[str, ...]
+"""The place of an object in a JSON document: the keys that lead to it."""
 
 
 @record
@@ -82,51 +66,23 @@ class CompanionFile:
 class Companions:
     """The files next to the weights, in the order of their names, and what there is to say about them.
 
-    `of_base` and `of_adapters` are the files that they were chosen from.
+    `read` are the files that they were chosen from: those of the base, and those of each adapter.
     """
 
     files: tuple[CompanionFile, ...]
     findings: tuple[Finding, ...] = ()
-    of_base: CompanionFiles = CompanionFiles(files={})
-    of_adapters: tuple[CompanionFiles, ...] = ()
+    read: tuple[CompanionFiles, ...] = ()
 
 
 def companions_of(
-    base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts, seen: Identities
-) -> Companions:
-    """The files that belong next to the weights of a published model.
-
-    Raises:
-        NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
-    """
-    is_cast = facts.dtype != PRESERVE
-    stored = facts.entry.base_files
-    is_dequantized = is_cast and stored is not None and stored.quantization is not None
-    model = MergedModel(
-        base_shapes={
-            tensor.name: tensor.shape
-            for tensor in facts.base_tensors
-            if not is_dequantized or tensor.dtype in FLOATING_STORED
-        },
-        shapes={tensor.name: tensor.shape for tensor in facts.tensors},
-        dtype=facts.dtype if is_cast else None,
-        is_dequantized=is_dequantized,
-        runs_code=facts.config.trust_remote_code,
-    )
-    loaded = {file.name: file for file in facts.base_identity}  # config.json, as the merge has read it
-    of_base = {name: loaded.get(name, file) for name, file in seen[base_directory].items()}
-    return files_of(base_directory, adapter_directories, model, {**seen, base_directory: of_base})
-
-
-def files_of(
-    base_directory: str, adapter_directories: tuple[str, ...], model: MergedModel, seen: Identities | None = None
+    base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts, seen: Identities | None = None
 ) -> Companions:
     """The files of base and adapter that belong next to the weights of a published model.
 
     Args:
         base_directory: the base's directory.
         adapter_directories: the directory of the adapter, or of each member of a combination.
-        model: the model to publish.
+        facts: the model to publish.
         seen: the expected files; None accepts any.
 
     Raises:
@@ -134,7 +90,10 @@ def files_of(
     """
     # 1. Read.
     seen = seen or {}
-    base = read_companions(base_directory, "the base", seen.get(base_directory))
+    loaded = {file.name: file for file in facts.base_identity}  # config.json, as the merge has read it
+    of_base = seen.get(base_directory)
+    of_base = of_base and {name: loaded.get(name, file) for name, file in of_base.items()}
+    base = read_companions(base_directory, "the base", of_base)
     adapters = [read_companions(directory, "the adapter", seen.get(directory)) for directory in adapter_directories]
     own, notes = _common(adapters)
     # 2. The adapter's own files.
@@ -142,20 +101,18 @@ def files_of(
     files.pop("config.json", None)
     notes += _replace(files, own)
     # 3. Texts that would no longer be true.
-    files["config.json"] = CompanionFile(name="config.json", data=_config(base.files.get("config.json"), model))
+    files["config.json"] = CompanionFile(name="config.json", data=_config(base.files.get("config.json"), facts))
     notes += _remove_code(files)
     notes += _left_out(base_directory, base, adapters)
     # 4. Comparisons.
     contents = {name: content for name, file in files.items() if isinstance(content := _parsed(file), dict)}
-    replaced = base.files.get("generation_config.json") if "generation_config.json" in own else None
-    of_base = _object(replaced) if replaced is not None else None
+    generation = _object(base.files.get("generation_config.json")) if "generation_config.json" in own else None
     rows = config_section(contents["config.json"]).get("vocab_size")
-    warnings = [*disagreements(contents, of_base), *oversized(contents, rows if type(rows) is int else None)]
+    warnings = [*disagreements(contents, generation), *oversized(contents, rows if type(rows) is int else None)]
     return Companions(
         files=tuple(files[name] for name in sorted(files)),
         findings=(*warnings, *notes),
-        of_base=base,
-        of_adapters=tuple(adapters),
+        read=(base, *adapters),
     )
 
 
@@ -164,16 +121,12 @@ def files_of(
 
 def _common(adapters: Iterable[CompanionFiles]) -> tuple[dict[str, bytes], list[Finding]]:
     """The adapter's own files. Those of a combination count only if all members have the same ones."""
-    first, *others = [_without_inputs(adapter.files) for adapter in adapters]
+    first, *others = [adapter.without_config for adapter in adapters]
     if all(other == first for other in others):
         return first, []
     return {}, [
         _note("the members of the combination have different files next to their weights, so the base's files are used")
     ]
-
-
-def _without_inputs(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in files.items() if companion_kind(name) is not Companion.CONFIG}
 
 
 def replaced(of_base: Iterable[str], own: Iterable[str], *, has_template: bool) -> set[str]:
@@ -210,8 +163,7 @@ def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
 
 
 def _has_template(files: Mapping[str, bytes]) -> bool:
-    content = _object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else None
-    return bool(content and content.get("chat_template"))
+    return bool((_object(files.get("tokenizer_config.json")) or {}).get("chat_template"))
 
 
 def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[CompanionFiles]) -> list[Finding]:
@@ -232,38 +184,41 @@ def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[Comp
 # --- 3. --------------------------------------------------------------------------------------------------------------
 
 
-def _config(data: bytes | None, model: MergedModel) -> bytes:
+def _config(data: bytes | None, facts: PublicationFacts) -> bytes:
     """config.json, changed where the tensors have changed. Without a change, these are the base's bytes."""
     if data is None or (config := _object(data)) is None:
         raise NotPublishedError(
             "config.json of the base cannot be read as a JSON object", hint="fetch the base again, or correct the file"
         )
-    if model.runs_code and any("auto_map" in section for section in (config, config_section(config))):
+    if facts.config.trust_remote_code and any("auto_map" in section for section in (config, config_section(config))):
         raise NotPublishedError(
             "the base needs its own code (`auto_map` in config.json), and merge-gate does not publish code",
             hint="if transformers has this architecture itself, set trust-remote-code: false",
         )
-    rows = _resized_rows(model, config)
+    rows = _resized_rows(facts, config)
     with _as_json("config.json", "base"):
-        text = data.decode("utf-8")
         if rows is not None:
-            places = _vocabulary_places(text, rows[0])
-            text = json_text.replaced(text, lambda member: member.path in places, rows[1])
-        if model.dtype is not None:
-            text = json_text.replaced(text, _names_dtype, model.dtype)
-        if model.is_dequantized:
-            text = json_text.without(text, lambda member: member.path[-1] in _QUANTIZATIONS)
-        return text.encode("utf-8")
+            for section in _vocabulary_sections(config, rows[0]):
+                section["vocab_size"] = rows[1]
+        if facts.dtype != PRESERVE:
+            for place, section in _objects(config):
+                if not any(name in _QUANTIZATIONS for name in place):
+                    section.update({key: facts.dtype for key in _DTYPE_KEYS if isinstance(section.get(key), str)})
+        if facts.is_dequantized:
+            _remove(config, _QUANTIZATIONS)
+        return _written(config, data)
 
 
-def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, int] | None:
+def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The rows of the embedding before and after, if the merge has changed them.
 
     Raises:
         NotPublishedError: other tensors have other shapes, or the base does not store them.
     """
-    names = [name for name in model.shapes if name in model.base_shapes or not model.is_dequantized]
-    added = [name for name in names if name not in model.base_shapes]
+    is_plain = not facts.is_dequantized  # else the shapes of packed tensors say nothing
+    base_shapes = {one.name: one.shape for one in facts.base_tensors if is_plain or one.dtype in FLOATING_STORED}
+    shapes = {one.name: one.shape for one in facts.tensors if is_plain or one.name in base_shapes}
+    added = [name for name in shapes if name not in base_shapes]
     if added:
         raise NotPublishedError(
             f"the merge has {counted(len(added), 'tensor')} that the base does not store "
@@ -271,8 +226,7 @@ def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, i
             f"(architectures: {shown(str(config.get('architectures')))})",
             hint="use a base that has this head, saved by transformers with the labels of the adapter",
         )
-    changed = {name: (model.base_shapes[name], model.shapes[name]) for name in names}
-    changed = {name: shapes for name, shapes in changed.items() if shapes[0] != shapes[1]}
+    changed = {name: (base_shapes[name], shape) for name, shape in shapes.items() if shape != base_shapes[name]}
     if not changed:
         return None
     rows = {(old[:1], new[:1]) for old, new in changed.values()}
@@ -295,41 +249,34 @@ def _sizes(config: Mapping[str, Any]) -> set[Any]:
     return {config.get("vocab_size"), config_section(config).get("vocab_size")}
 
 
-def _vocabulary_places(text: str, rows: int) -> set[tuple[str, ...]]:
-    """The members of config.json that hold the old size of the vocabulary: its own, and that of the language model.
+def _vocabulary_sections(config: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+    """The objects of config.json with the old size of the vocabulary: the whole, and that of the language model.
 
     Raises:
         NotPublishedError: another part of the model has the same size, and its tensors may have kept it.
     """
-    places = {
-        member.path for member in json_text.members(text) if member.path[-1] == "vocab_size" and member.value == rows
-    }
-    others = [path for path in places if len(path) > 1 and path[:-1] not in {(name,) for name in TEXT_SECTIONS}]
+    sections = {place: section for place, section in _objects(config) if section.get("vocab_size") == rows}
+    others = sorted(".".join((*place, "vocab_size")) for place in sections if place not in _TEXT)
     if others:
         raise NotPublishedError(
-            f"the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
-            f"({listing(['.'.join(path) for path in sorted(others)])})",
+            "the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
+            f"({listing(others)})",
             hint="save the base with the new vocabulary first, and use it as the adapter's base",
         )
-    return places
-
-
-def _names_dtype(member: Member) -> bool:
-    """Whether this is the dtype of the model or of a part of it."""
-    is_dtype = member.path[-1] in _DTYPE_KEYS and isinstance(member.value, str)
-    return is_dtype and not any(name in _QUANTIZATIONS for name in member.path)
+    return list(sections.values())
 
 
 def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
     """Remove the references to code from the configurations: the code itself is not published."""
     changed = []
     for name, file in files.items():
-        if not name.endswith("config.json") or not isinstance(_parsed(file), dict):
+        if not name.endswith("config.json") or not isinstance(content := _parsed(file), dict):
             continue
         with _as_json(name, file.origin):
-            text = json_text.without(file.data.decode("utf-8"), lambda member: member.path[-1] in _CODE)
-        if text.encode() != file.data:
-            files[name] = CompanionFile(name=name, data=text.encode(), origin=file.origin)
+            _remove(content, _CODE)
+            data = _written(content, file.data)
+        if data != file.data:
+            files[name] = CompanionFile(name=name, data=data, origin=file.origin)
             changed.append(name)
     return [_note(f"the reference to code was removed from {listing(map(shown, sorted(changed)))}")] if changed else []
 
@@ -338,15 +285,35 @@ def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
 
 
 def _parsed(file: CompanionFile) -> Any:
-    """The content of a JSON file; None for any other file.
-
-    Raises:
-        NotPublishedError: the file is not JSON.
-    """
+    """The content of a JSON file; None for any other file."""
     if not file.name.endswith(".json"):
         return None
     with _as_json(file.name, file.origin):
         return json.loads(file.data.decode("utf-8"))
+
+
+def _objects(content: dict[str, Any], place: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The object and all objects in it, with their places. Arrays are not entered."""
+    yield place, content
+    for key, value in list(content.items()):
+        if isinstance(value, dict):
+            yield from _objects(value, (*place, key))
+
+
+def _remove(content: dict[str, Any], keys: Iterable[str]) -> None:
+    for _, section in _objects(content):
+        for key in keys:
+            section.pop(key, None)
+
+
+def _written(content: dict[str, Any], data: bytes) -> bytes:
+    """The content, written as `data` is: these bytes themselves, if they say the same."""
+    text = data.decode("utf-8")
+    if json.loads(text) == content:
+        return data
+    indent = _INDENT.match(text)
+    written = json.dumps(content, indent=indent and indent[1], ensure_ascii=text.isascii())
+    return (written + text[len(text.rstrip()) :]).encode("utf-8")
 
 
 @contextlib.contextmanager
@@ -361,9 +328,10 @@ def _as_json(name: str, origin: str) -> Iterator[None]:
         ) from error
 
 
-def _object(data: bytes) -> dict[str, Any] | None:
+def _object(data: bytes | None) -> dict[str, Any] | None:
+    """The object in a JSON file; None if it has none, or is not there."""
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads((data or b"").decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

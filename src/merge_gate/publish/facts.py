@@ -5,7 +5,7 @@ from __future__ import annotations
 from merge_gate.records.config import Config
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import AdapterReport, BaseReport, Environment
-from merge_gate.records.terms import record
+from merge_gate.records.terms import PRESERVE, record
 
 
 @record
@@ -27,7 +27,7 @@ class PublicationFacts:
 
     entry: Entry
     report: AdapterReport
-    base: BaseReport | None
+    base: BaseReport
     base_identity: tuple[FileIdentity, ...]
     environment: Environment
     config: Config
@@ -35,3 +35,9 @@ class PublicationFacts:
     tensors: tuple[StoredTensor, ...]
     base_tensors: tuple[StoredTensor, ...]
     shard_limit_bytes: int | None
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether the base's files are quantized, and the published tensors are not."""
+        files = self.entry.base_files
+        return self.dtype != PRESERVE and files is not None and files.quantization is not None

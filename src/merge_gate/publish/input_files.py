@@ -1,10 +1,8 @@
 """The files of the base and adapter that make a published model, each with its size and digest.
 
 In: the directories of a base and of adapters, which are hostile. Out: `InputFiles`, for merge-gate.json, and the
-differences between two of them. Code of a base is not listed: a model that runs code is not published.
-
-A base has weight files with their index, settings in JSON, and the files that a publication copies
-(companion_files.py). An adapter has the files that PEFT reads, and those that a publication copies, except config.json.
+differences between two of them. A base also has settings in JSON. Its code is not listed: a model that runs code is not
+published.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.publish.companion_files import CompanionFiles, read_companions
@@ -32,21 +29,27 @@ class InputFiles:
     adapters: tuple[tuple[FileRecord, ...], ...] = ()
 
 
-def of_base(directory: str, weights: Iterable[FileRecord], companions: CompanionFiles) -> tuple[FileRecord, ...]:
-    """The files of a base. `weights` are its weight files with the index, and `companions` are what was read of it.
+def input_files(
+    entry: Entry, weights: Iterable[FileRecord], base: CompanionFiles, *adapters: CompanionFiles
+) -> InputFiles:
+    """The files of an entry: those that were read for the merge, and those that a publication copies.
+
+    `weights` are the base's weight files with the index. `base` and `adapters` are what a publication read of each.
 
     Raises:
         OSError: a file cannot be read.
     """
-    known = {file.path: file for file in (*weights, *_records(companions.files))}
-    names = {name for name in resolve.base_setting_files(directory) if not name.endswith(_CODE)} - set(known)
-    return _sorted((*known.values(), *_read(directory, names)))
-
-
-def of_adapter(files: Iterable[FileRecord], companions: CompanionFiles) -> tuple[FileRecord, ...]:
-    """The files of an adapter: those that were read for the merge, and those that a publication copies."""
-    copied = {name: data for name, data in companions.files.items() if companion_kind(name) is not Companion.CONFIG}
-    return _sorted({file.path: file for file in (*_records(copied), *files)}.values())
+    directory = base_directory(entry)
+    known = {file.path: file for file in (*weights, *_records(base.files))}
+    settings = {name for name in resolve.base_setting_files(directory) if not name.endswith(_CODE)} - set(known)
+    of_adapters = (
+        {file.path: file for file in (*_records(own.without_config), *member.files)}
+        for own, member in zip(adapters, entry.members, strict=True)
+    )
+    return InputFiles(
+        base=_sorted((*known.values(), *_read(directory, settings))),
+        adapters=tuple(_sorted(files.values()) for files in of_adapters),
+    )
 
 
 def inputs_of(entry: Entry) -> InputFiles:
@@ -58,25 +61,18 @@ def inputs_of(entry: Entry) -> InputFiles:
     """
     directory = base_directory(entry)
     weights = tuple(_read(directory, resolve.base_weight_files(directory)))
-    return InputFiles(
-        base=of_base(directory, weights, read_companions(directory, "the base")),
-        adapters=tuple(
-            of_adapter(member.files, read_companions(member.directory, "the adapter")) for member in entry.members
-        ),
-    )
+    adapters = (read_companions(member.directory, "the adapter") for member in entry.members)
+    return input_files(entry, weights, read_companions(directory, "the base"), *adapters)
 
 
 def different_files(got: Iterable[FileRecord], expected: Iterable[FileRecord], owner: str) -> Iterator[str]:
     """One sentence for each file that differs. `owner` is what they call the directory, such as `the base`."""
     here, listed = ({file.path: file for file in files} for files in (got, expected))
     for name in sorted({*here, *listed}):
-        what = f"{one_line(name, 200)} of {owner}"
-        if name not in here:
-            yield f"{what} is missing, expected {_shown(listed[name])}"
-        elif name not in listed:
-            yield f"{what} has {_shown(here[name])}, expected no such file"
-        elif here[name] != listed[name]:
-            yield f"{what} has {_shown(here[name])}, expected {_shown(listed[name])}"
+        one, other = here.get(name), listed.get(name)
+        if one != other:
+            has = f"has {_shown(one)}" if one else "is missing"
+            yield f"{one_line(name, 200)} of {owner} {has}, expected {_shown(other) if other else 'no such file'}"
 
 
 def _shown(file: FileRecord) -> str:

@@ -10,8 +10,10 @@ bytes, places of tensors, and the index. Reads headers and the index, no values.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,10 +169,10 @@ def merged_layout(
         NotPublishedError: the base's config.json names a single weights file, and there would be several.
     """
     if shard_limit_bytes is None:
-        files = list(_changed_files(base, changes, dropped))
+        files = tuple(_changed_files(base, changes, dropped))
     else:
-        files = list(_resharded(base, changes, shard_limit_bytes, dropped))
-    return ModelLayout(files=tuple(files), index=_index(base, files))
+        files = tuple(_resharded(base, changes, shard_limit_bytes, dropped))
+    return ModelLayout(files=files, index=_index(base, files))
 
 
 def _changed_files(
@@ -224,14 +226,10 @@ def _shard_name(base: ModelLayout, number: int, count: int) -> str:
 def _new_file(name: str, tensors: Iterable[StoredTensor], metadata: Mapping[str, str] | None) -> FileLayout:
     """A file of these tensors. Wider dtypes come first: each tensor then begins at a multiple of its element size."""
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
+    offsets = [*itertools.pairwise(itertools.accumulate(map(tensor_bytes, ordered), initial=0))]
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    offset = 0
-    offsets = []
-    for tensor in ordered:
-        end = offset + tensor_bytes(tensor)
-        offsets.append((offset, end))
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+    for tensor, span in zip(ordered, offsets, strict=True):
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(span)}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     head = len(text).to_bytes(_PREFIX_BYTES, "little") + text
@@ -251,14 +249,8 @@ def _metadata(file: FileLayout) -> dict[str, str] | None:
 
 
 def tensor_bytes(tensor: StoredTensor) -> int:
-    """The size of a tensor's values.
-
-    Raises:
-        NotPublishedError: its elements do not fill whole bytes.
-    """
-    bits = DTYPE_BITS[tensor.dtype]
-    for factor in tensor.shape:
-        bits *= factor
+    """The size of a tensor's values."""
+    bits = DTYPE_BITS[tensor.dtype] * math.prod(tensor.shape)
     if bits % 8:
         raise NotPublishedError(f"the tensor {shown(tensor.name)} does not fill whole bytes")
     return bits // 8
@@ -267,7 +259,7 @@ def tensor_bytes(tensor: StoredTensor) -> int:
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
-def _index(base: ModelLayout, files: list[FileLayout]) -> IndexFile | None:
+def _index(base: ModelLayout, files: Sequence[FileLayout]) -> IndexFile | None:
     """The index of these files. The base's own bytes stay if they say the same."""
     is_needed = len(files) > 1 or (base.index is not None and files[0].name != MODEL)
     if not is_needed:

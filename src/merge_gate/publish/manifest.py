@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
@@ -39,10 +39,12 @@ from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import NUMBER, one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from merge_gate.publish.facts import PublicationFacts
     from merge_gate.publish.input_files import InputFiles
+    from merge_gate.records.report import Environment
+    from merge_gate.records.terms import BaseKey
 
 MANIFEST_NAME = "merge-gate.json"
 MOST_BYTES = 16 * 1024 * 1024
@@ -84,15 +86,11 @@ def manifest_of(
         inputs: all files of base and adapters; None for those that the merge itself has read.
     """
     adapter, base, spec = facts.report, facts.base, facts.entry.spec
-    if base is None:
-        raise AssertionError("a merge that passed has a base")
     return Manifest(
         tool=Tool(name=TOOL, version=__version__),
         name=adapter.name,
         verdict=adapter.verdict,
-        warnings=tuple(
-            dict.fromkeys(found.check for found in (*adapter.findings, *findings) if found.severity is Severity.WARNING)
-        ),
+        warnings=warnings_in((*adapter.findings, *findings)),
         parameters=adapter.coverage.parameters_checked,
         peft_type=adapter.peft_type,
         dtype=facts.dtype,
@@ -111,29 +109,32 @@ def manifest_of(
         adapters=_adapters(facts, inputs),
         combination=None
         if spec.combine is None
-        else PublishedCombination(
-            method=spec.combine.method,
-            weights=spec.combine.weights,
-            density=spec.combine.density,
-            majority_sign_method=spec.combine.majority_sign_method,
-            seed=spec.combine.seed,
-        ),
+        else PublishedCombination(**shared_fields(PublishedCombination, spec.combine)),
         allow_pickle=facts.config.allow_pickle,
         trust_remote_code=facts.config.trust_remote_code,
         config=ConfigFile(path=facts.config.label, sha256=facts.config.sha256),
-        versions=Versions(
-            python=facts.environment.python,
-            torch=facts.environment.torch,
-            peft=facts.environment.peft,
-            transformers=facts.environment.transformers,
-            bitsandbytes=facts.environment.bitsandbytes if adapter.base.is_quantized else None,
-            device=facts.environment.device,
-        ),
+        versions=versions_of(facts.environment, adapter.base),
         checks=tuple(
             _written(setting) for setting in spec.checks if replace(setting, of_base=None) not in DEFAULT_SETTINGS
         ),
         files=tuple(sorted(files, key=lambda file: file.path)),
     )
+
+
+def shared_fields(kind: type, source: Any) -> dict[str, Any]:
+    """The values that `source` has for the fields of a record, by name."""
+    return {field.name: getattr(source, field.name) for field in fields(kind) if hasattr(source, field.name)}
+
+
+def versions_of(environment: Environment, base: BaseKey) -> Versions:
+    """The versions that made a merge into this base."""
+    used = Versions(**shared_fields(Versions, environment))
+    return used if base.is_quantized else replace(used, bitsandbytes=None)
+
+
+def warnings_in(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """The checks with warnings, by id."""
+    return tuple(dict.fromkeys(finding.check for finding in findings if finding.severity is Severity.WARNING))
 
 
 def _adapters(facts: PublicationFacts, inputs: InputFiles | None) -> tuple[PublishedAdapter, ...]:
@@ -212,28 +213,24 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
 
 def _refuse_contradictions(manifest: Manifest) -> None:
     """Refuse what a run cannot have written."""
-    if manifest.schema_version.split(".")[0] != "1":
-        raise UnreadableError(f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x")
-    if manifest.tool.name != TOOL:
-        raise UnreadableError(f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}")
-    if manifest.verdict is not Verdict.PASSED:
-        raise UnreadableError(f"verdict is {manifest.verdict}, expected {Verdict.PASSED}")
-    if manifest.dtype not in {PRESERVE, *DTYPES} or manifest.base.requested_dtype not in {"auto", *DTYPES}:
-        raise UnreadableError(f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}")
-    if not manifest.files:
-        raise UnreadableError("files is empty, expected every file of the directory")
-    if not manifest.adapters or (len(manifest.adapters) > 1) != (manifest.combination is not None):
-        raise UnreadableError("adapters has the wrong number of entries")
-    settings_of(manifest)
-    members = [adapter.name for adapter in manifest.adapters]
-    if manifest.combination is not None and len({manifest.name, *members}) <= len(members):
-        raise UnreadableError("adapters names one adapter twice")
-    names = [file.path for file in manifest.files]
+    names, members = [file.path for file in manifest.files], [adapter.name for adapter in manifest.adapters]
     outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
-    if outside is not None:
-        raise UnreadableError(f"files names {one_line(outside, 120)!r}, expected a file inside of the directory")
-    if len(set(names)) < len(names):
-        raise UnreadableError("files names a file twice")
+    is_combination, version = manifest.combination is not None, manifest.schema_version.split(".")[0]
+    has_dtypes = manifest.dtype in {PRESERVE, *DTYPES} and manifest.base.requested_dtype in {"auto", *DTYPES}
+    for is_wrong, sentence in (
+        (version != "1", f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x"),
+        (manifest.tool.name != TOOL, f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}"),
+        (manifest.verdict is not Verdict.PASSED, f"verdict is {manifest.verdict}, expected {Verdict.PASSED}"),
+        (not has_dtypes, f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}"),
+        (not names, "files is empty, expected every file of the directory"),
+        (not members or (len(members) > 1) != is_combination, "adapters has the wrong number of entries"),
+        (is_combination and len({manifest.name, *members}) <= len(members), "adapters names one adapter twice"),
+        (outside is not None, f"files names {one_line(outside or '', 120)!r}, expected a file inside of the directory"),
+        (len(set(names)) < len(names), "files names a file twice"),
+    ):
+        if is_wrong:
+            raise UnreadableError(sentence)
+    settings_of(manifest)
 
 
 def _written(setting: CheckSetting) -> str:
@@ -242,11 +239,7 @@ def _written(setting: CheckSetting) -> str:
 
 
 def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
-    """The settings of all checks.
-
-    Raises:
-        UnreadableError: no configuration can have them.
-    """
+    """The settings of all checks."""
     settings = {setting.check: setting for setting in DEFAULT_SETTINGS}
     for text in manifest.checks:
         check, _, value = text.partition("=")
@@ -266,31 +259,28 @@ def differences(directory: str | Path, manifest: Manifest, *, weights: bool = Tr
     """The files of a directory that are not as the manifest lists them. Every byte is read.
 
     Without `weights`, only the size of a safetensors file is compared.
-
-    Raises:
-        OSError: a file cannot be read.
     """
-    found = set(names_below(directory)) - {MANIFEST_NAME}
-    compared = _compared(Path(directory), manifest, found, weights=weights)
-    return tuple(sorted(compared, key=lambda difference: difference.path))
+    compared = _compared(Path(directory), manifest, weights=weights)
+    return tuple(FileDifference(path=name, kind=kind) for name, kind in sorted(compared))
 
 
-def _compared(folder: Path, manifest: Manifest, found: set[str], *, weights: bool) -> Iterator[FileDifference]:
+def _compared(folder: Path, manifest: Manifest, *, weights: bool) -> Iterator[tuple[str, Difference]]:
+    found = set(names_below(folder)) - {MANIFEST_NAME}
     listed = {file.path: file for file in manifest.files}
-    yield from (FileDifference(path=name, kind=Difference.ADDED) for name in found - set(listed))
+    yield from ((name, Difference.ADDED) for name in found - set(listed))
     for name, file in listed.items():
         if name not in found:
-            yield FileDifference(path=name, kind=Difference.MISSING)
+            yield name, Difference.MISSING
         elif not is_regular(folder / name):
-            yield FileDifference(path=name, kind=Difference.NO_FILE)
+            yield name, Difference.NO_FILE
         elif (folder / name).stat().st_size != file.size_bytes or (
             (weights or not name.endswith(".safetensors")) and digest_file(folder / name) != file.sha256
         ):
-            yield FileDifference(path=name, kind=Difference.CHANGED)
+            yield name, Difference.CHANGED
         elif name == CARD_NAME and not _is_on_card(folder):
-            yield FileDifference(path=MANIFEST_NAME, kind=Difference.NOT_ON_CARD)
+            yield MANIFEST_NAME, Difference.NOT_ON_CARD
     if CARD_NAME not in listed:
-        yield FileDifference(path=MANIFEST_NAME, kind=Difference.NOT_ON_CARD)
+        yield MANIFEST_NAME, Difference.NOT_ON_CARD
 
 
 def _is_on_card(folder: Path) -> bool:

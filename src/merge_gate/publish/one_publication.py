@@ -31,7 +31,7 @@ from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companion_files import Identities
 from merge_gate.publish.companions import companions_of
 from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.input_files import InputFiles, of_adapter, of_base
+from merge_gate.publish.input_files import input_files
 from merge_gate.publish.layout import (
     FLOATING,
     FLOATING_STORED,
@@ -50,7 +50,7 @@ from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import quoted
-from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+from merge_gate.worker.protocol import PublicationSent
 
 SENT_LIMIT_S = 300.0
 """How long the disk may take for what the worker has sent, after the adapter's verdict."""
@@ -114,14 +114,14 @@ class Publication:
 
     # --- 1 to 3: the worker ----------------------------------------------------------------------------------------
 
-    def plan(self, tensors: Iterable[PlannedTensor]) -> None:
+    def plan(self, tensors: Iterable[StoredTensor]) -> None:
         """Start writing the model, and discard earlier parts."""
         with self._lock:
             if not self._is_closed and not self._is_canceled:
                 self._reset()
                 self._attempt(lambda: self._begin(tensors))
 
-    def _begin(self, tensors: Iterable[PlannedTensor]) -> None:
+    def _begin(self, tensors: Iterable[StoredTensor]) -> None:
         changes, tensors = self._cast(), tuple(tensors)
         for tensor in tensors:
             changes[tensor.name] = self._checked(tensor)
@@ -136,7 +136,7 @@ class Publication:
         self._partial = PartialDirectory(self.place.parent, self.place.name)
         self._writer = ModelWriter(self._partial.model, layout)
 
-    def _checked(self, tensor: PlannedTensor) -> StoredTensor:
+    def _checked(self, tensor: StoredTensor) -> StoredTensor:
         """A tensor in the worker's plan, if its dtype is the one to publish."""
         stored = self._stored.get(tensor.name)
         expected = stored.dtype if stored is not None else tensor.dtype
@@ -144,15 +144,15 @@ class Publication:
             expected = FLOATING[self.place.dtype]
         if not self._is_in_model(tensor):
             raise _misfit(tensor.name, "has a shape that the packed weights do not have")
-        if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not _is_utf8(tensor.name):
+        is_text = tensor.name.encode(errors="replace").decode() == tensor.name  # no surrogates
+        if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not is_text:
             raise NotPublishedError(
                 f"the merged tensor {shown(tensor.name)} has dtype {shown(tensor.dtype)}, expected {expected}",
                 hint=_FOREIGN,
             )
-        file = stored.file if stored is not None else ""
-        return StoredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file=file)
+        return replace(tensor, file=stored.file if stored is not None else "")
 
-    def _is_in_model(self, tensor: PlannedTensor) -> bool:
+    def _is_in_model(self, tensor: StoredTensor) -> bool:
         """A packed weight has as many values as its bytes hold. What belongs to it is not in the model."""
         count = self._packed.counts.get(tensor.name)
         has_count = count is None or math.prod(tensor.shape) in {count, count - (tensor.name in self._packed.states)}
@@ -209,7 +209,7 @@ class Publication:
                 self._attempt(lambda: self._count(message.tensors))
             self._sent.set()
 
-    def _count(self, tensors: Iterable[PlannedTensor]) -> None:
+    def _count(self, tensors: Iterable[StoredTensor]) -> None:
         """The tensors that count must have arrived whole. Of all others, the base's bytes are published."""
         if self._writer is None:
             raise NotPublishedError("the gate's worker sent no plan of the merged model", hint=_FOREIGN)
@@ -326,9 +326,6 @@ class Publication:
 
         `seen`: the expected files next to the weights. `replaces`: the identity of an earlier model of this name, which
         may be replaced; None if there is none.
-
-        Raises:
-            NotPublishedError: the model cannot be published.
         """
         writer, partial = self._writer, self._partial
         if writer is None or partial is None or not self._weights:
@@ -336,12 +333,7 @@ class Publication:
         try:
             members, base = facts.entry.members, base_directory(facts.entry)
             more = companions_of(base, tuple(member.directory for member in members), facts, seen)
-            inputs = InputFiles(
-                base=of_base(base, facts.base.files if facts.base is not None else (), more.of_base),
-                adapters=tuple(
-                    of_adapter(member.files, own) for member, own in zip(members, more.of_adapters, strict=True)
-                ),
-            )
+            inputs = input_files(facts.entry, facts.base.files, *more.read)
             files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
             content = manifest_of(facts, files, more.findings, inputs)
             files = tuple(sorted((*files, writer.add_file(CARD_NAME, model_card(content))), key=lambda file: file.path))
@@ -378,11 +370,3 @@ class Publication:
 
 def _misfit(name: str, how: str) -> NotPublishedError:
     return NotPublishedError(f"the merged tensor {shown(name)} {how}", hint=_FOREIGN)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

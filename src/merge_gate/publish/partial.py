@@ -24,6 +24,7 @@ from merge_gate.files.identity import directory_identity
 from merge_gate.publish.manifest import differences, read_manifest
 from merge_gate.records.files import FileIdentity
 from merge_gate.text import quoted
+from merge_gate.whole_file import sync_directory
 
 _ENDING = ".partial"
 _MARKER = "written-by-merge-gate"
@@ -31,7 +32,7 @@ _MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
 _LOOK = "an exchange began: look at `model` before it is removed"
-ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
+_ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
 
 
 def partial_name(name: str) -> str:
@@ -54,7 +55,7 @@ class PartialDirectory:
         self._stack = contextlib.ExitStack()
         with self._stack:
             self._lock()
-            if not is_leftover(self._place) or not _put_back(self._place):
+            if not _is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
                     hint="move that directory away, or publish to another one",
@@ -65,7 +66,7 @@ class PartialDirectory:
                 (self._place / _MARKER).touch(exist_ok=False)
                 self.model.mkdir()
             except BaseException:
-                remove_leftover(self._place)
+                _remove_leftover(self._place)
                 raise
             self._stack = self._stack.pop_all()
 
@@ -80,13 +81,13 @@ class PartialDirectory:
                 raise NotPublishedError(
                     f"another run of merge-gate is writing the model {quoted(self.name, 200)} to "
                     f"{quoted(str(self._parent), 200)}",
-                    hint="wait for it, or publish to another directory",
+                    hint="wait for it, or choose another directory with --publish",
                 ) from None
             if not lock.is_held and os.listdir(self._place):  # noqa: PTH208 - names are all that is wanted
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} exists, and its file system has no locks: another run may be "
                     "writing to it",
-                    hint=ABANDONED,
+                    hint=_ABANDONED,
                 )
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.descriptor), self._place.stat(follow_symlinks=False)):
@@ -101,13 +102,13 @@ class PartialDirectory:
             OSError: the directory cannot be renamed.
         """
         target = self._parent / self.name
-        _sync(self.model)
+        sync_directory(self.model)
         try:
             if replaces is None or self._take_away(target, replaces):
                 _rename(self.model, target)
         except FileExistsError:
             raise _taken(target) from None
-        _sync(self._parent)
+        sync_directory(self._parent)
         self.remove()
 
     def _take_away(self, target: Path, expected: tuple[FileIdentity, ...]) -> bool:
@@ -129,11 +130,11 @@ class PartialDirectory:
 
     def remove(self) -> None:
         """Remove the directory, with all that was written. May be called more than once."""
-        remove_leftover(self._place)
+        _remove_leftover(self._place)
         self._stack.close()
 
 
-def is_leftover(place: Path) -> bool:
+def _is_leftover(place: Path) -> bool:
     """Whether a directory holds what a run of merge-gate writes into a partial directory, or nothing."""
     names = set(os.listdir(place))  # noqa: PTH208 - names are all that is wanted
     return not names or (_MARKER in names and names <= {_MARKER, _MODEL, _REPLACED})
@@ -146,7 +147,7 @@ def remove_leftovers(parent: Path) -> None:
         for place in places:
             with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(place, follow=False) as lock:
                 if lock.is_held:
-                    remove_leftover(place)
+                    _remove_leftover(place)
 
 
 def _is_partial(entry: os.DirEntry[str]) -> bool:
@@ -154,10 +155,10 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
     return is_named_so and entry.is_dir(follow_symlinks=False)
 
 
-def remove_leftover(place: Path) -> None:
+def _remove_leftover(place: Path) -> None:
     """The marker goes last: a directory that a second kill left half removed still has it."""
     with contextlib.suppress(OSError):
-        if is_leftover(place) and _put_back(place):
+        if _is_leftover(place) and _put_back(place):
             for name in (_MODEL, _REPLACED, _MARKER):
                 _remove(place / name)
             place.rmdir()
@@ -180,16 +181,6 @@ def _remove(directory: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         else:
             directory.unlink()
-
-
-def _sync(directory: Path) -> None:
-    """Some file systems cannot sync a directory."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:

@@ -17,8 +17,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import base_directory
@@ -29,11 +27,11 @@ from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
 from merge_gate.publish.partial import unchanged
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
-from merge_gate.records.files import Entry, FileIdentity
+from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import listing, quoted
-from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+from merge_gate.worker.protocol import PublicationSent
 
 _NONE_FITS = 10
 """More than there are dtypes."""
@@ -56,7 +54,7 @@ def model_name(adapter: str, dtype: str) -> str:
 
 
 class Publications:
-    """Use it in a `with` block: leaving it removes every model that has no name yet."""
+    """`close` removes every model that has no name yet."""
 
     def __init__(
         self,
@@ -68,6 +66,7 @@ class Publications:
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._wanted, specs, self._notify = wanted, tuple(specs), notify
+        self.is_wanted = wanted is not None
         if wanted is not None:
             targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
         names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
@@ -75,18 +74,15 @@ class Publications:
         self._specs = tuple(spec.name for spec in specs)
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
-        self._bases: dict[str, ModelLayout | NotPublishedError] = {}
+        self._bases: dict[str, ModelLayout] = {}
         self._of_base: dict[str, list[Publication]] = {}
         self._seen: dict[str, dict[str, FileIdentity]] = {}
         self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
         self._pending: set[int] = set()
-        self._is_over = False
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Stop writing."""
         for model in self._models.values():
             model.cancel()
         self.wait(END_LIMIT_S)
@@ -118,15 +114,9 @@ class Publications:
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
         directory = base_directory(entry)
-        if directory not in self._bases:
-            try:
-                self._bases[directory] = base_layout(directory)
-            except NotPublishedError as error:
-                self._bases[directory] = error
-        base = self._bases[directory]
         try:
-            if isinstance(base, NotPublishedError):
-                raise base
+            if directory not in self._bases:
+                self._bases[directory] = base_layout(directory)
             place = PublicationPlace(
                 parent=self._parent,
                 name=model_name(entry.spec.name, wanted.dtype),
@@ -135,7 +125,7 @@ class Publications:
             )
             for seen in (directory, *(member.directory for member in entry.members)):
                 self._seen.setdefault(seen, companion_identities(seen))
-            model = Publication(place, base)
+            model = Publication(place, self._bases[directory])
             model.expected  # noqa: B018 - raises if the shards cannot be so small
         except NotPublishedError as error:
             self._refused[index] = error
@@ -145,7 +135,7 @@ class Publications:
 
     # --- 2: the worker ---------------------------------------------------------------------------------------------
 
-    def planned(self, task: int, tensors: tuple[PlannedTensor, ...]) -> None:
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         self._models[task].plan(tensors)
 
     def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
@@ -179,16 +169,13 @@ class Publications:
         for index, base in iter(self._to_complete.get, None):
             with contextlib.suppress(CanceledError):
                 try:
+                    model = self._models[index]
+                    together = next(models for models in self._of_base.values() if model in models)
                     with _this_model_only():
-                        self._models[index].complete(base(), self._siblings(self._models[index]))
+                        model.complete(base(), [other for other in together if other is not model])
                 except NotPublishedError as error:
                     self._refused[index] = error
             self._pending.discard(index)
-
-    def _siblings(self, model: Publication) -> list[Publication]:
-        """The other models of the same base."""
-        together = next(models for models in self._of_base.values() if model in models)
-        return [other for other in together if other is not model]
 
     @property
     def is_completing(self) -> bool:
@@ -198,31 +185,16 @@ class Publications:
     def wait(self, timeout_s: float) -> None:
         """Wait until every model is completed, or for so long."""
         if self._thread is not None:
-            if not self._is_over:
-                self._to_complete.put(None)
-            self._is_over = True
+            self._to_complete.put(None)
             self._thread.join(timeout_s)
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anything is to be published."""
-        return self._wanted is not None
 
     @property
     def wanted(self) -> tuple[int, ...]:
         """The entries that are to be published, in their order."""
         return tuple(sorted({*self._models, *self._refused}))
 
-    def wants(self, index: int) -> bool:
-        """Whether an entry is to be published."""
-        return index in self._models or index in self._refused
-
     def publish(self, index: int, facts_of: Callable[[Publication], PublicationFacts]) -> Published:
-        """Give a model its name.
-
-        Raises:
-            NotPublishedError: it cannot be published.
-        """
+        """Give a model its name."""
         assert self._wanted is not None  # noqa: S101 - there is an entry to publish
         if index in self._refused:
             raise self._refused[index]

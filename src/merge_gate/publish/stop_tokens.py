@@ -6,6 +6,7 @@ In: the JSON of config.json, generation_config.json, and the tokenizer's files. 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.judging.checks.table import STOP_TOKENS, TOKENIZER_SIZE
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     Json = Mapping[str, Any]
+
+_ID = re.compile(r"\d{1,11}", re.ASCII)
 
 TEXT_SECTIONS = ("text_config", "llm_config")
 """The sections of config.json that describe the language model of a model with several parts."""
@@ -105,22 +108,13 @@ def _vocabulary(files: Mapping[str, Json]) -> dict[str, int]:
     else:
         pairs = list(listed.items()) if isinstance(listed, dict) else []
     added = tokenizer.get("added_tokens")
-    pairs += [(row.get("content"), row.get("id")) for row in _objects(added)]
+    added = added if isinstance(added, list) else []
+    pairs += [(row.get("content"), row.get("id")) for row in added if isinstance(row, dict)]
     decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder")
-    if isinstance(decoder, dict):
-        pairs += [
-            (_text(row), int(number)) for number, row in decoder.items() if number.isdecimal() and _is_short(number)
-        ]
+    rows = decoder.items() if isinstance(decoder, dict) else ()
+    pairs += [(_text(row), int(number)) for number, row in rows if _ID.fullmatch(number)]
     pairs += list(files.get("added_tokens.json", {}).items())
     return {token: number for token, number in pairs if isinstance(token, str) and type(number) is int}
-
-
-def _is_short(number: str) -> bool:
-    return len(number) < 12  # noqa: PLR2004 - more digits are no id
-
-
-def _objects(value: Any) -> list[Json]:
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str:

@@ -10,11 +10,10 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.manifest import MANIFEST_NAME
-from merge_gate.publish.partial import ABANDONED, is_leftover, partial_name, remove_leftovers, unchanged
+from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged
 from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
@@ -66,11 +65,7 @@ def _without_link(directory: str) -> Path:
 
 
 def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to.
-
-    Raises:
-        UsageError: an input would change.
-    """
+    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to."""
     for directory, owner in inputs:
         if not os.path.isdir(directory):  # noqa: PTH112 - a name with a zero byte is no directory
             continue
@@ -84,11 +79,7 @@ def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
 
 
 def refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse to publish a model in the place of an input, or of a directory that holds one.
-
-    Raises:
-        UsageError: an input would be replaced.
-    """
+    """Refuse to publish a model in the place of an input, or of a directory that holds one."""
     owners = [(Path(directory).resolve(), owner) for directory, owner in inputs if os.path.isdir(directory)]  # noqa: PTH112 - as above
     for place in places:
         for directory, owner in owners:
@@ -100,11 +91,7 @@ def refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> No
 
 
 def refuse_small_disk(target: Path, needed_bytes: int) -> None:
-    """Refuse a disk that cannot hold the models.
-
-    Raises:
-        GateError: there is too little space.
-    """
+    """Refuse a disk that cannot hold the models, by a `GateError`."""
     with explained(f"cannot publish to {quoted(str(target), 200)}", chosen_by=_CHOSEN_BY):
         disk = os.statvfs(target)
     free_bytes = disk.f_bavail * disk.f_frsize
@@ -129,30 +116,15 @@ def _refuse_existing(target: Path, name: str) -> None:
     place = target / name
     if os.path.lexists(place) and not unchanged(place, weights=False):
         raise _changed(UsageError, place)
-    partial = target / partial_name(name)
-    if not os.path.lexists(partial):
-        return
-    try:
-        with locked_directory(partial, follow=False) as lock:
-            is_free = lock.is_held and is_leftover(partial)
-    except AlreadyLockedError as error:
-        raise UsageError(
-            f"another run of merge-gate is writing the model {quoted(name, 200)} to {quoted(str(target), 200)}",
-            hint=f"wait for it, or choose another directory{_CHOSEN_BY}",
-        ) from error
-    if not is_free:
-        raise UsageError(
-            f"{quoted(str(partial), 200)} exists, and merge-gate cannot tell whether another run uses it",
-            hint=f"{ABANDONED}; or choose another directory{_CHOSEN_BY}",
-        )
+    if os.path.lexists(target / partial_name(name)):
+        try:
+            PartialDirectory(target, name).remove()
+        except NotPublishedError as error:
+            raise UsageError(error.message, hint=error.hint) from error
 
 
 def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
-    """The identity of the earlier model in a directory, after every byte of it was compared; None if there is nothing.
-
-    Raises:
-        NotPublishedError: it is not as it was published.
-    """
+    """The identity of the earlier model in a directory; None if there is none. Every byte must be as published."""
     if not os.path.lexists(place):
         return None
     notify(f"{place} is compared with its {MANIFEST_NAME} before it is replaced")

@@ -227,7 +227,7 @@ class _Run:
     def run(self) -> Report:
         self._writer.write_first(self._tally.report())
         try:
-            with self._publications, self._fed, self._worker:
+            with contextlib.closing(self._publications), self._fed, self._worker:
                 self._start_worker()
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
                 self._view.start(self._config.label, len(self._specs), merges)
@@ -310,7 +310,7 @@ class _Run:
         if device is None:
             return  # the run's own worker reports why
         self._cache.set_device(device)
-        reusable = {index: entry for index, entry in to_merge.items() if not self._publications.wants(index)}
+        reusable = {index: entry for index, entry in to_merge.items() if index not in self._publications.wanted}
         for entry in reusable.values():
             self._watch.start(base_directory(entry))
         self._watch.wait()

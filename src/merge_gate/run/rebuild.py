@@ -16,14 +16,11 @@ import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
@@ -35,50 +32,34 @@ from merge_gate.publish.manifest import (
     parse_manifest,
     read_manifest,
     settings_of,
+    shared_fields,
 )
 from merge_gate.publish.model_card import model_card
 from merge_gate.publish.publications import model_name
-from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, PublishSpec
+from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.options import RunOptions
-from merge_gate.records.publication import CARD_NAME
+from merge_gate.records.publication import CARD_NAME, PublishedCombination
 from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
-from merge_gate.report.stored.output_directory import explained, explained_read, make_directory
+from merge_gate.report.stored.output_directory import explained, made_directory
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
 from merge_gate.text import quoted
 from merge_gate.verify.exchanged import is_adapter, is_model
+from merge_gate.worker.confine.private_directory import private_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from merge_gate.records.publication import Manifest
     from merge_gate.records.report import Report
     from merge_gate.run.view import View
 
 _SCRATCH = ".merge-gate-rebuild-"
-_MIN_AGE_S = 60.0
-"""A younger directory may not be locked yet, because it was just made."""
-
 _OTHER_FILES = "the model was made of other files than these; nothing was merged"
 _OTHER_MODEL = "the model has other bytes or facts than merge-gate.json describes; it was not kept"
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
-
-
-@record
-class RebuildOptions:
-    """How a model is made again.
-
-    Attributes:
-        base: the base's place here; None for the name in merge-gate.json.
-        adapters: the places of the adapters here, in the order of merge-gate.json; empty for the names there.
-        allow_pickle: whether pickled weights may be read.
-    """
-
-    base: str | None = None
-    adapters: tuple[str, ...] = ()
-    allow_pickle: bool = False
 
 
 @record
@@ -97,15 +78,31 @@ class Rebuilt:
     checks: tuple[str, ...] = ()
 
 
-def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebuilt:
+def rebuild(
+    file: str,
+    output: str,
+    view: View,
+    *,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Rebuilt:
     """Make the model again that a merge-gate.json describes, as a folder of `output`.
+
+    Args:
+        file: the merge-gate.json, or its directory.
+        output: the directory of the model's folder.
+        view: shows the progress.
+        base: the base's place here; None for the name in merge-gate.json.
+        adapters: the places of the adapters here, in the order of merge-gate.json; empty for the names there.
+        allow_pickle: whether pickled weights may be read.
 
     Raises:
         UsageError: the file cannot be used, a name stands for no directory or Hub id, or the model's folder exists.
         GateError: the merge was not judged, or did not pass.
     """
     place = Path(file, MANIFEST_NAME) if Path(file).is_dir() else Path(file)
-    with explained_read(f"cannot read {one_line(str(place))}", "name a published model, or its merge-gate.json"):
+    with explained(f"cannot read {one_line(str(place))}", "name a published model, or its merge-gate.json"):
         data = read_regular_file(place, MOST_BYTES)
     manifest = parse_manifest(data, str(place))
     target = Path(output, model_name(manifest.name, manifest.dtype)).absolute()
@@ -115,7 +112,7 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
         raise UsageError(f"{target} is there already", hint="remove it, or choose another directory with --output")
     _refuse_inside(target.parent.resolve())
     # 1. and 2.
-    config = _config(manifest, options)
+    config = replace(_config(manifest, base, adapters), allow_pickle=allow_pickle)
     other = tuple(_other_inputs(manifest, config, view))
     if other:
         return Rebuilt(directory=target, problems=other, conclusion=_OTHER_FILES)
@@ -152,22 +149,11 @@ def _refuse_inside(folder: Path) -> None:
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """A directory of this run in `parent`, removed at its end. Those of killed runs are removed as well."""
-    new = [place for place in (parent, *parent.parents) if not place.exists()]
-    make_directory(parent)
-    with explained(f"cannot use the directory {parent}"):
-        for left in parent.glob(f"{_SCRATCH}*"):
-            with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(left, follow=False) as lock:
-                if lock.is_held and time.time() - left.lstat().st_mtime > _MIN_AGE_S:
-                    shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-    try:
-        with locked_directory(folder, follow=False):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for place in new:
-            with contextlib.suppress(OSError):  # it holds the model
-                place.rmdir()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(made_directory(parent))
+        with explained(f"cannot use the directory {parent}"):
+            folder = stack.enter_context(private_directory(parent, _SCRATCH))
+        yield Path(folder)
 
 
 def _device(manifest: Manifest) -> str:
@@ -177,38 +163,28 @@ def _device(manifest: Manifest) -> str:
 # --- 1. --------------------------------------------------------------------------------------------------------------
 
 
-def _config(manifest: Manifest, options: RebuildOptions) -> Config:
-    if options.adapters and len(options.adapters) != len(manifest.adapters):
+def _config(manifest: Manifest, base: str | None, adapters: Sequence[str]) -> Config:
+    if adapters and len(adapters) != len(manifest.adapters):
         raise UsageError(
-            f"--adapter is given {len(options.adapters)} times, and the model has {len(manifest.adapters)} adapters",
+            f"--adapter is given {len(adapters)} times, and the model has {len(manifest.adapters)} adapters",
             hint="give it once for each adapter, in the order of merge-gate.json",
         )
-    here = options.adapters or tuple(adapter.source for adapter in manifest.adapters)
-    base = _base(manifest, options.base)
-    checks = settings_of(manifest)
+    here = adapters or [adapter.source for adapter in manifest.adapters]
+    spec = partial(AdapterSpec, base=_base(manifest, base), checks=settings_of(manifest), line=1, column=1)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
-        path, hub_id = _resolved(name, None if options.adapters else adapter.revision, is_base=False)
+        path, hub_id = _resolved(name, None if adapters else adapter.revision, is_base=False)
         revision = None if path else adapter.revision
-        specs.append(
-            _spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision, checks=checks)
-        )
+        specs.append(spec(name=adapter.name, source=adapter.source, path=path, hub_id=hub_id, revision=revision))
     if manifest.combination is not None:
-        combine = Combine(
-            method=manifest.combination.method,
-            adapters=tuple(adapter.name for adapter in manifest.adapters),
-            weights=manifest.combination.weights,
-            density=manifest.combination.density,
-            majority_sign_method=manifest.combination.majority_sign_method,
-            seed=manifest.combination.seed,
-        )
-        specs.append(_spec(manifest.name, manifest.name, base, combine=combine, checks=checks))
+        names = tuple(adapter.name for adapter in manifest.adapters)
+        combine = Combine(adapters=names, **shared_fields(PublishedCombination, manifest.combination))
+        specs.append(spec(name=manifest.name, source=manifest.name, combine=combine))
     return Config(
         path=manifest.config.path,
         directory=str(Path.cwd()),
         sha256=manifest.config.sha256,
         adapters=tuple(specs),
-        allow_pickle=options.allow_pickle,
     )
 
 
@@ -235,31 +211,6 @@ def _resolved(name: str, revision: str | None, *, is_base: bool) -> tuple[str | 
     return path, hub_id
 
 
-def _spec(
-    name: str,
-    source: str,
-    base: BaseSpec,
-    *,
-    path: str | None = None,
-    hub_id: str | None = None,
-    revision: str | None = None,
-    combine: Combine | None = None,
-    checks: tuple[CheckSetting, ...],
-) -> AdapterSpec:
-    return AdapterSpec(
-        name=name,
-        source=source,
-        path=path,
-        hub_id=hub_id,
-        revision=revision,
-        combine=combine,
-        base=base,
-        checks=checks,
-        line=1,
-        column=1,
-    )
-
-
 # --- 2. --------------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +220,7 @@ def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[st
     if entry.problem is not None:
         return  # the run reports it
     view.note("the files of base and adapter are compared with merge-gate.json")
-    with explained_read("cannot read the files of base and adapter", "check that they are there and can be read"):
+    with explained("cannot read the files of base and adapter", "check that they are there and can be read"):
         got = inputs_of(entry)
     yield from different_files(got.base, manifest.base.files, "the base")
     for adapter, files in zip(manifest.adapters, got.adapters, strict=True):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
-from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot
+from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
@@ -320,15 +320,6 @@ class FeedEnded:
 
 
 @record
-class PlannedTensor:
-    """A stored tensor of a merged model. `dtype` is safetensors' name of it (`BF16`)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@record
 class PublicationPlanned:
     """From the worker: it begins to send a merged model, and forgets what it sent of this task before.
 
@@ -338,7 +329,7 @@ class PublicationPlanned:
     """
 
     task: int
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[StoredTensor, ...]
 
 
 @record
@@ -378,5 +369,5 @@ class PublicationSent:
     """
 
     task: int
-    tensors: tuple[PlannedTensor, ...] = ()
+    tensors: tuple[StoredTensor, ...] = ()
     refusal: NotJudged | None = None

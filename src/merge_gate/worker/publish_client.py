@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from merge_gate.errors import EngineError
 from merge_gate.records.files import StoredTensor
@@ -19,7 +19,6 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.protocol import (
     PartTaken,
-    PlannedTensor,
     PlanTaken,
     PublicationPlanned,
     PublicationSent,
@@ -45,11 +44,7 @@ class PublishClient:
         self._ready: set[int] = set()  # tasks whose plan the parent has taken
         self._is_lost = False
 
-    def outlet(self, task: int) -> TaskOutlet:
-        """The connection for one task."""
-        return TaskOutlet(self, task)
-
-    def plan(self, task: int, tensors: Iterable[StoredTensor]) -> None:
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
         """Begin to send the tensors of a task, perhaps again. Returns when the parent is ready.
 
         Raises:
@@ -58,7 +53,7 @@ class PublishClient:
         with self._changed:
             self._ready.discard(task)
         with self._sending:
-            self._send(PublicationPlanned(task=task, tensors=_planned(tensors)))
+            self._send(PublicationPlanned(task=task, tensors=tuple(tensors)))
             if self._window is None:
                 self._receive_window()
         with self._changed:
@@ -76,12 +71,12 @@ class PublishClient:
             with self._sending:
                 self._send(TensorPart(task=task, name=name, offset=offset + done, start=start, size_bytes=len(part)))
 
-    def finish(self, task: int, tensors: Iterable[StoredTensor], refusal: NotJudged | None) -> None:
+    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
         """Wait until the parent has taken all parts of the task, and say which tensors count."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_lost or task not in self._in_use.values())
         with self._sending:
-            self._send(PublicationSent(task=task, tensors=_planned(tensors), refusal=refusal))
+            self._send(PublicationSent(task=task, tensors=tuple(tensors), refusal=refusal))
 
     def _send(self, message: object) -> None:
         try:
@@ -139,26 +134,6 @@ class PublishClient:
         if self._window is not None:
             os.close(self._window)
             self._window = None
-
-
-class TaskOutlet:
-    """The connection for one task, as a publication uses it (engine/merge/publication_sink.py)."""
-
-    def __init__(self, client: PublishClient, task: int) -> None:
-        self._client, self._task = client, task
-
-    def plan(self, tensors: Sequence[StoredTensor]) -> None:
-        self._client.plan(self._task, tensors)
-
-    def send(self, name: str, offset: int, values: memoryview) -> None:
-        self._client.send(self._task, name, offset, values)
-
-    def finish(self, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
-        self._client.finish(self._task, tensors, refusal)
-
-
-def _planned(tensors: Iterable[StoredTensor]) -> tuple[PlannedTensor, ...]:
-    return tuple(PlannedTensor(name=one.name, dtype=one.dtype, shape=one.shape) for one in tensors)
 
 
 def _lost() -> EngineError:

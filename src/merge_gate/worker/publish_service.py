@@ -22,10 +22,10 @@ import threading
 from collections.abc import Collection, Iterator
 from typing import Protocol
 
+from merge_gate.records.files import StoredTensor
 from merge_gate.worker.channel import Channel, GarbledError
 from merge_gate.worker.protocol import (
     PartTaken,
-    PlannedTensor,
     PlanTaken,
     PublicationPlanned,
     PublicationSent,
@@ -44,7 +44,7 @@ MOST_TENSORS = 1 << 20
 class Publisher(Protocol):
     """Gets the tensors of each task. Its methods are called by one thread, and raise nothing."""
 
-    def planned(self, task: int, tensors: tuple[PlannedTensor, ...]) -> None:
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         """A merge begins, perhaps again: what was sent before does not count."""
 
     def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
@@ -137,6 +137,6 @@ class _UnfitError(Exception):
 
 def _is_tensor(value: object) -> bool:
     match value:
-        case PlannedTensor(name=str(), dtype=str(), shape=tuple(shape)):
+        case StoredTensor(name=str(), dtype=str(), shape=tuple(shape)):
             return all(type(size) is int and size >= 0 for size in shape)
     return False

@@ -30,8 +30,9 @@ from tests.support.faults import configure
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from merge_gate.records.files import StoredTensor
     from merge_gate.records.refusals import NotJudged
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -253,10 +254,10 @@ def test_what_cannot_be_published_is_refused(
 class Broken(Sent):
     """A connection that fails in the middle of a merge."""
 
-    def send(self, name: str, offset: int, values: memoryview) -> None:
+    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
         if len(self.data) == 3:
             raise self.error
-        super().send(name, offset, values)
+        super().send(task, name, offset, values)
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -293,11 +294,14 @@ class Connection:
         self.tasks: dict[int, Sent] = {}
         self.order: list[tuple[str, int]] = []
 
-    def outlet(self, task: int) -> Sent:
-        return self.tasks.setdefault(task, Sent())
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
+        self.tasks.setdefault(task, Sent()).plan(0, tensors)
+
+    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
+        self.tasks[task].send(0, name, offset, values)
 
     def finish(self, task: int, tensors: Any, refusal: NotJudged | None) -> None:
-        sent = self.outlet(task)
+        sent = self.tasks.setdefault(task, Sent())
         sent.tensors, sent.refusal = tuple(tensors), refusal
         self.order.append(("sent", task))
 

@@ -124,7 +124,7 @@ def _changed(base: Base, layout: StoredLayout) -> dict[str, torch.Tensor]:
 
 def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent) -> None:
     """Send the changed tensors as a merge does."""
-    sink = PublicationSink(layout, sent)
+    sink = PublicationSink(layout, sent, 0)
     sink.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
     for name, values in changed.items():
         sink.put(name, values)

@@ -45,15 +45,12 @@ class Sent:
     refusal: NotJudged | None = None
     evidence: Evidence | None = None
 
-    def outlet(self, task: int) -> Sent:
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
         assert task == 0
-        return self
-
-    def plan(self, tensors: Sequence[StoredTensor]) -> None:
         self.planned = tuple(tensors)
         self.data.clear()
 
-    def send(self, name: str, offset: int, values: memoryview) -> None:
+    def send(self, _: int, name: str, offset: int, values: memoryview) -> None:
         whole = self.data.setdefault(name, bytearray())
         whole.extend(bytes(max(0, offset + len(values) - len(whole))))
         whole[offset : offset + len(values)] = values

@@ -1,7 +1,7 @@
 """The stored tensors of one merged model, handed out while its adapter is merged and measured.
 
 In: merged tensors, as a sink gets them (sink.py), and the base's layout (stored_layout.py). Out: bytes of stored
-tensors, for an `Outlet`, and at the end the list of them, or the reason why the model must not be published. Judges
+tensors, for a `Connection`, and at the end the list of them, or the reason why the model must not be published. Judges
 nothing, and writes no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
@@ -12,6 +12,7 @@ nothing, and writes no files.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -26,27 +27,31 @@ from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import PRESERVE
 
 ROWS_BYTES = 1 << 22
 """Rows are sent in parts of about this size."""
 
 
-class Outlet(Protocol):
-    """Takes the bytes of stored tensors. Several threads may call these methods, for different tensors."""
+class Connection(Protocol):
+    """Takes the stored tensors of tasks (worker/publish_client.py). Several threads may send different tensors."""
 
-    def plan(self, tensors: Sequence[StoredTensor]) -> None:
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
         """The merge begins, perhaps again: these stored tensors will be sent, with these dtypes and shapes."""
 
-    def send(self, name: str, offset: int, values: memoryview) -> None:
+    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
         """Bytes of a stored tensor, from `offset` of the tensor on."""
+
+    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
+        """All tensors of a task were sent, or it must not be published."""
 
 
 class PublicationSink:
     """A sink for one adapter. `dtype` is `preserve`, or the dtype that the base was loaded in, for a cast."""
 
-    def __init__(self, layout: StoredLayout, outlet: Outlet, dtype: str = PRESERVE) -> None:
-        self._layout, self._outlet = layout, outlet
+    def __init__(self, layout: StoredLayout, connection: Connection, task: int, dtype: str = PRESERVE) -> None:
+        self._layout, self._connection, self._task = layout, connection, task
         self._cast: torch.dtype | None = None if dtype == PRESERVE else getattr(torch, dtype)
         self._problem: GateError | None = None
         self._planned: dict[str, StoredTensor] = {}
@@ -65,15 +70,13 @@ class PublicationSink:
         self._waiting.clear()
         self._given.clear()
         self._expected = frozenset(outlines)
-        try:
+        with self._attempt("the plan"):
             self._refuse_other_dtype()
             planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
             self._planned = planned
-            self._outlet.plan(tuple(planned.values()))
-        except Exception as error:  # the merge itself goes on
-            self._fail(error, "the plan")
+            self._connection.plan(self._task, tuple(planned.values()))
 
     def _refuse_other_dtype(self) -> None:
         loaded = self._layout.base.facts.dtype
@@ -128,27 +131,21 @@ class PublicationSink:
 
     def put(self, name: str, values: torch.Tensor) -> None:
         if self._problem is None:
-            try:
+            with self._attempt(name):
                 self._put(name, values.detach().cpu().contiguous())
-            except Exception as error:  # as above
-                self._fail(error, name)
 
     def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
         if self._problem is None:
-            try:
+            with self._attempt(name):
                 self._put_rows(name, rows, start, tuple(shape))
-            except Exception as error:  # as above
-                self._fail(error, name)
 
     def pass_by(self, name: str, values: torch.Tensor) -> None:
         """Cast what the merge does not change while it has values, so that the base is read once."""
         if self._problem is None and self._cast is not None and name not in self._expected:
-            try:
+            with self._attempt(name):
                 for group in self._layout.groups(name):
                     if any(source in self._planned for source in group.sources):
                         self._collect(group, name, values.detach())
-            except Exception as error:  # as above
-                self._fail(error, name)
 
     def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         for name, first in untied:
@@ -165,13 +162,17 @@ class PublicationSink:
             group.sources[0] in self._sent or group.sources[0] in self._waiting for group in self._layout.groups(name)
         )
 
-    def _fail(self, error: Exception, name: str) -> None:
-        if isinstance(error, GateError):
+    @contextlib.contextmanager
+    def _attempt(self, name: str) -> Iterator[None]:
+        """Whatever goes wrong in the block costs the publication. The merge itself goes on."""
+        try:
+            yield
+        except GateError as error:
             self._problem = error
-            return
-        self._problem = NotPublishedError(
-            f"{name} could not be made ready for writing: {type(error).__name__}: {str(error)[:200]}"
-        )
+        except Exception as error:
+            self._problem = NotPublishedError(
+                f"{name} could not be made ready for writing: {type(error).__name__}: {str(error)[:200]}"
+            )
 
     def _put(self, name: str, values: torch.Tensor) -> None:
         self._check_plan(name, (values.shape, values.dtype))
@@ -208,7 +209,7 @@ class PublicationSink:
         part = self._in_written_dtype(held.sources[0], held.buffer[: held.filled]) if held.sources else held.buffer
         row_bytes = part[0].nbytes if len(part) else 0
         for source in held.sources:
-            self._outlet.send(source, held.first * row_bytes, bytes_of(part))
+            self._connection.send(self._task, source, held.first * row_bytes, bytes_of(part))
         held.first, held.filled = held.first + held.filled, 0
         dtype: torch.dtype = part.dtype
         return dtype
@@ -259,7 +260,7 @@ class PublicationSink:
     def _send_whole(self, source: str, values: torch.Tensor) -> None:
         values = self._in_written_dtype(source, values.cpu()).contiguous()
         if values.numel():
-            self._outlet.send(source, 0, bytes_of(values))
+            self._connection.send(self._task, source, 0, bytes_of(values))
         self._sent[source] = self._as_written(source, values.shape, values.dtype)
 
     def _as_written(self, source: str, shape: torch.Size, dtype: torch.dtype) -> StoredTensor:
@@ -275,10 +276,8 @@ class PublicationSink:
             GateError: the merged model must not be published.
         """
         if self._problem is None:
-            try:
+            with self._attempt("the rest of the model"):
                 self._finish()
-            except Exception as error:  # as above
-                self._fail(error, "the rest of the model")
         if self._problem is not None:
             raise self._problem
         return tuple(self._sent.values())
@@ -311,6 +310,6 @@ class PublicationSink:
                     hint="repair the base: other programs load this tensor",
                 )
             if self._is_cast(one.name):
-                self._outlet.send(one.name, start * dtype.itemsize, bytes_of(values))
+                self._connection.send(self._task, one.name, start * dtype.itemsize, bytes_of(values))
         if self._is_cast(one.name):
             self._sent[one.name] = self._as_written(one.name, torch.Size(one.shape), dtype)

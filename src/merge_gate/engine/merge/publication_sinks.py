@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import transformers
 
@@ -17,7 +16,7 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
 from merge_gate.engine.base.packed_headers import plain_headers, turned
 from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, layout_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, stored_tensors, tensor_map
-from merge_gate.engine.merge.publication_sink import Outlet, PublicationSink
+from merge_gate.engine.merge.publication_sink import Connection, PublicationSink
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
@@ -28,16 +27,6 @@ from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 
 _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
-
-
-class Connection(Protocol):
-    """The connection to the process that writes (worker/publish_client.py)."""
-
-    def outlet(self, task: int) -> Outlet:
-        """The connection for the tensors of one task."""
-
-    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
-        """All tensors of a task were sent, or it must not be published."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +50,7 @@ class PublicationSinks:
         except GateError as error:
             self._problems[task] = error
             return None
-        self._open[task] = PublicationSink(self._layout, self.connection.outlet(task), dtype)
+        self._open[task] = PublicationSink(self._layout, self.connection, task, dtype)
         return self._open[task]
 
     def finish(self, task: int, evidence: Evidence) -> None:

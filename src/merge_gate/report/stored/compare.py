@@ -89,8 +89,8 @@ class Changes:
 def compare(old: Report, new: Report) -> Changes:
     """Find the changes from an older to a newer report."""
     before, after = ({_key(adapter): adapter for adapter in report.adapters} for report in (old, new))
-    compared = [_change(before.get(key), after.get(key)) for key in dict.fromkeys([*after, *before])]
-    changes = tuple(change for change in compared if change is not None)
+    compared = [(before.get(key), after.get(key)) for key in dict.fromkeys([*after, *before])]
+    changes = tuple(Change(kind=kind, old=one, new=two) for one, two in compared if (kind := _kind(one, two)))
     return Changes(
         changes=changes,
         versions=tuple(_versions(old, new)),
@@ -102,11 +102,6 @@ def compare(old: Report, new: Report) -> Changes:
 def _key(adapter: AdapterReport) -> Key:
     model = adapter.base.model and posixpath.normpath(adapter.base.model)  # ./base and base/ are the same
     return adapter.name, replace(adapter.base, model=model, revision=None)
-
-
-def _change(old: AdapterReport | None, new: AdapterReport | None) -> Change | None:
-    kind = _kind(old, new)
-    return None if kind is None else Change(kind=kind, old=old, new=new)
 
 
 def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:

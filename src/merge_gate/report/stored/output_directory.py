@@ -23,7 +23,6 @@ from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from contextlib import AbstractContextManager
 
 _DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
@@ -41,15 +40,22 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
             another run.
     """
     folder = Path(directory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(made_directory(folder))
+        with explained(f"cannot use the output directory {folder}"):
+            stack.enter_context(claimed_directory(folder))
+        with explained(f"cannot mark the report of an earlier run in {folder}"):
+            earlier = mark_stale(folder)
+        yield earlier
+
+
+@contextlib.contextmanager
+def made_directory(folder: Path) -> Iterator[None]:
+    """Create a directory if it is missing, and remove it at the end if it is empty."""
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     make_directory(folder)
     try:
-        with contextlib.ExitStack() as stack:
-            with explained(f"cannot use the output directory {folder}"):
-                stack.enter_context(claimed_directory(folder))
-            with explained(f"cannot mark the report of an earlier run in {folder}"):
-                earlier = mark_stale(folder)
-            yield earlier
+        yield
     finally:
         with contextlib.suppress(OSError):
             for path in created:
@@ -88,11 +94,7 @@ def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]], option: 
 
 
 def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:
-    """Refuse to gate the output directory, or a file in it with one of `names`: the run would move it.
-
-    Raises:
-        UsageError: an input is a report.
-    """
+    """Refuse to gate the output directory, or a file in it with one of `names`: the run would move it."""
     reports = {Path(folder), *(Path(folder, name) for name in names)}
     for argument in inputs:
         with contextlib.suppress(OSError, ValueError):
@@ -122,26 +124,14 @@ def stored_result(directory: str | Path) -> StoredResult | None:
         return None
 
 
-def explained(what: str, *, chosen_by: str = " with --output") -> AbstractContextManager[None]:
-    """Turn errors that writing raises into sentences that begin with `what`."""
-    return _explained(
-        what,
-        of_disk=f"free some space on that disk, or choose another directory{chosen_by}",
-        otherwise=f"choose a directory that you may write to{chosen_by}",
-    )
-
-
-def explained_read(what: str, hint: str) -> AbstractContextManager[None]:
-    """Turn errors that reading raises into sentences that begin with `what`."""
-    return _explained(what, of_disk="check that disk, then run again", otherwise=hint)
-
-
 @contextlib.contextmanager
-def _explained(what: str, *, of_disk: str, otherwise: str) -> Iterator[None]:
+def explained(what: str, hint: str = "", *, chosen_by: str = " with --output") -> Iterator[None]:
+    """Turn errors of the system into sentences that begin with `what`. Reading has a `hint`, and writing a default."""
     try:
         yield
     except OSError as error:
         message = f"{what}: {error.strerror or error}"
         if error.errno in _DISK:
-            raise GateError(message, hint=of_disk) from error
-        raise UsageError(message, hint=otherwise) from error
+            of_disk = f"free some space on that disk, or choose another directory{chosen_by}"
+            raise GateError(message, hint="check that disk, then run again" if hint else of_disk) from error
+        raise UsageError(message, hint=hint or f"choose a directory that you may write to{chosen_by}") from error

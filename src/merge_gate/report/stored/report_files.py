@@ -36,9 +36,6 @@ REUSING_FORMATS = ("report.json", "report.html")
 WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES})
 """The words of `--report` and `merge-gate report show --format`, each with the name of its file."""
 
-LONGEST_BYTES = OUTPUT_FILES[0].limit_bytes
-"""The most that is read of a report.json. One of 1,000 adapters has about 2 MB."""
-
 
 def write_report(
     report: Report,
@@ -80,4 +77,4 @@ def read_report(file: BufferedReader, name: str) -> Report:
         OSError: the file cannot be read, or is too large.
         UsageError: it is not a report.
     """
-    return json_report.read(read_all(file, LONGEST_BYTES), name)
+    return json_report.read(read_all(file, OUTPUT_FILES[0].limit_bytes), name)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import PREVIOUS, is_own
 from merge_gate.errors import ExitCode, UsageError
-from merge_gate.regular_file import open_regular_file, read_all
-from merge_gate.report.formats import json_report, terminal_text
+from merge_gate.regular_file import open_regular_file
+from merge_gate.report.formats import terminal_text
 from merge_gate.report.stored import compare
-from merge_gate.report.stored.report_files import FORMATS, LONGEST_BYTES, WORDS
+from merge_gate.report.stored.report_files import FORMATS, WORDS, read_report
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def stored(name: str) -> Report:
     path = Path(name, "report.json") if os.path.isdir(name) else Path(name)  # noqa: PTH112 (pathlib raises)
     try:
         with open_regular_file(path, follow=True) as file:
-            data = read_all(file, LONGEST_BYTES)
+            return read_report(file, str(path))
     except FileNotFoundError as error:
         earlier = Path(name, PREVIOUS)
         hint = f"the report of an earlier run is in {earlier}" if is_own(earlier / "report.json") else ""
@@ -55,4 +55,3 @@ def stored(name: str) -> Report:
         raise UsageError(
             f"{quoted(str(path), 200)} cannot be read: {error.strerror or error}", hint=_NAME_IT
         ) from error
-    return json_report.read(data, str(path))

@@ -1,4 +1,4 @@
-"""Makes a temporary directory for each worker, and removes it, even after a run that was killed.
+"""Makes a temporary directory for a worker or another part of a run, and removes it, even after a run that was killed.
 
 The run locks its directory (`flock`) for as long as it lives. The next run removes directories without a lock.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 
 PREFIX = "merge-gate-worker-"
-_NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
+_ENDING = re.compile(r"[a-z0-9_]{8}")
 _MODE = 0o700
 """The name and permissions that `tempfile` gives a directory. A user's own directory differs."""
 
@@ -27,18 +27,18 @@ _MIN_AGE_S = 60.0
 
 
 @contextlib.contextmanager
-def private_directory() -> Iterator[str]:
+def private_directory(parent: str | Path | None = None, prefix: str = PREFIX) -> Iterator[str]:
     """Remove the directories of dead runs, and make a directory that is removed at the end."""
-    _remove_dead(Path(tempfile.gettempdir()))
-    directories = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    _remove_dead(Path(parent or tempfile.gettempdir()), prefix)
+    directories = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
     with directories as directory, locked_directory(directory):
         yield directory
 
 
-def _remove_dead(parent: Path) -> None:
+def _remove_dead(parent: Path, prefix: str) -> None:
     with contextlib.suppress(OSError):
-        for directory in parent.glob(f"{PREFIX}*"):
-            if _NAME.fullmatch(directory.name):
+        for directory in parent.glob(f"{prefix}*"):
+            if _ENDING.fullmatch(directory.name.removeprefix(prefix)):
                 _remove_if_dead(directory)
 
 
