@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
-from merge_gate.judging.answer_kinds import COPY_AGAIN, MERGE_AGAIN, finding
+from merge_gate.judging.answer_kinds import ANSWERS, finding
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding
@@ -159,6 +159,7 @@ def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
 def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
     broken = list(tensors)
     if broken:
+        merge_again, copy_again = ANSWERS["nonfinite"].hint.split("; ")
         total = sum(one.nonfinite for one in broken)
         yield finding(
             "nonfinite",
@@ -167,7 +168,7 @@ def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
             f"{_names(broken)}",
             tensor=broken[0].name,
             measured=(("values", float(total)),),
-            hint=MERGE_AGAIN if broken[0].touched else COPY_AGAIN,
+            hint=merge_again if broken[0].touched else copy_again,
         )
 
 
