@@ -17,7 +17,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -35,7 +35,6 @@ from merge_gate.engine.finished_settings import read_settings
 from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.engine.tensors.deviation import ExactRows, Fit, deviation, requantized
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
-from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import EngineError, Undecidable
 from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
@@ -193,8 +192,7 @@ class _Found:
     _partners: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     _untied: set[str] = field(default_factory=set)
     _fitted: set[str] = field(default_factory=set)
-    _tried: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _tries: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MOST_REQUANTIZED))
 
     def __post_init__(self) -> None:
         for name in self.merged.tensors:
@@ -221,13 +219,11 @@ class _Found:
             if facts is None or facts.same:
                 continue
             with torch.no_grad(), self.merged.filled([partner]):
-                actual, expected = self.merged.tensors[partner].detach(), tensor.detach()
-                if is_same(actual, expected):
-                    facts = replace(facts, in_other_order=True)
-                else:
-                    facts = self._with_figures(name, facts, actual, expected)
-            with self._lock:
-                self.facts[name, partner] = facts
+                actual = self.merged.tensors[partner].detach()
+                is_other = is_same(actual, tensor)
+                self.facts[name, partner] = (
+                    replace(facts, in_other_order=True) if is_other else self._with_figures(name, facts, actual, tensor)
+                )
 
     def unlike(self) -> frozenset[str]:
         """The merged tensors that may be rounded in another order than PEFT rounds."""
@@ -242,20 +238,19 @@ class _Found:
 
     def fit(self, name: str, blocks: Iterable[ExactRows]) -> None:
         """The merge of a tensor in float64, from the first row to the last. If it comes again, neither is the whole."""
-        partners = [one for one in self.partners(name) if self._is_unlike(name, one)]
-        fits = {one: _fit(self.facts[name, one]) for one in partners}
-        with torch.no_grad(), self.merged.filled(partners):
+        unlike = {one: self.facts[name, one] for one in self.partners(name) if self._is_unlike(name, one)}
+        fits = {
+            partner: Fit(getattr(torch, one.expected_dtype), getattr(torch, one.dtype), one.factor)
+            for partner, one in unlike.items()
+        }
+        with torch.no_grad(), self.merged.filled([*fits]):
             for rows in blocks:
                 for partner, fit in fits.items():
                     fit.add(self.merged.tensors[partner].detach()[rows.start : rows.start + len(rows.merged)], rows)
         for partner, fit in fits.items():
             outside, bias = fit.best()
-            self.facts[name, partner] = replace(
-                self.facts[name, partner],
-                outside=None if name in self._fitted else outside,
-                bias=bias,
-                astray=fit.astray,
-            )
+            outside_of_whole = None if name in self._fitted else outside
+            self.facts[name, partner] = replace(unlike[partner], outside=outside_of_whole, bias=bias, astray=fit.astray)
         self._fitted.add(name)
 
     def untouched(self) -> list[str]:
@@ -273,12 +268,8 @@ class _Found:
             self._compare(name, self.base.tensors[name].detach(), touched=False)
 
     def _compare(self, name: str, expected: torch.Tensor, *, touched: bool) -> None:
-        if is_quantized(expected):
-            return
         for partner in self.partners(name):
-            facts = self._compared(name, partner, expected, touched=touched)
-            with self._lock:
-                self.facts[name, partner] = facts
+            self.facts[name, partner] = self._compared(name, partner, expected, touched=touched)
 
     def _compared(self, name: str, partner: str, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
         with torch.no_grad(), self.merged.filled([partner]):
@@ -296,11 +287,8 @@ class _Found:
             return facts
         actual, expected = in_common(actual, expected)
         own = self.base.tensors.get(name)
-        own = (
-            None
-            if own is None or own.dim() != actual.dim() or is_quantized(own)
-            else in_common(own.detach(), actual)[0]
-        )
+        if own is not None:
+            own = in_common(own.detach(), actual)[0] if own.dim() == actual.dim() else None
         with self.base.filled([name]):
             own = own if own is not None and own.shape == actual.shape else None
             return self._requantized(figures(facts, actual, expected, own), actual, expected, own)
@@ -310,12 +298,9 @@ class _Found:
     ) -> TensorComparison:
         """Try to explain a difference that is no factor of the delta by another quantization of the base."""
         is_explained = facts.same_as_base or facts.is_along_delta
-        if base is None or base.dim() != 2 or is_explained or facts.dtype != facts.expected_dtype:  # noqa: PLR2004
+        is_candidate = base is not None and base.dim() == 2 and facts.dtype == facts.expected_dtype  # noqa: PLR2004
+        if base is None or is_explained or not is_candidate or not self._tries.acquire(blocking=False):
             return facts
-        with self._lock:
-            if self._tried >= MOST_REQUANTIZED:
-                return facts
-            self._tried += 1
         rows = slice(0, max(1, MOST_VALUES_REQUANTIZED // max(1, base.shape[1])))
         return replace(facts, requantized=requantized(actual[rows], expected[rows], base[rows]))
 
@@ -332,10 +317,6 @@ def is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         return False
     actual, expected = in_common(actual, expected.detach())
     return same_bits(actual, expected.to(actual.device, actual.dtype))
-
-
-def _fit(facts: TensorComparison) -> Fit:
-    return Fit(getattr(torch, facts.expected_dtype), getattr(torch, facts.dtype), facts.factor)
 
 
 def outlined(name: str, actual: torch.Tensor, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
@@ -355,19 +336,10 @@ def outlined(name: str, actual: torch.Tensor, expected: torch.Tensor, *, touched
 def figures(
     facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None
 ) -> TensorComparison:
-    """The facts with the figures of tensors of one shape."""
-    measured = deviation(actual, expected.detach().to(actual.device), base)
-    return replace(
-        facts,
-        same_as_base=base is not None and same_bits(actual, base.to(actual.dtype)),
-        changed=measured.changed,
-        units=measured.units,
-        delta_sq=measured.delta_sq,
-        cross=measured.cross,
-        actual_sq=measured.actual_sq,
-        rounding_sq=measured.rounding_sq,
-        nonfinite=measured.nonfinite,
-    )
+    """The facts with the figures of tensors of one shape. Without a base, its values are taken as zeros."""
+    is_base = base is not None and same_bits(actual, base.to(actual.dtype))
+    measured = deviation(actual, expected.detach(), torch.zeros_like(expected) if base is None else base)
+    return replace(facts, same_as_base=is_base, **asdict(measured))
 
 
 # --- what transformers does not load ---------------------------------------------------------------------------------
@@ -400,12 +372,9 @@ def _map_of(merged: Base, files: Files) -> TensorMap | None:
 
 
 def _keys(base: Base, found: TensorMap | None) -> LoadedKeys:
-    if found is None:
-        return LoadedKeys(without_source=tuple(sorted(base.newly_initialized)), ties=tuple(base.aliases.items()))
     return LoadedKeys(
-        targets=tuple(found.targets().items()),
-        unloaded=tuple(found.unloaded),
-        stale_buffers=stale_buffers(found),
+        targets=tuple(found.targets().items()) if found is not None else (),
+        stale_buffers=stale_buffers(found) if found is not None else (),
         without_source=tuple(sorted(base.newly_initialized)),
         ties=tuple(base.aliases.items()),
     )
