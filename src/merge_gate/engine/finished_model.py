@@ -338,7 +338,8 @@ def figures(
 ) -> TensorComparison:
     """The facts with the figures of tensors of one shape. Without a base, its values are taken as zeros."""
     is_base = base is not None and same_bits(actual, base.to(actual.dtype))
-    measured = deviation(actual, expected.detach(), torch.zeros_like(expected) if base is None else base)
+    expected = expected.detach().to(actual.device)
+    measured = deviation(actual, expected, torch.zeros_like(expected) if base is None else base)
     return replace(facts, same_as_base=is_base, **asdict(measured))
 
 
