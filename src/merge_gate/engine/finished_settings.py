@@ -209,8 +209,7 @@ class _Reading:
             old, new = first.get(key, ABSENT), second.get(key, ABSENT)
             if not same(old, new) and (name, key) != ("tokenizer_config.json", ("chat_template",)):
                 change = KeyChange(file=name, key=key, expected=old, actual=new, whole=whole, is_loaded=is_loaded)
-                row = expected_by(change, self.expectation)
-                self._add(name, ".".join(key), old, new, row.shown if row is not None else "")
+                self._add(name, ".".join(key), old, new, expected_by(change, self.expectation))
 
     # --- the tokenizer -----------------------------------------------------------------------------------------------
 
