@@ -54,10 +54,8 @@ ALLOWED = tuple(row.id for row in ANSWERS.values() if not row.is_good and row.id
 With another base, every value may differ, so nothing would be compared either."""
 
 
-def finding(
-    kind: str, message: str, *, tensor: str | None = None, measured: tuple[tuple[str, float], ...] = (), hint: str = ""
-) -> Finding:
-    """A finding of a kind. A good kind is a note, any other one an error."""
+def finding(kind: str, message: str, *, tensor: str | None = None, hint: str = "", **measured: float) -> Finding:
+    """A finding of a kind, with the finite ones of these figures. A good kind is a note, any other one an error."""
     row = ANSWERS[kind]
     return Finding(
         check=kind,
@@ -66,7 +64,7 @@ def finding(
         hint=hint or row.hint,
         tensor=tensor,
         origin=Origin.MODEL,
-        measured=tuple((name, figure) for name, figure in measured if math.isfinite(figure)),
+        measured=tuple((name, float(figure)) for name, figure in measured.items() if math.isfinite(figure)),
     )
 
 

@@ -70,7 +70,7 @@ def architecture_finding(base: BaseFiles, merged: BaseFiles) -> Finding | None:
         "other-architecture",
         f"config.json has {shown} as in the base, and {len(odd):,} of {counted(len(base.tensors), 'tensor')} of the "
         "base are not there in their shape",
-        measured=(("tensors", float(len(odd))),),
+        tensors=len(odd),
     )
 
 

@@ -17,7 +17,7 @@ from merge_gate.records.publication import Manifest
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Verdict
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, listing, quoted, verb
+from merge_gate.text import counted, listing, quoted
 from merge_gate.verify.answer import decided
 
 _LISTED = 5
@@ -55,13 +55,10 @@ def _undecided(manifest: Manifest) -> AdapterReport:
 
 def _findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
     if not odd:
-        message = (
-            f"{counted(len(manifest.files), 'file')} {verb(len(manifest.files), 'has', 'have')} "
-            f"the digests in {MANIFEST_NAME}"
-        )
+        message = f"{counted(len(manifest.files), 'file has', 'files have')} the digests in {MANIFEST_NAME}"
         if manifest.checks:
             message += f". It was judged with changed checks: {one_line(listing(manifest.checks), 400)}"
         return [finding("as-published", message)]
     shown = listing([f"{quoted(one.path, 120)} is {one.kind}" for one in odd], _LISTED)
-    message = f"{counted(len(odd), 'file')} {verb(len(odd), 'differs', 'differ')} from {MANIFEST_NAME}: {shown}"
-    return [finding("file-changed", message, measured=(("files", float(len(odd))),))]
+    message = f"{counted(len(odd), 'file differs', 'files differ')} from {MANIFEST_NAME}: {shown}"
+    return [finding("file-changed", message, files=len(odd))]

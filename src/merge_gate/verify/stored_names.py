@@ -10,13 +10,13 @@ compared as stored, and then by the tensors of the model that they make.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from merge_gate.judging.answer_kinds import finding
-from merge_gate.records.comparison import Comparison, LoadedKeys
-from merge_gate.records.files import BaseFiles, StoredTensor
+from merge_gate.records.comparison import Comparison
+from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Finding
-from merge_gate.text import counted, listing, quoted, verb
+from merge_gate.text import counted, listing, quoted
 
 _LISTED = 5
 
@@ -57,32 +57,20 @@ class _Names:
         gone += [name for name in self._absent if name not in made and name not in gone and name not in self.base]
         added = [name for name in extra if not self._is_expected(name)]
         if gone:
-            yield finding(
-                "not-carried",
-                f"{counted(len(gone), 'tensor')} of the base or the merge {verb(len(gone), 'is', 'are')} "
-                f"not in the directory: {groups_of(gone)}",
-                tensor=gone[0],
-                measured=(("tensors", float(len(gone))),),
-            )
+            what = counted(len(gone), "tensor of the base or the merge is", "tensors of the base or the merge are")
+            message = f"{what} not in the directory: {groups_of(gone)}"
+            yield finding("not-carried", message, tensor=gone[0], tensors=len(gone))
         if added:
-            yield finding(
-                "added",
-                f"{counted(len(added), 'tensor')} {verb(len(added), 'is', 'are')} "
-                f"in the directory and not in the merge: {groups_of(added)}",
-                tensor=added[0],
-                measured=(("tensors", float(len(added))),),
-            )
+            what = counted(len(added), "tensor is", "tensors are")
+            message = f"{what} in the directory and not in the merge: {groups_of(added)}"
+            yield finding("added", message, tensor=added[0], tensors=len(added))
         if renamed and not self._is_other_class:
             first = renamed[0]
             new = next((name for name in extra if self._makes_the_same(first, name)), "")
-            yield finding(
-                "renamed",
-                f"{counted(len(renamed), 'tensor')} of the base {verb(len(renamed), 'is', 'are')} "
-                f"stored under other names or in another layout: "
-                f"{quoted(first, 120)} as {quoted(new, 120)}",
-                tensor=first,
-                measured=(("tensors", float(len(renamed))),),
-            )
+            what = counted(len(renamed), "tensor of the base is", "tensors of the base are")
+            how = f"{quoted(first, 120)} as {quoted(new, 120)}"
+            message = f"{what} stored under other names or in another layout: {how}"
+            yield finding("renamed", message, tensor=first, tensors=len(renamed))
 
     def _targets(self, name: str) -> tuple[str, ...]:
         return self._base_targets.get(name, ())
@@ -125,7 +113,8 @@ def groups_of(names: Sequence[str]) -> str:
 
 def _ties(comparison: Comparison, names: _Names) -> Iterator[Finding]:
     before, after = dict(comparison.base_keys.ties), dict(comparison.merged_keys.ties)
-    tied = [name for name in after if name not in before and _is_own(name, comparison.base_keys, names.base_made)]
+    own = {*names.base_made, *comparison.base_keys.without_source}
+    tied = [name for name in after if name not in before and name in own]
     untied = [name for name in before if name not in after and name in names.merged_made]
     untied = [name for name in untied if name not in comparison.untied]
     for lost, how in (
@@ -137,10 +126,6 @@ def _ties(comparison: Comparison, names: _Names) -> Iterator[Finding]:
             yield finding("tied", f"{quoted(lost[0], 120)} and {quoted(other, 120)} are {how}", tensor=lost[0])
 
 
-def _is_own(name: str, keys: LoadedKeys, made: Collection[str]) -> bool:
-    return name in made or name in keys.without_source
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,36 +135,25 @@ def file_findings(merged: BaseFiles) -> Iterator[Finding]:
         yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
     if merged.ghosts:
         names = [name for name, _ in merged.ghosts]
-        yield finding(
-            "ghost-index",
-            f"the index names {counted(len(names), 'tensor')} that the weight files do not have: {groups_of(names)}",
-            tensor=names[0],
-        )
-    if merged.unlisted:
-        yield finding(
-            "ghost-index",
-            f"the weight files have {counted(len(merged.unlisted), 'tensor')} that the index does not name: "
-            f"{groups_of(merged.unlisted)}",
-            tensor=merged.unlisted[0],
-        )
+        what = f"the index names {counted(len(names), 'tensor')} that the weight files do not have"
+        yield finding("ghost-index", f"{what}: {groups_of(names)}", tensor=names[0])
+    if names := [*merged.unlisted]:
+        what = f"the weight files have {counted(len(names), 'tensor')} that the index does not name"
+        yield finding("ghost-index", f"{what}: {groups_of(names)}", tensor=names[0])
 
 
 def _dtypes(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
     before = {one.name: one for one in base.tensors}
     expected = {one.name: one.expected_dtype for one in comparison.tensors if one.touched}
     targets: Mapping[str, tuple[str, ...]] = dict(comparison.merged_keys.targets)
-    changed: dict[tuple[str, str], list[StoredTensor]] = {}
+    changed: dict[tuple[str, str], list[str]] = {}
     for one in merged.tensors:
         was = before.get(one.name)
         merged_dtypes = {expected.get(target) for target in targets.get(one.name, (one.name,))}
         if was is None or was.dtype == one.dtype or merged_dtypes == {_DTYPES.get(one.dtype, "")}:
             continue
-        changed.setdefault((was.dtype, one.dtype), []).append(one)
-    for (old, new), tensors in sorted(changed.items(), key=lambda item: -len(item[1])):
-        yield finding(
-            "dtype-changed",
-            f"{counted(len(tensors), 'tensor')} {verb(len(tensors), 'is', 'are')} "
-            f"stored as {quoted(new, 20)}, expected {quoted(old, 20)} as in the "
-            f"base: {groups_of([one.name for one in tensors])}",
-            tensor=tensors[0].name,
-        )
+        changed.setdefault((was.dtype, one.dtype), []).append(one.name)
+    for (old, new), names in sorted(changed.items(), key=lambda item: -len(item[1])):
+        what = f"{counted(len(names), 'tensor is', 'tensors are')} stored as {quoted(new, 20)}"
+        message = f"{what}, expected {quoted(old, 20)} as in the base: {groups_of(names)}"
+        yield finding("dtype-changed", message, tensor=names[0])
