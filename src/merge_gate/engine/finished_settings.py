@@ -72,11 +72,12 @@ def read_settings(
     """
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        folders = [Path(place, name) for name in ("expected", "merged", "written")]
-        _link(folders[0], dict(files.expected))
-        _link(folders[1], {name: str(Path(directory, name)) for name in files.merged})
-        folders[2].mkdir()
-        reading = _Reading(files, folders[0], folders[1], folders[2], expected, actual, expectation)
+        first, second, written, older = (Path(place, name) for name in ("expected", "merged", "written", "older"))
+        _link(first, dict(files.expected))
+        _link(second, {name: str(Path(directory, name)) for name in files.merged})
+        for folder in (written, older):
+            folder.mkdir()
+        reading = _Reading(files, first, second, written, older, expected, actual, expectation)
         try:
             return within(LIMIT_S, lambda: _without_panic(reading.result))
         except TimeoutError:
@@ -108,12 +109,16 @@ def _link(folder: Path, places: Mapping[str, str]) -> None:
 
 @dataclass
 class _Reading:
-    """The comparison of one finished model. `loaded` has what transformers makes of the expected files."""
+    """The comparison of one finished model. `loaded` has what transformers makes of the expected files.
+
+    `written` is the folder of the files that transformers writes, and `older` that of the vocabulary's older files.
+    """
 
     files: SettingsFiles
     first: Path
     second: Path
     written: Path
+    older: Path
     expected: Any
     actual: Any
     expectation: Expectation
@@ -169,11 +174,10 @@ class _Reading:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> None:
-        path = self.second / name
-        if _bytes(path) == _bytes(self.first / name) and name != _CONFIG:  # the adapter may need another class
+        content = _bytes(self.second / name)
+        if content == _bytes(self.first / name) and name != _CONFIG:  # the adapter may need another class
             return
-        lines = _derived(name, self.loaded.get(_TOKENIZER))
-        if _bytes(path) == _bytes(self.written / name) or (lines and lines == _lines(path)):
+        if content in (_bytes(self.written / name), _bytes(self.older / name)):
             self.read.append(name)
         elif name.endswith(".json"):
             self._json(name)
@@ -257,6 +261,7 @@ class _Reading:
 
         with contextlib.suppress(Exception):
             tokenizer.save_pretrained(self.written)
+            _without_panic(lambda: tokenizer.backend_tokenizer.model.save(str(self.older)))  # as transformers 4
         if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
             for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
                 with contextlib.suppress(Exception):
@@ -350,24 +355,6 @@ def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
             {odd[0]: one} if one is ABSENT else one for one in (first.get(odd[0], ABSENT), second.get(odd[0], ABSENT))
         )
     return first, second
-
-
-def _derived(name: str, form: Any) -> list[str] | None:
-    """The lines of merges.txt or vocab.txt that transformers 4 writes next to this tokenizer.json."""
-    model = form["model"] if form is not None else {}
-    if name == "merges.txt" and isinstance(model.get("merges"), list):
-        return [" ".join(one) if isinstance(one, list) else one for one in model["merges"]]
-    if name == "vocab.txt" and isinstance(model.get("vocab"), dict):
-        return sorted(model["vocab"], key=model["vocab"].__getitem__)
-    return None
-
-
-def _lines(path: Path) -> list[str] | None:
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except ValueError:
-        return None
-    return [line for number, line in enumerate(lines) if line and (number, line) != (0, "#version: 0.2")]
 
 
 def _bytes(path: Path) -> bytes | None:

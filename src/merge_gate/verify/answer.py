@@ -15,7 +15,7 @@ from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, finding
+from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.checks.table import NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import not_judged
@@ -232,11 +232,10 @@ def architecture_finding(base: BaseFiles, merged: BaseFiles) -> Finding | None:
     if not other or len(odd) <= SHARE_OF_ANOTHER * len(base.tensors):
         return None
     settings = [f"{key} {quoted(str(new), 60)}, expected {quoted(str(old), 60)}" for key, old, new in other]
-    shown = listing(settings, _LISTED)
     return finding(
-        "other-architecture",
-        f"config.json has {shown} as in the base, and {len(odd):,} of {counted(len(base.tensors), 'tensor')} of the "
-        "base are not there in their shape",
+        OTHER_ARCHITECTURE,
+        f"config.json has {listing(settings, _LISTED)} as in the base, and {len(odd):,} of "
+        f"{counted(len(base.tensors), 'tensor')} of the base are not there in their shape",
         tensors=len(odd),
     )
 
