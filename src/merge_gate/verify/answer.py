@@ -17,14 +17,17 @@ from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
 from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.checks.table import NOT_JUDGED
-from merge_gate.judging.limits import bounded
+from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
+from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
+from merge_gate.records.publication import Manifest
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.report import AdapterReport
-from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, Verdict
+from merge_gate.records.report import AdapterReport, Coverage
+from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted, listing, quoted
 from merge_gate.verify.directory import directory_findings, expected_files
 from merge_gate.verify.exchanged import command
@@ -43,7 +46,6 @@ _SIZES = (
     "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_layers", "intermediate_size",
     "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
 )  # fmt: skip
-_LISTED = 5
 
 
 def findings_of(
@@ -234,7 +236,7 @@ def architecture_finding(base: BaseFiles, merged: BaseFiles) -> Finding | None:
     settings = [f"{key} {quoted(str(new), 60)}, expected {quoted(str(old), 60)}" for key, old, new in other]
     return finding(
         OTHER_ARCHITECTURE,
-        f"config.json has {listing(settings, _LISTED)} as in the base, and {len(odd):,} of "
+        f"config.json has {listing(settings)} as in the base, and {len(odd):,} of "
         f"{counted(len(base.tensors), 'tensor')} of the base are not there in their shape",
         tensors=len(odd),
     )
@@ -252,3 +254,49 @@ def _other_sizes(base: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator
         old, new = (part.get(key, one.get(key)) for part, one in zip(inner, (base, merged), strict=True))
         if old != new and old is not None and new is not None:
             yield key, old, new
+
+
+# --- its own record ---------------------------------------------------------------------------------------------------
+
+
+def recorded_report(name: str, directory: str, allowed: Collection[str]) -> AdapterReport:
+    """The report on a published directory that is compared with its merge-gate.json: every file, by its digest.
+
+    It is not signed, and anyone who can write the files can write it, too. An attestation proves who wrote it.
+
+    Raises:
+        UsageError: there is no record, or it is none of merge-gate.
+        OSError: a file cannot be read.
+    """
+    manifest = read_manifest(directory)
+    odd = differences(directory, manifest)
+    found = _own_findings(manifest, odd)
+    different = {one.path for one in odd}
+    same = tuple(file for file in manifest.files if file.path not in different)
+    gated = replace(_undecided(manifest), files=same)  # of the others, the listed digest is not the file's
+    return decided(Snapshot(name=name, directory=directory), gated, found, allowed)
+
+
+def _undecided(manifest: Manifest) -> AdapterReport:
+    base = manifest.base
+    return AdapterReport(
+        name=manifest.name,
+        source=manifest.adapters[0].source,
+        base=BaseKey(model=cut(base.model), revision=base.revision, dtype=base.dtype, quantization=base.quantization),
+        peft_type=manifest.peft_type,
+        verdict=Verdict.ERROR,
+        coverage=Coverage(),
+        line=1,
+        column=1,
+    )
+
+
+def _own_findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
+    if not odd:
+        message = f"{counted(len(manifest.files), 'file has', 'files have')} the digests in {MANIFEST_NAME}"
+        if manifest.checks:
+            message += f". It was judged with changed checks: {one_line(listing(manifest.checks), 400)}"
+        return [finding("as-published", message)]
+    shown = listing([f"{quoted(one.path, 120)} is {one.kind}" for one in odd])
+    message = f"{counted(len(odd), 'file differs', 'files differ')} from {MANIFEST_NAME}: {shown}"
+    return [finding("file-changed", message, files=len(odd))]

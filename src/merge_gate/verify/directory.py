@@ -39,7 +39,6 @@ MOST_FILES = 10_000
 MOST_BYTES = 256 * 1024 * 1024
 """The most that is read of a companion. A larger one is a difference."""
 
-_LISTED = 5
 _KINDS: Mapping[Companion | None, str] = {
     Companion.CONFIG: "config-differs",
     Companion.GENERATION: "settings-differ",
@@ -101,12 +100,12 @@ def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSett
         what = f"{counted(len(parts), 'difference')} in the files next to the weights"
         if kind in _TOO_MANY:
             what = f"{counted(len(parts), 'file')} that a program may load, and that is not expected"
-        yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
+        yield finding(kind, f"{what}: {listing(parts)}")
     for what, names in account.absent.items():
-        files = listing(map(_named, names), _LISTED)
+        files = listing(map(_named, names))
         yield note("tokenizer-differs", f"the directory has no {what}: the server must supply it ({files})")
     if account.harmless:
-        files = listing(map(_named, account.harmless), _LISTED)
+        files = listing(map(_named, account.harmless))
         yield note("unexpected-file", f"{counted(len(account.harmless), 'file')} that no loader reads: {files}")
 
 

@@ -139,7 +139,7 @@ def _names(tensors: Iterable[TensorComparison]) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return listing([quoted(name, 120) for name in names], _LISTED)
+    return listing([quoted(name, 120) for name in names])
 
 
 def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
