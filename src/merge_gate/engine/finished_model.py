@@ -28,7 +28,7 @@ from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
-from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
+from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.expected_differences import Expectation
 from merge_gate.engine.finished_settings import read_settings
@@ -67,10 +67,6 @@ class Files:
     feed: Feed
     is_streamed: bool = False
     settings: SettingsFiles | None = None
-
-    def bytes_of(self, names: Sequence[str]) -> dict[str, StoredBytes]:
-        by_name = {one.name: one for one in self.stored}
-        return stored_bytes(self.directory, {name: by_name[name] for name in names})
 
 
 def compared(
@@ -269,16 +265,13 @@ class _Found:
 
     def _compare(self, name: str, expected: torch.Tensor, *, touched: bool) -> None:
         for partner in self.partners(name):
-            self.facts[name, partner] = self._compared(name, partner, expected, touched=touched)
-
-    def _compared(self, name: str, partner: str, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
-        with torch.no_grad(), self.merged.filled([partner]):
-            actual = self.merged.tensors[partner].detach()
             is_own = name in self._untied or self.base.first_name(partner) == name
-            facts = outlined(partner if is_own else name, actual, expected, touched=touched)
-            if facts.same or touched:
-                return facts  # a merged tensor may have the bits of the other order of rounding
-            return self._with_figures(name, facts, actual, expected)
+            with torch.no_grad(), self.merged.filled([partner]):
+                actual = self.merged.tensors[partner].detach()
+                facts = outlined(partner if is_own else name, actual, expected, touched=touched)
+                if not facts.same and not touched:  # a merged tensor may have the bits of the other order of rounding
+                    facts = self._with_figures(name, facts, actual, expected)
+            self.facts[name, partner] = facts
 
     def _with_figures(
         self, name: str, facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor
@@ -350,9 +343,10 @@ def _unloaded(files: Files, base_files: Files, base_map: TensorMap | None) -> It
     """Stored tensors that the base's load leaves out, and that the finished directory stores too."""
     if base_map is None:
         return
-    own = {one.name: one for one in files.stored}
-    names = [name for name in base_map.unloaded if name in own]
-    theirs, ours = base_files.bytes_of(names), files.bytes_of(names)
+    before, after = ({one.name: one for one in part.stored} for part in (base_files, files))
+    names = [name for name in base_map.unloaded if name in after]
+    theirs = stored_bytes(base_files.directory, {name: before[name] for name in names})
+    ours = stored_bytes(files.directory, {name: after[name] for name in names})
     for name in names:
         expected, actual = theirs[name].read(base_files.feed), ours[name].read(files.feed)
         facts = outlined(name, actual, expected, touched=False)

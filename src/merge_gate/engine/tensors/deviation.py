@@ -203,17 +203,12 @@ def requantized(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
     wide = base.detach().to(torch.float32)
     difference = actual.detach().to(torch.float32) - expected.detach().to(torch.float32)
     whole = float(difference.double().square().sum())
-    shares = {}
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    quantizations = {"bnb-8bit": (wide / scale).round() * scale}
     for kind in ("nf4", "fp4"):
         packed, state = functional.quantize_4bit(wide, blocksize=BLOCK, quant_type=kind)
-        step = functional.dequantize_4bit(packed, state).to(torch.float32) - wide
-        shares[f"bnb-4bit {kind}"] = 1 - _ratio(float((difference - step).double().square().sum()), whole)
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    step = (wide / scale).round() * scale - wide
-    shares["bnb-8bit"] = 1 - _ratio(float((difference - step).double().square().sum()), whole)
-    best = max(shares, key=shares.__getitem__)
-    return (best, shares[best]) if shares[best] >= LEAST_EXPLAINED else None
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
+        quantizations[f"bnb-4bit {kind}"] = functional.dequantize_4bit(packed, state).to(torch.float32)
+    rests = {kind: float((difference - (one - wide)).double().square().sum()) for kind, one in quantizations.items()}
+    best = min(rests, key=rests.__getitem__)
+    share = 1 - rests[best] / whole if whole else 0.0
+    return (best, share) if share >= LEAST_EXPLAINED else None
