@@ -1,7 +1,7 @@
 """The differences that exporters are known to make in the files next to the weights, and why the meaning is the same.
 
-In: a key of a file whose value differs. Out: the row that expects this difference, or None. A row names the file, the
-key, who writes it, and the reason. Its condition is a function here, which holds only for values that change no result.
+In: a key of a file whose value differs. Out: the row that expects this difference, if any. A row names the file, the
+key, who writes it, the reason, and its condition, which is a function here.
 """
 
 from __future__ import annotations
@@ -70,14 +70,17 @@ class KeyChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedDifference:
-    """A row of the table. `file` and `key` are regular expressions; `shown` is what the documents call them."""
+    """A row of the table. `file` and `key` are regular expressions; `shown` is what the documents call them.
+
+    `condition` names a function, which holds only for values that change no result.
+    """
 
     shown: str
     file: str
     key: str
     writer: str
     reason: str
-    condition: Callable[[KeyChange, Expectation], bool]
+    condition: str
 
 
 def same(first: Any, second: Any) -> bool:
@@ -109,7 +112,7 @@ def expected_by(change: KeyChange, expectation: Expectation) -> str:
     key = ".".join(change.key)
     for row in ROWS:
         is_about = re.fullmatch(row.file, change.file) and re.fullmatch(row.key, key, re.DOTALL)
-        if is_about and row.condition(change, expectation):
+        if is_about and _CONDITIONS[row.condition](change, expectation):
             return row.shown
     return ""
 
@@ -210,5 +213,5 @@ _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
 }
 
 _TABLE = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
-ROWS = tuple(ExpectedDifference(**row | {"condition": _CONDITIONS[row["condition"]]}) for row in csv.DictReader(_TABLE))
+ROWS = tuple(ExpectedDifference(**row) for row in csv.DictReader(_TABLE))
 """Every expected difference, from expected_differences.csv. The first row whose condition holds names it."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from merge_gate.records.terms import Finding, Origin, Severity, record
 
@@ -41,7 +42,8 @@ BROKEN_FILES, OTHER_ARCHITECTURE = "broken-files", "other-architecture"
 def _rows() -> Iterator[tuple[str, AnswerKind]]:
     with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as table:
         for row in csv.DictReader(table):
-            yield row["id"], AnswerKind(**row | {"is_good": bool(row["is_good"])})
+            fields: dict[str, Any] = row | {"is_good": bool(row["is_good"])}
+            yield row["id"], AnswerKind(**fields)
 
 
 ANSWERS: Mapping[str, AnswerKind] = MappingProxyType(dict(_rows()))
