@@ -40,7 +40,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "dtypes": ((str, Sequence), "a dtype or a list of dtypes"),
     **dict.fromkeys(("quantization", "revision"), ((str, NoneType), "a text")),
     **dict.fromkeys(("checks", "expect"), ((Mapping,), "a mapping")),
-    **dict.fromkeys(("allow_pickle", "quick"), ((bool,), "True or False")),
+    "allow_pickle": ((bool,), "True or False"),
     "device": ((str,), "a text"),
 }
 

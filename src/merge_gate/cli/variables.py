@@ -27,7 +27,7 @@ tell a gate in a container about the container."""
 _OTHERS = frozenset(
     {
         *("CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX"),
-        *("PLACE", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS"),
+        *("PLACE", "PUBLISH_WITHIN", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS"),
     }
 )
 """Names after the prefix that are no option's: of the gate, its action and container, its recipes, and its tests."""
