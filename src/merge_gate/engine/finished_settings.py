@@ -136,12 +136,11 @@ class _Reading:
         self.loaded |= {name: _plain(one) for name, (one, _) in of_model.items()}
         if any(_bytes(self.first / name) != _bytes(self.second / name) for name in names):
             self._tokenizers()
-        written = {path.name: _parsed(path)[0] for path in self.written.glob("*.json")}
         config = _parsed(self.first / _CONFIG)[0] or {}
         self.expectation = replace(
             self.expectation,
             loaded=self.loaded,
-            written={name: one for name, one in written.items() if one is not None},
+            written={path.name: _parsed(path)[0] for path in self.written.glob("*.json")},
             names_labels="id2label" in config,
             architectures=(config.get("architectures", ABSENT),) if self.expectation.has_base_tensors_only else (),
         )

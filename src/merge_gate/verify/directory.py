@@ -206,8 +206,7 @@ class _Account:
                     odd.add(f"the text {quoted(name, 60)} in {quoted(place, 120)}{_position(text, allowed)}")
         for before, after in used:
             odd |= {f"the template {quoted(name, 60)} is missing" for name in before.keys() - after.keys()}
-            changed = {name for name in after if after[name] != before.get(name)}
-            odd |= {f"the template {quoted(name, 60)} is another one" for name in changed}
+            odd |= {f"the template {quoted(key, 60)} is another one" for key in after if after[key] != before.get(key)}
         if odd:
             self.odd["chat-template-differs"] += sorted(odd)
 

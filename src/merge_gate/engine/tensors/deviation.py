@@ -59,12 +59,12 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) 
     wide = torch.float64 if {torch.float32, torch.float64} & {actual.dtype, expected.dtype} else torch.float32
     flat = [one.detach().reshape(-1) for one in (actual, expected, base)]
     for start in range(0, actual.numel(), CHUNK_ELEMENTS):
-        _add(result, *(one[start : start + CHUNK_ELEMENTS].to(wide) for one in flat), coarse)
+        _add(result, coarse, *(one[start : start + CHUNK_ELEMENTS].to(wide) for one in flat))
     return result
 
 
 def _add(
-    result: Deviation, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor, dtype: torch.dtype
+    result: Deviation, dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
 ) -> None:
     is_finite = torch.isfinite(actual)
     comparable = is_finite & torch.isfinite(expected) & torch.isfinite(base)
