@@ -31,9 +31,8 @@ class Expectation:
         has_own_tokenizer: whether the expected tokenizer is the adapter's.
         resized: rows of a stored tensor in the base and in the finished model, if they differ.
         is_untied: whether the merge unties the head.
-        names_labels: whether the base's config.json names labels.
         has_base_tensors_only: whether the finished model stores no tensor that the base does not store.
-        architectures: the classes that may be named instead of the one that the adapter needs.
+        config: the base's config.json.
     """
 
     written: Mapping[str, Any] = field(default_factory=dict)
@@ -44,9 +43,8 @@ class Expectation:
     has_own_tokenizer: bool = False
     resized: frozenset[tuple[int, int]] = frozenset()
     is_untied: bool = False
-    names_labels: bool = True
     has_base_tensors_only: bool = False
-    architectures: tuple[Any, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +166,7 @@ def _are_same_stops(change: KeyChange, expectation: Expectation) -> bool:
 def _is_of_a_new_head(change: KeyChange, expectation: Expectation) -> bool:
     """The names of labels that only the training knew: both directions agree."""
     names, numbers = change.whole.get("id2label"), change.whole.get("label2id")
-    if expectation.names_labels or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
+    if "id2label" in expectation.config or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
         return False
     return {str(name): str(key) for key, name in names.items()} == {key: str(one) for key, one in numbers.items()}
 
@@ -200,7 +198,9 @@ _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
     "is_resized": lambda one, expectation: (one.expected, one.actual) in expectation.resized,
     "is_untied": lambda one, expectation: expectation.is_untied and one.actual is False,
     "is_same_dtype": _is_same_dtype,
-    "is_own_class": lambda one, expectation: any(same(one.actual, name) for name in expectation.architectures),
+    "is_own_class": lambda one, expectation: (
+        expectation.has_base_tensors_only and same(one.actual, expectation.config.get("architectures", ABSENT))
+    ),
     "is_of_a_new_head": _is_of_a_new_head,
     "is_derived_problem": lambda one, _: one.expected in (ABSENT, None) and one.actual == "single_label_classification",
     "is_of_tokenizer": _is_of_tokenizer,

@@ -147,7 +147,8 @@ def compare(
     evidence = adapter_evidence.merge(replace(request, sink=sink))
     if evidence.refusal is not None:
         return evidence, Comparison()
-    names = found.untouched()
+    merged_names = {name for name, _ in found.facts}
+    names = [name for name in base.tensors if name not in merged_names]
     for _ in range(MOST_PASSES):
         for _ in spread(found.compare_untouched, names):
             pass
@@ -248,10 +249,6 @@ class _Found:
             outside_of_whole = None if name in self._fitted else outside
             self.facts[name, partner] = replace(unlike[partner], outside=outside_of_whole, bias=bias, astray=fit.astray)
         self._fitted.add(name)
-
-    def untouched(self) -> list[str]:
-        merged = {name for name, _ in self.facts}
-        return [name for name in self.base.tensors if name not in merged]
 
     def partners(self, name: str) -> tuple[str, ...]:
         """The tensors of the finished model that have to be like this one."""

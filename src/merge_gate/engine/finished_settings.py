@@ -136,13 +136,11 @@ class _Reading:
         self.loaded |= {name: _plain(one) for name, (one, _) in of_model.items()}
         if any(_bytes(self.first / name) != _bytes(self.second / name) for name in names):
             self._tokenizers()
-        config = _parsed(self.first / _CONFIG)[0] or {}
         self.expectation = replace(
             self.expectation,
             loaded=self.loaded,
             written={path.name: _parsed(path)[0] for path in self.written.glob("*.json")},
-            names_labels="id2label" in config,
-            architectures=(config.get("architectures", ABSENT),) if self.expectation.has_base_tensors_only else (),
+            config=_parsed(self.first / _CONFIG)[0] or {},
         )
         for name, (_, actual) in of_model.items():
             old, new = flat(self.loaded[name]), flat(_plain(actual))
@@ -388,13 +386,9 @@ def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:
     if isinstance(value, list):
         return [_text_of(one, tokens) for one in value]
     own = tokens.get(str(value.get("content"))) if isinstance(value, dict) else None
-    if (
-        own is None
-        or not value.keys() >= _FLAGS
-        or any(key != "__type" and not same(own.get(key, ABSENT), value[key]) for key in value)
-    ):
-        return value
-    return value["content"]
+    keys = value.keys() - {"__type"} if own is not None else set()
+    is_own = own is not None and keys >= _FLAGS and all(same(own.get(key, ABSENT), value[key]) for key in keys)
+    return value["content"] if is_own else value
 
 
 def _plain(values: Any) -> Any:

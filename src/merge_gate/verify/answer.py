@@ -36,7 +36,6 @@ from merge_gate.verify.values import value_findings
 
 _ORDER = {kind: number for number, kind in enumerate(ANSWERS)} | {ATTESTATION: -2}
 """The order in which findings decide. Those of the gate are -1: only a bad attestation comes before them."""
-_WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 _MOST_CONFIG_BYTES = 20_000_000
 SHARE_OF_ANOTHER = 0.5
@@ -174,7 +173,7 @@ def decided(
     """The report with these findings. Allowed kinds are notes, if they may be allowed."""
     accepted = set(allowed).intersection(ALLOWED)
     lowered = (replace(one, severity=Severity.NOTE) if one.check in accepted else one for one in findings)
-    ordered = bounded(sorted(lowered, key=lambda one: (_WEIGHT[one.severity], _ORDER.get(one.check, -1))))
+    ordered = bounded(sorted(lowered, key=lambda one: (all_checks.WEIGHT[one.severity], _ORDER.get(one.check, -1))))
     index = next((place for place, one in enumerate(ordered) if one.severity is Severity.ERROR), None)
     is_of_base = index is not None and ordered[index].origin is Origin.BASE
     is_undecided = is_of_base or (index is not None and ordered[index].check == NOT_JUDGED)
@@ -269,26 +268,20 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
         OSError: a file cannot be read.
     """
     manifest = read_manifest(directory)
-    odd = differences(directory, manifest)
-    found = _own_findings(manifest, odd)
+    odd, base = differences(directory, manifest), manifest.base
     different = {one.path for one in odd}
-    same = tuple(file for file in manifest.files if file.path not in different)
-    gated = replace(_undecided(manifest), files=same)  # of the others, the listed digest is not the file's
-    return decided(Snapshot(name=name, directory=directory), gated, found, allowed)
-
-
-def _undecided(manifest: Manifest) -> AdapterReport:
-    base = manifest.base
-    return AdapterReport(
+    gated = AdapterReport(
         name=manifest.name,
         source=manifest.adapters[0].source,
         base=BaseKey(model=cut(base.model), revision=base.revision, dtype=base.dtype, quantization=base.quantization),
         peft_type=manifest.peft_type,
         verdict=Verdict.ERROR,
         coverage=Coverage(),
+        files=tuple(file for file in manifest.files if file.path not in different),  # the others have other digests
         line=1,
         column=1,
     )
+    return decided(Snapshot(name=name, directory=directory), gated, _own_findings(manifest, odd), allowed)
 
 
 def _own_findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
