@@ -92,7 +92,6 @@ def settings_files(merged: Snapshot, expected: ExpectedFiles) -> SettingsFiles:
 def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSettings) -> Iterator[Finding]:
     """The findings on everything except the tensors."""
     account = _Account(merged, expected, read)
-    account.run()
     for kind, parts in account.odd.items():
         what = f"{counted(len(parts), 'difference')} in the files next to the weights"
         if kind in _TOO_MANY:
@@ -115,8 +114,11 @@ class _Account:
         self.odd: dict[str, list[str]] = defaultdict(list)
         self.absent: dict[str, list[str]] = {}
         self.harmless: list[str] = []
+        self._all_files()
+        self._missing()
+        self._templates()
 
-    def run(self) -> None:
+    def _all_files(self) -> None:
         names = sorted({*self._places, *self._merged.withheld} - self._weights())
         if len(names) > MOST_FILES:
             self.odd["unexpected-file"].append(f"more than {MOST_FILES:,} files")
@@ -131,8 +133,6 @@ class _Account:
                 what = f"is {one.actual}, expected {one.expected}" if one.key else one.actual
                 place = f"{one.key} of {one.file}" if one.key else one.file
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
-        self._missing()
-        self._templates()
 
     def _weights(self) -> set[str]:
         """The files that transformers loads, with the index. mlx-lm writes an index of a single file, too."""

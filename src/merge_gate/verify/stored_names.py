@@ -106,8 +106,7 @@ def _files(merged: BaseFiles) -> Iterator[Finding]:
     """The findings on the directory's weight files alone."""
     for one in merged.findings:
         yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
-    if merged.ghosts:
-        names = [name for name, _ in merged.ghosts]
+    if names := [name for name, _ in merged.ghosts]:
         what = f"the index names {counted(len(names), 'tensor')} that the weight files do not have"
         yield finding("ghost-index", f"{what}: {_groups(names)}", tensor=names[0])
     if names := [*merged.unlisted]:

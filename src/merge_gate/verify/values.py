@@ -97,8 +97,7 @@ def value_findings(
     yield from _of_candidates(carriers, len(odd))
     touched = [(one, state) for one, state in states if one.name not in carriers]
     others = [one for one in others if one.name not in carriers]
-    base = _wrong_base(touched, others, comparison)
-    if base is not None:
+    if (base := _wrong_base(touched, others, comparison)) is not None:
         yield base
         return
     if len(odd) > len(carriers) or not odd:
