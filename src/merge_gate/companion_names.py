@@ -35,12 +35,11 @@ _NAMES = {
     Companion.LICENSE: r"(?i:licen[cs]e|notice|copying|(acceptable_)?use_policy|third[-_]party[-_]notices?)"
     r"([-_][\w-]+)?(\.(txt|md|rst|pdf|html))?",
 }
-_PATTERNS = {kind: re.compile(pattern, re.ASCII) for kind, pattern in _NAMES.items()}
 
 
 def companion_kind(name: str) -> Companion | None:
     """What the file is for; None if a file of this name is not published."""
-    return next((kind for kind, pattern in _PATTERNS.items() if pattern.fullmatch(name)), None)
+    return next((kind for kind, pattern in _NAMES.items() if re.fullmatch(pattern, name, re.ASCII)), None)
 
 
 _HARMLESS = re.compile(

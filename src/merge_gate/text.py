@@ -55,11 +55,6 @@ def counted(count: int, singular: str, plural: str = "") -> str:
     return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
 
 
-def verb(count: int, singular: str, plural: str) -> str:
-    """The form of a verb that fits a count: 1 tensor `has`, 2 tensors `have`."""
-    return singular if count == 1 else plural
-
-
 def unusable(name: str) -> str:
     """Why a text can be no name of a file, directory, or repository; empty if it can."""
     if not name.strip():

@@ -13,7 +13,7 @@ from merge_gate.files.resolve import resolve_base
 from merge_gate.judging.answer_kinds import ALLOWED
 from merge_gate.records.terms import FailureKind, Severity, Verdict
 from merge_gate.verify import exchanged
-from merge_gate.verify.before_merge import architecture_finding
+from merge_gate.verify.answer import architecture_finding
 from tests.support.gating import one_thread
 from tests.support.models import make_base
 from tests.support.verify.merges import Scene, edit_json, weights_of, write_weights

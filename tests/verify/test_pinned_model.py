@@ -12,7 +12,6 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.files.identity import directory_identity
-from merge_gate.run import verify_flow
 from merge_gate.verify import answer
 from tests.support import published
 from tests.support.gating import one_thread
@@ -95,7 +94,7 @@ def test_a_model_that_is_swapped_while_its_record_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str | None
 ) -> None:
     published.publish(tmp_path / "model")
-    recorded_report = verify_flow.recorded_report
+    recorded_report = answer.recorded_report
 
     def swapped(*words: Any) -> Any:
         found = recorded_report(*words)
@@ -104,7 +103,7 @@ def test_a_model_that_is_swapped_while_its_record_is_compared(
         return found
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verify_flow, "recorded_report", swapped)
+    monkeypatch.setattr(answer, "recorded_report", swapped)
     assert main(["verify", "model"]) == (0 if what is None else 3)
     found = only_entry(tmp_path)
     assert (found["verdict"], found["cause"]) == (("passed", None) if what is None else ("error", "not-judged"))

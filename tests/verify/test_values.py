@@ -27,7 +27,7 @@ VARIANT = "bfloat16-base"
 def one(name: str = "w", *, touched: bool = True, **changes: object) -> TensorComparison:
     values: dict[str, object] = {
         "same": False, "dtype": "bfloat16", "expected_dtype": "bfloat16", "shape": (8, 8), "expected_shape": (8, 8),
-        "numel": 64, "changed": 64, "units": 1.0, "delta_sq": 1.0, "cross": 1.0, "actual_sq": 1.0, "rounding_sq": 1e-4,
+        "numel": 64, "units": 1.0, "delta_sq": 1.0, "cross": 1.0, "actual_sq": 1.0, "rounding_sq": 1e-4,
     }  # fmt: skip
     return TensorComparison(name=name, touched=touched, **(values | changes))
 

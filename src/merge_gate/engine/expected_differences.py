@@ -1,7 +1,7 @@
 """The differences that exporters are known to make in the files next to the weights, and why the meaning is the same.
 
-In: a key of a file whose value differs. Out: the row that expects this difference, or None. A row names the file, the
-key, who writes it, and the reason. Its condition is a function here, which holds only for values that change no result.
+In: a key of a file whose value differs. Out: the row that expects this difference, if any. A row names the file, the
+key, who writes it, the reason, and its condition, which is a function here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ class Expectation:
         has_own_tokenizer: whether the expected tokenizer is the adapter's.
         resized: rows of a stored tensor in the base and in the finished model, if they differ.
         is_untied: whether the merge unties the head.
-        names_labels: whether the base's config.json names labels.
         has_base_tensors_only: whether the finished model stores no tensor that the base does not store.
-        architectures: the classes that may be named instead of the one that the adapter needs.
+        config: the base's config.json.
     """
 
     written: Mapping[str, Any] = field(default_factory=dict)
@@ -44,9 +43,8 @@ class Expectation:
     has_own_tokenizer: bool = False
     resized: frozenset[tuple[int, int]] = frozenset()
     is_untied: bool = False
-    names_labels: bool = True
     has_base_tensors_only: bool = False
-    architectures: tuple[Any, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +55,7 @@ class KeyChange:
     key: tuple[str, ...]
     expected: Any
     actual: Any
-    whole: Any
+    whole: Mapping[str, Any]
     """The finished model's file."""
     is_loaded: bool = False
 
@@ -70,14 +68,17 @@ class KeyChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedDifference:
-    """A row of the table. `file` and `key` are regular expressions; `shown` is what the documents call them."""
+    """A row of the table. `file` and `key` are regular expressions; `shown` is what the documents call them.
+
+    `condition` names a function, which holds only for values that change no result.
+    """
 
     shown: str
     file: str
     key: str
     writer: str
     reason: str
-    condition: Callable[[KeyChange, Expectation], bool]
+    condition: str
 
 
 def same(first: Any, second: Any) -> bool:
@@ -104,14 +105,14 @@ def flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     return found
 
 
-def expected_by(change: KeyChange, expectation: Expectation) -> ExpectedDifference | None:
-    """The row that expects a difference."""
+def expected_by(change: KeyChange, expectation: Expectation) -> str:
+    """The row that expects a difference, as the documents call it; empty if none does."""
     key = ".".join(change.key)
     for row in ROWS:
         is_about = re.fullmatch(row.file, change.file) and re.fullmatch(row.key, key, re.DOTALL)
-        if is_about and row.condition(change, expectation):
-            return row
-    return None
+        if is_about and _CONDITIONS[row.condition](change, expectation):
+            return row.shown
+    return ""
 
 
 # --- conditions ------------------------------------------------------------------------------------------------------
@@ -137,36 +138,15 @@ def _is_left_out(change: KeyChange, expectation: Expectation) -> bool:
     return is_absent and not {*change.key} & {"dtype", "architectures", "auto_map", "custom_pipelines"}
 
 
-def _is_nothing(change: KeyChange, _: Expectation) -> bool:
-    return not change.is_loaded and {repr(change.expected), repr(change.actual)} <= {"absent", "None"}
-
-
-def _is_text(change: KeyChange, _: Expectation) -> bool:
-    return change.actual is ABSENT or isinstance(change.actual, str | None)
-
-
-def _is_flag(change: KeyChange, _: Expectation) -> bool:
-    return change.actual is ABSENT or isinstance(change.actual, bool)
-
-
-def _is_resized(change: KeyChange, expectation: Expectation) -> bool:
-    return (change.expected, change.actual) in expectation.resized
-
-
 def _is_same_dtype(change: KeyChange, _: Expectation) -> bool:
-    whole = change.whole if isinstance(change.whole, Mapping) else {}
     is_inner = len(change.key) > 1 and change.expected is ABSENT
-    return is_inner and same(change.actual, whole.get("dtype", whole.get("torch_dtype")))
+    return is_inner and same(change.actual, change.whole.get("dtype", change.whole.get("torch_dtype")))
 
 
 def _is_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
-    number = expectation.token_ids.get(change.key[-1])
-    return number is not None and same(change.actual, number) and change.expected in (ABSENT, None)
-
-
-def _is_pad_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
-    number = expectation.token_ids.get("pad_token_id")
-    return number is not None and same(change.actual, number)
+    """Only the id of the pad token may replace another one."""
+    number, is_pad = expectation.token_ids.get(change.key[-1]), change.key[-1] == "pad_token_id"
+    return number is not None and same(change.actual, number) and (is_pad or change.expected in (ABSENT, None))
 
 
 def _stops(value: Any) -> frozenset[int] | None:
@@ -185,28 +165,15 @@ def _are_same_stops(change: KeyChange, expectation: Expectation) -> bool:
 
 def _is_of_a_new_head(change: KeyChange, expectation: Expectation) -> bool:
     """The names of labels that only the training knew: both directions agree."""
-    whole = change.whole if isinstance(change.whole, Mapping) else {}
-    names, numbers = whole.get("id2label"), whole.get("label2id")
-    if expectation.names_labels or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
+    names, numbers = change.whole.get("id2label"), change.whole.get("label2id")
+    if "id2label" in expectation.config or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
         return False
     return {str(name): str(key) for key, name in names.items()} == {key: str(one) for key, one in numbers.items()}
 
 
-def _is_derived_problem(change: KeyChange, _: Expectation) -> bool:
-    return change.expected in (ABSENT, None) and change.actual == "single_label_classification"
-
-
-def _is_own_class(change: KeyChange, expectation: Expectation) -> bool:
-    return any(same(change.actual, one) for one in expectation.architectures)
-
-
-def _is_removed(change: KeyChange, _: Expectation) -> bool:
-    return change.actual is ABSENT or change.actual is None
-
-
 def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
     """An entry of `added_tokens_decoder`, which repeats the tokenizer's own added token."""
-    decoder = change.whole.get("added_tokens_decoder") if isinstance(change.whole, Mapping) else None
+    decoder = change.whole.get("added_tokens_decoder")
     entry = decoder.get(change.key[1]) if isinstance(decoder, Mapping) and len(change.key) > 1 else None
     own = expectation.added_tokens.get(str(entry.get("content"))) if isinstance(entry, Mapping) else None
     if own is None or str(own["id"]) != change.key[1]:
@@ -215,30 +182,36 @@ def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
 
 
 def _is_older_rope(change: KeyChange, _: Expectation) -> bool:
-    place = change.whole
+    place: Any = change.whole
     for part in change.key[: -1 if change.key[-1] == "rope_theta" else change.key.index("rope_scaling")]:
         place = place.get(part, {}) if isinstance(place, Mapping) else {}
     return not change.is_loaded and isinstance(place, Mapping) and "rope_parameters" not in place
 
 
-def _is_untied(change: KeyChange, expectation: Expectation) -> bool:
-    return expectation.is_untied and change.actual is False
+_CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
+    "is_written": _is_written,
+    "is_default": _is_default,
+    "is_left_out": _is_left_out,
+    "is_nothing": lambda one, _: not one.is_loaded and {repr(one.expected), repr(one.actual)} <= {"absent", "None"},
+    "is_text": lambda one, _: one.actual is ABSENT or isinstance(one.actual, str | None),
+    "is_flag": lambda one, _: one.actual is ABSENT or isinstance(one.actual, bool),
+    "is_resized": lambda one, expectation: (one.expected, one.actual) in expectation.resized,
+    "is_untied": lambda one, expectation: expectation.is_untied and one.actual is False,
+    "is_same_dtype": _is_same_dtype,
+    "is_own_class": lambda one, expectation: (
+        expectation.has_base_tensors_only and same(one.actual, expectation.config.get("architectures", ABSENT))
+    ),
+    "is_of_a_new_head": _is_of_a_new_head,
+    "is_derived_problem": lambda one, _: one.expected in (ABSENT, None) and one.actual == "single_label_classification",
+    "is_of_tokenizer": _is_of_tokenizer,
+    "are_same_stops": _are_same_stops,
+    "is_removed": lambda one, _: one.actual is ABSENT or one.actual is None,
+    "is_added_token": _is_added_token,
+    "is_same_class": lambda one, expectation: expectation.same_class and isinstance(one.actual, str),
+    "is_provenance": lambda one, _: one.actual in (ABSENT, "tokenizers") or type(one.actual) is bool,
+    "is_older_rope": _is_older_rope,
+}
 
-
-def _is_same_class(change: KeyChange, expectation: Expectation) -> bool:
-    return expectation.same_class and isinstance(change.actual, str)
-
-
-def _is_provenance(change: KeyChange, _: Expectation) -> bool:
-    return change.actual is ABSENT or change.actual == "tokenizers" or type(change.actual) is bool
-
-
-def _rows() -> Iterator[ExpectedDifference]:
-    table = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8")
-    for shown, file, key, writer, reason, condition in [*csv.reader(table.splitlines())][1:]:
-        holds = globals()[f"_{condition}"]
-        yield ExpectedDifference(shown=shown, file=file, key=key, writer=writer, reason=reason, condition=holds)
-
-
-ROWS: tuple[ExpectedDifference, ...] = tuple(_rows())
+_TABLE = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+ROWS = tuple(ExpectedDifference(**row) for row in csv.DictReader(_TABLE))
 """Every expected difference, from expected_differences.csv. The first row whose condition holds names it."""

@@ -17,7 +17,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -28,14 +28,13 @@ from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
-from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
+from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.expected_differences import Expectation
 from merge_gate.engine.finished_settings import read_settings
 from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.engine.tensors.deviation import ExactRows, Fit, deviation, requantized
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
-from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import EngineError, Undecidable
 from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
@@ -68,10 +67,6 @@ class Files:
     feed: Feed
     is_streamed: bool = False
     settings: SettingsFiles | None = None
-
-    def bytes_of(self, names: Sequence[str]) -> dict[str, StoredBytes]:
-        by_name = {one.name: one for one in self.stored}
-        return stored_bytes(self.directory, {name: by_name[name] for name in names})
 
 
 def compared(
@@ -152,7 +147,8 @@ def compare(
     evidence = adapter_evidence.merge(replace(request, sink=sink))
     if evidence.refusal is not None:
         return evidence, Comparison()
-    names = found.untouched()
+    merged_names = {name for name, _ in found.facts}
+    names = [name for name in base.tensors if name not in merged_names]
     for _ in range(MOST_PASSES):
         for _ in spread(found.compare_untouched, names):
             pass
@@ -193,8 +189,7 @@ class _Found:
     _partners: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     _untied: set[str] = field(default_factory=set)
     _fitted: set[str] = field(default_factory=set)
-    _tried: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _tries: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MOST_REQUANTIZED))
 
     def __post_init__(self) -> None:
         for name in self.merged.tensors:
@@ -221,13 +216,11 @@ class _Found:
             if facts is None or facts.same:
                 continue
             with torch.no_grad(), self.merged.filled([partner]):
-                actual, expected = self.merged.tensors[partner].detach(), tensor.detach()
-                if is_same(actual, expected):
-                    facts = replace(facts, in_other_order=True)
-                else:
-                    facts = self._with_figures(name, facts, actual, expected)
-            with self._lock:
-                self.facts[name, partner] = facts
+                actual = self.merged.tensors[partner].detach()
+                is_other = is_same(actual, tensor)
+                self.facts[name, partner] = (
+                    replace(facts, in_other_order=True) if is_other else self._with_figures(name, facts, actual, tensor)
+                )
 
     def unlike(self) -> frozenset[str]:
         """The merged tensors that may be rounded in another order than PEFT rounds."""
@@ -242,25 +235,20 @@ class _Found:
 
     def fit(self, name: str, blocks: Iterable[ExactRows]) -> None:
         """The merge of a tensor in float64, from the first row to the last. If it comes again, neither is the whole."""
-        partners = [one for one in self.partners(name) if self._is_unlike(name, one)]
-        fits = {one: _fit(self.facts[name, one]) for one in partners}
-        with torch.no_grad(), self.merged.filled(partners):
+        unlike = {one: self.facts[name, one] for one in self.partners(name) if self._is_unlike(name, one)}
+        fits = {
+            partner: Fit(getattr(torch, one.expected_dtype), getattr(torch, one.dtype), one.factor)
+            for partner, one in unlike.items()
+        }
+        with torch.no_grad(), self.merged.filled([*fits]):
             for rows in blocks:
                 for partner, fit in fits.items():
                     fit.add(self.merged.tensors[partner].detach()[rows.start : rows.start + len(rows.merged)], rows)
         for partner, fit in fits.items():
             outside, bias = fit.best()
-            self.facts[name, partner] = replace(
-                self.facts[name, partner],
-                outside=None if name in self._fitted else outside,
-                bias=bias,
-                astray=fit.astray,
-            )
+            outside_of_whole = None if name in self._fitted else outside
+            self.facts[name, partner] = replace(unlike[partner], outside=outside_of_whole, bias=bias, astray=fit.astray)
         self._fitted.add(name)
-
-    def untouched(self) -> list[str]:
-        merged = {name for name, _ in self.facts}
-        return [name for name in self.base.tensors if name not in merged]
 
     def partners(self, name: str) -> tuple[str, ...]:
         """The tensors of the finished model that have to be like this one."""
@@ -273,21 +261,14 @@ class _Found:
             self._compare(name, self.base.tensors[name].detach(), touched=False)
 
     def _compare(self, name: str, expected: torch.Tensor, *, touched: bool) -> None:
-        if is_quantized(expected):
-            return
         for partner in self.partners(name):
-            facts = self._compared(name, partner, expected, touched=touched)
-            with self._lock:
-                self.facts[name, partner] = facts
-
-    def _compared(self, name: str, partner: str, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
-        with torch.no_grad(), self.merged.filled([partner]):
-            actual = self.merged.tensors[partner].detach()
             is_own = name in self._untied or self.base.first_name(partner) == name
-            facts = outlined(partner if is_own else name, actual, expected, touched=touched)
-            if facts.same or touched:
-                return facts  # a merged tensor may have the bits of the other order of rounding
-            return self._with_figures(name, facts, actual, expected)
+            with torch.no_grad(), self.merged.filled([partner]):
+                actual = self.merged.tensors[partner].detach()
+                facts = outlined(partner if is_own else name, actual, expected, touched=touched)
+                if not facts.same and not touched:  # a merged tensor may have the bits of the other order of rounding
+                    facts = self._with_figures(name, facts, actual, expected)
+            self.facts[name, partner] = facts
 
     def _with_figures(
         self, name: str, facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor
@@ -296,11 +277,8 @@ class _Found:
             return facts
         actual, expected = in_common(actual, expected)
         own = self.base.tensors.get(name)
-        own = (
-            None
-            if own is None or own.dim() != actual.dim() or is_quantized(own)
-            else in_common(own.detach(), actual)[0]
-        )
+        if own is not None:
+            own = in_common(own.detach(), actual)[0] if own.dim() == actual.dim() else None
         with self.base.filled([name]):
             own = own if own is not None and own.shape == actual.shape else None
             return self._requantized(figures(facts, actual, expected, own), actual, expected, own)
@@ -310,12 +288,9 @@ class _Found:
     ) -> TensorComparison:
         """Try to explain a difference that is no factor of the delta by another quantization of the base."""
         is_explained = facts.same_as_base or facts.is_along_delta
-        if base is None or base.dim() != 2 or is_explained or facts.dtype != facts.expected_dtype:  # noqa: PLR2004
+        is_candidate = base is not None and base.dim() == 2 and facts.dtype == facts.expected_dtype  # noqa: PLR2004
+        if base is None or is_explained or not is_candidate or not self._tries.acquire(blocking=False):
             return facts
-        with self._lock:
-            if self._tried >= MOST_REQUANTIZED:
-                return facts
-            self._tried += 1
         rows = slice(0, max(1, MOST_VALUES_REQUANTIZED // max(1, base.shape[1])))
         return replace(facts, requantized=requantized(actual[rows], expected[rows], base[rows]))
 
@@ -332,10 +307,6 @@ def is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         return False
     actual, expected = in_common(actual, expected.detach())
     return same_bits(actual, expected.to(actual.device, actual.dtype))
-
-
-def _fit(facts: TensorComparison) -> Fit:
-    return Fit(getattr(torch, facts.expected_dtype), getattr(torch, facts.dtype), facts.factor)
 
 
 def outlined(name: str, actual: torch.Tensor, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
@@ -355,19 +326,11 @@ def outlined(name: str, actual: torch.Tensor, expected: torch.Tensor, *, touched
 def figures(
     facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None
 ) -> TensorComparison:
-    """The facts with the figures of tensors of one shape."""
-    measured = deviation(actual, expected.detach().to(actual.device), base)
-    return replace(
-        facts,
-        same_as_base=base is not None and same_bits(actual, base.to(actual.dtype)),
-        changed=measured.changed,
-        units=measured.units,
-        delta_sq=measured.delta_sq,
-        cross=measured.cross,
-        actual_sq=measured.actual_sq,
-        rounding_sq=measured.rounding_sq,
-        nonfinite=measured.nonfinite,
-    )
+    """The facts with the figures of tensors of one shape. Without a base, its values are taken as zeros."""
+    is_base = base is not None and same_bits(actual, base.to(actual.dtype))
+    expected = expected.detach().to(actual.device)
+    measured = deviation(actual, expected, torch.zeros_like(expected) if base is None else base)
+    return replace(facts, same_as_base=is_base, **asdict(measured))
 
 
 # --- what transformers does not load ---------------------------------------------------------------------------------
@@ -377,9 +340,10 @@ def _unloaded(files: Files, base_files: Files, base_map: TensorMap | None) -> It
     """Stored tensors that the base's load leaves out, and that the finished directory stores too."""
     if base_map is None:
         return
-    own = {one.name: one for one in files.stored}
-    names = [name for name in base_map.unloaded if name in own]
-    theirs, ours = base_files.bytes_of(names), files.bytes_of(names)
+    before, after = ({one.name: one for one in part.stored} for part in (base_files, files))
+    names = [name for name in base_map.unloaded if name in after]
+    theirs = stored_bytes(base_files.directory, {name: before[name] for name in names})
+    ours = stored_bytes(files.directory, {name: after[name] for name in names})
     for name in names:
         expected, actual = theirs[name].read(base_files.feed), ours[name].read(files.feed)
         facts = outlined(name, actual, expected, touched=False)
@@ -400,12 +364,9 @@ def _map_of(merged: Base, files: Files) -> TensorMap | None:
 
 
 def _keys(base: Base, found: TensorMap | None) -> LoadedKeys:
-    if found is None:
-        return LoadedKeys(without_source=tuple(sorted(base.newly_initialized)), ties=tuple(base.aliases.items()))
     return LoadedKeys(
-        targets=tuple(found.targets().items()),
-        unloaded=tuple(found.unloaded),
-        stale_buffers=stale_buffers(found),
+        targets=tuple(found.targets().items()) if found is not None else (),
+        stale_buffers=stale_buffers(found) if found is not None else (),
         without_source=tuple(sorted(base.newly_initialized)),
         ties=tuple(base.aliases.items()),
     )

@@ -72,11 +72,12 @@ def read_settings(
     """
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        folders = [Path(place, name) for name in ("expected", "merged", "written")]
-        _link(folders[0], dict(files.expected))
-        _link(folders[1], {name: str(Path(directory, name)) for name in files.merged})
-        folders[2].mkdir()
-        reading = _Reading(files, folders[0], folders[1], folders[2], expected, actual, expectation)
+        first, second, written, older = (Path(place, name) for name in ("expected", "merged", "written", "older"))
+        _link(first, dict(files.expected))
+        _link(second, {name: str(Path(directory, name)) for name in files.merged})
+        for folder in (written, older):
+            folder.mkdir()
+        reading = _Reading(files, first, second, written, older, expected, actual, expectation)
         try:
             return within(LIMIT_S, lambda: _without_panic(reading.result))
         except TimeoutError:
@@ -108,12 +109,16 @@ def _link(folder: Path, places: Mapping[str, str]) -> None:
 
 @dataclass
 class _Reading:
-    """The comparison of one finished model. `loaded` has what transformers makes of the expected files."""
+    """The comparison of one finished model. `loaded` has what transformers makes of the expected files.
+
+    `written` is the folder of the files that transformers writes, and `older` that of the vocabulary's older files.
+    """
 
     files: SettingsFiles
     first: Path
     second: Path
     written: Path
+    older: Path
     expected: Any
     actual: Any
     expectation: Expectation
@@ -131,14 +136,11 @@ class _Reading:
         self.loaded |= {name: _plain(one) for name, (one, _) in of_model.items()}
         if any(_bytes(self.first / name) != _bytes(self.second / name) for name in names):
             self._tokenizers()
-        written = {path.name: _parsed(path)[0] for path in self.written.glob("*.json")}
-        config = _parsed(self.first / _CONFIG)[0] or {}
         self.expectation = replace(
             self.expectation,
             loaded=self.loaded,
-            written={name: one for name, one in written.items() if one is not None},
-            names_labels="id2label" in config,
-            architectures=(config.get("architectures", ABSENT),) if self.expectation.has_base_tensors_only else (),
+            written={path.name: _parsed(path)[0] for path in self.written.glob("*.json")},
+            config=_parsed(self.first / _CONFIG)[0] or {},
         )
         for name, (_, actual) in of_model.items():
             old, new = flat(self.loaded[name]), flat(_plain(actual))
@@ -169,11 +171,10 @@ class _Reading:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> None:
-        path = self.second / name
-        if _bytes(path) == _bytes(self.first / name) and name != _CONFIG:  # the adapter may need another class
+        content = _bytes(self.second / name)
+        if content == _bytes(self.first / name) and name != _CONFIG:  # the adapter may need another class
             return
-        lines = _derived(name, self.loaded.get(_TOKENIZER))
-        if _bytes(path) == _bytes(self.written / name) or (lines and lines == _lines(path)):
+        if content in (_bytes(self.written / name), _bytes(self.older / name)):
             self.read.append(name)
         elif name.endswith(".json"):
             self._json(name)
@@ -209,8 +210,7 @@ class _Reading:
             old, new = first.get(key, ABSENT), second.get(key, ABSENT)
             if not same(old, new) and (name, key) != ("tokenizer_config.json", ("chat_template",)):
                 change = KeyChange(file=name, key=key, expected=old, actual=new, whole=whole, is_loaded=is_loaded)
-                row = expected_by(change, self.expectation)
-                self._add(name, ".".join(key), old, new, row.shown if row is not None else "")
+                self._add(name, ".".join(key), old, new, expected_by(change, self.expectation))
 
     # --- the tokenizer -----------------------------------------------------------------------------------------------
 
@@ -258,6 +258,7 @@ class _Reading:
 
         with contextlib.suppress(Exception):
             tokenizer.save_pretrained(self.written)
+            _without_panic(lambda: tokenizer.backend_tokenizer.model.save(str(self.older)))  # as transformers 4
         if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
             for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
                 with contextlib.suppress(Exception):
@@ -353,24 +354,6 @@ def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
     return first, second
 
 
-def _derived(name: str, form: Any) -> list[str] | None:
-    """The lines of merges.txt or vocab.txt that transformers 4 writes next to this tokenizer.json."""
-    model = form["model"] if form is not None else {}
-    if name == "merges.txt" and isinstance(model.get("merges"), list):
-        return [" ".join(one) if isinstance(one, list) else one for one in model["merges"]]
-    if name == "vocab.txt" and isinstance(model.get("vocab"), dict):
-        return sorted(model["vocab"], key=model["vocab"].__getitem__)
-    return None
-
-
-def _lines(path: Path) -> list[str] | None:
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except ValueError:
-        return None
-    return [line for number, line in enumerate(lines) if line and (number, line) != (0, "#version: 0.2")]
-
-
 def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
@@ -403,13 +386,9 @@ def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:
     if isinstance(value, list):
         return [_text_of(one, tokens) for one in value]
     own = tokens.get(str(value.get("content"))) if isinstance(value, dict) else None
-    if (
-        own is None
-        or not value.keys() >= _FLAGS
-        or any(key != "__type" and not same(own.get(key, ABSENT), value[key]) for key in value)
-    ):
-        return value
-    return value["content"]
+    keys = value.keys() - {"__type"} if own is not None else set()
+    is_own = own is not None and keys >= _FLAGS and all(same(own.get(key, ABSENT), value[key]) for key in keys)
+    return value["content"] if is_own else value
 
 
 def _plain(values: Any) -> Any:

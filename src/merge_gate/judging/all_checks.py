@@ -23,7 +23,7 @@ from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Severity
 
-_WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 _WORDS = {**refused_adapters.WORDS, **refused_merges.WORDS, **refused_bases.WORDS}
 
@@ -76,7 +76,7 @@ def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting])
     found = (_configured(each, settings) for each in findings)
     configured = [_of_base(each, settings) for each in found if each is not None]
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
-    return tuple(sorted(configured, key=lambda finding: (_WEIGHT[finding.severity], order.get(finding.check, 0))))
+    return tuple(sorted(configured, key=lambda finding: (WEIGHT[finding.severity], order.get(finding.check, 0))))
 
 
 def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:

@@ -7,6 +7,9 @@ import math
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import record
 
+LOST = 1e-3
+"""Factors in 16 bits change the square of a delta's norm by less than this share."""
+
 
 @record
 class TensorComparison:
@@ -26,7 +29,6 @@ class TensorComparison:
         dtype, expected_dtype: torch's words.
         shape, expected_shape: the tensor has no figures if these have not the same number of dimensions.
         numel: the number of values.
-        changed: in how many values E differs from W.
         units: the largest |A - E|, in units of the last place of the larger of |W| and |E|.
             Inf if a value of A is finite and E's is not.
         delta_sq: the sum of (E - W)².
@@ -51,7 +53,6 @@ class TensorComparison:
     shape: tuple[int, ...]
     expected_shape: tuple[int, ...]
     numel: int
-    changed: int = 0
     units: float = 0.0
     delta_sq: float = 0.0
     cross: float = 0.0
@@ -79,23 +80,10 @@ class TensorComparison:
         return self.cross / self.delta_sq if self.delta_sq else 0.0
 
     @property
-    def residual_sq(self) -> float:
-        """What is left of A - W with this factor, as the square of a norm."""
-        return max(0.0, self.actual_sq - self.factor * self.cross)
-
-    @property
     def is_along_delta(self) -> bool:
-        """Whether A is W + k(E - W) for some k, except for rounding."""
-        return is_along(self.factor, self.residual_sq, delta_sq=self.delta_sq, rounding_sq=self.rounding_sq)
-
-
-LOST = 1e-3
-"""Factors in 16 bits change the square of a delta's norm by less than this share."""
-
-
-def is_along(factor: float, residual_sq: float, *, delta_sq: float, rounding_sq: float) -> bool:
-    """Whether a residual is only rounding: of A and of E to the unit of the last place, and of the delta's factors."""
-    return residual_sq <= 2 * (1 + factor**2) * rounding_sq + LOST * factor**2 * delta_sq
+        """Whether A is W + k(E - W) for some k, except for rounding: to the last place, and of the delta's factors."""
+        residual_sq, factor_sq = max(0.0, self.actual_sq - self.factor * self.cross), self.factor**2
+        return residual_sq <= 2 * (1 + factor_sq) * self.rounding_sq + LOST * factor_sq * self.delta_sq
 
 
 @record
@@ -104,14 +92,12 @@ class LoadedKeys:
 
     Attributes:
         targets: each stored tensor that is loaded, and the tensors of the model that it is part of.
-        unloaded: stored tensors that are not loaded.
-        stale_buffers: those of them that transformers computes: earlier releases stored them, and it saves none.
+        stale_buffers: stored tensors that transformers computes: earlier releases stored them, and it saves none.
         without_source: tensors of the model that no stored tensor makes.
         ties: a name of a tied tensor, and its first name.
     """
 
     targets: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    unloaded: tuple[str, ...] = ()
     stale_buffers: tuple[str, ...] = ()
     without_source: tuple[str, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()

@@ -43,7 +43,6 @@ from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
 from merge_gate.verify.directory import expected_files, settings_files
-from merge_gate.verify.own_record import recorded_report
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.pinned import base_changed, base_silent
@@ -101,7 +100,7 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
         )
     try:
-        found = recorded_report(name, name, options.allowed)
+        found = answer.recorded_report(name, name, options.allowed)
         content = read_regular_file(Path(name, MANIFEST_NAME), MOST_BYTES)
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error

@@ -6,24 +6,29 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
+from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, finding
+from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.checks.table import NOT_JUDGED
-from merge_gate.judging.limits import bounded
+from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
+from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
-from merge_gate.records.report import AdapterReport
-from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, Verdict
-from merge_gate.text import quoted
-from merge_gate.verify.before_merge import architecture_finding, quantized
+from merge_gate.records.publication import Manifest
+from merge_gate.records.refusals import NotJudged
+from merge_gate.records.report import AdapterReport, Coverage
+from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.text import counted, listing, quoted
 from merge_gate.verify.directory import directory_findings, expected_files
 from merge_gate.verify.exchanged import command
 from merge_gate.verify.stored_names import stored_findings
@@ -31,7 +36,15 @@ from merge_gate.verify.values import value_findings
 
 _ORDER = {kind: number for number, kind in enumerate(ANSWERS)} | {ATTESTATION: -2}
 """The order in which findings decide. Those of the gate are -1: only a bad attestation comes before them."""
-_WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+
+_MOST_CONFIG_BYTES = 20_000_000
+SHARE_OF_ANOTHER = 0.5
+"""If more of the base's tensors than this share are absent or have another shape, the model is another one."""
+
+_SIZES = (
+    "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_layers", "intermediate_size",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
+)  # fmt: skip
 
 
 def findings_of(
@@ -160,7 +173,7 @@ def decided(
     """The report with these findings. Allowed kinds are notes, if they may be allowed."""
     accepted = set(allowed).intersection(ALLOWED)
     lowered = (replace(one, severity=Severity.NOTE) if one.check in accepted else one for one in findings)
-    ordered = bounded(sorted(lowered, key=lambda one: (_WEIGHT[one.severity], _ORDER.get(one.check, -1))))
+    ordered = bounded(sorted(lowered, key=lambda one: (all_checks.WEIGHT[one.severity], _ORDER.get(one.check, -1))))
     index = next((place for place, one in enumerate(ordered) if one.severity is Severity.ERROR), None)
     is_of_base = index is not None and ordered[index].origin is Origin.BASE
     is_undecided = is_of_base or (index is not None and ordered[index].check == NOT_JUDGED)
@@ -178,3 +191,105 @@ def decided(
         findings=ordered,
         decided_by=index,
     )
+
+
+# --- what the files alone say -----------------------------------------------------------------------------------------
+
+
+def quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_name: str) -> NotJudged | None:
+    """Why two models are not compared: one of them is stored quantized. None if none is."""
+    if base.quantization is not None and base.quantization.is_read:
+        original = f"--base {quoted(base.original, 120)}" if base.original else "the original base with --base"
+        return NotJudged(
+            message=f"the base {quoted(base_name, 200)} is stored quantized ({_method(base)}), and a merge into it is "
+            "not compared",
+            hint=f"name {original}: the base of the merge, before it was quantized",
+            origin=Origin.BASE,
+        )
+    is_whole = all(one.check == "base-format" for one in merged.findings)
+    if merged.quantization is not None and merged.quantization.is_read and is_whole:
+        return NotJudged(
+            message=f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), so its values are "
+            "not the values of the merge",
+            hint="verify the merged model before it is quantized",
+            origin=Origin.MODEL,
+        )
+    return None
+
+
+def _method(files: BaseFiles) -> str:
+    declared = files.quantization
+    return quoted(declared.method or "of an unknown method", 60, "") if declared is not None else ""
+
+
+def architecture_finding(base: BaseFiles, merged: BaseFiles) -> Finding | None:
+    """The finding on a model of another architecture or size than the base; None if they are alike.
+
+    config.json must say so, and most stored tensors must agree: a changed config.json alone is a smaller difference.
+    """
+    other = list(_other_sizes(_config_of(base), _config_of(merged)))
+    shapes = {one.name: one.shape for one in merged.tensors}
+    odd = [one for one in base.tensors if shapes.get(one.name) != one.shape]
+    if not other or len(odd) <= SHARE_OF_ANOTHER * len(base.tensors):
+        return None
+    settings = [f"{key} {quoted(str(new), 60)}, expected {quoted(str(old), 60)}" for key, old, new in other]
+    return finding(
+        OTHER_ARCHITECTURE,
+        f"config.json has {listing(settings)} as in the base, and {len(odd):,} of "
+        f"{counted(len(base.tensors), 'tensor')} of the base are not there in their shape",
+        tensors=len(odd),
+    )
+
+
+def _config_of(files: BaseFiles) -> Mapping[str, Any]:
+    return read_as_transformers(Path(files.directory, "config.json"), _MOST_CONFIG_BYTES) or {}
+
+
+def _other_sizes(base: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    if base.get("model_type") != merged.get("model_type"):
+        yield "model_type", base.get("model_type"), merged.get("model_type")
+    inner = [part if isinstance(part := one.get("text_config"), dict) else {} for one in (base, merged)]
+    for key in _SIZES:
+        old, new = (part.get(key, one.get(key)) for part, one in zip(inner, (base, merged), strict=True))
+        if old != new and old is not None and new is not None:
+            yield key, old, new
+
+
+# --- its own record ---------------------------------------------------------------------------------------------------
+
+
+def recorded_report(name: str, directory: str, allowed: Collection[str]) -> AdapterReport:
+    """The report on a published directory that is compared with its merge-gate.json: every file, by its digest.
+
+    It is not signed, and anyone who can write the files can write it, too. An attestation proves who wrote it.
+
+    Raises:
+        UsageError: there is no record, or it is none of merge-gate.
+        OSError: a file cannot be read.
+    """
+    manifest = read_manifest(directory)
+    odd, base = differences(directory, manifest), manifest.base
+    different = {one.path for one in odd}
+    gated = AdapterReport(
+        name=manifest.name,
+        source=manifest.adapters[0].source,
+        base=BaseKey(model=cut(base.model), revision=base.revision, dtype=base.dtype, quantization=base.quantization),
+        peft_type=manifest.peft_type,
+        verdict=Verdict.ERROR,
+        coverage=Coverage(),
+        files=tuple(file for file in manifest.files if file.path not in different),  # the others have other digests
+        line=1,
+        column=1,
+    )
+    return decided(Snapshot(name=name, directory=directory), gated, _own_findings(manifest, odd), allowed)
+
+
+def _own_findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
+    if not odd:
+        message = f"{counted(len(manifest.files), 'file has', 'files have')} the digests in {MANIFEST_NAME}"
+        if manifest.checks:
+            message += f". It was judged with changed checks: {one_line(listing(manifest.checks), 400)}"
+        return [finding("as-published", message)]
+    shown = listing([f"{quoted(one.path, 120)} is {one.kind}" for one in odd])
+    message = f"{counted(len(odd), 'file differs', 'files differ')} from {MANIFEST_NAME}: {shown}"
+    return [finding("file-changed", message, files=len(odd))]

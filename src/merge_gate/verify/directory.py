@@ -13,7 +13,6 @@ Out: findings. Each file is exactly one of these:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -37,14 +36,14 @@ MOST_FILES = 10_000
 MOST_BYTES = 256 * 1024 * 1024
 """The most that is read of a companion. A larger one is a difference."""
 
-_LISTED = 5
-_KINDS = {
+_KINDS: Mapping[Companion | None, str] = {
     Companion.CONFIG: "config-differs",
     Companion.GENERATION: "settings-differ",
     Companion.TOKENIZER: "tokenizer-differs",
     Companion.TEMPLATE: "chat-template-differs",
     Companion.PROCESSOR: "settings-differ",
 }
+_TOO_MANY = {"stale-shards", "unexpected-file"}
 _KINDS_OF_KEYS = {
     "eos_token_id": "stop-tokens-differ",
     "eos_token": "stop-tokens-differ",
@@ -93,36 +92,36 @@ def settings_files(merged: Snapshot, expected: ExpectedFiles) -> SettingsFiles:
 def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSettings) -> Iterator[Finding]:
     """The findings on everything except the tensors."""
     account = _Account(merged, expected, read)
-    account.run()
     for kind, parts in account.odd.items():
         what = f"{counted(len(parts), 'difference')} in the files next to the weights"
-        yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
-    for kind, parts in account.extra.items():
-        what = f"{counted(len(parts), 'file')} that a program may load, and that is not expected"
-        yield finding(kind, f"{what}: {listing(parts, _LISTED)}")
+        if kind in _TOO_MANY:
+            what = f"{counted(len(parts), 'file')} that a program may load, and that is not expected"
+        yield finding(kind, f"{what}: {listing(parts)}")
     for what, names in account.absent.items():
-        files = listing(map(_named, names), _LISTED)
+        files = listing(map(_named, names))
         yield note("tokenizer-differs", f"the directory has no {what}: the server must supply it ({files})")
     if account.harmless:
-        files = listing(map(_named, account.harmless), _LISTED)
+        files = listing(map(_named, account.harmless))
         yield note("unexpected-file", f"{counted(len(account.harmless), 'file')} that no loader reads: {files}")
 
 
 class _Account:
-    """The account of one directory: what is odd, by kind, and which files are too many, by kind."""
+    """The account of one directory: what is odd, and which files are too many, by kind."""
 
     def __init__(self, merged: Snapshot, expected: ExpectedFiles, read: ReadSettings) -> None:
         self._merged, self._expected, self._read = merged, expected, read
         self._places = _places(merged.directory)
         self.odd: dict[str, list[str]] = defaultdict(list)
-        self.extra: dict[str, list[str]] = defaultdict(list)
         self.absent: dict[str, list[str]] = {}
         self.harmless: list[str] = []
+        self._all_files()
+        self._missing()
+        self._templates()
 
-    def run(self) -> None:
+    def _all_files(self) -> None:
         names = sorted({*self._places, *self._merged.withheld} - self._weights())
         if len(names) > MOST_FILES:
-            self.extra["unexpected-file"].append(f"more than {MOST_FILES:,} files")
+            self.odd["unexpected-file"].append(f"more than {MOST_FILES:,} files")
         for name in names[:MOST_FILES]:
             if companion_kind(name) in _KINDS and name in self._places:
                 self._companion(name, self._places[name])
@@ -130,12 +129,10 @@ class _Account:
                 self._other(name, self._places.get(name))
         for one in self._read.differences:
             if not one.row:
-                kind = _KINDS_OF_KEYS.get(one.key.rpartition(".")[2]) or _kind_of(one.file)
+                kind = _KINDS_OF_KEYS.get(one.key.rpartition(".")[2], _kind_of(one.file))
                 what = f"is {one.actual}, expected {one.expected}" if one.key else one.actual
                 place = f"{one.key} of {one.file}" if one.key else one.file
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
-        self._missing()
-        self._templates()
 
     def _weights(self) -> set[str]:
         """The files that transformers loads, with the index. mlx-lm writes an index of a single file, too."""
@@ -155,7 +152,7 @@ class _Account:
             return
         elif name not in self._read.read and not _is_template(name, path):
             if expected is None:
-                self.extra["unexpected-file"].append(_named(name))
+                self.odd["unexpected-file"].append(_named(name))
             else:
                 self.odd[_kind_of(name)].append(f"{_named(name)} has other bytes")
 
@@ -169,15 +166,13 @@ class _Account:
             if of_base is not None and not why:
                 why = "other bytes than the base's" if is_carried(name) else "weights of the base, which are not merged"
             is_stale = name.endswith(".safetensors") or name.rpartition("/")[2].startswith("pytorch_model")
-            self.extra["stale-shards" if is_stale else "unexpected-file"].append(_named(name) + f" ({why})" * bool(why))
+            self.odd["stale-shards" if is_stale else "unexpected-file"].append(_named(name) + f" ({why})" * bool(why))
 
     def _modules(self) -> set[str]:
         """The folders that modules.json of sentence-transformers names."""
-        try:
-            listed = json.loads(_text(self._places.get("modules.json")) or "[]")
-            return {str(one["path"]) for one in listed if one["path"]}
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return set()
+        listed = _json(self._places.get("modules.json"))
+        paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        return {str(one) for one in paths if one}
 
     def _missing(self) -> None:
         """A model without any tokenizer needs that of its server; one with half of it is wrong.
@@ -211,8 +206,7 @@ class _Account:
                     odd.add(f"the text {quoted(name, 60)} in {quoted(place, 120)}{_position(text, allowed)}")
         for before, after in used:
             odd |= {f"the template {quoted(name, 60)} is missing" for name in before.keys() - after.keys()}
-            changed = {name for name in after if after[name] != before.get(name)}
-            odd |= {f"the template {quoted(name, 60)} is another one" for name in changed}
+            odd |= {f"the template {quoted(key, 60)} is another one" for key in after if after[key] != before.get(key)}
         if odd:
             self.odd["chat-template-differs"] += sorted(odd)
 
@@ -272,7 +266,7 @@ def _named(name: str) -> str:
 
 
 def _kind_of(name: str) -> str:
-    return _KINDS.get(companion_kind(name) or Companion.TOKENIZER, "tokenizer-differs")
+    return _KINDS.get(companion_kind(name), "tokenizer-differs")
 
 
 def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
@@ -342,10 +336,14 @@ def _text(path: Path | None) -> str | None:
         return None
 
 
-def _object(path: Path | None) -> dict[str, Any]:
-    text = _text(path)
+def _json(path: Path | None) -> Any:
+    """The value in a file; None if it is no JSON, or cannot be read."""
     try:
-        value = parse_strictly(text.encode(), constant=float) if text is not None else {}
+        return parse_strictly((_text(path) or "").encode(), constant=float)
     except InvalidJsonError:
-        return {}
+        return None
+
+
+def _object(path: Path | None) -> dict[str, Any]:
+    value = _json(path)
     return value if isinstance(value, dict) else {}

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
-from merge_gate.judging.answer_kinds import COPY_AGAIN, MERGE_AGAIN, finding
+from merge_gate.judging.answer_kinds import ANSWERS, finding
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding
-from merge_gate.text import counted, listing, quoted, verb
+from merge_gate.text import counted, listing, quoted
 
 CHANCE = 6.3e-5
 """Random rounding exceeds a limit of four standard deviations this often."""
@@ -97,8 +97,7 @@ def value_findings(
     yield from _of_candidates(carriers, len(odd))
     touched = [(one, state) for one, state in states if one.name not in carriers]
     others = [one for one in others if one.name not in carriers]
-    base = _wrong_base(touched, others, comparison)
-    if base is not None:
+    if (base := _wrong_base(touched, others, comparison)) is not None:
         yield base
         return
     if len(odd) > len(carriers) or not odd:
@@ -126,21 +125,20 @@ def _carriers(odd: Iterable[TensorComparison], candidates: Mapping[str, Comparis
 def _of_candidates(carriers: Mapping[str, str], total: int) -> Iterator[Finding]:
     for candidate in dict.fromkeys(carriers.values()):
         names = [name for name, one in carriers.items() if one == candidate]
-        values = f"the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter"
-        yield finding(
-            "other-candidate",
-            f"it is {values}"
-            if len(names) == total
-            else f"{len(names):,} of {counted(total, 'tensor')} that {verb(total, 'differs', 'differ')} "
-            f"from the merge {verb(len(names), 'has', 'have')} the values of {values}: "
-            f"{listing([quoted(name, 120) for name in names], _LISTED)}",
-            tensor=names[0],
-            measured=(("tensors", float(len(names))),),
-        )
+        message = f"it is the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter"
+        if len(names) < total:
+            odd = f"{len(names):,} of {counted(total, 'tensor that differs', 'tensors that differ')} from the merge"
+            has = "has" if len(names) == 1 else "have"
+            message = f"{odd} {has} the values of {message.removeprefix('it is ')}: {_listed(names)}"
+        yield finding("other-candidate", message, tensor=names[0], tensors=len(names))
 
 
 def _names(tensors: Iterable[TensorComparison]) -> str:
-    return listing([quoted(one.name, 120) for one in tensors], _LISTED)
+    return _listed(one.name for one in tensors)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return listing([quoted(name, 120) for name in names])
 
 
 def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
@@ -149,9 +147,8 @@ def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
         first = odd[0]
         yield finding(
             "shape-changed",
-            f"{counted(len(odd), 'tensor')} {verb(len(odd), 'has', 'have')} "
-            f"another shape than in the merge: {quoted(first.name, 120)} has "
-            f"{list(first.shape)}, expected {list(first.expected_shape)}",
+            f"{counted(len(odd), 'tensor has', 'tensors have')} another shape than in the merge: "
+            f"{quoted(first.name, 120)} has {list(first.shape)}, expected {list(first.expected_shape)}",
             tensor=first.name,
         )
 
@@ -159,15 +156,16 @@ def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
 def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
     broken = list(tensors)
     if broken:
+        merge_again, copy_again = ANSWERS["nonfinite"].hint.split("; ")
         total = sum(one.nonfinite for one in broken)
+        are = "is" if total == 1 else "are"
         yield finding(
             "nonfinite",
-            f"{counted(total, 'value')} of {counted(len(broken), 'tensor')} {verb(total, 'is', 'are')} "
-            f"NaN or Inf, expected finite values: "
+            f"{counted(total, 'value')} of {counted(len(broken), 'tensor')} {are} NaN or Inf, expected finite values: "
             f"{_names(broken)}",
             tensor=broken[0].name,
-            measured=(("values", float(total)),),
-            hint=MERGE_AGAIN if broken[0].touched else COPY_AGAIN,
+            values=total,
+            hint=merge_again if broken[0].touched else copy_again,
         )
 
 
@@ -193,23 +191,16 @@ def _merged(
             yield _good(by_state, comparison)
         return
     if len(by_state[TensorState.BASE]) == len(touched):
-        yield finding(
-            "not-applied",
-            f"{_all(len(touched))} that the adapter changes have the bits of the base",
-            tensor=touched[0][0].name,
-        )
+        message = f"{_all(len(touched))} that the adapter changes have the bits of the base"
+        yield finding("not-applied", message, tensor=touched[0][0].name)
         return
     yield from _scaled(by_state, len(touched), config)
-    if by_state[TensorState.BASE]:
-        left = by_state[TensorState.BASE]
-        yield finding(
-            "applied-in-part",
-            f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes "
-            f"{verb(len(left), 'has', 'have')} the bits of the base: "
-            f"{_names(left)}",
-            tensor=left[0].name,
-            measured=(("tensors", float(len(left))),),
+    if left := by_state[TensorState.BASE]:
+        has = "has" if len(left) == 1 else "have"
+        message = (
+            f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes {has} the bits of the base"
         )
+        yield finding("applied-in-part", f"{message}: {_names(left)}", tensor=left[0].name, tensors=len(left))
     yield from _odd(by_state, has_candidates=has_candidates)
 
 
@@ -218,40 +209,30 @@ def _all(count: int) -> str:
 
 
 def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison: Comparison) -> Finding:
-    count = sum(len(by_state[state]) for state in GOOD)
-    rest = comparison.compared - len(comparison.tensors)
-    if by_state[TensorState.CLOSE]:
-        close = by_state[TensorState.CLOSE]
+    merged = counted(sum(len(by_state[state]) for state in GOOD), "merged tensor")
+    rest = f"{counted(comparison.compared - len(comparison.tensors), 'other tensor')} have the expected bits"
+    if close := by_state[TensorState.CLOSE]:
         worst = max(close, key=lambda one: one.units)
         return finding(
             "rounding",
-            f"{len(close):,} of {counted(count, 'merged tensor')} {verb(len(close), 'differs', 'differ')} "
-            f"from PEFT's merge by at most "
+            f"{len(close):,} of {merged} {'differs' if len(close) == 1 else 'differ'} from PEFT's merge by at most "
             f"{worst.units:.3g} units of the last place, as another order of rounding does; the remaining tensors and "
-            f"{counted(rest, 'other tensor')} have the expected bits",
+            f"{rest}",
             tensor=worst.name,
-            measured=(("units", worst.units),),
+            units=worst.units,
         )
-    if by_state[TensorState.OTHER_ORDER]:
-        other = by_state[TensorState.OTHER_ORDER]
-        return finding(
-            "other-order",
-            f"{len(other):,} of {counted(count, 'merged tensor')} {verb(len(other), 'has', 'have')} "
-            f"the bits of PEFT's merge without safe_merge; "
-            f"the remaining tensors and {counted(rest, 'other tensor')} have the expected bits",
-        )
-    return finding(
-        "exact", f"{counted(count, 'merged tensor')} and {counted(rest, 'other tensor')} have the expected bits"
-    )
+    if other := by_state[TensorState.OTHER_ORDER]:
+        bits = f"{'has' if len(other) == 1 else 'have'} the bits of PEFT's merge without safe_merge"
+        return finding("other-order", f"{len(other):,} of {merged} {bits}; the remaining tensors and {rest}")
+    return finding("exact", f"{merged} and {rest}")
 
 
 def _scaled(
     by_state: Mapping[TensorState, Sequence[TensorComparison]], total: int, config: AdapterConfig
 ) -> Iterator[Finding]:
     """One finding for each factor, most tensors first."""
-    left = list(by_state[TensorState.SCALED])
     groups: list[list[TensorComparison]] = []
-    for one in sorted(left, key=lambda one: one.factor):
+    for one in sorted(by_state[TensorState.SCALED], key=lambda one: one.factor):
         if groups and abs(one.factor - groups[-1][0].factor) <= 2 * max(_tolerance(one) * abs(one.factor), 0.01):
             groups[-1].append(one)
         else:
@@ -261,13 +242,8 @@ def _scaled(
         where = f"{_all(total)}" if len(group) == total else f"{len(group):,} of {total:,} tensors ({_names(group)})"
         kind = "applied-twice" if _is(factor, 2) else "other-strength"
         reasons = ", or ".join(_reasons(factor, config))
-        why = f": {reasons}" if reasons else ""
-        yield finding(
-            kind,
-            f"the delta is in {where} {factor:.4g} times, expected once{why}",
-            tensor=group[0].name,
-            measured=(("factor", factor),),
-        )
+        message = f"the delta is in {where} {factor:.4g} times, expected once" + (f": {reasons}" if reasons else "")
+        yield finding(kind, message, tensor=group[0].name, factor=factor)
 
 
 def _is(factor: float, value: float) -> bool:
@@ -307,11 +283,11 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
         worst = max(other, key=lambda one: one.units)
         yield finding(
             "unexplained",
-            f"{counted(len(other), 'merged tensor')} {verb(len(other), 'has', 'have')} "
-            f"other values than the merge, the base, or any multiple of "
-            f"the delta: {_names(other)}",
+            f"{counted(len(other), 'merged tensor has', 'merged tensors have')} other values than the merge, the base, "
+            f"or any multiple of the delta: {_names(other)}",
             tensor=worst.name,
-            measured=(("units", worst.units), ("factor", worst.factor)),
+            units=worst.units,
+            factor=worst.factor,
             hint="check the base and its revision: no candidate has these values" if has_candidates else "",
         )
     if biased:
@@ -322,7 +298,7 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
             f"direction: up to {worst.bias:.3g} standard deviations of random rounding in a row, a column, or the "
             f"tensor: {_names(biased)}",
             tensor=worst.name,
-            measured=(("deviations", worst.bias),),
+            deviations=worst.bias,
             hint="merge again: no order of rounding gives such values",
         )
     if imprecise:
@@ -330,11 +306,12 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
         values = sum(one.outside or 0 for one in imprecise)
         yield finding(
             "imprecise",
-            f"{counted(values, 'value')} of {counted(len(imprecise), 'merged tensor')} {verb(values, 'is', 'are')} "
-            f"off by more than float32 and rounding explain, by up to {worst.units:.3g} units of the last place: "
-            f"{_names(imprecise)}",
+            f"{counted(values, 'value')} of {counted(len(imprecise), 'merged tensor')} "
+            f"{'is' if values == 1 else 'are'} off by more than float32 and rounding explain, by up to "
+            f"{worst.units:.3g} units of the last place: {_names(imprecise)}",
             tensor=worst.name,
-            measured=(("units", worst.units), ("values", float(values))),
+            units=worst.units,
+            values=values,
         )
 
 
@@ -344,15 +321,12 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
 def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], comparison: Comparison) -> Finding | None:
     """Another base explains what the delta does not: a quantized one, or one with other values nearly everywhere."""
     odd = [one for one, state in touched if state is TensorState.OTHER]
-    explained = [one for one in (*odd, *others) if one.requantized is not None]
-    if explained:
-        kinds = Counter(one.requantized[0] for one in explained if one.requantized is not None)
-        name = kinds.most_common(1)[0][0]
+    explained = sorted((*odd, *others), key=lambda one: one.requantized is None)
+    if kinds := Counter(one.requantized[0] for one in explained if one.requantized is not None):
         return finding(
             "wrong-base",
-            f"{counted(len(odd) + len(others), 'tensor')} {verb(len(odd) + len(others), 'differs', 'differ')} "
-            f"as the base does after {name} quantization, expected "
-            f"the base as it is stored: {_names(sorted((*odd, *others), key=lambda one: one.requantized is None))}",
+            f"{counted(len(explained), 'tensor differs', 'tensors differ')} as the base does after "
+            f"{kinds.most_common(1)[0][0]} quantization, expected the base as it is stored: {_names(explained)}",
             tensor=explained[0].name,
         )
     untouched = comparison.compared - len(touched)
@@ -370,10 +344,9 @@ def _base_changed(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
     if not odd:
         return
     worst = max(odd, key=lambda one: one.units)
+    what = counted(
+        len(odd), "tensor that the adapter does not touch differs", "tensors that the adapter does not touch differ"
+    )
     yield finding(
-        "base-changed",
-        f"{counted(len(odd), 'tensor')} that the adapter does not touch {verb(len(odd), 'differs', 'differ')} "
-        f"from the base: {_names(odd)}",
-        tensor=worst.name,
-        measured=(("units", worst.units), ("tensors", float(len(odd)))),
+        "base-changed", f"{what} from the base: {_names(odd)}", tensor=worst.name, units=worst.units, tensors=len(odd)
     )

@@ -574,15 +574,15 @@ WRONG = [
     Recipe("a layer's norms dropped", "not-carried", _edited(_drop("layers.1.input_layernorm", "layers.1.post_att"))),
     Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),
     Recipe("other names", "renamed", _edited(_renamed)),
-    Recipe("an equal head untied", "tied", _with_files(_untied(0), "tied-base"), "tied-base"),
-    Recipe("a head untied", "base-changed", _with_files(_untied(0.5), "tied-base"), "tied-base", also=("tied",)),
-    Recipe("a head tied", "base-changed", _with_files(_tied), also=("tied",)),
+    Recipe("an equal head untied", "tied", _with_files(_untied(0), "tied-base"), "tied-base", also=("tied",)),
+    Recipe("a head untied", "base-changed", _with_files(_untied(0.5), "tied-base"), "tied-base", also=("tied", "tied")),
+    Recipe("a head tied", "base-changed", _with_files(_tied), also=("tied", "tied")),
     Recipe(
         "a head tied to a merged embedding",
         "base-changed",
         _with_files(_tied, "embedding"),
         "embedding",
-        also=("tied",),
+        also=("tied", "tied"),
     ),
     Recipe("a second set of shards", "stale-shards", _with_files(_stale)),
     Recipe("a ghost in the index", "ghost-index", _with_files(_ghost)),
@@ -633,6 +633,14 @@ WRONG = [
         "stop-tokens-differ",
         lambda out: (out / "generation_config.json").unlink(),
         "settings-differ",
+    ),
+    _of_dressed(
+        "another limit of new tokens",
+        "settings-differ",
+        lambda out: edit_json(out / "generation_config.json", max_new_tokens=1),
+    ),
+    Recipe(
+        "weights of another format", "unexpected-file", _with_files(lambda out: (out / "model.gguf").write_bytes(b"x"))
     ),
 ]
 """Each with one thing wrong."""

@@ -42,7 +42,6 @@ LOOSE = 2.0**-6
 class Deviation:
     """See `TensorComparison`, which has the same figures."""
 
-    changed: int = 0
     units: float = 0.0
     delta_sq: float = 0.0
     cross: float = 0.0
@@ -51,24 +50,22 @@ class Deviation:
     nonfinite: int = 0
 
 
-def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None) -> Deviation:
-    """Compare three tensors of one shape. Without a base, its values are taken as zeros."""
+def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> Deviation:
+    """Compare three tensors of one shape."""
     result = Deviation()
     if actual.dtype not in _EXPONENTS or expected.dtype not in _EXPONENTS:
         return result
     coarse = max((actual.dtype, expected.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     wide = torch.float64 if {torch.float32, torch.float64} & {actual.dtype, expected.dtype} else torch.float32
-    flat = [None if one is None else one.detach().reshape(-1) for one in (actual, expected, base)]
+    flat = [one.detach().reshape(-1) for one in (actual, expected, base)]
     for start in range(0, actual.numel(), CHUNK_ELEMENTS):
-        _add(result, [None if one is None else one[start : start + CHUNK_ELEMENTS].to(wide) for one in flat], coarse)
+        _add(result, coarse, *(one[start : start + CHUNK_ELEMENTS].to(wide) for one in flat))
     return result
 
 
-def _add(result: Deviation, values: list[torch.Tensor | None], dtype: torch.dtype) -> None:
-    actual, expected, base = values
-    assert actual is not None  # noqa: S101 - only the base may be absent
-    assert expected is not None  # noqa: S101 - as above
-    base = torch.zeros_like(expected) if base is None else base
+def _add(
+    result: Deviation, dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
+) -> None:
     is_finite = torch.isfinite(actual)
     comparable = is_finite & torch.isfinite(expected) & torch.isfinite(base)
     result.nonfinite += int((~is_finite & torch.isfinite(expected)).sum())
@@ -78,7 +75,6 @@ def _add(result: Deviation, values: list[torch.Tensor | None], dtype: torch.dtyp
         actual, expected, base = (torch.where(comparable, one, 0.0) for one in (actual, expected, base))
     unit = units(torch.maximum(base.abs(), expected.abs()), dtype)
     delta, moved = (expected - base).double(), (actual - base).double()
-    result.changed += int(torch.count_nonzero(delta))
     result.units = max(result.units, float(((actual - expected).abs() / unit).max())) if len(unit) else result.units
     result.delta_sq += float(delta.dot(delta))
     result.cross += float(delta.dot(moved))
@@ -207,17 +203,12 @@ def requantized(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
     wide = base.detach().to(torch.float32)
     difference = actual.detach().to(torch.float32) - expected.detach().to(torch.float32)
     whole = float(difference.double().square().sum())
-    shares = {}
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    quantizations = {"bnb-8bit": (wide / scale).round() * scale}
     for kind in ("nf4", "fp4"):
         packed, state = functional.quantize_4bit(wide, blocksize=BLOCK, quant_type=kind)
-        step = functional.dequantize_4bit(packed, state).to(torch.float32) - wide
-        shares[f"bnb-4bit {kind}"] = 1 - _ratio(float((difference - step).double().square().sum()), whole)
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    step = (wide / scale).round() * scale - wide
-    shares["bnb-8bit"] = 1 - _ratio(float((difference - step).double().square().sum()), whole)
-    best = max(shares, key=shares.__getitem__)
-    return (best, shares[best]) if shares[best] >= LEAST_EXPLAINED else None
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
+        quantizations[f"bnb-4bit {kind}"] = functional.dequantize_4bit(packed, state).to(torch.float32)
+    rests = {kind: float((difference - (one - wide)).double().square().sum()) for kind, one in quantizations.items()}
+    best = min(rests, key=rests.__getitem__)
+    share = 1 - rests[best] / whole if whole else 0.0
+    return (best, share) if share >= LEAST_EXPLAINED else None
