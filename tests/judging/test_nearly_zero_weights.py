@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.engine import adapter_evidence
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.records.terms import Severity
 from tests.support.engine import architectures
+from tests.support.engine.merges import merge_adapter
 from tests.support.gating import SPEC, Gate
 from tests.support.models import make_adapter, read_tensors, write_tensors
 from tests.support.verify.merges import weights_of, write_weights
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def delta_norm(base: Path, adapter: Path) -> Finding | None:
     files = preflight(str(adapter), allow_pickle=False)
-    evidence = adapter_evidence.merge_adapter(Gate().base(base, files, dtype="auto"), files)
+    evidence = merge_adapter(Gate().base(base, files, dtype="auto"), files)
     return next((one for one in judge_merge(SPEC, files, evidence) if one.check == "delta-norm"), None)
 
 
