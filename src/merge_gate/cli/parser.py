@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from merge_gate import __version__
@@ -204,23 +204,31 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
     top._positionals.title = "commands"  # noqa: SLF001 - a group of add_subparsers would come after the options
     commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
-    for add in (
-        run_command.add,
-        check_command.add,
-        init_command.add,
-        demo_command.add,
-        report_command.add_show,
-        report_command.add_diff,
-        report_command.add_combine,
-        report_command.add_baseline,
-        print_command.add_explain,
-        print_command.add_schema,
-        print_command.add_completion,
-        verify_command.add,
-        attest_command.add,
-        rebuild_command.add,
-    ):
+    for add, _ in COMMANDS.values():
         add(commands)
     for command in commands.choices.values():
         show_variables(command)
     return top, commands
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    return print_command.completion(arguments, parser_of_words())
+
+
+COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]] = {
+    "run": (run_command.add, run_command.run),
+    "check": (check_command.add, check_command.run),
+    "init": (init_command.add, init_command.run),
+    "demo": (demo_command.add, demo_command.run),
+    report_command.SHOW: (report_command.add_show, report_command.show),
+    report_command.DIFF: (report_command.add_diff, report_command.diff),
+    report_command.COMBINE: (report_command.add_combine, report_command.combine),
+    report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
+    "explain": (print_command.add_explain, print_command.explain),
+    "schema": (print_command.add_schema, print_command.schema),
+    "completion": (print_command.add_completion, _completion),
+    "verify": (verify_command.add, verify_command.run),
+    "attest": (attest_command.add, attest_command.run),
+    "rebuild": (rebuild_command.add, rebuild_command.run),
+}
+"""What adds each command to the command line, and what runs it, in the order of the help."""

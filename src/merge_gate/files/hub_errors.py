@@ -1,6 +1,6 @@
 """Translates errors of the Hub, of the network, and of the cache's disk into `ResolveError`s, by one table.
 
-It also decides whether a request is worth another attempt. Requests and headers are never quoted: they may hold a
+It also repeats a request whose error may pass. Requests and headers are never quoted: they may hold a
 token.
 """
 
@@ -10,13 +10,16 @@ import errno
 import json
 import os
 import ssl
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, get_session
 
 from merge_gate.errors import ResolveError
+from merge_gate.limits.request_limits import ConnectError, limit_requests
+
+T = TypeVar("T")
 
 CHECK_ENDPOINT = "check HF_ENDPOINT and any proxy"
 _SET_TOKEN = "set HF_TOKEN to a token that may read it (in a workflow: the hf-token input)"  # noqa: S105
@@ -24,6 +27,7 @@ _PATHS = "relative paths start at the config file's directory"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _SERVER_ERROR = 500
+_LONGEST_PAUSE_S = 60.0
 
 
 class _Row(NamedTuple):
@@ -52,7 +56,38 @@ def translate(error: Exception, opening: str) -> ResolveError | None:
     return None
 
 
-def is_passing(error: Exception, *, transport: bool) -> bool:
+def ask(
+    request: Callable[[], T],
+    opening: str,
+    pauses_s: Iterable[float],
+    wait: Callable[[float, ResolveError], None],
+    sizes: Mapping[str, int] | None = None,
+) -> T:
+    """Call `request` with limits, and again after each of the pauses as long as its error may pass.
+
+    `wait` gets the seconds and the error. With the `sizes` of its files it is a download, in which huggingface_hub has
+    already retried lost connections and timeouts.
+
+    Raises:
+        ResolveError: the last error. `opening` begins the message.
+    """
+    pauses = iter(pauses_s)
+    while True:
+        limit_requests(get_session(), sizes)
+        try:
+            return request()
+        except ResolveError as error:
+            raise ResolveError(f"{opening} {error.message}", hint=error.hint) from error
+        except Exception as error:
+            refused, pause_s = translate(error, opening), next(pauses, None)
+            if refused is None:
+                raise
+            if pause_s is None or not _is_passing(error, transport=sizes is None or isinstance(error, ConnectError)):
+                raise refused from error
+            wait(max(pause_s, min(_retry_after_s(error), _LONGEST_PAUSE_S)), refused)
+
+
+def _is_passing(error: Exception, *, transport: bool) -> bool:
     """Whether the same request may succeed later. `transport`: whether a lost connection counts."""
     links = _chain(error)
     statuses = [status for link in links if (status := _status(link)) is not None]
@@ -61,7 +96,7 @@ def is_passing(error: Exception, *, transport: bool) -> bool:
     return passing and not any(map(_is_distrust, links))
 
 
-def retry_after_s(error: Exception) -> float:
+def _retry_after_s(error: Exception) -> float:
     """The longest wait that a server asked for."""
     headers = (link.response.headers for link in _chain(error) if isinstance(link, errors.HfHubHTTPError))
     return max((float(value) for h in headers if (value := h.get("Retry-After", "")).isdecimal()), default=0.0)

@@ -161,7 +161,8 @@ def _fetch(
     """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
-    fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify, access=access)
+    repository = hub.Repository(repo_id=repo_id, revision=revision, token=token, notify=notify, access=access)
+    fetched = repository.fetch(choose)
     absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
     if absent and not fetched.is_listed:
         raise hub.incomplete(shown(repo_id), absent)

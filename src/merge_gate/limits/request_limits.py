@@ -76,9 +76,7 @@ class _LimitedSend:
         if not request.headers.get("User-Agent", "").startswith(f"{AGENT}/"):
             return self._send(request, stream=stream, **options)
         most, ends = self._limits(request, is_file=stream)
-        timeouts = request.extensions.get("timeout", {})
-        clamped = {kind: min(limit_s or REQUEST_LIMIT_S, REQUEST_LIMIT_S) for kind, limit_s in timeouts.items()}
-        request.extensions = {**request.extensions, MOST_BYTES: most, "timeout": clamped}
+        request.extensions = {**request.extensions, MOST_BYTES: most}
         context = contextvars.copy_context()
         if time.monotonic() > ends:
             raise _refused(request, "does not come to an end")

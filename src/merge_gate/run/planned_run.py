@@ -90,7 +90,7 @@ class PlannedInputs(Inputs):
             weights = WEIGHTS_NAME if WEIGHTS_NAME in names else PICKLE_NAME
             return tuple(name for name in (CONFIG_NAME, weights) if name in names)
 
-        fetch = hub.planned(spec.hub_id, spec.revision, choose, notify=self._notify)
+        fetch = hub.Repository(repo_id=spec.hub_id, revision=spec.revision, notify=self._notify).plan(choose)
         if not fetch.absent or not directories:
             return super()._read_adapter(spec)
         self.adapters[spec.name] = fetch
@@ -113,7 +113,8 @@ class PlannedInputs(Inputs):
                 allow_pickle=self._config.allow_pickle,
             )
 
-        fetch = hub.planned(model, revision, choose, notify=self._notify, access=access)
+        repository = hub.Repository(repo_id=model, revision=revision, notify=self._notify, access=access)
+        fetch = repository.plan(choose)
         if not fetch.absent:
             return super()._resolve(model, revision, access, label)
         weights = tuple(name for name in fetch.sizes if name.endswith((".safetensors", ".bin")))

@@ -27,7 +27,7 @@ from huggingface_hub import constants, get_hf_file_metadata, get_session, get_to
 from merge_gate import __version__
 from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
-from merge_gate.files.hub_errors import is_passing, is_transport, retry_after_s, translate
+from merge_gate.files.hub_errors import ask, is_transport
 from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_LIMIT_S, limit_requests
 from merge_gate.records.terms import record
 from merge_gate.sources.feed import SourceError
@@ -142,24 +142,17 @@ class HubFile:
     def _resolve(self) -> HubAddress:
         """Ask for the file's address, size, and digest."""
         url = hf_hub_url(self._repository, self._name, revision=self._commit)
-        tries = 0
-        while True:
-            try:
-                limit_requests(get_session())
-                found = get_hf_file_metadata(
+        try:
+            found = ask(
+                lambda: get_hf_file_metadata(
                     url, token=self._token or False, library_name=AGENT, library_version=__version__
-                )
-                break
-            except ResolveError as error:
-                raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
-            except Exception as error:
-                tries += 1
-                refused = translate(error, f"{self.label}:")
-                if refused is None:
-                    raise
-                if tries >= MOST_TRIES or not is_passing(error, transport=True):
-                    raise SourceError(refused.message, hint=refused.hint) from error
-                self._sleep(min(max(2.0**tries, retry_after_s(error)), LONGEST_PAUSE_S))
+                ),
+                f"{self.label}:",
+                (2.0**tries for tries in range(1, MOST_TRIES)),
+                lambda pause_s, _: self._sleep(min(pause_s, LONGEST_PAUSE_S)),
+            )
+        except ResolveError as error:
+            raise SourceError(error.message, hint=error.hint) from error
         address = self._checked(found, url)
         if not address.is_on_hub:
             refuse_private(address.url, constants.ENDPOINT)
