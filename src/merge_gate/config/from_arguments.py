@@ -124,20 +124,20 @@ def config_of(
     own_names = distinguishing_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
     expect = dict(expect)
     digest = expect.pop("base-sha256", None)
-    options = {"model": base, "dtype": list(dtypes), "quantization": quantization, "sha256": digest}
-    facts: dict[str, Any] = {"revision": revision} if revision else {}
+    options = {"model": base, "dtype": list(dtypes) or None, "quantization": quantization, "sha256": digest}
+    facts: dict[str, Any] = {} if revision is None else {"revision": revision}
     facts |= {"expect": expect} if expect else {}
     entries = [
         {"path": _as_utf8(place)} | ({"name": _as_utf8(own_names[place])} if place in own_names else {}) | facts
         for place in places
     ]
     file: dict[str, Any] = {"version": 1, "adapters": entries}
-    if any(options.values()):
-        file["base"] = {key: value for key, value in options.items() if value}
+    if given := {key: value for key, value in options.items() if value is not None}:
+        file["base"] = given
     if checks:
         file["checks"] = dict(checks)
-    if allow_pickle:
-        file["allow-pickle"] = True
+    if allow_pickle is not False:
+        file["allow-pickle"] = allow_pickle
     text = yaml_text(file, indent=1)
     try:
         document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()

@@ -365,10 +365,9 @@ def _set_up_library() -> None:
 
 def _free_bytes(directory: str) -> int | None:
     """The free space on the disk of a directory that may not exist yet."""
+    places = (Path(directory), *Path(directory).parents)
     with suppress(OSError, StopIteration):
-        return shutil.disk_usage(
-            next(place for place in (Path(directory), *Path(directory).parents) if place.exists())
-        ).free
+        return shutil.disk_usage(next(place for place in places if place.exists())).free
     return None
 
 
