@@ -159,9 +159,7 @@ class _Plan:
         }
         to_merge = [(index, entry) for index, entry in enumerate(self._entries) if index not in blocked]
         groups = group_by_base(to_merge)
-        by_base: dict[tuple[str, str], list[Group]] = {}
-        for group in groups:  # the dtypes of a base share its passes
-            by_base.setdefault((group.directory, group.base.quantization), []).append(group)
+        by_base = words.by(groups, lambda group: (group.directory, group.base.quantization))  # dtypes share passes
         yield (
             f"plan for {_shown(self._config.label)}: {counted(len(self._specs), 'adapter')}, "
             f"{counted(len(to_merge), 'merge')}, on {counted(len(by_base), 'base')}"

@@ -35,7 +35,7 @@ def render(report: Report) -> str:
     no_verdict = _has_no_verdict(report)
     own = (no_verdict or not report.adapters, no_verdict)
     root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, *own)})
-    for name, adapters in _suites(report).items():
+    for name, adapters in words.by(report.adapters, _suite).items():
         suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
@@ -68,12 +68,9 @@ def _has_no_verdict(report: Report) -> bool:
     return not report.complete or not report.adapters or bool(report.problems)
 
 
-def _suites(report: Report) -> dict[str, list[AdapterReport]]:
-    suites: dict[str, list[AdapterReport]] = {}
-    for adapter in report.adapters:
-        revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
-        suites.setdefault(f"base {words.model_name(adapter.base)}{revision}", []).append(adapter)
-    return suites
+def _suite(adapter: AdapterReport) -> str:
+    revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
+    return f"base {words.model_name(adapter.base)}{revision}"
 
 
 def _counts(adapters: Sequence[AdapterReport], more_tests: int = 0, more_errors: int = 0) -> dict[str, str]:
