@@ -108,7 +108,6 @@ class Repository:
     repo_id: str
     revision: str | None
     notify: Callable[[str], None]
-    token: str | None = None
     access: Access = Access.DOWNLOAD
 
     def __post_init__(self) -> None:
@@ -162,7 +161,7 @@ class Repository:
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
         """The commit of the revision, and its files."""
-        api = HfApi(token=self.token, library_name=AGENT, library_version=__version__)
+        api = HfApi(library_name=AGENT, library_version=__version__)
         info = self._ask(
             lambda: api.model_info(
                 self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT_S
@@ -314,7 +313,6 @@ class Repository:
                 revision=revision,
                 allow_patterns=[glob.escape(n) for n in names],
                 local_files_only=local_files_only,
-                token=self.token,
                 library_name=AGENT,
                 library_version=__version__,
             )

@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -69,7 +68,7 @@ class HubAddress:
 class HubFile:
     """Reads ranges of one file. Several threads may read at a time, each over a connection of its own.
 
-    Without a `token`, huggingface_hub finds it (HF_TOKEN, or the file that `hf auth login` writes).
+    huggingface_hub finds the token (HF_TOKEN, or the file that `hf auth login` writes).
 
     Attributes:
         size_bytes: of the whole file.
@@ -79,18 +78,9 @@ class HubFile:
         SourceError: the resolver cannot be asked, or has another commit.
     """
 
-    def __init__(
-        self,
-        repository: str,
-        commit: str,
-        name: str,
-        *,
-        token: str | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, repository: str, commit: str, name: str) -> None:
         self._repository, self._commit, self._name = repository, commit, name
-        self._token = token or (None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token())
-        self._sleep = sleep
+        self._token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
         self._lock = threading.Lock()
         self._served: str | None = None
         self._address = self._resolve()
@@ -135,7 +125,7 @@ class HubFile:
                     hint=_LATER,
                 )
             if done < len(buffer) and not received:
-                self._sleep(min(2.0**tries, LONGEST_PAUSE_S) if pause_s is None else min(pause_s, LONGEST_PAUSE_S))
+                time.sleep(min(2.0**tries, LONGEST_PAUSE_S) if pause_s is None else min(pause_s, LONGEST_PAUSE_S))
 
     # --- 1. and 4. -------------------------------------------------------------------------------------------------
 
@@ -149,7 +139,7 @@ class HubFile:
                 ),
                 f"{self.label}:",
                 (2.0**tries for tries in range(1, MOST_TRIES)),
-                lambda pause_s, _: self._sleep(min(pause_s, LONGEST_PAUSE_S)),
+                lambda pause_s, _: time.sleep(min(pause_s, LONGEST_PAUSE_S)),
             )
         except ResolveError as error:
             raise SourceError(error.message, hint=error.hint) from error
