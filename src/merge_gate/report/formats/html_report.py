@@ -146,7 +146,7 @@ def _templates() -> tuple[Template, Template]:
         finalize=_visible,
     )
     environment.globals |= {"words": words, "run_result": run_result}
-    environment.filters["number"] = words.number
+    environment.filters["number"] = "{:,}".format
     environment.filters["spaced"] = _spaced
     environment.filters["breakable"] = _breakable
     return environment.get_template("report.html"), environment.get_template("row.html")

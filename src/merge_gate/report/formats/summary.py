@@ -264,7 +264,7 @@ def _footer(report: Report) -> str:
     checked = sum(adapter.coverage.parameters_checked for adapter in report.adapters)
     total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
     config_sha256 = f", sha256 {code(report.config.sha256)}" if report.config.sha256 else ""
-    parameters = f"{words.number(checked)} of {words.number(total)} parameters of the merged models"
+    parameters = f"{checked:,} of {total:,} parameters of the merged models"
     rows = [f"| checked | {parameters} |"]
     bases, left = _fit(map(_base_row, report.bases), len(report.bases), _BASES_BYTES)
     rows += bases

@@ -122,8 +122,8 @@ def _counts(shown: Sequence[AdapterReport], judged: Sequence[AdapterReport]) -> 
         "passed with warnings" if reason(adapter).startswith("warning") else words.title(adapter)
         for adapter in in_order
     )
-    in_all = ", ".join(f"{words.number(count)} {kind}" for kind, count in kinds.items())
-    rows = f"{words.number(len(shown))} of {words.number(len(judged))} rows are shown"
+    in_all = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    rows = f"{len(shown):,} of {len(judged):,} rows are shown"
     return f"{rows}: in all, {in_all}. {_FULL_REPORTS}."
 
 
@@ -312,7 +312,7 @@ def _causes(report: Report) -> str:
     if len(failed) <= MAX_PARAGRAPHS:
         return ""
     counts = Counter(cause for _, cause in dict.fromkeys((entry.name, words.cause(entry)) for entry in failed))
-    causes = [f"{check} {words.number(count)}" for check, count in counts.most_common()]
+    causes = [f"{check} {count:,}" for check, count in counts.most_common()]
     return f"Causes: {listing(causes, _MAX_CAUSES)}."
 
 

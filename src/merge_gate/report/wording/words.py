@@ -61,11 +61,6 @@ def hint_label(finding: Finding) -> str:
     return "because" if finding.hint.startswith(FOLLOWS) else "to do"
 
 
-def number(value: int) -> str:
-    """1100048384 → 1,100,048,384."""
-    return f"{value:,}"
-
-
 def duration(seconds: float) -> str:
     """A duration for people: 0.84 s, 12.3 s, 5 s for a whole number, 4 min 05 s, 1 h 02 min."""
     if not 0 <= seconds < math.inf:
@@ -250,7 +245,7 @@ def baseline(report: Report) -> list[str]:
     }
     unused = [entry for entry in report.baseline if entry.outcome in reasons]
     sentences = [
-        f"baseline, line {number(entry.line)}: {one_line(entry.cause, NAME_LIMIT)} of {one_line(entry.adapter, 12)} "
+        f"baseline, line {entry.line:,}: {one_line(entry.cause, NAME_LIMIT)} of {one_line(entry.adapter, 12)} "
         f"until {one_line(entry.until, NAME_LIMIT)} by {one_line(entry.owner, NAME_LIMIT)} {reasons[entry.outcome]}"
         for entry in unused[:MOST_PROBLEMS]
     ]
@@ -264,9 +259,7 @@ def cached(report: Report) -> str:
     if not adapters:
         return ""
     when = f", the oldest {times[0]}" if times else ""
-    return (
-        f"{number(len(adapters))} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
-    )
+    return f"{len(adapters):,} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
 
 
 def judged(report: Report) -> str:
@@ -331,7 +324,7 @@ def values(finding: Finding) -> str:
     """1 NaN and 2 +Inf among 16,384 values, the first at [0, 7]. Empty if the message says so."""
     among = f"among {counted(finding.numel, 'value')}" if finding.numel is not None else ""
     kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "-Inf"))
-    bad = [f"{number(count)} {kind}" for count, kind in kinds if count]
+    bad = [f"{count:,} {kind}" for count, kind in kinds if count]
     index = str(list(finding.first_index)) if finding.first_index is not None else ""
     if not bad or (among and among in finding.message and index in finding.message):
         return ""
