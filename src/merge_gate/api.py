@@ -150,7 +150,6 @@ _KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def _config(names: Sequence[str], named: Mapping[str, Any], output: str | None) -> Config:
-    """The configuration in the file, or that of the named adapters."""
     if not names:
         raise UsageError("no adapters are named", hint="name directories, globs, Hub ids, or a configuration file")
     if not names_a_file(names):

@@ -79,7 +79,6 @@ def unknown_variables(commands: Iterable[argparse.ArgumentParser], environ: Mapp
 
 
 def _variables(command: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str, str]]:
-    """The options that have a variable."""
     for action in command._actions:  # noqa: SLF001 - argparse has no public name for them
         option = next((word for word in action.option_strings if word.startswith("--")), "")
         repeats = isinstance(action, argparse._AppendAction)  # noqa: SLF001 - as above

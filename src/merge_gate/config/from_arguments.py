@@ -36,7 +36,11 @@ def names_a_file(names: Sequence[str]) -> bool:
     if why := next(filter(None, map(unusable, names)), ""):
         raise UsageError(f"a name {why}")
     others = [name for name in names if _adapter_directory(name) == name and not name.startswith(HUB)]
-    files = [name for name in others if not os.path.isdir(name) and _reads_as_file(name)]  # noqa: PTH112 (as below)
+    files = [  # a pipe or a device is one, too
+        name
+        for name in others
+        if not os.path.isdir(name) and (name.endswith((".yml", ".yaml")) or os.path.exists(name))  # noqa: PTH110, PTH112 (False where pathlib raises)
+    ]
     if files and len(names) > 1:
         raise UsageError(
             f"{quoted(files[0])} is a file among other arguments",
@@ -49,11 +53,6 @@ def names_a_file(names: Sequence[str]) -> bool:
             or "name the adapter's directory, which holds adapter_config.json (unpack an archive first)",
         )
     return bool(files)
-
-
-def _reads_as_file(name: str) -> bool:
-    """Whether the name is one of a configuration, or exists: as a file, a pipe, or a device."""
-    return name.endswith((".yml", ".yaml")) or os.path.exists(name)  # noqa: PTH110 (False where pathlib raises)
 
 
 def _adapter_directory(name: str) -> str:

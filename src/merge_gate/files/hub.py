@@ -147,7 +147,6 @@ class Repository:
         return replace(fetched, streamable=streamable)
 
     def _chosen(self, choose: Choose) -> tuple[PlannedFetch, dict[str, RepoSibling]]:
-        """The plan, and the repository's files."""
         commit, files = self._listed()
         chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
         plan = PlannedFetch(
@@ -160,7 +159,6 @@ class Repository:
         return plan, files
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
-        """The commit of the revision, and its files."""
         api = HfApi(library_name=AGENT, library_version=__version__)
         info = self._ask(
             lambda: api.model_info(

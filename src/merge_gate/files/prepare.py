@@ -105,15 +105,12 @@ class Inputs:
             return entry
         model, revision, label = requested
         if could_be_hub_id(model, is_base=True) and self._not_fetched(entry, model, revision) is None:
-            self._leave_out(label)
+            if label not in self._left_out:
+                self._left_out.add(label)
+                why = "no directory here has that name, and `check` fetches no bases"
+                self._notify(f"base {quoted(label, 200)} was not checked: {why}")
             return entry
         return self._with_base(entry)
-
-    def _leave_out(self, label: str) -> None:
-        if label not in self._left_out:
-            self._left_out.add(label)
-            name = quoted(label, 200)
-            self._notify(f"base {name} was not checked: no directory here has that name, and `check` fetches no bases")
 
     def _requested_base(self, entry: Entry) -> tuple[str, str | None, str] | None:
         """The base's model, revision, and name: from the config, or else from adapter_config.json; None for neither."""
@@ -125,7 +122,6 @@ class Inputs:
         return self._named_by_adapter(config.base_name), spec.revision or config.base_revision, config.base_name
 
     def _with_base(self, entry: Entry) -> Entry:
-        """Add the base and its `BaseFiles`."""
         requested = self._requested_base(entry)
         if requested is None:
             return replace(entry, problem=_no_base(entry.files))

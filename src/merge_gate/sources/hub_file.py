@@ -11,7 +11,6 @@ the process that has the token and the network.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import re
 import socket
@@ -130,7 +129,6 @@ class HubFile:
     # --- 1. and 4. -------------------------------------------------------------------------------------------------
 
     def _resolve(self) -> HubAddress:
-        """Ask for the file's address, size, and digest."""
         url = hf_hub_url(self._repository, self._name, revision=self._commit)
         try:
             found = ask(
@@ -207,7 +205,8 @@ class HubFile:
         if status in _EXPIRED:
             raise _ExpiredError(f"the server refused with status {status}")
         if status in _PASSING:
-            raise _PassingError(f"the server answered with status {status}", pause_s=_retry_after(answer))
+            pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops what is none
+            raise _PassingError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
         if status != _PARTIAL_CONTENT:
             raise self._wrong(f"status {status}, expected 206 for a range")
         place = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
@@ -241,13 +240,6 @@ class _PassingError(Exception):
 
 class _ExpiredError(Exception):
     pass
-
-
-def _retry_after(answer: Any) -> float | None:
-    """What the server asks to wait, in seconds."""
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(answer.headers.get("Retry-After", "")))
-    return None
 
 
 def refuse_private(url: str, endpoint: str) -> None:

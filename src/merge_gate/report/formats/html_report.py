@@ -136,7 +136,6 @@ _IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
 
 @cache
 def _templates() -> tuple[Template, Template]:
-    """The templates of the page and of a row."""
     environment = Environment(
         loader=PackageLoader("merge_gate.report.formats", "page"),
         autoescape=True,
@@ -176,7 +175,6 @@ def _escaped(text: str) -> Markup:
 
 @cache
 def _part(name: str) -> Markup:
-    """The style or script of the page."""
     text = resources.files("merge_gate.report.formats").joinpath("page", name).read_text(encoding="utf-8")
     return Markup(text)  # noqa: S704 - a file of this package
 
@@ -277,7 +275,6 @@ def _causes_of(entries: tuple[AdapterReport, ...]) -> list[dict[str, str]]:
 
 
 def _entry(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str]) -> dict[str, Any]:
-    """What a row shows of an adapter in one dtype."""
     decided = words.deciding(adapter)
     findings = ([decided] if decided else []) + words.others(adapter)
     return {

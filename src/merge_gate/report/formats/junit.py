@@ -32,7 +32,8 @@ _MAX_GROUPS = 30
 
 def render(report: Report) -> str:
     """Return the XML of junit.xml."""
-    no_verdict = _has_no_verdict(report)
+    is_whole = report.complete and not report.problems and bool(report.adapters)
+    no_verdict = not is_whole and not (report.complete and report.is_empty_shard)
     own = (no_verdict or not report.adapters, no_verdict)
     root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, *own)})
     for name, adapters in words.by(report.adapters, _suite).items():
@@ -60,12 +61,6 @@ def _run(case: ET.Element, report: Report, *, no_verdict: bool) -> None:
         ET.SubElement(case, "error", type="run", message=run_result.headline(report)).text = why
     else:
         ET.SubElement(case, "system-out").text = f"{run_result.headline(report)}\n{why}"
-
-
-def _has_no_verdict(report: Report) -> bool:
-    if report.complete and report.is_empty_shard:
-        return False
-    return not report.complete or not report.adapters or bool(report.problems)
 
 
 def _suite(adapter: AdapterReport) -> str:

@@ -139,7 +139,6 @@ def _results(report: Report) -> Iterator[Json]:
 def _result(
     report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: tuple[Finding, ...], dtypes: str
 ) -> Json:
-    """One kind of finding."""
     name, base = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
     failure = words.failure(judged) if isinstance(judged, AdapterReport) else None

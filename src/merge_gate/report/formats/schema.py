@@ -45,7 +45,6 @@ def report_schema() -> Json:
 
 
 def _rules(cls: Any) -> Json:
-    """What holds between the fields of one record."""
     if cls is not AdapterReport:
         return {}
     passed = {"properties": {"verdict": {"const": Verdict.PASSED.value}}, "required": ["verdict"]}

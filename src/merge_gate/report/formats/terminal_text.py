@@ -146,12 +146,11 @@ def reason(adapter: AdapterReport) -> str:
     if adapter.verdict is not Verdict.PASSED:
         return words.cause(adapter)
     checks = list(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in words.warnings(adapter)))
-    answers = [f"{finding.check}{_allowed(finding)}" for finding in words.answers(adapter)]
+    answers = [
+        f"{finding.check}{' (allowed)' if words.level(finding) == 'allowed' else ''}"
+        for finding in words.answers(adapter)
+    ]
     return f"warning: {', '.join(checks)}" if checks else ", ".join(answers)
-
-
-def _allowed(finding: Finding) -> str:
-    return " (allowed)" if words.level(finding) == "allowed" else ""
 
 
 def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
