@@ -166,12 +166,21 @@ class Inputs:
         return self._bases[request]
 
     def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
+        def read() -> Snapshot:
+            return self._resolve(model, revision, access, label)
+
         limit_s = self._limit_s(model) if Path(model).is_absolute() else None
         try:
-            return _within(limit_s, label, lambda: self._resolve(model, revision, access, label))
+            return read() if limit_s is None else within(limit_s, read)
         except GateError as error:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
+            if limit_s is not None and isinstance(error, TimeoutError):
+                return ResolveError(
+                    f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not "
+                    "answer",
+                    hint="check the network file system that holds the base, then run again",
+                )
             return ResolveError(
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
@@ -190,23 +199,6 @@ class Inputs:
             with_companions=self._with_companions,
             with_copies=self._with_copies,
         )
-
-
-def _within(limit_s: float | None, label: str, read: Callable[[], Snapshot]) -> Snapshot:
-    """Read a base, for at most this time.
-
-    Raises:
-        GateError: what `read` raises, or the time is over.
-    """
-    if limit_s is None:
-        return read()
-    try:
-        return within(limit_s, read)
-    except TimeoutError as error:
-        raise ResolveError(
-            f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not answer",
-            hint="check the network file system that holds the base, then run again",
-        ) from error
 
 
 _NAMED_BY_ADAPTER = (
