@@ -28,9 +28,8 @@ from merge_gate.cli import (
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
 from merge_gate.cli.variables import show_variables, unknown_variables, words_of
+from merge_gate.names.suggestions import closest
 from merge_gate.text import one_of, quoted
-
-_LONGEST = 40
 
 
 def commanded(argv: Sequence[str]) -> list[str]:
@@ -120,7 +119,7 @@ def output_of(argv: Sequence[str]) -> str | None:
     """
     _, commands = _parsers()
     words = commanded(argv) or [""]
-    command = words[0] if words[0] in commands.choices else _nearest(words[0], [*commands.choices])
+    command = words[0] if words[0] in commands.choices else closest(words[0], [*commands.choices])
     if _is_place(words[0]):
         command = "run"  # the command was left out
     if command not in {"run", COMBINE} or any(_may_mean_output(word, commands.choices[command]) for word in words):
@@ -139,7 +138,7 @@ def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
     name, known = word.partition("=")[0], _options(command)
     if not name.startswith("--") or name in known:
         return False
-    return name.startswith("--o") or _nearest(name, known) == "--output"
+    return name.startswith("--o") or closest(name, known) == "--output"
 
 
 def _options(command: argparse.ArgumentParser) -> list[str]:
@@ -149,16 +148,9 @@ def _options(command: argparse.ArgumentParser) -> list[str]:
 
 def _meant(word: str, known: Sequence[str]) -> str:
     """A hint: the nearest of the known words, or all of them."""
-    if near := _nearest(word, known) or _of_letter(word, known):
+    if near := closest(word, known) or _of_letter(word, known):
         return f"; did you mean {quoted(near)}?"
     return "" if word.startswith("-") else f", expected {one_of(known)}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most similar to this one; empty if none is similar."""
-    from difflib import get_close_matches
-
-    return next(iter(get_close_matches(word[:_LONGEST], known, 1)), "")
 
 
 def _of_letter(word: str, known: Sequence[str]) -> str:

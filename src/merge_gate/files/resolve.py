@@ -45,10 +45,6 @@ class Streamable:
     weights: tuple[str, ...]
 
 
-def _ignore(_: str) -> None:
-    """The default for `notify`: discard."""
-
-
 # --- the two names -------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +52,7 @@ def resolve_adapter(
     spec: AdapterSpec,
     *,
     allow_pickle: bool = False,
-    notify: Callable[[str], None] = _ignore,
+    notify: Callable[[str], None] = lambda _: None,
     with_companions: bool = False,
 ) -> Snapshot:
     """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it.
@@ -91,7 +87,7 @@ def resolve_base(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     label: str | None = None,
-    notify: Callable[[str], None] = _ignore,
+    notify: Callable[[str], None] = lambda _: None,
     access: Access = Access.DOWNLOAD,
     lay_out: Callable[[Streamable], str] | None = None,
     with_companions: bool = False,
