@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
 from typing import Any, get_origin
 
-from merge_gate.report.formats.fields import FIGURES, Declared, columns, declared, optional, words
+from merge_gate.report.formats.fields import FIGURES, Declared, columns, declared, is_record, optional, words
 from merge_gate.report.formats.schema import SHARED
 
 
@@ -21,10 +20,10 @@ def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
         name = f"{prefix}{field.key}"
         listed.append((name, field))
         inner, _ = optional(field.kind)
-        if is_dataclass(inner):
+        if is_record(inner):
             listed += _listed(inner, f"{name}.")
         is_list = get_origin(field.kind) is tuple and not field.as_rows
-        if is_list and is_dataclass(field.item) and field.item not in SHARED:
+        if is_list and is_record(field.item) and field.item not in SHARED:
             listed += _listed(field.item, f"{name}[].")
     return listed
 
@@ -53,7 +52,7 @@ def _kind_in_words(field: Declared) -> str:
     inner, may_be_null = optional(field.kind)
     if get_origin(inner) is tuple and inner != FIGURES:
         name = "table" if field.as_rows else "array"
-    elif is_dataclass(inner):
+    elif is_record(inner):
         name = "object"
     elif inner not in _NAMES:
         name = ", ".join(f"`{word}`" for word in words(inner))

@@ -5,7 +5,6 @@ In: the records, by fields.py. Out: JSON Schema 2020-12. Knows no report.
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin
 
 from merge_gate.records.report import AdapterReport, BaseReport, Report
@@ -17,6 +16,7 @@ from merge_gate.report.formats.fields import (
     Json,
     columns,
     declared,
+    is_record,
     optional,
     words,
 )
@@ -69,7 +69,7 @@ def _kind(kind: Any) -> Json:
         if "enum" in schema:
             return {"enum": [*schema["enum"], None]}
         return schema if isinstance(schema["type"], list) else {**schema, "type": [schema["type"], "null"]}
-    if is_dataclass(kind):
+    if is_record(kind):
         return {"$ref": f"#/$defs/{SHARED[kind]}"} if kind in SHARED else _record(kind)
     if kind == FIGURES:
         figure = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
