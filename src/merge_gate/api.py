@@ -78,7 +78,7 @@ def gate(
     options = RunOptions(device=device, output=folder, cache=CacheOptions(directory=given["cache"]))
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(WorkerSlot())
-        config = _config(names, _in_config(given), folder)
+        config = _config(names, {name: given[name] for name in _IN_CONFIG}, folder)
         if folder is None:
             return run_gate(config, options, worker=worker)
         refuse_report(folder, FORMATS, names)
@@ -99,11 +99,7 @@ def refuse_options(**options: Any) -> None:
     given.apply_defaults()
     converted = _converted(given.arguments)
     with tempfile.TemporaryDirectory() as directory:
-        config_of([directory], **_in_config(converted))
-
-
-def _in_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: given[name] for name in _IN_CONFIG}
+        config_of([directory], **{name: converted[name] for name in _IN_CONFIG})
 
 
 def _converted(given: Mapping[str, Any]) -> dict[str, Any]:

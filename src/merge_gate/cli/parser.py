@@ -40,7 +40,7 @@ def commanded(argv: Sequence[str]) -> list[str]:
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The values of the command line. If only the command is missing, the error suggests `run`."""
-    top, commands = _parsers()
+    top, commands = parsers()
     words = commanded(_without_help(argv))
     if not words:
         top.print_help(sys.stderr)
@@ -117,7 +117,7 @@ def output_of(argv: Sequence[str]) -> str | None:
 
     None if the command has no output directory, or if the mistake may be in `--output` itself.
     """
-    _, commands = _parsers()
+    _, commands = parsers()
     words = commanded(argv) or [""]
     command = words[0] if words[0] in commands.choices else closest(words[0], [*commands.choices])
     if _is_place(words[0]):
@@ -167,24 +167,20 @@ def _is_place(word: str) -> bool:
     return "/" in word or word.endswith((".yml", ".yaml")) or os.path.exists(word)  # noqa: PTH110 (False where pathlib raises)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    return _parsers()[0]
-
-
 def parser_of_words() -> argparse.ArgumentParser:
     """The command line for a shell's completion, in which a command of two words is a command in a command."""
     top = CommandParser(prog="merge-gate", description="A CI gate for PEFT adapters.")
     commands = top.add_subparsers(metavar="COMMAND")
     inner = commands.add_parser(REPORT, help="show, compare, and combine reports").add_subparsers(metavar="COMMAND")
-    for name, command in _parsers()[1].choices.items():
+    for name, command in parsers()[1].choices.items():
         first, _, second = name.partition(" ")
         place = inner if second else commands
         place.add_parser(second or first, parents=[command], add_help=False, help=command.description)
     return top
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
+def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
+    """The command line, and its commands."""
     top = CommandParser(
         prog="merge-gate",
         description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "

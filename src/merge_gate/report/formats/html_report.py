@@ -206,7 +206,10 @@ def _rows(
         [adapter.entries for adapter in adapters],
         [tuple(layouts.number_of(entry) for entry in adapter.entries) for adapter in adapters],
         [
-            tuple(_named(before.get(start + place, {})) for place in range(len(adapter.entries)))
+            tuple(
+                {finding: words.precision(earlier.base) for finding, earlier in before.get(start + place, {}).items()}
+                for place in range(len(adapter.entries))
+            )
             for adapter, start in zip(adapters, starts, strict=False)
         ],
         ["" if report.is_comparison else report.config.path] * len(adapters),
@@ -232,10 +235,6 @@ def _ids(adapters: list[Adapter]) -> list[str]:
         address = f"adapter-{name or number}"
         taken[f"{address}--{number}" if address in taken else address] = None
     return list(taken)
-
-
-def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:
-    return {finding: words.precision(earlier.base) for finding, earlier in before.items()}
 
 
 def _row(

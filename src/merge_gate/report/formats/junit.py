@@ -122,7 +122,7 @@ def _text(
     """Every kind of finding, the deciding one first: what is wrong, where, what to do, and where to read more."""
     groups = words.grouped(findings)
     parts = [
-        _repeated(finding, before[finding])
+        f"{_kind(finding)}: the same as for {_name(before[finding])}"
         if finding in before
         else _part(finding, more, is_deciding=finding is decided_by)
         for finding, more in groups[:_MAX_GROUPS]
@@ -131,10 +131,6 @@ def _text(
         rest = words.counted(len(groups) - _MAX_GROUPS, "more kind", "more kinds")
         parts.append(f"and {rest} of finding, in report.json")
     return safe_text("\n\n".join(parts))
-
-
-def _repeated(finding: Finding, earlier: AdapterReport) -> str:
-    return f"{_kind(finding)}: the same as for {_name(earlier)}"
 
 
 def _kind(finding: Finding) -> str:

@@ -294,9 +294,7 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     if causes := _causes(report):
         shown += _plain(causes, width)
     shown += _plain(run_result.advice(report), width)
-    for problem in words.problems(report):
-        shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
-    for sentence in words.baseline(report):
+    for sentence in (*words.problems(report), *words.baseline(report)):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {sentence}", width)]
     if cached := words.cached(report):
         shown += _plain(f"{cached}.", width)
