@@ -234,7 +234,7 @@ def upload(hub: LoopbackHub, model: Path, parent: str, place: Path, token: str =
 def test_a_published_model_replaces_the_repository_in_one_commit_or_not_at_all(tmp_path: Path) -> None:
     model = tmp_path / "support"
     published.publish(model)
-    files = {name: (model / name).read_bytes() for name in (*published.FILES, "merge-gate.json")}
+    files = {name: (model / name).read_bytes() for name in (*published.FILES, "merge-gate.json", "README.md")}
     with LoopbackHub() as hub:
         parent = hub.add_repo("acme/support", OLD, token=HUB_TOKEN)
         repo = hub.repos["acme/support"]

@@ -138,7 +138,7 @@ def test_a_report_travels() -> None:
 @pytest.mark.parametrize("kind", [GateError, UsageError, ResolveError, EngineError, LauncherError])
 def test_an_error_keeps_its_hint_when_it_travels(kind: type[GateError]) -> None:
     error = pickle.loads(pickle.dumps(kind("what", hint="what next")))
-    assert (type(error), error.message, error.hint, str(error)) == (kind, "what", "what next", "what")
+    assert (type(error), error.message, error.hint, str(error)) == (kind, "what", "what next", "what; to do: what next")
 
 
 def test_a_config_error_keeps_its_problems_when_it_travels() -> None:

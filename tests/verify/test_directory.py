@@ -105,6 +105,10 @@ def _twice(out: Path) -> None:
     (out / "tokenizer.json").write_text(text[:-1] + ', "model": {"type": "BPE", "vocab": {}, "merges": []}}')
 
 
+def _again(name: str, old: str, new: str) -> Callable[[Path], object]:
+    return lambda out: (out / name).write_text((out / name).read_text().replace(old, new, 1))
+
+
 def _rare(out: Path) -> None:
     values = (
         read(out / "vocab.json") if (out / "vocab.json").exists() else read(out / "tokenizer.json")["model"]["vocab"]
@@ -327,6 +331,49 @@ ATTEMPTS = [
         T,
         U,
     ),
+    attempt(
+        "V81",
+        "an index of the single file with a tensor that it lacks",
+        added(
+            "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": {"evil": "model.safetensors"}})
+        ),
+        U,
+    ),
+    attempt(
+        "V82",
+        "an index that names another file",
+        added("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "other.safetensors"}}'),
+        U,
+    ),
+    attempt(
+        "V83", "a key of config.json twice", _again(CONFIG, '"eos_token_id"', '"eos_token_id": 5, "eos_token_id"'), C
+    ),
+    attempt(
+        "V84", "a processor's file nested 100,000 deep", added(PROCESSOR, '{"a":' * 100_000 + "1" + "}" * 100_000), G
+    ),
+    attempt("V85", "rope_parameters with one key more", edited(CONFIG, rope_parameters__factor=2.0), C),
+    attempt("V86", "quantization_config added", edited(CONFIG, quantization_config={"quant_method": "fp8"}), C),
+    attempt("V87", "custom_generate in generation_config.json", edited(GENERATION, custom_generate="x/y"), G),
+    attempt(
+        "V88",
+        "an entry of added_tokens_decoder with another id",
+        edited(
+            SETTINGS,
+            added_tokens_decoder={
+                "0": {
+                    "content": "</s>",
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "single_word": False,
+                    "special": True,
+                }
+            },
+        ),
+        T,
+    ),
+    attempt("V89", "a compiled module in __pycache__", added("__pycache__/modeling_own.cpython-311.pyc"), U),
+    attempt("V90", "NaN in generation_config.json", _again(GENERATION, "0.6", "NaN"), G),
     attempt(
         "W01",
         "the labels exchanged",

@@ -24,7 +24,7 @@ WITHOUT_VARIABLE = frozenset((
 tell a gate in a container about the container."""
 _OTHERS = frozenset((
     "CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX", "PLACE",
-    "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS",
+    "PUBLISH_WITHIN", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS",
 ))  # fmt: skip
 """Names after the prefix that are no option's: of the gate, its action and container, its recipes, and its tests."""
 _INPUT = f"{PREFIX}INPUT_"

@@ -406,7 +406,7 @@ def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:
     if (
         own is None
         or not value.keys() >= _FLAGS
-        or any(key != "__type" and not same(own.get(key), value[key]) for key in value)
+        or any(key != "__type" and not same(own.get(key, ABSENT), value[key]) for key in value)
     ):
         return value
     return value["content"]

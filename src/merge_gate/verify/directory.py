@@ -22,14 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.companion_names import Companion, companion_kind, is_carried, is_harmless
-from merge_gate.errors import ResolveError
-from merge_gate.files.base_files import loaded_files
-from merge_gate.files.base_weights import MODEL_INDEX
 from merge_gate.judging.answer_kinds import finding, note
 from merge_gate.publish.companions import replaced
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.comparison import ReadSettings, SettingsFiles
-from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.files import BaseFiles, Entry, Snapshot
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Finding, record
 from merge_gate.regular_file import RefusedFileError, chunks, open_regular_file, read_all
@@ -142,14 +139,13 @@ class _Account:
 
     def _weights(self) -> set[str]:
         """The files that transformers loads, with the index. mlx-lm writes an index of a single file, too."""
-        try:
-            files = {*loaded_files(self._merged.directory).all_files}
-        except ResolveError:  # the findings on the weights say what is wrong
-            return set()
-        listed, own = _object(self._places.get(MODEL_INDEX)).get("weight_map"), self._merged.base_files
-        if isinstance(listed, dict) and own is not None and files.issuperset(map(str, listed.values())):
-            files |= {MODEL_INDEX} if listed.keys() <= {one.name for one in own.tensors} else set()
-        return {os.path.normpath(name) for name in files}
+        own = self._merged.base_files or BaseFiles(directory="")
+        files, tensors = {*map(os.path.normpath, own.weights)}, {one.name for one in own.tensors}
+        for name, path in self._places.items():
+            listed = _object(path).get("weight_map") if name.endswith(".safetensors.index.json") else None
+            if isinstance(listed, dict) and {os.path.normpath(str(one)) for one in listed.values()} <= files:
+                files |= {name} if len(own.weights) > 1 or {*listed} <= tensors else set()
+        return files
 
     def _companion(self, name: str, path: Path) -> None:
         expected = self._expected.companions.get(name)
@@ -243,7 +239,7 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
 
 
 def _is_template(name: str, path: Path) -> bool:
-    """Whether the file holds nothing but chat templates, which are compared as texts."""
+    """Whether the file holds only chat templates, which are compared as texts."""
     is_of_kind = companion_kind(name) is Companion.TEMPLATE
     return is_of_kind and (name.endswith(".jinja") or _object(path).keys() == {"chat_template"})
 
