@@ -136,7 +136,7 @@ WRONG = (
     ("dtypes", "fp16"), ("quantization", 8),
     ("revision", 1), ("revision", "\ud800"), ("checks", "x"), ("checks", {"no-effect": object}), ("checks", _LOOP),
     ("checks", {(1, 2): 3}), ("expect", []), ("expect", {"r": "\ud800"}), ("allow_pickle", "no"), ("allow_pickle", 1),
-    ("device", None), ("device", "\ud800"), ("device", "cuda:\u0661"), ("cache", 1),
+    ("allow_pickle", None), ("device", None), ("device", "\ud800"), ("device", "cuda:\u0661"), ("cache", 1),
     ("cache", "a\0b"), ("output", 1), ("output", ""), ("output", "a\0b"),
 )  # fmt: skip
 

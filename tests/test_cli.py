@@ -22,7 +22,7 @@ import pytest
 from merge_gate.cli.arguments import EXIT_CODES
 from merge_gate.cli.check_command import EXIT_CODES_OF_CHECK
 from merge_gate.cli.dispatch import main
-from merge_gate.cli.parser import parser
+from merge_gate.cli.parser import parsers
 from merge_gate.errors import ExitCode
 from merge_gate.judging.all_checks import refused
 from merge_gate.report.stored.report_files import FORMATS, write_report
@@ -122,7 +122,7 @@ def test_the_help_lists_every_exit_code(text: str) -> None:
 
 @pytest.mark.parametrize(("words", "merges"), [(["run"], True), (["check"], False), (["report combine"], True)])
 def test_the_help_of_a_command_that_merges_nothing_says_so(words: list[str], *, merges: bool) -> None:
-    (commands,) = (one for one in parser()._actions if one.dest == "command")
+    (commands,) = (one for one in parsers()[0]._actions if one.dest == "command")
     assert commands.choices[words[0]].epilog.endswith(EXIT_CODES) == merges
 
 
@@ -594,7 +594,7 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     took, answer = min((cpu_seconds("--help", cwd=tmp_path) for _ in range(3)), key=lambda pair: pair[0])
     assert answer.code == 0
     assert took < 0.3
-    assert set(parser().format_help().split()) >= {"run", "check", "demo", "schema", "--version"}
+    assert set(parsers()[0].format_help().split()) >= {"run", "check", "demo", "schema", "--version"}
 
 
 WITHOUT_TORCH = (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from merge_gate.cli.parser import parser
+from merge_gate.cli.parser import parsers
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -77,7 +77,7 @@ def test_secrets_are_named_and_not_written_down(name: str) -> None:
 @pytest.mark.parametrize("name", PODS)
 def test_the_command_is_one_of_this_version(name: str) -> None:
     _, container = PODS[name]
-    given = parser().parse_args(container["args"])
+    given = parsers()[0].parse_args(container["args"])
     assert (given.command, given.access) == ("run", "stream")
     assert container.get("command", ENTRYPOINT) == ENTRYPOINT
 
@@ -148,7 +148,7 @@ def test_the_script_waits_for_the_job_and_ends_as_it_did(
     assert "hf_secret" not in str({key: value for key, value in jobs.asked.items() if key != "secrets"})
     assert "hf_secret" not in capsys.readouterr().out
     assert jobs.asked["command"][:3] == ENTRYPOINT
-    given = parser().parse_args(jobs.asked["command"][3:])
+    given = parsers()[0].parse_args(jobs.asked["command"][3:])
     assert (given.names, given.base) == (["acme/lora"], "acme/base")
 
 

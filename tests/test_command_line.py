@@ -16,7 +16,7 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.named_adapters import requested_config
-from merge_gate.cli.parser import parsed, parser
+from merge_gate.cli.parser import parsed, parsers
 from merge_gate.cli.variables import WITHOUT_VARIABLE, unknown_variables
 from merge_gate.errors import UsageError
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (found,) = (one for one in parser()._actions if one.dest == "command")
+    (found,) = (one for one in parsers()[0]._actions if one.dest == "command")
     return found.choices
 
 

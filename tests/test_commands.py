@@ -79,6 +79,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def _replace(monkeypatch: pytest.MonkeyPatch, command: str, run: Callable[..., Any]) -> None:
+    monkeypatch.setitem(dispatch.COMMANDS, command, (dispatch.COMMANDS[command][0], run))
+
+
 def broken(*_: object) -> NoReturn:
     raise ZeroDivisionError("by zero")
 
@@ -126,7 +130,7 @@ def test_a_signal_before_the_command_leaves_no_verdict(
 def test_a_signal_during_a_command_without_an_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(dispatch._COMMANDS, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    _replace(monkeypatch, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
     assert "SIGTERM" in capsys.readouterr().err
 
@@ -135,7 +139,7 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     monkeypatch.delenv("MERGE_GATE_DEBUG", raising=False)
-    monkeypatch.setitem(dispatch._COMMANDS, "schema", broken)
+    _replace(monkeypatch, "schema", broken)
     assert main(["schema", "config"]) == 3
     said = capsys.readouterr().err
     assert "ZeroDivisionError: by zero\n" in said
@@ -152,7 +156,7 @@ def test_a_package_that_is_missing_is_no_defect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     monkeypatch.setitem(sys.modules, "jsonschema.absent", None)
-    monkeypatch.setitem(dispatch._COMMANDS, "schema", lambda _: importlib.import_module("jsonschema.absent"))
+    _replace(monkeypatch, "schema", lambda _: importlib.import_module("jsonschema.absent"))
     assert main(["schema", "config"]) == 3
     wording(capsys.readouterr().err)
 
@@ -164,7 +168,7 @@ def test_what_the_system_lacks_is_no_defect(
     def lacking(*_: object) -> NoReturn:
         raise OSError(number, "no")
 
-    monkeypatch.setitem(dispatch._COMMANDS, "schema", lacking)
+    _replace(monkeypatch, "schema", lacking)
     assert main(["schema", "config"]) == 3
     wording(capsys.readouterr().err)
 

@@ -34,7 +34,7 @@ from merge_gate.judging.checks.check import Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, WITHOUT_SETTING
 from merge_gate.records.terms import Origin, Result, Severity
 from merge_gate.report.stored.report_files import FORMATS
-from merge_gate.report.wording.explanations import STORED, explanation, to_store
+from merge_gate.report.wording.explanations import STORED, explanation
 from tests.support.cases import lay_out
 from tests.support.documents import CODE_BLOCK, blocks, without_numbers
 from tests.support.engine.plain_merge import peft_merge
@@ -42,6 +42,7 @@ from tests.support.faults import FAULTS, HEALTHY
 from tests.support.generated import held
 from tests.support.judging.cases import FIRES, judge
 from tests.support.models import VARIANTS
+from tests.support.stored_pages import to_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,12 +18,12 @@ import transformers
 from packaging import version
 
 from merge_gate.config.load_config import load_config
-from merge_gate.engine import adapter_evidence
 from merge_gate.files.preflight import preflight
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
 from merge_gate.run.flow import run_gate
 from tests.support import faults_methods, methods
+from tests.support.engine.merges import merge_adapter
 from tests.support.gating import Bench, mistake, one_thread, told
 from tests.support.merged import kept
 
@@ -89,7 +89,7 @@ def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench)
     expected = methods.merge(bench.base(case.base, dtype), adapter, safe=True)
     files = preflight(str(adapter), allow_pickle=False)
     with kept() as seen:
-        adapter_evidence.merge_adapter(bench.gate.base(directory, files, dtype="auto"), files)
+        merge_adapter(bench.gate.base(directory, files, dtype="auto"), files)
     original = methods.values(bench.base(case.base, dtype))
     assert methods.same({name: expected[name] for name in seen}, seen)
     untouched = expected.keys() - seen.keys() - _tied(bench.base(case.base, dtype))

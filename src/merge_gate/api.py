@@ -9,8 +9,8 @@ import contextlib
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType, NoneType
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache.resume import forget
@@ -20,7 +20,7 @@ from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
-from merge_gate.text import quoted
+from merge_gate.text import quoted, unusable
 from merge_gate.worker.supervisor import WorkerSlot
 
 if TYPE_CHECKING:
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
 _IN_CONFIG = ("base", "dtypes", "quantization", "revision", "checks", "expect", "allow_pickle")
 """The options of `gate` that a configuration has too."""
 _NOTHING: Mapping[str, object] = MappingProxyType({})
-_NAME = (str, os.PathLike)
-# If a list is allowed, it is the last of the types, and its entries have the others.
-_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "adapters": ((*_NAME, Sequence), "a name or a list of names"),
-    **dict.fromkeys(("base", "cache", "output"), ((*_NAME, NoneType), "a name")),
-    "dtypes": ((str, Sequence), "a dtype or a list of dtypes"),
-    **dict.fromkeys(("quantization", "revision"), ((str, NoneType), "a text")),
-    **dict.fromkeys(("checks", "expect"), ((Mapping,), "a mapping")),
-    "allow_pickle": ((bool,), "True or False"),
-    "device": ((str,), "a text"),
-}
 
 
 def gate(
@@ -84,19 +73,12 @@ def gate(
         ConfigError: the configuration file is wrong. Nothing was judged.
         GateError: the gate cannot go on, such as on a full disk.
     """
-    given = locals()
-    _refuse(given)
-    names = [os.fspath(name) for name in ([adapters] if isinstance(adapters, _NAME) else adapters)]
-    named = _in_config(given)
-    folder = None if output is None else os.fspath(output)
-    options = RunOptions(
-        device=device,
-        output=folder,
-        cache=CacheOptions(directory=None if cache is None else os.fspath(cache)),
-    )
+    given = _converted(locals())
+    names, folder = given["adapters"], given["output"]
+    options = RunOptions(device=device, output=folder, cache=CacheOptions(directory=given["cache"]))
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(WorkerSlot())
-        config = _config(names, named, folder)
+        config = _config(names, {name: given[name] for name in _IN_CONFIG}, folder)
         if folder is None:
             return run_gate(config, options, worker=worker)
         refuse_report(folder, FORMATS, names)
@@ -115,46 +97,55 @@ def refuse_options(**options: Any) -> None:
     """
     given = inspect.signature(gate).bind(os.curdir, **options)
     given.apply_defaults()
-    _refuse(given.arguments)
+    converted = _converted(given.arguments)
     with tempfile.TemporaryDirectory() as directory:
-        config_of([directory], **_in_config(given.arguments))
+        config_of([directory], **{name: converted[name] for name in _IN_CONFIG})
 
 
-def _in_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a configuration has too, as `config_of` takes them."""
-    named = {name: given[name] for name in _IN_CONFIG}
-    named["base"] = None if named["base"] is None else os.fspath(named["base"])
-    dtypes = named["dtypes"]
-    named["dtypes"] = [word.strip() for word in dtypes.split(",")] if isinstance(dtypes, str) else list(dtypes)
-    return named
-
-
-def _refuse(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a wrong type, and texts that no name and no configuration can hold.
+def _converted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as plain data. The configuration checks what these hold.
 
     Raises:
         UsageError: with the argument and what it expects.
     """
+    converted = {}
     for name, value in given.items():
-        kinds, expected = _TYPES[name]
-        texts = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if not isinstance(value, kinds) or (texts is value and not all(isinstance(text, kinds[:-1]) for text in texts)):
-            raise UsageError(f"{name} is {quoted(repr(value))}, expected {expected}")
+        convert, expected = _KINDS.get(name, (lambda value: value, "plain data"))
         try:
-            yaml_text(dict(value) if isinstance(value, Mapping) else None)
-            is_whole = all(
-                os.fsencode(text) and "\0" not in os.fspath(text) for text in texts if isinstance(text, _NAME)
-            )
+            converted[name] = convert(value)
+            yaml_text(converted[name])
         except (TypeError, ValueError, RecursionError):
-            is_whole = False
-        if not is_whole:
-            raise UsageError(f"{name} is {quoted(repr(value))}: it is empty, or holds something that is no text")
-    if not is_device(given["device"]):
-        raise UsageError(f"device is {quoted(given['device'])}, expected auto, cpu, cuda, or cuda:N")
+            raise UsageError(f"{name} is {quoted(repr(value))}, expected {expected}") from None
+    if not isinstance(given["device"], str) or not is_device(given["device"]):
+        raise UsageError(f"device is {quoted(str(given['device']))}, expected auto, cpu, cuda, or cuda:N")
+    return converted
+
+
+def _name(value: Name) -> str:
+    name = os.fspath(value)
+    if not isinstance(name, str) or unusable(name):
+        raise ValueError
+    return name
+
+
+def _names(value: Name | Sequence[Name]) -> list[str]:
+    return [_name(name) for name in ([value] if isinstance(value, str | os.PathLike) else value)]
+
+
+def _words(value: str | Sequence[str]) -> list[str]:
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+
+
+_KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "adapters": (_names, "a name or a list of names"),
+    **dict.fromkeys(("base", "cache", "output"), (lambda value: None if value is None else _name(value), "a name")),
+    "dtypes": (_words, "a dtype or a list of dtypes"),
+    **dict.fromkeys(("checks", "expect"), (lambda value: dict(**value), "a mapping of plain data")),
+}
+"""What makes plain data of an argument, and what it expects."""
 
 
 def _config(names: Sequence[str], named: Mapping[str, Any], output: str | None) -> Config:
-    """The configuration in the file, or that of the named adapters."""
     if not names:
         raise UsageError("no adapters are named", hint="name directories, globs, Hub ids, or a configuration file")
     if not names_a_file(names):

@@ -15,7 +15,7 @@ import entrypoint
 from merge_gate import __version__
 from merge_gate.action import caches, native
 from merge_gate.action import inputs as action
-from merge_gate.cli.parser import parser
+from merge_gate.cli.parser import parsers
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def test_the_report_survives_and_the_verdict_is_always_given() -> None:
 
 
 def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
-    run = parser().parse_args(["run", "x"])
+    run = parsers()[0].parse_args(["run", "x"])
     known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--command", "--names"}
     of_named_adapters = {
         "--base",
@@ -180,7 +180,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
         "--verbose",
         "--color",
     }, "a new option: give it an input, or allow it in `args` here"
-    parse = parser().parse_args
+    parse = parsers()[0].parse_args
     for arguments in (
         ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--refresh"],
         ["run", "c", "--device", "auto"],
@@ -192,7 +192,7 @@ def test_the_devices_are_those_of_the_command() -> None:
     (pattern,) = (pattern for name, pattern, _ in action.RULES if name == "device")
     for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
         assert re.fullmatch(pattern, device)
-        assert parser().parse_args(["run", "c", "--device", device]).device == device
+        assert parsers()[0].parse_args(["run", "c", "--device", device]).device == device
 
 
 def test_the_python_that_native_asks_for_is_the_packages() -> None:

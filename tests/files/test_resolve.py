@@ -21,7 +21,7 @@ import huggingface_hub
 import pytest
 
 from merge_gate.errors import ResolveError
-from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, _Repository
+from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, Repository
 from merge_gate.files.hub_errors import translate
 from merge_gate.files.resolve import (
     base_setting_files,
@@ -691,7 +691,7 @@ def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk(wording:
 
 def test_a_defect_is_not_hidden_as_a_network_problem() -> None:
     assert translate(ZeroDivisionError(), "'acme/lora'") is None
-    repository = _Repository(repo_id="acme/lora", revision=None, token=None, notify=pytest.fail)
+    repository = Repository(repo_id="acme/lora", revision=None, notify=pytest.fail)
     with pytest.raises(ZeroDivisionError):
         repository._ask(lambda: 1 // 0)
 

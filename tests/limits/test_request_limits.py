@@ -34,6 +34,7 @@ PATIENCE_S = 30.0
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -49,7 +50,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
 
 def fetched() -> Path:
     spec = AdapterSpec(name="a", source=LORA, hub_id=LORA, base=BaseSpec(), checks=(), line=1, column=1)
-    return Path(resolve_adapter(spec, token=TOKEN).directory)
+    return Path(resolve_adapter(spec).directory)
 
 
 def refused(call: Any, kind: type[GateError]) -> float:
@@ -64,7 +65,7 @@ def refused(call: Any, kind: type[GateError]) -> float:
 
 
 def opened(hub: LoopbackHub, name: str = "adapter_model.safetensors") -> HubFile:
-    return HubFile(LORA, hub.repos[LORA].refs["main"], name, token=TOKEN)
+    return HubFile(LORA, hub.repos[LORA].refs["main"], name)
 
 
 def read(file: HubFile) -> None:

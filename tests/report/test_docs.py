@@ -16,8 +16,8 @@ from merge_gate.records.measured import TensorMerge
 from merge_gate.records.publication import Manifest, Predicate
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding
-from merge_gate.report.formats.schema import column_table, field_table
 from merge_gate.report.stored.report_files import FORMATS, write_report
+from tests.support.field_tables import column_table, field_table
 from tests.support.reports import FAIL, PASS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "reference/report.md").read_text(encoding="utf-8")

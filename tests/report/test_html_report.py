@@ -20,8 +20,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import Accepted, Coverage
 from merge_gate.records.terms import Severity, Verdict
-from merge_gate.report.formats.html_report import render
-from merge_gate.report.formats.page_texts import meanings
+from merge_gate.report.formats.html_report import meanings, render
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,

@@ -20,11 +20,10 @@ from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
-from merge_gate.report.formats.summary import render
+from merge_gate.report.formats.summary import render, text_map
 from merge_gate.report.stored.compare import compare, render_markdown
 from merge_gate.report.wording import run_result
 from merge_gate.report.wording.markdown import code, plain, prose
-from merge_gate.report.wording.textmap import text_map
 from merge_gate.report.wording.untrusted import one_line
 from tests.support.reports import (
     ATTACKS,

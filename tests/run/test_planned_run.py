@@ -109,7 +109,7 @@ def test_a_base_and_an_adapter_on_the_hub(
 
 def test_what_is_in_the_cache_is_read_from_there(server: LoopbackHub, place: Path) -> None:
     plain = planned(place, base="./base", adapters=["./adapters/a"])
-    hub.fetch(BASE, None, lambda names, _: tuple(names), token=None, notify=lambda _: None)
+    hub.Repository(repo_id=BASE, revision=None, notify=lambda _: None).fetch(lambda names, _: tuple(names))
     cached = planned(place, base=BASE, adapters=["./adapters/a"])
     assert cached.splitlines()[3:] == plain.splitlines()[3:], "from the weights to the time"
     assert "mapped" in cached

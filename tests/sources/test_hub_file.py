@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +24,7 @@ REPOSITORY, NAME, TOKEN = "acme/base", "model.safetensors", "hf_loopback"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -43,7 +45,7 @@ def read(file: HubFile, start: int, size_bytes: int) -> bytes:
 
 
 def opened(commit: str, name: str = NAME) -> HubFile:
-    return HubFile(REPOSITORY, commit, name, token=TOKEN)
+    return HubFile(REPOSITORY, commit, name)
 
 
 def test_any_range_has_the_bytes_of_the_file(commit: str) -> None:
@@ -91,7 +93,8 @@ def test_a_passing_failure_is_tried_again_after_the_pause_that_the_server_asks_f
 ) -> None:
     monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 60.0)
     pauses: list[float] = []
-    file = HubFile(REPOSITORY, commit, NAME, token=TOKEN, sleep=pauses.append)
+    file = opened(commit)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     hub.fail("/cdn/", status, times=2, Retry_After="7")
     assert read(file, 0, 10) == CONTENT[:10]
     assert pauses == [7.0, 7.0]

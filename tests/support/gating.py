@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from merge_gate.engine import adapter_evidence
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.model_class import model_class_for
@@ -28,6 +27,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
+from tests.support.engine.merges import merge_adapter, merge_combination
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = adapter_evidence.merge_adapter(loaded, files, measure_options=measure_options(TRIAL))
+        evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL))
         return self._decide((files,), replace(evidence, instead_of=model_class_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
@@ -94,7 +94,7 @@ class Gate:
         loaded = self.base(base, members[0], dtype=dtype)
         return self._decide(
             members,
-            adapter_evidence.merge_combination(loaded, members, combine, measure_options=measure_options(TRIAL)),
+            merge_combination(loaded, members, combine, measure_options=measure_options(TRIAL)),
         )
 
     def base(

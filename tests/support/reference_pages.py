@@ -9,7 +9,7 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from merge_gate.cli.parser import _parsers
+from merge_gate.cli.parser import parsers
 from merge_gate.errors import ExitCode
 
 ENVIRONMENT = re.compile(r" ?\[env: (\w+)\]")
@@ -18,7 +18,7 @@ MEANINGS = re.compile(r"^  (\d)  (?:\w+: )?(.+)$", re.MULTILINE)
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command by its name: `run`, `report show`."""
-    return dict(_parsers()[1].choices)
+    return dict(parsers()[1].choices)
 
 
 def command_reference() -> str:

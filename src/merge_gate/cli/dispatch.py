@@ -14,19 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from merge_gate.cli import (
-    attest_command,
-    check_command,
-    demo_command,
-    init_command,
-    print_command,
-    rebuild_command,
-    report_command,
-    run_command,
-    verify_command,
-)
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
-from merge_gate.cli.parser import output_of, parsed, parser_of_words
+from merge_gate.cli.parser import COMMANDS, output_of, parsed
 from merge_gate.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.run.streams import flush_streams, mend_streams, say
@@ -65,7 +54,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _obey(arguments: argparse.Namespace) -> int:
     try:
-        return int(_COMMANDS[arguments.command](arguments))
+        return int(COMMANDS[arguments.command][1](arguments))
     except ConfigError as error:
         for problem in error.problems:
             say(str(problem))
@@ -114,25 +103,3 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     if partial and arguments.command == "run" and not arguments.container:
         say("  to continue from there, add --resume to the same command")
     return ExitCode.ERROR
-
-
-def _completion(arguments: argparse.Namespace) -> int:
-    return print_command.completion(arguments, parser_of_words())
-
-
-_COMMANDS = {
-    "run": run_command.run,
-    "check": check_command.run,
-    "init": init_command.run,
-    "demo": demo_command.run,
-    report_command.SHOW: report_command.show,
-    report_command.DIFF: report_command.diff,
-    report_command.COMBINE: report_command.combine,
-    report_command.BASELINE: report_command.baseline,
-    "attest": attest_command.run,
-    "rebuild": rebuild_command.run,
-    "verify": verify_command.run,
-    "explain": print_command.explain,
-    "schema": print_command.schema,
-    "completion": _completion,
-}

@@ -58,6 +58,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
     from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
+    from merge_gate.judging.policies import POLICIES
     from merge_gate.verify.exchanged import refuse_exchanged_base
 
     output, policy = getattr(arguments, "output", None), getattr(arguments, "policy", None)
@@ -70,29 +71,23 @@ def requested_config(arguments: argparse.Namespace) -> Config:
                 f"{option}{source} is for adapters named on the command line",
                 hint=f"{arguments.names[0]} lists the adapters of this run: write it into that file instead",
             )
-        return _with_known_variables(load_config(arguments.names[0], output=output, policy=policy), arguments)
-    if getattr(arguments, "container", False):
-        raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
-    refuse_exchanged_base(arguments.command, values["base"], arguments.names)
-    config = config_of(
-        arguments.names,
-        base=values["base"],
-        dtypes=[word.strip() for word in (values["dtype"] or "").split(",") if word.strip()],
-        quantization=values["quantization"],
-        revision=values["revision"],
-        checks=_unique("--set", values["set"]),
-        expect=_expected(values["expect"]),
-        allow_pickle=bool(values["allow_pickle"]),
-        output=output,
-        policy=policy,
-    )
-    return _with_known_variables(config, arguments)
-
-
-def _with_known_variables(config: Config, arguments: argparse.Namespace) -> Config:
-    """The configuration, unless its policy refuses the environment."""
-    from merge_gate.judging.policies import POLICIES
-
+        config = load_config(arguments.names[0], output=output, policy=policy)
+    else:
+        if getattr(arguments, "container", False):
+            raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
+        refuse_exchanged_base(arguments.command, values["base"], arguments.names)
+        config = config_of(
+            arguments.names,
+            base=values["base"],
+            dtypes=[word.strip() for word in (values["dtype"] or "").split(",") if word.strip()],
+            quantization=values["quantization"],
+            revision=values["revision"],
+            checks=_unique("--set", values["set"]),
+            expect=_expected(values["expect"]),
+            allow_pickle=bool(values["allow_pickle"]),
+            output=output,
+            policy=policy,
+        )
     if arguments.unknown_variables and POLICIES[config.policy].needs_known_variables:
         raise UsageError("; ".join(arguments.unknown_variables), hint=f"policy: {config.policy} allows no unknown ones")
     return config

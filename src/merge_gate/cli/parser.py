@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from merge_gate import __version__
@@ -28,9 +28,8 @@ from merge_gate.cli import (
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
 from merge_gate.cli.variables import show_variables, unknown_variables, words_of
+from merge_gate.names.suggestions import closest
 from merge_gate.text import one_of, quoted
-
-_LONGEST = 40
 
 
 def commanded(argv: Sequence[str]) -> list[str]:
@@ -41,7 +40,7 @@ def commanded(argv: Sequence[str]) -> list[str]:
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The values of the command line. If only the command is missing, the error suggests `run`."""
-    top, commands = _parsers()
+    top, commands = parsers()
     words = commanded(_without_help(argv))
     if not words:
         top.print_help(sys.stderr)
@@ -118,9 +117,9 @@ def output_of(argv: Sequence[str]) -> str | None:
 
     None if the command has no output directory, or if the mistake may be in `--output` itself.
     """
-    _, commands = _parsers()
+    _, commands = parsers()
     words = commanded(argv) or [""]
-    command = words[0] if words[0] in commands.choices else _nearest(words[0], [*commands.choices])
+    command = words[0] if words[0] in commands.choices else closest(words[0], [*commands.choices])
     if _is_place(words[0]):
         command = "run"  # the command was left out
     if command not in {"run", COMBINE} or any(_may_mean_output(word, commands.choices[command]) for word in words):
@@ -139,7 +138,7 @@ def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
     name, known = word.partition("=")[0], _options(command)
     if not name.startswith("--") or name in known:
         return False
-    return name.startswith("--o") or _nearest(name, known) == "--output"
+    return name.startswith("--o") or closest(name, known) == "--output"
 
 
 def _options(command: argparse.ArgumentParser) -> list[str]:
@@ -149,16 +148,9 @@ def _options(command: argparse.ArgumentParser) -> list[str]:
 
 def _meant(word: str, known: Sequence[str]) -> str:
     """A hint: the nearest of the known words, or all of them."""
-    if near := _nearest(word, known) or _of_letter(word, known):
+    if near := closest(word, known) or _of_letter(word, known):
         return f"; did you mean {quoted(near)}?"
     return "" if word.startswith("-") else f", expected {one_of(known)}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most similar to this one; empty if none is similar."""
-    from difflib import get_close_matches
-
-    return next(iter(get_close_matches(word[:_LONGEST], known, 1)), "")
 
 
 def _of_letter(word: str, known: Sequence[str]) -> str:
@@ -175,24 +167,20 @@ def _is_place(word: str) -> bool:
     return "/" in word or word.endswith((".yml", ".yaml")) or os.path.exists(word)  # noqa: PTH110 (False where pathlib raises)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    return _parsers()[0]
-
-
 def parser_of_words() -> argparse.ArgumentParser:
     """The command line for a shell's completion, in which a command of two words is a command in a command."""
     top = CommandParser(prog="merge-gate", description="A CI gate for PEFT adapters.")
     commands = top.add_subparsers(metavar="COMMAND")
     inner = commands.add_parser(REPORT, help="show, compare, and combine reports").add_subparsers(metavar="COMMAND")
-    for name, command in _parsers()[1].choices.items():
+    for name, command in parsers()[1].choices.items():
         first, _, second = name.partition(" ")
         place = inner if second else commands
         place.add_parser(second or first, parents=[command], add_help=False, help=command.description)
     return top
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
+def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
+    """The command line, and its commands."""
     top = CommandParser(
         prog="merge-gate",
         description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
@@ -204,23 +192,31 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
     top._positionals.title = "commands"  # noqa: SLF001 - a group of add_subparsers would come after the options
     commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
-    for add in (
-        run_command.add,
-        check_command.add,
-        init_command.add,
-        demo_command.add,
-        report_command.add_show,
-        report_command.add_diff,
-        report_command.add_combine,
-        report_command.add_baseline,
-        print_command.add_explain,
-        print_command.add_schema,
-        print_command.add_completion,
-        verify_command.add,
-        attest_command.add,
-        rebuild_command.add,
-    ):
+    for add, _ in COMMANDS.values():
         add(commands)
     for command in commands.choices.values():
         show_variables(command)
     return top, commands
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    return print_command.completion(arguments, parser_of_words())
+
+
+COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]] = {
+    "run": (run_command.add, run_command.run),
+    "check": (check_command.add, check_command.run),
+    "init": (init_command.add, init_command.run),
+    "demo": (demo_command.add, demo_command.run),
+    report_command.SHOW: (report_command.add_show, report_command.show),
+    report_command.DIFF: (report_command.add_diff, report_command.diff),
+    report_command.COMBINE: (report_command.add_combine, report_command.combine),
+    report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
+    "explain": (print_command.add_explain, print_command.explain),
+    "schema": (print_command.add_schema, print_command.schema),
+    "completion": (print_command.add_completion, _completion),
+    "verify": (verify_command.add, verify_command.run),
+    "attest": (attest_command.add, attest_command.run),
+    "rebuild": (rebuild_command.add, rebuild_command.run),
+}
+"""What adds each command to the command line, and what runs it, in the order of the help."""

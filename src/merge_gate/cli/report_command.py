@@ -29,7 +29,6 @@ _REPORT_OR_DEFAULT = f"{_REPORT_HELP} (default: {DEFAULT_OUTPUT})"
 def add_show(commands: Commands[CommandParser]) -> None:
     show = commands.add_parser(
         SHOW,
-        prog=f"merge-gate {SHOW}",
         help="show the report of an earlier run",
         description="Show the report of an earlier run.",
         epilog=examples(
@@ -46,7 +45,6 @@ def add_show(commands: Commands[CommandParser]) -> None:
 def add_diff(commands: Commands[CommandParser]) -> None:
     diff = commands.add_parser(
         DIFF,
-        prog=f"merge-gate {DIFF}",
         help="show what changed between two reports",
         description="Show what changed from one report to another. The exit code is 1 if something broke or got worse. "
         "It is 3 if nothing broke but the newer run is incomplete.",
@@ -69,7 +67,6 @@ def add_diff(commands: Commands[CommandParser]) -> None:
 def add_combine(commands: Commands[CommandParser]) -> None:
     combine = commands.add_parser(
         COMBINE,
-        prog=f"merge-gate {COMBINE}",
         help="combine the reports of all shards",
         description="Combine the reports of all shards of a run (`merge-gate run --shard I/N`) into one report. There "
         "is no verdict (exit code 3) if a shard is missing, repeated, incomplete, or from another config, version, or "
@@ -89,7 +86,6 @@ def add_combine(commands: Commands[CommandParser]) -> None:
 def add_baseline(commands: Commands[CommandParser]) -> None:
     baseline = commands.add_parser(
         BASELINE,
-        prog=f"merge-gate {BASELINE}",
         help="write a first baseline",
         description="Print a baseline that accepts each failure in a report for 90 days. Add a reason and an owner to "
         "each entry, save the file, and name it in the config: `baseline: FILE`.",

@@ -208,9 +208,8 @@ def _in_container(arguments: argparse.Namespace) -> int:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
     more += ["--refresh"] if arguments.refresh else []
-    more += ["--access", arguments.access] if arguments.access else []
-    more += ["--policy", arguments.policy] if arguments.policy else []
-    more += ["--read", arguments.read] if arguments.read else []
+    for name in ("access", "policy", "read"):
+        more += [f"--{name}", value] if (value := getattr(arguments, name)) else []
     more += ["--max-shard-size", f"{arguments.max_shard_size / 1000:.3f}KB"] if arguments.max_shard_size else []
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]

@@ -16,20 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PREFIX = "MERGE_GATE_"
-WITHOUT_VARIABLE = frozenset(
-    {
-        *("--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus"),
-        *("--plan", "--ray", "--shard", "--attestation", "--key"),
-    }
-)
+WITHOUT_VARIABLE = frozenset((
+    "--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus", "--plan", "--ray", "--shard",
+    "--attestation", "--key",
+))  # fmt: skip
 """A variable of these could keep a job from merging, or choose who is trusted. `MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS`
 tell a gate in a container about the container."""
-_OTHERS = frozenset(
-    {
-        *("CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX"),
-        *("PLACE", "PUBLISH_WITHIN", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS"),
-    }
-)
+_OTHERS = frozenset((
+    "CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX", "PLACE",
+    "PUBLISH_WITHIN", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS",
+))  # fmt: skip
 """Names after the prefix that are no option's: of the gate, its action and container, its recipes, and its tests."""
 _INPUT = f"{PREFIX}INPUT_"
 """Before an input of the action."""
@@ -83,15 +79,11 @@ def unknown_variables(commands: Iterable[argparse.ArgumentParser], environ: Mapp
 
 
 def _variables(command: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str, str]]:
-    """The options that have a variable."""
     for action in command._actions:  # noqa: SLF001 - argparse has no public name for them
         option = next((word for word in action.option_strings if word.startswith("--")), "")
-        if option and option not in WITHOUT_VARIABLE and not _repeats(action):
+        repeats = isinstance(action, argparse._AppendAction)  # noqa: SLF001 - as above
+        if option and option not in WITHOUT_VARIABLE and not repeats:
             yield action, option, PREFIX + option.removeprefix("--").replace("-", "_").upper()
-
-
-def _repeats(action: argparse.Action) -> bool:
-    return isinstance(action, argparse._AppendAction)  # noqa: SLF001 - as above
 
 
 def _is_given(options: Sequence[str], words: Sequence[str]) -> bool:

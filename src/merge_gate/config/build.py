@@ -38,7 +38,6 @@ from merge_gate.text import counted, has_hidden, listing, quoted
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
 _LEAST_PERCENT, _PERCENT = 2, 100
-_LEAST_PERCENT = 2
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 

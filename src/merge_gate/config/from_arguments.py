@@ -36,7 +36,11 @@ def names_a_file(names: Sequence[str]) -> bool:
     if why := next(filter(None, map(unusable, names)), ""):
         raise UsageError(f"a name {why}")
     others = [name for name in names if _adapter_directory(name) == name and not name.startswith(HUB)]
-    files = [name for name in others if not os.path.isdir(name) and _reads_as_file(name)]  # noqa: PTH112 (as below)
+    files = [  # a pipe or a device is one, too
+        name
+        for name in others
+        if not os.path.isdir(name) and (name.endswith((".yml", ".yaml")) or os.path.exists(name))  # noqa: PTH110, PTH112 (False where pathlib raises)
+    ]
     if files and len(names) > 1:
         raise UsageError(
             f"{quoted(files[0])} is a file among other arguments",
@@ -49,11 +53,6 @@ def names_a_file(names: Sequence[str]) -> bool:
             or "name the adapter's directory, which holds adapter_config.json (unpack an archive first)",
         )
     return bool(files)
-
-
-def _reads_as_file(name: str) -> bool:
-    """Whether the name is one of a configuration, or exists: as a file, a pipe, or a device."""
-    return name.endswith((".yml", ".yaml")) or os.path.exists(name)  # noqa: PTH110 (False where pathlib raises)
 
 
 def _adapter_directory(name: str) -> str:
@@ -124,20 +123,20 @@ def config_of(
     own_names = distinguishing_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
     expect = dict(expect)
     digest = expect.pop("base-sha256", None)
-    options = {"model": base, "dtype": list(dtypes), "quantization": quantization, "sha256": digest}
-    facts: dict[str, Any] = {"revision": revision} if revision else {}
+    options = {"model": base, "dtype": list(dtypes) or None, "quantization": quantization, "sha256": digest}
+    facts: dict[str, Any] = {} if revision is None else {"revision": revision}
     facts |= {"expect": expect} if expect else {}
     entries = [
         {"path": _as_utf8(place)} | ({"name": _as_utf8(own_names[place])} if place in own_names else {}) | facts
         for place in places
     ]
     file: dict[str, Any] = {"version": 1, "adapters": entries}
-    if any(options.values()):
-        file["base"] = {key: value for key, value in options.items() if value}
+    if given := {key: value for key, value in options.items() if value is not None}:
+        file["base"] = given
     if checks:
         file["checks"] = dict(checks)
-    if allow_pickle:
-        file["allow-pickle"] = True
+    if allow_pickle is not False:
+        file["allow-pickle"] = allow_pickle
     text = yaml_text(file, indent=1)
     try:
         document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()

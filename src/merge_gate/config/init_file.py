@@ -30,8 +30,6 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*/[A-Za-z0-9_./@+=-]*[A-Za-z
 
 @dataclass(slots=True)
 class _FoundFiles:
-    """Adapters and models in and below the given directories."""
-
     adapters: set[str] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
     unreadable: dict[str, None] = field(default_factory=dict)

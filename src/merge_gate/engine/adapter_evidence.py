@@ -79,35 +79,6 @@ class MergeRequest:
     safe_merge: bool = True
 
 
-def merge_adapter(
-    base: Base,
-    files: AdapterFiles,
-    *,
-    measure_options: MeasureOptions = MEASURE_ALL,
-    progress: Progress | None = None,
-) -> Evidence:
-    """Merge one adapter into a scratch copy of the base, and measure everything.
-
-    Raises:
-        MemoryError, torch.OutOfMemoryError: the machine is too small.
-    """
-    return merge(MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress))
-
-
-def merge_combination(
-    base: Base,
-    members: tuple[AdapterFiles, ...],
-    combine: Combine,
-    *,
-    measure_options: MeasureOptions = MEASURE_ALL,
-    progress: Progress | None = None,
-) -> Evidence:
-    """Combine adapters by PEFT's `add_weighted_adapter`, and merge the result as `merge_adapter` does."""
-    return merge(
-        MergeRequest(base=base, members=members, combine=combine, measure_options=measure_options, progress=progress)
-    )
-
-
 def merge(request: MergeRequest) -> Evidence:
     """Merge one adapter. Start again if some code has read a tensor that had no values (hollow.py).
 

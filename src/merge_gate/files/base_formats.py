@@ -118,7 +118,6 @@ def _declaration(
         key=key,
         is_read=is_read,
         format=_text(next((content[k] for k in ("fmt", "format", "quant_algo") if content.get(k)), None)),
-        bits=_integer(next((content[k] for k in ("bits", "w_bit", "num_bits") if k in content), None)),
         block_size=tuple(block) if _is_block(block) else None,
         ignored=tuple(name for name in ignored if isinstance(name, str)),
     )
@@ -135,10 +134,6 @@ def _is_block(value: Any) -> bool:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _integer(value: Any) -> int | None:
-    return value if type(value) is int else None
 
 
 # --- what the tensors are --------------------------------------------------------------------------------------------

@@ -27,17 +27,16 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_url, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from merge_gate import __version__
 from merge_gate.errors import ResolveError
-from merge_gate.files import hub_errors
 from merge_gate.files.base_weights import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
-from merge_gate.files.hub_errors import CHECK_ENDPOINT, host, translate
-from merge_gate.limits.request_limits import AGENT, ConnectError, limit_requests
+from merge_gate.files.hub_errors import CHECK_ENDPOINT, ask, host
+from merge_gate.limits.request_limits import AGENT
 from merge_gate.names.foreign_names import COMMIT, is_inside
 from merge_gate.records.terms import Access
 from merge_gate.text import counted
@@ -55,7 +54,6 @@ T = TypeVar("T")
 PAUSES_S = (1.0, 4.0)
 """Seconds to wait before the second and the third attempt of a request that failed for a temporary reason."""
 
-_LONGEST_PAUSE_S = 60.0
 _REQUEST_TIMEOUT_S = 10.0
 _DOWNLOAD_TIMEOUT_S = 8
 """Seconds without a byte. huggingface_hub gives up after six attempts, so in less than a minute."""
@@ -100,99 +98,68 @@ class PlannedFetch:
     free_bytes: int | None = None
 
 
-def planned(
-    repo_id: str,
-    revision: str | None,
-    choose: Choose,
-    *,
-    notify: Callable[[str], None],
-    access: Access = Access.DOWNLOAD,
-) -> PlannedFetch:
-    """What `fetch` would do with the same arguments. Only small files that `choose` reads are fetched."""
-    _set_up_library()
-    repository = _repository(repo_id, revision, token=None, notify=notify, access=access)
-    return repository.plan_from_cache(choose) if constants.HF_HUB_OFFLINE else repository.plan_from_network(choose)
-
-
-def fetch(
-    repo_id: str,
-    revision: str | None,
-    choose: Choose,
-    *,
-    token: str | None,
-    notify: Callable[[str], None],
-    access: Access = Access.DOWNLOAD,
-) -> Fetched:
-    """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repository:
+    """One repository at one revision. Every exception that leaves its methods is a `ResolveError`.
 
     With another `access` than a download, safetensors files may be left to be read by ranges.
     """
-    _set_up_library()
-    repository = _repository(repo_id, revision, token=token, notify=notify, access=access)
-    return repository.from_cache(choose) if constants.HF_HUB_OFFLINE else repository.from_network(choose)
-
-
-def _repository(
-    repo_id: str, revision: str | None, *, token: str | None, notify: Callable[[str], None], access: Access
-) -> _Repository:
-    if revision is not None and not _REVISION.fullmatch(revision):
-        raise ResolveError(
-            f"{shown(revision)} is not the name of a revision of {shown(repo_id)}",
-            hint="name a branch, a tag or a commit",
-        )
-    return _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify, access=access)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Repository:
-    """One repository at one revision. Every exception that leaves its methods is a `ResolveError`."""
 
     repo_id: str
     revision: str | None
-    token: str | None
     notify: Callable[[str], None]
     access: Access = Access.DOWNLOAD
 
-    def from_network(self, choose: Choose) -> Fetched:
+    def __post_init__(self) -> None:
+        _set_up_library()
+        if self.revision is not None and not _REVISION.fullmatch(self.revision):
+            raise ResolveError(
+                f"{shown(self.revision)} is not the name of a revision of {shown(self.repo_id)}",
+                hint="name a branch, a tag or a commit",
+            )
+
+    def fetch(self, choose: Choose) -> Fetched:
+        """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived."""
+        return self._from_cache(choose) if constants.HF_HUB_OFFLINE else self._from_network(choose)
+
+    def plan(self, choose: Choose) -> PlannedFetch:
+        """What `fetch` would do. Only small files that `choose` reads are fetched."""
+        if not constants.HF_HUB_OFFLINE:
+            return self._chosen(choose)[0]
+        fetched = self._from_cache(choose)
+        sizes = {name: Path(fetched.directory, name).stat().st_size for name in fetched.chosen}
+        return PlannedFetch(commit=fetched.commit, sizes=sizes, absent=(), streamable=())
+
+    def _from_network(self, choose: Choose) -> Fetched:
         # 1. and 2. Resolve the revision to a commit, list its files, and let the caller choose.
-        commit, files = self._listed()
-        chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
-        withheld = frozenset(files) - set(chosen)
-        streamable = self._streamable(files, chosen, commit)
-        chosen = tuple(name for name in chosen if name not in streamable)
-        new = [name for name in chosen if not self._is_cached(name, commit)]
+        plan, files = self._chosen(choose)
+        commit, streamable = plan.commit, plan.streamable
+        chosen = tuple(name for name in plan.sizes if name not in streamable)
         # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
-        total_bytes = sum(files[name].size or 0 for name in chosen)
-        self.notify(
-            f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {_shown_bytes(total_bytes)}"
-        )
+        total = _shown_bytes(sum(plan.sizes[name] for name in chosen))
+        self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {total}")
         self._write_ref(commit)
         directory = self._ask(lambda: self._download(commit, chosen), self._limits(files, chosen, commit))
-        fetched = self._check(directory, chosen, withheld=withheld)
+        fetched = self._check(directory, chosen, withheld=files.keys() - plan.sizes.keys())
         # 4. Compare the new files with the digests that the Hub lists.
-        for name in new:
+        for name in (name for name in plan.absent if name in chosen):
             self._compare(Path(directory, name), files[name])
-        return replace(fetched, chosen=chosen, streamable=streamable)
+        return replace(fetched, streamable=streamable)
 
-    def plan_from_network(self, choose: Choose) -> PlannedFetch:
+    def _chosen(self, choose: Choose) -> tuple[PlannedFetch, dict[str, RepoSibling]]:
         commit, files = self._listed()
         chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
-        return PlannedFetch(
+        plan = PlannedFetch(
             commit=commit,
             sizes={name: files[name].size or 0 for name in chosen},
             absent=tuple(name for name in chosen if not self._is_cached(name, commit)),
             streamable=self._streamable(files, chosen, commit),
             free_bytes=_free_bytes(constants.HF_HUB_CACHE),
         )
-
-    def plan_from_cache(self, choose: Choose) -> PlannedFetch:
-        fetched = self.from_cache(choose)
-        sizes = {name: Path(fetched.directory, name).stat().st_size for name in fetched.chosen}
-        return PlannedFetch(commit=fetched.commit, sizes=sizes, absent=(), streamable=())
+        return plan, files
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
-        """The commit of the revision, and its files."""
-        api = HfApi(token=self.token, library_name=AGENT, library_version=__version__)
+        api = HfApi(library_name=AGENT, library_version=__version__)
         info = self._ask(
             lambda: api.model_info(
                 self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT_S
@@ -217,13 +184,10 @@ class _Repository:
 
     def _limits(self, files: Mapping[str, RepoSibling], names: Iterable[str], commit: str) -> dict[str, int]:
         """The most bytes of files, by the paths of their addresses."""
+        paths = {name: urlsplit(hf_hub_url(self.repo_id, name, revision=commit)).path for name in names}
         sizes = {name: files[name].size for name in names}
-        return {
-            unquote(urlsplit(hf_hub_url(self.repo_id, name, revision=commit)).path): (
-                constants.MAX_HTTP_DOWNLOAD_SIZE if size is None else size
-            )
-            for name, size in sizes.items()
-        }
+        most = constants.MAX_HTTP_DOWNLOAD_SIZE
+        return {unquote(paths[name]): most if size is None else size for name, size in sizes.items()}
 
     def _write_ref(self, commit: str) -> None:
         """Note the commit of the revision, as huggingface_hub does for a revision that it resolves itself."""
@@ -274,7 +238,7 @@ class _Repository:
             self._compare(path, file)
         return path
 
-    def from_cache(self, choose: Choose) -> Fetched:
+    def _from_cache(self, choose: Choose) -> Fetched:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
         commit = self._commit(os.path.relpath(os.path.realpath(directory), os.path.realpath(self._cache / "snapshots")))
         listing = self._cached_listing(commit)
@@ -287,17 +251,21 @@ class _Repository:
             return path
 
         chosen = choose(names, cached)
-        fetched = self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
-        return replace(fetched, chosen=chosen)
+        return self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
 
     def _check(
-        self, directory: str, chosen: Sequence[str], *, withheld: Iterable[str], is_listed: bool = True
+        self, directory: str, chosen: tuple[str, ...], *, withheld: Iterable[str], is_listed: bool = True
     ) -> Fetched:
         """Check that all files have arrived: huggingface_hub returns a partial snapshot if a request fails."""
         if absent := [name for name in chosen if not Path(directory, name).exists()]:
             raise incomplete(self.what, absent)
-        commit = Path(directory).name
-        return Fetched(directory=directory, commit=commit, withheld=tuple(sorted(withheld)), is_listed=is_listed)
+        return Fetched(
+            directory=directory,
+            commit=Path(directory).name,
+            withheld=tuple(sorted(withheld)),
+            is_listed=is_listed,
+            chosen=chosen,
+        )
 
     def _is_cached(self, name: str, commit: str) -> bool:
         return isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, name, revision=commit), str)
@@ -343,7 +311,6 @@ class _Repository:
                 revision=revision,
                 allow_patterns=[glob.escape(n) for n in names],
                 local_files_only=local_files_only,
-                token=self.token,
                 library_name=AGENT,
                 library_version=__version__,
             )
@@ -351,26 +318,13 @@ class _Repository:
             constants.HF_HUB_DISABLE_XET = xet
 
     def _ask(self, request: Callable[[], T], limits: Mapping[str, int] | None = None) -> T:
-        """Call `request`, repeat it after temporary failures, and translate its errors.
+        """Call `request`. With `limits` it is a download."""
 
-        With `limits` it is a download, which has already retried lost connections and timeouts.
-        """
-        pauses = iter(PAUSES_S)
-        while True:
-            limit_requests(get_session(), limits)
-            try:
-                return request()
-            except ResolveError as error:
-                raise ResolveError(f"{self.what} was not fetched: {error.message}", hint=error.hint) from error
-            except Exception as error:
-                translated = translate(error, f"{self.what} is not a directory here, and")
-                if translated is None:
-                    raise
-                wait_s = _pause(error, next(pauses, None), is_patient=limits is not None)
-                if wait_s is None:
-                    raise translated from error
-                self.notify(f"{translated.message}; trying again in {wait_s:.0f} s")
-                time.sleep(wait_s)
+        def wait(pause_s: float, refused: ResolveError) -> None:
+            self.notify(f"{refused.message}; trying again in {pause_s:.0f} s")
+            time.sleep(pause_s)
+
+        return ask(request, f"{self.what} is not a directory here, and", PAUSES_S, wait, limits)
 
     @property
     def what(self) -> str:
@@ -407,17 +361,11 @@ def _set_up_library() -> None:
 
 def _free_bytes(directory: str) -> int | None:
     """The free space on the disk of a directory that may not exist yet."""
-    place = next((one for one in (Path(directory), *Path(directory).parents) if one.exists()), None)
-    return shutil.disk_usage(place).free if place is not None else None
+    places = (Path(directory), *Path(directory).parents)
+    with suppress(OSError, StopIteration):
+        return shutil.disk_usage(next(place for place in places if place.exists())).free
+    return None
 
 
 def _shown_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"  # noqa: PLR2004
-
-
-def _pause(error: Exception, pause_s: float | None, *, is_patient: bool) -> float | None:
-    """Seconds to wait before the next attempt; None if it is pointless or no attempt is left."""
-    transport = not is_patient or isinstance(error, ConnectError)  # which the library has not retried
-    if pause_s is None or not hub_errors.is_passing(error, transport=transport):
-        return None
-    return max(pause_s, min(hub_errors.retry_after_s(error), _LONGEST_PAUSE_S))

@@ -105,15 +105,12 @@ class Inputs:
             return entry
         model, revision, label = requested
         if could_be_hub_id(model, is_base=True) and self._not_fetched(entry, model, revision) is None:
-            self._leave_out(label)
+            if label not in self._left_out:
+                self._left_out.add(label)
+                why = "no directory here has that name, and `check` fetches no bases"
+                self._notify(f"base {quoted(label, 200)} was not checked: {why}")
             return entry
         return self._with_base(entry)
-
-    def _leave_out(self, label: str) -> None:
-        if label not in self._left_out:
-            self._left_out.add(label)
-            name = quoted(label, 200)
-            self._notify(f"base {name} was not checked: no directory here has that name, and `check` fetches no bases")
 
     def _requested_base(self, entry: Entry) -> tuple[str, str | None, str] | None:
         """The base's model, revision, and name: from the config, or else from adapter_config.json; None for neither."""
@@ -125,7 +122,6 @@ class Inputs:
         return self._named_by_adapter(config.base_name), spec.revision or config.base_revision, config.base_name
 
     def _with_base(self, entry: Entry) -> Entry:
-        """Add the base and its `BaseFiles`."""
         requested = self._requested_base(entry)
         if requested is None:
             return replace(entry, problem=_no_base(entry.files))
@@ -170,12 +166,21 @@ class Inputs:
         return self._bases[request]
 
     def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
+        def read() -> Snapshot:
+            return self._resolve(model, revision, access, label)
+
         limit_s = self._limit_s(model) if Path(model).is_absolute() else None
         try:
-            return _within(limit_s, label, lambda: self._resolve(model, revision, access, label))
+            return read() if limit_s is None else within(limit_s, read)
         except GateError as error:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
+            if limit_s is not None and isinstance(error, TimeoutError):
+                return ResolveError(
+                    f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not "
+                    "answer",
+                    hint="check the network file system that holds the base, then run again",
+                )
             return ResolveError(
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
@@ -194,23 +199,6 @@ class Inputs:
             with_companions=self._with_companions,
             with_copies=self._with_copies,
         )
-
-
-def _within(limit_s: float | None, label: str, read: Callable[[], Snapshot]) -> Snapshot:
-    """Read a base, for at most this time.
-
-    Raises:
-        GateError: what `read` raises, or the time is over.
-    """
-    if limit_s is None:
-        return read()
-    try:
-        return within(limit_s, read)
-    except TimeoutError as error:
-        raise ResolveError(
-            f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not answer",
-            hint="check the network file system that holds the base, then run again",
-        ) from error
 
 
 _NAMED_BY_ADAPTER = (

@@ -43,11 +43,6 @@ class Streamable:
     directory: str
     others: tuple[str, ...]
     weights: tuple[str, ...]
-    token: str | None
-
-
-def _ignore(_: str) -> None:
-    """The default for `notify`: discard."""
 
 
 # --- the two names -------------------------------------------------------------------------------------------------
@@ -57,8 +52,7 @@ def resolve_adapter(
     spec: AdapterSpec,
     *,
     allow_pickle: bool = False,
-    token: str | None = None,
-    notify: Callable[[str], None] = _ignore,
+    notify: Callable[[str], None] = lambda _: None,
     with_companions: bool = False,
 ) -> Snapshot:
     """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it.
@@ -80,7 +74,6 @@ def resolve_adapter(
         spec.revision,
         choose,
         name=spec.source,
-        token=token,
         notify=notify,
         needs=(CONFIG_NAME, WEIGHTS_NAME),
     )
@@ -94,8 +87,7 @@ def resolve_base(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     label: str | None = None,
-    token: str | None = None,
-    notify: Callable[[str], None] = _ignore,
+    notify: Callable[[str], None] = lambda _: None,
     access: Access = Access.DOWNLOAD,
     lay_out: Callable[[Streamable], str] | None = None,
     with_companions: bool = False,
@@ -124,7 +116,7 @@ def resolve_base(
             return (*chosen, *sorted((more | copies) - {*chosen}))
 
         access = access if lay_out is not None else Access.DOWNLOAD
-        snapshot, streamable = _fetch(model, revision, choose, name=name, token=token, notify=notify, access=access)
+        snapshot, streamable = _fetch(model, revision, choose, name=name, notify=notify, access=access)
     if streamable is not None and lay_out is not None:
         snapshot = replace(snapshot, directory=lay_out(streamable))
     has_values = streamable is None
@@ -153,7 +145,6 @@ def _fetch(
     choose: Callable[[frozenset[str], Callable[[str], Path]], tuple[str, ...]],
     *,
     name: str,
-    token: str | None,
     notify: Callable[[str], None],
     needs: tuple[str, ...] = (),
     access: Access = Access.DOWNLOAD,
@@ -161,7 +152,8 @@ def _fetch(
     """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
-    fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify, access=access)
+    repository = hub.Repository(repo_id=repo_id, revision=revision, notify=notify, access=access)
+    fetched = repository.fetch(choose)
     absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
     if absent and not fetched.is_listed:
         raise hub.incomplete(shown(repo_id), absent)
@@ -171,7 +163,6 @@ def _fetch(
         directory=fetched.directory,
         others=fetched.chosen,
         weights=fetched.streamable,
-        token=token,
     )
     return (
         Snapshot(name=name, directory=fetched.directory, revision=fetched.commit, withheld=fetched.withheld),
@@ -243,13 +234,12 @@ def base_setting_files(directory: str) -> tuple[str, ...]:
 # --- digests -------------------------------------------------------------------------------------------------------
 
 
-def digest_directory(directory: str, names: Iterable[str], on_read: Callable[[], object] = lambda: None) -> str:
+def digest_directory(directory: str, names: Iterable[str]) -> str:
     """SHA-256 over one line per file, sorted by name: "<sha256 of the file>  <name>", as sha256sum writes them.
 
     Every file is read. The Hub's cache names a Git LFS file by its SHA-256, but its bytes may have changed since.
-    `on_read` is called before each read of some bytes.
     """
-    return digest_of_digests(digest_files(directory, names, on_read))
+    return digest_of_digests(digest_files(directory, names))
 
 
 def digest_files(directory: str, names: Iterable[str], on_read: Callable[[], object] = lambda: None) -> dict[str, str]:

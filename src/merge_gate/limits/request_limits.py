@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -76,12 +76,10 @@ class _LimitedSend:
         if not request.headers.get("User-Agent", "").startswith(f"{AGENT}/"):
             return self._send(request, stream=stream, **options)
         most, ends = self._limits(request, is_file=stream)
-        timeouts = request.extensions.get("timeout", {})
-        clamped = {kind: min(limit_s or REQUEST_LIMIT_S, REQUEST_LIMIT_S) for kind, limit_s in timeouts.items()}
-        request.extensions = {**request.extensions, MOST_BYTES: most, "timeout": clamped}
-        context = contextvars.copy_context()
+        request.extensions = {**request.extensions, MOST_BYTES: most}
         if time.monotonic() > ends:
             raise _refused(request, "does not come to an end")
+        context = contextvars.copy_context()
         try:
             return within(REQUEST_LIMIT_S, lambda: context.run(self._send, request, stream=stream, **options))
         except TimeoutError as error:
@@ -131,48 +129,41 @@ def _limit_answer(answer: Any) -> None:
     raw, whole = answer.iter_raw, answer.iter_bytes
 
     def iter_raw(chunk_size: int | None = None) -> Iterator[bytes]:
-        with _least_rate(answer) as count:
-            yield from _counted(answer, raw(chunk_size), most, count)
+        with _least_rate(answer) as received:
+            yield from _counted(answer, raw(chunk_size), most, received)
 
     answer.iter_raw = iter_raw
-    answer.iter_bytes = lambda chunk_size=None: _counted(answer, whole(chunk_size), most)  # decompressed
+    answer.iter_bytes = lambda chunk_size=None: _counted(answer, whole(chunk_size), most, [0])  # decompressed
 
 
-def _counted(
-    answer: Any, parts: Iterator[bytes], most: int, count: Callable[[int], None] = lambda _: None
-) -> Iterator[bytes]:
-    done = 0
+def _counted(answer: Any, parts: Iterator[bytes], most: int, received: list[int]) -> Iterator[bytes]:
+    """The parts of a body, and their bytes in all in `received`."""
     for part in parts:
-        done += len(part)
-        count(len(part))
-        if done > most:
+        received[0] += len(part)
+        if received[0] > most:
             raise _refused(answer.request, f"sends more than the {most:,} bytes that this file can have")
         yield part
 
 
 @contextmanager
-def _least_rate(answer: Any) -> Iterator[Callable[[int], None]]:
+def _least_rate(answer: Any) -> Iterator[list[int]]:
     """Close the connection if too few bytes arrive, even if they are of no whole chunk and no one can count them."""
-    received = 0
+    received = [0]
     is_over, is_slow = threading.Event(), threading.Event()
-
-    def count(size_bytes: int) -> None:
-        nonlocal received
-        received += size_bytes
 
     def watch() -> None:
         before = 0
         while not is_over.wait(REQUEST_LIMIT_S):
-            if received - before < LEAST_BYTES_PER_S * REQUEST_LIMIT_S:
+            if received[0] - before < LEAST_BYTES_PER_S * REQUEST_LIMIT_S:
                 is_slow.set()
                 with suppress(Exception):  # it is closed already, or the client has another transport
                     answer.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
                 return
-            before = received
+            before = received[0]
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        yield count
+        yield received
     except Exception:
         if not is_slow.is_set():
             raise

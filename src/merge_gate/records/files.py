@@ -69,7 +69,6 @@ class DeclaredQuantization:
         key: the key in that file, "" if the whole file is the declaration.
         is_read: whether transformers reads this declaration.
         format: the format inside the method (`fmt`, `format`, `quant_algo`), if the file names one.
-        bits: bits of a weight, if the file says.
         block_size: rows and columns that share a scale, if the file says.
         ignored: names of modules, or patterns of names, that are not quantized.
     """
@@ -79,7 +78,6 @@ class DeclaredQuantization:
     key: str = ""
     is_read: bool = True
     format: str | None = None
-    bits: int | None = None
     block_size: tuple[int, ...] | None = None
     ignored: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from merge_gate.report.wording.words import counted, duration, number
+from merge_gate.report.wording.words import counted, duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,6 @@ class HourlyLog:
         elapsed_s, judged = now_s - self._began_s, done - self._first
         left = f"; about {duration(round(elapsed_s * (total - done) / judged))} left" if judged > 0 else ""
         return (
-            f"after {duration(round(elapsed_s))}: {number(done)} of {counted(total, 'adapter')} judged, "
-            f"{number(failed)} failed{left}"
+            f"after {duration(round(elapsed_s))}: {done:,} of {counted(total, 'adapter')} judged, "
+            f"{failed:,} failed{left}"
         )

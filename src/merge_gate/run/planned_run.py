@@ -90,7 +90,7 @@ class PlannedInputs(Inputs):
             weights = WEIGHTS_NAME if WEIGHTS_NAME in names else PICKLE_NAME
             return tuple(name for name in (CONFIG_NAME, weights) if name in names)
 
-        fetch = hub.planned(spec.hub_id, spec.revision, choose, notify=self._notify)
+        fetch = hub.Repository(repo_id=spec.hub_id, revision=spec.revision, notify=self._notify).plan(choose)
         if not fetch.absent or not directories:
             return super()._read_adapter(spec)
         self.adapters[spec.name] = fetch
@@ -113,7 +113,8 @@ class PlannedInputs(Inputs):
                 allow_pickle=self._config.allow_pickle,
             )
 
-        fetch = hub.planned(model, revision, choose, notify=self._notify, access=access)
+        repository = hub.Repository(repo_id=model, revision=revision, notify=self._notify, access=access)
+        fetch = repository.plan(choose)
         if not fetch.absent:
             return super()._resolve(model, revision, access, label)
         weights = tuple(name for name in fetch.sizes if name.endswith((".safetensors", ".bin")))
@@ -158,9 +159,7 @@ class _Plan:
         }
         to_merge = [(index, entry) for index, entry in enumerate(self._entries) if index not in blocked]
         groups = group_by_base(to_merge)
-        by_base: dict[tuple[str, str], list[Group]] = {}
-        for group in groups:  # the dtypes of a base share its passes
-            by_base.setdefault((group.directory, group.base.quantization), []).append(group)
+        by_base = words.by(groups, lambda group: (group.directory, group.base.quantization))  # dtypes share passes
         yield (
             f"plan for {_shown(self._config.label)}: {counted(len(self._specs), 'adapter')}, "
             f"{counted(len(to_merge), 'merge')}, on {counted(len(by_base), 'base')}"
@@ -168,8 +167,7 @@ class _Plan:
         for same in by_base.values():
             yield ""
             yield from self._lines_of(same)
-        others = [*self._lines_of_output(), *self._lines_of_models(dict(to_merge), groups)]
-        yield from ["", "in all", *self._lines_of_bytes(to_merge), *others]
+        yield from ["", "in all", *self._lines_of_bytes(to_merge), *self._lines_of_output(dict(to_merge), groups)]
         if blocked:
             yield ""
             entries = counted(len(blocked), "entry", "entries")
@@ -224,14 +222,10 @@ class _Plan:
     def _memory(self, group: Group, *, is_fed: bool) -> str:
         sizes = [self._factor_bytes(task, in_pass=is_fed) for task in group.tasks]
         factors = sum(sizes) if is_fed else max(sizes, default=0)
-        of_adapters = (
-            f"{_shown_bytes(factors)} for the adapters of a pass"
-            if is_fed
-            else f"{_shown_bytes(factors)} for an adapter"
-        )
-        parts = [f"{_shown_bytes(window_bytes())} for the base's bytes"] if is_fed else []
+        of_base = f"{_shown_bytes(window_bytes())} for the base's bytes and " if is_fed else ""
+        for_what = "the adapters of a pass" if is_fed else "an adapter"
         free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
-        return f"{' and '.join([*parts, of_adapters])}, plus torch and the largest layer{free}"
+        return f"{of_base}{_shown_bytes(factors)} for {for_what}, plus torch and the largest layer{free}"
 
     def _factor_bytes(self, task: Task, *, in_pass: bool) -> int:
         """What an adapter takes once it is loaded. If it was not fetched, only the size of its file is known."""
@@ -263,26 +257,20 @@ class _Plan:
         fetched = sum(sum(fetch.sizes.values()) for fetch in self._inputs.adapters.values())
         return fetched + sum(file.size_bytes for several in files.values() for file in several)
 
-    def _lines_of_output(self) -> Iterator[str]:
+    def _lines_of_output(self, to_merge: dict[int, Entry], groups: tuple[Group, ...]) -> Iterator[str]:
         if self._options.output is not None:
             names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
             yield _row("write", f"{_shown(self._options.output)}: {names}")
         if self._options.cache.directory is not None:
             yield _row("cache", f"{_shown(self._options.cache.directory)}: stored verdicts need no merge")
-
-    def _lines_of_models(self, to_merge: dict[int, Entry], groups: tuple[Group, ...]) -> Iterator[str]:
         if self._publish is not None:
             models = one_of_each(to_merge, self._publish.dtype)
-            size = _shown_bytes(self._published_bytes(groups))
+            sizes = (len(group.tasks) * (group.files.weight_bytes if group.files else 0) for group in groups)
+            size = _shown_bytes(sum(sizes))
             more = f"; {note}" if (note := unpublished_dtypes(to_merge, models)) else ""
             yield _row(
                 "publish", f"{_shown(self._publish.label)}: {counted(len(models), 'model')} at most, about {size}{more}"
             )
-
-    def _published_bytes(self, groups: tuple[Group, ...]) -> int:
-        if self._publish is None:
-            return 0
-        return sum(len(group.tasks) * (group.files.weight_bytes if group.files else 0) for group in groups)
 
 
 def _place_of(fetch: PlannedFetch | None) -> str:

@@ -11,14 +11,12 @@ the process that has the token and the network.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -27,7 +25,7 @@ from huggingface_hub import constants, get_hf_file_metadata, get_session, get_to
 from merge_gate import __version__
 from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
-from merge_gate.files.hub_errors import is_passing, is_transport, retry_after_s, translate
+from merge_gate.files.hub_errors import ask, is_transport
 from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_LIMIT_S, limit_requests
 from merge_gate.records.terms import record
 from merge_gate.sources.feed import SourceError
@@ -69,7 +67,7 @@ class HubAddress:
 class HubFile:
     """Reads ranges of one file. Several threads may read at a time, each over a connection of its own.
 
-    Without a `token`, huggingface_hub finds it (HF_TOKEN, or the file that `hf auth login` writes).
+    huggingface_hub finds the token (HF_TOKEN, or the file that `hf auth login` writes).
 
     Attributes:
         size_bytes: of the whole file.
@@ -79,18 +77,9 @@ class HubFile:
         SourceError: the resolver cannot be asked, or has another commit.
     """
 
-    def __init__(
-        self,
-        repository: str,
-        commit: str,
-        name: str,
-        *,
-        token: str | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, repository: str, commit: str, name: str) -> None:
         self._repository, self._commit, self._name = repository, commit, name
-        self._token = token or (None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token())
-        self._sleep = sleep
+        self._token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
         self._lock = threading.Lock()
         self._served: str | None = None
         self._address = self._resolve()
@@ -135,31 +124,23 @@ class HubFile:
                     hint=_LATER,
                 )
             if done < len(buffer) and not received:
-                self._sleep(min(2.0**tries, LONGEST_PAUSE_S) if pause_s is None else min(pause_s, LONGEST_PAUSE_S))
+                time.sleep(min(2.0**tries, LONGEST_PAUSE_S) if pause_s is None else min(pause_s, LONGEST_PAUSE_S))
 
     # --- 1. and 4. -------------------------------------------------------------------------------------------------
 
     def _resolve(self) -> HubAddress:
-        """Ask for the file's address, size, and digest."""
         url = hf_hub_url(self._repository, self._name, revision=self._commit)
-        tries = 0
-        while True:
-            try:
-                limit_requests(get_session())
-                found = get_hf_file_metadata(
+        try:
+            found = ask(
+                lambda: get_hf_file_metadata(
                     url, token=self._token or False, library_name=AGENT, library_version=__version__
-                )
-                break
-            except ResolveError as error:
-                raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
-            except Exception as error:
-                tries += 1
-                refused = translate(error, f"{self.label}:")
-                if refused is None:
-                    raise
-                if tries >= MOST_TRIES or not is_passing(error, transport=True):
-                    raise SourceError(refused.message, hint=refused.hint) from error
-                self._sleep(min(max(2.0**tries, retry_after_s(error)), LONGEST_PAUSE_S))
+                ),
+                f"{self.label}:",
+                (2.0**tries for tries in range(1, MOST_TRIES)),
+                lambda pause_s, _: time.sleep(min(pause_s, LONGEST_PAUSE_S)),
+            )
+        except ResolveError as error:
+            raise SourceError(error.message, hint=error.hint) from error
         address = self._checked(found, url)
         if not address.is_on_hub:
             refuse_private(address.url, constants.ENDPOINT)
@@ -224,7 +205,8 @@ class HubFile:
         if status in _EXPIRED:
             raise _ExpiredError(f"the server refused with status {status}")
         if status in _PASSING:
-            raise _PassingError(f"the server answered with status {status}", pause_s=_retry_after(answer))
+            pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops what is none
+            raise _PassingError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
         if status != _PARTIAL_CONTENT:
             raise self._wrong(f"status {status}, expected 206 for a range")
         place = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
@@ -258,13 +240,6 @@ class _PassingError(Exception):
 
 class _ExpiredError(Exception):
     pass
-
-
-def _retry_after(answer: Any) -> float | None:
-    """What the server asks to wait, in seconds."""
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(answer.headers.get("Retry-After", "")))
-    return None
 
 
 def refuse_private(url: str, endpoint: str) -> None:

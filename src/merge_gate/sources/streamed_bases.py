@@ -83,7 +83,7 @@ def lay_out(base: Streamable, parent: str) -> tuple[str, HubFiles]:
     Raises:
         SourceError: the Hub does not give the headers, or lists no digest.
     """
-    hub_files = {name: HubFile(base.repo_id, base.commit, name, token=base.token) for name in base.weights}
+    hub_files = {name: HubFile(base.repo_id, base.commit, name) for name in base.weights}
     for file in hub_files.values():
         if file.sha256 is None:
             raise SourceError(

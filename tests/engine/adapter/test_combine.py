@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, LoraGAConfig
 
-from merge_gate.engine import adapter_evidence
 from merge_gate.files.preflight import preflight
 from merge_gate.records.config import Combine
 from merge_gate.records.terms import Verdict
 from tests.support import faults_methods, methods, models
+from tests.support.engine.merges import merge_combination
 from tests.support.gating import Bench, Judgement, one_thread
 from tests.support.merged import kept
 
@@ -125,7 +125,7 @@ def test_the_combination_has_pefts_bits(method: str, dtype: str, bench: Bench) -
     expected = combine_with_peft(bench, members, method, seed=5, dtype=dtype)
     files = tuple(preflight(str(member), allow_pickle=False) for member in members)
     with kept() as seen:
-        evidence = adapter_evidence.merge_combination(
+        evidence = merge_combination(
             bench.gate.base(bench.base_directory(BASE, dtype), files[0], dtype="auto"),
             files,
             make_combine(method, seed=5),

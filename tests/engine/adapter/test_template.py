@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
@@ -19,6 +18,7 @@ from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Quantization
 from tests.support import methods
+from tests.support.engine.merges import merge_adapter
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,6 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base, named_tensors
 from merge_gate.engine.base.other_class import in_another_class
@@ -18,6 +17,7 @@ from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.child import _judge_groups
 from merge_gate.worker.group_bases import MappedBases
 from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Group, Job, Merged, Task
+from tests.support.engine.merges import merge_adapter
 from tests.support.merged import kept
 from tests.support.models import among_transformers, save_adapter
 

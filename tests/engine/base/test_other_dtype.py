@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter.load_adapter import load_adapter
 from merge_gate.engine.adapter.weights import read_weights
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import other_dtype
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
@@ -28,6 +27,7 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, Event, Group, Job, Merged, Task
 from tests.support import methods
+from tests.support.engine.merges import merge_adapter
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, among_transformers
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from merge_gate.engine import adapter_evidence
-from merge_gate.engine.adapter_evidence import MergeRequest, merge_adapter
+from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.files.preflight import preflight
 from tests.support.cases import lay_out
+from tests.support.engine.merges import merge_adapter
 from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.merged import kept

@@ -17,7 +17,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.judging.verdict import decide_files
@@ -26,6 +25,7 @@ from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
+from tests.support.engine.merges import merge_adapter
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base, named_tensors
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity
 from tests.support.cases import lay_out
+from tests.support.engine.merges import merge_adapter
 from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.models import BASES, VARIANTS, Shelf
 

@@ -15,7 +15,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.blocks.figures import measure_merge
@@ -25,6 +24,7 @@ from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
+from tests.support.engine.merges import merge_adapter
 from tests.support.faults import configure, edit
 from tests.support.gating import Bench
 from tests.support.models import ALL_LINEAR, VARIANTS, Shelf

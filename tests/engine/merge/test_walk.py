@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter.load_adapter import load_adapter
 from merge_gate.engine.adapter.weights import read_weights
-from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge import walk
@@ -21,6 +20,7 @@ from merge_gate.engine.merge.twin import Deltas, Twins
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import MEASURE_ALL, Evidence
 from tests.support import methods
+from tests.support.engine.merges import merge_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

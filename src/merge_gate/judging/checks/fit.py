@@ -152,12 +152,9 @@ EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
 """Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
 
 
-WITHOUT_WEIGHTS = frozenset(
-    {
-        *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
-        *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
-    }
-)
+WITHOUT_WEIGHTS = frozenset((
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING",
+))  # fmt: skip
 """PEFT's methods that cannot be merged whatever the base is."""
 
 NO_WEIGHTS = (

@@ -15,6 +15,7 @@ import base64
 import hashlib
 import math
 import re
+import shlex
 from collections import Counter
 from functools import cache
 from importlib import resources
@@ -28,7 +29,6 @@ from markupsafe import Markup, escape
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import FailureKind
-from merge_gate.report.formats.page_texts import MAX_LENGTH, meanings, repeat_command
 from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries
@@ -39,9 +39,10 @@ from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.published import published_rows
 from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
+from merge_gate.text import has_hidden
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from jinja2 import Template
 
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding
     from merge_gate.report.wording.run_result import Adapter
+
+MAX_LENGTH = 2000
+"""Characters of a text of the page. The middle of a longer one is left out."""
 
 _DIGITS = 3
 _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F", State.UNTOUCHED: "V"}
@@ -117,10 +121,7 @@ def _causes(adapters: list[Adapter]) -> list[tuple[str, int]]:
 
 def _bases(bases: tuple[BaseReport, ...]) -> list[list[BaseReport]]:
     """The bases of a report. One of the same files is listed once, with all its dtypes."""
-    groups: dict[object, list[BaseReport]] = {}
-    for base in bases:
-        groups.setdefault((base.model, base.revision, base.parameters, base.sha256), []).append(base)
-    return list(groups.values())
+    return [*words.by(bases, lambda base: (base.model, base.revision, base.parameters, base.sha256)).values()]
 
 
 def _checks(report: Report) -> list[str]:
@@ -135,7 +136,6 @@ _IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
 
 @cache
 def _templates() -> tuple[Template, Template]:
-    """The templates of the page and of a row."""
     environment = Environment(
         loader=PackageLoader("merge_gate.report.formats", "page"),
         autoescape=True,
@@ -145,7 +145,7 @@ def _templates() -> tuple[Template, Template]:
         finalize=_visible,
     )
     environment.globals |= {"words": words, "run_result": run_result}
-    environment.filters["number"] = words.number
+    environment.filters["number"] = "{:,}".format
     environment.filters["spaced"] = _spaced
     environment.filters["breakable"] = _breakable
     return environment.get_template("report.html"), environment.get_template("row.html")
@@ -175,7 +175,6 @@ def _escaped(text: str) -> Markup:
 
 @cache
 def _part(name: str) -> Markup:
-    """The style or script of the page."""
     text = resources.files("merge_gate.report.formats").joinpath("page", name).read_text(encoding="utf-8")
     return Markup(text)  # noqa: S704 - a file of this package
 
@@ -207,7 +206,10 @@ def _rows(
         [adapter.entries for adapter in adapters],
         [tuple(layouts.number_of(entry) for entry in adapter.entries) for adapter in adapters],
         [
-            tuple(_named(before.get(start + place, {})) for place in range(len(adapter.entries)))
+            tuple(
+                {finding: words.precision(earlier.base) for finding, earlier in before.get(start + place, {}).items()}
+                for place in range(len(adapter.entries))
+            )
             for adapter, start in zip(adapters, starts, strict=False)
         ],
         ["" if report.is_comparison else report.config.path] * len(adapters),
@@ -233,10 +235,6 @@ def _ids(adapters: list[Adapter]) -> list[str]:
         address = f"adapter-{name or number}"
         taken[f"{address}--{number}" if address in taken else address] = None
     return list(taken)
-
-
-def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:
-    return {finding: words.precision(earlier.base) for finding, earlier in before.items()}
 
 
 def _row(
@@ -265,10 +263,7 @@ def _row(
 
 def _causes_of(entries: tuple[AdapterReport, ...]) -> list[dict[str, str]]:
     """Each cause once, with the place in its first dtype. If there are several, each is named with its dtypes."""
-    by_cause: dict[str, list[AdapterReport]] = {}
-    for entry in entries:
-        if cause := words.cause(entry):
-            by_cause.setdefault(cause, []).append(entry)
+    by_cause = words.by(filter(words.cause, entries), words.cause)
     rows = []
     for cause, having in by_cause.items():
         kind, decided = words.failure(having[0]), words.deciding(having[0])
@@ -279,7 +274,6 @@ def _causes_of(entries: tuple[AdapterReport, ...]) -> list[dict[str, str]]:
 
 
 def _entry(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str]) -> dict[str, Any]:
-    """What a row shows of an adapter in one dtype."""
     decided = words.deciding(adapter)
     findings = ([decided] if decided else []) + words.others(adapter)
     return {
@@ -402,3 +396,58 @@ def _name(text: str) -> str:
 
 def _short(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
+
+
+# --- texts that are not in the report --------------------------------------------------------------------------------
+
+_LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
+_CODE = re.compile(r"`([^`]+)`")
+
+
+def meanings(checks: Iterable[str]) -> list[tuple[str, Markup]]:
+    """The explanation of each check that has one, as HTML."""
+    return [(check, _meaning(check)) for check in checks if check in explanations()]
+
+
+@cache
+def _meaning(check: str) -> Markup:
+    blocks = re.split(r"\n\n+", explanations()[check])
+    return Markup("\n").join(_block(block) for block in blocks)
+
+
+def _block(block: str) -> Markup:
+    if block.startswith("```"):
+        return Markup("<pre>{}</pre>").format("\n".join(block.splitlines()[1:-1]))
+    paragraph, *items = re.split(r"(?:^|\n)- ", block)
+    listed = Markup("").join(Markup("<li>{}</li>").format(_inline(item)) for item in items)
+    return (Markup("<p>{}</p>").format(_inline(paragraph)) if paragraph else Markup("")) + (
+        Markup("<ul>{}</ul>").format(listed) if items else Markup("")
+    )
+
+
+def _inline(text: str) -> Markup:
+    """The page leads nowhere, so a link is only its text."""
+    html = str(escape(_LINK.sub(r"\1", " ".join(text.split()))))
+    html = _BOLD.sub(r"<b>\1</b>", _CODE.sub(r"<code>\1</code>", html))
+    return Markup(html)  # noqa: S704 - text of this package, and escaped
+
+
+def repeat_command(entries: tuple[AdapterReport, ...], config_path: str) -> str:
+    """The command that gates one adapter again, or a shell's comment if a name cannot be typed.
+
+    Empty for a model that was compared, which has no `config_path`.
+    """
+    first = entries[0]
+    if not config_path:
+        return ""
+    if config_path != COMMAND_LINE:
+        typed = ["merge-gate", "run", config_path, "--only", first.name]
+    else:
+        typed = ["merge-gate", "run", first.source, *(["--base", first.base.model] if first.base.model else [])]
+        typed += ["--dtype", ",".join(dict.fromkeys(entry.base.dtype for entry in entries))]
+    command = shlex.join(typed)
+    is_shown_whole = command == one_line(command, MAX_LENGTH)  # a cut could move the end of a quotation
+    is_option = any(word.startswith("-") for word in (typed[2], first.name, first.base.model or ""))
+    can_be_typed = is_shown_whole and not is_option and not any(map(has_hidden, typed))
+    return command if can_be_typed else "# a name has characters that cannot be typed"

@@ -32,10 +32,11 @@ _MAX_GROUPS = 30
 
 def render(report: Report) -> str:
     """Return the XML of junit.xml."""
-    no_verdict = _has_no_verdict(report)
+    is_whole = report.complete and not report.problems and bool(report.adapters)
+    no_verdict = not is_whole and not (report.complete and report.is_empty_shard)
     own = (no_verdict or not report.adapters, no_verdict)
     root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, *own)})
-    for name, adapters in _suites(report).items():
+    for name, adapters in words.by(report.adapters, _suite).items():
         suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
@@ -62,18 +63,9 @@ def _run(case: ET.Element, report: Report, *, no_verdict: bool) -> None:
         ET.SubElement(case, "system-out").text = f"{run_result.headline(report)}\n{why}"
 
 
-def _has_no_verdict(report: Report) -> bool:
-    if report.complete and report.is_empty_shard:
-        return False
-    return not report.complete or not report.adapters or bool(report.problems)
-
-
-def _suites(report: Report) -> dict[str, list[AdapterReport]]:
-    suites: dict[str, list[AdapterReport]] = {}
-    for adapter in report.adapters:
-        revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
-        suites.setdefault(f"base {words.model_name(adapter.base)}{revision}", []).append(adapter)
-    return suites
+def _suite(adapter: AdapterReport) -> str:
+    revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
+    return f"base {words.model_name(adapter.base)}{revision}"
 
 
 def _counts(adapters: Sequence[AdapterReport], more_tests: int = 0, more_errors: int = 0) -> dict[str, str]:
@@ -130,7 +122,7 @@ def _text(
     """Every kind of finding, the deciding one first: what is wrong, where, what to do, and where to read more."""
     groups = words.grouped(findings)
     parts = [
-        _repeated(finding, before[finding])
+        f"{_kind(finding)}: the same as for {_name(before[finding])}"
         if finding in before
         else _part(finding, more, is_deciding=finding is decided_by)
         for finding, more in groups[:_MAX_GROUPS]
@@ -139,10 +131,6 @@ def _text(
         rest = words.counted(len(groups) - _MAX_GROUPS, "more kind", "more kinds")
         parts.append(f"and {rest} of finding, in report.json")
     return safe_text("\n\n".join(parts))
-
-
-def _repeated(finding: Finding, earlier: AdapterReport) -> str:
-    return f"{_kind(finding)}: the same as for {_name(earlier)}"
 
 
 def _kind(finding: Finding) -> str:

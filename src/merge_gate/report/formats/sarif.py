@@ -125,7 +125,10 @@ def _marks(report: Report) -> Json:
 
 
 def _results(report: Report) -> Iterator[Json]:
-    for same in _entries(report):
+    in_all_dtypes = words.by(
+        words.worst_first(report.adapters), lambda one: (one.name, one.source, one.line, one.base.model)
+    )
+    for same in in_all_dtypes.values():
         for finding, more, where in unique_findings(same, lambda adapter: list(adapter.findings)):
             yield _result(report, same[0], finding, more, where or words.precisions(same))
     for bases in words.bases_with_findings(report.bases):
@@ -133,18 +136,9 @@ def _results(report: Report) -> Iterator[Json]:
             yield _result(report, bases[0], finding, more, words.base_precisions(bases))
 
 
-def _entries(report: Report) -> list[list[AdapterReport]]:
-    """The entries of each adapter on one base, in all its dtypes."""
-    entries: dict[object, list[AdapterReport]] = {}
-    for adapter in words.worst_first(report.adapters):
-        entries.setdefault((adapter.name, adapter.source, adapter.line, adapter.base.model), []).append(adapter)
-    return list(entries.values())
-
-
 def _result(
     report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: tuple[Finding, ...], dtypes: str
 ) -> Json:
-    """One kind of finding."""
     name, base = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
     failure = words.failure(judged) if isinstance(judged, AdapterReport) else None

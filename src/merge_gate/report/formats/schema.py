@@ -1,6 +1,6 @@
-"""The JSON Schema of report.json, and the tables of its fields for docs/reference/report.md.
+"""The JSON Schema of report.json.
 
-In: the records, by fields.py. Out: JSON Schema 2020-12, and Markdown. Knows no report.
+In: the records, by fields.py. Out: JSON Schema 2020-12. Knows no report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_gate.report.formats.fields import (
     words,
 )
 
-_SHARED = {AdapterReport: "adapter", BaseReport: "base", Finding: "finding"}
+SHARED = {AdapterReport: "adapter", BaseReport: "base", Finding: "finding"}
 """Records that the schema defines once, and their names there."""
 
 _PLAIN: Json = {
@@ -40,12 +40,11 @@ def report_schema() -> Json:
         "title": "merge-gate report",
         "description": "What merge-gate found in one run.",
         **_record(Report),
-        "$defs": {name: _record(cls) | _rules(cls) for cls, name in _SHARED.items()},
+        "$defs": {name: _record(cls) | _rules(cls) for cls, name in SHARED.items()},
     }
 
 
 def _rules(cls: Any) -> Json:
-    """What holds between the fields of one record."""
     if cls is not AdapterReport:
         return {}
     passed = {"properties": {"verdict": {"const": Verdict.PASSED.value}}, "required": ["verdict"]}
@@ -71,7 +70,7 @@ def _kind(kind: Any) -> Json:
             return {"enum": [*schema["enum"], None]}
         return schema if isinstance(schema["type"], list) else {**schema, "type": [schema["type"], "null"]}
     if is_record(kind):
-        return {"$ref": f"#/$defs/{_SHARED[kind]}"} if kind in _SHARED else _record(kind)
+        return {"$ref": f"#/$defs/{SHARED[kind]}"} if kind in SHARED else _record(kind)
     if kind == FIGURES:
         figure = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
         return {"type": "object", "additionalProperties": figure}
@@ -91,59 +90,3 @@ def _table(cls: Any) -> Json:
         "properties": {"columns": {**head, "minItems": len(keys)}, "rows": rows},
         "required": ["columns", "rows"],
     }
-
-
-# --- tables for the docs -------------------------------------------------------------------------------------------
-
-
-def field_table(cls: Any) -> str:
-    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place."""
-    rows = [f"| `{name}` | {_kind_in_words(field)} | {_sentence(field)} |" for name, field in _listed(cls, "")]
-    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
-
-
-def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
-    listed = []
-    for field in declared(cls):
-        name = f"{prefix}{field.key}"
-        listed.append((name, field))
-        inner, _ = optional(field.kind)
-        if is_record(inner):
-            listed += _listed(inner, f"{name}.")
-        is_list = get_origin(field.kind) is tuple and not field.as_rows
-        if is_list and is_record(field.item) and field.item not in _SHARED:
-            listed += _listed(field.item, f"{name}[].")
-    return listed
-
-
-def column_table(cls: Any) -> str:
-    """The columns of a table of rows, in their order."""
-    rows = [f"| `{field.key}` | {_kind_in_words(field)} | {field.description} |" for field in columns(cls)]
-    return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
-
-
-def _sentence(field: Declared) -> str:
-    inner = field.item if get_origin(field.kind) is tuple else field.kind
-    see = f" See [below](#{_anchor(inner)})." if inner in _SHARED or field.as_rows else ""
-    return field.description + see
-
-
-def _anchor(cls: Any) -> str:
-    name = _SHARED.get(cls)
-    return "a-merged-tensor" if name is None else f"an-{name}" if name[0] in "aeiou" else f"a-{name}"
-
-
-_NAMES = {str: "text", bool: "boolean", int: "integer", float: "number or null", FIGURES: "object of numbers"}
-
-
-def _kind_in_words(field: Declared) -> str:
-    inner, may_be_null = optional(field.kind)
-    if get_origin(inner) is tuple and inner != FIGURES:
-        name = "table" if field.as_rows else "array"
-    elif is_record(inner):
-        name = "object"
-    elif inner not in _NAMES:
-        name = ", ".join(f"`{word}`" for word in words(inner))
-    else:
-        name = _NAMES[inner]
-    return f"{name} or null" if may_be_null and "null" not in name else name

@@ -12,10 +12,11 @@ from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, unique_findings
+from merge_gate.report.wording.grid import Block, State, blocks, states
 from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.published import published_rows
-from merge_gate.report.wording.textmap import LEGEND, text_map
+from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.text import listing
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _footer(report: Report) -> str:
     checked = sum(adapter.coverage.parameters_checked for adapter in report.adapters)
     total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
     config_sha256 = f", sha256 {code(report.config.sha256)}" if report.config.sha256 else ""
-    parameters = f"{words.number(checked)} of {words.number(total)} parameters of the merged models"
+    parameters = f"{checked:,} of {total:,} parameters of the merged models"
     rows = [f"| checked | {parameters} |"]
     bases, left = _fit(map(_base_row, report.bases), len(report.bases), _BASES_BYTES)
     rows += bases
@@ -317,3 +318,43 @@ def _fit(blocks: Iterable[str], total: int, limit_bytes: int) -> tuple[list[str]
             break
         fitting.append(block)
     return fitting, total - len(fitting)
+
+
+# --- the map of merged tensors ----------------------------------------------------------------------------------------
+
+MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "-", State.FINITE: ".", State.UNTOUCHED: " "}
+LEGEND = "N NaN, I ±Inf, - no effect, . finite, blank untouched"
+_MAX_NAME = 40
+_MAX_LAYERS = 128
+_MAX_MODULES = 16
+_TICK = 5
+
+
+def text_map(adapter: AdapterReport) -> list[str]:
+    """The lines of the map; empty if all tensors are finite. If there are many modules, broken ones come first."""
+    marks = [MARKS[state] for state in states(adapter.tensors)]
+    for block in blocks(adapter.tensors):
+        if any(marks[index] in "NI" for index, _, _ in block.places):
+            return [inert(line) for line in _drawn(block, marks)]
+    return []
+
+
+def _drawn(block: Block, marks: list[str]) -> list[str]:
+    cells = [[" "] * len(block.layers) for _ in block.modules]
+    for index, row, column in block.places:
+        cells[row][column] = marks[index]
+    rows = list(zip(block.modules, cells, strict=True))
+    if len(rows) > _MAX_MODULES:
+        rows.sort(key=lambda row: -sum(mark in "NI" for mark in row[1]))
+    shown = [(one_line(name, _MAX_NAME), "".join(row[:_MAX_LAYERS])) for name, row in rows[:_MAX_MODULES]]
+    width = max(len(name) for name, _ in shown)
+    lines = [f"  {one_line(block.stack, _MAX_NAME):<{width}}  {_ticks(block)}".rstrip()]
+    lines += [f"  {name:<{width}}  {row}".rstrip() for name, row in shown]
+    if len(rows) > _MAX_MODULES:
+        lines.append(f"  … and {words.counted(len(rows) - _MAX_MODULES, 'more module')}")
+    return lines
+
+
+def _ticks(block: Block) -> str:
+    """The number of every fifth layer above its column."""
+    return "".join(f"{layer:<{_TICK}}"[:_TICK] for layer in block.layers[:_MAX_LAYERS:_TICK])

@@ -122,8 +122,8 @@ def _counts(shown: Sequence[AdapterReport], judged: Sequence[AdapterReport]) -> 
         "passed with warnings" if reason(adapter).startswith("warning") else words.title(adapter)
         for adapter in in_order
     )
-    in_all = ", ".join(f"{words.number(count)} {kind}" for kind, count in kinds.items())
-    rows = f"{words.number(len(shown))} of {words.number(len(judged))} rows are shown"
+    in_all = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    rows = f"{len(shown):,} of {len(judged):,} rows are shown"
     return f"{rows}: in all, {in_all}. {_FULL_REPORTS}."
 
 
@@ -146,12 +146,11 @@ def reason(adapter: AdapterReport) -> str:
     if adapter.verdict is not Verdict.PASSED:
         return words.cause(adapter)
     checks = list(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in words.warnings(adapter)))
-    answers = [f"{finding.check}{_allowed(finding)}" for finding in words.answers(adapter)]
+    answers = [
+        f"{finding.check}{' (allowed)' if words.level(finding) == 'allowed' else ''}"
+        for finding in words.answers(adapter)
+    ]
     return f"warning: {', '.join(checks)}" if checks else ", ".join(answers)
-
-
-def _allowed(finding: Finding) -> str:
-    return " (allowed)" if words.level(finding) == "allowed" else ""
 
 
 def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
@@ -295,9 +294,7 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     if causes := _causes(report):
         shown += _plain(causes, width)
     shown += _plain(run_result.advice(report), width)
-    for problem in words.problems(report):
-        shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
-    for sentence in words.baseline(report):
+    for sentence in (*words.problems(report), *words.baseline(report)):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {sentence}", width)]
     if cached := words.cached(report):
         shown += _plain(f"{cached}.", width)
@@ -312,7 +309,7 @@ def _causes(report: Report) -> str:
     if len(failed) <= MAX_PARAGRAPHS:
         return ""
     counts = Counter(cause for _, cause in dict.fromkeys((entry.name, words.cause(entry)) for entry in failed))
-    causes = [f"{check} {words.number(count)}" for check, count in counts.most_common()]
+    causes = [f"{check} {count:,}" for check, count in counts.most_common()]
     return f"Causes: {listing(causes, _MAX_CAUSES)}."
 
 

@@ -184,8 +184,8 @@ def render_markdown(changes: Changes) -> str:
 def headline(changes: Changes) -> str:
     """One line, such as `2 broke, 1 fixed, 14 unchanged`."""
     counts = [(kind, len(changes.of(kind))) for kind in Kind]
-    changed = [f"{words.number(count)} {kind}" for kind, count in counts if count]
-    unchanged = f"{words.number(changes.unchanged)} unchanged"
+    changed = [f"{count:,} {kind}" for kind, count in counts if count]
+    unchanged = f"{changes.unchanged:,} unchanged"
     unfinished = "" if changes.complete else "the newer report is not complete: "
     return f"{unfinished}{', '.join([*changed, unchanged])}"
 

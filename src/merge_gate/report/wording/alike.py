@@ -37,17 +37,9 @@ def paragraphs(report: Report) -> list[AlikeAdapters]:
 
 def by_adapter(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
     """Group the entries of one adapter in several dtypes if the same finding decides them."""
-    groups: dict[object, list[AdapterReport]] = {}
-    for adapter in adapters:
-        key = (
-            adapter.name,
-            adapter.source,
-            adapter.base.model,
-            adapter.verdict,
-            adapter.cause,
-            words.deciding(adapter),
-        )
-        groups.setdefault(key, []).append(adapter)
+    groups = words.by(
+        adapters, lambda one: (one.name, one.source, one.base.model, one.verdict, one.cause, words.deciding(one))
+    )
     return list(groups.values())
 
 

@@ -7,7 +7,6 @@ In: the id of a check, or of an answer of `merge-gate verify`. Out: its page as 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from merge_gate.report.wording.columns import wrap
 STORED = Path(__file__).parents[2] / "explanations.md"
 STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _FENCE = "```"
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
@@ -30,23 +28,6 @@ def explanations() -> dict[str, str]:
 def _sections(stored: Path) -> dict[str, str]:
     _, *parts = _HEADING.split(stored.read_text(encoding="utf-8"))
     return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def to_store(pages: Mapping[str, str]) -> str:
-    """What the package stores of docs/checks: a section for each page, without comments and links to other pages.
-
-    Args:
-        pages: the Markdown of each page by its check, in the order of blame.
-    """
-    bodies = {check: _COMMENT.sub("", page).partition("\n")[2].strip() for check, page in pages.items()}
-    sections = "\n\n".join(f"## {check}\n\n{body}" for check, body in bodies.items()) + "\n"
-    return _LINK.sub(lambda link: link[0] if link[2].startswith("https://") else link[1], sections)
-
-
-def kinds_to_store(page: str) -> str:
-    """What the package stores of docs/guides/verify.md: the sections on each kind."""
-    sections = re.findall(r"^### (\S+)\n\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)
-    return "\n\n".join(f"## {kind}\n\n{text.strip()}" for kind, text in sections) + "\n"
 
 
 def explanation(check: str, width: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merge_gate.report.wording import words
 from merge_gate.report.wording.grid import LAYER
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import listing
@@ -28,10 +29,7 @@ def more_findings(rest: Sequence[Finding]) -> str:
         return ""
     counted = [finding for finding in rest if not _more(finding)]
     total = len(counted) + sum(map(_more, rest))
-    by_values: dict[str, list[Finding]] = {}
-    for finding in counted:
-        by_values.setdefault(_values(finding), []).append(finding)
-    parts = [_part(values, findings) for values, findings in by_values.items()]
+    parts = [_part(values, findings) for values, findings in words.by(counted, _values).items()]
     described = listing(filter(None, parts), _MOST_NAMES)
     return f"{total:,} more: {described}" if described else f"{total:,} more"
 

@@ -91,9 +91,7 @@ def worst_first(adapters: Iterable[Adapter]) -> list[Adapter]:
 
 def adapters_of(report: Report) -> list[Adapter]:
     """The adapters of a report, in its order. A configuration gives each adapter a name of its own."""
-    entries: dict[str, list[AdapterReport]] = {}
-    for entry in report.adapters:
-        entries.setdefault(entry.name, []).append(entry)
+    entries = words.by(report.adapters, lambda entry: entry.name)
     return [Adapter(name=name, entries=tuple(several)) for name, several in entries.items()]
 
 

@@ -6,7 +6,7 @@ In: records. Out: plain sentences in which foreign text is already on one line. 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.check import FOLLOWS
@@ -18,10 +18,12 @@ from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats im
 from merge_gate.text import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
     from merge_gate.records.terms import BaseKey, Finding
+
+T = TypeVar("T")
 
 NAME_LIMIT = 200
 MESSAGE_LIMIT = 600
@@ -57,11 +59,6 @@ def origin(finding: Finding) -> str:
 def hint_label(finding: Finding) -> str:
     """The label of a finding's hint."""
     return "because" if finding.hint.startswith(FOLLOWS) else "to do"
-
-
-def number(value: int) -> str:
-    """1100048384 → 1,100,048,384."""
-    return f"{value:,}"
 
 
 def duration(seconds: float) -> str:
@@ -108,12 +105,17 @@ def warnings(adapter: AdapterReport) -> list[Finding]:
     return [finding for finding in adapter.findings if finding.severity is Severity.WARNING]
 
 
+def by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """The items of each key, in the order of the first ones."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def kinds(findings: Iterable[Finding]) -> list[tuple[Finding, ...]]:
     """The findings by check and severity."""
-    groups: dict[tuple[str, Severity], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.check, finding.severity), []).append(finding)
-    return [tuple(group) for group in groups.values()]
+    return [tuple(group) for group in by(findings, lambda finding: (finding.check, finding.severity)).values()]
 
 
 def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, tuple[Finding, ...]]]:
@@ -224,11 +226,8 @@ def base_precisions(bases: Iterable[BaseReport]) -> str:
 
 def bases_with_findings(bases: Iterable[BaseReport]) -> list[list[BaseReport]]:
     """The bases that have findings. A base with the same findings in several dtypes is one group."""
-    groups: dict[object, list[BaseReport]] = {}
-    for base in bases:
-        if base.findings:
-            groups.setdefault((base.model, base.revision, base.loaded_as, base.findings), []).append(base)
-    return list(groups.values())
+    found = filter(lambda base: base.findings, bases)
+    return [*by(found, lambda base: (base.model, base.revision, base.loaded_as, base.findings)).values()]
 
 
 def how_loaded(several: list[BaseReport]) -> str:
@@ -246,12 +245,11 @@ def baseline(report: Report) -> list[str]:
     }
     unused = [entry for entry in report.baseline if entry.outcome in reasons]
     sentences = [
-        f"baseline, line {number(entry.line)}: {one_line(entry.cause, NAME_LIMIT)} of {one_line(entry.adapter, 12)} "
+        f"baseline, line {entry.line:,}: {one_line(entry.cause, NAME_LIMIT)} of {one_line(entry.adapter, 12)} "
         f"until {one_line(entry.until, NAME_LIMIT)} by {one_line(entry.owner, NAME_LIMIT)} {reasons[entry.outcome]}"
         for entry in unused[:MOST_PROBLEMS]
     ]
-    more = len(unused) - len(sentences)
-    return [*sentences, f"and {counted(more, 'more entry', 'more entries')}, in report.json"] if more else sentences
+    return sentences + _left_out(len(unused) - len(sentences), "more entry", "more entries")
 
 
 def cached(report: Report) -> str:
@@ -261,9 +259,7 @@ def cached(report: Report) -> str:
     if not adapters:
         return ""
     when = f", the oldest {times[0]}" if times else ""
-    return (
-        f"{number(len(adapters))} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
-    )
+    return f"{len(adapters):,} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
 
 
 def judged(report: Report) -> str:
@@ -328,7 +324,7 @@ def values(finding: Finding) -> str:
     """1 NaN and 2 +Inf among 16,384 values, the first at [0, 7]. Empty if the message says so."""
     among = f"among {counted(finding.numel, 'value')}" if finding.numel is not None else ""
     kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "-Inf"))
-    bad = [f"{number(count)} {kind}" for count, kind in kinds if count]
+    bad = [f"{count:,} {kind}" for count, kind in kinds if count]
     index = str(list(finding.first_index)) if finding.first_index is not None else ""
     if not bad or (among and among in finding.message and index in finding.message):
         return ""
@@ -348,8 +344,11 @@ def part(report: Report) -> str:
 def problems(report: Report) -> list[str]:
     """The first reasons why the shards are not one run, each in a sentence without its final period."""
     sentences = [one_line(problem, MESSAGE_LIMIT) for problem in report.problems[:MOST_PROBLEMS]]
-    more = len(report.problems) - len(sentences)
-    return [*sentences, f"and {counted(more, 'more problem')}, in report.json"] if more else sentences
+    return sentences + _left_out(len(report.problems) - len(sentences), "more problem")
+
+
+def _left_out(count: int, *words: str) -> list[str]:
+    return [f"and {counted(count, *words)}, in report.json"] if count else []
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:

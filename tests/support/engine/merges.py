@@ -1,0 +1,39 @@
+"""Merges one adapter, or one combination, as the worker does with a request."""
+
+from __future__ import annotations
+
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.merge.walk import Progress
+from merge_gate.records.config import Combine
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import MEASURE_ALL, Evidence, MeasureOptions
+
+
+def merge_adapter(
+    base: Base,
+    files: AdapterFiles,
+    *,
+    measure_options: MeasureOptions = MEASURE_ALL,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Merge one adapter into a scratch copy of the base, and measure everything.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: the machine is too small.
+    """
+    return merge(MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress))
+
+
+def merge_combination(
+    base: Base,
+    members: tuple[AdapterFiles, ...],
+    combine: Combine,
+    *,
+    measure_options: MeasureOptions = MEASURE_ALL,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Combine adapters by PEFT's `add_weighted_adapter`, and merge the result as `merge_adapter` does."""
+    return merge(
+        MergeRequest(base=base, members=members, combine=combine, measure_options=measure_options, progress=progress)
+    )

@@ -1,0 +1,61 @@
+"""The tables of docs/reference/report.md: the fields of the records, as the schema has them."""
+
+from __future__ import annotations
+
+from typing import Any, get_origin
+
+from merge_gate.report.formats.fields import FIGURES, Declared, columns, declared, is_record, optional, words
+from merge_gate.report.formats.schema import SHARED
+
+
+def field_table(cls: Any) -> str:
+    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place."""
+    rows = [f"| `{name}` | {_kind_in_words(field)} | {_sentence(field)} |" for name, field in _listed(cls, "")]
+    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
+
+
+def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
+    listed = []
+    for field in declared(cls):
+        name = f"{prefix}{field.key}"
+        listed.append((name, field))
+        inner, _ = optional(field.kind)
+        if is_record(inner):
+            listed += _listed(inner, f"{name}.")
+        is_list = get_origin(field.kind) is tuple and not field.as_rows
+        if is_list and is_record(field.item) and field.item not in SHARED:
+            listed += _listed(field.item, f"{name}[].")
+    return listed
+
+
+def column_table(cls: Any) -> str:
+    """The columns of a table of rows, in their order."""
+    rows = [f"| `{field.key}` | {_kind_in_words(field)} | {field.description} |" for field in columns(cls)]
+    return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
+
+
+def _sentence(field: Declared) -> str:
+    inner = field.item if get_origin(field.kind) is tuple else field.kind
+    see = f" See [below](#{_anchor(inner)})." if inner in SHARED or field.as_rows else ""
+    return field.description + see
+
+
+def _anchor(cls: Any) -> str:
+    name = SHARED.get(cls)
+    return "a-merged-tensor" if name is None else f"an-{name}" if name[0] in "aeiou" else f"a-{name}"
+
+
+_NAMES = {str: "text", bool: "boolean", int: "integer", float: "number or null", FIGURES: "object of numbers"}
+
+
+def _kind_in_words(field: Declared) -> str:
+    inner, may_be_null = optional(field.kind)
+    if get_origin(inner) is tuple and inner != FIGURES:
+        name = "table" if field.as_rows else "array"
+    elif is_record(inner):
+        name = "object"
+    elif inner not in _NAMES:
+        name = ", ".join(f"`{word}`" for word in words(inner))
+    else:
+        name = _NAMES[inner]
+    return f"{name} or null" if may_be_null and "null" not in name else name
