@@ -74,16 +74,15 @@ def test_a_model_that_is_swapped_during_the_comparison(
     assert (found["verdict"], found["cause"], found["findings"][0]["origin"]) == ("error", "not-judged", "model")
 
 
-@pytest.mark.slow
-def test_a_report_inside_of_the_model_is_no_change_of_it(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.attempt("W10g", "--output of verify is below MERGED", "exit 2, nothing written")
+def test_a_report_inside_of_the_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with one_thread():
-        scene = Scene(shelf, tmp_path / "scene")
-        shutil.copytree(scene.merge(VARIANT), tmp_path / "model")
+    published.publish(tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
-    words = ["--base", str(scene.base(VARIANT)), "--adapter", str(scene.adapter(VARIANT))]
-    assert main(["verify", ".", *words, "--output", "reports/of-verify"]) == 0
+    assert main(["verify", ".", "--output", "reports/of-verify"]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert not (tmp_path / "model" / "reports").exists()
 
 
 @pytest.mark.attempt(

@@ -93,6 +93,7 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         UsageError: there is no such directory, or it has no merge-gate.json of merge-gate.
         GateError: a file cannot be read, or the report cannot be written.
     """
+    _refuse_inside(options)
     name, path, _ = resolve_argument(options.merged, is_base=True)
     before = _identity(path or "")
     if path is None:
@@ -133,11 +134,12 @@ class _Verification:
         self._entries: list[Entry] = []
 
     def run(self) -> Report:
+        _refuse_inside(self._options)
         with self._fed, self._worker:
-            before = _identity(self._options.merged, self._options.output)
+            before = _identity(self._options.merged)
             merged = self._merged()
             if before is None and isinstance(merged, Snapshot):  # a model on the Hub
-                before = _identity(merged.directory, self._options.output)
+                before = _identity(merged.directory)
             self._begins()
             self._writer.write_first(replace(self._tally.report(), is_comparison=True))
             self._view.start_comparison(self._options.merged)
@@ -145,7 +147,7 @@ class _Verification:
             self._watch.wait()
             report = self._attested(self._unless_changed(report))
             if isinstance(merged, Snapshot):
-                report = _unless_swapped(report, merged, before, self._options.output)
+                report = _unless_swapped(report, merged, before)
         self._tally.settle(0, report)
         self._view.adapter_done(report)
         whole = replace(self._tally.report(complete=True), is_comparison=True)
@@ -282,26 +284,27 @@ class _Verification:
         return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
 
 
-def _identity(directory: str, output: str | None = None) -> tuple[FileIdentity, ...] | None:
-    """The identity of a directory and everything in it; None if it cannot be read, or its mount does not answer.
+def _refuse_inside(options: VerifyOptions) -> None:
+    """Refuse to write the report into the directory that it is about: it would be one of the files."""
+    merged = os.path.realpath(options.merged)
+    if options.output is not None and Path(os.path.realpath(options.output)).is_relative_to(merged):
+        raise UsageError(
+            f"--output leads into {quoted(options.merged, 200)}: the report would be among the files of the model",
+            hint="choose a directory outside of the model with --output",
+        )
 
-    What this run changes by writing its report is left out.
-    """
+
+def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
+    """The identity of a directory and everything in it; None if it cannot be read, or its mount does not answer."""
     try:
-        found = within(ANSWER_LIMIT_S, lambda: directory_identity(directory))
+        return within(ANSWER_LIMIT_S, lambda: directory_identity(directory))
     except (OSError, ValueError):
         return None
-    own = Path(os.path.relpath(os.path.realpath(output or ""), os.path.realpath(directory)))
-    if output is None or os.pardir in own.parts:
-        return found
-    return tuple(one for one in found if not (Path(one.name).is_relative_to(own) or own.is_relative_to(one.name)))
 
 
-def _unless_swapped(
-    report: AdapterReport, merged: Snapshot, before: tuple[FileIdentity, ...] | None, output: str | None = None
-) -> AdapterReport:
+def _unless_swapped(report: AdapterReport, merged: Snapshot, before: tuple[FileIdentity, ...] | None) -> AdapterReport:
     """The report, or an error if something in the finished directory was replaced or written to meanwhile."""
-    now = _identity(merged.directory, output)
+    now = _identity(merged.directory)
     if before is not None and now == before:
         return report
     error = (base_silent if before is None or now is None else base_changed)(merged.name)

@@ -230,7 +230,7 @@ COPIED = {"ln-norm", "ln-rmsnorm", "ln-linear"}
 QUICK = ("lora-linear", "lora-dora", "lora-conv2d", "lora-experts", "lokr-linear", "oft-linear", "ia3-linear")
 
 
-def _exact(case: methods.Case, place: Path) -> tuple[dict[str, ExactRows], dict[str, torch.Tensor]]:
+def _exact(case: methods.Case, place: Path) -> tuple[dict[str, list[ExactRows]], dict[str, torch.Tensor]]:
     """The exact merges of the tensors that a method changes, and PEFT's merge in float32."""
     base = methods.save_base(case.base, place / "base", "float32")
     model = methods.load_base(case.base, base)
@@ -242,7 +242,10 @@ def _exact(case: methods.Case, place: Path) -> tuple[dict[str, ExactRows], dict[
         name for name in loaded.tensors if name in merged and not torch.equal(merged[name], loaded.tensors[name])
     }
     request: Any = MergeRequest(base=loaded, members=(files,))
-    return {rows.name: rows for rows in adapter_evidence.exact_merge(request, changed)}, merged
+    exact: dict[str, list[ExactRows]] = {}
+    for rows in adapter_evidence.exact_merge(request, changed):
+        exact.setdefault(rows.name, []).append(rows)
+    return exact, merged
 
 
 @pytest.mark.parametrize(
@@ -254,10 +257,12 @@ def test_the_merge_of_each_method_is_explained_and_no_change_of_it(case: methods
     with one_thread():
         exact, merged = _exact(case, tmp_path)
     assert bool(exact) is (case.name not in COPIED)
-    for name, rows in exact.items():
+    for name, blocks in exact.items():
         for dtype, is_right in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
             actual = merged[name].to(dtype)
             fit = Fit(torch.float32, dtype, 1.0)
-            fit.add(actual if is_right else steps(actual, torch.ones_like(actual)), rows)
+            actual = actual if is_right else steps(actual, torch.ones_like(actual))
+            for rows in blocks:
+                fit.add(actual[rows.start : rows.start + len(rows.merged)], rows)
             outside, bias = fit.best()
             assert (outside == 0 and bias < limit_of(actual)) is is_right, (name, dtype)
