@@ -12,6 +12,7 @@ from merge_gate.cache.key import key_of
 from merge_gate.cache.resume import ResumedVerdicts, forget
 from merge_gate.cache.seal import Seal
 from merge_gate.earlier_reports import RESUMED, mark_stale
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.formats.json_report import read, render
@@ -134,5 +135,5 @@ def test_a_damaged_report_is_named_and_costs_no_other(
     assert known(verdicts, "ab") == "a"
     assert str(tmp_path / "report.json") in verdicts.notes[0]
     wording(verdicts.notes[0])
-    monkeypatch.setattr(report_files, "LONGEST_BYTES", 100)
+    monkeypatch.setattr(report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(limit_bytes=100), *OUTPUT_FILES[1:]))
     wording(resumed(tmp_path).notes[-1])

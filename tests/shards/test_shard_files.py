@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.errors import UsageError
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.formats.json_report import render
 from merge_gate.report.stored import report_files
 from merge_gate.shards import shard_files
@@ -56,7 +57,9 @@ def test_hostile_content_is_neither_followed_nor_waited_for(
     (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
     (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
     os.mkfifo(downloads / "pipe" / "report.json")
-    monkeypatch.setattr(report_files, "LONGEST_BYTES", 100_000)
+    monkeypatch.setattr(
+        report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(limit_bytes=100_000), *OUTPUT_FILES[1:])
+    )
     (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
     for place, problem in zip([downloads / "zlink", *evil], problems(downloads), strict=True):
         wording(f"{place.name} {problem}")

@@ -93,13 +93,17 @@ def merge(request: MergeRequest) -> Evidence:
         return outcome
 
 
+@torch.no_grad()
 def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
-    """The merges of these tensors in float64, of an adapter that `merge` has accepted."""
-    with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+    """The merges of these tensors in float64, of an adapter that `merge` has accepted.
+
+    Between two of its values, a generator keeps no state that other code shares, so the decorator of torch is used.
+    """
+    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
         walk = _Attempt(request, waits=False).prepare()
-        if walk is not None:
-            yield from exact_rows(walk, names)
+    if walk is not None:
+        yield from exact_rows(walk, names)
 
 
 def measure_wholly(base: Base) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference/methods.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "reference/methods.md"
 CAUSAL = {"task_type": "CAUSAL_LM"}
 VIRTUAL = CAUSAL | {"num_virtual_tokens": 2}
 Q = {"target_modules": ["q_proj"]}
