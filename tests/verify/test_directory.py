@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import AutoProcessor
 
 from merge_gate.engine.expected_differences import ROWS, Expectation
 from merge_gate.records.terms import Severity
@@ -735,6 +736,47 @@ def test_files_that_transformers_does_not_write_may_be_absent(base: Path, tmp_pa
     again = shutil.copytree(of_base, tmp_path / "again")
     removed("special_tokens_map.json")(again)
     assert kinds(again, of_base) == {T}
+
+
+@pytest.fixture(scope="module")
+def seeing(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base with a processor of transformers 4, and what transformers 5 writes for it."""
+    root = tmp_path_factory.mktemp("accounts")
+    of_base = shutil.copytree(base, root / "seeing")
+    settings = {"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_normalize": False}
+    write(of_base / PROCESSOR, settings | {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
+    AutoProcessor.from_pretrained(of_base).save_pretrained(root / "written")
+    return of_base, root / "written"
+
+
+@pytest.mark.attempt("K39", "processor_config.json by transformers 5, without preprocessor_config.json", "passed")
+@pytest.mark.attempt("K39b", "processor_config.json by transformers 5, next to preprocessor_config.json", "passed")
+@pytest.mark.attempt("Z01", "a partial processor_config.json added, which comes first", "settings-differ")
+@pytest.mark.attempt("Z01b", "only a partial processor_config.json", "settings-differ")
+@pytest.mark.attempt("Z01c", "a default for a key left out of a partial processor_config.json", "settings-differ")
+def test_a_processor_in_the_file_of_transformers_5(seeing: tuple[Path, Path], tmp_path: Path) -> None:
+    of_base, written = seeing
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    shutil.copy(written / "processor_config.json", merged)
+    assert kinds(merged, of_base) == set()
+    removed(PROCESSOR)(merged)
+    assert kinds(merged, of_base) == set()
+    for place in ("image_processor__do_normalize", "image_processor__rescale_factor", "image_processor__crop_size"):
+        edited("processor_config.json", **{place: ...})(merged)
+        assert kinds(merged, of_base) == {G}
+        shutil.copy(of_base / PROCESSOR, merged)
+        assert kinds(merged, of_base) == {G}
+        removed(PROCESSOR)(merged)
+        shutil.copy(written / "processor_config.json", merged)
+
+
+@pytest.mark.attempt("Z01d", "a default overrides the base's in its own processor_config.json", "settings-differ")
+def test_what_a_processor_loads_is_compared(seeing: tuple[Path, Path], tmp_path: Path) -> None:
+    of_base = shutil.copytree(seeing[0], tmp_path / "base")
+    write(of_base / "processor_config.json", {"processor_class": "CLIPProcessor"})
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    edited("processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor"})(merged)
+    assert kinds(merged, of_base) == {G}
 
 
 # --- files of a kind of their own ------------------------------------------------------------------------------------

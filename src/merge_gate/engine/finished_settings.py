@@ -34,6 +34,8 @@ LIMIT_S = 120.0
 """How long reading both tokenizers may take. A large one takes seconds."""
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+_PROCESSOR = "processor_config.json"
+"""The file of transformers 5 for the whole processor. It has the content of preprocessor_config.json, too."""
 _OF_FILES = {"dtype", "architectures", "_name_or_path", "transformers_version"}
 """Keys that a loaded configuration has from its load, and not from the file."""
 
@@ -72,12 +74,14 @@ def read_settings(
     """
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first, second, written, older = (Path(place, name) for name in ("expected", "merged", "written", "older"))
+        first, second, written, older, again = (
+            Path(place, name) for name in ("expected", "merged", "written", "older", "again")
+        )
         _link(first, dict(files.expected))
         _link(second, {name: str(Path(directory, name)) for name in files.merged})
-        for folder in (written, older):
+        for folder in (written, older, again):
             folder.mkdir()
-        reading = _Reading(files, first, second, written, older, expected, actual, expectation)
+        reading = _Reading(files, first, second, written, older, again, expected, actual, expectation)
         try:
             return within(LIMIT_S, lambda: _without_panic(reading.result))
         except TimeoutError:
@@ -112,6 +116,7 @@ class _Reading:
     """The comparison of one finished model. `loaded` has what transformers makes of the expected files.
 
     `written` is the folder of the files that transformers writes, and `older` that of the vocabulary's older files.
+    `again` is the folder of the processor's files that transformers writes for the finished model.
     """
 
     files: SettingsFiles
@@ -119,6 +124,7 @@ class _Reading:
     second: Path
     written: Path
     older: Path
+    again: Path
     expected: Any
     actual: Any
     expectation: Expectation
@@ -147,12 +153,19 @@ class _Reading:
             keys = [key for key in old.keys() | new.keys() if key[-1] not in _OF_FILES]
             old, new = ({key: one.get(key) for key in keys} for one in (old, new))
             self._compare(name, old, new, whole=actual, is_loaded=True)
+        self._processors()
         for name in self.files.merged:
             if companion_kind(name) is not Companion.TEMPLATE:
                 self._file(name)
+        written = {path.name for path in self.written.iterdir()}
+        own = _parsed(self.second / _PROCESSOR)[0] or {}
+        if flat(self.expectation.written.get(_PROCESSOR, {"": ""})).keys() <= flat(own).keys():  # has the other files
+            written = {
+                name for name in written if name == _PROCESSOR or companion_kind(name) is not Companion.PROCESSOR
+            }
         return ReadSettings(
             read=tuple(self.read),
-            written=tuple(sorted(path.name for path in self.written.iterdir())),
+            written=tuple(sorted(written)),
             differences=tuple(sorted(self.found.values(), key=lambda one: bool(one.row)))[:_MOST_DIFFERENCES],
         )
 
@@ -168,6 +181,13 @@ class _Reading:
                 self._refuse(_GENERATION, f"does not load: {_words(error)}")
         return {}
 
+    def _processors(self) -> None:
+        """What transformers loads: it may take a file that the expected model lacks, and defaults for its keys."""
+        for name in sorted({path.name for folder in (self.written, self.again) for path in folder.glob("*.json")}):
+            if companion_kind(name) is Companion.PROCESSOR:
+                old, new = (_parsed(folder / name)[0] or {} for folder in (self.written, self.again))
+                self._compare(name, flat(old), flat(new), whole=new, is_loaded=True)
+
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> None:
@@ -182,7 +202,8 @@ class _Reading:
     def _json(self, name: str) -> None:
         value, problem = _parsed(path := self.second / name)
         old, _ = _parsed(self.first / name)
-        if old is None and name not in self.expectation.written and name not in self.loaded:
+        old = self.expectation.written.get(name) if old is None else old
+        if old is None and name not in self.loaded:
             return
         self.read.append(name)
         if problem:
@@ -261,9 +282,10 @@ class _Reading:
             _without_panic(lambda: tokenizer.backend_tokenizer.model.save(str(self.older)))  # as transformers 4
         if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
             for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
-                with contextlib.suppress(Exception):
-                    own = getattr(transformers, name).from_pretrained(str(self.first), trust_remote_code=False)
-                    own.save_pretrained(str(self.written))
+                for folder, out in ((self.first, self.written), (self.second, self.again)):
+                    with contextlib.suppress(Exception):
+                        own = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False)
+                        own.save_pretrained(str(out))
 
     # --- differences -------------------------------------------------------------------------------------------------
 
