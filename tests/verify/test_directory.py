@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import AutoProcessor
+from tokenizers import processors
+from transformers import AutoProcessor, AutoTokenizer
 
 from merge_gate.engine.expected_differences import ROWS, Expectation
 from merge_gate.records.terms import Severity
@@ -381,6 +382,32 @@ ATTEMPTS = [
         edited(CONFIG, id2label={"0": "positive", "1": "negative"}, label2id={"negative": 1, "positive": 0}),
         C,
     ),
+    attempt("Z02", "tokenizer_class LlamaTokenizer", edited(SETTINGS, tokenizer_class="LlamaTokenizer"), T),
+    attempt("Z02b", "a tokenizer_class of no release", edited(SETTINGS, tokenizer_class="EvilTokenizer"), T),
+    attempt("Z02c", "no tokenizer_class", edited(SETTINGS, tokenizer_class=...), T),
+    attempt(
+        "Z03",
+        "another rope_theta, hidden by rope_scaling",
+        both(
+            edited(CONFIG, rope_parameters=..., rope_theta=500000.0),
+            edited(CONFIG, rope_scaling={"rope_type": "default", "rope_theta": 10000.0}),
+        ),
+        C,
+    ),
+    attempt(
+        "Z03b",
+        "a rope_theta inside of rope_scaling",
+        both(edited(CONFIG, rope_parameters=...), edited(CONFIG, rope_scaling={"rope_theta": 10000.0})),
+        C,
+    ),
+    attempt("Z03c", "rope_theta inside of rope_parameters changed", edited(CONFIG, rope_parameters__rope_theta=7.0), C),
+    attempt("Z03d", "a key with a dot", edited(CONFIG, **{"rope_scaling.x": 1}), C),
+    attempt("Z03e", "a key with a dot, and an object", edited(CONFIG, **{"rope_scaling.x": {}}), C),
+    attempt("Z08", "model_type removed", edited(CONFIG, model_type=...), C),
+    attempt("Z09", "a stop token as 61.0", edited(GENERATION, eos_token_id=[61.0, 62]), S),
+    attempt("Z09b", "bos_token_id as 60.0", edited(GENERATION, bos_token_id=60.0), G),
+    attempt("Z15b", "the stop tokens in another order", edited(GENERATION, eos_token_id=[62, 61]), S),
+    attempt("Z15c", "backend true", edited(SETTINGS, backend=True), T),
     attempt("X03", "generation_config.json of 300 MB", _huge, S, G),
 ]
 
@@ -472,7 +499,9 @@ CONTROLS = [
     control("K17", "config.json by transformers 4", _older_config),
     control("K18", "pad_token_id of the tokenizer", edited(CONFIG, pad_token_id=2)),
     control("K18b", "pad_token_id of the tokenizer in generation_config.json", edited(GENERATION, pad_token_id=2)),
-    control("K19", "the stop tokens in another order", edited(GENERATION, eos_token_id=[62, 61])),
+    control("K19", "a stop token twice", edited(GENERATION, eos_token_id=[61, 62, 62])),
+    control("K19b", "0 for 0.0", edited(CONFIG, attention_dropout=0)),
+    control("K17b", "transformers 4 adds rope_theta to rope_parameters", edited(CONFIG, rope_theta=10000.0)),
     control("K20", "problem_type after a training step", edited(CONFIG, problem_type="single_label_classification")),
     control("K21", "no processor", removed(PROCESSOR)),
     control("K22", "a snapshot in the Hub's cache", _in_cache),
@@ -561,7 +590,7 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
     "config.json: `id2label`, `label2id` of a head that the base lacks": (
         edited(CONFIG, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}),
         edited(CONFIG, id2label={"0": "a", "1": "b"}, label2id={"a": 1, "b": 0}),
-        _COPIED,
+        Expectation(),
     ),
     "config.json: `problem_type` single_label_classification": (
         edited(CONFIG, problem_type="single_label_classification"),
@@ -579,7 +608,7 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
         _COPIED,
     ),
     "config.json, generation_config.json: `eos_token_id`": (
-        edited(GENERATION, eos_token_id=[62, 61]),
+        edited(GENERATION, eos_token_id=[61, 62, 61]),
         edited(GENERATION, eos_token_id=62),
         _COPIED,
     ),
@@ -608,7 +637,7 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
         edited(SETTINGS, backend="evil"),
         _COPIED,
     ),
-    "config.json: `rope_theta`, `rope_scaling` without `rope_parameters`": (
+    "config.json: `rope_theta`, `rope_scaling`": (
         _older_config,
         both(_older_config, edited(CONFIG, rope_theta=5.0)),
         _COPIED,
@@ -647,6 +676,29 @@ def test_each_row_expects_its_difference_and_not_the_opposite(row: str, base: Pa
 def test_the_table_has_a_test_for_each_row() -> None:
     assert ROW_TESTS.keys() == {row.shown for row in ROWS}
     assert len(ROW_TESTS) == len(ROWS)
+
+
+@pytest.mark.attempt("Z13", "labels invented for a head that the base stores", "config-differs")
+def test_labels_of_a_head_that_the_base_stores(base: Path, tmp_path: Path) -> None:
+    of_base, merged = (shutil.copytree(base, tmp_path / name) for name in ("base", "merged"))
+    edited(CONFIG, id2label=..., label2id=...)(of_base)
+    assert kinds(merged, of_base) == {C}
+
+
+@pytest.mark.attempt("Z10", "add_bos_token false, though the tokenizer adds the token", "tokenizer-differs")
+@pytest.mark.attempt("Z10b", "add_eos_token true, though the tokenizer adds none", "tokenizer-differs")
+@pytest.mark.attempt("K40", "add_bos_token true and add_eos_token false, as the tokenizer does it", "passed")
+def test_what_a_tokenizer_adds(base: Path, tmp_path: Path) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    form = AutoTokenizer.from_pretrained(base).backend_tokenizer
+    form.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    form.save(str(of_base / TOKENIZER))
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    for key, value in (("add_bos_token", True), ("add_eos_token", False)):
+        for is_right in (True, False):
+            shutil.copy(of_base / SETTINGS, merged)
+            edited(SETTINGS, **{key: value is is_right})(merged)
+            assert (kinds(merged, of_base) == set()) is is_right, key
 
 
 # --- whose file is expected ------------------------------------------------------------------------------------------

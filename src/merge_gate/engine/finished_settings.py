@@ -219,7 +219,7 @@ class _Reading:
             actual = canonical(path)
             if actual is None:
                 self._refuse(name, "does not load with the library `tokenizers`")
-            elif not any(same(actual, form) for form in forms):
+            elif not any(same(form, actual) for form in forms):
                 self._compare(name, flat(forms[0]), flat(actual), whole=actual, is_loaded=True)
         self._compare(name, first, second, whole=value)
 
@@ -258,7 +258,7 @@ class _Reading:
         config = _parsed(self.second / "tokenizer_config.json")[0] or {}
         self.loaded |= {
             "tokenizer_config.json": {
-                key: one for key in config if isinstance(one := getattr(own, key, None), str | int | float | bool)
+                key: one for key in config if isinstance(one := _setting(own, key), str | int | float | bool)
             },
             "special_tokens_map.json": {**own.special_tokens_map, "extra_special_tokens": own.extra_special_tokens},
             "added_tokens.json": {content: one["id"] for content, one in tokens.items()},
@@ -270,7 +270,7 @@ class _Reading:
             self.expectation,
             token_ids={name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
             added_tokens=tokens,
-            same_class=type(own) is type(other),
+            tokenizer_class=type(own).__name__ if type(own) is type(other) else "",
             has_own_tokenizer=self.files.has_own_tokenizer,
         )
 
@@ -306,6 +306,16 @@ def _generation(folder: Path, config: Any) -> Any:
     if (folder / _GENERATION).exists():
         return GenerationConfig.from_pretrained(str(folder))
     return GenerationConfig.from_model_config(config)
+
+
+def _setting(tokenizer: Any, key: str) -> Any:
+    """A setting as the tokenizer has it, and whether it adds tokens as it does it: other releases read these keys."""
+    end = {"add_bos_token": ("bos_token_id", 0), "add_eos_token": ("eos_token_id", -1)}.get(key)
+    if end is None:
+        return getattr(tokenizer, key, None)
+    with contextlib.suppress(Exception):
+        return _without_panic(lambda: tokenizer("a")["input_ids"])[end[1]] == getattr(tokenizer, end[0])
+    return None
 
 
 def _tokenizer(folder: Path) -> tuple[Any, str]:
