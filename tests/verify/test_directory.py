@@ -408,6 +408,18 @@ ATTEMPTS = [
     attempt("Z09b", "bos_token_id as 60.0", edited(GENERATION, bos_token_id=60.0), G),
     attempt("Z15b", "the stop tokens in another order", edited(GENERATION, eos_token_id=[62, 61]), S),
     attempt("Z15c", "backend true", edited(SETTINGS, backend=True), T),
+    attempt("Z05", "vocab.txt added, with a header", added("vocab.txt", "#version: 0.2\n<s>\n"), U),
+    attempt("Z06a", "a vocabulary of an unknown name added", added("rwkv_vocab_v20230424.txt"), U),
+    attempt("Z06b", "dict.src.txt added", added("dict.src.txt"), U),
+    attempt("Z06c", "custom_generate/requirements.txt added", added("custom_generate/requirements.txt"), U),
+    attempt("Z11", "an empty index of the single file", added("model.safetensors.index.json", '{"weight_map": {}}'), U),
+    attempt(
+        "Z11b",
+        "an index of the single file with one tensor only",
+        added("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "model.safetensors"}}'),
+        U,
+    ),
+    attempt("Z15", "a chat template in a list, without a name", edited(SETTINGS, chat_template=["evil"]), X),
     attempt("X03", "generation_config.json of 300 MB", _huge, S, G),
 ]
 
@@ -510,6 +522,7 @@ CONTROLS = [
     ),
     control("K24", "null for what is absent", edited(CONFIG, pad_token_id=None, quantization=None)),
     control("K25", "the license of the base, and one more", both(removed("LICENSE"), added("NOTICE.txt"))),
+    control("K25b", "README.txt, and LICENSE.txt in a folder", both(added("README.txt"), added("docs/LICENSE.txt"))),
     control("K26", "_from_model_config", edited(GENERATION, _from_model_config=False)),
 ]
 
@@ -878,6 +891,29 @@ def test_the_bases_other_weights_are_no_companions(base: Path, tmp_path: Path) -
         assert kinds(merged, of_base) == expected, name
     added("original/params.json", '{"dim": 1}')(merged)
     assert U in kinds(merged, of_base)
+
+
+@pytest.mark.attempt("Z06d", "a text file of the base changed", "unexpected-file")
+@pytest.mark.parametrize("name", ["rwkv_vocab.txt", "requirements.txt", "custom_generate/requirements.txt"])
+def test_a_text_file_of_the_base_must_be_equal(base: Path, tmp_path: Path, name: str) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    added(name, "torch\n")(of_base)
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    assert kinds(merged, of_base) == set()
+    added(name, "evil\n")(merged)
+    assert kinds(merged, of_base) == {U}
+
+
+@pytest.mark.attempt("Z05b", "vocab.txt with an empty line", "tokenizer-differs")
+@pytest.mark.attempt("Z05c", "merges.txt without its header", "tokenizer-differs")
+def test_lines_of_a_vocabulary(base: Path, tmp_path: Path) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    saved_by_transformers_4(of_base)
+    added("vocab.txt", "<s>\n</s>\n<pad>\n")(of_base)
+    for name, old, new in (("vocab.txt", "</s>", "\n</s>"), ("merges.txt", "#version: 0.2\n", "")):
+        merged = shutil.copytree(of_base, tmp_path / name)
+        _again(name, old, new)(merged)
+        assert kinds(merged, of_base) == {T}
 
 
 @pytest.mark.attempt("S12a", "names on the Hub that were not fetched: weights", "unexpected-file")

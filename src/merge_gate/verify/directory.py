@@ -135,13 +135,13 @@ class _Account:
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
 
     def _weights(self) -> set[str]:
-        """The files that transformers loads, with the index. mlx-lm writes an index of a single file, too."""
+        """The files that transformers loads, with the index. mlx-lm writes a complete index of a single file, too."""
         own = self._merged.base_files or BaseFiles(directory="")
         files, tensors = {*map(os.path.normpath, own.weights)}, {one.name for one in own.tensors}
         for name, path in self._places.items():
             listed = _object(path).get("weight_map") if name.endswith(".safetensors.index.json") else None
             if isinstance(listed, dict) and {os.path.normpath(str(one)) for one in listed.values()} <= files:
-                files |= {name} if len(own.weights) > 1 or {*listed} <= tensors else set()
+                files |= {name} if len(own.weights) > 1 or {*listed} == tensors else set()
         return files
 
     def _companion(self, name: str, path: Path) -> None:
@@ -226,7 +226,8 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
         elif name in _FALLBACKS:
             value = _object(path).get("chat_template")
             if isinstance(value, list):
-                value = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
+                named = (one if isinstance(one, dict) else {"name": "default", "template": one} for one in value)
+                value = {str(one.get("name")): one.get("template") for one in named}
             named = value if isinstance(value, dict) else {"default": value} if value is not None else {}
             found[name] = {str(key): str(text) for key, text in named.items()}
     return {place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in found.items()}
