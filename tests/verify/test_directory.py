@@ -866,8 +866,29 @@ def test_weights_in_a_folder_are_those_of_a_module(base: Path, tmp_path: Path) -
     added("2_Dense/model.safetensors", b"other")(merged)
     assert kinds(merged, of_base) == {W}
     shutil.rmtree(merged / "2_Dense")
+    assert kinds(merged, of_base) == {G}
+    shutil.copytree(of_base / "2_Dense", merged / "2_Dense")
     shutil.copytree(of_base / "other", merged / "other")
     assert kinds(merged, of_base) == {W}
+
+
+@pytest.mark.attempt("Z07", "modules.json of sentence-transformers, and its folders, left out", "a note")
+@pytest.mark.attempt("Z07b", "modules.json without a folder that it names", "settings-differ")
+@pytest.mark.attempt("Z07c", "modules.json without the settings of sentence-transformers", "settings-differ")
+def test_the_modules_of_sentence_transformers_are_whole(base: Path, tmp_path: Path) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    write(of_base / "modules.json", [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}])
+    names = ("sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    for name in names:
+        write(of_base / name, {"a": 1})
+    for name in names:
+        merged = shutil.copytree(of_base, tmp_path / name.replace("/", "-"))
+        removed(name)(merged)
+        assert kinds(merged, of_base) == {G}, name
+    (note,) = [one for one in account(base, of_base)[0] if one.check == G]
+    assert note.severity is Severity.NOTE
+    assert note.message.startswith("the directory has no modules.json: sentence-transformers then takes the mean")
+    assert all(name in note.message for name in names)
 
 
 @pytest.mark.attempt("K37", "other text files of the base, copied", "passed")
