@@ -241,8 +241,8 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
         elif name in _FALLBACKS:
             value = _object(path).get("chat_template")
             if isinstance(value, list):
-                named = (one if isinstance(one, dict) else {"name": "default", "template": one} for one in value)
-                value = {str(one.get("name")): one.get("template") for one in named}
+                listed = [one if isinstance(one, dict) else {"name": "default", "template": one} for one in value]
+                value = {str(one.get("name")): one.get("template") for one in listed}
             named = value if isinstance(value, dict) else {"default": value} if value is not None else {}
             found[name] = {str(key): str(text) for key, text in named.items()}
     return {place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in found.items()}
