@@ -645,9 +645,10 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
         edited(SETTINGS, tokenizer_class="BertTokenizer"),
         _COPIED,
     ),
-    "tokenizer_config.json: `backend`, `is_local`, `local_files_only`": (
+    "tokenizer_config.json: `backend`": (edited(SETTINGS, backend=...), edited(SETTINGS, backend=True), _COPIED),
+    "tokenizer_config.json: `is_local`, `local_files_only`": (
         edited(SETTINGS, is_local=False),
-        edited(SETTINGS, backend="evil"),
+        edited(SETTINGS, is_local="evil"),
         _COPIED,
     ),
     "config.json: `rope_theta`, `rope_scaling`": (

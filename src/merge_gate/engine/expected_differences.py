@@ -201,11 +201,6 @@ _NEW_CLASSES = {"TokenizersBackend": "PreTrainedTokenizer"}
 """The names of transformers 5, and those of earlier releases, without `Fast`."""
 
 
-def _is_provenance(change: KeyChange, _: Expectation) -> bool:
-    is_right = change.actual == "tokenizers" if change.key == ("backend",) else type(change.actual) is bool
-    return change.actual is ABSENT or is_right
-
-
 def _is_older_rope(change: KeyChange, expectation: Expectation) -> bool:
     """What is loaded is compared as well, but releases differ in which rope_theta comes first: there is only one."""
     outer = tuple(takewhile(lambda part: part not in {"rope_theta", "rope_scaling"}, change.key))
@@ -223,9 +218,7 @@ _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
     "is_nothing": lambda one, _: not one.is_loaded and {repr(one.expected), repr(one.actual)} <= {"absent", "None"},
     "is_text": lambda one, _: one.actual is ABSENT or isinstance(one.actual, str | None),
     "is_flag": lambda one, _: one.actual is ABSENT or isinstance(one.actual, bool),
-    "is_resized": lambda one, expectation: (
-        type(one.actual) is int and (one.expected, one.actual) in expectation.resized
-    ),
+    "is_resized": lambda one, expectation: (one.expected, one.actual) in expectation.resized,
     "is_untied": lambda one, expectation: expectation.is_untied and one.actual is False,
     "is_same_dtype": _is_same_dtype,
     "is_own_class": lambda one, expectation: (
@@ -238,7 +231,7 @@ _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
     "is_removed": lambda one, _: one.actual is ABSENT or one.actual is None,
     "is_added_token": _is_added_token,
     "is_same_class": _is_same_class,
-    "is_provenance": _is_provenance,
+    "is_backend": lambda one, _: one.actual in (ABSENT, "tokenizers"),
     "is_older_rope": _is_older_rope,
 }
 

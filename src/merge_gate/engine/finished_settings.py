@@ -74,14 +74,12 @@ def read_settings(
     """
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first, second, written, older, again = (
-            Path(place, name) for name in ("expected", "merged", "written", "older", "again")
-        )
+        first, second, written, older = (Path(place, name) for name in ("expected", "merged", "written", "older"))
         _link(first, dict(files.expected))
         _link(second, {name: str(Path(directory, name)) for name in files.merged})
-        for folder in (written, older, again):
+        for folder in (written, older):
             folder.mkdir()
-        reading = _Reading(files, first, second, written, older, again, expected, actual, expectation)
+        reading = _Reading(files, first, second, written, older, expected, actual, expectation)
         try:
             return within(LIMIT_S, lambda: _without_panic(reading.result))
         except TimeoutError:
@@ -116,7 +114,6 @@ class _Reading:
     """The comparison of one finished model. `loaded` has what transformers makes of the expected files.
 
     `written` is the folder of the files that transformers writes, and `older` that of the vocabulary's older files.
-    `again` is the folder of the processor's files that transformers writes for the finished model.
     """
 
     files: SettingsFiles
@@ -124,7 +121,6 @@ class _Reading:
     second: Path
     written: Path
     older: Path
-    again: Path
     expected: Any
     actual: Any
     expectation: Expectation
@@ -157,12 +153,9 @@ class _Reading:
         for name in self.files.merged:
             if companion_kind(name) is not Companion.TEMPLATE:
                 self._file(name)
-        written = {path.name for path in self.written.iterdir()}
-        own = _parsed(self.second / _PROCESSOR)[0] or {}
+        written, own = {path.name for path in self.written.iterdir()}, _parsed(self.second / _PROCESSOR)[0] or {}
         if flat(self.expectation.written.get(_PROCESSOR, {"": ""})).keys() <= flat(own).keys():  # has the other files
-            written = {
-                name for name in written if name == _PROCESSOR or companion_kind(name) is not Companion.PROCESSOR
-            }
+            written = {name for name in written if name == _PROCESSOR or not name.endswith("processor_config.json")}
         return ReadSettings(
             read=tuple(self.read),
             written=tuple(sorted(written)),
@@ -183,10 +176,10 @@ class _Reading:
 
     def _processors(self) -> None:
         """What transformers loads: it may take a file that the expected model lacks, and defaults for its keys."""
-        for name in sorted({path.name for folder in (self.written, self.again) for path in folder.glob("*.json")}):
-            if companion_kind(name) is Companion.PROCESSOR:
-                old, new = (_parsed(folder / name)[0] or {} for folder in (self.written, self.again))
-                self._compare(name, flat(old), flat(new), whole=new, is_loaded=True)
+        folders = (self.written, self.second / "written")
+        for name in sorted({path.name for folder in folders for path in folder.glob("*processor_config.json")}):
+            old, new = (_parsed(folder / name)[0] or {} for folder in folders)
+            self._compare(name, flat(old), flat(new), whole=new, is_loaded=True)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -282,7 +275,7 @@ class _Reading:
             _without_panic(lambda: tokenizer.backend_tokenizer.model.save(str(self.older)))  # as transformers 4
         if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
             for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
-                for folder, out in ((self.first, self.written), (self.second, self.again)):
+                for folder, out in ((self.first, self.written), (self.second, self.second / "written")):
                     with contextlib.suppress(Exception):
                         own = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False)
                         own.save_pretrained(str(out))

@@ -101,9 +101,8 @@ def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSett
             what = f"{counted(len(parts), 'file')} that a program may load, and that is not expected"
         yield finding(kind, f"{what}: {listing(parts)}")
     for what, names in account.absent.items():
-        kind, then = (
-            ("settings-differ", _THEN) if what == _MODULES else ("tokenizer-differs", "the server must supply it")
-        )
+        then = _THEN if what == _MODULES else "the server must supply it"
+        kind = "tokenizer-differs" if what == Companion.TOKENIZER else "settings-differ"
         yield note(kind, f"the directory has no {what}: {then} ({listing(map(_named, names))})")
     if account.harmless:
         files = listing(map(_named, account.harmless))
@@ -187,14 +186,14 @@ class _Account:
                 continue
             for name in sorted((expected & written) - actual):
                 self.odd[_KINDS[kind]].append(f"{_named(name)} is missing")
-        lacking = sorted(self._expected.others.keys() - {*self._places, *self._merged.withheld})
+        missing = self._expected.others.keys() - {*self._places, *self._merged.withheld}
+        lacking = sorted(name for name in missing if not is_harmless(name))
         if any(name.endswith("config.json") and "auto_map" in _object(path) for name, path in self._places.items()):
             for name in lacking:
                 if name.endswith(".py"):
                     self.odd["config-differs"].append(f"{_named(name)} is missing, and auto_map names code")
         folders = _modules(self._expected.others)
-        parts = [name for name in lacking if name in _OF_MODULES or name.rpartition("/")[0] in folders]
-        gone = [name for name in parts if not is_harmless(name)]
+        gone = [name for name in lacking if name in _OF_MODULES or name.rpartition("/")[0] in folders]
         if _MODULES in gone:
             self.absent[_MODULES] = gone
         elif gone and _MODULES in self._expected.others:
