@@ -43,7 +43,7 @@ def companion_kind(name: str) -> Companion | None:
 
 
 _HARMLESS = re.compile(
-    r"(.*/)?(readme|[^/]+\.(md|rst|pdf|html|txt|log|png|jpe?g|gif|svg|webp)|\.git(attributes|ignore)|\.ds_store)"
+    r"(.*/)?(readme(\.txt)?|[^/]+\.(md|rst|pdf|html|log|png|jpe?g|gif|svg|webp)|\.git(attributes|ignore)|\.ds_store)"
     r"|mergekit_config\.yml|\.git/|\.cache/huggingface/(cachedir\.tag|download/([^/]+/)*[^/]+\.(metadata|lock))",
     re.ASCII | re.IGNORECASE,
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import processors
+from transformers import AutoProcessor, AutoTokenizer
 
 from merge_gate.engine.expected_differences import ROWS, Expectation
 from merge_gate.records.terms import Severity
@@ -380,6 +382,44 @@ ATTEMPTS = [
         edited(CONFIG, id2label={"0": "positive", "1": "negative"}, label2id={"negative": 1, "positive": 0}),
         C,
     ),
+    attempt("Z02", "tokenizer_class LlamaTokenizer", edited(SETTINGS, tokenizer_class="LlamaTokenizer"), T),
+    attempt("Z02b", "a tokenizer_class of no release", edited(SETTINGS, tokenizer_class="EvilTokenizer"), T),
+    attempt("Z02c", "no tokenizer_class", edited(SETTINGS, tokenizer_class=...), T),
+    attempt(
+        "Z03",
+        "another rope_theta, hidden by rope_scaling",
+        both(
+            edited(CONFIG, rope_parameters=..., rope_theta=500000.0),
+            edited(CONFIG, rope_scaling={"rope_type": "default", "rope_theta": 10000.0}),
+        ),
+        C,
+    ),
+    attempt(
+        "Z03b",
+        "a rope_theta inside of rope_scaling",
+        both(edited(CONFIG, rope_parameters=...), edited(CONFIG, rope_scaling={"rope_theta": 10000.0})),
+        C,
+    ),
+    attempt("Z03c", "rope_theta inside of rope_parameters changed", edited(CONFIG, rope_parameters__rope_theta=7.0), C),
+    attempt("Z03d", "a key with a dot", edited(CONFIG, **{"rope_scaling.x": 1}), C),
+    attempt("Z03e", "a key with a dot, and an object", edited(CONFIG, **{"rope_scaling.x": {}}), C),
+    attempt("Z08", "model_type removed", edited(CONFIG, model_type=...), C),
+    attempt("Z09", "a stop token as 61.0", edited(GENERATION, eos_token_id=[61.0, 62]), S),
+    attempt("Z09b", "bos_token_id as 60.0", edited(GENERATION, bos_token_id=60.0), G),
+    attempt("Z15b", "the stop tokens in another order", edited(GENERATION, eos_token_id=[62, 61]), S),
+    attempt("Z15c", "backend true", edited(SETTINGS, backend=True), T),
+    attempt("Z05", "vocab.txt added, with a header", added("vocab.txt", "#version: 0.2\n<s>\n"), U),
+    attempt("Z06a", "a vocabulary of an unknown name added", added("rwkv_vocab_v20230424.txt"), U),
+    attempt("Z06b", "dict.src.txt added", added("dict.src.txt"), U),
+    attempt("Z06c", "custom_generate/requirements.txt added", added("custom_generate/requirements.txt"), U),
+    attempt("Z11", "an empty index of the single file", added("model.safetensors.index.json", '{"weight_map": {}}'), U),
+    attempt(
+        "Z11b",
+        "an index of the single file with one tensor only",
+        added("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "model.safetensors"}}'),
+        U,
+    ),
+    attempt("Z15", "a chat template in a list, without a name", edited(SETTINGS, chat_template=["evil"]), X),
     attempt("X03", "generation_config.json of 300 MB", _huge, S, G),
 ]
 
@@ -471,7 +511,9 @@ CONTROLS = [
     control("K17", "config.json by transformers 4", _older_config),
     control("K18", "pad_token_id of the tokenizer", edited(CONFIG, pad_token_id=2)),
     control("K18b", "pad_token_id of the tokenizer in generation_config.json", edited(GENERATION, pad_token_id=2)),
-    control("K19", "the stop tokens in another order", edited(GENERATION, eos_token_id=[62, 61])),
+    control("K19", "a stop token twice", edited(GENERATION, eos_token_id=[61, 62, 62])),
+    control("K19b", "0 for 0.0", edited(CONFIG, attention_dropout=0)),
+    control("K17b", "transformers 4 adds rope_theta to rope_parameters", edited(CONFIG, rope_theta=10000.0)),
     control("K20", "problem_type after a training step", edited(CONFIG, problem_type="single_label_classification")),
     control("K21", "no processor", removed(PROCESSOR)),
     control("K22", "a snapshot in the Hub's cache", _in_cache),
@@ -480,6 +522,7 @@ CONTROLS = [
     ),
     control("K24", "null for what is absent", edited(CONFIG, pad_token_id=None, quantization=None)),
     control("K25", "the license of the base, and one more", both(removed("LICENSE"), added("NOTICE.txt"))),
+    control("K25b", "README.txt, and LICENSE.txt in a folder", both(added("README.txt"), added("docs/LICENSE.txt"))),
     control("K26", "_from_model_config", edited(GENERATION, _from_model_config=False)),
 ]
 
@@ -560,7 +603,7 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
     "config.json: `id2label`, `label2id` of a head that the base lacks": (
         edited(CONFIG, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}),
         edited(CONFIG, id2label={"0": "a", "1": "b"}, label2id={"a": 1, "b": 0}),
-        _COPIED,
+        Expectation(),
     ),
     "config.json: `problem_type` single_label_classification": (
         edited(CONFIG, problem_type="single_label_classification"),
@@ -578,7 +621,7 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
         _COPIED,
     ),
     "config.json, generation_config.json: `eos_token_id`": (
-        edited(GENERATION, eos_token_id=[62, 61]),
+        edited(GENERATION, eos_token_id=[61, 62, 61]),
         edited(GENERATION, eos_token_id=62),
         _COPIED,
     ),
@@ -602,12 +645,13 @@ ROW_TESTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], E
         edited(SETTINGS, tokenizer_class="BertTokenizer"),
         _COPIED,
     ),
-    "tokenizer_config.json: `backend`, `is_local`, `local_files_only`": (
+    "tokenizer_config.json: `backend`": (edited(SETTINGS, backend=...), edited(SETTINGS, backend=True), _COPIED),
+    "tokenizer_config.json: `is_local`, `local_files_only`": (
         edited(SETTINGS, is_local=False),
-        edited(SETTINGS, backend="evil"),
+        edited(SETTINGS, is_local="evil"),
         _COPIED,
     ),
-    "config.json: `rope_theta`, `rope_scaling` without `rope_parameters`": (
+    "config.json: `rope_theta`, `rope_scaling`": (
         _older_config,
         both(_older_config, edited(CONFIG, rope_theta=5.0)),
         _COPIED,
@@ -646,6 +690,29 @@ def test_each_row_expects_its_difference_and_not_the_opposite(row: str, base: Pa
 def test_the_table_has_a_test_for_each_row() -> None:
     assert ROW_TESTS.keys() == {row.shown for row in ROWS}
     assert len(ROW_TESTS) == len(ROWS)
+
+
+@pytest.mark.attempt("Z13", "labels invented for a head that the base stores", "config-differs")
+def test_labels_of_a_head_that_the_base_stores(base: Path, tmp_path: Path) -> None:
+    of_base, merged = (shutil.copytree(base, tmp_path / name) for name in ("base", "merged"))
+    edited(CONFIG, id2label=..., label2id=...)(of_base)
+    assert kinds(merged, of_base) == {C}
+
+
+@pytest.mark.attempt("Z10", "add_bos_token false, though the tokenizer adds the token", "tokenizer-differs")
+@pytest.mark.attempt("Z10b", "add_eos_token true, though the tokenizer adds none", "tokenizer-differs")
+@pytest.mark.attempt("K40", "add_bos_token true and add_eos_token false, as the tokenizer does it", "passed")
+def test_what_a_tokenizer_adds(base: Path, tmp_path: Path) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    form = AutoTokenizer.from_pretrained(base).backend_tokenizer
+    form.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    form.save(str(of_base / TOKENIZER))
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    for key, value in (("add_bos_token", True), ("add_eos_token", False)):
+        for is_right in (True, False):
+            shutil.copy(of_base / SETTINGS, merged)
+            edited(SETTINGS, **{key: value is is_right})(merged)
+            assert (kinds(merged, of_base) == set()) is is_right, key
 
 
 # --- whose file is expected ------------------------------------------------------------------------------------------
@@ -737,6 +804,47 @@ def test_files_that_transformers_does_not_write_may_be_absent(base: Path, tmp_pa
     assert kinds(again, of_base) == {T}
 
 
+@pytest.fixture(scope="module")
+def seeing(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base with a processor of transformers 4, and what transformers 5 writes for it."""
+    root = tmp_path_factory.mktemp("accounts")
+    of_base = shutil.copytree(base, root / "seeing")
+    settings = {"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_normalize": False}
+    write(of_base / PROCESSOR, settings | {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
+    AutoProcessor.from_pretrained(of_base).save_pretrained(root / "written")
+    return of_base, root / "written"
+
+
+@pytest.mark.attempt("K39", "processor_config.json by transformers 5, without preprocessor_config.json", "passed")
+@pytest.mark.attempt("K39b", "processor_config.json by transformers 5, next to preprocessor_config.json", "passed")
+@pytest.mark.attempt("Z01", "a partial processor_config.json added, which comes first", "settings-differ")
+@pytest.mark.attempt("Z01b", "only a partial processor_config.json", "settings-differ")
+@pytest.mark.attempt("Z01c", "a default for a key left out of a partial processor_config.json", "settings-differ")
+def test_a_processor_in_the_file_of_transformers_5(seeing: tuple[Path, Path], tmp_path: Path) -> None:
+    of_base, written = seeing
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    shutil.copy(written / "processor_config.json", merged)
+    assert kinds(merged, of_base) == set()
+    removed(PROCESSOR)(merged)
+    assert kinds(merged, of_base) == set()
+    for place in ("image_processor__do_normalize", "image_processor__rescale_factor", "image_processor__crop_size"):
+        edited("processor_config.json", **{place: ...})(merged)
+        assert kinds(merged, of_base) == {G}
+        shutil.copy(of_base / PROCESSOR, merged)
+        assert kinds(merged, of_base) == {G}
+        removed(PROCESSOR)(merged)
+        shutil.copy(written / "processor_config.json", merged)
+
+
+@pytest.mark.attempt("Z01d", "a default overrides the base's in its own processor_config.json", "settings-differ")
+def test_what_a_processor_loads_is_compared(seeing: tuple[Path, Path], tmp_path: Path) -> None:
+    of_base = shutil.copytree(seeing[0], tmp_path / "base")
+    write(of_base / "processor_config.json", {"processor_class": "CLIPProcessor"})
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    edited("processor_config.json", image_processor={"image_processor_type": "CLIPImageProcessor"})(merged)
+    assert kinds(merged, of_base) == {G}
+
+
 # --- files of a kind of their own ------------------------------------------------------------------------------------
 
 
@@ -759,8 +867,29 @@ def test_weights_in_a_folder_are_those_of_a_module(base: Path, tmp_path: Path) -
     added("2_Dense/model.safetensors", b"other")(merged)
     assert kinds(merged, of_base) == {W}
     shutil.rmtree(merged / "2_Dense")
+    assert kinds(merged, of_base) == {G}
+    shutil.copytree(of_base / "2_Dense", merged / "2_Dense")
     shutil.copytree(of_base / "other", merged / "other")
     assert kinds(merged, of_base) == {W}
+
+
+@pytest.mark.attempt("Z07", "modules.json of sentence-transformers, and its folders, left out", "a note")
+@pytest.mark.attempt("Z07b", "modules.json without a folder that it names", "settings-differ")
+@pytest.mark.attempt("Z07c", "modules.json without the settings of sentence-transformers", "settings-differ")
+def test_the_modules_of_sentence_transformers_are_whole(base: Path, tmp_path: Path) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    write(of_base / "modules.json", [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}])
+    names = ("sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    for name in names:
+        write(of_base / name, {"a": 1})
+    for name in names:
+        merged = shutil.copytree(of_base, tmp_path / name.replace("/", "-"))
+        removed(name)(merged)
+        assert kinds(merged, of_base) == {G}, name
+    (note,) = [one for one in account(base, of_base)[0] if one.check == G]
+    assert note.severity is Severity.NOTE
+    assert note.message.startswith("the directory has no modules.json: sentence-transformers then takes the mean")
+    assert all(name in note.message for name in names)
 
 
 @pytest.mark.attempt("K37", "other text files of the base, copied", "passed")
@@ -784,6 +913,29 @@ def test_the_bases_other_weights_are_no_companions(base: Path, tmp_path: Path) -
         assert kinds(merged, of_base) == expected, name
     added("original/params.json", '{"dim": 1}')(merged)
     assert U in kinds(merged, of_base)
+
+
+@pytest.mark.attempt("Z06d", "a text file of the base changed", "unexpected-file")
+@pytest.mark.parametrize("name", ["rwkv_vocab.txt", "requirements.txt", "custom_generate/requirements.txt"])
+def test_a_text_file_of_the_base_must_be_equal(base: Path, tmp_path: Path, name: str) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    added(name, "torch\n")(of_base)
+    merged = shutil.copytree(of_base, tmp_path / "merged")
+    assert kinds(merged, of_base) == set()
+    added(name, "evil\n")(merged)
+    assert kinds(merged, of_base) == {U}
+
+
+@pytest.mark.attempt("Z05b", "vocab.txt with an empty line", "tokenizer-differs")
+@pytest.mark.attempt("Z05c", "merges.txt without its header", "tokenizer-differs")
+def test_lines_of_a_vocabulary(base: Path, tmp_path: Path) -> None:
+    of_base = shutil.copytree(base, tmp_path / "base")
+    saved_by_transformers_4(of_base)
+    added("vocab.txt", "<s>\n</s>\n<pad>\n")(of_base)
+    for name, old, new in (("vocab.txt", "</s>", "\n</s>"), ("merges.txt", "#version: 0.2\n", "")):
+        merged = shutil.copytree(of_base, tmp_path / name)
+        _again(name, old, new)(merged)
+        assert kinds(merged, of_base) == {T}
 
 
 @pytest.mark.attempt("S12a", "names on the Hub that were not fetched: weights", "unexpected-file")

@@ -9,13 +9,17 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "absent"})()
 """The value of a key that is not there."""
+
+_LARGEST_EXACT = 2**53
+"""Larger numbers, such as a model_max_length of 1e30, are no ids, and JSON writers spell them either way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +31,7 @@ class Expectation:
         loaded: the values after transformers has loaded the expected files, with all defaults, by file.
         token_ids: `bos_token_id`, `eos_token_id`, and `pad_token_id` of the expected tokenizer.
         added_tokens: the added tokens of the expected tokenizer by their text, with `id` and flags.
-        same_class: whether both tokenizers are loaded as the same class.
+        tokenizer_class: the name of the class that both tokenizers are loaded as; empty if they differ.
         has_own_tokenizer: whether the expected tokenizer is the adapter's.
         resized: rows of a stored tensor in the base and in the finished model, if they differ.
         is_untied: whether the merge unties the head.
@@ -39,7 +43,7 @@ class Expectation:
     loaded: Mapping[str, Any] = field(default_factory=dict)
     token_ids: Mapping[str, int | None] = field(default_factory=dict)
     added_tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    same_class: bool = False
+    tokenizer_class: str = ""
     has_own_tokenizer: bool = False
     resized: frozenset[tuple[int, int]] = frozenset()
     is_untied: bool = False
@@ -61,9 +65,7 @@ class KeyChange:
 
     def has(self, values: Any) -> bool:
         """Whether the actual value is the one at this key of an object."""
-        for part in self.key:
-            values = values.get(part, ABSENT) if isinstance(values, Mapping) else ABSENT
-        return same(self.actual, values)
+        return same(at(self.key, values), self.actual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +83,18 @@ class ExpectedDifference:
     condition: str
 
 
+def at(key: Iterable[str], values: Any) -> Any:
+    """The value at this key of an object, or `ABSENT`."""
+    for part in key:
+        values = values.get(part, ABSENT) if isinstance(values, Mapping) else ABSENT
+    return values
+
+
 def same(first: Any, second: Any) -> bool:
-    """Whether two JSON values are equal. 1 equals 1.0, and true equals neither."""
+    """Whether two JSON values are equal: the expected one, and the actual one.
+
+    1 may replace 1.0. 1.0 may not replace 1, for a program may need an id or a size there, and true replaces neither.
+    """
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     if isinstance(first, Mapping) and isinstance(second, Mapping):
@@ -91,7 +103,8 @@ def same(first: Any, second: Any) -> bool:
         return first is second
     if isinstance(first, float) and isinstance(second, float) and math.isnan(first):
         return math.isnan(second)
-    return bool(first == second)
+    is_of_other_type = type(first) is int and isinstance(second, float) and first < _LARGEST_EXACT
+    return bool(first == second) and not is_of_other_type
 
 
 def flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -133,9 +146,9 @@ def _is_default(change: KeyChange, expectation: Expectation) -> bool:
 
 
 def _is_left_out(change: KeyChange, expectation: Expectation) -> bool:
-    """What is loaded is compared as well, except the dtype and the class."""
+    """What is loaded is compared as well, except the dtype and the classes."""
     is_absent = change.actual is ABSENT and not change.is_loaded and change.file in expectation.loaded
-    return is_absent and not {*change.key} & {"dtype", "architectures", "auto_map", "custom_pipelines"}
+    return is_absent and not {*change.key} & {"dtype", "model_type", "architectures", "auto_map", "custom_pipelines"}
 
 
 def _is_same_dtype(change: KeyChange, _: Expectation) -> bool:
@@ -146,27 +159,23 @@ def _is_same_dtype(change: KeyChange, _: Expectation) -> bool:
 def _is_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
     """Only the id of the pad token may replace another one."""
     number, is_pad = expectation.token_ids.get(change.key[-1]), change.key[-1] == "pad_token_id"
-    return number is not None and same(change.actual, number) and (is_pad or change.expected in (ABSENT, None))
-
-
-def _stops(value: Any) -> frozenset[int] | None:
-    values = value if isinstance(value, list) else [value]
-    return frozenset(values) if all(type(one) is int for one in values) else None
+    return number is not None and same(number, change.actual) and (is_pad or change.expected in (ABSENT, None))
 
 
 def _are_same_stops(change: KeyChange, expectation: Expectation) -> bool:
-    """The same ids, or also that of the adapter's own end token."""
-    old, new = _stops(change.expected), _stops(change.actual)
-    if old is None or new is None:
+    """The same ids, or also that of the adapter's own end token. Programs that take only one take the first."""
+    old, new = (one if isinstance(one, list) else [one] for one in (change.expected, change.actual))
+    if not old or not new or any(type(one) is not int for one in (*old, *new)):
         return False
     own = expectation.token_ids.get("eos_token_id") if expectation.has_own_tokenizer else None
-    return old == new or (old <= new and new - old == {own})
+    return {*old} <= {*new} <= {*old, own} and new[0] in (old[0], own)
 
 
 def _is_of_a_new_head(change: KeyChange, expectation: Expectation) -> bool:
     """The names of labels that only the training knew: both directions agree."""
     names, numbers = change.whole.get("id2label"), change.whole.get("label2id")
-    if "id2label" in expectation.config or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
+    has_head = "id2label" in expectation.config or expectation.has_base_tensors_only
+    if has_head or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
         return False
     return {str(name): str(key) for key, name in names.items()} == {key: str(one) for key, one in numbers.items()}
 
@@ -181,11 +190,21 @@ def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
     return isinstance(entry, Mapping) and same(dict(entry) | {"id": own["id"]}, dict(own))
 
 
-def _is_older_rope(change: KeyChange, _: Expectation) -> bool:
-    place: Any = change.whole
-    for part in change.key[: -1 if change.key[-1] == "rope_theta" else change.key.index("rope_scaling")]:
-        place = place.get(part, {}) if isinstance(place, Mapping) else {}
-    return not change.is_loaded and isinstance(place, Mapping) and "rope_parameters" not in place
+def _is_same_class(change: KeyChange, expectation: Expectation) -> bool:
+    """Other releases load other names as other classes. Only the names of one class in releases 4 and 5 are equal."""
+    names = (expectation.tokenizer_class if change.expected is ABSENT else change.expected, change.actual)
+    old, new = (str(one).replace("TokenizersBackend", "PreTrainedTokenizer").removesuffix("Fast") for one in names)
+    return bool(expectation.tokenizer_class) and old == new
+
+
+def _is_older_rope(change: KeyChange, expectation: Expectation) -> bool:
+    """What is loaded is compared as well, but releases differ in which rope_theta comes first: there is only one."""
+    outer = tuple(takewhile(lambda part: part not in {"rope_theta", "rope_scaling"}, change.key))
+    if change.is_loaded or change.actual is ABSENT or outer == change.key:
+        return False
+    if change.key == (*outer, "rope_theta"):
+        return same(at((change.file, *outer, "rope_parameters", "rope_theta"), expectation.loaded), change.actual)
+    return change.key[-1] != "rope_theta" and at((*outer, "rope_parameters"), change.whole) is ABSENT
 
 
 _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
@@ -207,8 +226,8 @@ _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
     "are_same_stops": _are_same_stops,
     "is_removed": lambda one, _: one.actual is ABSENT or one.actual is None,
     "is_added_token": _is_added_token,
-    "is_same_class": lambda one, expectation: expectation.same_class and isinstance(one.actual, str),
-    "is_provenance": lambda one, _: one.actual in (ABSENT, "tokenizers") or type(one.actual) is bool,
+    "is_same_class": _is_same_class,
+    "is_backend": lambda one, _: one.actual in (ABSENT, "tokenizers"),
     "is_older_rope": _is_older_rope,
 }
 

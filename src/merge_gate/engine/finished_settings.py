@@ -34,6 +34,8 @@ LIMIT_S = 120.0
 """How long reading both tokenizers may take. A large one takes seconds."""
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+_PROCESSOR = "processor_config.json"
+"""The file of transformers 5 for the whole processor. It has the content of preprocessor_config.json, too."""
 _OF_FILES = {"dtype", "architectures", "_name_or_path", "transformers_version"}
 """Keys that a loaded configuration has from its load, and not from the file."""
 
@@ -147,12 +149,16 @@ class _Reading:
             keys = [key for key in old.keys() | new.keys() if key[-1] not in _OF_FILES]
             old, new = ({key: one.get(key) for key in keys} for one in (old, new))
             self._compare(name, old, new, whole=actual, is_loaded=True)
+        self._processors()
         for name in self.files.merged:
             if companion_kind(name) is not Companion.TEMPLATE:
                 self._file(name)
+        written, own = {path.name for path in self.written.iterdir()}, _parsed(self.second / _PROCESSOR)[0] or {}
+        if flat(self.expectation.written.get(_PROCESSOR, {"": ""})).keys() <= flat(own).keys():  # has the other files
+            written = {name for name in written if name == _PROCESSOR or not name.endswith("processor_config.json")}
         return ReadSettings(
             read=tuple(self.read),
-            written=tuple(sorted(path.name for path in self.written.iterdir())),
+            written=tuple(sorted(written)),
             differences=tuple(sorted(self.found.values(), key=lambda one: bool(one.row)))[:_MOST_DIFFERENCES],
         )
 
@@ -168,6 +174,13 @@ class _Reading:
                 self._refuse(_GENERATION, f"does not load: {_words(error)}")
         return {}
 
+    def _processors(self) -> None:
+        """What transformers loads: it may take a file that the expected model lacks, and defaults for its keys."""
+        folders = (self.written, self.second / "written")
+        for name in sorted({path.name for folder in folders for path in folder.glob("*processor_config.json")}):
+            old, new = (_parsed(folder / name)[0] or {} for folder in folders)
+            self._compare(name, flat(old), flat(new), whole=new, is_loaded=True)
+
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> None:
@@ -182,7 +195,8 @@ class _Reading:
     def _json(self, name: str) -> None:
         value, problem = _parsed(path := self.second / name)
         old, _ = _parsed(self.first / name)
-        if old is None and name not in self.expectation.written and name not in self.loaded:
+        old = self.expectation.written.get(name) if old is None else old
+        if old is None and name not in self.loaded:
             return
         self.read.append(name)
         if problem:
@@ -198,7 +212,7 @@ class _Reading:
             actual = canonical(path)
             if actual is None:
                 self._refuse(name, "does not load with the library `tokenizers`")
-            elif not any(same(actual, form) for form in forms):
+            elif not any(same(form, actual) for form in forms):
                 self._compare(name, flat(forms[0]), flat(actual), whole=actual, is_loaded=True)
         self._compare(name, first, second, whole=value)
 
@@ -237,7 +251,7 @@ class _Reading:
         config = _parsed(self.second / "tokenizer_config.json")[0] or {}
         self.loaded |= {
             "tokenizer_config.json": {
-                key: one for key in config if isinstance(one := getattr(own, key, None), str | int | float | bool)
+                key: one for key in config if isinstance(one := _setting(own, key), str | int | float | bool)
             },
             "special_tokens_map.json": {**own.special_tokens_map, "extra_special_tokens": own.extra_special_tokens},
             "added_tokens.json": {content: one["id"] for content, one in tokens.items()},
@@ -249,7 +263,7 @@ class _Reading:
             self.expectation,
             token_ids={name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
             added_tokens=tokens,
-            same_class=type(own) is type(other),
+            tokenizer_class=type(own).__name__ if type(own) is type(other) else "",
             has_own_tokenizer=self.files.has_own_tokenizer,
         )
 
@@ -261,9 +275,10 @@ class _Reading:
             _without_panic(lambda: tokenizer.backend_tokenizer.model.save(str(self.older)))  # as transformers 4
         if any(companion_kind(name) is Companion.PROCESSOR for name in self.files.merged):
             for name in ("AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor"):
-                with contextlib.suppress(Exception):
-                    own = getattr(transformers, name).from_pretrained(str(self.first), trust_remote_code=False)
-                    own.save_pretrained(str(self.written))
+                for folder, out in ((self.first, self.written), (self.second, self.second / "written")):
+                    with contextlib.suppress(Exception):
+                        own = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False)
+                        own.save_pretrained(str(out))
 
     # --- differences -------------------------------------------------------------------------------------------------
 
@@ -284,6 +299,16 @@ def _generation(folder: Path, config: Any) -> Any:
     if (folder / _GENERATION).exists():
         return GenerationConfig.from_pretrained(str(folder))
     return GenerationConfig.from_model_config(config)
+
+
+def _setting(tokenizer: Any, key: str) -> Any:
+    """A setting as the tokenizer has it, and whether it adds tokens as it does it: other releases read these keys."""
+    end = {"add_bos_token": ("bos_token_id", 0), "add_eos_token": ("eos_token_id", -1)}.get(key)
+    if end is None:
+        return getattr(tokenizer, key, None)
+    with contextlib.suppress(Exception):
+        return _without_panic(lambda: tokenizer("a")["input_ids"])[end[1]] == getattr(tokenizer, end[0])
+    return None
 
 
 def _tokenizer(folder: Path) -> tuple[Any, str]:

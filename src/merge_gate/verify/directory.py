@@ -51,6 +51,9 @@ _KINDS_OF_KEYS = {
     "torch_dtype": "dtype-changed",
     "tie_word_embeddings": "tied",
 }
+_MODULES = "modules.json"
+_OF_MODULES = {_MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"}
+_THEN = "sentence-transformers then takes the mean of all tokens, with its own defaults"
 _LINE_END = re.compile(r"\r\n|\r")
 
 
@@ -98,8 +101,9 @@ def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSett
             what = f"{counted(len(parts), 'file')} that a program may load, and that is not expected"
         yield finding(kind, f"{what}: {listing(parts)}")
     for what, names in account.absent.items():
-        files = listing(map(_named, names))
-        yield note("tokenizer-differs", f"the directory has no {what}: the server must supply it ({files})")
+        then = _THEN if what == _MODULES else "the server must supply it"
+        kind = "tokenizer-differs" if what == Companion.TOKENIZER else "settings-differ"
+        yield note(kind, f"the directory has no {what}: {then} ({listing(map(_named, names))})")
     if account.harmless:
         files = listing(map(_named, account.harmless))
         yield note("unexpected-file", f"{counted(len(account.harmless), 'file')} that no loader reads: {files}")
@@ -135,13 +139,13 @@ class _Account:
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
 
     def _weights(self) -> set[str]:
-        """The files that transformers loads, with the index. mlx-lm writes an index of a single file, too."""
+        """The files that transformers loads, with the index. mlx-lm writes a complete index of a single file, too."""
         own = self._merged.base_files or BaseFiles(directory="")
         files, tensors = {*map(os.path.normpath, own.weights)}, {one.name for one in own.tensors}
         for name, path in self._places.items():
             listed = _object(path).get("weight_map") if name.endswith(".safetensors.index.json") else None
             if isinstance(listed, dict) and {os.path.normpath(str(one)) for one in listed.values()} <= files:
-                files |= {name} if len(own.weights) > 1 or {*listed} <= tensors else set()
+                files |= {name} if len(own.weights) > 1 or {*listed} == tensors else set()
         return files
 
     def _companion(self, name: str, path: Path) -> None:
@@ -158,7 +162,7 @@ class _Account:
 
     def _other(self, name: str, path: Path | None) -> None:
         of_base = self._expected.others.get(name)
-        is_module = name.endswith(".safetensors") and name.rpartition("/")[0] in self._modules()
+        is_module = name.endswith(".safetensors") and name.rpartition("/")[0] in _modules(self._places)
         why = "not fetched" if path is None else _refused(path, None)
         if (is_harmless(name) or name == MANIFEST_NAME) and (path is None or not why):
             self.harmless += [name] if of_base is None and name not in {CARD_NAME, MANIFEST_NAME} else []
@@ -168,16 +172,11 @@ class _Account:
             is_stale = name.endswith(".safetensors") or name.rpartition("/")[2].startswith("pytorch_model")
             self.odd["stale-shards" if is_stale else "unexpected-file"].append(_named(name) + f" ({why})" * bool(why))
 
-    def _modules(self) -> set[str]:
-        """The folders that modules.json of sentence-transformers names."""
-        listed = _json(self._places.get("modules.json"))
-        paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-        return {str(one) for one in paths if one}
-
     def _missing(self) -> None:
         """A model without any tokenizer needs that of its server; one with half of it is wrong.
 
-        A file that transformers does not write may be absent. Code that a configuration names must be there.
+        A file that transformers does not write may be absent. What a file names must be there: code, and the modules of
+        sentence-transformers.
         """
         for kind in (Companion.TOKENIZER, Companion.PROCESSOR):
             expected, actual = _of_kind(self._expected.companions, kind), _of_kind(self._places, kind)
@@ -187,10 +186,18 @@ class _Account:
                 continue
             for name in sorted((expected & written) - actual):
                 self.odd[_KINDS[kind]].append(f"{_named(name)} is missing")
+        missing = self._expected.others.keys() - {*self._places, *self._merged.withheld}
+        lacking = sorted(name for name in missing if not is_harmless(name))
         if any(name.endswith("config.json") and "auto_map" in _object(path) for name, path in self._places.items()):
-            for name in self._expected.others:
-                if name.endswith(".py") and name not in {*self._places, *self._merged.withheld}:
+            for name in lacking:
+                if name.endswith(".py"):
                     self.odd["config-differs"].append(f"{_named(name)} is missing, and auto_map names code")
+        folders = _modules(self._expected.others)
+        gone = [name for name in lacking if name in _OF_MODULES or name.rpartition("/")[0] in folders]
+        if _MODULES in gone:
+            self.absent[_MODULES] = gone
+        elif gone and _MODULES in self._expected.others:
+            self.odd["settings-differ"] += [f"{_named(name)} is missing" for name in gone]
 
     def _templates(self) -> None:
         """Each place of the directory has the expected text, and so has what transformers takes."""
@@ -211,6 +218,13 @@ class _Account:
             self.odd["chat-template-differs"] += sorted(odd)
 
 
+def _modules(places: Mapping[str, Path]) -> set[str]:
+    """The folders that modules.json of sentence-transformers names."""
+    listed = _json(places.get(_MODULES))
+    paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return {str(one) for one in paths if one}
+
+
 _FALLBACKS = ("tokenizer_config.json", "chat_template.json")
 """Where tokenizers and processors find their templates, if there are no files of their own."""
 
@@ -226,7 +240,8 @@ def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
         elif name in _FALLBACKS:
             value = _object(path).get("chat_template")
             if isinstance(value, list):
-                value = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
+                listed = [one if isinstance(one, dict) else {"name": "default", "template": one} for one in value]
+                value = {str(one.get("name")): one.get("template") for one in listed}
             named = value if isinstance(value, dict) else {"default": value} if value is not None else {}
             found[name] = {str(key): str(text) for key, text in named.items()}
     return {place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in found.items()}

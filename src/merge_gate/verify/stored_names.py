@@ -43,6 +43,7 @@ def _names(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterat
     made = {target for name in gone for target in of_base.get(name, ())}
     gone += [name for name in comparison.absent if name not in made and name not in gone and name not in stored]
     expected = _with_tied(_made(before), ties) | {one.name for one in comparison.tensors if one.touched}
+    expected -= {target for name in own if name in stored for target in of_merged.get(name, ())}  # made already
     added = [name for name in extra if not _makes(of_merged.get(name), expected)]
     if gone:
         what = counted(len(gone), "tensor of the base or the merge is", "tensors of the base or the merge are")

@@ -54,10 +54,10 @@ def account(
     finished = Snapshot(name="merged", directory=str(merged), base_files=own, withheld=tuple(withheld))
     expected = expected_files(entry)
     files = settings_files(finished, expected)
-    configs = [AutoConfig.from_pretrained(folder) for folder in (base, merged)]
+    config = AutoConfig.from_pretrained(base)
     if needs:
-        configs[0].architectures = [needs]
-    read = read_settings(files, str(merged), *configs, facts)
+        config.architectures = [needs]
+    read = read_settings(files, str(merged), config, type(config).from_pretrained(merged), facts)
     return list(directory_findings(finished, expected, read)), read
 
 

@@ -493,6 +493,11 @@ def _tied(out: Path) -> None:
     edit_json(out / "config.json", tie_word_embeddings=True)
 
 
+def _stored_twice(tensors: Tensors) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[f"model.{name}"] = torch.full_like(tensors[name], 7.0)
+
+
 def _renamed(tensors: Tensors) -> None:
     for name in [name for name in tensors if name.startswith("model.")]:
         tensors[name.removeprefix("model.")] = tensors.pop(name)
@@ -573,6 +578,7 @@ WRONG = [
     Recipe("a head dropped", "not-carried", _edited(_drop("lm_head"))),
     Recipe("a layer's norms dropped", "not-carried", _edited(_drop("layers.1.input_layernorm", "layers.1.post_att"))),
     Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),
+    Recipe("a tensor stored twice, under another name too", "added", _edited(_stored_twice)),
     Recipe("other names", "renamed", _edited(_renamed)),
     Recipe("an equal head untied", "tied", _with_files(_untied(0), "tied-base"), "tied-base", also=("tied",)),
     Recipe("a head untied", "base-changed", _with_files(_untied(0.5), "tied-base"), "tied-base", also=("tied", "tied")),
