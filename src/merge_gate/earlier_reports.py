@@ -174,6 +174,13 @@ def is_own(path: Path, report: str = "", *, folder: int | None = None) -> bool:
         return False
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether a run wrote its report here: in each format, or in `previous/`. Copies have the formats of a choice."""
+    formats = ((directory / name, directory / hidden) for name, hidden in _HIDDEN.items())
+    is_whole = is_own(directory / _REPORT) and all(any(map(is_own, paths)) for paths in formats)
+    return is_whole or is_previous(directory.name)
+
+
 def places(directory: Path) -> Iterator[Path]:
     """The directories that may hold earlier reports: this one itself, `previous/`, `previous-2/` and so on."""
     yield directory
