@@ -144,9 +144,9 @@ class Inputs:
         base = entry.spec.base
         if base.model is not None or not could_be_hub_id(model, is_base=True):
             return None
-        if POLICIES[self._config.policy].needs_pins and not base.sha256 and not is_commit(revision):
+        if POLICIES[self._config.policy].needs_pins and not is_commit(revision):
             return ResolveError(
-                f"base_model_name_or_path is {quoted(model, 200)}, and nothing pins its files, which policy: "
+                f"base_model_name_or_path is {quoted(model, 200)}, and no commit pins it, which policy: "
                 f"{self._config.policy} asks for",
                 hint="add base.model and base.revision, as a full commit, to merge-gate.yml",
             )
