@@ -102,6 +102,8 @@ class PartialDirectory:
             OSError: the directory cannot be renamed.
         """
         target = self._parent / self.name
+        if replaces is not None:
+            _copy_modes(target, self.model)
         sync_directory(self.model)
         try:
             if replaces is None or self._take_away(target, replaces):
@@ -132,6 +134,13 @@ class PartialDirectory:
         """Remove the directory, with all that was written. May be called more than once."""
         _remove_leftover(self._place)
         self._stack.close()
+
+
+def _copy_modes(earlier: Path, model: Path) -> None:
+    """Give a model the permissions of the earlier one: of the directory, and of the files that both have."""
+    for path in (earlier, *earlier.rglob("*")):
+        with contextlib.suppress(OSError):  # a file that only the earlier one has
+            shutil.copymode(path, model / path.relative_to(earlier), follow_symlinks=False)
 
 
 def _is_leftover(place: Path) -> bool:
@@ -172,7 +181,7 @@ def _put_back(place: Path) -> bool:
         except OSError:
             return False
     is_looked_at = not os.path.lexists(place / _MODEL) or not (place / _MARKER).stat().st_size
-    return is_looked_at or unchanged(place / _MODEL, weights=False) is not None
+    return is_looked_at or unchanged(place / _MODEL) is not None
 
 
 def _remove(directory: Path) -> None:
