@@ -670,6 +670,22 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wordi
         wording(capsys.readouterr().err)
 
 
+@pytest.mark.attempt("Y64", "report baseline on a stale report", "exit 2")
+def test_a_stale_report_is_no_baseline(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(FAIL, place / "out")
+    mark_stale(place / "out")
+    assert main(["report", "baseline", "out"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "earlier run" in said.err) == ("", True)
+
+
+@pytest.mark.attempt("Y65", "check --expect base-sha256=…", "exit 2")
+def test_a_check_knows_no_digest_of_a_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lay_base(place)
+    assert main(["check", "one", "--expect", f"base-sha256={'0' * 64}"]) == 2
+    assert "base-sha256" in capsys.readouterr().err
+
+
 def test_a_first_baseline_fits_its_schema(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Once each failure has a reason and an owner."""
     write_report(FAIL, place / "out")

@@ -17,6 +17,7 @@ from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
+from merge_gate.publish.targets import replaceable
 from merge_gate.records.files import FileIdentity
 from tests.support import published
 
@@ -206,8 +207,11 @@ def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     remove_leftovers(tmp_path)
     assert names(tmp_path / "one") == set()
-    with pytest.raises(NotPublishedError):
+    with pytest.raises(NotPublishedError) as caught:
         PartialDirectory(tmp_path, "one")
+    with pytest.raises(NotPublishedError) as taken:
+        replaceable(tmp_path / "one", lambda _: None)
+    assert all(".one.partial/replaced" in refused.value.hint for refused in (caught, taken))
     (tmp_path / "one").rmdir()
     remove_leftovers(tmp_path)
     assert directory_identity(tmp_path / "one")[1:] == before[1:]

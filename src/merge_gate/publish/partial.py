@@ -40,6 +40,12 @@ def partial_name(name: str) -> str:
     return f".{name}{_ENDING}"
 
 
+def waiting(place: Path) -> str:
+    """The end of a hint: where an earlier model waits for its name, if it does in this partial directory."""
+    earlier = place / _REPLACED
+    return f"; the earlier model is in {quoted(str(earlier), 200)}" if os.path.lexists(earlier) else ""
+
+
 class PartialDirectory:
     """`.NAME.partial` in `parent`, new and empty. What a killed run left there is removed.
 
@@ -58,7 +64,7 @@ class PartialDirectory:
             if not _is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
-                    hint="move that directory away, or publish to another one",
+                    hint=f"move that directory away, or publish to another one{waiting(self._place)}",
                 )
             try:
                 for own in (_MODEL, _REPLACED, _MARKER):
