@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import merge_gate
 from merge_gate import ConfigError, GateError, Report, Result, UsageError, Verdict, gate
 from merge_gate.demo import make_demo
+from merge_gate.report.stored.report_files import write_report
+from tests.support.reports import PASS
 from tests.support.tried import tried
 from tests.support.wording import Wording
 
@@ -116,6 +119,25 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, monkeypatch: pytest
     with pytest.raises(ConfigError):
         gate("broken.yml")
     assert issubclass(ConfigError, GateError)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(mistake, marks=pytest.mark.attempt(f"Y60{row}", f"gate(…, {mistake})", "earlier report stale"))
+        for row, mistake in zip(
+            "abcd", ({"adapters": "typo"}, {"dtypes": 16}, {"device": "tpu"}, {"adapters": "out"}), strict=True
+        )
+    ],
+)
+def test_a_mistake_marks_the_earlier_report(
+    mistake: dict[str, Any], demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_report(PASS, "out")
+    with pytest.raises(UsageError):
+        gate(**{"adapters": demo / "adapters" / "good", "output": "out"} | mistake)
+    assert json.loads(Path("out", "report.json").read_text())["stale"] == "pass"
 
 
 class _Bytes:

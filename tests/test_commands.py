@@ -29,6 +29,7 @@ from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
+from merge_gate.earlier_reports import mark_stale
 from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
 from merge_gate.records.refusals import NotJudged
@@ -416,6 +417,56 @@ def test_a_run_without_a_verdict_leaves_no_old_copy(place: Path) -> None:
     (place / "gate.yml").write_text("version: 1\n")
     assert main(["run", "gate.yml", "--report", "junit=tests.xml"]) == 2
     assert not (place / "tests.xml").exists()
+    assert (place / ".tests.xml.stale").read_bytes() == (place / "old" / "junit.xml").read_bytes(), "nor loses one"
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_new_copy_replaces_the_old_one(place: Path) -> None:
+    for _ in range(2):
+        assert main(["run", "gate.yml", "--report", "json=ci/report.json", "--report", "junit=ci/junit.xml"]) == 3
+        assert {path.name for path in (place / "ci").iterdir()} == {"report.json", "junit.xml"}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        pytest.param(held, marks=pytest.mark.attempt(f"Y52{row}", f"--report json={held}/report.json", "exit 2, kept"))
+        for row, held in zip("abc", ("other", "other/previous", "stale"), strict=True)
+    ],
+)
+@pytest.mark.parametrize("names", ["gate.yml", "gate.yaml"])
+def test_a_copy_replaces_no_report_of_another_run(names: str, held: str, place: Path) -> None:
+    write_report(PASS, place / held)
+    if held == "stale":
+        mark_stale(place / held)
+    kept = {path: path.read_bytes() for path in (place / held).iterdir()}
+    for command in ("run", "check"):
+        assert main([command, names, "--report", f"json={held}/report.json"]) == 2
+        assert main([command, names, "--report", f"junit={held}/more.xml"]) == 2
+    assert kept == {path: path.read_bytes() for path in (place / held).iterdir()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, marks=pytest.mark.attempt(f"Y53{row}", f"run {' '.join(words)}", "earlier report stale"))
+        for row, words in zip(
+            "abcd",
+            (
+                ("--report", "json=foreign.txt"),
+                ("--report", "json=a.json", "--report", "json=a.json"),
+                ("--report", "json=foreign.txt", "--container"),
+                ("--report", "json=merge-gate-report/report.json"),
+            ),
+            strict=True,
+        )
+    ],
+)
+def test_a_mistake_with_a_copy_marks_the_report(words: tuple[str, ...], place: Path) -> None:
+    (place / "foreign.txt").write_text("mine")
+    write_report(PASS, place / "merge-gate-report")
+    assert main(["run", "gate.yml", *words]) == 2
+    assert json.loads((place / "merge-gate-report" / "report.json").read_text())["stale"] == "pass"
 
 
 REFUSED_COPIES = {
@@ -617,6 +668,22 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wordi
     for unknown in ("no-efect", "zzz"):
         assert main(["explain", unknown]) == 2
         wording(capsys.readouterr().err)
+
+
+@pytest.mark.attempt("Y64", "report baseline on a stale report", "exit 2")
+def test_a_stale_report_is_no_baseline(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(FAIL, place / "out")
+    mark_stale(place / "out")
+    assert main(["report", "baseline", "out"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "earlier run" in said.err) == ("", True)
+
+
+@pytest.mark.attempt("Y65", "check --expect base-sha256=…", "exit 2")
+def test_a_check_knows_no_digest_of_a_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lay_base(place)
+    assert main(["check", "one", "--expect", f"base-sha256={'0' * 64}"]) == 2
+    assert "base-sha256" in capsys.readouterr().err
 
 
 def test_a_first_baseline_fits_its_schema(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

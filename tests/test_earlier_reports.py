@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate import earlier_reports
 from merge_gate.earlier_reports import RESUMED, is_own, mark_stale
 from merge_gate.errors import GateError, UsageError
 from merge_gate.output_files import TAG_WITHIN_BYTES
@@ -18,7 +20,6 @@ from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from merge_gate.records.report import Report
 
@@ -197,6 +198,47 @@ def test_only_the_gates_own_unfinished_files_are_removed(tmp_path: Path) -> None
     (tmp_path / ".junit.xml.0123456789abcdef.tmp").mkdir()
     mark_stale(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*users, ".junit.xml.0123456789abcdef.tmp"}
+
+
+@pytest.mark.parametrize(
+    "killed_at",
+    [
+        pytest.param(step, marks=pytest.mark.attempt(f"Y51-{step}", f"kill -9 at move {step} to previous/", "kept"))
+        for step in range(len(FORMATS) + 1)
+    ],
+)
+def test_a_kill_during_the_move_loses_no_report(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(FAIL, tmp_path / "previous")
+    write_report(PASS, tmp_path)
+    earlier = mark_stale(tmp_path)
+    moves, move = iter(range(killed_at)), Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if next(moves, None) is None:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        patched.setattr(earlier_reports, "_write_stale", killed)
+        with pytest.raises(KeyboardInterrupt):
+            earlier.replace_previous()
+    mark_stale(tmp_path).replace_previous()
+    left = [read(path.read_bytes(), path.name) for path in tmp_path.rglob("report.json")]
+    assert "pass" in {report.stale or report.result.value for report in left}
+
+
+def test_formats_without_their_report_replace_no_report(tmp_path: Path) -> None:
+    write_report(PASS, tmp_path / "previous")
+    write_report(FAIL, tmp_path)
+    (tmp_path / "report.json").unlink()
+    mark_stale(tmp_path).replace_previous()
+    assert (tmp_path / "previous" / "report.json").read_text() == OWN
 
 
 @pytest.mark.parametrize("broken", ["mkdir", "unlink"])

@@ -34,9 +34,10 @@ FACTORS = save(
 STRANGERS = ("adaptors/healthy", "model/base", "acme/healthy-lora", "acme/llama")
 
 
-def lay_adapter(directory: Path, base: str = "./models/base") -> None:
+def lay_adapter(directory: Path, base: str = "./models/base", revision: str | None = None) -> None:
     directory.mkdir(parents=True)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": base}
+    config |= {"revision": revision} if revision else {}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     (directory / "adapter_model.safetensors").write_bytes(DAMAGED if base == "./models/base" else FACTORS)
 
@@ -105,6 +106,9 @@ HEALTHY = ("--base", "models/base")
         given("run", "adapters/healthy", "--base", "base", meant="models/base", tried="p"),
         given("run", "adapters/healthy", "--base", "modle/base", "--plan", meant="models/base", tried="q"),
         given("check", "adapters/healthy", "--base", "model/base", meant="models/base", tried="r"),
+        given("run", "lora/healthy", *HEALTHY, meant="adapters/healthy", tried="Y54c"),
+        given("run", "wrong/healthy", *HEALTHY, meant="adapters/healthy", tried="Y54d"),
+        given("run", "adapters/healthy", "--base", "output/base", meant="models/base", tried="Y54e"),
         given("verify", "model/merged", meant="models/merged", tried="s"),
         given("verify", "model/merged", *HEALTHY, "--adapter", "adapters/healthy", meant="models/merged", tried="t"),
         given("verify", "models/mergd", *HEALTHY, "--adapter", "adapters/healthy", meant="models/merged", tried="u"),
@@ -171,9 +175,18 @@ def test_a_config_in_a_folder_of_its_own(hub: LoopbackHub, capfd: pytest.Capture
         for key, name in (("D1-z2", "model/base"), ("D1-z3", "models/base-1b"), ("D1-z4", "Base"), ("D1-z5", "ci/base"))
     ],
 )
-def test_a_base_of_the_trainers_machine(hub: LoopbackHub, capfd: pytest.CaptureFixture[str], named: str) -> None:
+@pytest.mark.parametrize(
+    "revision",
+    [
+        None,
+        pytest.param("main", marks=pytest.mark.attempt("Y57", 'adapter_config.json "revision": "main"', "no request")),
+    ],
+)
+def test_a_base_of_the_trainers_machine(
+    hub: LoopbackHub, capfd: pytest.CaptureFixture[str], named: str, revision: str | None
+) -> None:
     """adapter_config.json may name a path of another machine. The adapter is not judged."""
-    lay_adapter(Path("adapters/foreign"), base=named)
+    lay_adapter(Path("adapters/foreign"), base=named, revision=revision)
     for command, code in ((("run",), 3), (("run", "--plan"), 0), (("check",), 3)):
         assert main([*command, "adapters/foreign"]) == code
         assert hub.requests == []

@@ -71,7 +71,11 @@ def test_the_policy_counts_in_a_cached_verdict() -> None:
         (("one", "--base", "acme/llama"), 2),
         (("one", "--base", "base"), 0),
         (("acme/lora", "--base", "base", "--revision", COMMIT), 3),
-        (("one", "--base", "acme/llama", "--expect", f"base-sha256={'0' * 64}"), 3),
+        pytest.param(
+            ("one", "--base", "acme/llama", "--expect", f"base-sha256={'0' * 64}"),
+            2,
+            marks=pytest.mark.attempt("Y58a", "policy: release, a base on the Hub with sha256 and no commit", "exit 2"),
+        ),
     ],
 )
 def test_what_is_on_the_hub_is_pinned(words: tuple[str, ...], code: int) -> None:
@@ -85,9 +89,17 @@ def test_a_base_that_an_adapter_names_is_pinned(capfd: pytest.CaptureFixture[str
     Path("one/adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": "acme/llama"}))
     with played(Path("base")):
         assert main(["run", "one", "--policy", "release"]) == 3
-        assert "nothing pins its files" in capfd.readouterr().out
+        assert "no commit pins it" in capfd.readouterr().out
         assert main(["run", "one"]) == 3
-        assert "nothing pins its files" not in capfd.readouterr().out
+        assert "no commit pins it" not in capfd.readouterr().out
+
+
+@pytest.mark.attempt("Y58b", "policy: release, sha256 of config.json alone for a base on the Hub", "exit 2")
+def test_a_digest_of_one_file_is_no_commit() -> None:
+    pinned = {"model": "acme/llama", "sha256": {"config.json": "0" * 64}}
+    assert gate(policy="release", base=pinned) == 2
+    assert gate(policy="release", base=pinned | {"revision": COMMIT}) == 3
+    assert gate(policy="release", base={"model": "./base", "sha256": {"config.json": "0" * 64}}) == 1
 
 
 @pytest.mark.attempt("D9-release", "an unknown variable under policy: release", "exit 2")

@@ -73,16 +73,18 @@ def gate(
         ConfigError: the configuration file is wrong. Nothing was judged.
         GateError: the gate cannot go on, such as on a full disk.
     """
-    given = _converted(locals())
-    names, folder = given["adapters"], given["output"]
-    options = RunOptions(device=device, output=folder, cache=CacheOptions(directory=given["cache"]))
+    given = locals()
+    folder = _converted({"output": output, "device": "auto"})["output"]
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(WorkerSlot())
+        earlier = stack.enter_context(claimed(folder)) if folder is not None else None
+        given = _converted(given)
+        names = given["adapters"]
+        options = RunOptions(device=device, output=folder, cache=CacheOptions(directory=given["cache"]))
         config = _config(names, {name: given[name] for name in _IN_CONFIG}, folder)
-        if folder is None:
+        if earlier is None:
             return run_gate(config, options, worker=worker)
         refuse_report(folder, FORMATS, names)
-        earlier = stack.enter_context(claimed(folder))
         report = run_gate(config, options, worker=worker, begins=earlier.replace_previous)
         forget(folder)
         return report

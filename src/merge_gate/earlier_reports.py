@@ -65,13 +65,14 @@ class EarlierReports:
         Raises:
             GateError: it cannot be moved, and the new report would replace it.
         """
-        files = [(self._directory / _REPORT, _REPORT)]
-        files += [(self._directory / hidden, name) for name, hidden in _HIDDEN.items()]
+        files = [(self._directory / hidden, name) for name, hidden in _HIDDEN.items()]
+        files += [(self._directory / _REPORT, _REPORT)]  # last: a killed run leaves it here or there, and none loses it
         files = [(path, name) for path, name in files if is_own(path)]
         if not files:
             return
         try:
-            slot = next(filter(_is_free, (_slot(self._directory, number) for number in itertools.count(1))))
+            slots = (_slot(self._directory, number) for number in itertools.count(1))
+            slot = next(slot for slot in slots if not os.path.lexists(slot) or (self._is_there and _is_free(slot)))
             slot.mkdir(exist_ok=True)
             for path, name in files:
                 path.rename(slot / name)
@@ -173,6 +174,13 @@ def is_own(path: Path, report: str = "", *, folder: int | None = None) -> bool:
         return False
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether a run wrote its report here: in each format, or in `previous/`. Copies have the formats of a choice."""
+    formats = ((directory / name, directory / hidden) for name, hidden in _HIDDEN.items())
+    is_whole = is_own(directory / _REPORT) and all(any(map(is_own, paths)) for paths in formats)
+    return is_whole or is_previous(directory.name)
+
+
 def places(directory: Path) -> Iterator[Path]:
     """The directories that may hold earlier reports: this one itself, `previous/`, `previous-2/` and so on."""
     yield directory
@@ -192,9 +200,7 @@ def _slot(directory: Path, number: int) -> Path:
 
 
 def _is_free(slot: Path) -> bool:
-    """Whether a directory can be renamed to `slot`. If it holds only reports, they are removed."""
-    if not os.path.lexists(slot):
-        return True
+    """Whether `slot` is a directory that reports can be moved to. If it holds only reports, they are removed."""
     try:
         folder = os.open(slot, _FOLDER)
     except OSError:

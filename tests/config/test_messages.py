@@ -166,6 +166,8 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         place = Path(short)
         for name in (*DIRECTORIES, "n" * 201):
             (place / name).mkdir(parents=True)
+        for name in ("b/config.json", "b/adapter_config.json", "adapters/support/adapter_config.json"):
+            (place / name).touch()
         (place / "adapters/weights.safetensors").touch()
         (place / "a/odd\u202e").mkdir()
         for name, target in (("broken", "none"), ("long", "z" * 201)):

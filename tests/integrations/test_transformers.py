@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from merge_gate import GateError, UsageError, Verdict
 from merge_gate.demo import VOCABULARY, make_demo
 from merge_gate.integrations.transformers import AdapterNotPassedError, GateCallback
 from merge_gate.records.terms import Finding, Origin, Severity
-from tests.support.reports import adapter, report
+from merge_gate.report.stored.report_files import write_report
+from tests.support.reports import PASS, adapter, report
 from tests.support.wording import Wording
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers and PEFT warn each other's users while they train
@@ -106,8 +108,9 @@ def test_a_diverged_training_run_is_an_error(
     ],
 )
 def test_a_wrong_option_is_refused_before_the_training(options: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         GateCallback(**options)
+    assert "\"'" not in str(caught.value), "quoted once"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,18 @@ def test_a_model_without_an_adapter_is_refused(base: Path, tmp_path: Path, wordi
         run.train()
     wording(caught.value)
     assert not (tmp_path / "out" / "merge-gate").exists()
+
+
+@pytest.mark.attempt("Y61", "a second training without an adapter in one output_dir, on_failure='log'", "stale")
+def test_an_earlier_report_does_not_stand_for_a_model_without_an_adapter(base: Path, tmp_path: Path) -> None:
+    callback = GateCallback(on_failure="log")
+    path = tmp_path / "merge-gate" / "report" / "report.json"
+    write_report(PASS, path.parent)
+    callback.report = PASS
+    bare = trainer(base, tmp_path, callback, is_adapter=False)
+    callback.on_train_end(bare.args, bare.state, bare.control, model=bare.model)
+    assert json.loads(path.read_text())["stale"] == "pass"
+    assert callback.report is None
 
 
 def test_other_processes_of_a_training_run_do_nothing(base: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
+from merge_gate.publish.targets import replaceable
 from merge_gate.records.files import FileIdentity
 from tests.support import published
 
@@ -79,6 +80,21 @@ def test_an_earlier_publication_is_exchanged(tmp_path: Path, exchanges: bool) ->
     filled(tmp_path).publish(replaces=before)
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == {"model.safetensors"}
+
+
+@pytest.mark.attempt("Y62", "a publication with chmod 700 and 600 is replaced", "the permissions stay")
+def test_the_permissions_of_an_earlier_publication_stay(tmp_path: Path, exchanges: bool) -> None:
+    one = tmp_path / "one"
+    for folder in (one, one / "sub"):
+        folder.mkdir(mode=0o700)
+        (folder / "model.safetensors").touch(mode=0o600)
+    (one / "old").touch()
+    partial = filled(tmp_path)
+    (partial.model / "sub").mkdir()
+    (partial.model / "sub" / "model.safetensors").touch()
+    partial.publish(replaces=directory_identity(one))
+    modes = {str(path.relative_to(one)): path.stat().st_mode & 0o777 for path in (one, *one.rglob("*"))}
+    assert modes == {".": 0o700, "model.safetensors": 0o600, "sub": 0o700, "sub/model.safetensors": 0o600}
 
 
 OTHERS: dict[str, Callable[[Path], object]] = {
@@ -191,8 +207,11 @@ def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     remove_leftovers(tmp_path)
     assert names(tmp_path / "one") == set()
-    with pytest.raises(NotPublishedError):
+    with pytest.raises(NotPublishedError) as caught:
         PartialDirectory(tmp_path, "one")
+    with pytest.raises(NotPublishedError) as taken:
+        replaceable(tmp_path / "one", lambda _: None)
+    assert all(".one.partial/replaced" in refused.value.hint for refused in (caught, taken))
     (tmp_path / "one").rmdir()
     remove_leftovers(tmp_path)
     assert directory_identity(tmp_path / "one")[1:] == before[1:]
@@ -234,6 +253,20 @@ def test_a_kill_before_the_look_leaves_an_earlier_model_that_is_removed(tmp_path
     remove_leftovers(tmp_path)
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == {"model.safetensors"}
+
+
+@pytest.mark.attempt(
+    "Y63", "a user edits weights in place before the exchange, and kill -9 after it", "no run removes it"
+)
+def test_a_kill_before_the_look_keeps_edited_weights(tmp_path: Path) -> None:
+    published.publish(tmp_path / "one")
+    name = next(name for name in published.FILES if name.endswith(".safetensors"))
+    edited = b"x" * len(published.FILES[name])
+    edits = f'(place / "one" / {name!r}).write_bytes({edited!r})'
+    killed = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', edits)
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+    remove_leftovers(tmp_path)
+    assert (tmp_path / ".one.partial" / "model" / name).read_bytes() == edited
 
 
 @pytest.mark.attempt("F05c", "without exchange: kill -9 after the second rename", "the new model, and no leftover")

@@ -341,9 +341,9 @@ def of_the_hub(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> OfTheH
     lay(place, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
     write(
         place,
-        {"path": "acme/lora"},
-        {"name": "broken", "path": "acme/lora", "revision": "v2"},
-        {"name": "lost", "path": "acme/lora", "base": {"model": "acme/gone"}},
+        {"path": "hub:acme/lora"},
+        {"name": "broken", "path": "hub:acme/lora", "revision": "v2"},
+        {"name": "lost", "path": "hub:acme/lora", "base": {"model": "acme/gone"}},
     )
     with LoopbackHub() as hub:
         base = hub.add_repo("acme/llama", repository(shelf.base("llama")))

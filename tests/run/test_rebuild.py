@@ -184,9 +184,12 @@ def test_a_fact_that_the_run_did_not_reproduce_is_named(
     assert nothing_is_left(place)
 
 
-def test_a_permission_that_the_run_does_not_need_is_no_fact(place: Path) -> None:
+@pytest.mark.attempt("Y66", "allow_pickle true in merge-gate.json, and not needed", "named as not compared")
+def test_a_permission_that_the_run_does_not_need_is_no_fact(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     edit(place, "allow_pickle", True)
     assert rebuild(place) == 0
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("Not compared: "))
+    assert {"config,", "revisions", "allow_pickle", "trust_remote_code"} <= set(line.split())
 
 
 @pytest.mark.attempt("T13z", "card and merge-gate.json written anew in another spelling", "exit 1")

@@ -69,15 +69,29 @@ def test_a_changed_file_fails_although_its_record_was_changed_too(place: Path) -
 @pytest.mark.parametrize(
     "words",
     [
-        ["verify", "model", "--key", "key.pub"],
-        ["verify", "model", "--max-age", "3"],
-        ["verify", "model", "--attestation", "attestation.json"],
-        ["verify", "model", "--attestation", "nowhere", "--key", "key.pub"],
-        ["verify", "model", "--attestation", "attestation.json", "--key", "key.pem"],
+        pytest.param(words, marks=pytest.mark.attempt(f"Y59{row}", f"verify {' '.join(words)}", "earlier report stale"))
+        for row, words in zip(
+            "abcdefgh",
+            (
+                ("model", "--key", "key.pub"),
+                ("model", "--max-age", "3"),
+                ("model", "--attestation", "attestation.json"),
+                ("model", "--attestation", "nowhere", "--key", "key.pub"),
+                ("model", "--attestation", "attestation.json", "--key", "key.pem"),
+                ("model", "--base", "model"),
+                ("merge-gate-verify",),
+                ("adapter", "--base", "model", "--adapter", "model"),
+            ),
+            strict=True,
+        )
     ],
 )
-def test_options_that_do_not_go_together_are_refused(place: Path, words: list[str]) -> None:
-    assert main(words) == 2
+def test_a_mistake_is_refused_and_marks_the_earlier_report(place: Path, words: tuple[str, ...]) -> None:
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").touch()
+    assert main(["verify", "model"]) == 0
+    assert main(["verify", *words]) == 2
+    assert json.loads((place / "merge-gate-verify" / "report.json").read_text())["stale"] == "pass"
 
 
 @pytest.mark.parametrize("days", ["0", "-1", "x", "1e9", "inf", ""])

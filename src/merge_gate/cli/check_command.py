@@ -15,6 +15,7 @@ from merge_gate.cli.arguments import (
 )
 from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import deliver, result_width, view_of
+from merge_gate.errors import UsageError
 from merge_gate.run.streams import tell
 
 EXIT_CODES_OF_CHECK = exit_codes(
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.run.tally import report_on_files
 
     withdraw(arguments.report)
+    if any(key == "base-sha256" for key, _ in arguments.expect or ()):
+        raise UsageError("check reads no weights of a base, so --expect base-sha256 is for `run`", hint="omit it here")
     config = requested_config(arguments)
     adapters = []
     with view_of(arguments) as (view, stream):

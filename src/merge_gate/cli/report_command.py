@@ -15,7 +15,8 @@ from merge_gate.cli.arguments import (
     examples,
 )
 from merge_gate.cli.output import claimed_output, exit_code, print_document, result_width, view_of
-from merge_gate.text import one_of
+from merge_gate.errors import UsageError
+from merge_gate.text import one_of, quoted
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
@@ -129,4 +130,10 @@ def baseline(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.first_baseline import render
     from merge_gate.report.stored.stored_report import stored
 
-    return print_document(render(stored(arguments.report), datetime.now(UTC).date()))
+    report = stored(arguments.report)
+    if report.stale:
+        raise UsageError(
+            f"the report in {quoted(arguments.report, 200)} is of an earlier run, and the last one judged nothing",
+            hint="run again, then write the baseline",
+        )
+    return print_document(render(report, datetime.now(UTC).date()))

@@ -142,10 +142,10 @@ def run(arguments: argparse.Namespace) -> int:
         from merge_gate.report.stored.report_files import FORMATS
 
         refuse_report(arguments.output, FORMATS, arguments.names)
-        withdraw(arguments.report, arguments.output)
         if arguments.container:
             return _run_in_container(arguments)
         with claimed_output(arguments.output) as earlier:
+            withdraw(arguments.report, arguments.output)
             config = requested_config(arguments)
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
@@ -181,11 +181,13 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
 def _run_in_container(arguments: argparse.Namespace) -> int:
     """Run in a container. The launcher claims the output directory itself, so this claim ends before it starts."""
     from merge_gate.report.stored.output_directory import claimed, stored_result
+    from merge_gate.report.stored.report_copies import withdraw
     from merge_gate.report.stored.stored_report import stored
 
     with claimed(arguments.output) as earlier:
         pass  # from here on, an earlier report is stale
     try:
+        withdraw(arguments.report, arguments.output)
         code = _in_container(arguments)
         if arguments.report and stored_result(arguments.output) is not None:
             deliver(stored(arguments.output), arguments.report)

@@ -79,22 +79,22 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.verify.exchanged import refuse_exchanged
     from merge_gate.worker.supervisor import WorkerSlot
 
-    refuse_exchanged(arguments.merged, arguments.base, arguments.adapter, arguments.candidate)
-    if arguments.adapter is None and (arguments.base or arguments.candidate):
-        raise UsageError(
-            "--adapter is missing",
-            hint="give it; without --base and --candidate, the directory is compared with its own record",
-        )
-    inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
-    refuse_report(arguments.output, FORMATS, filter(None, inputs))
     refuse_run(Path(arguments.output))
-    options = VerifyOptions(
-        merged=arguments.merged,
-        allowed=tuple(arguments.allow),
-        output=arguments.output,
-        attestation=_attestation(arguments),
-    )
     with WorkerSlot() as worker, claimed_output(arguments.output) as earlier:
+        refuse_exchanged(arguments.merged, arguments.base, arguments.adapter, arguments.candidate)
+        if arguments.adapter is None and (arguments.base or arguments.candidate):
+            raise UsageError(
+                "--adapter is missing",
+                hint="give it; without --base and --candidate, the directory is compared with its own record",
+            )
+        inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
+        refuse_report(arguments.output, FORMATS, filter(None, inputs))
+        options = VerifyOptions(
+            merged=arguments.merged,
+            allowed=tuple(arguments.allow),
+            output=arguments.output,
+            attestation=_attestation(arguments),
+        )
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
                 report = verify_record(options, view=view, begins=earlier.replace_previous)

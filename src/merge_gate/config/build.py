@@ -259,7 +259,7 @@ class _Build:
                 self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
         spec = replace(spec, sha256=tuple((entry.sha256 or {}).items()) or spec.sha256)
         is_on_hub = spec.model is not None and not Path(spec.model).is_absolute()
-        self._refuse_unpinned(loc, "base", spec.label if is_on_hub and not spec.sha256 else None, spec.revision)
+        self._refuse_unpinned(loc, "base", spec.label if is_on_hub else None, spec.revision)
         for index in _repeated(entry.dtype):
             self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is listed twice", "remove one")
         for index in _repeated(entry.names):
@@ -279,8 +279,7 @@ class _Build:
         """Report what is on the Hub without a full commit, if the policy asks for one. A branch or tag may move."""
         if hub_id is not None and self.policy.needs_pins and not is_commit(revision):
             message = f"the {what} {quoted(hub_id)} is not pinned, which policy: release asks for"
-            or_so = ", or pin its files (sha256, --expect base-sha256)" if what == "base" else ""
-            self.report(loc, message, f"add its revision, as a commit of 40 hexadecimal digits{or_so}")
+            self.report(loc, message, "add its revision, as a commit of 40 hexadecimal digits")
 
     def _setting(self, loc: Loc, checks: Any, default: CheckSetting) -> CheckSetting:
         entry: CheckEntry | None = getattr(checks, default.check)

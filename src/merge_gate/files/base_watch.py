@@ -68,6 +68,7 @@ class BaseWatch:
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
         self._passed: set[str] = set()
         self._silent: set[str] = set()
+        self._anew: set[str] = set()
 
     # --- digests ---------------------------------------------------------------------------------------------------
 
@@ -80,9 +81,13 @@ class BaseWatch:
                 thread.start()
                 self._threads[directory] = thread
 
+    def hash_anew(self, directory: str) -> None:
+        """Believe no digest of an earlier run: this one is compared with a pin, or published."""
+        self._anew.add(directory)
+
     def recall(self, directory: str) -> None:
         """Take a digest that an earlier run computed, if the files cannot have changed since. Reads no weights."""
-        if self._remembered is None or directory in self._threads or directory in self._digests:
+        if self._remembered is None or directory in self._anew | self._threads.keys() | self._digests.keys():
             return
         with contextlib.suppress(OSError):  # the worker reads the same files, and reports what is wrong with them
             identity = within(ANSWER_LIMIT_S, lambda: base_identity(directory))
@@ -222,7 +227,11 @@ class BaseWatch:
             began_ns = time.time_ns()
             identity = base_identity(directory)
             self._hashed[directory] = identity  # first, so that a change during the hashing shows at the end
-            files = self._remembered.lookup(directory, identity) if self._remembered else None
+            files = (
+                self._remembered.lookup(directory, identity)
+                if self._remembered and directory not in self._anew
+                else None
+            )
             if files is None:
                 files = resolve.digest_files(
                     directory,

@@ -144,15 +144,17 @@ class Inputs:
         base = entry.spec.base
         if base.model is not None or not could_be_hub_id(model, is_base=True):
             return None
-        if POLICIES[self._config.policy].needs_pins and not base.sha256 and not is_commit(revision):
+        if POLICIES[self._config.policy].needs_pins and not is_commit(revision):
             return ResolveError(
-                f"base_model_name_or_path is {quoted(model, 200)}, and nothing pins its files, which policy: "
+                f"base_model_name_or_path is {quoted(model, 200)}, and no commit pins it, which policy: "
                 f"{self._config.policy} asks for",
                 hint="add base.model and base.revision, as a full commit, to merge-gate.yml",
             )
-        if revision is None and model not in self._close:
+        if base.revision is not None or is_commit(revision):
+            return None
+        if model not in self._close:
             self._close[model] = close_directory(model, self._config.directory, is_base=True)
-        if revision is not None or not (close := self._close[model]):
+        if not (close := self._close[model]):
             return None
         return ResolveError(
             f"base_model_name_or_path is {quoted(model, 200)}, which is not a directory here, and was not fetched from "

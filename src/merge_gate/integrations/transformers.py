@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from merge_gate.api import gate, refuse_options
 from merge_gate.errors import GateError, UsageError
+from merge_gate.report.stored.output_directory import claimed
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import quoted
@@ -68,7 +69,7 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
 
     def __init__(self, *, on_failure: Literal["raise", "log"] = "raise", **options: Any) -> None:
         if on_failure not in ("raise", "log"):
-            raise UsageError(f"on_failure is {quoted(repr(on_failure))}, expected raise or log")
+            raise UsageError(f"on_failure is {quoted(str(on_failure))}, expected raise or log")
         self._on_failure = on_failure
         self._options = {"device": "cpu"} | options
         refuse_options(output=FOLDER, **self._options)
@@ -93,9 +94,10 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
             _log.error("%s", error)
 
     def _gate(self, args: TrainingArguments, model: Any) -> None:
-        place = Path(args.output_dir, FOLDER)
-        adapter = _saved(model, args, place / "adapter" / (Path(args.output_dir).resolve().name or "adapter"))
+        place, self.report = Path(args.output_dir, FOLDER), None
         output = place / "report"
+        with claimed(output):  # an earlier report is stale, also if there is nothing to gate
+            adapter = _saved(model, args, place / "adapter" / (Path(args.output_dir).resolve().name or "adapter"))
         self.report = gate(adapter, output=output, **self._options)
         page = output / "report.html"
         if not self.report.passed:

@@ -17,7 +17,7 @@ class Policy:
     Attributes:
         errors: the checks that are errors, whatever the table of checks says.
         of_base: the severity of warnings with the origin `base`; None leaves them as they are.
-        needs_pins: whether adapters and bases on the Hub need a full commit; a base may have digests instead.
+        needs_pins: whether adapters and bases on the Hub need a full commit.
         needs_known_variables: whether an unknown variable `MERGE_GATE_…` is an error, and not a warning.
     """
 

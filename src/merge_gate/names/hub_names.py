@@ -13,6 +13,7 @@ from pathlib import Path
 
 from merge_gate.names.foreign_names import COMMIT
 from merge_gate.names.suggestions import closest
+from merge_gate.records.files import CONFIG_NAME
 
 HUB = "hub:"
 """Put before an id to say that the Hub is meant."""
@@ -38,28 +39,35 @@ def close_directory(name: str, directory: str | Path, *, is_base: bool) -> str:
     """The file or directory that a Hub id was probably meant to be; empty if none is close.
 
     1. Its first part is close to a directory here, and the rest to a name in there: `adaptors/x` means `adapters/x`. If
-       nothing in there is close to `x`, the first part must be closer, and the answer is `adapters/`.
-    2. All of it is close to a name in `directory`, or its last part is one. A base is no adapter.
-    3. It exists one level deeper, as a model or an adapter, or in a directory above `directory`.
+       nothing in there is close to `x`, the first part must be closer, and the answer is `adapters/` if it holds
+       adapters (for a base: models; without a typo: any). An owner of bases may differ in case alone: `Qwen`.
+    2. All of it is close to a model or an adapter here, or to a directory of them.
+    3. Its last part is one, here or one level deeper, or all of it exists one level deeper or in a directory above.
     """
     place = Path(directory)
     names, (first, _, rest) = _entries(place), name.partition("/")
     if rest and (near := closest(first, names, _MOST_ENTRIES)):
-        inner = closest(rest, _entries(place / near), _MOST_ENTRIES)
-        if inner or closest(first, [near], likeness=_CLOSER):
+        inside = [one for one in _entries(place / near) if not is_base or _may_be_base(place / near / one)]
+        inner = closest(rest, inside, _MOST_ENTRIES)
+        is_owner = is_base and near != first and near.lower() == first.lower()
+        is_closer = not is_owner and closest(first, [near], likeness=_CLOSER)
+        kinds = {is_base} if near != first else {True, False}
+        if inner or (is_closer and any(_leads(place / near, is_base=kind) for kind in kinds)):
             return f"{near}/{inner}"
-    near = closest(name, names, _MOST_ENTRIES, _CLOSER) or (rest if rest in names else "")
-    is_adapter = (place / near / "adapter_config.json").is_file()
-    if near and not (is_base and rest and is_adapter):  # many adapters are named after their base
+    near = closest(name, names, _MOST_ENTRIES, _CLOSER)
+    if near and _leads(place / near, is_base=is_base):
         return near
     above = ("../" * level + name for level, outer in enumerate(place.absolute().parents, 1) if (outer / name).is_dir())
-    return next(_deeper(name, place, names), "") or next(above, "")
+    return next(_same_end(name, place, names, is_base=is_base), "") or next(above, "")
 
 
-def _deeper(name: str, place: Path, names: list[str]) -> Iterator[str]:
+def _same_end(name: str, place: Path, names: list[str], *, is_base: bool) -> Iterator[str]:
+    """The paths here that end as `name`: models for a base, adapters for an adapter, and directories of them here."""
+    last = name.rpartition("/")[2].lower()
+    yield from (one for one in names if one.lower() == last and _leads(place / one, is_base=is_base))
     for outer in names:
-        for inner in [name] if "/" in name else _entries(place / outer):
-            if inner.lower() == name.lower() and _holds_model(place / outer / inner):
+        for inner in [name, *_entries(place / outer)]:
+            if inner.lower() in {last, name.lower()} and _fits(place / outer / inner, is_base=is_base):
                 yield f"{outer}/{inner}"
 
 
@@ -71,5 +79,15 @@ def _entries(directory: Path) -> list[str]:
         return []
 
 
-def _holds_model(directory: Path) -> bool:
-    return any(os.path.isfile(directory / name) for name in ("config.json", "adapter_config.json"))  # noqa: PTH113 (False where pathlib raises)
+def _fits(directory: Path, *, is_base: bool) -> bool:
+    return os.path.isfile(directory / ("config.json" if is_base else CONFIG_NAME))  # noqa: PTH113 (False where pathlib raises)
+
+
+def _leads(directory: Path, *, is_base: bool) -> bool:
+    """Whether a directory is a model or an adapter, or holds some."""
+    return any(_fits(one, is_base=is_base) for one in (directory, *map(directory.joinpath, _entries(directory))))
+
+
+def _may_be_base(directory: Path) -> bool:
+    """Many adapters are named after their base."""
+    return _fits(directory, is_base=True) or not _fits(directory, is_base=False)

@@ -40,6 +40,12 @@ def partial_name(name: str) -> str:
     return f".{name}{_ENDING}"
 
 
+def waiting(place: Path) -> str:
+    """The end of a hint: where an earlier model waits for its name, if it does in this partial directory."""
+    earlier = place / _REPLACED
+    return f"; the earlier model is in {quoted(str(earlier), 200)}" if os.path.lexists(earlier) else ""
+
+
 class PartialDirectory:
     """`.NAME.partial` in `parent`, new and empty. What a killed run left there is removed.
 
@@ -58,7 +64,7 @@ class PartialDirectory:
             if not _is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
-                    hint="move that directory away, or publish to another one",
+                    hint=f"move that directory away, or publish to another one{waiting(self._place)}",
                 )
             try:
                 for own in (_MODEL, _REPLACED, _MARKER):
@@ -102,6 +108,8 @@ class PartialDirectory:
             OSError: the directory cannot be renamed.
         """
         target = self._parent / self.name
+        if replaces is not None:
+            _copy_modes(target, self.model)
         sync_directory(self.model)
         try:
             if replaces is None or self._take_away(target, replaces):
@@ -132,6 +140,13 @@ class PartialDirectory:
         """Remove the directory, with all that was written. May be called more than once."""
         _remove_leftover(self._place)
         self._stack.close()
+
+
+def _copy_modes(earlier: Path, model: Path) -> None:
+    """Give a model the permissions of the earlier one: of the directory, and of the files that both have."""
+    for path in (earlier, *earlier.rglob("*")):
+        with contextlib.suppress(OSError):  # a file that only the earlier one has
+            shutil.copymode(path, model / path.relative_to(earlier), follow_symlinks=False)
 
 
 def _is_leftover(place: Path) -> bool:
@@ -172,7 +187,7 @@ def _put_back(place: Path) -> bool:
         except OSError:
             return False
     is_looked_at = not os.path.lexists(place / _MODEL) or not (place / _MARKER).stat().st_size
-    return is_looked_at or unchanged(place / _MODEL, weights=False) is not None
+    return is_looked_at or unchanged(place / _MODEL) is not None
 
 
 def _remove(directory: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.manifest import MANIFEST_NAME
-from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged
+from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
 from merge_gate.records.files import FileIdentity
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.text import has_hidden, quoted
@@ -136,5 +136,6 @@ def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentit
 def _changed(kind: type[GateError], place: Path) -> GateError:
     return kind(
         f"{quoted(str(place), 200)} exists, and is not an unchanged directory that merge-gate published",
-        hint=f"move it away, or choose another directory{_CHOSEN_BY}; `merge-gate verify` names the files that differ",
+        hint=f"move it away, or choose another directory{_CHOSEN_BY}; `merge-gate verify` names the files that differ"
+        + waiting(place.with_name(partial_name(place.name))),
     )

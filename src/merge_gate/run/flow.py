@@ -287,6 +287,8 @@ class _Run:
         which its bytes are compared when they pass.
         """
         pinned = {index: entry for index, entry in to_merge.items() if entry.spec.base.sha256}
+        for entry in (to_merge if self._publications.is_wanted else pinned).values():
+            self._watch.hash_anew(base_directory(entry))
         for entry in pinned.values():
             self._watch.start(base_directory(entry))
         if pinned:

@@ -1,15 +1,17 @@
 """Writes the copies of a report that `--report FORMAT=FILE` asks for, outside of the output directory.
 
-A copy is written once, at the end. Its earlier file is removed at the start: a killed run leaves no old verdict.
+A copy is written once, at the end. Its earlier file is hidden at the start and removed at the end: a killed run leaves
+no old verdict, and a mistake loses none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from merge_gate.earlier_reports import is_own, kind_of
+from merge_gate.earlier_reports import holds_run, is_own, kind_of
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.stored.output_directory import explained
@@ -41,14 +43,15 @@ def is_any_printed(copies: Iterable[ReportCopy]) -> bool:
 
 
 def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
-    """Check that every copy can be written, and remove the files that earlier runs wrote.
+    """Check that every copy can be written, and hide the files that earlier runs wrote.
 
     Args:
         copies: the requested copies.
         output: the output directory, whose files are written without being asked for.
 
     Raises:
-        UsageError: merge-gate did not write a file, or two reports would have one place. Nothing was removed.
+        UsageError: merge-gate did not write a file, another run's output directory holds it, or two
+            reports would have one place. Nothing was changed.
     """
     places = [STANDARD_OUTPUT if copy.is_printed else os.path.realpath(copy.place) for copy in copies]
     taken = {os.path.realpath(Path(output, file.name)) for file in OUTPUT_FILES} if output is not None else set()
@@ -63,17 +66,24 @@ def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
                 hint="name another file; the output directory has every format anyway",
             )
     files = [(Path(copy.place), WORDS[copy.word]) for copy in copies if not copy.is_printed]
-    for path, name in files:
+    for path, name in [*files, *((_hidden(path), name) for path, name in files)]:
         if os.path.lexists(path) and not is_own(path, name):
             raise UsageError(
                 f"--report names {quoted(str(path), 200)}, {kind_of(path)}, expected a report of that format or "
                 "nothing; it was not changed",
                 hint="name another file, or move that one elsewhere",
             )
+        if holds_run(path.absolute().parent):
+            raise UsageError(
+                f"--report names {quoted(str(path), 200)}, a file in the output directory of another run; it was not "
+                "changed",
+                hint="name a file elsewhere",
+            )
     for path, _ in files:
         with explained(f"cannot write {path}", chosen_by=" with --report"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(_hidden(path))
 
 
 def write_copies(report: Report, copies: Iterable[ReportCopy]) -> str:
@@ -92,4 +102,10 @@ def write_copies(report: Report, copies: Iterable[ReportCopy]) -> str:
         cannot = f"cannot write {copy.place}"
         with explained(cannot, chosen_by=" with --report"), whole_file(Path(copy.place), lasts=True) as file:
             file.write(text.encode("utf-8"))
+        _hidden(Path(copy.place)).unlink(missing_ok=True)
     return printed
+
+
+def _hidden(path: Path) -> Path:
+    """The name of an earlier copy while there is no new one."""
+    return path.with_name(f".{path.name}.stale")
