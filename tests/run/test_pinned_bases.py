@@ -152,7 +152,7 @@ def test_a_cached_verdict_does_not_hide_another_pin(place: Path) -> None:
 
 @pytest.mark.attempt("Y50a", "a forged digest in --cache bases/, and the pin of another base", "expectation-failed")
 def test_a_forged_digest_does_not_match_a_pin(place: Path) -> None:
-    files = {name: "1" * 64 for name in resolve.base_weight_files(str(place / "base"))}
+    files = dict.fromkeys(resolve.base_weight_files(str(place / "base")), "1" * 64)
     forge(place, files)
     assert gate_cached(place, resolve.digest_of_digests(files)) == 1
     assert cause(place) == ("failed", "expectation-failed", "base")
@@ -161,7 +161,7 @@ def test_a_forged_digest_does_not_match_a_pin(place: Path) -> None:
 
 @pytest.mark.attempt("Y50b", "a forged digest in --cache bases/, and a run that publishes", "the digest of the bytes")
 def test_a_forged_digest_is_not_published(place: Path) -> None:
-    forge(place, {name: "1" * 64 for name in resolve.base_weight_files(str(place / "base"))})
+    forge(place, dict.fromkeys(resolve.base_weight_files(str(place / "base")), "1" * 64))
     assert gate_cached(place, None, "--publish", "out") == 0
     (manifest,) = (place / "out").glob("*/merge-gate.json")
     assert whole(place) in manifest.read_text()
