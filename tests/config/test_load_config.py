@@ -669,7 +669,7 @@ def policies_table() -> str:
     words = {
         "of_base": ("a warning with the origin `base`", "warning", "error", "the severity of its check"),
         "needs_pins": (
-            "an adapter or a base on the Hub without a full commit (a base may have `sha256` instead)",
+            "an adapter or a base on the Hub without a full commit (for a base, `sha256` does not replace it)",
             "fetched",
             "refused, exit code 2; if adapter_config.json names the base, the verdict is `error`",
             "`revision`",
