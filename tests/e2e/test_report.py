@@ -149,7 +149,7 @@ def test_hover_and_tap_give_the_numbers(visit: Any) -> None:
     read = opened.locator(".read")
     assert read.inner_text() == (
         "model.layers.5.self_attn.q_proj.weight (2048 x 2048, bfloat16): NaN; 17 NaN, the first at [311, 2040]; "
-        "bounds on the finite values -0.5 to 0.741; headroom used below 0.01 %; ‖ΔW‖/‖W‖ 0.00116, "
+        "finite values -0.5 to 0.741; headroom used below 0.01 %; ‖ΔW‖/‖W‖ 0.00116, "
         "estimated from a sample; "
         "rounding loss 0.167 %, estimated from a sample"
     )
