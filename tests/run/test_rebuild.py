@@ -192,7 +192,7 @@ def test_a_permission_that_the_run_does_not_need_is_no_fact(place: Path, capfd: 
     assert {"config,", "revisions", "allow_pickle", "trust_remote_code"} <= set(line.split())
 
 
-@pytest.mark.attempt("T13z", "card and merge-gate.json written anew in another spelling", "exit 1")
+@pytest.mark.attempt("T13z", "card and merge-gate.json written again in another spelling", "exit 1")
 def test_another_spelling_of_the_file_is_named(place: Path) -> None:
     path = place / "merged" / "one" / MANIFEST_NAME
     path.write_text(json.dumps(json.loads(path.read_text())))
