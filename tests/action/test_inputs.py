@@ -83,10 +83,11 @@ def test_adapters_need_no_configuration(environ: dict[str, str]) -> None:
         (workspace / name).mkdir(parents=True)
     (workspace / "adapters/notes.txt").touch()
     given = {"config": "merge-gate.yml", "base": "./base", "dtype": "bfloat16, float16"}
-    run = action.read_inputs(words(**given, adapters="\n./adapters/*\n acme/lora\n"), environ).run
-    assert (run.config, run.adapters, run.base) == (None, ("./adapters/a", "./adapters/b", "acme/lora"), "./base")
+    run = action.read_inputs(words(**given, adapters="\n./adapters/*\n acme/lora\n hub:acme/b\n"), environ).run
+    adapters = ("./adapters/a", "./adapters/b", "acme/lora", "hub:acme/b")
+    assert (run.config, run.adapters, run.base) == (None, adapters, "./base")
     assert container.gate_words(run, "cpu") == [
-        "run", "./adapters/a", "./adapters/b", "acme/lora", "--output", str(run.output), "--device", "cpu",
+        "run", *adapters, "--output", str(run.output), "--device", "cpu",
         "--base", "./base", "--dtype", "bfloat16,float16",
     ]  # fmt: skip
     inner = words(config="", adapters="../adapters/a", base=str(workspace.parent), working_directory="inner")

@@ -35,7 +35,8 @@ _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 _LINE = r"[^\0\r\n]*"
 _SWITCH = ("true|false", "true or false")
 _DTYPE = "(auto|float32|bfloat16|float16)"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"hub:\S+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""The gate itself checks what follows `hub:`."""
 
 _Rule = tuple[str, str, str]  # the input, the pattern of its value, and what the value must be
 RULES: tuple[_Rule, ...] = (

@@ -162,6 +162,7 @@ def run_act(
             code = process.wait(timeout_s)
         finally:
             process.kill()
+            process.wait()
     raw = log.read_text(encoding="utf-8")
     return ActRun(code, raw, _records(raw), _artifacts(store), _digests(store))
 
