@@ -40,7 +40,7 @@ def file_table() -> str:
         ("fields of Finding", field_table(Finding), "reference/report.md"),
         ("columns of TensorMerge", column_table(TensorMerge), "reference/report.md"),
         ("fields of Manifest", field_table(Manifest), "guides/attestations.md"),
-        ("fields of Predicate", field_table(Predicate), "guides/attestations.md"),
+        ("fields of Predicate", field_table(Predicate, explained=field_table(Manifest)), "guides/attestations.md"),
     ],
 )
 def test_the_tables_of_fields_are_what_the_records_say(block: str, table: str, page: str) -> None:

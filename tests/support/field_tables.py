@@ -8,10 +8,13 @@ from merge_gate.report.formats.fields import FIGURES, Declared, columns, declare
 from merge_gate.report.formats.schema import SHARED
 
 
-def field_table(cls: Any) -> str:
-    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place."""
+def field_table(cls: Any, explained: str = "") -> str:
+    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place.
+
+    Rows that another table on the page has, `explained`, are left out.
+    """
     rows = [f"| `{name}` | {_kind_in_words(field)} | {_sentence(field)} |" for name, field in _listed(cls, "")]
-    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
+    return "\n".join(["| field | type | meaning |", "|---|---|---|", *(row for row in rows if row not in explained)])
 
 
 def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:

@@ -19,11 +19,6 @@ from tests.support.stored_pages import kinds_to_store
 PAGE = Path(__file__).parents[2] / "docs" / "guides/verify.md"
 
 
-def test_the_page_has_a_table_of_the_kinds() -> None:
-    rows = [f"| `{kind.id}` | {kind.summary} | {kind.hint or 'nothing'} |" for kind in ANSWERS.values()]
-    held(PAGE, "kinds", "\n".join(["", "| kind | when | what to do |", "|---|---|---|", *rows, ""]))
-
-
 def test_the_page_has_a_table_of_the_expected_differences() -> None:
     rows = [f"| {row.shown} | {row.writer} | {row.reason} |" for row in ROWS]
     head = ["", "| difference | who writes it | why the meaning is the same |", "|---|---|---|"]
