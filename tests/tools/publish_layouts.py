@@ -76,7 +76,9 @@ def document(found: list[publish_layouts.Checked]) -> str:
         "",
         *_table(("", "count"), [(name, f"{count:,}") for name, count in rows]),
         "",
-        *textwrap.wrap(f"Conversions: {', '.join(f'`{name}` {count}' for name, count in conversions.most_common())}.", 120),
+        *textwrap.wrap(
+            f"Conversions: {', '.join(f'`{name}` {count}' for name, count in conversions.most_common())}.", 120
+        ),
         *_exceptions("wrong", {one.model_type: ", ".join(one.wrong[:3]) for one in compared if one.wrong}),
         *_exceptions("refused", {one.model_type: one.refused for one in built if one.refused}),
         *_exceptions(
@@ -104,7 +106,9 @@ def _by_reason(found: list[publish_layouts.Checked]) -> Iterator[str]:
             types.setdefault(_short(kind), []).append(f"`{one.model_type}`")
     if types:
         yield ""
-        yield from _table(("not built", "types"), [(f"`{reason}`", ", ".join(names)) for reason, names in types.items()])
+        yield from _table(
+            ("not built", "types"), [(f"`{reason}`", ", ".join(names)) for reason, names in types.items()]
+        )
 
 
 def _exceptions(what: str, reasons: dict[str, str]) -> Iterator[str]:

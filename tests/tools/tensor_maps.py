@@ -91,7 +91,9 @@ def document(found: list[tensor_maps.Checked]) -> str:
         "|---|---|",
         *(f"| {name} | {count} |" for name, count in counts),
         "",
-        textwrap.fill(f"Conversions: {', '.join(f'`{name}` {count}' for name, count in conversions.most_common())}.", 120),
+        textwrap.fill(
+            f"Conversions: {', '.join(f'`{name}` {count}' for name, count in conversions.most_common())}.", 120
+        ),
         "",
         *(table_of_wrong if wrong else ()),
         *(table_of_loaded if loaded else ()),
