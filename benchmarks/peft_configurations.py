@@ -108,9 +108,7 @@ def document(outcomes: list[Outcome]) -> str:
     wrong = [one for one in made if one.wrong]
     rows: dict[tuple[str, str], list[Outcome]] = {}
     for one in refused + wrong:
-        rows.setdefault((re.sub(r"'[A-Za-z0-9]+' object has", "the model has", one.peft)[:100], told(one)), []).append(
-            one
-        )
+        rows.setdefault((re.sub(r"^(\w+): .*", r"\1", one.peft), one.gate), []).append(one)
     return TEXT.format(
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch")),
@@ -123,8 +121,8 @@ def document(outcomes: list[Outcome]) -> str:
         wrong=len(wrong),
         failed=sum(one.one_nan.startswith("failed") for one in made),
         rows="\n".join(
-            f"| {cell(peft)} | {cell(said)} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
-            for (peft, said), those in rows.items()
+            f"| {cell(peft)} | {gate} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
+            for (peft, gate), those in rows.items()
         ),
         reasons="\n".join(
             f"- on {model}: {', '.join(sorted(kinds))}" for model, kinds in sorted(unmade(outcomes).items())
@@ -147,10 +145,6 @@ def kind_of(outcome: Outcome) -> str:
 
 def model_of(outcome: Outcome) -> str:
     return outcome.name.rpartition(" on ")[2].removeprefix("tiny-").removeprefix("random-")
-
-
-def told(outcome: Outcome) -> str:
-    return f"{outcome.gate}: {outcome.said[:120]}" if outcome.wrong else outcome.gate
 
 
 def cell(text: str) -> str:
