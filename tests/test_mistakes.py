@@ -551,7 +551,7 @@ def test_a_mistake_loses_nothing(
         assert after[f"{mistake.now_in}/report.json"] in {before[name] for name in own if name.endswith(".json")}
 
 
-EXAMPLES = 4
+EXAMPLES = 3
 """Mistakes that a row of the table names."""
 
 
