@@ -82,7 +82,7 @@ def say(outcome: Outcome) -> str:
 # --- docs/evidence/sweeps.md -----------------------------------------------------------------------------------------
 
 
-TEXT = """{date}, {versions}, in {dtypes}. {names:,} configurations, of which PEFT makes an adapter for {made:,}.
+TEXT = """{date}, {versions}, in {dtypes}. {names:,} configurations. PEFT makes an adapter for {made:,}.
 
 | outcome | trials |
 |---|---:|

@@ -13,7 +13,6 @@ import re
 import sys
 import tempfile
 import textwrap
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,15 +69,10 @@ def document(found: list[publish_layouts.Checked]) -> str:
         ("changed tensors", sum(one.changed for one in written)),
         ("of these, converted", sum(one.converted for one in written)),
     ]
-    conversions = Counter(name for one in written for name in one.conversions)
     lines = [
         tested,
         "",
         *_table(("", "count"), [(name, f"{count:,}") for name, count in rows]),
-        "",
-        *textwrap.wrap(
-            f"Conversions: {', '.join(f'`{name}` {count}' for name, count in conversions.most_common())}.", 120
-        ),
         *_exceptions("wrong", {one.model_type: ", ".join(one.wrong[:3]) for one in compared if one.wrong}),
         *_exceptions("refused", {one.model_type: one.refused for one in built if one.refused}),
         *_exceptions(

@@ -57,7 +57,6 @@ def sweep(model_types: Sequence[str]) -> list[tensor_maps.Checked]:
 def document(found: list[tensor_maps.Checked]) -> str:
     mapped = [one for one in found if not one.skipped]
     wrong = [one for one in mapped if one.wrong]
-    conversions = Counter(name for one in mapped for name in one.conversions)
     reasons = Counter(one.skipped.partition(":")[0] for one in found if one.skipped)
     loaded = [one for one in mapped if one.loaded]
     computed = ", ".join(f"`{name}`" for name in tensor_maps.COMPUTED)
@@ -90,10 +89,6 @@ def document(found: list[tensor_maps.Checked]) -> str:
         "| model types | number |",
         "|---|---|",
         *(f"| {name} | {count} |" for name, count in counts),
-        "",
-        textwrap.fill(
-            f"Conversions: {', '.join(f'`{name}` {count}' for name, count in conversions.most_common())}.", 120
-        ),
         "",
         *(table_of_wrong if wrong else ()),
         *(table_of_loaded if loaded else ()),
