@@ -25,7 +25,7 @@ from merge_gate.records.measured import (
     TensorMerge,
     TensorStats,
 )
-from merge_gate.records.refusals import LayerLeftUnmerged, NotJudged
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.judging.cases import (
     ALL,
@@ -49,6 +49,7 @@ from tests.support.judging.cases import (
     judge,
     lossy,
     merged,
+    reason,
     spec,
     tensor,
     unread,
@@ -175,7 +176,7 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ),
         ("merged-nonfinite", evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),
         ("no-effect", evidence(targeted=("lm", MODULE), merges=(merged(), merged(module="lm.head"))), files(), spec()),
-        ("no-effect", evidence(refusal=LayerLeftUnmerged(module="m"), merges=()), files(), spec()),
+        ("no-effect", evidence(refusal=reason("layer_left_unmerged", module="m"), merges=()), files(), spec()),
         ("no-effect", evidence(targeted=("lm_head", MODULE), shared=(("lm_head", MODULE),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.5),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),

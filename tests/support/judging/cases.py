@@ -23,16 +23,7 @@ from merge_gate.records.measured import (
     TensorStats,
     UnreadLayer,
 )
-from merge_gate.records.refusals import (
-    BaseShapeClash,
-    OtherForward,
-    ParametersNotStored,
-    PatternRefused,
-    QuantizationUnknown,
-    Refusal,
-    ShapeClash,
-    TargetsNotFound,
-)
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 
 MODULE = "model.layers.5.self_attn.q_proj"
@@ -109,6 +100,10 @@ class Fire:
     places: Mapping[str, Any] = field(default_factory=dict)
 
 
+def reason(kind: str, **fields: Any) -> Refusal:
+    return Refusal(kind=kind, fields=fields)
+
+
 def found_in_files(row: Check) -> Fire:
     origin = Origin.CONFIG if row.symptom is Symptom.BAD_CONFIG else Origin.FILE
     said = "what the preflight says"
@@ -117,13 +112,17 @@ def found_in_files(row: Check) -> Fire:
 
 
 REFUSALS: Mapping[str, Refusal] = {
-    "base-incomplete": ParametersNotStored(base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)),
-    "base-inconsistent": BaseShapeClash(base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)),
-    "base-format": QuantizationUnknown(base="./base", method="odd", transformers="5.0"),
-    "config-invalid": PatternRefused(pattern=None, names=9, seconds=1.0),
-    "shape-mismatch": ShapeClash(name=LORA_B, got=(2,), expected=(3,)),
-    "targets-not-found": TargetsNotFound(targets=("query",), of_base=("q_proj",)),
-    "not-mergeable": OtherForward(module=MODULE, class_name="Odd", share=0.5),
+    "base-incomplete": reason(
+        "parameters_not_stored", base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)
+    ),
+    "base-inconsistent": reason(
+        "base_shape_clash", base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)
+    ),
+    "base-format": reason("quantization_unknown", base="./base", method="odd", transformers="5.0"),
+    "config-invalid": reason("pattern_refused", pattern=None, names=9, seconds=1.0),
+    "shape-mismatch": reason("shape_clash", name=LORA_B, got=(2,), expected=(3,)),
+    "targets-not-found": reason("targets_not_found", targets=("query",), of_base=("q_proj",)),
+    "not-mergeable": reason("other_forward", module=MODULE, class_name="Odd", share=0.5),
 }
 
 
