@@ -90,7 +90,7 @@ def test_every_check_has_a_case_that_fires_it() -> None:
 
 
 def test_a_check_judges_in_the_phases_that_its_decorator_names() -> None:
-    row = Check(id="odd", severity=Severity.ERROR, summary="s", symptom=Symptom.BAD_FILE)
+    row = Check(id="odd", severity=Severity.ERROR, origin=Origin.FILE, summary="s", symptom=Symptom.BAD_FILE)
 
     def judge_it(_: FileCase) -> Iterator[Finding]:
         yield from ()

@@ -113,12 +113,6 @@ def worker_raised(error: Caught, in_import: bool = False) -> Finding:
 
 
 REFUSALS: tuple[Callable[..., Finding], ...] = (
-    unknown_method,
-    config_unreadable,
-    base_raised,
-    remote_code_needed,
-    base_of_another_class,
-    tensor_without_values,
-    not_measured,
-    worker_raised,
-)
+    unknown_method, config_unreadable, base_raised, remote_code_needed, base_of_another_class, tensor_without_values,
+    not_measured, worker_raised,
+)  # fmt: skip

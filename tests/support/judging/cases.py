@@ -12,7 +12,7 @@ from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.all_checks import judge_files, judge_merge
 from merge_gate.judging.checks import base_checks as of_base
 from merge_gate.judging.checks import file_checks as of_files
-from merge_gate.judging.checks.check import Check, Symptom
+from merge_gate.judging.checks.check import Check
 from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
 from merge_gate.records.files import AdapterFiles, FileRecord, StoredTensor
 from merge_gate.records.measured import (
@@ -105,10 +105,7 @@ def reason(kind: str, **fields: Any) -> Refusal:
 
 
 def found_in_files(row: Check) -> Fire:
-    origin = Origin.CONFIG if row.symptom is Symptom.BAD_CONFIG else Origin.FILE
-    said = "what the preflight says"
-    finding = Finding(check=row.id, severity=row.severity, message=said, hint="do", origin=origin)
-    return Fire((), origin, None, files(findings=(finding,)))
+    return Fire((), row.origin, None, files(findings=(row.finding("what the preflight says", "do"),)))
 
 
 REFUSALS: Mapping[str, Refusal] = {

@@ -25,6 +25,7 @@ _FETCH_ALL_FILES = (
 @Check(
     id="base-incomplete",
     severity=ERROR,
+    origin=Origin.BASE,
     summary="A parameter of the base's own class has no stored tensor.",
     symptom=Symptom.BAD_BASE,
     can_be_off=False,
@@ -43,7 +44,6 @@ def incomplete(base: str, names: tuple[str, ...], class_name: str, where: str = 
         f"base {base} is incomplete: its files hold no tensor for {counted(len(names), 'parameter')} of {class_name}: "
         f"{listing(names, 3)}{where}; transformers would fill {'it' if len(names) == 1 else 'them'} with random values",
         _FETCH_ALL_FILES,
-        Origin.BASE,
         module=names[0].rpartition(".")[0],
         tensor=names[0],
     )
@@ -55,7 +55,6 @@ def brought(base: BaseFacts) -> Finding:
         f"base {base.model} holds no tensor for {counted(len(base.incomplete), 'parameter')} of {base.loaded_as}: "
         f"{listing(base.incomplete, 3)}; the adapter has {'it' if len(base.incomplete) == 1 else 'them'}",
         "nothing to do for this adapter; an adapter without these tensors cannot be judged on this base",
-        Origin.BASE,
         severity=Severity.NOTE,
         module=base.incomplete[0].rpartition(".")[0],
         tensor=base.incomplete[0],
@@ -72,7 +71,6 @@ def findings_of(base: BaseFacts) -> Iterator[Finding]:
             f"{'is' if len(base.unloaded) == 1 else 'are'} not part of {base.loaded_as}: {listing(base.unloaded, 6)}",
             "they are not merged, and save_pretrained of the merged model does not write them: copy them from the base "
             "if the program that serves the model needs them",
-            Origin.BASE,
             severity=Severity.NOTE,
             tensor=base.unloaded[0],
         )
@@ -81,6 +79,7 @@ def findings_of(base: BaseFacts) -> Iterator[Finding]:
 BASE_INCONSISTENT = Check(
     id="base-inconsistent",
     severity=ERROR,
+    origin=Origin.BASE,
     summary="The base's files contradict each other or its config.json.",
     symptom=Symptom.BAD_BASE,
     can_be_off=False,
@@ -89,6 +88,7 @@ BASE_INCONSISTENT = Check(
 BASE_FORMAT = Check(
     id="base-format",
     severity=ERROR,
+    origin=Origin.BASE,
     summary="The base has a format that cannot be judged.",
     symptom=Symptom.BAD_BASE,
     can_be_off=False,
@@ -109,7 +109,6 @@ def of_request(spec: BaseSpec, files: BaseFiles) -> Finding | None:
         f"the base {name} is stored in {stored or declared.method} (quantization_config in its config.json), and the "
         f"gate's config asks for {asked}: transformers does not quantize it again",
         f"set quantization: none to gate the base as it is stored, or name the unquantized base to gate it in {asked}",
-        Origin.BASE,
     )
 
 
@@ -122,7 +121,6 @@ def quantization_unknown(base: str, method: str, transformers: str) -> Finding:
         f"base {base}: its config.json declares quantization by {method!r}, which transformers {transformers} cannot "
         "load",
         "gate and merge on the unquantized base that the adapter was trained on",
-        Origin.BASE,
     )
 
 
@@ -142,7 +140,7 @@ def loaded_otherwise(
     else:
         message = f"was loaded in {dtype}, and the config asks for dtype: {asked_dtype}"
         hint = f"{asks}: {class_name} does not load in another one"
-    return BASE_FORMAT.finding(f"base {base} {message}", hint, Origin.BASE)
+    return BASE_FORMAT.finding(f"base {base} {message}", hint)
 
 
 # --- files that contradict each other --------------------------------------------------------------------------------
@@ -157,12 +155,11 @@ def adapter_next_to_base(base: str) -> Finding:
     return BASE_INCONSISTENT.finding(
         f"base {base} has an adapter_config.json next to its weights: transformers loads that adapter with it",
         "remove adapter_config.json from the base's directory, or name the plain base",
-        Origin.BASE,
     )
 
 
 def _contradiction(message: str, hint: str, tensor: str) -> Finding:
-    return BASE_INCONSISTENT.finding(message, hint, Origin.BASE, module=tensor.rpartition(".")[0], tensor=tensor)
+    return BASE_INCONSISTENT.finding(message, hint, module=tensor.rpartition(".")[0], tensor=tensor)
 
 
 def stored_tensors_left_out(
@@ -221,12 +218,6 @@ def parameters_not_stored(
 
 
 REFUSALS: tuple[Callable[..., Finding], ...] = (
-    quantization_unknown,
-    loaded_otherwise,
-    adapter_next_to_base,
-    stored_tensors_left_out,
-    quantized_weight_torn,
-    codes_for_numbers,
-    base_shape_clash,
-    parameters_not_stored,
-)
+    quantization_unknown, loaded_otherwise, adapter_next_to_base, stored_tensors_left_out, quantized_weight_torn,
+    codes_for_numbers, base_shape_clash, parameters_not_stored,
+)  # fmt: skip

@@ -18,6 +18,7 @@ from merge_gate.text import quoted
 @Check(
     id="base-mismatch",
     severity=WARNING,
+    origin=Origin.CONFIG,
     summary="adapter_config.json names another base or revision than the one used.",
     symptom=Symptom.WRONG_PAIR,
     failure=FailureKind.UNEXPECTED,
@@ -39,7 +40,6 @@ def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
         yield base_mismatch.finding(
             f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
             f"set base.revision to {revision!r}, or release with the revision that the gate used",
-            Origin.CONFIG,
         )
 
 
@@ -54,7 +54,6 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
         yield base_mismatch.finding(
             f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
             "a path does not say which weights it held: make sure that these are the same",
-            Origin.CONFIG,
             severity=NOTE,
         )
     elif any(_last(named) == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
@@ -62,14 +61,12 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
             f"{names}, a copy in 4 bits of {label!r}, the base of this run",
             "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit "
             "(--quantization bnb-4bit)",
-            Origin.CONFIG,
             severity=NOTE,
         )
     else:
         yield base_mismatch.finding(
             f"{names}, but the base of this run is {label!r}",
             f"if both are the same weights, list {named!r} under `base.names` in {A_FILE}; else name the right base",
-            Origin.CONFIG,
         )
 
 
@@ -81,7 +78,6 @@ def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
             f"adapter's tensors have the names of {evidence.base.loaded_as}: the gate merged it into that class",
             f"load the base as {evidence.base.loaded_as} to serve it: {evidence.instead_of} would load none of its "
             "tensors; save it with the task_type of the model that it was trained on",
-            Origin.CONFIG,
         )
 
 
@@ -99,6 +95,7 @@ _IN_CONFIG = {"base": "base_name"}
 @Check(
     id="expectation-failed",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="A fact stated under expect does not match the adapter, or base.sha256 does not match the base.",
     symptom=Symptom.WRONG_PAIR,
     failure=FailureKind.UNEXPECTED,
@@ -133,7 +130,7 @@ def other_base(spec: BaseSpec, got: Mapping[str, str]) -> Iterator[Finding]:
             yield expectation_failed.finding(
                 f"the base {name} is not the pinned one: base.sha256 of {what} is {wanted}, but {what} {stated}",
                 "restore the base that was reviewed, or review this one and pin its digest",
-                Origin.BASE,
+                origin=Origin.BASE,
             )
 
 
@@ -144,7 +141,5 @@ def _plain(value: str | float) -> str:
 
 def _not_so(message: str) -> Finding:
     return expectation_failed.finding(
-        message,
-        "this may be the wrong adapter, or an edited one: find out which before you change the expectation",
-        Origin.CONFIG,
+        message, "this may be the wrong adapter, or an edited one: find out which before you change the expectation"
     )

@@ -22,24 +22,28 @@ _MOST_DIGITS = 10
 FILE_MISSING = Check(
     id="file-missing",
     severity=ERROR,
+    origin=Origin.FILE,
     summary="There is no adapter_config.json, or no weights file.",
     symptom=Symptom.BAD_FILE,
 )
 FILE_LFS_POINTER = Check(
     id="file-lfs-pointer",
     severity=ERROR,
+    origin=Origin.FILE,
     summary="The weights file is a Git LFS pointer, not the weights.",
     symptom=Symptom.BAD_FILE,
 )
 FILE_CORRUPT = Check(
     id="file-corrupt",
     severity=ERROR,
+    origin=Origin.FILE,
     summary="A file is empty, truncated, or not in the format that it claims.",
     symptom=Symptom.BAD_FILE,
 )
 PICKLE_REFUSED = Check(
     id="pickle-refused",
     severity=ERROR,
+    origin=Origin.FILE,
     summary="There are only pickled weights (.bin), and allow-pickle is false.",
     symptom=Symptom.BAD_FILE,
     failure=FailureKind.REFUSED,
@@ -47,6 +51,7 @@ PICKLE_REFUSED = Check(
 CONFIG_INVALID = Check(
     id="config-invalid",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="adapter_config.json is not valid, or contradicts the tensors.",
     symptom=Symptom.BAD_CONFIG,
     allows_loading=True,  # PEFT reads the values itself, and what it rejects is a finding again
@@ -54,6 +59,7 @@ CONFIG_INVALID = Check(
 CONFIG_UNSAFE = Check(
     id="config-unsafe",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="adapter_config.json would make PEFT import code.",
     symptom=Symptom.BAD_CONFIG,
     failure=FailureKind.REFUSED,
@@ -68,13 +74,12 @@ def pattern_refused(pattern: Pattern | None, names: int, seconds: float, problem
     if problem is not None:
         what = describe_pattern(pattern) if pattern else "adapter_config.json holds an expression"
         message = f"{what}, which is not a valid regular expression: {problem}"
-        return CONFIG_INVALID.finding(message, "use plain names", Origin.CONFIG)
+        return CONFIG_INVALID.finding(message, "use plain names")
     what = f"{describe_pattern(pattern)}, a" if pattern else "adapter_config.json holds a"
     return CONFIG_INVALID.finding(
         f"{what} regular expression that was not matched against the {names:,} module names of the base within "
         f"{seconds:g} s of computing; PEFT would not finish",
         "write it without a repetition inside of a repetition, or use a list of names",
-        Origin.CONFIG,
     )
 
 
@@ -98,7 +103,7 @@ def ignored_settings(
             f"{remove} if it is a mistake or another trainer's own; if it changes what is computed, "
             "merge with the program that wrote it: the gate needs PEFT 0.21 or newer"
         )
-    return CONFIG_INVALID.finding(message, "; ".join(hints), Origin.CONFIG)
+    return CONFIG_INVALID.finding(message, "; ".join(hints))
 
 
 def _release(text: str) -> tuple[int, ...]:
@@ -113,7 +118,6 @@ def tensor_unreadable(name: str | None = None, is_meta: bool = False, dtype: str
     return FILE_CORRUPT.finding(
         f"{name or 'a tensor'} in the adapter's file cannot be read as numbers by torch, or loaded by PEFT: {why}",
         "save the adapter with its values, as float32, bfloat16 or float16",
-        Origin.FILE,
         tensor=name,
     )
 
@@ -124,7 +128,6 @@ def pickle_unreadable(error: str, names: str | None = None) -> Finding:
     return FILE_CORRUPT.finding(
         f"the pickled weights are damaged, or hold something other than tensors ({what})",
         "do not load this file; ask who made it, and have the adapter saved as safetensors",
-        Origin.FILE,
     )
 
 

@@ -23,6 +23,7 @@ _NAMES = 3
 @Check(
     id="keys-missing",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="Tensors that the adapter's configuration promises are not in its file.",
     symptom=Symptom.TENSORS_LOST,
     allows_loading=True,  # what is not in the file can do nothing; the load compares names again
@@ -33,7 +34,6 @@ def keys_missing(case: MergeCase) -> Iterator[Finding]:
     if missing and words is not None:
         yield keys_missing.finding(
             *words,
-            Origin.ADAPTER,
             module=module_of(missing[0]),
             tensor=missing[0],
             measured=(("missing", float(len(missing))),),
@@ -79,7 +79,6 @@ def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding
             f"{tensors(names)} in the file {are(names)} complex: {listing(names)}; PEFT loads the real part and "
             "drops the imaginary one",
             "find the program that wrote complex numbers: no method of PEFT trains them",
-            Origin.ADAPTER,
             severity=WARNING,
             module=module_of(names[0]),
             tensor=names[0],
@@ -90,6 +89,7 @@ def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding
 @Check(
     id="keys-unexpected",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="The adapter's file holds tensors that nothing in the merge uses.",
     symptom=Symptom.TENSORS_LOST,
     of_files=lambda case: _complex_tensors(case, stray=()),
@@ -107,7 +107,6 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             or key_hints.saved_twice(stray)
             or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
             "this is the adapter's base, and that the model was unwrapped before saving",
-            Origin.ADAPTER,
             module=module_of(stray[0]),
             tensor=stray[0],
             measured=(("unexpected", float(len(stray))),),
@@ -119,7 +118,6 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             "if they were trained, name their modules in modules_to_save (or set bias) and save the adapter again; if "
             "not, remove them from the file: PEFT replaces the base's tensors without a warning, other programs drop "
             "them",
-            Origin.ADAPTER,
             severity=WARNING,
             module=unnamed[0].rpartition(".")[0],
             tensor=unnamed[0],
@@ -131,6 +129,7 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
 SHAPE_MISMATCH = Check(
     id="shape-mismatch",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="A tensor does not fit the base.",
     symptom=Symptom.WRONG_PAIR,
     allows_loading=True,  # the load compares shapes again, before it writes anything
@@ -138,6 +137,7 @@ SHAPE_MISMATCH = Check(
 TARGETS_NOT_FOUND = Check(
     id="targets-not-found",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="The adapter targets modules that the base does not have.",
     symptom=Symptom.WRONG_PAIR,
 )
@@ -174,13 +174,10 @@ def targets_not_found(
             f"target_modules {shown} leaves nothing to adapt: for task_type {task_type} PEFT trains "
             f"{listing(heads)} whole (modules_to_save) instead of adapting it",
             "name other layers in target_modules, or save the adapter without a task_type",
-            Origin.CONFIG,
         )
     if not targets:
         return TARGETS_NOT_FOUND.finding(
-            "target_modules in adapter_config.json is empty, and no target_parameters are named",
-            RESTORE_CONFIG,
-            Origin.CONFIG,
+            "target_modules in adapter_config.json is empty, and no target_parameters are named", RESTORE_CONFIG
         )
     but = f" that exclude_modules ({excluded[:100]}) leaves" if excluded else ""
     but += f" in the layers of layers_to_transform ({layers[:100]})" if layers is not None else ""
@@ -190,7 +187,6 @@ def targets_not_found(
         _misread(targets, of_base)
         or _narrowed(names, of_base, by)
         or f"check that this is the adapter's base; {_renamed('the layers')}",
-        Origin.CONFIG,
     )
 
 
@@ -226,7 +222,6 @@ def parameters_not_found(targets: tuple[str, ...], of_base: tuple[str, ...]) -> 
         f"base's parameters are {listing(of_base, 12)}",
         "check that this is the adapter's base; target_parameters are the ends of names of parameters, such as "
         f"mlp.experts.gate_up_proj; {_renamed('those')}",
-        Origin.CONFIG,
     )
 
 
@@ -252,7 +247,6 @@ def tensors_missing(names: tuple[str, ...], trained_whole: str | None = None) ->
         if trained_whole
         else f"the file lacks {listing(names, 6)}, which adapter_config.json promises",
         "save the adapter again with save_pretrained, and check that the upload was complete",
-        Origin.ADAPTER,
         tensor=names[0],
     )
 
@@ -291,7 +285,6 @@ def shape_clash(
     return SHAPE_MISMATCH.finding(
         f"{name} has shape {list(got)}, but config and base need {list(expected)}{more}",
         hint,
-        Origin.ADAPTER,
         module=module_of(name),
         tensor=name,
     )

@@ -36,6 +36,7 @@ def _has_no_weights(case: FileCase) -> Iterator[Finding]:
 @Check(
     id="not-mergeable",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="The method cannot be merged into weights, or its merge is known to be wrong.",
     symptom=Symptom.UNTRAINED_MERGE,
     failure=FailureKind.NOT_MERGEABLE,
@@ -57,7 +58,6 @@ def not_mergeable(case: MergeCase) -> Iterator[Finding]:
         f"not even in training, and the merge changes {'that weight by' if is_single else 'those weights by up to'} "
         f"{share} times its norm",
         f"serve the adapter unmerged, as it was trained; or exclude {those} (exclude_modules) and train again",
-        Origin.CONFIG,
         severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
         module=worst.module,
         measured=(("layers", float(len(unread))), ("share", float(share))),  # rounded, so that all dtypes have the same
@@ -136,9 +136,7 @@ def known_defect(defect: str, method: str = "this method", modules: tuple[str, .
     """`method` is PEFT's name of it. `modules` are empty if the defect concerns the whole adapter."""
     reason, hint = DEFECTS[defect]
     place = f" (in {listing(modules, 1)})" if modules else ""
-    return not_mergeable.finding(
-        f"{reason.format(method=method)}{place}", hint, Origin.CONFIG, module=modules[0] if modules else None
-    )
+    return not_mergeable.finding(f"{reason.format(method=method)}{place}", hint, module=modules[0] if modules else None)
 
 
 def loftq_without_gpu() -> Finding:
@@ -156,7 +154,6 @@ def other_forward(module: str, class_name: str, share: float) -> Finding:
         f"{module} is a {class_name}, which does more than multiply by its weight or look up its rows: the outputs of "
         f"the merged layer differ from the unmerged layer's by {share:.0%} of the adapter's change",
         "serve the adapter unmerged, as it was trained; or exclude that layer (exclude_modules) and train again",
-        Origin.CONFIG,
         module=module,
     )
 
@@ -169,7 +166,7 @@ def layer_left_unmerged(module: str) -> Finding:
         f"PEFT left {module} unmerged in its result",
         "of two layers, one inside of the other, PEFT merges the outer one only (target_parameters on a module, "
         "target_modules on a part of it): serve the adapter unmerged, or train it again with one of the two",
-        Origin.MERGE,
+        origin=Origin.MERGE,
         module=module,
     )
 
@@ -178,12 +175,12 @@ def result_lacks_tensors(names: tuple[str, ...], in_wrapper: bool) -> Finding:
     """`in_wrapper`: the result has trained modules that are still wrapped."""
     message = f"PEFT's result lacks {listing(names, 3)} of the base"
     if not in_wrapper:
-        return not_mergeable.finding(message, "", Origin.MERGE)
+        return not_mergeable.finding(message, "", origin=Origin.MERGE)
     return not_mergeable.finding(
         f"{message}: it leaves what modules_to_save names in its wrapper, and saves it under other names",
         "put each wrapper's trained module (modules_to_save.default) in its place before the merged model is "
         "saved, or serve the adapter unmerged",
-        Origin.MERGE,
+        origin=Origin.MERGE,
     )
 
 
@@ -194,7 +191,6 @@ def setting_lost(adapter: str, setting: str) -> Finding:
     return not_mergeable.finding(
         f"PEFT combines adapters with {setting} (here {adapter}) into something other than their weighted sum",
         "merge this adapter alone, or retrain it without that setting before combining it",
-        Origin.CONFIG,
     )
 
 
@@ -202,7 +198,6 @@ def tensor_unweighted(adapter: str, tensor: str) -> Finding:
     return not_mergeable.finding(
         f"{adapter} has {tensor} whole, and PEFT ignores its weight: it applies weights to factors of LoRA only",
         "merge this adapter alone, or combine members without trained biases or embeddings",
-        Origin.CONFIG,
         module=tensor.rpartition(".")[0],
         tensor=tensor,
     )
@@ -213,7 +208,6 @@ def two_vocabularies(adapters: tuple[str, ...], tensor: str) -> Finding:
         f"{listing(adapters)} have different values for the rows of {tensor} that the base lacks, and PEFT takes those "
         "of the last one",
         "merge each alone, or train them from one base whose vocabulary has been enlarged and saved",
-        Origin.CONFIG,
         module=tensor.rpartition(".")[0],
         tensor=tensor,
     )
@@ -224,19 +218,11 @@ def modules_left_out(adapter: str, modules: tuple[str, ...]) -> Finding:
         f"PEFT leaves {listing(modules)} of {adapter} out of the combination: it takes layers_to_transform and "
         "exclude_modules of the first member, and no module that is trained whole (modules_to_save)",
         "name the member that adapts the most layers first; merge one with a trained head alone",
-        Origin.CONFIG,
         module=modules[0],
     )
 
 
 REFUSALS: tuple[Callable[..., Finding], ...] = (
-    known_defect,
-    loftq_without_gpu,
-    other_forward,
-    layer_left_unmerged,
-    result_lacks_tensors,
-    setting_lost,
-    tensor_unweighted,
-    two_vocabularies,
-    modules_left_out,
-)
+    known_defect, loftq_without_gpu, other_forward, layer_left_unmerged, result_lacks_tensors, setting_lost,
+    tensor_unweighted, two_vocabularies, modules_left_out,
+)  # fmt: skip

@@ -31,9 +31,8 @@ def config_raised(error: Caught, method: str) -> Finding:
         return not_mergeable.finding(
             f"PEFT has changed {method} since this adapter was saved: {error.text}",
             "the file is not at fault: merge it with the release that PEFT names, or train it again",
-            Origin.CONFIG,
         )
-    return CONFIG_INVALID.finding(f"PEFT rejects adapter_config.json: {error}", RESTORE_CONFIG, Origin.CONFIG)
+    return CONFIG_INVALID.finding(f"PEFT rejects adapter_config.json: {error}", RESTORE_CONFIG)
 
 
 def inject_raised(
@@ -52,20 +51,17 @@ def inject_raised(
             f"adapter_config.json sets an initialization that PEFT does not know: {text}",
             "it plays no part in a merge unless it names a part of the base (pissa, olora, corda): set it to "
             f"true, or {RESTORE_CONFIG}",
-            Origin.CONFIG,
         )
     if "dropout probability" in text:
         return CONFIG_INVALID.finding(
             f"adapter_config.json sets a dropout that PEFT refuses: {text}",
             f"dropout plays no part in a merge: {RESTORE_CONFIG}",
-            Origin.CONFIG,
         )
     if "preprocess_corda" in text:
         return not_mergeable.finding(
             f"PEFT cannot load a CorDA adapter as it was trained: {text}",
             "convert it to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained); "
             "or, if the base less its first factors was saved, name that base and set init_lora_weights to true",
-            Origin.CONFIG,
         )
     return _blamed(
         f"PEFT cannot put this {method} adapter on base {base}: {text}",
@@ -86,20 +82,18 @@ def load_raised(error: Caught) -> Finding:
             f"the file lacks projections that save_projection in adapter_config.json promises: {error.text}",
             f"{_SAVE_AGAIN}, and check that the upload was complete; set save_projection to false only if it was saved "
             "so",
-            Origin.ADAPTER,
         )
     if _OUT_OF_BOUNDS in error.detail:  # VB-LoRA's choice of vectors
         return SHAPE_MISMATCH.finding(
             f"the file's indices name places that config and base do not have: {error.text}",
             "adapter_config.json is not that of the training (num_vectors), or the file is damaged",
-            Origin.ADAPTER,
         )
     message = f"PEFT cannot load the adapter's weights: {error}"
     hint = f"{_SAVE_AGAIN}; weights must be tensors only"
     if error.kinds[0] in {"SafetensorError", "UnpicklingError", "EOFError"}:
-        return FILE_CORRUPT.finding(message, hint, Origin.FILE)
+        return FILE_CORRUPT.finding(message, hint)
     if error.is_a("ValueError", "RuntimeError"):
-        return CONFIG_INVALID.finding(message, hint, Origin.CONFIG)
+        return CONFIG_INVALID.finding(message, hint)
     return not_judged(message, hint, origin=Origin.CONFIG)
 
 
@@ -107,7 +101,6 @@ def add_raised(error: Caught) -> Finding:
     return _not_installed(error) or not_mergeable.finding(
         f"PEFT cannot put a second adapter next to the first: {error.text}",
         "combine adapters of one method only, without fully trained modules in common",
-        Origin.CONFIG,
     )
 
 
@@ -116,7 +109,6 @@ def combine_raised(error: Caught, members: tuple[str, ...], method: str) -> Find
     return _not_installed(error) or not_mergeable.finding(
         f"PEFT cannot combine {listing(members, 6)} by {method}: {error}",
         "members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",
-        Origin.CONFIG,
     )
 
 
@@ -131,7 +123,6 @@ def merge_raised(error: Caught, method: str, trains_tokens: bool, quantization: 
         return SHAPE_MISMATCH.finding(
             f"the file's indices name places that the base's weight does not have: {text}",
             "this is not the base that the adapter was trained on, or the file is damaged",
-            Origin.ADAPTER,
         )
     return _blamed(
         f"PEFT cannot merge this {method} adapter: {error}",
@@ -151,7 +142,7 @@ def _unknown_tokens(error: Caught, hint: str) -> Finding:
     return SHAPE_MISMATCH.finding(
         f"trainable_token_indices name rows that the base's vocabulary does not have: {error.text}",
         hint,
-        Origin.CONFIG,
+        origin=Origin.CONFIG,
     )
 
 
@@ -162,7 +153,7 @@ def _blamed(message: str, hint: str, origin: Origin, *, method: str, quantizatio
     """
     is_documented = quantization in set(Quantization) and method in DOCUMENTED_ON_PACKED
     if not is_incomplete and (quantization == Quantization.NONE or is_documented):
-        return not_mergeable.finding(message, hint, origin)
+        return not_mergeable.finding(message, hint, origin=origin)
     kind = "incomplete" if is_incomplete else f"quantized: {quantization}"
     return not_judged(
         f"{message} (the base is {kind})", "gate and merge on the complete, unquantized base", origin=Origin.BASE
@@ -170,10 +161,5 @@ def _blamed(message: str, hint: str, origin: Origin, *, method: str, quantizatio
 
 
 REFUSALS: tuple[Callable[..., Finding], ...] = (
-    config_raised,
-    inject_raised,
-    load_raised,
-    add_raised,
-    combine_raised,
-    merge_raised,
-)
+    config_raised, inject_raised, load_raised, add_raised, combine_raised, merge_raised,
+)  # fmt: skip
