@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import EngineError, Refused, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.records.measured import Evidence
-from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
+from merge_gate.records.refusals import Caught, NotJudged, Refusal, Refused, Undecidable
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.channel import Channel
@@ -493,7 +493,7 @@ def _is_of_an_import(error: Exception) -> bool:
     return any(name.startswith("<frozen importlib") for name in frames)
 
 
-def _refusal(error: Exception, group: Group | None = None) -> Refusal:
+def _refusal(error: Exception, group: Group | None = None) -> Refusal | NotJudged:
     """The fact behind an exception. A base has the name that the configuration uses."""
     if isinstance(error, Undecidable):
         return _with_label(error.refusal, group) if group is not None else error.refusal
@@ -502,14 +502,14 @@ def _refusal(error: Exception, group: Group | None = None) -> Refusal:
         return NotJudged(message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     kinds = tuple(one.__name__ for one in type(error).__mro__)
-    return WorkerRaised(error=Caught(kinds=kinds, text=text[:400]), in_import=_is_of_an_import(error))
+    caught = Caught(kinds=kinds, text=text[:400])
+    return Undecidable("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 
 
 def _with_label(refusal: Refusal, group: Group) -> Refusal:
     """The fact with the base's name in place of its directory, which is open under another path."""
-    match refusal:
-        case BaseRaised():
-            text = refusal.error.text.replace(group.directory, group.base.name)
-            return replace(refusal, error=replace(refusal.error, text=text))
-        case _:
-            return refusal
+    error = refusal.fields.get("error")
+    if not isinstance(error, Caught):
+        return refusal
+    named = replace(error, text=error.text.replace(group.directory, group.base.name))
+    return replace(refusal, fields={**refusal.fields, "error": named})

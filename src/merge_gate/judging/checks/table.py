@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from merge_gate.judging.checks import base_checks, effect, file_checks, finite, fit
+from merge_gate.judging.checks import base_checks, effect, expectations, file_checks, finite, fit, not_mergeable
 from merge_gate.judging.checks.check import Check
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.terms import Severity, record
 
-NOT_JUDGED, NOT_PUBLISHED = "not-judged", "not-published"
+NOT_PUBLISHED = "not-published"
 STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
 PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
 
@@ -56,7 +57,7 @@ WITHOUT_SETTING: Mapping[str, FindingKind] = MappingProxyType(
 CHECKS: Mapping[str, Check] = MappingProxyType(
     {
         row.id: row
-        for module in (base_checks, file_checks, fit, finite, effect)
+        for module in (base_checks, file_checks, fit, not_mergeable, expectations, finite, effect)
         for row in vars(module).values()
         if isinstance(row, Check)
     }
