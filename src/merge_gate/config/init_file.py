@@ -6,6 +6,7 @@ adapters name is searched for near them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import defaultdict
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names, yaml_text
+from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names
 from merge_gate.errors import UsageError
 from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.files import CONFIG_NAME
@@ -201,7 +202,11 @@ def _checkpoint_name(place: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    return text if _UNQUOTED.fullmatch(text) else yaml_text(text)
+    """A text in YAML, quoted if need be. JSON's escapes would write 😀 as two surrogates, which YAML refuses."""
+    if _UNQUOTED.fullmatch(text):
+        return text
+    written = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in written)
 
 
 def _not_listed(left_out: Mapping[str, list[str]], files: _FoundFiles) -> Iterator[str]:
