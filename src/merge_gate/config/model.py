@@ -17,6 +17,7 @@ from pydantic.functional_validators import BeforeValidator, WrapValidator, field
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, WithJsonSchema
 from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
+from typing_extensions import TypeAliasType
 
 from merge_gate.config.sizes import SIZE
 from merge_gate.config.yaml_document import Loc
@@ -263,21 +264,33 @@ class CheckEntry(Model):
     error_limit: Positive | None = Field(None, alias="error-limit")
 
 
-def _check_field(row: Check) -> Any:
-    """The key of a check: its severity alone, or a mapping, with a limit if the check has one."""
-    words = ["error", "warning", "off", "on", False, True] if row.can_be_off else ["error", "on", True]
+def _setting(limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
+    """The type of a check's value: its severity alone, or a mapping, with a limit if the check has one."""
+    words = ["error", "warning", "off", "on", False, True] if can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
-    share = {"maximum": 1} if row.limit_is_share else {}
-    number = {"type": "number", "exclusiveMinimum": 0} | share
-    limit = number | {"description": f"Fires above this. Default: {row.limit}."}
-    both = {"severity": severity} | ({"limit": limit} if row.limit is not None else {})
-    if row.has_error_limit:
-        default = "none" if row.error_limit is None else f"{row.error_limit:g}"
-        both["error-limit"] = limit | {"description": f"A warning above this is an error. Default: {default}."}
-    long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": both}
+    properties = {"severity": severity} | limits
+    long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": properties}
     expected = "error, warning or off, or a mapping with severity and limit"
-    entry = Annotated[CheckEntry, ShortForm("severity", expected, {"enum": words}, long, (str, bool))]
-    return (entry | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
+    return Annotated[CheckEntry, ShortForm("severity", expected, {"enum": words}, long, (str, bool))]
+
+
+_WITHOUT_LIMIT = {
+    True: TypeAliasType("Severity", _setting({}, can_be_off=True)),
+    False: TypeAliasType("FixedSeverity", _setting({}, can_be_off=False)),
+}
+"""The types of checks without a limit. They are named, so that the JSON Schema has each once."""
+
+
+def _check_field(row: Check) -> Any:
+    setting: Any = _WITHOUT_LIMIT[row.can_be_off]
+    if row.limit is not None:
+        number = {"type": "number", "exclusiveMinimum": 0} | ({"maximum": 1} if row.limit_is_share else {})
+        limits = {"limit": number | {"description": f"Fires above this. Default: {row.limit}."}}
+        if row.has_error_limit:
+            default = "none" if row.error_limit is None else f"{row.error_limit:g}"
+            limits["error-limit"] = number | {"description": f"A warning above this is an error. Default: {default}."}
+        setting = _setting(limits, can_be_off=row.can_be_off)
+    return (setting | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
 
 
 Checks: Any = create_model("Checks", __base__=Model, **{name: _check_field(row) for name, row in CHECKS.items()})
