@@ -268,7 +268,7 @@ def _setting(limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
     """The type of a check's value: its severity alone, or a mapping, with a limit if the check has one."""
     words = ["error", "warning", "off", "on", False, True] if can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
-    properties = {"severity": severity} | limits
+    properties = {"severity": severity, **limits}
     long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": properties}
     expected = "error, warning or off, or a mapping with severity and limit"
     return Annotated[CheckEntry, ShortForm("severity", expected, {"enum": words}, long, (str, bool))]
