@@ -193,10 +193,6 @@ def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     return top, commands
 
 
-def _completion(arguments: argparse.Namespace) -> int:
-    return print_command.completion(arguments, parser_of_words())
-
-
 COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]] = {
     "run": (run_command.add, run_command.run),
     "check": (check_command.add, check_command.run),
@@ -208,7 +204,7 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
     "explain": (print_command.add_explain, print_command.explain),
     "schema": (print_command.add_schema, print_command.schema),
-    "completion": (print_command.add_completion, _completion),
+    "completion": (print_command.add_completion, lambda shell: print_command.completion(shell, parser_of_words())),
     "verify": (verify_command.add, verify_command.run),
     "attest": (attest_command.add, attest_command.run),
     "rebuild": (rebuild_command.add, rebuild_command.run),

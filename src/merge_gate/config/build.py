@@ -12,16 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge_gate.config.model import (
-    MAX_NAME,
-    METHODS_WITH,
-    AdapterEntry,
-    BaseEntry,
-    CheckEntry,
-    CombineEntry,
-    FileEntry,
-    PublishEntry,
-)
+from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
 from merge_gate.config.sizes import size_bytes
@@ -31,7 +22,16 @@ from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
 from merge_gate.names.foreign_names import is_inside
 from merge_gate.names.hub_names import is_commit
 from merge_gate.names.suggestions import nearest
-from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
+from merge_gate.records.config import (
+    COMMAND_LINE,
+    AdapterSpec,
+    BaseSpec,
+    CheckSetting,
+    Combine,
+    Config,
+    Expect,
+    PublishSpec,
+)
 from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
@@ -54,7 +54,7 @@ def build_config(
 
     Args:
         document: the file's content.
-        sha256: the digest of the file's bytes.
+        sha256: the digest of the file's bytes, or of the named adapters and their options.
         path: the file as the user named it; None if the adapters are named on the command line.
         directory: where relative names start.
         output: the output directory of the run, which globs skip.
@@ -65,45 +65,35 @@ def build_config(
     """
     file = read_models(document, FileEntry)
     policy = policy or file.policy or DEFAULT
-    build = _Build(document, file, directory, is_file=path is not None, output=output, policy=POLICIES[policy])
-    adapters = build.adapters(file.adapters or [])
+    adapters = _Build(document, file, directory, output, POLICIES[policy]).adapters(file.adapters or [])
     document.raise_problems()
-    baseline = str(Path(path or "").parent / file.baseline) if file.baseline else None
+    publish = None
+    if entry := file.publish:
+        publish = PublishSpec(
+            directory=str(directory / (entry.directory or "")),
+            label=entry.directory or "",
+            dtype=entry.dtype or PublishSpec.dtype,
+            max_shard_bytes=size_bytes(entry.max_shard_size) if entry.max_shard_size else None,
+        )
     return file.record(
         Config,
         path=path,
         directory=str(directory),
         sha256=sha256,
         adapters=adapters,
-        baseline_path=baseline,
+        baseline_path=str(Path(path or "").parent / file.baseline) if file.baseline else None,
         baseline=(),
-        publish=_publish(file.publish, directory) if file.publish else None,
+        publish=publish,
         policy=policy,
-    )
-
-
-def _publish(entry: PublishEntry, directory: Path) -> PublishSpec:
-    return PublishSpec(
-        directory=str(directory / (entry.directory or "")),
-        label=entry.directory or "",
-        dtype=entry.dtype or PublishSpec.dtype,
-        max_shard_bytes=size_bytes(entry.max_shard_size) if entry.max_shard_size else None,
     )
 
 
 class _Build:
     def __init__(
-        self,
-        document: YamlDocument,
-        file: FileEntry,
-        directory: Path,
-        *,
-        is_file: bool,
-        output: str | None,
-        policy: Policy,
+        self, document: YamlDocument, file: FileEntry, directory: Path, output: str | None, policy: Policy
     ) -> None:
         self.document, self.report = document, document.report
-        self.directory, self.is_file, self.output, self.policy = directory, is_file, output, policy
+        self.directory, self.output, self.policy = directory, output, policy
         self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
         self.default = self._override((), file, replace(_DEFAULT_ADAPTER, checks=tuple(map(policy.setting, CHECKS))))
 
@@ -234,7 +224,7 @@ class _Build:
         first, source = self.names[spec.name]
         lines = f", in line {line}" if line == first else f", in line {first} and in line {line}"
         hint = 'names must be unique: give one of them another "name"'
-        if not self.is_file:
+        if self.document.path == COMMAND_LINE:
             lines, hint = "", "list each adapter once; use a config file to give adapters different names"
         message = f"the name {quoted(spec.name)} is used twice{lines}: for {quoted(source)} and {quoted(spec.source)}"
         self.report(loc, message, hint)
