@@ -16,7 +16,6 @@ built, so that all problems are reported at once.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 from dataclasses import replace
@@ -46,15 +45,6 @@ def load_config(path: str, *, output: str | None = None, policy: str | None = No
     Raises:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)  # garbage collection while many values are created would take half of the time
-    try:
-        return _load(path, output, policy)
-    finally:
-        gc.set_threshold(*thresholds)
-
-
-def _load(path: str, output: str | None, policy: str | None) -> Config:
     raw = _read_bytes(path)  # 1
     document = read_yaml(_text(raw, path), path)  # 2
     digest, directory = hashlib.sha256(raw).hexdigest(), Path(path).absolute().parent
