@@ -38,6 +38,11 @@ from merge_gate.text import counted, has_hidden, listing, quoted
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
 _LEAST_PERCENT, _PERCENT = 2, 100
+_LIMITED = {
+    "limit": [check for check, row in CHECKS.items() if row.limit is not None],
+    "error-limit": [check for check, row in CHECKS.items() if row.has_error_limit],
+}
+"""The checks that have a limit, by its key."""
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 
@@ -247,7 +252,6 @@ class _Build:
                 self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
             elif spec.model is None and "model" not in entry.model_fields_set:
                 self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
-        spec = replace(spec, sha256=tuple((entry.sha256 or {}).items()) or spec.sha256)
         is_on_hub = spec.model is not None and not Path(spec.model).is_absolute()
         self._refuse_unpinned(loc, "base", spec.label if is_on_hub else None, spec.revision)
         for index in _repeated(entry.dtype):
@@ -255,11 +259,11 @@ class _Build:
         for index in _repeated(entry.names):
             self.report((*loc, "names", index), f"{quoted((entry.names or ())[index])} is listed twice", "remove one")
         self._refuse_outside((*loc, "sha256"), entry.sha256 or (), "base")
-        quantization = Quantization(entry.quantization or spec.quantization)
         return replace(
             spec,
+            sha256=tuple((entry.sha256 or {}).items()) or spec.sha256,
             dtypes=tuple(entry.dtype or spec.dtypes),
-            quantization=quantization,
+            quantization=Quantization(entry.quantization or spec.quantization),
             access=Access(entry.access or spec.access),
             read=Read(entry.read or spec.read),
             names=tuple(entry.names or spec.names),
@@ -289,29 +293,21 @@ class _Build:
                 else "a model with NaN or infinity never passes"
             )
             self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {change}", hint)
-        if entry.limit and row.limit is None:
-            limited = ", ".join(check for check, row in CHECKS.items() if row.limit is not None)
-            self.report(loc, f"{quoted(default.check)} has no limit", f"checks with a limit: {limited}", key="limit")
-        if entry.error_limit and not row.has_error_limit:
-            limited = ", ".join(check for check, row in CHECKS.items() if row.has_error_limit)
-            hint = f"checks with an error-limit: {limited}"
-            self.report(loc, f"{quoted(default.check)} has no error-limit", hint, key="error-limit")
-        if row.limit_is_share:
-            self._refuse_percent(loc, "limit", entry.limit)
-            self._refuse_percent(loc, "error-limit", entry.error_limit)
+        for key, value in (("limit", entry.limit), ("error-limit", entry.error_limit)):
+            if value and row.id not in _LIMITED[key]:
+                hint = f"checks with {'an' if key[0] == 'e' else 'a'} {key}: {', '.join(_LIMITED[key])}"
+                self.report(loc, f"{quoted(row.id)} has no {key}", hint, key=key)
+            elif value and value > 1 and row.limit_is_share:  # it would switch the check off
+                is_percent = _LEAST_PERCENT <= value <= _PERCENT
+                hint = f"did you mean {value / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
+                message = f"{quoted(key)} must be a share between 0 and 1, got the number {value:g}"
+                self.report((*loc, key), message, hint)
         limit, error_limit = entry.limit or default.limit, entry.error_limit or default.error_limit
         if entry.error_limit and limit and entry.error_limit < limit:
             message = f"the error-limit {entry.error_limit:g} is below the limit {limit:g}"
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
             self.report(loc, message, hint, key="error-limit")
         return replace(default, limit=limit, error_limit=error_limit)
-
-    def _refuse_percent(self, loc: Loc, key: str, share: float | None) -> None:
-        """Report a share above 1: as a limit it would switch the check off."""
-        if share and share > 1:
-            is_percent = _LEAST_PERCENT <= share <= _PERCENT
-            hint = f"did you mean {share / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
-            self.report((*loc, key), f"{quoted(key)} must be a share between 0 and 1, got the number {share:g}", hint)
 
     def _refuse_outside(self, loc: Loc, names: Iterable[str], owner: str) -> None:
         for name in names:
