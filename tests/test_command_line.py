@@ -16,7 +16,7 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.named_adapters import requested_config
-from merge_gate.cli.parser import parsed, parsers
+from merge_gate.cli.parser import output_of, parsed, parsers
 from merge_gate.cli.variables import WITHOUT_VARIABLE, unknown_variables
 from merge_gate.errors import UsageError
 
@@ -150,6 +150,18 @@ def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPat
     unknown = unknown_variables(commands().values(), os.environ)
     assert len(names) > 60
     assert unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "output"), [("run", "merge-gate-report"), ("verify", None), ("rnu", "merge-gate-report")]
+)
+def test_a_directory_named_as_a_command_changes_no_command(
+    command: str, output: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake after `verify` does not mark the report of a run as stale."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / command).mkdir()
+    assert output_of([command, "--devise"]) == output
 
 
 # --- help ----------------------------------------------------------------------------------------------------------
