@@ -82,7 +82,8 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
         assert [fed.lay_out(asked), fed.lay_out(asked)] == [base, base]
         assert parents[0] == parents[1]
         assert Path(parents[0]).is_dir()
-        scheduled = fed.schedule(group(base))
+        streamed = BaseFiles(directory=base, weights=(WEIGHTS,), is_streamed=True)
+        scheduled = fed.schedule(replace(group(base), files=streamed))
         assert scheduled.one_pass
         assert scheduled.fed
         assert fed.unproven(base) is not None

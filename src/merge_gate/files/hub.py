@@ -38,6 +38,7 @@ from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, ask, host
 from merge_gate.limits.request_limits import AGENT
 from merge_gate.names.foreign_names import COMMIT, is_inside
+from merge_gate.records.files import PlannedFetch
 from merge_gate.records.terms import Access
 from merge_gate.text import counted
 from merge_gate.whole_file import whole_file
@@ -72,7 +73,8 @@ class Fetched:
     """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders).
 
     If `is_listed` is False, the repository's files are unknown: it could not be asked, and the cache has no list.
-    `chosen` are the files in `directory`, and `streamable` those that were not fetched, to be read by ranges.
+    `chosen` are the files in `directory`, and `streamable` those that were not fetched, to be read by ranges. `plan` is
+    set if nothing was fetched, because it was only planned.
     """
 
     directory: str
@@ -81,34 +83,22 @@ class Fetched:
     is_listed: bool = True
     chosen: tuple[str, ...] = ()
     streamable: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedFetch:
-    """What `fetch` would do. `sizes` are those of the chosen files in bytes, and `absent` the files not in the cache.
-
-    `streamable` are the files that would be read by ranges, and not be fetched. `free_bytes` is the free space on the
-    disk of the cache; None if it is not known.
-    """
-
-    commit: str
-    sizes: Mapping[str, int]
-    absent: tuple[str, ...]
-    streamable: tuple[str, ...]
-    free_bytes: int | None = None
+    plan: PlannedFetch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
     """One repository at one revision. Every exception that leaves its methods is a `ResolveError`.
 
-    With another `access` than a download, safetensors files may be left to be read by ranges.
+    With another `access` than a download, safetensors files may be left to be read by ranges. If the fetch is only
+    planned, nothing is written to the cache, except small files that `choose` reads.
     """
 
     repo_id: str
     revision: str | None
     notify: Callable[[str], None]
     access: Access = Access.DOWNLOAD
+    is_plan: bool = False
 
     def __post_init__(self) -> None:
         _set_up_library()
@@ -122,41 +112,36 @@ class Repository:
         """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived."""
         return self._from_cache(choose) if constants.HF_HUB_OFFLINE else self._from_network(choose)
 
-    def plan(self, choose: Choose) -> PlannedFetch:
-        """What `fetch` would do. Only small files that `choose` reads are fetched."""
-        if not constants.HF_HUB_OFFLINE:
-            return self._chosen(choose)[0]
-        fetched = self._from_cache(choose)
-        sizes = {name: Path(fetched.directory, name).stat().st_size for name in fetched.chosen}
-        return PlannedFetch(commit=fetched.commit, sizes=sizes, absent=(), streamable=())
-
     def _from_network(self, choose: Choose) -> Fetched:
         # 1. and 2. Resolve the revision to a commit, list its files, and let the caller choose.
-        plan, files = self._chosen(choose)
-        commit, streamable = plan.commit, plan.streamable
-        chosen = tuple(name for name in plan.sizes if name not in streamable)
+        commit, files = self._listed()
+        plan = self._planned(choose, files, commit)
+        if self.is_plan and plan.absent:
+            directory = str(self._cache / "snapshots" / commit)
+            return Fetched(directory=directory, commit=commit, withheld=plan.absent, plan=plan)
+        chosen = tuple(name for name in plan.sizes if name not in plan.streamable)
         # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
         total = _shown_bytes(sum(plan.sizes[name] for name in chosen))
-        self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {total}")
-        self._write_ref(commit)
-        directory = self._ask(lambda: self._download(commit, chosen), self._limits(files, chosen, commit))
+        if not self.is_plan:
+            self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {total}")
+            self._write_ref(commit)
+        directory = self._ask(
+            lambda: self._download(commit, chosen, local_files_only=self.is_plan), self._limits(files, chosen, commit)
+        )
         fetched = self._check(directory, chosen, withheld=files.keys() - plan.sizes.keys())
         # 4. Compare the new files with the digests that the Hub lists.
         for name in (name for name in plan.absent if name in chosen):
             self._compare(Path(directory, name), files[name])
-        return replace(fetched, streamable=streamable)
+        return replace(fetched, streamable=plan.streamable)
 
-    def _chosen(self, choose: Choose) -> tuple[PlannedFetch, dict[str, RepoSibling]]:
-        commit, files = self._listed()
+    def _planned(self, choose: Choose, files: Mapping[str, RepoSibling], commit: str) -> PlannedFetch:
         chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
-        plan = PlannedFetch(
-            commit=commit,
+        return PlannedFetch(
             sizes={name: files[name].size or 0 for name in chosen},
             absent=tuple(name for name in chosen if not self._is_cached(name, commit)),
             streamable=self._streamable(files, chosen, commit),
             free_bytes=_free_bytes(constants.HF_HUB_CACHE),
         )
-        return plan, files
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
         api = HfApi(library_name=AGENT, library_version=__version__)

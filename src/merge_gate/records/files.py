@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field, replace
 
 from merge_gate.records.config import AdapterSpec
@@ -83,6 +84,23 @@ class DeclaredQuantization:
 
 
 @record
+class PlannedFetch:
+    """What a run would fetch from a repository on the Hub.
+
+    Attributes:
+        sizes: the chosen files with their bytes.
+        absent: those that are not in the Hub's cache.
+        streamable: those that would be read by ranges, and not be fetched.
+        free_bytes: the free space on the disk of the cache; None if it is not known.
+    """
+
+    sizes: Mapping[str, int]
+    absent: tuple[str, ...]
+    streamable: tuple[str, ...]
+    free_bytes: int | None = None
+
+
+@record
 class BaseFiles:
     """What a base's files say, read without torch (files/base_files.py).
 
@@ -101,6 +119,7 @@ class BaseFiles:
             `base-format`. The first one is the cause.
         notes: what is worth reporting if every parameter of the loaded model has a source.
         is_streamed: whether the weight files in the directory are stubs, with headers and without data.
+        fetch: what was left on the Hub, as in `Snapshot`; nothing else is known then but names and sizes.
     """
 
     directory: str
@@ -116,6 +135,7 @@ class BaseFiles:
     findings: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     is_streamed: bool = False
+    fetch: PlannedFetch | None = None
 
 
 @record
@@ -127,6 +147,7 @@ class Snapshot:
         revision: the commit of a Hub id; None for a directory.
         withheld: the repository's files that were not fetched (with their folders).
         base_files: what the files of a base say; None for an adapter.
+        fetch: what was left on the Hub, because the run is only planned; None if nothing was.
     """
 
     name: str
@@ -134,6 +155,7 @@ class Snapshot:
     revision: str | None = None
     withheld: tuple[str, ...] = ()
     base_files: BaseFiles | None = None
+    fetch: PlannedFetch | None = None
 
 
 @record
@@ -180,7 +202,7 @@ class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
     `tensors` is empty if only torch can list the tensors of pickled weights. `weights` is the file that PEFT will load,
-    relative to `directory`, or None.
+    relative to `directory`, or None. `fetch` is that of `Snapshot`; only the config is known then.
     """
 
     directory: str
@@ -189,6 +211,7 @@ class AdapterFiles:
     tensors: tuple[StoredTensor, ...] = ()
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
+    fetch: PlannedFetch | None = None
 
 
 @record

@@ -98,16 +98,13 @@ class FedBases:
         Raises:
             UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
         """
-        records = self.recorded(group, read)
+        is_here = group.files is None or group.files.fetch is None  # else, no one knows whether there is a record
+        records = self._recorded(group, read) if is_here else ()
         scheduled = self._scheduled(group, always=read is Read.TOUCHED)
         return replace(scheduled, records=records, keeps_record=self._records is not None)
 
-    def recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
-        """The figures that earlier runs measured for a group's base, unless this run reads all of it.
-
-        Raises:
-            UsageError: only touched tensors are to be read, and there is no record.
-        """
+    def _recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
+        """The figures that earlier runs measured for a group's base, unless this run reads all of it."""
         if self._records is None or read is Read.WHOLE:
             found: tuple[BaseRecord, ...] = ()
         else:
@@ -145,7 +142,7 @@ class FedBases:
 
     def _scheduled(self, group: Group, *, always: bool) -> Group:
         """`always`: the base is read in a pass, whatever its size."""
-        if group.directory in self._streamed:
+        if group.files is not None and group.files.is_streamed:
             return replace(group, one_pass=True, fed=True)
         weights, size_bytes = (group.files.weights, group.files.weight_bytes) if group.files is not None else ((), 0)
         note = too_large(group.base.name, size_bytes, MemoryGroup().free_bytes())
