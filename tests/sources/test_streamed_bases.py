@@ -15,8 +15,8 @@ from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, hub
 from merge_gate.files.headers import parse_places
 from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching, Streamable, resolve_base
-from merge_gate.records.files import Snapshot
+from merge_gate.files.resolve import Fetching, resolve_base
+from merge_gate.records.files import Fetched, Snapshot
 from merge_gate.records.terms import Access
 from merge_gate.sources import hub_file, streamed_bases
 from merge_gate.sources.feed import SourceError
@@ -63,7 +63,7 @@ class LaidOut:
         self._parent = parent
         self.files: HubFiles | None = None
 
-    def __call__(self, base: Streamable) -> str:
+    def __call__(self, base: Fetched) -> str:
         directory, self.files = lay_out(base, str(self._parent))
         return directory
 

@@ -38,7 +38,7 @@ from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, ask, host
 from merge_gate.limits.request_limits import AGENT
 from merge_gate.names.foreign_names import COMMIT, is_inside
-from merge_gate.records.files import PlannedFetch
+from merge_gate.records.files import Fetched
 from merge_gate.records.terms import Access
 from merge_gate.text import counted
 from merge_gate.whole_file import whole_file
@@ -66,24 +66,6 @@ _LISTED = 6
 _DIGEST_CHARACTERS = 16
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\[]*", re.ASCII)
 """What git allows as the name of a ref. The name becomes part of a path in the cache."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders).
-
-    If `is_listed` is False, the repository's files are unknown: it could not be asked, and the cache has no list.
-    `chosen` are the files in `directory`, and `streamable` those that were not fetched, to be read by ranges. `plan` is
-    set if nothing was fetched, because it was only planned.
-    """
-
-    directory: str
-    commit: str
-    withheld: tuple[str, ...]
-    is_listed: bool = True
-    chosen: tuple[str, ...] = ()
-    streamable: tuple[str, ...] = ()
-    plan: PlannedFetch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,33 +97,33 @@ class Repository:
     def _from_network(self, choose: Choose) -> Fetched:
         # 1. and 2. Resolve the revision to a commit, list its files, and let the caller choose.
         commit, files = self._listed()
-        plan = self._planned(choose, files, commit)
-        if self.is_plan and plan.absent:
-            directory = str(self._cache / "snapshots" / commit)
-            return Fetched(directory=directory, commit=commit, withheld=plan.absent, plan=plan)
-        chosen = tuple(name for name in plan.sizes if name not in plan.streamable)
-        # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
-        total = _shown_bytes(sum(plan.sizes[name] for name in chosen))
-        if not self.is_plan:
-            self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {total}")
-            self._write_ref(commit)
-        directory = self._ask(
-            lambda: self._download(commit, chosen, local_files_only=self.is_plan), self._limits(files, chosen, commit)
-        )
-        fetched = self._check(directory, chosen, withheld=files.keys() - plan.sizes.keys())
-        # 4. Compare the new files with the digests that the Hub lists.
-        for name in (name for name in plan.absent if name in chosen):
-            self._compare(Path(directory, name), files[name])
-        return replace(fetched, streamable=plan.streamable)
-
-    def _planned(self, choose: Choose, files: Mapping[str, RepoSibling], commit: str) -> PlannedFetch:
         chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
-        return PlannedFetch(
+        absent = tuple(name for name in chosen if not self._is_cached(name, commit))
+        streamable = self._streamable(files, chosen, commit)
+        fetched = Fetched(
+            repo_id=self.repo_id,
+            commit=commit,
+            directory=str(self._cache / "snapshots" / commit),
+            chosen=tuple(name for name in chosen if name not in streamable),
+            streamable=streamable,
+            withheld=tuple(sorted(files.keys() - {*chosen})),
             sizes={name: files[name].size or 0 for name in chosen},
-            absent=tuple(name for name in chosen if not self._is_cached(name, commit)),
-            streamable=self._streamable(files, chosen, commit),
             free_bytes=_free_bytes(constants.HF_HUB_CACHE),
         )
+        if self.is_plan and absent:
+            return replace(fetched, absent=absent, withheld=absent)
+        # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
+        total = _shown_bytes(sum(fetched.sizes[name] for name in fetched.chosen))
+        if not self.is_plan:
+            self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(fetched.chosen), 'file')}, {total}")
+            self._write_ref(commit)
+        limits = self._limits(files, fetched.chosen, commit)
+        directory = self._ask(lambda: self._download(commit, fetched.chosen, local_files_only=self.is_plan), limits)
+        self._refuse_incomplete(directory, fetched.chosen)
+        # 4. Compare the new files with the digests that the Hub lists.
+        for name in (name for name in absent if name in fetched.chosen):
+            self._compare(Path(directory, name), files[name])
+        return replace(fetched, directory=directory)
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
         api = HfApi(library_name=AGENT, library_version=__version__)
@@ -236,21 +218,20 @@ class Repository:
             return path
 
         chosen = choose(names, cached)
-        return self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
+        self._refuse_incomplete(directory, chosen)
+        return Fetched(
+            repo_id=self.repo_id,
+            commit=Path(directory).name,
+            directory=directory,
+            chosen=chosen,
+            withheld=tuple(sorted(names - set(chosen))),
+            is_listed=listing is not None,
+        )
 
-    def _check(
-        self, directory: str, chosen: tuple[str, ...], *, withheld: Iterable[str], is_listed: bool = True
-    ) -> Fetched:
+    def _refuse_incomplete(self, directory: str, chosen: tuple[str, ...]) -> None:
         """Check that all files have arrived: huggingface_hub returns a partial snapshot if a request fails."""
         if absent := [name for name in chosen if not Path(directory, name).exists()]:
             raise incomplete(self.what, absent)
-        return Fetched(
-            directory=directory,
-            commit=Path(directory).name,
-            withheld=tuple(sorted(withheld)),
-            is_listed=is_listed,
-            chosen=chosen,
-        )
 
     def _is_cached(self, name: str, commit: str) -> bool:
         return isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, name, revision=commit), str)

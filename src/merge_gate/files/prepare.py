@@ -80,8 +80,8 @@ class Inputs:
         snapshot = resolve.resolve_adapter(spec, self._how)
         allow = self._config.allow_pickle
         files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
-        if snapshot.fetch is not None:  # for a plan: the weights are not here
-            files = AdapterFiles(directory=files.directory, config=files.config, fetch=snapshot.fetch)
+        if snapshot.fetched is not None and snapshot.fetched.absent:  # for a plan: the weights are not here
+            files = AdapterFiles(directory=files.directory, config=files.config, on_hub=snapshot.fetched)
         return files, snapshot.revision
 
     def checked(self, spec: AdapterSpec) -> Entry:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
 from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, PlannedFetch, Snapshot
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, Fetched, Snapshot
 from merge_gate.records.terms import Access, record
 from merge_gate.text import counted, listing
 
@@ -32,17 +32,6 @@ _LISTED = 6
 _USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
 
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streamable:
-    """A base on the Hub whose weights were not fetched. `others` are its small files, which are in `directory`."""
-
-    repo_id: str
-    commit: str
-    directory: str
-    others: tuple[str, ...]
-    weights: tuple[str, ...]
 
 
 @record
@@ -63,7 +52,7 @@ class Fetching:
 
     notify: Callable[[str], None] = lambda _: None
     access: Access | None = None
-    lay_out: Callable[[Streamable], str] | None = None
+    lay_out: Callable[[Fetched], str] | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
     with_companions: bool = False
@@ -92,8 +81,7 @@ def resolve_adapter(spec: AdapterSpec, how: Fetching = _USUALLY) -> Snapshot:
 
     needs = (CONFIG_NAME, WEIGHTS_NAME)
     how = replace(how, access=Access.DOWNLOAD)
-    snapshot, _ = _fetch(spec.hub_id, spec.revision, choose, how, name=spec.source, needs=needs)
-    return snapshot
+    return _fetch(spec.hub_id, spec.revision, choose, how, name=spec.source, needs=needs)
 
 
 def resolve_base(
@@ -104,7 +92,6 @@ def resolve_base(
     The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
     """
     name = label or model
-    streamable: Streamable | None = None
     if Path(model).is_absolute():
         snapshot = _local(model, "base", name=name)
     else:
@@ -120,22 +107,25 @@ def resolve_base(
 
         if how.lay_out is None:
             how = replace(how, access=Access.DOWNLOAD)
-        snapshot, streamable = _fetch(model, revision, choose, how, name=name)
-    if snapshot.fetch is not None:
-        return replace(snapshot, base_files=_planned_files(snapshot.directory, snapshot.fetch))
-    if streamable is not None and how.lay_out is not None:
-        snapshot = replace(snapshot, directory=how.lay_out(streamable))
-    has_values = streamable is None
+        snapshot = _fetch(model, revision, choose, how, name=name)
+    fetched = snapshot.fetched
+    if fetched is not None and fetched.absent:
+        return replace(snapshot, base_files=_planned_files(fetched))
+    has_values = fetched is None or not fetched.streamable
+    if fetched is not None and fetched.streamable and how.lay_out is not None:
+        snapshot = replace(snapshot, directory=how.lay_out(fetched))
     files = base_files.read_base(snapshot.directory, name=name, allow_pickle=how.allow_pickle, has_values=has_values)
     return replace(snapshot, base_files=files)
 
 
-def _planned_files(directory: str, fetch: PlannedFetch) -> BaseFiles:
-    weights = tuple(name for name in fetch.sizes if name.endswith((base_weights.SAFETENSORS_ENDING, ".bin")))
-    size_bytes = sum(fetch.sizes[name] for name in weights)
-    is_streamed = bool(fetch.streamable)
+def _planned_files(fetched: Fetched) -> BaseFiles:
+    weights = tuple(name for name in fetched.sizes if name.endswith((base_weights.SAFETENSORS_ENDING, ".bin")))
     return BaseFiles(
-        directory=directory, weights=weights, weight_bytes=size_bytes, is_streamed=is_streamed, fetch=fetch
+        directory=fetched.directory,
+        weights=weights,
+        weight_bytes=sum(fetched.sizes[name] for name in weights),
+        is_streamed=bool(fetched.streamable),
+        on_hub=fetched,
     )
 
 
@@ -162,7 +152,7 @@ def _fetch(
     *,
     name: str,
     needs: tuple[str, ...] = (),
-) -> tuple[Snapshot, Streamable | None]:
+) -> Snapshot:
     """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
@@ -173,21 +163,13 @@ def _fetch(
     absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
     if absent and not fetched.is_listed:
         raise hub.incomplete(shown(repo_id), absent)
-    streamable = Streamable(
-        repo_id=repo_id,
-        commit=fetched.commit,
-        directory=fetched.directory,
-        others=fetched.chosen,
-        weights=fetched.streamable,
-    )
-    snapshot = Snapshot(
+    return Snapshot(
         name=name,
         directory=fetched.directory,
         revision=fetched.commit,
         withheld=fetched.withheld,
-        fetch=fetched.plan,
+        fetched=fetched,
     )
-    return snapshot, streamable if fetched.streamable else None
 
 
 def refuse_local_name(model: str) -> None:

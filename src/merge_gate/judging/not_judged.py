@@ -5,7 +5,7 @@ In: a sentence, or an exception. Out: a `Finding` of `not-judged`.
 
 from __future__ import annotations
 
-from merge_gate.judging.checks.table import NOT_JUDGED
+from merge_gate.judging.kinds import NOT_JUDGED
 from merge_gate.records.terms import Finding, Origin, Severity
 
 

@@ -26,7 +26,7 @@ from merge_gate.worker.protocol import Group
 
 if TYPE_CHECKING:
     from merge_gate.cache.base_records import BaseRecords
-    from merge_gate.files.resolve import Streamable
+    from merge_gate.records.files import Fetched
     from merge_gate.records.measured import BaseRecord
     from merge_gate.sources.read_ahead import BaseBytes
 
@@ -81,7 +81,7 @@ class FedBases:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stack.close()
 
-    def lay_out(self, base: Streamable) -> str:
+    def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
         from merge_gate.sources.streamed_bases import lay_out  # noqa: PLC0415 - imports huggingface_hub
 
@@ -98,7 +98,7 @@ class FedBases:
         Raises:
             UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
         """
-        is_here = group.files is None or group.files.fetch is None  # else, no one knows whether there is a record
+        is_here = group.files is None or group.files.on_hub is None  # else, no one knows whether there is a record
         records = self._recorded(group, read) if is_here else ()
         scheduled = self._scheduled(group, always=read is Read.TOUCHED)
         return replace(scheduled, records=records, keeps_record=self._records is not None)

@@ -23,7 +23,7 @@ from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
-    from merge_gate.records.files import AdapterFiles, PlannedFetch
+    from merge_gate.records.files import AdapterFiles, Fetched
     from merge_gate.records.options import RunOptions
     from merge_gate.run.flow import Run
     from merge_gate.worker.protocol import Group, Task
@@ -96,7 +96,7 @@ class _Base:
         self.read_bytes = self._files.weight_bytes * self.passes
 
     def lines(self) -> Iterator[str]:
-        base, fetch = self._base, self._files.fetch
+        base, fetch = self._base, self._files.on_hub
         revision = f" at {base.revision[:12]}" if base.revision else ""
         quantization = [] if base.quantization is Quantization.NONE else [base.quantization]
         how = ", ".join([*(one.base.dtype for one in self._groups), *quantization])
@@ -112,7 +112,7 @@ class _Base:
     def _how_read(self) -> str:
         touched = all(group.records for group in self._groups) and (self._is_fed or Read.TOUCHED in self._reads)
         what = "what adapters touch: --cache has its record" if touched else "whole"
-        if self._files.fetch is not None and Read.WHOLE not in self._reads:
+        if self._files.on_hub is not None and Read.WHOLE not in self._reads:
             what = "what adapters touch" if Read.TOUCHED in self._reads else _WHOLE_OR_TOUCHED
         if not self._is_fed:
             return f"{what}, mapped from its files"
@@ -137,7 +137,7 @@ class _Base:
 
 
 def _left_on_hub(adapter: AdapterFiles) -> int:
-    return sum(adapter.fetch.sizes.values()) if adapter.fetch is not None else 0
+    return sum(adapter.on_hub.sizes.values()) if adapter.on_hub is not None else 0
 
 
 def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[str]:
@@ -151,14 +151,14 @@ def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[str]:
         "base": {entry.base_files.directory: entry.base_files for entry in entries if entry.base_files is not None},
         "adapter": {one.directory: one for entry in entries for one in entry.members},
     }
-    sizes = {kind: [_download_bytes(one.fetch) for one in files.values()] for kind, files in kinds.items()}
+    sizes = {kind: [_download_bytes(one.on_hub) for one in files.values()] for kind, files in kinds.items()}
     of = [counted(count, kind) for kind, of_kind in sizes.items() if (count := sum(size > 0 for size in of_kind))]
     if of:
         size = _shown_bytes(sum(map(sum, sizes.values())))
         yield _row("download", f"{size} to the disk, for {' and '.join(of)} on the Hub")
 
 
-def _download_bytes(fetch: PlannedFetch | None) -> int:
+def _download_bytes(fetch: Fetched | None) -> int:
     """What is written to the Hub's cache: nothing of weights that are streamed."""
     return 0 if fetch is None else sum(fetch.sizes[name] for name in fetch.absent if name not in fetch.streamable)
 
@@ -181,14 +181,14 @@ def _lines_of_output(run: Run) -> Iterator[str]:
         )
 
 
-def _place_of(fetch: PlannedFetch | None) -> str:
+def _place_of(fetch: Fetched | None) -> str:
     if fetch is None:
         return "on this machine"
     present = len(fetch.sizes) - len(fetch.absent)
     return "on the Hub" if not present else "on the Hub, a part of them in the cache"
 
 
-def _access_of(fetch: PlannedFetch) -> str:
+def _access_of(fetch: Fetched) -> str:
     if fetch.streamable:
         size = sum(fetch.sizes[name] for name in fetch.streamable)
         return f"stream: {_shown_bytes(size)} by ranges, not written to disk"
