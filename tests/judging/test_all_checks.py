@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.kinds import NOT_JUDGED
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged, TargetsNotFound
 from merge_gate.records.terms import Finding, Origin, Severity

@@ -11,7 +11,7 @@ import pytest
 
 from merge_gate.judging.all_checks import refused
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.kinds import NOT_JUDGED
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.judging.refused_merges import DEFECTS, DOCUMENTED_ON_PACKED
 from merge_gate.records import refusals
 from merge_gate.records.files import Pattern

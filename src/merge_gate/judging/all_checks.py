@@ -15,9 +15,8 @@ from merge_gate.judging import refused_adapters, refused_bases, refused_merges
 from merge_gate.judging.checks import effect
 from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.kinds import NOT_JUDGED
 from merge_gate.judging.limits import bounded
-from merge_gate.judging.not_judged import accident
+from merge_gate.judging.not_judged import NOT_JUDGED, accident
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, MeasureOptions

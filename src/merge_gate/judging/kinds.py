@@ -40,7 +40,7 @@ class FindingKind:
         return self.severity is Severity.NOTE
 
 
-NOT_JUDGED, NOT_PUBLISHED = "not-judged", "not-published"
+NOT_PUBLISHED = "not-published"
 STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
 PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
 ATTESTATION, ATTESTED = "attestation", "attested"

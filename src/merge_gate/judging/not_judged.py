@@ -5,8 +5,9 @@ In: a sentence, or an exception. Out: a `Finding` of `not-judged`.
 
 from __future__ import annotations
 
-from merge_gate.judging.kinds import NOT_JUDGED
 from merge_gate.records.terms import Finding, Origin, Severity
+
+NOT_JUDGED = "not-judged"
 
 
 def not_judged(message: str, hint: str = "", *, origin: Origin = Origin.RUNTIME) -> Finding:
