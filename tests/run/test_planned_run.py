@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from merge_gate.run.planned_run import plan_run
 from merge_gate.worker import feed_service
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.supervisor import WorkerSlot
-from tests.support.command import environment, merge_gate
+from tests.support.command import PATIENCE_S, environment, merge_gate
 from tests.support.faults import LFS_POINTER, overwrite, poison
 from tests.support.hub import LoopbackHub
 from tests.support.reports import PASS
@@ -104,10 +105,14 @@ def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = everything(place)
     for name in ("start", "start_early", "choose_device"):
         monkeypatch.setattr(WorkerSlot, name, lambda *_, **__: pytest.fail("a worker was started"))
-    monkeypatch.setattr(resolve, "digest_file", lambda *_: pytest.fail("a base was read"))
+    hashed: list[object] = []
+    monkeypatch.setattr(resolve, "digest_file", lambda path, *_: hashed.append(path))
     cache = CacheOptions(directory=str(place / "verdicts"), resume=str(place / "report"))
     options = RunOptions(device="cuda", output=str(place / "report"), publish=str(place / "models"), cache=cache)
     assert "2 merges" in planned(place, options)
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        thread.join(PATIENCE_S)
+    assert not hashed, "a base may be large"
     assert everything(place) == before
 
 
