@@ -94,8 +94,7 @@ def run_gate(
         return run.run()
 
 
-@contextlib.contextmanager
-def planned(config: Config, options: RunOptions, view: View) -> Iterator[Run]:
+def planned_run(config: Config, options: RunOptions, view: View) -> Run:
     """A run that stopped after stage 3. It writes nothing, except small files of the Hub to the Hub's cache.
 
     It hashes no base. So it compares no pins, and reuses verdicts only on bases whose digests are known.
@@ -104,9 +103,9 @@ def planned(config: Config, options: RunOptions, view: View) -> Iterator[Run]:
         UsageError: as `run_gate`.
     """
     options = replace(options, is_plan=True, cache=replace(options.cache, read_only=True))
-    with contextlib.closing(Run(config, options, view, WorkerSlot())) as run:
+    with contextlib.closing(Run(config, options, view, None)) as run:
         run.prepare()
-        yield run
+    return run
 
 
 def _refuse_inputs(config: Config, options: RunOptions) -> None:

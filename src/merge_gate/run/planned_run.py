@@ -15,7 +15,7 @@ from merge_gate.records.terms import Quantization, Read
 from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.untrusted import inert, one_line
-from merge_gate.run.flow import planned
+from merge_gate.run.flow import planned_run
 from merge_gate.run.view import PLAIN_WIDTH, View
 from merge_gate.text import counted, listing
 from merge_gate.worker.feed_service import window_bytes
@@ -51,8 +51,7 @@ def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None],
     Raises:
         UsageError: what `run_gate` refuses.
     """
-    with planned(config, options, _Notes(notify)) as run:
-        rows = [*_lines(run, config)]
+    rows = _lines(planned_run(config, options, _Notes(notify)), config)
     return "".join(f"{inert(line)}\n" for row in rows for line in _wrapped(row, max(width, _LEAST_WIDTH)))
 
 
