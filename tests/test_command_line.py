@@ -137,7 +137,7 @@ def test_an_unknown_variable_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the action, its containers, the recipes, and the tests too. Only this file and its attempts name unknown ones."""
+    """Those of the action, its containers, the recipes, and the tests. Only this file and the attempts name others."""
     root = Path(__file__).resolve().parent.parent
     places = ("src", "tests", "docs", "recipes", "examples", "benchmarks", ".ci", ".github")
     files = [path for place in places for path in (root / place).rglob("*") if "__pycache__" not in path.parts]

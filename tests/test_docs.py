@@ -31,7 +31,9 @@ from merge_gate.config.load_config import config_schema
 from merge_gate.errors import ExitCode
 from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from merge_gate.judging.checks.check import Symptom
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, WITHOUT_SETTING
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import WITHOUT_SETTING
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.terms import Origin, Result, Severity
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.report.wording.explanations import STORED, explanation

@@ -8,7 +8,8 @@ import pytest
 
 from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import (
     BaseFiles,

@@ -6,7 +6,8 @@ from itertools import permutations
 
 import pytest
 
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Finding, Origin, Severity

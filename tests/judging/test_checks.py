@@ -14,8 +14,8 @@ from merge_gate.judging.checks.check import Check, FileCase, Symptom
 from merge_gate.judging.checks.effect import WIPED_SHARE
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.not_judged import accident, not_judged
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED, accident, not_judged
 from merge_gate.records.config import AdapterSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.measured import (

@@ -10,8 +10,8 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.engine.expected_differences import ROWS
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ALLOWED, ANSWERS
 from merge_gate.report.wording.explanations import STORED_KINDS, explanation
 from tests.support.generated import held
 from tests.support.stored_pages import kinds_to_store

@@ -24,7 +24,8 @@ from dataclasses import replace
 from merge_gate.judging import all_checks, verdict
 from merge_gate.judging.checks import base_checks, expectations
 from merge_gate.judging.checks.finite import findings_of_base
-from merge_gate.judging.checks.table import CHECKS, EARLIER_MODEL, NOT_PUBLISHED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
