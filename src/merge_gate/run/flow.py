@@ -31,7 +31,6 @@ from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
-from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.one_publication import Publication
@@ -42,7 +41,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Report, Shard
-from merge_gate.records.terms import Access, Origin, Quantization, Read, Verdict
+from merge_gate.records.terms import Origin, Quantization, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -73,6 +72,8 @@ def run_gate(
     view: View | None = None,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
+    send: Callable[[Report], None] | None = None,
+    elsewhere: Callable[[Config, tuple[AdapterSpec, ...]], Report] | None = None,
 ) -> Report:
     """Gate the adapters of a configuration.
 
@@ -82,10 +83,13 @@ def run_gate(
         view: Shows progress and the result. None shows nothing.
         worker: May hold a process that was started before the configuration was read.
         begins: Called before the first report is written, when no usage error can follow.
+        send: Gets each report, in place of the output directory.
+        elsewhere: Merges the adapters and writes the report in place of this process (on_ray/run_on_ray.py). It gets
+            the configuration with what the options say of publishing.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
-        GateError: there is no such cluster, or the report cannot be written.
+        GateError: the report cannot be written.
     """
     specs = select(config, options.only)
     if options.output is not None:
@@ -105,14 +109,22 @@ def run_gate(
             wanted, specs, inputs=_inputs(config), within=os.environ.get(PUBLISH_WITHIN), notify=view.note
         )
         run = _Run(
-            config, options, specs, shard=shard, cache=cache, worker=worker, view=view, publications=publications
+            config,
+            options,
+            specs,
+            shard=shard,
+            cache=cache,
+            worker=worker,
+            view=view,
+            publications=publications,
+            send=send,
         )
-        if cache.resumed is not None:
+        if cache.resumed is not None and options.output is not None:
             cache.resumed.preserve()
             if wanted is not None and not cache.resumed.is_empty:
                 view.note("publishing merges each adapter again: a reused verdict comes without its model")
         begins()
-        return run.run()
+        return run.run() if elsewhere is None else elsewhere(replace(config, publish=wanted), specs)
 
 
 def checked_options(config: Config, specs: tuple[AdapterSpec, ...], options: RunOptions) -> PublishSpec | None:
@@ -122,16 +134,8 @@ def checked_options(config: Config, specs: tuple[AdapterSpec, ...], options: Run
         UsageError: options that contradict each other, or the configuration.
     """
     wanted = _publish_spec(config, options)
-    _refuse_on_ray(specs, options)
     _refuse_with_publish(wanted, specs, options)
     return wanted
-
-
-def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
-    if options.ray is not None and Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
-        raise UsageError("--ray reads each base whole, and uses no record of it", hint="set read: auto")
-    if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:
-        raise UsageError("--ray merges on other machines, which cannot stream a base", hint="set access: download")
 
 
 def _publish_spec(config: Config, options: RunOptions) -> PublishSpec | None:
@@ -151,8 +155,6 @@ def _publish_spec(config: Config, options: RunOptions) -> PublishSpec | None:
 def _refuse_with_publish(wanted: PublishSpec | None, specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
     if wanted is None:
         return
-    if options.ray is not None:
-        raise UsageError("--ray merges on other machines, which cannot publish models", hint="omit --publish or --ray")
     if Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
         raise UsageError(
             "a published model has every tensor of its base, and --read touched reads some", hint="set read: auto"
@@ -204,6 +206,7 @@ class _Run:
         worker: WorkerSlot | None,
         view: View,
         publications: Publications,
+        send: Callable[[Report], None] | None,
     ) -> None:
         self._config, self._options, self._specs, self._view = config, options, specs, view
         self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
@@ -213,13 +216,13 @@ class _Run:
             self._watch,
             view.note,
             records=cache.base_records,
-            is_remote=options.ray is not None,
             on_piece=publications.passing,
         )
         self._worker = worker or WorkerSlot()
         self._publications, self._published = publications, dict[int, str]()
+        self._given_up = dict(options.given_up)
         self._loaded: dict[int, BaseReport] = {}
-        self._writer = ReportWriter(options.output, view.note)
+        self._writer = ReportWriter(options.output, view.note, send)
         self._hourly = HourlyLog()
         self._groups: tuple[Group, ...] = ()
         self._finished = False
@@ -251,19 +254,19 @@ class _Run:
 
         If the cache may hold every verdict, a worker that was not started early waits for the first miss.
         """
-        if self._specs and self._options.ray is None and (self._worker.is_started or not self._cache.may_hit):
+        is_needed = any(spec.name not in self._given_up for spec in self._specs)
+        if is_needed and (self._worker.is_started or not self._cache.may_hit):
             self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self._specs))
 
     # --- 1: files ----------------------------------------------------------------------------------------------------
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
-        lay_out = self._fed.lay_out if self._options.ray is None else None
         inputs = Inputs(
             self._config,
             self._view.note,
             access=self._options.access,
-            lay_out=lay_out,
+            lay_out=self._fed.lay_out,
             limit_s=headers_limit_s,
             with_companions=self._publications.is_wanted,
         )
@@ -271,6 +274,9 @@ class _Run:
             self._tally.entries.extend(inputs.entries(spec))
         for index, entry in enumerate(self._tally.entries):
             report = adapter_report.blocked_report(entry)
+            if report is None and (reason := self._given_up.get(entry.spec.name)):
+                hint = "check the node's log and its memory, and run the gate again"
+                report = adapter_report.not_judged_report(entry, NotJudged(message=reason, hint=hint))
             if report is None:
                 yield index, entry
                 continue
@@ -354,18 +360,13 @@ class _Run:
     def _merge(self) -> None:
         if not self._groups:
             self._worker.end()
-        if self._options.ray is None:
-            supervise(self._job(), self._on_event, self._worker, self._fed.feeds, self._publications)
-        elif self._groups:
-            judge_on_ray(self._options.ray, self._job(), self._on_event, self._watch)
-
-    def _job(self) -> Job:
-        return Job(
+        job = Job(
             groups=self._groups,
             device=self._options.device,
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,
         )
+        supervise(job, self._on_event, self._worker, self._fed.feeds, self._publications)
 
     def _on_event(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
         match event:
