@@ -338,6 +338,20 @@ def test_a_silent_cluster_is_waited_for(quick: Path) -> None:
     assert messages(judged(ray, only=("one",))) == {"one": "merged"}
 
 
+def test_a_report_that_cannot_be_written_is_shown(quick: Path) -> None:
+    ray, view = Ray(), Shown()
+
+    def run(work: Any, shard: tuple[int, int], given_up: Any) -> Iterator[list[Any]]:
+        yield from run_shard(work, shard, given_up)
+        shutil.rmtree("report", ignore_errors=True)
+        Path("report").write_text("a file")
+
+    ray.run = run
+    with pytest.raises(GateError, match="report is lost"):
+        judged(ray, view, output="report", only=("one",))
+    assert view.finished == [""]
+
+
 def test_whatever_ends_a_task_ends_the_run_as_on_one_machine(quick: Path) -> None:
     ray = Ray()
     ray.changes = lambda work: replace(work, config=cast("Any", None))

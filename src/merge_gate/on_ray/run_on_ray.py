@@ -2,7 +2,7 @@
 
 What `run_gate` gets, and the address of a cluster, go in. The report comes out that one machine would have written.
 
-1. A task is an ordinary run of a shard. It sends what its view shows, and its reports.           `run_shard`
+1. A task is an ordinary run of a shard. It sends the calls of its view.
 2. A lost shard is run again, without an adapter that was being merged at two losses.
 3. A shard that is always lost is run here, without any adapter: each has the verdict `error`.
 """
@@ -14,7 +14,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,8 +47,7 @@ WORKERS_PER_NODE = 2
 """Workers on the largest node without GPUs: while one loads a base, the other merges."""
 
 PATIENCE_S = 0.5
-MAX_LOSSES = 3
-MAX_LOSSES_AT_ADAPTER = 2
+MAX_LOSSES, MAX_LOSSES_AT_ADAPTER = 3, 2
 
 
 def run_on_ray(
@@ -60,12 +59,13 @@ def run_on_ray(
         UsageError: as `run_gate`, here or on a node.
         GateError: there is no such cluster, a node does not fit, or the report cannot be written.
     """
-
-    def elsewhere(checked: Config, specs: tuple[AdapterSpec, ...]) -> Report:
-        run = RayRun(checked, specs, options, view)
-        return run.run(ray_cluster.cluster(address), is_here=address == ray_cluster.LOCAL)
-
-    return run_gate(config, options, view=view, begins=begins, elsewhere=elsewhere)
+    return run_gate(
+        config,
+        options,
+        view=view,
+        begins=begins,
+        elsewhere=lambda checked, specs: RayRun(checked, specs, options, view).run(address),
+    )
 
 
 # --- on a node -------------------------------------------------------------------------------------------------------
@@ -73,13 +73,7 @@ def run_on_ray(
 
 @record
 class Work:
-    """What all tasks of a run share.
-
-    Attributes:
-        versions_sha256: the versions and the code that a node must have too.
-        seal: a seal by the secret of the cache, which a node must have too.
-        mark: a directory where models are published, which a node must see; None if none are.
-    """
+    """What all tasks of a run share. A node must have the same versions and the same seal, and must see `mark`."""
 
     config: Config
     options: RunOptions
@@ -104,7 +98,7 @@ def run_shard(work: Work, shard: tuple[int, int], given_up: tuple[tuple[str, str
 def _run(work: Work, send: Send) -> None:
     try:
         _refuse_node(work)
-        run_gate(work.config, work.options, view=calls(send), send=send)
+        run_gate(work.config, work.options, view=calls(send))
     except BaseException as error:  # noqa: BLE001 - the machine of the run raises it
         send(error)
     send(None)
@@ -135,7 +129,7 @@ class _Calls:
 
 
 def calls(send: Send) -> View:
-    """A view that sends each call, and shows nothing."""
+    """A view that sends each call, and each report, and shows nothing."""
     return cast("View", _Calls(send))
 
 
@@ -172,24 +166,28 @@ class RayRun:
         self._notes = set[str]()
         self._ray: Any = None
 
-    def run(self, connection: AbstractContextManager[Any], *, is_here: bool) -> Report:
-        """Run all shards. `is_here`: the nodes are this machine."""
+    def run(self, address: str) -> Report:
+        """Run all shards, and write the report."""
         self._writer.write_first(self._empty)
         try:
-            with connection as self._ray, ExitStack() as stack:
+            with ray_cluster.cluster(address) as self._ray, ExitStack() as stack:
                 self._view.start(self._config.label, len(self._names), self._merges)
                 publish, mark = self._config.publish, None
                 if publish is not None:
                     mark = stack.enter_context(TemporaryDirectory(prefix=".ray-", dir=publish.directory))
                 self._run_shards(mark)
             whole = combined(self._found())
-            others = () if is_here else self._other_files()
+            others = () if address == ray_cluster.LOCAL else self._other_files()
             report = replace(whole, config=self._empty.config, problems=(*whole.problems, *others))
         except BaseException:
             with suppress(GateError):
                 self._writer.write_last(self._report())
             raise
-        self._writer.write_last(report)
+        try:
+            self._writer.write_last(report)
+        except GateError:
+            self._view.finish(report, "")  # the terminal is all that is left
+            raise
         self._view.finish(report, self._output or "")
         return report
 
@@ -268,14 +266,13 @@ class RayRun:
         shard.given_up = tuple(given_up.items())
         if len(given_up) == len(self._names):
             options = replace(self._options, shard=shard.number, given_up=shard.given_up, access=Access.STREAM)
-            take = partial(self._take, shard)
-            run_gate(self._config, options, view=calls(take), send=take)
+            run_gate(self._config, options, view=calls(partial(self._take, shard)))
 
     def _take(self, shard: _Shard, item: Any) -> None:
-        """A report, an exception, or a call of a view, with the numbers of the whole run."""
+        """Take a call of a view, and show it with the numbers of the whole run. Raise an exception."""
         match item:
-            case Report():
-                shard.report = item
+            case ("report_made", (Report() as report,), _):
+                shard.report = report
                 self._writer.changed()
             case BaseException():
                 raise item

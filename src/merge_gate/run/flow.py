@@ -72,7 +72,6 @@ def run_gate(
     view: View | None = None,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
-    send: Callable[[Report], None] | None = None,
     elsewhere: Callable[[Config, tuple[AdapterSpec, ...]], Report] | None = None,
 ) -> Report:
     """Gate the adapters of a configuration.
@@ -83,7 +82,6 @@ def run_gate(
         view: Shows progress and the result. None shows nothing.
         worker: May hold a process that was started before the configuration was read.
         begins: Called before the first report is written, when no usage error can follow.
-        send: Gets each report, in place of the output directory.
         elsewhere: Merges the adapters and writes the report in place of this process (on_ray/run_on_ray.py). It gets
             the configuration with what the options say of publishing.
 
@@ -109,15 +107,7 @@ def run_gate(
             wanted, specs, inputs=_inputs(config), within=os.environ.get(PUBLISH_WITHIN), notify=view.note
         )
         run = _Run(
-            config,
-            options,
-            specs,
-            shard=shard,
-            cache=cache,
-            worker=worker,
-            view=view,
-            publications=publications,
-            send=send,
+            config, options, specs, shard=shard, cache=cache, worker=worker, view=view, publications=publications
         )
         if cache.resumed is not None and options.output is not None:
             cache.resumed.preserve()
@@ -206,23 +196,17 @@ class _Run:
         worker: WorkerSlot | None,
         view: View,
         publications: Publications,
-        send: Callable[[Report], None] | None,
     ) -> None:
         self._config, self._options, self._specs, self._view = config, options, specs, view
         self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
         self._tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
-        self._fed = FedBases(
-            self._watch,
-            view.note,
-            records=cache.base_records,
-            on_piece=publications.passing,
-        )
+        self._fed = FedBases(self._watch, view.note, records=cache.base_records, on_piece=publications.passing)
         self._worker = worker or WorkerSlot()
         self._publications, self._published = publications, dict[int, str]()
         self._given_up = dict(options.given_up)
         self._loaded: dict[int, BaseReport] = {}
-        self._writer = ReportWriter(options.output, view.note, send)
+        self._writer = ReportWriter(options.output, view.note, view.report_made)
         self._hourly = HourlyLog()
         self._groups: tuple[Group, ...] = ()
         self._finished = False

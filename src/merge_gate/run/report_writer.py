@@ -31,7 +31,7 @@ SENT_EVERY_S = 10.0
 
 
 class ReportWriter:
-    """Writes to one directory, or nowhere if it is None. With `send`, that gets the reports instead.
+    """Writes to one directory. If it is None, `send` gets the reports, if there is one.
 
     Only the first and the last report must reach it. A failure in between is reported once, and the next report tries
     again. Each report reuses the texts of adapters that the last report had.
@@ -87,13 +87,14 @@ class ReportWriter:
         except GateError as error:
             self._notify_once(error)
         ended_s = time.monotonic()
-        self._next_write_s = ended_s + (SENT_EVERY_S if self._send else PAUSE_RATIO * (ended_s - began_s))
+        pause_s = PAUSE_RATIO * (ended_s - began_s) if self._directory is not None else SENT_EVERY_S
+        self._next_write_s = ended_s + pause_s
 
     def _write(self, report: Report, formats: Collection[str]) -> None:
-        if self._send is not None:
-            self._send(report)
-        elif self._directory is not None:
+        if self._directory is not None:
             write_report(report, self._directory, formats=formats, rendered=self._rendered)
+        elif self._send is not None:
+            self._send(report)
         self._pending = False
 
     def _notify_once(self, error: GateError) -> None:
