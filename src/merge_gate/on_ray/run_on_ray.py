@@ -300,7 +300,7 @@ class RayRun:
         return replace(whole, config=self._empty.config, complete=False, problems=())
 
     def _other_files(self) -> Iterator[str]:
-        """The files of which a node read other bytes than this machine has."""
+        """A sentence for each file that a node read, and that has other bytes on this machine."""
         digest = lru_cache(digest_file)
         for report in (found.report for found in self._found() if found.report is not None):
             read = [(adapter.source, file) for adapter in report.adapters for file in adapter.files]
