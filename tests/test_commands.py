@@ -32,6 +32,7 @@ from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.earlier_reports import mark_stale
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
+from merge_gate.on_ray import ray_cluster
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.formats.schema import report_schema
@@ -39,6 +40,7 @@ from merge_gate.report.stored.report_files import WORDS, write_report
 from merge_gate.run import fed_bases, flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.memory import too_large
+from tests.support.fake_ray import Ray
 from tests.support.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
@@ -228,7 +230,7 @@ CONTRADICTIONS = {
     "to judge again and to resume": (("gate.yml", "--refresh", "--resume"), ("--refresh", "--resume")),
     "an image without a container": (("gate.yml", "--image", "x:y"), ("--image", "--container")),
     "GPUs without a container": (("gate.yml", "--gpus", "0"), ("--gpus", "--container")),
-    "Ray and a stream": (("gate.yml", "--ray", "auto", "--access", "stream"), ("--ray", "access")),
+    "Ray and a shard": (("gate.yml", "--ray", "auto", "--shard", "1/2"), ("--ray", "--shard")),
     "a part that is none": (("gate.yml", "--shard", "0/2"), ("'0/2'",)),
     "more parts than there are": (("gate.yml", "--shard", "3/2"), ("3/2",)),
 }
@@ -347,21 +349,19 @@ def test_a_base_that_takes_long_to_load_is_named_and_so_is_an_adapter(
 
 
 @pytest.mark.usefixtures("worker")
-@pytest.mark.parametrize("sound", [True, False])
-def test_a_cluster_is_asked_where_there_is_something_to_merge(
-    sound: bool, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_cluster_has_the_options_of_the_command(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def judge(address: str, job: Job, on_event: Callable[[Event], None], _: object) -> None:
+    @contextlib.contextmanager
+    def cluster(address: str) -> Iterator[Any]:
         asked.append(address)
-        flow.supervise(job, on_event, None)
+        yield Ray({"CPU": 1.0})
 
-    monkeypatch.setattr(flow, "judge_on_ray", judge)
-    if not sound:
-        cut(place)
-    assert main(["run", "gate.yml", "--ray", "auto"]) == (3 if sound else 1)
-    assert asked == (["auto"] if sound else [])
+    monkeypatch.setattr(ray_cluster, "cluster", cluster)
+    assert main(["run", "gate.yml", "--ray", "auto", "--access", "stream", "--publish", "merged"]) == 3
+    assert asked == ["auto"]
+    assert [one["findings"][0]["message"] for one in report_of(place)["adapters"]] == [REFUSAL.message]
+    assert (report_of(place)["complete"], report_of(place)["shard"]) == (True, None)
 
 
 # --- check: options for adapters named on the command line ------------------------------------------------------------

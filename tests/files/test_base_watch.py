@@ -258,7 +258,6 @@ def test_a_cached_verdict_is_void_too(base: str) -> None:
 
 
 def test_a_load_of_other_files_voids_its_own_verdicts_only(base: str) -> None:
-    """Another machine of a Ray cluster reports at the end of its part that its copy of the base changed."""
     watch = hashed(base)
     load(watch, base)
     watch.loaded(base, (), (9,))

@@ -79,7 +79,7 @@ def tasks_of(marker: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            is_task = entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::run_part")
+            is_task = entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::run_shard")
             if is_task and f"MARKER={marker}\0".encode() in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
     return found
@@ -111,6 +111,27 @@ def test_a_signal_ends_all_tasks_and_leaves_a_true_report(fleet: Path) -> None:
     assert "SIGTERM" in (fleet / "log").read_text(encoding="utf-8")
     assert not stored(fleet / "stopped").complete
     assert stored(fleet / "stopped").adapters
+
+
+@pytest.mark.slow
+def test_models_are_published_and_verdicts_are_cached(fleet: Path) -> None:
+    """The models have the bytes that one machine publishes."""
+    only = ("--only", "plain-0", "--only", "rslora-1", "--only", "float16-base-0")
+    for directory, more in (("by-one", ()), ("by-ray", ("--cache", "cache", "--ray"))):
+        words = ("run", "fleet.yml", *only, "--output", f"{directory}-report", "--publish", directory, *more)
+        assert merge_gate(*words, cwd=fleet).code == 1
+    by_one, by_ray = (
+        {path.relative_to(fleet / directory): path.read_bytes() for path in (fleet / directory).rglob("*.safetensors")}
+        for directory in ("by-one", "by-ray")
+    )
+    assert by_ray == by_one
+    assert {path.parts[0] for path in by_ray} == {"plain-0", "rslora-1"}
+    assert {one.published.directory for one in stored(fleet / "by-ray-report").adapters if one.published} == {
+        "by-ray/plain-0",
+        "by-ray/rslora-1",
+    }
+    merge_gate("run", "fleet.yml", *only, "--output", "again", "--cache", "cache", "--ray", cwd=fleet)
+    assert {one.name for one in stored(fleet / "again").adapters if one.cached} == {"plain-0", "rslora-1"}
 
 
 CLUSTER = """
@@ -179,8 +200,6 @@ def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ray_is_imported_without_the_option() -> None:
-    script = (
-        "import sys, merge_gate.cli.dispatch, merge_gate.run.flow, merge_gate.on_ray.job; print('ray' in sys.modules)"
-    )
+    script = "import sys, merge_gate.cli.dispatch, merge_gate.on_ray.run_on_ray; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"

@@ -749,9 +749,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
     assert nothing_published(place)
 
 
-@pytest.mark.parametrize("words", [["--ray", "auto"], ["--read", "touched", "--cache", "cache"]])
-def test_options_that_do_not_go_together(place: Path, words: list[str]) -> None:
-    assert play(place, "--publish", "merged", *words) == 2
+def test_a_model_is_not_published_of_a_base_that_is_read_in_part(place: Path) -> None:
+    assert play(place, "--publish", "merged", "--read", "touched", "--cache", "cache") == 2
     assert not (place / "merged").exists()
 
 

@@ -42,20 +42,18 @@ def group(directory: str) -> Group:
     return Group(base=key, directory=directory, files=BaseFiles(directory=directory, weights=(WEIGHTS,)), tasks=())
 
 
-@pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize(("note", "system"), [(None, None), ("too large", None), (None, "nfs4"), ("too large", "nfs4")])
 def test_a_base_that_is_large_or_on_a_network_is_fed(
-    note: str | None, system: str | None, is_remote: bool, base: str, monkeypatch: pytest.MonkeyPatch
+    note: str | None, system: str | None, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not to workers on other machines: these read it themselves, and its digest has to be known."""
     monkeypatch.setattr(fed_bases, "too_large", lambda *_: note)
     monkeypatch.setattr(fed_bases, "network_file_system", lambda _: system)
     notes: list[str] = []
     watch = BaseWatch()
-    with FedBases(watch, notes.append, is_remote=is_remote) as fed:
+    with FedBases(watch, notes.append) as fed:
         scheduled = fed.schedule(group(base))
         watch.wait()
-    is_fed = bool(note or system) and not is_remote
+    is_fed = bool(note or system)
     assert (scheduled.one_pass, scheduled.fed) == (note is not None, is_fed)
     assert notes == ([note] if note else [])
     assert (watch.digest(base) is None) == is_fed

@@ -12,7 +12,7 @@ from merge_gate.errors import ExitCode, GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.formats import html_report, json_report
 from merge_gate.run import report_writer
-from merge_gate.run.report_writer import PAUSE_RATIO, PROVISIONAL_FORMATS, ReportWriter
+from merge_gate.run.report_writer import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
 from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:
@@ -109,6 +109,23 @@ def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, monkeypatch: 
     run.writer.write_first(EMPTY)
     assert run.judge(at_once=True) == 0
     run.writer.write_last(PASS)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_reports_that_are_sent_have_a_pause_and_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, sent = Run(None, monkeypatch), list[Any]()
+    run.writer = ReportWriter(None, run.told.append, sent.append)
+    run.writer.write_first(EMPTY)
+    assert run.judge() == 1
+    run.now += SENT_EVERY_S - 0.5
+    assert run.judge() == 1
+    run.now += 0.5
+    assert run.judge() == 2
+    run.writer.write_last(PASS)
+    assert sent == [EMPTY, FAIL, FAIL, PASS]
     assert not [*tmp_path.iterdir()]
 
 

@@ -45,11 +45,16 @@ def gate_adapters(
     *,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
+    ray: str | None = None,
 ) -> Report:
-    """Gate adapters with the view that the options ask for."""
+    """Gate adapters with the view that the options ask for, here or on the Ray cluster at an address."""
     from merge_gate.run.flow import run_gate
 
     with view_of(arguments) as (view, _):
+        if ray is not None:
+            from merge_gate.on_ray.run_on_ray import run_on_ray
+
+            return run_on_ray(ray, config, options, view=view, begins=begins)
         return run_gate(config, options, view=view, worker=worker, begins=begins)
 
 

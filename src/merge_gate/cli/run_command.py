@@ -150,9 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            report = gate_adapters(
-                config, _options(arguments), arguments, worker=worker, begins=earlier.replace_previous
-            )
+            options, ray = _options(arguments), _ray(arguments)
+            report = gate_adapters(config, options, arguments, worker=worker, begins=earlier.replace_previous, ray=ray)
             forget(arguments.output)
             return deliver(report, arguments.report)
 
@@ -248,7 +247,6 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         publish=arguments.publish,
         max_shard_bytes=arguments.max_shard_size,
         shard=_shard(arguments),
-        ray=_ray(arguments),
         cache=CacheOptions(
             directory=arguments.cache,
             reuse=not arguments.refresh,
@@ -266,6 +264,8 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
 def _ray(arguments: argparse.Namespace) -> str | None:
     from merge_gate.on_ray.ray_cluster import checked_address
 
+    if arguments.ray is not None and arguments.shard is not None:
+        raise UsageError("--ray makes shards itself", hint="omit --shard or --ray")
     return checked_address(arguments.ray) if arguments.ray is not None else None
 
 

@@ -1,6 +1,6 @@
 """Connects to a Ray cluster, or starts one on this machine for a single run. The only module that imports Ray.
 
-An address goes in; a `Cluster` with its nodes comes out, or a `GateError`. Ray is imported only when a cluster is
+An address goes in; the module `ray`, connected, comes out, or a `GateError`. Ray is imported only when a cluster is
 requested. No dashboard is started, and no statistics are sent.
 """
 
@@ -21,15 +21,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from merge_gate.errors import GateError
-from merge_gate.on_ray.ray_task import RayPart, run_part
-from merge_gate.records.terms import record
-from merge_gate.worker.protocol import Event
 
 LOCAL = ""
 """The address of a new cluster on this machine, for this run."""
 
 OBJECT_STORE_BYTES = 80 << 20
-"""The object store of a local cluster: slightly above Ray's minimum. It holds only events."""
+"""The object store of a local cluster: slightly above Ray's minimum. It holds only what tasks send."""
 
 _ADDRESS = re.compile(r"auto|[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 _HINT = "start the cluster, or correct ADDRESS; the gate must be able to reach the head node"
@@ -37,76 +34,9 @@ _CONNECT_S = 5.0
 _HEALTH_S = 45.0
 
 
-@record
-class Resources:
-    """The resources of a node, or of a task and the node that it should run on while that node is up.
-
-    `node` is the id of the node.
-    """
-
-    node: str
-    cpus: int
-    gpus: int
-    memory_bytes: int
-
-
-class LostError(Exception):
-    """A task, its worker, its node, or its result is lost."""
-
-
-class Cluster:
-    """A connected cluster."""
-
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
-
-        self._affinity = NodeAffinitySchedulingStrategy
-
-    def nodes(self) -> tuple[Resources, ...]:
-        """The nodes that are up and have a CPU, in the order of their ids."""
-        nodes = []
-        for node in self._ray.nodes():
-            resources = node["Resources"]
-            if node["Alive"] and resources.get("CPU", 0) >= 1:
-                cpus, gpus, memory = (int(resources.get(name, 0)) for name in ("CPU", "GPU", "memory"))
-                nodes.append(Resources(node=node["NodeID"], cpus=cpus, gpus=gpus, memory_bytes=memory))
-        return tuple(sorted(nodes, key=lambda node: node.node))
-
-    def submit(self, part: RayPart, needs: Resources) -> Any:
-        """Start a part, and return its handle for `ready`, `events` and `cancel`."""
-        remote = self._ray.remote(run_part).options(
-            num_returns="streaming",
-            max_retries=0,  # the run restarts a lost part itself, without the adapters that have a verdict
-            num_cpus=needs.cpus,
-            memory=needs.memory_bytes,
-            scheduling_strategy=self._affinity(needs.node, soft=True),
-            **({"num_gpus": needs.gpus} if needs.gpus else {}),
-        )
-        return remote.remote(part)
-
-    def ready(self, running: list[Any], patience_s: float) -> list[Any]:
-        """The handles that have an event, or whose task has ended or is lost."""
-        return list(self._ray.wait(running, timeout=patience_s, num_returns=1)[0])
-
-    def events(self, running: Any) -> list[Event] | None:
-        """The next events; None at the end.
-
-        Raises:
-            LostError: the task is lost.
-        """
-        try:
-            events: list[Event] = self._ray.get(next(running))
-        except StopIteration:
-            return None
-        except self._ray.exceptions.RayError as error:
-            line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-            raise LostError(f"{type(error).__name__}: {line[:300]}") from error
-        return events
-
-    def cancel(self, running: Any) -> None:
-        with contextlib.suppress(Exception):  # the task or the cluster is gone
-            self._ray.cancel(running, force=True)
+def first_line(error: Exception) -> str:
+    """The message of one of Ray's errors, which may have many lines."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def checked_address(address: str) -> str:
@@ -124,7 +54,7 @@ def checked_address(address: str) -> str:
 
 
 @contextlib.contextmanager
-def cluster(address: str, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[Cluster]:
+def cluster(address: str, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[Any]:
     """Connect, and disconnect at the end without leaving anything behind.
 
     Raises:
@@ -149,7 +79,7 @@ def cluster(address: str, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> It
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         stack.callback(ray.shutdown)
         _init(ray, address, options)
-        yield Cluster(ray)
+        yield ray
 
 
 def _imported() -> Any:
@@ -166,11 +96,11 @@ def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(log_to_driver=False, logging_level="CRITICAL", configure_logging=False, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        started = "a Ray cluster cannot be started on this machine"
-        problem = started if address == LOCAL else f"no Ray cluster at {address}"
-        hint = "free memory and disk space, or give the address of a running cluster" if address == LOCAL else _HINT
-        raise GateError(f"{problem}: {line[:300]}", hint=hint) from error
+        problem, hint = f"no Ray cluster at {address}", _HINT
+        if address == LOCAL:
+            problem = "a Ray cluster cannot be started on this machine"
+            hint = "free memory and disk space, or give the address of a running cluster"
+        raise GateError(f"{problem}: {first_line(error)}", hint=hint) from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

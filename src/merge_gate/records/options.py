@@ -31,7 +31,7 @@ class RunOptions:
         output: The directory that the reports go to; None writes none.
         only: Names of adapters; empty for all in the configuration.
         shard: (I, N), the I-th of N parts of the run; None for all of it.
-        ray: The address of the Ray cluster that merges (on_ray/ray_cluster.py); None merges on this machine.
+        given_up: Pairs of an adapter that is not merged, and why: the machines that tried to were lost.
         access: How the weights of bases on the Hub are read (`--access`); None reads them as the configuration says.
         read: How much of the bases is read (`--read`); None reads as much as the configuration says.
         publish: The directory for the merged models of adapters that pass (`--publish`); None as the configuration has
@@ -46,7 +46,7 @@ class RunOptions:
     output: str | None = None
     only: tuple[str, ...] = ()
     shard: tuple[int, int] | None = None
-    ray: str | None = None
+    given_up: tuple[tuple[str, str], ...] = ()
     access: Access | None = None
     read: Read | None = None
     publish: str | None = None

@@ -54,8 +54,8 @@ def is_on_network(paths: list[Path]) -> bool:
 class FedBases:
     """Use it in a `with` block: leaving it removes the created files.
 
-    `records` are figures of bases that earlier runs measured. `is_remote`: the adapters are merged on other machines,
-    so this process feeds no worker. `on_piece` gets the bytes of bases that are fed, as they pass.
+    `records` are figures of bases that earlier runs measured. `on_piece` gets the bytes of bases that are fed, as they
+    pass.
     """
 
     def __init__(
@@ -64,11 +64,9 @@ class FedBases:
         notify: Callable[[str], None],
         *,
         records: BaseRecords | None = None,
-        is_remote: bool = False,
         on_piece: Callable[[str, str, int, memoryview], None] = lambda *_: None,
     ) -> None:
-        self._watch, self._notify, self._is_remote = watch, notify, is_remote
-        self._records = records if not is_remote else None
+        self._watch, self._notify, self._records = watch, notify, records
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
         self._stack = contextlib.ExitStack()
         self._parent: str | None = None
@@ -148,8 +146,7 @@ class FedBases:
         note = too_large(group.base.name, size_bytes, MemoryGroup().free_bytes())
         if note is not None:
             self._notify(note)
-        is_network = is_on_network([Path(group.directory, name) for name in weights])
-        is_fed = (note is not None or is_network) and not self._is_remote
+        is_fed = note is not None or is_on_network([Path(group.directory, name) for name in weights])
         if not is_fed:
             self._watch.start(group.directory)
         return replace(group, one_pass=note is not None or always, fed=is_fed)

@@ -32,7 +32,6 @@ from merge_gate.files.prepare import Inputs
 from merge_gate.files.resolve import Fetching
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
-from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.one_publication import Publication
@@ -43,7 +42,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Report
-from merge_gate.records.terms import Access, Origin, Quantization, Read, Verdict
+from merge_gate.records.terms import Origin, Quantization, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -74,6 +73,7 @@ def run_gate(
     view: View | None = None,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
+    elsewhere: Callable[[Config, tuple[AdapterSpec, ...]], Report] | None = None,
 ) -> Report:
     """Gate the adapters of a configuration.
 
@@ -83,15 +83,17 @@ def run_gate(
         view: Shows progress and the result. None shows nothing.
         worker: May hold a process that was started before the configuration was read.
         begins: Called before the first report is written, when no usage error can follow.
+        elsewhere: Merges the adapters and writes the report in place of this process (on_ray/run_on_ray.py). It gets
+            the configuration with what the options say of publishing.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
-        GateError: there is no such cluster, or the report cannot be written.
+        GateError: the report cannot be written.
     """
     with contextlib.closing(Run(config, options, view or SilentView(), worker)) as run:
         run.preserve_resumed()
         begins()
-        return run.run()
+        return run.run() if elsewhere is None else elsewhere(replace(config, publish=run.publications.spec), run.specs)
 
 
 def planned_run(config: Config, options: RunOptions, view: View) -> Run:
@@ -103,7 +105,7 @@ def planned_run(config: Config, options: RunOptions, view: View) -> Run:
         UsageError: as `run_gate`.
     """
     options = replace(options, is_plan=True, cache=replace(options.cache, read_only=True))
-    with contextlib.closing(Run(config, options, view, None)) as run:
+    with contextlib.closing(Run(config, options, view)) as run:
         run.prepare()
     return run
 
@@ -116,13 +118,6 @@ def _refuse_inputs(config: Config, options: RunOptions) -> None:
         folder = Path(options.cache.directory).absolute()
         for place in (folder, *folder.parents):
             refuse_input(place, _inputs(config), "--cache")
-
-
-def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
-    if options.ray is not None and Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
-        raise UsageError("--ray reads each base whole, and uses no record of it", hint="set read: auto")
-    if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:
-        raise UsageError("--ray merges on other machines, which cannot stream a base", hint="set access: download")
 
 
 def _publish_spec(config: Config, options: RunOptions) -> PublishSpec | None:
@@ -142,8 +137,6 @@ def _publish_spec(config: Config, options: RunOptions) -> PublishSpec | None:
 def _refuse_with_publish(wanted: PublishSpec | None, specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
     if wanted is None:
         return
-    if options.ray is not None:
-        raise UsageError("--ray merges on other machines, which cannot publish models", hint="omit --publish or --ray")
     if Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
         raise UsageError(
             "a published model has every tensor of its base, and --read touched reads some", hint="set read: auto"
@@ -186,22 +179,28 @@ class Run:
 
     Attributes:
         options: what the run is asked for.
+        specs: the adapters of this run.
         tally: the entries, and the reports of those that are judged.
         groups: after stage 3, the entries that have to be merged.
         publications: the models to publish.
     """
 
-    def __init__(self, config: Config, options: RunOptions, view: View, worker: WorkerSlot | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        options: RunOptions,
+        view: View,
+        worker: WorkerSlot | None = None,
+    ) -> None:
         specs = select(config, options.only)
         _refuse_inputs(config, options)
         wanted = _publish_spec(config, options)
-        _refuse_on_ray(specs, options)
         _refuse_with_publish(wanted, specs, options)
-        self._specs, shard = part_of(config, specs, options)
+        self.specs, shard = part_of(config, specs, options)
         self._config, self.options, self._view = config, options, view
         within = os.environ.get(PUBLISH_WITHIN)
         self.publications = Publications(
-            wanted, self._specs, inputs=_inputs(config), within=within, notify=view.note, is_plan=options.is_plan
+            wanted, self.specs, inputs=_inputs(config), within=within, notify=view.note, is_plan=options.is_plan
         )
         circumstances = Circumstances(allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
         self._cache = Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
@@ -212,20 +211,20 @@ class Run:
             self._watch,
             view.note,
             records=self._cache.base_records,
-            is_remote=options.ray is not None,
             on_piece=self.publications.passing,
         )
         how = Fetching(
             notify=view.note,
             access=options.access,
-            lay_out=self._fed.lay_out if options.ray is None else None,
+            lay_out=self._fed.lay_out,
             with_companions=wanted is not None,
             is_plan=options.is_plan,
         )
         self._inputs = Inputs(config, how, limit_s=headers_limit_s)
         self._worker = worker or WorkerSlot()
+        self._given_up = dict(options.given_up)
         self._loaded: dict[int, BaseReport] = {}
-        self._writer = ReportWriter(None if options.is_plan else options.output, view.note)
+        self._writer = ReportWriter(None if options.is_plan else options.output, view.note, view.report_made)
         self._hourly = HourlyLog()
         self.groups: tuple[Group, ...] = ()
         self._finished = False
@@ -236,7 +235,7 @@ class Run:
 
     def preserve_resumed(self) -> None:
         """Save the verdicts that `--resume` found, because this run replaces their reports."""
-        if self._cache.resumed is not None:
+        if self._cache.resumed is not None and self.options.output is not None:
             self._cache.resumed.preserve()
             if self.publications.spec is not None and not self._cache.resumed.is_empty:
                 self._view.note("publishing merges each adapter again: a reused verdict comes without its model")
@@ -257,8 +256,8 @@ class Run:
         try:
             with contextlib.closing(self.publications), self._fed, self._worker:
                 self._start_worker()
-                merges = sum(len(spec.base.dtypes) for spec in self._specs)
-                self._view.start(self._config.label, len(self._specs), merges)
+                merges = sum(len(spec.base.dtypes) for spec in self.specs)
+                self._view.start(self._config.label, len(self.specs), merges)
                 self.prepare()  # 1 to 3
                 self._merge()  # 4
                 return self._finish()  # 5
@@ -273,17 +272,21 @@ class Run:
 
         If the cache may hold every verdict, a worker that was not started early waits for the first miss.
         """
-        if self._specs and self.options.ray is None and (self._worker.is_started or not self._cache.may_hit):
-            self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self._specs))
+        is_needed = any(spec.name not in self._given_up for spec in self.specs)
+        if is_needed and (self._worker.is_started or not self._cache.may_hit):
+            self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self.specs))
 
     # --- 1: files ----------------------------------------------------------------------------------------------------
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
-        for spec in self._specs:
+        for spec in self.specs:
             self.tally.entries.extend(self._inputs.entries(spec))
         for index, entry in enumerate(self.tally.entries):
             report = adapter_report.blocked_report(entry)
+            if report is None and (reason := self._given_up.get(entry.spec.name)):
+                hint = "check the node's log and its memory, and run the gate again"
+                report = adapter_report.not_judged_report(entry, NotJudged(message=reason, hint=hint))
             if report is None:
                 yield index, entry
                 continue
@@ -367,18 +370,13 @@ class Run:
     def _merge(self) -> None:
         if not self.groups:
             self._worker.end()
-        if self.options.ray is None:
-            supervise(self._job(), self._on_event, self._worker, self._fed.feeds, self.publications)
-        elif self.groups:
-            judge_on_ray(self.options.ray, self._job(), self._on_event, self._watch)
-
-    def _job(self) -> Job:
-        return Job(
+        job = Job(
             groups=self.groups,
             device=self.options.device,
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,
         )
+        supervise(job, self._on_event, self._worker, self._fed.feeds, self.publications)
 
     def _on_event(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
         match event:

@@ -13,7 +13,7 @@ from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, write_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from merge_gate.records.report import Report
 
@@ -26,17 +26,21 @@ PAUSE_RATIO = 4.0
 """After a provisional report, the next one waits this many times as long as it took. With a thousand adapters, a report
 after each would take longer than the merges."""
 
+SENT_EVERY_S = 10.0
+"""The pause of a run that sends its reports: another machine receives those of many runs."""
+
 
 class ReportWriter:
-    """Writes to one directory, or nowhere if it is None.
+    """Writes to one directory. If it is None, `send` gets the reports, if there is one.
 
     Only the first and the last report must reach it. A failure in between is reported once, and the next report tries
     again. Each report reuses the texts of adapters that the last report had.
     """
 
-    def __init__(self, directory: str | None, notify: Callable[[str], None]) -> None:
-        self._directory = directory
-        self._notify = notify
+    def __init__(
+        self, directory: str | None, notify: Callable[[str], None], send: Callable[[Report], None] | None = None
+    ) -> None:
+        self._directory, self._notify, self._send = directory, notify, send
         self._rendered = {name: RenderedAdapters() for name in REUSING_FORMATS}
         self._has_notified = False
         self._pending = False
@@ -49,9 +53,7 @@ class ReportWriter:
         Raises:
             UsageError: the directory cannot be used.
         """
-        if self._directory is not None:
-            write_report(report, self._directory, rendered=self._rendered)
-        self._pending = False
+        self._write(report, FORMATS)
 
     def write_last(self, report: Report) -> None:
         """Write every format at the end.
@@ -66,7 +68,7 @@ class ReportWriter:
 
     def changed(self) -> None:
         """Note that the report on disk is out of date."""
-        self._pending = True
+        self._pending = self._directory is not None or self._send is not None
 
     def catch_up(self, current: Callable[[], Report], *, at_once: bool = False) -> None:
         """Write a provisional report if something changed, unless the last one was a moment ago.
@@ -81,13 +83,19 @@ class ReportWriter:
         formats = FORMATS if at_once and not self._has_waited else PROVISIONAL_FORMATS
         self._has_waited |= at_once
         try:
-            if self._directory is not None:
-                write_report(current(), self._directory, formats=formats, rendered=self._rendered)
-            self._pending = False
+            self._write(current(), formats)
         except GateError as error:
             self._notify_once(error)
         ended_s = time.monotonic()
-        self._next_write_s = ended_s + PAUSE_RATIO * (ended_s - began_s)
+        pause_s = PAUSE_RATIO * (ended_s - began_s) if self._directory is not None else SENT_EVERY_S
+        self._next_write_s = ended_s + pause_s
+
+    def _write(self, report: Report, formats: Collection[str]) -> None:
+        if self._directory is not None:
+            write_report(report, self._directory, formats=formats, rendered=self._rendered)
+        elif self._send is not None:
+            self._send(report)
+        self._pending = False
 
     def _notify_once(self, error: GateError) -> None:
         if not self._has_notified:

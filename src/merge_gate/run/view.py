@@ -45,6 +45,9 @@ class View:
     `close` restores the terminal. It may be called at any time and more than once (`contextlib.closing(view)`).
     """
 
+    report_made: Callable[[Report], None] | None = None
+    """Gets the provisional and the last report of a run without an output directory."""
+
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         """`merge_count` is larger than `adapter_count` if adapters are merged in several dtypes."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
 
 from merge_gate import __version__
 from merge_gate.cache import key
@@ -23,8 +22,6 @@ from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
 from merge_gate.records.terms import record
 from merge_gate.shards.costs import Cost, Costs
-
-_Name = TypeVar("_Name", str, int)
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""
@@ -94,18 +91,18 @@ def part_of(
 
 
 @record
-class _Part(Generic[_Name]):
+class _Part:
     """Adapters of one base for one machine."""
 
     base: tuple[str, str]
-    names: tuple[_Name, ...]
+    names: tuple[str, ...]
     cost: int
 
 
-def assign(costs: Mapping[_Name, Cost], count: int) -> dict[_Name, int]:
+def assign(costs: Mapping[str, Cost], count: int) -> dict[str, int]:
     """The shard of each name, counted from 0."""
     load = [(0, shard) for shard in range(count)]
-    assigned: dict[_Name, int] = {}
+    assigned: dict[str, int] = {}
     for part in sorted(_parts(costs, count), key=lambda part: (-part.cost, part.base, part.names)):  # 3
         busy, shard = heapq.heappop(load)
         heapq.heappush(load, (busy + part.cost, shard))
@@ -113,9 +110,9 @@ def assign(costs: Mapping[_Name, Cost], count: int) -> dict[_Name, int]:
     return assigned
 
 
-def _parts(costs: Mapping[_Name, Cost], count: int) -> list[_Part[_Name]]:
+def _parts(costs: Mapping[str, Cost], count: int) -> list[_Part]:
     """Steps 1 and 2: the parts, whose number is at least that of the machines if there are enough adapters."""
-    bases: dict[tuple[str, str], list[_Name]] = {}
+    bases: dict[tuple[str, str], list[str]] = {}
     for name in sorted(costs):
         bases.setdefault(costs[name].base, []).append(name)
     whole = {base: _cost(names, costs) for base, names in bases.items()}
@@ -133,14 +130,14 @@ def _parts(costs: Mapping[_Name, Cost], count: int) -> list[_Part[_Name]]:
     return [part for base, names in sorted(bases.items()) for part in _cut(base, names, costs, cuts[base])]
 
 
-def _cost(names: Sequence[_Name], costs: Mapping[_Name, Cost]) -> int:
+def _cost(names: Sequence[str], costs: Mapping[str, Cost]) -> int:
     return max(costs[name].read_bytes for name in names) + sum(costs[name].merge_bytes for name in names)
 
 
-def _cut(base: tuple[str, str], names: Sequence[_Name], costs: Mapping[_Name, Cost], pieces: int) -> list[_Part[_Name]]:
+def _cut(base: tuple[str, str], names: Sequence[str], costs: Mapping[str, Cost], pieces: int) -> list[_Part]:
     """Pieces of a base, as even as whole adapters allow."""
     load = [(0, piece) for piece in range(pieces)]
-    cut: list[list[_Name]] = [[] for _ in range(pieces)]
+    cut: list[list[str]] = [[] for _ in range(pieces)]
     for name in sorted(names, key=lambda name: (-costs[name].merge_bytes, name)):
         busy, piece = heapq.heappop(load)
         cut[piece].append(name)
