@@ -1,4 +1,7 @@
-"""`merge-gate report`: show, compare and combine stored reports, or write a first baseline."""
+"""`merge-gate report`: show, compare and combine stored reports, or write a first baseline.
+
+`merge-gate ci github` shows a report in a job on GitHub.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,15 @@ from merge_gate.cli.arguments import (
     examples,
 )
 from merge_gate.cli.output import claimed_output, exit_code, print_document, result_width, view_of
-from merge_gate.errors import UsageError
+from merge_gate.errors import GateError, UsageError
 from merge_gate.text import one_of, quoted
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
 REPORT_COMMANDS = (SHOW, DIFF, COMBINE, BASELINE)
 """Commands of two words, which argparse hears as one."""
+CI = "ci"
+GITHUB = f"{CI} github"
 
 _REPORT_HELP = "the report.json of a run, or its directory"
 _REPORT_OR_DEFAULT = f"{_REPORT_HELP} (default: {DEFAULT_OUTPUT})"
@@ -95,6 +100,17 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
     baseline.add_argument("report", metavar="REPORT", nargs="?", default=DEFAULT_OUTPUT, help=_REPORT_OR_DEFAULT)
 
 
+def add_github(commands: Commands[CommandParser]) -> None:
+    github = commands.add_parser(
+        GITHUB,
+        help="show a report in a job on GitHub",
+        description="Write the annotations, outputs, and summary of a job on GitHub. The action starts this command "
+        "after the gate, in the environment of the gate.",
+    )
+    github.add_argument("report", metavar="REPORT", help="the directory of the report")
+    github.add_argument("facts", metavar="FACTS", help="the facts of the job, as JSON")
+
+
 def show(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import shown
 
@@ -137,3 +153,21 @@ def baseline(arguments: argparse.Namespace) -> int:
             hint="run again, then write the baseline",
         )
     return print_document(render(report, datetime.now(UTC).date()))
+
+
+def github(arguments: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from merge_gate.action.workflow import JobFacts
+    from merge_gate.ci.github import show
+
+    try:
+        facts = JobFacts(**json.loads(arguments.facts))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"FACTS is {quoted(arguments.facts)}, expected facts of a job as JSON ({error})") from error
+    try:
+        show(Path(arguments.report), facts)
+    except OSError as error:
+        raise GateError(f"cannot write {error.filename}: {error.strerror}") from error
+    return 0
