@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from merge_gate.action.workflow import JobFacts
 from merge_gate.ci import github
+from merge_gate.cli import dispatch
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import Accepted, AdapterReport, PublishedModel, Report, Shard
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
@@ -279,6 +280,25 @@ def test_a_warning_is_annotated_only_if_it_fails_the_job(tmp_path: Path, capsys:
         assert len(lines) == count
         for name, properties, _ in map(decode, lines):
             assert (name, properties["title"]) == ("warning", f"legal passed: {ROUNDING.check}")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("facts", ["{", "[]", '{"x": 1}', '{"exit_code": "0"}', '{"output_file": "/nowhere/output"}'])
+def test_a_wrong_call_of_the_command_is_a_sentence(
+    tmp_path: Path, facts: str, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    assert dispatch.main(["ci", "github", str(tmp_path), facts]) == 2
+    wording(capsys.readouterr().err)
+
+
+def test_a_report_that_is_a_link_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text(FORMATS["report.json"](PASS), encoding="utf-8")
+    (tmp_path / "report.json").symlink_to(tmp_path / "other")
+    report, problem = github.read(tmp_path, JobFacts(exit_code=0))
+    assert report is None
+    assert "symbolic link" in problem
 
 
 # --- hostile text ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from merge_gate.cli.arguments import (
     examples,
 )
 from merge_gate.cli.output import claimed_output, exit_code, print_document, result_width, view_of
-from merge_gate.errors import GateError, UsageError
+from merge_gate.errors import UsageError
 from merge_gate.text import one_of, quoted
 
 REPORT = "report"
@@ -157,17 +157,20 @@ def baseline(arguments: argparse.Namespace) -> int:
 
 def github(arguments: argparse.Namespace) -> int:
     import json
+    from dataclasses import fields
     from pathlib import Path
 
     from merge_gate.action.workflow import JobFacts
     from merge_gate.ci.github import show
+    from merge_gate.report.stored.output_directory import explained
 
     try:
         facts = JobFacts(**json.loads(arguments.facts))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"FACTS is {quoted(arguments.facts)}, expected facts of a job as JSON ({error})") from error
-    try:
+    wrong = [field.name for field in fields(facts) if type(getattr(facts, field.name)) is not type(field.default)]
+    if wrong:
+        raise UsageError(f"FACTS has a value of another type than expected: {', '.join(wrong)}")
+    with explained("cannot write the outputs or the summary of the job", hint="name files that you may write to"):
         show(Path(arguments.report), facts)
-    except OSError as error:
-        raise GateError(f"cannot write {error.filename}: {error.strerror}") from error
     return 0
