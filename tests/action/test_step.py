@@ -19,10 +19,11 @@ import entrypoint
 from merge_gate.action import step as action
 from merge_gate.action.docker import collect, leftovers
 from merge_gate.action.inputs import read_inputs
+from merge_gate.action.workflow import JobFacts
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
 from merge_gate.report.stored.report_files import FORMATS, write_report
-from tests.support.action.commands import outputs_in
+from tests.support.action.commands import is_command, outputs_in
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
 from tests.support.command import PATIENCE_S
 from tests.support.reports import EMPTY, FAILED, PASS, report
@@ -366,6 +367,16 @@ def test_what_an_event_allows(environ: dict[str, str], name: str, head: str | No
     assert outputs(environ)["comment"] == str(bool(pull) and not is_fork).lower()
 
 
+def test_the_files_of_the_runner_have_their_real_names(environ: dict[str, str], tmp_path: Path) -> None:
+    """`_work` may be a link to another disk, and a container gets the file itself."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    inputs = read_inputs(["--config=gate.yml"], environ)
+    given = {**environ, "GITHUB_OUTPUT": str(tmp_path / "link" / "output")}
+    facts = action._job(inputs, environ, given)
+    assert (facts.output_file, facts.summary_file) == (environ["GITHUB_OUTPUT"], environ["GITHUB_STEP_SUMMARY"])
+    assert action._job(inputs, environ, {}).output_file == ""
+
+
 def test_only_a_configuration_is_annotated_at_its_lines(environ: dict[str, str]) -> None:
     Path(environ["GITHUB_WORKSPACE"], "merged").mkdir()
     for words, file in (
@@ -386,6 +397,16 @@ def test_a_server_without_artifacts_keeps_the_report(
     ).uploads_report
     (warning,) = annotations("warning", capsys.readouterr().out)
     assert "github.acme.example" in warning
+
+
+def test_the_second_process_gives_no_command_but_annotations(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = b"::error title=x::y\n::add-path::/evil\n ::warning ::z\n##[add-path]/evil\r::debug::b\n"
+    monkeypatch.setattr(action, "_run", lambda _runtime, _run, log, _messages: log(said) or 0)
+    run = read_inputs(["--config=gate.yml"], environ).run
+    assert action._show("native", run, JobFacts(), action._RunMessages()) == ""
+    assert [line for line in capsys.readouterr().out.splitlines() if is_command(line)] == ["::error title=x::y"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from merge_gate.action.event import read_event
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.earlier_reports import refuse_run
 from merge_gate.errors import ExitCode, GateError, UsageError
+from merge_gate.report.wording.untrusted import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -134,20 +135,22 @@ def _job(inputs: ActionInputs, environ: Mapping[str, str], runner_environ: Mappi
     cannot_upload = workflow.missing_artifacts(runner_environ.get("GITHUB_SERVER_URL", ""))
     if inputs.facts.uploads_report and cannot_upload:
         _say(workflow.command("warning", cannot_upload, title="merge-gate"))
+    files = (runner_environ.get(name, "") for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"))
+    output, summary = (name and os.path.realpath(name) for name in files)  # a container sees no link of the runner
     return replace(
         inputs.facts,
         uploads_report=inputs.facts.uploads_report and not cannot_upload,
         uploads_sarif=inputs.facts.uploads_sarif and event.is_trusted,
         lacks_token=event.is_fork and not environ.get("HF_TOKEN"),
-        output_file=runner_environ.get("GITHUB_OUTPUT", ""),
-        summary_file=runner_environ.get("GITHUB_STEP_SUMMARY", ""),
+        output_file=output,
+        summary_file=summary,
     )
 
 
 def _show(runtime: str, run: ContainerRun, job: workflow.JobFacts, messages: _RunMessages) -> str:
     """Show the report: a second process in the environment of the gate, which sees the report and no secret.
 
-    Return the reason if it showed nothing; else an empty text. It prints commands, so its log is not fenced.
+    Return the reason if it showed nothing; else an empty text. Its annotations are the only commands that it may give.
     """
     said = bytearray()
     environ = {name: value for name, value in run.environ.items() if name not in HANDED_OVER}
@@ -162,7 +165,7 @@ def _show(runtime: str, run: ContainerRun, job: workflow.JobFacts, messages: _Ru
             gpus="none",
             mounts=(run.publish,) if run.publish else (),
             job=json.dumps(asdict(job)),
-            job_files=tuple(Path(name).resolve() for name in (job.output_file, job.summary_file) if name),
+            job_files=tuple(Path(name) for name in (job.output_file, job.summary_file) if name),
             environ={**environ, "HF_HUB_OFFLINE": "1"},
             time_limit_s=_READING_LIMIT_S,
         )
@@ -172,7 +175,8 @@ def _show(runtime: str, run: ContainerRun, job: workflow.JobFacts, messages: _Ru
             return job.problem or _in_words(error)
     text = said.decode("utf-8", "replace")
     if code == ExitCode.PASS:
-        print(text, end="", flush=True)  # noqa: T201 # the runner reads it
+        for line in text.rstrip("\n").split("\n"):
+            _say(line if line.startswith(("::error ", "::warning ")) else safe_text(line))
         return ""
     return job.problem or f"the report of the gate was not read: `merge-gate ci github` ended with {code}\n{text}"
 
