@@ -106,6 +106,7 @@ def add_github(commands: Commands[CommandParser]) -> None:
         help="show a report in a job on GitHub",
         description="Write the annotations, outputs, and summary of a job on GitHub. The action starts this command "
         "after the gate, in the environment of the gate.",
+        epilog=examples("""merge-gate ci github merge-gate-report '{"exit_code": 1}'"""),
     )
     github.add_argument("report", metavar="REPORT", help="the directory of the report")
     github.add_argument("facts", metavar="FACTS", help="the facts of the job, as JSON")
