@@ -201,6 +201,8 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
         orphan = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.LABEL, leftovers._UNTIL: "1"}})
         engine.containers[orphan.id] = orphan
+        existed: list[bool] = []
+        engine.before["POST /containers/create"] = lambda: existed.append(Path(environ["GITHUB_OUTPUT"]).is_file())
         engine.wrong["DELETE /containers/f+"] = [(409, {"message": "busy"})] * 6
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
         log, _ = process.communicate(timeout=PATIENCE_S)
@@ -231,6 +233,7 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
     assert reading.asked["HostConfig"]["NetworkMode"] == "none"
     seen = {mount["Target"]: mount["ReadOnly"] for mount in reading.asked["HostConfig"]["Mounts"]}
     assert seen.pop(said["report-path"]) is True
+    assert existed == [False, True], "an engine may make a directory in the place of a missing file"
     assert environ["GITHUB_WORKSPACE"] not in seen
     assert engine.containers == {}
 

@@ -153,6 +153,9 @@ def _show(runtime: str, run: ContainerRun, job: workflow.JobFacts, messages: _Ru
     Return the reason if it showed nothing; else an empty text. Its annotations are the only commands that it may give.
     """
     said = bytearray()
+    files = tuple(Path(name) for name in (job.output_file, job.summary_file) if name)
+    for file in files:
+        file.touch()  # an engine may make a directory in the place of a missing file
     environ = {name: value for name, value in run.environ.items() if name not in HANDED_OVER}
     with contextlib.ExitStack() as clearing:
         reading = ContainerRun(
@@ -165,7 +168,7 @@ def _show(runtime: str, run: ContainerRun, job: workflow.JobFacts, messages: _Ru
             gpus="none",
             mounts=(run.publish,) if run.publish else (),
             job=json.dumps(asdict(job)),
-            job_files=tuple(Path(name) for name in (job.output_file, job.summary_file) if name),
+            job_files=files,
             environ={**environ, "HF_HUB_OFFLINE": "1"},
             time_limit_s=_READING_LIMIT_S,
         )
