@@ -1,7 +1,7 @@
 """Every architecture of the installed transformers: the gate beside what a user of PEFT gets.
 
     python benchmarks/architectures.py [TYPE ...]     # all, twenty minutes on one core; goes on where it was
-    python benchmarks/architectures.py --write        # architectures.json and docs/evidence/architectures.md from it
+    python benchmarks/architectures.py --write        # architectures.json and docs/evidence/sweeps.md from it
 
 In: model types. Out: a line of JSON for each in the work directory, and with `--write` the data and the document.
 Each type has a process of its own, with a limit of time and memory, forked from this one after the imports.
@@ -41,8 +41,9 @@ import transformers
 
 from tests.support.engine import architectures
 from tests.support.engine.architecture_trials import Outcome, trial
+from tests.support.generated import write_block
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/architectures.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/sweeps.md"
 DATA = Path(__file__).resolve().parent / "architectures.json"
 LIMIT_S = 90
 LIMIT_BYTES = 6 << 30
@@ -129,16 +130,9 @@ def say(outcome: Outcome) -> str:
     return f"WRONG: {'; '.join(outcome.wrong)}" if outcome.wrong else f"right: {outcome.healthy}"
 
 
-# --- benchmarks/architectures.json and docs/evidence/architectures.md ------------------------------------------------
+# --- benchmarks/architectures.json and docs/evidence/sweeps.md -------------------------------------------------------
 
-TEXT = """# Architectures
-
-This page compares the gate with PEFT on every model type of transformers. For each type, a small random model and a
-LoRA on all its linear layers are made. The gate is right if it does three things:
-
-- it gives a healthy adapter the verdict that matches what a user of PEFT gets;
-- it fails the adapter with one NaN in it;
-- it merges every tensor to the same bits as PEFT.
+TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge-gate {merge-gate}.
 
 | model types | number |
 |---|---:|
@@ -147,30 +141,16 @@ LoRA on all its linear layers are made. The gate is right if it does three thing
 | the gate is right | {right} |
 | the gate is wrong | {wrong} |
 | healthy adapters that pass | {passed} |
-| healthy adapters that fail, listed below | {failed} |
+| healthy adapters that fail | {failed} |
 | not built | {not_built} |
 
-It ran on {date} on a CPU, with transformers {transformers}, PEFT {peft}, torch {torch}, and merge-gate {merge-gate}.
-`benchmarks/architectures.json` has the answer for each type. `python benchmarks/architectures.py` repeats the run in
-about 20 minutes on one core, and `--write` makes the data and this page.
-
-## Healthy adapters that fail
-
-PEFT renames the keys of an adapter as transformers renames those of old checkpoints. Some renamings also match names
-that PEFT saves today, and lead to names that the model does not have. PEFT warns, and these layers keep the weights of
-the base. The gate fails such an adapter with `keys-missing`. With the others, the merge changes a tied weight, goes
-into another layer than the target, or does not change the target.
-
-| model type | verdict | what PEFT does |
+| healthy adapter fails on | verdict | PEFT |
 |---|---|---|
 {failed_rows}
 
-## Not built
-
-| why | types |
+| not built, because | types |
 |---|---:|
-{reason_rows}
-"""
+{reason_rows}"""
 
 REASONS = {
     "a part of another model: transformers has no model class for it": r"no model class",
@@ -211,11 +191,14 @@ def stored(answers: dict[str, Any]) -> str:
 
 
 def document(answers: dict[str, Any]) -> str:
-    """The page, from what benchmarks/architectures.json stores."""
+    """The block of the page, from what benchmarks/architectures.json stores."""
     types: dict[str, dict[str, Any]] = answers["types"]
     built = {name: facts for name, facts in types.items() if "class" in facts}
     wrong = [name for name, facts in built.items() if "wrong" in facts]
     failed = {name: facts for name, facts in built.items() if facts["healthy"] != "passed"}
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, facts in failed.items():
+        alike.setdefault((cell(facts["healthy"]), of_peft(facts)), []).append(f"`{name}`")
     reasons = Counter(why(facts["reason"]) for facts in types.values() if "reason" in facts)
     return TEXT.format(
         date=answers["date"],
@@ -227,7 +210,7 @@ def document(answers: dict[str, Any]) -> str:
         passed=len(built) - len(failed),
         failed=len(failed),
         not_built=reasons.total(),
-        failed_rows=rows([[f"`{name}`", cell(facts["healthy"]), of_peft(facts)] for name, facts in failed.items()]),
+        failed_rows=rows([[", ".join(names), *facts] for facts, names in alike.items()]),
         reason_rows=rows([[reason, reasons[reason]] for reason in REASONS if reasons[reason]]),
     )
 
@@ -261,7 +244,7 @@ def main() -> None:
     if arguments.write:
         if arguments.results.exists():
             DATA.write_text(stored(data(arguments.results)), encoding="utf-8")
-        DOCUMENT.write_text(document(json.loads(DATA.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_block(DOCUMENT, "architectures", document(json.loads(DATA.read_text(encoding="utf-8"))))
     else:
         torch.set_num_threads(1)
         transformers.utils.logging.set_verbosity_error()

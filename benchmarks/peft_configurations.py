@@ -5,7 +5,7 @@
 Downloads the source package of the installed PEFT from the package index (`--tests` names its tests/ directory where it
 lies already), and holds every configuration of its tests (tests/support/engine/peft_configurations.py) in every dtype.
 One line for each that is not merged to PEFT's bits; `--results` keeps every outcome, and goes on where it was;
-`--write` puts them into docs/evidence/methods.md. A quarter of an hour on one core.
+`--write` puts them into docs/evidence/sweeps.md. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import transformers
 
 from tests.support.engine.peft_configurations import Configuration, Outcome, hold, read
 from tests.support.gating import Gate, one_thread
+from tests.support.generated import write_block
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/methods.md"
-START, END = "<!-- peft_configurations -->\n", "<!-- /peft_configurations -->"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/sweeps.md"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -79,12 +79,10 @@ def say(outcome: Outcome) -> str:
     return f"{outcome.gate} as PEFT: {outcome.peft[:120]}"
 
 
-# --- docs/evidence/methods.md ----------------------------------------------------------------------------------------
+# --- docs/evidence/sweeps.md -----------------------------------------------------------------------------------------
 
 
-TEXT = """Run on {date} with {versions}, in {dtypes}:
-{names:,} configurations. PEFT can make an adapter of {made:,} of them on these models. PEFT
-(`safe_merge=True`) and the gate merge each one.
+TEXT = """{date}, {versions}, in {dtypes}. {names:,} configurations. PEFT makes an adapter for {made:,}.
 
 | outcome | trials |
 |---|---:|
@@ -93,17 +91,15 @@ TEXT = """Run on {date} with {versions}, in {dtypes}:
 | a verdict that differs from PEFT's | {wrong:,} |
 | all | {trials:,} |
 
-With one NaN in the file, {failed:,} of {trials:,} fail. In the others, the merge does not read that tensor, and a
-warning says so.
+With one NaN in the file, {failed:,} of {trials:,} fail. The merge does not read the tensor in the others: a warning.
 
 | PEFT | the gate | configs | trials |
 |---|---|---|---:|
 {rows}
 
-PEFT itself refuses the other configurations:
+PEFT itself makes no adapter:
 
-{reasons}
-"""
+{reasons}"""
 
 
 def document(outcomes: list[Outcome]) -> str:
@@ -112,9 +108,7 @@ def document(outcomes: list[Outcome]) -> str:
     wrong = [one for one in made if one.wrong]
     rows: dict[tuple[str, str], list[Outcome]] = {}
     for one in refused + wrong:
-        rows.setdefault((re.sub(r"'[A-Za-z0-9]+' object has", "the model has", one.peft)[:100], told(one)), []).append(
-            one
-        )
+        rows.setdefault((re.sub(r"^(\w+): .*", r"\1", one.peft), one.gate), []).append(one)
     return TEXT.format(
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch")),
@@ -127,8 +121,8 @@ def document(outcomes: list[Outcome]) -> str:
         wrong=len(wrong),
         failed=sum(one.one_nan.startswith("failed") for one in made),
         rows="\n".join(
-            f"| {cell(peft)} | {cell(said)} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
-            for (peft, said), those in rows.items()
+            f"| {cell(peft)} | {gate} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
+            for (peft, gate), those in rows.items()
         ),
         reasons="\n".join(
             f"- on {model}: {', '.join(sorted(kinds))}" for model, kinds in sorted(unmade(outcomes).items())
@@ -153,18 +147,8 @@ def model_of(outcome: Outcome) -> str:
     return outcome.name.rpartition(" on ")[2].removeprefix("tiny-").removeprefix("random-")
 
 
-def told(outcome: Outcome) -> str:
-    return f"{outcome.gate}: {outcome.said[:120]}" if outcome.wrong else outcome.gate
-
-
 def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def write(outcomes: list[Outcome]) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    DOCUMENT.write_text(before + START + document(outcomes) + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def main() -> None:
@@ -183,7 +167,7 @@ def main() -> None:
     text = document(outcomes)
     print(text)
     if asked.write:
-        write(outcomes)
+        write_block(DOCUMENT, "peft_configurations", text)
 
 
 if __name__ == "__main__":

@@ -96,12 +96,17 @@ def show(rows: Rows, seconds: float) -> None:
     print(f"| `merge_and_unload(safe_merge=True)` | {silent + alarm} | {silent} | {alarm} | none named |")
     gate = [total[f"gate {word}"] for word in ("false pass", "false failure", "wrong cause", "no warning")]
     print(f"| merge-gate | {sum(gate)} | {gate[0]} | {gate[1]} | {gate[2] + gate[3]} |\n")
-    print("| case | trials | PEFT: broken, no error | PEFT: good, but refused | gate wrong |")
-    print("|---|---|---|---|---|")
+    print("| cases | trials | PEFT wrong | gate wrong |")
+    print("|---|---:|---:|---:|")
+    families: Rows = {}
     for name, counts in rows.items():
-        wrong = counts["trials"] - counts["gate None"]
-        if counts["peft silent"] or counts["peft alarm"] or wrong:
-            print(f"| {name} | {counts['trials']} | {counts['peft silent']} | {counts['peft alarm']} | {wrong} |")
+        wrong = Counter(peft=counts["peft silent"] + counts["peft alarm"], gate=counts["trials"] - counts["gate None"])
+        if wrong.total():
+            case, _, base = name.partition(" on ")
+            family = families.setdefault(case.partition("-")[0] + (" on bitsandbytes" if base else ""), Counter())
+            family.update(wrong, cases=1, trials=counts["trials"])
+    for name, counts in families.items():
+        print(f"| {name}, {counts['cases']} | {counts['trials']} | {counts['peft']} | {counts['gate']} |")
 
 
 if __name__ == "__main__":

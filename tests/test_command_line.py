@@ -16,7 +16,7 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.named_adapters import requested_config
-from merge_gate.cli.parser import parsed, parsers
+from merge_gate.cli.parser import output_of, parsed, parsers
 from merge_gate.cli.variables import WITHOUT_VARIABLE, unknown_variables
 from merge_gate.errors import UsageError
 
@@ -137,12 +137,13 @@ def test_an_unknown_variable_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the action, its containers, the recipes, and the tests too. Only this file names unknown ones."""
+    """Those of the action, its containers, the recipes, and the tests. Only this file and the attempts name others."""
     root = Path(__file__).resolve().parent.parent
     places = ("src", "tests", "docs", "recipes", "examples", "benchmarks", ".ci", ".github")
     files = [path for place in places for path in (root / place).rglob("*") if "__pycache__" not in path.parts]
+    with_unknown = {Path(__file__).name, "attempts.md"}
     texts = [
-        path.read_bytes() for path in (*files, *root.iterdir()) if path.is_file() and path.name != Path(__file__).name
+        path.read_bytes() for path in (*files, *root.iterdir()) if path.is_file() and path.name not in with_unknown
     ]
     names = {name.decode() for text in texts for name in re.findall(rb"MERGE_GATE_[A-Z0-9_]*[A-Z0-9]\b", text)}
     for name in names - {"MERGE_GATE_I", "MERGE_GATE_INPUT", "MERGE_GATE_DTPYE"}:
@@ -150,6 +151,18 @@ def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPat
     unknown = unknown_variables(commands().values(), os.environ)
     assert len(names) > 60
     assert unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "output"), [("run", "merge-gate-report"), ("verify", None), ("rnu", "merge-gate-report")]
+)
+def test_a_directory_named_as_a_command_changes_no_command(
+    command: str, output: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake after `verify` does not mark the report of a run as stale."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / command).mkdir()
+    assert output_of([command, "--devise"]) == output
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.earlier_reports import mark_stale
-from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.formats.schema import report_schema

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from merge_gate.errors import ConfigError, ExitCode, GateError, Refused, Undecidable, UsageError
-from merge_gate.records.refusals import LayerLeftUnmerged
+from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
+from merge_gate.records.refusals import Refused, Undecidable
 
 
 def test_a_refusal_is_carried_whole_and_is_no_error_of_the_gate() -> None:
-    refusal = LayerLeftUnmerged(module="model.layers.0")
-    for error in (Refused(refusal), Undecidable(refusal)):
-        assert error.refusal is refusal
+    for kind in (Refused, Undecidable):
+        error = kind("layer_left_unmerged", module="model.layers.0")
+        assert (error.refusal.kind, error.refusal.fields) == ("layer_left_unmerged", {"module": "model.layers.0"})
         assert "model.layers.0" in str(error)
         assert not isinstance(error, GateError)
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from merge_gate.judging.refused_merges import DEFECTS
-from merge_gate.records.refusals import Defect
+from merge_gate.judging.checks.not_mergeable import DEFECTS
 from tests.support import methods
 from tests.support.engine.peft_configurations import Outcome, hold, one_nan, read
 from tests.support.gating import Gate, Judgement, one_thread
@@ -122,7 +121,7 @@ def test_the_gate_merges_to_pefts_bits_and_refuses_what_peft_refuses(outcomes: d
         raised = next((words for part, words in REFUSED.items() if part in name), None)
         if WRONG_MERGE in name:
             assert len(one.wrong) == 1
-            assert DEFECTS[Defect.OFT_CONVOLUTION].reason in one.said
+            assert DEFECTS["oft-convolution"][0] in one.said
             continue
         assert not one.wrong, one
         assert one.gate == ("failed (not-mergeable)" if raised else "passed"), one

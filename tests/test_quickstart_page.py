@@ -70,13 +70,6 @@ def test_check_and_init_print_what_the_page_shows(
         assert missing(shown, capsys.readouterr().out) == []
 
 
-def test_the_failure_of_the_pull_request_is_that_of_the_demo() -> None:
-    """tests/test_demo.py compares the demo's block with what the demo prints."""
-    failures = re.findall(r"^✗ \w+ failed: .*?(?=^\n|\Z)", "\n".join(blocks(PAGE, "console")), re.MULTILINE | re.DOTALL)
-    demo, pull_request = failures
-    assert demo.replace("overflow", "support") == pull_request
-
-
 @pytest.mark.slow
 def test_the_page_is_followed_to_the_letter(tmp_path: Path) -> None:
     for kind, body in CODE_BLOCK.findall(PAGE):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import WITHOUT_SETTING
 from website import build
 from website.build import (
     ROOT,

@@ -29,7 +29,8 @@ import yaml
 from packaging.version import Version
 
 from merge_gate import __version__
-from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import WITHOUT_SETTING
 from merge_gate.records.project import PROJECT_URL, documentation_url
 
 HERE = Path(__file__).resolve().parent

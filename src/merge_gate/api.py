@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache.resume import forget
-from merge_gate.config.from_arguments import config_of, names_a_file, yaml_text
+from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
@@ -115,7 +116,7 @@ def _converted(given: Mapping[str, Any]) -> dict[str, Any]:
         convert, expected = _KINDS.get(name, (lambda value: value, "plain data"))
         try:
             converted[name] = convert(value)
-            yaml_text(converted[name])
+            json.dumps(converted[name])
         except (TypeError, ValueError, RecursionError):
             raise UsageError(f"{name} is {quoted(repr(value))}, expected {expected}") from None
     if not isinstance(given["device"], str) or not is_device(given["device"]):

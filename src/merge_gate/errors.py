@@ -10,8 +10,7 @@ GateError                 the gate cannot go on; carries a message and a hint
 └── LauncherError         the container could not be started, or was lost  exit 3
 ```
 
-A broken adapter is a `Finding`, never a `GateError`. `Refused` and `Undecidable` carry a fact out of the engine, and
-`judging/` makes a finding of it.
+A broken adapter is a `Finding`, never a `GateError`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Problem
-    from merge_gate.records.refusals import Refusal
 
 
 class ExitCode(IntEnum):
@@ -96,22 +94,6 @@ class EngineError(GateError):
 
 class NotPublishedError(GateError):
     """The adapter passed, and its merge cannot be published."""
-
-
-class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a fact about the adapter
-    """The adapter cannot be loaded or merged; `refusal` is the fact that says why."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.refusal = refusal
-
-
-class Undecidable(Exception):  # noqa: N818 - as above
-    """The base cannot be loaded, or a tensor cannot be measured; `refusal` is the fact that says why."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.refusal = refusal
 
 
 class LauncherError(GateError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,12 +105,6 @@ def test_problems_of_the_command_line_are_counted_too() -> None:
     with pytest.raises(UsageError, match=r"\b50\b") as caught:
         config_of([f"./a{n}" for n in range(150)])
     assert caught.value.message.count("./a") == MAX_LISTED
-
-
-def test_looking_for_garbage_goes_on_after_a_file(tmp_path: Path) -> None:
-    before = gc.get_threshold()
-    refused(tmp_path, "- a\n")
-    assert gc.get_threshold() == before != (0, 0, 0)
 
 
 # --- both parsers ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -112,6 +113,9 @@ def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
         (["support"], {"revision": "v3"}, "revision"),
         (["support"], {"checks": {"no-efect": "off"}}, "no-effect"),
         (["support"], {"expect": {"r": "many"}}, "many"),
+        (["support"], {"checks": {"headroom": {"limit": None}}}, '"limit" has no value'),
+        (["support"], {"checks": {"a\u202e": "off"}}, r'"a\u202e" contains a control character'),
+        (["support"], {"checks": functools.reduce(lambda inner, _: {"a": inner}, range(40), {})}, "32 levels"),
     ],
 )
 @pytest.mark.usefixtures("here")

@@ -585,7 +585,7 @@ def objects(schema: object) -> list[dict]:
 
 def test_no_mapping_of_the_schema_takes_unknown_keys() -> None:
     mappings = objects(config_schema())
-    assert len(mappings) > 20
+    assert len(mappings) > 10
     for mapping in mappings:
         assert mapping.get("additionalProperties") is False or "properties" not in mapping
 
@@ -641,21 +641,6 @@ def test_examples_and_documentation_are_valid(
 ) -> None:
     validator.validate(plain(text))
     assert load(place, text).adapters
-
-
-def checks_table() -> str:
-    rows = ["| check | default | limit | can be off | fires when |", "|---|---|---|---|---|"]
-    for check, default in CHECKS.items():
-        bound = "none" if default.limit is None else f"{default.limit:g}"
-        if default.has_error_limit:
-            bound += f"; `error-limit` {'none' if default.error_limit is None else f'{default.error_limit:,.0f}'}"
-        off = "yes" if default.can_be_off else "**no**"
-        rows.append(f"| `{check}` | {default.severity} | {bound} | {off} | {default.summary} |")
-    return "\n".join(rows)
-
-
-def test_the_documented_table_of_checks_is_the_real_one() -> None:
-    held(DOCS, "checks", checks_table())
 
 
 def policies_table() -> str:
@@ -726,6 +711,9 @@ def test_the_tables_rules() -> None:
         "base-nonfinite",
         "merged-nonfinite",
     ]
+    always = ", ".join(f"`{check}`" for check, row in CHECKS.items() if not row.can_be_off)
+    page = " ".join(DOCS.read_text(encoding="utf-8").split())
+    assert f"{always.replace(', `merged', ', and `merged')} are always errors" in page
     limits = {check: row.limit for check, row in CHECKS.items() if row.limit is not None}
     assert limits == {"rounding-loss": 0.5, "headroom": 0.5, "delta-norm": 10.0}
     error_limits = {check: row.error_limit for check, row in CHECKS.items() if row.has_error_limit}

@@ -11,6 +11,7 @@ import pytest
 from merge_gate.config.load_config import load_config
 from merge_gate.files import prepare
 from merge_gate.files.prepare import Inputs
+from merge_gate.files.resolve import Fetching
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Entry
     config = {"version": 1, "adapters": adapters}
     (place / "gate.yml").write_text(json.dumps(config))
     asked = load_config(str(place / "gate.yml"))
-    files = Inputs(asked, pytest.fail)
+    files = Inputs(asked, Fetching(notify=pytest.fail))
     return {spec.name: files.prepare(spec) for spec in asked.adapters}
 
 
@@ -76,7 +77,7 @@ def test_a_base_that_the_adapter_names_is_next_to_a_linked_config(
     (place / "gate.yml").rename(target)
     (place / "gate.yml").symlink_to(target)
     config = load_config(str(place / "gate.yml"))
-    (base,) = [Inputs(config, pytest.fail).prepare(spec).base for spec in config.adapters]
+    (base,) = [Inputs(config, Fetching(notify=pytest.fail)).prepare(spec).base for spec in config.adapters]
     assert base is not None
     assert base.directory == str(place / "base")
 
@@ -181,7 +182,7 @@ def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place:
 def limited(place: Path, limit_s: float | None) -> Entry:
     (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": ["./one"]}))
     config = load_config(str(place / "gate.yml"))
-    return Inputs(config, pytest.fail, limit_s=lambda _: limit_s).prepare(config.adapters[0])
+    return Inputs(config, Fetching(notify=pytest.fail), limit_s=lambda _: limit_s).prepare(config.adapters[0])
 
 
 def test_headers_that_arrive_in_time_are_read(place: Path) -> None:

@@ -24,6 +24,7 @@ from merge_gate.errors import ResolveError
 from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, Repository
 from merge_gate.files.hub_errors import translate
 from merge_gate.files.resolve import (
+    Fetching,
     base_setting_files,
     base_weight_files,
     digest_directory,
@@ -45,14 +46,14 @@ wait = time.sleep
 time.sleep = lambda seconds: wait(min(seconds, 0.02))  # huggingface_hub waits a second before it tries again
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.files.resolve import digest_directory, resolve_adapter, resolve_base
+from merge_gate.files.resolve import Fetching, digest_directory, resolve_adapter, resolve_base
 
 def adapter(id, revision=None, **options):
     spec = AdapterSpec(name="a", source=id, hub_id=id, revision=revision, base=BaseSpec(), checks=(), line=1, column=1)
-    return resolve_adapter(spec, notify=notes.append, **options)
+    return resolve_adapter(spec, Fetching(notify=notes.append, **options))
 
 def base(id, revision=None, **options):
-    return resolve_base(id, revision, notify=notes.append, **options)
+    return resolve_base(id, revision, Fetching(notify=notes.append, **options))
 
 answers = []
 for call in json.load(sys.stdin):
@@ -209,7 +210,7 @@ def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
     sharded = make_directory(tmp_path / "sharded", SHARDS)
     assert base_weight_files(str(resolve_base(str(sharded)).directory)) == tuple(sorted(SHARDS)[1:])[::-1]
     pickled = make_directory(tmp_path / "pickled", PICKLED_BASE)
-    assert resolve_base(str(pickled), allow_pickle=True).directory == str(pickled)
+    assert resolve_base(str(pickled), how=Fetching(allow_pickle=True)).directory == str(pickled)
 
 
 def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path, wording: Wording) -> None:

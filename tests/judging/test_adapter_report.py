@@ -8,7 +8,8 @@ import pytest
 
 from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import (
     BaseFiles,
@@ -19,10 +20,10 @@ from merge_gate.records.files import (
     StoredTensor,
 )
 from merge_gate.records.measured import BaseFacts, TensorStats
-from merge_gate.records.refusals import NotJudged, OtherForward, ParametersNotStored
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Quantization, Severity, Verdict
-from tests.support.judging.cases import evidence, files, spec
+from tests.support.judging.cases import evidence, files, reason, spec
 from tests.support.wording import Wording
 
 NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")
@@ -83,7 +84,9 @@ def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
     """Neither one that is not in the table, nor one whose row says nothing of loading."""
     cursed = entry("file-cursed", severity)
     assert adapter_report.blocked_report(cursed) is not None
-    row = Check(id="file-cursed", severity=Severity.ERROR, summary="It is cursed.", symptom=Symptom.BAD_FILE)
+    row = Check(
+        id="file-cursed", severity=Severity.ERROR, origin=Origin.FILE, summary="It is cursed.", symptom=Symptom.BAD_FILE
+    )
     for module in ("adapter_report", "all_checks"):
         monkeypatch.setattr(f"merge_gate.judging.{module}.CHECKS", {**CHECKS, row.id: row})
     assert adapter_report.blocked_report(cursed) is not None
@@ -154,7 +157,9 @@ def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() ->
     line = adapter_report.merged_report(ENTRY, one)
     assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
     assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
-    refused = dataclasses.replace(MEASURED, refusal=OtherForward(module="m", class_name="Odd", share=1.0), merges=())
+    refused = dataclasses.replace(
+        MEASURED, refusal=reason("other_forward", module="m", class_name="Odd", share=1.0), merges=()
+    )
     assert adapter_report.merged_report(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
 
 
@@ -283,7 +288,9 @@ def test_missing_parameters_of_a_base_come_before_values_that_are_not_finite() -
 # --- a base that was not loaded --------------------------------------------------------------------------------------
 
 ASKED = BaseKey(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
-NOT_STORED = ParametersNotStored(base="./b", class_name="LlamaModel", names=("model.norm.weight",), read=("a",))
+NOT_STORED = reason(
+    "parameters_not_stored", base="./b", class_name="LlamaModel", names=("model.norm.weight",), read=("a",)
+)
 
 
 def of_base_file(check: str, message: str = "m") -> Finding:
@@ -309,7 +316,9 @@ def test_a_base_that_its_load_refuses_has_a_line_with_the_reason() -> None:
 
 
 def test_a_long_reason_is_cut() -> None:
-    line = adapter_report.refused_base_report(ASKED, dataclasses.replace(NOT_STORED, base="x" * 3000))
+    line = adapter_report.refused_base_report(
+        ASKED, dataclasses.replace(NOT_STORED, fields={**NOT_STORED.fields, "base": "x" * 3000})
+    )
     assert line is not None
     assert len(line.findings[0].message) < 2100
 

@@ -6,11 +6,12 @@ from itertools import permutations
 
 import pytest
 
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.measured import Evidence
-from merge_gate.records.refusals import NotJudged, TargetsNotFound
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Finding, Origin, Severity
-from tests.support.judging.cases import evidence, files, judge, spec
+from tests.support.judging.cases import evidence, files, judge, reason, spec
 
 FIRST, *_, LAST = CHECKS
 UNKNOWN = "file-cursed"
@@ -53,7 +54,7 @@ def test_findings_of_one_check_keep_their_order() -> None:
 
 
 def test_a_refused_merge_is_blamed_in_its_place() -> None:
-    refused = evidence(refusal=TargetsNotFound(targets=("query",), of_base=("q_proj",)), merges=())
+    refused = evidence(refusal=reason("targets_not_found", targets=("query",), of_base=("q_proj",)), merges=())
     around = ("expectation-failed", "file-corrupt")
     assert order(tuple(map(finding, around)), refused) == ["file-corrupt", "targets-not-found", "expectation-failed"]
 

@@ -14,8 +14,8 @@ from merge_gate.judging.checks.check import Check, FileCase, Symptom
 from merge_gate.judging.checks.effect import WIPED_SHARE
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.not_judged import accident, not_judged
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED, accident, not_judged
 from merge_gate.records.config import AdapterSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.measured import (
@@ -25,7 +25,7 @@ from merge_gate.records.measured import (
     TensorMerge,
     TensorStats,
 )
-from merge_gate.records.refusals import LayerLeftUnmerged, NotJudged
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.judging.cases import (
     ALL,
@@ -49,6 +49,7 @@ from tests.support.judging.cases import (
     judge,
     lossy,
     merged,
+    reason,
     spec,
     tensor,
     unread,
@@ -89,7 +90,7 @@ def test_every_check_has_a_case_that_fires_it() -> None:
 
 
 def test_a_check_judges_in_the_phases_that_its_decorator_names() -> None:
-    row = Check(id="odd", severity=Severity.ERROR, summary="s", symptom=Symptom.BAD_FILE)
+    row = Check(id="odd", severity=Severity.ERROR, origin=Origin.FILE, summary="s", symptom=Symptom.BAD_FILE)
 
     def judge_it(_: FileCase) -> Iterator[Finding]:
         yield from ()
@@ -175,7 +176,7 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ),
         ("merged-nonfinite", evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),
         ("no-effect", evidence(targeted=("lm", MODULE), merges=(merged(), merged(module="lm.head"))), files(), spec()),
-        ("no-effect", evidence(refusal=LayerLeftUnmerged(module="m"), merges=()), files(), spec()),
+        ("no-effect", evidence(refusal=reason("layer_left_unmerged", module="m"), merges=()), files(), spec()),
         ("no-effect", evidence(targeted=("lm_head", MODULE), shared=(("lm_head", MODULE),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.5),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),

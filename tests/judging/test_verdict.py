@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.judging.all_checks import judge_merge
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.not_judged import not_judged
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.judging.verdict import decide, with_decision
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import Evidence, FileTensor, TensorMerge, TensorStats

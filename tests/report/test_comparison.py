@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from merge_gate.judging.answer_kinds import ANSWERS, finding
+from merge_gate.judging.kinds import ANSWERS, finding
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import FailureKind, Finding, Severity, Verdict
 from merge_gate.report.formats import html_report, junit, sarif, summary, terminal_text

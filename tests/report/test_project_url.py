@@ -23,7 +23,7 @@ PAGE = f"{DOCUMENTATION}checks/adapter-nonfinite/"
 RENDERED = """
 import dataclasses, json
 from merge_gate.action.workflow import annotate
-from merge_gate.judging.answer_kinds import finding
+from merge_gate.judging.kinds import finding
 from merge_gate.judging.pages import linked, page_of
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import html_report, json_report, junit, sarif, summary, terminal_text

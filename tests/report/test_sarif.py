@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import WITHOUT_SETTING
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.report import TOOL, BaseReport, Tool
 from merge_gate.records.terms import Quantization, Verdict

@@ -14,8 +14,7 @@ from merge_gate.cache.store import Store
 from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
-from merge_gate.files.resolve import Streamable
-from merge_gate.records.files import BaseFiles
+from merge_gate.records.files import BaseFiles, Fetched
 from merge_gate.records.measured import BaseRecord, TensorStats
 from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run import fed_bases
@@ -68,7 +67,7 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
 ) -> None:
     parents: list[str] = []
 
-    def lay_out(_: Streamable, parent: str) -> tuple[str, LocalFiles]:
+    def lay_out(_: Fetched, parent: str) -> tuple[str, LocalFiles]:
         parents.append(parent)
         files = LocalFiles(base, [WEIGHTS])
         files.sha256 = digests
@@ -77,12 +76,13 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
     digests: Mapping[str, str] = {WEIGHTS: "0" * 64}
     monkeypatch.setattr(streamed_bases, "lay_out", lay_out)
     watch = BaseWatch()
-    asked = Streamable(repo_id="a/b", commit="c", directory=base, others=(), weights=(WEIGHTS,))
+    asked = Fetched(repo_id="a/b", commit="c", directory=base, streamable=(WEIGHTS,))
     with FedBases(watch, pytest.fail) as fed:
         assert [fed.lay_out(asked), fed.lay_out(asked)] == [base, base]
         assert parents[0] == parents[1]
         assert Path(parents[0]).is_dir()
-        scheduled = fed.schedule(group(base))
+        streamed = BaseFiles(directory=base, weights=(WEIGHTS,), is_streamed=True)
+        scheduled = fed.schedule(replace(group(base), files=streamed))
         assert scheduled.one_pass
         assert scheduled.fed
         assert fed.unproven(base) is not None

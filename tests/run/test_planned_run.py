@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +16,23 @@ import pytest
 from huggingface_hub import constants
 
 from merge_gate.cache.seen import SETTLED_NS
+from merge_gate.cache.store import KINDS
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import UsageError
-from merge_gate.files import hub
+from merge_gate.files import hub, resolve
+from merge_gate.publish.partial import partial_name
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Access, Read
+from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import fed_bases
 from merge_gate.run.planned_run import plan_run
 from merge_gate.worker import feed_service
 from merge_gate.worker.memory import MemoryGroup
-from tests.support.command import environment, merge_gate
-from tests.support.faults import LFS_POINTER, overwrite
+from merge_gate.worker.supervisor import WorkerSlot
+from tests.support.command import PATIENCE_S, environment, merge_gate
+from tests.support.faults import LFS_POINTER, overwrite, poison
 from tests.support.hub import LoopbackHub
+from tests.support.reports import PASS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,11 +79,41 @@ def fetched(place: Path) -> set[str]:
     return {path.name for path in (place / "cache").rglob("*") if path.is_symlink() or path.suffix == ".safetensors"}
 
 
+def everything(place: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file and directory but the configuration, with its time and bytes."""
+    paths = (path for path in place.rglob("*") if path.name != "gate.yml")
+    return {str(path): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
+
+
 def test_a_base_in_a_directory(place: Path, wording: Wording) -> None:
     options = RunOptions(output="report", publish="models", cache=CacheOptions(directory=str(place / "verdicts")))
     text = planned(place, options, base={"model": "./base", "dtype": ["float32", "bfloat16"]})
     wording(text)
-    assert not (place / "report").exists()
+    assert not {"report", "models", "verdicts"} & {path.name for path in place.iterdir()}
+
+
+def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also leaves what a run would remove or move: what killed runs left, and the earlier report."""
+    write_report(PASS, str(place / "report"))
+    (place / "models" / partial_name("a")).mkdir(parents=True)
+    verdicts = place / "verdicts" / KINDS[0]
+    verdicts.mkdir(parents=True)
+    unfinished = verdicts / f".{'0' * 64}.{'0' * 16}.tmp"
+    for path in (unfinished, verdicts / ("0" * 64)):
+        path.touch()
+        os.utime(path, (0, 0))
+    before = everything(place)
+    for name in ("start", "start_early", "choose_device"):
+        monkeypatch.setattr(WorkerSlot, name, lambda *_, **__: pytest.fail("a worker was started"))
+    hashed: list[object] = []
+    monkeypatch.setattr(resolve, "digest_file", lambda path, *_: hashed.append(path))
+    cache = CacheOptions(directory=str(place / "verdicts"), resume=str(place / "report"))
+    options = RunOptions(device="cuda", output=str(place / "report"), publish=str(place / "models"), cache=cache)
+    assert "2 merges" in planned(place, options)
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        thread.join(PATIENCE_S)
+    assert not hashed, "a base may be large"
+    assert everything(place) == before
 
 
 def test_lines_are_as_wide_as_the_terminal(place: Path) -> None:
@@ -104,13 +141,16 @@ def test_a_base_and_an_adapter_on_the_hub(
     text = planned(place, options, base=BASE, adapters=["acme/lora", "./adapters/b"])
     wording(text)
     assert fetched(place) <= {"adapter_config.json", "config.json"}
+    assert not [*(place / "cache").rglob("refs/*")]
     assert not any("/cdn/" in path for path in server.paths())
 
 
 def test_what_is_in_the_cache_is_read_from_there(server: LoopbackHub, place: Path) -> None:
     plain = planned(place, base="./base", adapters=["./adapters/a"])
     hub.Repository(repo_id=BASE, revision=None, notify=lambda _: None).fetch(lambda names, _: tuple(names))
+    before = everything(place / "cache")
     cached = planned(place, base=BASE, adapters=["./adapters/a"])
+    assert everything(place / "cache") == before
     assert cached.splitlines()[3:] == plain.splitlines()[3:], "from the weights to the time"
     assert "mapped" in cached
 
@@ -122,33 +162,36 @@ def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place:
 
 
 @pytest.mark.slow
-def test_a_record_lets_a_run_read_what_adapters_touch(place: Path) -> None:
+def test_what_earlier_runs_stored_is_in_the_plan(place: Path, wording: Wording) -> None:
+    """A record lets a run read what adapters touch, and a verdict needs no merge."""
+    poison("lora_B")(place / "adapters" / "a")
     cache = CacheOptions(directory=str(place / "verdicts"))
     with pytest.raises(UsageError):
         planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
     time.sleep(SETTLED_NS / 1e9)  # a digest is remembered only of files that are older
     answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--only", "b", cwd=place)
     assert answer.code == 0, answer.said
-    assert "its record" in planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
+    wording(planned(place, RunOptions(read=Read.TOUCHED, cache=cache)))
 
 
 WITHOUT_TORCH = """
 import sys
 from merge_gate.cli.dispatch import main
-code = main(["run", "gate.yml", "--plan"])
+code = main(["run", "gate.yml", "--plan", "--cache", "verdicts", "--publish", "models", "--resume"])
 print(code, "torch" in sys.modules, "transformers" in sys.modules)
 """
 
 
 def test_the_command_prints_the_plan_without_torch_and_without_a_report(place: Path) -> None:
     text = planned(place)
+    before = everything(place)
     done = subprocess.run(
         [sys.executable, "-P", "-c", WITHOUT_TORCH], cwd=place, env=environment(), stdout=subprocess.PIPE, check=True
     )
     *lines, last = done.stdout.decode().splitlines()
     assert last == "0 False False"
     assert lines[0] == text.splitlines()[0].replace("PLACE/", "")
-    assert not (place / "merge-gate-report").exists()
+    assert everything(place) == before
 
 
 def test_a_plan_in_a_container_is_refused(place: Path) -> None:

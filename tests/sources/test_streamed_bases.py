@@ -15,8 +15,8 @@ from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, hub
 from merge_gate.files.headers import parse_places
 from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Streamable, resolve_base
-from merge_gate.records.files import Snapshot
+from merge_gate.files.resolve import Fetching, resolve_base
+from merge_gate.records.files import Fetched, Snapshot
 from merge_gate.records.terms import Access
 from merge_gate.sources import hub_file, streamed_bases
 from merge_gate.sources.feed import SourceError
@@ -63,14 +63,14 @@ class LaidOut:
         self._parent = parent
         self.files: HubFiles | None = None
 
-    def __call__(self, base: Streamable) -> str:
+    def __call__(self, base: Fetched) -> str:
         directory, self.files = lay_out(base, str(self._parent))
         return directory
 
 
 def resolved(tmp_path: Path, access: Access = Access.STREAM) -> tuple[Snapshot, HubFiles | None]:
     laid_out = LaidOut(tmp_path)
-    return resolve_base(BASE, access=access, lay_out=laid_out), laid_out.files
+    return resolve_base(BASE, how=Fetching(access=access, lay_out=laid_out)), laid_out.files
 
 
 def weights_in_cache(tmp_path: Path) -> list[str]:
@@ -207,12 +207,12 @@ def test_auto_streams_what_does_not_fit_on_the_disk(
 def test_pickles_are_not_streamed(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, {"pytorch_model.bin": b"x", "config.json": b"{}"})
     with pytest.raises(ResolveError, match="pickle"):
-        resolve_base(BASE, access=Access.STREAM, lay_out=LaidOut(tmp_path), allow_pickle=True)
+        resolve_base(BASE, how=Fetching(access=Access.STREAM, lay_out=LaidOut(tmp_path), allow_pickle=True))
 
 
 def test_without_a_place_for_stubs_a_base_is_downloaded(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, FILES)
-    base = resolve_base(BASE, access=Access.STREAM)
+    base = resolve_base(BASE, how=Fetching(access=Access.STREAM))
     assert base.base_files is not None
     assert not base.base_files.is_streamed
     assert weights_in_cache(tmp_path) == [MODEL]
@@ -239,7 +239,7 @@ def test_a_base_that_is_quantized_while_it_is_loaded_is_streamed(server: Loopbac
     )
     config = load_config(str(tmp_path / "gate.yml"))
     (spec,) = config.adapters
-    entry = Inputs(config, lambda _: None, access=Access.STREAM, lay_out=LaidOut(tmp_path)).prepare(spec)
+    entry = Inputs(config, Fetching(access=Access.STREAM, lay_out=LaidOut(tmp_path))).prepare(spec)
     assert entry.problem is None
     assert entry.base_files is not None
     assert entry.base_files.is_streamed

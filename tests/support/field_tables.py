@@ -8,23 +8,33 @@ from merge_gate.report.formats.fields import FIGURES, Declared, columns, declare
 from merge_gate.report.formats.schema import SHARED
 
 
-def field_table(cls: Any) -> str:
-    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place."""
-    rows = [f"| `{name}` | {_kind_in_words(field)} | {_sentence(field)} |" for name, field in _listed(cls, "")]
-    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
+def field_table(cls: Any, explained: str = "") -> str:
+    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place, once.
+
+    Rows that another table on the page has, `explained`, are left out.
+    """
+    rows = [f"| `{name}` | {_kind_in_words(field)} | {meaning} |" for name, field, meaning in _listed(cls, "", {})]
+    return "\n".join(["| field | type | meaning |", "|---|---|---|", *(row for row in rows if row not in explained)])
 
 
-def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
+def _listed(cls: Any, prefix: str, places: dict[Any, str]) -> list[tuple[str, Declared, str]]:
+    """Names, fields, and sentences. `places` has the first place of each nested record."""
     listed = []
     for field in declared(cls):
         name = f"{prefix}{field.key}"
-        listed.append((name, field))
         inner, _ = optional(field.kind)
-        if is_record(inner):
-            listed += _listed(inner, f"{name}.")
         is_list = get_origin(field.kind) is tuple and not field.as_rows
         if is_list and is_record(field.item) and field.item not in SHARED:
-            listed += _listed(field.item, f"{name}[].")
+            inner, place = field.item, f"{name}[]"
+        else:
+            place = name
+        if not is_record(inner):
+            listed.append((name, field, _sentence(field)))
+        elif inner in places:
+            listed.append((name, field, f"{_sentence(field)} Fields as in `{places[inner]}`."))
+        else:
+            places[inner] = place
+            listed += [(name, field, _sentence(field)), *_listed(inner, f"{place}.", places)]
     return listed
 
 

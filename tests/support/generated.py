@@ -1,4 +1,4 @@
-"""Parts of documents that are made from the code: held against it, and written anew with UPDATE_GOLDENS=1."""
+"""Parts of documents that are made from code or runs: held against it, and written with UPDATE_GOLDENS=1."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from pathlib import Path
 
 def held(page: Path, name: str, made: str) -> None:
     """What stands between `<!-- name … -->` and `<!-- /name -->` in `page` is what was made."""
-    text = page.read_text(encoding="utf-8")
-    block = re.compile(rf"(<!-- {name}\b[^>]*-->\n)(.*?)(\n<!-- /{name} -->)", re.DOTALL)
-    assert len(block.findall(text)) == 1, f"{page.name} has no block {name}"
     if os.environ.get("UPDATE_GOLDENS"):
-        page.write_text(block.sub(lambda match: match[1] + made + match[3], text), encoding="utf-8")
-        return
-    assert block.findall(text)[0][1] == made, "look at the difference, then run make schemas"
+        write_block(page, name, made)
+    (block,) = _block(name).findall(page.read_text(encoding="utf-8"))
+    assert block[1] == made, "look at the difference, then run make schemas"
+
+
+def write_block(page: Path, name: str, made: str) -> None:
+    """Replace the text between `<!-- name … -->` and `<!-- /name -->` in `page`."""
+    text = page.read_text(encoding="utf-8")
+    block = _block(name)
+    assert len(block.findall(text)) == 1, f"{page.name} has no block {name}"
+    page.write_text(block.sub(lambda match: match[1] + made + match[3], text), encoding="utf-8")
+
+
+def _block(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {name}\b[^>]*-->\n)(.*?)(\n<!-- /{name} -->)", re.DOTALL)

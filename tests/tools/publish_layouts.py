@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import multiprocessing
+import re
 import sys
 import tempfile
 import textwrap
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,12 @@ import transformers
 
 from tests.support.engine import publish_layouts
 from tests.support.gating import one_thread
+from tests.support.generated import write_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/publish-layouts.md"
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/sweeps.md"
 LONGEST_S = 120
 
 
@@ -57,16 +58,7 @@ def document(found: list[publish_layouts.Checked]) -> str:
     written = [one for one in built if not one.refused]
     compared = [one for one in written if one.is_compared]
     exact = [one for one in compared if not one.wrong]
-    tested = (
-        f"{dt.datetime.now(dt.UTC).date()}, transformers {transformers.__version__}, torch {torch.__version__}, on a "
-        "CPU. `make publish-layouts` writes this page."
-    )
-    method = (
-        "transformers renames or converts the stored tensors of these model types while it loads them: fused experts, "
-        "split projections, other names. A publication goes the other way. For each type, a tiny random model is "
-        "saved, every second weight gets other values, and these are written under the stored names. Then "
-        "`from_pretrained` has to load exactly these values, and the old ones for all other tensors, bit for bit."
-    )
+    tested = f"{dt.datetime.now(dt.UTC).date()}, transformers {transformers.__version__}, torch {torch.__version__}."
     rows = [
         ("model types with a conversion", len(found)),
         ("a tiny model can be built", len(built)),
@@ -77,17 +69,10 @@ def document(found: list[publish_layouts.Checked]) -> str:
         ("changed tensors", sum(one.changed for one in written)),
         ("of these, converted", sum(one.converted for one in written)),
     ]
-    conversions = Counter(name for one in written for name in one.conversions)
     lines = [
-        "# Publications of every model type with converted tensors",
-        "",
-        *textwrap.wrap(tested, 120),
-        "",
-        *textwrap.wrap(method, 120),
+        tested,
         "",
         *_table(("", "count"), [(name, f"{count:,}") for name, count in rows]),
-        "",
-        *_table(("conversion", "types"), [(f"`{name}`", str(count)) for name, count in conversions.most_common()]),
         *_exceptions("wrong", {one.model_type: ", ".join(one.wrong[:3]) for one in compared if one.wrong}),
         *_exceptions("refused", {one.model_type: one.refused for one in built if one.refused}),
         *_exceptions(
@@ -98,13 +83,26 @@ def document(found: list[publish_layouts.Checked]) -> str:
                 if not one.is_compared
             },
         ),
-        *_exceptions("not built", _by_reason(found)),
+        *_by_reason(found),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _by_reason(found: list[publish_layouts.Checked]) -> dict[str, str]:
-    return {one.model_type: one.skipped.removeprefix("no tiny model: ") for one in found if one.skipped}
+def _by_reason(found: list[publish_layouts.Checked]) -> Iterator[str]:
+    """A row for each reason, with the types that were not built."""
+    types: dict[str, list[str]] = {}
+    for one in found:
+        if one.skipped:
+            reason = re.sub(
+                r"CannotBuildError: (\d+ M parameters|a parameter without elements)", "too many parameters", one.skipped
+            )
+            kind = re.sub(r"^(\w+): .*", r"\1", reason.removeprefix("no tiny model: "))
+            types.setdefault(_short(kind), []).append(f"`{one.model_type}`")
+    if types:
+        yield ""
+        yield from _table(
+            ("not built", "types"), [(f"`{reason}`", ", ".join(names)) for reason, names in types.items()]
+        )
 
 
 def _exceptions(what: str, reasons: dict[str, str]) -> Iterator[str]:
@@ -127,12 +125,12 @@ def main() -> int:
     """Check all types with a conversion, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all with a conversion by default")
-    parser.add_argument("--write", action="store_true", help="write docs/evidence/publish-layouts.md")
+    parser.add_argument("--write", action="store_true", help="write docs/evidence/sweeps.md")
     given = parser.parse_args()
     found = sweep(given.types or publish_layouts.converted_types())
     text = document(found)
     if given.write:
-        DOCUMENT.write_text(text, encoding="utf-8")
+        write_block(DOCUMENT, "publications", text)
     print(text)
     return int(any(one.wrong for one in found))
 

@@ -22,11 +22,12 @@ import transformers
 
 from tests.support.engine import architectures, tensor_maps
 from tests.support.gating import one_thread
+from tests.support.generated import write_block
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/tensor-maps.md"
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/sweeps.md"
 LONGEST_S = 120
 
 
@@ -56,25 +57,20 @@ def sweep(model_types: Sequence[str]) -> list[tensor_maps.Checked]:
 def document(found: list[tensor_maps.Checked]) -> str:
     mapped = [one for one in found if not one.skipped]
     wrong = [one for one in mapped if one.wrong]
-    conversions = Counter(name for one in mapped for name in one.conversions)
     reasons = Counter(one.skipped.partition(":")[0] for one in found if one.skipped)
+    loaded = [one for one in mapped if one.loaded]
+    computed = ", ".join(f"`{name}`" for name in tensor_maps.COMPUTED)
     tested = (
         f"{dt.datetime.now(dt.UTC).date()}, transformers {transformers.__version__}, PEFT {peft.__version__}, torch "
-        f"{torch.__version__}, on a CPU. `make tensor-maps` writes this page."
+        f"{torch.__version__}. For {computed}, only names are compared: transformers computes values after the load."
     )
-    computed = ", ".join(f"`{name}`" for name in tensor_maps.COMPUTED)
-    result = (
-        f"Of {len(found)} model types, {len(mapped)} have a tensor map of a tiny model. {len(mapped) - len(wrong)} of "
-        "these maps are right: filled with the stored values, they give every parameter of `from_pretrained`. Values "
-        f"are compared bit for bit, except those of {computed}. transformers computes some of them after the load, so "
-        f"only names are compared there. Conversions occur in {sum(bool(one.conversions) for one in mapped)} types."
-    )
-    loaded = [one for one in mapped if one.loaded]
-    skeletons = (
-        f"{len(mapped) - len(loaded)} types can be filled from a feed while they are merged "
-        "(`engine/base/skeleton.py`). Every tensor of these skeletons has the bits of `from_pretrained`, in bfloat16 "
-        "and in float16. The other types are loaded as usual."
-    )
+    counts = [
+        ("tried", len(found)),
+        ("a tiny model has a map", len(mapped)),
+        ("the map gives every parameter of `from_pretrained`", len(mapped) - len(wrong)),
+        ("the skeleton has the bits of `from_pretrained`, in bfloat16 and float16", len(mapped) - len(loaded)),
+        ("with conversions", sum(bool(one.conversions) for one in mapped)),
+    ]
     table_of_loaded = [
         "| loaded as usual | why |",
         "|---|---|",
@@ -88,17 +84,11 @@ def document(found: list[tensor_maps.Checked]) -> str:
         "",
     ]
     lines = [
-        "# Tensor maps of every model type",
+        textwrap.fill(tested, 120),
         "",
-        tested,
-        "",
-        textwrap.fill(result, 120),
-        "",
-        textwrap.fill(skeletons, 120),
-        "",
-        "| conversion | types |",
+        "| model types | number |",
         "|---|---|",
-        *(f"| `{name}` | {count} |" for name, count in conversions.most_common()),
+        *(f"| {name} | {count} |" for name, count in counts),
         "",
         *(table_of_wrong if wrong else ()),
         *(table_of_loaded if loaded else ()),
@@ -106,19 +96,19 @@ def document(found: list[tensor_maps.Checked]) -> str:
         "|---|---|",
         *(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> int:
     """Check all types, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all by default")
-    parser.add_argument("--write", action="store_true", help="write docs/evidence/tensor-maps.md")
+    parser.add_argument("--write", action="store_true", help="write docs/evidence/sweeps.md")
     given = parser.parse_args()
     found = sweep(given.types or architectures.model_types())
     text = document(found)
     if given.write:
-        DOCUMENT.write_text(text, encoding="utf-8")
+        write_block(DOCUMENT, "tensor maps", text)
     print(text)
     return int(any(one.wrong for one in found))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.judging.answer_kinds import ALLOWED
+from merge_gate.judging.kinds import ALLOWED
 from merge_gate.records.terms import Severity, Verdict
 from tests.support.command import merge_gate
 from tests.support.gating import one_thread

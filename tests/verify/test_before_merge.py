@@ -10,7 +10,7 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.files.resolve import resolve_base
-from merge_gate.judging.answer_kinds import ALLOWED
+from merge_gate.judging.kinds import ALLOWED
 from merge_gate.records.terms import FailureKind, Severity, Verdict
 from merge_gate.verify import exchanged
 from merge_gate.verify.answer import architecture_finding

@@ -10,18 +10,13 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.engine.expected_differences import ROWS
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ALLOWED, ANSWERS
 from merge_gate.report.wording.explanations import STORED_KINDS, explanation
 from tests.support.generated import held
 from tests.support.stored_pages import kinds_to_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides/verify.md"
-
-
-def test_the_page_has_a_table_of_the_kinds() -> None:
-    rows = [f"| `{kind.id}` | {kind.summary} | {kind.hint or 'nothing'} |" for kind in ANSWERS.values()]
-    held(PAGE, "kinds", "\n".join(["", "| kind | when | what to do |", "|---|---|---|", *rows, ""]))
 
 
 def test_the_page_has_a_table_of_the_expected_differences() -> None:

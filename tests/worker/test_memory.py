@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.memory import MemoryGroup, give_back, too_large
 from tests.support.wording import Wording
 
 GIB = 2**30
@@ -98,3 +100,12 @@ def test_a_base_that_may_not_fit_is_named_before_it_is_loaded(wording: Wording) 
     wording(too_large("acme/base", 2000, 1999))
     assert too_large("acme/base", 2000, 2000) is None
     assert too_large("acme/base", 2000, None) is None
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_pages_are_given_back_where_the_libc_can(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    libc = SimpleNamespace(malloc_trim=asked.append) if can else SimpleNamespace()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
+    give_back()
+    assert asked == ([0] if can else [])

@@ -16,11 +16,11 @@ from packaging.version import Version
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
+from merge_gate.worker import quick_imports
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.process import NO_COMPILER, OFFLINE, WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
-from merge_gate.worker.startup import quick_imports
 from tests.support.command import environment
 
 if TYPE_CHECKING:
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from tests.support.models import Shelf
 
 PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
-QUICK = "from merge_gate.worker.startup.quick_imports import quick_imports\nquick = quick_imports()\n"
+QUICK = "from merge_gate.worker.quick_imports import quick_imports\nquick = quick_imports()\n"
 IMPORTS = """
 import inspect, json, sys
-before = list(sys.meta_path)
 with quick:
     import peft, transformers, transformers.models, transformers.loss.loss_utils as losses
-    are_there = [name in sys.modules for name in ("scipy.optimize._optimize", "torch._dynamo.convert_frame")]
+    are_there = "scipy.optimize._optimize" in sys.modules
 """
 SAID = """
 import fsspec, torch
@@ -56,33 +55,9 @@ found = {
     "compiled": [torch.compile.__module__, torch.compile(len) is len, torch.compiler.disable(len)([1])],
     "marked": [marked.__module__, marked.__qualname__, str(inspect.signature(marked))],
 }
-import scipy.optimize, torch._dynamo.backends.registry
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+import scipy.optimize
 found["scipy's"] = sorted(dir(scipy.optimize))
-found["the compiler's"] = sorted(dir(torch._dynamo))
-found["its part"] = torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex is TransformGetItemToIndex
-found["finders"] = [type(one).__name__ for one in sys.meta_path if one not in before]
 print(json.dumps([are_there, found]))
-"""
-
-
-USED = r"""
-import functools, pathlib, re, torch
-MODULES = r"torch(?:\.[a-z]\w*)+"
-def used():
-    for name, module in list(sys.modules.items()):
-        source = pathlib.Path(getattr(module, "__file__", None) or ".")
-        if name.startswith("peft.") and source.suffix == ".py":
-            code = re.sub(r"'''(?s:.*?)'''|'[^'\n]*'|#.*".replace("'", '"'), "", source.read_text("utf-8"))
-            imported = re.findall(rf"^ *(?:import|from) +({MODULES})", code, re.MULTILINE)
-            yield from set(re.findall(MODULES, code)).difference(imported)
-def is_there(name):
-    try:
-        functools.reduce(getattr, name.split(".")[1:], torch)
-    except AttributeError:
-        return False
-    return True
-print(json.dumps([sorted(filter(is_there, set(used()))), "torch._dynamo.convert_frame" in sys.modules]))
 """
 
 
@@ -108,17 +83,8 @@ def test_libraries_are_what_they_are_without() -> None:
     plain, quick = said(PLAIN + IMPORTS + SAID), said(QUICK + IMPORTS + SAID)
     assert quick[1] == plain[1]
     uses_scipy = plain[1]["statistics"]  # by scikit-learn, which older releases of transformers import
-    assert (plain[0], quick[0]) == ([True, True], [uses_scipy, False]), "nothing is saved any more"
+    assert (plain[0], quick[0]) == (True, uses_scipy), "nothing is saved any more"
     assert not uses_scipy or Version(transformers.__version__) < Version("5.24"), "less is saved than was"
-
-
-@pytest.mark.slow
-def test_what_peft_uses_of_torch_is_there_as_it_is_without() -> None:
-    """It uses modules of torch that it does not import: torch's compiler brings some of these along."""
-    (plain, _), (quick, is_compiler_there) = said(PLAIN + IMPORTS + USED), said(QUICK + IMPORTS + USED)
-    assert "torch.nn.functional.linear" in plain
-    assert quick == plain
-    assert not is_compiler_there, "it has been looked for in the compiler"
 
 
 def test_whoever_wants_more_of_scipy_gets_it_meanwhile() -> None:
@@ -128,6 +94,19 @@ def test_whoever_wants_more_of_scipy_gets_it_meanwhile() -> None:
         "print(round(brentq(lambda x: x - 2, 0, 9)), scipy.optimize.minimize is minimize)"
     )
     assert printed(script) == ["2 True"]
+
+
+def test_the_optimizers_run_when_their_function_is_called() -> None:
+    script = (
+        "with quick:\n    from scipy.optimize import linear_sum_assignment\n"
+        "import scipy.optimize as one\nprint(type(one).__name__, linear_sum_assignment([[1, 2], [2, 1]])[1].tolist())\n"
+        "print(type(one).__name__, one.linear_sum_assignment is not linear_sum_assignment, one.nothing)"
+    )
+    ended = subprocess.run([sys.executable, "-c", QUICK + script], check=False, capture_output=True, text=True)
+    assert ended.stdout.splitlines() == ["_Deferred [0, 1]"]
+    assert ended.stderr.splitlines()[-1].startswith(
+        "AttributeError: module 'scipy.optimize' has no attribute 'nothing'"
+    )
 
 
 def test_without_scipy_nothing_stands_in_its_place() -> None:
@@ -143,6 +122,16 @@ def test_who_looks_at_every_module_imports_nothing_by_it() -> None:
         "    print(one.brentq.__module__, type(sys.modules['scipy.optimize']).__name__)"
     )
     assert printed(script) == ["False _Deferred", "scipy.optimize._zeros_py module"]
+
+
+def test_if_the_quick_way_fails_the_engine_is_imported_as_usual() -> None:
+    script = (
+        "import sys\nfrom merge_gate.worker import child\nfrom merge_gate.worker.quick_imports import _Finder\n"
+        "def fail(finder, name, *_):\n    if name == 'transformers.utils.import_utils': raise KeyError(name)\n"
+        "_Finder.find_spec = fail\nchild._import_engine()\n"
+        "print([name in sys.modules for name in ('transformers.utils.import_utils', child._ENGINE)])"
+    )
+    assert printed(script) == ["[True, True]"]
 
 
 READS = """

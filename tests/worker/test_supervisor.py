@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from merge_gate.files.preflight import preflight
-from merge_gate.records.refusals import NotJudged, PatternRefused
+from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
@@ -331,9 +331,9 @@ def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters:
         supervise(Job(groups=(group(shelf.base("llama"), adapters[:1]),)), killer, worker)
     (merged,) = [event for event in killer.heard if isinstance(event, Merged)]
     refusal = merged.evidence.refusal
-    assert isinstance(refusal, PatternRefused)
-    assert refusal.pattern is not None
-    assert (refusal.pattern.text, refusal.problem) == (ENDLESS, None)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.kind, refusal.fields["pattern"].text) == ("pattern_refused", ENDLESS)
+    assert "problem" not in refusal.fields
 
 
 # --- accounts --------------------------------------------------------------------------------------------------------

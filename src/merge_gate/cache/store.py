@@ -50,14 +50,18 @@ class SealedDocument:
 
 
 class Store:
-    """The documents of one directory, which is created if absent. `notify` gets one line if nothing can be written."""
+    """The documents of one directory, which is created if absent. `notify` gets one line if nothing can be written.
 
-    def __init__(self, directory: str, seal: Seal, notify: Callable[[str], None]) -> None:
-        self._directory, self._seal, self._notify = directory, seal, notify
+    If it is `read_only`, nothing is created, changed, or removed in it.
+    """
+
+    def __init__(self, directory: str, seal: Seal, notify: Callable[[str], None], *, read_only: bool = False) -> None:
+        self._directory, self._seal, self._notify, self._read_only = directory, seal, notify, read_only
         self._folders: dict[str, int] = {}
         self._has_notified = False
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                Path(directory).mkdir(parents=True, exist_ok=True)
             for kind in KINDS:
                 self._open(Path(directory, kind))
         except OSError as error:
@@ -70,12 +74,14 @@ class Store:
     def _open(self, folder: Path) -> None:
         """Without permission to write, a missing folder stays missing."""
         try:
-            folder.mkdir(exist_ok=True)
+            if not self._read_only:
+                folder.mkdir(exist_ok=True)
         except FileExistsError:
             raise
         except OSError:
             return
-        self._folders[folder.name] = os.open(folder, _FOLDER)
+        with contextlib.suppress(FileNotFoundError):
+            self._folders[folder.name] = os.open(folder, _FOLDER)
 
     def close(self) -> None:
         """Release the directory. It may be called more than once."""
@@ -111,6 +117,8 @@ class Store:
 
     def put(self, kind: str, name: str, document: Json) -> None:
         """Write or replace a document, whole or not at all. It needs no sync: a damaged file has no seal that fits."""
+        if self._read_only:
+            return
         folder = self._folders.get(kind)
         body = canonical(document)
         try:
@@ -123,7 +131,7 @@ class Store:
 
     def tidy(self) -> None:
         """Remove unfinished files of killed runs that are older than a day."""
-        for folder in self._folders.values():
+        for folder in () if self._read_only else self._folders.values():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     if not _UNFINISHED.fullmatch(entry.name):

@@ -82,7 +82,9 @@ class Cache:
         self._circumstances = circumstances
         self._seal = from_environment(environ)
         self._place = cached_verdict.current_place(environ)
-        self._store = Store(options.directory, self._seal, notify) if options.directory is not None else None
+        self._store = None
+        if options.directory is not None:
+            self._store = Store(options.directory, self._seal, notify, read_only=options.read_only)
         self._devices = KnownDevices(device, self._store, environ)
         trusted = {
             "allow-pickle": circumstances.allow_pickle,

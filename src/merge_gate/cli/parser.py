@@ -117,12 +117,14 @@ def output_of(argv: Sequence[str]) -> str | None:
 
     None if the command has no output directory, or if the mistake may be in `--output` itself.
     """
-    _, commands = parsers()
-    words = commanded(argv) or [""]
-    command = words[0] if words[0] in commands.choices else closest(words[0], [*commands.choices])
-    if _is_place(words[0]):
-        command = "run"  # the command was left out
-    if command not in {"run", COMBINE} or any(_may_mean_output(word, commands.choices[command]) for word in words):
+    words, commands = commanded(argv) or [""], parsers()[1].choices
+    is_left_out = words[0] not in commands and _is_place(words[0])
+    command = "run" if is_left_out else closest(words[0], commands)
+    if command not in {"run", COMBINE}:
+        return None
+    known = _options(commands[command])
+    names = [name for word in words if (name := word.partition("=")[0]).startswith("--") and name not in known]
+    if any(name.startswith("--o") or closest(name, known) == "--output" for name in names):
         return None
     output = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     add_output(output)
@@ -131,14 +133,6 @@ def output_of(argv: Sequence[str]) -> str | None:
         return str(output.parse_known_args([*words[1:], *more])[0].output)
     except argparse.ArgumentError:
         return None
-
-
-def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
-    """Whether this is `--output` mistyped."""
-    name, known = word.partition("=")[0], _options(command)
-    if not name.startswith("--") or name in known:
-        return False
-    return name.startswith("--o") or closest(name, known) == "--output"
 
 
 def _options(command: argparse.ArgumentParser) -> list[str]:
@@ -202,10 +196,6 @@ def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     return top, commands
 
 
-def _completion(arguments: argparse.Namespace) -> int:
-    return print_command.completion(arguments, parser_of_words())
-
-
 COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]] = {
     "run": (run_command.add, run_command.run),
     "check": (check_command.add, check_command.run),
@@ -217,7 +207,7 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
     "explain": (print_command.add_explain, print_command.explain),
     "schema": (print_command.add_schema, print_command.schema),
-    "completion": (print_command.add_completion, _completion),
+    "completion": (print_command.add_completion, lambda shell: print_command.completion(shell, parser_of_words())),
     GITHUB: (report_command.add_github, report_command.github),
     "verify": (verify_command.add, verify_command.run),
     "attest": (attest_command.add, attest_command.run),

@@ -58,8 +58,8 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 def _checks(width: int) -> str:
-    from merge_gate.judging.answer_kinds import ANSWERS
-    from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
+    from merge_gate.judging.checks.table import CHECKS
+    from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
     from merge_gate.report.wording.columns import wrap
 
     indent = max(map(len, (*CHECKS, *WITHOUT_SETTING, *ANSWERS))) + 2

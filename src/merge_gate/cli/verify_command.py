@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS
+from merge_gate.judging.kinds import ALLOWED, ANSWERS
 
 if TYPE_CHECKING:
     from merge_gate.verify.attestation import Attestation

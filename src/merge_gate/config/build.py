@@ -12,16 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge_gate.config.model import (
-    MAX_NAME,
-    METHODS_WITH,
-    AdapterEntry,
-    BaseEntry,
-    CheckEntry,
-    CombineEntry,
-    FileEntry,
-    PublishEntry,
-)
+from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
 from merge_gate.config.sizes import size_bytes
@@ -31,13 +22,27 @@ from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
 from merge_gate.names.foreign_names import is_inside
 from merge_gate.names.hub_names import is_commit
 from merge_gate.names.suggestions import nearest
-from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
+from merge_gate.records.config import (
+    COMMAND_LINE,
+    AdapterSpec,
+    BaseSpec,
+    CheckSetting,
+    Combine,
+    Config,
+    Expect,
+    PublishSpec,
+)
 from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
 _LEAST_PERCENT, _PERCENT = 2, 100
+_LIMITED = {
+    "limit": [check for check, row in CHECKS.items() if row.limit is not None],
+    "error-limit": [check for check, row in CHECKS.items() if row.has_error_limit],
+}
+"""The checks that have a limit, by its key."""
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 
@@ -54,7 +59,7 @@ def build_config(
 
     Args:
         document: the file's content.
-        sha256: the digest of the file's bytes.
+        sha256: the digest of the file's bytes, or of the named adapters and their options.
         path: the file as the user named it; None if the adapters are named on the command line.
         directory: where relative names start.
         output: the output directory of the run, which globs skip.
@@ -65,45 +70,35 @@ def build_config(
     """
     file = read_models(document, FileEntry)
     policy = policy or file.policy or DEFAULT
-    build = _Build(document, file, directory, is_file=path is not None, output=output, policy=POLICIES[policy])
-    adapters = build.adapters(file.adapters or [])
+    adapters = _Build(document, file, directory, output, POLICIES[policy]).adapters(file.adapters or [])
     document.raise_problems()
-    baseline = str(Path(path or "").parent / file.baseline) if file.baseline else None
+    publish = None
+    if entry := file.publish:
+        publish = PublishSpec(
+            directory=str(directory / (entry.directory or "")),
+            label=entry.directory or "",
+            dtype=entry.dtype or PublishSpec.dtype,
+            max_shard_bytes=size_bytes(entry.max_shard_size) if entry.max_shard_size else None,
+        )
     return file.record(
         Config,
         path=path,
         directory=str(directory),
         sha256=sha256,
         adapters=adapters,
-        baseline_path=baseline,
+        baseline_path=str(Path(path or "").parent / file.baseline) if file.baseline else None,
         baseline=(),
-        publish=_publish(file.publish, directory) if file.publish else None,
+        publish=publish,
         policy=policy,
-    )
-
-
-def _publish(entry: PublishEntry, directory: Path) -> PublishSpec:
-    return PublishSpec(
-        directory=str(directory / (entry.directory or "")),
-        label=entry.directory or "",
-        dtype=entry.dtype or PublishSpec.dtype,
-        max_shard_bytes=size_bytes(entry.max_shard_size) if entry.max_shard_size else None,
     )
 
 
 class _Build:
     def __init__(
-        self,
-        document: YamlDocument,
-        file: FileEntry,
-        directory: Path,
-        *,
-        is_file: bool,
-        output: str | None,
-        policy: Policy,
+        self, document: YamlDocument, file: FileEntry, directory: Path, output: str | None, policy: Policy
     ) -> None:
         self.document, self.report = document, document.report
-        self.directory, self.is_file, self.output, self.policy = directory, is_file, output, policy
+        self.directory, self.output, self.policy = directory, output, policy
         self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
         self.default = self._override((), file, replace(_DEFAULT_ADAPTER, checks=tuple(map(policy.setting, CHECKS))))
 
@@ -234,7 +229,7 @@ class _Build:
         first, source = self.names[spec.name]
         lines = f", in line {line}" if line == first else f", in line {first} and in line {line}"
         hint = 'names must be unique: give one of them another "name"'
-        if not self.is_file:
+        if self.document.path == COMMAND_LINE:
             lines, hint = "", "list each adapter once; use a config file to give adapters different names"
         message = f"the name {quoted(spec.name)} is used twice{lines}: for {quoted(source)} and {quoted(spec.source)}"
         self.report(loc, message, hint)
@@ -257,7 +252,6 @@ class _Build:
                 self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
             elif spec.model is None and "model" not in entry.model_fields_set:
                 self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
-        spec = replace(spec, sha256=tuple((entry.sha256 or {}).items()) or spec.sha256)
         is_on_hub = spec.model is not None and not Path(spec.model).is_absolute()
         self._refuse_unpinned(loc, "base", spec.label if is_on_hub else None, spec.revision)
         for index in _repeated(entry.dtype):
@@ -265,11 +259,11 @@ class _Build:
         for index in _repeated(entry.names):
             self.report((*loc, "names", index), f"{quoted((entry.names or ())[index])} is listed twice", "remove one")
         self._refuse_outside((*loc, "sha256"), entry.sha256 or (), "base")
-        quantization = Quantization(entry.quantization or spec.quantization)
         return replace(
             spec,
+            sha256=tuple((entry.sha256 or {}).items()) or spec.sha256,
             dtypes=tuple(entry.dtype or spec.dtypes),
-            quantization=quantization,
+            quantization=Quantization(entry.quantization or spec.quantization),
             access=Access(entry.access or spec.access),
             read=Read(entry.read or spec.read),
             names=tuple(entry.names or spec.names),
@@ -299,29 +293,21 @@ class _Build:
                 else "a model with NaN or infinity never passes"
             )
             self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {change}", hint)
-        if entry.limit and row.limit is None:
-            limited = ", ".join(check for check, row in CHECKS.items() if row.limit is not None)
-            self.report(loc, f"{quoted(default.check)} has no limit", f"checks with a limit: {limited}", key="limit")
-        if entry.error_limit and not row.has_error_limit:
-            limited = ", ".join(check for check, row in CHECKS.items() if row.has_error_limit)
-            hint = f"checks with an error-limit: {limited}"
-            self.report(loc, f"{quoted(default.check)} has no error-limit", hint, key="error-limit")
-        if row.limit_is_share:
-            self._refuse_percent(loc, "limit", entry.limit)
-            self._refuse_percent(loc, "error-limit", entry.error_limit)
+        for key, value in (("limit", entry.limit), ("error-limit", entry.error_limit)):
+            if value and row.id not in _LIMITED[key]:
+                hint = f"checks with {'an' if key[0] == 'e' else 'a'} {key}: {', '.join(_LIMITED[key])}"
+                self.report(loc, f"{quoted(row.id)} has no {key}", hint, key=key)
+            elif value and value > 1 and row.limit_is_share:  # it would switch the check off
+                is_percent = _LEAST_PERCENT <= value <= _PERCENT
+                hint = f"did you mean {value / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
+                message = f"{quoted(key)} must be a share between 0 and 1, got the number {value:g}"
+                self.report((*loc, key), message, hint)
         limit, error_limit = entry.limit or default.limit, entry.error_limit or default.error_limit
         if entry.error_limit and limit and entry.error_limit < limit:
             message = f"the error-limit {entry.error_limit:g} is below the limit {limit:g}"
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
             self.report(loc, message, hint, key="error-limit")
         return replace(default, limit=limit, error_limit=error_limit)
-
-    def _refuse_percent(self, loc: Loc, key: str, share: float | None) -> None:
-        """Report a share above 1: as a limit it would switch the check off."""
-        if share and share > 1:
-            is_percent = _LEAST_PERCENT <= share <= _PERCENT
-            hint = f"did you mean {share / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
-            self.report((*loc, key), f"{quoted(key)} must be a share between 0 and 1, got the number {share:g}", hint)
 
     def _refuse_outside(self, loc: Loc, names: Iterable[str], owner: str) -> None:
         for name in names:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.judging import foreign_formats
@@ -115,7 +114,7 @@ def config_of(
         UsageError: with every problem.
     """
     from merge_gate.config.build import build_config  # noqa: PLC0415 (imports pydantic)
-    from merge_gate.config.yaml_document import read_yaml  # noqa: PLC0415 (imports yaml)
+    from merge_gate.config.yaml_document import document_of  # noqa: PLC0415 (imports yaml)
 
     places = _without_files(names)
     for place in places:
@@ -123,29 +122,31 @@ def config_of(
     own_names = distinguishing_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
     expect = dict(expect)
     digest = expect.pop("base-sha256", None)
-    options = {"model": base, "dtype": list(dtypes) or None, "quantization": quantization, "sha256": digest}
-    facts: dict[str, Any] = {} if revision is None else {"revision": revision}
-    facts |= {"expect": expect} if expect else {}
-    entries = [
-        {"path": _as_utf8(place)} | ({"name": _as_utf8(own_names[place])} if place in own_names else {}) | facts
-        for place in places
-    ]
-    file: dict[str, Any] = {"version": 1, "adapters": entries}
-    if given := {key: value for key, value in options.items() if value is not None}:
-        file["base"] = given
-    if checks:
-        file["checks"] = dict(checks)
-    if allow_pickle is not False:
-        file["allow-pickle"] = allow_pickle
-    text = yaml_text(file, indent=1)
+    options = {"model": base, "dtype": dtypes, "quantization": quantization, "sha256": digest}
+    facts = {"revision": revision, "expect": expect}
+    file = {
+        "version": 1,
+        "adapters": [
+            _given({"path": _as_utf8(place), "name": _as_utf8(own_names.get(place, "")) or None, **facts})
+            for place in places
+        ],
+        **_given({"base": _given(options), "checks": checks}),
+        **({} if allow_pickle is False else {"allow-pickle": allow_pickle}),
+    }
+    digest = hashlib.sha256(json.dumps(file).encode()).hexdigest()
+    document = document_of(file, COMMAND_LINE)
     try:
-        document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()
         return build_config(document, digest, path=None, directory=Path.cwd(), output=output, policy=policy)
     except FileNotFoundError:
         raise current_directory_gone() from None
     except ConfigError as error:
         problems = dict.fromkeys(f"{row.message} ({row.hint})" if row.hint else row.message for row in error.problems)
         raise UsageError("; ".join([*problems, *([f"and {error.more:,} more"] if error.more else [])])) from None
+
+
+def _given(keys: Mapping[str, object]) -> dict[str, object]:
+    """The keys that have a value."""
+    return {key: value for key, value in keys.items() if value not in (None, (), [], {})}
 
 
 def current_directory_gone() -> UsageError:
@@ -156,15 +157,6 @@ def current_directory_gone() -> UsageError:
 def _as_utf8(name: str) -> str:
     """Decode a file name's bytes as UTF-8, whatever the locale is."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
-
-
-def yaml_text(data: object, indent: int | None = None) -> str:
-    """Write data as YAML, on one line or indented: JSON with printable characters kept and others escaped.
-
-    Plain JSON escapes do not work: they write 😀 as two surrogates, which YAML reads as two invalid characters.
-    """
-    written = json.dumps(data, indent=indent, ensure_ascii=False)
-    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in written)
 
 
 def _refuse_parent_directory(name: str) -> None:

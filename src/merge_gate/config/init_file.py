@@ -6,14 +6,15 @@ adapters name is searched for near them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names, yaml_text
+from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names
 from merge_gate.errors import UsageError
 from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.files import CONFIG_NAME
@@ -26,14 +27,6 @@ _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter|global_step)[-_]?(\d{1,
 _MODEL_WEIGHTS = re.compile(r".*\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII)
 _UNQUOTED = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*/[A-Za-z0-9_./@+=-]*[A-Za-z0-9_-]|/[A-Za-z0-9_./@+=-]+", re.ASCII)
 """Paths and Hub ids that need no quotes in YAML."""
-
-
-@dataclass(slots=True)
-class _FoundFiles:
-    adapters: set[str] = field(default_factory=set)
-    models: set[str] = field(default_factory=set)
-    unreadable: dict[str, None] = field(default_factory=dict)
-    """Directories that cannot be read, in the order of the search."""
 
 
 def first_config(
@@ -51,50 +44,50 @@ def first_config(
     Raises:
         UsageError: a directory does not exist, or no adapter was found.
     """
-    files = _FoundFiles()
-    for directory in directories:
-        _search(directory, files)
-    if not files.adapters:
+    adapters, models, unreadable = _search(directories)
+    if not adapters:
         places = f"in {listing(map(quoted, directories))} or up to {MAX_DEPTH} levels below"
-        if files.unreadable:
+        if unreadable:
             raise UsageError(
-                f"no {CONFIG_NAME} found {places}: {listing(map(quoted, files.unreadable))} cannot be read",
+                f"no {CONFIG_NAME} found {places}: {listing(map(quoted, unreadable))} cannot be read",
                 hint="give the user who runs the gate permission to read it",
             )
         raise UsageError(
             f"no {CONFIG_NAME} {places}",
             hint="name the directories that save_pretrained wrote, or a directory above them",
         )
-    listed, earlier = _without_checkpoints(files.adapters)
-    bases = {place: _locate_base(name, place, files.models) for place in listed if (name := base_of(place))}
+    listed, earlier = _without_checkpoints(adapters)
+    bases = {place: _locate_base(name, place, models) for place in listed if (name := base_of(place))}
     common = set(bases.values())
     here = [base.path for base in common if base.path is not None and os.path.isdir(base.path)]  # noqa: PTH112 (as above)
     digests = {path: digest_of(path) for path in here} if digest_of is not None else {}
     lines = [*_head(bases, digests), *_entries(listed, bases if len(common) > 1 else {}, digests)]
-    return "\n".join([*lines, *_not_listed(earlier, files), *_foot()]) + "\n"
+    return "\n".join([*lines, *_not_listed(earlier, unreadable), *_foot()]) + "\n"
 
 
 # --- searching -----------------------------------------------------------------------------------------------------
 
 
-def _search(directory: str, found_files: _FoundFiles) -> None:
-    """Collect the adapters and models in and below a directory. Hidden directories are caches, and are skipped."""
-    top = Path(directory)
+def _search(directories: Sequence[str]) -> tuple[set[str], set[str], list[str]]:
+    """The adapters and models in and below directories, and what cannot be read. Hidden directories are caches."""
+    adapters, models, unreadable = set[str](), set[str](), dict[str, None]()
 
     def on_error(error: OSError) -> None:
         if isinstance(error, NotADirectoryError) and os.path.exists(error.filename):  # noqa: PTH110 (False if pathlib raises)
             raise UsageError(f"{quoted(error.filename)} is a file, expected a directory", hint=_NAME_A_DIRECTORY)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise UsageError(f"no such directory: {quoted(error.filename)}", hint=_NAME_A_DIRECTORY)
-        found_files.unreadable[error.filename] = None
+        unreadable[error.filename] = None
 
-    for place, inner, files in os.walk(top, onerror=on_error):
-        deep = len(Path(place).relative_to(top).parts) >= MAX_DEPTH
-        inner[:] = [] if deep else [name for name in inner if not name.startswith(".")]
-        if CONFIG_NAME in files:
-            found_files.adapters.add(_path_for_config(place))
-        elif "config.json" in files and any(map(_MODEL_WEIGHTS.fullmatch, files)):
-            found_files.models.add(_path_for_config(place))
+    for top in map(Path, directories):
+        for place, inner, files in os.walk(top, onerror=on_error):
+            deep = len(Path(place).relative_to(top).parts) >= MAX_DEPTH
+            inner[:] = [] if deep else [name for name in inner if not name.startswith(".")]
+            if CONFIG_NAME in files:
+                adapters.add(_path_for_config(place))
+            elif "config.json" in files and any(map(_MODEL_WEIGHTS.fullmatch, files)):
+                models.add(_path_for_config(place))
+    return adapters, models, list(unreadable)
 
 
 _NAME_A_DIRECTORY = "name a directory with adapters"
@@ -201,14 +194,18 @@ def _checkpoint_name(place: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    return text if _UNQUOTED.fullmatch(text) else yaml_text(text)
+    """A text in YAML, quoted if need be. JSON's escapes would write 😀 as two surrogates, which YAML refuses."""
+    if _UNQUOTED.fullmatch(text):
+        return text
+    written = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in written)
 
 
-def _not_listed(left_out: Mapping[str, list[str]], files: _FoundFiles) -> Iterator[str]:
+def _not_listed(left_out: Mapping[str, list[str]], unreadable: list[str]) -> Iterator[str]:
     for run, names in left_out.items():
         yield f"  # not listed: {counted(len(names), 'earlier checkpoint')} of {quoted(run, 200)} ({listing(names)})"
-    if files.unreadable:
-        yield f"  # not searched, cannot be read: {listing(map(quoted, files.unreadable))}"
+    if unreadable:
+        yield f"  # not searched, cannot be read: {listing(map(quoted, unreadable))}"
 
 
 def _foot() -> list[str]:

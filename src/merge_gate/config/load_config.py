@@ -16,12 +16,10 @@ built, so that all problems are reported at once.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from merge_gate.config.baseline_file import build_baseline
 from merge_gate.config.build import build_config
@@ -47,15 +45,6 @@ def load_config(path: str, *, output: str | None = None, policy: str | None = No
     Raises:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)  # garbage collection while many values are created would take half of the time
-    try:
-        return _load(path, output, policy)
-    finally:
-        gc.set_threshold(*thresholds)
-
-
-def _load(path: str, output: str | None, policy: str | None) -> Config:
     raw = _read_bytes(path)  # 1
     document = read_yaml(_text(raw, path), path)  # 2
     digest, directory = hashlib.sha256(raw).hexdigest(), Path(path).absolute().parent
@@ -69,27 +58,22 @@ def _load(path: str, output: str | None, policy: str | None) -> Config:
 def _read_bytes(path: str) -> bytes:
     try:
         if Path(path).is_fifo():  # reading it would wait for a writer
-            _refuse_no_file(path, "this is a named pipe, expected a YAML file", "write the configuration to a file")
+            refuse(path, "this is a named pipe, expected a YAML file", "write the configuration to a file", line=0)
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         if os.path.islink(path):  # noqa: PTH114 (as below)
             target = quoted(os.readlink(path), 200)  # noqa: PTH115 (as below)
-            _refuse_no_file(path, f"this is a broken symbolic link to {target}", "fix the link, or name the file")
-        _refuse_no_file(path, "no such file", _suggest_file(path))
+            refuse(path, f"this is a broken symbolic link to {target}", "fix the link, or name the file", line=0)
+        refuse(path, "no such file", _suggest_file(path), line=0)
     except IsADirectoryError:
-        _refuse_no_file(path, "this is a directory, expected a YAML file", _suggest_file(path))
+        refuse(path, "this is a directory, expected a YAML file", _suggest_file(path), line=0)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         refuse(path, f"the file cannot be read: {reason}", "check its name and permissions")
     if len(raw) > MAX_BYTES:
         refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "check that this is the configuration")
     return raw
-
-
-def _refuse_no_file(path: str, message: str, hint: str) -> NoReturn:
-    """Refuse what is no file: it has no lines."""
-    refuse(path, message, hint, line=0, column=0)
 
 
 def _suggest_file(path: str) -> str:

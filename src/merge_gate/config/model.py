@@ -7,7 +7,7 @@ checked (`problems.py` words the errors). The docstring of a field appears in ed
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
 
@@ -17,13 +17,12 @@ from pydantic.functional_validators import BeforeValidator, WrapValidator, field
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, WithJsonSchema
 from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
+from typing_extensions import TypeAliasType
 
 from merge_gate.config.sizes import SIZE
-from merge_gate.config.yaml_document import Loc
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES
-from merge_gate.names.suggestions import closest
 from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.terms import DTYPES, Access, Quantization, Read
 from merge_gate.text import one_of
@@ -83,10 +82,7 @@ class Hole:
         return False
 
 
-_MOST_MISTYPED = 20
-"""How many unknown keys of a mapping are compared with the known ones."""
-
-NEEDED: Any = Hole([{"type": "missing", "loc": ()}])
+NEEDED: Any = Hole([])
 """The default of a required key."""
 
 
@@ -99,7 +95,7 @@ def or_hole(value: Any, handler: Any) -> Any:
 
 
 class Model(BaseModel):
-    """A mapping, without conversions. Invalid, missing, and unknown keys are not raised: `errors_in` yields them."""
+    """A mapping, without conversions. Invalid, missing, and unknown keys are not raised: problems.py reports them."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -120,33 +116,6 @@ def _hashable(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
-def errors_in(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
-    """Yield every error in `value`, which is at `loc`: its place and pydantic's error."""
-    if isinstance(value, Hole):
-        yield from (((*loc, *error["loc"]), error) for error in value.errors)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from errors_in(item, (*loc, index))
-    elif isinstance(value, Model):
-        keys = {name: field.alias or name for name, field in type(value).model_fields.items()}
-        yield from _errors_in_unknown(value, tuple(keys.values()), loc)
-        for name, key in keys.items():
-            if (field_value := getattr(value, name)) is not None:
-                yield from errors_in(field_value, (*loc, key))
-        if value.if_empty and not value.model_fields_set:
-            yield loc, {"type": "empty", "hint": value.if_empty}
-
-
-def _errors_in_unknown(value: Model, known: tuple[str, ...], loc: Loc) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
-    """Yield each unknown key, and the errors that its value would have under the known key that was probably meant."""
-    for number, (key, extra) in enumerate((value.model_extra or {}).items()):
-        yield (*loc, key), {"type": "unknown", "known": known, "kind": value.kind}
-        meant = closest(key, known) if number < _MOST_MISTYPED else ""
-        for place, error in errors_in(type(value).model_validate({meant: extra})) if meant else ():
-            if place[0] == meant:
-                yield (*loc, key, *place[1:]), error
-
-
 @dataclass(frozen=True, eq=False)
 class ShortForm:
     """Allows a short form of a value: the value of the mapping's `key` alone, or the item of a list of one.
@@ -155,14 +124,12 @@ class ShortForm:
         key: the key whose value may replace the mapping; None for a list.
         expected: what the value must be, in words.
         schema: the JSON Schema of the short form.
-        long_schema: the JSON Schema of the long form; None for that of the type.
         kinds: the types of the short form.
     """
 
     key: str | None
     expected: str
     schema: JsonSchemaValue
-    long_schema: JsonSchemaValue | None = None
     kinds: tuple[type, ...] = (str,)
 
     def _long(self, data: Any) -> Any:
@@ -176,7 +143,7 @@ class ShortForm:
         return core_schema.no_info_before_validator_function(self._long, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> JsonSchemaValue:
-        return {"anyOf": [self.schema, self.long_schema or handler(schema)]}
+        return {"anyOf": [self.schema, handler(schema)]}
 
 
 # --- types ---------------------------------------------------------------------------------------------------------
@@ -263,21 +230,34 @@ class CheckEntry(Model):
     error_limit: Positive | None = Field(None, alias="error-limit")
 
 
-def _check_field(row: Check) -> Any:
-    """The key of a check: its severity alone, or a mapping, with a limit if the check has one."""
-    words = ["error", "warning", "off", "on", False, True] if row.can_be_off else ["error", "on", True]
+def _setting(limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
+    """The type of a check's value: its severity alone, or a mapping, with a limit if the check has one."""
+    words = ["error", "warning", "off", "on", False, True] if can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
-    share = {"maximum": 1} if row.limit_is_share else {}
-    number = {"type": "number", "exclusiveMinimum": 0} | share
-    limit = number | {"description": f"Fires above this. Default: {row.limit}."}
-    both = {"severity": severity} | ({"limit": limit} if row.limit is not None else {})
-    if row.has_error_limit:
-        default = "none" if row.error_limit is None else f"{row.error_limit:g}"
-        both["error-limit"] = limit | {"description": f"A warning above this is an error. Default: {default}."}
-    long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": both}
+    properties = {"severity": severity, **limits}
+    long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": properties}
     expected = "error, warning or off, or a mapping with severity and limit"
-    entry = Annotated[CheckEntry, ShortForm("severity", expected, {"enum": words}, long, (str, bool))]
-    return (entry | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
+    short = ShortForm("severity", expected, {}, (str, bool))
+    return Annotated[CheckEntry, short, WithJsonSchema({"anyOf": [{"enum": words}, long]})]
+
+
+_WITHOUT_LIMIT = {
+    True: TypeAliasType("Severity", _setting({}, can_be_off=True)),
+    False: TypeAliasType("FixedSeverity", _setting({}, can_be_off=False)),
+}
+"""The types of checks without a limit. They are named, so that the JSON Schema has each once."""
+
+
+def _check_field(row: Check) -> Any:
+    setting: Any = _WITHOUT_LIMIT[row.can_be_off]
+    if row.limit is not None:
+        number = {"type": "number", "exclusiveMinimum": 0} | ({"maximum": 1} if row.limit_is_share else {})
+        limits = {"limit": number | {"description": f"Fires above this. Default: {row.limit}."}}
+        if row.has_error_limit:
+            default = "none" if row.error_limit is None else f"{row.error_limit:g}"
+            limits["error-limit"] = number | {"description": f"A warning above this is an error. Default: {default}."}
+        setting = _setting(limits, can_be_off=row.can_be_off)
+    return (setting | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
 
 
 Checks: Any = create_model("Checks", __base__=Model, **{name: _check_field(row) for name, row in CHECKS.items()})

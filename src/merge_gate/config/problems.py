@@ -10,13 +10,15 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from merge_gate.config.model import PATTERNS, Model, errors_in, place_of_key
+from merge_gate.config.model import NEEDED, PATTERNS, Hole, Model, place_of_key
 from merge_gate.config.yaml_document import Hint, Loc, NoValue, Value, YamlDocument
-from merge_gate.names.suggestions import nearest
+from merge_gate.names.suggestions import closest, nearest
 from merge_gate.text import NUMBER, quoted
 
 _File = TypeVar("_File", bound=Model)
 
+_MOST_MISTYPED = 20
+"""How many unknown keys of a mapping are compared with the known ones."""
 _EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -52,31 +54,48 @@ def read_models(document: YamlDocument, model: type[_File]) -> _File:
             document.report((), message, 'start with "version: 1"')
         document.raise_problems()
     file = model.model_validate(document.data)
-    for loc, error in errors_in(file):
-        _report(document, loc, error)
+    _report_all(document, file, ())
     return file
 
 
+def _report_all(document: YamlDocument, value: Any, loc: Loc) -> None:
+    """Report every problem in a value of the models, which is at `loc`."""
+    if isinstance(value, Hole):
+        for error in value.errors:
+            _report(document, (*loc, *error["loc"]), error)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _report_all(document, item, (*loc, index))
+    elif isinstance(value, Model):
+        _report_keys(document, value, loc)
+        if value.if_empty and not value.model_fields_set:
+            document.report(loc, f"{label(loc)} is empty", value.if_empty)
+
+
+def _report_keys(document: YamlDocument, value: Model, loc: Loc) -> None:
+    names = {field.alias or name: name for name, field in type(value).model_fields.items()}
+    for number, (key, extra) in enumerate((value.model_extra or {}).items()):
+        document.report(loc, f"unknown {value.kind} {quoted(key)}", partial(_suggest_key, key, names), key=key)
+        if meant := closest(key, names) if number < _MOST_MISTYPED else "":
+            _report_all(document, getattr(type(value).model_validate({meant: extra}), names[meant]), (*loc, key))
+    for key, name in names.items():
+        if (inner := getattr(value, name)) is NEEDED:
+            parent = f" in {label(loc)}" if loc else ""
+            document.report(loc, f"{quoted(key)} is missing{parent}", _MISSING.get(key, ""))
+        else:
+            _report_all(document, inner, (*loc, key))
+
+
 def _report(document: YamlDocument, loc: Loc, error: Mapping[str, Any]) -> None:
+    """Report one of pydantic's errors."""
     place, _, value = document.deepest_at(loc)
-    key = str(loc[-1]) if loc else ""
-    match error["type"], value.data:
-        case "unknown", _:
-            known = error["known"]
-            message = f"unknown {error['kind']} {quoted(key)}"
-            document.report(loc[:-1], message, partial(_suggest_key, key, known), key=key)
-        case "empty", _:
-            document.report(loc, f"{label(loc)} is empty", error["hint"])
-        case "missing", _:
-            parent = f" in {label(loc[:-1])}" if loc[:-1] else ""
-            document.report(loc[:-1], f"{quoted(key)} is missing{parent}", _MISSING.get(key, ""))
-        case _ if key == "[key]" and place != loc:
-            name = str(loc[-2])
-            document.report(loc[:-2], f"{quoted(name)} cannot be a key here", "write a name", key=name)
-        case _, NoValue.NULL:
-            document.report(place, f"{label(place)} has no value", "give it a value, or remove it")
-        case kind, data if data is not NoValue.REFUSED:
-            document.report(place, *_wrong_value(kind, error.get("ctx", {}), place, value))
+    if loc[-1] == "[key]" and place != loc:
+        name = str(loc[-2])
+        document.report(loc[:-2], f"{quoted(name)} cannot be a key here", "write a name", key=name)
+    elif value.data is NoValue.NULL:
+        document.report(place, f"{label(place)} has no value", "give it a value, or remove it")
+    elif value.data is not NoValue.REFUSED:
+        document.report(place, *_wrong_value(error["type"], error.get("ctx", {}), place, value))
 
 
 # --- words ---------------------------------------------------------------------------------------------------------

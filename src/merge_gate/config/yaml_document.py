@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from typing import Any, NoReturn
 
 import yaml
@@ -97,6 +98,18 @@ class YamlDocument:
         """Add a problem at a value, once for each place."""
         self.problems.setdefault((value.line, value.column, message), hint)
 
+    def refuse(self, value: Value, message: str, hint: str) -> None:
+        """Report a problem of the value, and drop its contents."""
+        self.add(value, message, hint)
+        value.data, value.holds, value.size, value.height = NoValue.REFUSED, {}, 1, 0
+
+    def fill(self, value: Value, data: Any, written: str) -> None:
+        """Set the data of a scalar, unless it has hidden characters."""
+        value.data, value.written = data, written
+        if has_hidden(written):
+            hint = "remove line breaks, tabs, and invisible characters"
+            self.refuse(value, f"{quoted(written)} contains a control character", hint)
+
     def raise_problems(self) -> None:
         """Raise a `ConfigError` if there are problems, with the first in the order of the file."""
         listed = []
@@ -134,6 +147,27 @@ def read_yaml(text: str, path: str) -> YamlDocument:
     except yaml.reader.ReaderError as error:
         message = f"not valid YAML: the character U+{error.character:04X} is not allowed"
         refuse(path, message, "", *end_of(text[: error.position]))
+
+
+def document_of(data: object, path: str) -> YamlDocument:
+    """The document of plain data. Its lines number the values in their order."""
+    document, lines = YamlDocument(path), count(1)
+
+    def value_of(data: Any, depth: int = 1) -> Value:
+        value = Value("", next(lines), 1)
+        if depth > MAX_DEPTH:
+            document.refuse(value, f"nested deeper than {MAX_DEPTH} levels", _TOO_LARGE_HINT)
+        elif isinstance(data, dict | list | tuple):
+            pairs = ((str(key), item) for key, item in data.items()) if isinstance(data, dict) else enumerate(data)
+            value.holds = {key: (value_of(key), value_of(item, depth + 1)) for key, item in pairs}
+            values = {key: item.data for key, (name, item) in value.holds.items() if name.data is not NoValue.REFUSED}
+            value.data = values if isinstance(data, dict) else list(values.values())
+        else:
+            document.fill(value, NoValue.NULL if data is None else data, str(data))
+        return value
+
+    document.root = value_of(data)
+    return document
 
 
 # --- scalars ---------------------------------------------------------------------------------------------------------
@@ -184,6 +218,7 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
         self.anchored: dict[yaml.Node, Value] = {}
         self.depth = self.values = 0
         self.document = YamlDocument(path)
+        self.refuse = self.document.refuse
         self.get_event()  # the stream starts
         if self.check_event(yaml.StreamEndEvent):
             refuse(path, "the file is empty", 'it needs at least "version: 1" and a list of "adapters"')
@@ -221,11 +256,6 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
                 self.anchored[node] = value
         return value
 
-    def refuse(self, value: Value, message: str, hint: str) -> None:
-        """Report a problem of the value, and drop its contents."""
-        self.document.add(value, message, hint)
-        value.data, value.holds, value.size, value.height = NoValue.REFUSED, {}, 1, 0
-
     def fill(self, value: Value, node: Any) -> None:
         if isinstance(node, yaml.ScalarNode):
             value.written = node.value
@@ -242,12 +272,8 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
             self.scalar(value)
 
     def scalar(self, value: Value) -> None:
-        if has_hidden(value.written):
-            hint = "remove line breaks, tabs, and invisible characters"
-            self.refuse(value, f"{quoted(value.written)} contains a control character", hint)
-            return
         try:
-            value.data = _CONVERTERS[value.tag](value.written)
+            self.document.fill(value, _CONVERTERS[value.tag](value.written), value.written)
         except (ValueError, KeyError):
             self.refuse(value, f"{quoted(value.written)} does not fit its tag", "remove the tag")
 
@@ -310,5 +336,5 @@ def end_of(text: str) -> tuple[int, int]:
 
 
 def refuse(path: str, message: str, hint: str, line: int = 1, column: int = 1) -> NoReturn:
-    """Raise a `ConfigError` with this one problem."""
+    """Raise a `ConfigError` with this one problem. What is no file has no lines: `line` is 0."""
     raise ConfigError((Problem(message=message, hint=hint, path=path, line=line, column=column),)) from None

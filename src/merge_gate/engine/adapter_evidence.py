@@ -44,10 +44,10 @@ from merge_gate.engine.probes.unused_tensors import mark_used
 from merge_gate.engine.tensors.deviation import ExactRows
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
-from merge_gate.errors import Refused
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, MeasureOptions, TensorMerge
+from merge_gate.records.refusals import Refused
 from merge_gate.sources.feed import SourceError
 from merge_gate.tensor_names import ADAPTER_PREFIX
 

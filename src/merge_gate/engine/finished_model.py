@@ -36,10 +36,11 @@ from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.engine.tensors.deviation import ExactRows, Fit, deviation, requantized
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.threads import spread
-from merge_gate.errors import EngineError, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, MeasureOptions
+from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 

@@ -19,10 +19,11 @@ from merge_gate.files.headers import shown
 from merge_gate.files.json_object import kind
 from merge_gate.files.regex_fields import patterns_of
 from merge_gate.files.regex_fields import problem as pattern_problem
+from merge_gate.judging.checks.file_checks import CONFIG_INVALID, CONFIG_UNSAFE
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
 from merge_gate.records.files import CONFIG_NAME, AdapterConfig, StoredTensor
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -186,14 +187,8 @@ def judge(config: dict[str, Any], tensors: tuple[StoredTensor, ...]) -> Iterator
 
 def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Finding:
     """A `config-invalid` finding on adapter_config.json."""
-    return Finding(
-        check="config-invalid",
-        severity=Severity.ERROR,
-        message=message,
-        hint=hint or "undo your edits of this file, or save the adapter again with save_pretrained",
-        origin=Origin.CONFIG,
-        tensor=tensor,
-    )
+    hint = hint or "undo your edits of this file, or save the adapter again with save_pretrained"
+    return CONFIG_INVALID.finding(message, hint, tensor=tensor)
 
 
 def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
@@ -254,7 +249,7 @@ def _judge_patterns(ranks: Any, alphas: Any) -> Iterator[Finding]:
 def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
     if config.get("megatron_config"):
         core = config.get("megatron_core", "megatron.core")
-        yield _unsafe(
+        yield CONFIG_UNSAFE.finding(
             f"megatron_config is set in {CONFIG_NAME}: PEFT would import the first module on Python's path that is "
             f"named {shown(str(core))}",
             "set megatron_config to null: only training with Megatron needs it",
@@ -262,13 +257,13 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
     mapping = config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if library is not None and not _is_known_library(library):
-        yield _unsafe(
+        yield CONFIG_UNSAFE.finding(
             f"auto_mapping in {CONFIG_NAME} imports the base's class from the module {shown(str(library))}, "
             f"expected one of {', '.join(KNOWN_LIBRARIES)}",
             "set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config",
         )
     if place := _find_remote_code(config):
-        yield _unsafe(
+        yield CONFIG_UNSAFE.finding(
             f"{shown(place)} in {CONFIG_NAME} asks PEFT to run code from the Hub",
             "remove it: trust-remote-code in the gate's config decides whether remote code may run",
         )
@@ -297,10 +292,6 @@ def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{place}{key}", child
             if isinstance(child, dict | list):
                 pending.append((f"{place}{key}.", child))
-
-
-def _unsafe(message: str, hint: str) -> Finding:
-    return Finding(check="config-unsafe", severity=Severity.ERROR, message=message, hint=hint, origin=Origin.CONFIG)
 
 
 # --- config against tensors ----------------------------------------------------------------------------------------

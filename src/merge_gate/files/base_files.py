@@ -39,8 +39,9 @@ from merge_gate.files.headers import (
     shown,
 )
 from merge_gate.files.pickle_scan import read_pickled
+from merge_gate.judging.checks.base_checks import BASE_INCONSISTENT
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, Severity
 from merge_gate.text import counted, listing
 
 _LISTED = 6
@@ -238,7 +239,7 @@ def _auto_dtype(config: Mapping[str, Any], name: str) -> Finding | None:
         "floating-point dtype of torch, such as float16"
     )
     hint = f"{meant}set base.dtype in the gate's config, or --dtype, to the dtype that is meant"
-    return Finding(check=INCONSISTENT, severity=Severity.ERROR, message=message, hint=hint, origin=Origin.BASE)
+    return BASE_INCONSISTENT.finding(message, hint)
 
 
 # --- 2. --------------------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ class _Notes:
                     f"{shown(first.stored.file)} and in {shown(tensor.stored.file)} with different values"
                 )
                 hint = "remove the wrong one from its file and from the index, or fetch the base again"
-                return [self._finding(INCONSISTENT, Severity.ERROR, message, hint, tensor.stored.name)]
+                return [BASE_INCONSISTENT.finding(message, hint, tensor=tensor.stored.name)]
             same.append(tensor.stored)
         if same:
             self._add(
@@ -312,7 +313,7 @@ class _Notes:
             f"the base {shown(self._name)} cannot be judged while it is streamed: its tensor {shown(tensor)} is in two "
             "files, and their values were not compared"
         )
-        return self._finding(INCONSISTENT, Severity.ERROR, message, "set access: download for this base", tensor)
+        return BASE_INCONSISTENT.finding(message, "set access: download for this base", tensor=tensor)
 
     def ghosts(self, ghosts: tuple[tuple[str, str], ...], chosen: WeightFiles) -> None:
         if ghosts:
@@ -379,10 +380,7 @@ class _Notes:
         return True
 
     def _add(self, message: str, tensor: str | None) -> None:
-        self.findings.append(self._finding(INCONSISTENT, Severity.NOTE, message, "", tensor))
-
-    def _finding(self, check: str, severity: Severity, message: str, hint: str, tensor: str | None) -> Finding:
-        return Finding(check=check, severity=severity, message=message, hint=hint, tensor=tensor, origin=Origin.BASE)
+        self.findings.append(BASE_INCONSISTENT.finding(message, severity=Severity.NOTE, tensor=tensor))
 
 
 def _are(count: int) -> str:

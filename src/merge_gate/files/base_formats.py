@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_gate.files.base_weights import FORMAT, INCONSISTENT
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
+from merge_gate.judging.checks.base_checks import BASE_FORMAT, BASE_INCONSISTENT
+from merge_gate.judging.checks.check import Check
 from merge_gate.records.files import DeclaredQuantization, StoredTensor
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding
 from merge_gate.text import counted
 
 JUDGED = {"bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "mxfp8", "mxfp4"}
@@ -225,10 +226,10 @@ class _Judge:
             stored += f", declared in {place}, which transformers does not read"
         missing = "config.json has no quantization_config: transformers would use the codes as weights"
         if method in KNOWN_NAMES.keys() - JUDGED or method == "awq or gptq":
-            yield self._finding(FORMAT, f"{stored}; {missing}", self._unquantized, tensor)
+            yield self._finding(BASE_FORMAT, f"{stored}; {missing}", self._unquantized, tensor)
         else:
             hint = f"copy quantization_config from the config.json that this base was made with, or {self._unquantized}"
-            yield self._finding(INCONSISTENT, f"{stored}; {missing}", hint, tensor)
+            yield self._finding(BASE_INCONSISTENT, f"{stored}; {missing}", hint, tensor)
 
     def _integers(self, tensors: Tensors) -> Iterator[Finding]:
         tensor = next((tensor for tensor in _codes(tensors) if tensor.dtype in _INTEGERS), None)
@@ -238,12 +239,12 @@ class _Judge:
                 "floating-point values, and config.json has no quantization_config that gives them a meaning"
             )
             hint = f"save the weight in its real dtype, or {self._unquantized}"
-            yield self._finding(INCONSISTENT, message, hint, tensor)
+            yield self._finding(BASE_INCONSISTENT, message, hint, tensor)
 
     def wrapped(self, tensor: StoredTensor) -> Finding:
         """Weights that PEFT had wrapped have other names than the model's."""
         return self._finding(
-            INCONSISTENT,
+            BASE_INCONSISTENT,
             f"its tensor {shown(tensor.name)} (in {shown(tensor.file)}) has a name of a layer that PEFT wraps, "
             "expected the base's own names: it was saved with an adapter attached",
             "save the base again after merge_and_unload() or unload(), or remove `.base_layer` from the names",
@@ -259,13 +260,13 @@ class _Judge:
         if not method or method == "bitsandbytes":
             expected = "load_in_8bit or load_in_4bit" if method else "quant_method"
             message = f"quantization_config in config.json has no {expected}: nothing says how its weights are stored"
-            yield self._finding(INCONSISTENT, message, f"restore the key, or {self._unquantized}", None)
+            yield self._finding(BASE_INCONSISTENT, message, f"restore the key, or {self._unquantized}", None)
         elif method in _ALWAYS_CODES and _is_plain(tensors):
             message = (
                 f"quantization_config in config.json declares {KNOWN_NAMES[method]}, and all of its weights are plain: "
                 f"{_examples(tensors)}"
             )
-            yield self._finding(INCONSISTENT, message, "remove quantization_config from config.json", None)
+            yield self._finding(BASE_INCONSISTENT, message, "remove quantization_config from config.json", None)
         elif not is_judged(method):
             title = KNOWN_NAMES.get(method, shown(method))
             if declared.format and method == "modelopt":
@@ -274,7 +275,7 @@ class _Judge:
             if method in JUDGED_WITH:
                 message += f"; it can be judged with the package {method}, which is not installed"
                 hint = f"`pip install {method}` in the environment that runs the gate, or {hint}"
-            yield self._finding(FORMAT, message, hint, None)
+            yield self._finding(BASE_FORMAT, message, hint, None)
         else:
             yield from _PARTS[method](self, tensors)
 
@@ -290,18 +291,18 @@ class _Judge:
                     f"its weight {shown(weight.name)} ({weight.dtype}, in {shown(weight.file)}) has no scale, expected "
                     f"{shown(weight.name + '_scale_inv')}: quantization_config in config.json declares FP8"
                 )
-                yield self._finding(INCONSISTENT, message, f"restore the scale, or {self._unquantized}", weight)
+                yield self._finding(BASE_INCONSISTENT, message, f"restore the scale, or {self._unquantized}", weight)
                 return
             if scale.name.endswith(".weight_scale"):
                 message = (
                     f"its scale {shown(scale.name)} (in {shown(scale.file)}) is stored as AutoFP8 stores it, and "
                     "transformers reads weight_scale_inv only: it would use the codes as weights"
                 )
-                yield self._finding(INCONSISTENT, message, self._unquantized, scale)
+                yield self._finding(BASE_INCONSISTENT, message, self._unquantized, scale)
                 return
             block = declared.block_size if declared else None
             if wrong := _wrong_blocks(weight, scale, block):
-                yield self._finding(INCONSISTENT, wrong, self._unquantized, weight)
+                yield self._finding(BASE_INCONSISTENT, wrong, self._unquantized, weight)
                 return
 
     def compressed_tensors(self, tensors: Tensors) -> Iterator[Finding]:
@@ -353,7 +354,7 @@ class _Judge:
             f"{KNOWN_NAMES[method]} without {shown(missing[0])}, which its values need"
         )
         hint = f"fetch the base again with all of its tensors, or {self._unquantized}"
-        yield self._finding(INCONSISTENT, message, hint, weight)
+        yield self._finding(BASE_INCONSISTENT, message, hint, weight)
 
     def _is_ignored(self, name: str) -> bool:
         """Modules that the declaration leaves out, by parts of their names, and embeddings, which it never includes."""
@@ -362,15 +363,9 @@ class _Judge:
             pattern.strip("^$.*") in name for pattern in ignored if pattern
         )
 
-    def _finding(self, check: str, message: str, hint: str, tensor: StoredTensor | None) -> Finding:
-        return Finding(
-            check=check,
-            severity=Severity.ERROR,
-            message=f"the base {shown(self._label)} cannot be judged: {message}",
-            hint=hint,
-            tensor=tensor.name if tensor else None,
-            origin=Origin.BASE,
-        )
+    def _finding(self, check: Check, message: str, hint: str, tensor: StoredTensor | None) -> Finding:
+        what = f"the base {shown(self._label)} cannot be judged: {message}"
+        return check.finding(what, hint, tensor=tensor.name if tensor else None)
 
 
 _PARTS = {

@@ -56,10 +56,13 @@ class _Digests:
 
 
 class BaseWatch:
-    """The bases of one run, by directory. Each is hashed once, while the worker imports, loads, and merges."""
+    """The bases of one run, by directory. Each is hashed once, while the worker imports, loads, and merges.
 
-    def __init__(self, remembered: RememberedDigests | None = None) -> None:
-        self._remembered = remembered
+    For a plan, no base is hashed: only the digests that earlier runs computed are known.
+    """
+
+    def __init__(self, remembered: RememberedDigests | None = None, *, is_plan: bool = False) -> None:
+        self._remembered, self._is_plan = remembered, is_plan
         self._threads: dict[str, threading.Thread] = {}
         self._heard_s: dict[str, float] = {}  # when a thread asked for the next bytes
         self._hashed: dict[str, _Identity] = {}
@@ -74,7 +77,9 @@ class BaseWatch:
 
     def start(self, directory: str) -> None:
         """Start to hash the base in `directory`, unless it was started before."""
-        if directory not in self._threads and directory not in self._digests and directory not in self._listed:
+        if self._is_plan:
+            self.recall(directory)
+        elif directory not in self._threads and directory not in self._digests and directory not in self._listed:
             thread = threading.Thread(target=self._hash, args=(directory,), daemon=True)
             self._heard_s[directory] = time.monotonic()
             with contextlib.suppress(RuntimeError):  # no thread is available: the report lacks this digest

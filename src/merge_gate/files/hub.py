@@ -38,6 +38,7 @@ from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, ask, host
 from merge_gate.limits.request_limits import AGENT
 from merge_gate.names.foreign_names import COMMIT, is_inside
+from merge_gate.records.files import Fetched
 from merge_gate.records.terms import Access
 from merge_gate.text import counted
 from merge_gate.whole_file import whole_file
@@ -68,47 +69,18 @@ _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders).
-
-    If `is_listed` is False, the repository's files are unknown: it could not be asked, and the cache has no list.
-    `chosen` are the files in `directory`, and `streamable` those that were not fetched, to be read by ranges.
-    """
-
-    directory: str
-    commit: str
-    withheld: tuple[str, ...]
-    is_listed: bool = True
-    chosen: tuple[str, ...] = ()
-    streamable: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedFetch:
-    """What `fetch` would do. `sizes` are those of the chosen files in bytes, and `absent` the files not in the cache.
-
-    `streamable` are the files that would be read by ranges, and not be fetched. `free_bytes` is the free space on the
-    disk of the cache; None if it is not known.
-    """
-
-    commit: str
-    sizes: Mapping[str, int]
-    absent: tuple[str, ...]
-    streamable: tuple[str, ...]
-    free_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
     """One repository at one revision. Every exception that leaves its methods is a `ResolveError`.
 
-    With another `access` than a download, safetensors files may be left to be read by ranges.
+    With another `access` than a download, safetensors files may be left to be read by ranges. If the fetch is only
+    planned, nothing is written to the cache, except small files that `choose` reads.
     """
 
     repo_id: str
     revision: str | None
     notify: Callable[[str], None]
     access: Access = Access.DOWNLOAD
+    is_plan: bool = False
 
     def __post_init__(self) -> None:
         _set_up_library()
@@ -122,41 +94,36 @@ class Repository:
         """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived."""
         return self._from_cache(choose) if constants.HF_HUB_OFFLINE else self._from_network(choose)
 
-    def plan(self, choose: Choose) -> PlannedFetch:
-        """What `fetch` would do. Only small files that `choose` reads are fetched."""
-        if not constants.HF_HUB_OFFLINE:
-            return self._chosen(choose)[0]
-        fetched = self._from_cache(choose)
-        sizes = {name: Path(fetched.directory, name).stat().st_size for name in fetched.chosen}
-        return PlannedFetch(commit=fetched.commit, sizes=sizes, absent=(), streamable=())
-
     def _from_network(self, choose: Choose) -> Fetched:
         # 1. and 2. Resolve the revision to a commit, list its files, and let the caller choose.
-        plan, files = self._chosen(choose)
-        commit, streamable = plan.commit, plan.streamable
-        chosen = tuple(name for name in plan.sizes if name not in streamable)
-        # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
-        total = _shown_bytes(sum(plan.sizes[name] for name in chosen))
-        self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {total}")
-        self._write_ref(commit)
-        directory = self._ask(lambda: self._download(commit, chosen), self._limits(files, chosen, commit))
-        fetched = self._check(directory, chosen, withheld=files.keys() - plan.sizes.keys())
-        # 4. Compare the new files with the digests that the Hub lists.
-        for name in (name for name in plan.absent if name in chosen):
-            self._compare(Path(directory, name), files[name])
-        return replace(fetched, streamable=streamable)
-
-    def _chosen(self, choose: Choose) -> tuple[PlannedFetch, dict[str, RepoSibling]]:
         commit, files = self._listed()
         chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
-        plan = PlannedFetch(
+        absent = tuple(name for name in chosen if not self._is_cached(name, commit))
+        streamable = self._streamable(files, chosen, commit)
+        fetched = Fetched(
+            repo_id=self.repo_id,
             commit=commit,
+            directory=str(self._cache / "snapshots" / commit),
+            chosen=tuple(name for name in chosen if name not in streamable),
+            streamable=streamable,
+            withheld=tuple(sorted(files.keys() - {*chosen})),
             sizes={name: files[name].size or 0 for name in chosen},
-            absent=tuple(name for name in chosen if not self._is_cached(name, commit)),
-            streamable=self._streamable(files, chosen, commit),
             free_bytes=_free_bytes(constants.HF_HUB_CACHE),
         )
-        return plan, files
+        if self.is_plan and absent:
+            return replace(fetched, absent=absent, withheld=absent)
+        # 3. Fetch at that commit. The revision's ref in the cache is for offline runs.
+        total = _shown_bytes(sum(fetched.sizes[name] for name in fetched.chosen))
+        if not self.is_plan:
+            self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(fetched.chosen), 'file')}, {total}")
+            self._write_ref(commit)
+        limits = self._limits(files, fetched.chosen, commit)
+        directory = self._ask(lambda: self._download(commit, fetched.chosen, local_files_only=self.is_plan), limits)
+        self._refuse_incomplete(directory, fetched.chosen)
+        # 4. Compare the new files with the digests that the Hub lists.
+        for name in (name for name in absent if name in fetched.chosen):
+            self._compare(Path(directory, name), files[name])
+        return replace(fetched, directory=directory)
 
     def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
         api = HfApi(library_name=AGENT, library_version=__version__)
@@ -251,21 +218,20 @@ class Repository:
             return path
 
         chosen = choose(names, cached)
-        return self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
+        self._refuse_incomplete(directory, chosen)
+        return Fetched(
+            repo_id=self.repo_id,
+            commit=Path(directory).name,
+            directory=directory,
+            chosen=chosen,
+            withheld=tuple(sorted(names - set(chosen))),
+            is_listed=listing is not None,
+        )
 
-    def _check(
-        self, directory: str, chosen: tuple[str, ...], *, withheld: Iterable[str], is_listed: bool = True
-    ) -> Fetched:
+    def _refuse_incomplete(self, directory: str, chosen: tuple[str, ...]) -> None:
         """Check that all files have arrived: huggingface_hub returns a partial snapshot if a request fails."""
         if absent := [name for name in chosen if not Path(directory, name).exists()]:
             raise incomplete(self.what, absent)
-        return Fetched(
-            directory=directory,
-            commit=Path(directory).name,
-            withheld=tuple(sorted(withheld)),
-            is_listed=is_listed,
-            chosen=chosen,
-        )
 
     def _is_cached(self, name: str, commit: str) -> bool:
         return isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, name, revision=commit), str)

@@ -17,21 +17,14 @@ import re
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from merge_gate.files.headers import (
-    MAX_HEADER_BYTES,
-    ZEROS,
-    CorruptFileError,
-    TruncatedFileError,
-    other_format,
-    shown,
-)
+from merge_gate.files.headers import MAX_HEADER_BYTES, ZEROS, CorruptFileError, TruncatedFileError, other_format, shown
 from merge_gate.records.files import StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from io import BufferedReader
 
 _ZIP = b"PK\x03\x04"
@@ -85,24 +78,32 @@ def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[StoredTensor, .
     start = file.read(len(_ZIP))
     try:
         if start == _ZIP:
-            return _headers(_run(io.BytesIO(_data_of_archive(file, size_bytes))))
-        if _PICKLE.match(start):
-            return _headers(_object_of_legacy_file(file))
+            value = _run(io.BytesIO(_data_of_archive(file, size_bytes)))
+        elif _PICKLE.match(start):
+            value = _object_of_legacy_file(file)
+        else:
+            _refuse_format(file)
     except _BeyondThisReaderError:
         return None
-    if _is_safetensors(file):
-        raise CorruptFileError("is not torch's format but safetensors", "give it the name adapter_model.safetensors")
-    if (format_name := other_format(file)) is None:
-        _refuse_calls(file)
-    error = TruncatedFileError if format_name == ZEROS else CorruptFileError
-    raise error(f"is not torch's format but {format_name or 'something unknown'}")
+    if not isinstance(value, dict):
+        raise CorruptFileError("does not hold tensors by name (torch.save of something else than a state dict)")
+    return tuple(replace(tensor, name=name) for name, tensor in value.items() if isinstance(tensor, StoredTensor))
 
 
-def _is_safetensors(file: BufferedReader) -> bool:
-    """Whether the file begins as safetensors do: eight bytes of length, then the object."""
+def _refuse_format(file: BufferedReader) -> NoReturn:
     file.seek(0)
     start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
+        raise CorruptFileError("is not torch's format but safetensors", "give it the name adapter_model.safetensors")
+    if (format_name := other_format(file)) is None:
+        try:  # a pickle of protocol 0 or 1: torch writes none, and its unrestricted loader runs it
+            _object_of_legacy_file(file)
+        except UnsafePickleError:
+            raise
+        except (CorruptFileError, _BeyondThisReaderError):
+            pass
+    error = TruncatedFileError if format_name == ZEROS else CorruptFileError
+    raise error(f"is not torch's format but {format_name or 'something unknown'}")
 
 
 def _data_of_archive(file: BufferedReader, size_bytes: int) -> bytes:
@@ -134,34 +135,13 @@ def _object_of_legacy_file(file: BufferedReader) -> Any:
     return value
 
 
-def _refuse_calls(file: BufferedReader) -> None:
-    """A pickle of protocol 0 or 1 has no mark at its start. torch writes none, and its unrestricted loader runs it."""
-    try:
-        _object_of_legacy_file(file)
-    except UnsafePickleError:
-        raise
-    except (CorruptFileError, _BeyondThisReaderError):
-        return
-
-
-def _headers(value: Any) -> tuple[StoredTensor, ...]:
-    if not isinstance(value, dict):
-        raise CorruptFileError("does not hold tensors by name (torch.save of something else than a state dict)")
-    return tuple(
-        StoredTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
-        for name, tensor in value.items()
-        if isinstance(tensor, _Tensor)
-    )
-
-
 # --- values on the stack -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
+class _Name(str):
     """A class or function as the pickle names it."""
 
-    text: str
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,47 +149,44 @@ class _Storage:
     dtype: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def _storage(reference: Any) -> _Storage:
     """`("storage", class, key, device, elements)`; a class without a dtype of its own leaves it to the tensor."""
     match reference:
-        case ("storage", _Name(text), *_) if text in _STORAGES:
-            return _Storage(_STORAGES[text])
+        case ("storage", _Name() as name, *_) if name in _STORAGES:
+            return _Storage(_STORAGES[name])
         case ("storage", _Name("torch.storage.UntypedStorage"), *_):
             return _Storage(None)
     raise _BeyondThisReaderError
 
 
-def _tensor(dtype: str | None, shape: Any) -> _Tensor:
+def _tensor(dtype: str | None, shape: Any) -> StoredTensor:
     if dtype is None:
         raise _BeyondThisReaderError
     if not isinstance(shape, tuple) or any(type(size) is not int or size < 0 for size in shape):
         raise CorruptFileError("has a tensor whose shape is not a tuple of sizes")
-    return _Tensor(dtype, shape)
+    return StoredTensor(name="", dtype=dtype, shape=shape)
 
 
-def _call(function: Any, arguments: Any) -> Any:
+def _call(function: Any, arguments: Any, *_: Any) -> Any:
     """What torch's own functions make of their arguments, as far as it concerns names, dtypes and shapes."""
     if not isinstance(function, _Name):
         raise _BeyondThisReaderError
-    match function.text, arguments:
+    match str(function), arguments:
         case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", (_Storage(dtype), _, shape, *_):
             return _tensor(dtype, shape)
-        case "torch._utils._rebuild_tensor_v3", (_Storage(), _, shape, _, _, _, _Name(dtype), *_):
+        case "torch._utils._rebuild_tensor_v3", (_Storage(), _, shape, _, _, _, _Name() as dtype, *_):
             return _tensor(_DTYPES.get(dtype), shape)
-        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state", (_Tensor() as data, *_):
+        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state", (
+            StoredTensor() as data,
+            *_,
+        ):
             return data
         case "torch.Size", (tuple() as sizes,):
             return sizes
         case "collections.OrderedDict", ():
             return {}
-    if _is_foreign(function.text):
-        raise UnsafePickleError("call", function.text)
+    if _is_foreign(function):
+        raise UnsafePickleError("call", function)
     raise _BeyondThisReaderError
 
 
@@ -217,148 +194,101 @@ def _is_foreign(name: str) -> bool:
     return not name.startswith(("torch.", "collections.")) and name not in _LEFT_TO_TORCH
 
 
-# --- the stack -----------------------------------------------------------------------------------------------------
+def _name(module: Any, name: Any) -> _Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise CorruptFileError("holds a damaged pickle: it names a function by something else than text")
+    return _Name(f"{module}.{name}")
+
+
+def _extend(target: Any, items: list[Any]) -> Any:
+    if not isinstance(target, list):
+        raise _BeyondThisReaderError
+    target.extend(items)
+    return target
+
+
+def _set_items(target: Any, pairs: Sequence[Any]) -> Any:
+    if not isinstance(target, dict):
+        raise _BeyondThisReaderError
+    target.update((key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=False) if type(key) is str)
+    return target
+
+
+# --- the pickle machine, reduced to what a state dict needs ----------------------------------------------------------
 
 _MARK = object()
-
-
-class _Stack:
-    """The pickle machine, reduced to what a state dict needs."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.foreign: list[str] = []
-
-    def push(self, value: Any) -> None:
-        self.values.append(value)
-
-    def top(self) -> Any:
-        if not self.values:
-            raise CorruptFileError("holds a damaged pickle: it takes more than it has put down")
-        return self.values[-1]
-
-    def pop(self) -> Any:
-        value = self.top()
-        del self.values[-1]
-        return value
-
-    def pop_mark(self) -> list[Any]:
-        taken: list[Any] = []
-        while (value := self.pop()) is not _MARK:
-            taken.append(value)
-        return taken[::-1]
-
-    def pop_some(self, count: int) -> list[Any]:
-        return [self.pop() for _ in range(count)][::-1]
-
-    def remember(self, place: int) -> None:
-        self.memo[place] = self.top()
-
-    def recall(self, place: int) -> None:
-        if place not in self.memo:
-            raise CorruptFileError("holds a damaged pickle: it refers to what it does not hold")
-        self.push(self.memo[place])
-
-    def extend(self, items: list[Any]) -> None:
-        target = self.top()
-        if not isinstance(target, list):
-            raise _BeyondThisReaderError
-        target.extend(items)
-
-    def set_items(self, pairs: list[Any]) -> None:
-        target = self.top()
-        if not isinstance(target, dict):
-            raise _BeyondThisReaderError
-        target.update((key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=False) if type(key) is str)
-
-    def push_items(self, pairs: list[Any]) -> None:
-        self.push({})
-        self.set_items(pairs)
-
-    def call(self, function: Any, arguments: Any) -> None:
-        self.push(_call(function, arguments))
-
-    def name(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise CorruptFileError("holds a damaged pickle: it names a function by something else than text")
-        self.push_name(f"{module}.{name}")
-
-    def push_name(self, text: str) -> None:
-        if _is_foreign(text):
-            self.foreign.append(text)
-        self.push(_Name(text))
-
-    def call_marked(self) -> None:
-        function, *arguments = self.pop_mark() or (None,)
-        self.call(function, tuple(arguments))
-
-    def refuse_foreign(self) -> None:
-        """An unpickler imports a name's module as soon as it has read the name."""
-        if self.foreign:
-            raise UnsafePickleError("import", self.foreign[0])
-
-
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "MARK": lambda: _MARK,
-    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict,
-}  # fmt: skip
-_LITERALS = {
+_NOTHING = {"STOP", "PROTO", "FRAME"}
+_LITERALS = (
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "STRING", "UNICODE", "INT", "LONG", "FLOAT",
+)  # fmt: skip
+_STEPS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_LITERALS, lambda value: value),
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "MARK": lambda: _MARK,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict,
+    "TUPLE": tuple, **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda *items: items),
+    "LIST": list, "APPEND": lambda target, item: _extend(target, [item]), "APPENDS": _extend,
+    "DICT": lambda pairs: _set_items({}, pairs), "SETITEM": lambda target, *pair: _set_items(target, pair),
+    "SETITEMS": _set_items,
+    "POP": lambda _: None,
+    "GLOBAL": lambda name: _Name(name.replace(" ", ".", 1)), "STACK_GLOBAL": _name,
+    "BINPERSID": _storage,
+    "REDUCE": _call, "NEWOBJ": _call, "NEWOBJ_EX": _call,  # without the keywords
+    "INST": lambda arguments, name: _call(_Name(name.replace(" ", ".", 1)), tuple(arguments)),
+    "OBJ": lambda items: _call(items[0] if items else None, tuple(items[1:])),
+    "BUILD": lambda target, _: target,  # without the attributes of a state dict (`_metadata`)
 }  # fmt: skip
-_NOTHING = {"STOP", "PROTO", "FRAME"}
-_STEPS: dict[str, Callable[[_Stack, Any], object]] = {
-    "TUPLE": lambda stack, _: stack.push(tuple(stack.pop_mark())),
-    "TUPLE1": lambda stack, _: stack.push(tuple(stack.pop_some(1))),
-    "TUPLE2": lambda stack, _: stack.push(tuple(stack.pop_some(2))),
-    "TUPLE3": lambda stack, _: stack.push(tuple(stack.pop_some(3))),
-    "APPEND": lambda stack, _: stack.extend(stack.pop_some(1)),
-    "APPENDS": lambda stack, _: stack.extend(stack.pop_mark()),
-    "SETITEM": lambda stack, _: stack.set_items(stack.pop_some(2)),
-    "SETITEMS": lambda stack, _: stack.set_items(stack.pop_mark()),
-    "LIST": lambda stack, _: stack.push(stack.pop_mark()),
-    "DICT": lambda stack, _: stack.push_items(stack.pop_mark()),
-    "POP": lambda stack, _: stack.pop(),
-    "PUT": lambda stack, place: stack.remember(place),
-    "MEMOIZE": lambda stack, _: stack.remember(len(stack.memo)),
-    "GET": lambda stack, place: stack.recall(place),
-    "GLOBAL": lambda stack, name: stack.push_name(name.replace(" ", ".", 1)),
-    "STACK_GLOBAL": lambda stack, _: stack.name(*stack.pop_some(2)),
-    "BINPERSID": lambda stack, _: stack.push(_storage(stack.pop())),
-    "REDUCE": lambda stack, _: stack.call(*stack.pop_some(2)),
-    "NEWOBJ": lambda stack, _: stack.call(*stack.pop_some(2)),
-    "NEWOBJ_EX": lambda stack, _: stack.call(*stack.pop_some(3)[:2]),  # without the keywords
-    "INST": lambda stack, name: stack.call(_Name(name.replace(" ", ".", 1)), tuple(stack.pop_mark())),
-    "OBJ": lambda stack, _: stack.call_marked(),
-    "BUILD": lambda stack, _: stack.pop(),  # attributes of a state dict (`_metadata`)
-}
-_STEPS |= {f"{size}BIN{name}": _STEPS[name] for size in ("", "LONG_") for name in ("PUT", "GET")}
+"""What each opcode makes of what it takes from the stack, and of its argument if it has one."""
 
 
 def _run(stream: io.BytesIO) -> Any:
     """The value of the next pickle in the stream."""
-    stack = _Stack()
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    foreign: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in old texts
             for opcode, argument, _ in pickletools.genops(stream):
-                _carry_out(stack, opcode.name, argument)
+                _carry_out(opcode, argument, stack, memo)
+                if stack and isinstance(stack[-1], _Name) and _is_foreign(stack[-1]):
+                    foreign.append(stack[-1])
     except _BeyondThisReaderError:
-        stack.refuse_foreign()
-        raise
+        if not foreign:
+            raise
     except ValueError as error:
         raise CorruptFileError(f"holds a damaged pickle ({error})") from None
-    stack.refuse_foreign()
-    return stack.pop()
+    if foreign:  # an unpickler imports a name's module as soon as it has read the name
+        raise UnsafePickleError("import", foreign[0])
+    return _pop(stack)
 
 
-def _carry_out(stack: _Stack, opcode: str, argument: Any) -> None:
-    if opcode in _LITERALS:
-        stack.push(argument)
-    elif opcode in _CONSTANTS:
-        stack.push(_CONSTANTS[opcode]())
-    elif opcode in _STEPS:
-        _STEPS[opcode](stack, argument)
-    elif opcode not in _NOTHING:
+def _carry_out(opcode: pickletools.OpcodeInfo, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    if opcode.name.endswith(("PUT", "MEMOIZE")):
+        memo[len(memo) if argument is None else argument] = stack[-1] if stack else _pop(stack)
+    elif opcode.name.endswith("GET"):
+        if argument not in memo:
+            raise CorruptFileError("holds a damaged pickle: it refers to what it does not hold")
+        stack.append(memo[argument])
+    elif opcode.name in _STEPS:
+        value = _STEPS[opcode.name](*_taken(opcode, stack), *([] if opcode.arg is None else [argument]))
+        stack.extend([value] if opcode.stack_after else [])
+    elif opcode.name not in _NOTHING:
         raise _BeyondThisReaderError
+
+
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[Any]) -> list[Any]:
+    """What the opcode takes from the stack: single values, then a list of those above the last mark."""
+    count, above = len(opcode.stack_before), []
+    if pickletools.markobject in opcode.stack_before:
+        count, values = opcode.stack_before.index(pickletools.markobject), []
+        while (value := _pop(stack)) is not _MARK:
+            values.append(value)
+        above = [values[::-1]]
+    return [*[_pop(stack) for _ in range(count)][::-1], *above]
+
+
+def _pop(stack: list[Any]) -> Any:
+    if not stack:
+        raise CorruptFileError("holds a damaged pickle: it takes more than it has put down")
+    return stack.pop()

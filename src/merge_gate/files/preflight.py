@@ -27,6 +27,8 @@ from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular
 from merge_gate.files.identity import identity_of
 from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
 from merge_gate.judging import foreign_formats
+from merge_gate.judging.checks.file_checks import FILE_CORRUPT, FILE_LFS_POINTER, FILE_MISSING, PICKLE_REFUSED
+from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing
 from merge_gate.judging.limits import bounded
 from merge_gate.records.files import (
     CONFIG_NAME,
@@ -37,7 +39,7 @@ from merge_gate.records.files import (
     FileRecord,
     StoredTensor,
 )
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding
 from merge_gate.tensor_names import ADAPTER_PREFIX
 from merge_gate.text import counted
 from merge_gate.text import listing as in_a_sentence
@@ -116,10 +118,6 @@ class _Weights:
     findings: tuple[Finding, ...] = ()
 
 
-def _file_finding(check: str, message: str, hint: str) -> Finding:
-    return Finding(check=check, severity=Severity.ERROR, message=message, hint=hint, origin=Origin.FILE)
-
-
 # --- 1. the listing ------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +174,7 @@ def _missing(listing: _Listing, is_missing: str, hint: str = "") -> Finding:
     names = listing.everything
     some = in_a_sentence(map(shown, sorted(names)), _MOST_NAMES_SHOWN)
     present = f"the directory contains {some}" if names else "the directory is empty"
-    return _file_finding("file-missing", f"there {is_missing}: {present}", hint or _advise_missing(listing))
+    return FILE_MISSING.finding(f"there {is_missing}: {present}", hint or _advise_missing(listing))
 
 
 def _advise_missing(listing: _Listing) -> str:
@@ -300,21 +298,19 @@ def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
 
 
 def _pickle_refused(does: str, hint: str) -> Finding:
-    return _file_finding("pickle-refused", f"the only weights are {PICKLE_NAME}, a Python pickle, {does}", hint)
+    return PICKLE_REFUSED.finding(f"the only weights are {PICKLE_NAME}, a Python pickle, {does}", hint)
 
 
 def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
     expected = f"file of {counted(target_bytes, 'byte')}" if target_bytes is not None else "file"
-    return _file_finding(
-        "file-lfs-pointer",
+    return FILE_LFS_POINTER.finding(
         f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the {expected} that it points to",
         "fetch the file with `git lfs pull`; in a workflow, set `lfs: true` for actions/checkout",
     )
 
 
 def _corrupt(name: str, error: CorruptFileError) -> Finding:
-    return _file_finding(
-        "file-corrupt",
+    return FILE_CORRUPT.finding(
         f"{name} {error}",
         error.hint
         or "copy or download the file again and compare its size; if the original is no larger, save the adapter again",
@@ -322,8 +318,7 @@ def _corrupt(name: str, error: CorruptFileError) -> Finding:
 
 
 def _dangling(name: str) -> Finding:
-    return _file_finding(
-        "file-missing",
+    return FILE_MISSING.finding(
         f"{name} is a symbolic link whose target does not exist",
         "restore the target, or copy the file itself into the directory",
     )
@@ -343,13 +338,7 @@ def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding
     if not weights.is_listed:
         return
     if not weights.tensors and peft_type != "XLORA":  # its experts are in other files; the merge refuses it
-        yield Finding(
-            check="keys-missing",
-            severity=Severity.ERROR,
-            message=f"{weights.name} has no tensors, expected the adapter's weights",
-            hint=_SHARDS_HINT,
-            origin=Origin.ADAPTER,
-        )
+        yield keys_missing.finding(f"{weights.name} has no tensors, expected the adapter's weights", _SHARDS_HINT)
     if peft_type not in _MAY_BE_EMPTY:
         yield from _judge_shards(weights.tensors, is_lora=peft_type == "LORA")
 
@@ -372,14 +361,8 @@ def _judge_shards(tensors: Iterable[StoredTensor], *, is_lora: bool) -> Iterator
     first = broken[0]
     others = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
     expected = "two or more dimensions" if len(first.shape) == 1 and first.shape[0] else "no dimension of size 0"
-    yield Finding(
-        check="shape-mismatch",
-        severity=Severity.ERROR,
-        message=f"{shown(first.name)} has shape {list(first.shape)}, expected {expected}{others}",
-        hint=_SHARDS_HINT,
-        origin=Origin.ADAPTER,
-        tensor=first.name,
-    )
+    message = f"{shown(first.name)} has shape {list(first.shape)}, expected {expected}{others}"
+    yield SHAPE_MISMATCH.finding(message, _SHARDS_HINT, tensor=first.name)
 
 
 def _is_shard(tensor: StoredTensor, *, is_lora: bool) -> bool:

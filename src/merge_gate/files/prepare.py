@@ -13,7 +13,7 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
-from merge_gate.files.resolve import Streamable
+from merge_gate.files.resolve import Fetching
 from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.judging.policies import POLICIES
 from merge_gate.limits.time_limit import within
@@ -32,29 +32,15 @@ class Inputs:
 
     Args:
         config: the adapters and their bases.
-        notify: receives a line about each slow step (a download).
-        access: how the weights of bases on the Hub are read, instead of what the config says.
-        lay_out: makes a directory for a base that is streamed. Without it, none is.
+        how: how files are fetched. The config says what may be fetched, and `access` replaces what it says.
         limit_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
-        with_companions: whether tokenizers, licenses, and the like are fetched from the Hub too, for a publication.
-        with_copies: whether other text files of bases are fetched too, such as code, to compare a model's copies.
     """
 
     def __init__(
-        self,
-        config: Config,
-        notify: Callable[[str], None],
-        *,
-        access: Access | None = None,
-        lay_out: Callable[[Streamable], str] | None = None,
-        limit_s: Callable[[str], float | None] = lambda _: None,
-        with_companions: bool = False,
-        with_copies: bool = False,
+        self, config: Config, how: Fetching, *, limit_s: Callable[[str], float | None] = lambda _: None
     ) -> None:
-        self._config = config
-        self._notify = notify
-        self._access, self._lay_out, self._limit_s = access, lay_out, limit_s
-        self._with_companions, self._with_copies = with_companions, with_copies
+        self._config, self._limit_s = config, limit_s
+        self._how = replace(how, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
@@ -91,11 +77,12 @@ class Inputs:
         return self._read[spec.name]
 
     def _read_adapter(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
+        snapshot = resolve.resolve_adapter(spec, self._how)
         allow = self._config.allow_pickle
-        snapshot = resolve.resolve_adapter(
-            spec, allow_pickle=allow, notify=self._notify, with_companions=self._with_companions
-        )
-        return preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld), snapshot.revision
+        files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
+        if snapshot.fetched is not None and snapshot.fetched.absent:  # for a plan: the weights are not here
+            files = AdapterFiles(directory=files.directory, config=files.config, on_hub=snapshot.fetched)
+        return files, snapshot.revision
 
     def checked(self, spec: AdapterSpec) -> Entry:
         """The adapter's files, and its base if that is a directory here. A base on the Hub is not fetched."""
@@ -108,7 +95,7 @@ class Inputs:
             if label not in self._left_out:
                 self._left_out.add(label)
                 why = "no directory here has that name, and `check` fetches no bases"
-                self._notify(f"base {quoted(label, 200)} was not checked: {why}")
+                self._how.notify(f"base {quoted(label, 200)} was not checked: {why}")
             return entry
         return self._with_base(entry)
 
@@ -126,7 +113,7 @@ class Inputs:
         if requested is None:
             return replace(entry, problem=_no_base(entry.files))
         model, revision, label = requested
-        access = self._access or entry.spec.base.access
+        access = self._how.access or entry.spec.base.access
         base = self._not_fetched(entry, model, revision) or self._base((model, revision, access), label)
         if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
@@ -169,7 +156,7 @@ class Inputs:
 
     def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
         def read() -> Snapshot:
-            return self._resolve(model, revision, access, label)
+            return resolve.resolve_base(model, revision, replace(self._how, access=access), label=label)
 
         limit_s = self._limit_s(model) if Path(model).is_absolute() else None
         try:
@@ -187,20 +174,6 @@ class Inputs:
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
-
-    def _resolve(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot:
-        return resolve.resolve_base(
-            model,
-            revision,
-            trust_remote_code=self._config.trust_remote_code,
-            allow_pickle=self._config.allow_pickle,
-            label=label,
-            notify=self._notify,
-            access=access,
-            lay_out=self._lay_out,
-            with_companions=self._with_companions,
-            with_copies=self._with_copies,
-        )
 
 
 _NAMED_BY_ADAPTER = (

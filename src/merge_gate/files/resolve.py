@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
 from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
-from merge_gate.records.terms import Access
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, Fetched, Snapshot
+from merge_gate.records.terms import Access, record
 from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
@@ -34,94 +34,99 @@ _USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safet
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streamable:
-    """A base on the Hub whose weights were not fetched. `others` are its small files, which are in `directory`."""
+@record
+class Fetching:
+    """How files of adapters and bases are fetched from the Hub.
 
-    repo_id: str
-    commit: str
-    directory: str
-    others: tuple[str, ...]
-    weights: tuple[str, ...]
+    Attributes:
+        notify: receives a line about each slow step (a download).
+        access: how the weights of bases are read; None as the configuration says, or by a download.
+        lay_out: makes a directory with stubs of the weight files of a base, if `access` leaves them on the Hub. Without
+            it, they are downloaded.
+        allow_pickle: whether pickled weights are fetched if there are no other ones.
+        trust_remote_code: whether the code of a base is fetched.
+        with_companions: whether the files that a published model has next to its weights are fetched too.
+        with_copies: whether the files that a model may copy from its base, such as code, are fetched too.
+        is_plan: whether weights that are not in the Hub's cache stay where they are, with their headers.
+    """
 
+    notify: Callable[[str], None] = lambda _: None
+    access: Access | None = None
+    lay_out: Callable[[Fetched], str] | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    with_companions: bool = False
+    with_copies: bool = False
+    is_plan: bool = False
+
+
+_USUALLY = Fetching()
 
 # --- the two names -------------------------------------------------------------------------------------------------
 
 
-def resolve_adapter(
-    spec: AdapterSpec,
-    *,
-    allow_pickle: bool = False,
-    notify: Callable[[str], None] = lambda _: None,
-    with_companions: bool = False,
-) -> Snapshot:
-    """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it.
-
-    `with_companions`: also fetch the files that a published model has next to its weights.
-    """
+def resolve_adapter(spec: AdapterSpec, how: Fetching = _USUALLY) -> Snapshot:
+    """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it."""
     if spec.path is not None:
         return _local(spec.path, "adapter", name=spec.source)
     if spec.hub_id is None:
         raise ValueError(f"adapter {spec.name!r} is a combination and has no files of its own")
 
-    def choose(names: frozenset[str], _: Callable[[str], Path]) -> tuple[str, ...]:
-        pickles = (PICKLE_NAME,) if allow_pickle and WEIGHTS_NAME not in names else ()
-        more = companions(names) if with_companions else ()
+    def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
+        if how.is_plan and CONFIG_NAME in names:
+            path_of(CONFIG_NAME)
+        pickles = (PICKLE_NAME,) if how.allow_pickle and WEIGHTS_NAME not in names else ()
+        more = companions(names) if how.with_companions else ()
         return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles, *more) if name in names)
 
-    snapshot, _ = _fetch(
-        spec.hub_id,
-        spec.revision,
-        choose,
-        name=spec.source,
-        notify=notify,
-        needs=(CONFIG_NAME, WEIGHTS_NAME),
-    )
-    return snapshot
+    needs = (CONFIG_NAME, WEIGHTS_NAME)
+    how = replace(how, access=Access.DOWNLOAD)
+    return _fetch(spec.hub_id, spec.revision, choose, how, name=spec.source, needs=needs)
 
 
 def resolve_base(
-    model: str,
-    revision: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    label: str | None = None,
-    notify: Callable[[str], None] = lambda _: None,
-    access: Access = Access.DOWNLOAD,
-    lay_out: Callable[[Streamable], str] | None = None,
-    with_companions: bool = False,
-    with_copies: bool = False,
+    model: str, revision: str | None = None, how: Fetching = _USUALLY, *, label: str | None = None
 ) -> Snapshot:
     """Resolve a base to its directory. An absolute `model` is a directory, anything else is a Hub id.
 
     The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
-    `lay_out` makes a directory with stubs of the weight files, if `access` leaves them on the Hub. Without it, they are
-    downloaded. `with_companions`: also fetch the files that a published model has next to its weights. `with_copies`:
-    also those that a model may copy from its base, such as code.
     """
     name = label or model
-    streamable: Streamable | None = None
     if Path(model).is_absolute():
         snapshot = _local(model, "base", name=name)
     else:
         refuse_local_name(model)
 
         def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
-            chosen = choose_base(
-                names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            chosen = choose_base(names, path_of, how, name=name)
+            more = companions(names) if how.with_companions else frozenset()
+            copies = (
+                {file for file in names if is_carried(file) and not is_harmless(file)} if how.with_copies else set()
             )
-            more = companions(names) if with_companions else frozenset()
-            copies = {file for file in names if is_carried(file) and not is_harmless(file)} if with_copies else set()
             return (*chosen, *sorted((more | copies) - {*chosen}))
 
-        access = access if lay_out is not None else Access.DOWNLOAD
-        snapshot, streamable = _fetch(model, revision, choose, name=name, notify=notify, access=access)
-    if streamable is not None and lay_out is not None:
-        snapshot = replace(snapshot, directory=lay_out(streamable))
-    has_values = streamable is None
-    files = base_files.read_base(snapshot.directory, name=name, allow_pickle=allow_pickle, has_values=has_values)
+        if how.lay_out is None:
+            how = replace(how, access=Access.DOWNLOAD)
+        snapshot = _fetch(model, revision, choose, how, name=name)
+    fetched = snapshot.fetched
+    if fetched is not None and fetched.absent:
+        return replace(snapshot, base_files=_planned_files(fetched))
+    has_values = fetched is None or not fetched.streamable
+    if fetched is not None and fetched.streamable and how.lay_out is not None:
+        snapshot = replace(snapshot, directory=how.lay_out(fetched))
+    files = base_files.read_base(snapshot.directory, name=name, allow_pickle=how.allow_pickle, has_values=has_values)
     return replace(snapshot, base_files=files)
+
+
+def _planned_files(fetched: Fetched) -> BaseFiles:
+    weights = tuple(name for name in fetched.sizes if name.endswith((base_weights.SAFETENSORS_ENDING, ".bin")))
+    return BaseFiles(
+        directory=fetched.directory,
+        weights=weights,
+        weight_bytes=sum(fetched.sizes[name] for name in weights),
+        is_streamed=bool(fetched.streamable),
+        on_hub=fetched,
+    )
 
 
 def _local(path: str, what: str, *, name: str) -> Snapshot:
@@ -143,30 +148,27 @@ def _fetch(
     repo_id: str,
     revision: str | None,
     choose: Callable[[frozenset[str], Callable[[str], Path]], tuple[str, ...]],
+    how: Fetching,
     *,
     name: str,
-    notify: Callable[[str], None],
     needs: tuple[str, ...] = (),
-    access: Access = Access.DOWNLOAD,
-) -> tuple[Snapshot, Streamable | None]:
+) -> Snapshot:
     """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
-    repository = hub.Repository(repo_id=repo_id, revision=revision, notify=notify, access=access)
-    fetched = repository.fetch(choose)
+    access = how.access or Access.DOWNLOAD
+    fetched = hub.Repository(
+        repo_id=repo_id, revision=revision, notify=how.notify, access=access, is_plan=how.is_plan
+    ).fetch(choose)
     absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
     if absent and not fetched.is_listed:
         raise hub.incomplete(shown(repo_id), absent)
-    streamable = Streamable(
-        repo_id=repo_id,
-        commit=fetched.commit,
+    return Snapshot(
+        name=name,
         directory=fetched.directory,
-        others=fetched.chosen,
-        weights=fetched.streamable,
-    )
-    return (
-        Snapshot(name=name, directory=fetched.directory, revision=fetched.commit, withheld=fetched.withheld),
-        streamable if fetched.streamable else None,
+        revision=fetched.commit,
+        withheld=fetched.withheld,
+        fetched=fetched,
     )
 
 
@@ -182,17 +184,10 @@ def refuse_local_name(model: str) -> None:
 # --- a base's files ------------------------------------------------------------------------------------------------
 
 
-def choose_base(
-    names: frozenset[str],
-    path_of: Callable[[str], Path],
-    *,
-    name: str,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> tuple[str, ...]:
+def choose_base(names: frozenset[str], path_of: Callable[[str], Path], how: Fetching, *, name: str) -> tuple[str, ...]:
     """Choose the files of a base. An index is fetched first, since it names the shards."""
     explicit = _explicit(names, path_of, name)
-    chosen = base_weights.choose(names, path_of, name=name, allow_pickle=allow_pickle, explicit=explicit)
+    chosen = base_weights.choose(names, path_of, name=name, allow_pickle=how.allow_pickle, explicit=explicit)
     if chosen.index and (absent := sorted(set(chosen.files) - names)):
         raise ResolveError(
             f"the base {shown(name)} is incomplete: {chosen.index} names {counted(len(absent), 'shard')} that the "
@@ -201,7 +196,7 @@ def choose_base(
             check=base_weights.INCOMPLETE,
         )
     configs = {n for n in names if n.endswith(".json") and "/" not in n and not n.endswith(".index.json")}
-    code = {n for n in names if n.endswith(".py") and "/" not in n} if trust_remote_code else set()
+    code = {n for n in names if n.endswith(".py") and "/" not in n} if how.trust_remote_code else set()
     return tuple(sorted({*chosen.all_files, *(configs - _TOKENIZER), *code}))
 
 

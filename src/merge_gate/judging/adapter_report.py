@@ -22,14 +22,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from merge_gate.judging import all_checks, verdict
-from merge_gate.judging.checks import base_checks, fit
+from merge_gate.judging.checks import base_checks, expectations
 from merge_gate.judging.checks.finite import findings_of_base
-from merge_gate.judging.checks.table import CHECKS, EARLIER_MODEL, NOT_PUBLISHED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence
-from merge_gate.records.refusals import Refusal
+from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
 from merge_gate.text import quoted
@@ -56,14 +57,14 @@ def with_base_digests(entry: Entry, got: Mapping[str, str] | None) -> Entry:
         why = "the base is pinned, and its SHA-256 could not be computed"
         return replace(entry, problem=not_judged(why, "check that nothing writes to the base, and that it can be read"))
     first, *others = entry.members
-    findings = (*first.findings, *bounded(fit.other_base(entry.spec.base, got)))
+    findings = (*first.findings, *bounded(expectations.other_base(entry.spec.base, got)))
     return replace(entry, members=(replace(first, findings=findings), *others))
 
 
 def other_base_report(entry: Entry) -> AdapterReport | None:
     """The report of an entry whose base is not the pinned one; None if it is, or if that is no error."""
     findings = _file_findings(entry)
-    check = fit.expectation_failed.id
+    check = expectations.expectation_failed.id
     is_other = any(
         one.check == check and one.origin is Origin.BASE and one.severity is Severity.ERROR for one in findings
     )
@@ -92,12 +93,12 @@ def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
     )
 
 
-def not_judged_report(entry: Entry, refusal: Refusal) -> AdapterReport:
+def not_judged_report(entry: Entry, refusal: Refusal | NotJudged) -> AdapterReport:
     """The report of an entry that the gate could not judge."""
     return _judged(entry, (*_file_findings(entry), *bounded([all_checks.refused(refusal)])))
 
 
-def withdrawn_report(entry: Entry, refusal: Refusal) -> AdapterReport:
+def withdrawn_report(entry: Entry, refusal: Refusal | NotJudged) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
     return _judged(entry, bounded([all_checks.refused(refusal)]))
 
@@ -159,7 +160,7 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     )
 
 
-def refused_base_report(asked: BaseKey, refusal: Refusal) -> BaseReport | None:
+def refused_base_report(asked: BaseKey, refusal: Refusal | NotJudged) -> BaseReport | None:
     """The entry of a base that could not be loaded; None if a check of bases did not decide that."""
     finding = all_checks.refused(refusal)
     return unloaded_base_report(asked, bounded([finding])) if finding.check in CHECKS else None
@@ -192,7 +193,7 @@ def _file_findings(entry: Entry) -> tuple[Finding, ...]:
     of_base = base_findings(entry)
     if problems or any(finding.severity is Severity.ERROR for finding in of_base):
         # The question is not whether a base that cannot be read has the right name.
-        mismatch = fit.base_mismatch.id
+        mismatch = expectations.base_mismatch.id
         judged = tuple(each for each in judged if each.check != mismatch or each.severity is Severity.ERROR)
     return (*judged, *problems, *of_base)
 

@@ -11,21 +11,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from merge_gate.judging import refused_adapters, refused_bases, refused_merges
-from merge_gate.judging.checks import effect
+from merge_gate.judging import not_judged
+from merge_gate.judging.checks import base_checks, effect, file_checks, fit, not_mergeable, peft_errors
 from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded
-from merge_gate.judging.not_judged import accident
+from merge_gate.judging.not_judged import NOT_JUDGED, accident
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, MeasureOptions
-from merge_gate.records.refusals import Refusal
+from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.terms import Finding, Origin, Severity
 
 WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
-_WORDS = {**refused_adapters.WORDS, **refused_merges.WORDS, **refused_bases.WORDS}
+REFUSALS: Mapping[str, Callable[..., Finding]] = MappingProxyType(
+    {
+        words.__name__: words
+        for module in (not_judged, base_checks, file_checks, fit, not_mergeable, peft_errors)
+        for words in module.REFUSALS
+    }
+)
+"""What makes the finding of each kind of refusal, from its fields."""
 
 ESTIMATED_BELOW = 0.25
 """A ratio of norms above this share of the error limit is measured, because an error must not rest on an estimate."""
@@ -106,9 +113,11 @@ def _of_base(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding:
     return replace(finding, severity=setting.of_base)
 
 
-def refused(refusal: Refusal) -> Finding:
+def refused(refusal: Refusal | NotJudged) -> Finding:
     """The finding that says why an adapter was not loaded, merged, or judged."""
+    if isinstance(refusal, NotJudged):
+        return not_judged.not_judged(refusal.message, refusal.hint, origin=refusal.origin)
     try:
-        return _WORDS[type(refusal)](refusal)
+        return REFUSALS[refusal.kind](**refusal.fields)
     except Exception as error:  # noqa: BLE001 - a fact holds text of the adapter, and costs no other adapter its verdict
         return accident("the reason why it was not merged cannot be worded", error)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from merge_gate import __version__
-from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.records.project import check_url, kind_url
 from merge_gate.records.report import AdapterReport, BaseReport
 

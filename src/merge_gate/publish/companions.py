@@ -23,7 +23,7 @@ from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
-from merge_gate.judging.checks.table import PUBLISHED_FILES
+from merge_gate.judging.kinds import PUBLISHED_FILES
 from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.layout import FLOATING_STORED

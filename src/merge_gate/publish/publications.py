@@ -54,7 +54,11 @@ def model_name(adapter: str, dtype: str) -> str:
 
 
 class Publications:
-    """`close` removes every model that has no name yet."""
+    """`close` removes every model that has no name yet. For a plan, nothing is created or removed.
+
+    Attributes:
+        spec: where models are published; None publishes none.
+    """
 
     def __init__(
         self,
@@ -64,14 +68,17 @@ class Publications:
         inputs: Iterable[tuple[str, str]] = (),
         within: str | None = None,
         notify: Callable[[str], None] = lambda _: None,
+        is_plan: bool = False,
     ) -> None:
-        self._wanted, specs, self._notify = wanted, tuple(specs), notify
-        self.is_wanted = wanted is not None
+        self.spec, specs, self._notify, self._is_plan = wanted, tuple(specs), notify, is_plan
         if wanted is not None:
             targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
         names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
-        self._parent = targets.prepared(wanted.directory, names, within) if wanted is not None else Path()
+        self._parent = Path()
+        if wanted is not None:
+            self._parent = targets.prepared(wanted.directory, names, within, is_plan=is_plan)
         self._specs = tuple(spec.name for spec in specs)
+        self._chosen: dict[int, Entry] = {}
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
         self._bases: dict[str, ModelLayout] = {}
@@ -102,15 +109,18 @@ class Publications:
                 an adapter is merged in can be published.
             GateError: the disk is too small.
         """
-        if self._wanted is None:
+        if self.spec is None:
             return {}
         inputs = [*_inputs(entries.values())]
         targets.refuse_inside(self._parent, inputs)
-        for index, entry in one_of_each(entries, self._wanted.dtype).items():
-            self._add(index, entry, self._wanted)
+        self._chosen = one_of_each(entries, self.spec.dtype)
+        if self._is_plan:
+            return dict.fromkeys(self._chosen, self.spec.dtype)
+        for index, entry in self._chosen.items():
+            self._add(index, entry, self.spec)
         targets.refuse_over((model.place.directory for model in self._models.values()), inputs)
         targets.refuse_small_disk(self._parent, sum(model.expected.size_bytes for model in self._models.values()))
-        return dict.fromkeys(self._models, self._wanted.dtype)
+        return dict.fromkeys(self._models, self.spec.dtype)
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
         directory = base_directory(entry)
@@ -191,11 +201,11 @@ class Publications:
     @property
     def wanted(self) -> tuple[int, ...]:
         """The entries that are to be published, in their order."""
-        return tuple(sorted({*self._models, *self._refused}))
+        return tuple(sorted(self._chosen))
 
     def publish(self, index: int, facts_of: Callable[[Publication], PublicationFacts]) -> Published:
         """Give a model its name."""
-        assert self._wanted is not None  # noqa: S101 - there is an entry to publish
+        assert self.spec is not None  # noqa: S101 - there is an entry to publish
         if index in self._refused:
             raise self._refused[index]
         model = self._models[index]
@@ -206,7 +216,7 @@ class Publications:
         except NotPublishedError:
             model.discard()
             raise
-        directory = str(Path(self._wanted.label, model.place.name))
+        directory = str(Path(self.spec.label, model.place.name))
         published = PublishedModel(directory=directory, dtype=model.place.dtype, files=files)
         return Published(model=published, findings=findings)
 
@@ -215,11 +225,11 @@ class Publications:
 
         `published` are the adapters with a new one.
         """
-        if self._wanted is not None:
+        if self.spec is not None:
             for adapter in self._specs:
-                name = model_name(adapter, self._wanted.dtype)
+                name = model_name(adapter, self.spec.dtype)
                 if adapter not in published and unchanged(self._parent / name, weights=False):
-                    yield adapter, str(Path(self._wanted.label, name))
+                    yield adapter, str(Path(self.spec.label, name))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.judging.checks.table import STOP_TOKENS, TOKENIZER_SIZE
+from merge_gate.judging.kinds import STOP_TOKENS, TOKENIZER_SIZE
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import quoted
 

@@ -23,8 +23,10 @@ _MOST_NAME_BYTES = 255
 _GIB = 1 << 30
 
 
-def prepared(directory: str, names: Collection[str], within: str | None = None) -> Path:
+def prepared(directory: str, names: Collection[str], within: str | None = None, *, is_plan: bool = False) -> Path:
     """Create the directory, and remove what killed runs left in it. With `within`, it must be in that directory.
+
+    For a plan, nothing is created or removed.
 
     Raises:
         UsageError: the directory cannot be used, or one of the names cannot be a directory in it.
@@ -38,6 +40,8 @@ def prepared(directory: str, names: Collection[str], within: str | None = None) 
         )
     for name in names:
         _refuse_name(name)
+    if is_plan:
+        return target
     with explained(f"cannot publish to {quoted(directory, 200)}", chosen_by=_CHOSEN_BY):
         target.mkdir(parents=True, exist_ok=True)
         if not os.access(target, os.W_OK | os.X_OK):

@@ -17,7 +17,7 @@ ALL_WEIGHTS = "*"
 
 @record
 class Problem:
-    """One thing wrong with the configuration. `line` and `column` count from 1; 0 if there is no file."""
+    """One thing wrong with the configuration. `line` and `column` count from 1; `line` is 0 if there is no file."""
 
     message: str
     path: str
@@ -146,7 +146,7 @@ class Config:
     Attributes:
         path: the file as the user named it; None if the adapters are named on the command line.
         directory: where relative names start: the file's directory, or the current one. Absolute.
-        sha256: the digest of the file's bytes.
+        sha256: the digest of the file's bytes, or of the named adapters and their options.
         publish: how the merged models of adapters that pass are published; None publishes none.
         policy: the name of the preset of strictness (judging/policies.py).
         baseline_path: the file that `baseline` was read from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field, replace
 
 from merge_gate.records.config import AdapterSpec
@@ -83,6 +84,35 @@ class DeclaredQuantization:
 
 
 @record
+class Fetched:
+    """The files of a repository on the Hub, in its cache.
+
+    Attributes:
+        repo_id: the repository.
+        commit: its commit.
+        directory: the snapshot in the cache.
+        chosen: the files in it that are used.
+        streamable: the weight files that were not fetched, to be read by ranges.
+        withheld: the repository's files that were not chosen (with their folders).
+        is_listed: False if the repository's files are unknown: it could not be asked, and the cache has no list.
+        absent: for a plan, the files that it left on the Hub.
+        sizes: the files that a run uses, with their bytes.
+        free_bytes: the free space on the disk of the cache; None if it is not known.
+    """
+
+    repo_id: str
+    commit: str
+    directory: str
+    chosen: tuple[str, ...] = ()
+    streamable: tuple[str, ...] = ()
+    withheld: tuple[str, ...] = ()
+    is_listed: bool = True
+    absent: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    free_bytes: int | None = None
+
+
+@record
 class BaseFiles:
     """What a base's files say, read without torch (files/base_files.py).
 
@@ -101,6 +131,7 @@ class BaseFiles:
             `base-format`. The first one is the cause.
         notes: what is worth reporting if every parameter of the loaded model has a source.
         is_streamed: whether the weight files in the directory are stubs, with headers and without data.
+        on_hub: for a plan, what was left on the Hub. Only names and sizes are known then.
     """
 
     directory: str
@@ -116,6 +147,7 @@ class BaseFiles:
     findings: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     is_streamed: bool = False
+    on_hub: Fetched | None = None
 
 
 @record
@@ -127,6 +159,7 @@ class Snapshot:
         revision: the commit of a Hub id; None for a directory.
         withheld: the repository's files that were not fetched (with their folders).
         base_files: what the files of a base say; None for an adapter.
+        fetched: what is known of a repository on the Hub; None for a directory.
     """
 
     name: str
@@ -134,6 +167,7 @@ class Snapshot:
     revision: str | None = None
     withheld: tuple[str, ...] = ()
     base_files: BaseFiles | None = None
+    fetched: Fetched | None = None
 
 
 @record
@@ -180,7 +214,7 @@ class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
     `tensors` is empty if only torch can list the tensors of pickled weights. `weights` is the file that PEFT will load,
-    relative to `directory`, or None.
+    relative to `directory`, or None. `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
     """
 
     directory: str
@@ -189,6 +223,7 @@ class AdapterFiles:
     tensors: tuple[StoredTensor, ...] = ()
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
+    on_hub: Fetched | None = None
 
 
 @record

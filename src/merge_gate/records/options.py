@@ -13,11 +13,13 @@ class CacheOptions:
         directory: The cache directory (`--cache`); None for none.
         reuse: Whether the verdicts in it are reused. If not, it is only written to (`--refresh`).
         resume: An output directory whose earlier reports are another source of verdicts (`--resume`); None for none.
+        read_only: Whether nothing is written to the directory, because the run is only planned.
     """
 
     directory: str | None = None
     reuse: bool = True
     resume: str | None = None
+    read_only: bool = False
 
 
 @record
@@ -37,6 +39,7 @@ class RunOptions:
         max_shard_bytes: The most bytes of tensors in a published file (`--max-shard-size`); None as the configuration
             says, or as the base's files are.
         cache: Which verdicts of earlier runs are reused, and where new ones are stored.
+        is_plan: Whether the run stops before it merges, and writes nothing (`--plan`).
     """
 
     device: str = "auto"
@@ -49,6 +52,7 @@ class RunOptions:
     publish: str | None = None
     max_shard_bytes: int | None = None
     cache: CacheOptions = CacheOptions()
+    is_plan: bool = False
 
 
 def is_device(text: str) -> bool:

@@ -5,7 +5,7 @@ It imports only the standard library.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar, dataclass_transform
 
@@ -25,32 +25,8 @@ def reported(
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, reported))
 def record(cls: type[_T]) -> type[_T]:
-    """Make a class a frozen, slotted, keyword-only dataclass. All records are made by it.
-
-    They share three methods, which `dataclass` would write and compile for each class. There are so many classes that
-    this would take a tenth of a second of every run.
-    """
-    made = dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)(cls)
-    for name, method in {"__eq__": _equal, "__hash__": _hash, "__repr__": _shown}.items():
-        setattr(made, name, method)
-    return made
-
-
-def _compared(one: Any) -> tuple[object, ...]:
-    return tuple(getattr(one, field.name) for field in fields(one) if field.compare)
-
-
-def _equal(self: object, other: object) -> bool:
-    return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
-
-
-def _hash(self: object) -> int:
-    return hash(_compared(self))
-
-
-def _shown(self: Any) -> str:
-    values = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
-    return f"{type(self).__qualname__}({values})"
+    """Make a class a frozen, slotted, keyword-only dataclass. All records are made by it."""
+    return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 DTYPES = ("float32", "bfloat16", "float16")

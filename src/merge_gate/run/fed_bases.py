@@ -26,7 +26,7 @@ from merge_gate.worker.protocol import Group
 
 if TYPE_CHECKING:
     from merge_gate.cache.base_records import BaseRecords
-    from merge_gate.files.resolve import Streamable
+    from merge_gate.records.files import Fetched
     from merge_gate.records.measured import BaseRecord
     from merge_gate.sources.read_ahead import BaseBytes
 
@@ -81,7 +81,7 @@ class FedBases:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stack.close()
 
-    def lay_out(self, base: Streamable) -> str:
+    def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
         from merge_gate.sources.streamed_bases import lay_out  # noqa: PLC0415 - imports huggingface_hub
 
@@ -98,16 +98,13 @@ class FedBases:
         Raises:
             UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
         """
-        records = self.recorded(group, read)
+        is_here = group.files is None or group.files.on_hub is None  # else, no one knows whether there is a record
+        records = self._recorded(group, read) if is_here else ()
         scheduled = self._scheduled(group, always=read is Read.TOUCHED)
         return replace(scheduled, records=records, keeps_record=self._records is not None)
 
-    def recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
-        """The figures that earlier runs measured for a group's base, unless this run reads all of it.
-
-        Raises:
-            UsageError: only touched tensors are to be read, and there is no record.
-        """
+    def _recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
+        """The figures that earlier runs measured for a group's base, unless this run reads all of it."""
         if self._records is None or read is Read.WHOLE:
             found: tuple[BaseRecord, ...] = ()
         else:
@@ -145,7 +142,7 @@ class FedBases:
 
     def _scheduled(self, group: Group, *, always: bool) -> Group:
         """`always`: the base is read in a pass, whatever its size."""
-        if group.directory in self._streamed:
+        if group.files is not None and group.files.is_streamed:
             return replace(group, one_pass=True, fed=True)
         weights, size_bytes = (group.files.weights, group.files.weight_bytes) if group.files is not None else ((), 0)
         note = too_large(group.base.name, size_bytes, MemoryGroup().free_bytes())

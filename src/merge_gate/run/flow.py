@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from merge_gate.cache.verdict_cache import Cache
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
+from merge_gate.files.resolve import Fetching
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
 from merge_gate.on_ray.job import judge_on_ray
@@ -41,7 +42,7 @@ from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.report import AdapterReport, BaseReport, Report, Shard
+from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Access, Origin, Quantization, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
@@ -87,44 +88,34 @@ def run_gate(
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
         GateError: there is no such cluster, or the report cannot be written.
     """
-    specs = select(config, options.only)
-    if options.output is not None:
-        refuse_input(options.output, _inputs(config))
-    if options.cache.directory is not None:
-        cache_folder = Path(options.cache.directory).absolute()
-        for place in (cache_folder, *cache_folder.parents):
-            refuse_input(place, _inputs(config), "--cache")
-    wanted = checked_options(config, specs, options)
-    specs, shard = part_of(config, specs, options)
-    view = view or SilentView()
-    circumstances = Circumstances(allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
-    with contextlib.closing(
-        Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
-    ) as cache:
-        publications = Publications(
-            wanted, specs, inputs=_inputs(config), within=os.environ.get(PUBLISH_WITHIN), notify=view.note
-        )
-        run = _Run(
-            config, options, specs, shard=shard, cache=cache, worker=worker, view=view, publications=publications
-        )
-        if cache.resumed is not None:
-            cache.resumed.preserve()
-            if wanted is not None and not cache.resumed.is_empty:
-                view.note("publishing merges each adapter again: a reused verdict comes without its model")
+    with contextlib.closing(Run(config, options, view or SilentView(), worker)) as run:
+        run.preserve_resumed()
         begins()
         return run.run()
 
 
-def checked_options(config: Config, specs: tuple[AdapterSpec, ...], options: RunOptions) -> PublishSpec | None:
-    """Where models are published, if they are.
+def planned_run(config: Config, options: RunOptions, view: View) -> Run:
+    """A run that stopped after stage 3. It writes nothing, except small files of the Hub to the Hub's cache.
+
+    It hashes no base. So it compares no pins, and reuses verdicts only on bases whose digests are known.
 
     Raises:
-        UsageError: options that contradict each other, or the configuration.
+        UsageError: as `run_gate`.
     """
-    wanted = _publish_spec(config, options)
-    _refuse_on_ray(specs, options)
-    _refuse_with_publish(wanted, specs, options)
-    return wanted
+    options = replace(options, is_plan=True, cache=replace(options.cache, read_only=True))
+    with contextlib.closing(Run(config, options, view, None)) as run:
+        run.prepare()
+    return run
+
+
+def _refuse_inputs(config: Config, options: RunOptions) -> None:
+    """Refuse to write a report or a cache into an adapter or a base."""
+    if options.output is not None:
+        refuse_input(options.output, _inputs(config))
+    if options.cache.directory is not None:
+        folder = Path(options.cache.directory).absolute()
+        for place in (folder, *folder.parents):
+            refuse_input(place, _inputs(config), "--cache")
 
 
 def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
@@ -169,7 +160,7 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
-    inputs = Inputs(config, (view or SilentView()).note, limit_s=headers_limit_s)
+    inputs = Inputs(config, Fetching(notify=(view or SilentView()).note), limit_s=headers_limit_s)
     for spec in select(config, only):
         yield adapter_report.files_report(inputs.checked(spec))
 
@@ -190,60 +181,91 @@ def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
     return tuple(spec for spec in config.adapters if not only or spec.name in only)
 
 
-class _Run:
-    """One run: its stages, and what it does on each event of the worker."""
+class Run:
+    """One run: its stages, and what it does on each event of the worker.
 
-    def __init__(
-        self,
-        config: Config,
-        options: RunOptions,
-        specs: tuple[AdapterSpec, ...],
-        *,
-        shard: Shard | None,
-        cache: Cache,
-        worker: WorkerSlot | None,
-        view: View,
-        publications: Publications,
-    ) -> None:
-        self._config, self._options, self._specs, self._view = config, options, specs, view
-        self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
-        self._tally = Tally(config, shard, device=options.device, watch=self._watch)
+    Attributes:
+        options: what the run is asked for.
+        tally: the entries, and the reports of those that are judged.
+        groups: after stage 3, the entries that have to be merged.
+        publications: the models to publish.
+    """
+
+    def __init__(self, config: Config, options: RunOptions, view: View, worker: WorkerSlot | None) -> None:
+        specs = select(config, options.only)
+        _refuse_inputs(config, options)
+        wanted = _publish_spec(config, options)
+        _refuse_on_ray(specs, options)
+        _refuse_with_publish(wanted, specs, options)
+        self._specs, shard = part_of(config, specs, options)
+        self._config, self.options, self._view = config, options, view
+        within = os.environ.get(PUBLISH_WITHIN)
+        self.publications = Publications(
+            wanted, self._specs, inputs=_inputs(config), within=within, notify=view.note, is_plan=options.is_plan
+        )
+        circumstances = Circumstances(allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
+        self._cache = Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
+        self._watch = BaseWatch(self._cache.seen_bases, is_plan=options.is_plan)
+        self.tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
         self._fed = FedBases(
             self._watch,
             view.note,
-            records=cache.base_records,
+            records=self._cache.base_records,
             is_remote=options.ray is not None,
-            on_piece=publications.passing,
+            on_piece=self.publications.passing,
         )
+        how = Fetching(
+            notify=view.note,
+            access=options.access,
+            lay_out=self._fed.lay_out if options.ray is None else None,
+            with_companions=wanted is not None,
+            is_plan=options.is_plan,
+        )
+        self._inputs = Inputs(config, how, limit_s=headers_limit_s)
         self._worker = worker or WorkerSlot()
-        self._publications, self._published = publications, dict[int, str]()
         self._loaded: dict[int, BaseReport] = {}
-        self._writer = ReportWriter(options.output, view.note)
+        self._writer = ReportWriter(None if options.is_plan else options.output, view.note)
         self._hourly = HourlyLog()
-        self._groups: tuple[Group, ...] = ()
+        self.groups: tuple[Group, ...] = ()
         self._finished = False
 
+    def close(self) -> None:
+        """Release the cache directory."""
+        self._cache.close()
+
+    def preserve_resumed(self) -> None:
+        """Save the verdicts that `--resume` found, because this run replaces their reports."""
+        if self._cache.resumed is not None:
+            self._cache.resumed.preserve()
+            if self.publications.spec is not None and not self._cache.resumed.is_empty:
+                self._view.note("publishing merges each adapter again: a reused verdict comes without its model")
+
+    def prepare(self) -> None:
+        """Stages 1 to 3."""
+        to_merge = dict(self._judge_files())  # 1
+        if not self.options.is_plan:
+            self._refuse_other_bases(to_merge)
+        published = self.publications.choose(to_merge)
+        if published and not self.options.is_plan and (note := unpublished_dtypes(to_merge, published)):
+            self._view.note(note)
+        self._reuse(to_merge)  # 2
+        self._group(to_merge, published)  # 3
+
     def run(self) -> Report:
-        self._writer.write_first(self._tally.report())
+        self._writer.write_first(self.tally.report())
         try:
-            with contextlib.closing(self._publications), self._fed, self._worker:
+            with contextlib.closing(self.publications), self._fed, self._worker:
                 self._start_worker()
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
                 self._view.start(self._config.label, len(self._specs), merges)
-                to_merge = dict(self._judge_files())  # 1
-                self._refuse_other_bases(to_merge)
-                self._published = self._publications.choose(to_merge)
-                if self._published and (note := unpublished_dtypes(to_merge, self._published)):
-                    self._view.note(note)
-                self._reuse(to_merge)  # 2
-                self._group(to_merge)  # 3
+                self.prepare()  # 1 to 3
                 self._merge()  # 4
                 return self._finish()  # 5
         except BaseException:
             if not self._finished:
                 with contextlib.suppress(GateError):
-                    self._writer.write_last(self._tally.report())
+                    self._writer.write_last(self.tally.report())
             raise
 
     def _start_worker(self) -> None:
@@ -251,25 +273,16 @@ class _Run:
 
         If the cache may hold every verdict, a worker that was not started early waits for the first miss.
         """
-        if self._specs and self._options.ray is None and (self._worker.is_started or not self._cache.may_hit):
+        if self._specs and self.options.ray is None and (self._worker.is_started or not self._cache.may_hit):
             self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self._specs))
 
     # --- 1: files ----------------------------------------------------------------------------------------------------
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
-        lay_out = self._fed.lay_out if self._options.ray is None else None
-        inputs = Inputs(
-            self._config,
-            self._view.note,
-            access=self._options.access,
-            lay_out=lay_out,
-            limit_s=headers_limit_s,
-            with_companions=self._publications.is_wanted,
-        )
         for spec in self._specs:
-            self._tally.entries.extend(inputs.entries(spec))
-        for index, entry in enumerate(self._tally.entries):
+            self.tally.entries.extend(self._inputs.entries(spec))
+        for index, entry in enumerate(self.tally.entries):
             report = adapter_report.blocked_report(entry)
             if report is None:
                 yield index, entry
@@ -277,7 +290,7 @@ class _Run:
             of_base = adapter_report.base_findings(entry)
             if of_base and entry.base is not None:
                 unloaded = adapter_report.unloaded_base_report(report.base, of_base)
-                self._tally.use(entry.base.directory, unloaded, index)
+                self.tally.use(entry.base.directory, unloaded, index)
             self._settle(index, report)
 
     def _refuse_other_bases(self, to_merge: dict[int, Entry]) -> None:
@@ -287,7 +300,7 @@ class _Run:
         which its bytes are compared when they pass.
         """
         pinned = {index: entry for index, entry in to_merge.items() if entry.spec.base.sha256}
-        for entry in (to_merge if self._publications.is_wanted else pinned).values():
+        for entry in (to_merge if self.publications.spec else pinned).values():
             self._watch.hash_anew(base_directory(entry))
         for entry in pinned.values():
             self._watch.start(base_directory(entry))
@@ -296,7 +309,7 @@ class _Run:
         for index, entry in pinned.items():
             names = [name for name, _ in entry.spec.base.sha256]
             checked = adapter_report.with_base_digests(entry, self._watch.pinned(base_directory(entry), names))
-            self._tally.entries[index] = to_merge[index] = checked
+            self.tally.entries[index] = to_merge[index] = checked
             report = adapter_report.blocked_report(checked) or adapter_report.other_base_report(checked)
             if report is not None:
                 del to_merge[index]
@@ -308,11 +321,11 @@ class _Run:
         """Settle the entries whose verdicts are cached, and remove them from `to_merge`."""
         if not self._cache.may_hit:
             return
-        device = self._cache.known_device() or self._ask_worker()
+        device = self._cache.known_device() or (None if self.options.is_plan else self._ask_worker())
         if device is None:
             return  # the run's own worker reports why
         self._cache.set_device(device)
-        reusable = {index: entry for index, entry in to_merge.items() if index not in self._publications.wanted}
+        reusable = {index: entry for index, entry in to_merge.items() if index not in self.publications.wanted}
         for entry in reusable.values():
             self._watch.start(base_directory(entry))
         self._watch.wait()
@@ -323,46 +336,46 @@ class _Run:
             if cached is not None:
                 del to_merge[index]
                 self._watch.reused(directory, index)
-                self._tally.merged_on(device.device, device.name)
-                self._tally.use(directory, cached.base, index)
-                self._tally.settle(index, cached.adapter)
+                self.tally.merged_on(device.device, device.name)
+                self.tally.use(directory, cached.base, index)
+                self.tally.settle(index, cached.adapter)
                 self._writer.changed()
                 self._view.adapter_done(cached.adapter)
 
     def _ask_worker(self) -> MergeDevice | None:
         """The device that only torch can tell. The next job gets a new process."""
-        chosen = self._worker.choose_device(self._options.device)
+        chosen = self._worker.choose_device(self.options.device)
         return _merge_device(chosen) if chosen is not None else None
 
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
-    def _group(self, to_merge: dict[int, Entry]) -> None:
-        groups = group_by_base(to_merge.items(), publishes=self._published)
-        scheduled = [self._fed.schedule(group, self._read_of(group)) for group in groups]
-        self._groups = tuple(
+    def _group(self, to_merge: dict[int, Entry], published: Mapping[int, str]) -> None:
+        groups = group_by_base(to_merge.items(), publishes=published)
+        scheduled = [self._fed.schedule(group, self.read_of(group)) for group in groups]
+        self.groups = tuple(
             replace(group, keeps_record=group.keeps_record and group.plain_dtype is None) for group in scheduled
         )
-        self._hourly.merging_begins(self._tally.judged)
+        self._hourly.merging_begins(self.tally.judged)
 
-    def _read_of(self, group: Group) -> Read:
+    def read_of(self, group: Group) -> Read:
         """How much of a group's base is read: as much as any of its adapters asks for, and all of it to publish."""
         if any(task.publishes is not None for task in group.tasks):
             return Read.WHOLE
-        asked = {self._options.read or self._tally.entries[task.index].spec.base.read for task in group.tasks}
+        asked = {self.options.read or self.tally.entries[task.index].spec.base.read for task in group.tasks}
         return next((read for read in (Read.WHOLE, Read.TOUCHED) if read in asked), Read.AUTO)
 
     def _merge(self) -> None:
-        if not self._groups:
+        if not self.groups:
             self._worker.end()
-        if self._options.ray is None:
-            supervise(self._job(), self._on_event, self._worker, self._fed.feeds, self._publications)
-        elif self._groups:
-            judge_on_ray(self._options.ray, self._job(), self._on_event, self._watch)
+        if self.options.ray is None:
+            supervise(self._job(), self._on_event, self._worker, self._fed.feeds, self.publications)
+        elif self.groups:
+            judge_on_ray(self.options.ray, self._job(), self._on_event, self._watch)
 
     def _job(self) -> Job:
         return Job(
-            groups=self._groups,
-            device=self._options.device,
+            groups=self.groups,
+            device=self.options.device,
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,
         )
@@ -372,26 +385,26 @@ class _Run:
             case protocol.DeviceChosen():
                 self._know_worker(event)
             case protocol.BaseLoading():
-                group = self._groups[event.group]
+                group = self.groups[event.group]
                 self._view.base_loading(group.base.name, group.base.dtype)
             case protocol.BaseLoaded():
-                group = self._groups[event.group]
+                group = self.groups[event.group]
                 if event.measured:
-                    self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
+                    self.tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
                 self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
                 self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
                 if event.facts.no_skeleton:
                     reason = one_line(event.facts.no_skeleton, 300)
                     self._view.note(f"base {group.base.name} was loaded whole, by transformers itself: {reason}")
             case protocol.BaseMeasured():
-                group = self._groups[event.group]
+                group = self.groups[event.group]
                 if event.record is not None:
                     self._fed.measured(group, event.task, event.record)
-                self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
+                self.tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
             case protocol.MergeStarted():
                 self._catch_up()
-                entry = self._tally.entries[event.task]
-                position, total = self._tally.judged + 1, self._tally.total
+                entry = self.tally.entries[event.task]
+                position, total = self.tally.judged + 1, self.tally.total
                 others = f" and {counted(len(event.others), 'other adapter')}" if event.others else ""
                 self._view.adapter_started(entry.spec.name + others, position, total, entry.dtype)
             case protocol.MergeProgressed():
@@ -411,28 +424,28 @@ class _Run:
                 assert_never(event)
 
     def _settle_undecided(self, event: protocol.Undecided) -> None:
-        entry = self._tally.entries[event.task]
+        entry = self.tally.entries[event.task]
         report = adapter_report.not_judged_report(entry, event.refusal)
         if refused := adapter_report.refused_base_report(report.base, event.refusal):  # the report lists this base too
-            self._tally.use(base_directory(entry), refused, event.task)
-        self._publications.discard(event.task)
+            self.tally.use(base_directory(entry), refused, event.task)
+        self.publications.discard(event.task)
         self._settle(event.task, report)
 
     def _still_at(self, event: protocol.Waiting) -> str:
         spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
         if event.task is None:
             return f"base {event.base}: still loading after {spent}; its time limit is {limit}"
-        name = self._tally.entries[event.task].spec.name
+        name = self.tally.entries[event.task].spec.name
         return f"{name}: no progress for {spent}; its time limit is {limit}"
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
-        if event.sandbox.missing and not self._tally.sandbox.missing:
+        if event.sandbox.missing and not self.tally.sandbox.missing:
             self._view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
         self._cache.set_device(_merge_device(event))
-        self._tally.merged_on(event.device, event.device_name, event.sandbox)
+        self.tally.merged_on(event.device, event.device_name, event.sandbox)
 
     def _judge(self, index: int, evidence: Evidence) -> None:
-        entry = self._tally.entries[index]
+        entry = self.tally.entries[index]
         directory = base_directory(entry)
         needs_all = evidence.base.record is None or entry.spec.base.sha256
         if needs_all and (unproven := self._fed.unproven(directory)) is not None:
@@ -445,14 +458,14 @@ class _Run:
             self._unstored[index] = CachedVerdict(adapter=report, base=base)
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base
-            self._publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)))
+            self.publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)))
         else:
-            self._publications.discard(index)
+            self.publications.discard(index)
         self._settle(index, report)
 
     def _settle(self, index: int, report: AdapterReport) -> None:
         """Put the report of an entry into the run's report, and show it."""
-        self._tally.settle(index, report)
+        self.tally.settle(index, report)
         self._writer.changed()
         self._catch_up()
         self._view.adapter_done(report)
@@ -461,13 +474,13 @@ class _Run:
         """Do what is due by now: store verdicts, write a line of the log, write a provisional report."""
         self._store_verdicts()
         if self._hourly.is_due:
-            self._view.note(self._hourly.line(self._tally.judged, self._tally.total, self._tally.failed))
-        self._writer.catch_up(self._tally.report, at_once=at_once)
+            self._view.note(self._hourly.line(self.tally.judged, self.tally.total, self.tally.failed))
+        self._writer.catch_up(self.tally.report, at_once=at_once)
 
     def _store_verdicts(self) -> None:
         """Store the verdicts on bases whose digests are known by now; a digest may take longer than a merge."""
         for index, judged in list(self._unstored.items()):
-            entry = self._tally.entries[index]
+            entry = self.tally.entries[index]
             directory = base_directory(entry)
             if self._watch.digest(directory) is None:
                 continue
@@ -475,58 +488,58 @@ class _Run:
             content = self._watch.content(directory) if self._watch.is_unchanged(index) else None
             report = self._cache.store(entry, judged, content) if content is not None else None
             if report is not None:
-                self._tally.settle(index, report)
+                self.tally.settle(index, report)
 
     def _group_of(self, index: int) -> Group:
-        return next(group for group in self._groups if any(task.index == index for task in group.tasks))
+        return next(group for group in self.groups if any(task.index == index for task in group.tasks))
 
     # --- 5: the report -----------------------------------------------------------------------------------------------
 
     def _withdraw_void(self) -> None:
         """Replace the verdicts on bases that changed during the run. An entry without a verdict keeps its reason."""
         for directory, indices in self._watch.void().items():
-            judged = [index for index in indices if self._tally.is_judged(index)]
+            judged = [index for index in indices if self.tally.is_judged(index)]
             if not judged:
                 continue
-            base = self._tally.entries[judged[0]].base
+            base = self.tally.entries[judged[0]].base
             reason = base_silent if self._watch.is_silent(directory) else base_changed
             error = reason(base.name if base is not None else "")
             refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
             for index in judged:
-                self._tally.settle(index, adapter_report.withdrawn_report(self._tally.entries[index], refusal))
+                self.tally.settle(index, adapter_report.withdrawn_report(self.tally.entries[index], refusal))
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _publish(self) -> None:
         """Give the models of adapters that passed their names. The weights of their bases are no longer read."""
-        for index in self._publications.wanted:
-            report = self._tally.of(index)
+        for index in self.publications.wanted:
+            report = self.tally.of(index)
             if report is None or report.verdict is not Verdict.PASSED:
-                self._publications.discard(index)
+                self.publications.discard(index)
                 continue
             try:
-                published = self._publications.publish(index, partial(self._facts, index))
+                published = self.publications.publish(index, partial(self._facts, index))
             except NotPublishedError as error:
-                self._tally.settle(index, adapter_report.unpublished_report(report, error.message, error.hint))
+                self.tally.settle(index, adapter_report.unpublished_report(report, error.message, error.hint))
                 self._view.note(f"{report.name}: not published: {error.message}")
             else:
-                self._tally.settle(index, adapter_report.published_report(report, published.model, published.findings))
+                self.tally.settle(index, adapter_report.published_report(report, published.model, published.findings))
                 self._view.note(f"{report.name}: published to {published.model.directory}")
         self._warn_of_earlier_models()
 
     def _warn_of_earlier_models(self) -> None:
         """Name the models of earlier runs that adapters still have which have no new one."""
-        reports = {index: self._tally.of(index) for index in range(len(self._tally.entries))}
+        reports = {index: self.tally.of(index) for index in range(len(self.tally.entries))}
         judged = {index: report for index, report in reports.items() if report is not None}
         published = {report.name for report in judged.values() if report.published is not None}
-        for name, directory in self._publications.earlier(published):
+        for name, directory in self.publications.earlier(published):
             own = [(index, report) for index, report in judged.items() if report.name == name]
             index, report = min(own, key=lambda pair: pair[1].verdict is Verdict.PASSED)
             warned = adapter_report.report_with_earlier_model(report, directory)
-            self._tally.settle(index, warned)
+            self.tally.settle(index, warned)
             self._view.note(f"warning: {name}: {warned.findings[-1].message}")
 
     def _facts(self, index: int, model: Publication) -> PublicationFacts:
-        entry, report = self._tally.entries[index], self._tally.of(index)
+        entry, report = self.tally.entries[index], self.tally.of(index)
         directory = base_directory(entry)
         if report is None or index not in self._loaded or not self._watch.is_unchanged(index):
             raise NotPublishedError(
@@ -538,7 +551,7 @@ class _Run:
             report=report,
             base=replace(self._loaded[index], sha256=self._watch.digest(directory), files=self._watch.files(directory)),
             base_identity=self._watch.identity(directory),
-            environment=self._tally.environment,
+            environment=self.tally.environment,
             config=self._config,
             dtype=model.place.dtype,
             tensors=model.tensors,
@@ -550,21 +563,21 @@ class _Run:
         if self._watch.is_hashing:
             self._catch_up(at_once=True)  # a large base may take minutes
             self._watch.wait()
-        while self._publications.is_completing:
+        while self.publications.is_completing:
             self._catch_up(at_once=True)
-            self._publications.wait(WAIT_S)
+            self.publications.wait(WAIT_S)
         self._store_verdicts()
         self._withdraw_void()
         self._publish()
         self._fed.store_records()
-        report = self._tally.report(complete=True)
+        report = self.tally.report(complete=True)
         try:
             self._writer.write_last(report)
         except GateError:
             self._view.finish(report, "")  # the terminal is all that is left
             raise
         self._finished = True
-        self._view.finish(report, self._options.output or "")
+        self._view.finish(report, self.options.output or "")
         return report
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
+from merge_gate.files.resolve import Fetching
 from merge_gate.publish.input_files import different_files, inputs_of
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
@@ -39,13 +40,14 @@ from merge_gate.publish.publications import model_name
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import CARD_NAME, PublishedCombination
-from merge_gate.records.terms import Verdict, record
+from merge_gate.records.terms import Verdict
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
 from merge_gate.report.stored.output_directory import explained, made_directory
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
-from merge_gate.text import quoted
+from merge_gate.run.streams import say, tell
+from merge_gate.text import listing, quoted
 from merge_gate.verify.exchanged import is_adapter, is_model
 from merge_gate.worker.confine.private_directory import private_directory
 
@@ -57,25 +59,9 @@ if TYPE_CHECKING:
     from merge_gate.run.view import View
 
 _SCRATCH = ".merge-gate-rebuild-"
-_OTHER_FILES = "the model was made of other files than these; nothing was merged"
+_LISTED = 20
 _OTHER_MODEL = "the model has other bytes or facts than merge-gate.json describes; it was not kept"
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
-
-
-@record
-class Rebuilt:
-    """The outcome. Without `problems`, the model is in `directory`.
-
-    Attributes:
-        problems: what differs, a sentence for each: input files, and then files of the model, and facts.
-        conclusion: what that means.
-        checks: the checks that were not judged by their defaults.
-    """
-
-    directory: Path
-    problems: tuple[str, ...] = ()
-    conclusion: str = ""
-    checks: tuple[str, ...] = ()
 
 
 def rebuild(
@@ -86,8 +72,10 @@ def rebuild(
     base: str | None = None,
     adapters: Sequence[str] = (),
     allow_pickle: bool = False,
-) -> Rebuilt:
-    """Make the model again that a merge-gate.json describes, as a folder of `output`.
+) -> bool:
+    """Make the model again that a merge-gate.json describes, as a folder of `output`, and say how that ended.
+
+    The result is whether the model is there. If it is not, every file and fact that differs was named.
 
     Args:
         file: the merge-gate.json, or its directory.
@@ -113,9 +101,8 @@ def rebuild(
     _refuse_inside(target.parent.resolve())
     # 1. and 2.
     config = replace(_config(manifest, base, adapters), allow_pickle=allow_pickle)
-    other = tuple(_other_inputs(manifest, config, view))
-    if other:
-        return Rebuilt(directory=target, problems=other, conclusion=_OTHER_FILES)
+    if other := [*_other_inputs(manifest, config, view)]:
+        return _say_differences(other, "the model was made of other files than these; nothing was merged")
     with _scratch(target.parent) as folder:
         # 3.
         wanted = PublishSpec(
@@ -132,9 +119,23 @@ def rebuild(
             (model / CARD_NAME).write_bytes(model_card(manifest))
             (model / MANIFEST_NAME).write_bytes(data)
             problems += [f"{one_line(file.path, 200)}: {file.kind}" for file in differences(model, manifest)]
-            if not problems:
-                model.rename(target)
-    return Rebuilt(directory=target, problems=tuple(problems), conclusion=_OTHER_MODEL, checks=manifest.checks)
+            if problems:
+                return _say_differences(problems, _OTHER_MODEL)
+            model.rename(target)
+    changed = f"; judged with changed checks: {one_line(listing(manifest.checks), 400)}" if manifest.checks else ""
+    tell(f"{one_line(str(target))} has the bytes and the facts of merge-gate.json{changed}")
+    tell(
+        "Not compared: its config, revisions of what is a directory here, and allow_pickle and trust_remote_code where "
+        "they are off here"
+    )
+    return True
+
+
+def _say_differences(problems: Sequence[str], conclusion: str) -> bool:
+    more = [f"{len(problems) - _LISTED:,} more differences"] if len(problems) > _LISTED else []
+    for sentence in (*problems[:_LISTED], *more, conclusion):
+        say(f"merge-gate: {sentence}")
+    return False
 
 
 def _refuse_inside(folder: Path) -> None:
@@ -216,7 +217,7 @@ def _resolved(name: str, revision: str | None, *, is_base: bool) -> tuple[str | 
 
 def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[str]:
     """The files of base and adapters that are not those of the first run."""
-    entry = Inputs(config, view.note, with_companions=True).prepare(config.adapters[-1])
+    entry = Inputs(config, Fetching(notify=view.note, with_companions=True)).prepare(config.adapters[-1])
     if entry.problem is not None:
         return  # the run reports it
     view.note("the files of base and adapter are compared with merge-gate.json")

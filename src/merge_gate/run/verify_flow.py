@@ -23,6 +23,7 @@ from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import directory_identity
 from merge_gate.files.prepare import Inputs
+from merge_gate.files.resolve import Fetching
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
@@ -126,6 +127,7 @@ class _Verification:
         self._watch = BaseWatch()
         self._tally = Tally(config, None, device=options.device, watch=self._watch)
         self._fed = FedBases(self._watch, view.note)
+        self._how = Fetching(notify=view.note, lay_out=self._fed.lay_out, with_companions=True, with_copies=True)
         self._writer = ReportWriter(options.output, view.note)
         self._groups: tuple[Group, ...] = ()
         self._comparisons: dict[int, Comparison] = {}
@@ -169,29 +171,15 @@ class _Verification:
         """The finished directory, or why its files cannot be read as a model's."""
         label, path, hub_id = resolve_argument(self._options.merged, is_base=True)
         try:
-            return resolve.resolve_base(
-                path or hub_id or label,
-                label=label,
-                notify=self._view.note,
-                access=Access.STREAM,
-                lay_out=self._fed.lay_out,
-                with_companions=True,
-                with_copies=True,
-            )
+            how = replace(self._how, access=Access.STREAM)
+            return resolve.resolve_base(path or hub_id or label, None, how, label=label)
         except ResolveError as error:
             if path is not None or error.check is not None:
                 return error
             raise
 
     def _resolved(self) -> list[Entry]:
-        inputs = Inputs(
-            self._config,
-            self._view.note,
-            lay_out=self._fed.lay_out,
-            limit_s=headers_limit_s,
-            with_companions=True,
-            with_copies=True,
-        )
+        inputs = Inputs(self._config, self._how, limit_s=headers_limit_s)
         return [inputs.prepare(spec) for spec in self._config.adapters]
 
     # --- 2. ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from merge_gate.judging.checks.table import NOT_JUDGED
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict, record
 from merge_gate.report.formats import terminal_text

@@ -14,8 +14,7 @@ from shutil import copyfile
 
 from merge_gate.files.headers import MAX_HEADER_BYTES, shown
 from merge_gate.files.identity import base_identity
-from merge_gate.files.resolve import Streamable
-from merge_gate.records.files import FileIdentity
+from merge_gate.records.files import Fetched, FileIdentity
 from merge_gate.sources.feed import SourceError
 from merge_gate.sources.hub_file import HubFile
 from merge_gate.sources.read_ahead import refuse_excess
@@ -77,13 +76,13 @@ class HubFiles:
         self.identity = base_identity(str(directory))
 
 
-def lay_out(base: Streamable, parent: str) -> tuple[str, HubFiles]:
+def lay_out(base: Fetched, parent: str) -> tuple[str, HubFiles]:
     """Make a directory in `parent`, with the base's small files and a stub of each weight file.
 
     Raises:
         SourceError: the Hub does not give the headers, or lists no digest.
     """
-    hub_files = {name: HubFile(base.repo_id, base.commit, name) for name in base.weights}
+    hub_files = {name: HubFile(base.repo_id, base.commit, name) for name in base.streamable}
     for file in hub_files.values():
         if file.sha256 is None:
             raise SourceError(
@@ -93,7 +92,7 @@ def lay_out(base: Streamable, parent: str) -> tuple[str, HubFiles]:
     files = HubFiles(hub_files)
     directory = tempfile.mkdtemp(dir=parent, prefix="base-")
     try:
-        _copy(base.directory, directory, base.others)
+        _copy(base.directory, directory, base.chosen)
         files.lay_out(Path(directory))
     except OSError as error:
         raise SourceError(

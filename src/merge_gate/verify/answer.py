@@ -15,10 +15,9 @@ from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
-from merge_gate.judging.checks.table import NOT_JUDGED
+from merge_gate.judging.kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.limits import bounded, cut
-from merge_gate.judging.not_judged import not_judged
+from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot

@@ -12,7 +12,7 @@ from merge_gate.attest.checked import MOST_ENVELOPE_BYTES, attestation_problems
 from merge_gate.attest.envelope import opened, read_key
 from merge_gate.attest.statement import read
 from merge_gate.errors import GateError, UsageError
-from merge_gate.judging.answer_kinds import ATTESTATION, ATTESTED, finding
+from merge_gate.judging.kinds import ATTESTATION, ATTESTED, finding
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.files import Snapshot
 from merge_gate.records.report import AdapterReport

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.companion_names import Companion, companion_kind, is_carried, is_harmless
-from merge_gate.judging.answer_kinds import finding, note
+from merge_gate.judging.kinds import finding, note
 from merge_gate.publish.companions import replaced
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.comparison import ReadSettings, SettingsFiles

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from merge_gate.judging.answer_kinds import finding
+from merge_gate.judging.kinds import finding
 from merge_gate.records.comparison import Comparison, LoadedKeys
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Finding

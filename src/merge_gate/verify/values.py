@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
-from merge_gate.judging.answer_kinds import ANSWERS, finding
+from merge_gate.judging.kinds import ANSWERS, finding
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding

@@ -28,7 +28,7 @@ _RECORD_CLASSES = {
     (cls.__module__, cls.__qualname__): cls
     for module in (terms, config, files, measured, comparison, refusals, report, protocol)
     for cls in vars(module).values()
-    if isinstance(cls, type) and cls.__module__ == module.__name__
+    if isinstance(cls, type) and cls.__module__ == module.__name__ and not issubclass(cls, Exception)
 } | {(FileSpan.__module__, FileSpan.__qualname__): FileSpan}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -22,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import EngineError, Refused, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.records.measured import Evidence
-from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
+from merge_gate.records.refusals import Caught, NotJudged, Refusal, Refused, Undecidable
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.channel import Channel
@@ -53,8 +54,8 @@ from merge_gate.worker.protocol import (
     Undecided,
 )
 from merge_gate.worker.publish_client import PublishClient
+from merge_gate.worker.quick_imports import quick_imports
 from merge_gate.worker.regex_trial import try_patterns
-from merge_gate.worker.startup.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from merge_gate.engine.adapter_evidence import MergeRequest
@@ -74,6 +75,8 @@ SKELETONS_SHARE = 4
 HASHED_AT_A_TIME = 4
 """The files of so many adapters are hashed at a time when a pass is over, and nothing else is left to do."""
 
+_ENGINE = "merge_gate.engine.adapter_evidence"
+
 PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
 
@@ -83,14 +86,7 @@ def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    gc.disable()  # collections while importing find nothing and take a fifth of the time
-    for imports in (quick_imports(), contextlib.nullcontext()):  # if the quick way fails, import as usual
-        with contextlib.suppress(Exception), imports:  # the task that needs it reports what cannot be imported
-            import merge_gate.engine.adapter_evidence  # noqa: F401, PLC0415
-
-            break
-    gc.freeze()
-    gc.enable()
+    _import_engine()
     try:
         job = channel.receive(None)
     except (EOFError, OSError):
@@ -106,6 +102,19 @@ def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None
     channel.close()
     sys.stdout.flush()
     os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _import_engine() -> None:
+    """Import what merges. If the quick way fails, import as usual; the task that needs it reports what cannot be."""
+    gc.disable()  # collections while importing find nothing and take a fifth of the time
+    try:
+        with quick_imports():
+            importlib.import_module(_ENGINE)
+    except Exception:
+        with contextlib.suppress(Exception):
+            importlib.import_module(_ENGINE)
+    gc.freeze()
+    gc.enable()
 
 
 def _forget_output() -> None:
@@ -484,7 +493,7 @@ def _is_of_an_import(error: Exception) -> bool:
     return any(name.startswith("<frozen importlib") for name in frames)
 
 
-def _refusal(error: Exception, group: Group | None = None) -> Refusal:
+def _refusal(error: Exception, group: Group | None = None) -> Refusal | NotJudged:
     """The fact behind an exception. A base has the name that the configuration uses."""
     if isinstance(error, Undecidable):
         return _with_label(error.refusal, group) if group is not None else error.refusal
@@ -493,14 +502,14 @@ def _refusal(error: Exception, group: Group | None = None) -> Refusal:
         return NotJudged(message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     kinds = tuple(one.__name__ for one in type(error).__mro__)
-    return WorkerRaised(error=Caught(kinds=kinds, text=text[:400]), in_import=_is_of_an_import(error))
+    caught = Caught(kinds=kinds, text=text[:400])
+    return Undecidable("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 
 
 def _with_label(refusal: Refusal, group: Group) -> Refusal:
     """The fact with the base's name in place of its directory, which is open under another path."""
-    match refusal:
-        case BaseRaised():
-            text = refusal.error.text.replace(group.directory, group.base.name)
-            return replace(refusal, error=replace(refusal.error, text=text))
-        case _:
-            return refusal
+    error = refusal.fields.get("error")
+    if not isinstance(error, Caught):
+        return refusal
+    named = replace(error, text=error.text.replace(group.directory, group.base.name))
+    return replace(refusal, fields={**refusal.fields, "error": named})

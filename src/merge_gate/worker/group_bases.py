@@ -17,10 +17,9 @@ from merge_gate.records.files import FileIdentity, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, LocalFeed
-from merge_gate.worker.memory import MemoryGroup, gibibytes
+from merge_gate.worker.memory import MemoryGroup, gibibytes, give_back
 from merge_gate.worker.pinned import pinned_directory, verify_base
 from merge_gate.worker.protocol import Group, Job, Task
-from merge_gate.worker.startup.heap import give_back
 
 if TYPE_CHECKING:
     from merge_gate.engine.adapter_evidence import MergeRequest

@@ -1,5 +1,7 @@
 """Reads memory counters of the kernel: whether a process was killed for lack of memory, and how much there is.
 
+Has the settings of glibc's allocator for the worker: freed memory is reused for the next tensor.
+
 Divides the adapters on a base into passes by these counters. A pass merges several adapters and reads the files once.
 
 The counters are those of the process's cgroup (version 2 or 1). Without them, and outside of Linux, the result is None.
@@ -7,11 +9,17 @@ The counters are those of the process's cgroup (version 2 or 1). Without them, a
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from merge_gate.worker.protocol import Task
+
+REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(5 << 26)}
+"""Environment variables for glibc: pieces of every size come from one heap, which keeps at most 320 MiB of free memory
+at its end. Another libc ignores them. By default the kernel gets each large piece back, and clears it for the next
+tensor: half the cost of a cross-check, in which PEFT merges with six or seven whole tensors in a row."""
 
 _PROC, _ROOT, _MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _UNLIMITED = 1 << 60  # version 1 writes a very large number if there is no limit
@@ -161,3 +169,10 @@ def factor_bytes(task: Task, *, in_pass: bool = True) -> int:
     tensors = [part for file in task.files for part in file.tensors]
     mapped_bytes = _MAPPED_BYTES if in_pass else _LOADED_BYTES
     return sum((mapped_bytes if part.dtype == "F32" else _LOADED_BYTES) * math.prod(part.shape) for part in tensors)
+
+
+def give_back() -> None:
+    """Return unused pages to the kernel. To be called after something large was released."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -26,10 +26,9 @@ from merge_gate.worker.channel import Channel, GarbledError
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.confine.sandbox import caches
 from merge_gate.worker.feed_service import Feeds, FeedService
-from merge_gate.worker.memory import MemoryGroup, gibibytes
+from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener
 from merge_gate.worker.publish_service import Publisher, PublishService
-from merge_gate.worker.startup.heap import REUSE
 
 PASSED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"

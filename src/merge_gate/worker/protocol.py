@@ -192,7 +192,7 @@ class Undecided:
     """A task that could not be judged."""
 
     task: int
-    refusal: Refusal
+    refusal: Refusal | NotJudged
 
 
 @record

@@ -13,9 +13,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from merge_gate.errors import Refused
 from merge_gate.records.files import Pattern
-from merge_gate.records.refusals import PatternRefused
+from merge_gate.records.refusals import Refused
 
 TRIAL_LIMIT_S = 10.0
 """CPU seconds for all expressions of one adapter. A normal expression takes microseconds for each name."""
@@ -40,10 +39,11 @@ def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
                     expression.match(name)
                     expression.fullmatch(name)
     except _TimeOverError:
-        raise Refused(PatternRefused(pattern=current, names=len(names), seconds=TRIAL_LIMIT_S)) from None
+        raise Refused("pattern_refused", pattern=current, names=len(names), seconds=TRIAL_LIMIT_S) from None
     except (re.error, OverflowError, RecursionError) as error:
-        fact = PatternRefused(pattern=current, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error))
-        raise Refused(fact) from None
+        raise Refused(
+            "pattern_refused", pattern=current, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error)
+        ) from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Self, assert_never
 
 from merge_gate.errors import GateError
-from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.records.refusals import NotJudged
 from merge_gate.text import counted
 from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.feed_service import Feeds
@@ -307,12 +307,12 @@ class Attempt:
         return [(index, "before it came to this adapter") for index in self._open()]
 
 
-def _death(what: str, ending: Ending) -> Refusal:
+def _death(what: str, ending: Ending) -> NotJudged:
     again = "" if what == _MERGING else " twice"
     return NotJudged(message=f"the gate's worker process died{again} {what}: {ending.text}", hint=ending.hint)
 
 
-def _late(what: str, limit_s: float) -> Refusal:
+def _late(what: str, limit_s: float) -> NotJudged:
     return NotJudged(
         message=f"the gate's worker process was ended {what}: the time limit of {limit_s:g} s was over",
         hint="if the adapter or its base is large or the machine slow, set limits: {seconds: …} for the adapter",

@@ -17,9 +17,9 @@ from merge_gate.engine.adapter.template import fill_blanks, parameters_of
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.errors import Refused
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
+from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
 from tests.support import methods
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import ArrowConfig
 
-from merge_gate.judging.checks.fit import WITHOUT_WEIGHTS
+from merge_gate.judging.checks.not_mergeable import WITHOUT_WEIGHTS
 from merge_gate.records.terms import Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
 from tests.support.gating import Bench, one_thread

@@ -14,7 +14,7 @@ from merge_gate.engine.base import accounting
 from merge_gate.engine.base.loaded_base import ModelClass, Source
 from merge_gate.engine.base.stored_formats import loaded_dtypes, refuse_other_packing, refuse_unknown_format
 from merge_gate.engine.base.tensor_map import stored_tensors, tensor_map
-from merge_gate.errors import Undecidable
+from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from tests.support import models
 
@@ -40,9 +40,9 @@ def changed(shelf: Shelf, root: Path, tensors: Tensors, *, without: tuple[str, .
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
 def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {f"{O_PROJ}.weight": torch.ones(32, 32).to(dtype)})
-    with pytest.raises(Undecidable, match="CodesForNumbers") as refused:
+    with pytest.raises(Undecidable, match="codes_for_numbers") as refused:
         accounting.account_for(str(base), LLAMA, "b")
-    assert refused.value.refusal.tensor == f"{O_PROJ}.weight"
+    assert refused.value.refusal.fields["tensor"] == f"{O_PROJ}.weight"
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: S
 )
 def test_a_part_of_a_loaded_weight_that_is_not_loaded_is_refused(part: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {f"{O_PROJ}.{part}": torch.ones(2)})
-    with pytest.raises(Undecidable, match="StoredTensorsLeftOut") as refused:
+    with pytest.raises(Undecidable, match="stored_tensors_left_out") as refused:
         accounting.account_for(str(base), LLAMA, "b")
-    assert refused.value.refusal.names == (f"{O_PROJ}.{part}",)
+    assert refused.value.refusal.fields["names"] == (f"{O_PROJ}.{part}",)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_a_missing_parameter_of_the_own_class_is_named(shelf: Shelf, tmp_path: P
     account = accounting.account_for(str(base), LLAMA, "b")
     assert account.incomplete == ("lm_head.weight", "model.norm.weight")
     assert account.map is not None
-    fact = accounting.not_stored("b", account.incomplete, account.map, str(base))
-    assert (fact.names, fact.read, fact.elsewhere) == (account.incomplete, (WEIGHTS,), ())
+    facts = accounting.not_stored("b", account.incomplete, account.map, str(base)).fields
+    assert (facts["names"], facts["read"], facts["elsewhere"]) == (account.incomplete, (WEIGHTS,), ())
 
 
 def test_a_head_of_another_task_and_a_pooler_need_not_be_stored(shelf: Shelf, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_re
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
     for dtype in ("auto", "float32", "float16"):
         refuse_other_packing(model, source, dtype)
-    with pytest.raises(Undecidable, match=r"LoadedOtherwise.*asked_dtype='bfloat16'"):
+    with pytest.raises(Undecidable, match=r"loaded_otherwise.*'asked_dtype': 'bfloat16'"):
         refuse_other_packing(model, source, "bfloat16")
 
 
@@ -156,13 +156,13 @@ def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_r
         device=torch.device("cpu"),
         options={},
     )
-    with pytest.raises(Undecidable, match=r"LoadedOtherwise.*quantization='none'"):
+    with pytest.raises(Undecidable, match=r"loaded_otherwise.*'quantization': 'none'"):
         refuse_other_packing(torch.nn.Linear(4, 4), source, "auto")
 
 
 def test_a_quantization_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "no-such-method"}}')
-    with pytest.raises(Undecidable, match=r"QuantizationUnknown.*'no-such-method'"):
+    with pytest.raises(Undecidable, match=r"quantization_unknown.*'no-such-method'"):
         refuse_unknown_format(str(tmp_path), "b")
 
 

@@ -133,9 +133,9 @@ def test_a_base_whose_index_leaves_a_shard_out_is_not_merged_into(keep_file: boo
         judgement = Gate().judge(out, base)
     assert (judgement.verdict, judgement.cause) == (Verdict.ERROR, "base-incomplete")
     assert account.map is not None
-    fact = accounting.not_stored("base", account.incomplete, account.map, str(base))
-    assert (lost in fact.elsewhere) is keep_file
-    assert fact.names == account.incomplete
+    facts = accounting.not_stored("base", account.incomplete, account.map, str(base)).fields
+    assert (lost in facts["elsewhere"]) is keep_file
+    assert facts["names"] == account.incomplete
 
 
 def test_a_shard_that_nothing_needs_may_be_left_out(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
-from merge_gate.errors import EngineError, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import BaseFiles
-from merge_gate.records.refusals import NotJudged
+from merge_gate.records.refusals import NotJudged, Undecidable
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources.feed import LocalFeed, SourceError

@@ -17,7 +17,7 @@ from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.errors import Undecidable
+from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods

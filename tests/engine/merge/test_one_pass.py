@@ -16,10 +16,9 @@ from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_togeth
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge import one_pass, walk
-from merge_gate.errors import Refused
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions
-from merge_gate.records.refusals import Defect, KnownDefect
+from merge_gate.records.refusals import Refused
 from tests.support.faults import configure
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def test_what_the_first_adapter_is_refused_for_the_next_of_its_kind_is_refused_f
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise Refused(KnownDefect(defect=Defect.LOFTQ_WITHOUT_GPU))
+        raise Refused("loftq_without_gpu")
 
     monkeypatch.setattr(adapter_evidence, "refuse_wrong_merges", refuse)
     adapter = shelf.adapter("every-projection")

@@ -12,7 +12,7 @@ from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.all_checks import judge_files, judge_merge
 from merge_gate.judging.checks import base_checks as of_base
 from merge_gate.judging.checks import file_checks as of_files
-from merge_gate.judging.checks.check import Check, Symptom
+from merge_gate.judging.checks.check import Check
 from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
 from merge_gate.records.files import AdapterFiles, FileRecord, StoredTensor
 from merge_gate.records.measured import (
@@ -23,16 +23,7 @@ from merge_gate.records.measured import (
     TensorStats,
     UnreadLayer,
 )
-from merge_gate.records.refusals import (
-    BaseShapeClash,
-    OtherForward,
-    ParametersNotStored,
-    PatternRefused,
-    QuantizationUnknown,
-    Refusal,
-    ShapeClash,
-    TargetsNotFound,
-)
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 
 MODULE = "model.layers.5.self_attn.q_proj"
@@ -109,21 +100,26 @@ class Fire:
     places: Mapping[str, Any] = field(default_factory=dict)
 
 
+def reason(kind: str, **fields: Any) -> Refusal:
+    return Refusal(kind=kind, fields=fields)
+
+
 def found_in_files(row: Check) -> Fire:
-    origin = Origin.CONFIG if row.symptom is Symptom.BAD_CONFIG else Origin.FILE
-    said = "what the preflight says"
-    finding = Finding(check=row.id, severity=row.severity, message=said, hint="do", origin=origin)
-    return Fire((), origin, None, files(findings=(finding,)))
+    return Fire((), row.origin, None, files(findings=(row.finding("what the preflight says", "do"),)))
 
 
 REFUSALS: Mapping[str, Refusal] = {
-    "base-incomplete": ParametersNotStored(base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)),
-    "base-inconsistent": BaseShapeClash(base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)),
-    "base-format": QuantizationUnknown(base="./base", method="odd", transformers="5.0"),
-    "config-invalid": PatternRefused(pattern=None, names=9, seconds=1.0),
-    "shape-mismatch": ShapeClash(name=LORA_B, got=(2,), expected=(3,)),
-    "targets-not-found": TargetsNotFound(targets=("query",), of_base=("q_proj",)),
-    "not-mergeable": OtherForward(module=MODULE, class_name="Odd", share=0.5),
+    "base-incomplete": reason(
+        "parameters_not_stored", base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)
+    ),
+    "base-inconsistent": reason(
+        "base_shape_clash", base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)
+    ),
+    "base-format": reason("quantization_unknown", base="./base", method="odd", transformers="5.0"),
+    "config-invalid": reason("pattern_refused", pattern=None, names=9, seconds=1.0),
+    "shape-mismatch": reason("shape_clash", name=LORA_B, got=(2,), expected=(3,)),
+    "targets-not-found": reason("targets_not_found", targets=("query",), of_base=("q_proj",)),
+    "not-mergeable": reason("other_forward", module=MODULE, class_name="Odd", share=0.5),
 }
 
 

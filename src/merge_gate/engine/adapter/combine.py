@@ -19,17 +19,9 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, load_we
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
-from merge_gate.errors import Refused
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.refusals import (
-    ModulesLeftOut,
-    PeftRaised,
-    SettingLost,
-    Step,
-    TensorUnweighted,
-    TwoVocabularies,
-)
+from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
@@ -77,8 +69,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         )
         model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
     except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
-        combination = (combine.adapters, combine.method)
-        raise Refused(PeftRaised(step=Step.COMBINE, error=caught(error), combination=combination)) from error
+        raise Refused("combine_raised", error=caught(error), members=combine.adapters, method=combine.method) from error
     _refuse_left_out(model, names, combine)
     return Loaded(
         model=model,
@@ -119,7 +110,7 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
     }
     lost = next((setting for setting, value in settings.items() if value), None)
     if lost is not None:
-        raise Refused(SettingLost(adapter=name, setting=lost))
+        raise Refused("setting_lost", adapter=name, setting=lost)
 
 
 def _refuse_unweighted(
@@ -138,9 +129,9 @@ def _refuse_unweighted(
             changed = [one for one, (old, _) in zip(holders, held, strict=True) if not _is_equal(ours, old)]
         added = [new for _, new in held]
         if not all(_is_equal(added[0], one) for one in added[1:]):
-            raise Refused(TwoVocabularies(adapters=tuple(combine.adapters[one] for one in holders), tensor=name))
+            raise Refused("two_vocabularies", adapters=tuple(combine.adapters[one] for one in holders), tensor=name)
         if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
-            raise Refused(TensorUnweighted(adapter=combine.adapters[changed[0]], tensor=name))
+            raise Refused("tensor_unweighted", adapter=combine.adapters[changed[0]], tensor=name)
 
 
 def _split(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +152,7 @@ def _refuse_left_out(model: Any, names: Sequence[str], combine: Combine) -> None
         lost = [path for path, module in model.named_modules() if _has_lost(module, name)]
         if lost:
             modules = tuple(path.removeprefix(ADAPTER_PREFIX) for path in lost)
-            raise Refused(ModulesLeftOut(adapter=combine.adapters[number], modules=modules))
+            raise Refused("modules_left_out", adapter=combine.adapters[number], modules=modules)
 
 
 def _has_lost(module: Any, name: str) -> bool:
@@ -177,4 +168,4 @@ def _add(model: Any, name: str, config: Any) -> None:
     try:
         model.add_adapter(name, config)
     except Exception as error:  # as above
-        raise Refused(PeftRaised(step=Step.ADD, error=caught(error))) from error
+        raise Refused("add_raised", error=caught(error)) from error

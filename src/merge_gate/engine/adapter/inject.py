@@ -23,10 +23,9 @@ from merge_gate.engine.adapter.peft_config import (
     initialization_writes_to_base,
     raised,
 )
-from merge_gate.engine.base.loaded_base import Base, named_tensors
-from merge_gate.errors import Refused
+from merge_gate.engine.base.loaded_base import Base, first_line, named_tensors
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.refusals import Defect, KnownDefect, ParametersNotFound, Refusal, Step, TargetsNotFound
+from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
@@ -154,15 +153,15 @@ def inject(
         ):
             return model_class(scratch, config, adapter_name)
     except NoMatchingPeftModuleError as error:
-        raise Refused(_no_targets(config, scratch)) from error
+        raise _no_targets(config, scratch) from error
     except (AssertionError, RuntimeError) as error:
         if _needs_gpu(config, error):
-            raise Refused(KnownDefect(defect=Defect.LOFTQ_WITHOUT_GPU)) from error
+            raise Refused("loftq_without_gpu") from error
         if isinstance(error, AssertionError):  # a bug, of PEFT or of the gate
             raise
-        raise Refused(_injection_failed(error, config, scratch, base)) from error
+        raise _injection_failed(error, config, scratch, base) from error
     except (ImportError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError, IndexError) as error:
-        raise Refused(_injection_failed(error, config, scratch, base)) from error
+        raise _injection_failed(error, config, scratch, base) from error
 
 
 @contextlib.contextmanager
@@ -216,15 +215,16 @@ _WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")
 """PEFT's words, in errors of no class of their own."""
 
 
-def _no_targets(config: Any, scratch: nn.Module) -> TargetsNotFound | ParametersNotFound:
+def _no_targets(config: Any, scratch: nn.Module) -> Refused:
     targets, parameters = getattr(config, "target_modules", None), getattr(config, "target_parameters", None)
     if parameters and not targets:
         large = {name for name, one in scratch.named_parameters() if one.dim() > 1}
         ends = sorted({".".join(name.split(".")[-2:]) for name in large})
-        return ParametersNotFound(targets=tuple(sorted(parameters)), of_base=tuple(ends))
+        return Refused("parameters_not_found", targets=tuple(sorted(parameters)), of_base=tuple(ends))
     leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
     excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
-    return TargetsNotFound(
+    return Refused(
+        "targets_not_found",
         targets=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
         of_base=tuple(leaves),
         task_type=config.task_type,
@@ -243,7 +243,7 @@ def _is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
-def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: Base) -> Refusal:
-    fact = raised(Step.INJECT, error, config, base)
-    is_without_targets = any(words in fact.error.text for words in _WITHOUT_TARGETS)
-    return _no_targets(config, scratch) if is_without_targets else fact
+def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: Base) -> Refused:
+    if any(words in first_line(error) for words in _WITHOUT_TARGETS):
+        return _no_targets(config, scratch)
+    return Refused("inject_raised", base=base.facts.model, **raised(error, config, base))

@@ -1,6 +1,6 @@
 """What PEFT merges wrongly, or cannot merge, although it may not report an error.
 
-In: a loaded `PeftModel` and its config. Out: nothing, or `Refused` with a `KnownDefect`. An exception of PEFT itself
+In: a loaded `PeftModel` and its config. Out: nothing, or `Refused` with a known defect. An exception of PEFT itself
 needs no row. tests/engine/adapter/test_known_defects.py shows each row with plain PEFT, and fails if a release fixes
 one.
 """
@@ -17,8 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from merge_gate.engine.tensors.quantized import BNB_4BIT, has_layers_in, is_quantized
-from merge_gate.errors import Refused
-from merge_gate.records.refusals import Defect, KnownDefect
+from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
@@ -29,7 +28,7 @@ class Rule:
     With `config_alone` it is asked before anything is loaded, and gets no model.
     """
 
-    defect: Defect
+    defect: str
     where: Callable[[Any, Any], Iterator[str]]
     config_alone: bool = False
 
@@ -57,7 +56,7 @@ def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
         places = list(rule.where(model, config))
         if places:
             modules = tuple(places) if places[0] else ()
-            raise Refused(KnownDefect(defect=rule.defect, method=str(config.peft_type.value), modules=modules))
+            raise Refused("known_defect", defect=rule.defect, method=str(config.peft_type.value), modules=modules)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -150,14 +149,14 @@ def _tokens_without_bias(model: Any, _config: Any) -> Iterator[str]:
 
 
 RULES = (
-    Rule(defect=Defect.NO_WEIGHTS, where=_no_merge),
-    Rule(defect=Defect.X_LORA, where=_of_kind("XLORA"), config_alone=True),
-    Rule(defect=Defect.ARROW, where=_arrow, config_alone=True),
-    Rule(defect=Defect.LAYER_REPLICATION, where=_replicated, config_alone=True),
-    Rule(defect=Defect.MERGED_TWICE, where=_merged_twice),
-    Rule(defect=Defect.TOKENS_WITHOUT_BIAS, where=_tokens_without_bias),
-    Rule(defect=Defect.OFT_CONVOLUTION, where=_oft_convolution),
-    Rule(defect=Defect.QUANTIZED_UNKNOWN, where=_quantized_unknown),
-    Rule(defect=Defect.QUANTIZED_RANDOM_PROJECTION, where=_quantized_kinds),
-    Rule(defect=Defect.QUANTIZED_LORA_BIAS, where=_quantized_bias),
+    Rule(defect="no-weights", where=_no_merge),
+    Rule(defect="x-lora", where=_of_kind("XLORA"), config_alone=True),
+    Rule(defect="arrow", where=_arrow, config_alone=True),
+    Rule(defect="layer-replication", where=_replicated, config_alone=True),
+    Rule(defect="merged-twice", where=_merged_twice),
+    Rule(defect="tokens-without-bias", where=_tokens_without_bias),
+    Rule(defect="oft-convolution", where=_oft_convolution),
+    Rule(defect="quantized-unknown", where=_quantized_unknown),
+    Rule(defect="quantized-random-projection", where=_quantized_kinds),
+    Rule(defect="quantized-lora-bias", where=_quantized_bias),
 )

@@ -41,9 +41,8 @@ from merge_gate.engine.adapter.peft_config import (
 )
 from merge_gate.engine.adapter.template import Layout, Template, fill_blanks, kind_of, snapshot
 from merge_gate.engine.base.loaded_base import Base, caught
-from merge_gate.errors import Refused
 from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
-from merge_gate.records.refusals import PeftRaised, Refusal, ShapeClash, Step, TensorsMissing
+from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 ADAPTER_NAME = "default"
@@ -214,7 +213,7 @@ def refuse_lost_wrappers(model: Any, config: Any, files: AdapterFiles) -> None:
     ]
     if missing and not _may_rename(model):
         saved = getattr(config, "modules_to_save", None)
-        raise Refused(TensorsMissing(names=tuple(missing), trained_whole=repr(saved) if saved else None))
+        raise Refused("tensors_missing", names=tuple(missing), trained_whole=repr(saved) if saved else None)
 
 
 def _may_rename(model: Any) -> bool:
@@ -251,7 +250,7 @@ def load_weights(
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT, safetensors, or pickle: the file did not load
-            raise Refused(_load_failed(error)) from error
+            raise _load_failed(error) from error
 
     def load_tagged(tagged: Tensors) -> Tensors:
         other = inject_again()
@@ -274,11 +273,11 @@ def _load(model: Any, directory: str, adapter_name: str) -> None:
     )
 
 
-def _load_failed(error: Exception) -> Refusal:
+def _load_failed(error: Exception) -> Refused:
     if isinstance(error, KeyError):
         name = str(error.args[0]) if error.args else "?"
-        return TensorsMissing(names=(name.strip("'"),))
-    return PeftRaised(step=Step.LOAD, error=caught(error))
+        return Refused("tensors_missing", names=(name.strip("'"),))
+    return Refused("load_raised", error=caught(error))
 
 
 @contextmanager
@@ -327,14 +326,13 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
     key, got, expected = mismatched[0]
     name = file_name(key, adapter_name)
     raise Refused(
-        ShapeClash(
-            name=name,
-            got=got,
-            expected=expected,
-            others=len(mismatched) - 1,
-            trained_whole=adapter_name not in key.split(".")[-2:] or _MODULES_TO_SAVE in key,
-            of_tokens="trainable_tokens_delta" in key,
-        )
+        "shape_clash",
+        name=name,
+        got=got,
+        expected=expected,
+        others=len(mismatched) - 1,
+        trained_whole=adapter_name not in key.split(".")[-2:] or _MODULES_TO_SAVE in key,
+        of_tokens="trainable_tokens_delta" in key,
     )
 
 

@@ -15,9 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from merge_gate.engine.adapter.known_defects import refuse_by_config
 from merge_gate.engine.base.loaded_base import Base, caught
-from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.refusals import Defect, IgnoredSettings, KnownDefect, PeftRaised, Step, UnknownMethod
+from merge_gate.records.refusals import Fact, Refused
 
 ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora_ga", "true", "false"})
 """Values of init_lora_weights that write no weight of the base on a load (peft/tuners/lora/layer.py, tests/engine/)."""
@@ -48,31 +47,29 @@ def read_config(files: AdapterFiles) -> Any:
     kind = str(files.config.peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if kind == "BONE":
-        raise Refused(KnownDefect(defect=Defect.BONE))
+        raise Refused("known_defect", defect="bone")
     if config_class is None:
         known_as = kind.upper() if kind.upper() in PEFT_TYPE_TO_CONFIG_MAPPING else None
-        raise Refused(UnknownMethod(name=kind, peft=peft.__version__, known_as=known_as))
+        raise Refused("unknown_method", name=kind, peft=peft.__version__, known_as=known_as)
     _refuse_ignored_keys(config_class, files)
     try:
         config = config_class.from_pretrained(files.directory)
     except Exception as error:  # PEFT validates in __post_init__ with ValueError, TypeError and KeyError
-        raise Refused(PeftRaised(step=Step.CONFIG, error=caught(error), method=kind)) from error
+        raise Refused("config_raised", error=caught(error), method=kind) from error
     refuse_by_config(config)
     config.inference_mode = True
     return config
 
 
-def raised(step: Step, error: Exception, config: Any, base: Base) -> PeftRaised:
+def raised(error: Exception, config: Any, base: Base) -> dict[str, Fact]:
     """An exception that PEFT raised on a base, with what decides whose fault it is."""
-    return PeftRaised(
-        step=step,
-        error=caught(error),
-        method=config.peft_type.value,
-        trains_tokens=bool(getattr(config, "trainable_token_indices", None)),
-        base=base.facts.model,
-        quantization=base.facts.quantization,
-        is_incomplete=bool(base.facts.incomplete),
-    )
+    return {
+        "error": caught(error),
+        "method": config.peft_type.value,
+        "trains_tokens": bool(getattr(config, "trainable_token_indices", None)),
+        "quantization": base.facts.quantization,
+        "is_incomplete": bool(base.facts.incomplete),
+    }
 
 
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
@@ -82,12 +79,11 @@ def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
     ignored = sorted(key for key in values if key not in known)
     if ignored:
         raise Refused(
-            IgnoredSettings(
-                settings=tuple(f"{key}={values[key]}" for key in ignored),
-                peft=peft.__version__,
-                saved_by=(files.config.peft_version or "").split("@")[0],
-                near=tuple(_near(ignored[:_MOST_NEAR], known - values.keys())),
-            )
+            "ignored_settings",
+            settings=tuple(f"{key}={values[key]}" for key in ignored),
+            peft=peft.__version__,
+            saved_by=(files.config.peft_version or "").split("@")[0],
+            near=tuple(_near(ignored[:_MOST_NEAR], known - values.keys())),
         )
 
 

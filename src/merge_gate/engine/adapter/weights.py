@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from merge_gate.engine.base.loaded_base import first_line
-from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.refusals import PickleUnreadable, TensorUnreadable
+from merge_gate.records.refusals import Refused
 
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
@@ -39,13 +38,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:  # the preflight has read the header: this torch lacks the dtype
-            raise Refused(TensorUnreadable(text=first_line(error))) from error
+            raise Refused("tensor_unreadable", text=first_line(error)) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's own errors: not tensors only, or not a pickle
         foreign = re.search(r"GLOBAL (\S+)", str(error))  # what the preflight leaves to torch, which has no list of it
         names = foreign[1] if foreign else None
-        raise Refused(PickleUnreadable(error=type(error).__name__, names=names)) from error
+        raise Refused("pickle_unreadable", error=type(error).__name__, names=names) from error
     items = state.items() if isinstance(state, dict) else ()
     return {name: tensor for name, tensor in items if isinstance(tensor, torch.Tensor)}
 
@@ -59,4 +58,4 @@ def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
         torch.zeros(some.shape).copy_(some)
     except (RuntimeError, NotImplementedError) as error:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise Refused(TensorUnreadable(name=name, is_meta=tensor.is_meta, dtype=dtype)) from error
+        raise Refused("tensor_unreadable", name=name, is_meta=tensor.is_meta, dtype=dtype) from error

@@ -26,9 +26,8 @@ from safetensors import safe_open
 from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options, loads_as_usual
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
-from merge_gate.errors import Undecidable
 from merge_gate.records.files import AdapterFiles, BaseFiles
-from merge_gate.records.refusals import CodesForNumbers, ParametersNotStored, QuantizedWeightTorn, StoredTensorsLeftOut
+from merge_gate.records.refusals import Refusal, Undecidable
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _PART = re.compile(
@@ -170,7 +169,7 @@ def refuse_left_out(found: TensorMap, label: str) -> None:
 def _refuse_left_out(label: str, file: str | None, left: list[str], class_name: str) -> NoReturn:
     wrapped = tuple(name for name in left if name.endswith(_WRAPPED))
     raise Undecidable(
-        StoredTensorsLeftOut(base=label, file=file, names=tuple(left), wrapped=wrapped, class_name=class_name)
+        "stored_tensors_left_out", base=label, file=file, names=tuple(left), wrapped=wrapped, class_name=class_name
     )
 
 
@@ -204,7 +203,9 @@ def refuse_torn_groups(found: TensorMap, label: str) -> None:
 def _refuse_torn(found: TensorMap, first: str, lacking: list[str], label: str) -> None:
     one = found.stored[first]
     dtype = DTYPES[one.dtype]
-    raise Undecidable(QuantizedWeightTorn(base=label, file=one.file, tensor=first, dtype=dtype, missing=tuple(lacking)))
+    raise Undecidable(
+        "quantized_weight_torn", base=label, file=one.file, tensor=first, dtype=dtype, missing=tuple(lacking)
+    )
 
 
 def _part(source: str, target: str) -> str:
@@ -232,13 +233,12 @@ def refuse_codes(found: TensorMap, label: str) -> None:
             one = found.stored[source]
             if not _torch_dtype(one.dtype).is_floating_point and not _torch_dtype(one.dtype).is_complex:
                 raise Undecidable(
-                    CodesForNumbers(
-                        base=label,
-                        file=one.file,
-                        tensor=source,
-                        dtype=DTYPES[one.dtype],
-                        class_name=type(found.model).__name__,
-                    )
+                    "codes_for_numbers",
+                    base=label,
+                    file=one.file,
+                    tensor=source,
+                    dtype=DTYPES[one.dtype],
+                    class_name=type(found.model).__name__,
                 )
 
 
@@ -306,16 +306,17 @@ def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:
     return all(name in held or name.replace(".weight", ".modules_to_save.weight") in held for name in names)
 
 
-def not_stored(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> ParametersNotStored:
+def not_stored(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> Refusal:
     """The fact that a base's files lack parameters of its own class, with other files that hold some of them."""
     read = tuple(sorted({one.file for one in found.stored.values()}))
-    return ParametersNotStored(
+    return Undecidable(
+        "parameters_not_stored",
         base=label,
         class_name=type(found.model).__name__,
         names=names,
         read=read,
         elsewhere=tuple(sorted(_holders(directory, set(read), set(names)))),
-    )
+    ).refusal
 
 
 def _holders(directory: str, read: set[str], names: set[str]) -> Iterator[str]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from merge_gate.errors import Undecidable
-from merge_gate.records.refusals import AdapterNextToBase, BaseOfAnotherClass
+from merge_gate.records.refusals import Undecidable
 
 
 def refuse_foreign_weights(model: Any, missing: AbstractSet[str], label: str) -> None:
@@ -19,6 +18,6 @@ def refuse_foreign_weights(model: Any, missing: AbstractSet[str], label: str) ->
         Undecidable: the files have no tensor of the class, or an adapter is in the base's directory.
     """
     if missing and {name for name, _ in model.named_parameters()} <= missing:
-        raise Undecidable(BaseOfAnotherClass(base=label, class_name=type(model).__name__))
+        raise Undecidable("base_of_another_class", base=label, class_name=type(model).__name__)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise Undecidable(AdapterNextToBase(base=label))
+        raise Undecidable("adapter_next_to_base", base=label)

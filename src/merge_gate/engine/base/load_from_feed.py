@@ -41,9 +41,9 @@ from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.quantized import quantizing
-from merge_gate.errors import EngineError, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.refusals import BaseRaised
+from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 
@@ -98,7 +98,7 @@ def load_from_feed(
     except Exception as error:
         reads.raise_failure()
         raise Undecidable(
-            BaseRaised(base=source.label, error=caught(error), class_name=model_class.class_name)
+            "base_raised", base=source.label, error=caught(error), class_name=model_class.class_name
         ) from error
     reads.raise_failure()
     # 4.

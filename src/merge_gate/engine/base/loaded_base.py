@@ -48,9 +48,8 @@ from merge_gate.engine.tensors.quantized import (
 )
 from merge_gate.engine.tensors.stream import Weights
 from merge_gate.engine.tensors.threads import spread
-from merge_gate.errors import Undecidable
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
-from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
+from merge_gate.records.refusals import Caught, Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import SourceError
 
@@ -324,8 +323,8 @@ def load_base(
             model, loading = _from_pretrained(transformers_class, source, model_class)
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
-            raise Undecidable(RemoteCodeNeeded(base=label)) from error
-        raise Undecidable(BaseRaised(base=label, error=caught(error), class_name=model_class.class_name)) from error
+            raise Undecidable("remote_code_needed", base=label) from error
+        raise Undecidable("base_raised", base=label, error=caught(error), class_name=model_class.class_name) from error
     refuse_mismatches(loading, label, model_class)
     refuse_foreign_weights(model, loading.newly_initialized, label)
     refuse_other_packing(model, source, dtype)
@@ -446,10 +445,14 @@ def refuse_mismatches(loading: Loading, label: str, model_class: ModelClass) -> 
         extra = None if model_class.num_labels is None else expected[0] - model_class.num_labels
         # A detector's head has one row more, for "no object".
         if extra not in {0, 1} or tuple(stored[1:]) != tuple(expected[1:]):
-            fact = BaseShapeClash(
-                base=label, class_name=model_class.class_name, name=name, got=tuple(stored), expected=tuple(expected)
+            raise Undecidable(
+                "base_shape_clash",
+                base=label,
+                class_name=model_class.class_name,
+                name=name,
+                got=tuple(stored),
+                expected=tuple(expected),
             )
-            raise Undecidable(fact)
 
 
 def outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

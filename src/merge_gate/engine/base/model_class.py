@@ -27,9 +27,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate.engine.base.loaded_base import ModelClass, caught
 from merge_gate.engine.base.other_class import stored_names
-from merge_gate.errors import Undecidable
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.refusals import BaseRaised, RemoteCodeNeeded
+from merge_gate.records.refusals import Undecidable
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TASK_CLASSES = {
@@ -71,8 +70,8 @@ def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # OSError, ValueError, KeyError, and others, depending on the damage
         if "trust_remote_code" in str(error):
-            raise Undecidable(RemoteCodeNeeded()) from error
-        raise Undecidable(BaseRaised(base="", error=caught(error))) from error
+            raise Undecidable("remote_code_needed") from error
+        raise Undecidable("config_unreadable", error=caught(error)) from error
 
 
 # --- the class -----------------------------------------------------------------------------------------------------

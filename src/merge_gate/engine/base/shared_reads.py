@@ -47,7 +47,7 @@ class SharedReads:
             SourceError: they could not be had.
         """
         spans = [span for span in spans if span.start < span.end]
-        # Memory of its own, because the worker's heap keeps what is freed (heap.py).
+        # Memory of its own, because the worker's heap keeps what is freed (memory.py).
         memory = mmap.mmap(-1, max(1, sum(span.end - span.start for span in spans)))
         content = torch.frombuffer(memory, dtype=torch.uint8)
         begin, parts = 0, list[_SharedSpan]()

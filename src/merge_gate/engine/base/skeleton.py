@@ -48,9 +48,10 @@ from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_by
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
-from merge_gate.errors import EngineError, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.records.files import CONFIG_NAME, StoredTensor
 from merge_gate.records.measured import TensorStats
+from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, FileSpan, SourceError
 

@@ -17,8 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.quantized import BNB_4BIT, BNB_8BIT, elements, is_quantized
-from merge_gate.errors import Undecidable
-from merge_gate.records.refusals import LoadedOtherwise, QuantizationUnknown
+from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def refuse_unknown_format(directory: str, label: str) -> None:
     method = declared(directory)
     if not method or method in AUTO_QUANTIZATION_CONFIG_MAPPING or method in set(PACKINGS.values()):
         return
-    raise Undecidable(QuantizationUnknown(base=label, method=method, transformers=transformers.__version__))
+    raise Undecidable("quantization_unknown", base=label, method=method, transformers=transformers.__version__)
 
 
 # --- a loaded model --------------------------------------------------------------------------------------------------
@@ -109,12 +108,11 @@ def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
         is_as_asked = loaded == Quantization.NONE and dtype in {dtype_name(one.dtype) for one in model.parameters()}
     if not is_as_asked:
         raise Undecidable(
-            LoadedOtherwise(
-                base=source.label,
-                class_name=type(model).__name__,
-                quantization=loaded,
-                asked_quantization=asked,
-                dtype=found,
-                asked_dtype=dtype,
-            )
+            "loaded_otherwise",
+            base=source.label,
+            class_name=type(model).__name__,
+            quantization=loaded,
+            asked_quantization=asked,
+            dtype=found,
+            asked_dtype=dtype,
         )

@@ -22,9 +22,8 @@ from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.engine.merge import tensor_result
 from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
-from merge_gate.errors import Refused
 from merge_gate.records.measured import TensorMerge, TensorStats
-from merge_gate.records.refusals import LayerLeftUnmerged, ResultLacksTensors
+from merge_gate.records.refusals import Refused
 
 
 @dataclass(slots=True)
@@ -58,12 +57,12 @@ class Ledger:
         """
         left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
         if left is not None:
-            raise Refused(LayerLeftUnmerged(module=left))
+            raise Refused("layer_left_unmerged", module=left)
         named = dict((*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False)))
         gone = sorted(self.base.tensors.keys() - named.keys())
         if gone:
             wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
-            raise Refused(ResultLacksTensors(names=tuple(gone), in_wrapper=wrapped))
+            raise Refused("result_lacks_tensors", names=tuple(gone), in_wrapper=wrapped)
         for name, module, tensor in named_tensors(merged):
             self.total += elements(tensor)
             known = self.base.tensors.get(self.base.first_name(name))

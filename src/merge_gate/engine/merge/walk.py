@@ -50,9 +50,9 @@ from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import threads
-from merge_gate.errors import EngineError, Refused, Undecidable
+from merge_gate.errors import EngineError
 from merge_gate.records.measured import MeasureOptions, TensorMerge
-from merge_gate.records.refusals import NotMeasured, Step
+from merge_gate.records.refusals import Refused, Undecidable
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
@@ -225,7 +225,7 @@ class Walk:
             except (Refused, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                raise Undecidable(NotMeasured(module=path, error=caught(error))) from error
+                raise Undecidable("not_measured", module=path, error=caught(error)) from error
             finally:
                 self._depth -= 1
 
@@ -358,7 +358,7 @@ class Walk:
             slot.put(tensor, data)
 
     def _refused(self, error: Exception) -> Refused:
-        return Refused(raised(Step.MERGE, error, self.loaded.config, self.base))
+        return Refused("merge_raised", **raised(error, self.loaded.config, self.base))
 
     def _tried(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
         """Step 2. False if PEFT's finite check refuses. Any other exception refuses the adapter."""

@@ -28,8 +28,7 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.private_copies import PrivateCopies, slots_of
 from merge_gate.engine.tensors.quantized import is_quantized
-from merge_gate.errors import Refused
-from merge_gate.records.refusals import OtherForward
+from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -60,7 +59,7 @@ def refuse_other_merges(base: Base, loaded: Loaded) -> None:
         if error_share > MOST_ERROR_SHARE:  # 3.
             name = path.removeprefix(ADAPTER_PREFIX).removesuffix(".token_adapter")
             class_name = type(layer.get_base_layer()).__name__
-            raise Refused(OtherForward(module=name, class_name=class_name, share=error_share))
+            raise Refused("other_forward", module=name, class_name=class_name, share=error_share)
 
 
 def _has_custom_forward(layer: nn.Module) -> bool:

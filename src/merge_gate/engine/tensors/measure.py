@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from merge_gate.errors import Undecidable
 from merge_gate.records.measured import TensorStats
-from merge_gate.records.refusals import TensorWithoutValues
+from merge_gate.records.refusals import Undecidable
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements per step of the slow pass: bounds its own memory (masks and widened copies) to tens of MiB."""
@@ -49,7 +48,7 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
         Undecidable: the tensor has no values to look at (meta device).
     """
     if tensor.is_meta:
-        raise Undecidable(TensorWithoutValues(name=name))
+        raise Undecidable("tensor_without_values", name=name)
     values = _plain(tensor)
     stats = TensorStats(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), numel=tensor.numel())
     if values.numel() == 0:

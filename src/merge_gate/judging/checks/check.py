@@ -45,6 +45,7 @@ class Check:
     Attributes:
         id: its name in configurations and reports.
         severity: the severity of its findings if the configuration sets none.
+        origin: where the cause of most of its findings lies.
         limit: the figure above which it fires by default; None: it has none.
         limit_is_share: whether its limits are shares between 0 and 1.
         has_error_limit: whether a configuration may set a second limit, above which its warning is an error.
@@ -63,6 +64,7 @@ class Check:
 
     id: str
     severity: Severity
+    origin: Origin
     summary: str
     symptom: Symptom
     limit: float | None = None
@@ -88,9 +90,9 @@ class Check:
     def finding(
         self,
         message: str,
-        hint: str,
-        origin: Origin,
+        hint: str = "",
         *,
+        origin: Origin | None = None,
         severity: Severity | None = None,
         module: str | None = None,
         tensor: str | None = None,
@@ -102,7 +104,7 @@ class Check:
         Args:
             message: what is wrong, where, got and expected.
             hint: what to do about it; may be empty.
-            origin: where the cause lies.
+            origin: where the cause lies, if not where it mostly does.
             severity: the severity of a lesser case: a warning of a check that is an error.
             module: module of the base.
             tensor: name of the tensor.
@@ -114,7 +116,7 @@ class Check:
             severity=severity or self.severity,
             message=message,
             hint=hint,
-            origin=origin,
+            origin=origin or self.origin,
             module=module,
             tensor=tensor,
             measured=measured,

@@ -33,6 +33,7 @@ WIPED_SHARE = 2.0**-20
 @Check(
     id="no-effect",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="The merge changes nothing.",
     symptom=Symptom.NO_EFFECT,
 ).on_merge
@@ -77,7 +78,6 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
             else _UNTRAINED
             if zeros or evidence.base.dtype == "float32"
             else f"{_UNTRAINED}; if its values are small, merge into a float32 base",
-            Origin.ADAPTER,
             module=evidence.targeted[0] if evidence.targeted else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),
         )
@@ -90,7 +90,6 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
             if missing.issuperset(unchanged)
             else "if you meant to train these modules, their tensors were never updated, or were not saved: train "
             "them, or save again. If not, there is nothing to do",
-            Origin.ADAPTER,
             severity=Severity.WARNING,
             module=unchanged[0],
             measured=(("modules_unchanged", float(len(unchanged))),),
@@ -140,6 +139,7 @@ _UNQUANTIZED = (
 @Check(
     id="rounding-loss",
     severity=WARNING,
+    origin=Origin.MERGE,
     summary=(
         "More than this share of the delta's norm is lost in the base's dtype, over all tensors or in most of them."
     ),
@@ -178,7 +178,6 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
         if share > limit
         else f"{of_most}{sampled}",
         instead,
-        Origin.MERGE,
         severity=ERROR if share > error_limit else None,
         module=worst.module,
         tensor=worst.stats.name,
@@ -195,6 +194,7 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
 @Check(
     id="headroom",
     severity=WARNING,
+    origin=Origin.MERGE,
     summary="A merged value is above this share of the largest finite value of its dtype.",
     symptom=Symptom.EXTREME_VALUES,
     limit=0.5,
@@ -219,7 +219,6 @@ def headroom(case: MergeCase) -> Iterator[Finding]:
             f"({worst.stats.max_abs / worst.dtype_max:.0%}, limit {limit:.0%}){above(near)}",
             "weights of this size make activations overflow easily: serve in bfloat16 or float32, or lower the "
             "adapter's scale",
-            Origin.MERGE,
             module=worst.module,
             tensor=worst.stats.name,
             measured=(("max_abs", worst.stats.max_abs), ("dtype_max", worst.dtype_max), ("limit", limit)),
@@ -236,7 +235,6 @@ def headroom(case: MergeCase) -> Iterator[Finding]:
             f"the delta of {listing(refused_but_finite)} overflows {evidence.base.dtype} although the merged "
             "weight does not: PEFT's safe_merge=True refuses this adapter",
             "merge with safe_merge=False, or in float32",
-            Origin.MERGE,
             module=refused_but_finite[0],
         )
 
@@ -244,6 +242,7 @@ def headroom(case: MergeCase) -> Iterator[Finding]:
 @Check(
     id="delta-norm",
     severity=WARNING,
+    origin=Origin.MERGE,
     summary="‖ΔW‖/‖W‖ of a module is above this.",
     symptom=Symptom.EXTREME_VALUES,
     limit=10.0,
@@ -264,7 +263,6 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             f"the delta of {worst.stats.name} is {figure(float(f'{ratio:.3g}'))} times as large as {weight} "
             f"({allowed}){above(large)}{'; estimated from a sample' if estimated else ''}",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base instead of adapting it",
-            Origin.MERGE,
             severity=ERROR if errors else None,
             module=worst.module,
             tensor=worst.stats.name,
@@ -281,7 +279,6 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             f"the merge wipes out {tensors(wiped)} of the base: {listing(wiped)} {are(wiped)} zero in the merged model",
             "check the adapter's tensors of these modules (magnitudes, scales, a new head): if they are zero, they "
             "were not gathered before saving, or not saved",
-            Origin.MERGE,
             module=wiped[0].rpartition(".")[0],
             tensor=wiped[0],
             measured=(("tensors", float(len(wiped))),),
@@ -292,7 +289,7 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             f"every value of the {tensors(zeros)} in the file is zero, and the merge still changes the base",
             "training does not leave only zeros: the values were lost, or not gathered before saving. Save the adapter "
             "again",
-            Origin.ADAPTER,
+            origin=Origin.ADAPTER,
             tensor=zeros[0].stats.name,
             measured=(("tensors", float(len(zeros))),),
         )
@@ -323,6 +320,7 @@ def _is_wiped(merge: TensorMerge) -> bool:
 @Check(
     id="untrained-tensors",
     severity=WARNING,
+    origin=Origin.ADAPTER,
     summary="Tensors of the merged model are absent from the base's files and from the adapter's.",
     symptom=Symptom.UNTRAINED_MERGE,
 ).on_merge
@@ -336,7 +334,6 @@ def untrained_tensors(case: MergeCase) -> Iterator[Finding]:
         f"{listing(names)}; every load fills {'it' if len(names) == 1 else 'them'} with new values",
         "name a base that has them, or train them and save them with the adapter (modules_to_save). If the model does "
         "not read them (an unused pooler), turn this check off",
-        Origin.ADAPTER,
         module=names[0].rpartition(".")[0],
         tensor=names[0],
         measured=(("tensors", float(len(names))),),
@@ -346,6 +343,7 @@ def untrained_tensors(case: MergeCase) -> Iterator[Finding]:
 @Check(
     id="not-reproducible",
     severity=WARNING,
+    origin=Origin.CONFIG,
     summary="The merge depends on a random seed.",
     symptom=Symptom.UNTRAINED_MERGE,
 ).on_files
@@ -356,7 +354,6 @@ def not_reproducible(case: FileCase) -> Iterator[Finding]:
             f"init_lora_weights is {scheme!r}: PEFT repeats a randomized decomposition of the base on every load, so "
             "each merge gives other weights",
             "convert the adapter to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained)",
-            Origin.CONFIG,
         )
     if case.files.config.peft_type == "ADAMSS":
         yield not_reproducible.finding(
@@ -364,20 +361,19 @@ def not_reproducible(case: FileCase) -> Iterator[Finding]:
             "load, and another dtype of the base, or another scikit-learn, may give other clusters",
             "merge on the machine that trained the adapter, into a base in the same dtype, and compare outputs before "
             "release",
-            Origin.CONFIG,
         )
     if case.files.config.peft_type == "FROD":
         yield not_reproducible.finding(
             "the file has only a part of FRoD's decomposition of the base: PEFT decomposes the base again on every "
             "load, and in another dtype the decomposition no longer fits the file's values",
             "merge into a base in the dtype of the training, and compare outputs before release",
-            Origin.CONFIG,
         )
 
 
 @Check(
     id="meaning-changed",
     severity=WARNING,
+    origin=Origin.CONFIG,
     summary="Today's PEFT merges the adapter differently from the release that saved it.",
     symptom=Symptom.UNTRAINED_MERGE,
 ).on_files
@@ -388,13 +384,13 @@ def meaning_changed(case: FileCase) -> Iterator[Finding]:
             change.hint
             or f"compare the merged model with a merge by PEFT before 0.{change.release}; if the adapter was evaluated "
             "with that release, merge with it",
-            Origin.CONFIG,
         )
 
 
 @Check(
     id="tied-weights",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="A tied tensor is merged on one side only.",
     symptom=Symptom.UNTRAINED_MERGE,
 ).on_merge
@@ -404,7 +400,6 @@ def tied_weights(case: MergeCase) -> Iterator[Finding]:
             f"{name} is tied to {other}, and the adapter was trained on one side only: the merge changes both",
             "untie the base before training and merging (tie_word_embeddings=False), or train the whole embedding "
             "(modules_to_save) with ensure_weight_tying",
-            Origin.CONFIG,
             module=name.rpartition(".")[0],
             tensor=name,
         )

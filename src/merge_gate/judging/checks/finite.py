@@ -17,6 +17,7 @@ from merge_gate.tensor_names import module_of
 @Check(
     id="base-nonfinite",
     severity=ERROR,
+    origin=Origin.BASE,
     summary="The base itself holds NaN or Inf, before any merge.",
     symptom=Symptom.NONFINITE,
     can_be_off=False,
@@ -42,7 +43,6 @@ def findings_of_base(base: BaseFacts, replaced_nonfinite: tuple[str, ...] = ()) 
             if not no_limit
             else "if the model uses infinity on purpose, there is nothing to do; else repair or download the base "
             "again",
-            Origin.BASE,
             severity=WARNING if no_limit else ERROR,
             module=stats.name.rpartition(".")[0],
             stats=stats,
@@ -54,7 +54,6 @@ def _replaced_by_adapter(base: BaseFacts, stats: TensorStats) -> Finding:
         f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge; the "
         "adapter replaces it with finite values",
         "nothing to do for this adapter; an adapter without this tensor fails on this base",
-        Origin.BASE,
         severity=WARNING,
         module=stats.name.rpartition(".")[0],
         stats=stats,
@@ -64,6 +63,7 @@ def _replaced_by_adapter(base: BaseFacts, stats: TensorStats) -> Finding:
 @Check(
     id="adapter-nonfinite",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="The adapter's own file holds NaN or Inf.",
     symptom=Symptom.NONFINITE,
 ).on_merge
@@ -88,7 +88,6 @@ def _broken_file_tensor(tensor: FileTensor) -> Finding:
         f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
         + ("" if tensor.used else "; the merge does not use this tensor, so the merged model is sound"),
         hint,
-        Origin.ADAPTER,
         severity=Severity.ERROR if tensor.used else Severity.WARNING,
         module=module_of(stats.name),
         stats=stats,
@@ -98,6 +97,7 @@ def _broken_file_tensor(tensor: FileTensor) -> Finding:
 @Check(
     id="merged-nonfinite",
     severity=ERROR,
+    origin=Origin.MERGE,
     summary="A parameter or persistent buffer of the merged model is NaN or Inf in its final dtype.",
     symptom=Symptom.NONFINITE,
     can_be_off=False,
@@ -138,7 +138,6 @@ def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
     return merged_nonfinite.finding(
         f"{stats.name} of the merged model ({stats.dtype}) holds {describe_nonfinite(stats)}",
         hint,
-        Origin.MERGE,
         module=merge.module,
         stats=stats,
     )

@@ -1,22 +1,20 @@
-"""Checks that adapter, base and expectations belong together.
+"""Checks that the names and shapes of the adapter's tensors and targets fit the base.
 
-In: names, shapes, and expectations. Out: findings. Plain Python: no torch, no files.
+In: names and shapes, or the facts of a refusal. Out: findings. Plain Python: no torch, no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+import re
+from collections.abc import Callable, Iterator
 
 from merge_gate.judging import key_hints
-from merge_gate.judging.checks.check import ERROR, FOLLOWS, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
-from merge_gate.judging.checks.phrases import are, tensors
-from merge_gate.names.hub_names import could_be_hub_id
-from merge_gate.records.config import A_FILE, ALL_WEIGHTS, BaseSpec, Expect
-from merge_gate.records.measured import Evidence, UnreadLayer
-from merge_gate.records.terms import FailureKind, Finding, Origin
+from merge_gate.judging.checks.check import ERROR, FOLLOWS, WARNING, Check, FileCase, MergeCase, Symptom
+from merge_gate.judging.checks.phrases import RESTORE_CONFIG, are, tensors
+from merge_gate.records.measured import Evidence
+from merge_gate.records.terms import Finding, Origin
 from merge_gate.tensor_names import module_of
-from merge_gate.text import listing, quoted
+from merge_gate.text import counted, listing, quoted
 
 _NAMES = 3
 """Names of an adapter's tensors are long, and the first ones say what kind it is."""
@@ -25,6 +23,7 @@ _NAMES = 3
 @Check(
     id="keys-missing",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="Tensors that the adapter's configuration promises are not in its file.",
     symptom=Symptom.TENSORS_LOST,
     allows_loading=True,  # what is not in the file can do nothing; the load compares names again
@@ -35,7 +34,6 @@ def keys_missing(case: MergeCase) -> Iterator[Finding]:
     if missing and words is not None:
         yield keys_missing.finding(
             *words,
-            Origin.ADAPTER,
             module=module_of(missing[0]),
             tensor=missing[0],
             measured=(("missing", float(len(missing))),),
@@ -81,7 +79,6 @@ def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding
             f"{tensors(names)} in the file {are(names)} complex: {listing(names)}; PEFT loads the real part and "
             "drops the imaginary one",
             "find the program that wrote complex numbers: no method of PEFT trains them",
-            Origin.ADAPTER,
             severity=WARNING,
             module=module_of(names[0]),
             tensor=names[0],
@@ -92,6 +89,7 @@ def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding
 @Check(
     id="keys-unexpected",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="The adapter's file holds tensors that nothing in the merge uses.",
     symptom=Symptom.TENSORS_LOST,
     of_files=lambda case: _complex_tensors(case, stray=()),
@@ -109,7 +107,6 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             or key_hints.saved_twice(stray)
             or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
             "this is the adapter's base, and that the model was unwrapped before saving",
-            Origin.ADAPTER,
             module=module_of(stray[0]),
             tensor=stray[0],
             measured=(("unexpected", float(len(stray))),),
@@ -121,7 +118,6 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             "if they were trained, name their modules in modules_to_save (or set bias) and save the adapter again; if "
             "not, remove them from the file: PEFT replaces the base's tensors without a warning, other programs drop "
             "them",
-            Origin.ADAPTER,
             severity=WARNING,
             module=unnamed[0].rpartition(".")[0],
             tensor=unnamed[0],
@@ -133,6 +129,7 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
 SHAPE_MISMATCH = Check(
     id="shape-mismatch",
     severity=ERROR,
+    origin=Origin.ADAPTER,
     summary="A tensor does not fit the base.",
     symptom=Symptom.WRONG_PAIR,
     allows_loading=True,  # the load compares shapes again, before it writes anything
@@ -140,206 +137,157 @@ SHAPE_MISMATCH = Check(
 TARGETS_NOT_FOUND = Check(
     id="targets-not-found",
     severity=ERROR,
+    origin=Origin.CONFIG,
     summary="The adapter targets modules that the base does not have.",
     symptom=Symptom.WRONG_PAIR,
 )
 
 
-UNREAD_SHARE = 2.0**-8
-"""A delta of this share of a weight is more than bfloat16 rounds away."""
+# --- what the adapter targets ----------------------------------------------------------------------------------------
 
-EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
-"""Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
-
-
-WITHOUT_WEIGHTS = frozenset((
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING",
-))  # fmt: skip
-"""PEFT's methods that cannot be merged whatever the base is."""
-
-NO_WEIGHTS = (
-    "{method} adds inputs or layers to the model at run time and has no weights to merge",
-    "serve the adapter unmerged, and leave it out of this gate",
-)
-"""Message and hint for them."""
+# Heads that PEFT's classes for these tasks put into modules_to_save (peft/peft_model.py).
+_SAVED_BY_TASK = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADS = ("classifier", "score", "qa_outputs")
 
 
-def _has_no_weights(case: FileCase) -> Iterator[Finding]:
-    method = case.files.config.peft_type
-    if method in WITHOUT_WEIGHTS:
-        message, hint = NO_WEIGHTS
-        yield not_mergeable.finding(message.format(method=method), hint, Origin.CONFIG)
+def targets_not_found(
+    targets: str | tuple[str, ...],
+    of_base: tuple[str, ...],
+    task_type: str | None = None,
+    excluded: str = "",
+    layers: str | None = None,
+) -> Finding:
+    """PEFT found nothing to adapt.
 
-
-@Check(
-    id="not-mergeable",
-    severity=ERROR,
-    summary="The method cannot be merged into weights, or its merge is known to be wrong.",
-    symptom=Symptom.UNTRAINED_MERGE,
-    failure=FailureKind.NOT_MERGEABLE,
-    of_files=_has_no_weights,
-).on_merge
-def not_mergeable(case: MergeCase) -> Iterator[Finding]:
-    """Besides, the engine's refusals are findings of it."""
-    unread = case.evidence.unread
-    if not unread:
-        return
-    is_single = len(unread) == 1
-    worst = max(unread, key=lambda layer: layer.share)
-    share = f"{worst.share:.2g}"
-    layers, them, those = (
-        ("a layer", "it", "that layer") if is_single else (f"{len(unread):,} layers", "them", "those layers")
-    )
-    yield not_mergeable.finding(
-        f"the model reads the weight of {layers} without calling {them}: "
-        f"{listing(tuple(layer.module for layer in unread))}; the adapter has no effect there until it is merged, "
-        f"not even in training, and the merge changes {'that weight by' if is_single else 'those weights by up to'} "
-        f"{share} times its norm",
-        f"serve the adapter unmerged, as it was trained; or exclude {those} (exclude_modules) and train again",
-        Origin.CONFIG,
-        severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
-        module=worst.module,
-        measured=(("layers", float(len(unread))), ("share", float(share))),  # rounded, so that all dtypes have the same
+    Args:
+        targets: target_modules of adapter_config.json, as a text or as names.
+        of_base: the names of the base's layers.
+        task_type: of adapter_config.json.
+        excluded: exclude_modules, "" if there are none.
+        layers: layers_to_transform, None if it is not set.
+    """
+    names = () if isinstance(targets, str) else targets
+    shown = _quoted((targets,) if isinstance(targets, str) else names)
+    heads = sorted(name for name in names if name.rpartition(".")[2] in _HEADS)
+    if heads and task_type in _SAVED_BY_TASK:
+        return TARGETS_NOT_FOUND.finding(
+            f"target_modules {shown} leaves nothing to adapt: for task_type {task_type} PEFT trains "
+            f"{listing(heads)} whole (modules_to_save) instead of adapting it",
+            "name other layers in target_modules, or save the adapter without a task_type",
+        )
+    if not targets:
+        return TARGETS_NOT_FOUND.finding(
+            "target_modules in adapter_config.json is empty, and no target_parameters are named", RESTORE_CONFIG
+        )
+    but = f" that exclude_modules ({excluded[:100]}) leaves" if excluded else ""
+    but += f" in the layers of layers_to_transform ({layers[:100]})" if layers is not None else ""
+    by = ["exclude_modules"] * bool(excluded) + ["layers_to_transform"] * (layers is not None)
+    return TARGETS_NOT_FOUND.finding(
+        f"target_modules {shown} match no module of the base{but}; the base's layers are {listing(of_base, 12)}",
+        _misread(targets, of_base)
+        or _narrowed(names, of_base, by)
+        or f"check that this is the adapter's base; {_renamed('the layers')}",
     )
 
 
-def _is_proved(case: FileCase, layer: UnreadLayer) -> bool:
-    """Whether no release has called the layer, what the model is for depends on it, and no training made its delta."""
-    config = case.files.config
-    made_elsewhere = config.peft_type in EXTRACTED and config.init_lora_weights is None  # init_lora_weights: false
-    return layer.never_called and layer.in_logits and layer.share > UNREAD_SHARE and not made_elsewhere
-
-
-@Check(
-    id="base-mismatch",
-    severity=WARNING,
-    summary="adapter_config.json names another base or revision than the one used.",
-    symptom=Symptom.WRONG_PAIR,
-    failure=FailureKind.UNEXPECTED,
-    of_files=lambda case: _names_another_base(case, case.spec.base.revision),
-).on_merge
-def base_mismatch(case: MergeCase) -> Iterator[Finding]:
-    yield from _class_mismatch(case)
-    yield from _names_another_base(case, case.evidence.base.revision)
-
-
-def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
-    """`got` is the revision of the base, as far as it is known."""
-    named, used = case.files.config.base_name, case.spec.base.model
-    if not named or used is None:
-        return
-    yield from _other_name(case, named, case.spec.base.label or used)
-    revision = case.files.config.base_revision
-    if revision and got and revision not in {got, case.spec.base.revision}:
-        yield base_mismatch.finding(
-            f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
-            f"set base.revision to {revision!r}, or release with the revision that the gate used",
-            Origin.CONFIG,
+def _misread(targets: str | tuple[str, ...], of_base: tuple[str, ...]) -> str:
+    """The hint if PEFT reads target_modules differently than its author meant; else empty."""
+    if isinstance(targets, str):
+        parts = re.split(r"[\s,|]+", targets)
+        return (
+            "a text in target_modules is one regular expression, which has to match a layer's whole name: write a list "
+            "of names"
+            if any(name in parts for name in of_base)
+            else ""
         )
+    if any(set("*\\()[]|^$") & set(name) for name in targets):
+        return "in a list, target_modules are plain names, no regular expressions: write the expression as a text"
+    return ""
 
 
-def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
-    """Names are compared by their last parts. A met `expect.base` settles the question."""
-    base, expect = case.spec.base, case.spec.expect
-    known = {_last(name) for name in (label, base.model or label, *base.names)}
-    if _last(named) in known or (expect is not None and expect.base == named):
-        return
-    names = f"adapter_config.json names base {named!r}"
-    if not could_be_hub_id(named, is_base=True):
-        yield base_mismatch.finding(
-            f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
-            "a path does not say which weights it held: make sure that these are the same",
-            Origin.CONFIG,
-            severity=NOTE,
+def _narrowed(names: tuple[str, ...], of_base: tuple[str, ...], by: list[str]) -> str:
+    """The hint if the base has these names and the settings `by` exclude them; else empty."""
+    are_there = bool(names) and all(name.rpartition(".")[2] in of_base for name in names)
+    return (
+        f"look at {' and '.join(by)} in adapter_config.json: the base has layers of these names"
+        if by and are_there
+        else ""
+    )
+
+
+def parameters_not_found(targets: tuple[str, ...], of_base: tuple[str, ...]) -> Finding:
+    """target_parameters match no parameter of the base; `of_base` are the ends of the names that it has."""
+    return TARGETS_NOT_FOUND.finding(
+        f"target_parameters {_quoted(targets)} match no parameter of the base, and no target_modules are named; the "
+        f"base's parameters are {listing(of_base, 12)}",
+        "check that this is the adapter's base; target_parameters are the ends of names of parameters, such as "
+        f"mlp.experts.gate_up_proj; {_renamed('those')}",
+    )
+
+
+def _renamed(what: str) -> str:
+    return (
+        f"transformers 5 renamed {what} of some architectures: then gate the adapter with the version that it was "
+        "trained with"
+    )
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return listing((quoted(name, 300, "'") for name in names), 12)
+
+
+# --- its tensors -----------------------------------------------------------------------------------------------------
+
+
+def tensors_missing(names: tuple[str, ...], trained_whole: str | None = None) -> Finding:
+    """The file lacks tensors that PEFT loads; `trained_whole` is modules_to_save, if these tensors are its modules."""
+    return keys_missing.finding(
+        f"adapter_config.json promises fully trained modules (modules_to_save {trained_whole} or trainable tokens), "
+        f"but the file lacks {listing(names, 6)}"
+        if trained_whole
+        else f"the file lacks {listing(names, 6)}, which adapter_config.json promises",
+        "save the adapter again with save_pretrained, and check that the upload was complete",
+        tensor=names[0],
+    )
+
+
+def shape_clash(
+    *,
+    name: str,
+    got: tuple[int, ...],
+    expected: tuple[int, ...],
+    others: int = 0,
+    trained_whole: bool = False,
+    of_tokens: bool = False,
+) -> Finding:
+    """A tensor has another shape than config and base need; `others` more tensors do not fit either.
+
+    `trained_whole`: it replaces a tensor of the base. `of_tokens`: it has a row for each trained token.
+    """
+    if of_tokens:
+        hint = (
+            "one row for each token: trainable_token_indices in adapter_config.json is not that of the training, or "
+            "this is not the adapter's base"
         )
-    elif any(_last(named) == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
-        yield base_mismatch.finding(
-            f"{names}, a copy in 4 bits of {label!r}, the base of this run",
-            "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit "
-            "(--quantization bnb-4bit)",
-            Origin.CONFIG,
-            severity=NOTE,
+    elif 0 in got or len(got) < len(expected):
+        hint = "the tensor was saved unsharded-empty by ZeRO-3 or FSDP: gather the parameters before save_pretrained"
+    elif trained_whole:
+        hint = "this is not the adapter's base, or one with another vocabulary or number of labels than in training"
+    elif len(got) == len(expected) == 2 and (got[0] != expected[0]) != (got[1] != expected[1]):  # noqa: PLR2004 - factors
+        hint = (
+            "either r or rank_pattern in adapter_config.json is not the rank it was trained with, or this is not the "
+            "adapter's base"
         )
     else:
-        yield base_mismatch.finding(
-            f"{names}, but the base of this run is {label!r}",
-            f"if both are the same weights, list {named!r} under `base.names` in {A_FILE}; else name the right base",
-            Origin.CONFIG,
-        )
-
-
-def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
-    evidence = case.evidence
-    if evidence.instead_of is not None:
-        yield base_mismatch.finding(
-            f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
-            f"adapter's tensors have the names of {evidence.base.loaded_as}: the gate merged it into that class",
-            f"load the base as {evidence.base.loaded_as} to serve it: {evidence.instead_of} would load none of its "
-            "tensors; save it with the task_type of the model that it was trained on",
-            Origin.CONFIG,
-        )
-
-
-def _last(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
-
-
-_QUANTIZED_COPIES = ("-bnb-4bit", "-unsloth-bnb-4bit")
-"""The ends of the names that unsloth gives to its copies of a base."""
-
-_IN_CONFIG = {"base": "base_name"}
-"""What is expected under another name than its field of `AdapterConfig`."""
-
-
-@Check(
-    id="expectation-failed",
-    severity=ERROR,
-    summary="A fact stated under expect does not match the adapter, or base.sha256 does not match the base.",
-    symptom=Symptom.WRONG_PAIR,
-    failure=FailureKind.UNEXPECTED,
-    allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
-    allows_loading=True,  # it is about the base's bytes, or about facts that PEFT reads safely
-).on_files
-def expectation_failed(case: FileCase) -> Iterator[Finding]:
-    expect = case.spec.expect
-    if expect is None:
-        return
-    for key in (field.name for field in fields(Expect) if field.name != "sha256"):
-        wanted, got = getattr(expect, key), getattr(case.files.config, _IN_CONFIG.get(key, key))
-        if wanted is not None and wanted != got:
-            stated = "has no value" if got is None else f"has {_plain(got)}"
-            yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {stated}")
-    digests = {file.path: file.sha256 for file in case.files.files}
-    for path, wanted in expect.sha256:
-        got = digests.get(path)
-        if got is None:
-            yield _not_so(f"expect.sha256 names {path}, but the adapter has no such file")
-        elif got != wanted.lower():
-            yield _not_so(f"expect.sha256 of {path} is {wanted}, but the file's is {got}")
-
-
-def other_base(spec: BaseSpec, got: Mapping[str, str]) -> Iterator[Finding]:
-    """The findings of a base that is not the pinned one. `got` has the digests of its files, and of all its weights."""
-    name = quoted(spec.label or spec.model or "", 200)
-    for path, wanted in spec.sha256:
-        what = "its weights" if path == ALL_WEIGHTS else quoted(path, 200)
-        stated = f"has the digest {got[path]}" if path in got else "is no file of it"
-        if got.get(path) != wanted:
-            yield expectation_failed.finding(
-                f"the base {name} is not the pinned one: base.sha256 of {what} is {wanted}, but {what} {stated}",
-                "restore the base that was reviewed, or review this one and pin its digest",
-                Origin.BASE,
-            )
-
-
-def _plain(value: str | float) -> str:
-    short = f"{value:g}" if isinstance(value, int | float) else ""
-    return short if short and float(short) == value else repr(value)
-
-
-def _not_so(message: str) -> Finding:
-    return expectation_failed.finding(
-        message,
-        "this may be the wrong adapter, or an edited one: find out which before you change the expectation",
-        Origin.CONFIG,
+        hint = "this is not the base that the adapter was trained on"
+    does = "does" if others == 1 else "do"
+    more = f"; {counted(others, 'more tensor')} {does} not fit either" if others else ""
+    return SHAPE_MISMATCH.finding(
+        f"{name} has shape {list(got)}, but config and base need {list(expected)}{more}",
+        hint,
+        module=module_of(name),
+        tensor=name,
     )
+
+
+REFUSALS: tuple[Callable[..., Finding], ...] = (targets_not_found, parameters_not_found, tensors_missing, shape_clash)

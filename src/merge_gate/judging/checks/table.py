@@ -10,53 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from merge_gate.judging.checks import base_checks, effect, file_checks, finite, fit
+from merge_gate.judging.checks import base_checks, effect, expectations, file_checks, finite, fit, not_mergeable
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.config import CheckSetting
-from merge_gate.records.terms import Severity, record
-
-NOT_JUDGED, NOT_PUBLISHED = "not-judged", "not-published"
-STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
-PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
-
-
-@record
-class FindingKind:
-    """A kind of finding that is not a check: nothing is measured for it, and it has no setting."""
-
-    severity: Severity
-    summary: str
-
-
-WITHOUT_SETTING: Mapping[str, FindingKind] = MappingProxyType(
-    {
-        NOT_JUDGED: FindingKind(
-            severity=Severity.ERROR, summary="The adapter could not be judged, so it is not cleared."
-        ),
-        NOT_PUBLISHED: FindingKind(
-            severity=Severity.ERROR, summary="The adapter passed, and its merged model could not be published."
-        ),
-        STOP_TOKENS: FindingKind(
-            severity=Severity.WARNING, summary="The files of a published model name different stop tokens."
-        ),
-        TOKENIZER_SIZE: FindingKind(
-            severity=Severity.WARNING,
-            summary="The tokenizer of a published model has an id that the embedding has no row for.",
-        ),
-        PUBLISHED_FILES: FindingKind(
-            severity=Severity.NOTE, summary="Some files of the base or the adapter were not published."
-        ),
-        EARLIER_MODEL: FindingKind(
-            severity=Severity.WARNING, summary="The model of an earlier run has the name of one that was not published."
-        ),
-    }
-)
-"""The findings without a setting, by their id."""
 
 CHECKS: Mapping[str, Check] = MappingProxyType(
     {
         row.id: row
-        for module in (base_checks, file_checks, fit, finite, effect)
+        for module in (base_checks, file_checks, fit, not_mergeable, expectations, finite, effect)
         for row in vars(module).values()
         if isinstance(row, Check)
     }

@@ -15,8 +15,8 @@ import posixpath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, WITHOUT_SETTING, FindingKind
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING, FindingKind
 from merge_gate.judging.pages import page_of
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME

@@ -10,9 +10,8 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from merge_gate.judging.answer_kinds import ANSWERS, ATTESTED
 from merge_gate.judging.checks import effect, finite
-from merge_gate.judging.checks.table import NOT_PUBLISHED
+from merge_gate.judging.kinds import ANSWERS, ATTESTED, NOT_PUBLISHED
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.check import FOLLOWS
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS
+from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.judging.pages import EXPLAINED, page_of
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line

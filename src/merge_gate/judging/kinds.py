@@ -1,6 +1,7 @@
-"""The kinds of answers of `merge-gate verify`: id, sentence, and hint of each.
+"""The kinds of findings that are no checks: nothing configures them. Id, severity, sentence, and hint of each.
 
-In: answer_kinds.csv. Out: `ANSWERS`, in the order in which they decide: the first kind that is found is the cause.
+In: kinds.csv. Out: `WITHOUT_SETTING`, of a run, and `ANSWERS`, of `merge-gate verify`, in the order in which they
+decide: the first kind that is found is the cause.
 """
 
 from __future__ import annotations
@@ -17,37 +18,45 @@ from merge_gate.records.terms import Finding, Origin, Severity, record
 
 
 @record
-class AnswerKind:
-    """One answer.
+class FindingKind:
+    """One kind.
 
     Attributes:
         id: its name in the report, for `--allow`, and for `merge-gate explain`.
-        phrase: what a headline says of the model: "the model …".
-        summary: when this answer is given.
+        severity: that of its findings. An answer that is a note is good: the model is what it should be.
+        phrase: what a headline says of the model: "the model …"; empty for a finding of a run.
+        summary: when it is given.
         hint: what to do about it; empty for a good answer.
-        is_good: whether the model is what it should be.
     """
 
     id: str
+    severity: Severity
     phrase: str
     summary: str
     hint: str
-    is_good: bool
+
+    @property
+    def is_good(self) -> bool:
+        return self.severity is Severity.NOTE
 
 
+NOT_PUBLISHED = "not-published"
+STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
+PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
 ATTESTATION, ATTESTED = "attestation", "attested"
 BROKEN_FILES, OTHER_ARCHITECTURE = "broken-files", "other-architecture"
 
 
-def _rows() -> Iterator[tuple[str, AnswerKind]]:
+def _rows(*, is_answer: bool) -> Iterator[tuple[str, FindingKind]]:
     with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as table:
         for row in csv.DictReader(table):
-            fields: dict[str, Any] = row | {"is_good": bool(row["is_good"])}
-            yield row["id"], AnswerKind(**fields)
+            fields: dict[str, Any] = row | {"severity": Severity(row["severity"])}
+            if bool(row["phrase"]) is is_answer:
+                yield row["id"], FindingKind(**fields)
 
 
-ANSWERS: Mapping[str, AnswerKind] = MappingProxyType(dict(_rows()))
-"""Every kind by its id."""
+WITHOUT_SETTING: Mapping[str, FindingKind] = MappingProxyType(dict(_rows(is_answer=False)))
+ANSWERS: Mapping[str, FindingKind] = MappingProxyType(dict(_rows(is_answer=True)))
 
 _NEVER_ALLOWED = {ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, "wrong-base"}
 ALLOWED = tuple(row.id for row in ANSWERS.values() if not row.is_good and row.id not in _NEVER_ALLOWED)
@@ -61,7 +70,7 @@ def finding(kind: str, message: str, *, tensor: str | None = None, hint: str = "
     row = ANSWERS[kind]
     return Finding(
         check=kind,
-        severity=Severity.NOTE if row.is_good else Severity.ERROR,
+        severity=row.severity,
         message=message,
         hint=hint or row.hint,
         tensor=tensor,

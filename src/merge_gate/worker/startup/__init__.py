@@ -1,1 +1,0 @@
-"""A faster start of the worker process."""
