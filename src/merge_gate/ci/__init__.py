@@ -1,0 +1,1 @@
+"""Tells CI systems about a run, in the environment of the gate."""
