@@ -29,6 +29,7 @@ from merge_gate.on_ray import ray_cluster, ray_task
 from merge_gate.on_ray.job import judge_on_ray, run_on
 from merge_gate.on_ray.ray_cluster import LostError, Resources
 from merge_gate.on_ray.ray_task import MAX_BATCH, Expected, RayPart, run_part
+from merge_gate.records.files import BaseFiles
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
@@ -46,6 +47,7 @@ from merge_gate.worker.protocol import (
     Task,
     Undecided,
 )
+from tests.support.engine.base_headers import base_files
 from tests.support.faults import poison
 from tests.support.wording import Wording
 
@@ -66,6 +68,7 @@ def job(*groups: int, device: str = "auto") -> Job:
             Group(
                 base=BaseKey(model=f"base{number}", revision=None, dtype="float32", quantization="none"),
                 directory=f"/nowhere/{number}",
+                files=BaseFiles(directory=f"/nowhere/{number}"),
                 tasks=tuple(Task(index=first + index, files=()) for index in range(tasks)),
             )
         )
@@ -310,6 +313,7 @@ def part(shelf: Shelf, tmp_path: Path) -> RayPart:
     group = Group(
         base=BaseKey(model="./base", revision=None, dtype="float32", quantization="none"),
         directory=str(base),
+        files=base_files(base),
         tasks=(Task(index=7, files=(files,)),),
     )
     digest = digest_directory(str(base), base_weight_files(str(base)))

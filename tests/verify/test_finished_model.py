@@ -19,6 +19,7 @@ from merge_gate.files.base_files import read_base
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import one_thread
 from tests.support.verify.merges import RIGHT, WRONG, Scene
 
@@ -42,8 +43,8 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         read_base(str(merged), name="m"),
         read_base(str(base), name="b"),
     )
-    model_class = model_class_for(str(base), files)
-    account = account_for(str(base), model_class, "b")
+    model_class = model_class_for(str(base), files, stored_tensors(base))
+    account = account_for(str(base), model_class, "b", stored_tensors(base))
     with LocalFeed(str(base)) as base_feed, LocalFeed(str(merged)) as feed:
         source = source_of(
             str(base),

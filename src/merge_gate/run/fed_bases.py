@@ -147,11 +147,10 @@ class FedBases:
         """`always`: the base is read in a pass, whatever its size."""
         if group.directory in self._streamed:
             return replace(group, one_pass=True, fed=True)
-        weights, size_bytes = (group.files.weights, group.files.weight_bytes) if group.files is not None else ((), 0)
-        note = too_large(group.base.name, size_bytes, MemoryGroup().free_bytes())
+        note = too_large(group.base.name, group.files.weight_bytes, MemoryGroup().free_bytes())
         if note is not None:
             self._notify(note)
-        is_network = is_on_network([Path(group.directory, name) for name in weights])
+        is_network = is_on_network([Path(group.directory, name) for name in group.files.weights])
         is_fed = (note is not None or is_network) and not self._is_remote
         if not is_fed:
             self._watch.start(group.directory)

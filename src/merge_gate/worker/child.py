@@ -246,7 +246,9 @@ def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[_ToLoad], list[U
     for position, group in groups.items():
         for task in group.tasks:
             try:
-                model_class = model_class_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+                model_class = model_class_for(
+                    group.directory, task.files[0], group.files.tensors, trust_remote_code=job.trust_remote_code
+                )
             except Exception as error:
                 undecided.append(Undecided(task=task.index, refusal=_refusal(error, group)))
                 continue

@@ -65,7 +65,9 @@ class MappedBases:
         from merge_gate.engine.base.accounting import account_for  # noqa: PLC0415 - imports torch
 
         if model_class not in self._accounts:
-            self._accounts[model_class] = account_for(group.directory, model_class, group.base.name, group.files)
+            self._accounts[model_class] = account_for(
+                group.directory, model_class, group.base.name, group.files.tensors
+            )
         return self._accounts[model_class]
 
     def serves(self, group: Group) -> bool:
@@ -170,7 +172,7 @@ class GroupBases:
         if base is not None:
             _reuse(base, self._figures)
             return base
-        if group.fed and (group.base.is_quantized or _is_streamed(group)):
+        if group.fed and (group.base.is_quantized or group.files.is_streamed):
             base, why_not = _from_feed(group, model_class, self.job, self.feed, why_not)
         base = base or self.mapped.cast(model_class, group, self._identity, self.job)
         base = base or _load(group, model_class, self.job, why_not)
@@ -187,7 +189,7 @@ class GroupBases:
         return PublicationSinks(
             base=loaded.base,
             model_class=loaded.model_class,
-            stored=group.files.tensors if group.files is not None else (),
+            stored=group.files.tensors,
             feed=self.feed,
             connection=self.connection,
         )
@@ -199,19 +201,16 @@ class GroupBases:
             EngineError: the finished model's files changed meanwhile.
         """
         from merge_gate.engine import finished_model  # noqa: PLC0415 - imports torch and PEFT
-        from merge_gate.engine.base.tensor_map import stored_tensors  # noqa: PLC0415 - imports torch
 
         snapshot, group = task.compares, loaded.group
-        assert snapshot is not None  # noqa: S101 - the caller has looked
+        assert snapshot is not None and snapshot.base_files is not None  # noqa: S101, PT018 - the caller has looked
         account = self.mapped.account(loaded.model_class, group)
-        stored = (group.files.tensors if group.files is not None else ()) or stored_tensors(group.directory)
-        own = finished_model.Files(directory=group.directory, stored=stored, feed=self.feed)
+        own = finished_model.Files(directory=group.directory, stored=group.files.tensors, feed=self.feed)
         with pinned_directory(snapshot.directory) as directory, LocalFeed(directory, keep=False) as local:
             identity, feed = base_identity(directory), self._feed_of(snapshot) or local
-            found = snapshot.base_files.tensors if snapshot.base_files is not None else ()
             files = finished_model.Files(
                 directory=directory,
-                stored=found or stored_tensors(directory),
+                stored=snapshot.base_files.tensors,
                 feed=feed,
                 is_streamed=feed is not local,
                 settings=task.settings,
@@ -251,14 +250,13 @@ def _skeleton(group: Group, model_class: ModelClass, job: Job, feed: Feed) -> tu
     """A base without memory, if its files must not be mapped, or are larger than the memory; or why it is none."""
     from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
     from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of  # noqa: PLC0415 - imports torch
-    from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors  # noqa: PLC0415 - imports torch
+    from merge_gate.engine.base.tensor_map import NoMapError  # noqa: PLC0415 - imports torch
 
     if not group.fed and not (group.one_pass and job.device == "cpu"):
         return None, ""
     source = bases.source_of(group.directory, **_how_to_load(group, job))
     try:
-        stored = group.files.tensors if group.files is not None else ()
-        return skeleton_of(source, model_class, stored or stored_tensors(group.directory), feed), ""
+        return skeleton_of(source, model_class, group.files.tensors, feed), ""
     except (NoSkeletonError, NoMapError) as error:
         return None, str(error) or type(error).__name__
 
@@ -268,15 +266,13 @@ def _from_feed(group: Group, model_class: ModelClass, job: Job, feed: Feed, why_
     from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
     from merge_gate.engine.base.load_from_feed import load_from_feed  # noqa: PLC0415 - imports torch
     from merge_gate.engine.base.skeleton import NoSkeletonError  # noqa: PLC0415 - imports torch
-    from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors  # noqa: PLC0415 - imports torch
+    from merge_gate.engine.base.tensor_map import NoMapError  # noqa: PLC0415 - imports torch
 
     give_back()
     source = bases.source_of(group.directory, **_how_to_load(group, job))
-    stored = group.files.tensors if group.files is not None else ()
+    free_bytes = MemoryGroup().free_bytes()
     try:
-        stored = stored or stored_tensors(group.directory)
-        free_bytes = MemoryGroup().free_bytes()
-        return load_from_feed(source, model_class, stored, feed, free_bytes=free_bytes), why_not
+        return load_from_feed(source, model_class, group.files.tensors, feed, free_bytes=free_bytes), why_not
     except (NoSkeletonError, NoMapError) as error:
         return None, str(error) or why_not
 
@@ -317,17 +313,13 @@ def _as_published(base: Base, group: Group) -> Base:
     return bases.dequantized_base(base, group.plain_dtype)
 
 
-def _is_streamed(group: Group) -> bool:
-    return group.files is not None and group.files.is_streamed
-
-
 def _refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
     """The weight files of a streamed base are stubs, with headers and without values. Nothing may load them.
 
     Raises:
         EngineError: the base is streamed.
     """
-    if group.files is not None and group.files.is_streamed:
+    if group.files.is_streamed:
         stored, free = gibibytes(group.files.weight_bytes), gibibytes(MemoryGroup().free_bytes() or 0)
         reason = f" ({why_not})" if why_not else ""
         raise EngineError(

@@ -22,6 +22,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.terms import Quantization
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +38,7 @@ def made(name: str, root: Path, dtype: str, quantization: Quantization) -> tuple
         model = methods.load_base(case.base, base)
         methods.save_adapter(case, model, root / "adapter", base_directory=base)
     files = preflight(str(root / "adapter"), allow_pickle=False)
-    model_class = model_class_for(str(base), files)
+    model_class = model_class_for(str(base), files, stored_tensors(base))
     return load_base(str(base), model_class=model_class, label="base", dtype="auto", quantization=quantization), files
 
 

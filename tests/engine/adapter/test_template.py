@@ -18,6 +18,7 @@ from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Quantization
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.merges import merge_adapter
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def read(directory: Path) -> AdapterFiles:
 
 
 def loaded(root: Path) -> Base:
-    model_class = model_class_for(str(root / "base"), read(root / "saved"))
+    model_class = model_class_for(str(root / "base"), read(root / "saved"), stored_tensors(root / "base"))
     return load_base(
         str(root / "base"), model_class=model_class, label="base", dtype="auto", quantization=Quantization.NONE
     )

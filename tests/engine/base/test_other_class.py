@@ -17,6 +17,7 @@ from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.child import _judge_groups
 from merge_gate.worker.group_bases import MappedBases
 from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Group, Job, Merged, Task
+from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import merge_adapter
 from tests.support.merged import kept
 from tests.support.models import among_transformers, save_adapter
@@ -124,6 +125,7 @@ def fleet(shelf: Shelf, directory: Path) -> Group:
     return Group(
         base=BaseKey(model="gpt2", revision=None, dtype="bfloat16", quantization="none"),
         directory=str(shelf.base("gpt2")),
+        files=base_files(shelf.base("gpt2")),
         tasks=tasks,
     )
 

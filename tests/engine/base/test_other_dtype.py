@@ -27,6 +27,7 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, Event, Group, Job, Merged, Task
 from tests.support import methods
+from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.merges import merge_adapter
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, among_transformers
@@ -117,7 +118,7 @@ def test_every_kind_of_lora_comes_to_the_same(name: str, shelf: Shelf) -> None:
     dtype = "float16"
     directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
     files = preflight(str(adapter), allow_pickle=True)
-    model_class = model_class_for(str(directory), files)
+    model_class = model_class_for(str(directory), files, stored_tensors(directory))
     known = load_base(str(directory), model_class=model_class, label="base")
     cast = in_another_dtype(known, model_class, str(directory), dtype)
     if VARIANTS[name].base == "mixtral":
@@ -292,6 +293,7 @@ def run(base: Path, adapter: Path, dtypes: tuple[str, ...]) -> list[Event]:
         Group(
             base=BaseKey(model="base", revision=None, dtype=dtype, quantization="none"),
             directory=str(base),
+            files=base_files(base),
             tasks=(Task(index=index, files=(files,)),),
         )
         for index, dtype in enumerate(dtypes)
@@ -308,6 +310,7 @@ def test_files_that_changed_in_between_are_loaded_again(shelf: Shelf, tmp_path: 
         Group(
             base=BaseKey(model="llama", revision=None, dtype=dtype, quantization="none"),
             directory=str(directory),
+            files=base_files(directory),
             tasks=(Task(index=index, files=(files,)),),
         )
         for index, dtype in enumerate(("bfloat16", "float16"))

@@ -15,13 +15,13 @@ from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.errors import Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.models import among_transformers
 
@@ -40,9 +40,7 @@ LLAMA = "LlamaForCausalLM"
 def made(directory: Path, class_name: str = LLAMA, dtype: str = "auto", feed: LocalFeed | None = None) -> Base:
     feed = feed or LocalFeed(str(directory))
     with methods.quiet():
-        return skeleton_of(
-            source(directory, dtype), ModelClass(class_name=class_name), stored_tensors(str(directory)), feed
-        )
+        return skeleton_of(source(directory, dtype), ModelClass(class_name=class_name), stored_tensors(directory), feed)
 
 
 def loaded(directory: Path, class_name: str = LLAMA, dtype: str = "auto") -> Base:
@@ -174,7 +172,7 @@ def test_an_adapter_in_the_directory_is_refused_as_it_is_by_a_load(shelf: Shelf,
 
 
 def test_a_base_that_is_quantized_or_has_another_loader_is_loaded(shelf: Shelf) -> None:
-    directory, stored = shelf.base("llama"), stored_tensors(str(shelf.base("llama")))
+    directory, stored = shelf.base("llama"), stored_tensors(shelf.base("llama"))
     feed = LocalFeed(str(directory))
     quantized = source(directory, quantization=Quantization.BNB_4BIT)
     with pytest.raises(NoSkeletonError, match="quantized"):
@@ -222,7 +220,7 @@ def test_a_header_that_changed_is_an_error(
     change: Callable[[dict[str, Any]], None], shelf: Shelf, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     assert stored_bytes(str(directory), stored)
     path = directory / "model.safetensors"
     raw = path.read_bytes()
@@ -237,7 +235,7 @@ def test_a_header_that_changed_is_an_error(
 
 def test_a_header_longer_than_its_file_is_an_error(shelf: Shelf, tmp_path: Path) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     path = directory / "model.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(ValueError, match="header"):

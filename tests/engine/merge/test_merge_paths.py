@@ -24,6 +24,7 @@ from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.merges import merge_adapter
 from tests.support.faults import configure, edit
 from tests.support.gating import Bench
@@ -46,7 +47,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def loaded(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
-    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    model_class = model_class_for(
+        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
+    )
     return load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 

@@ -20,6 +20,7 @@ from merge_gate.errors import Refused
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import Defect, KnownDefect
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.faults import configure
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ TOGETHER = (
 
 
 def base_for(directory: Path, adapter: Path, dtype: str) -> Base:
-    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    model_class = model_class_for(
+        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
+    )
     return load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 

@@ -20,6 +20,7 @@ from merge_gate.engine.merge.twin import Deltas, Twins
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import MEASURE_ALL, Evidence
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.merges import merge_adapter
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def made(case: methods.Case, root: Path) -> tuple[Path, Path]:
 
 
 def loaded_base(base: Path, adapter: Path) -> Base:
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
     return load_base(str(base), model_class=model_class, label="base")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,9 +25,9 @@ from safetensors import safe_open
 
 from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options, loads_as_usual
-from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
+from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, tensor_map
 from merge_gate.errors import Undecidable
-from merge_gate.records.files import AdapterFiles, BaseFiles
+from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import CodesForNumbers, ParametersNotStored, QuantizedWeightTorn, StoredTensorsLeftOut
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
@@ -73,8 +73,8 @@ class Account:
     map: TensorMap | None = None
 
 
-def account_for(directory: str, model_class: ModelClass, label: str, files: BaseFiles | None = None) -> Account:
-    """Account for a base on its headers, which `files` has if they were read before.
+def account_for(directory: str, model_class: ModelClass, label: str, stored: Sequence[StoredTensor]) -> Account:
+    """Account for a base on the headers of its weight files.
 
     Raises:
         Undecidable: its files contradict each other or config.json.
@@ -83,7 +83,6 @@ def account_for(directory: str, model_class: ModelClass, label: str, files: Base
     if transformers_class is None or not loads_as_usual(transformers_class):
         return Account()
     try:
-        stored = files.tensors if files is not None and files.tensors else stored_tensors(directory)
         found = tensor_map(transformers_class, directory, stored, **head_options(model_class))
     except NoMapError:
         return Account()
