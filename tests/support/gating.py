@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from merge_gate.engine.base import accounting
-from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_files, judge_merge, measure_options
@@ -28,6 +27,7 @@ from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
 from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter, merge_combination
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Gate:
         key = (str(directory), dtype, quantization, model_class)
         if key not in self.loaded:
             account = accounting.account_for(str(directory), model_class, directory.name, stored_tensors(directory))
-            loaded = bases.load_base(
+            loaded = load_local(
                 str(directory), model_class=model_class, label=directory.name, dtype=dtype, quantization=quantization
             )
             accounting.settle(loaded, account, str(directory))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker.group_bases import is_same_base, rounds
+from merge_gate.worker.child import is_same_base, rounds
 from merge_gate.worker.protocol import Group, Task
 
 

@@ -37,10 +37,17 @@ SLICE = ("bert", "chinese_clip", "gpt2", "llama", "marian", "mixtral", "phimoe",
 LLAMA = "LlamaForCausalLM"
 
 
-def made(directory: Path, class_name: str = LLAMA, dtype: str = "auto", feed: LocalFeed | None = None) -> Base:
-    feed = feed or LocalFeed(str(directory))
+def made(
+    directory: Path,
+    class_name: str = LLAMA,
+    dtype: str = "auto",
+    feed: LocalFeed | None = None,
+    *,
+    is_mapped: bool = False,
+) -> Base:
+    feed, model_class = feed or LocalFeed(str(directory)), ModelClass(class_name=class_name)
     with methods.quiet():
-        return skeleton_of(source(directory, dtype), ModelClass(class_name=class_name), stored_tensors(directory), feed)
+        return skeleton_of(source(directory, dtype), model_class, stored_tensors(directory), feed, is_mapped=is_mapped)
 
 
 def loaded(directory: Path, class_name: str = LLAMA, dtype: str = "auto") -> Base:
@@ -58,11 +65,12 @@ def differing(base: Base, real: Base) -> list[str]:
     return wrong
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("model_type", SLICE)
-def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, tmp_path: Path) -> None:
+def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, is_mapped: bool, tmp_path: Path) -> None:
     class_name = architectures.build(model_type, tmp_path).model_class.__name__
     for dtype in ("auto", "float16"):
-        base, real = made(tmp_path, class_name, dtype), loaded(tmp_path, class_name, dtype)
+        base, real = made(tmp_path, class_name, dtype, is_mapped=is_mapped), loaded(tmp_path, class_name, dtype)
         assert differing(base, real) == []
         assert not base.was_misread()
         for name in base.unmeasured():
@@ -129,12 +137,16 @@ class Replaces(transformers.LlamaForCausalLM):  # type: ignore[misc]
         self.model.norm.weight = torch.nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
 
 
-def test_a_weight_that_the_class_changes_is_changed(shelf: Shelf) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
+def test_a_weight_that_the_class_changes_is_changed(is_mapped: bool, dtype: str, shelf: Shelf) -> None:
+    directory = shelf.base("llama")
     with among_transformers(Scaled) as name:
-        base, real = made(shelf.base("llama"), name), loaded(shelf.base("llama"), name)
+        base, real = made(directory, name, dtype, is_mapped=is_mapped), loaded(directory, name, dtype)
         assert differing(base, real) == []
-    assert base.hollow is not None
-    assert 0 < base.hollow.kept_bytes() < 10_000
+    assert base.mapped == {}, "no figures of a changed tensor are those of its bytes"
+    assert (base.hollow is None) == (is_mapped and dtype == "auto")
+    assert base.hollow is None or 0 < base.hollow.kept_bytes() < 10_000
 
 
 @pytest.mark.parametrize(("model_class", "words"), [(ReadsAll, "too many"), (Replaces, "model.norm.weight")])
@@ -146,9 +158,10 @@ def test_a_class_that_needs_its_values_is_loaded(
         made(shelf.base("llama"), name)
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
-    factor: float, shelf: Shelf, tmp_path: Path
+    factor: float, is_mapped: bool, shelf: Shelf, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
     config = json.loads((directory / "config.json").read_text())
@@ -156,7 +169,7 @@ def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    base, real = made(directory), loaded(directory)
+    base, real = made(directory, is_mapped=is_mapped), loaded(directory)
     assert ("lm_head.weight" in real.tensors) == (factor != 1)
     assert differing(base, real) == []
     assert base.aliases == real.aliases

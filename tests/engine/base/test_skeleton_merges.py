@@ -73,11 +73,11 @@ METHODS_IN_SLICE = (
 )  # fmt: skip
 
 
-def bases(directory: Path, model_class: ModelClass, dtype: str) -> tuple[Base, Base]:
+def bases(directory: Path, model_class: ModelClass, dtype: str, *, is_mapped: bool = False) -> tuple[Base, Base]:
     """The skeleton, and the loaded base."""
     feed, stored = LocalFeed(str(directory)), stored_tensors(directory)
     with methods.quiet():
-        ours = skeleton_of(source(directory, dtype), model_class, stored, feed)
+        ours = skeleton_of(source(directory, dtype), model_class, stored, feed, is_mapped=is_mapped)
         return ours, load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 
@@ -103,21 +103,23 @@ def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
     assert ours.stats == theirs.stats
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("name", VARIANTS_IN_SLICE)
-def test_a_variant_of_lora_comes_to_the_same(name: str, shelf: Shelf) -> None:
+def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: Shelf) -> None:
     directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
     model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=True), stored_tensors(directory))
-    assert_same(*bases(directory, model_class, "bfloat16"), adapter)
+    assert_same(*bases(directory, model_class, "bfloat16", is_mapped=is_mapped), adapter)
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", METHODS_IN_SLICE)
-def test_a_method_comes_to_the_same(name: str, dtype: str, tmp_path: Path) -> None:
+def test_a_method_comes_to_the_same(name: str, dtype: str, is_mapped: bool, tmp_path: Path) -> None:
     case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "a"
     methods.save_base(case.base, base)
     methods.save_adapter(case, methods.load_base(case.base, base), adapter, base_directory=base)
     model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True), stored_tensors(base))
-    assert_same(*bases(base, model_class, dtype), adapter)
+    assert_same(*bases(base, model_class, dtype, is_mapped=is_mapped), adapter)
 
 
 # --- one pass ------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def account_for(directory: str, model_class: ModelClass, label: str, stored: Seq
     refuse_left_out(found, label)
     refuse_torn_groups(found, label)
     refuse_codes(found, label)
-    if type(found.model).__name__ not in _architectures(found.model, directory):
+    if type(found.model).__name__ not in _architectures(found.model):
         refuse_foreign_weights(found.model, found.missing, label)
     return Account(
         incomplete=own_missing(found.missing | _partly_stacked(found), found.model, directory),
@@ -277,7 +277,7 @@ def own_missing(missing: Iterable[str], model: Any, directory: str) -> tuple[str
 
 def _own_names(model: Any, directory: str) -> set[str] | None:
     """Names of the parameters of the class that config.json names; None if it names none that transformers has."""
-    named = next((name for name in _architectures(model, directory) if hasattr(transformers, name)), None)
+    named = next((name for name in _architectures(model) if hasattr(transformers, name)), None)
     if named is None:
         return None
     if named == type(model).__name__:
@@ -291,12 +291,9 @@ def _own_names(model: Any, directory: str) -> set[str] | None:
         return None
 
 
-def _architectures(model: Any, directory: str) -> tuple[str, ...]:
-    try:
-        config = type(model).config_class.from_pretrained(directory, local_files_only=True)
-    except Exception:
-        return ()
-    return tuple(name for name in config.architectures or () if isinstance(name, str))
+def _architectures(model: Any) -> tuple[str, ...]:
+    """The classes that config.json names."""
+    return tuple(name for name in model.config.architectures or () if isinstance(name, str))
 
 
 def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:

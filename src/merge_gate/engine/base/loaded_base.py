@@ -52,7 +52,7 @@ from merge_gate.errors import Undecidable
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import SourceError
+from merge_gate.sources.feed import FileSpan, SourceError
 
 if TYPE_CHECKING:
     from merge_gate.engine.base.direct_reads import DirectReads
@@ -109,9 +109,9 @@ class Base:
     layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`. `weights`
     brings them to `device` when they are needed.
 
-    Tensors in `hollow` have values only while they are `filled`. They are cast from another base (other_dtype.py), or
-    come from `feed` (skeleton.py). In the second case `stats` lacks a tensor until its values have passed by: use
-    `figures`, and read `facts` after `settle`. `recorded` names tensors whose figures an earlier run measured; a tensor
+    Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
+    their values have passed by: use `figures`, and read `facts` after `settle`. `mapped` names tensors that are the
+    bytes of a mapped file, with their places. `recorded` names tensors whose figures an earlier run measured; a tensor
     that is read is measured again.
     """
 
@@ -127,6 +127,7 @@ class Base:
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
+    mapped: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
@@ -246,10 +247,6 @@ class Base:
             order = {name: number for number, name in enumerate(self.tensors)}
             found = sorted((*self.facts.nonfinite, *others), key=lambda one: order.get(one.name, len(order)))
             self.facts = replace(self.facts, nonfinite=tuple(found))
-
-    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in memory. For a hollow tensor, that is the tensor that it is cast from."""
-        return tensor if self.hollow is None else self.hollow.source(tensor)
 
     def was_misread(self) -> bool:
         """Whether some code has read a tensor that had no values. The tensor has values from now on."""
@@ -480,9 +477,9 @@ def measure_base(
         model: the loaded model.
         source: where it comes from.
         loading: the names that did not fit.
-        known: the figures that another load has measured, by place.
-        hollow: the tensors of the model without values. If `known` lacks one, it is measured when it is filled.
-        feed: where their values come from, if it is not another base.
+        known: the figures that another class of the base has, by place.
+        hollow: the tensors of the model without values. They are measured when they are filled.
+        feed: where their values come from.
     """
     model.eval()
     model.requires_grad_(requires_grad=False)
