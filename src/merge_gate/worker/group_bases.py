@@ -7,13 +7,13 @@ use the engine; both run confined. Importing this module imports torch and PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.accounting import Account
-from merge_gate.engine.base.loaded_base import Base, ModelClass
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
 from merge_gate.engine.base.shared_reads import SharedReads
 from merge_gate.engine.base.skeleton import FiguresBySpan, NoSkeletonError, figures_by_span, skeleton_of
 from merge_gate.engine.base.tensor_map import NoMapError
@@ -98,26 +98,50 @@ class GroupBases:
         return loaded
 
     def _read(self, group: Group, model_class: ModelClass) -> Base:
-        base, why_not = self._skeleton(group, model_class)
+        source = bases.source_of(
+            group.directory,
+            label=group.base.name,
+            revision=group.base.revision,
+            dtype=group.base.dtype,
+            quantization=Quantization(group.base.quantization),
+            device=self.job.device,
+            trust_remote_code=self.job.trust_remote_code,
+            allow_pickle=self.job.allow_pickle,
+        )
+        base, why_not = self._skeleton(group, source, model_class)
         if base is None and group.fed and (group.base.is_quantized or group.files.is_streamed):
-            base, why_not = _from_feed(group, model_class, self.job, self.feed, why_not)
+            base, why_not = self._from_feed(group, source, model_class, why_not)
         if base is None:
-            base = _load(group, model_class, self.job, why_not)
+            refuse_stubs(group, model_class, why_not)
+            give_back()
+            base = bases.load_base(source, model_class)
         if group.in_passes:
             base.facts = replace(base.facts, no_skeleton=why_not.replace(group.directory, group.base.name))
         return base
 
-    def _skeleton(self, group: Group, model_class: ModelClass) -> tuple[Base | None, str]:
+    def _skeleton(self, group: Group, source: Source, model_class: ModelClass) -> tuple[Base | None, str]:
         """A base that takes no memory, or why it is none. A card gets it only if the parent reads the files."""
         if not group.fed and self.job.device != "cpu":
             return None, ""
-        source = bases.source_of(group.directory, **_how_to_load(group, self.job))
         is_mapped, known = not group.in_passes, self._figures
         try:
             base = skeleton_of(source, model_class, group.files.tensors, self.feed, is_mapped=is_mapped, known=known)
         except NoSkeletonError as error:
             return None, str(error) or type(error).__name__
         return base, ""
+
+    def _from_feed(
+        self, group: Group, source: Source, model_class: ModelClass, why_not: str
+    ) -> tuple[Base | None, str]:
+        """A base in memory, which no file is mapped for. None if only `from_pretrained` itself can load it, and why."""
+        from merge_gate.engine.base.load_from_feed import load_from_feed  # noqa: PLC0415 - few bases need it
+
+        give_back()
+        stored, free_bytes = group.files.tensors, MemoryGroup().free_bytes()
+        try:
+            return load_from_feed(source, model_class, stored, self.feed, free_bytes=free_bytes), why_not
+        except (NoSkeletonError, NoMapError) as error:
+            return None, str(error) or why_not
 
     def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
         """What publishes the merges into a base; None if none of them is published."""
@@ -178,38 +202,6 @@ class GroupBases:
         self._figures |= figures_by_span(base)
 
 
-def _from_feed(group: Group, model_class: ModelClass, job: Job, feed: Feed, why_not: str) -> tuple[Base | None, str]:
-    """A base in memory, which no file is mapped for. None if only `from_pretrained` itself can load it, and why."""
-    from merge_gate.engine.base.load_from_feed import load_from_feed  # noqa: PLC0415 - few bases need it
-
-    give_back()
-    source = bases.source_of(group.directory, **_how_to_load(group, job))
-    free_bytes = MemoryGroup().free_bytes()
-    try:
-        return load_from_feed(source, model_class, group.files.tensors, feed, free_bytes=free_bytes), why_not
-    except (NoSkeletonError, NoMapError) as error:
-        return None, str(error) or why_not
-
-
-def _load(group: Group, model_class: ModelClass, job: Job, why_not: str = "") -> Base:
-    """By `from_pretrained`. `why_not` says why the base is not filled from a feed."""
-    _refuse_stubs(group, model_class, why_not)
-    give_back()
-    return bases.load_base(group.directory, model_class=model_class, **_how_to_load(group, job))
-
-
-def _how_to_load(group: Group, job: Job) -> dict[str, Any]:
-    return {
-        "label": group.base.name,
-        "revision": group.base.revision,
-        "dtype": group.base.dtype,
-        "quantization": Quantization(group.base.quantization),
-        "device": job.device,
-        "trust_remote_code": job.trust_remote_code,
-        "allow_pickle": job.allow_pickle,
-    }
-
-
 def _as_published(base: Base, group: Group) -> Base:
     """A quantized base is published with plain weights, if all merges of the group are published in a named dtype."""
     if group.plain_dtype is None or base.hollow is not None:
@@ -217,7 +209,7 @@ def _as_published(base: Base, group: Group) -> Base:
     return bases.dequantized_base(base, group.plain_dtype)
 
 
-def _refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
+def refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
     """The weight files of a streamed base are stubs, with headers and without values. Nothing may load them.
 
     Raises:

@@ -144,13 +144,13 @@ def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_re
         revision=None,
         quantization=Quantization.NONE,
         device=torch.device("cpu"),
-        options={},
+        options={"dtype": "auto"},
     )
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
-    for dtype in ("auto", "float32", "float16"):
-        refuse_other_packing(model, source, dtype)
+    for dtype in ("auto", torch.float32, torch.float16):
+        refuse_other_packing(model, dataclasses.replace(source, options={"dtype": dtype}))
     with pytest.raises(Undecidable, match=r"LoadedOtherwise.*asked_dtype='bfloat16'"):
-        refuse_other_packing(model, source, "bfloat16")
+        refuse_other_packing(model, dataclasses.replace(source, options={"dtype": torch.bfloat16}))
 
 
 def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_r
         revision=None,
         quantization=Quantization.BNB_8BIT,
         device=torch.device("cpu"),
-        options={},
+        options={"dtype": "auto"},
     )
     with pytest.raises(Undecidable, match=r"LoadedOtherwise.*quantization='none'"):
-        refuse_other_packing(torch.nn.Linear(4, 4), source, "auto")
+        refuse_other_packing(torch.nn.Linear(4, 4), source)
 
 
 def test_a_quantization_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:

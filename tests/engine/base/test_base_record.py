@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge_together
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
@@ -25,6 +25,7 @@ from merge_gate.worker.protocol import BaseMeasured, Group, Job, Merged, Task, U
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 
 if TYPE_CHECKING:
     from pathlib import Path

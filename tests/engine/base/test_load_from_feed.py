@@ -12,7 +12,7 @@ from merge_gate.engine.base import load_from_feed as loading
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.load_from_feed import load_from_feed
-from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base, source_of
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, source_of
 from merge_gate.engine.base.skeleton import NoSkeletonError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
@@ -30,6 +30,7 @@ from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Und
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed
+from tests.support.engine.local_bases import load_base
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.base import loaded_base as bases
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import figures_by_span, skeleton_of
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.preflight import preflight
@@ -24,6 +24,7 @@ from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Job, Merged, Task
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 from tests.support.models import save_adapter
 
 if TYPE_CHECKING:

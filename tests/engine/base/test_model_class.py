@@ -13,7 +13,6 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from merge_gate.engine.base.loaded_base import load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.errors import Undecidable
 from merge_gate.files.preflight import preflight
@@ -21,6 +20,7 @@ from merge_gate.records.refusals import BaseShapeClash
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_base
 from tests.support.gating import Gate
 from tests.support.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
 

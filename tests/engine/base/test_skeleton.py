@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
@@ -23,6 +23,7 @@ from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 from tests.support.models import among_transformers
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from merge_gate.engine.adapter.template import parameters_of
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
@@ -52,6 +52,7 @@ from merge_gate.worker.protocol import (
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 from tests.support.faults import configure
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, read_tensors, write_tensors

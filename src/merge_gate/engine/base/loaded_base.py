@@ -97,6 +97,12 @@ class Source:
     options: Mapping[str, Any]
     dequantized: bool = False
 
+    @property
+    def dtype(self) -> str:
+        """The dtype that is asked for, or `auto`."""
+        dtype = self.options["dtype"]
+        return "auto" if dtype == "auto" else dtype_name(dtype)
+
 
 @dataclass(slots=True, kw_only=True)
 class Base:
@@ -282,42 +288,20 @@ def measure_in(module: nn.Module, tensor: torch.Tensor, name: str) -> tuple[Tens
     return (plain, *(measure(scale, f"{name}.{suffix}") for suffix, scale in scales(module, tensor)))
 
 
-def load_base(
-    directory: str,
-    *,
-    model_class: ModelClass,
-    label: str,
-    revision: str | None = None,
-    dtype: str = "auto",
-    quantization: Quantization = Quantization.NONE,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Base:
-    """Load a base from a directory, and measure every parameter and persistent buffer.
-
-    If the stored dtype is requested, transformers maps the weights into memory, and no anonymous memory is used.
+def load_base(source: Source, model_class: ModelClass) -> Base:
+    """Load a base by `from_pretrained`, and measure every parameter and persistent buffer.
 
     Raises:
         Undecidable: the base cannot be loaded, with the library's own reason.
     """
-    source = source_of(
-        directory,
-        label=label,
-        revision=revision,
-        dtype=dtype,
-        quantization=quantization,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    refuse_unknown_format(directory, label)
+    label = source.label
+    refuse_unknown_format(source.directory, label)
     transformers_class = getattr(transformers, model_class.class_name)
     try:
-        if quantization is Quantization.NONE:
+        if source.quantization is Quantization.NONE:
             dequantizing = dequantizing_options(_config(transformers_class, source))
             source = replace(source, options={**source.options, **dequantizing})
-        with quantizing(quantization):
+        with quantizing(source.quantization):
             model, loading = _from_pretrained(transformers_class, source, model_class)
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
@@ -325,7 +309,7 @@ def load_base(
         raise Undecidable(BaseRaised(base=label, error=caught(error), class_name=model_class.class_name)) from error
     refuse_mismatches(loading, label, model_class)
     refuse_foreign_weights(model, loading.newly_initialized, label)
-    refuse_other_packing(model, source, dtype)
+    refuse_other_packing(model, source)
     return measure_base(model, source, loading, known={})
 
 
@@ -342,12 +326,12 @@ def source_of(
     directory: str,
     *,
     label: str,
-    revision: str | None,
-    dtype: str,
-    quantization: Quantization,
-    device: str,
-    trust_remote_code: bool,
-    allow_pickle: bool,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: Quantization = Quantization.NONE,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Source:
     """The place of a base, with the arguments for `from_pretrained`."""
     options: dict[str, Any] = {

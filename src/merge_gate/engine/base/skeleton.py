@@ -141,9 +141,7 @@ def _made(
     most_bytes = max(LEAST_KEPT_BYTES, sum(one.span.end - one.span.start for one in spans.values()) // KEPT_SHARE)
     map_files = functools.partial(MappedFiles, source.directory, in_files)
     model, mapped = _loaded(transformers_class, found, hollow, map_files, loading, most_bytes=most_bytes)
-    refuse_other_packing(
-        model, source, "auto" if source.options["dtype"] == "auto" else dtype_name(source.options["dtype"])
-    )
+    refuse_other_packing(model, source)
     spans_by_place = {place_of(tensor): (in_files[name].span,) for name, tensor in mapped.unwritten().items()}
     keys = {place: (of_place, dtype_name(place[-1])) for place, of_place in spans_by_place.items()}
     figures = {place: known[key] for place, key in keys.items() if key in known}
