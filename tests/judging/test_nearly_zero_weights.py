@@ -17,13 +17,13 @@ from merge_gate.engine.base.loaded_base import MOST_TYPICAL, Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.records.terms import Quantization, Severity
 from merge_gate.sources.feed import SourceError
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.gating import SPEC, Gate
 from tests.support.models import make_adapter, read_tensors, write_tensors
@@ -42,14 +42,14 @@ def loaded(base: Path, adapter: Path, quantization: Quantization = Quantization.
 
 
 def skeleton(base: Path, adapter: Path) -> Base:
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
     with methods.quiet():
-        return skeleton_of(source(base), model_class, stored_tensors(str(base)), CountingFeed(str(base)))
+        return skeleton_of(source(base), model_class, stored_tensors(base), CountingFeed(str(base)))
 
 
 def with_record(base: Path, adapter: Path) -> Base:
     """A skeleton that has the figures of all tensors from an earlier run."""
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
     record, fed = loaded(base, adapter).record(model_class), skeleton(base, adapter)
     assert record is not None
     fed.adopt(record)
@@ -100,7 +100,7 @@ def reads_of(base: Base, directory: Path) -> dict[str, int]:
     assert base.feed is not None
     feed = base.feed._feed
     assert isinstance(feed, CountingFeed)
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     return {name: feed.reads.count(one.span) for name, one in stored_bytes(str(directory), stored).items()}
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from merge_gate.engine.base.packed_headers import plain_headers
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish.layout import base_layout
 from merge_gate.publish.one_publication import Publication, PublicationPlace
@@ -21,6 +20,7 @@ from merge_gate.records.packed_weights import packed_weights
 from merge_gate.sources.feed import LocalFeed
 from merge_gate.worker.protocol import PublicationSent
 from tests.support import bases, bases_broken, bases_good, methods
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.published import sent_by
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def dequantized_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> None:
     sent = sent_by(base, base.parent / "adapter", publish="bfloat16", dtype="bfloat16", dequantized=True)
     assert sent.refusal is None, sent.refusal
-    is_resharded = packed_weights(stored_tensors(str(base))).states == {}
+    is_resharded = packed_weights(stored_tensors(base)).states == {}
     model = publication(base, shard_limit_bytes=20_000 if is_resharded else None)
     expected_bytes = model.expected.size_bytes
     model.plan(sent.planned)
@@ -79,7 +79,7 @@ def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> 
 
 def test_the_worker_may_send_nothing_else(base: Path) -> None:
     weight = "model.layers.0.self_attn.q_proj.weight"
-    state = next(iter(packed_weights(stored_tensors(str(base))).others))
+    state = next(iter(packed_weights(stored_tensors(base)).others))
     for name, dtype, shape in [(weight, "BF16", (3, 5)), (weight, "F32", (1, 1)), (state, "BF16", (1,))]:
         model = publication(base)
         model.plan((StoredTensor(name=name, dtype=dtype, shape=shape),))
@@ -144,12 +144,12 @@ def test_a_state_of_a_stranger_is_refused(state: bytes, tmp_path: Path) -> None:
     bases_broken.bnb_4bit().write(tmp_path)
     with_state(tmp_path, state)
     with pytest.raises(NotPublishedError):
-        plain_headers(str(tmp_path), stored_tensors(str(tmp_path)), LocalFeed(str(tmp_path)), "BF16")
+        plain_headers(str(tmp_path), stored_tensors(tmp_path), LocalFeed(str(tmp_path)), "BF16")
 
 
 def test_plain_headers_have_the_shapes_of_the_layers(tmp_path: Path) -> None:
     bases_broken.bnb_4bit().write(tmp_path)
-    stored = stored_tensors(str(tmp_path))
+    stored = stored_tensors(tmp_path)
     shape = json.loads(bytes(load_file(tmp_path / "model.safetensors")[STATE].tolist()))["shape"]
     headers = {one.name: one for one in plain_headers(str(tmp_path), stored, LocalFeed(str(tmp_path)), "F16")}
     assert (headers[WEIGHT].dtype, headers[WEIGHT].shape) == ("F16", tuple(shape))
@@ -160,7 +160,7 @@ def test_plain_headers_have_the_shapes_of_the_layers(tmp_path: Path) -> None:
 
 def test_a_plain_base_has_no_packed_weights(tmp_path: Path) -> None:
     bases.llama().write(tmp_path)
-    packed = packed_weights(stored_tensors(str(tmp_path)))
+    packed = packed_weights(stored_tensors(tmp_path))
     assert (packed.counts, packed.others) == ({}, frozenset())
 
 

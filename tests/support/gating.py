@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from merge_gate.engine.base import accounting
-from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_files, judge_merge, measure_options
@@ -27,6 +26,8 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter, merge_combination
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ class Gate:
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
         evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL))
-        return self._decide((files,), replace(evidence, instead_of=model_class_for(str(base), files).instead_of))
+        return self._decide(
+            (files,), replace(evidence, instead_of=model_class_for(str(base), files, stored_tensors(base)).instead_of)
+        )
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
@@ -100,11 +103,11 @@ class Gate:
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE
     ) -> Base:
-        model_class = model_class_for(str(directory), files)
+        model_class = model_class_for(str(directory), files, stored_tensors(directory))
         key = (str(directory), dtype, quantization, model_class)
         if key not in self.loaded:
-            account = accounting.account_for(str(directory), model_class, directory.name)
-            loaded = bases.load_base(
+            account = accounting.account_for(str(directory), model_class, directory.name, stored_tensors(directory))
+            loaded = load_local(
                 str(directory), model_class=model_class, label=directory.name, dtype=dtype, quantization=quantization
             )
             accounting.settle(loaded, account, str(directory))

@@ -19,6 +19,8 @@ from merge_gate.files.base_files import read_base
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_base
 from tests.support.gating import one_thread
 from tests.support.verify.merges import RIGHT, WRONG, Scene
 
@@ -42,8 +44,8 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         read_base(str(merged), name="m"),
         read_base(str(base), name="b"),
     )
-    model_class = model_class_for(str(base), files)
-    account = account_for(str(base), model_class, "b")
+    model_class = model_class_for(str(base), files, stored_tensors(base))
+    account = account_for(str(base), model_class, "b", stored_tensors(base))
     with LocalFeed(str(base)) as base_feed, LocalFeed(str(merged)) as feed:
         source = source_of(
             str(base),
@@ -58,7 +60,7 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         loaded = (
             skeleton_of(source, model_class, theirs.tensors, base_feed)
             if in_a_pass
-            else finished_model.load_base(str(base), model_class=model_class, label="b")
+            else load_base(str(base), model_class=model_class, label="b")
         )
         of_base = finished_model.Files(directory=str(base), stored=theirs.tensors, feed=base_feed)
         of_merge = finished_model.Files(directory=str(merged), stored=own.tensors, feed=feed)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -501,11 +500,6 @@ def test_a_base_is_opened_once_and_reported_when_it_has_passed(tmp_path: Path, c
     both.service.close()
     both.client.close()
     assert seen == [(str(tmp_path), {name: hashlib.sha256(data).hexdigest() for name, data in content.items()})]
-
-
-def test_the_files_of_a_base_whose_files_were_not_read_are_found(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert Feeds().open(replace(group(tmp_path), files=None)).files.sizes == {"model.safetensors": 7}
 
 
 def test_no_stub_is_read_as_a_local_file(tmp_path: Path) -> None:

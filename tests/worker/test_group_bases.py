@@ -12,7 +12,7 @@ from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import group_bases
 from merge_gate.worker.memory import MemoryGroup
-from merge_gate.worker.protocol import Group, Job
+from merge_gate.worker.protocol import Group
 from tests.support.wording import Wording
 
 
@@ -26,15 +26,8 @@ def test_no_stub_is_loaded_and_the_error_names_class_reason_and_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 2 << 30)
-    loaded: list[str] = []
-    monkeypatch.setattr("merge_gate.engine.base.loaded_base.load_base", lambda directory, **_: loaded.append(directory))
+    model_class = ModelClass(class_name="OddForCausalLM")
     with pytest.raises(EngineError) as refused:
-        group_bases._load(
-            group(str(tmp_path), is_streamed=True), ModelClass(class_name="OddForCausalLM"), Job(groups=()), "it is odd"
-        )
+        group_bases.refuse_stubs(group(str(tmp_path), is_streamed=True), model_class, "it is odd")
     wording(refused.value)
-    assert loaded == []
-    group_bases._load(
-        group(str(tmp_path), is_streamed=False), ModelClass(class_name="OddForCausalLM"), Job(groups=()), "it is odd"
-    )
-    assert loaded == [str(tmp_path)]
+    group_bases.refuse_stubs(group(str(tmp_path), is_streamed=False), model_class, "it is odd")

@@ -22,6 +22,7 @@ from merge_gate.worker.confine import sandbox
 from merge_gate.worker.process import NO_COMPILER, OFFLINE, WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from tests.support.command import environment
+from tests.support.engine.base_headers import base_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,6 +169,7 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytes
     group = Group(
         base=BaseKey(model="base", revision=None, dtype="float32", quantization="none"),
         directory=str(base),
+        files=base_files(base),
         tasks=(Task(index=0, files=(files,)),),
     )
     job = Job(groups=(group,), device="cpu")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker.group_bases import is_same_base, rounds
+from merge_gate.worker.child import is_same_base, rounds
 from merge_gate.worker.protocol import Group, Task
 
 
 def group(directory: str, dtype: str, task: int, *, one_pass: bool = True, quantization: str = "none") -> Group:
     key = BaseKey(model=directory, revision=None, dtype=dtype, quantization=quantization)
-    return Group(base=key, directory=directory, tasks=(Task(index=task, files=()),), one_pass=one_pass)
+    return Group(
+        base=key,
+        directory=directory,
+        files=BaseFiles(directory=directory),
+        tasks=(Task(index=task, files=()),),
+        one_pass=one_pass,
+    )
 
 
 def test_dtypes_of_a_base_that_is_read_in_a_pass_come_together() -> None:

@@ -41,6 +41,7 @@ from merge_gate.worker.protocol import (
 )
 from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
+from tests.support.engine.base_headers import base_files
 
 if TYPE_CHECKING:
     from merge_gate.records.files import AdapterFiles
@@ -76,6 +77,7 @@ def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
     return Group(
         base=BaseKey(model=base.name, revision=None, dtype="float32", quantization="none"),
         directory=str(base),
+        files=base_files(base),
         tasks=tasks,
     )
 

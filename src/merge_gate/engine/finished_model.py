@@ -26,7 +26,7 @@ import torch
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
-from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base, source_of
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
@@ -111,7 +111,7 @@ def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, b
                 f"{label} cannot be streamed: {model_class.class_name} has to be loaded by transformers ({error})",
                 hint="download it, and name its directory",
             ) from error
-        return load_base(files.directory, model_class=model_class, label=label, dtype=dtype)
+        return load_base(source_of(files.directory, label=label, dtype=dtype), model_class)
 
 
 def _dtype(files: Files, base_files: Files) -> str | None:

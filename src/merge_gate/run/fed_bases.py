@@ -96,7 +96,7 @@ class FedBases:
         Raises:
             UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
         """
-        is_here = group.files is None or group.files.on_hub is None  # else, no one knows whether there is a record
+        is_here = group.files.on_hub is None  # else, no one knows whether there is a record
         records = self._recorded(group, read) if is_here else ()
         scheduled = self._scheduled(group, always=read is Read.TOUCHED)
         return replace(scheduled, records=records, keeps_record=self._records is not None)
@@ -140,13 +140,13 @@ class FedBases:
 
     def _scheduled(self, group: Group, *, always: bool) -> Group:
         """`always`: the base is read in a pass, whatever its size."""
-        if group.files is not None and group.files.is_streamed:
+        if group.files.is_streamed:
             return replace(group, one_pass=True, fed=True)
-        weights, size_bytes = (group.files.weights, group.files.weight_bytes) if group.files is not None else ((), 0)
-        note = too_large(group.base.name, size_bytes, MemoryGroup().free_bytes())
+        note = too_large(group.base.name, group.files.weight_bytes, MemoryGroup().free_bytes())
         if note is not None:
             self._notify(note)
-        is_fed = note is not None or is_on_network([Path(group.directory, name) for name in weights])
+        is_network = is_on_network([Path(group.directory, name) for name in group.files.weights])
+        is_fed = note is not None or is_network
         if not is_fed:
             self._watch.start(group.directory)
         return replace(group, one_pass=note is not None or always, fed=is_fed)

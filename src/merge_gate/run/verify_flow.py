@@ -205,10 +205,11 @@ class _Verification:
             (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
         ]
         groups = group_by_base(mergeable)
-        settings = settings_files(merged, expected_files(self._entries[0]))
+        settings, files = settings_files(merged, expected_files(self._entries[0])), merged.base_files
+        assert files is not None  # noqa: S101 - it was resolved as a base
         self._groups = tuple(self._fed.schedule(_comparing(group, merged, settings), Read.WHOLE) for group in groups)
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
-        finished = Group(base=key, directory=merged.directory, files=merged.base_files, fed=True, tasks=())
+        finished = Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
         job = Job(
             groups=(*self._groups, finished),
             device=self._options.device,

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
 from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.group_bases import GroupBase, GroupBases, MappedBases, rounds
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory
 from merge_gate.worker.protocol import (
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
     from merge_gate.engine.merge.publication_sinks import PublicationSinks
+    from merge_gate.worker.group_bases import GroupBase, GroupBases
 
 Merger = Callable[["MergeRequest"], Evidence]
 """Merges one adapter; for a finished model, with a comparison."""
@@ -145,17 +145,32 @@ def judge_job(
     try:
         chosen = _choose_device(job.device)
     except (EngineError, ImportError, OSError) as error:  # torch itself may fail to import
-        for group in job.groups:
-            for task in group.tasks:
-                yield Undecided(task=task.index, refusal=_refusal(error))
+        yield from _all_undecided([*range(len(job.groups))], job, error)
         return
     yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
     job = replace(job, device=chosen.device)
-    mapped: MappedBases | None = None
     for positions in rounds(job.groups):
-        group = job.groups[positions[0]]
-        mapped = mapped if mapped is not None and mapped.serves(group) else MappedBases(group)
-        yield from _judge_groups(positions, job, progress, mapped, feed=feed, connection=connection)
+        yield from _judge_groups(positions, job, progress, feed=feed, connection=connection)
+
+
+def rounds(groups: Sequence[Group]) -> Iterator[list[int]]:
+    """The positions of groups with tasks. Groups of one base come together if it is read in a pass: one for all."""
+    left = [position for position, group in enumerate(groups) if group.tasks]
+    while left:
+        first = groups[left[0]]
+        together = [
+            position
+            for position in left
+            if position == left[0] or (first.in_passes and is_same_base(groups[position], first))
+        ]
+        yield together
+        left = [position for position in left if position not in together]
+
+
+def is_same_base(group: Group, other: Group) -> bool:
+    """Whether a group differs from another one in dtype, tasks, and records only."""
+    base = replace(group.base, dtype=other.base.dtype)
+    return replace(group, base=base, tasks=other.tasks, records=other.records) == other
 
 
 def _choose_device(wanted: str) -> DeviceChosen:
@@ -183,7 +198,6 @@ def _judge_groups(
     positions: list[int],
     job: Job,
     progress: Listener,
-    mapped: MappedBases,
     *,
     feed: FeedClient | None,
     connection: PublishClient | None,
@@ -192,14 +206,23 @@ def _judge_groups(
     first = job.groups[positions[0]]
     yield BaseLoading(group=positions[0])  # from the first file on, the time limit is that of the base
     try:
-        with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=False) as local:
+        from merge_gate.worker.group_bases import GroupBases  # noqa: PLC0415 - imports torch and PEFT
+    except Exception as error:
+        yield from _all_undecided(positions, job, error)
+        return
+    try:
+        with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=not first.one_pass) as local:
             source = feed.open(positions[0]) if first.fed and feed is not None else local
-            bases = GroupBases(job=job, mapped=mapped, feed=source, connection=connection, client=feed)
+            bases = GroupBases(job=job, feed=source, connection=connection, client=feed)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
             yield from _judge_pinned(groups, job, progress, bases)
     except (OSError, SourceError) as error:
-        tasks = [task for position in positions for task in job.groups[position].tasks]
-        yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
+        yield from _all_undecided(positions, job, error)
+
+
+def _all_undecided(positions: list[int], job: Job, error: Exception) -> Iterator[Event]:
+    tasks = [task for position in positions for task in job.groups[position].tasks]
+    yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -223,7 +246,7 @@ def _judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases:
         announced = None
         started = time.perf_counter()
         try:
-            account = bases.mapped.account(one.model_class, one.group)
+            account = bases.account(one.model_class, one.group)
             refused = _refused_as_incomplete(one.tasks, account, one.group)
             yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
             one.tasks = [classed for classed in one.tasks if classed[0] not in {task for task, _ in refused}]
@@ -255,7 +278,9 @@ def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[_ToLoad], list[U
     for position, group in groups.items():
         for task in group.tasks:
             try:
-                model_class = model_class_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+                model_class = model_class_for(
+                    group.directory, task.files[0], group.files.tensors, trust_remote_code=job.trust_remote_code
+                )
             except Exception as error:
                 undecided.append(Undecided(task=task.index, refusal=_refusal(error, group)))
                 continue
@@ -323,8 +348,7 @@ def _judge_tasks(loaded: list[_LoadedBase], bases: GroupBases, progress: Listene
             yield event
     for one in loaded:
         one.found.base.template = None  # release its memory for the next class
-        if one.found.is_skeleton:
-            bases.keep_figures(one.found.base)
+        bases.keep_figures(one.found.base)
 
 
 def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Group) -> list[tuple[Task, Refusal]]:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from merge_gate.errors import GateError
-from merge_gate.files.base_files import loaded_files
 from merge_gate.records.files import FileIdentity
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.digests import Digests, widened
@@ -107,7 +106,7 @@ class Feeds:
         """
         directory = group.directory
         if directory not in self._bases:
-            if directory not in self._files and group.files is not None and group.files.is_streamed:
+            if directory not in self._files and group.files.is_streamed:
                 raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
             files = self._files.get(directory) or _local(group)
             self._bases[directory] = FedBase(
@@ -119,8 +118,7 @@ class Feeds:
 
 
 def _local(group: Group) -> LocalFiles:
-    names = group.files.weights if group.files is not None else ()
-    return LocalFiles(group.directory, names or loaded_files(group.directory).files, keep=not group.one_pass)
+    return LocalFiles(group.directory, group.files.weights, keep=not group.one_pass)
 
 
 class FeedService:

@@ -25,13 +25,13 @@ def group_by_base(
     """
     groups: dict[BaseKey, Group] = {}
     for index, entry in entries:
-        files = entry.base
-        if files is None:
+        base, files = entry.base, entry.base_files
+        if base is None or files is None:
             raise AssertionError("an entry without a base has a verdict before it is grouped")
-        base = replace(entry.spec.base.key(entry.dtype), model=files.name, revision=files.revision)
-        key = replace(base, model=files.directory)  # a directory may be written in several ways
-        group = groups.get(key) or Group(base=base, directory=files.directory, files=entry.base_files, tasks=())
-        task = _task(index, entry, limit_s=_default_limit_s(entry.base_files))
+        named = replace(entry.spec.base.key(entry.dtype), model=base.name, revision=base.revision)
+        key = replace(named, model=base.directory)  # a directory may be written in several ways
+        group = groups.get(key) or Group(base=named, directory=base.directory, files=files, tasks=())
+        task = _task(index, entry, limit_s=_default_limit_s(files))
         task = replace(task, publishes=(publishes or {}).get(index))
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
@@ -48,9 +48,9 @@ def _task(index: int, entry: Entry, *, limit_s: float) -> Task:
     )
 
 
-def _default_limit_s(files: BaseFiles | None) -> float:
+def _default_limit_s(files: BaseFiles) -> float:
     """A time limit that grows with the base: several times what a merge takes on two slow cores.
 
     The size is the one that the files had when their headers were read: now, their mount may not answer.
     """
-    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * (files.weight_bytes if files is not None else 0) / 2**30
+    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30

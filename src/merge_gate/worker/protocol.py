@@ -46,7 +46,7 @@ class Task:
 
 @record
 class Group:
-    """The adapters on one base. `files` is what the base's files contain, if they were read.
+    """The adapters on one base. `files` is what the base's files contain.
 
     `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
     only where adapters touch it. `fed`: the parent reads its weight files (feed_service.py). `records` are what earlier
@@ -56,7 +56,7 @@ class Group:
 
     base: BaseKey
     directory: str
-    files: BaseFiles | None = None
+    files: BaseFiles
     one_pass: bool = False
     fed: bool = False
     records: tuple[BaseRecord, ...] = ()
@@ -75,7 +75,7 @@ class Group:
         The merges are then judged without its quantization. No other run asks for such a verdict, so it is not cached,
         and no record of the base is kept.
         """
-        declared = self.files.quantization if self.files is not None else None
+        declared = self.files.quantization
         is_stored_packed = declared is not None and declared.method in _PACKED_BY_BITSANDBYTES
         dtypes = {task.publishes for task in self.tasks}
         if len(dtypes) != 1 or not (self.base.is_quantized or is_stored_packed):

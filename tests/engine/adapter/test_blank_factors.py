@@ -15,13 +15,15 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, load_adapter
 from merge_gate.engine.adapter.peft_config import can_start_blank, read_config
 from merge_gate.engine.adapter.template import fill_blanks, parameters_of
 from merge_gate.engine.adapter.weights import read_weights
-from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,8 +39,8 @@ def made(name: str, root: Path, dtype: str, quantization: Quantization) -> tuple
         model = methods.load_base(case.base, base)
         methods.save_adapter(case, model, root / "adapter", base_directory=base)
     files = preflight(str(root / "adapter"), allow_pickle=False)
-    model_class = model_class_for(str(base), files)
-    return load_base(str(base), model_class=model_class, label="base", dtype="auto", quantization=quantization), files
+    model_class = model_class_for(str(base), files, stored_tensors(base))
+    return load_local(str(base), model_class=model_class, label="base", dtype="auto", quantization=quantization), files
 
 
 def injected(base: Base, files: AdapterFiles, *, blank: bool) -> nn.Module | None:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Quantization
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 
 if TYPE_CHECKING:
@@ -69,8 +71,8 @@ def read(directory: Path) -> AdapterFiles:
 
 
 def loaded(root: Path) -> Base:
-    model_class = model_class_for(str(root / "base"), read(root / "saved"))
-    return load_base(
+    model_class = model_class_for(str(root / "base"), read(root / "saved"), stored_tensors(root / "base"))
+    return load_local(
         str(root / "base"), model_class=model_class, label="base", dtype="auto", quantization=Quantization.NONE
     )
 

@@ -13,10 +13,11 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.loaded_base import ModelClass, Source
 from merge_gate.engine.base.stored_formats import loaded_dtypes, refuse_other_packing, refuse_unknown_format
-from merge_gate.engine.base.tensor_map import stored_tensors, tensor_map
+from merge_gate.engine.base.tensor_map import tensor_map
 from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from tests.support import models
+from tests.support.engine.base_headers import stored_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,7 @@ def changed(shelf: Shelf, root: Path, tensors: Tensors, *, without: tuple[str, .
 def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {f"{O_PROJ}.weight": torch.ones(32, 32).to(dtype)})
     with pytest.raises(Undecidable, match="codes_for_numbers") as refused:
-        accounting.account_for(str(base), LLAMA, "b")
+        accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert refused.value.refusal.fields["tensor"] == f"{O_PROJ}.weight"
 
 
@@ -51,7 +52,7 @@ def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: S
 def test_a_part_of_a_loaded_weight_that_is_not_loaded_is_refused(part: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {f"{O_PROJ}.{part}": torch.ones(2)})
     with pytest.raises(Undecidable, match="stored_tensors_left_out") as refused:
-        accounting.account_for(str(base), LLAMA, "b")
+        accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert refused.value.refusal.fields["names"] == (f"{O_PROJ}.{part}",)
 
 
@@ -68,18 +69,18 @@ def test_a_part_of_a_loaded_weight_that_is_not_loaded_is_refused(part: str, shel
 )
 def test_a_tensor_that_is_not_part_of_the_model_is_listed(name: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {name: torch.ones(2, 2)})
-    account = accounting.account_for(str(base), LLAMA, "b")
+    account = accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert (account.unloaded, account.incomplete) == ((name,), ())
 
 
 def test_a_buffer_that_earlier_releases_stored_is_not_listed(shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    assert accounting.account_for(str(base), LLAMA, "b").unloaded == ()
+    assert accounting.account_for(str(base), LLAMA, "b", stored_tensors(base)).unloaded == ()
 
 
 def test_a_missing_parameter_of_the_own_class_is_named(shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {}, without=("lm_head.weight", "model.norm.weight"))
-    account = accounting.account_for(str(base), LLAMA, "b")
+    account = accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert account.incomplete == ("lm_head.weight", "model.norm.weight")
     assert account.map is not None
     facts = accounting.not_stored("b", account.incomplete, account.map, str(base)).fields
@@ -88,17 +89,22 @@ def test_a_missing_parameter_of_the_own_class_is_named(shelf: Shelf, tmp_path: P
 
 def test_a_head_of_another_task_and_a_pooler_need_not_be_stored(shelf: Shelf, tmp_path: Path) -> None:
     head = ModelClass(class_name="LlamaForSequenceClassification", num_labels=2)
-    assert accounting.account_for(str(shelf.base("llama")), head, "b").incomplete == ()
+    assert (
+        accounting.account_for(str(shelf.base("llama")), head, "b", stored_tensors(shelf.base("llama"))).incomplete
+        == ()
+    )
     poolers = ("pooler.dense.weight", "pooler.dense.bias")
     base = changed(shelf, tmp_path, {}, without=poolers, base="bert")
-    account = accounting.account_for(str(base), ModelClass(class_name="BertModel"), "b")
+    account = accounting.account_for(str(base), ModelClass(class_name="BertModel"), "b", stored_tensors(base))
     assert account.incomplete == ()
     assert account.map is not None
     assert account.map.missing == set(poolers)
 
 
 def test_a_tied_head_is_stored_once(shelf: Shelf) -> None:
-    account = accounting.account_for(str(shelf.base("llama-tied")), LLAMA, "b")
+    account = accounting.account_for(
+        str(shelf.base("llama-tied")), LLAMA, "b", stored_tensors(shelf.base("llama-tied"))
+    )
     assert (account.incomplete, account.unloaded) == ((), ())
 
 
@@ -106,7 +112,7 @@ def test_one_expert_that_is_not_there_makes_the_base_incomplete(shelf: Shelf, tm
     held = models.read_tensors(shelf.base("mixtral"), WEIGHTS)
     lost = max(name for name in held if "experts" in name)
     base = changed(shelf, tmp_path, {}, without=(lost,), base="mixtral")
-    account = accounting.account_for(str(base), ModelClass(class_name="MixtralForCausalLM"), "b")
+    account = accounting.account_for(str(base), ModelClass(class_name="MixtralForCausalLM"), "b", stored_tensors(base))
     assert [name.rpartition(".experts.")[0] for name in account.incomplete] == ["model.layers.1.mlp"]
 
 
@@ -138,13 +144,13 @@ def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_re
         revision=None,
         quantization=Quantization.NONE,
         device=torch.device("cpu"),
-        options={},
+        options={"dtype": "auto"},
     )
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
-    for dtype in ("auto", "float32", "float16"):
-        refuse_other_packing(model, source, dtype)
+    for dtype in ("auto", torch.float32, torch.float16):
+        refuse_other_packing(model, dataclasses.replace(source, options={"dtype": dtype}))
     with pytest.raises(Undecidable, match=r"loaded_otherwise.*'asked_dtype': 'bfloat16'"):
-        refuse_other_packing(model, source, "bfloat16")
+        refuse_other_packing(model, dataclasses.replace(source, options={"dtype": torch.bfloat16}))
 
 
 def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
@@ -154,10 +160,10 @@ def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_r
         revision=None,
         quantization=Quantization.BNB_8BIT,
         device=torch.device("cpu"),
-        options={},
+        options={"dtype": "auto"},
     )
     with pytest.raises(Undecidable, match=r"loaded_otherwise.*'quantization': 'none'"):
-        refuse_other_packing(torch.nn.Linear(4, 4), source, "auto")
+        refuse_other_packing(torch.nn.Linear(4, 4), source)
 
 
 def test_a_quantization_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_stale_buffers_are_those_of_the_models_own_modules(shelf: Shelf, tmp_pat
         "model.layers.0.self_attn.bias",
     ]
     base = changed(shelf, tmp_path, {name: torch.ones(4) for name in (*stale, *ignored)})
-    found = tensor_map(LlamaForCausalLM, str(base), stored_tensors(str(base)))
+    found = tensor_map(LlamaForCausalLM, str(base), stored_tensors(base))
     found = dataclasses.replace(found, unexpected=frozenset())
     assert set(found.unloaded) == {*stale, *ignored}
     assert set(accounting.stale_buffers(found)) == set(stale)
@@ -195,6 +201,6 @@ def test_a_stored_mask_is_stale_and_a_bias_is_not(
 ) -> None:
     name = "transformer.h.0.attn.bias"
     base = changed(shelf, tmp_path, {name: torch.ones(shape)}, base="gpt2")
-    found = tensor_map(GPT2LMHeadModel, str(base), stored_tensors(str(base)))
+    found = tensor_map(GPT2LMHeadModel, str(base), stored_tensors(base))
     assert list(found.unloaded) == [name]
     assert accounting.stale_buffers(found) == ((name,) if is_mask else ())

@@ -14,6 +14,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import models
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def test_a_base_whose_index_leaves_a_shard_out_is_not_merged_into(keep_file: boo
     models.save_adapter(base, out, config())
     lost = without_a_shard(base, needed=True, keep_file=keep_file)
     with one_thread():
-        model_class = model_class_for(str(base), preflight(str(out), allow_pickle=False))
-        account = accounting.account_for(str(base), model_class, "base")
+        model_class = model_class_for(str(base), preflight(str(out), allow_pickle=False), stored_tensors(base))
+        account = accounting.account_for(str(base), model_class, "base", stored_tensors(base))
         judgement = Gate().judge(out, base)
     assert (judgement.verdict, judgement.cause) == (Verdict.ERROR, "base-incomplete")
     assert account.map is not None

@@ -11,11 +11,10 @@ import torch
 import transformers
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge_together
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import BaseRecord, Evidence, RecordedRun, TensorStats
 from merge_gate.records.report import Sandbox
@@ -24,7 +23,9 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseMeasured, Group, Job, Merged, Task, Undecided
 from tests.support import methods
+from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +41,7 @@ UNTOUCHED = "model.norm.weight"
 def skeleton(directory: Path) -> tuple[Base, CountingFeed]:
     feed = CountingFeed(str(directory))
     with methods.quiet():
-        return skeleton_of(source(directory, "auto"), LLAMA, stored_tensors(str(directory)), feed), feed
+        return skeleton_of(source(directory, "auto"), LLAMA, stored_tensors(directory), feed), feed
 
 
 def merged(base: Base, adapter: Path) -> Evidence:
@@ -73,7 +74,7 @@ def test_only_touched_tensors_are_read_and_the_evidence_is_the_same(shelf: Shelf
     assert base.unmeasured() == []
     touched = merged(base, adapter)
     spans = {one.name: one.span for one in stored_bytes(str(directory), {
-        one.name: one for one in stored_tensors(str(directory))
+        one.name: one for one in stored_tensors(directory)
     }).values()}  # fmt: skip
     changes = {merge.stats.name for merge in touched.merges}
     read = {name for name, span in spans.items() if span in feed.reads}
@@ -124,7 +125,9 @@ def test_a_tensor_that_was_not_finite_is_read_again(shelf: Shelf, tmp_path: Path
 def events_of(directory: Path, adapter: Path, **settings: Any) -> list[Any]:
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
     tasks = (Task(index=0, files=(preflight(str(adapter), allow_pickle=False),)),)
-    group = Group(base=key, directory=str(directory), tasks=tasks, one_pass=True, **settings)
+    group = Group(
+        base=key, directory=str(directory), files=base_files(directory), tasks=tasks, one_pass=True, **settings
+    )
     return list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
 
 
@@ -141,7 +144,11 @@ def test_the_worker_sends_a_record_if_it_is_kept(
 def test_the_worker_reads_less_with_a_record_of_the_class(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
     record, _ = recorded(shelf.base("llama"), shelf.adapter("plain"))
-    model_class = model_class_for(str(shelf.base("llama")), preflight(str(shelf.adapter("plain")), allow_pickle=False))
+    model_class = model_class_for(
+        str(shelf.base("llama")),
+        preflight(str(shelf.adapter("plain")), allow_pickle=False),
+        stored_tensors(shelf.base("llama")),
+    )
     assert model_class.label == record.model_class
     for records, is_used in (((record,), True), ((replace(record, model_class="LlamaModel"),), False)):
         *_, end = events_of(shelf.base("llama"), shelf.adapter("plain"), records=records)

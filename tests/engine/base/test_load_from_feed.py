@@ -12,10 +12,9 @@ from merge_gate.engine.base import load_from_feed as loading
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.load_from_feed import load_from_feed
-from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base, source_of
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, source_of
 from merge_gate.engine.base.skeleton import NoSkeletonError
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.errors import EngineError
@@ -29,7 +28,9 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Undecided
 from tests.support import methods
+from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed
+from tests.support.engine.local_bases import load_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ def from_feed(
 ) -> Base:
     source = source_for(directory, quantization, dtype)
     with methods.quiet():
-        return load_from_feed(source, LLAMA, stored_tensors(str(directory)), feed, free_bytes=free)
+        return load_from_feed(source, LLAMA, stored_tensors(directory), feed, free_bytes=free)
 
 
 def source_for(directory: Path, quantization: Quantization, dtype: str) -> Source:
@@ -83,7 +84,7 @@ def test_a_base_is_quantized_as_it_passes(quantization: Quantization, dtype: str
     assert sum(map(is_quantized, ours.tensors.values())) >= 14
     assert differing(ours, theirs) == []
     assert (ours.stats, ours.facts) == (theirs.stats, theirs.facts)
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     spans = sorted((one.span for one in stored_bytes(str(directory), stored).values()), key=lambda one: one.start)
     assert feed.reads == spans, "each stored tensor is read once, in the order of the file"
     assert feed.expected == [spans]
@@ -95,7 +96,7 @@ def test_experts_are_converted_in_the_order_of_transformers(tmp_path: Path) -> N
     source = source_for(tmp_path, Quantization.BNB_4BIT, "float16")
     feed = CountingFeed(str(tmp_path))
     with methods.quiet():
-        ours = load_from_feed(source, mixtral, stored_tensors(str(tmp_path)), feed, free_bytes=None)
+        ours = load_from_feed(source, mixtral, stored_tensors(tmp_path), feed, free_bytes=None)
         theirs = load_base(
             str(tmp_path), model_class=mixtral, label="base", dtype="float16", quantization=Quantization.BNB_4BIT
         )
@@ -174,7 +175,14 @@ def test_a_worker_quantizes_a_fed_base(
     tasks = tuple(Task(index=index, files=(files,)) for index in range(2))
     evidence = {}
     for fed in (True, False):
-        group = Group(base=key, directory=str(shelf.base("llama")), tasks=tasks, one_pass=fed, fed=fed)
+        group = Group(
+            base=key,
+            directory=str(shelf.base("llama")),
+            files=base_files(shelf.base("llama")),
+            tasks=tasks,
+            one_pass=fed,
+            fed=fed,
+        )
         events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
         assert [one.measured for one in events if isinstance(one, BaseLoaded)] == [True]
         assert [one for one in events if isinstance(one, Undecided)] == []

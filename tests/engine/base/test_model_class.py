@@ -13,12 +13,13 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from merge_gate.engine.base.loaded_base import load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_base
 from tests.support.gating import Gate
 from tests.support.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
 
@@ -50,7 +51,11 @@ def test_a_head_has_no_more_labels_than_a_config_can_name(
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV), num_labels=5)
     files = preflight(str(tmp_path / "a"), allow_pickle=False)
     bias = replace(next(one for one in files.tensors if one.name.endswith("classifier.bias")), shape=(rows,))
-    model_class = model_class_for(str(shelf.base("bert-classifier")), replace(files, tensors=(bias,)))
+    model_class = model_class_for(
+        str(shelf.base("bert-classifier")),
+        replace(files, tensors=(bias,)),
+        stored_tensors(shelf.base("bert-classifier")),
+    )
     assert model_class.num_labels == num_labels
 
 
@@ -108,7 +113,9 @@ def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     save_adapter(base, tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV))
-    model_class = model_class_for(str(broken), preflight(str(tmp_path / "a"), allow_pickle=False))
+    model_class = model_class_for(
+        str(broken), preflight(str(tmp_path / "a"), allow_pickle=False), stored_tensors(broken)
+    )
     with pytest.raises(Undecidable) as caught:
         load_base(str(broken), model_class=model_class, label="b")
     clash = caught.value.refusal
@@ -152,7 +159,9 @@ def test_names_that_fit_no_class_leave_the_task_types(shelf: Shelf, tmp_path: Pa
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="FEATURE_EXTRACTION", **QV))
     renamed = {k.replace("encoder", "transformer"): v for k, v in read_tensors(tmp_path / "a").items()}
     write_tensors(tmp_path / "a", renamed)
-    model_class = model_class_for(str(shelf.base("bert")), preflight(str(tmp_path / "a"), allow_pickle=False))
+    model_class = model_class_for(
+        str(shelf.base("bert")), preflight(str(tmp_path / "a"), allow_pickle=False), stored_tensors(shelf.base("bert"))
+    )
     assert (model_class.class_name, model_class.instead_of) == ("BertModel", None)
 
 
@@ -167,7 +176,7 @@ def test_two_names_of_one_class_share_a_load(shelf: Shelf, tmp_path: Path, varia
         for file in adapter.iterdir():
             (directory / file.name).write_bytes(file.read_bytes())
         set_task(directory, task_type)
-        shapes.add(model_class_for(str(base), preflight(str(directory), allow_pickle=False)))
+        shapes.add(model_class_for(str(base), preflight(str(directory), allow_pickle=False), stored_tensors(base)))
     assert len(shapes) == 1
 
 

@@ -12,17 +12,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 from tests.support.models import among_transformers
 
 if TYPE_CHECKING:
@@ -37,12 +38,17 @@ SLICE = ("bert", "chinese_clip", "gpt2", "llama", "marian", "mixtral", "phimoe",
 LLAMA = "LlamaForCausalLM"
 
 
-def made(directory: Path, class_name: str = LLAMA, dtype: str = "auto", feed: LocalFeed | None = None) -> Base:
-    feed = feed or LocalFeed(str(directory))
+def made(
+    directory: Path,
+    class_name: str = LLAMA,
+    dtype: str = "auto",
+    feed: LocalFeed | None = None,
+    *,
+    is_mapped: bool = False,
+) -> Base:
+    feed, model_class = feed or LocalFeed(str(directory)), ModelClass(class_name=class_name)
     with methods.quiet():
-        return skeleton_of(
-            source(directory, dtype), ModelClass(class_name=class_name), stored_tensors(str(directory)), feed
-        )
+        return skeleton_of(source(directory, dtype), model_class, stored_tensors(directory), feed, is_mapped=is_mapped)
 
 
 def loaded(directory: Path, class_name: str = LLAMA, dtype: str = "auto") -> Base:
@@ -60,11 +66,12 @@ def differing(base: Base, real: Base) -> list[str]:
     return wrong
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("model_type", SLICE)
-def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, tmp_path: Path) -> None:
+def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, is_mapped: bool, tmp_path: Path) -> None:
     class_name = architectures.build(model_type, tmp_path).model_class.__name__
     for dtype in ("auto", "float16"):
-        base, real = made(tmp_path, class_name, dtype), loaded(tmp_path, class_name, dtype)
+        base, real = made(tmp_path, class_name, dtype, is_mapped=is_mapped), loaded(tmp_path, class_name, dtype)
         assert differing(base, real) == []
         assert not base.was_misread()
         for name in base.unmeasured():
@@ -131,12 +138,16 @@ class Replaces(transformers.LlamaForCausalLM):  # type: ignore[misc]
         self.model.norm.weight = torch.nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
 
 
-def test_a_weight_that_the_class_changes_is_changed(shelf: Shelf) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
+def test_a_weight_that_the_class_changes_is_changed(is_mapped: bool, dtype: str, shelf: Shelf) -> None:
+    directory = shelf.base("llama")
     with among_transformers(Scaled) as name:
-        base, real = made(shelf.base("llama"), name), loaded(shelf.base("llama"), name)
+        base, real = made(directory, name, dtype, is_mapped=is_mapped), loaded(directory, name, dtype)
         assert differing(base, real) == []
-    assert base.hollow is not None
-    assert 0 < base.hollow.kept_bytes() < 10_000
+    assert base.mapped == {}, "no figures of a changed tensor are those of its bytes"
+    assert (base.hollow is None) == (is_mapped and dtype == "auto")
+    assert base.hollow is None or 0 < base.hollow.kept_bytes() < 10_000
 
 
 @pytest.mark.parametrize(("model_class", "words"), [(ReadsAll, "too many"), (Replaces, "model.norm.weight")])
@@ -148,9 +159,10 @@ def test_a_class_that_needs_its_values_is_loaded(
         made(shelf.base("llama"), name)
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
-    factor: float, shelf: Shelf, tmp_path: Path
+    factor: float, is_mapped: bool, shelf: Shelf, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
     config = json.loads((directory / "config.json").read_text())
@@ -158,7 +170,7 @@ def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    base, real = made(directory), loaded(directory)
+    base, real = made(directory, is_mapped=is_mapped), loaded(directory)
     assert ("lm_head.weight" in real.tensors) == (factor != 1)
     assert differing(base, real) == []
     assert base.aliases == real.aliases
@@ -174,7 +186,7 @@ def test_an_adapter_in_the_directory_is_refused_as_it_is_by_a_load(shelf: Shelf,
 
 
 def test_a_base_that_is_quantized_or_has_another_loader_is_loaded(shelf: Shelf) -> None:
-    directory, stored = shelf.base("llama"), stored_tensors(str(shelf.base("llama")))
+    directory, stored = shelf.base("llama"), stored_tensors(shelf.base("llama"))
     feed = LocalFeed(str(directory))
     quantized = source(directory, quantization=Quantization.BNB_4BIT)
     with pytest.raises(NoSkeletonError, match="quantized"):
@@ -222,7 +234,7 @@ def test_a_header_that_changed_is_an_error(
     change: Callable[[dict[str, Any]], None], shelf: Shelf, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     assert stored_bytes(str(directory), stored)
     path = directory / "model.safetensors"
     raw = path.read_bytes()
@@ -237,7 +249,7 @@ def test_a_header_that_changed_is_an_error(
 
 def test_a_header_longer_than_its_file_is_an_error(shelf: Shelf, tmp_path: Path) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     path = directory / "model.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(ValueError, match="header"):

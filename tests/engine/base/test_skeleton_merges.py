@@ -23,11 +23,10 @@ from merge_gate.engine.adapter.template import parameters_of
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.merge import one_pass, walk
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
@@ -51,7 +50,9 @@ from merge_gate.worker.protocol import (
     Task,
 )
 from tests.support import methods
+from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
 from tests.support.faults import configure
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, read_tensors, write_tensors
@@ -73,11 +74,11 @@ METHODS_IN_SLICE = (
 )  # fmt: skip
 
 
-def bases(directory: Path, model_class: ModelClass, dtype: str) -> tuple[Base, Base]:
+def bases(directory: Path, model_class: ModelClass, dtype: str, *, is_mapped: bool = False) -> tuple[Base, Base]:
     """The skeleton, and the loaded base."""
-    feed, stored = LocalFeed(str(directory)), stored_tensors(str(directory))
+    feed, stored = LocalFeed(str(directory)), stored_tensors(directory)
     with methods.quiet():
-        ours = skeleton_of(source(directory, dtype), model_class, stored, feed)
+        ours = skeleton_of(source(directory, dtype), model_class, stored, feed, is_mapped=is_mapped)
         return ours, load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 
@@ -103,30 +104,34 @@ def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
     assert ours.stats == theirs.stats
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("name", VARIANTS_IN_SLICE)
-def test_a_variant_of_lora_comes_to_the_same(name: str, shelf: Shelf) -> None:
+def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: Shelf) -> None:
     directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
-    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=True))
-    assert_same(*bases(directory, model_class, "bfloat16"), adapter)
+    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=True), stored_tensors(directory))
+    assert_same(*bases(directory, model_class, "bfloat16", is_mapped=is_mapped), adapter)
 
 
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", METHODS_IN_SLICE)
-def test_a_method_comes_to_the_same(name: str, dtype: str, tmp_path: Path) -> None:
+def test_a_method_comes_to_the_same(name: str, dtype: str, is_mapped: bool, tmp_path: Path) -> None:
     case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "a"
     methods.save_base(case.base, base)
     methods.save_adapter(case, methods.load_base(case.base, base), adapter, base_directory=base)
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True))
-    assert_same(*bases(base, model_class, dtype), adapter)
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True), stored_tensors(base))
+    assert_same(*bases(base, model_class, dtype, is_mapped=is_mapped), adapter)
 
 
 # --- one pass ------------------------------------------------------------------------------------------------------
 
 
 def fed(directory: Path, adapter: Path, feed: LocalFeed) -> Base:
-    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    model_class = model_class_for(
+        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
+    )
     with methods.quiet():
-        return skeleton_of(source(directory, "auto"), model_class, stored_tensors(str(directory)), feed)
+        return skeleton_of(source(directory, "auto"), model_class, stored_tensors(directory), feed)
 
 
 def request(base: Base, adapter: Path) -> MergeRequest:
@@ -141,7 +146,7 @@ def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pyt
     feed = CountingFeed(str(directory))
     base = fed(directory, adapters[0], feed)
     merged = merge_together([request(base, adapter) for adapter in adapters])
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     spans = sorted((one.span for one in stored_bytes(str(directory), stored).values()), key=lambda one: one.start)
     assert feed.expected == feed.prefetched == [spans]
     assert set(feed.reads) == set(spans)
@@ -412,7 +417,7 @@ def test_a_worker_reports_the_facts_once_they_are_known(
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
     of_pass: dict[bool, list[Any]] = {}
     for is_in_pass in (True, False):
-        group = Group(base=key, directory=str(tmp_path), tasks=tasks, one_pass=is_in_pass)
+        group = Group(base=key, directory=str(tmp_path), files=base_files(tmp_path), tasks=tasks, one_pass=is_in_pass)
         events = judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
         of_pass[is_in_pass] = [event for event in events if not isinstance(event, DeviceChosen | MergeStarted)]
     names = [type(event).__name__ for event in of_pass[True]]
@@ -450,11 +455,17 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
     first = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
     second = tuple(Task(index=3 + index, files=(one,)) for index, one in enumerate(files[:2]))
     groups = (
-        Group(base=key, directory=str(directory), tasks=first, one_pass=True),
-        Group(base=replace(key, dtype="float32"), directory=str(directory), tasks=second, one_pass=True),
+        Group(base=key, directory=str(directory), files=base_files(directory), tasks=first, one_pass=True),
+        Group(
+            base=replace(key, dtype="float32"),
+            directory=str(directory),
+            files=base_files(directory),
+            tasks=second,
+            one_pass=True,
+        ),
     )
     events = list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
-    stored = {one.name: one for one in stored_tensors(str(directory))}
+    stored = {one.name: one for one in stored_tensors(directory)}
     spans = {one.span for one in stored_bytes(str(directory), stored).values()}
     assert set(reads) == spans
     twice = [span for span, count in Counter(reads).items() if count > 1]
@@ -490,7 +501,13 @@ def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, mo
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="none")
     directory = str(shelf.base("llama"))
     groups = tuple(
-        Group(base=replace(key, dtype=dtype), directory=directory, tasks=(task,), one_pass=True)
+        Group(
+            base=replace(key, dtype=dtype),
+            directory=directory,
+            files=base_files(directory),
+            tasks=(task,),
+            one_pass=True,
+        )
         for dtype, task in (("bfloat16", Task(index=0, files=(adapter,))), ("float16", Task(index=1, files=(adapter,))))
     )
     events = list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
@@ -505,7 +522,9 @@ def test_a_class_that_needs_its_values_is_loaded_from_the_files(shelf: Shelf, mo
     files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
     tasks = (Task(index=0, files=(files,)),)
-    group = Group(base=key, directory=str(shelf.base("llama")), tasks=tasks, one_pass=True)
+    group = Group(
+        base=key, directory=str(shelf.base("llama")), files=base_files(shelf.base("llama")), tasks=tasks, one_pass=True
+    )
     events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
     loaded = [event for event in events if isinstance(event, BaseLoaded)]
     assert [(event.measured, event.facts.no_skeleton) for event in loaded] == [(True, "odd")]

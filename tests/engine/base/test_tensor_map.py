@@ -12,6 +12,7 @@ from merge_gate.engine.base import accounting, tensor_map
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.tensor_map import NoMapError
 from tests.support.engine import tensor_maps
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import one_thread
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ def test_a_release_with_another_loader_gives_no_map(
     directory = str(shelf.base("llama"))
     with pytest.raises(NoMapError, match="transformers"), tensor_map.recorded():
         pass
-    assert accounting.account_for(directory, ModelClass(class_name="LlamaForCausalLM"), "b").map is None
+    assert (
+        accounting.account_for(directory, ModelClass(class_name="LlamaForCausalLM"), "b", stored_tensors(directory)).map
+        is None
+    )
 
 
 def test_the_loader_is_as_it_was_after_a_recording(shelf: Shelf) -> None:
     loader = transformers.core_model_loading
     before = (loader.rename_source_key, loader.WeightTransform.add_tensor, loader.WeightConverter.convert)
-    stored = tensor_map.stored_tensors(str(shelf.base("llama")))
+    stored = stored_tensors(shelf.base("llama"))
     tensor_map.tensor_map(transformers.LlamaForCausalLM, str(shelf.base("llama")), stored, dtype=torch.float32)
     assert before == (loader.rename_source_key, loader.WeightTransform.add_tensor, loader.WeightConverter.convert)

@@ -133,35 +133,6 @@ def test_the_bits_are_pefts_at_the_block_size_in_use(rows, columns, rank, dtype,
         holds(layer, block_elements=Buffers().block_elements)
 
 
-@settings(max_examples=examples(100), deadline=None)
-@given(
-    kind=st.sampled_from(DENSE),
-    dora=st.booleans(),
-    rows=ROWS,
-    columns=WIDTHS,
-    rank=RANKS,
-    scaling=SCALINGS,
-    dtypes=st.permutations(DTYPES),
-    block_elements=st.sampled_from([1, 1 << 14]),
-    seed=st.integers(0, 1 << 16),
-)
-def test_a_base_loaded_in_another_dtype_is_merged_from_the_stored_one(
-    kind, dora, rows, columns, rank, scaling, dtypes, block_elements, seed
-) -> None:
-    kept, dtype = dtypes[:2]
-    shape = {"kind": kind, "rows": rows, "columns": columns, "rank": rank}
-    stored, loaded = (tuner_layer(**shape, dora=dora, dtype=kept, scaling=scaling, seed=seed) for _ in range(2))
-    weight = stored.get_base_layer().weight.data
-    loaded.get_base_layer().weight.data = weight.to(dtype)
-    with threads(1):
-        merge = merged_blocks(weight, update_of(stored), Buffers(block_elements=block_elements), dtype=dtype)
-        merged, found = whole(merge), measure_merge(merge, figures=True)
-        peft, _ = by_peft(loaded)
-    assert same_bits(merged, peft)
-    assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
-    assert found.figures.unchanged == int((peft == weight.to(dtype)).sum())
-
-
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
 def test_factors_off_their_alignment_merge_as_peft_would_have_loaded_them(conv1d, factor_dtype) -> None:

@@ -18,7 +18,7 @@ from merge_gate.engine.blocks.figures import measure_merge
 from merge_gate.engine.blocks.screen import summed
 from merge_gate.engine.tensors.buffers import Buffers
 from tests.support.engine.blocks_layers import whole
-from tests.support.engine.extremes import EXPONENTS, HALVES, STORED, update_of, visit, weight_of
+from tests.support.engine.extremes import EXPONENTS, HALVES, update_of, visit, weight_of
 from tests.support.properties import examples
 
 
@@ -41,18 +41,17 @@ def dora_of(
     rank=st.sampled_from([1, 2, 8, 16, 33, 256]),
     sizes=st.tuples(EXPONENTS, EXPONENTS, EXPONENTS, st.integers(-20, 20), EXPONENTS),
     dtype=HALVES,
-    stored=STORED,
     in_bfloat16=st.booleans(),
     seed=st.integers(0, 1 << 16),
 )
-def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype, stored, in_bfloat16, seed) -> None:
+def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype, in_bfloat16, seed) -> None:
     """Every element, before it is rounded, of weights, factors and magnitudes of all sizes."""
     w, a, b, s, m = (2.0**size for size in sizes)
     plain = update_of(rows, columns, rank, seed=seed, a_size=a, b_size=b, scaling=s)
-    weight = weight_of(plain, w, stored, seed)
+    weight = weight_of(plain, w, dtype, seed)
     made = dora_of(plain, weight, size=m, seed=seed, share=0.1)
-    in_bfloat16 = in_bfloat16 and stored is torch.bfloat16
-    found = DoraBound.of(made, dtype, stored=stored, in_bfloat16=in_bfloat16)
+    in_bfloat16 = in_bfloat16 and dtype is torch.bfloat16
+    found = DoraBound.of(made, dtype, in_bfloat16=in_bfloat16)
     if found is None:
         return
     factors, every = Factors.of(made.lora_a, made.lora_b, transposed=False), slice(0, rows)
@@ -60,7 +59,7 @@ def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype
     largest = found.largest(every, sums.abs().amax(1), torch.linalg.vector_norm(sums, dim=1))
     if largest is None:
         return
-    unrounded = merged_blocks(weight, made, Buffers(), dtype=dtype).unrounded_rows()
+    unrounded = merged_blocks(weight, made, Buffers()).unrounded_rows()
     assert unrounded is not None
     assert bool((unrounded(every).double().abs().amax(1) <= largest).all())
 
@@ -74,16 +73,13 @@ def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype
     levels=st.sampled_from([0, 1, 2]),
     share=st.sampled_from([0.0, 0.1]),
     dtype=HALVES,
-    stored=STORED,
     seed=st.integers(0, 1 << 16),
 )
 @pytest.mark.parametrize("fast", [False, True])
-def test_the_extremes_are_those_of_all_blocks(
-    fast, rows, columns, rank, sizes, levels, share, dtype, stored, seed
-) -> None:
+def test_the_extremes_are_those_of_all_blocks(fast, rows, columns, rank, sizes, levels, share, dtype, seed) -> None:
     """With `levels` the weight has one or two values only. Some magnitudes are zero or negative."""
     plain = update_of(rows, columns, rank, seed=seed, a_size=2.0 ** sizes[0], b_size=2.0 ** sizes[1])
-    weight = weight_of(plain, 1.0, stored, seed)
+    weight = weight_of(plain, 1.0, dtype, seed)
     if levels:
         weight = weight.sign() if levels > 1 else torch.ones_like(weight)
     made = dora_of(plain, weight, size=2.0 ** sizes[2], seed=seed, share=share)
@@ -91,10 +87,10 @@ def test_the_extremes_are_those_of_all_blocks(
     with pytest.MonkeyPatch.context() as patch:
         for module in (screen, dora_screen):
             patch.setattr(module, "multiplies_bfloat16", lambda: fast)
-        peft = whole(merged_blocks(weight.to(dtype), made, buffers))
-        found = measure_merge(merged_blocks(weight, made, buffers, dtype=dtype))
+        peft = whole(merged_blocks(weight, made, buffers))
+        found = measure_merge(merged_blocks(weight, made, buffers))
     assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
-    assert found.changed == (not torch.equal(peft, weight.to(dtype)))
+    assert found.changed == (not torch.equal(peft, weight))
     assert found.numel == found.of == peft.numel()
 
 
@@ -138,13 +134,12 @@ def test_nothing_is_left_out_near_the_largest_value(size, row) -> None:
     assert measure_merge(merge).maximum == whole(merge).max().item()
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-def test_of_a_usual_weight_few_blocks_are_left(stored) -> None:
-    weight, made = usual(stored, rows=8192)
-    for dtype in (torch.bfloat16, torch.float16):
-        merge = merged_blocks(weight, made, Buffers(block_elements=1), dtype=dtype)
-        assert len(merge.slices) == 128
-        assert len(visit(merge)) < 24
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_a_usual_weight_few_blocks_are_left(dtype) -> None:
+    weight, made = usual(dtype, rows=8192)
+    merge = merged_blocks(weight, made, Buffers(block_elements=1))
+    assert len(merge.slices) == 128
+    assert len(visit(merge)) < 24
 
 
 def test_where_norms_are_not_summed_in_float32_nothing_is_summed_in_bfloat16(monkeypatch) -> None:
@@ -152,5 +147,5 @@ def test_where_norms_are_not_summed_in_float32_nothing_is_summed_in_bfloat16(mon
     monkeypatch.setattr(dora_screen, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(dora_screen, "norms_are_summed_in_float32", lambda: False)
     weight, made = usual()
-    found = DoraScreen(weight, made, torch.bfloat16, [slice(0, len(weight))], Buffers())
+    found = DoraScreen(weight, made, [slice(0, len(weight))], Buffers())
     assert found._rows().dtype is torch.float32

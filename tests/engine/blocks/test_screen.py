@@ -16,7 +16,7 @@ from merge_gate.engine.blocks.figures import measure_merge
 from merge_gate.engine.blocks.screen import Bound, Candidates
 from merge_gate.engine.tensors.buffers import Buffers
 from tests.support.engine.blocks_layers import whole
-from tests.support.engine.extremes import EXPONENTS, HALVES, STORED, update_of, visit, weight_of
+from tests.support.engine.extremes import EXPONENTS, HALVES, update_of, visit, weight_of
 from tests.support.properties import examples
 
 
@@ -29,33 +29,29 @@ from tests.support.properties import examples
     dtype=HALVES,
     factor_dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
     transposed=st.booleans(),
-    stored=STORED,
     in_bfloat16=st.booleans(),
     seed=st.integers(0, 1 << 16),
 )
 def test_what_peft_rounds_is_within_reach_of_the_sum(
-    rows, columns, rank, sizes, dtype, factor_dtype, transposed, stored, in_bfloat16, seed
+    rows, columns, rank, sizes, dtype, factor_dtype, transposed, in_bfloat16, seed
 ) -> None:
-    """Every element, of weights and factors of all sizes: values that vanish in the dtype among them.
-
-    The sum is of the weight as it is stored, PEFT's of the one that is cast to the final dtype.
-    """
+    """Every element, of weights and factors of all sizes: values that vanish in the dtype among them."""
     w, a, b, s = (2.0**size for size in sizes)
     made = update_of(
         rows, columns, rank, seed=seed, a_size=a, b_size=b, scaling=s, dtype=factor_dtype, transposed=transposed
     )
-    weight = weight_of(made, w, stored, seed)
+    weight = weight_of(made, w, dtype, seed)
     factors = Factors.of(made.lora_a, made.lora_b, transposed=transposed)
-    in_bfloat16 = in_bfloat16 and stored is torch.bfloat16
+    in_bfloat16 = in_bfloat16 and dtype is torch.bfloat16
     if in_bfloat16:
         sums = torch.addmm(weight, (factors.left * s).bfloat16(), factors.right.bfloat16()).float()
     else:
         sums = torch.addmm(weight.float(), factors.left, factors.right, alpha=s)
-    bound = Bound.of(factors, s, dtype, stored=stored, in_bfloat16=in_bfloat16)
+    bound = Bound.of(factors, s, dtype, in_bfloat16=in_bfloat16)
     reach = None if bound is None else bound.reach((float(sums.min()), float(sums.max())))
     if reach is None:
         return
-    peft = whole(merged_blocks(weight.to(dtype), made, Buffers(block_elements=1)))
+    peft = whole(merged_blocks(weight, made, Buffers(block_elements=1)))
     low, high = ((sums.double() + sign * reach).float().to(dtype) for sign in (-1, 1))
     assert bool(((low <= peft) & (peft <= high)).all())
 
@@ -68,31 +64,27 @@ def test_what_peft_rounds_is_within_reach_of_the_sum(
     sizes=st.tuples(st.integers(-8, 2), st.integers(-8, 2)),
     levels=st.sampled_from([0, 1, 2]),
     dtype=HALVES,
-    stored=STORED,
     transposed=st.booleans(),
     seed=st.integers(0, 1 << 16),
 )
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_extremes_are_those_of_all_blocks(
-    fast, rows, columns, rank, sizes, levels, dtype, stored, transposed, seed
+    fast, rows, columns, rank, sizes, levels, dtype, transposed, seed
 ) -> None:
-    """With `levels` the weight has one or two values only, so that blocks differ by the delta alone.
-
-    They are those of the weight that is cast as a whole, also where it is stored in another dtype.
-    """
+    """With `levels` the weight has one or two values only, so that blocks differ by the delta alone."""
     made = update_of(rows, columns, rank, seed=seed, a_size=2.0 ** sizes[0], b_size=2.0 ** sizes[1])
     if transposed:
         made = LowRankUpdate(lora_a=made.lora_b.T, lora_b=made.lora_a.T, scaling=2.0, transposed=True)
-    weight = weight_of(made, 1.0, stored, seed)
+    weight = weight_of(made, 1.0, dtype, seed)
     if levels:
         weight = weight.sign() if levels > 1 else torch.ones_like(weight)
     buffers = Buffers(block_elements=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "multiplies_bfloat16", lambda: fast)
-        peft = whole(merged_blocks(weight.to(dtype), made, buffers))
-        found = measure_merge(merged_blocks(weight, made, buffers, dtype=dtype))
+        peft = whole(merged_blocks(weight, made, buffers))
+        found = measure_merge(merged_blocks(weight, made, buffers))
     assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
-    assert found.changed == (not torch.equal(peft, weight.to(dtype)))
+    assert found.changed == (not torch.equal(peft, weight))
     assert found.numel == found.of == peft.numel()
 
 

@@ -10,11 +10,13 @@ import torch
 
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
-from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.files.preflight import preflight
 from tests.support.cases import lay_out
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import FAULTS, HEALTHY, Case
@@ -51,10 +53,10 @@ def load() -> Callable[[Path, Path, str], Base]:
     loaded: dict[Any, Base] = {}
 
     def get(base: Path, adapter: Path, dtype: str) -> Base:
-        model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True))
+        model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True), stored_tensors(base))
         key = (base, dtype, model_class)
         if key not in loaded:
-            loaded[key] = load_base(str(base), model_class=model_class, label=base.name, dtype=dtype)
+            loaded[key] = load_local(str(base), model_class=model_class, label=base.name, dtype=dtype)
         return loaded[key]
 
     return get

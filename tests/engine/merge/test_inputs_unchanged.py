@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.engine.base.loaded_base import Base, load_base, named_tensors
+from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity
 from tests.support.cases import lay_out
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.models import BASES, VARIANTS, Shelf
@@ -63,9 +65,9 @@ def test_no_tensor_of_the_base_changes_under_any_case(key: str, dtype: str, shel
         files = preflight(str(tmp_path / case.name), allow_pickle=True)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             continue
-        model_class = model_class_for(str(directory), files)
+        model_class = model_class_for(str(directory), files, stored_tensors(directory))
         if model_class not in bases:
-            bases[model_class] = load_base(
+            bases[model_class] = load_local(
                 str(directory), model_class=model_class, label=key, dtype=dtype, allow_pickle=True
             )
             first[model_class] = digest(bases[model_class])

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.blocks.figures import measure_merge
 from merge_gate.engine.merge import plan
@@ -24,6 +24,8 @@ from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.faults import configure, edit
 from tests.support.gating import Bench
@@ -46,8 +48,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def loaded(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
-    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
-    return load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
+    model_class = model_class_for(
+        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
+    )
+    return load_local(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 
 def evidence_of(

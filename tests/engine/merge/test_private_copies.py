@@ -16,13 +16,13 @@ from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.merge import private_copies
 from merge_gate.engine.merge.private_copies import PrivateCopies, slots_of
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.preflight import preflight
 from merge_gate.sources.feed import LocalFeed, SourceError
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
 from tests.support.models import read_tensors
 
@@ -49,7 +49,7 @@ class FailingFeed(LocalFeed):
 
 
 def skeleton(directory: Path, feed: LocalFeed | None = None) -> Base:
-    model_class, stored = ModelClass(class_name="LlamaForCausalLM"), stored_tensors(str(directory))
+    model_class, stored = ModelClass(class_name="LlamaForCausalLM"), stored_tensors(directory)
     with methods.quiet():
         return skeleton_of(source(directory), model_class, stored, feed or LocalFeed(str(directory)))
 

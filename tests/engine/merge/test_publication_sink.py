@@ -24,6 +24,7 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import Group, Job, Merged, Task
 from tests.support import bases, methods
+from tests.support.engine.base_headers import base_files
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import Sent, configured, in_dtype, sent_by, write_model
 from tests.support.faults import configure
@@ -317,7 +318,13 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
     )
     dtype = "auto" if publish == "preserve" else publish
     key = BaseKey(model="base", revision=None, dtype=dtype, quantization="none")
-    return Group(base=key, directory=str(shelf.base("llama")), tasks=tasks, one_pass=one_pass)
+    return Group(
+        base=key,
+        directory=str(shelf.base("llama")),
+        files=base_files(shelf.base("llama")),
+        tasks=tasks,
+        one_pass=one_pass,
+    )
 
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
@@ -366,7 +373,7 @@ def test_the_worker_publishes_a_quantized_base_with_plain_weights(
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
     task = Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), publishes="bfloat16")
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
-    group = Group(base=key, directory=str(directory), tasks=(task,))
+    group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
     connection: Any = Connection()
     events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), connection=connection))
     merged = next(event for event in events if isinstance(event, Merged))

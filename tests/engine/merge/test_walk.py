@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter.load_adapter import load_adapter
 from merge_gate.engine.adapter.weights import read_weights
-from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge import walk
 from merge_gate.engine.merge.twin import Deltas, Twins
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import MEASURE_ALL, Evidence
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ def made(case: methods.Case, root: Path) -> tuple[Path, Path]:
 
 
 def loaded_base(base: Path, adapter: Path) -> Base:
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
-    return load_base(str(base), model_class=model_class, label="base")
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
+    return load_local(str(base), model_class=model_class, label="base")
 
 
 def evidence_of(base: Path, adapter: Path) -> Evidence:

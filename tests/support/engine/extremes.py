@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from merge_gate.engine.blocks.delta import LowRankUpdate
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
-STORED = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 EXPONENTS = st.integers(-30, 12)
 
 

@@ -15,16 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
-from merge_gate.engine.base.loaded_base import dequantized_base, load_base
+from merge_gate.engine.base.loaded_base import dequantized_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.base.tensor_map import DTYPES, stored_tensors
+from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge.publication_sinks import PublicationSinks
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import PRESERVE
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
+from tests.support.engine.local_bases import load_local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,13 +82,13 @@ def sent_by(
 ) -> Sent:
     """Merge an adapter into a base in this process, and publish it."""
     files = preflight(str(adapter), allow_pickle=True)
-    model_class = model_class_for(str(directory), files)
-    feed, stored = LocalFeed(str(directory)), stored_tensors(str(directory))
+    model_class = model_class_for(str(directory), files, stored_tensors(directory))
+    feed, stored = LocalFeed(str(directory)), stored_tensors(directory)
     with methods.quiet():
         base = (
             skeleton_of(source(directory, dtype), model_class, stored, feed)
             if hollow
-            else load_base(str(directory), model_class=model_class, label="base", dtype=dtype, **load)
+            else load_local(str(directory), model_class=model_class, label="base", dtype=dtype, **load)
         )
         if dequantized:
             base = dequantized_base(base, publish)

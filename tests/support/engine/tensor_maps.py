@@ -18,11 +18,12 @@ from transformers import core_model_loading
 from merge_gate.engine.base.accounting import account_for
 from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named_tensors
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
-from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded, stored_tensors
+from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def check(model_type: str, directory: Path) -> Checked:
     model_class = architecture.model_class
     if not loads_as_usual(model_class):
         return Checked(model_type=model_type, skipped="the class has a from_pretrained of its own")
-    account = account_for(str(directory), ModelClass(class_name=model_class.__name__), "base")
+    account = account_for(
+        str(directory), ModelClass(class_name=model_class.__name__), "base", stored_tensors(directory)
+    )
     if account.map is None:
         return Checked(model_type=model_type, skipped="no map")
     with methods.quiet():
@@ -97,7 +100,7 @@ def _of_skeleton(directory: Path, model_class: Any, model: Any) -> list[str]:
             base = skeleton_of(
                 source(directory, dtype),
                 ModelClass(class_name=model_class.__name__),
-                stored_tensors(str(directory)),
+                stored_tensors(directory),
                 LocalFeed(str(directory)),
             )
         expected = {name: tensor for name, _, tensor in named_tensors(real)}

@@ -19,6 +19,7 @@ from merge_gate.records.files import Entry, Snapshot
 from merge_gate.sources.feed import LocalFeed
 from merge_gate.verify import answer
 from merge_gate.verify.directory import expected_files, settings_files
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Verifier:
     ) -> tuple[Evidence, Comparison]:
         files = preflight(str(adapter), allow_pickle=False)
         loaded = self.gate.base(base, files, dtype="auto")
-        model_class = model_class_for(str(base), files)
-        account = accounting.account_for(str(base), model_class, base.name)
+        model_class = model_class_for(str(base), files, stored_tensors(base))
+        account = accounting.account_for(str(base), model_class, base.name, stored_tensors(base))
         of_base = resolve_base(str(base)).base_files
         assert of_base is not None
         assert finished.base_files is not None

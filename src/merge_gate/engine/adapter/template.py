@@ -26,9 +26,10 @@ from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.tensors.hollow import CASTABLE
 from merge_gate.engine.tensors.module_copies import copied, tensors_of
 from merge_gate.records.files import AdapterFiles
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 DORA = (
     variants.DoraLinearVariant,
@@ -126,7 +127,7 @@ def fill_blanks(model: nn.Module) -> bool:
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         held = next(layer.get_base_layer().parameters(), None)
         is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())
-        if held is None or (held.is_floating_point() and held.dtype not in CASTABLE) or not is_usual:
+        if held is None or (held.is_floating_point() and held.dtype not in _DTYPES) or not is_usual:
             return False
         for module, name, factor in parameters_of(layer):
             if factor.is_meta and factor not in filled:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,8 +25,8 @@ from safetensors import safe_open
 
 from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options, loads_as_usual
-from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
-from merge_gate.records.files import AdapterFiles, BaseFiles
+from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, tensor_map
+from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import Refusal, Undecidable
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
@@ -72,8 +72,8 @@ class Account:
     map: TensorMap | None = None
 
 
-def account_for(directory: str, model_class: ModelClass, label: str, files: BaseFiles | None = None) -> Account:
-    """Account for a base on its headers, which `files` has if they were read before.
+def account_for(directory: str, model_class: ModelClass, label: str, stored: Sequence[StoredTensor]) -> Account:
+    """Account for a base on the headers of its weight files.
 
     Raises:
         Undecidable: its files contradict each other or config.json.
@@ -82,14 +82,13 @@ def account_for(directory: str, model_class: ModelClass, label: str, files: Base
     if transformers_class is None or not loads_as_usual(transformers_class):
         return Account()
     try:
-        stored = files.tensors if files is not None and files.tensors else stored_tensors(directory)
         found = tensor_map(transformers_class, directory, stored, **head_options(model_class))
     except NoMapError:
         return Account()
     refuse_left_out(found, label)
     refuse_torn_groups(found, label)
     refuse_codes(found, label)
-    if type(found.model).__name__ not in _architectures(found.model, directory):
+    if type(found.model).__name__ not in _architectures(found.model):
         refuse_foreign_weights(found.model, found.missing, label)
     return Account(
         incomplete=own_missing(found.missing | _partly_stacked(found), found.model, directory),
@@ -278,7 +277,7 @@ def own_missing(missing: Iterable[str], model: Any, directory: str) -> tuple[str
 
 def _own_names(model: Any, directory: str) -> set[str] | None:
     """Names of the parameters of the class that config.json names; None if it names none that transformers has."""
-    named = next((name for name in _architectures(model, directory) if hasattr(transformers, name)), None)
+    named = next((name for name in _architectures(model) if hasattr(transformers, name)), None)
     if named is None:
         return None
     if named == type(model).__name__:
@@ -292,12 +291,9 @@ def _own_names(model: Any, directory: str) -> set[str] | None:
         return None
 
 
-def _architectures(model: Any, directory: str) -> tuple[str, ...]:
-    try:
-        config = type(model).config_class.from_pretrained(directory, local_files_only=True)
-    except Exception:
-        return ()
-    return tuple(name for name in config.architectures or () if isinstance(name, str))
+def _architectures(model: Any) -> tuple[str, ...]:
+    """The classes that config.json names."""
+    return tuple(name for name in model.config.architectures or () if isinstance(name, str))
 
 
 def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:

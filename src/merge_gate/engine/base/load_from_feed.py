@@ -39,7 +39,6 @@ from merge_gate.engine.base.skeleton import NoSkeletonError, mapped_headers
 from merge_gate.engine.base.stored_formats import refuse_other_packing
 from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, TensorGroup, TensorMap
-from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.quantized import quantizing
 from merge_gate.errors import EngineError
 from merge_gate.records.files import StoredTensor
@@ -106,8 +105,7 @@ def load_from_feed(
         names = sorted(loading.newly_initialized ^ expected.newly_initialized)
         raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
     refuse_foreign_weights(model, loading.newly_initialized, source.label)
-    dtype = source.options["dtype"]
-    refuse_other_packing(model, source, "auto" if dtype == "auto" else dtype_name(dtype))
+    refuse_other_packing(model, source)
     return measure_base(model, source, loading, known={})
 
 

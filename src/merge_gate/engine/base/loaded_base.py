@@ -51,7 +51,7 @@ from merge_gate.engine.tensors.threads import spread
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import Caught, Undecidable
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import SourceError
+from merge_gate.sources.feed import FileSpan, SourceError
 
 if TYPE_CHECKING:
     from merge_gate.engine.base.direct_reads import DirectReads
@@ -96,6 +96,12 @@ class Source:
     options: Mapping[str, Any]
     dequantized: bool = False
 
+    @property
+    def dtype(self) -> str:
+        """The dtype that is asked for, or `auto`."""
+        dtype = self.options["dtype"]
+        return "auto" if dtype == "auto" else dtype_name(dtype)
+
 
 @dataclass(slots=True, kw_only=True)
 class Base:
@@ -108,9 +114,9 @@ class Base:
     layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`. `weights`
     brings them to `device` when they are needed.
 
-    Tensors in `hollow` have values only while they are `filled`. They are cast from another base (other_dtype.py), or
-    come from `feed` (skeleton.py). In the second case `stats` lacks a tensor until its values have passed by: use
-    `figures`, and read `facts` after `settle`. `recorded` names tensors whose figures an earlier run measured; a tensor
+    Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
+    their values have passed by: use `figures`, and read `facts` after `settle`. `mapped` names tensors that are the
+    bytes of a mapped file, with their places. `recorded` names tensors whose figures an earlier run measured; a tensor
     that is read is measured again.
     """
 
@@ -126,6 +132,7 @@ class Base:
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
+    mapped: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
@@ -246,10 +253,6 @@ class Base:
             found = sorted((*self.facts.nonfinite, *others), key=lambda one: order.get(one.name, len(order)))
             self.facts = replace(self.facts, nonfinite=tuple(found))
 
-    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in memory. For a hollow tensor, that is the tensor that it is cast from."""
-        return tensor if self.hollow is None else self.hollow.source(tensor)
-
     def was_misread(self) -> bool:
         """Whether some code has read a tensor that had no values. The tensor has values from now on."""
         if self.hollow is None or not self.hollow.fill_touched():
@@ -284,42 +287,20 @@ def measure_in(module: nn.Module, tensor: torch.Tensor, name: str) -> tuple[Tens
     return (plain, *(measure(scale, f"{name}.{suffix}") for suffix, scale in scales(module, tensor)))
 
 
-def load_base(
-    directory: str,
-    *,
-    model_class: ModelClass,
-    label: str,
-    revision: str | None = None,
-    dtype: str = "auto",
-    quantization: Quantization = Quantization.NONE,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Base:
-    """Load a base from a directory, and measure every parameter and persistent buffer.
-
-    If the stored dtype is requested, transformers maps the weights into memory, and no anonymous memory is used.
+def load_base(source: Source, model_class: ModelClass) -> Base:
+    """Load a base by `from_pretrained`, and measure every parameter and persistent buffer.
 
     Raises:
         Undecidable: the base cannot be loaded, with the library's own reason.
     """
-    source = source_of(
-        directory,
-        label=label,
-        revision=revision,
-        dtype=dtype,
-        quantization=quantization,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    refuse_unknown_format(directory, label)
+    label = source.label
+    refuse_unknown_format(source.directory, label)
     transformers_class = getattr(transformers, model_class.class_name)
     try:
-        if quantization is Quantization.NONE:
+        if source.quantization is Quantization.NONE:
             dequantizing = dequantizing_options(_config(transformers_class, source))
             source = replace(source, options={**source.options, **dequantizing})
-        with quantizing(quantization):
+        with quantizing(source.quantization):
             model, loading = _from_pretrained(transformers_class, source, model_class)
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
@@ -327,7 +308,7 @@ def load_base(
         raise Undecidable("base_raised", base=label, error=caught(error), class_name=model_class.class_name) from error
     refuse_mismatches(loading, label, model_class)
     refuse_foreign_weights(model, loading.newly_initialized, label)
-    refuse_other_packing(model, source, dtype)
+    refuse_other_packing(model, source)
     return measure_base(model, source, loading, known={})
 
 
@@ -344,12 +325,12 @@ def source_of(
     directory: str,
     *,
     label: str,
-    revision: str | None,
-    dtype: str,
-    quantization: Quantization,
-    device: str,
-    trust_remote_code: bool,
-    allow_pickle: bool,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: Quantization = Quantization.NONE,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Source:
     """The place of a base, with the arguments for `from_pretrained`."""
     options: dict[str, Any] = {
@@ -483,9 +464,9 @@ def measure_base(
         model: the loaded model.
         source: where it comes from.
         loading: the names that did not fit.
-        known: the figures that another load has measured, by place.
-        hollow: the tensors of the model without values. If `known` lacks one, it is measured when it is filled.
-        feed: where their values come from, if it is not another base.
+        known: the figures that another class of the base has, by place.
+        hollow: the tensors of the model without values. They are measured when they are filled.
+        feed: where their values come from.
     """
     model.eval()
     model.requires_grad_(requires_grad=False)

@@ -16,8 +16,7 @@ imports no PEFT: models on torch's meta device have names and shapes only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate.engine.base.loaded_base import ModelClass, caught
-from merge_gate.engine.base.other_class import stored_names
-from merge_gate.records.files import AdapterFiles
+from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import Undecidable
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
@@ -45,8 +43,10 @@ MOST_LABELS = 1 << 20
 """A config lists all of its labels, so the shape in a hostile file must not set their number freely."""
 
 
-def model_class_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> ModelClass:
-    """Choose by the rules at the top of this file.
+def model_class_for(
+    directory: str, files: AdapterFiles, stored: Collection[StoredTensor], *, trust_remote_code: bool = False
+) -> ModelClass:
+    """Choose by the rules at the top of this file. `stored` are the headers of the base's weight files.
 
     Raises:
         Undecidable: the base's config.json cannot be read.
@@ -55,7 +55,7 @@ def model_class_for(directory: str, files: AdapterFiles, *, trust_remote_code: b
     requested = _requested_class(config, files, trust_remote_code=trust_remote_code)
     has_task_class = files.config.task_type in TASK_CLASSES
     is_from_mapping = not has_task_class and requested == files.config.base_class
-    class_name = requested if is_from_mapping else _class_that_fits(config, requested, files, directory)
+    class_name = requested if is_from_mapping else _class_that_fits(config, requested, files, stored)
     return ModelClass(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
@@ -114,7 +114,7 @@ def _is_model_class(name: str) -> bool:
     return isinstance(transformers_class, type) and issubclass(transformers_class, transformers.PreTrainedModel)
 
 
-def _class_that_fits(config: Any, requested: str, files: AdapterFiles, directory: str) -> str:
+def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: Collection[StoredTensor]) -> str:
     """Rule 5. The first part of a name differs between the classes of one architecture (`bert.encoder`, `encoder`)."""
     headers = (header for header in files.tensors if header.name.startswith(ADAPTER_PREFIX))
     names = [header.name.removeprefix(ADAPTER_PREFIX) for header in headers]
@@ -128,16 +128,12 @@ def _class_that_fits(config: Any, requested: str, files: AdapterFiles, directory
     fitting = (
         name for name in others if name and _is_model_class(name) and first_parts <= _children(_skeleton(config, name))
     )
-    return next((name for name in fitting if _is_stored(config, name, directory)), requested)
+    return next((name for name in fitting if _is_stored(config, name, [one.name for one in stored])), requested)
 
 
-def _is_stored(config: Any, class_name: str, directory: str) -> bool:
-    """Whether the base's files have tensors of a class. True if they cannot be read here, such as pickled files."""
-    try:
-        stored = stored_names(Path(directory))
-    except Exception:  # the load reports what is wrong with the files
-        return True
-    skeleton = _skeleton(config, class_name)
+def _is_stored(config: Any, class_name: str, stored: Sequence[str]) -> bool:
+    """Whether the base's files have tensors of a class. True if their names are not known."""
+    skeleton = _skeleton(config, class_name) if stored else None
     if skeleton is None:
         return True
     class_names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."

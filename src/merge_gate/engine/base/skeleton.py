@@ -1,13 +1,14 @@
-"""A base whose tensors have addresses and no memory, filled from a `Feed` while they are used.
+"""A base that takes no memory: its tensors are mapped from its files, or filled from a `Feed` while they are used.
 
 In: a base's directory and `ModelClass`, the headers of its weight files, and a feed of their bytes. Out: a `Base`, or
 `NoSkeletonError` with the reason. Only headers are read to make it. Knows no PEFT.
 
 1. transformers' loader runs on the headers, and the tensor map records which stored tensors make which tensor of the
    model, in the wanted dtype, and by which conversion.
-2. Each conversion becomes a cell (hollow.py): its tensors, and how they are filled from the feed. Conversions whose
-   stored tensors are mixed in the files (fused experts) share a cell, so that the files are read in order.
-3. transformers loads the class again, from these hollow tensors.
+2. A stored tensor that keeps its bytes is mapped, if the files may be mapped. Any other conversion becomes a cell
+   (hollow.py): its tensors, and how they are filled from the feed. Conversions whose stored tensors are mixed in the
+   files (fused experts) share a cell, so that the files are read in order.
+3. transformers loads the class again, from these tensors.
 4. The proof that this is what `from_pretrained` gives: the same tensors have no source, all names, shapes, and dtypes
    are those of the outline on the meta device, and each tensor without values is still in its place.
 5. A tensor that the load itself read or wrote (a padding row that transformers sets to zero) gets its values for good,
@@ -16,9 +17,10 @@ In: a base's directory and `ModelClass`, the headers of its weight files, and a 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from merge_gate.engine.base.loaded_base import (
 )
 from merge_gate.engine.base.shared_reads import SharedReads
 from merge_gate.engine.base.stored_formats import refuse_other_packing
-from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
+from merge_gate.engine.base.stored_spans import MappedFiles, StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
@@ -73,7 +75,19 @@ class NoSkeletonError(Exception):
     """This base, or its class, needs `from_pretrained`. The text says why."""
 
 
-def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed) -> Base:
+FiguresBySpan = dict[tuple[tuple[FileSpan, ...], str], TensorStats]
+"""The figures of tensors by what each is read from, and by its dtype."""
+
+
+def skeleton_of(
+    source: Source,
+    model_class: ModelClass,
+    stored: Sequence[StoredTensor],
+    feed: Feed,
+    *,
+    is_mapped: bool = False,
+    known: FiguresBySpan | None = None,
+) -> Base:
     """Make the skeleton of a base.
 
     Args:
@@ -81,6 +95,8 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
         model_class: the class and head to load it as.
         stored: the tensors in the headers of the files that transformers loads, in its order.
         feed: the bytes of these files. Skeletons with the same `SharedReads` are filled in one pass.
+        is_mapped: tensors that keep their bytes are mapped from the files, and measured now.
+        known: figures of other skeletons of the same files, so that only tensors with merges are read again.
 
     Raises:
         NoSkeletonError: it could differ from what `from_pretrained` gives.
@@ -94,7 +110,7 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
         raise NoSkeletonError(f"it is quantized while it is loaded ({source.quantization})")
     shared = feed if isinstance(feed, SharedReads) else SharedReads(feed)
     try:
-        return _made(transformers_class, source, model_class, stored, shared)
+        return _made(transformers_class, source, model_class, stored, shared, is_mapped=is_mapped, known=known or {})
     except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries have their own exceptions
@@ -102,7 +118,14 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
 
 
 def _made(
-    transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: SharedReads
+    transformers_class: Any,
+    source: Source,
+    model_class: ModelClass,
+    stored: Sequence[StoredTensor],
+    feed: SharedReads,
+    *,
+    is_mapped: bool,
+    known: FiguresBySpan,
 ) -> Base:
     # 1.
     found = mapped_headers(transformers_class, source, model_class, stored)
@@ -113,22 +136,28 @@ def _made(
     # 2.
     groups = _groups(found, outline, loading.newly_initialized)
     spans = stored_bytes(source.directory, {name: found.stored[name] for one in groups for name in one.group.sources})
-    hollow = Hollow(_cells(groups, spans, feed))
+    in_files = {name: place for one in groups if is_mapped for name, place in _unchanged(one, spans).items()}
+    hollow = Hollow(_cells([one for one in groups if in_files.keys().isdisjoint(one.tensors)], spans, feed))
     # 3. to 5.
     most_bytes = max(LEAST_KEPT_BYTES, sum(one.span.end - one.span.start for one in spans.values()) // KEPT_SHARE)
-    model = _loaded(transformers_class, found, hollow, loading, most_bytes=most_bytes)
-    refuse_other_packing(
-        model, source, "auto" if source.options["dtype"] == "auto" else dtype_name(source.options["dtype"])
-    )
-    return measure_base(model, source, loading, known={}, hollow=hollow, feed=feed)
-
-
-FiguresBySpan = dict[tuple[tuple[FileSpan, ...], str], TensorStats]
-"""The figures of tensors by what each is read from, and by its dtype."""
+    map_files = functools.partial(MappedFiles, source.directory, in_files)
+    model, mapped = _loaded(transformers_class, found, hollow, map_files, loading, most_bytes=most_bytes)
+    refuse_other_packing(model, source)
+    spans_by_place = {place_of(tensor): (in_files[name].span,) for name, tensor in mapped.unwritten().items()}
+    keys = {place: (of_place, dtype_name(place[-1])) for place, of_place in spans_by_place.items()}
+    figures = {place: known[key] for place, key in keys.items() if key in known}
+    if hollow.tensors:
+        base = measure_base(model, source, loading, known=figures, hollow=hollow, feed=feed)
+    else:
+        base = measure_base(model, source, loading, known=figures)
+    places = {name: place_of(tensor) for name, tensor in base.tensors.items()}
+    base.mapped = {name: spans_by_place[place] for name, place in places.items() if place in spans_by_place}
+    _reuse_figures(base, known)
+    return base
 
 
 def figures_by_span(base: Base) -> FiguresBySpan:
-    """The figures that this run measured of a skeleton's tensors, for another skeleton of the same files."""
+    """The figures that this run measured of a skeleton's tensors, for `skeleton_of`."""
     return {
         (spans, dtype_name(base.tensors[name].dtype)): base.stats[name]
         for name, spans in _alone(base)
@@ -136,8 +165,7 @@ def figures_by_span(base: Base) -> FiguresBySpan:
     }
 
 
-def reuse_figures(base: Base, known: FiguresBySpan) -> None:
-    """Use figures of another skeleton of the same files, so that only tensors with merges are read again."""
+def _reuse_figures(base: Base, known: FiguresBySpan) -> None:
     for name, spans in _alone(base):
         tensor = base.tensors[name]
         stats = known.get((spans, dtype_name(tensor.dtype)))
@@ -148,7 +176,8 @@ def reuse_figures(base: Base, known: FiguresBySpan) -> None:
 
 def _alone(base: Base) -> Iterator[tuple[str, tuple[FileSpan, ...]]]:
     """Tensors that are read from one stored tensor each. One that a load has changed is not among them."""
-    if base.feed is None or base.hollow is None:
+    yield from base.mapped.items()
+    if base.hollow is None:
         return
     for cell in base.hollow.cells(base.tensors):
         if len(cell.outlines) == len(cell.spans) == 1 and not base.hollow.is_filled(cell):
@@ -230,6 +259,14 @@ def _groups(found: TensorMap, outline: Tensors, newly_initialized: frozenset[str
     return groups
 
 
+def _unchanged(one: _Made, spans: Mapping[str, StoredBytes]) -> dict[str, StoredBytes]:
+    """The tensor of a conversion that keeps the bytes of its stored tensor; empty if it does not."""
+    if one.group.conversion != RENAMED or len(one.group.sources) != 1:
+        return {}
+    place = spans[one.group.sources[0]]
+    return {name: place for name, (_, dtype) in one.outlines.items() if dtype == place.dtype}
+
+
 def _cells(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Iterator[Cell]:
     """Cells in the order of the files."""
 
@@ -300,38 +337,47 @@ def _convert(one: _Made, stored: Tensors, tensors: Tensors) -> None:
 # --- 3. to 5. ------------------------------------------------------------------------------------------------------
 
 
-def _loaded(transformers_class: Any, headers: TensorMap, hollow: Hollow, expected: Loading, *, most_bytes: int) -> Any:
+def _loaded(
+    transformers_class: Any,
+    headers: TensorMap,
+    hollow: Hollow,
+    map_files: Callable[[], MappedFiles],
+    expected: Loading,
+    *,
+    most_bytes: int,
+) -> tuple[Any, MappedFiles]:
     config, outline = headers.model.config, {name: tensor for name, _, tensor in named_tensors(headers.model)}
-    without_values = {
+    empty = {
         name: torch.empty(one.shape, dtype=one.dtype)
         for name, one in outline.items()
         if not one.numel() and name not in expected.newly_initialized
     }
-    given = {**hollow.tensors, **without_values}
     for number in range(MOST_LOADS):
         if number > 1:
             hollow.refill()  # what the last load wrote there, this one writes again
-        model, loading = load_with_info(
-            transformers_class, None, config=config, dtype=config.dtype, state_dict=dict(given)
-        )
+        mapped = map_files()  # for the same reason
+        given = {**hollow.tensors, **empty, **mapped.tensors}
+        model, loading = load_with_info(transformers_class, None, config=config, dtype=config.dtype, state_dict=given)
         if not hollow.fill_touched():
-            _refuse_another_model(model, loading, expected, outline, hollow)
-            return model
+            without_values = {name: one for name, one in hollow.tensors.items() if not hollow.is_kept(one)}
+            _refuse_another_model(model, loading, expected, outline, given=given, without_values=without_values)
+            return model, mapped
         if hollow.kept_bytes() > most_bytes:
             break
     raise NoSkeletonError("transformers reads or changes too many of its tensors while it loads them")
 
 
-def _refuse_another_model(model: Any, loading: Loading, expected: Loading, outline: Tensors, hollow: Hollow) -> None:
+def _refuse_another_model(
+    model: Any, loading: Loading, expected: Loading, outline: Tensors, *, given: Tensors, without_values: Tensors
+) -> None:
     """Step 4. A tensor that has its values may be tied to another one, or be replaced, as in any load."""
     found = {name: tensor for name, _, tensor in named_tensors(model)}
     if loading.newly_initialized != expected.newly_initialized:
         names = sorted(loading.newly_initialized ^ expected.newly_initialized)
         raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
-    with_values = {name for name, tensor in hollow.tensors.items() if hollow.is_kept(tensor)}
-    tied = with_values - found.keys()
+    tied = given.keys() - without_values.keys() - found.keys()
     if outlines(found) != outlines({name: tensor for name, tensor in outline.items() if name not in tied}):
         raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
-    for name in hollow.tensors.keys() - with_values:
-        if place_of(found[name]) != place_of(hollow.tensors[name]):
+    for name, tensor in without_values.items():
+        if place_of(found[name]) != place_of(tensor):
             raise NoSkeletonError(f"transformers replaces {name} after it was loaded")

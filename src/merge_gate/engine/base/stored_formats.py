@@ -93,7 +93,7 @@ def loaded_dtypes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[str, float], .
     return tuple(counts) if len(counts) > 1 else ()
 
 
-def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
+def refuse_other_packing(model: Any, source: Source) -> None:
     """Raise `Undecidable` if a base was loaded as something else than the config asks for."""
     loaded, asked, found = (
         loaded_quantization(model, source.directory),
@@ -102,10 +102,12 @@ def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
     )
     if asked is not Quantization.NONE:
         is_as_asked = loaded == asked
-    elif dtype in ("auto", found):
+    elif source.dtype in ("auto", found):
         is_as_asked = True
     else:  # a class may keep some parameters in float32
-        is_as_asked = loaded == Quantization.NONE and dtype in {dtype_name(one.dtype) for one in model.parameters()}
+        is_as_asked = loaded == Quantization.NONE and source.dtype in {
+            dtype_name(one.dtype) for one in model.parameters()
+        }
     if not is_as_asked:
         raise Undecidable(
             "loaded_otherwise",
@@ -114,5 +116,5 @@ def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
             quantization=loaded,
             asked_quantization=asked,
             dtype=found,
-            asked_dtype=dtype,
+            asked_dtype=source.dtype,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,33 @@ class StoredBytes:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor. The tensor has to live as long as this is used."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+class MappedFiles:
+    """Stored tensors that are mapped from their files for one load. What it writes goes to copies of the pages."""
+
+    def __init__(self, directory: str, places: Mapping[str, StoredBytes]) -> None:
+        self._files: dict[str, mmap.mmap] = {}
+        for file in {place.span.file for place in places.values()}:
+            with Path(directory, file).open("rb") as opened:
+                self._files[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.tensors = {name: self._tensor(place) for name, place in places.items()}
+
+    def _tensor(self, place: StoredBytes) -> torch.Tensor:
+        count, file = torch.Size(place.shape).numel(), self._files[place.span.file]
+        return torch.frombuffer(file, dtype=place.dtype, count=count, offset=place.span.start).view(place.shape)
+
+    def unwritten(self) -> dict[str, torch.Tensor]:
+        """The tensors, if no page has a copy of its own: some code has written to such a page."""
+        starts = {torch.frombuffer(one, dtype=torch.uint8, count=1).data_ptr() for one in self._files.values()}
+        is_ours = False
+        for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+            first, second, *_ = [*line.split(), ""]
+            if not first.endswith(":"):
+                is_ours = int(first.partition("-")[0], 16) in starts
+            elif is_ours and first == "Anonymous:" and second != "0":
+                return {}
+        return self.tensors
 
 
 def stored_bytes(directory: str, stored: Mapping[str, StoredTensor]) -> dict[str, StoredBytes]:

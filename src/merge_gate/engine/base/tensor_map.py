@@ -13,16 +13,13 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import core_model_loading
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import logging
 
 from merge_gate.engine.tensors.quantized import dequantizing_options
 from merge_gate.records.files import StoredTensor
@@ -117,35 +114,10 @@ class TensorMap:
         return {source: group.targets for group in self.groups for source in group.sources}
 
 
-def stored_tensors(directory: str) -> tuple[StoredTensor, ...]:
-    """The headers of the weight files that transformers loads: one file, or the shards of its index.
-
-    Raises:
-        NoMapError: there are no safetensors files, or they cannot be read.
-    """
-    folder = Path(directory)
-    try:
-        whole = folder / SAFE_WEIGHTS_NAME
-        files = [str(whole)]
-        if not whole.exists():
-            files, _ = get_checkpoint_shard_files(directory, str(folder / SAFE_WEIGHTS_INDEX_NAME))
-        return tuple(tensor for file in files for tensor in _headers(folder, file))
-    except Exception as error:  # the load says what is wrong with the files
-        raise NoMapError(str(error)) from error
-
-
-def _headers(folder: Path, file: str) -> Iterator[StoredTensor]:
-    with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - not a mapping
-            part = opened.get_slice(name)
-            shape = tuple(part.get_shape())
-            yield StoredTensor(name=name, dtype=part.get_dtype(), shape=shape, file=str(Path(file).relative_to(folder)))
-
-
 def tensor_map(
     transformers_class: Any,
     directory: str,
-    stored: tuple[StoredTensor, ...],
+    stored: Sequence[StoredTensor],
     *,
     dtype: Any = "auto",
     is_plain: bool = False,
@@ -158,8 +130,10 @@ def tensor_map(
     those of a plain model, whatever quantization config.json declares.
 
     Raises:
-        NoMapError: transformers cannot load these headers, or has other internals.
+        NoMapError: there are no headers (pickled weights), transformers cannot load them, or has other internals.
     """
+    if not stored:
+        raise NoMapError("the headers of its weight files are not known")
     by_name = {one.name: one for one in stored}
     try:
         config = transformers_class.config_class.from_pretrained(directory, local_files_only=True, **config_options)

@@ -119,9 +119,9 @@ class BlockMerge:
         if not isinstance(values, DenseValues):
             return None
         screen = Screen if update.magnitude is None else DoraScreen
-        if not screen.suits(values.stored, update, values.dtype, slices):
+        if not screen.suits(values.weight, update, slices):
             return None
-        return screen(values.stored, update, values.dtype, slices, self._buffers).candidates()
+        return screen(values.weight, update, slices, self._buffers).candidates()
 
     def extremes(self) -> tuple[torch.Tensor, bool] | None:
         """For a quantized weight: the least and the greatest value for every scale, and whether these show a change.
@@ -164,28 +164,17 @@ class BlockMerge:
         return BlockMerge(self._values.sampled(step), self._update.sampled(step), self._buffers, sample_of=self.of)
 
 
-def supports(
-    weight: torch.Tensor,
-    update: LowRankUpdate,
-    *,
-    row_scales: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> bool:
+def supports(weight: torch.Tensor, update: LowRankUpdate, *, row_scales: torch.Tensor | None = None) -> bool:
     """Whether `merged_blocks` accepts these. PEFT's own code merges the rest.
 
     The rest is: other quantized weights, sparse or empty weights, factors of two dtypes, shapes that do not fit, and
     rare dtypes.
     """
-    return _values(weight, update, row_scales, dtype, Buffers()) is not None
+    return _values(weight, update, row_scales) is not None
 
 
 def merged_blocks(
-    weight: torch.Tensor,
-    update: LowRankUpdate,
-    buffers: Buffers,
-    *,
-    row_scales: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    weight: torch.Tensor, update: LowRankUpdate, buffers: Buffers, *, row_scales: torch.Tensor | None = None
 ) -> BlockMerge:
     """The merge of `update` into `weight` as PEFT's `safe_merge=True` would leave it.
 
@@ -194,12 +183,11 @@ def merged_blocks(
         update: the update, with its factors on the weight's device.
         buffers: the calling thread's. Pass the same ones for all weights.
         row_scales: the scales of an 8-bit weight (`SCB`).
-        dtype: the dtype that the base is checked in, if it is not the weight's own. Dense weights only.
 
     Raises:
         ValueError: `supports` returns false for these.
     """
-    values = _values(weight, update, row_scales, dtype, buffers)
+    values = _values(weight, update, row_scales)
     if values is None:
         a, b = update.lora_a, update.lora_b
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, a, b))
@@ -207,19 +195,13 @@ def merged_blocks(
     return BlockMerge(values, update, buffers)
 
 
-def _values(
-    weight: torch.Tensor,
-    update: LowRankUpdate,
-    row_scales: torch.Tensor | None,
-    dtype: torch.dtype | None,
-    buffers: Buffers,
-) -> Weight | None:
+def _values(weight: torch.Tensor, update: LowRankUpdate, row_scales: torch.Tensor | None) -> Weight | None:
     if not update.well_formed or weight.device != update.lora_a.device:
         return None
     values: Weight | None = None
-    if is_plain(weight) and weight.dim() == 2 and (dtype or weight.dtype) in FLOATS:  # noqa: PLR2004
-        values = DenseValues(weight, buffers, dtype)
-    elif is_quantized(weight) and dtype is None and not update.transposed:
+    if is_plain(weight) and weight.dim() == 2 and weight.dtype in FLOATS:  # noqa: PLR2004
+        values = DenseValues(weight)
+    elif is_quantized(weight) and not update.transposed:
         is_4bit = type(weight).__name__ == BNB_4BIT
         values = Int4Values.of(weight) if is_4bit else Int8Values.of(weight, row_scales)
     if values is None or values.shape != update.shape:

@@ -41,27 +41,20 @@ class Values(Protocol):
 
 
 class DenseValues:
-    """A plain weight, or its values in the other dtype that a base is checked in."""
+    """A plain weight."""
 
-    def __init__(self, weight: torch.Tensor, buffers: Buffers, dtype: torch.dtype | None = None) -> None:
-        self._weight, self._buffers = weight.detach(), buffers
-        self.shape, self.device = (weight.shape[0], weight.shape[1]), weight.device
-        self.dtype = dtype or weight.dtype
-
-    @property
-    def stored(self) -> torch.Tensor:
-        """The weight in its own dtype, from which the values may be cast."""
-        return self._weight
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight.detach()
+        self.shape, self.device, self.dtype = (weight.shape[0], weight.shape[1]), weight.device, weight.dtype
 
     def rows(self, rows: slice) -> torch.Tensor:
-        values = self._weight[rows]
-        return values if values.dtype == self.dtype else self._buffers.take("base", values, self.dtype).copy_(values)
+        return self.weight[rows]
 
     def sampled(self, step: int) -> DenseValues:
-        return DenseValues(self._weight[::step], self._buffers, self.dtype)
+        return DenseValues(self.weight[::step])
 
     def columns(self, columns: slice) -> torch.Tensor:
-        return self._weight[:, columns].contiguous().to(self.dtype)
+        return self.weight[:, columns].contiguous()
 
 
 class Sum:

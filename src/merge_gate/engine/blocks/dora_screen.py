@@ -20,7 +20,6 @@ There is no proof if a value comes near the limit of a dtype, or if a norm may v
 # D of step 2, with u, r, and W as in screen.py, and P = |scaling| · ‖b‖ · longest column of A:
 #
 #   float32, in both merges           2 · (4 r + 32) · 2⁻²⁴ · (|W| + P)
-#   the stored weight, if it is cast  u(W) · |W|
 #   bfloat16, if step 1 uses it       3 u · P for factors and product, u · |t| for the sum
 #   below the least normal number     everything there is lost
 #
@@ -73,7 +72,7 @@ def norms_are_summed_in_float32() -> bool:
 class DoraBound:
     """The bounds of steps 2 to 5. `products` is P of each row, `row_products` that of E; both float64.
 
-    `share`, `cast`, and `narrow` are relative errors: of a merge in float32, of the stored weight, and of bfloat16.
+    `share` and `narrow` are relative errors: of a merge in float32, and of bfloat16.
     """
 
     products: torch.Tensor
@@ -81,16 +80,13 @@ class DoraBound:
     magnitude: torch.Tensor
     columns: int
     share: float
-    cast: float
     narrow: float
     lost: float
     ceiling: float
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, update: LowRankUpdate, dtype: torch.dtype, *, stored: torch.dtype, in_bfloat16: bool = False
-    ) -> DoraBound | None:
+    def of(cls, update: LowRankUpdate, dtype: torch.dtype, *, in_bfloat16: bool = False) -> DoraBound | None:
         """None if an intermediate value may leave the range of float32: then there is no proof."""
         assert update.magnitude is not None  # noqa: S101 - only DoRA comes here
         (rank, columns), scaling = update.lora_a.shape, abs(update.scaling)
@@ -100,16 +96,14 @@ class DoraBound:
         a, b = float(lengths(update.lora_a, 0).max()), float(rows.max())
         if not all(size <= MOST for size in (a, b, a * b, a * scaling, b * scaling, a * b * scaling)):  # also for NaN
             return None
-        is_cast = stored != dtype
         return cls(
             products=scaling * a * rows,
             row_products=scaling * float(lengths(update.lora_a, 1).norm()) * rows,
             magnitude=update.magnitude.double().abs(),
             columns=columns,
             share=(4 * rank + 32) * UNIT,
-            cast=unit(dtype) if is_cast else 0.0,
             narrow=unit(torch.bfloat16) if in_bfloat16 else 0.0,
-            lost=2 * rank * LEAST * (1 + a + b + scaling) + (torch.finfo(dtype).tiny if is_cast else 0.0),
+            lost=2 * rank * LEAST * (1 + a + b + scaling),
             ceiling=LARGEST_SHARE * min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
         )
 
@@ -131,7 +125,7 @@ class DoraBound:
         """D from values, or E from norms: how far PEFT's sums can be from `sums`."""
         weight = 2 * (sums + product)  # at least every |W|, or ‖W‖
         in_bfloat16 = ROUNDING_MARGIN * 3 * self.narrow * product + self.narrow * sums
-        return ROUNDING_MARGIN * (2 * self.share * (weight + product) + self.cast * weight + in_bfloat16)
+        return ROUNDING_MARGIN * (2 * self.share * (weight + product) + in_bfloat16)
 
 
 ROW_MARGIN = 1 + 2.0**-20
@@ -139,26 +133,18 @@ ROW_MARGIN = 1 + 2.0**-20
 
 
 class DoraScreen:
-    """The merge of a weight in one product. `stored` is the weight in its own dtype, `dtype` that of the result."""
+    """The merge of a weight in one product."""
 
-    def __init__(
-        self,
-        stored: torch.Tensor,
-        update: LowRankUpdate,
-        dtype: torch.dtype,
-        slices: Sequence[slice],
-        buffers: Buffers,
-    ) -> None:
-        self._slices, self._dtype, self._buffers = slices, dtype, buffers
-        self._stored, self._update = stored, update
-        self._in_bfloat16 = stored.dtype == torch.bfloat16 and multiplies_bfloat16() and norms_are_summed_in_float32()
-        self._bound = DoraBound.of(update, dtype, stored=stored.dtype, in_bfloat16=self._in_bfloat16)
+    def __init__(self, weight: torch.Tensor, update: LowRankUpdate, slices: Sequence[slice], buffers: Buffers) -> None:
+        self._slices, self._buffers = slices, buffers
+        self._weight, self._update = weight, update
+        self._in_bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16() and norms_are_summed_in_float32()
+        self._bound = DoraBound.of(update, weight.dtype, in_bfloat16=self._in_bfloat16)
 
     @staticmethod
-    def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
+    def suits(weight: torch.Tensor, update: LowRankUpdate, slices: Sequence[slice]) -> bool:
         """Whether this can save work: a DoRA whose norms are those of rows, on a weight of enough blocks."""
-        narrow = dtype in HALVES and stored.dtype != torch.float64
-        return narrow and not update.transposed and len(slices) >= LEAST_BLOCKS
+        return weight.dtype in HALVES and not update.transposed and len(slices) >= LEAST_BLOCKS
 
     @torch.no_grad()
     def candidates(self) -> Candidates | None:
@@ -169,7 +155,7 @@ class DoraScreen:
         peaks, norms = self._rows(), self._rows()
         factors = Factors.of(self._update.lora_a, self._update.lora_b, transposed=False)
         for blocks, sums in summed(
-            self._stored, factors, self._update.scaling, self._slices, self._buffers, in_bfloat16=self._in_bfloat16
+            self._weight, factors, self._update.scaling, self._slices, self._buffers, in_bfloat16=self._in_bfloat16
         ):
             rows = slice(blocks[0].start, blocks[-1].stop)
             integers = _INTEGERS[sums.dtype]
@@ -181,10 +167,10 @@ class DoraScreen:
         if largest is None:
             return None
         reaches = [float(largest[rows].max()) for rows in self._slices]
-        return Candidates([(0.0, 0.0)] * len(reaches), reaches, rounding_to(self._dtype))
+        return Candidates([(0.0, 0.0)] * len(reaches), reaches, rounding_to(self._weight.dtype))
 
     def _rows(self) -> torch.Tensor:
-        return torch.empty(len(self._stored), dtype=torch.bfloat16 if self._in_bfloat16 else torch.float32)
+        return torch.empty(len(self._weight), dtype=torch.bfloat16 if self._in_bfloat16 else torch.float32)
 
     def _is_wide(self, bound: DoraBound, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> bool:
         """Whether most blocks would remain candidates, or there is no proof."""

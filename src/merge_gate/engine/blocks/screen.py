@@ -7,8 +7,7 @@ PEFT rounds three times: the product to float32, the delta to the weight's dtype
 rounding keeps the order of values, and each error has a bound. So:
 
 1. Every element is merged in one product, W + scaling · B @ A, and measured. Let t be such a sum, in float32. For a
-   weight stored in bfloat16 the product is in bfloat16, if the processor multiplies bfloat16: that takes half the time.
-   The weight is read as it is stored, even if it is checked in another dtype.
+   weight in bfloat16 the product is in bfloat16, if the processor multiplies bfloat16: that takes half the time.
 2. The value that PEFT rounds last, to the final dtype, is within `reach` of t.
 3. Take the greatest t of a block, plus reach, rounded. If another block holds a value that is at least as great, this
    block cannot hold the greatest value. The same holds for the least. All other blocks are merged with PEFT's
@@ -23,7 +22,6 @@ a value comes near the limit of a dtype, all blocks are merged as PEFT merges th
 #
 #   the delta is rounded to W's dtype        u(W) · P
 #   PEFT rounds it to the factors' dtype     u(factors) · P, if that is a 16-bit dtype
-#   the stored weight is rounded to W        u(W) · |W|, if it is stored in another dtype
 #   float32, in each of the two merges       (4 r + 32) · 2⁻²⁴ · (|W| + P): r products, their sum in any order, the
 #                                            scaling, W
 #   below the least normal number            everything there is lost, in any order of the factors
@@ -85,22 +83,19 @@ def multiplies_bfloat16() -> bool:
 class Bound:
     """The bound of step 2. `product` is P, and `fixed` is the part of the reach that does not depend on the values.
 
-    `share` is the relative error of a merge in float32, and `cast` that of the stored weight. `rounding` is u of the
-    sums' dtype; for float32 it is part of `share`.
+    `share` is the relative error of a merge in float32. `rounding` is u of the sums' dtype; for float32 it is part of
+    `share`.
     """
 
     product: float
     share: float
-    cast: float
     fixed: float
     ceiling: float
     rounding: float
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, factors: Factors, scaling: float, dtype: torch.dtype, *, stored: torch.dtype, in_bfloat16: bool = False
-    ) -> Bound | None:
+    def of(cls, factors: Factors, scaling: float, dtype: torch.dtype, *, in_bfloat16: bool = False) -> Bound | None:
         """None if an intermediate value may leave the range of float32: then there is no proof."""
         left, right, rank = factors.left, factors.right, factors.left.shape[1]
         if rank > MOST_RANK:
@@ -112,12 +107,11 @@ class Bound:
         product = abs(scaling) * a * b * ROUNDING_MARGIN
         rounded = [dtype] if factors.rounded_to is None else [dtype, factors.rounded_to]
         share = (4 * rank + 32) * UNIT
-        casts = [] if stored == dtype else [dtype]
-        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(each).tiny for each in (*casts, *rounded))
+        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(each).tiny for each in rounded)
         narrow = unit(torch.bfloat16) if in_bfloat16 else 0.0
         fixed = ROUNDING_MARGIN * (sum(map(unit, rounded)) + 3 * narrow) * product + lost
         ceiling = LARGEST_SHARE * min(torch.finfo(each).max for each in (*rounded, torch.float32))
-        return cls(product, share, sum(map(unit, casts)), fixed, ceiling, narrow)
+        return cls(product, share, fixed, ceiling, narrow)
 
     def reach(self, ends: Ends) -> float | None:
         """The reach of sums with these extremes; None if they are near a limit, or NaN."""
@@ -126,7 +120,7 @@ class Bound:
             return None
         weight = 2 * (largest + self.product)  # not less than any |W|
         in_float32 = 2 * self.share * (weight + self.product)
-        return ROUNDING_MARGIN * (self.fixed + in_float32 + self.cast * weight + self.rounding * largest)
+        return ROUNDING_MARGIN * (self.fixed + in_float32 + self.rounding * largest)
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -145,7 +139,7 @@ def _ends(sums: torch.Tensor) -> Ends:
 
 
 def summed(
-    stored: torch.Tensor,
+    weight: torch.Tensor,
     factors: Factors,
     scaling: float,
     slices: Sequence[slice],
@@ -161,33 +155,26 @@ def summed(
     for first in range(0, len(slices), together):
         blocks = slices[first : first + together]
         rows = slice(blocks[0].start, blocks[-1].stop)
-        base = stored[rows]
+        base = weight[rows]
         sums = buffers.take("sum", base, dtype)
         torch.addmm(base if base.dtype == dtype else sums.copy_(base), left[rows], right, alpha=alpha, out=sums)
         yield blocks, sums
 
 
 class Screen:
-    """The merge of a weight in one product. `stored` is the weight in its own dtype, `dtype` that of the result."""
+    """The merge of a weight in one product."""
 
-    def __init__(
-        self,
-        stored: torch.Tensor,
-        update: LowRankUpdate,
-        dtype: torch.dtype,
-        slices: Sequence[slice],
-        buffers: Buffers,
-    ) -> None:
-        self._slices, self._dtype = slices, dtype
+    def __init__(self, weight: torch.Tensor, update: LowRankUpdate, slices: Sequence[slice], buffers: Buffers) -> None:
+        self._slices, self._dtype = slices, weight.dtype
         factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
-        in_bfloat16 = stored.dtype == torch.bfloat16 and multiplies_bfloat16()
-        self._bound = Bound.of(factors, update.scaling, dtype, stored=stored.dtype, in_bfloat16=in_bfloat16)
-        self._summed = summed(stored, factors, update.scaling, slices, buffers, in_bfloat16=in_bfloat16)
+        in_bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
+        self._bound = Bound.of(factors, update.scaling, weight.dtype, in_bfloat16=in_bfloat16)
+        self._summed = summed(weight, factors, update.scaling, slices, buffers, in_bfloat16=in_bfloat16)
 
     @staticmethod
-    def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
+    def suits(weight: torch.Tensor, update: LowRankUpdate, slices: Sequence[slice]) -> bool:
         """Whether this can save work: a LoRA whose sums are rounded, on a weight of enough blocks."""
-        narrow = dtype in HALVES and torch.float64 not in (stored.dtype, update.lora_a.dtype)
+        narrow = weight.dtype in HALVES and update.lora_a.dtype != torch.float64
         return narrow and update.magnitude is None and len(slices) >= LEAST_BLOCKS
 
     def candidates(self) -> Candidates | None:

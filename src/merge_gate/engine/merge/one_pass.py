@@ -3,23 +3,20 @@
 In: `Walk`s of adapters, planned, and their bases. Out: the same walks with their planned layers measured and
 cross-checked by PEFT. A base that does not fit in memory is read from its files once for all of these adapters.
 
-1. The planned layers of all adapters are ordered by the place of their weights in the files.
-2. On a CPU each core merges whole weights. On a card the next weight is copied while this one is merged.
-3. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. The layers
-   of different adapters are spread over the model, so that their weights are still in memory.
-4. A base that is filled from a feed (skeleton.py) is not measured yet. The pass goes over all of its tensors, and does
-   everything that needs a tensor while the tensor has values: its figures, its merges, and its cross-checks. Skeletons
-   over one feed (dtypes and classes of one base) are filled together, so that each stored tensor is read once.
+1. The pass goes over tensors that adapters change or that have no figures yet, in the order of the files (stops.py).
+   Skeletons over one feed (dtypes and classes of one base) are filled together: each stored tensor is read once.
+2. On a CPU each core takes whole weights. On a card the next weight is copied while this one is merged.
+3. Everything that needs a tensor is done while it has values: its figures, its merges, and its cross-checks.
+4. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. The layers
+   are spread over the model.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,11 +29,7 @@ from merge_gate.engine.merge.walk import Walk, peft_threads
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.measured import TensorMerge
 
-LAYERS_PER_CROSS_CHECK = 16
-"""PEFT's merge of a layer takes as long as blocks of this many layers: cross-checks are spread over the pass."""
-
 Item = tuple[Walk, BlockLayer]
-Merged = tuple[Walk, BlockLayer, TensorMerge | None]
 
 
 def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
@@ -44,29 +37,29 @@ def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
 
     Afterwards all of the `bases`, and those of the walks, are measured.
     """
-    fed = {id(base): base for base in (*bases, *(walk.base for walk in walks)) if base.feed is not None}
-    by_feed: dict[int, list[Base]] = {}
-    for base in fed.values():
-        by_feed.setdefault(id(base.feed), []).append(base)
-    for together in by_feed.values():
+    for together in _by_feed((*bases, *(walk.base for walk in walks))):
         ids = {id(base) for base in together}
-        _pass_over(together, [walk for walk in walks if id(walk.base) in ids])  # 4.
-    _merge_mapped([walk for walk in walks if id(walk.base) not in fed])
+        _pass_over(together, [walk for walk in walks if id(walk.base) in ids])
 
 
 def begin_reading(bases: Iterable[Base]) -> None:
     """Let the feeds begin with what a pass will measure of these bases, while further adapters are loaded."""
-    by_feed: dict[int, list[Base]] = {}
-    for base in bases:
-        if base.feed is not None:
-            by_feed.setdefault(id(base.feed), []).append(base)
-    for together in by_feed.values():
+    for together in _by_feed(base for base in bases if base.feed is not None):
         _announce(together, stops_of([(base, set()) for base in together]), is_early=True)
+
+
+def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
+    """Each base once. Those that are filled from one feed come together."""
+    by_feed: dict[int, list[Base]] = {}
+    for base in {id(one): one for one in bases}.values():
+        by_feed.setdefault(id(base.feed or base), []).append(base)
+    return list(by_feed.values())
 
 
 def _announce(bases: Sequence[Base], stops: Sequence[Stop], *, is_early: bool = False) -> None:
     feed, spans = bases[0].feed, [span for stop in stops for span in stop.spans]
-    assert feed is not None  # noqa: S101 - these bases are skeletons
+    if feed is None:
+        return
     whole = any(base.facts.record is None for base in bases)
     if not is_early:
         feed.expect(spans, whole=whole)
@@ -74,53 +67,12 @@ def _announce(bases: Sequence[Base], stops: Sequence[Stop], *, is_early: bool = 
         feed.prefetch(spans, whole=whole)
 
 
-def _merge_mapped(walks: Sequence[Walk]) -> None:
-    items = sorted(((walk, block) for walk in walks for block in walk.planned), key=_address)  # 1.
-    checks = _CrossChecks(walks)
-    merge = _on_cpu if all(walk.base.device.type == "cpu" for walk in walks) else _on_card  # 2.
-    for walk, block, result in merge(items, checks):
-        if result is not None:
-            walk.add(block, result)
-        checks.merged(walk, block)
-    checks.finish()  # 3.
-
-
-def _address(item: Item) -> int:
-    """A mapped file is in memory as it is on disk."""
-    walk, block = item
-    return walk.base.stored(block.slot.data).data_ptr()
-
-
-def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> Merged:
+def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> TensorMerge | None:
     walk.on_work()
-    return (
-        walk,
-        block,
-        merge_in_blocks(walk.base, block, weight, walk.measure_options, walk.sink, once=not walk.safe_merge),
-    )
+    return merge_in_blocks(walk.base, block, weight, walk.measure_options, walk.sink, once=not walk.safe_merge)
 
 
-def _on_cpu(items: list[Item], checks: _CrossChecks) -> Iterator[Merged]:
-    def work() -> Iterator[Callable[[], Merged | None]]:
-        for number, (walk, block) in enumerate(items):
-            check = checks.next() if number % LAYERS_PER_CROSS_CHECK == 0 else None
-            if check is not None:
-                yield check
-            yield functools.partial(_merged, walk, block, walk.base.stored(block.slot.data))
-
-    yield from (one for one in spread(lambda call: call(), work()) if one is not None)
-
-
-def _on_card(items: list[Item], _: _CrossChecks) -> Iterator[Merged]:
-    """A weight is copied to the card once for all of the adapters."""
-    for base, of_base in groupby(items, key=lambda item: item[0].base):
-        by_name = [(name, list(group)) for name, group in groupby(of_base, key=lambda item: item[1].slot.name)]
-        weights = base.weights.stream(name for name, _ in by_name)
-        for (_, group), weight in zip(by_name, weights, strict=True):
-            yield from (_merged(walk, block, weight) for walk, block in group)
-
-
-# --- 4. ------------------------------------------------------------------------------------------------------------
+# --- 1. to 3. ------------------------------------------------------------------------------------------------------
 
 
 def _pass_over(bases: Sequence[Base], walks: Sequence[Walk]) -> None:
@@ -128,8 +80,8 @@ def _pass_over(bases: Sequence[Base], walks: Sequence[Walk]) -> None:
     drawn = torch.get_rng_state()
     on_cpu = bases[0].device.type == "cpu"
     with peft_threads(1) as peft:
-        visits = _Visits(bases, walks, peft if on_cpu else None)
-        stops = visits.stops()
+        visits = _Visits(bases, walks, peft if on_cpu and bases[0].feed is not None else None)
+        stops = visits.stops(on_cpu=on_cpu)
         _announce(bases, stops)
         for results in spread(visits.visit, stops) if on_cpu else map(visits.visit, stops):
             for report in results:
@@ -150,11 +102,12 @@ class _Visits:
     """
 
     def __init__(self, bases: Sequence[Base], walks: Sequence[Walk], peft: ThreadPoolExecutor | None) -> None:
-        self.checks = _CrossChecks(walks, spread_kinds=True)
+        self.checks = _CrossChecks(walks)
         self._bases, self._peft = bases, peft
         self._blocks: dict[tuple[int, str], list[Item]] = {}
         self._apart: dict[tuple[int, str], list[tuple[Walk, str, Any]]] = {}
         self._sinks: dict[int, list[TensorSink]] = {}
+        self._on_card: dict[int, Iterator[torch.Tensor]] = {}
         for walk in walks:
             if walk.sink is not None:
                 self._sinks.setdefault(id(walk.base), []).append(walk.sink)
@@ -165,11 +118,17 @@ class _Visits:
                 of_name.extend((walk, path, layer) for path, layer in layers)
         self._is_over = threading.Event()
 
-    def stops(self) -> list[Stop]:
-        """Where the pass goes, in the order of the files."""
+    def stops(self, *, on_cpu: bool) -> list[Stop]:
+        """Where the pass goes, in the order of the files. A card gets the next weight while it merges one."""
         merged = {*self._blocks, *self._apart}
         touched = [(base, {name for key, name in merged if key == id(base)}) for base in self._bases]
-        return stops_of(touched)
+        stops = stops_of(touched)
+        for base in self._bases:
+            names = (name for stop in stops for part in stop.parts if part.base is base for name in part.names)
+            if not on_cpu and base.hollow is None:
+                merged_in_blocks = (name for name in names if (id(base), name) in self._blocks)
+                self._on_card[id(base)] = base.weights.stream(merged_in_blocks)
+        return stops
 
     def visit(self, stop: Stop) -> list[Callable[[], None]]:
         """Fill these tensors, and do all that. The results are to be reported from the thread that began the pass."""
@@ -194,10 +153,13 @@ class _Visits:
         for sink in self._sinks.get(id(base), ()):
             sink.pass_by(name, base.tensors[name])
         is_finite = base.figures(name).finite
-        weight = base.tensors[name].detach().to(base.device) if items else None
+        weight = None
+        if items:
+            on_card = self._on_card.get(id(base))
+            weight = next(on_card) if on_card is not None else base.tensors[name].detach().to(base.device)
         left = {id(layer): (walk, path, layer) for walk, path, layer in self._apart.get((id(base), name), ())}
         for walk, block in items:
-            merged = _merged(walk, block, weight)[2] if is_finite and weight is not None else None
+            merged = _merged(walk, block, weight) if is_finite and weight is not None else None
             if merged is not None:
                 left.pop(id(block.layer), None)
                 self.checks.check_now(walk, block, merged)
@@ -208,42 +170,30 @@ class _Visits:
                 yield functools.partial(walk.add_beside, path, layer, made)
 
 
-# --- 3. ------------------------------------------------------------------------------------------------------------
+# --- 4. ------------------------------------------------------------------------------------------------------------
 
 
 class _CrossChecks:
-    """Which layers PEFT merges too, and which of them are due.
+    """Which layers PEFT merges too: of one adapter, layers that are spread over the model.
 
     PEFT's merge takes several times a weight's memory, so no more run at a time than half as many as there are cores.
-    With `spread_kinds` the layers of one adapter are spread over the model, too.
     """
 
-    def __init__(self, walks: Sequence[Walk], *, spread_kinds: bool = False) -> None:
+    def __init__(self, walks: Sequence[Walk]) -> None:
         self._walks = walks
         parts = ((walk, number / len(walks)) for number, walk in enumerate(walks))
-        width = 1 / len(walks) if walks and spread_kinds else 0.0
+        width = 1 / len(walks) if walks else 0.0
         self._chosen = {id(block) for walk, part in parts for block in _one_of_each_kind(walk, part, width)}
-        self._due: deque[Item] = deque()
         self._same: dict[int, bool] = {}
         self._room = threading.Semaphore(max(1, threads() // 2))
-
-    def merged(self, walk: Walk, block: BlockLayer) -> None:
-        if id(block) in self._chosen and id(block.layer) in walk.blocks:
-            self._due.append((walk, block))
 
     def check_now(self, walk: Walk, block: BlockLayer, merged: TensorMerge) -> None:
         """Cross-check a layer that was just merged, if it is one of the chosen."""
         if id(block) in self._chosen:
-            self._check((walk, block), merged)
-
-    def next(self) -> Callable[[], None] | None:
-        """A cross-check that is due."""
-        return functools.partial(self._check, self._due.popleft()) if self._due else None
+            self._check(walk, block, merged)
 
     def finish(self) -> None:
-        """Run the rest, and tell each walk the results."""
-        for _ in spread(self._check, self._due):
-            pass
+        """Tell each walk the results."""
         for walk in self._walks:
             self._check_other_layers(walk)
             for block in walk.planned:
@@ -256,13 +206,12 @@ class _CrossChecks:
         for block in walk.planned:
             if block.kind not in done and id(block.layer) in walk.blocks:
                 done.add(block.kind)
-                self._check((walk, block))
+                self._check(walk, block, walk.blocks[id(block.layer)][1])
 
-    def _check(self, item: Item, merged: TensorMerge | None = None) -> None:
-        walk, block = item
+    def _check(self, walk: Walk, block: BlockLayer, merged: TensorMerge) -> None:
         walk.on_work()
         with self._room:
-            self._same[id(block)] = walk.cross_check(block, merged or walk.blocks[id(block.layer)][1])
+            self._same[id(block)] = walk.cross_check(block, merged)
 
 
 def _one_of_each_kind(walk: Walk, part: float, width: float) -> Iterator[BlockLayer]:

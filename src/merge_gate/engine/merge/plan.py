@@ -112,7 +112,7 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
     if theirs is None:
         return False
     one = replace(one, update=one.update.aligned())
-    merge = _merge(base, one, base.stored(one.slot.data).to(base.device))
+    merge = _merge(base, one, one.slot.data.to(base.device))
     quantized = is_quantized(theirs)
     values = dequantized(one.slot.module, theirs) if quantized else theirs.data
     if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
@@ -127,12 +127,8 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
 
 
 def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
-    """The merge in blocks. If `weight` has another dtype than the base, it is cast a block at a time."""
-    if is_quantized(one.slot.parameter):
-        held, dtype = one.slot.parameter, None
-    else:
-        held, dtype = weight, one.slot.data.dtype
-    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales, dtype=dtype)
+    held = one.slot.parameter if is_quantized(one.slot.parameter) else weight
+    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
 
 
 def merge_in_blocks(
@@ -146,9 +142,9 @@ def merge_in_blocks(
 ) -> TensorMerge | None:
     """Merge and measure one layer. None if a value is not finite or at the limit of its dtype: PEFT merges it then.
 
-    `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's. With
-    a `sink`, every element is merged as PEFT merges it, and the extremes are those of the values that the sink gets.
-    With `once`, the sink gets what PEFT gives without safe_merge: W + delta is rounded once.
+    `weight` is the base's, on the device that computes. With a `sink`, every element is merged as PEFT merges it, and
+    the extremes are those of the values that the sink gets. With `once`, the sink gets what PEFT gives without
+    safe_merge: W + delta is rounded once.
     """
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (mapped_factors.py)
     merge = _merge(base, one, weight)

@@ -15,7 +15,7 @@ import transformers
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
 from merge_gate.engine.base.packed_headers import plain_headers, turned
 from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, layout_of
-from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, stored_tensors, tensor_map
+from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.merge.publication_sink import Connection, PublicationSink
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.config import A_FILE
@@ -31,7 +31,7 @@ _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
 
 @dataclass(slots=True, kw_only=True)
 class PublicationSinks:
-    """The publications on one loaded base. `stored` are the headers of its files, if they were read before."""
+    """The publications on one loaded base. `stored` are the headers of its files."""
 
     base: Base
     model_class: ModelClass
@@ -91,7 +91,7 @@ class PublicationSinks:
                 else "publish the merge into the unquantized base",
             )
         try:
-            stored = tuple(self.stored) or stored_tensors(source.directory)
+            stored = tuple(self.stored)
             weights = packed_weights(stored)
             packed = {one.name: one for one in stored if one.name in weights}
             if packed:

@@ -115,4 +115,5 @@ def _in_memory(
 ) -> Iterator[StopPart]:
     for base, _, wanted in needed:  # 3.
         hollow = {name for owner, cell in cells if owner is base for name in cell.outlines}
-        yield from (StopPart(base=base, names=(name,)) for name in sorted(wanted - hollow))
+        in_order = sorted((base.tensors[name].data_ptr(), name) for name in wanted - hollow)  # as in the files
+        yield from (StopPart(base=base, names=(name,)) for _, name in in_order)

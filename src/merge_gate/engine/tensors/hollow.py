@@ -22,12 +22,6 @@ import torch
 
 from merge_gate.sources.feed import FileSpan
 
-CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes whose casts are element by element and monotone: x ≤ y stays so, and the extremes of a tensor its extremes."""
-
-LEAST_ELEMENTS = 512
-"""A smaller tensor is not worth a page."""
-
 HUGE_BYTES = 1 << 21
 """A huge page. Each cell begins at one if it is as large, so that no huge page has parts of two cells."""
 
@@ -47,22 +41,11 @@ class Cell:
         outlines: the shape and the dtype of each tensor. None is empty: an empty tensor has no address.
         fill: writes all values of these tensors.
         spans: the parts of files that `fill` reads, in its order.
-        source: the tensor in memory that the only tensor of the cell is cast from, if there is one.
     """
 
     outlines: Mapping[str, tuple[Sequence[int], torch.dtype]]
     fill: Callable[[Tensors], None]
     spans: tuple[FileSpan, ...] = ()
-    source: torch.Tensor | None = None
-
-
-def cast_from(name: str, source: torch.Tensor, dtype: torch.dtype) -> Cell:
-    """A cell of one tensor, which is cast from another one that no code writes to."""
-
-    def fill(tensors: Tensors) -> None:
-        tensors[name].copy_(source)
-
-    return Cell(outlines={name: (source.shape, dtype)}, fill=fill, source=source)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,11 +119,6 @@ class Hollow:
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it is one of the hollow tensors."""
         return tensor.data_ptr() in self._places
-
-    def source(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a hollow tensor is cast from, in its own dtype. Any other tensor is returned as it is."""
-        place = self._places.get(tensor.data_ptr())
-        return tensor if place is None or place.cell.source is None else place.cell.source
 
     def cells(self, names: Iterable[str]) -> list[Cell]:
         """The cells that have one of these tensors, in order."""

@@ -69,7 +69,7 @@ def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
     if device != "cpu" or free_bytes is None:
         why = "memory: a GPU's driver maps more addresses than there is memory"
         return replace(sandbox, missing=(*sandbox.missing, why))
-    stored = sum(group.files.weight_bytes for group in job.groups if group.files is not None)
+    stored = sum(group.files.weight_bytes for group in job.groups)
     _lower(resource.RLIMIT_DATA, _SPARE_MEMORY_BYTES + free_bytes + _MAX_CAST_FACTOR * stored)
     return replace(sandbox, held=(*sandbox.held, "memory"))
 

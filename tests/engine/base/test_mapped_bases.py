@@ -1,0 +1,200 @@
+"""A base on a local disk is mapped from its files, for each class and dtype, and read no more often than necessary."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from merge_gate.engine.base import loaded_base as bases
+from merge_gate.engine.base.loaded_base import Base, ModelClass
+from merge_gate.engine.base.skeleton import figures_by_span, skeleton_of
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.files.preflight import preflight
+from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey
+from merge_gate.sources.feed import LocalFeed
+from merge_gate.worker.child import judge_job
+from merge_gate.worker.confine import sandbox
+from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Job, Merged, Task
+from tests.support.engine.base_headers import base_files, stored_tensors
+from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.local_bases import load_base
+from tests.support.models import save_adapter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.models import Shelf
+
+CLASSIFIER = "ForSequenceClassification"
+PAIRS = {
+    "another head": ("gpt2", "GPT2LMHeadModel", f"GPT2{CLASSIFIER}", 3),
+    "another number of labels": ("gpt2", f"GPT2{CLASSIFIER}", f"GPT2{CLASSIFIER}", 5),
+    "the head of the files": ("bert-classifier", "BertModel", f"Bert{CLASSIFIER}", None),
+    "a head that gives way": ("bert-classifier", f"Bert{CLASSIFIER}", f"Bert{CLASSIFIER}", 7),
+    "a pooler that the first lacks": ("bert", "BertForTokenClassification", f"Bert{CLASSIFIER}", 3),
+    "shards": ("llama-sharded", "LlamaModel", "LlamaForCausalLM", None),
+    "a tied head": ("llama-tied", "LlamaModel", "LlamaForCausalLM", None),
+    "fused experts": ("mixtral", "MixtralForCausalLM", "MixtralModel", None),
+    "a broken body": ("llama-nan-in-target", "LlamaForCausalLM", f"Llama{CLASSIFIER}", 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker bounds its own process; here that is the one of all tests."""
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+
+
+def mapped(directory: Path, model_class: ModelClass, known: Base | None = None, feed: LocalFeed | None = None) -> Base:
+    return skeleton_of(
+        source(directory),
+        model_class,
+        stored_tensors(directory),
+        feed or LocalFeed(str(directory)),
+        is_mapped=True,
+        known=figures_by_span(known) if known is not None else None,
+    )
+
+
+def test_in_the_stored_dtype_it_is_mapped_and_nothing_is_copied(shelf: Shelf) -> None:
+    feed = CountingFeed(str(shelf.base("llama")))
+    base = mapped(shelf.base("llama"), ModelClass(class_name="LlamaForCausalLM"), feed=feed)
+    assert base.mapped.keys() == base.tensors.keys()
+    assert (base.hollow, base.feed, base.unmeasured(), feed.reads) == (None, None, [], [])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_another_class_uses_the_figures_of_the_first(pair: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, first, second, labels = PAIRS[pair]
+    model_class = ModelClass(class_name=second, num_labels=labels)
+    known, fresh = mapped(shelf.base(key), ModelClass(class_name=first)), mapped(shelf.base(key), model_class)
+    measured: list[str] = []
+    measure = bases.measure
+    monkeypatch.setattr(bases, "measure", lambda tensor, name: measured.append(name) or measure(tensor, name))
+    other = mapped(shelf.base(key), model_class, known)
+    assert not other.mapped.keys() & known.mapped.keys() & set(measured)
+    real = load_base(str(shelf.base(key)), model_class=model_class, label="base")
+    assert other.newly_initialized == real.newly_initialized
+    assert other.tensors.keys() == real.tensors.keys()
+    for name in real.tensors.keys() - real.newly_initialized:
+        with other.filled([name]):
+            assert same_bits(other.tensors[name], real.tensors[name]), name
+        assert other.figures(name) == fresh.figures(name) == real.stats[name]
+    assert other.facts.replaced == real.facts.replaced
+
+
+TASKS = (("CAUSAL_LM", None), ("SEQ_CLS", 3), ("SEQ_CLS", 5), ("TOKEN_CLS", 4))
+
+
+def test_eight_adapters_with_four_heads_measure_the_body_once(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        task_type, labels = TASKS[number % 4]
+        config = LoraConfig(task_type=task_type, r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        settings = {} if labels is None else {"num_labels": labels}
+        save_adapter(shelf.base("gpt2"), tmp_path / str(number), config, seed=number, **settings)
+    read, events = [0], []
+    measure = bases.measure
+
+    def measured(tensor: torch.Tensor, name: str) -> Any:
+        read[-1] += tensor.numel()
+        return measure(tensor, name)
+
+    monkeypatch.setattr(bases, "measure", measured)
+    for event in judge_job(job(shelf.base("gpt2"), [tmp_path / str(one) for one in range(8)]), print, Sandbox()):
+        events.append(event)
+        if isinstance(event, (BaseLoading, BaseLoaded)):
+            read.append(0)
+    loaded = [event.facts for event in events if isinstance(event, BaseLoaded)]
+    assert [facts.loaded_as for facts in loaded] == [
+        "GPT2LMHeadModel", f"GPT2{CLASSIFIER}", f"GPT2{CLASSIFIER}", "GPT2ForTokenClassification"
+    ]  # fmt: skip
+    body = loaded[0].parameters
+    first, *others = read[1::2]
+    assert (first, others) == (body, [facts.parameters - body for facts in loaded[1:]])
+    merged = [event for event in events if isinstance(event, Merged)]
+    assert len(merged) == 8
+    assert all(event.evidence.refusal is None for event in merged)
+    assert all(event.evidence.parameters_checked == event.evidence.parameters_total for event in merged)
+
+
+# --- other dtypes --------------------------------------------------------------------------------------------------
+
+
+def job(base: Path, adapters: list[Path], dtypes: tuple[str, ...] = ("auto",)) -> Job:
+    files = [preflight(str(adapter), allow_pickle=False) for adapter in adapters]
+    return Job(
+        device="cpu",
+        groups=tuple(
+            Group(
+                base=BaseKey(model="base", revision=None, dtype=dtype, quantization="none"),
+                directory=str(base),
+                files=base_files(base),
+                tasks=tuple(Task(index=index * len(files) + number, files=(one,)) for number, one in enumerate(files)),
+            )
+            for index, dtype in enumerate(dtypes)
+        ),
+    )
+
+
+def run(base: Path, adapter: Path, dtypes: tuple[str, ...]) -> list[Event]:
+    return list(judge_job(job(base, [adapter], dtypes), lambda _: None, Sandbox()))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16", "float16", "float32"), ("float32",), ("auto", "float16"), ("float16", "float64")]
+)
+def test_a_plain_base_is_never_loaded_into_memory(
+    dtypes: tuple[str, ...], shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    events = run(shelf.base("llama-bfloat16"), shelf.adapter("bfloat16-base"), dtypes)
+    facts = [event.facts for event in events if isinstance(event, BaseLoaded)]
+    assert [one.dtype for one in facts] == [dtype.replace("auto", "bfloat16") for dtype in dtypes]
+    merged = [event.evidence for event in events if isinstance(event, Merged)]
+    assert [one.base for one in merged] == facts
+    assert all(one.refusal is None and one.parameters_checked == one.parameters_total for one in merged)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, math.inf, math.nan])
+def test_what_the_dtype_cannot_hold_is_counted(value: float, shelf: Shelf, tmp_path: Path) -> None:
+    directory = tmp_path / "base"
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-bfloat16"), dtype="auto")
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = value
+    model.save_pretrained(directory)
+    (evidence,) = (
+        event.evidence
+        for event in run(directory, shelf.adapter("bfloat16-base"), ("float16",))
+        if isinstance(event, Merged)
+    )
+    assert [one.name for one in evidence.base.nonfinite] == ["lm_head.weight"]
+    model_class = ModelClass(class_name="LlamaForCausalLM")
+    assert (
+        evidence.base.nonfinite
+        == load_base(str(directory), model_class=model_class, label="base", dtype="float16").facts.nonfinite
+    )
+
+
+def test_files_that_changed_in_between_are_read_again(shelf: Shelf, tmp_path: Path) -> None:
+    directory = tmp_path / "base"
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-bfloat16"), dtype="auto")
+    model.save_pretrained(directory)
+    seen = []
+    both = job(directory, [shelf.adapter("bfloat16-base")], ("bfloat16", "float16"))
+    for event in judge_job(both, lambda _: None, Sandbox()):
+        if isinstance(event, Merged):
+            seen.append(len(event.evidence.base.nonfinite))
+            tensors = load_file(directory / "model.safetensors")
+            tensors["model.norm.weight"][3] = math.nan
+            (directory / "model.safetensors").unlink()  # the mapping of the old one lives on
+            save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    assert seen == [0, 1]
