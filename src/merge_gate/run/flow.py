@@ -5,7 +5,7 @@ one, so that a killed run leaves a true report. This module imports no torch: on
 
 1. Resolve names to directories, and judge the adapters' files.       files/prepare.py, judging/adapter_report.py
 2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
-3. Group the rest by base.                                            worker/grouping.py
+3. Group the rest by base.                                            run/grouping.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
 5. Withdraw the verdicts on bases that changed, publish models, and write the report.
                                                                       files/base_watch.py, publish/publications.py
@@ -47,6 +47,7 @@ from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
+from merge_gate.run.grouping import group_by_base
 from merge_gate.run.hourly_log import HourlyLog
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
@@ -54,7 +55,6 @@ from merge_gate.run.view import SilentView
 from merge_gate.shards.partition import part_of
 from merge_gate.text import counted, listing, quoted
 from merge_gate.worker import protocol
-from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise

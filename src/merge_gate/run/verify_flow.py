@@ -37,6 +37,7 @@ from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
+from merge_gate.run.grouping import group_by_base
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import View
@@ -45,7 +46,6 @@ from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
 from merge_gate.verify.directory import expected_files, settings_files
 from merge_gate.worker import protocol
-from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise

@@ -9,17 +9,15 @@ import pytest
 
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Snapshot
-from merge_gate.worker.grouping import LIMIT_PER_GIB_S, group_by_base
+from merge_gate.run.grouping import LIMIT_PER_GIB_S, group_by_base
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S
 
 BASE = BaseSpec(model="./base", label="./base")
 
 
-def entry(
-    directory: Path, dtype: str = "float32", limit_seconds: float | None = None, size_bytes: int | None = None
-) -> Entry:
+def entry(directory: Path, dtype: str = "float32", limit_seconds: float | None = None, size_bytes: int = 0) -> Entry:
     spec = AdapterSpec(name="a", source="./a", base=BASE, checks=(), line=1, column=1, limit_seconds=limit_seconds)
-    files = BaseFiles(directory=str(directory), weight_bytes=size_bytes) if size_bytes is not None else None
+    files = BaseFiles(directory=str(directory), weight_bytes=size_bytes)
     base = Snapshot(name=directory.name, directory=str(directory), base_files=files)
     return Entry(spec=spec, dtype=dtype, members=(AdapterFiles(directory="a"),), base=base)
 
