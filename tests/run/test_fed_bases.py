@@ -74,7 +74,7 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
     digests: Mapping[str, str] = {WEIGHTS: "0" * 64}
     monkeypatch.setattr(streamed_bases, "lay_out", lay_out)
     watch = BaseWatch()
-    asked = Fetched(repo_id="a/b", commit="c", directory=base, streamable=(WEIGHTS,))
+    asked = Fetched(repo_id="a/b", commit="c", directory=base, sizes={}, streamable=(WEIGHTS,))
     with FedBases(watch, pytest.fail) as fed:
         assert [fed.lay_out(asked), fed.lay_out(asked)] == [base, base]
         assert parents[0] == parents[1]

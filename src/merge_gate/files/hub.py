@@ -223,6 +223,7 @@ class Repository:
             repo_id=self.repo_id,
             commit=Path(directory).name,
             directory=directory,
+            sizes={},
             chosen=chosen,
             withheld=tuple(sorted(names - set(chosen))),
             is_listed=listing is not None,

@@ -91,24 +91,24 @@ class Fetched:
         repo_id: the repository.
         commit: its commit.
         directory: the snapshot in the cache.
+        sizes: the files that a run uses, with their bytes.
         chosen: the files in it that are used.
         streamable: the weight files that were not fetched, to be read by ranges.
         withheld: the repository's files that were not chosen (with their folders).
         is_listed: False if the repository's files are unknown: it could not be asked, and the cache has no list.
         absent: for a plan, the files that it left on the Hub.
-        sizes: the files that a run uses, with their bytes.
         free_bytes: the free space on the disk of the cache; None if it is not known.
     """
 
     repo_id: str
     commit: str
     directory: str
+    sizes: Mapping[str, int]
     chosen: tuple[str, ...] = ()
     streamable: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
     is_listed: bool = True
     absent: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)
     free_bytes: int | None = None
 
 
