@@ -129,8 +129,7 @@ def test_the_documents_list_the_outputs() -> None:
 
 
 def test_outputs_come_from_outputs_that_are_set() -> None:
-    writers = ("action/step.py", "action/workflow.py", "ci/github.py")
-    tell = "".join((ROOT / "src" / "merge_gate" / name).read_text(encoding="utf-8") for name in writers)
+    tell = (ROOT / "src" / "merge_gate" / "action" / "step.py").read_text(encoding="utf-8")
     text = (ROOT / "action.yml").read_text(encoding="utf-8")
     keys = set(caches.key_outputs({}))
     for value in re.findall(r"steps\.gate\.outputs\.([a-z-]+)", text):

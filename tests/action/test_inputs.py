@@ -41,7 +41,7 @@ def test_the_defaults_are_good(environ: dict[str, str]) -> None:
     inputs = action.read_inputs(words(), environ)
     assert inputs.run.config == Path(environ["GITHUB_WORKSPACE"], "gate.yml")
     assert inputs.run.output.parent.parent == Path(environ["RUNNER_TEMP"])
-    assert inputs.facts.uploads_report is True
+    assert inputs.upload_report is True
     assert re.fullmatch(r"merge-gate-report-release-gate-[0-9a-f]{6}", inputs.artifact_name)
 
 
@@ -217,8 +217,8 @@ def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
         [f"--{name}={'gate.yml' if name == 'config' else ''}" for name, _, _ in action.RULES], environ
     )
     assert (given.runtime, given.run.gpus, given.run.device, given.run.pull) == ("auto", "auto", "auto", "missing")
-    assert (given.facts.uploads_report, given.retention_days) == (True, 0)
-    assert (given.facts.fail_on, given.facts.fail_on_not_judged, given.facts.uploads_sarif, given.comment) == (
+    assert (given.upload_report, given.retention_days) == (True, 0)
+    assert (given.fail_on, given.fail_on_not_judged, given.upload_sarif, given.comment) == (
         "failed",
         True,
         False,

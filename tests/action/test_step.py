@@ -19,14 +19,14 @@ import entrypoint
 from merge_gate.action import step as action
 from merge_gate.action.docker import collect, leftovers
 from merge_gate.action.inputs import read_inputs
-from merge_gate.action.workflow import JobFacts
+from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
 from merge_gate.report.stored.report_files import FORMATS, write_report
-from tests.support.action.commands import is_command, outputs_in
+from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
 from tests.support.command import PATIENCE_S
-from tests.support.reports import EMPTY, FAILED, PASS, report
+from tests.support.reports import EMPTY, PASS
 from tests.support.wording import Wording
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,10 @@ def annotations(level: str, log: str) -> list[str]:
 
 
 def outputs(environ: dict[str, str]) -> dict[str, str]:
-    return outputs_in(Path(environ["GITHUB_OUTPUT"]))
+    text = Path(environ["GITHUB_OUTPUT"]).read_text(encoding="utf-8")
+    return {
+        name: value for name, _, value in re.findall(r"^([a-z-]+)<<(\S+)\n(.*?)\n\2$", text, re.MULTILINE | re.DOTALL)
+    }
 
 
 def step(environ: dict[str, str], **inputs: str) -> subprocess.Popen[str]:
@@ -187,13 +190,11 @@ def test_neither_an_engine_nor_the_gate_is_a_sentence(
     assert "start Docker" in raised.value.hint
 
 
-RED = report(FAILED)
-
-
 def fail_one(inside: Container) -> int:
     """A gate inside whose only adapter fails."""
     output = Path(inside.asked["Cmd"][inside.asked["Cmd"].index("--output") + 1])
-    write_report(RED, inside.outside(output), formats=["report.json", "summary.md"])
+    (inside.outside(output) / "report.json").write_text(json.dumps(report("fail")), encoding="utf-8")
+    (inside.outside(output) / "summary.md").write_text("## the gate's own", encoding="utf-8")
     return 1
 
 
@@ -201,8 +202,6 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
         orphan = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.LABEL, leftovers._UNTIL: "1"}})
         engine.containers[orphan.id] = orphan
-        existed: list[bool] = []
-        engine.before["POST /containers/create"] = lambda: existed.append(Path(environ["GITHUB_OUTPUT"]).is_file())
         engine.wrong["DELETE /containers/f+"] = [(409, {"message": "busy"})] * 6
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
         log, _ = process.communicate(timeout=PATIENCE_S)
@@ -211,45 +210,32 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
     assert started.startswith("docker, ")
     (warning,) = annotations("warning", log)
     assert orphan.id in warning
-    assert "::error file=gate.yml,line=8" in log
+    assert "::error file=gate.yml,line=1" in log
     said = outputs(environ)
-    assert (said["result"], said["failed"], said["image"], said["upload"]) == (
-        "fail",
-        '["billing"]',
-        "sha256:1",
-        "true",
-    )
+    assert (said["result"], said["failed"], said["image"], said["upload"]) == ("fail", '["a"]', "sha256:1", "true")
     assert (said["report-json"], said["summary"]) == tuple(
         f"{said['report-path']}/{name}" for name in ("report.json", "summary.md")
     )
     assert (said["headline"], said["conclusion"], said["reason"]) == (
-        "merge-gate FAIL: the only adapter failed",
+        "merge-gate FAIL",
         "failure",
         "the job fails: 1 failed",
     )
-    assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text() == FORMATS["summary.md"](RED)
-    gate, reading = engine.made
-    assert (gate.asked["Image"], reading.asked["Image"]) == ("merge-gate:test", "sha256:1")
-    assert reading.asked["HostConfig"]["NetworkMode"] == "none"
-    seen = {mount["Target"]: mount["ReadOnly"] for mount in reading.asked["HostConfig"]["Mounts"]}
-    assert seen.pop(said["report-path"]) is True
-    assert existed == [False, True], "an engine may make a directory in the place of a missing file"
-    assert environ["GITHUB_WORKSPACE"] not in seen
-    assert engine.containers == {}
+    assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text() == "## the gate's own\n"
 
 
 def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str], tmp_path: Path) -> None:
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
-        engine.before["POST /containers/.*/wait"] = lambda: engine.made[-1].ended.wait(30)
+        engine.before["POST /containers/.*/wait"] = lambda: engine.container.ended.wait(30)
         engine.wrong["POST /containers/.*/wait"] = [BREAK_OFF]
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
         log, _ = process.communicate(timeout=PATIENCE_S)
     (lost,) = annotations("error", log)
     said = outputs(environ)
-    assert (said["result"], said["failed"], said["report-path"] != "") == ("error", '["billing"]', True)
+    assert (said["result"], said["failed"], said["report-path"] != "") == ("error", '["a"]', True)
     summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
     assert summary.startswith(f"### merge-gate: error\n\n    {lost.partition('%0A')[0]}\n")
-    assert summary.endswith(FORMATS["summary.md"](RED))
+    assert summary.endswith("## the gate's own\n")
 
 
 def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[str, str]) -> None:
@@ -346,102 +332,91 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(environ: dict[str, str], 
     assert NotADirectoryError.__name__ not in log, "an accident names its exception"
 
 
+def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path: Path) -> None:
+    output = Path(environ["GITHUB_WORKSPACE"], "out")
+    output.mkdir()
+    (tmp_path / "secret").write_text("of the host", encoding="utf-8")
+    (output / "summary.md").symlink_to(tmp_path / "secret")
+    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    assert action._summary(inputs, StepOutcome("pass", report("pass"))) == ""
+
+
 @pytest.mark.parametrize(
-    ("name", "head", "token", "is_fork"),
+    ("head", "token", "verdict", "explains"),
     [
-        ("pull_request", "stranger/adapters", "", True),
-        ("pull_request", "stranger/adapters", "hf_x", True),
-        ("pull_request", "acme/adapters", "", False),
-        ("push", None, "", False),
+        ("stranger/adapters", "", "error", True),
+        ("stranger/adapters", "hf_x", "error", False),
+        ("stranger/adapters", "", "pass", False),
+        ("acme/adapters", "", "error", False),
     ],
 )
-def test_what_an_event_allows(environ: dict[str, str], name: str, head: str | None, token: str, is_fork: bool) -> None:
+def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str], wording: Wording,
+    head: str, token: str, verdict: str, explains: bool,
+) -> None:  # fmt: skip
     event = Path(environ["RUNNER_TEMP"], "event.json")
-    pull = {"pull_request": {"number": 5, "head": {"repo": {"full_name": head}}}} if head else {}
-    event.write_text(json.dumps(pull))
+    event.write_text(json.dumps({"pull_request": {"number": 5, "head": {"repo": {"full_name": head}}}}))
     given = {
-        **environ, "GITHUB_EVENT_NAME": name, "GITHUB_EVENT_PATH": str(event), "HF_TOKEN": token,
+        **environ, "GITHUB_EVENT_NAME": "pull_request", "GITHUB_EVENT_PATH": str(event), "HF_TOKEN": token,
         "GITHUB_REPOSITORY": "acme/adapters",
     }  # fmt: skip
-    inputs = read_inputs(["--config=gate.yml", "--comment=true", "--upload-sarif=true"], given)
-    job = action._job(inputs, action.gate_environment(given), given)
-    assert (job.uploads_sarif, job.lacks_token) == (not is_fork, is_fork and not token)
-    assert action._finish(inputs, "", action._RunMessages(), given) == 0
-    assert outputs(environ)["comment"] == str(bool(pull) and not is_fork).lower()
+    words = ["--config=gate.yml", "--output=out", "--comment=true", "--upload-sarif=true"]
+    inputs = read_inputs([*words, "--fail-on-not-judged=false"], given)
+    inputs.run.output.mkdir()
+    result = StepOutcome(verdict, report(verdict))
+    assert action._publish(inputs, result, action._RunMessages(), given) == 0
+    warnings = annotations("warning", capsys.readouterr().out)
+    assert bool(warnings) is explains
+    summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
+    assert summary.startswith("> This run is a pull request from a fork.") is explains
+    if explains:
+        wording(warnings[0])
+    said, own = outputs(environ), str(head == "acme/adapters").lower()
+    assert (said["conclusion"], said["comment"], said["upload-sarif"]) == ("success", own, own)
 
 
-def test_the_files_of_the_runner_have_their_real_names(environ: dict[str, str], tmp_path: Path) -> None:
-    """`_work` may be a link to another disk, and a container gets the file itself."""
-    (tmp_path / "link").symlink_to(tmp_path)
-    inputs = read_inputs(["--config=gate.yml"], environ)
-    given = {**environ, "GITHUB_OUTPUT": str(tmp_path / "link" / "output")}
-    facts = action._job(inputs, environ, given)
-    assert (facts.output_file, facts.summary_file) == (environ["GITHUB_OUTPUT"], environ["GITHUB_STEP_SUMMARY"])
-    assert action._job(inputs, environ, {}).output_file == ""
-
-
-def test_only_a_configuration_is_annotated_at_its_lines(environ: dict[str, str]) -> None:
-    Path(environ["GITHUB_WORKSPACE"], "merged").mkdir()
-    for words, file in (
-        (["--config=gate.yml"], "gate.yml"),
-        (["--verify=merged", "--adapters=acme/lora"], ""),
-        (["--adapters=acme/lora"], ""),
+def test_only_a_configuration_is_annotated_at_its_lines(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(environ["GITHUB_WORKSPACE"], "merged")
+    model.mkdir()
+    for words, place in (
+        (["--config=gate.yml"], "file=gate.yml,line=1,col=1,title"),
+        (["--verify=merged", "--adapters=acme/lora"], "title"),
+        (["--adapters=acme/lora"], "title"),
     ):
-        assert read_inputs(words, environ).facts.file == file
+        inputs = read_inputs([*words, "--output=out"], environ)
+        inputs.run.output.mkdir(exist_ok=True)
+        action._publish(inputs, StepOutcome("fail", report("fail")), action._RunMessages(), environ)
+        assert f"::error {place}=a failed" in capsys.readouterr().out
+
+
+def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = report("pass")
+    found["adapters"][0]["findings"] = [
+        {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
+    ]
+    for fail_on, expected in (("warning", "failure"), ("failed", "success")):
+        inputs = read_inputs(["--config=gate.yml", "--output=out", f"--fail-on={fail_on}"], environ)
+        inputs.run.output.mkdir(exist_ok=True)
+        action._publish(inputs, StepOutcome("pass", found), action._RunMessages(), environ)
+        log = capsys.readouterr().out
+        assert ("::warning file=gate.yml,line=1,col=1,title=a passed%3A headroom::m" in log) is (fail_on == "warning")
+        assert outputs(environ)["conclusion"] == expected
+        Path(environ["GITHUB_OUTPUT"]).unlink()
 
 
 def test_a_server_without_artifacts_keeps_the_report(
     environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = read_inputs(["--config=gate.yml"], environ)
-    assert action._job(inputs, environ, environ).uploads_report
-    assert not action._job(
-        inputs, environ, {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
-    ).uploads_report
+    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    inputs.run.output.mkdir()
+    on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
+    assert action._publish(inputs, StepOutcome("pass", report("pass")), action._RunMessages(), on_premises) == 0
+    assert outputs(environ)["upload"] == "false"
+    assert outputs(environ)["report-path"] == str(inputs.run.output)
     (warning,) = annotations("warning", capsys.readouterr().out)
     assert "github.acme.example" in warning
-
-
-def test_the_second_process_gives_no_command_but_annotations(
-    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = b"::error title=x::y\n::add-path::/evil\n ::warning ::z\n##[add-path]/evil\r::debug::b\n"
-    monkeypatch.setattr(action, "_run", lambda _runtime, _run, log, _messages: log(said) or 0)
-    run = read_inputs(["--config=gate.yml"], environ).run
-    assert action._show("native", run, JobFacts(), action._RunMessages()) == ""
-    assert [line for line in capsys.readouterr().out.splitlines() if is_command(line)] == ["::error title=x::y"]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"POST /containers/create": [None, (500, {"message": "no space left"})]},
-        {"GET /version": [None, None, (500, {"message": "gone"})]},
-    ],
-)
-def test_an_environment_that_dies_before_the_report_is_read_is_an_error(
-    environ: dict[str, str], tmp_path: Path, wrong: dict
-) -> None:
-    """One annotation and `error`: the report of the gate is not read by anything else."""
-    with engine_at(tmp_path / "engine.sock", fail_one) as engine:
-        engine.wrong = wrong
-        process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
-        log, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, log
-    assert len(annotations("error", log)) == 1
-    said = outputs(environ)
-    assert (said["result"], said["failed"], said["conclusion"]) == ("error", "[]", "failure")
-    assert said["headline"].startswith("merge-gate ERROR: ")
-
-
-def test_a_command_that_cannot_show_the_report_is_an_error(environ: dict[str, str], tmp_path: Path) -> None:
-    """An image of a version without `merge-gate ci github`, for one."""
-    with engine_at(tmp_path / "engine.sock", fail_one) as engine:
-        given = {**environ, "DOCKER_HOST": engine.address, "GITHUB_STEP_SUMMARY": str(tmp_path / "no" / "summary")}
-        process = step(given, image="merge-gate:test", gpus="none")
-        log, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 1, log
-    assert "summary" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

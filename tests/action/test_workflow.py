@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from merge_gate.action import workflow
 from merge_gate.report.wording.untrusted import inert
-from tests.support.action.commands import decode, is_command
 from tests.support.wording import Wording
 
 HOSTILE = [
@@ -39,6 +38,11 @@ def passed_on(*chunks: bytes, secret: str = "") -> list[str]:
     assert token
     assert lines[-1] == f"::{token[1]}::"
     return lines[1:-1]
+
+
+def is_command(line: str) -> bool:
+    """As actions/runner reads a line (ActionCommand.cs): `::` after blanks, or `##[` anywhere."""
+    return line.lstrip().startswith("::") or "##[" in line
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -82,6 +86,21 @@ def test_the_last_words_are_kept() -> None:
     assert len(log.tail) == 12
 
 
+def decode(line: str) -> tuple[str, dict[str, str], str]:
+    """Take a command apart as the runner does."""
+    match = re.fullmatch(r"::([a-z-]+)(?: (.*?))?::(.*)", line)
+    assert match, line
+    name, listed, data = match.groups()
+
+    def plain(text: str, *more: tuple[str, str]) -> str:
+        for code, character in (*more, ("%0D", "\r"), ("%0A", "\n"), ("%25", "%")):
+            text = text.replace(code, character)
+        return text
+
+    pairs = (pair.partition("=") for pair in (listed or "").split(",") if pair)
+    return name, {key: plain(value, ("%3A", ":"), ("%2C", ",")) for key, _, value in pairs}, plain(data)
+
+
 @given(st.text(), st.text())
 def test_a_command_is_one_line_and_arrives_as_it_was(title: str, message: str) -> None:
     line = workflow.command("error", message, title=title)
@@ -92,23 +111,69 @@ def test_a_command_is_one_line_and_arrives_as_it_was(title: str, message: str) -
     assert line.count("::") == 2, "some runners split at the last"
 
 
+def adapter(name: str, verdict: str = "failed", *, check: str = "adapter-nonfinite", message: str = "1 NaN") -> dict:
+    finding = {"check": check, "severity": "error", "message": message, "hint": "release another", "tensor": "t.lora_B"}
+    return {"name": name, "verdict": verdict, "cause": check, "line": 7, "column": 5, "findings": [finding]}
+
+
+def test_an_annotation_points_at_the_entry(wording: Wording) -> None:
+    report = {"adapters": [adapter("good", "passed"), adapter("a:b,c", message="x: y, 100%")]}
+    (line,) = workflow.annotate(report, "gate/config.yml")
+    name, properties, data = decode(line)
+    assert name == "error"
+    wording(properties.pop("title"), data)
+    assert properties == {"file": "gate/config.yml", "line": "7", "col": "5"}
+
+
+def test_many_annotations_are_nine_and_a_count_failed_ones_first(wording: Wording) -> None:
+    adapters = [adapter("undecided", "error")] + [adapter(f"a{index}") for index in range(20)]
+    lines = workflow.annotate({"adapters": adapters}, "")
+    assert len(lines) == 10
+    assert [decode(line)[1]["title"].split()[0] for line in lines[:2]] == ["a0", "a1"]
+    rest = decode(lines[9])[2]
+    assert "12" in rest.split()
+    wording(rest)
+    assert "file" not in decode(lines[0])[1]
+
+
+def test_what_is_so_in_several_dtypes_is_annotated_once() -> None:
+    one, other = adapter("x"), adapter("x", check="merged-nonfinite")
+    lines = workflow.annotate({"adapters": [one, other, dict(one)]}, "config.yml")
+    titles = [decode(line)[1]["title"] for line in lines]
+    assert [title.rpartition(" ")[2] for title in titles] == ["adapter-nonfinite", "merged-nonfinite"]
+
+
+def test_a_failure_that_is_accepted_is_a_warning_after_the_errors() -> None:
+    known = adapter("known") | {"accepted": {"reason": "r", "owner": "o", "until": "2026-12-31"}}
+    lines = workflow.annotate({"adapters": [known, adapter("new")]}, "")
+    assert [line.partition(" ")[0] for line in lines] == ["::error", "::warning"]
+    assert "known" in decode(lines[1])[1]["title"].split()
+
+
+def test_the_finding_that_decided_is_the_one_that_is_told() -> None:
+    judged = adapter("x")
+    other = {**judged["findings"][0], "check": "no-effect", "message": "nothing changes"}
+    judged["findings"] = [{**other, "severity": "warning"}, other, *judged["findings"]]
+    assert decode(workflow.annotate({"adapters": [judged]}, "")[0])[2].startswith("1 NaN")
+
+
+def test_a_place_that_the_message_names_is_not_repeated() -> None:
+    named = adapter("x", message="t.lora_B holds 1 NaN")
+    assert workflow.annotate({"adapters": [named]}, "")[0].count("t.lora_B") == 1
+
+
+def test_an_adapter_without_a_finding_still_is_an_error(wording: Wording) -> None:
+    bare = {**adapter("x", "error"), "cause": None, "findings": []}
+    level, properties, _ = decode(workflow.annotate({"adapters": [bare]}, "")[0])
+    assert level == "error"
+    wording(properties["title"])
+
+
 @pytest.mark.parametrize(
     ("path", "inside"), [("/w/gate/a.yml", "gate/a.yml"), ("/w/a.yml", "a.yml"), ("/x/a.yml", ""), ("/w/../x.yml", "")]
 )
 def test_a_file_by_its_place_in_the_workspace(path: str, inside: str) -> None:
     assert workflow.file_in_workspace(Path(path), Path("/w")) == inside
-
-
-@pytest.mark.parametrize(
-    ("given", "line"),
-    [
-        ("FAIL: 2 of 6 adapters failed", "merge-gate FAIL: 2 of 6 adapters failed"),
-        ("FAIL: $(id)`id`\"';&|<>::a\x1b名", "merge-gate FAIL: (id)id;:a"),
-        ("ERROR: " + "x" * 300, "merge-gate ERROR: " + "x" * 182),
-    ],
-)
-def test_the_headline_is_a_line_that_nothing_interprets(given: str, line: str) -> None:
-    assert workflow.headline(given) == line
 
 
 def test_outputs_cannot_be_forged(tmp_path: Path) -> None:

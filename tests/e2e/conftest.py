@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.demo import make_demo
-from merge_gate.report.stored.report_files import FORMATS
 from tests.support.e2e.act import ROOT, TAG, copy_action, free_port
 from tests.support.e2e.engines import BASE_IMAGE, HUB_NAME, pip_settings, serving
-from tests.support.reports import PASSED, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,14 +176,11 @@ def image(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An image whose gate is hostile, and small: it has no torch."""
+    """An image whose code is hostile, and small: it has no torch."""
     context = tmp_path_factory.mktemp("rogue")
     (context / "rogue.py").write_bytes((ROOT / "tests/support/e2e/rogue.py").read_bytes())
-    (context / "report.json").write_text(FORMATS["report.json"](report(PASSED)), encoding="utf-8")
-    shutil.copytree(ROOT / "src", context / "src")
     (context / "Containerfile").write_text(
-        f'FROM {BASE_IMAGE}\nCOPY rogue.py report.json /\nCOPY src /src\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n',
-        encoding="utf-8",
+        f'FROM {BASE_IMAGE}\nCOPY rogue.py /\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n', encoding="utf-8"
     )
     podman("build", "--pull=never", f"--tag={ROGUE}", context)
     yield ROGUE

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from merge_gate.action import caches
 from merge_gate.action.docker.container import ContainerRun, Limits
-from merge_gate.action.workflow import JobFacts, file_in_workspace
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
 
@@ -35,6 +34,7 @@ _OF_RUNS = ("dtype", "cache", "cache-dir", "publish", "shard")
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 _LINE = r"[^\0\r\n]*"
 _SWITCH = ("true|false", "true or false")
+_DTYPE = "(auto|float32|bfloat16|float16)"
 _HUB_ID = re.compile(r"hub:\S+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """The gate itself checks what follows `hub:`."""
 
@@ -43,7 +43,11 @@ RULES: tuple[_Rule, ...] = (
     ("config", _LINE, "the path of the gate's YAML file"),
     ("adapters", r"[^\0]*", "directories or Hub ids, one on each line"),
     ("base", _LINE, "a directory or a Hub id"),
-    ("dtype", _LINE, "a dtype, or a list such as bfloat16,float16"),
+    (
+        "dtype",
+        rf"({_DTYPE}(\s*,\s*{_DTYPE})*)?",
+        "auto, float32, bfloat16 or float16, or a list such as bfloat16,float16",
+    ),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
     ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
     ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
@@ -82,14 +86,18 @@ DEFAULTS = {
 class ActionInputs:
     """The checked inputs: the run that they ask for, without its environment, and where and how it runs.
 
-    `facts` are those that the inputs decide. An event may rule out `comment` and code scanning.
+    `fail_on` is `failed`, `warning` or `never`. `upload_sarif` and `comment` are the requests; an event may rule
+    it out.
     """
 
     run: ContainerRun
     runtime: str
-    facts: JobFacts
+    fail_on: str
+    fail_on_not_judged: bool
+    upload_report: bool
     artifact_name: str
     retention_days: int
+    upload_sarif: bool
     comment: bool
 
 
@@ -143,16 +151,12 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     return ActionInputs(
         run=run,
         runtime=given["runtime"],
-        facts=JobFacts(
-            fail_on=given["fail-on"],
-            fail_on_not_judged=given["fail-on-not-judged"] == "true",
-            uploads_report=given["upload-report"] == "true",
-            uploads_sarif=given["upload-sarif"] == "true",
-            file="" if run.verifies else file_in_workspace(run.config, run.workspace),
-            publish=str(publish or ""),
-        ),
+        fail_on=given["fail-on"],
+        fail_on_not_judged=given["fail-on-not-judged"] == "true",
+        upload_report=given["upload-report"] == "true",
         artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
         retention_days=int(given["retention-days"]),
+        upload_sarif=given["upload-sarif"] == "true",
         comment=given["comment"] == "true",
     )
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.action.docker.container import gate_words
-from merge_gate.action.docker.gpus import refuse_contradiction
 from merge_gate.errors import ExitCode, LauncherError, UsageError
 from merge_gate.interrupts import STOP_GRACE_S, Interrupted, interruptible
 from merge_gate.output_files import PUBLISH_WITHIN
@@ -107,7 +106,10 @@ def gpus_and_device(run: ContainerRun) -> tuple[dict[str, str], str]:
         environ = {name: value for name, value in token.items() if name not in _HUB_CACHES}
         environ["HF_HOME"] = str(run.hf_cache)
     requested = run.gpus not in {"auto", "none"}
-    refuse_contradiction(run.gpus, run.device)
+    if (run.device == "cpu" and requested) or (run.device.startswith("cuda") and run.gpus == "none"):
+        raise UsageError(
+            f"gpus: {run.gpus} and device: {run.device} contradict each other", hint="leave one of them at auto"
+        )
     if run.gpus == "none":
         environ["CUDA_VISIBLE_DEVICES"] = ""
     elif requested and run.gpus != "all":

@@ -1,8 +1,7 @@
-"""Runs the action's first step: it gates the adapters, and lets `merge-gate ci github` show the report.
+"""Runs the action's first step: it gates the adapters, and writes outputs, the job summary, and annotations.
 
-Both run in the same environment, one after the other. If there is no report, or if the environment does not start, this
-module shows the reason itself. Its exit code is 0 for every verdict, so that the report can be uploaded; the action's
-last step fails the job. The exit code is 1 only if no output can be written.
+Its exit code is 0 for every verdict, so that the report can be uploaded; the action's last step fails the job. The exit
+code is 1 only if no output can be written.
 """
 
 from __future__ import annotations
@@ -12,27 +11,24 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from merge_gate.action import caches, native, workflow
+from merge_gate.action import caches, native, outcome, workflow
 from merge_gate.action.docker import collect, sdk
-from merge_gate.action.docker.container import HANDED_OVER, ContainerRun, config_word
+from merge_gate.action.docker.container import ContainerRun, config_word
 from merge_gate.action.docker.docker_api import answers
-from merge_gate.action.docker.launcher import RunListener, run_in_container, scratch
-from merge_gate.action.event import read_event
+from merge_gate.action.docker.launcher import RunListener, run_in_container
+from merge_gate.action.event import Event, read_event
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
+from merge_gate.action.outcome import StepOutcome
 from merge_gate.earlier_reports import refuse_run
 from merge_gate.errors import ExitCode, GateError, UsageError
-from merge_gate.report.wording.untrusted import safe_text
+from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-
-_MOST_TAIL = 20_000
-_READING_LIMIT_S = 120.0
 
 
 @dataclass
@@ -51,19 +47,23 @@ class _RunMessages:
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the gate with these inputs; return the step's exit code."""
-    inputs, messages, problem = None, _RunMessages(), ""
+    inputs, messages = None, _RunMessages()
     try:
         _check_system(os.name)
         own_environ = gate_environment(environ)
         inputs = read_inputs(words, environ)
-        problem = _judge(inputs, own_environ, messages, environ)
+        result = _judge(inputs, own_environ, messages)
     except GateError as error:
-        problem = _in_words(error)
+        result = StepOutcome("error", problem=outcome.in_words(error))
     except OSError as error:
-        problem = f"the runner refused {error.filename or 'a temporary directory'}: {error.strerror}"
+        result = StepOutcome(
+            "error", problem=f"the runner refused {error.filename or 'a temporary directory'}: {error.strerror}"
+        )
     except Exception as error:  # noqa: BLE001 - a crash of the tool must end as `error`, and its outputs be written
-        problem = f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate"
-    return _finish(inputs, problem, messages, environ)
+        result = StepOutcome(
+            "error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate"
+        )
+    return _publish(inputs, result, messages, environ)
 
 
 def _check_system(name: str) -> None:
@@ -99,94 +99,31 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**own, **facts, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
-def _judge(
-    inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessages, runner_environ: Mapping[str, str]
-) -> str:
-    """Run the gate, and show its report. Return the reason if nothing was shown; else an empty text."""
+def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessages) -> StepOutcome:
     run = replace(inputs.run, environ=environ)
+    path = run.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
     if run.verifies:
         refuse_run(run.output, chosen_by="`output`")
     with collect.claimed(run.output):  # an earlier report must not be mistaken for the report of this run
         runtime = choose_runtime(inputs.runtime, environ)
     _say(f"merge-gate: runtime {runtime}, report in {run.output}")
-    code, problem = int(ExitCode.ERROR), ""
     log.open()
     try:
         code = _run(runtime, run, log.write, messages)  # the run claims the directory itself
     except GateError as error:
-        problem = _in_words(error)
+        return outcome.interrupted_by(error, path)
     finally:
         log.close()
-    if messages.refused:  # other code has written to the directory, so no file there counts as a verdict
-        problem = "\n".join(["there is no verdict: the report was tampered with", *messages.refused])
-    for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), inputs.facts.file):
+    file = _annotated_file(run)
+    for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
         _say(line)
-    if problem and not collect.files(run.output):
-        return problem
-    tail = "\n".join(log.tail)[-_MOST_TAIL:]
-    job = replace(_job(inputs, environ, runner_environ), exit_code=code, problem=problem, last_lines=tail)
-    return _show(runtime, run, job, messages)
+    return outcome.decide(code, path, log.tail, messages.refused)
 
 
-def _job(inputs: ActionInputs, environ: Mapping[str, str], runner_environ: Mapping[str, str]) -> workflow.JobFacts:
-    """The facts of the job. A server without artifacts is a warning."""
-    event = read_event(runner_environ)
-    cannot_upload = workflow.missing_artifacts(runner_environ.get("GITHUB_SERVER_URL", ""))
-    if inputs.facts.uploads_report and cannot_upload:
-        _say(workflow.command("warning", cannot_upload, title="merge-gate"))
-    files = (runner_environ.get(name, "") for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"))
-    output, summary = (name and os.path.realpath(name) for name in files)  # a container sees no link of the runner
-    return replace(
-        inputs.facts,
-        uploads_report=inputs.facts.uploads_report and not cannot_upload,
-        uploads_sarif=inputs.facts.uploads_sarif and event.is_trusted,
-        lacks_token=event.is_fork and not environ.get("HF_TOKEN"),
-        output_file=output,
-        summary_file=summary,
-    )
-
-
-def _show(runtime: str, run: ContainerRun, job: workflow.JobFacts, messages: _RunMessages) -> str:
-    """Show the report: a second process in the environment of the gate, which sees the report and no secret.
-
-    Return the reason if it showed nothing; else an empty text. Its annotations are the only commands that it may give.
-    """
-    said = bytearray()
-    files = tuple(Path(name) for name in (job.output_file, job.summary_file) if name)
-    for file in files:
-        file.touch()  # an engine may make a directory in the place of a missing file
-    environ = {name: value for name, value in run.environ.items() if name not in HANDED_OVER}
-    with contextlib.ExitStack() as clearing:
-        reading = ContainerRun(
-            config=None,
-            output=scratch(environ, "job", clearing),
-            workspace=run.output,
-            image=messages.image or run.image,
-            pull="never",
-            device="cpu",
-            gpus="none",
-            mounts=(run.publish,) if run.publish else (),
-            job=json.dumps(asdict(job)),
-            job_files=files,
-            environ={**environ, "HF_HUB_OFFLINE": "1"},
-            time_limit_s=_READING_LIMIT_S,
-        )
-        try:
-            code = _run(runtime, reading, said.extend, messages)
-        except GateError as error:
-            return job.problem or _in_words(error)
-    text = said.decode("utf-8", "replace")
-    if code == ExitCode.PASS:
-        for line in text.rstrip("\n").split("\n"):
-            _say(line if line.startswith(("::error ", "::warning ")) else safe_text(line))
-        return ""
-    return job.problem or f"the report of the gate was not read: `merge-gate ci github` ended with {code}\n{text}"
-
-
-def _in_words(error: GateError) -> str:
-    """The message of an error, with its hint."""
-    return error.message + (f"\nWhat to do: {error.hint}" if error.hint else "")
+def _annotated_file(run: ContainerRun) -> str:
+    """The configuration, as annotations name it; empty if it is outside the workspace, or if the run has none."""
+    return "" if run.verifies else workflow.file_in_workspace(run.config, run.workspace)
 
 
 def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], messages: _RunMessages) -> int:
@@ -217,31 +154,109 @@ def choose_runtime(requested: str, environ: Mapping[str, str]) -> str:
 # --- the step's results --------------------------------------------------------------------------------------------
 
 
-def _finish(inputs: ActionInputs | None, problem: str, messages: _RunMessages, environ: Mapping[str, str]) -> int:
-    """Show `problem`, if there is one, and write the outputs that no report decides."""
-    for sentence in filter(None, [*messages.warnings, caches.why_not_saved(environ) if inputs else ""]):
-        _say(workflow.command("warning", sentence, title="merge-gate"))
-    if problem:
-        _say(workflow.command("error", problem, title="merge-gate"))
+def _publish(
+    inputs: ActionInputs | None, result: StepOutcome, messages: _RunMessages, environ: Mapping[str, str]
+) -> int:
+    report = result.report
+    cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
+    wants_upload = report is not None and inputs is not None and inputs.upload_report
     event = read_event(environ)
-    comments = inputs is not None and inputs.comment and bool(event.pull_request) and event.is_trusted
-    outputs = {
-        **({**workflow.NO_REPORT, **workflow.without_verdict(problem)} if problem else {}),
-        "image": messages.image,
-        "artifact-name": inputs.artifact_name if inputs else "",
-        "retention-days": str(inputs.retention_days) if inputs else "",
-        "comment": str(comments).lower(),
-        **caches.key_outputs(environ),
-    }
+    warnings = [*messages.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]
+    warnings += [caches.why_not_saved(environ)] if inputs else []
+    without_token = _fork_without_token(event, report, environ)
+    for sentence in filter(None, [*warnings, without_token]):
+        _say(workflow.command("warning", sentence, title="merge-gate"))
+    if result.problem:
+        _say(workflow.command("error", result.problem, title="merge-gate"))
+    if report and inputs:
+        file = _annotated_file(inputs.run)
+        for line in workflow.annotate(report, file, warnings=inputs.fail_on == "warning"):
+            _say(line)
     try:
+        uploads = wants_upload and not cannot_upload
+        summary = _summary(inputs, result)
+        outputs = {
+            **_outputs(inputs, result, messages.image, summary, uploads=uploads),
+            **_next_steps(inputs, result, event),
+            **caches.key_outputs(environ),
+        }
         workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), outputs)
-        if problem:
-            workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), workflow.with_problem("", problem))
-            _say("merge-gate: result error")
+        note = f"> {without_token}\n\n" if without_token else ""
+        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _with_problem(summary, result) + note)
     except OSError as error:
         _say(workflow.command("error", f"cannot write {error.filename}: {error.strerror}", title="merge-gate"))
         return 1
+    _say(f"merge-gate: result {result.result}")
     return 0
+
+
+def _fork_without_token(event: Event, report: Mapping[str, Any] | None, environ: Mapping[str, str]) -> str:
+    """The reason why a pull request from a fork cannot read a private or gated repository; empty for other runs."""
+    if not event.is_fork or not report or not report["counts"]["error"] or gate_environment(environ).get("HF_TOKEN"):
+        return ""
+    return (
+        "This run is a pull request from a fork. GitHub passes no secrets to it, so it has no token of the Hub, and "
+        "cannot read private or gated repositories. Adapters that need them could not be judged: run the gate again on "
+        "a branch of this repository after a review."
+    )
+
+
+def _outputs(
+    inputs: ActionInputs | None, result: StepOutcome, image: str, summary: str, *, uploads: bool
+) -> dict[str, str]:
+    report = result.report
+    there = {path.name: str(path) for path in collect.files(inputs.run.output)} if report and inputs else {}
+    return {
+        "result": result.result,
+        "failed": json.dumps(outcome.failed_names(report) if report else []),
+        "passed": json.dumps(outcome.passed_names(report) if report else []),
+        "counts": json.dumps(report["counts"] if report else {}),
+        "headline": outcome.headline(result, summary),
+        "published": json.dumps(outcome.published(report, inputs.run.publish) if report and inputs else []),
+        "report-path": str(inputs.run.output) if report and inputs else "",
+        "report-json": there.get("report.json", ""),
+        "report-html": there.get("report.html", ""),
+        "sarif": there.get("report.sarif", ""),
+        "summary": there.get("summary.md", ""),
+        "image": image,
+        "upload": str(uploads).lower(),
+        "upload-path": workflow.literal_patterns(list(map(Path, there.values()))),
+        "artifact-name": inputs.artifact_name if inputs else "",
+        "retention-days": str(inputs.retention_days) if inputs else "",
+    }
+
+
+def _next_steps(inputs: ActionInputs | None, result: StepOutcome, event: Event) -> dict[str, str]:
+    """What the action's later steps do: the job's end, the comment, and the upload for code scanning."""
+    if inputs is None:
+        conclusion = outcome.conclude(result, "failed", fail_on_not_judged=True)
+        return {"conclusion": "failure", "reason": conclusion.reason, "comment": "false", "upload-sarif": "false"}
+    conclusion = outcome.conclude(result, inputs.fail_on, fail_on_not_judged=inputs.fail_on_not_judged)
+    has_sarif = result.report is not None and bool(result.report["complete"]) and not result.problem
+    return {
+        "conclusion": "failure" if conclusion.fails else "success",
+        "reason": conclusion.reason,
+        "comment": str(inputs.comment and bool(event.pull_request) and event.is_trusted).lower(),
+        "upload-sarif": str(inputs.upload_sarif and has_sarif and event.is_trusted).lower(),
+    }
+
+
+def _summary(inputs: ActionInputs | None, result: StepOutcome) -> str:
+    """The gate's summary; empty if there is none."""
+    text = ""
+    if inputs and result.report:
+        with contextlib.suppress(OSError):
+            name = "summary.md"
+            text = read_regular_file(inputs.run.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
+    return text
+
+
+def _with_problem(summary: str, result: StepOutcome) -> str:
+    """The summary, after the reason why there is no verdict (if there is one)."""
+    if not result.problem:
+        return summary
+    quoted = "\n".join(f"    {line}" for line in result.problem.splitlines())
+    return f"### merge-gate: error\n\n{quoted}\n\n{summary}"
 
 
 def _say(line: str) -> None:

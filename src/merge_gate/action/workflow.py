@@ -1,7 +1,7 @@
 """Writes what a GitHub runner reads: workflow commands in the log, and the files for outputs and the summary.
 
-Foreign text (such as the gate's log) goes in. Commands, outputs, and a log in which no foreign line is a command
-come out. The runner's own Python uses it, and so does `merge-gate ci github`.
+Foreign text (the gate's log and report.json) goes in. Annotations, outputs, and a log in which no foreign line is a
+command come out.
 """
 
 from __future__ import annotations
@@ -11,61 +11,23 @@ import re
 import secrets
 import threading
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
-from merge_gate.report.wording.untrusted import inert, safe_text
+from merge_gate.report.wording.untrusted import inert, one_line, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MAX_ANNOTATIONS = 9
 """A step shows 10 errors. The tenth gives the number of the others."""
+_MESSAGE_LIMIT = 600
+_NAME_LIMIT = 80
 _LINE_LIMIT = 32_768
 _TAIL_LINES = 12
 _SUMMARY_LIMIT = 1_000_000
 """The runner drops a summary above 1 MiB."""
-_HEADLINE_LIMIT = 200
-NO_REPORT = {
-    "failed": "[]", "passed": "[]", "counts": "{}", "published": "[]", "report-path": "", "report-json": "",
-    "report-html": "", "sarif": "", "summary": "", "upload": "false", "upload-path": "",
-}  # fmt: skip
-"""Outputs of a run without a report."""
-
-
-@dataclass(frozen=True)
-class JobFacts:
-    """What `merge-gate ci github` knows of the job besides the report. It travels as JSON, so it has no paths.
-
-    Attributes:
-        fail_on: `failed`, `warning` or `never`.
-        fail_on_not_judged: whether an adapter that could not be judged fails the job, also if another one failed.
-        uploads_report: whether the report becomes an artifact.
-        uploads_sarif: whether the findings go to code scanning.
-        lacks_token: whether it is a run for a fork, which has no token of the Hub.
-        file: the configuration as annotations name it; empty if it is outside the workspace, or if there is none.
-        publish: the directory of published models; empty for none.
-        output_file: the runner's file for outputs.
-        summary_file: the runner's file for the summary.
-        exit_code: the gate's exit code.
-        problem: the reason why there is no verdict, whatever the report says; empty if there is none.
-        last_lines: the end of the gate's log. Without a report, it is the only explanation.
-    """
-
-    fail_on: str = "failed"
-    fail_on_not_judged: bool = True
-    uploads_report: bool = False
-    uploads_sarif: bool = False
-    lacks_token: bool = False
-    file: str = ""
-    publish: str = ""
-    output_file: str = ""
-    summary_file: str = ""
-    exit_code: int = 3
-    problem: str = ""
-    last_lines: str = ""
 
 
 # --- the log -------------------------------------------------------------------------------------------------------
@@ -156,6 +118,67 @@ def annotate_config(places: Sequence[tuple[str, str, str]], file: str) -> list[s
     ]
 
 
+def annotate(report: Mapping[str, Any], file: str, *, warnings: bool = False) -> list[str]:
+    """Return an error for each adapter that failed or could not be judged, failed adapters first.
+
+    The same error of an adapter in several dtypes is reported once. A failure that the baseline accepts is a warning,
+    after the others; so is the first warning of an adapter that passed, if `warnings` is set. `file` is the
+    configuration relative to the workspace; empty if it is outside.
+    """
+    blocking = [
+        adapter
+        for adapter in report["adapters"]
+        if adapter["verdict"] != "passed" or (warnings and _warning_of(adapter) is not None)
+    ]
+    blocking.sort(
+        key=lambda adapter: (
+            adapter["verdict"] == "passed",
+            bool(adapter.get("accepted")),
+            adapter["verdict"] != "failed",
+        )
+    )
+    annotations = list(dict.fromkeys(_annotation(adapter, file) for adapter in blocking))
+    shown = annotations[:MAX_ANNOTATIONS]
+    more = len(annotations) - len(shown)
+    if more:
+        shown.append(command("error", f"and {more} more; see the job summary or report.json", title="merge-gate"))
+    return shown
+
+
+def _annotation(adapter: Mapping[str, Any], file: str) -> str:
+    finding = _deciding(adapter)
+    cause = adapter["cause"] or (finding["check"] if finding else "not judged")
+    title = f"{one_line(str(adapter['name']), _NAME_LIMIT)} {adapter['verdict']}: {one_line(cause, _NAME_LIMIT)}"
+    place = {"file": file, "line": str(adapter["line"]), "col": str(adapter["column"])} if file else {}
+    is_warning = adapter["verdict"] == "passed" or (adapter["verdict"] == "failed" and adapter.get("accepted"))
+    sentences = _sentences(finding) if finding else "No finding was recorded. See the log."
+    return command("warning" if is_warning else "error", sentences, **place, title=title)
+
+
+def _deciding(adapter: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The finding that an annotation shows: the cause, or the first error, or the first warning of a pass."""
+    if adapter["verdict"] == "passed":
+        return _warning_of(adapter)
+    errors = [finding for finding in adapter["findings"] if finding["severity"] == "error"]
+    deciding = [finding for finding in errors if finding["check"] == adapter["cause"]]
+    return next(iter([*deciding, *errors]), None)
+
+
+def _warning_of(adapter: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((finding for finding in adapter["findings"] if finding["severity"] == "warning"), None)
+
+
+def _sentences(finding: Mapping[str, Any]) -> str:
+    lines = [one_line(finding["message"], _MESSAGE_LIMIT)]
+    tensor = finding["tensor"]
+    lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
+    lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
+    # An error's check is one that the command explains. Some warnings belong to no check.
+    more = finding.get("url") or (f"merge-gate explain {finding['check']}" if finding["severity"] == "error" else "")
+    lines += [f"More: {one_line(more, _MESSAGE_LIMIT)}"] if more else []
+    return "\n".join(lines)
+
+
 def file_in_workspace(path: Path | None, workspace: Path) -> str:
     """Return `path` relative to the workspace with forward slashes; empty if it is outside, or if there is none."""
     if path is None:
@@ -181,33 +204,6 @@ def literal_patterns(paths: Sequence[Path]) -> str:
 
 
 # --- files of the runner -------------------------------------------------------------------------------------------
-
-
-def headline(line: str) -> str:
-    """The result in a line that a workflow can put anywhere: letters, digits, blanks, and ``,.:;()/_+%-``.
-
-    Other characters are left out, so that a shell finds nothing to run in it.
-    """
-    return re.sub(r"[^A-Za-z0-9 ,.:;()/_+%-]|:(?=:)", "", f"merge-gate {line}")[:_HEADLINE_LIMIT].strip()
-
-
-def without_verdict(problem: str) -> dict[str, str]:
-    """Outputs of a run that has no verdict, by the reason."""
-    return {
-        "result": "error",
-        "headline": headline(f"ERROR: {problem.splitlines()[0]}"),
-        "conclusion": "failure",
-        "reason": "the job fails: the run has no complete report",
-        "upload-sarif": "false",
-    }
-
-
-def with_problem(summary: str, problem: str) -> str:
-    """The summary, after the reason why there is no verdict (if there is one)."""
-    if not problem:
-        return summary
-    quoted = "\n".join(f"    {line}" for line in problem.splitlines())
-    return f"### merge-gate: error\n\n{quoted}\n\n{summary}"
 
 
 def write_outputs(file: str, outputs: Mapping[str, str]) -> None:

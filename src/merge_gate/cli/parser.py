@@ -26,7 +26,7 @@ from merge_gate.cli import (
     verify_command,
 )
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
-from merge_gate.cli.report_command import CI, COMBINE, GITHUB, REPORT, REPORT_COMMANDS
+from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
 from merge_gate.cli.variables import show_variables, unknown_variables, words_of
 from merge_gate.names.suggestions import closest
 from merge_gate.text import one_of, quoted
@@ -35,7 +35,7 @@ from merge_gate.text import one_of, quoted
 def commanded(argv: Sequence[str]) -> list[str]:
     """The words of the command line, with the words of a command joined: `report combine`."""
     first = " ".join(argv[:2])
-    return [first, *argv[2:]] if first in {*REPORT_COMMANDS, GITHUB} else list(argv)
+    return [first, *argv[2:]] if first in REPORT_COMMANDS else list(argv)
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -165,13 +165,10 @@ def parser_of_words() -> argparse.ArgumentParser:
     """The command line for a shell's completion, in which a command of two words is a command in a command."""
     top = CommandParser(prog="merge-gate", description="A CI gate for PEFT adapters.")
     commands = top.add_subparsers(metavar="COMMAND")
-    groups = {REPORT: "show, compare, and combine reports", CI: "read a report for a CI system"}
-    inner = {
-        name: commands.add_parser(name, help=text).add_subparsers(metavar="COMMAND") for name, text in groups.items()
-    }
+    inner = commands.add_parser(REPORT, help="show, compare, and combine reports").add_subparsers(metavar="COMMAND")
     for name, command in parsers()[1].choices.items():
         first, _, second = name.partition(" ")
-        place = inner[first] if second else commands
+        place = inner if second else commands
         place.add_parser(second or first, parents=[command], add_help=False, help=command.description)
     return top
 
@@ -208,7 +205,6 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     "explain": (print_command.add_explain, print_command.explain),
     "schema": (print_command.add_schema, print_command.schema),
     "completion": (print_command.add_completion, lambda shell: print_command.completion(shell, parser_of_words())),
-    GITHUB: (report_command.add_github, report_command.github),
     "verify": (verify_command.add, verify_command.run),
     "attest": (attest_command.add, attest_command.run),
     "rebuild": (rebuild_command.add, rebuild_command.run),

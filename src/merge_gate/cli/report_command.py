@@ -1,7 +1,4 @@
-"""`merge-gate report`: show, compare and combine stored reports, or write a first baseline.
-
-`merge-gate ci github` shows a report in a job on GitHub.
-"""
+"""`merge-gate report`: show, compare and combine stored reports, or write a first baseline."""
 
 from __future__ import annotations
 
@@ -25,8 +22,6 @@ REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
 REPORT_COMMANDS = (SHOW, DIFF, COMBINE, BASELINE)
 """Commands of two words, which argparse hears as one."""
-CI = "ci"
-GITHUB = f"{CI} github"
 
 _REPORT_HELP = "the report.json of a run, or its directory"
 _REPORT_OR_DEFAULT = f"{_REPORT_HELP} (default: {DEFAULT_OUTPUT})"
@@ -100,18 +95,6 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
     baseline.add_argument("report", metavar="REPORT", nargs="?", default=DEFAULT_OUTPUT, help=_REPORT_OR_DEFAULT)
 
 
-def add_github(commands: Commands[CommandParser]) -> None:
-    github = commands.add_parser(
-        GITHUB,
-        help="show a report in a job on GitHub",
-        description="Write the annotations, outputs, and summary of a job on GitHub. The action starts this command "
-        "after the gate, in the environment of the gate.",
-        epilog=examples("""merge-gate ci github merge-gate-report '{"exit_code": 1}'"""),
-    )
-    github.add_argument("report", metavar="REPORT", help="the directory of the report")
-    github.add_argument("facts", metavar="FACTS", help="the facts of the job, as JSON")
-
-
 def show(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import shown
 
@@ -154,24 +137,3 @@ def baseline(arguments: argparse.Namespace) -> int:
             hint="run again, then write the baseline",
         )
     return print_document(render(report, datetime.now(UTC).date()))
-
-
-def github(arguments: argparse.Namespace) -> int:
-    import json
-    from dataclasses import fields
-    from pathlib import Path
-
-    from merge_gate.action.workflow import JobFacts
-    from merge_gate.ci.github import show
-    from merge_gate.report.stored.output_directory import explained
-
-    try:
-        facts = JobFacts(**json.loads(arguments.facts))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"FACTS is {quoted(arguments.facts)}, expected facts of a job as JSON ({error})") from error
-    wrong = [field.name for field in fields(facts) if type(getattr(facts, field.name)) is not type(field.default)]
-    if wrong:
-        raise UsageError(f"FACTS has a value of another type than expected: {', '.join(wrong)}")
-    with explained("cannot write the outputs or the summary of the job", hint="name files that you may write to"):
-        show(Path(arguments.report), facts)
-    return 0

@@ -3,8 +3,6 @@
 The configuration's text says what to leave in place of the report: `KIND NAME SECRET`, such as `link summary.md /path`.
 The report that it writes is that of a run in which everything passed. `facts NAME SHELF` prints what the container is
 given. `sleep SECONDS` waits with what it was handed; all others print the digest of that, and `digest` does no more.
-
-The action's second process, which reads the report, is the real one.
 """
 
 import hashlib
@@ -14,6 +12,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+
+def report() -> dict:
+    entry = {"name": "a", "verdict": "passed", "cause": None, "findings": [], "line": 1, "column": 1}
+    counts = {"passed": 1, "failed": 0, "error": 0}
+    return {"schema_version": "1.0", "complete": True, "result": "pass", "counts": counts, "adapters": [entry]}
 
 
 def sparse(path: Path) -> None:
@@ -54,11 +58,6 @@ PLANT = {
 
 
 def main() -> int:
-    if sys.argv[1:3] == ["ci", "github"]:
-        sys.path.insert(0, "/src")
-        from merge_gate.cli import dispatch  # noqa: PLC0415 # only here
-
-        return dispatch.main(sys.argv[1:])
     kind, *words = Path(sys.argv[2]).read_text(encoding="utf-8").split()
     handed_over = sys.stdin.buffer.readline() if os.environ.get("MERGE_GATE_HANDOVER") else b""
     if kind == "sleep":
@@ -70,7 +69,7 @@ def main() -> int:
         return 3
     name, secret = words
     output = Path(sys.argv[sys.argv.index("--output") + 1])
-    for file, text in (("report.json", Path("/report.json").read_text()), ("summary.md", "all is well\n")):
+    for file, text in (("report.json", json.dumps(report())), ("summary.md", "all is well\n")):
         (output / file).write_text(text, encoding="utf-8")
     closed = output.joinpath("deep", *["d"] * 60, "closed")
     closed.mkdir(parents=True)

@@ -28,7 +28,7 @@ _PASSED_ON = (
     "MERGE_GATE_DEBUG", "MERGE_GATE_PLACE", "MERGE_GATE_COMMIT",
 )  # fmt: skip
 """Variables of the caller that the container gets in its environment."""
-HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "MERGE_GATE_CACHE_KEY")
+_HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "MERGE_GATE_CACHE_KEY")
 """Variables of the caller that may hold a secret. The container gets them through standard input."""
 _AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 """Variables that name a file of certificate authorities, in the order of preference."""
@@ -69,8 +69,6 @@ class ContainerRun:
         mounts: more directories, read-only inside.
         limits: limits of the container.
         verifies: whether `merge-gate verify` runs, on the model in `config`, and not `merge-gate run`.
-        job: the facts for `merge-gate ci github` as JSON, if it shows the report in `workspace`; else empty.
-        job_files: files that `merge-gate ci github` appends to.
         environ: the caller's environment.
         time_limit_s: seconds until the run is stopped.
     """
@@ -91,8 +89,6 @@ class ContainerRun:
     mounts: tuple[Path, ...] = ()
     limits: Limits = Limits()
     verifies: bool = False
-    job: str = ""
-    job_files: tuple[Path, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     time_limit_s: float = TIME_LIMIT_S
 
@@ -119,8 +115,6 @@ def command(run: ContainerRun) -> list[str]:
 
 def gate_words(run: ContainerRun, device: str) -> list[str]:
     """Return the words of the command line after `merge-gate`. A model is verified on the CPU."""
-    if run.job:
-        return ["ci", "github", str(run.workspace), run.job]
     base = ["--base", run.base] if run.base else []
     if run.verifies:
         adapters = [word for adapter in run.adapters for word in ("--adapter", adapter)]
@@ -175,7 +169,7 @@ def _device_requests(run: ContainerRun, prepared: PreparedContainer) -> list[dic
 
 def handed_over(run: ContainerRun) -> dict[str, str]:
     """Return the variables that inspecting the container must not show."""
-    return {name: run.environ[name] for name in HANDED_OVER if run.environ.get(name)}
+    return {name: run.environ[name] for name in _HANDED_OVER if run.environ.get(name)}
 
 
 def authorities_file(environ: Mapping[str, str]) -> str:
@@ -192,7 +186,7 @@ def mounts(run: ContainerRun, prepared: PreparedContainer) -> list[dict[str, Any
         *((path, path, True) for path in run.mounts),
         (prepared.written, run.output, False),
         (prepared.cache, prepared.cache, False),
-        *((path, path, False) for path in (run.cache, run.publish, *run.job_files) if path),
+        *((path, path, False) for path in (run.cache, run.publish) if path),
         *([(Path(authorities), Path(AUTHORITIES_INSIDE), True)] if authorities else []),
     ]
     return [

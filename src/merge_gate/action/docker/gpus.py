@@ -28,8 +28,11 @@ def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: 
     if gpus not in {"auto", "none", "all"} and not _GPU_LIST.fullmatch(gpus):
         raise UsageError(f"gpus: got {gpus!r}, expected auto, none, all, or a list such as 0,1")
     needs_cuda = device.startswith("cuda")
-    refuse_contradiction(gpus, device)
     if device == "cpu" or gpus == "none":
+        if needs_cuda or gpus not in {"auto", "none"}:
+            raise UsageError(
+                f"gpus: {gpus} and device: {device} contradict each other", hint="leave one of them at auto"
+            )
         return ""
     allotted = allotment(environ)
     if gpus == "auto" and not needs_cuda:
@@ -44,12 +47,6 @@ def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: 
             hint="use `gpus: all` for all allotted GPUs, or `gpus: none`",
         )
     return ",".join(requested or allotted)
-
-
-def refuse_contradiction(gpus: str, device: str) -> None:
-    """Raise `UsageError` if GPUs are requested for the CPU, or CUDA without GPUs."""
-    if (device == "cpu" and gpus not in {"auto", "none"}) or (device.startswith("cuda") and gpus == "none"):
-        raise UsageError(f"gpus: {gpus} and device: {device} contradict each other", hint="leave one of them at auto")
 
 
 def allotment(environ: Mapping[str, str]) -> tuple[str, ...] | None:

@@ -232,9 +232,9 @@ def _directories(run: ContainerRun, clearing: contextlib.ExitStack, listener: Ru
     """Make the directories that the container writes to; return the cache and the directory for the report."""
     with _prepared():
         earlier = clearing.enter_context(collect.claimed(run.output))
-        written = scratch(run.environ, "report", clearing)
+        written = _scratch(run.environ, "report", clearing)
         clearing.callback(_take, written, run.output, listener, earlier)
-        cache = run.hf_cache or scratch(run.environ, "hf", clearing)
+        cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
         for directory in filter(None, (cache, run.cache, run.publish)):
             directory.mkdir(parents=True, exist_ok=True)
         return cache, written
@@ -265,8 +265,7 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.ExitStack) -> Path:
-    """Make a temporary directory for what a container writes. `clearing` removes it."""
+def _scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.ExitStack) -> Path:
     parent = environ.get("RUNNER_TEMP") or tempfile.gettempdir()
     folder = Path(parent).resolve() / f"merge-gate-{purpose}-{secrets.token_hex(8)}"
     clearing.callback(collect.remove_tree, folder)

@@ -1,1 +1,0 @@
-"""Tells CI systems about a run, in the environment of the gate."""

@@ -1,0 +1,251 @@
+"""When the step says pass: exit code and finished report agree, and the report agrees with itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import outcome
+from tests.support.action.report_json import changed, report
+from tests.support.wording import Wording
+
+
+def accepted(**changed: object) -> dict:
+    """One that failed, and that the baseline accepts."""
+    entry = {"name": "a", "verdict": "failed", "cause": None, "findings": [], "line": 1, "column": 1}
+    entry["accepted"] = {"reason": "known", "owner": "team-a", "until": "2026-12-31"}
+    return report("fail") | {"result": "pass", "adapters": [entry], "accepted": 1} | changed
+
+
+@pytest.mark.parametrize(
+    ("code", "found", "result"),
+    [
+        (0, report("pass"), "pass"),
+        (1, report("fail"), "fail"),
+        (3, report("error"), "error"),
+        (0, accepted(), "pass"),
+        (0, accepted(accepted=0), "error"),
+        (0, accepted(accepted=2), "error"),
+        (1, accepted(result="fail"), "error"),
+        (0, report("fail", accepted=1) | {"result": "pass"}, "error"),
+        (0, report("fail"), "error"),
+        (1, report("pass"), "error"),
+        (0, report("pass", complete=False), "error"),
+        (1, report("fail", complete=False), "error"),
+        (3, report("pass"), "error"),
+        (2, report("pass"), "error"),
+        (-9, report("pass"), "error"),
+        (0, report("pass", adapters=0), "error"),
+        (0, report("pass", schema_version="2.0"), "error"),
+        (0, report("pass") | {"result": "ok"}, "error"),
+        (0, report("pass", complete="yes"), "error"),
+        (0, report("pass", adapters=1) | {"adapters": [{}]}, "error"),
+        (0, [], "error"),
+        (0, None, "error"),
+        (0, "{", "error"),
+    ],
+)
+def test_pass_and_fail_need_exit_code_and_finished_report(
+    tmp_path: Path, code, found, result, wording: Wording
+) -> None:
+    path = tmp_path / "report.json"
+    if found is not None:
+        path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
+    said = outcome.decide(code, path)
+    assert said.result == result
+    assert bool(said.problem) is (said.result == "error" and (code, found) != (3, report("error")))
+    if said.problem:
+        wording(said.problem)
+
+
+@pytest.mark.parametrize(
+    ("shard", "result"),
+    [
+        ({"entries": 3, "positions": []}, "pass"),
+        ({"entries": 0, "positions": []}, "error"),
+        ({"entries": 3, "positions": [1]}, "error"),
+        ({"entries": "3", "positions": []}, "error"),
+        ("1/2", "error"),
+    ],
+)
+def test_a_shard_without_adapters_passes_and_a_run_without_them_does_not(tmp_path: Path, shard, result: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report("pass", adapters=0, shard=shard)), encoding="utf-8")
+    assert outcome.decide(0, tmp_path / "report.json").result == result
+
+
+def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
+    said = outcome.decide(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
+    assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made.update(result="pass"),
+        lambda made: made.update(counts={"passed": 1, "failed": 0, "error": 0}),
+        lambda made: made.update(counts={"passed": 1, "failed": 0, "error": 0}, result="pass"),
+        lambda made: made.update(counts={}),
+        lambda made: made["adapters"].append(made["adapters"][0] | {"verdict": "error"}),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change, wording: Wording) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
+    for code in (0, 1):
+        said = outcome.decide(code, tmp_path / "report.json")
+        assert (said.result, said.report) == ("error", None)
+        wording(said.problem)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made["adapters"][0].update(findings=["x"]),
+        lambda made: made["adapters"][0].update(findings=[{}]),
+        lambda made: made["adapters"][0]["findings"][0].update(severity=None),
+        lambda made: made["adapters"][0]["findings"][0].update(message=["x"]),
+        lambda made: made["adapters"][0]["findings"][0].pop("tensor"),
+        lambda made: made["adapters"][0].update(cause=3),
+        lambda made: made["adapters"][0].update(verdict="good"),
+    ],
+)
+def test_a_report_of_another_shape_is_a_sentence(tmp_path: Path, change) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
+    said = outcome.decide(1, tmp_path / "report.json")
+    assert (said.result, said.report) == ("error", None)
+    assert said.problem
+
+
+def test_a_report_nested_without_end_is_a_sentence(tmp_path: Path, wording: Wording) -> None:
+    (tmp_path / "report.json").write_text("[" * 100_000, encoding="utf-8")
+    wording(outcome.decide(0, tmp_path / "report.json").problem)
+
+
+def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path, wording: Wording) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report("pass")), encoding="utf-8")
+    said = outcome.decide(0, tmp_path / "report.json", refused=["summary.md was not taken: it is a symbolic link"])
+    assert said.result == "error"
+    wording(said.problem)
+
+
+# --- what the job does with it ---------------------------------------------------------------------------------------
+
+
+def entries(*verdicts: str, warns: bool = False, **more: object) -> dict:
+    finding = {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
+    listed = [
+        {"name": f"a{index}", "verdict": verdict, "cause": None, "findings": [finding] if warns else []}
+        for index, verdict in enumerate(verdicts)
+    ]
+    return {"complete": True, "adapters": listed, **more}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "fail_on", "not_judged", "fails"),
+    [
+        (["passed"], "failed", True, False),
+        (["passed", "failed"], "failed", True, True),
+        (["passed", "failed"], "never", True, False),
+        (["failed", "error"], "never", True, True),
+        (["failed", "error"], "never", False, False),
+        (["failed", "error"], "failed", False, True),
+        (["passed", "error"], "failed", True, True),
+        (["passed", "error"], "failed", False, False),
+        ([], "failed", True, False),
+    ],
+)
+def test_what_fails_the_job(verdicts: list[str], fail_on: str, not_judged: bool, fails: bool, wording: Wording) -> None:
+    result = "fail" if "failed" in verdicts else "error" if "error" in verdicts else "pass"
+    said = outcome.conclude(outcome.StepOutcome(result, entries(*verdicts)), fail_on, fail_on_not_judged=not_judged)
+    assert said.fails is fails
+    assert said.reason or result == "pass"
+    wording(said.reason)
+
+
+@pytest.mark.parametrize(("fail_on", "fails"), [("failed", False), ("warning", True), ("never", False)])
+def test_a_warning_fails_the_job_if_it_is_asked_to(fail_on: str, fails: bool) -> None:
+    found = outcome.StepOutcome("pass", entries("passed", warns=True))
+    assert outcome.conclude(found, fail_on, fail_on_not_judged=True).fails is fails
+    assert not outcome.conclude(outcome.StepOutcome("pass", entries("passed")), fail_on, fail_on_not_judged=True).fails
+    known = entries("failed", warns=True)
+    known["adapters"][0]["accepted"] = {"reason": "known"}
+    assert not outcome.conclude(outcome.StepOutcome("pass", known), fail_on, fail_on_not_judged=True).fails
+
+
+@pytest.mark.parametrize("found", [None, entries("passed")])
+def test_a_run_without_a_complete_report_fails_the_job_in_any_case(found: dict | None) -> None:
+    lost = outcome.StepOutcome("error", found, "it was lost")
+    assert outcome.conclude(lost, "never", fail_on_not_judged=False).fails
+
+
+def test_an_adapter_has_passed_if_it_has_in_every_dtype() -> None:
+    found = entries("passed", "passed", "failed", "error")
+    found["adapters"][1]["name"] = "a2"
+    assert outcome.passed_names(found) == ["a0"]
+    assert outcome.failed_names(found) == ["a2"]
+
+
+@pytest.mark.parametrize(
+    ("result", "problem", "summary", "line"),
+    [
+        (
+            "fail",
+            "",
+            "<!-- generator: merge-gate -->\n\n## ❌ merge-gate FAIL&#58; 2 of 6 adapters failed\n\nmore",
+            "merge-gate FAIL: 2 of 6 adapters failed",
+        ),
+        (
+            "pass",
+            "",
+            "## ✅ merge-gate PASS, but 1 adapter has warnings",
+            "merge-gate PASS, but 1 adapter has warnings",
+        ),
+        ("pass", "", "## ❌ merge-gate FAIL: 2 of 6 adapters failed", "merge-gate PASS"),
+        ("error", "", "no heading", "merge-gate ERROR"),
+        ("error", "no engine at 'x'\nWhat to do: y", "## ✅ merge-gate PASS: a", "merge-gate ERROR: no engine at x"),
+        ("fail", "", "## ❌ merge-gate FAIL: $(id)`id`\"';&|<>::a\x1b名", "merge-gate FAIL: (id)id;:a"),
+    ],
+)
+def test_the_headline_is_a_line_that_nothing_interprets(result: str, problem: str, summary: str, line: str) -> None:
+    assert outcome.headline(outcome.StepOutcome(result, entries(), problem), summary) == line
+
+
+# --- published models ------------------------------------------------------------------------------------------------
+
+
+def test_a_published_model_is_listed_with_the_digest_of_its_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "merge-gate.json").write_bytes(b"{}")
+    found = report("pass")
+    found["adapters"][0]["published"] = {"directory": str(folder), "dtype": "preserve", "files": []}
+    assert outcome.published(found, tmp_path) == [
+        {"name": "a", "directory": str(folder), "dtype": "preserve", "sha256": hashlib.sha256(b"{}").hexdigest()}
+    ]
+    assert outcome.published(found, None) == []
+    assert outcome.published(found, tmp_path.parent) == []
+    found["adapters"][0]["verdict"] = "failed"
+    assert outcome.published(found, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "model", [None, 3, {}, {"directory": 3}, {"directory": "/etc"}, {"directory": "a\0b"}, {"directory": "absent"}]
+)
+def test_a_report_cannot_name_another_directory_as_published(tmp_path: Path, model: object) -> None:
+    found = report("pass")
+    found["adapters"][0]["published"] = model
+    assert outcome.published(found, tmp_path) == []
+
+
+def test_a_link_in_the_place_of_a_published_model_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "merge-gate.json").write_bytes(b"{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "merge-gate.json").symlink_to(tmp_path / "real" / "merge-gate.json")
+    found = report("pass")
+    for name in ("link", "b"):
+        found["adapters"][0]["published"] = {"directory": str(tmp_path / name)}
+        assert outcome.published(found, tmp_path) == []

@@ -1,0 +1,30 @@
+"""A report.json as a container leaves it."""
+
+from __future__ import annotations
+
+import json
+
+
+def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **changed: object) -> dict:
+    verdict = {"pass": "passed", "fail": "failed", "error": "error"}[result]
+    entry = {"name": "a", "verdict": verdict, "cause": None, "findings": [], "line": 1, "column": 1}
+    counts = {"passed": 0, "failed": 0, "error": 0, verdict: adapters}
+    return {
+        "schema_version": "1.0",
+        "complete": complete,
+        "result": result,
+        "counts": counts,
+        "adapters": [entry] * adapters,
+        **changed,
+    }
+
+
+def changed(change) -> dict:
+    """A finished report of one failed adapter, changed."""
+    made = json.loads(json.dumps(report("fail")))
+    made["adapters"][0]["cause"] = "adapter-nonfinite"
+    made["adapters"][0]["findings"] = [
+        {"check": "adapter-nonfinite", "severity": "error", "message": "1 NaN", "hint": "", "tensor": None}
+    ]
+    change(made)
+    return made
