@@ -127,8 +127,13 @@ def test_a_size_is_a_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [b"]", b"J\xff\xff\xff\xff\x85", b"X\x01\0\0\0a\x85"], ids=["list", "negative", "text"]
-)
+    "shape",
+    [
+        b"K\x02", b"J\xff\xff\xff\xff\x85", b"X\x01\0\0\0a\x85",
+        b"\x8a\x0a" + bytes(9) + b"\x01\x85", b"(" + 65 * b"K\x01" + b"t",
+    ],
+    ids=["number", "negative", "text", "beyond 64 bits", "65 dimensions"],
+)  # fmt: skip
 def test_a_shape_that_is_none(tmp_path: Path, shape: bytes, wording: Wording) -> None:
     wording(refuse(tmp_path / "a.bin", packed(rebuilt(FLOAT, shape))))
 
@@ -151,6 +156,43 @@ def test_what_has_no_meaning_here_is_left_to_torch(tmp_path: Path, written: byte
 
 def test_an_escape_that_is_none_is_no_warning(tmp_path: Path, wording: Wording) -> None:
     wording(refuse(tmp_path / "a.bin", packed(b"\x80\x02S'\\q'\n.")))
+
+
+@pytest.mark.parametrize(
+    "written", [rebuilt(FLOAT, b"]K\x02a"), rebuilt(FLOAT, b"K\x02\x85")[:-2] + b"}bs."], ids=["list", "rebuilt again"]
+)
+def test_a_tensor_that_torch_may_make_otherwise_is_left_to_torch(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(packed(written))
+    assert look(tmp_path / "a.bin") is None
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"\x80\x04X\x58\x02\0\0" + 600 * b"a" + b"\x940h\0h\0\x93.", "more than 1000 characters"),
+        (b"\x80\x02" + 2_000_001 * b"]" + b".", "more than 2,000,000 steps"),
+    ],
+    ids=["a name by memory", "steps without end"],
+)
+def test_a_small_pickle_makes_nothing_large(tmp_path: Path, written: bytes, said: str) -> None:
+    assert said in refuse(tmp_path / "a.bin", packed(written))
+
+
+def test_two_lists_of_tensors_in_one_archive(tmp_path: Path) -> None:
+    """torch's reader ignores the case of names."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in ("archive/data.pkl", "archive/DATA.pkl"):
+            archive.writestr(name, rebuilt(FLOAT, b"K\x02\x85"))
+    refuse(tmp_path / "a.bin", content.getvalue())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_compression_that_torch_does_not_read(tmp_path: Path, method: int) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive:
+        archive.writestr("archive/data.pkl", rebuilt(FLOAT, b"K\x02\x85"))
+    refuse(tmp_path / "a.bin", content.getvalue())
 
 
 def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path, wording: Wording) -> None:

@@ -31,6 +31,12 @@ _ZIP = b"PK\x03\x04"
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _BEFORE_THE_OBJECT = 3  # magic number, protocol version, facts of the system
 
+_MOST_STEPS = 2_000_000
+"""A tensor takes about 30, so these are more than 60,000 tensors."""
+_MOST_CHARACTERS = 1000
+_MOST_DIMENSIONS = 64
+_MOST_ELEMENTS = 1 << 63
+
 _STORAGES = {
     "torch.BoolStorage": "BOOL", "torch.ByteStorage": "U8", "torch.CharStorage": "I8", "torch.ShortStorage": "I16",
     "torch.IntStorage": "I32", "torch.LongStorage": "I64", "torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16",
@@ -112,8 +118,10 @@ def _data_of_archive(file: BufferedReader, size_bytes: int) -> bytes:
             names = archive.namelist()
             root = names[0].partition("/")[0] if names else ""
             name = f"{root}/data.pkl"
-            if name not in names:
+            if [one for one in names if one.lower() == name.lower()] != [name]:  # torch's reader ignores the case
                 raise CorruptFileError("is a zip archive, but none that torch.save wrote (it has no data.pkl)")
+            if archive.getinfo(name).compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise CorruptFileError("has a data.pkl in a compression that torch does not read")
             with archive.open(name) as data:
                 raw = data.read(MAX_HEADER_BYTES + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
@@ -162,7 +170,11 @@ def _storage(reference: Any) -> _Storage:
 def _tensor(dtype: str | None, shape: Any) -> StoredTensor:
     if dtype is None:
         raise _BeyondThisReaderError
-    if not isinstance(shape, tuple) or any(type(size) is not int or size < 0 for size in shape):
+    if isinstance(shape, list):  # torch takes it
+        raise _BeyondThisReaderError
+    if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
+        raise CorruptFileError("has a tensor whose shape is not a tuple of sizes")
+    if any(type(size) is not int or not 0 <= size < _MOST_ELEMENTS for size in shape):
         raise CorruptFileError("has a tensor whose shape is not a tuple of sizes")
     return StoredTensor(name="", dtype=dtype, shape=shape)
 
@@ -197,6 +209,10 @@ def _is_foreign(name: str) -> bool:
 def _name(module: Any, name: Any) -> _Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise CorruptFileError("holds a damaged pickle: it names a function by something else than text")
+    if len(module) + len(name) > _MOST_CHARACTERS:
+        raise CorruptFileError(
+            f"holds a damaged pickle: it names a function by more than {_MOST_CHARACTERS} characters"
+        )
     return _Name(f"{module}.{name}")
 
 
@@ -211,6 +227,13 @@ def _set_items(target: Any, pairs: Sequence[Any]) -> Any:
     if not isinstance(target, dict):
         raise _BeyondThisReaderError
     target.update((key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=False) if type(key) is str)
+    return target
+
+
+def _build(target: Any, _: Any) -> Any:
+    """Without the attributes of a state dict (`_metadata`). A tensor would get another storage and shape."""
+    if isinstance(target, StoredTensor):
+        raise _BeyondThisReaderError
     return target
 
 
@@ -236,7 +259,7 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "REDUCE": _call, "NEWOBJ": _call, "NEWOBJ_EX": _call,  # without the keywords
     "INST": lambda arguments, name: _call(_Name(name.replace(" ", ".", 1)), tuple(arguments)),
     "OBJ": lambda items: _call(items[0] if items else None, tuple(items[1:])),
-    "BUILD": lambda target, _: target,  # without the attributes of a state dict (`_metadata`)
+    "BUILD": _build,
 }  # fmt: skip
 """What each opcode makes of what it takes from the stack, and of its argument if it has one."""
 
@@ -249,7 +272,11 @@ def _run(stream: io.BytesIO) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in old texts
-            for opcode, argument, _ in pickletools.genops(stream):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                if count == _MOST_STEPS:
+                    raise CorruptFileError(
+                        f"holds a pickle of more than {_MOST_STEPS:,} steps, which is no list of tensors"
+                    )
                 _carry_out(opcode, argument, stack, memo)
                 if stack and isinstance(stack[-1], _Name) and _is_foreign(stack[-1]):
                     foreign.append(stack[-1])
