@@ -246,7 +246,7 @@ def test_a_node_that_does_not_see_where_models_go_merges_nothing(quick: Path, wo
     assert not [*Path("there").iterdir()]
 
 
-def changed_after(file: Path, address: str = "head:6379") -> Report:
+def changed_after(file: Path, address: str = "head:6379", only: tuple[str, ...] = ("one",)) -> Report:
     """The report of a run whose nodes have other bytes in a file than this machine."""
     ray, content = Ray({"CPU": 1.0}), file.read_bytes()
 
@@ -256,7 +256,7 @@ def changed_after(file: Path, address: str = "head:6379") -> Report:
 
     ray.run = run
     try:
-        return judged(ray, address=address, only=("one",))
+        return judged(ray, address=address, only=only)
     finally:
         file.write_bytes(content)
 
@@ -265,6 +265,21 @@ def test_another_adapter_on_a_node_is_a_problem_of_the_report(quick: Path, wordi
     file = quick / "one" / "adapter_config.json"
     assert changed_after(file, ray_cluster.LOCAL).problems == ()
     wording(*changed_after(file).problems)
+
+
+def test_names_are_those_of_the_configuration(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A combination has the files of its members, and `~` is the home directory."""
+    monkeypatch.setenv("HOME", str(quick))
+    adapters = [{"path": f"~/{name}", "base": {"model": "~/base"}} for name in NAMES[::2]]
+    both = {
+        "name": "both",
+        "combine": {"adapters": list(NAMES[::2]), "method": "cat", "weights": [1, 1]},
+        "base": {"model": "~/base"},
+    }
+    Path("gate.yml").write_text(json.dumps({"version": 1, "adapters": [*adapters, both]}))
+    for names in (NAMES[2:], ("both",)):
+        (problem,) = changed_after(quick / NAMES[2] / "adapter_model.safetensors", only=names).problems
+        assert "adapter_model.safetensors" in problem
 
 
 def test_another_base_on_a_node_is_a_problem_of_the_report(place: Path, wording: Wording) -> None:

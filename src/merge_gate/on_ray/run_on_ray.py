@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +28,7 @@ from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import digest_file
 from merge_gate.on_ray import ray_cluster
 from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import FileRecord
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
@@ -301,13 +302,26 @@ class RayRun:
 
     def _other_files(self) -> Iterator[str]:
         """A sentence for each file that a node read, and that has other bytes on this machine."""
-        digest = lru_cache(digest_file)
+        digest = cache(digest_file)
+        for name, places, file in self._read_files():
+            here = set[str]()
+            for place in places:
+                with suppress(OSError, ValueError, RuntimeError):  # it is not here, or there is no such home directory
+                    here.add(digest(Path(self._config.directory, Path(place).expanduser(), file.path)))
+            if here and file.sha256 not in here:
+                yield f"a node read another {file.path} of {name} than this machine has"
+
+    def _read_files(self) -> Iterator[tuple[str, list[str], FileRecord]]:
+        """(adapter or base, the directories that may hold the file, the file). A combination has several."""
+        specs = {spec.name: spec for spec in self._config.adapters}
         for report in (found.report for found in self._found() if found.report is not None):
-            read = [(adapter.source, file) for adapter in report.adapters for file in adapter.files]
-            for name, file in read + [(base.model, file) for base in report.bases for file in base.files]:
-                with suppress(OSError, ValueError):  # it is not here
-                    if digest(Path(self._config.directory, name, file.path)) != file.sha256:
-                        yield f"a node read another {file.path} of {name} than this machine has"
+            for adapter in report.adapters:
+                combine = specs[adapter.name].combine
+                members = [specs[name] for name in combine.adapters] if combine else [specs[adapter.name]]
+                places = [member.path for member in members if member.path is not None]
+                yield from ((adapter.source, places, file) for file in adapter.files)
+            for base in report.bases:
+                yield from ((base.model, [base.model], file) for file in base.files)
 
 
 def _absolute(directory: str | None) -> str | None:
