@@ -115,9 +115,11 @@ def _of_base(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding:
 
 def refused(refusal: Refusal | NotJudged) -> Finding:
     """The finding that says why an adapter was not loaded, merged, or judged."""
-    if isinstance(refusal, NotJudged):
-        return not_judged.not_judged(refusal.message, refusal.hint, origin=refusal.origin)
     try:
-        return REFUSALS[refusal.kind](**refusal.fields)
+        if isinstance(refusal, NotJudged):
+            finding = not_judged.not_judged(refusal.message, refusal.hint, origin=refusal.origin)
+        else:
+            finding = REFUSALS[refusal.kind](**refusal.fields)
+        return bounded([finding])[0]
     except Exception as error:  # noqa: BLE001 - a fact holds text of the adapter, and costs no other adapter its verdict
         return accident("the reason why it was not merged cannot be worded", error)

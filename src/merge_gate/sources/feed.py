@@ -37,6 +37,9 @@ class SourceError(EngineError):
 class Feed(Protocol):
     """Where the bytes of a base come from. All methods may be called by several threads."""
 
+    def open_files(self, files: Sequence[str]) -> None:
+        """Open these files, so that later reads are of the files that are there now."""
+
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Announce the spans that will be read, in this order, so that they can be read ahead.
 
@@ -80,6 +83,11 @@ class LocalFeed:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
             self._files.clear()
+
+    def open_files(self, files: Sequence[str]) -> None:
+        with contextlib.suppress(OSError):  # the read of the file explains it
+            for file in files:
+                self._opened(file)
 
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Nothing to prepare: the system reads ahead."""

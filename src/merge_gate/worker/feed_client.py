@@ -108,6 +108,9 @@ class FeedClient:
         if not is_begun:
             self._announce(spans, whole=whole)
 
+    def open_files(self, files: Sequence[str]) -> None:
+        """Nothing to open: the parent watches the files that it reads."""
+
     def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Begin to read what `expect` will announce: as much as the window holds.
 
@@ -342,6 +345,9 @@ class AsideFeed:
 
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Nothing to announce: the base is read ahead."""
+
+    def open_files(self, files: Sequence[str]) -> None:
+        """Nothing to open: the parent watches the files that it reads."""
 
     def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Nothing to begin."""

@@ -87,6 +87,7 @@ class GroupBases:
         before, self._identity = self._identity, base_identity(group.directory)
         if before != self._identity:
             self._figures.clear()
+        self.feed.open_files(group.files.weights)  # before the identity is verified
         base = _as_published(self._read(group, model_class), group)
         verify_base(group.directory, group.base.name, self._identity)
         accounting.settle(base, account, group.directory)

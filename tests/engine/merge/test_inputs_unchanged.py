@@ -31,11 +31,12 @@ def digest(base: Base) -> dict[str, str]:
     """Of every parameter and buffer, by name, with its dtype, shape and place in memory."""
     import torch  # noqa: PLC0415 - beside the only use
 
-    return {
-        name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        + f" {tensor.dtype} {tuple(tensor.shape)} {tensor.data_ptr()}"
-        for name, _, tensor in named_tensors(base.model)
-    }
+    with base.filled(base.tensors):
+        return {
+            name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            + f" {tensor.dtype} {tuple(tensor.shape)} {tensor.data_ptr()}"
+            for name, _, tensor in named_tensors(base.model)
+        }
 
 
 def test_no_input_file_changes_in_a_run_over_all_faults(judged: Judged) -> None:

@@ -24,6 +24,9 @@ class SharedReads:
         self._shared: list[_SharedSpan] = []
         self._lock = threading.Lock()
 
+    def open_files(self, files: Sequence[str]) -> None:
+        self._feed.open_files(files)
+
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         self._feed.expect(spans, whole=whole)
 

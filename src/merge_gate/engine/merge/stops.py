@@ -91,7 +91,7 @@ def _stop(group: Sequence[tuple[Base, Cell]], changed: dict[int, set[str]], span
     reused: list[Reused] = []
     known: dict[object, tuple[Base, str]] = {}
     for base, cell in group:
-        names = tuple(cell.outlines)
+        names = tuple(name for name in cell.outlines if name in base.tensors)  # the load may have tied one away
         key = _content(base, cell)
         if key in known and changed[id(base)].isdisjoint(names):  # 2.
             reused.append(Reused(base=base, name=names[0], known=known[key][0], known_name=known[key][1]))
