@@ -109,8 +109,9 @@ def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(resolve, "digest_file", lambda path, *_: hashed.append(path))
     cache = CacheOptions(directory=str(place / "verdicts"), resume=str(place / "report"))
     options = RunOptions(device="cuda", output=str(place / "report"), publish=str(place / "models"), cache=cache)
+    earlier = set(threading.enumerate())
     assert "2 merges" in planned(place, options)
-    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+    for thread in set(threading.enumerate()) - earlier:
         thread.join(PATIENCE_S)
     assert not hashed, "a base may be large"
     assert everything(place) == before
