@@ -103,7 +103,7 @@ class Fetched:
     repo_id: str
     commit: str
     directory: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int] = field(hash=False)
     chosen: tuple[str, ...] = ()
     streamable: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
