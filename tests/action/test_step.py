@@ -406,6 +406,17 @@ def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], caps
         Path(environ["GITHUB_OUTPUT"]).unlink()
 
 
+@pytest.mark.parametrize(("problem", "passed"), [("", '["a"]'), ("the report was tampered with", "[]")])
+def test_without_a_verdict_nothing_has_passed(environ: dict[str, str], problem: str, passed: str) -> None:
+    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    inputs.run.output.mkdir()
+    (inputs.run.output / "summary.md").write_text("all is well", encoding="utf-8")
+    result = StepOutcome("error" if problem else "pass", report("pass"), problem)
+    assert action._publish(inputs, result, action._RunMessages(), environ) == 0
+    said = outputs(environ)
+    assert (said["passed"], bool(said["summary"])) == (passed, not problem)
+
+
 def test_a_server_without_artifacts_keeps_the_report(
     environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

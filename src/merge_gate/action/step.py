@@ -205,19 +205,20 @@ def _outputs(
     inputs: ActionInputs | None, result: StepOutcome, image: str, summary: str, *, uploads: bool
 ) -> dict[str, str]:
     report = result.report
+    proven = None if result.problem else report  # another process may have written what is there
     there = {path.name: str(path) for path in collect.files(inputs.run.output)} if report and inputs else {}
     return {
         "result": result.result,
         "failed": json.dumps(outcome.failed_names(report) if report else []),
-        "passed": json.dumps(outcome.passed_names(report) if report else []),
+        "passed": json.dumps(outcome.passed_names(proven) if proven else []),
         "counts": json.dumps(report["counts"] if report else {}),
         "headline": outcome.headline(result, summary),
-        "published": json.dumps(outcome.published(report, inputs.run.publish) if report and inputs else []),
+        "published": json.dumps(outcome.published(proven, inputs.run.publish) if proven and inputs else []),
         "report-path": str(inputs.run.output) if report and inputs else "",
         "report-json": there.get("report.json", ""),
         "report-html": there.get("report.html", ""),
         "sarif": there.get("report.sarif", ""),
-        "summary": there.get("summary.md", ""),
+        "summary": there.get("summary.md", "") if proven else "",
         "image": image,
         "upload": str(uploads).lower(),
         "upload-path": workflow.literal_patterns(list(map(Path, there.values()))),
