@@ -88,7 +88,7 @@ class _Base:
         self._reads = {run.read_of(group) for group in groups}
         self._tasks = [task for group in groups for task in group.tasks]
         self._names = dict.fromkeys(_shown(run.tally.entries[task.index].spec.name) for task in self._tasks)
-        self._files = groups[0].files or BaseFiles(directory=groups[0].directory)
+        self._files = groups[0].files
         self._free_bytes = MemoryGroup().free_bytes()
         passes = batches([(task, None) for task in self._tasks], one_pass=True) if self._is_fed else [None]
         self.passes = sum(1 for _ in passes)
@@ -172,7 +172,7 @@ def _lines_of_output(run: Run) -> Iterator[str]:
     if publish is not None:
         tasks = [(group, task) for group in run.groups for task in group.tasks]
         models = {task.index: group.files for group, task in tasks if task.publishes is not None}
-        size = _shown_bytes(sum(files.weight_bytes for files in models.values() if files is not None))
+        size = _shown_bytes(sum(files.weight_bytes for files in models.values()))
         note = unpublished_dtypes({task.index: run.tally.entries[task.index] for _, task in tasks}, models)
         count = counted(len(models), "model")
         yield _row(
