@@ -56,8 +56,7 @@ SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Idle threads of torch sleep, so that they do not spin on a core that merges. The caller's own value wins."""
 
 NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
-"""torch compiles nothing, so that its compiler is not imported (quick_imports.py), which PEFT's own imports would do.
-Only bitsandbytes needs it, to quantize on a CPU."""
+"""torch compiles nothing: no merge needs that. Only bitsandbytes does, to quantize on a CPU."""
 
 TAIL_BYTES = 2000
 """How much of the output of a dead process is kept for the message."""
