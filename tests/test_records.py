@@ -12,6 +12,7 @@ from merge_gate.errors import ConfigError, EngineError, ExitCode, GateError, Lau
 from merge_gate.records import config, files, measured, report, terms
 from merge_gate.records.config import Problem
 from merge_gate.records.measured import TensorMerge, TensorStats
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.report import TOOL, AdapterReport, ConfigFile, Environment, Report, Tool
 from merge_gate.records.terms import BaseKey, Quantization, Result, Verdict
 
@@ -136,3 +137,10 @@ def test_what_the_user_can_mend_is_2_and_the_rest_is_3() -> None:
         EngineError: ExitCode.ERROR,
         LauncherError: ExitCode.ERROR,
     }
+
+
+def test_records_with_mappings_can_be_hashed() -> None:
+    """Tasks and events hold them, and are members of sets."""
+    assert len({Refusal(kind="a", fields={"x": 1}), Refusal(kind="a", fields={"x": 1})}) == 1
+    fetched = files.Fetched(repo_id="a/b", commit="c", directory="d", sizes={"e": 1})
+    assert len({fetched, fetched}) == 1

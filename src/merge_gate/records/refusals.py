@@ -7,6 +7,7 @@ function in `REFUSALS` of a file of `judging/`, which makes the finding; the fac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 
 from merge_gate.records.files import Pattern
 from merge_gate.records.terms import Origin, record
@@ -38,7 +39,7 @@ class Refusal:
     """Why an adapter or a base was refused; tests/judging/test_refusals.py compares kinds and fields with their use."""
 
     kind: str
-    fields: Mapping[str, Fact]
+    fields: Mapping[str, Fact] = field(hash=False)
 
 
 @record
