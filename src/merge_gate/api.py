@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.cache.resume import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.errors import UsageError
-from merge_gate.records.options import CacheOptions, RunOptions, is_device
+from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
@@ -81,7 +81,7 @@ def gate(
         earlier = stack.enter_context(claimed(folder)) if folder is not None else None
         given = _converted(given)
         names = given["adapters"]
-        options = RunOptions(device=device, output=folder, cache=CacheOptions(directory=given["cache"]))
+        options = RunOptions(device=device, output=folder, cache=given["cache"])
         config = _config(names, {name: given[name] for name in _IN_CONFIG}, folder)
         if earlier is None:
             return run_gate(config, options, worker=worker)

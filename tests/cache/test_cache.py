@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.cache import device_lookup
+from merge_gate.cache import remembered
 from merge_gate.config.load_config import load_config
 from merge_gate.earlier_reports import PREVIOUS, RESUMED
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.report.stored.report_files import FORMATS
@@ -60,9 +60,9 @@ def everyone(report: Report) -> set[str]:
 
 def run(place: Path, *only: str, view: View | None = None, fresh: bool = False, output: str | None = None) -> Report:
     """A run in this process."""
-    cache = CacheOptions(directory=str(place / "cache"), reuse=not fresh)
+    options = RunOptions(only=only, output=output, cache=str(place / "cache"), refresh=fresh)
     with contextlib.chdir(place):
-        report = run_gate(load_config("fleet.yml"), RunOptions(only=only, output=output, cache=cache), view=view)
+        report = run_gate(load_config("fleet.yml"), options, view=view)
     return read(render(report).encode(), "report.json")  # which rounds figures
 
 
@@ -186,7 +186,7 @@ def test_where_there_may_be_a_card_torch_is_asked_once_for_the_device(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker without a job says what it would merge on; the cache knows it until the machine starts anew."""
-    monkeypatch.setattr(device_lookup, "has_card", lambda: True)
+    monkeypatch.setattr(remembered, "has_card", lambda: True)
     first = run(copy, "plain-0")
     assert cached(first) == {"plain-0"}
     assert first.environment.device == "cpu"

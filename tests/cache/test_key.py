@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from merge_gate.cache import key
-from merge_gate.cache.key import Circumstances, key_of, material
+from merge_gate.cache.key import key_of, material
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileIdentity, FileRecord, Snapshot
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
@@ -30,13 +30,12 @@ ENTRY = Entry(
     base=Snapshot(name="./base", directory="/checkout/base"),
 )
 BASE = BaseContent(weights="b" * 64, settings="c" * 64)
-RUN = Circumstances(device="cpu")
 WARNING = Finding(check="config-invalid", severity=Severity.WARNING, message="odd", origin=Origin.CONFIG)
 COMBINE = Combine(method="ties", adapters=("a", "b"), weights=(0.5, 0.5), density=0.5)
 
 
-def of(entry: Entry = ENTRY, base: BaseContent = BASE, run: Circumstances = RUN) -> str:
-    return key_of(material(entry, base, run))
+def of(entry: Entry = ENTRY, base: BaseContent = BASE, device: str = "cpu", trusts: tuple[str, ...] = ()) -> str:
+    return key_of(material(entry, base, device, trusts))
 
 
 def with_spec(**changes: object) -> Entry:
@@ -87,9 +86,9 @@ DECIDES = {
     "its signs": of(with_spec(combine=replace(COMBINE, majority_sign_method="total"))),
     "its seed": of(with_spec(combine=replace(COMBINE, seed=1))),
     "its members' names": of(with_spec(combine=replace(COMBINE, adapters=("b", "a")))),
-    "the device": of(run=replace(RUN, device="NVIDIA H100")),
-    "pickles": of(run=replace(RUN, allow_pickle=True)),
-    "code of the base": of(run=replace(RUN, trust_remote_code=True)),
+    "the device": of(device="NVIDIA H100"),
+    "pickles": of(trusts=("allow-pickle",)),
+    "code of the base": of(trusts=("trust-remote-code",)),
 }
 
 

@@ -59,7 +59,7 @@ def test_a_stored_verdict_is_a_hit(one: Entry) -> None:
     assert stored.judged is not None
     with closing(open_cache(one)) as cache:
         assert is_hit(cache, one)
-    with closing(open_cache(one, reuse=False)) as cache:
+    with closing(open_cache(one, refresh=True)) as cache:
         assert not cache.may_hit
         assert not is_hit(cache, one)
     with closing(open_cache(one, secret=SECRET)) as cache:
@@ -115,7 +115,7 @@ def test_a_verdict_in_an_earlier_report_is_a_hit_without_a_cache_directory(
 def test_an_earlier_report_is_used_next_to_a_cache_directory(one: Entry, output: Path) -> None:
     with closing(open_cache(one, resume=str(output), notify=[].append)) as cache:
         assert is_hit(cache, one)
-    with closing(open_cache(one, reuse=False, resume=str(output), notify=[].append)) as cache:
+    with closing(open_cache(one, refresh=True, resume=str(output), notify=[].append)) as cache:
         assert is_hit(cache, one)
 
 
@@ -142,8 +142,8 @@ def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) 
     directory = base_directory(one)
     identity = base_identity(directory)
     digests = {WEIGHTS: "d" * 64}
-    for reuse, found in ((False, None), (True, digests), (False, None)):
-        with closing(open_cache(one, reuse=reuse)) as cache:
+    for refresh, found in ((True, None), (False, digests), (True, None)):
+        with closing(open_cache(one, refresh=refresh)) as cache:
             assert cache.seen_bases is not None
             cache.seen_bases.store(directory, identity, digests, time.time_ns() + 3_000_000_000)
             assert cache.seen_bases.lookup(directory, identity) == found

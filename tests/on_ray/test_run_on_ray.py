@@ -21,7 +21,7 @@ from merge_gate.errors import GateError, UsageError
 from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray import run_on_ray as module
 from merge_gate.on_ray.run_on_ray import MAX_LOSSES, run_on_ray, run_shard
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Access, Result, Verdict
 from merge_gate.report.stored.report_files import read_report
@@ -127,9 +127,9 @@ def test_report_models_and_cached_verdicts_are_those_of_one_machine(place: Path)
     whole = run_gate(load_config("gate.yml"), options)
     ray, view, works = Ray({"CPU": 1.0}), Shown(), []
     ray.changes = lambda work: works.append(work) or work
-    report = judged(ray, view, publish="there", output="report", cache=CacheOptions(directory="cache"))
+    report = judged(ray, view, publish="there", output="report", cache="cache")
     assert works[0].config.publish.directory == str(place / "there")
-    assert works[0].options.cache.directory == str(place / "cache")
+    assert works[0].options.cache == str(place / "cache")
     expected = {one.name: one.published for one in whole.adapters}
     for one in report.adapters:
         wanted = expected[one.name]
@@ -148,7 +148,7 @@ def test_report_models_and_cached_verdicts_are_those_of_one_machine(place: Path)
     assert (len(view.done), view.finished) == (3, ["report"])
     assert view.started[-1][1] == 3
     assert (stored().complete, stored().counts, stored().problems) == (True, report.counts, ())
-    again = judged(Ray({"CPU": 1.0}), cache=CacheOptions(directory="cache"))
+    again = judged(Ray({"CPU": 1.0}), cache="cache")
     assert [one.cached for one in again.adapters] == [True, True, True]
 
 
@@ -167,7 +167,7 @@ def test_a_run_that_was_interrupted_has_a_true_report_and_is_resumed(place: Path
     assert not report.complete
     assert report.adapters
     assert not report.problems
-    resumed = judged(Ray({"CPU": 1.0}), output="report", cache=CacheOptions(resume="report"))
+    resumed = judged(Ray({"CPU": 1.0}), output="report", resume="report")
     sealed = {one.name for one in report.adapters if one.judged}
     assert sealed
     assert {one.name for one in resumed.adapters if one.cached} >= sealed
@@ -236,7 +236,7 @@ def test_a_node_with_another_secret_reuses_and_stores_no_verdict(
     monkeypatch.setenv(SECRET, "a secret of the trusted jobs")
     ray = Ray()
     ray.changes = lambda work: (monkeypatch.delenv(SECRET), work)[1]
-    wording(refused(ray, cache=CacheOptions(directory="cache")))
+    wording(refused(ray, cache="cache"))
 
 
 def test_a_node_that_does_not_see_where_models_go_merges_nothing(quick: Path, wording: Wording) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.cache.base_records import BaseRecords
+from merge_gate.cache.remembered import BaseRecords
 from merge_gate.cache.seal import Seal
 from merge_gate.cache.store import Store
 from merge_gate.errors import UsageError

@@ -22,7 +22,7 @@ from merge_gate.files import prepare, resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
 from merge_gate.records.measured import BaseFacts
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Quantization, Result, Severity, Verdict
@@ -675,8 +675,8 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
 
     monkeypatch.setattr(BaseWatch, "_hash", hash_late)
     config = load_config(str(write(tmp_path, {"path": "./adapters/good"}, base="./base")))
-    options = CacheOptions(directory=str(tmp_path / "cache"))
-    report = run_gate(config, RunOptions(device="cpu", cache=options), view=Watcher(base_loaded=exchange))
+    options = RunOptions(device="cpu", cache=str(tmp_path / "cache"))
+    report = run_gate(config, options, view=Watcher(base_loaded=exchange))
     assert exchanged.is_set()
     assert [one.verdict for one in report.adapters] == [Verdict.ERROR]
     assert [base.sha256 is not None for base in report.bases] == [True], "it was hashed"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from merge_gate.cache.remembered import SETTLED_NS, SeenBases
 from merge_gate.cache.seal import Seal
-from merge_gate.cache.seen import SETTLED_NS, SeenBases
 from merge_gate.cache.store import Store
 from merge_gate.cli.dispatch import main
 from merge_gate.files import base_watch, resolve

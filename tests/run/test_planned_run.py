@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from huggingface_hub import constants
 
-from merge_gate.cache.seen import SETTLED_NS
+from merge_gate.cache.remembered import SETTLED_NS
 from merge_gate.cache.store import KINDS
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import UsageError
 from merge_gate.files import hub, resolve
 from merge_gate.publish.partial import partial_name
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Access, Read
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import fed_bases
@@ -86,7 +86,7 @@ def everything(place: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_base_in_a_directory(place: Path, wording: Wording) -> None:
-    options = RunOptions(output="report", publish="models", cache=CacheOptions(directory=str(place / "verdicts")))
+    options = RunOptions(output="report", publish="models", cache=str(place / "verdicts"))
     text = planned(place, options, base={"model": "./base", "dtype": ["float32", "bfloat16"]})
     wording(text)
     assert not {"report", "models", "verdicts"} & {path.name for path in place.iterdir()}
@@ -107,8 +107,8 @@ def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(WorkerSlot, name, lambda *_, **__: pytest.fail("a worker was started"))
     hashed: list[object] = []
     monkeypatch.setattr(resolve, "digest_file", lambda path, *_: hashed.append(path))
-    cache = CacheOptions(directory=str(place / "verdicts"), resume=str(place / "report"))
-    options = RunOptions(device="cuda", output=str(place / "report"), publish=str(place / "models"), cache=cache)
+    places = {"cache": str(place / "verdicts"), "resume": str(place / "report")}
+    options = RunOptions(device="cuda", output=str(place / "report"), publish=str(place / "models"), **places)
     earlier = set(threading.enumerate())
     assert "2 merges" in planned(place, options)
     for thread in set(threading.enumerate()) - earlier:
@@ -166,7 +166,7 @@ def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place:
 def test_what_earlier_runs_stored_is_in_the_plan(place: Path, wording: Wording) -> None:
     """A record lets a run read what adapters touch, and a verdict needs no merge."""
     poison("lora_B")(place / "adapters" / "a")
-    cache = CacheOptions(directory=str(place / "verdicts"))
+    cache = str(place / "verdicts")
     with pytest.raises(UsageError):
         planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
     time.sleep(SETTLED_NS / 1e9)  # a digest is remembered only of files that are older

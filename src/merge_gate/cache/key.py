@@ -1,7 +1,7 @@
 """The key of a verdict: one digest of everything that decides it, so the same key means the same verdict.
 
-In: an `Entry`, the digests of its base, and the circumstances of the run. Out: `material`, every value that the verdict
-depends on as plain JSON, and `key_of`, its SHA-256.
+In: an `Entry`, the digests of its base, the device, and what the run trusts. Out: `material`, every value that the
+verdict depends on as plain JSON, and `key_of`, its SHA-256.
 
 The material lacks names that only the report shows (the adapter's name, its source, its line), so that an adapter may
 move. It has names that findings mention (the base's label). It lacks time limits: they make `error`, which is not
@@ -23,7 +23,7 @@ import merge_gate
 from merge_gate.records.config import Combine, Expect
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry
 from merge_gate.records.report import SCHEMA_VERSION
-from merge_gate.records.terms import QUANTIZED_BY, record
+from merge_gate.records.terms import QUANTIZED_BY
 from merge_gate.report.formats import fields
 
 FORMAT = 1
@@ -40,15 +40,6 @@ Json = Any
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-@record
-class Circumstances:
-    """What is the same for all entries of a run. `device` is `cpu` or the name of the card, None until it is known."""
-
-    device: str | None = None
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-
-
 def key_of(material: Json) -> str:
     """The digest of a material, hex."""
     return hashlib.sha256(canonical(material)).hexdigest()
@@ -59,17 +50,18 @@ def canonical(value: Json) -> bytes:
     return _CANONICAL.encode(value).encode()
 
 
-def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> Json:
-    """Everything that the verdict on an entry depends on."""
+def material_of_run(trusts: tuple[str, ...]) -> dict[str, Json]:
+    """What all results of a run depend on. `trusts` has what the configuration allows (`Config.trusts`)."""
+    return {"format": FORMAT, "gate": own_code(), "libraries": libraries(), "trusts": list(trusts)}
+
+
+def material(entry: Entry, base: BaseContent, device: str, trusts: tuple[str, ...]) -> Json:
+    """Everything that the verdict on an entry depends on. `device` is `cpu` or the name of the card."""
     spec = entry.spec
-    return {
-        "format": FORMAT,
+    return material_of_run(trusts) | {
         "schema": SCHEMA_VERSION,
-        "gate": {"version": merge_gate.__version__, "code": own_code()},
-        "libraries": libraries(),
-        "device": circumstances.device,
-        "allow-pickle": circumstances.allow_pickle,
-        "trust-remote-code": circumstances.trust_remote_code,
+        "version": merge_gate.__version__,
+        "device": device,
         "base": _base(entry, base),
         "members": [_files(member) for member in entry.members],
         "combine": _combine(spec.combine),

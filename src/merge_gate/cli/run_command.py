@@ -21,7 +21,7 @@ from merge_gate.cli.arguments import (
 from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
 from merge_gate.errors import UsageError
-from merge_gate.records.options import CacheOptions, RunOptions, is_device
+from merge_gate.records.options import RunOptions, is_device
 from merge_gate.records.terms import Access, Read
 from merge_gate.run.streams import say
 
@@ -247,11 +247,9 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         publish=arguments.publish,
         max_shard_bytes=arguments.max_shard_size,
         shard=_shard(arguments),
-        cache=CacheOptions(
-            directory=arguments.cache,
-            reuse=not arguments.refresh,
-            resume=arguments.output if arguments.resume else None,
-        ),
+        cache=arguments.cache,
+        refresh=arguments.refresh,
+        resume=arguments.output if arguments.resume else None,
     )
 
 

@@ -29,7 +29,7 @@ from merge_gate.files.resolve import digest_file
 from merge_gate.on_ray import ray_cluster
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import FileRecord
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
 from merge_gate.run.flow import run_gate
@@ -110,7 +110,7 @@ def _refuse_node(work: Work) -> None:
     if versions_digest() != work.versions_sha256:
         problem = f"{node} has other versions of the libraries, or other code of merge-gate"
         raise GateError(problem, hint="install the same versions on every node")
-    if work.options.cache != CacheOptions() and _seal() != work.seal:
+    if (work.options.cache, work.options.resume) != (None, None) and _seal() != work.seal:
         raise GateError(f"{node} has another {SECRET}", hint="set the same secret on every node, or on none")
     if work.mark is not None and not Path(work.mark).is_dir():
         problem = f"{node} does not see the directory to publish to, {Path(work.mark).parent}, of this machine"
@@ -158,10 +158,10 @@ class RayRun:
         self._merges, self._judged = sum(len(spec.base.dtypes) for spec in specs), 0
         self._writer, self._output = ReportWriter(options.output, view.note), options.output
         self._empty = Tally(config, None, device=options.device, watch=BaseWatch()).report()
-        cache, publish = options.cache, config.publish  # on a node, relative names start elsewhere
-        cache = replace(cache, directory=_absolute(cache.directory), resume=_absolute(cache.resume))
+        cache, resume = _absolute(options.cache), _absolute(options.resume)  # on a node, relative names start elsewhere
+        publish = config.publish
         publish = publish and replace(publish, directory=_absolute(publish.directory) or "")
-        self._options = replace(options, output=None, publish=None, max_shard_bytes=None, cache=cache)
+        self._options = replace(options, output=None, publish=None, max_shard_bytes=None, cache=cache, resume=resume)
         self._config = replace(config, publish=publish)
         self._shards: list[_Shard] = []
         self._notes = set[str]()

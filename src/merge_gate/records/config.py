@@ -164,6 +164,12 @@ class Config:
     policy: str = "default"
 
     @property
+    def trusts(self) -> tuple[str, ...]:
+        """What it allows, by the keys of a configuration."""
+        allowed = {"allow-pickle": self.allow_pickle, "trust-remote-code": self.trust_remote_code}
+        return tuple(name for name, is_allowed in allowed.items() if is_allowed)
+
+    @property
     def label(self) -> str:
         """What messages and reports call the configuration."""
         return COMMAND_LINE if self.path is None else self.path

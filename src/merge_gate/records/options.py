@@ -6,23 +6,6 @@ from merge_gate.records.terms import Access, Read, record
 
 
 @record
-class CacheOptions:
-    """Which verdicts of earlier runs are reused, and where those of this run are stored.
-
-    Attributes:
-        directory: The cache directory (`--cache`); None for none.
-        reuse: Whether the verdicts in it are reused. If not, it is only written to (`--refresh`).
-        resume: An output directory whose earlier reports are another source of verdicts (`--resume`); None for none.
-        read_only: Whether nothing is written to the directory, because the run is only planned.
-    """
-
-    directory: str | None = None
-    reuse: bool = True
-    resume: str | None = None
-    read_only: bool = False
-
-
-@record
 class RunOptions:
     """What a run is asked for, next to its configuration.
 
@@ -38,7 +21,9 @@ class RunOptions:
             it.
         max_shard_bytes: The most bytes of tensors in a published file (`--max-shard-size`); None as the configuration
             says, or as the base's files are.
-        cache: Which verdicts of earlier runs are reused, and where new ones are stored.
+        cache: The directory in which verdicts are stored and found (`--cache`); None for none.
+        refresh: Whether it is only written to (`--refresh`).
+        resume: An output directory whose earlier reports are another source of verdicts (`--resume`); None for none.
         is_plan: Whether the run stops before it merges, and writes nothing (`--plan`).
     """
 
@@ -51,7 +36,9 @@ class RunOptions:
     read: Read | None = None
     publish: str | None = None
     max_shard_bytes: int | None = None
-    cache: CacheOptions = CacheOptions()
+    cache: str | None = None
+    refresh: bool = False
+    resume: str | None = None
     is_plan: bool = False
 
 

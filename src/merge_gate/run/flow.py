@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
-from merge_gate.cache.device_lookup import MergeDevice
-from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
@@ -104,7 +102,7 @@ def planned_run(config: Config, options: RunOptions, view: View) -> Run:
     Raises:
         UsageError: as `run_gate`.
     """
-    options = replace(options, is_plan=True, cache=replace(options.cache, read_only=True))
+    options = replace(options, is_plan=True)
     with contextlib.closing(Run(config, options, view)) as run:
         run.prepare()
     return run
@@ -114,8 +112,8 @@ def _refuse_inputs(config: Config, options: RunOptions) -> None:
     """Refuse to write a report or a cache into an adapter or a base."""
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
-    if options.cache.directory is not None:
-        folder = Path(options.cache.directory).absolute()
+    if options.cache is not None:
+        folder = Path(options.cache).absolute()
         for place in (folder, *folder.parents):
             refuse_input(place, _inputs(config), "--cache")
 
@@ -202,8 +200,7 @@ class Run:
         self.publications = Publications(
             wanted, self.specs, inputs=_inputs(config), within=within, notify=view.note, is_plan=options.is_plan
         )
-        circumstances = Circumstances(allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
-        self._cache = Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
+        self._cache = Cache(options, config.trusts, environ=os.environ, notify=view.note)
         self._watch = BaseWatch(self._cache.seen_bases, is_plan=options.is_plan)
         self.tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
@@ -324,7 +321,9 @@ class Run:
         """Settle the entries whose verdicts are cached, and remove them from `to_merge`."""
         if not self._cache.may_hit:
             return
-        device = self._cache.known_device() or (None if self.options.is_plan else self._ask_worker())
+        device = self._cache.known_device()
+        if device is None and not self.options.is_plan:
+            device = self._worker.choose_device(self.options.device)  # the next job gets a new process
         if device is None:
             return  # the run's own worker reports why
         self._cache.set_device(device)
@@ -339,16 +338,11 @@ class Run:
             if cached is not None:
                 del to_merge[index]
                 self._watch.reused(directory, index)
-                self.tally.merged_on(device.device, device.name)
+                self.tally.merged_on(device.device, device.device_name)
                 self.tally.use(directory, cached.base, index)
                 self.tally.settle(index, cached.adapter)
                 self._writer.changed()
                 self._view.adapter_done(cached.adapter)
-
-    def _ask_worker(self) -> MergeDevice | None:
-        """The device that only torch can tell. The next job gets a new process."""
-        chosen = self._worker.choose_device(self.options.device)
-        return _merge_device(chosen) if chosen is not None else None
 
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
@@ -439,7 +433,7 @@ class Run:
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self.tally.sandbox.missing:
             self._view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
-        self._cache.set_device(_merge_device(event))
+        self._cache.set_device(event)
         self.tally.merged_on(event.device, event.device_name, event.sandbox)
 
     def _judge(self, index: int, evidence: Evidence) -> None:
@@ -577,7 +571,3 @@ class Run:
         self._finished = True
         self._view.finish(report, self.options.output or "")
         return report
-
-
-def _merge_device(chosen: protocol.DeviceChosen) -> MergeDevice:
-    return MergeDevice(device=chosen.device, name=chosen.device_name)

@@ -10,24 +10,23 @@ from typing import Any
 import pytest
 
 from merge_gate.cache.cached_verdict import CachedVerdict
-from merge_gate.cache.device_lookup import MergeDevice
-from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.files import Entry
-from merge_gate.records.options import CacheOptions
+from merge_gate.records.options import RunOptions
 from merge_gate.records.report import AdapterReport
+from merge_gate.worker.protocol import DeviceChosen
 from tests.support.cache.verdicts import BASE, judged
 
-CPU = MergeDevice(device="cpu", name="a CPU")
-CARD = MergeDevice(device="cuda", name="a card")
+CPU = DeviceChosen(device="cpu", device_name="a CPU")
+CARD = DeviceChosen(device="cuda", device_name="a card")
 
 
 def open_cache(
     entry: Entry,
     *,
     directory: bool = True,
-    device: MergeDevice | None = CPU,
+    device: DeviceChosen | None = CPU,
     requested: str = "cpu",
     secret: str = "",
     notify: Callable[[str], object] = pytest.fail,
@@ -36,9 +35,8 @@ def open_cache(
     """A cache in a directory next to the entry's base, of a run that merges on `device`."""
     place = Path(base_directory(entry)).parent / "cache"
     cache = Cache(
-        CacheOptions(directory=str(place) if directory else None, **options),
-        Circumstances(),
-        device=requested,
+        RunOptions(device=requested, cache=str(place) if directory else None, **options),
+        (),
         environ={"MERGE_GATE_CACHE_KEY": secret},
         notify=notify,
     )

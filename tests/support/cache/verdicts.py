@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_gate.cache.cached_verdict import CachedVerdict
-from merge_gate.cache.key import Circumstances, Json, material
+from merge_gate.cache.key import Json, material
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Snapshot
@@ -16,7 +16,6 @@ from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Sev
 from tests.support.reports import tensors
 
 BASE = BaseContent(weights="b" * 64, settings="c" * 64)
-RUN = Circumstances(device="cpu")
 NAN = Finding(
     check="adapter-nonfinite",
     severity=Severity.ERROR,
@@ -85,7 +84,7 @@ def judged(of: Entry, verdict: Verdict = Verdict.PASSED) -> CachedVerdict:
 
 def material_of(of: Entry) -> Json:
     """What its key is made of."""
-    return material(of, BASE, RUN)
+    return material(of, BASE, "cpu", ())
 
 
 def other(of: Entry, **changes: object) -> Entry:
