@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.errors import GateError
+from merge_gate.errors import GateError, UsageError
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.report import TOOL, ConfigFile, Report, Sandbox, Tool
 from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text
 from merge_gate.report.formats.html_report import render as render_html
 from merge_gate.report.formats.json_report import read, render
-from merge_gate.shards.combined import combined
-from merge_gate.shards.shard_files import FoundReport
+from merge_gate.report.stored import report_files
+from merge_gate.shards import combined as module
+from merge_gate.shards.combined import FoundReport, combined, found_in, refuse_overwriting
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
 from tests.support.shards.shard_reports import BASE, SHARDS, mark
 from tests.support.tried import tried
@@ -23,12 +26,13 @@ from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 OTHER = replace(BASE, model="./models/other")
 
 
 def found(*reports: Report) -> list[FoundReport]:
-    return [FoundReport(place=f"shards/{number}", report=one) for number, one in enumerate(reports, 1)]
+    return [(f"shards/{number}", one) for number, one in enumerate(reports, 1)]
 
 
 def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> None:
@@ -176,6 +180,65 @@ def test_no_report_of_a_shard_at_all_is_an_error(wording: Wording) -> None:
 
 
 def test_an_unreadable_place_is_a_problem() -> None:
-    whole = combined([*found(*SHARDS), FoundReport(place="shards/x\x1b[31m", problem="holds no report.json")])
+    whole = combined([*found(*SHARDS), ("shards/x\x1b[31m", "holds no report.json")])
     assert whole.result is Result.ERROR
     assert whole.problems == ("shards/x\ufffd[31m holds no report.json",)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(tmp_path: Path) -> Path:
+    for number, one in enumerate(SHARDS, 1):
+        (tmp_path / f"shard-{number}").mkdir()
+        (tmp_path / f"shard-{number}" / "report.json").write_text(render(one), encoding="utf-8")
+        (tmp_path / f"shard-{number}" / "summary.md").write_text("", encoding="utf-8")
+    return tmp_path
+
+
+def problems(*directories: Path) -> list[str]:
+    return [one for _, one in found_in([str(directory) for directory in directories]) if isinstance(one, str)]
+
+
+def test_a_directory_of_artifacts_and_each_by_name_are_the_same(downloads: Path) -> None:
+    below = found_in([str(downloads)])
+    assert [one for _, one in below] == list(SHARDS)
+    assert found_in([str(downloads / f"shard-{number}") for number in (1, 2, 3)]) == below
+    assert found_in([str(downloads), str(downloads / "shard-2")]) == below, "named twice is not there twice"
+
+
+def test_what_is_not_there_is_named(downloads: Path, wording: Wording) -> None:
+    (downloads / "empty").mkdir()
+    for place in (downloads, downloads / "empty", downloads / "none"):
+        wording(*problems(place))
+
+
+def test_hostile_content_is_neither_followed_nor_waited_for(
+    downloads: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    evil = [downloads / name for name in ("big", "dir", "json", "link", "pipe")]
+    for one in evil:
+        one.mkdir()
+    (downloads / "zlink").symlink_to(downloads / "shard-1")
+    (downloads / "dir" / "report.json").mkdir()
+    (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
+    (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
+    os.mkfifo(downloads / "pipe" / "report.json")
+    monkeypatch.setattr(
+        report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(limit_bytes=100_000), *OUTPUT_FILES[1:])
+    )
+    (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
+    for place, problem in zip([downloads / "zlink", *evil], problems(downloads), strict=True):
+        wording(f"{place.name} {problem}")
+    assert problems(downloads / "zlink")
+    monkeypatch.setattr(module, "MOST_DIRECTORIES", 2)
+    wording(*problems(downloads)[1:2])
+
+
+def test_a_shard_is_not_written_over(downloads: Path, wording: Wording) -> None:
+    files = found_in([str(downloads)])
+    refuse_overwriting(files, str(downloads / "combined"))
+    with pytest.raises(UsageError) as raised:
+        refuse_overwriting(files, str(downloads / "shard-1"))
+    wording(raised.value)

@@ -10,8 +10,7 @@ import pytest
 from merge_gate.records.terms import Result
 from merge_gate.report.formats.json_report import read
 from merge_gate.report.stored.report_files import FORMATS
-from merge_gate.shards.combined import combined
-from merge_gate.shards.shard_files import found_in
+from merge_gate.shards.combined import combined, found_in
 from tests.support.command import merge_gate
 from tests.support.small_fleet import BROKEN, same
 

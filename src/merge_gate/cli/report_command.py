@@ -110,8 +110,7 @@ def diff(arguments: argparse.Namespace) -> int:
 def combine(arguments: argparse.Namespace) -> int:
     """The shards are read before earlier reports in the output directory are moved aside."""
     from merge_gate.report.stored.report_files import write_report
-    from merge_gate.shards.combined import combined
-    from merge_gate.shards.shard_files import found_in, refuse_overwriting
+    from merge_gate.shards.combined import combined, found_in, refuse_overwriting
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)

@@ -260,11 +260,13 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def _ray(arguments: argparse.Namespace) -> str | None:
+    if arguments.ray is None:
+        return None
     from merge_gate.on_ray.ray_cluster import checked_address
 
-    if arguments.ray is not None and arguments.shard is not None:
+    if arguments.shard is not None:
         raise UsageError("--ray makes shards itself", hint="omit --shard or --ray")
-    return checked_address(arguments.ray) if arguments.ray is not None else None
+    return checked_address(arguments.ray)
 
 
 def _shard_argument(text: str) -> str:

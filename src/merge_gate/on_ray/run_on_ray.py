@@ -36,7 +36,6 @@ from merge_gate.run.flow import run_gate
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.shards.combined import combined
-from merge_gate.shards.shard_files import FoundReport
 
 if TYPE_CHECKING:
     from merge_gate.run.view import View
@@ -177,7 +176,7 @@ class RayRun:
                 if publish is not None:
                     mark = stack.enter_context(TemporaryDirectory(prefix=".ray-", dir=publish.directory))
                 self._run_shards(mark)
-            whole = combined(self._found())
+            whole = combined([("Ray", report) for report in self._reports()])
             others = () if address == ray_cluster.LOCAL else self._other_files()
             report = replace(whole, config=self._empty.config, problems=(*whole.problems, *others))
         except BaseException:
@@ -291,13 +290,13 @@ class RayRun:
 
     # --- the report --------------------------------------------------------------------------------------------------
 
-    def _found(self) -> list[FoundReport]:
-        return [FoundReport(place="Ray", report=shard.report) for shard in self._shards if shard.report is not None]
+    def _reports(self) -> list[Report]:
+        return [shard.report for shard in self._shards if shard.report is not None]
 
     def _report(self) -> Report:
         """What there is until now."""
-        found = self._found()
-        whole = combined(found) if found else self._empty
+        reports = self._reports()
+        whole = combined([("Ray", report) for report in reports]) if reports else self._empty
         return replace(whole, config=self._empty.config, complete=False, problems=())
 
     def _other_files(self) -> Iterator[str]:
@@ -314,7 +313,7 @@ class RayRun:
     def _read_files(self) -> Iterator[tuple[str, list[str], FileRecord]]:
         """(adapter or base, the directories that may hold the file, the file). A combination has several."""
         specs = {spec.name: spec for spec in self._config.adapters}
-        for report in (found.report for found in self._found() if found.report is not None):
+        for report in self._reports():
             for adapter in report.adapters:
                 combine = specs[adapter.name].combine
                 members = [specs[name] for name in combine.adapters] if combine else [specs[adapter.name]]

@@ -32,7 +32,7 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import Verdict
-from merge_gate.shards.base_order import in_order
+from merge_gate.shards.combined import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

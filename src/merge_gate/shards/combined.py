@@ -1,7 +1,7 @@
-"""Combines the reports of all shards into one, as one machine would have written it.
+"""Finds the reports of all shards, and combines them into one, as one machine would have written it.
 
-In: the reports, and the places without one. Out: a `Report`. Its `problems` say why the shards are not one run, and a
-report with problems never has the result `pass`. It reads no file, and trusts no shard more than the others.
+In: directories, each the output of a shard, or a directory of outputs. Out: a `Report`. Its `problems` say why the
+shards are not one run, and a report with problems never has the result `pass`. It trusts no shard more than the others.
 
 1. The plan of the run is the plan in most of the reports. Reports with other plans are named and left out.
 2. A shard counts once, if it is complete and has exactly the entries that it announces.
@@ -11,23 +11,106 @@ report with problems never has the result `pass`. It reads no file, and trusts n
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from merge_gate.errors import GateError
+from merge_gate.earlier_reports import is_previous
+from merge_gate.errors import GateError, UsageError
 from merge_gate.judging.baseline import WORST_LAST
 from merge_gate.records.report import BaseReport, Environment, Report, Sandbox, Shard
-from merge_gate.records.terms import Acceptance, BaselineEntry, Result, record
+from merge_gate.records.terms import Acceptance, BaseKey, BaselineEntry, Result, record
+from merge_gate.regular_file import open_regular_file
+from merge_gate.report.stored.report_files import read_report
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.shards.base_order import in_order
-from merge_gate.shards.shard_files import FoundReport
 from merge_gate.text import counted, listing
 
+REPORT = "report.json"
+MOST_DIRECTORIES = 1_000
+"""The most directories that are read in one directory. A matrix of GitHub has at most 256 jobs."""
+
+_LINK = "is a symbolic link, which is not followed, expected a directory"
 _WORST = {Result.FAIL: 0, Result.ERROR: 1, Result.PASS: 2}
 _VERSIONS = ("python", "torch", "peft", "transformers", "bitsandbytes")
 _SHOWN = 80
 _MOST_SHARDS = 99_999
+
+
+FoundReport = tuple[str, Report | str]
+"""A place, and its report, or the problem with it, which continues a sentence that begins with the place."""
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def found_in(directories: Sequence[str]) -> list[FoundReport]:
+    """Every report in these directories and directly below them, each file once, in the order of their names.
+
+    The files came over a network: no link is followed, no pipe is waited for, and size and number are bounded.
+    """
+    seen: set[tuple[int, int]] = set()
+    return [found for directory in directories for found in _in(Path(directory), seen)]
+
+
+def refuse_overwriting(reports: Sequence[FoundReport], output: str) -> None:
+    """Refuse to replace a report that was read.
+
+    Raises:
+        UsageError: the output directory is the directory of a shard.
+    """
+    for place, report in reports:
+        if isinstance(report, Report) and Path(place).resolve() == Path(output).resolve():
+            raise UsageError(
+                f"--output {output} is the directory of a shard, whose report would be lost",
+                hint="choose another directory with --output",
+            )
+
+
+def _in(directory: Path, seen: set[tuple[int, int]]) -> Iterator[FoundReport]:
+    if directory.is_symlink():
+        yield str(directory), _LINK
+        return
+    try:
+        with os.scandir(directory) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        yield str(directory), f"cannot be read: {error.strerror or error}"
+        return
+    places = [directory] if any(entry.name == REPORT for entry in inside) else []
+    links = [entry.path for entry in inside if entry.is_symlink() and entry.name != REPORT]
+    below = [
+        Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False) and not is_previous(entry.name)
+    ]
+    if not places and not below and not links:
+        yield str(directory), f"has no {REPORT}, and no directory with one"
+    yield from ((link, _LINK) for link in links[:MOST_DIRECTORIES])
+    if len(below) > MOST_DIRECTORIES:
+        yield str(directory), f"has {len(below):,} directories; only {MOST_DIRECTORIES:,} of them were read"
+    for place in (*places, *below[:MOST_DIRECTORIES]):
+        if (report := _read(place / REPORT, seen)) is not None:
+            yield str(place), report
+
+
+def _read(path: Path, seen: set[tuple[int, int]]) -> Report | str | None:
+    """The report in a file, or the problem with it; None if it was read before."""
+    try:
+        with open_regular_file(path) as file:
+            status = os.fstat(file.fileno())
+            report = read_report(file, str(path))
+    except FileNotFoundError:
+        return f"has no {REPORT}"
+    except OSError as error:
+        return f"has a {REPORT} that cannot be read: {error.strerror}"
+    except GateError as error:
+        return f"has a {REPORT} that is not valid: {one_line(error.message, 300)}"
+    is_new = (status.st_dev, status.st_ino) not in seen
+    seen.add((status.st_dev, status.st_ino))
+    return report if is_new else None
+
+
+# --- combining -------------------------------------------------------------------------------------------------------
 
 
 @record
@@ -49,15 +132,13 @@ def combined(found: Sequence[FoundReport]) -> Report:
     Raises:
         GateError: none of them is the report of a shard.
     """
-    problems = [f"{one_line(place.place, _SHOWN)} {place.problem}" for place in found if place.report is None]
-    parts = []
-    for place in found:
-        if place.report is not None:
-            unfit = _unfit(place.report)
-            if unfit or place.report.shard is None:
-                problems.append(f"{one_line(place.place, _SHOWN)} {unfit}")
-            else:
-                parts.append(_ShardReport(place=place.place, report=place.report, shard=place.report.shard))
+    problems, parts = [], []
+    for place, report in found:
+        problem = report if isinstance(report, str) else _unfit(report)
+        if isinstance(report, Report) and report.shard is not None and not problem:
+            parts.append(_ShardReport(place=place, report=report, shard=report.shard))
+        else:
+            problems.append(f"{one_line(place, _SHOWN)} {problem}")
     if not parts:
         raise GateError(
             f"there is no report of a shard: {'; '.join(problems[:5]) or 'no directory was named'}",
@@ -223,3 +304,23 @@ def _environment(environments: Sequence[Environment]) -> Environment:
 
 def _once(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
+
+
+# --- the order of bases ----------------------------------------------------------------------------------------------
+
+
+_Use = tuple[int, str]
+
+
+def in_order(uses: Iterable[tuple[BaseReport, _Use]]) -> dict[BaseReport, _Use]:
+    """The bases, each with the position and the name of the first entry that was merged into it.
+
+    A base comes before another if its first use does. The classes that one base was loaded as stay together.
+    """
+    first: dict[BaseReport, _Use] = {}
+    for base, use in uses:
+        first[base] = min(use, first.get(base, use))
+    first_of_key: dict[BaseKey, _Use] = {}
+    for base, use in first.items():
+        first_of_key[base.key] = min(use, first_of_key.get(base.key, use))
+    return dict(sorted(first.items(), key=lambda item: (first_of_key[item[0].key], item[1])))

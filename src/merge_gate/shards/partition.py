@@ -1,6 +1,7 @@
 """Cuts a run into shards: completely, without overlap, and in the same way on every machine.
 
-In: a configuration, its adapters, and I of N. Out: the adapters of shard I, and the `Shard` for its report.
+In: a configuration, its adapters, and I of N. Out: the adapters of shard I, and the `Shard` for its report. It reads
+the sizes of files, and the base's name in adapter_config.json.
 
 1. Adapters of one base stay together. A base is cut only if it costs more than the even share of a machine, or if
    machines would have no work.
@@ -12,16 +13,21 @@ In: a configuration, its adapters, and I of N. Out: the adapters of shard I, and
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from merge_gate import __version__
 from merge_gate.cache import key
 from merge_gate.errors import UsageError
+from merge_gate.files.identity import base_bytes
+from merge_gate.files.json_object import read_as_transformers
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
 from merge_gate.records.terms import record
-from merge_gate.shards.costs import Cost, Costs
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""
@@ -90,28 +96,22 @@ def part_of(
     return tuple(ours), shard
 
 
-@record
-class _Part:
-    """Adapters of one base for one machine."""
-
-    base: tuple[str, str]
-    names: tuple[str, ...]
-    cost: int
-
-
 def assign(costs: Mapping[str, Cost], count: int) -> dict[str, int]:
     """The shard of each name, counted from 0."""
     load = [(0, shard) for shard in range(count)]
     assigned: dict[str, int] = {}
-    for part in sorted(_parts(costs, count), key=lambda part: (-part.cost, part.base, part.names)):  # 3
+    for negative_cost, _, names in sorted(_parts(costs, count)):  # 3
         busy, shard = heapq.heappop(load)
-        heapq.heappush(load, (busy + part.cost, shard))
-        assigned |= dict.fromkeys(part.names, shard)
+        heapq.heappush(load, (busy - negative_cost, shard))
+        assigned |= dict.fromkeys(names, shard)
     return assigned
 
 
-def _parts(costs: Mapping[str, Cost], count: int) -> list[_Part]:
-    """Steps 1 and 2: the parts, whose number is at least that of the machines if there are enough adapters."""
+def _parts(costs: Mapping[str, Cost], count: int) -> Iterator[tuple[int, tuple[str, str], list[str]]]:
+    """Steps 1 and 2: the parts, whose number is at least that of the machines if there are enough adapters.
+
+    A part is its negative cost, its base, and the names of its adapters.
+    """
     bases: dict[tuple[str, str], list[str]] = {}
     for name in sorted(costs):
         bases.setdefault(costs[name].base, []).append(name)
@@ -127,14 +127,15 @@ def _parts(costs: Mapping[str, Cost], count: int) -> list[_Part]:
             cuts[base] += 1
             left -= 1
             heapq.heappush(waiting, (-whole[base] // cuts[base], base))
-    return [part for base, names in sorted(bases.items()) for part in _cut(base, names, costs, cuts[base])]
+    for base, names in bases.items():
+        yield from ((-_cost(piece, costs), base, piece) for piece in _cut(names, costs, cuts[base]))
 
 
 def _cost(names: Sequence[str], costs: Mapping[str, Cost]) -> int:
     return max(costs[name].read_bytes for name in names) + sum(costs[name].merge_bytes for name in names)
 
 
-def _cut(base: tuple[str, str], names: Sequence[str], costs: Mapping[str, Cost], pieces: int) -> list[_Part]:
+def _cut(names: Sequence[str], costs: Mapping[str, Cost], pieces: int) -> list[list[str]]:
     """Pieces of a base, as even as whole adapters allow."""
     load = [(0, piece) for piece in range(pieces)]
     cut: list[list[str]] = [[] for _ in range(pieces)]
@@ -142,4 +143,80 @@ def _cut(base: tuple[str, str], names: Sequence[str], costs: Mapping[str, Cost],
         busy, piece = heapq.heappop(load)
         cut[piece].append(name)
         heapq.heappush(load, (busy + costs[name].merge_bytes, piece))
-    return [_Part(base=base, names=tuple(piece), cost=_cost(piece, costs)) for piece in cut]
+    return cut
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+MERGE_BYTES = 64 << 20
+LOAD_BYTES = 256 << 20
+"""The fixed cost of a merge and of a load, in bytes. With tiny bases it is the whole cost."""
+
+_LONGEST_CONFIG_BYTES = 1 << 20
+
+
+@record
+class Cost:
+    """The base of an adapter, what it costs to read the base once, and what the adapter's own merges cost."""
+
+    base: tuple[str, str]
+    read_bytes: int
+    merge_bytes: int
+
+
+class Costs:
+    """The costs of one config's entries, by names and sizes on disk: the same on every machine.
+
+    Files on the Hub have no size here, because one machine may have them in its cache and another not.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._home = Path(config.directory)
+        self._specs = {spec.name: spec for spec in config.adapters}
+        self._bases: dict[str, int] = {}
+
+    def of(self, spec: AdapterSpec) -> Cost:
+        """A merge reads the weights of the base and of the adapter, once for each dtype."""
+        members = [self._specs[name] for name in spec.combine.adapters] if spec.combine is not None else [spec]
+        model = spec.base.model or _named_base(members[0], self._home)
+        base_bytes = self._base_bytes(model) if model and Path(model).is_absolute() else 0
+        own_bytes = sum(_weight_bytes(member.path) for member in members if member.path)
+        dtypes = len(spec.base.dtypes)
+        return Cost(
+            base=(self._name(model), spec.base.revision or ""),
+            read_bytes=dtypes * (LOAD_BYTES + base_bytes),
+            merge_bytes=dtypes * (MERGE_BYTES + base_bytes + own_bytes),
+        )
+
+    def _name(self, model: str) -> str:
+        """A directory, relative to the configuration: a checkout may be elsewhere on another machine."""
+        return os.path.relpath(model, self._home) if Path(model).is_absolute() else model
+
+    def _base_bytes(self, directory: str) -> int:
+        if directory not in self._bases:
+            self._bases[directory] = base_bytes(directory) or 0
+        return self._bases[directory]
+
+
+def _named_base(spec: AdapterSpec, home: Path) -> str:
+    """The base that adapter_config.json names, resolved as in `files/prepare.py`; empty if it names none."""
+    named = _read_base_name(spec.path) if spec.path else ""
+    try:
+        return str(home / named) if named and within(ANSWER_LIMIT_S, (home / named).is_dir) else named
+    except (OSError, ValueError):  # a mount that does not answer, or a name that no file system allows
+        return named
+
+
+def _read_base_name(directory: str) -> str:
+    config = read_as_transformers(Path(directory, CONFIG_NAME), _LONGEST_CONFIG_BYTES) or {}
+    named = config.get("base_model_name_or_path")
+    return named if isinstance(named, str) else ""
+
+
+def _weight_bytes(directory: str) -> int:
+    """The size of the weights alone, because other files may differ from machine to machine."""
+    try:
+        with os.scandir(directory) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.name.startswith("adapter_model."))
+    except OSError:
+        return 0
