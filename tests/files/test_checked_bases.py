@@ -12,8 +12,8 @@ import pytest
 from merge_gate.config.load_config import load_config
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
+from merge_gate.run import view as views
 from merge_gate.run.flow import check_files, run_gate
-from merge_gate.run.view import SilentView
 from tests.support.files.base_directories import GPTQ, MODEL, PLAIN, lay, plus, safetensors
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def lay_adapter(directory: Path, base: str, **files: bytes) -> None:
     (directory / "adapter_model.safetensors").write_bytes(files.get("weights", safetensors(tensors)))
 
 
-class View(SilentView):
+class View(views.View):
     """Keeps the notes."""
 
     def __init__(self) -> None:

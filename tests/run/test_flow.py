@@ -27,7 +27,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Quantization, Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
-from merge_gate.run import flow, hourly_log, report_writer
+from merge_gate.run import flow, report_writer, view
 from merge_gate.run.flow import check_files, run_gate, select
 from merge_gate.worker import supervisor
 from merge_gate.worker.protocol import BaseLoaded, Event, Undecided
@@ -512,7 +512,7 @@ def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
     `good` has the default limit, which is then that of the base's load too.
     """
     monkeypatch.setattr(supervisor, "FIRST_NOTE_S", 0.0)
-    monkeypatch.setattr(hourly_log, "EVERY_S", 0.0)
+    monkeypatch.setattr(view, "EVERY_S", 0.0)
     lay(tmp_path, shelf, "broken", overwrite(b"\0" * 64))
     lay(tmp_path, shelf, "good")
     lay(tmp_path, shelf, "silent", configure(target_modules="(([a-z0-9_.])+)+!"))

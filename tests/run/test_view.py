@@ -22,7 +22,8 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.columns import cells
-from merge_gate.run.view import Appearance, PlainView, RichView, SilentView, make_view
+from merge_gate.run.rich_view import RichView
+from merge_gate.run.view import EVERY_S, HourlyLog, PlainView, View, make_view
 from tests.support.played_run import FACTS, play
 from tests.support.reports import (
     CRASHED,
@@ -98,7 +99,7 @@ def test_the_view_suits_streams_and_environment(tty: bool, env: dict[str, str], 
 )
 def test_the_result_is_colored_as_asked(tty: bool, env: dict[str, str], asked: str, colored: bool) -> None:
     out, err = Stream(tty=tty), Stream(tty=tty)
-    play(make_view(out, err, env={"TERM": "xterm"} | env, appearance=Appearance(color=asked)))
+    play(make_view(out, err, env={"TERM": "xterm"} | env, color=asked))
     assert ("\x1b[" in out.text) == colored
     plain = Stream(tty=False)
     play(PlainView(plain, Stream(tty=False)))
@@ -107,7 +108,7 @@ def test_the_result_is_colored_as_asked(tty: bool, env: dict[str, str], asked: s
 
 def test_a_quiet_run_shows_notes_and_the_result() -> None:
     out, err = Stream(tty=True), Stream(tty=True)
-    view = make_view(out, err, env={"TERM": "xterm"}, appearance=Appearance(quiet=True))
+    view = make_view(out, err, env={"TERM": "xterm"}, quiet=True)
     play(view)
     view.note("the base changed")
     assert err.text == "a note\nthe base changed\n"
@@ -116,7 +117,7 @@ def test_a_quiet_run_shows_notes_and_the_result() -> None:
 
 def test_a_verbose_run_names_each_merge_that_starts() -> None:
     err = Stream(tty=True)
-    play(make_view(Stream(tty=True), err, env={"TERM": "xterm"}, appearance=Appearance(verbose=True)))
+    play(make_view(Stream(tty=True), err, env={"TERM": "xterm"}, verbose=True))
     usual = Stream(tty=False)
     play(PlainView(Stream(tty=False), usual))
     more = [line for line in err.text.splitlines() if line not in usual.text.splitlines()]
@@ -149,7 +150,7 @@ def test_adapters_are_named_on_the_command_line_not_in_it() -> None:
 
 
 def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:
-    play(SilentView())
+    play(View())
     assert capfd.readouterr() == ("", "")
 
 
@@ -260,7 +261,7 @@ def test_the_live_view_says_what_and_how_long() -> None:
     clock = Clock()
     view = RichView(Stream(tty=True), Stream(tty=True), clock=clock)
     assert frame(view, 80) == []
-    view._state.total = 5
+    view.total = 5
     view.base_loading("./models/base", "bfloat16")
     assert [line[2:] for line in frame(view, 80)] == ["loading base ./models/base (bfloat16)"]
     clock.now += 3
@@ -314,7 +315,7 @@ def test_what_took_no_merge_is_not_in_the_estimate() -> None:
     """A thousand refused files in a moment say nothing of how long a merge takes."""
     clock = Clock()
     view = RichView(Stream(tty=True), Stream(tty=True), clock=clock)
-    view._state.total = 1004
+    view.total = 1004
     for _ in range(1000):
         clock.now += 0.001
         view.adapter_done(FAILED)
@@ -411,3 +412,30 @@ def _read(descriptor: int) -> str:
             break
         chunks.append(chunk)
     return b"".join(chunks).decode("utf-8")
+
+
+# --- each hour ------------------------------------------------------------------------------------------------------
+
+
+def test_once_an_hour_with_an_estimate_of_the_rest() -> None:
+    now_s = 0.0
+    hourly = HourlyLog(lambda: now_s)
+    now_s = 100.0
+    hourly.merging_begins(500)  # taken over: that took no time
+    assert not hourly.is_due
+    now_s = EVERY_S + 100.0
+    assert hourly.is_due
+    assert (
+        hourly.line(600, 1000, 3) == "after 1 h 00 min: 600 of 1,000 adapters judged, 3 failed; about 4 h 00 min left"
+    )
+    assert not hourly.is_due
+    now_s += EVERY_S
+    assert hourly.is_due
+    assert "after 2 h 00 min: 900 of 1,000" in hourly.line(900, 1000, 3)
+
+
+def test_where_nothing_was_judged_there_is_no_estimate() -> None:
+    now_s = 0.0
+    hourly = HourlyLog(lambda: now_s)
+    now_s = EVERY_S
+    assert hourly.line(0, 10, 0) == "after 1 h 00 min: 0 of 10 adapters judged, 0 failed"

@@ -30,11 +30,11 @@ EXIT_CODE_OF = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.
 def view_of(arguments: argparse.Namespace) -> Iterator[tuple[View, TextIO]]:
     """The view that the options ask for, and the stream of its result: standard error if a report is printed."""
     from merge_gate.report.stored.report_copies import is_any_printed
-    from merge_gate.run.view import Appearance, make_view
+    from merge_gate.run.view import make_view
 
     stream = sys.stderr if is_any_printed(getattr(arguments, "report", ())) else sys.stdout
-    appearance = Appearance(quiet=arguments.quiet, verbose=arguments.verbose, color=arguments.color)
-    with closing(make_view(stream, sys.stderr, env=os.environ, appearance=appearance)) as view:
+    asked = {"quiet": arguments.quiet, "verbose": arguments.verbose, "color": arguments.color}
+    with closing(make_view(stream, sys.stderr, env=os.environ, **asked)) as view:
         yield view, stream
 
 

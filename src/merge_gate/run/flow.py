@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
 from merge_gate.cache.verdict_cache import Cache
@@ -46,19 +46,15 @@ from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
 from merge_gate.run.grouping import group_by_base
-from merge_gate.run.hourly_log import HourlyLog
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
-from merge_gate.run.view import SilentView
+from merge_gate.run.view import HourlyLog, View
 from merge_gate.shards.partition import part_of
 from merge_gate.text import counted, listing, quoted
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
-
-if TYPE_CHECKING:
-    from merge_gate.run.view import View
 
 WAIT_S = 1.0
 """While models are completed, the report is written so often if something changed."""
@@ -88,7 +84,7 @@ def run_gate(
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
         GateError: the report cannot be written.
     """
-    with contextlib.closing(Run(config, options, view or SilentView(), worker)) as run:
+    with contextlib.closing(Run(config, options, view or View(), worker)) as run:
         run.preserve_resumed()
         begins()
         return run.run() if elsewhere is None else elsewhere(replace(config, publish=run.publications.spec), run.specs)
@@ -151,7 +147,7 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
-    inputs = Inputs(config, Fetching(notify=(view or SilentView()).note), limit_s=headers_limit_s)
+    inputs = Inputs(config, Fetching(notify=(view or View()).note), limit_s=headers_limit_s)
     for spec in select(config, only):
         yield adapter_report.files_report(inputs.checked(spec))
 
