@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.cli.arguments import requested_config
 from merge_gate.cli.dispatch import main
-from merge_gate.cli.named_adapters import requested_config
-from merge_gate.cli.parser import output_of, parsed, parsers
-from merge_gate.cli.variables import WITHOUT_VARIABLE, unknown_variables
+from merge_gate.cli.parser import WITHOUT_VARIABLE, output_of, parsed, parsers, unknown_variables
 from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from merge_gate.cli.variables import WITHOUT_VARIABLE
+from merge_gate.cli.parser import WITHOUT_VARIABLE
 from tests.support.generated import held
 from tests.support.reference_pages import command_reference, commands, exit_code_table, variable_table
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from merge_gate.report.formats.json_report import render
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, has_hidden, is_hidden, listing, quoted, unusable
+from merge_gate.text import COMMIT, counted, has_hidden, is_hidden, is_inside, listing, quoted, unusable
 from tests.support.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]
@@ -67,3 +70,40 @@ def test_counts_have_the_noun_that_goes_with_them() -> None:
     assert counted(1, "tensor") == "1 tensor"
     assert counted(2000, "tensor") == "2,000 tensors"
     assert (counted(1, "entry", "entries"), counted(2, "entry", "entries")) == ("1 entry", "2 entries")
+
+
+# --- names that become paths: one rule for listings, indexes, manifests, and headers ---------------------------------
+
+
+@given(st.lists(st.sampled_from(["a", "..", ".", "", "b c"]), max_size=4).map("/".join))
+def test_a_name_that_is_inside_has_one_spelling(name: str) -> None:
+    inside = os.path.normpath(f"/top/{name}")
+    assert is_inside(name) == (inside == f"/top/{name}" and inside != "/top")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/x", "a/../x", "a//x", "./x", "a\\x", "a/", "", ".", "a\0", "a\n", "\ud800", "a" * 256, 7, None],
+)
+def test_a_name_that_leads_elsewhere_or_that_no_file_can_have_is_refused(name: object) -> None:
+    assert not is_inside(name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "sub/model.safetensors", "..a", "a..b", "名.json", "a" * 255])
+def test_other_names_are_not(name: str) -> None:
+    assert is_inside(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_commit"),
+    [
+        ("0a" * 20, True),
+        ("0a" * 32, False),
+        ("0A" * 20, False),
+        ("0a" * 19, False),
+        ("0a" * 20 + "\n", False),
+        ("main", False),
+    ],
+)
+def test_a_commit_is_a_digest(name: str, is_commit: bool) -> None:
+    assert bool(COMMIT.fullmatch(name)) == is_commit

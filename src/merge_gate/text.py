@@ -1,4 +1,4 @@
-"""Formats foreign text, lists of names, and counts for sentences, and finds hidden characters.
+"""Formats foreign text, lists of names, and counts for sentences; says what text can be a name, a number, or a size.
 
 It uses only the standard library and Python 3.9, because the action's own Python imports it too.
 """
@@ -20,8 +20,14 @@ _BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 
 _MOST_PATH_BYTES, _MOST_NAME_BYTES = 4095, 255  # of Linux
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A full commit of the Hub. huggingface_hub asks the server again for the commit of any other name."""
+
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 """A number as a user writes it."""
+
+SIZE = r"^[1-9]\d{0,11}(\.\d{1,3})? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)$"
+"""A size as a user writes it: `5GB`, `500 MiB`."""
 
 
 def is_hidden(character: str) -> bool:
@@ -69,6 +75,26 @@ def unusable(name: str) -> str:
     if len(path) > _MOST_PATH_BYTES or max(map(len, path.split(b"/"))) > _MOST_NAME_BYTES:
         return f"is {quoted(name)} and has {len(name):,} characters, expected a shorter name"
     return ""
+
+
+def is_inside(name: object) -> bool:
+    """Whether a relative name stays inside of its directory, has one spelling only, and can be the name of a file."""
+    if not isinstance(name, str) or "\\" in name or "\0" in name:
+        return False
+    parts = name.encode("utf-8", "surrogatepass").split(b"/")
+    return not {b"", b".", b".."} & set(parts) and max(map(len, parts)) <= _MOST_NAME_BYTES and name.isprintable()
+
+
+def size_bytes(text: str) -> int:
+    """The size in bytes. KB is 1,000 bytes, as in transformers, and KiB is 1,024.
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    if not re.fullmatch(SIZE, text, re.ASCII):
+        raise ValueError(text)
+    number, letter, is_binary = re.fullmatch(r"([\d.]+) ?([KMGT])(i?)B", text, re.ASCII).groups()  # type: ignore[union-attr] # it matched above
+    return int(float(number) * (1024 if is_binary else 1000) ** "_KMGT".index(letter))
 
 
 def one_of(words: Iterable[str]) -> str:

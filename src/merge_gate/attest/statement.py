@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
-from merge_gate.names.foreign_names import is_inside
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, shared_fields, versions_of, warnings_in
 from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
@@ -21,6 +20,7 @@ from merge_gate.records.terms import record
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.text import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -8,12 +8,13 @@ from merge_gate.cli.arguments import (
     CommandParser,
     Commands,
     add_appearance,
+    add_named_options,
     add_names,
     add_reports,
     examples,
     exit_codes,
+    requested_config,
 )
-from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import deliver, result_width, view_of
 from merge_gate.errors import UsageError
 from merge_gate.run.streams import tell

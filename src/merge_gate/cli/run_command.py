@@ -12,18 +12,20 @@ from merge_gate.cli.arguments import (
     CommandParser,
     Commands,
     add_appearance,
+    add_named_options,
     add_names,
     add_output,
     add_reports,
     examples,
     given,
+    requested_config,
 )
-from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.records.terms import Access, Read
 from merge_gate.run.streams import say
+from merge_gate.text import size_bytes
 
 
 def add(commands: Commands[CommandParser]) -> None:
@@ -276,8 +278,6 @@ def _shard_argument(text: str) -> str:
 
 
 def _size_argument(text: str) -> int:
-    from merge_gate.config.sizes import size_bytes
-
     try:
         return size_bytes(text)
     except ValueError:

@@ -15,11 +15,9 @@ from typing import Any
 from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
-from merge_gate.config.sizes import size_bytes
 from merge_gate.config.yaml_document import Loc, YamlDocument
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
-from merge_gate.names.foreign_names import is_inside
 from merge_gate.names.hub_names import is_commit
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import (
@@ -33,7 +31,7 @@ from merge_gate.records.config import (
     PublishSpec,
 )
 from merge_gate.records.terms import Access, Quantization, Read, Severity
-from merge_gate.text import counted, has_hidden, listing, quoted
+from merge_gate.text import counted, has_hidden, is_inside, listing, quoted, size_bytes
 
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""

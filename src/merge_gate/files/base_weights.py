@@ -21,9 +21,8 @@ from typing import Any
 from merge_gate.errors import ResolveError
 from merge_gate.files import json_object
 from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, shown
-from merge_gate.names.foreign_names import is_inside
 from merge_gate.records.files import CONFIG_NAME
-from merge_gate.text import counted, listing
+from merge_gate.text import counted, is_inside, listing
 
 MODEL, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

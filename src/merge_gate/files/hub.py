@@ -37,10 +37,9 @@ from merge_gate.files.base_weights import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, ask, host
 from merge_gate.limits.request_limits import AGENT
-from merge_gate.names.foreign_names import COMMIT, is_inside
 from merge_gate.records.files import Fetched
 from merge_gate.records.terms import Access
-from merge_gate.text import counted
+from merge_gate.text import COMMIT, counted, is_inside
 from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
-from merge_gate.names.foreign_names import is_inside
 from merge_gate.records.files import FileIdentity
+from merge_gate.text import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from typing import Any
 
 from merge_gate.errors import ResolveError
 from merge_gate.limits.time_limit import within
-from merge_gate.names.foreign_names import COMMIT, is_inside
+from merge_gate.text import COMMIT, is_inside
 
 REQUEST_LIMIT_S = 60.0
 """For the headers of any answer, and for the whole answer of an API."""

@@ -18,7 +18,6 @@ from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
-from merge_gate.names.foreign_names import is_inside
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
@@ -36,7 +35,7 @@ from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import NUMBER, one_of
+from merge_gate.text import NUMBER, is_inside, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,13 +1,13 @@
-"""The bases of a run whose weight files this process reads for the worker, because the worker should not map them.
+"""Groups the entries that need a merge by base, and decides how each base is read, and by which process.
 
-In: bases on the Hub that are not downloaded, and the groups of the run. Out: groups that say how their base is read,
-and whether all bytes of a streamed base had the digests that the Hub lists.
+In: entries, and bases on the Hub that are not downloaded. Out: `Group`s for the worker, in the order of the
+configuration; and whether all bytes of a streamed base had the digests that the Hub lists. It imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Self
 
 from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
+from merge_gate.judging import all_checks
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.sources.mounts import network_file_system
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large
-from merge_gate.worker.protocol import Group
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 if TYPE_CHECKING:
     from merge_gate.cache.base_records import BaseRecords
@@ -31,11 +33,52 @@ if TYPE_CHECKING:
     from merge_gate.sources.read_ahead import BaseBytes
 
 
+LIMIT_PER_GIB_S = 180.0
 LONGEST_CLASS = 200
 """Characters of the name of a model class."""
 
 HEADERS_LIMIT_S = 60.0
 """How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
+
+
+def group_by_base(
+    entries: Iterable[tuple[int, Entry]], *, publishes: Mapping[int, str] | None = None
+) -> tuple[Group, ...]:
+    """Group entries by the key of their base. Each comes with the index of its task.
+
+    `publishes` has the dtype of each entry that is published.
+    """
+    groups: dict[BaseKey, Group] = {}
+    for index, entry in entries:
+        base, files = entry.base, entry.base_files
+        if base is None or files is None:
+            raise AssertionError("an entry without a base has a verdict before it is grouped")
+        named = replace(entry.spec.base.key(entry.dtype), model=base.name, revision=base.revision)
+        key = replace(named, model=base.directory)  # a directory may be written in several ways
+        group = groups.get(key) or Group(base=named, directory=base.directory, files=files, tasks=())
+        task = _task(index, entry, limit_s=_default_limit_s(files))
+        task = replace(task, publishes=(publishes or {}).get(index))
+        groups[key] = replace(group, tasks=(*group.tasks, task))
+    return tuple(groups.values())
+
+
+def _task(index: int, entry: Entry, *, limit_s: float) -> Task:
+    spec = entry.spec
+    return Task(
+        index=index,
+        files=entry.members,
+        combine=spec.combine,
+        measure_options=all_checks.measure_options(spec),
+        limit_s=spec.limit_seconds or limit_s,
+    )
+
+
+def _default_limit_s(files: BaseFiles) -> float:
+    """A time limit that grows with the base: several times what a merge takes on two slow cores.
+
+    The size is the one that the files had when their headers were read: now, their mount may not answer.
+    """
+    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30
 
 
 def headers_limit_s(directory: str) -> float | None:

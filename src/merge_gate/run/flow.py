@@ -5,7 +5,7 @@ one, so that a killed run leaves a true report. This module imports no torch: on
 
 1. Resolve names to directories, and judge the adapters' files.       files/prepare.py, judging/adapter_report.py
 2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
-3. Group the rest by base.                                            run/grouping.py
+3. Group the rest by base.                                            run/fed_bases.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
 5. Withdraw the verdicts on bases that changed, publish models, and write the report.
                                                                       files/base_watch.py, publish/publications.py
@@ -44,8 +44,7 @@ from merge_gate.records.terms import Origin, Quantization, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.run.fed_bases import FedBases, headers_limit_s
-from merge_gate.run.grouping import group_by_base
+from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import HourlyLog, View

@@ -36,8 +36,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read, record
 from merge_gate.regular_file import read_regular_file
-from merge_gate.run.fed_bases import FedBases, headers_limit_s
-from merge_gate.run.grouping import group_by_base
+from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import View
