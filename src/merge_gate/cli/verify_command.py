@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.earlier_reports import refuse_run
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
-    from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
+    from merge_gate.run.verify_flow import Verification, verify_record
     from merge_gate.verify.exchanged import refuse_exchanged
     from merge_gate.worker.supervisor import WorkerSlot
 
@@ -89,21 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
             )
         inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
         refuse_report(arguments.output, FORMATS, filter(None, inputs))
-        options = VerifyOptions(
-            merged=arguments.merged,
-            allowed=tuple(arguments.allow),
-            output=arguments.output,
-            attestation=_attestation(arguments),
-        )
+        asked: dict[str, Any] = {"allowed": tuple(arguments.allow), "output": arguments.output}
+        asked |= {"attestation": _attestation(arguments), "begins": earlier.replace_previous}
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
-                report = verify_record(options, view=view, begins=earlier.replace_previous)
-            else:
-                worker.start_early()
-                names = [arguments.adapter, *arguments.candidate]
-                config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
-                report = verify(config, options, view=view, worker=worker, begins=earlier.replace_previous)
-        return exit_code(report)
+                return exit_code(verify_record(arguments.merged, view=view, **asked))
+            worker.start_early()
+            config = config_of([arguments.adapter, *arguments.candidate], base=arguments.base)
+            return exit_code(Verification(config, arguments.merged, view=view, worker=worker, **asked).run())
 
 
 def _attestation(arguments: argparse.Namespace) -> Attestation | None:

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from merge_gate.records.files import FileRecord
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
-from merge_gate.run.flow import run_gate
+from merge_gate.run.flow import Run, run_gate
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.shards.combined import combined
@@ -59,13 +59,11 @@ def run_on_ray(
         UsageError: as `run_gate`, here or on a node.
         GateError: there is no such cluster, a node does not fit, or the report cannot be written.
     """
-    return run_gate(
-        config,
-        options,
-        view=view,
-        begins=begins,
-        elsewhere=lambda checked, specs: RayRun(checked, specs, options, view).run(address),
-    )
+    with closing(Run(config, options, view)) as run:
+        run.preserve_resumed()
+        begins()
+        checked = replace(config, publish=run.publications.spec)
+        return RayRun(checked, run.specs, options, view).run(address)
 
 
 # --- on a node -------------------------------------------------------------------------------------------------------

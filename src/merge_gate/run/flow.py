@@ -66,7 +66,6 @@ def run_gate(
     view: View | None = None,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
-    elsewhere: Callable[[Config, tuple[AdapterSpec, ...]], Report] | None = None,
 ) -> Report:
     """Gate the adapters of a configuration.
 
@@ -76,8 +75,6 @@ def run_gate(
         view: Shows progress and the result. None shows nothing.
         worker: May hold a process that was started before the configuration was read.
         begins: Called before the first report is written, when no usage error can follow.
-        elsewhere: Merges the adapters and writes the report in place of this process (on_ray/run_on_ray.py). It gets
-            the configuration with what the options say of publishing.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
@@ -86,7 +83,7 @@ def run_gate(
     with contextlib.closing(Run(config, options, view or View(), worker)) as run:
         run.preserve_resumed()
         begins()
-        return run.run() if elsewhere is None else elsewhere(replace(config, publish=run.publications.spec), run.specs)
+        return run.run()
 
 
 def planned_run(config: Config, options: RunOptions, view: View) -> Run:
@@ -113,27 +110,22 @@ def _refuse_inputs(config: Config, options: RunOptions) -> None:
             refuse_input(place, _inputs(config), "--cache")
 
 
-def _publish_spec(config: Config, options: RunOptions) -> PublishSpec | None:
+def _publish_spec(config: Config, options: RunOptions, specs: tuple[AdapterSpec, ...]) -> PublishSpec | None:
     """Where models are published: the command line's directory replaces that of the configuration."""
     wanted = config.publish
     if options.publish is not None:
         wanted = replace(
             wanted or PublishSpec(directory="", label=""), directory=options.publish, label=options.publish
         )
-    if options.max_shard_bytes is None:
-        return wanted
     if wanted is None:
-        raise UsageError("--max-shard-size needs --publish", hint="add --publish DIR")
-    return replace(wanted, max_shard_bytes=options.max_shard_bytes)
-
-
-def _refuse_with_publish(wanted: PublishSpec | None, specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
-    if wanted is None:
-        return
+        if options.max_shard_bytes is not None:
+            raise UsageError("--max-shard-size needs --publish", hint="add --publish DIR")
+        return None
     if Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
         raise UsageError(
             "a published model has every tensor of its base, and --read touched reads some", hint="set read: auto"
         )
+    return replace(wanted, max_shard_bytes=options.max_shard_bytes or wanted.max_shard_bytes)
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
@@ -187,8 +179,7 @@ class Run:
     ) -> None:
         specs = select(config, options.only)
         _refuse_inputs(config, options)
-        wanted = _publish_spec(config, options)
-        _refuse_with_publish(wanted, specs, options)
+        wanted = _publish_spec(config, options, specs)
         self.specs, shard = part_of(config, specs, options)
         self._config, self.options, self._view = config, options, view
         within = os.environ.get(PUBLISH_WITHIN)

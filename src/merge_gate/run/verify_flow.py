@@ -34,7 +34,7 @@ from merge_gate.records.files import Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
-from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read, record
+from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read
 from merge_gate.regular_file import read_regular_file
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.report_writer import ReportWriter
@@ -49,85 +49,87 @@ from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
-
-@record
-class VerifyOptions:
-    """What one verification is asked for.
-
-    Attributes:
-        merged: the directory or Hub id of the finished model.
-        allowed: kinds that do not fail it.
-        output: the directory that the reports go to; None writes none.
-        device: `cpu`, `cuda`, or `auto`. Other devices than the CPU may round otherwise.
-        attestation: a signed attestation that must be of this directory; None for none.
-    """
-
-    merged: str
-    allowed: tuple[str, ...] = ()
-    output: str | None = None
-    device: str = "cpu"
-    attestation: Attestation | None = None
+DEVICE = "cpu"
+"""Other devices may round otherwise."""
 
 
-def verify(
-    config: Config,
-    options: VerifyOptions,
+def verify_record(
+    merged: str,
     *,
-    view: View | None = None,
-    worker: WorkerSlot | None = None,
+    view: View,
+    allowed: tuple[str, ...] = (),
+    output: str | None = None,
+    attestation: Attestation | None = None,
     begins: Callable[[], object] = lambda: None,
 ) -> Report:
-    """Compare a finished model with the merge of the first adapter of `config`. The others are candidates.
-
-    Raises:
-        UsageError: there is no such directory, or the output directory cannot be used.
-        GateError: the report cannot be written.
-    """
-    return _Verification(config, options, view or View(), worker or WorkerSlot(), begins).run()
-
-
-def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], object] = lambda: None) -> Report:
     """Compare a published directory with its own merge-gate.json. Nothing is merged.
 
     Raises:
         UsageError: there is no such directory, or it has no merge-gate.json of merge-gate.
         GateError: a file cannot be read, or the report cannot be written.
     """
-    _refuse_inside(options)
-    name, path, _ = resolve_argument(options.merged, is_base=True)
+    _refuse_inside(merged, output)
+    name, path, _ = resolve_argument(merged, is_base=True)
     before = _identity(path or "")
     if path is None:
         raise UsageError(
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
         )
     try:
-        found = answer.recorded_report(name, name, options.allowed)
+        found = answer.recorded_report(name, name, allowed)
         content = read_regular_file(Path(name, MANIFEST_NAME), MOST_BYTES)
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
-    if options.attestation is not None:
-        found = attested_report(found, name, options.attestation, None)
+    if attestation is not None:
+        found = attested_report(found, name, attestation, None)
     found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
     begins()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
-    tally = Tally(config, None, device=options.device, watch=BaseWatch())
-    tally.settle(0, found)
-    report = replace(tally.report(complete=True), is_comparison=True)
-    ReportWriter(options.output, view.note).write_last(report)
-    view.finish(report, options.output or "")
-    return report
+    tally = Tally(config, None, device=DEVICE, watch=BaseWatch())
+    return _written(found, tally, ReportWriter(output, view.note), view, output)
 
 
-class _Verification:
+def _written(report: AdapterReport, tally: Tally, writer: ReportWriter, view: View, output: str | None) -> Report:
+    tally.settle(0, report)
+    whole = replace(tally.report(complete=True), is_comparison=True)
+    writer.write_last(whole)
+    view.finish(whole, output or "")
+    return whole
+
+
+class Verification:
+    """Compares a finished model with the merge of the first adapter of `config`. The others are candidates.
+
+    Args:
+        config: the adapters, on one base.
+        merged: the directory or Hub id of the finished model.
+        allowed: kinds that do not fail it.
+        output: the directory that the reports go to; None writes none.
+        attestation: a signed attestation that must be of this directory; None for none.
+        view: shows the progress.
+        worker: may hold a process that was started before.
+        begins: called before the first report is written.
+    """
+
     def __init__(
-        self, config: Config, options: VerifyOptions, view: View, worker: WorkerSlot, begins: Callable[[], object]
+        self,
+        config: Config,
+        merged: str,
+        *,
+        view: View,
+        worker: WorkerSlot,
+        allowed: tuple[str, ...] = (),
+        output: str | None = None,
+        attestation: Attestation | None = None,
+        begins: Callable[[], object] = lambda: None,
     ) -> None:
-        self._config, self._options, self._view, self._worker, self._begins = config, options, view, worker, begins
+        self._config, self._name, self._allowed, self._output = config, merged, allowed, output
+        self._attestation, self._view, self._worker, self._begins = attestation, view, worker, begins
         self._watch = BaseWatch()
-        self._tally = Tally(config, None, device=options.device, watch=self._watch)
+        self._tally = Tally(config, None, device=DEVICE, watch=self._watch)
         self._fed = FedBases(self._watch, view.note)
         self._how = Fetching(notify=view.note, lay_out=self._fed.lay_out, with_companions=True, with_copies=True)
-        self._writer = ReportWriter(options.output, view.note)
+        self._writer = ReportWriter(output, view.note)
         self._groups: tuple[Group, ...] = ()
         self._comparisons: dict[int, Comparison] = {}
         self._evidence: dict[int, Evidence] = {}
@@ -135,40 +137,42 @@ class _Verification:
         self._entries: list[Entry] = []
 
     def run(self) -> Report:
-        _refuse_inside(self._options)
+        """Compare, and write the report.
+
+        Raises:
+            UsageError: there is no such directory, or the output directory cannot be used.
+            GateError: the report cannot be written.
+        """
+        _refuse_inside(self._name, self._output)
         with self._fed, self._worker:
-            before = _identity(self._options.merged)
+            before = _identity(self._name)
             merged = self._merged()
             if before is None and isinstance(merged, Snapshot):  # a model on the Hub
                 before = _identity(merged.directory)
             self._begins()
             self._writer.write_first(replace(self._tally.report(), is_comparison=True))
-            self._view.start_comparison(self._options.merged)
+            self._view.start_comparison(self._name)
             report = self._judged(merged)
             self._watch.wait()
             report = self._attested(self._unless_changed(report))
             if isinstance(merged, Snapshot):
                 report = _unless_swapped(report, merged, before)
-        self._tally.settle(0, report)
         self._view.adapter_done(report)
-        whole = replace(self._tally.report(complete=True), is_comparison=True)
-        self._writer.write_last(whole)
-        self._view.finish(whole, self._options.output or "")
-        return whole
+        return _written(report, self._tally, self._writer, self._view, self._output)
 
     def _attested(self, report: AdapterReport) -> AdapterReport:
         """The report, with what the attestation says. It must be about the base that was given."""
-        if self._options.attestation is None:
+        if self._attestation is None:
             return report
         base = self._entries[0].base
         digest = self._watch.digest(base.directory) if base is not None else None
-        return attested_report(report, self._options.merged, self._options.attestation, digest or UNKNOWN)
+        return attested_report(report, self._name, self._attestation, digest or UNKNOWN)
 
     # --- 1. ----------------------------------------------------------------------------------------------------------
 
     def _merged(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
-        label, path, hub_id = resolve_argument(self._options.merged, is_base=True)
+        label, path, hub_id = resolve_argument(self._name, is_base=True)
         try:
             how = replace(self._how, access=Access.STREAM)
             return resolve.resolve_base(path or hub_id or label, None, how, label=label)
@@ -188,7 +192,7 @@ class _Verification:
         entry = self._entries[0]
         blocked = adapter_report.blocked_report(entry)
         if isinstance(merged, ResolveError):
-            snapshot = Snapshot(name=self._options.merged, directory=self._options.merged)
+            snapshot = Snapshot(name=self._name, directory=self._name)
             return answer.unread_report(snapshot, entry, merged)
         if blocked is not None:
             return answer.without_merge(merged, blocked)
@@ -211,7 +215,7 @@ class _Verification:
         finished = Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
         job = Job(
             groups=(*self._groups, finished),
-            device=self._options.device,
+            device=DEVICE,
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,
         )
@@ -257,7 +261,7 @@ class _Verification:
         comparison = self._comparisons.get(0, Comparison())
         candidates = {self._entries[index].spec.source: one for index, one in self._comparisons.items() if index > 0}
         findings = answer.findings_of(merged, entry, comparison, candidates)
-        return answer.compared_report(merged, entry, self._evidence[0], findings, self._options.allowed)
+        return answer.compared_report(merged, entry, self._evidence[0], findings, self._allowed)
 
     def _unless_changed(self, report: AdapterReport) -> AdapterReport:
         """The report, or an error if the base was written to meanwhile."""
@@ -272,12 +276,11 @@ class _Verification:
         return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
 
 
-def _refuse_inside(options: VerifyOptions) -> None:
+def _refuse_inside(merged: str, output: str | None) -> None:
     """Refuse to write the report into the directory that it is about: it would be one of the files."""
-    merged = os.path.realpath(options.merged)
-    if options.output is not None and Path(os.path.realpath(options.output)).is_relative_to(merged):
+    if output is not None and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(merged)):
         raise UsageError(
-            f"--output leads into {quoted(options.merged, 200)}: the report would be among the files of the model",
+            f"--output leads into {quoted(merged, 200)}: the report would be among the files of the model",
             hint="choose a directory outside of the model with --output",
         )
 
