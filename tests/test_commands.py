@@ -32,7 +32,7 @@ from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.earlier_reports import mark_stale
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
-from merge_gate.on_ray import ray_cluster
+from merge_gate.on_ray import run_on_ray
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.formats.schema import report_schema
@@ -357,7 +357,7 @@ def test_a_run_on_a_cluster_has_the_options_of_the_command(place: Path, monkeypa
         asked.append(address)
         yield Ray({"CPU": 1.0})
 
-    monkeypatch.setattr(ray_cluster, "cluster", cluster)
+    monkeypatch.setattr(run_on_ray, "cluster", cluster)
     assert main(["run", "gate.yml", "--ray", "auto", "--access", "stream", "--publish", "merged"]) == 3
     assert asked == ["auto"]
     assert [one["findings"][0]["message"] for one in report_of(place)["adapters"]] == [REFUSAL.message]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.cache.resume import forget
+from merge_gate.cache.verdict_cache import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.errors import UsageError
 from merge_gate.records.options import RunOptions, is_device

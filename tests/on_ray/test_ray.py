@@ -187,8 +187,7 @@ def test_a_cluster_that_is_not_there_is_said_within_a_minute(fleet: Path) -> Non
 @pytest.mark.slow
 def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
     script = (
-        "from merge_gate.on_ray.ray_cluster import LOCAL, cluster\n"
-        "with cluster(LOCAL, object_store_bytes=1 << 20): pass"
+        "from merge_gate.on_ray.run_on_ray import LOCAL, cluster\nwith cluster(LOCAL, object_store_bytes=1 << 20): pass"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), check=False, capture_output=True, text=True

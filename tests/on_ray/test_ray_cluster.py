@@ -18,8 +18,8 @@ import pytest
 from ray import exceptions
 
 from merge_gate.errors import GateError
-from merge_gate.on_ray import ray_cluster
-from merge_gate.on_ray.ray_cluster import LOCAL, checked_address, cluster, first_line
+from merge_gate.on_ray import run_on_ray
+from merge_gate.on_ray.run_on_ray import LOCAL, checked_address, cluster, first_line
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_what_is_lost_says_why_in_a_line(error: Exception, said: str) -> None:
 
 def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray()
-    monkeypatch.setattr(ray_cluster, "_imported", lambda: ray)
+    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
     handler = signal.getsignal(signal.SIGTERM)
     with cluster(LOCAL, object_store_bytes=7):
         place = Path(ray.asked["_temp_dir"])
@@ -93,8 +93,8 @@ def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("address", ["auto", HEAD])
 def test_a_cluster_that_is_there_is_only_connected_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray, reached = Ray(), list[str]()
-    monkeypatch.setattr(ray_cluster, "_imported", lambda: ray)
-    monkeypatch.setattr(ray_cluster, "_reach", reached.append)
+    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
+    monkeypatch.setattr(run_on_ray, "_reach", reached.append)
     with cluster(address):
         assert ray.is_up
     assert not ray.is_up
@@ -116,7 +116,7 @@ def test_a_cluster_that_cannot_be_is_said(
     address: str, refusal: Exception, wording: Wording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = Ray(refusal=refusal)
-    monkeypatch.setattr(ray_cluster, "_imported", lambda: ray)
+    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(GateError) as caught, cluster(address):
         pytest.fail("there is none")
@@ -153,16 +153,16 @@ def listening() -> Iterator[str]:
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])
 def test_where_nobody_listens_is_no_cluster(address: str, wording: Wording) -> None:
     with pytest.raises(GateError, match=address) as caught:
-        ray_cluster._reach(address)
+        run_on_ray._reach(address)
     wording(caught.value)
 
 
 def test_what_listens_and_says_nothing_is_no_cluster(
     listening: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "_HEALTH_S", 0.1)
+    monkeypatch.setattr(run_on_ray, "_HEALTH_S", 0.1)
     with pytest.raises(GateError, match=listening) as caught:
-        ray_cluster._reach(listening)
+        run_on_ray._reach(listening)
     wording(caught.value)
 
 
@@ -172,8 +172,8 @@ def test_what_ray_says_of_a_clusters_health_decides(
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
     if healthy:
-        ray_cluster._reach(listening)
+        run_on_ray._reach(listening)
         return
     with pytest.raises(GateError, match=listening) as caught:
-        ray_cluster._reach(listening)
+        run_on_ray._reach(listening)
     wording(caught.value)

@@ -18,7 +18,6 @@ import pytest
 from merge_gate.cache.seal import SECRET
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import GateError, UsageError
-from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray import run_on_ray as module
 from merge_gate.on_ray.run_on_ray import MAX_LOSSES, run_on_ray, run_shard
 from merge_gate.records.options import RunOptions
@@ -95,7 +94,7 @@ def quick(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def judged(ray: Ray, view: View | None = None, *, address: str = "head:6379", **options: Any) -> Report:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ray_cluster, "cluster", lambda _: contextlib.nullcontext(ray))
+        patched.setattr(module, "cluster", lambda _: contextlib.nullcontext(ray))
         patched.setattr(module, "PATIENCE_S", 0.01)
         return run_on_ray(
             address, load_config("gate.yml"), RunOptions(**{"device": "cpu"} | options), view=view or View()
@@ -263,7 +262,7 @@ def changed_after(file: Path, address: str = "head:6379", only: tuple[str, ...] 
 
 def test_another_adapter_on_a_node_is_a_problem_of_the_report(quick: Path, wording: Wording) -> None:
     file = quick / "one" / "adapter_config.json"
-    assert changed_after(file, ray_cluster.LOCAL).problems == ()
+    assert changed_after(file, module.LOCAL).problems == ()
     wording(*changed_after(file).problems)
 
 
@@ -381,7 +380,7 @@ def test_a_cluster_is_reached_after_the_first_report(quick: Path, monkeypatch: p
         raise GateError("there is none")
         yield
 
-    monkeypatch.setattr(ray_cluster, "cluster", cluster)
+    monkeypatch.setattr(module, "cluster", cluster)
     begun: list[bool] = []
     with pytest.raises(GateError, match="there is none"):
         run_on_ray(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from merge_gate.config.baseline_file import build_baseline
+from merge_gate.config.load_config import build_baseline
 from merge_gate.config.yaml_document import read_yaml
 from merge_gate.errors import ConfigError
 from merge_gate.judging.baseline import accept

@@ -27,7 +27,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Quantization, Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
-from merge_gate.run import flow, report_writer, view
+from merge_gate.run import flow, tally, view
 from merge_gate.run.flow import check_files, run_gate, select
 from merge_gate.worker import supervisor
 from merge_gate.worker.protocol import BaseLoaded, Event, Undecided
@@ -449,7 +449,7 @@ def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
         return zeros
 
     monkeypatch.setattr(resolve, "digest_files", slow)
-    monkeypatch.setattr(report_writer, "PAUSE_RATIO", 1e9)
+    monkeypatch.setattr(tally, "PAUSE_RATIO", 1e9)
     report = run_gate(small(place, "good", "nan"), RunOptions(device="cpu", output=str(tmp_path)))
     assert seen[0] is False
     assert [base.sha256 for base in report.bases] == [resolve.digest_of_digests(zeros)]

@@ -278,7 +278,7 @@ def test_a_base_beside_the_config_has_its_size(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_is_gone_has_no_size(tmp_path: Path) -> None:
-    cost(tmp_path, None)
+    cost_of(tmp_path, None)
     config = load_config(str(tmp_path / "gate.yml"))
     shutil.rmtree(tmp_path / "adapter")
     assert Costs(config).of(config.adapters[0]).merge_bytes == MERGE_BYTES

@@ -105,7 +105,7 @@ class SeenBases:
         if self._fresh or boot is None or not identity:
             return None
         match self._store.get("bases", _name_of(directory)):
-            case {"machine": str(machine), "offset_s": float(offset_s), "files": files, "sha256": {**digests}}:
+            case {"machine": str(machine), "offset_s": float(offset_s), "files": files, "sha256": dict(digests)}:
                 is_same = machine == boot and files == _as_json(identity) and digests
                 is_set = abs(offset_s - clock_offset_s()) > CLOCK_DRIFT_S
                 return digests if is_same and not is_set and all(map(_is_digest, digests.values())) else None

@@ -1,32 +1,44 @@
 """The cache of verdicts: looks up the verdicts of earlier runs with the same key, and stores the verdicts of this run.
 
-In: entries, the digests of their bases, and what the run merges on. Out: cached verdicts, and files in the cache
+In: entries, the digests of their bases, and what the run merges on; and an output directory, for the verdicts in its
+reports and in those of `previous/`, `previous-2/`, and so on (`--resume`). Out: cached verdicts, and files in the cache
 directory. Judges nothing, hashes nothing, and starts no worker.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache import cached_verdict
-from merge_gate.cache.cached_verdict import KIND, CachedVerdict
+from merge_gate.cache.cached_verdict import KIND, CachedVerdict, is_sealed
 from merge_gate.cache.key import key_of, material
 from merge_gate.cache.remembered import BaseRecords, KnownDevices, SeenBases
-from merge_gate.cache.resume import ResumedVerdicts
 from merge_gate.cache.seal import from_environment
 from merge_gate.cache.store import Store
+from merge_gate.earlier_reports import RESUMED, is_own, places
+from merge_gate.errors import UsageError
 from merge_gate.files.identity import identity_of
+from merge_gate.regular_file import open_regular_file
+from merge_gate.report.formats import json_report
+from merge_gate.report.stored.report_files import read_report, write_text
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from merge_gate.cache.seal import Seal
     from merge_gate.records.files import BaseContent, Entry
     from merge_gate.records.options import RunOptions
-    from merge_gate.records.report import AdapterReport
+    from merge_gate.records.report import AdapterReport, Report
     from merge_gate.worker.protocol import DeviceChosen
 
 Json = Any
+
+_NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so every adapter is judged"
 
 
 class Cache:
@@ -128,3 +140,87 @@ def _is_unchanged(entry: Entry) -> bool:
             except OSError:
                 return False
     return True
+
+
+# --- earlier reports -------------------------------------------------------------------------------------------------
+
+
+class ResumedVerdicts:
+    """The verdicts in the earlier reports of one output directory, as killed runs have left them.
+
+    While the new run continues, they are also in one file next to its report, so that a second kill loses nothing. An
+    entry of a report names its base, and several bases can have one name. The seal shows which of them is meant.
+    """
+
+    def __init__(self, directory: str, seal: Seal) -> None:
+        self._directory, self._seal = Path(directory), seal
+        self._reports: list[Report] = []
+        self._verdicts: dict[str, list[CachedVerdict]] = {}
+        used: list[Path] = []
+        damaged: list[Path] = []
+        for path in _reports_in(self._directory):
+            report = _read(path)
+            if report is None:
+                damaged.append(path)
+            elif self._add(report):
+                used.append(path.parent)
+        self.notes = [f"{path} is damaged, so none of its verdicts are reused" for path in damaged]
+        places_used = listing(str(place) for place in dict.fromkeys(used))
+        self.notes.append(_NOTHING if self.is_empty else f"--resume reuses the verdicts in {places_used}")
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._verdicts
+
+    def find(self, key: str, material: Json) -> Iterator[CachedVerdict]:
+        """The verdicts with this key whose seal fits."""
+        return (judged for judged in self._verdicts.get(key, ()) if is_sealed(judged, material, self._seal))
+
+    def preserve(self) -> None:
+        """Write all verdicts to one file in the output directory, because a new run replaces their reports.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        if self.is_empty:
+            return
+        adapters = dict.fromkeys(
+            adapter for report in self._reports for adapter in report.adapters if adapter.judged is not None
+        )
+        bases = dict.fromkeys(base for report in self._reports for base in report.bases)
+        union = replace(self._reports[0], complete=False, adapters=tuple(adapters), bases=tuple(bases))
+        write_text(self._directory / RESUMED, json_report.render(union))
+
+    def _add(self, report: Report) -> bool:
+        """Whether the report contains a verdict that can be reused."""
+        adapters = [adapter for adapter in report.adapters if adapter.judged is not None]
+        for adapter in adapters:
+            if adapter.judged is not None:
+                on = [CachedVerdict(adapter=adapter, base=base) for base in report.bases if adapter.base == base.key]
+                self._verdicts.setdefault(adapter.judged.key, []).extend(on)
+        if adapters:
+            self._reports.append(report)
+        return bool(adapters)
+
+
+def forget(directory: str) -> None:
+    """Remove the file that `ResumedVerdicts.preserve` wrote, because the run is complete."""
+    path = Path(directory, RESUMED)
+    with suppress(OSError):
+        if is_own(path):
+            path.unlink()
+
+
+def _reports_in(directory: Path) -> Iterator[Path]:
+    for place in places(directory):
+        if place == directory or not place.is_symlink():
+            yield from (path for name in ("report.json", RESUMED) if is_own(path := place / name))
+
+
+def _read(path: Path) -> Report | None:
+    """The report in a file; None if it is damaged, too large, or not a regular file."""
+    try:
+        with open_regular_file(path) as file:
+            return read_report(file, path.name)
+    except (OSError, UsageError):
+        return None

@@ -84,7 +84,7 @@ def schema(arguments: argparse.Namespace) -> int:
     if arguments.document == "config":
         from merge_gate.config.load_config import config_schema as document
     elif arguments.document == "baseline":
-        from merge_gate.config.baseline_file import baseline_schema as document
+        from merge_gate.config.load_config import baseline_schema as document
     else:
         from merge_gate.report.formats.schema import report_schema as document
     return print_document(json.dumps(document(), indent=2) + "\n")

@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     with WorkerSlot() as worker:
         if _starts_early(arguments):
             worker.start_early()
-        from merge_gate.cache.resume import forget
+        from merge_gate.cache.verdict_cache import forget
         from merge_gate.report.stored.output_directory import refuse_report
         from merge_gate.report.stored.report_copies import withdraw
         from merge_gate.report.stored.report_files import FORMATS
@@ -264,7 +264,7 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
 def _ray(arguments: argparse.Namespace) -> str | None:
     if arguments.ray is None:
         return None
-    from merge_gate.on_ray.ray_cluster import checked_address
+    from merge_gate.on_ray.run_on_ray import checked_address
 
     if arguments.shard is not None:
         raise UsageError("--ray makes shards itself", hint="omit --shard or --ray")

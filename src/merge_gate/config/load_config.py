@@ -10,26 +10,33 @@ The stages, in order:
 3. values → types, unknown keys, ranges                             `model`, `problems`
 4. names, directories, globs, defaults: what types cannot express   `build`, `paths`
 
-A baseline goes through the same stages (`baseline_file`). Problems of stage 3 do not stop stage 4: the valid parts are
+A baseline goes through the same stages. Problems of stage 3 do not stop stage 4: the valid parts are
 built, so that all problems are reported at once.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
-from merge_gate.config.baseline_file import build_baseline
+from pydantic import Field, WrapValidator
+
 from merge_gate.config.build import build_config
-from merge_gate.config.model import config_schema
-from merge_gate.config.yaml_document import end_of, read_yaml, refuse
+from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, config_schema, or_hole, schema_of
+from merge_gate.config.problems import read_models
+from merge_gate.config.yaml_document import Loc, YamlDocument, end_of, read_yaml, refuse
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
+from merge_gate.records.terms import Acceptance, BaselineEntry
 from merge_gate.text import listing, quoted
 
-__all__ = ["MAX_BYTES", "config_schema", "load_config"]
+__all__ = ["MAX_BYTES", "baseline_schema", "config_schema", "load_config"]
 
 MAX_BYTES = 1024 * 1024
 
@@ -96,3 +103,60 @@ def _text(raw: bytes, path: str) -> str:
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode()
         refuse(path, f"byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8", *end_of(before))
+
+
+# --- the baseline ----------------------------------------------------------------------------------------------------
+
+
+class AcceptEntry(Model):
+    """One known failure."""
+
+    adapter: Digest = NEEDED
+    cause: Text = NEEDED
+    also: list[Text] | None = None
+    reason: Text = NEEDED
+    owner: Text = NEEDED
+    until: Annotated[str, Field(pattern=DATE)] = NEEDED
+
+
+Accept = Annotated[AcceptEntry, WrapValidator(or_hole)]
+
+
+class BaselineFile(Model):
+    """Known failures of a fleet."""
+
+    version: Version = NEEDED
+    accept: list[Accept] = NEEDED
+
+
+def baseline_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a baseline."""
+    return schema_of(BaselineFile)
+
+
+def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:
+    """Validate the values of a baseline. Each entry names exactly one adapter: failures are accepted one by one.
+
+    Raises:
+        ConfigError: with every problem, in the order of the file.
+    """
+    file = read_models(document, BaselineFile)
+    known: dict[tuple[str, str], BaselineEntry] = {}
+    for index, entry in enumerate(file.accept or []):
+        loc: Loc = ("accept", index)
+        if not (entry and entry.adapter and entry.cause and entry.until):
+            continue
+        for check in (entry.cause, *filter(None, entry.also or [])):
+            if check not in CHECKS:
+                document.report(loc, f"unknown check {quoted(check)}", partial(nearest, check, CHECKS), key="cause")
+        try:
+            until = dt.date.fromisoformat(entry.until)
+        except ValueError:
+            document.report((*loc, "until"), f"{quoted(entry.until)} is not a date", "write a date such as 2026-12-31")
+            continue
+        line = document.value_at(loc).line
+        known_failure = entry.record(BaselineEntry, until=until.isoformat(), outcome=Acceptance.UNMATCHED, line=line)
+        if (first := known.setdefault((entry.adapter, entry.cause), known_failure)) is not known_failure:
+            document.report(loc, "this adapter and cause are already accepted", f"first in line {first.line}")
+    document.raise_problems()
+    return tuple(known.values())

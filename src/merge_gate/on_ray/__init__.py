@@ -1,1 +1,1 @@
-"""Runs the shards of a gate on a Ray cluster. Only `ray_cluster` imports Ray."""
+"""Runs the shards of a gate on a Ray cluster. Only `run_on_ray` imports Ray."""

@@ -1,6 +1,7 @@
-"""Runs a gate on a Ray cluster as shards, and combines their reports. Does not import Ray.
+"""Runs a gate on a Ray cluster as shards, and combines their reports. The only module that imports Ray.
 
-What `run_gate` gets, and the address of a cluster, go in. The report comes out that one machine would have written.
+What `run_gate` gets, and the address of a cluster, go in. The report comes out that one machine would have written. Ray
+is imported only when a cluster is requested. No dashboard is started, and no statistics are sent.
 
 1. A task is an ordinary run of a shard. It sends the calls of its view.
 2. A lost shard is run again, without an adapter that was being merged at two losses.
@@ -9,16 +10,24 @@ What `run_gate` gets, and the address of a cluster, go in. The report comes out 
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from merge_gate.cache.key import versions_digest
@@ -26,21 +35,30 @@ from merge_gate.cache.seal import SECRET, from_environment
 from merge_gate.errors import GateError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import digest_file
-from merge_gate.on_ray import ray_cluster
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import FileRecord
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
 from merge_gate.run.flow import Run, run_gate
-from merge_gate.run.report_writer import ReportWriter
-from merge_gate.run.tally import Tally
+from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.shards.combined import combined
 
 if TYPE_CHECKING:
     from merge_gate.run.view import View
 
     Send = Callable[[Any], None]
+
+LOCAL = ""
+"""The address of a new cluster on this machine, for this run."""
+
+OBJECT_STORE_BYTES = 80 << 20
+"""The object store of a local cluster: slightly above Ray's minimum. It holds only what tasks send."""
+
+_ADDRESS = re.compile(r"auto|[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
+_HINT = "start the cluster, or correct ADDRESS; the gate must be able to reach the head node"
+_CONNECT_S = 5.0
+_HEALTH_S = 45.0
 
 SHARDS_PER_WORKER = 2
 WORKERS_PER_NODE = 2
@@ -168,14 +186,14 @@ class RayRun:
         """Run all shards, and write the report."""
         self._writer.write_first(self._empty)
         try:
-            with ray_cluster.cluster(address) as self._ray, ExitStack() as stack:
+            with cluster(address) as self._ray, ExitStack() as stack:
                 self._view.start(self._config.label, len(self._names), self._merges)
                 publish, mark = self._config.publish, None
                 if publish is not None:
                     mark = stack.enter_context(TemporaryDirectory(prefix=".ray-", dir=publish.directory))
                 self._run_shards(mark)
             whole = combined([("Ray", report) for report in self._reports()])
-            others = () if address == ray_cluster.LOCAL else self._other_files()
+            others = () if address == LOCAL else self._other_files()
             report = replace(whole, config=self._empty.config, problems=(*whole.problems, *others))
         except BaseException:
             with suppress(GateError):
@@ -247,7 +265,7 @@ class RayRun:
         except StopIteration:
             sent, why = None, "it ended without a report"
         except self._ray.exceptions.RayError as error:
-            sent, why = None, f"{type(error).__name__}: {ray_cluster.first_line(error)}"
+            sent, why = None, f"{type(error).__name__}: {first_line(error)}"
         for item in sent or ():
             self._take(shard, item)
         if sent is None and not shard.is_done:
@@ -323,3 +341,95 @@ class RayRun:
 
 def _absolute(directory: str | None) -> str | None:
     return str(Path(directory).absolute()) if directory is not None else None
+
+
+# --- the cluster -----------------------------------------------------------------------------------------------------
+
+
+def first_line(error: Exception) -> str:
+    """The message of one of Ray's errors, which may have many lines."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def checked_address(address: str) -> str:
+    """Return the address if it is valid.
+
+    Raises:
+        GateError: it is not an address.
+    """
+    if address != LOCAL and not _ADDRESS.fullmatch(address):
+        raise GateError(
+            f"--ray {address!r} is not the address of a Ray cluster, expected HOST:PORT or auto",
+            hint="put --ray ADDRESS after all other arguments; for a cluster on this machine, end with --ray alone",
+        )
+    return address
+
+
+@contextmanager
+def cluster(address: str, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[Any]:
+    """Connect, and disconnect at the end without leaving anything behind.
+
+    Raises:
+        GateError: Ray is not installed, or there is no such cluster (raised within a minute).
+    """
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    if address not in {LOCAL, "auto"}:
+        _reach(address)
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"address": address}
+        if address == LOCAL:
+            os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+            place = mkdtemp(prefix="mg-ray-", dir="/tmp")
+            stack.callback(shutil.rmtree, place, ignore_errors=True)
+            options = {
+                "address": "local",
+                "_temp_dir": place,
+                "include_dashboard": False,
+                "object_store_memory": object_store_bytes,
+            }
+        ray = _imported()
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        stack.callback(ray.shutdown)
+        _init(ray, address, options)
+        yield ray
+
+
+def _imported() -> Any:
+    try:
+        import ray  # noqa: PLC0415 - only if it is used
+    except ImportError as error:
+        raise GateError(f"--ray: Ray is not installed ({error})", hint="pip install 'ray>=2.60'") from error
+    return ray
+
+
+def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Start or connect to Ray, and restore the run's own signal handlers, which Ray replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(log_to_driver=False, logging_level="CRITICAL", configure_logging=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        problem, hint = f"no Ray cluster at {address}", _HINT
+        if address == LOCAL:
+            problem = "a Ray cluster cannot be started on this machine"
+            hint = "free memory and disk space, or give the address of a running cluster"
+        raise GateError(f"{problem}: {first_line(error)}", hint=hint) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _reach(address: str) -> None:
+    """Check that a cluster answers. Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise GateError(f"no Ray cluster at {address}: {error}", hint=_HINT) from error
+    _imported()
+    words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(words, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HEALTH_S)
+    except subprocess.TimeoutExpired as error:
+        raise GateError(f"the service at {address} did not answer as a Ray cluster", hint=_HINT) from error
+    if done.returncode:
+        raise GateError(f"the service at {address} is not a healthy Ray cluster", hint=_HINT)

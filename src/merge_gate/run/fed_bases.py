@@ -27,7 +27,7 @@ from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 if TYPE_CHECKING:
-    from merge_gate.cache.base_records import BaseRecords
+    from merge_gate.cache.remembered import BaseRecords
     from merge_gate.records.files import Fetched
     from merge_gate.records.measured import BaseRecord
     from merge_gate.sources.read_ahead import BaseBytes

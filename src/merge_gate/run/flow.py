@@ -45,8 +45,7 @@ from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
-from merge_gate.run.report_writer import ReportWriter
-from merge_gate.run.tally import Tally
+from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import HourlyLog, View
 from merge_gate.shards.partition import part_of
 from merge_gate.text import counted, listing, quoted
@@ -338,7 +337,7 @@ class Run:
         self.groups = tuple(
             replace(group, keeps_record=group.keeps_record and group.plain_dtype is None) for group in scheduled
         )
-        self._hourly.merging_begins(self.tally.judged)
+        self._hourly.merging_begins(len(self.tally.reports))
 
     def read_of(self, group: Group) -> Read:
         """How much of a group's base is read: as much as any of its adapters asks for, and all of it to publish."""
@@ -382,7 +381,7 @@ class Run:
             case protocol.MergeStarted():
                 self._catch_up()
                 entry = self.tally.entries[event.task]
-                position, total = self.tally.judged + 1, self.tally.total
+                position, total = len(self.tally.reports) + 1, len(self.tally.entries)
                 others = f" and {counted(len(event.others), 'other adapter')}" if event.others else ""
                 self._view.adapter_started(entry.spec.name + others, position, total, entry.dtype)
             case protocol.MergeProgressed():
@@ -417,7 +416,7 @@ class Run:
         return f"{name}: no progress for {spent}; its time limit is {limit}"
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
-        if event.sandbox.missing and not self.tally.sandbox.missing:
+        if event.sandbox.missing and not self.tally.environment.sandbox.missing:
             self._view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
         self._cache.set_device(event)
         self.tally.merged_on(event.device, event.device_name, event.sandbox)
@@ -452,7 +451,7 @@ class Run:
         """Do what is due by now: store verdicts, write a line of the log, write a provisional report."""
         self._store_verdicts()
         if self._hourly.is_due:
-            self._view.note(self._hourly.line(self.tally.judged, self.tally.total, self.tally.failed))
+            self._view.note(self._hourly.line(len(self.tally.reports), len(self.tally.entries), self.tally.failed))
         self._writer.catch_up(self.tally.report, at_once=at_once)
 
     def _store_verdicts(self) -> None:
@@ -490,7 +489,7 @@ class Run:
     def _publish(self) -> None:
         """Give the models of adapters that passed their names. The weights of their bases are no longer read."""
         for index in self.publications.wanted:
-            report = self.tally.of(index)
+            report = self.tally.reports.get(index)
             if report is None or report.verdict is not Verdict.PASSED:
                 self.publications.discard(index)
                 continue
@@ -506,7 +505,7 @@ class Run:
 
     def _warn_of_earlier_models(self) -> None:
         """Name the models of earlier runs that adapters still have which have no new one."""
-        reports = {index: self.tally.of(index) for index in range(len(self.tally.entries))}
+        reports = {index: self.tally.reports.get(index) for index in range(len(self.tally.entries))}
         judged = {index: report for index, report in reports.items() if report is not None}
         published = {report.name for report in judged.values() if report.published is not None}
         for name, directory in self.publications.earlier(published):
@@ -517,7 +516,7 @@ class Run:
             self._view.note(f"warning: {name}: {warned.findings[-1].message}")
 
     def _facts(self, index: int, model: Publication) -> PublicationFacts:
-        entry, report = self.tally.entries[index], self.tally.of(index)
+        entry, report = self.tally.entries[index], self.tally.reports.get(index)
         directory = base_directory(entry)
         if report is None or index not in self._loaded or not self._watch.is_unchanged(index):
             raise NotPublishedError(

@@ -1,6 +1,7 @@
-"""Collects a run's results, and builds a `Report` from them at any time.
+"""Collects a run's results, builds a `Report` from them at any time, and writes it while the run continues.
 
-In: entries, their verdicts as they are reached, bases as they are loaded, and the device. Out: counts and a `Report`.
+In: entries, their verdicts as they are reached, bases as they are loaded, and the device. Out: counts, a `Report`, and
+its files, at a bounded share of the run's time. So a killed run leaves a true report.
 
 1. An entry has its position in the whole plan. This run may be a shard of it.
 2. A base is listed once for each class that it was loaded as, because one without a head has fewer parameters. Its
@@ -13,11 +14,13 @@ import datetime as dt
 import os
 import platform
 import re
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merge_gate import __version__
 from merge_gate.cache.key import libraries
+from merge_gate.errors import GateError
 from merge_gate.judging.baseline import accept
 from merge_gate.judging.pages import linked
 from merge_gate.records.report import (
@@ -32,10 +35,12 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import Verdict
+from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, write_report
 from merge_gate.shards.combined import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from merge_gate.files.base_watch import BaseWatch
     from merge_gate.records.config import Config
@@ -43,54 +48,40 @@ if TYPE_CHECKING:
 
 
 class Tally:
-    """The results of one run. The digests of its bases come from `watch`, as soon as they are known."""
+    """The results of one run. The digests of its bases come from `watch`, as soon as they are known.
+
+    Attributes:
+        entries: what is merged.
+        reports: the report of each entry that has one, by its position in `entries`.
+        environment: where the run merges.
+    """
 
     def __init__(self, config: Config, shard: Shard | None, *, device: str, watch: BaseWatch) -> None:
         self._config, self._shard, self._watch = config, shard, watch
         self._today = dt.datetime.now(dt.UTC).date()
         self._config_file = config_file(config, os.environ)
-        self._environment = _environment(device)
-        self._reports: dict[int, AdapterReport] = {}
+        self.environment = _environment(device)
+        self.reports: dict[int, AdapterReport] = {}
         self._bases: dict[tuple[str, BaseReport], tuple[int, str]] = {}
         self.entries: list[Entry] = []
 
-    @property
-    def total(self) -> int:
-        return len(self.entries)
-
-    @property
-    def judged(self) -> int:
-        return len(self._reports)
-
     def is_judged(self, index: int) -> bool:
         """Whether an entry has a verdict: it passed or failed."""
-        return index in self._reports and self._reports[index].verdict is not Verdict.ERROR
+        return index in self.reports and self.reports[index].verdict is not Verdict.ERROR
 
     @property
     def failed(self) -> int:
-        return sum(report.verdict is Verdict.FAILED for report in self._reports.values())
-
-    @property
-    def environment(self) -> Environment:
-        return self._environment
-
-    @property
-    def sandbox(self) -> Sandbox:
-        return self._environment.sandbox
+        return sum(report.verdict is Verdict.FAILED for report in self.reports.values())
 
     def merged_on(self, device: str, name: str, sandbox: Sandbox | None = None) -> None:
         """Set the device of the report, and with a worker its sandbox."""
-        self._environment = replace(
-            self._environment, device=device, device_name=name, sandbox=sandbox or self._environment.sandbox
+        self.environment = replace(
+            self.environment, device=device, device_name=name, sandbox=sandbox or self.environment.sandbox
         )
 
     def settle(self, index: int, report: AdapterReport) -> None:
         """Set or replace the report of an entry."""
-        self._reports[index] = linked(report)
-
-    def of(self, index: int) -> AdapterReport | None:
-        """The report of an entry, if it has one."""
-        return self._reports.get(index)
+        self.reports[index] = linked(report)
 
     def use(self, directory: str, base: BaseReport, index: int) -> None:
         """List a base, which this entry is merged into."""
@@ -108,12 +99,12 @@ class Tally:
     def report(self, *, complete: bool = False) -> Report:
         """The report so far; `complete` at the end of the run."""
         bases = in_order((self._with_digests(directory, base), use) for (directory, base), use in self._bases.items())
-        adapters = tuple(self._reports[index] for index in sorted(self._reports))
+        adapters = tuple(self.reports[index] for index in sorted(self.reports))
         adapters, baseline = accept(adapters, self._config.baseline, self._today)
         return Report(
             complete=complete,
             tool=Tool(name=TOOL, version=__version__),
-            environment=self._environment,
+            environment=self.environment,
             config=self._config_file,
             bases=tuple(replace(base, first_adapter=name) for base, (_, name) in bases.items()),
             adapters=adapters,
@@ -161,3 +152,91 @@ def _environment(device: str) -> Environment:
         bitsandbytes=versions["bitsandbytes"],
         device=device,
     )
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+PROVISIONAL_FORMATS = ("report.json",)
+"""What is written while a run continues. The other formats exist from its start and say that the run is not complete.
+They are written again when the run first waits. They contain the cached verdicts by then, so the last report takes less
+time."""
+
+PAUSE_RATIO = 4.0
+"""After a provisional report, the next one waits this many times as long as it took. With a thousand adapters, a report
+after each would take longer than the merges."""
+
+SENT_EVERY_S = 10.0
+"""The pause of a run that sends its reports: another machine receives those of many runs."""
+
+
+class ReportWriter:
+    """Writes to one directory. If it is None, `send` gets the reports, if there is one.
+
+    Only the first and the last report must reach it. A failure in between is reported once, and the next report tries
+    again. Each report reuses the texts of adapters that the last report had.
+    """
+
+    def __init__(
+        self, directory: str | None, notify: Callable[[str], None], send: Callable[[Report], None] | None = None
+    ) -> None:
+        self._directory, self._notify, self._send = directory, notify, send
+        self._rendered = {name: RenderedAdapters() for name in REUSING_FORMATS}
+        self._has_notified = False
+        self._pending = False
+        self._has_waited = False
+        self._next_write_s = 0.0
+
+    def write_first(self, report: Report) -> None:
+        """Write every format, before anything is judged.
+
+        Raises:
+            UsageError: the directory cannot be used.
+        """
+        self._write(report, FORMATS)
+
+    def write_last(self, report: Report) -> None:
+        """Write every format at the end.
+
+        Raises:
+            GateError: the directory can no longer be used. It could at the start, so this is not a usage error.
+        """
+        try:
+            self.write_first(report)
+        except GateError as error:
+            raise GateError(f"the report is lost: {error.message}", hint=error.hint) from error
+
+    def changed(self) -> None:
+        """Note that the report on disk is out of date."""
+        self._pending = self._directory is not None or self._send is not None
+
+    def catch_up(self, current: Callable[[], Report], *, at_once: bool = False) -> None:
+        """Write a provisional report if something changed, unless the last one was a moment ago.
+
+        Args:
+            current: makes the report.
+            at_once: write it without a pause, because the run waits anyway.
+        """
+        began_s = time.monotonic()
+        if not self._pending or (began_s < self._next_write_s and not at_once):
+            return
+        formats = FORMATS if at_once and not self._has_waited else PROVISIONAL_FORMATS
+        self._has_waited |= at_once
+        try:
+            self._write(current(), formats)
+        except GateError as error:
+            self._notify_once(error)
+        ended_s = time.monotonic()
+        pause_s = PAUSE_RATIO * (ended_s - began_s) if self._directory is not None else SENT_EVERY_S
+        self._next_write_s = ended_s + pause_s
+
+    def _write(self, report: Report, formats: Collection[str]) -> None:
+        if self._directory is not None:
+            write_report(report, self._directory, formats=formats, rendered=self._rendered)
+        elif self._send is not None:
+            self._send(report)
+        self._pending = False
+
+    def _notify_once(self, error: GateError) -> None:
+        if not self._has_notified:
+            self._notify(f"{error.message}; the run continues and writes the report again later")
+        self._has_notified = True

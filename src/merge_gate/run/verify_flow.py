@@ -6,7 +6,7 @@ torch: only the worker process does.
 1. Resolve the names, and read the headers of the directory.          files/resolve.py, files/prepare.py
 2. Merge the adapter and each candidate, and compare each merge.      worker/supervisor.py, engine/finished_model.py
 3. Name the kind of the directory.                                    verify/
-4. Write the report.                                                  run/report_writer.py
+4. Write the report.                                                  run/tally.py
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read
 from merge_gate.regular_file import read_regular_file
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
-from merge_gate.run.report_writer import ReportWriter
-from merge_gate.run.tally import Tally
+from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer

@@ -11,8 +11,8 @@ import pytest
 from merge_gate.errors import ExitCode, GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.formats import html_report, json_report
-from merge_gate.run import report_writer
-from merge_gate.run.report_writer import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
+from merge_gate.run import tally
+from merge_gate.run.tally import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
 from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, directory: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.made, self.told = 1000.0, 0, list[str]()
-        monkeypatch.setattr(report_writer, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.writer = ReportWriter(str(directory) if directory else None, self.told.append)
 
     def current(self) -> Report:
