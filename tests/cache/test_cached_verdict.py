@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from merge_gate.cache.cached_verdict import (
+from merge_gate.cache.store import Seal
+from merge_gate.cache.verdict_cache import (
     CachedVerdict,
     can_be_stored,
     current_place,
@@ -20,7 +21,6 @@ from merge_gate.cache.cached_verdict import (
     is_sealed,
     sealed,
 )
-from merge_gate.cache.seal import Seal
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage

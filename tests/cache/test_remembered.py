@@ -12,8 +12,7 @@ import pytest
 from merge_gate.cache import key, remembered
 from merge_gate.cache.key import key_of
 from merge_gate.cache.remembered import BaseRecords, KnownDevices, SeenBases
-from merge_gate.cache.seal import Seal
-from merge_gate.cache.store import Store
+from merge_gate.cache.store import Seal, Store
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import BaseContent
 from merge_gate.records.measured import BaseRecord, TensorStats

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.cache.cached_verdict import CachedVerdict, sealed
 from merge_gate.cache.key import key_of
-from merge_gate.cache.seal import Seal
-from merge_gate.cache.verdict_cache import ResumedVerdicts, forget
+from merge_gate.cache.store import Seal
+from merge_gate.cache.verdict_cache import CachedVerdict, ResumedVerdicts, forget, sealed
 from merge_gate.earlier_reports import RESUMED, mark_stale
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.report import AdapterReport, BaseReport, Report

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from merge_gate.cache.seal import SECRET
+from merge_gate.cache.store import SECRET
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.on_ray import run_on_ray as module

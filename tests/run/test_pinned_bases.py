@@ -14,8 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from merge_gate.cache.remembered import SETTLED_NS, SeenBases
-from merge_gate.cache.seal import Seal
-from merge_gate.cache.store import Store
+from merge_gate.cache.store import Seal, Store
 from merge_gate.cli.dispatch import main
 from merge_gate.files import base_watch, resolve
 from merge_gate.files.identity import base_identity

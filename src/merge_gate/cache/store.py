@@ -1,13 +1,15 @@
 """A directory of sealed documents that several runs share, and that others may write to.
 
-In: a directory and a seal. Out: documents by kind and name. A document is None if it is absent, damaged, too large,
-sealed with another secret, or not a regular file.
+In: a directory, and the secret that the environment may contain. Out: documents by kind and name. A document is None if
+it is absent, damaged, too large, sealed with another secret, or not a regular file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import hmac
 import os
 import re
 import time
@@ -16,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache.key import canonical
 from merge_gate.errors import UsageError
-from merge_gate.records.terms import record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.text import counted
 from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from merge_gate.cache.seal import Seal
+    from collections.abc import Callable, Mapping
 
 Json = Any
+
+SECRET = "MERGE_GATE_CACHE_KEY"  # noqa: S105 - the name of a variable
+SHORTEST = 16
+_NO_SECRET = b"merge-gate: no secret"
 
 KINDS = ("verdicts", "bases", "devices", "base-records")
 LONGEST_BYTES = 1 << 26
@@ -41,12 +45,37 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@record
-class SealedDocument:
-    """A document and the seal that fits it."""
+class Seal:
+    """Makes and verifies seals, which show whether a stored document is what an earlier run wrote.
 
-    seal: str
-    document: Json
+    A seal has 64 hexadecimal digits: an HMAC (SHA-256) under the secret. Without a secret it shows damage but not
+    forgery: anyone can make it.
+    """
+
+    def __init__(self, secret: str = "") -> None:
+        if secret and len(secret.encode()) < SHORTEST:
+            raise UsageError(
+                f"{SECRET} has {counted(len(secret.encode()), 'byte')}, expected at least {SHORTEST}",
+                hint="make one with `openssl rand -hex 32`, or unset it",
+            )
+        self._key = hashlib.sha256(b"merge-gate seal\0" + secret.encode()).digest() if secret else _NO_SECRET
+
+    def of(self, kind: str, name: str, body: bytes) -> str:
+        """The seal of a document. It does not fit if the document gets another name."""
+        return hmac.new(self._key, f"{kind}/{name}\n".encode() + body, hashlib.sha256).hexdigest()
+
+    def fits(self, seal: str, kind: str, name: str, body: bytes) -> bool:
+        """Whether this is the seal of the document."""
+        return hmac.compare_digest(self.of(kind, name, body).encode(), seal.encode("utf-8", "replace"))
+
+
+def from_environment(environ: Mapping[str, str]) -> Seal:
+    """The seal of this run.
+
+    Raises:
+        UsageError: the secret is too short.
+    """
+    return Seal(environ.get(SECRET, ""))
 
 
 class Store:
@@ -98,22 +127,19 @@ class Store:
 
     def get(self, kind: str, name: str) -> Json | None:
         """The document, or None."""
-        sealed = self.get_sealed(kind, name)
-        return sealed.document if sealed is not None else None
+        return self.get_sealed(kind, name)[1]
 
-    def get_sealed(self, kind: str, name: str) -> SealedDocument | None:
-        """The document with its seal, or None."""
+    def get_sealed(self, kind: str, name: str) -> tuple[str, Json | None]:
+        """The seal of a document, and the document, or None."""
         folder = self._folders.get(kind)
         if folder is None or not _NAME.fullmatch(name):
-            return None
+            return "", None
         try:
             line, _, body = read_regular_file(name, LONGEST_BYTES, folder=folder).partition(b"\n")
             seal = line.decode("ascii")
-            if not self._seal.fits(seal, kind, name, body):
-                return None
-            return SealedDocument(seal=seal, document=parse_strictly(body))
+            return seal, parse_strictly(body) if self._seal.fits(seal, kind, name, body) else None
         except (OSError, UnicodeDecodeError, InvalidJsonError):
-            return None
+            return "", None
 
     def put(self, kind: str, name: str, document: Json) -> None:
         """Write or replace a document, whole or not at all. It needs no sync: a damaged file has no seal that fits."""

@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from merge_gate.cache.cached_verdict import CachedVerdict
-from merge_gate.cache.verdict_cache import Cache
+from merge_gate.cache.verdict_cache import Cache, CachedVerdict
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs

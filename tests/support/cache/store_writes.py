@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.cache.seal import Seal
-from merge_gate.cache.store import Store
+from merge_gate.cache.store import Seal, Store
 
 NAME, OTHER = "a" * 64, "b" * 64
 
@@ -21,7 +20,7 @@ def store(place: Path, secret: str = "") -> Store:
 
 WRITER = """
 import sys
-from merge_gate.cache.seal import Seal
+from merge_gate.cache.store import Seal
 from merge_gate.cache.store import Store
 store = Store(sys.argv[1], Seal(), print)
 print("ready", flush=True)
