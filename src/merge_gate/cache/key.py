@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import merge_gate
-from merge_gate.records.config import Combine, Expect
-from merge_gate.records.files import AdapterFiles, BaseContent, Entry
+from merge_gate.records.files import BaseContent, Entry
 from merge_gate.records.report import SCHEMA_VERSION
 from merge_gate.records.terms import QUANTIZED_BY
 from merge_gate.report.formats import fields
@@ -63,13 +64,17 @@ def material(entry: Entry, base: BaseContent, device: str, trusts: tuple[str, ..
         "version": merge_gate.__version__,
         "device": device,
         "base": _base(entry, base),
-        "members": [_files(member) for member in entry.members],
-        "combine": _combine(spec.combine),
-        "checks": [
-            [setting.check, str(setting.severity), setting.limit, setting.error_limit, setting.of_base]
-            for setting in spec.checks
+        "members": [
+            # what PEFT reads of an adapter, and what the preflight reports about it
+            {
+                "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in member.files],
+                "findings": fields.dump(member.findings),
+            }
+            for member in entry.members
         ],
-        "expect": _expect(spec.expect),
+        "combine": _plain(spec.combine),  # with names, because a refusal names its adapters
+        "checks": _plain(spec.checks),
+        "expect": _plain(spec.expect),
     }
 
 
@@ -81,56 +86,34 @@ def _base(entry: Entry, content: BaseContent) -> Json:
         "settings": content.settings,
         "dtype": entry.dtype,
         "quantization": str(spec.quantization),
-        "label": fields.text(base.name) if base else None,
+        "label": _plain(base.name) if base else None,
         "revision": base.revision if base else None,
         "asked": {
-            "model": fields.text(spec.model.rstrip("/").rpartition("/")[2]) if spec.model is not None else None,
-            "label": fields.text(spec.label) if spec.label is not None else None,
+            "model": _plain(spec.model and spec.model.rstrip("/").rpartition("/")[2]),
+            "label": _plain(spec.label),
             "revision": spec.revision,
-            "names": [fields.text(name) for name in spec.names],
+            "names": _plain(spec.names),
         },
     }
 
 
-def _files(adapter: AdapterFiles) -> Json:
-    """What PEFT reads of an adapter, and what the preflight reports about it."""
-    return {
-        "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in adapter.files],
-        "findings": fields.dump(adapter.findings),
-    }
-
-
-def _combine(combine: Combine | None) -> Json:
-    if combine is None:
-        return None
-    return {
-        "method": combine.method,
-        "adapters": [fields.text(name) for name in combine.adapters],  # a refusal names them
-        "weights": list(combine.weights),
-        "density": combine.density,
-        "sign": combine.majority_sign_method,
-        "seed": combine.seed,
-    }
-
-
-def _expect(expect: Expect | None) -> Json:
-    if expect is None:
-        return None
-    return asdict(expect) | {"sha256": [list(pair) for pair in expect.sha256]}  # also a key that is new
+def _plain(value: Any) -> Json:
+    """Records, tuples, and texts as JSON: with every field, so that a new one counts too."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclass_fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return fields.text(value) if isinstance(value, str) else value
 
 
 @cache
 def libraries() -> dict[str, str | None]:
     """The versions that decide a verdict, with Python's and the kind of processor."""
-    versions: dict[str, str | None] = {name: _version(name) for name in LIBRARIES}
+    versions: dict[str, str | None] = dict.fromkeys(LIBRARIES)
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return versions | {"python": platform.python_version(), "machine": platform.machine()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def versions_digest() -> str:

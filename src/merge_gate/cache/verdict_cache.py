@@ -177,7 +177,10 @@ class ResumedVerdicts:
         self._verdicts: dict[str, list[CachedVerdict]] = {}
         used: list[Path] = []
         damaged: list[Path] = []
-        for path in _reports_in(self._directory):
+        folders = (place for place in places(self._directory) if place == self._directory or not place.is_symlink())
+        for path in (folder / name for folder in folders for name in ("report.json", RESUMED)):
+            if not is_own(path):
+                continue
             report = _read(path)
             if report is None:
                 damaged.append(path)
@@ -228,12 +231,6 @@ def forget(directory: str) -> None:
     with suppress(OSError):
         if is_own(path):
             path.unlink()
-
-
-def _reports_in(directory: Path) -> Iterator[Path]:
-    for place in places(directory):
-        if place == directory or not place.is_symlink():
-            yield from (path for name in ("report.json", RESUMED) if is_own(path := place / name))
 
 
 def _read(path: Path) -> Report | None:

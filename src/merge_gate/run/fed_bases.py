@@ -10,14 +10,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
-from merge_gate.records.files import BaseFiles, Entry
+from merge_gate.records.files import Entry
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.sources.mounts import network_file_system
@@ -56,29 +55,19 @@ def group_by_base(
         named = replace(entry.spec.base.key(entry.dtype), model=base.name, revision=base.revision)
         key = replace(named, model=base.directory)  # a directory may be written in several ways
         group = groups.get(key) or Group(base=named, directory=base.directory, files=files, tasks=())
-        task = _task(index, entry, limit_s=_default_limit_s(files))
-        task = replace(task, publishes=(publishes or {}).get(index))
+        # Several times what a merge takes on two slow cores. The size is the one that the files had when their headers
+        # were read: now, their mount may not answer.
+        limit_s = entry.spec.limit_seconds or DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30
+        task = Task(
+            index=index,
+            files=entry.members,
+            combine=entry.spec.combine,
+            measure_options=all_checks.measure_options(entry.spec),
+            limit_s=limit_s,
+            publishes=(publishes or {}).get(index),
+        )
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
-
-
-def _task(index: int, entry: Entry, *, limit_s: float) -> Task:
-    spec = entry.spec
-    return Task(
-        index=index,
-        files=entry.members,
-        combine=spec.combine,
-        measure_options=all_checks.measure_options(spec),
-        limit_s=spec.limit_seconds or limit_s,
-    )
-
-
-def _default_limit_s(files: BaseFiles) -> float:
-    """A time limit that grows with the base: several times what a merge takes on two slow cores.
-
-    The size is the one that the files had when their headers were read: now, their mount may not answer.
-    """
-    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30
 
 
 def headers_limit_s(directory: str) -> float | None:
@@ -94,8 +83,8 @@ def is_on_network(paths: list[Path]) -> bool:
         return True
 
 
-class FedBases:
-    """Use it in a `with` block: leaving it removes the created files.
+class FedBases(contextlib.ExitStack):
+    """Leaving its `with` block removes the created files.
 
     `records` are figures of bases that earlier runs measured. `on_piece` gets the bytes of bases that are fed, as they
     pass.
@@ -109,25 +98,19 @@ class FedBases:
         records: BaseRecords | None = None,
         on_piece: Callable[[str, str, int, memoryview], None] = lambda *_: None,
     ) -> None:
+        super().__init__()
         self._watch, self._notify, self._records = watch, notify, records
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
-        self._stack = contextlib.ExitStack()
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
         self.feeds = Feeds(self._streamed, watch.passed, on_piece)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._stack.close()
 
     def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
         from merge_gate.sources.streamed_bases import lay_out  # noqa: PLC0415 - imports huggingface_hub
 
         if self._parent is None:
-            self._parent = self._stack.enter_context(private_directory())
+            self._parent = self.enter_context(private_directory())
         directory, files = lay_out(base, self._parent)
         self._streamed[directory] = files
         self._watch.listed(directory, files.identity, files.sha256)

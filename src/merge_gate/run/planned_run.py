@@ -56,7 +56,8 @@ def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None],
 
 
 def _lines(run: Run, config: Config) -> Iterator[str]:
-    bases = [_Base(run, same) for same in words.by(run.groups, _directory_and_packing).values()]
+    in_same_passes = words.by(run.groups, lambda group: (group.directory, group.base.quantization))
+    bases = [_Base(run, groups) for groups in in_same_passes.values()]  # of all dtypes
     adapters = counted(len({entry.spec.name for entry in run.tally.entries}), "adapter")
     merges = counted(sum(len(group.tasks) for group in run.groups), "merge")
     yield f"plan for {_shown(config.label)}: {adapters}, {merges}, on {counted(len(bases), 'base')}"
@@ -73,11 +74,6 @@ def _lines(run: Run, config: Config) -> Iterator[str]:
         for report in reports:
             cause = f", {report.cause}" if report.cause else ""
             yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {words.title(report)}{cause}"
-
-
-def _directory_and_packing(group: Group) -> tuple[str, str]:
-    """What groups share that are merged in the same passes. They differ by their dtypes."""
-    return group.directory, group.base.quantization
 
 
 class _Base:

@@ -108,7 +108,8 @@ def rebuild(
         wanted = PublishSpec(
             directory=str(folder), label=str(folder), dtype=manifest.dtype, max_shard_bytes=manifest.max_shard_bytes
         )
-        run_options = RunOptions(device=_device(manifest), only=(manifest.name,))
+        device = manifest.versions.device if _DEVICE.fullmatch(manifest.versions.device) else "auto"
+        run_options = RunOptions(device=device, only=(manifest.name,))
         report = run_gate(replace(config, publish=wanted), run_options, view=view)
         model = folder / target.name
         if not model.is_dir():
@@ -155,10 +156,6 @@ def _scratch(parent: Path) -> Iterator[Path]:
         with explained(f"cannot use the directory {parent}"):
             folder = stack.enter_context(private_directory(parent, _SCRATCH))
         yield Path(folder)
-
-
-def _device(manifest: Manifest) -> str:
-    return manifest.versions.device if _DEVICE.fullmatch(manifest.versions.device) else "auto"
 
 
 # --- 1. --------------------------------------------------------------------------------------------------------------

@@ -180,14 +180,11 @@ class Verification:
                 return error
             raise
 
-    def _resolved(self) -> list[Entry]:
-        inputs = Inputs(self._config, self._how, limit_s=headers_limit_s)
-        return [inputs.prepare(spec) for spec in self._config.adapters]
-
     # --- 2. ----------------------------------------------------------------------------------------------------------
 
     def _judged(self, merged: Snapshot | ResolveError) -> AdapterReport:
-        self._entries = self._resolved()
+        inputs = Inputs(self._config, self._how, limit_s=headers_limit_s)
+        self._entries = [inputs.prepare(spec) for spec in self._config.adapters]
         entry = self._entries[0]
         blocked = adapter_report.blocked_report(entry)
         if isinstance(merged, ResolveError):
@@ -200,7 +197,10 @@ class Verification:
         self._merge(merged)
         if (undecided := self._refusals.get(0)) is not None:
             return answer.without_merge(merged, adapter_report.not_judged_report(entry, undecided.refusal))
-        return self._named(merged, entry)
+        comparison = self._comparisons.get(0, Comparison())  # 3.
+        candidates = {self._entries[index].spec.source: one for index, one in self._comparisons.items() if index > 0}
+        findings = answer.findings_of(merged, entry, comparison, candidates)
+        return answer.compared_report(merged, entry, self._evidence[0], findings, self._allowed)
 
     def _merge(self, merged: Snapshot) -> None:
         mergeable = [
@@ -254,13 +254,7 @@ class Verification:
         self._watch.start(directory)
         self._tally.use(directory, adapter_report.base_report(event.evidence.base, entry.base_files), event.task)
 
-    # --- 3. ----------------------------------------------------------------------------------------------------------
-
-    def _named(self, merged: Snapshot, entry: Entry) -> AdapterReport:
-        comparison = self._comparisons.get(0, Comparison())
-        candidates = {self._entries[index].spec.source: one for index, one in self._comparisons.items() if index > 0}
-        findings = answer.findings_of(merged, entry, comparison, candidates)
-        return answer.compared_report(merged, entry, self._evidence[0], findings, self._allowed)
+    # --- the end -----------------------------------------------------------------------------------------------------
 
     def _unless_changed(self, report: AdapterReport) -> AdapterReport:
         """The report, or an error if the base was written to meanwhile."""

@@ -15,10 +15,11 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from merge_gate import __version__
-from merge_gate.cache import key
+from merge_gate.cache.key import key_of, versions_digest
 from merge_gate.errors import UsageError
 from merge_gate.files.identity import base_bytes
 from merge_gate.files.json_object import read_as_transformers
@@ -88,8 +89,8 @@ def part_of(
     shard = Shard(
         index=index,
         count=count,
-        plan_sha256=key.key_of(plan),
-        versions_sha256=key.versions_digest(),
+        plan_sha256=key_of(plan),
+        versions_sha256=versions_digest(),
         entries=entries,
         positions=tuple(positions),
     )
@@ -173,44 +174,35 @@ class Costs:
     def __init__(self, config: Config) -> None:
         self._home = Path(config.directory)
         self._specs = {spec.name: spec for spec in config.adapters}
-        self._bases: dict[str, int] = {}
+        self._bytes_of = cache(lambda directory: base_bytes(directory) or 0)
 
     def of(self, spec: AdapterSpec) -> Cost:
         """A merge reads the weights of the base and of the adapter, once for each dtype."""
         members = [self._specs[name] for name in spec.combine.adapters] if spec.combine is not None else [spec]
         model = spec.base.model or _named_base(members[0], self._home)
-        base_bytes = self._base_bytes(model) if model and Path(model).is_absolute() else 0
+        base, size_bytes = model, 0
+        if Path(model).is_absolute():
+            base = os.path.relpath(model, self._home)  # a checkout may be elsewhere on another machine
+            size_bytes = self._bytes_of(model)
         own_bytes = sum(_weight_bytes(member.path) for member in members if member.path)
         dtypes = len(spec.base.dtypes)
         return Cost(
-            base=(self._name(model), spec.base.revision or ""),
-            read_bytes=dtypes * (LOAD_BYTES + base_bytes),
-            merge_bytes=dtypes * (MERGE_BYTES + base_bytes + own_bytes),
+            base=(base, spec.base.revision or ""),
+            read_bytes=dtypes * (LOAD_BYTES + size_bytes),
+            merge_bytes=dtypes * (MERGE_BYTES + size_bytes + own_bytes),
         )
-
-    def _name(self, model: str) -> str:
-        """A directory, relative to the configuration: a checkout may be elsewhere on another machine."""
-        return os.path.relpath(model, self._home) if Path(model).is_absolute() else model
-
-    def _base_bytes(self, directory: str) -> int:
-        if directory not in self._bases:
-            self._bases[directory] = base_bytes(directory) or 0
-        return self._bases[directory]
 
 
 def _named_base(spec: AdapterSpec, home: Path) -> str:
     """The base that adapter_config.json names, resolved as in `files/prepare.py`; empty if it names none."""
-    named = _read_base_name(spec.path) if spec.path else ""
+    config = read_as_transformers(Path(spec.path, CONFIG_NAME), _LONGEST_CONFIG_BYTES) if spec.path else None
+    named = (config or {}).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
     try:
-        return str(home / named) if named and within(ANSWER_LIMIT_S, (home / named).is_dir) else named
+        return str(home / named) if within(ANSWER_LIMIT_S, (home / named).is_dir) else named
     except (OSError, ValueError):  # a mount that does not answer, or a name that no file system allows
         return named
-
-
-def _read_base_name(directory: str) -> str:
-    config = read_as_transformers(Path(directory, CONFIG_NAME), _LONGEST_CONFIG_BYTES) or {}
-    named = config.get("base_model_name_or_path")
-    return named if isinstance(named, str) else ""
 
 
 def _weight_bytes(directory: str) -> int:
