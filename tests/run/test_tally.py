@@ -13,6 +13,7 @@ from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.formats import html_report, json_report
 from merge_gate.run import tally
 from merge_gate.run.tally import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
+from merge_gate.run.view import View
 from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class Run:
 
     def __init__(self, directory: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.made, self.told = 1000.0, 0, list[str]()
+        self.view = View()
+        monkeypatch.setattr(self.view, "note", self.told.append)
         monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: self.now))
-        self.writer = ReportWriter(str(directory) if directory else None, self.told.append)
+        self.writer = ReportWriter(str(directory) if directory else None, self.view)
 
     def current(self) -> Report:
         self.made += 1
@@ -54,7 +57,7 @@ def test_a_run_has_all_files_at_its_start_and_at_its_end(tmp_path: Path, monkeyp
     begun = {name: (tmp_path / name).read_bytes() for name in ALL}
     assert run.judge() == 1
     assert {name for name in ALL if (tmp_path / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
-    run.writer.write_last(PASS)
+    run.writer.finish(PASS)
     assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
 
 
@@ -79,7 +82,7 @@ def test_each_report_reuses_the_texts_of_the_last_one(tmp_path: Path, monkeypatc
     assert Counter(made) == {json_report.__name__: once, html_report.__name__: once}
     run.judge(at_once=True)
     run.judge(at_once=True)
-    run.writer.write_last(FAIL)
+    run.writer.finish(FAIL)
     assert Counter(made) == {json_report.__name__: once, html_report.__name__: once}
 
 
@@ -108,7 +111,7 @@ def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, monkeypatch: 
     run = Run(None, monkeypatch)
     run.writer.write_first(EMPTY)
     assert run.judge(at_once=True) == 0
-    run.writer.write_last(PASS)
+    run.writer.finish(PASS)
     assert not [*tmp_path.iterdir()]
 
 
@@ -117,14 +120,15 @@ def test_reports_that_are_sent_have_a_pause_and_are_not_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run, sent = Run(None, monkeypatch), list[Any]()
-    run.writer = ReportWriter(None, run.told.append, sent.append)
+    monkeypatch.setattr(run.view, "report_made", sent.append)
+    run.writer = ReportWriter(None, run.view)
     run.writer.write_first(EMPTY)
     assert run.judge() == 1
     run.now += SENT_EVERY_S - 0.5
     assert run.judge() == 1
     run.now += 0.5
     assert run.judge() == 2
-    run.writer.write_last(PASS)
+    run.writer.finish(PASS)
     assert sent == [EMPTY, FAIL, FAIL, PASS]
     assert not [*tmp_path.iterdir()]
 
@@ -152,7 +156,7 @@ def test_a_directory_that_is_none_is_wrong_usage_first_and_a_broken_gate_last(
     with pytest.raises(UsageError) as first:
         run.writer.write_first(EMPTY)
     with pytest.raises(GateError) as last:
-        run.writer.write_last(PASS)
+        run.writer.finish(PASS)
     assert last.value.message.endswith(first.value.message)
     wording(last.value.message.removesuffix(first.value.message))
     assert (last.value.hint, last.value.exit_code) == (first.value.hint, ExitCode.ERROR)

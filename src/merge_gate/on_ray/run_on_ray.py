@@ -171,7 +171,7 @@ class RayRun:
     def __init__(self, config: Config, specs: tuple[AdapterSpec, ...], options: RunOptions, view: View) -> None:
         self._names, self._view = [spec.name for spec in specs], view
         self._merges, self._judged = sum(len(spec.base.dtypes) for spec in specs), 0
-        self._writer, self._output = ReportWriter(options.output, view.note), options.output
+        self._writer = ReportWriter(options.output, view)
         self._empty = Tally(config, None, device=options.device, watch=BaseWatch()).report()
         cache, resume = _absolute(options.cache), _absolute(options.resume)  # on a node, relative names start elsewhere
         publish = config.publish
@@ -184,8 +184,7 @@ class RayRun:
 
     def run(self, address: str) -> Report:
         """Run all shards, and write the report."""
-        self._writer.write_first(self._empty)
-        try:
+        with self._writer.guarding(self._report):
             with cluster(address) as self._ray, ExitStack() as stack:
                 self._view.start(self._config.label, len(self._names), self._merges)
                 publish, mark = self._config.publish, None
@@ -194,18 +193,8 @@ class RayRun:
                 self._run_shards(mark)
             whole = combined([("Ray", report) for report in self._reports()])
             others = () if address == LOCAL else self._other_files()
-            report = replace(whole, config=self._empty.config, problems=(*whole.problems, *others))
-        except BaseException:
-            with suppress(GateError):
-                self._writer.write_last(self._report())
-            raise
-        try:
-            self._writer.write_last(report)
-        except GateError:
-            self._view.finish(report, "")  # the terminal is all that is left
-            raise
-        self._view.finish(report, self._output or "")
-        return report
+            problems = (*whole.problems, *others)
+            return self._writer.finish(replace(whole, config=self._empty.config, problems=problems))
 
     def _run_shards(self, mark: str | None) -> None:
         needs = self._needs()
@@ -318,25 +307,21 @@ class RayRun:
     def _other_files(self) -> Iterator[str]:
         """A sentence for each file that a node read, and that has other bytes on this machine."""
         digest = cache(digest_file)
-        for name, places, file in self._read_files():
+        specs = {spec.name: spec for spec in self._config.adapters}
+        read: list[tuple[str, list[str | None], tuple[FileRecord, ...]]] = []  # a combination has several directories
+        for report in self._reports():
+            for adapter in report.adapters:
+                combine = specs[adapter.name].combine
+                members = combine.adapters if combine else (adapter.name,)
+                read.append((adapter.source, [specs[name].path for name in members], adapter.files))
+            read += [(base.model, [base.model], base.files) for base in report.bases]
+        for name, file, places in ((name, file, places) for name, places, files in read for file in files):
             here = set[str]()
-            for place in places:
+            for place in filter(None, places):
                 with suppress(OSError, ValueError, RuntimeError):  # it is not here, or there is no such home directory
                     here.add(digest(Path(self._config.directory, Path(place).expanduser(), file.path)))
             if here and file.sha256 not in here:
                 yield f"a node read another {file.path} of {name} than this machine has"
-
-    def _read_files(self) -> Iterator[tuple[str, list[str], FileRecord]]:
-        """(adapter or base, the directories that may hold the file, the file). A combination has several."""
-        specs = {spec.name: spec for spec in self._config.adapters}
-        for report in self._reports():
-            for adapter in report.adapters:
-                combine = specs[adapter.name].combine
-                members = [specs[name] for name in combine.adapters] if combine else [specs[adapter.name]]
-                places = [member.path for member in members if member.path is not None]
-                yield from ((adapter.source, places, file) for file in adapter.files)
-            for base in report.bases:
-                yield from ((base.model, [base.model], file) for file in base.files)
 
 
 def _absolute(directory: str | None) -> str | None:

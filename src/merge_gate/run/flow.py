@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import assert_never
 
 from merge_gate.cache.verdict_cache import Cache, CachedVerdict
-from merge_gate.errors import GateError, NotPublishedError, UsageError
+from merge_gate.errors import NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.files.resolve import Fetching
@@ -205,10 +205,9 @@ class Run:
         self._worker = worker or WorkerSlot()
         self._given_up = dict(options.given_up)
         self._loaded: dict[int, BaseReport] = {}
-        self._writer = ReportWriter(None if options.is_plan else options.output, view.note, view.report_made)
+        self._writer = ReportWriter(None if options.is_plan else options.output, view)
         self._hourly = HourlyLog()
         self.groups: tuple[Group, ...] = ()
-        self._finished = False
 
     def close(self) -> None:
         """Release the cache directory."""
@@ -233,20 +232,15 @@ class Run:
         self._group(to_merge, published)  # 3
 
     def run(self) -> Report:
-        self._writer.write_first(self.tally.report())
-        try:
-            with contextlib.closing(self.publications), self._fed, self._worker:
-                self._start_worker()
-                merges = sum(len(spec.base.dtypes) for spec in self.specs)
-                self._view.start(self._config.label, len(self.specs), merges)
-                self.prepare()  # 1 to 3
-                self._merge()  # 4
-                return self._finish()  # 5
-        except BaseException:
-            if not self._finished:
-                with contextlib.suppress(GateError):
-                    self._writer.write_last(self.tally.report())
-            raise
+        guarded = self._writer.guarding(self.tally.report)
+        with guarded, contextlib.closing(self.publications), self._fed, self._worker:
+            self._start_worker()
+            merges = sum(len(spec.base.dtypes) for spec in self.specs)
+            self._view.start(self._config.label, len(self.specs), merges)
+            self.prepare()  # 1 to 3
+            self._merge()  # 4
+            self._finish()  # 5
+            return self._writer.finish(self.tally.report(complete=True))
 
     def _start_worker(self) -> None:
         """Start the worker, which imports while the names become files.
@@ -535,7 +529,7 @@ class Run:
             shard_limit_bytes=model.place.shard_limit_bytes,
         )
 
-    def _finish(self) -> Report:
+    def _finish(self) -> None:
         if self._watch.is_hashing:
             self._catch_up(at_once=True)  # a large base may take minutes
             self._watch.wait()
@@ -546,12 +540,3 @@ class Run:
         self._withdraw_void()
         self._publish()
         self._fed.store_records()
-        report = self.tally.report(complete=True)
-        try:
-            self._writer.write_last(report)
-        except GateError:
-            self._view.finish(report, "")  # the terminal is all that is left
-            raise
-        self._finished = True
-        self._view.finish(report, self.options.output or "")
-        return report

@@ -10,6 +10,7 @@ its files, at a bounded share of the run's time. So a killed run leaves a true r
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import platform
@@ -40,11 +41,12 @@ from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, writ
 from merge_gate.shards.combined import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from merge_gate.files.base_watch import BaseWatch
     from merge_gate.records.config import Config
     from merge_gate.records.files import Entry
+    from merge_gate.run.view import View
 
 
 class Tally:
@@ -170,19 +172,16 @@ SENT_EVERY_S = 10.0
 
 
 class ReportWriter:
-    """Writes to one directory. If it is None, `send` gets the reports, if there is one.
+    """Writes to one directory. If it is None, the view gets the reports, if it wants them (`View.report_made`).
 
     Only the first and the last report must reach it. A failure in between is reported once, and the next report tries
     again. Each report reuses the texts of adapters that the last report had.
     """
 
-    def __init__(
-        self, directory: str | None, notify: Callable[[str], None], send: Callable[[Report], None] | None = None
-    ) -> None:
-        self._directory, self._notify, self._send = directory, notify, send
+    def __init__(self, directory: str | None, view: View) -> None:
+        self._directory, self._view, self._send = directory, view, view.report_made
         self._rendered = {name: RenderedAdapters() for name in REUSING_FORMATS}
-        self._has_notified = False
-        self._pending = False
+        self._has_notified = self._is_finished = self._pending = False
         self._has_waited = False
         self._next_write_s = 0.0
 
@@ -194,16 +193,32 @@ class ReportWriter:
         """
         self._write(report, FORMATS)
 
-    def write_last(self, report: Report) -> None:
-        """Write every format at the end.
+    @contextlib.contextmanager
+    def guarding(self, current: Callable[[], Report]) -> Iterator[None]:
+        """Write the first report; and if something ends the run in this block, one that says what was judged."""
+        self.write_first(current())
+        try:
+            yield
+        except BaseException:
+            if not self._is_finished:
+                with contextlib.suppress(GateError):
+                    self._write(current(), FORMATS)
+            raise
+
+    def finish(self, report: Report) -> Report:
+        """Write every format at the end, and show the result.
 
         Raises:
             GateError: the directory can no longer be used. It could at the start, so this is not a usage error.
         """
         try:
-            self.write_first(report)
+            self._write(report, FORMATS)
         except GateError as error:
+            self._view.finish(report, "")  # the terminal is all that is left
             raise GateError(f"the report is lost: {error.message}", hint=error.hint) from error
+        self._is_finished = True
+        self._view.finish(report, self._directory or "")
+        return report
 
     def changed(self) -> None:
         """Note that the report on disk is out of date."""
@@ -238,5 +253,5 @@ class ReportWriter:
 
     def _notify_once(self, error: GateError) -> None:
         if not self._has_notified:
-            self._notify(f"{error.message}; the run continues and writes the report again later")
+            self._view.note(f"{error.message}; the run continues and writes the report again later")
         self._has_notified = True

@@ -85,15 +85,8 @@ def verify_record(
     begins()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
     tally = Tally(config, None, device=DEVICE, watch=BaseWatch())
-    return _written(found, tally, ReportWriter(output, view.note), view, output)
-
-
-def _written(report: AdapterReport, tally: Tally, writer: ReportWriter, view: View, output: str | None) -> Report:
-    tally.settle(0, report)
-    whole = replace(tally.report(complete=True), is_comparison=True)
-    writer.write_last(whole)
-    view.finish(whole, output or "")
-    return whole
+    tally.settle(0, found)
+    return ReportWriter(output, view).finish(replace(tally.report(complete=True), is_comparison=True))
 
 
 class Verification:
@@ -128,7 +121,7 @@ class Verification:
         self._tally = Tally(config, None, device=DEVICE, watch=self._watch)
         self._fed = FedBases(self._watch, view.note)
         self._how = Fetching(notify=view.note, lay_out=self._fed.lay_out, with_companions=True, with_copies=True)
-        self._writer = ReportWriter(output, view.note)
+        self._writer = ReportWriter(output, view)
         self._groups: tuple[Group, ...] = ()
         self._comparisons: dict[int, Comparison] = {}
         self._evidence: dict[int, Evidence] = {}
@@ -157,7 +150,8 @@ class Verification:
             if isinstance(merged, Snapshot):
                 report = _unless_swapped(report, merged, before)
         self._view.adapter_done(report)
-        return _written(report, self._tally, self._writer, self._view, self._output)
+        self._tally.settle(0, report)
+        return self._writer.finish(replace(self._tally.report(complete=True), is_comparison=True))
 
     def _attested(self, report: AdapterReport) -> AdapterReport:
         """The report, with what the attestation says. It must be about the base that was given."""
