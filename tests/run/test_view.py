@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_gate.cli.output import make_view
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.report import Report
@@ -23,7 +24,7 @@ from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.columns import cells
 from merge_gate.run.rich_view import RichView
-from merge_gate.run.view import EVERY_S, HourlyLog, PlainView, View, make_view
+from merge_gate.run.view import EVERY_S, HourlyLog, PlainView, View
 from tests.support.played_run import FACTS, play
 from tests.support.reports import (
     CRASHED,
@@ -127,7 +128,7 @@ def test_a_verbose_run_names_each_merge_that_starts() -> None:
 
 def test_plain_does_without_rich() -> None:
     code = (
-        "import sys; from merge_gate.run.view import make_view;"
+        "import sys; from merge_gate.cli.output import make_view;"
         "make_view(sys.stdout, sys.stderr, env={'CI': '1'}).start('c.yml', 1, 1);"
         "sys.exit(any(m.split('.')[0] in {'rich', 'torch'} for m in sys.modules))"
     )
@@ -386,7 +387,7 @@ def test_the_terminal_is_put_back() -> None:
 def test_on_a_real_terminal(columns: int) -> None:
     """The whole run in a pseudo-terminal: live view, then the result, and nothing left over of the former."""
     code = (
-        "import os, sys; from merge_gate.run.view import make_view; from tests.support.played_run import play;"
+        "import os, sys; from merge_gate.cli.output import make_view; from tests.support.played_run import play;"
         "play(make_view(sys.stdout, sys.stderr, env=os.environ))"
     )
     ours, theirs = pty.openpty()

@@ -13,7 +13,7 @@ from merge_gate.errors import ExitCode, GateError
 from merge_gate.run.streams import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from merge_gate.earlier_reports import EarlierReports
     from merge_gate.records.config import Config
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 EXIT_CODE_OF = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
 
+_DUMB = ("dumb", "unknown")
+"""Values of TERM of terminals without colors."""
+
+
 @contextmanager
 def view_of(arguments: argparse.Namespace) -> Iterator[tuple[View, TextIO]]:
     """The view that the options ask for, and the stream of its result: standard error if a report is printed."""
     from merge_gate.report.stored.report_copies import is_any_printed
-    from merge_gate.run.view import make_view
 
     stream = sys.stderr if is_any_printed(getattr(arguments, "report", ())) else sys.stdout
     asked = {"quiet": arguments.quiet, "verbose": arguments.verbose, "color": arguments.color}
@@ -56,6 +59,36 @@ def gate_adapters(
 
             return run_on_ray(ray, config, options, view=view, begins=begins)
         return run_gate(config, options, view=view, worker=worker, begins=begins)
+
+
+def make_view(
+    stdout: TextIO,
+    stderr: TextIO,
+    *,
+    env: Mapping[str, str],
+    quiet: bool = False,
+    verbose: bool = False,
+    color: str = "auto",
+) -> View:
+    """Return the view that suits the streams, the environment (TERM, CI, GITHUB_ACTIONS), and the user's options."""
+    from merge_gate.run.view import PlainView
+
+    in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
+    colors_result = _uses_color(stdout, env, color)
+    if in_ci or env.get("TERM") in _DUMB or quiet or verbose or not stderr.isatty():
+        return PlainView(stdout, stderr, quiet=quiet, verbose=verbose, color=colors_result)
+    from merge_gate.run.rich_view import RichView
+
+    return RichView(stdout, stderr, color=_uses_color(stderr, env, color), colors_result=colors_result)
+
+
+def _uses_color(stream: TextIO, env: Mapping[str, str], asked: str) -> bool:
+    """Whether text on a stream is colored: as asked, else by NO_COLOR and FORCE_COLOR, else on a terminal."""
+    if asked != "auto":
+        return asked == "always"
+    if env.get("NO_COLOR"):
+        return False
+    return bool(env.get("FORCE_COLOR")) or (stream.isatty() and env.get("TERM") not in _DUMB)
 
 
 @contextmanager

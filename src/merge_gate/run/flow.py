@@ -254,7 +254,7 @@ class Run:
     # --- 1: files ----------------------------------------------------------------------------------------------------
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
-        """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
+        """Report the entries that their files alone decide, and yield the others: they have to be merged."""
         for spec in self.specs:
             self.tally.entries.extend(self._inputs.entries(spec))
         for index, entry in enumerate(self.tally.entries):
@@ -269,10 +269,10 @@ class Run:
             if of_base and entry.base is not None:
                 unloaded = adapter_report.unloaded_base_report(report.base, of_base)
                 self.tally.use(entry.base.directory, unloaded, index)
-            self._settle(index, report)
+            self._report(index, report)
 
     def _refuse_other_bases(self, to_merge: dict[int, Entry]) -> None:
-        """Settle the entries whose base is not the pinned one, before anything is merged.
+        """Report the entries whose base is not the pinned one, before anything is merged.
 
         A base in a directory is hashed first, once in a run. A streamed base has the digests that the Hub lists, with
         which its bytes are compared when they pass.
@@ -291,12 +291,12 @@ class Run:
             report = adapter_report.blocked_report(checked) or adapter_report.other_base_report(checked)
             if report is not None:
                 del to_merge[index]
-                self._settle(index, report)
+                self._report(index, report)
 
     # --- 2: the cache ------------------------------------------------------------------------------------------------
 
     def _reuse(self, to_merge: dict[int, Entry]) -> None:
-        """Settle the entries whose verdicts are cached, and remove them from `to_merge`."""
+        """Report the entries whose verdicts are cached, and remove them from `to_merge`."""
         if not self._cache.may_hit:
             return
         device = self._cache.known_device()
@@ -318,7 +318,7 @@ class Run:
                 self._watch.reused(directory, index)
                 self.tally.merged_on(device.device, device.device_name)
                 self.tally.use(directory, cached.base, index)
-                self.tally.settle(index, cached.adapter)
+                self.tally.set_report(index, cached.adapter)
                 self._writer.changed()
                 self._view.adapter_done(cached.adapter)
 
@@ -383,7 +383,7 @@ class Run:
             case protocol.Merged():
                 self._judge(event.task, event.evidence)
             case protocol.Undecided():
-                self._settle_undecided(event)
+                self._report_not_judged(event)
             case protocol.Waiting():
                 self._view.note(self._still_at(event))
             case protocol.Idle():
@@ -393,13 +393,13 @@ class Run:
             case _:
                 assert_never(event)
 
-    def _settle_undecided(self, event: protocol.Undecided) -> None:
+    def _report_not_judged(self, event: protocol.Undecided) -> None:
         entry = self.tally.entries[event.task]
         report = adapter_report.not_judged_report(entry, event.refusal)
         if refused := adapter_report.refused_base_report(report.base, event.refusal):  # the report lists this base too
             self.tally.use(base_directory(entry), refused, event.task)
         self.publications.discard(event.task)
-        self._settle(event.task, report)
+        self._report(event.task, report)
 
     def _still_at(self, event: protocol.Waiting) -> str:
         spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
@@ -419,7 +419,7 @@ class Run:
         directory = base_directory(entry)
         needs_all = evidence.base.record is None or entry.spec.base.sha256
         if needs_all and (unproven := self._fed.unproven(directory)) is not None:
-            self._settle_undecided(protocol.Undecided(task=index, refusal=unproven))
+            self._report_not_judged(protocol.Undecided(task=index, refusal=unproven))
             return
         self._watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)
@@ -431,11 +431,11 @@ class Run:
             self.publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)))
         else:
             self.publications.discard(index)
-        self._settle(index, report)
+        self._report(index, report)
 
-    def _settle(self, index: int, report: AdapterReport) -> None:
+    def _report(self, index: int, report: AdapterReport) -> None:
         """Put the report of an entry into the run's report, and show it."""
-        self.tally.settle(index, report)
+        self.tally.set_report(index, report)
         self._writer.changed()
         self._catch_up()
         self._view.adapter_done(report)
@@ -458,7 +458,7 @@ class Run:
             content = self._watch.content(directory) if self._watch.is_unchanged(index) else None
             report = self._cache.store(entry, judged, content) if content is not None else None
             if report is not None:
-                self.tally.settle(index, report)
+                self.tally.set_report(index, report)
 
     def _group_of(self, index: int) -> Group:
         return next(group for group in self.groups if any(task.index == index for task in group.tasks))
@@ -476,7 +476,7 @@ class Run:
             error = reason(base.name if base is not None else "")
             refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
             for index in judged:
-                self.tally.settle(index, adapter_report.withdrawn_report(self.tally.entries[index], refusal))
+                self.tally.set_report(index, adapter_report.withdrawn_report(self.tally.entries[index], refusal))
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _publish(self) -> None:
@@ -489,10 +489,10 @@ class Run:
             try:
                 published = self.publications.publish(index, partial(self._facts, index))
             except NotPublishedError as error:
-                self.tally.settle(index, adapter_report.unpublished_report(report, error.message, error.hint))
+                self.tally.set_report(index, adapter_report.unpublished_report(report, error.message, error.hint))
                 self._view.note(f"{report.name}: not published: {error.message}")
             else:
-                self.tally.settle(index, adapter_report.published_report(report, published.model, published.findings))
+                self.tally.set_report(index, adapter_report.published_report(report, published.model, published.findings))
                 self._view.note(f"{report.name}: published to {published.model.directory}")
         self._warn_of_earlier_models()
 
@@ -505,7 +505,7 @@ class Run:
             own = [(index, report) for index, report in judged.items() if report.name == name]
             index, report = min(own, key=lambda pair: pair[1].verdict is Verdict.PASSED)
             warned = adapter_report.report_with_earlier_model(report, directory)
-            self.tally.settle(index, warned)
+            self.tally.set_report(index, warned)
             self._view.note(f"warning: {name}: {warned.findings[-1].message}")
 
     def _facts(self, index: int, model: Publication) -> PublicationFacts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
@@ -21,11 +21,11 @@ from merge_gate.report.formats import terminal_text
 from merge_gate.report.formats.terminal_text import Style
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.columns import cells, cut
-from merge_gate.run.streams import encodable, is_ascii
-from merge_gate.run.view import PLAIN_WIDTH, WIDEST, TextView, loading, name_of, outcome
+from merge_gate.run.streams import is_ascii
+from merge_gate.run.view import COLORS, PLAIN_WIDTH, WIDEST, TextView, loading, name_of, outcome, styled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from typing import TextIO
 
     from rich.console import RenderableType
@@ -34,14 +34,6 @@ if TYPE_CHECKING:
     from merge_gate.report.formats.terminal_text import Line
 
 _READING = "reading files, starting torch"
-_COLORS = {
-    Style.PLAIN: "",
-    Style.STRONG: "bold",
-    Style.FAINT: "dim",
-    Style.GOOD: "bold green",
-    Style.BAD: "bold red",
-    Style.DOUBT: "bold yellow",
-}
 _ROWS = 7
 """Lines of the terminal that are not for finished adapters: the current one, its bars, and what is above the foot."""
 _WIDEST_BAR = 90
@@ -115,14 +107,14 @@ class RichView(TextView):
         self._foot.stop()
 
     def _say(self, line: str, style: Style = Style.PLAIN, *, is_note: bool = False) -> None:  # noqa: ARG002 - it shows all
-        self._console.print(_styled(((line, style),), self._stderr), overflow="fold")
+        self._console.print(styled(((line, style),), self._stderr), overflow="fold")
 
 
 class _Foot(Progress):
     """Finished adapters, the current one, and a bar for it and for the run. `start` shows it, `stop` removes it."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
-        good = _COLORS[Style.GOOD]
+        good = COLORS[Style.GOOD]
         self._spinner = Spinner("line" if is_ascii(console.file) else "dots", style=good)
         self._shown_on = console
         self._done: list[Line] = []
@@ -195,7 +187,7 @@ class _Foot(Progress):
         yield Padding(bars, (0, 0, 0, 2), expand=False)
 
     def _fitted(self, line: Line, width: int) -> Text:
-        text = _styled(line, self._shown_on.file)
+        text = styled(line, self._shown_on.file)
         text.truncate(max(width, 1), overflow="crop" if is_ascii(self._shown_on.file) else "ellipsis")
         return text
 
@@ -217,20 +209,3 @@ def _name_cut(line: Line, width: int) -> Line:
     mark, (name, style), *rest, (why, faint) = line
     others = sum(cells(part) for part, _ in (mark, *rest)) + min(cells(why), _LEAST_WHY)
     return (mark, (cut(name, max(width - others, _LEAST_NAME)), style), *rest, (why, faint))
-
-
-def _styled(line: Line, stream: IO[str]) -> Text:
-    """A line in colors, in characters that the stream can encode."""
-    text = Text()
-    for part, style in line:
-        text.append(encodable(part, stream), style=_COLORS[style])
-    return text
-
-
-def print_colored(lines: Iterable[Line], stream: TextIO) -> None:
-    """Print a result in colors."""
-    console = Console(
-        file=stream, force_terminal=True, color_system="standard", no_color=False, highlight=False, markup=False
-    )
-    for line in lines:
-        console.print(_styled(line, stream), soft_wrap=True)

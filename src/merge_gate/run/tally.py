@@ -81,7 +81,7 @@ class Tally:
             self.environment, device=device, device_name=name, sandbox=sandbox or self.environment.sandbox
         )
 
-    def settle(self, index: int, report: AdapterReport) -> None:
+    def set_report(self, index: int, report: AdapterReport) -> None:
         """Set or replace the report of an entry."""
         self.reports[index] = linked(report)
 

@@ -85,7 +85,7 @@ def verify_record(
     begins()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
     tally = Tally(config, None, device=DEVICE, watch=BaseWatch())
-    tally.settle(0, found)
+    tally.set_report(0, found)
     return ReportWriter(output, view).finish(replace(tally.report(complete=True), is_comparison=True))
 
 
@@ -150,7 +150,7 @@ class Verification:
             if isinstance(merged, Snapshot):
                 report = _unless_swapped(report, merged, before)
         self._view.adapter_done(report)
-        self._tally.settle(0, report)
+        self._tally.set_report(0, report)
         return self._writer.finish(replace(self._tally.report(complete=True), is_comparison=True))
 
     def _attested(self, report: AdapterReport) -> AdapterReport:

@@ -18,25 +18,35 @@ from merge_gate.report.formats import terminal_text
 from merge_gate.report.formats.terminal_text import Style
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import inert, one_line, safe_text
-from merge_gate.run.streams import is_ascii, write
+from merge_gate.run.streams import encodable, is_ascii, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable
+    from typing import IO
+
+    from rich.text import Text
 
     from merge_gate.records.measured import BaseFacts
     from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.report.formats.terminal_text import Line
 
     Clock = Callable[[], float]
 
 PLAIN_WIDTH = 100
 WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal is."""
+COLORS = {
+    Style.PLAIN: "",
+    Style.STRONG: "bold",
+    Style.FAINT: "dim",
+    Style.GOOD: "bold green",
+    Style.BAD: "bold red",
+    Style.DOUBT: "bold yellow",
+}
 QUIET_S = 30.0
 """How long `PlainView` writes nothing during a merge."""
 EVERY_S = 3600.0
 """How often a long run writes a line to its log."""
-_DUMB = ("dumb", "unknown")
-"""Values of TERM of terminals without colors."""
 
 
 class View:
@@ -64,34 +74,6 @@ class View:
     def note(self, message: str) -> None: ...
     def finish(self, report: Report, output_dir: str) -> None: ...
     def close(self) -> None: ...
-
-
-def make_view(
-    stdout: TextIO,
-    stderr: TextIO,
-    *,
-    env: Mapping[str, str],
-    quiet: bool = False,
-    verbose: bool = False,
-    color: str = "auto",
-) -> View:
-    """Return the view that suits the streams, the environment (TERM, CI, GITHUB_ACTIONS), and the user's options."""
-    in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
-    colors_result = _uses_color(stdout, env, color)
-    if in_ci or env.get("TERM") in _DUMB or quiet or verbose or not stderr.isatty():
-        return PlainView(stdout, stderr, quiet=quiet, verbose=verbose, color=colors_result)
-    from merge_gate.run.rich_view import RichView  # noqa: PLC0415 - only this view pays for importing rich
-
-    return RichView(stdout, stderr, color=_uses_color(stderr, env, color), colors_result=colors_result)
-
-
-def _uses_color(stream: TextIO, env: Mapping[str, str], asked: str) -> bool:
-    """Whether text on a stream is colored: as asked, else by NO_COLOR and FORCE_COLOR, else on a terminal."""
-    if asked != "auto":
-        return asked == "always"
-    if env.get("NO_COLOR"):
-        return False
-    return bool(env.get("FORCE_COLOR")) or (stream.isatty() and env.get("TERM") not in _DUMB)
 
 
 class TextView(View):
@@ -148,12 +130,10 @@ class TextView(View):
 
     def _write_result(self, report: Report, output_dir: str, width: int) -> None:
         lines = terminal_text.lines(report, output_dir, width=width, ascii_only=is_ascii(self._stdout))
-        if not self._colors_result:
+        if self._colors_result:
+            _print_colored(lines, self._stdout)
+        else:
             write(self._stdout, terminal_text.joined(lines))
-            return
-        from merge_gate.run.rich_view import print_colored  # noqa: PLC0415 - a plain log does without rich
-
-        print_colored(lines, self._stdout)
 
 
 class PlainView(TextView):
@@ -267,3 +247,23 @@ def outcome(adapter: AdapterReport) -> tuple[str, str]:
 
 def name_of(name: str) -> str:
     return one_line(name, words.NAME_LIMIT)
+
+
+def styled(line: Line, stream: IO[str]) -> Text:
+    """A line in colors, in characters that the stream can encode."""
+    from rich.text import Text  # noqa: PLC0415 - a plain log does without rich
+
+    text = Text()
+    for part, style in line:
+        text.append(encodable(part, stream), style=COLORS[style])
+    return text
+
+
+def _print_colored(lines: Iterable[Line], stream: TextIO) -> None:
+    from rich.console import Console  # noqa: PLC0415 - as above
+
+    console = Console(
+        file=stream, force_terminal=True, color_system="standard", no_color=False, highlight=False, markup=False
+    )
+    for line in lines:
+        console.print(styled(line, stream), soft_wrap=True)
