@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -115,21 +114,18 @@ def _hashable(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
-@dataclass(frozen=True, eq=False)
 class ShortForm:
     """Allows a short form of a value: the value of the mapping's `key` alone, or the item of a list of one.
 
-    Attributes:
+    Args:
         key: the key whose value may replace the mapping; None for a list.
         expected: what the value must be, in words.
         schema: the JSON Schema of the short form.
         kinds: the types of the short form.
     """
 
-    key: str | None
-    expected: str
-    schema: JsonSchemaValue
-    kinds: tuple[type, ...] = (str,)
+    def __init__(self, key: str | None, expected: str, schema: JsonSchemaValue, *kinds: type) -> None:
+        self.key, self.expected, self.schema, self.kinds = key, expected, schema, kinds or (str,)
 
     def _long(self, data: Any) -> Any:
         if isinstance(data, self.kinds):
@@ -236,7 +232,7 @@ def _setting(limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
     properties = {"severity": severity, **limits}
     long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": properties}
     expected = "error, warning or off, or a mapping with severity and limit"
-    short = ShortForm("severity", expected, {}, (str, bool))
+    short = ShortForm("severity", expected, {}, str, bool)
     return Annotated[CheckEntry, short, WithJsonSchema({"anyOf": [{"enum": words}, long]})]
 
 
