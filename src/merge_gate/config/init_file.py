@@ -11,7 +11,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names
@@ -59,7 +58,7 @@ def first_config(
     listed, earlier = _without_checkpoints(adapters)
     bases = {place: _locate_base(name, place, models) for place in listed if (name := base_of(place))}
     common = set(bases.values())
-    here = [base.path for base in common if base.path is not None and os.path.isdir(base.path)]  # noqa: PTH112 (as above)
+    here = [path for _, path in common if path is not None and os.path.isdir(path)]  # noqa: PTH112 (as above)
     digests = {path: digest_of(path) for path in here} if digest_of is not None else {}
     lines = [*_head(bases, digests), *_entries(listed, bases if len(common) > 1 else {}, digests)]
     return "\n".join([*lines, *_not_listed(earlier, unreadable), *_foot()]) + "\n"
@@ -127,24 +126,20 @@ def _without_checkpoints(adapters: set[str]) -> tuple[list[str], dict[str, list[
     return sorted(listed), left_out
 
 
-@dataclass(frozen=True, slots=True)
-class _Base:
-    name: str
-    """The base as the adapter names it."""
-    path: str | None
-    """A directory or Hub id that exists; None if no base of that name was found."""
+_Base = tuple[str, str | None]
+"""A base as adapters name it; and a directory or Hub id that exists, or None if no base of that name was found."""
 
 
 def _locate_base(name: str, adapter: str, models: set[str]) -> _Base:
     """Find the base that an adapter names. A Hub id is taken as it is; a path may be that of another machine."""
     if could_be_hub_id(name, is_base=True) or os.path.isdir(os.path.expanduser(name)):  # noqa: PTH111, PTH112 (as above)
-        return _Base(name, name)
+        return name, name
     if not Path(name).is_absolute():
         for above in Path(adapter).parents:
             if os.path.isdir(above / name):  # noqa: PTH112 (as above)
-                return _Base(name, _path_for_config(str(above / name)))
+                return name, _path_for_config(str(above / name))
     same_name = [model for model in models if Path(model).name == Path(name).name]
-    return _Base(name, same_name[0] if len(same_name) == 1 else None)
+    return name, same_name[0] if len(same_name) == 1 else None
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -156,13 +151,13 @@ def _head(bases: Mapping[str, _Base], digests: Mapping[str, str]) -> list[str]:
     if len(common) != 1:
         why = "each adapter names its own base" if bases else "no adapter names its base: name it here"
         return [*lines, f"# base:   # {why}", "#   model: ./path/to/base", *_dtype("# ")]
-    (base,) = common
+    ((named, path),) = common
     comment = "as the adapters name it; a directory or a Hub id"
-    if base.path != base.name:
-        comment = f"the adapters name {quoted(base.name, 200)}, which does not exist here"
-        comment += "" if base.path else ": write the path of the base"
-    pin = [f"  sha256: {digest}   # of its weight files"] if (digest := digests.get(base.path or "")) else []
-    return [*lines, "base:", f"  model: {_scalar(base.path or base.name)}   # {comment}", *pin, *_dtype("")]
+    if path != named:
+        comment = f"the adapters name {quoted(named, 200)}, which does not exist here"
+        comment += "" if path else ": write the path of the base"
+    pin = [f"  sha256: {digest}   # of its weight files"] if (digest := digests.get(path or "")) else []
+    return [*lines, "base:", f"  model: {_scalar(path or named)}   # {comment}", *pin, *_dtype("")]
 
 
 def _dtype(comment: str) -> list[str]:
@@ -175,15 +170,14 @@ def _entries(places: Sequence[str], bases: Mapping[str, _Base], digests: Mapping
     yield "adapters:"
     for place in places:
         name = own_names.get(place) or _checkpoint_name(place)
-        base = bases.get(place)
-        digest = digests.get((base and base.path) or "")
-        keys = {"name": name, "path": place, "base": base.path if base and (digest or base.path != base.name) else None}
+        named, path = bases.get(place, ("", None))
+        digest = digests.get(path or "")
+        keys = {"name": name, "path": place, "base": path if digest or path != named else None}
         given = {key: _scalar(value) for key, value in keys.items() if value}
         if digest:
             given["base"] = f"{{model: {given['base']}, sha256: {digest}}}"
         entry = "{" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
-        missing = base is not None and base.path is None
-        comment = f"   # its base {quoted(base.name, 200)} does not exist here" if base and missing else ""
+        comment = f"   # its base {quoted(named, 200)} does not exist here" if named and path is None else ""
         yield f"  - {entry if len(given) > 1 else given['path']}{comment}"
 
 
