@@ -492,7 +492,9 @@ class Run:
                 self.tally.set_report(index, adapter_report.unpublished_report(report, error.message, error.hint))
                 self._view.note(f"{report.name}: not published: {error.message}")
             else:
-                self.tally.set_report(index, adapter_report.published_report(report, published.model, published.findings))
+                self.tally.set_report(
+                    index, adapter_report.published_report(report, published.model, published.findings)
+                )
                 self._view.note(f"{report.name}: published to {published.model.directory}")
         self._warn_of_earlier_models()
 
