@@ -444,7 +444,9 @@ class Run:
         """Do what is due by now: store verdicts, write a line of the log, write a provisional report."""
         self._store_verdicts()
         if self._hourly.is_due:
-            self._view.note(self._hourly.line(len(self.tally.reports), len(self.tally.entries), self.tally.failed))
+            reports = self.tally.reports
+            failed = sum(report.verdict is Verdict.FAILED for report in reports.values())
+            self._view.note(self._hourly.line(len(reports), len(self.tally.entries), failed))
         self._writer.catch_up(self.tally.report, at_once=at_once)
 
     def _store_verdicts(self) -> None:
@@ -468,7 +470,8 @@ class Run:
     def _withdraw_void(self) -> None:
         """Replace the verdicts on bases that changed during the run. An entry without a verdict keeps its reason."""
         for directory, indices in self._watch.void().items():
-            judged = [index for index in indices if self.tally.is_judged(index)]
+            reports = self.tally.reports
+            judged = [index for index in indices if index in reports and reports[index].verdict is not Verdict.ERROR]
             if not judged:
                 continue
             base = self.tally.entries[judged[0]].base

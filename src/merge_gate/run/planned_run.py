@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from merge_gate.records.files import AdapterFiles, Fetched
     from merge_gate.records.options import RunOptions
     from merge_gate.run.flow import Run
-    from merge_gate.worker.protocol import Group, Task
+    from merge_gate.worker.protocol import Group
 
 _NAME_CHARACTERS = 120
 _MOST_NAMES = 8
@@ -97,7 +97,11 @@ class _Base:
         how = ", ".join([*(one.base.dtype for one in self._groups), *quantization])
         yield f"base {_shown(base.name)}{revision} ({_shown(how)})"
         size, count = _shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
-        yield _row("weights", f"{size} in {count}, {_place_of(fetch)}")
+        place = "on this machine"
+        if fetch is not None:
+            part = ", a part of them in the cache" if len(fetch.sizes) > len(fetch.absent) else ""
+            place = f"on the Hub{part}"
+        yield _row("weights", f"{size} in {count}, {place}")
         if fetch is not None:
             yield _row("access", _access_of(fetch))
         yield _row("read", self._how_read())
@@ -117,7 +121,8 @@ class _Base:
         return f"{what}, in {counted(self.passes, 'pass', 'passes')} over its files, because {why}"
 
     def _memory(self) -> str:
-        sizes = [self._factor_bytes(task) for task in self._tasks]
+        # What an adapter takes once it is loaded. If it was not fetched, only the sizes of its files are known.
+        sizes = [factor_bytes(task, in_pass=self._is_fed) + sum(map(_left_on_hub, task.files)) for task in self._tasks]
         factors, for_what = max(sizes), "an adapter"
         of_base = ""
         if self._is_fed:
@@ -125,10 +130,6 @@ class _Base:
             of_base = f"{_shown_bytes(window_bytes())} for the base's bytes and "
         free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
         return f"{of_base}{_shown_bytes(factors)} for {for_what}, plus torch and the largest layer{free}"
-
-    def _factor_bytes(self, task: Task) -> int:
-        """What an adapter takes once it is loaded. If it was not fetched, only the sizes of its files are known."""
-        return factor_bytes(task, in_pass=self._is_fed) + sum(_left_on_hub(one) for one in task.files)
 
 
 def _left_on_hub(adapter: AdapterFiles) -> int:
@@ -174,13 +175,6 @@ def _lines_of_output(run: Run) -> Iterator[str]:
         yield _row(
             "publish", "; ".join(filter(None, (f"{_shown(publish.label)}: {count} at most, about {size}", note)))
         )
-
-
-def _place_of(fetch: Fetched | None) -> str:
-    if fetch is None:
-        return "on this machine"
-    present = len(fetch.sizes) - len(fetch.absent)
-    return "on the Hub" if not present else "on the Hub, a part of them in the cache"
 
 
 def _access_of(fetch: Fetched) -> str:

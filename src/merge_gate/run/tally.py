@@ -35,7 +35,6 @@ from merge_gate.records.report import (
     Shard,
     Tool,
 )
-from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, write_report
 from merge_gate.shards.combined import in_order
@@ -66,14 +65,6 @@ class Tally:
         self.reports: dict[int, AdapterReport] = {}
         self._bases: dict[tuple[str, BaseReport], tuple[int, str]] = {}
         self.entries: list[Entry] = []
-
-    def is_judged(self, index: int) -> bool:
-        """Whether an entry has a verdict: it passed or failed."""
-        return index in self.reports and self.reports[index].verdict is not Verdict.ERROR
-
-    @property
-    def failed(self) -> int:
-        return sum(report.verdict is Verdict.FAILED for report in self.reports.values())
 
     def merged_on(self, device: str, name: str, sandbox: Sandbox | None = None) -> None:
         """Set the device of the report, and with a worker its sandbox."""
