@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.report.formats import json_report
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+from merge_gate.report.formats.json_report import RenderedAdapters
 from tests.support.reports import FAIL, PASS, adapter, config_file, in_two_dtypes, report
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import GateError
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+from merge_gate.report.formats.json_report import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, write_report
 
 if TYPE_CHECKING:

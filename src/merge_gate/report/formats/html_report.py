@@ -53,7 +53,6 @@ _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: 
 _MAX_PLACES = 20
 _MAX_CAUSES = 12
 _MAX_ADDRESS = 80
-_COMMIT_DIGITS = 12
 _NOT_IN_ADDRESS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -66,7 +65,6 @@ def render(report: Report) -> str:
         style=_part("report.css"),
         script=_part("report.js"),
         policy=_policy(),
-        about=_about(report),
         counts=_counts(adapters),
         causes=_causes(adapters),
         rows=_rows(adapters, layouts, "" if report.is_comparison else report.config.path),
@@ -75,17 +73,6 @@ def render(report: Report) -> str:
         meanings=meanings(_checks(report)),
         layouts=_data(layouts.known),
     )
-
-
-def _about(report: Report) -> list[dict[str, Any]]:
-    """What the head says of the run, after the product: the date, the configuration, and the commit."""
-    config = report.config
-    parts = [
-        ("", config.read_at, False),
-        ("", config.path, True),
-        ("commit", config.commit and config.commit[:_COMMIT_DIGITS], True),
-    ]
-    return [{"label": label, "text": text, "is_code": is_code} for label, text, is_code in parts if text]
 
 
 def _counts(adapters: list[Adapter]) -> list[dict[str, Any]]:
@@ -250,10 +237,6 @@ def _group(group: tuple[Finding, ...], before: AdapterReport | None) -> dict[str
     return {
         "finding": first,
         "before": words.precision(before.base) if before else "",
-        "level": words.level(first),
-        "place": words.place(first),
-        "values": words.values(first),
-        "origin": words.origin(first),
         "has_meaning": first.check in explanations(),
         "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
         "omitted": max(len(more) - _MAX_PLACES, 0),

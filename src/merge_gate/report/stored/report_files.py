@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from merge_gate.records.report import Report
-    from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+    from merge_gate.report.formats.json_report import RenderedAdapters
 
 FORMATS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {file.name: import_module(f"merge_gate.report.formats.{file.made_by}").render for file in OUTPUT_FILES}
