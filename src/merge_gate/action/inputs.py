@@ -1,7 +1,7 @@
 """Checks the action's inputs, and reports all problems in one error.
 
-The arguments that entrypoint.py makes of the inputs, and the environment, go in; `ActionInputs` comes out. It only
-checks that files exist. An empty input has its default, as in action.yml.
+The environment goes in; `ActionInputs` comes out. Files only have to exist. An empty input has its default, as in
+action.yml.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.action import caches
-from merge_gate.action.docker.container import ContainerRun, Limits
+from merge_gate.action.docker.container import ContainerRun
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 _RETENTION_LIMIT_DAYS = 400
 DEFAULT_CONFIG = "merge-gate.yml"
@@ -101,11 +101,10 @@ class ActionInputs:
     comment: bool
 
 
-def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInputs:
+def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
     """Check all inputs and return them. Raises one `UsageError` with every problem."""
-    given = {**dict.fromkeys((name for name, _, _ in RULES), ""), "args": ""}
-    given.update(word[2:].partition("=")[::2] for word in words)
-    given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
+    names = (*(name for name, _, _ in RULES), "args")
+    given = {name: caches.written(environ, name) or DEFAULTS.get(name, "") for name in names}
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     problems += _clashes(given)
     places = _Places(environ, given["working-directory"])
@@ -120,7 +119,6 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
         raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/reference/action.md describes them")
-    environ = {**environ, **{f"{caches.INPUT}{name.upper().replace('-', '_')}": given[name] for name in given}}
     cache = _cache_directory(given, places, environ)
     publish = places.place(given["publish"]) if given["publish"] else None
     run = ContainerRun(
@@ -144,7 +142,9 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
         cache=cache,
         publish=publish,
         mounts=tuple(places.place(line) for line in _lines(given["mounts"])),
-        limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
+        memory=given["memory"],
+        shm_size=given["shm-size"],
+        cpus=given["cpus"],
         verifies=bool(given["verify"]),
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
     )
