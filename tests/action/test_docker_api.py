@@ -227,37 +227,39 @@ def make_context(home: Path, name: str, host: str, *files: str, **more: object) 
 
 
 def test_nothing_is_found_where_nothing_is(environ: dict[str, str]) -> None:
-    assert docker_api.find(environ) is None
+    assert docker_api.find_address(environ) is None
 
 
 def test_a_place_that_cannot_be_looked_at_is_passed_over(environ, answering: str) -> None:
     """Another user's directory; here, one whose name is too long."""
-    assert docker_api.find({**environ, "HOME": "/" + "x" * 5000}) == docker_api.find(environ)
+    assert docker_api.find_address({**environ, "HOME": "/" + "x" * 5000}) == docker_api.find_address(environ)
 
 
 def test_a_known_socket_is_found(environ: dict[str, str], answering: str) -> None:
-    found = docker_api.find(environ)
+    found = docker_api.find_address(environ)
     assert found
     assert found.url == f"unix://{answering}"
 
 
 def test_a_dead_socket_does_not_hide_one_that_answers(environ, answering: str, tmp_path: Path) -> None:
     dead(tmp_path / "docker.sock")
-    found = docker_api.find(environ)
+    found = docker_api.find_address(environ)
     assert found
     assert found.url == f"unix://{answering}"
 
 
 def test_a_dead_socket_alone_is_named(environ, tmp_path: Path) -> None:
     dead(tmp_path / "docker.sock")
-    found = docker_api.find(environ)
+    found = docker_api.find_address(environ)
     assert found
     assert found.url == f"unix://{tmp_path}/docker.sock"
     assert docker_api.unreachable(found) == "Connection refused"
 
 
 def test_docker_host_decides(environ, answering: str) -> None:
-    assert docker_api.find({**environ, "DOCKER_HOST": "tcp://box:2375"}) == Address("tcp://box:2375", "DOCKER_HOST")
+    assert docker_api.find_address({**environ, "DOCKER_HOST": "tcp://box:2375"}) == Address(
+        "tcp://box:2375", "DOCKER_HOST"
+    )
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -265,7 +267,7 @@ def test_tls_is_taken_from_the_environment(environ, tmp_path: Path, verify: bool
     for name in ("ca.pem", "cert.pem", "key.pem"):
         (tmp_path / name).touch()
     given = {**environ, "DOCKER_HOST": "tcp://box:2376", "DOCKER_CERT_PATH": str(tmp_path)}
-    found = docker_api.find({**given, "DOCKER_TLS_VERIFY": "1"} if verify else given)
+    found = docker_api.find_address({**given, "DOCKER_TLS_VERIFY": "1"} if verify else given)
     assert found
     ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "cert.pem", "key.pem"))
     assert found.tls == {"ca_cert": ca, "client_cert": (cert, key), "verify": verify}
@@ -274,7 +276,7 @@ def test_tls_is_taken_from_the_environment(environ, tmp_path: Path, verify: bool
 def test_tls_without_a_directory_reads_the_users_own(environ, tmp_path: Path) -> None:
     (tmp_path / "home" / ".docker").mkdir(parents=True)
     (tmp_path / "home" / ".docker" / "ca.pem").touch()
-    found = docker_api.find({**environ, "DOCKER_HOST": "tcp://box:2376", "DOCKER_TLS_VERIFY": "1"})
+    found = docker_api.find_address({**environ, "DOCKER_HOST": "tcp://box:2376", "DOCKER_TLS_VERIFY": "1"})
     assert found
     authority = str(tmp_path / "home" / ".docker" / "ca.pem")
     assert found.tls == {"ca_cert": authority, "client_cert": None, "verify": True}
@@ -284,27 +286,27 @@ def test_a_context_that_is_in_use(environ, answering: str, tmp_path: Path, wordi
     home = tmp_path / "home"
     make_context(home, "gpu-box", "tcp://gpu:2376", "ca.pem", "cert.pem", "key.pem")
     make_context(home, "other", "unix:///other.sock", SkipTLSVerify=False)
-    other = docker_api.find({**environ, "DOCKER_CONTEXT": "other"})
+    other = docker_api.find_address({**environ, "DOCKER_CONTEXT": "other"})
     assert other
     assert (other.url, other.tls) == ("unix:///other.sock", None)
     wording(other.origin)
     (home / ".docker" / "config.json").write_text('{"currentContext": "gpu-box"}', encoding="utf-8")
-    found = docker_api.find(environ)
+    found = docker_api.find_address(environ)
     assert found
     assert found.url == "tcp://gpu:2376"
     wording(found.origin)
     assert found.tls
     assert found.tls["verify"]
     assert found.tls["client_cert"][0].endswith("/docker/cert.pem")
-    default = docker_api.find({**environ, "DOCKER_CONTEXT": "default"})
+    default = docker_api.find_address({**environ, "DOCKER_CONTEXT": "default"})
     assert default
     assert default.url == f"unix://{answering}"
-    assert docker_api.find({**environ, "DOCKER_HOST": "unix:///x"}) == Address("unix:///x", "DOCKER_HOST")
+    assert docker_api.find_address({**environ, "DOCKER_HOST": "unix:///x"}) == Address("unix:///x", "DOCKER_HOST")
 
 
 def test_a_context_that_is_not_there(environ, wording: Wording) -> None:
     with pytest.raises(LauncherError) as raised:
-        docker_api.find({**environ, "DOCKER_CONTEXT": "gone"})
+        docker_api.find_address({**environ, "DOCKER_CONTEXT": "gone"})
     wording(raised.value)
     wording(raised.value.hint)
 
@@ -313,7 +315,7 @@ def test_a_context_that_is_not_there(environ, wording: Wording) -> None:
 def test_a_configuration_that_says_nothing(environ, tmp_path: Path, text: str) -> None:
     (tmp_path / "home" / ".docker").mkdir(parents=True)
     (tmp_path / "home" / ".docker" / "config.json").write_text(text, encoding="utf-8")
-    assert docker_api.find(environ) is None
+    assert docker_api.find_address(environ) is None
 
 
 # --- the SDK of the action -------------------------------------------------------------------------------------------

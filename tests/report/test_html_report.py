@@ -20,7 +20,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import Accepted, Coverage
 from merge_gate.records.terms import Origin, Severity, Verdict
-from merge_gate.report.formats.html_report import chain, meanings, render
+from merge_gate.report.formats.html_report import chain, render
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,
@@ -217,12 +217,14 @@ def test_each_check_of_the_report_is_explained_once() -> None:
     assert page.count('<details class="meaning" id="check-adapter-nonfinite">') == 1
     assert page.count('data-check="adapter-nonfinite"') == 1
     assert "check-keys-missing" not in page
-    for check in CHECKS:
-        ((_, text),) = meanings([check])
-        assert "**" not in text
-        assert "](" not in text
-        assert set(Page(str(text)).tags) <= {"p", "b", "code", "pre", "ul", "li"}
-    assert meanings(["no-such-check"]) == []
+    every = tuple(dataclasses.replace(NAN, check=check) for check in (*CHECKS, "no-such-check"))
+    page = render(report(adapter("a", Verdict.FAILED, cause=NAN.check, findings=every)))
+    assert re.findall(r'<details class="meaning" id="check-([a-z-]+)">', page) == list(CHECKS)
+    (text,) = re.findall(r'<section aria-labelledby="checks">.*?</section>', page, re.DOTALL)
+    assert "**" not in text
+    assert "](" not in text
+    inside = {"p", "b", "code", "pre", "ul", "li"}
+    assert set(Page(text).tags) == inside | {"section", "h2", "details", "summary"}
 
 
 @pytest.mark.parametrize(

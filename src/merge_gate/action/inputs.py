@@ -108,10 +108,11 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     problems += _clashes(given)
     places = _Places(environ, given["working-directory"])
-    subject = _Subject(given, places)
+    absent: list[str] = []
+    config, adapters, base = _subject(given, places, absent)
     if not places.problem:
         wrong = {problem.partition(":")[0] for problem in problems}
-        problems += [problem for problem in subject.problems if problem.partition(":")[0] not in wrong]
+        problems += [problem for problem in absent if problem.partition(":")[0] not in wrong]
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
         problems.append(f"output: got {given['output']!r}, expected a directory, but {output} is a file")
@@ -122,9 +123,9 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
     cache = _cache_directory(given, places, environ)
     publish = places.place(given["publish"]) if given["publish"] else None
     run = ContainerRun(
-        config=subject.config,
-        adapters=subject.adapters,
-        base=subject.base,
+        config=config,
+        adapters=adapters,
+        base=base,
         output=output,
         workspace=workspace_of(environ),
         image=given["image"],
@@ -212,52 +213,47 @@ def _clashes(given: Mapping[str, str]) -> list[str]:
     return problems
 
 
-class _Subject:
-    """Resolves what is gated: a configuration, or adapters and their base, or a model to verify.
+def _subject(
+    given: Mapping[str, str], places: _Places, problems: list[str]
+) -> tuple[Path | None, tuple[str, ...], str]:
+    """Resolve what is gated: a configuration, or adapters and their base, or a model to verify.
 
-    A local path becomes relative to the workspace, where the gate starts. `problems` has everything that is missing.
+    A local path becomes relative to the workspace, where the gate starts. `problems` gets everything that is missing.
     """
+    listed = _lines(given["adapters"])
+    adapters = tuple(word for line in listed for word in _words("adapters", line, places, problems))
+    base = next(iter(_words("base", given["base"], places, problems)), "") if given["base"] else ""
+    if given["verify"]:
+        model = places.place(given["verify"])
+        if not model.is_dir():
+            problems.append(f"verify: got {given['verify']!r}, expected a directory, but {model} is not one")
+        return model, adapters, base
+    if listed:
+        return None, adapters, base
+    config = places.place(given["config"])
+    if not config.is_file():
+        other = "; or set `config` or `adapters`" if given["config"] == DEFAULT_CONFIG else ""
+        missing = f"does not exist (run actions/checkout before this step{other})"
+        state = "is a directory" if config.is_dir() else missing
+        problems.append(f"config: got {given['config']!r}, expected a file, but {config} {state}")
+    return config, adapters, base
 
-    def __init__(self, given: Mapping[str, str], places: _Places) -> None:
-        self.problems: list[str] = []
-        self._places = places
-        self.config: Path | None = None
-        listed = _lines(given["adapters"])
-        self.adapters = tuple(word for line in listed for word in self._words("adapters", line))
-        self.base = next(iter(self._words("base", given["base"])), "") if given["base"] else ""
-        if given["verify"]:
-            self.config = places.place(given["verify"])
-            if not self.config.is_dir():
-                text = f"verify: got {given['verify']!r}, expected a directory, but {self.config} is not one"
-                self.problems.append(text)
-        elif not listed:
-            self.config = places.place(given["config"])
-            self._check_config(given["config"], self.config)
 
-    def _check_config(self, written: str, path: Path) -> None:
-        if path.is_file():
-            return
-        other = "; or set `config` or `adapters`" if written == DEFAULT_CONFIG else ""
-        missing = (
-            "is a directory" if path.is_dir() else f"does not exist (run actions/checkout before this step{other})"
-        )
-        self.problems.append(f"config: got {written!r}, expected a file, but {path} {missing}")
-
-    def _words(self, name: str, written: str) -> list[str]:
-        """The words of the command line for one line of an input: directories, or a Hub id."""
-        if re.search(r"[*?\[]", written):
-            found = self._places.matching(written)
-            if not found:
-                self.problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
-            return [self._places.relative(path) for path in found]
-        path = self._places.place(written)
-        if path.is_dir():
-            return [self._places.relative(path)]
-        if _HUB_ID.fullmatch(written) and not path.exists():
-            return [written]
-        state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
-        self.problems.append(f"{name}: got {written!r}, expected a directory or a Hub id, but {path} {state}")
-        return []
+def _words(name: str, written: str, places: _Places, problems: list[str]) -> list[str]:
+    """The words of the command line for one line of an input: directories, or a Hub id."""
+    if re.search(r"[*?\[]", written):
+        found = places.matching(written)
+        if not found:
+            problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
+        return [places.relative(path) for path in found]
+    path = places.place(written)
+    if path.is_dir():
+        return [places.relative(path)]
+    if _HUB_ID.fullmatch(written) and not path.exists():
+        return [written]
+    state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
+    problems.append(f"{name}: got {written!r}, expected a directory or a Hub id, but {path} {state}")
+    return []
 
 
 def workspace_of(environ: Mapping[str, str]) -> Path:

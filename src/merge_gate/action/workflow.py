@@ -43,7 +43,6 @@ class Event:
     """The event that started the workflow.
 
     Attributes:
-        name: GitHub's name of the event, such as `pull_request`.
         is_trusted: whether only users with write access decide what runs: a branch or a pull request of this
             repository.
         is_fork: whether it is a pull request from another repository. GitHub passes no secrets to `pull_request` then.
@@ -51,7 +50,6 @@ class Event:
         is_private: whether the repository is known to be private.
     """
 
-    name: str
     is_trusted: bool
     is_fork: bool
     pull_request: int
@@ -67,7 +65,6 @@ def read_event(environ: Mapping[str, str]) -> Event:
     number = pull_request.get("number")
     is_pull_request = name == "pull_request"
     return Event(
-        name=name,
         is_trusted=name in _TRUSTED or (is_pull_request and is_own),
         is_fork=is_pull_request and not is_own,
         pull_request=number if is_pull_request and isinstance(number, int) else 0,

@@ -222,9 +222,7 @@ def _limits(run: ContainerRun) -> dict[str, Any]:
     }
 
 
-def supervise(
-    run: ContainerRun, container: Any, prepared: PreparedContainer, signals: Signals, log: Callable[[bytes], None]
-) -> int:
+def supervise(run: ContainerRun, container: Any, signals: Signals, log: Callable[[bytes], None]) -> int:
     """Start the container, pass on its log, wait, and return the exit code of the gate inside.
 
     On a signal or at the time limit, the gate inside is asked to stop, so that it leaves a valid report.
@@ -232,7 +230,7 @@ def supervise(
     secrets = handed_over(run)
     line = handover.written(secrets) if secrets else b""
     with (
-        docker_api.standard_input(prepared.client, container.id, line),
+        docker_api.standard_input(container, line),
         docker_api.translated("the container cannot be started", gpus=run.gpus),
     ):
         container.start()

@@ -71,7 +71,7 @@ class Address:
     tls: Mapping[str, Any] | None = None
 
 
-def find(environ: Mapping[str, str]) -> Address | None:
+def find_address(environ: Mapping[str, str]) -> Address | None:
     """Return the engine's address; None if there is none. Raises `LauncherError` for a missing context.
 
     The order: DOCKER_HOST (with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH), then the context that DOCKER_CONTEXT or
@@ -151,15 +151,9 @@ def _known_socket(environ: Mapping[str, str]) -> Address | None:
         "runtime": environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}",
     }
     paths = [Path(template.format(**places)) for template in _SOCKETS]
-    sockets = [Address(f"unix://{path}", "a socket of this machine") for path in paths if _is_socket(path)]
+    paths = [path for path in paths if os.path.exists(path) and path.is_socket()]  # noqa: PTH110 - never raises
+    sockets = [Address(f"unix://{path}", "a socket of this machine") for path in paths]
     return next((address for address in sockets if not unreachable(address)), sockets[0] if sockets else None)
-
-
-def _is_socket(path: Path) -> bool:
-    try:
-        return path.is_socket()
-    except OSError:  # another user's directory
-        return False
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------
@@ -189,14 +183,14 @@ def answers(environ: Mapping[str, str]) -> bool:
 
     An address that is not a socket file was set on purpose, and counts as an answer.
     """
-    address = find(environ)
+    address = find_address(environ)
     return address is not None and not unreachable(address)
 
 
 def connect(environ: Mapping[str, str]) -> Any:
     """Connect to the engine and return a client. Raises `LauncherError`."""
     docker = _sdk()
-    address = find(environ)
+    address = find_address(environ)
     if not address:
         raise LauncherError(
             "no container engine was found: DOCKER_HOST is not set, and there is no socket of Docker or podman",
@@ -368,13 +362,13 @@ def removed(client: Any, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
+def standard_input(container: Any, line: bytes) -> Iterator[None]:
     """Attach to a container before its start. After the block, which starts it, write `line` and close."""
     if not line:
         yield
         return
     with translated("the token cannot be passed to the container"):
-        attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
+        attached = container.attach_socket(params={"stdin": 1, "stream": 1})
     # With TLS this is the socket. With a socket file it is a read-only file object around the socket. The SDK keeps a
     # reference to the response in either.
     connection, response = getattr(attached, "_sock", attached), getattr(attached, "_response", attached)

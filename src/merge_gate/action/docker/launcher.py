@@ -69,7 +69,7 @@ def run_in_container(
             # 5. An interrupted request would leave podman with half a container, so signals have to wait here.
             created = container.create(run, prepared)
             signals.check()
-            return container.supervise(run, created, prepared, signals, log)
+            return container.supervise(run, created, signals, log)
         except Interrupted as interruption:
             log(f"merge-gate: {interruption}\n".encode())
             return int(ExitCode.ERROR)

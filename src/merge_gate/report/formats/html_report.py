@@ -27,16 +27,15 @@ from markupsafe import Markup, escape
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import FailureKind, Origin, Severity
-from merge_gate.report.wording import run_result, words
+from merge_gate.report.wording import explanations, run_result, words
 from merge_gate.report.wording.alike import earlier_entries, more_findings
-from merge_gate.report.wording.explanations import explanations
 from merge_gate.report.wording.grid import State, blocks, count_states, states
 from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import has_hidden
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from jinja2 import Template
 
@@ -70,7 +69,7 @@ def render(report: Report) -> str:
         rows=_rows(adapters, layouts, "" if report.is_comparison else report.config.path),
         published=words.published(report),
         bases=_bases(report.bases),
-        meanings=meanings(_checks(report)),
+        explained=_explained(report),
         layouts=_data(layouts.known),
     )
 
@@ -104,10 +103,12 @@ def _bases(bases: tuple[BaseReport, ...]) -> list[list[BaseReport]]:
     return [*words.by(bases, lambda base: (base.model, base.revision, base.parameters, base.sha256)).values()]
 
 
-def _checks(report: Report) -> list[str]:
+def _explained(report: Report) -> list[str]:
+    """The checks of the report that have an explanation."""
     findings = [finding for adapter in report.adapters for finding in adapter.findings]
     findings += [finding for base in report.bases for finding in base.findings]
-    return list(dict.fromkeys(finding.check for finding in findings))
+    known = explanations.explanations()
+    return list(dict.fromkeys(finding.check for finding in findings if finding.check in known))
 
 
 _IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
@@ -124,10 +125,11 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=_visible,
     )
-    environment.globals |= {"words": words, "run_result": run_result}
+    environment.globals |= {"words": words, "run_result": run_result, "explanations": explanations}
     environment.filters["number"] = "{:,}".format
     environment.filters["spaced"] = _spaced
     environment.filters["breakable"] = _breakable
+    environment.filters["inline"] = _inline
     return environment.get_template("report.html")
 
 
@@ -237,7 +239,6 @@ def _group(group: tuple[Finding, ...], before: AdapterReport | None) -> dict[str
     return {
         "finding": first,
         "before": words.precision(before.base) if before else "",
-        "has_meaning": first.check in explanations(),
         "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
         "omitted": max(len(more) - _MAX_PLACES, 0),
         "count": len(more),
@@ -408,27 +409,6 @@ def _short(value: float | None) -> float | None:
 _LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _CODE = re.compile(r"`([^`]+)`")
-
-
-def meanings(checks: Iterable[str]) -> list[tuple[str, Markup]]:
-    """The explanation of each check that has one, as HTML."""
-    return [(check, _meaning(check)) for check in checks if check in explanations()]
-
-
-@cache
-def _meaning(check: str) -> Markup:
-    blocks = re.split(r"\n\n+", explanations()[check])
-    return Markup("\n").join(_block(block) for block in blocks)
-
-
-def _block(block: str) -> Markup:
-    if block.startswith("```"):
-        return Markup("<pre>{}</pre>").format("\n".join(block.splitlines()[1:-1]))
-    paragraph, *items = re.split(r"(?:^|\n)- ", block)
-    listed = Markup("").join(Markup("<li>{}</li>").format(_inline(item)) for item in items)
-    return (Markup("<p>{}</p>").format(_inline(paragraph)) if paragraph else Markup("")) + (
-        Markup("<ul>{}</ul>").format(listed) if items else Markup("")
-    )
 
 
 def _inline(text: str) -> Markup:
