@@ -96,8 +96,7 @@ def test_models_stay_in_the_workspace(run: ContainerRun, tmp_path: Path, target:
 
 def test_a_directory_that_the_workflow_names_may_be_elsewhere(run: ContainerRun, tmp_path: Path) -> None:
     place = tmp_path / "models"
-    words = ("--only", "good", "--publish", str(place))
-    elsewhere = ContainerRun(**{**vars_of(run), "publish": place, "arguments": words})
+    elsewhere = ContainerRun(**{**vars_of(run), "publish": place})
     log = bytearray()
     assert step.run_here(elsewhere, log.extend) == 0, log.decode()
     assert (place / "good").is_dir()

@@ -135,8 +135,6 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
         arguments=(
             *(["--dtype", re.sub(r"\s", "", given["dtype"])] if given["dtype"] else []),
             *(["--shard", given["shard"]] if given["shard"] else []),
-            *(["--cache", str(cache)] if cache else []),
-            *(["--publish", str(publish)] if publish else []),
             *arguments,
         ),
         hf_cache=places.place(given["hf-cache-dir"]).resolve() if given["hf-cache-dir"] else caches.hub_home(environ),

@@ -113,7 +113,9 @@ def gate_words(run: ContainerRun, device: str) -> list[str]:
         adapters = [word for adapter in run.adapters for word in ("--adapter", adapter)]
         return ["verify", config_word(run), "--output", str(run.output), *base, *adapters, *run.arguments]
     subject = list(run.adapters) or [config_word(run)]
-    return ["run", *subject, "--output", str(run.output), "--device", device, *base, *run.arguments]
+    written = (("--cache", run.cache), ("--publish", run.publish))
+    places = [word for option, path in written if path for word in (option, str(path))]
+    return ["run", *subject, "--output", str(run.output), "--device", device, *base, *places, *run.arguments]
 
 
 def config_word(run: ContainerRun) -> str:

@@ -7,7 +7,7 @@ come.
 2. Pull the image by its digest if it is missing                              docker_api
 3. Request GPUs in the form that the engine takes                             gpus
 4. Make the directories: the cache, and a temporary one for the output;
-   plant canaries in them, which the container looks for                      _directories, handover
+   plant canaries in them, which the container looks for                      handover
 5. Run as the caller, without capabilities; pass the token; pass on the log;
    stop on SIGINT, SIGTERM, or at the time limit                              container, handover
 6. In any case: remove the container, copy the report out of the directory
@@ -34,7 +34,7 @@ from merge_gate.errors import ExitCode, GateError, LauncherError, UsageError
 from merge_gate.interrupts import Interrupted, deferred_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from merge_gate.earlier_reports import EarlierReports
 
@@ -106,11 +106,7 @@ def local_run(
         image=image,
         device=device,
         gpus=gpus,
-        arguments=(
-            *arguments,
-            *(["--cache", str(Path(cache).resolve())] if cache else []),
-            *(["--publish", str(Path(publish).resolve())] if publish else []),
-        ),
+        arguments=tuple(arguments),
         hf_cache=Path(home).expanduser().resolve(),
         cache=Path(cache).resolve() if cache else None,
         publish=Path(publish).resolve() if publish else None,
@@ -211,44 +207,35 @@ def _prepare(
     facts = docker_api.describe(client)
     leftovers.remove_orphans(client, partial(tell, "warning"))
     tell("image", docker_api.ensure_image(client, run.image, log, run.pull))
-    cache, written = _directories(run, clearing, partial(tell, "refused"))
-    more = {path: path for path in (run.cache, run.publish) if path}
-    canaries = _canaries({run.output: written, cache: cache, **more}, clearing)
+    cache, written, canaries = _directories(run, clearing, partial(tell, "refused"))
     name = f"merge-gate-{secrets.token_hex(8)}"
     clearing.callback(leftovers.remove, client, name, partial(tell, "warning"))
     return PreparedContainer(client, facts, name, cache, written, canaries)
 
 
-def _directories(run: ContainerRun, clearing: contextlib.ExitStack, refuse: Callable[[str], None]) -> tuple[Path, Path]:
-    """Make the directories that the container writes to; return the cache and the directory for the report."""
-    with _prepared():
+def _directories(
+    run: ContainerRun, clearing: contextlib.ExitStack, refuse: Callable[[str], None]
+) -> tuple[Path, Path, dict[Path, Path]]:
+    """Make the directories that the container writes to, and plant a file in each.
+
+    Return the cache, the directory for the report, and the files: their paths inside, and outside.
+    """
+    try:
         earlier = clearing.enter_context(collect.claimed(run.output))
         written = _scratch(run.environ, "report", clearing)
         clearing.callback(_take, written, run.output, refuse, earlier)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
-        for directory in filter(None, (cache, run.cache, run.publish)):
-            directory.mkdir(parents=True, exist_ok=True)
-        return cache, written
-
-
-def _canaries(directories: Mapping[Path, Path], clearing: contextlib.ExitStack) -> dict[Path, Path]:
-    """Plant a file in each directory. Both mappings go from the path inside to the path outside."""
-    planted = {}
-    with _prepared():
-        for inside, outside in directories.items():
-            path = handover.plant(outside)
-            clearing.callback(_unlink, path)
-            planted[inside / path.name] = path
-    return planted
-
-
-@contextlib.contextmanager
-def _prepared() -> Iterator[None]:
-    try:
-        yield
+        same_inside = (path for path in (cache, run.cache, run.publish) if path)
+        canaries: dict[Path, Path] = {}
+        for inside, outside in ((run.output, written), *((path, path) for path in same_inside)):
+            outside.mkdir(parents=True, exist_ok=True)
+            canary = handover.plant(outside)
+            clearing.callback(_unlink, canary)
+            canaries[inside / canary.name] = canary
     except OSError as error:
-        path = error.filename or "a temporary directory"
-        raise LauncherError(f"cannot prepare {path}: {error.strerror or error}") from error
+        place = error.filename or "a temporary directory"
+        raise LauncherError(f"cannot prepare {place}: {error.strerror or error}") from error
+    return cache, written, canaries
 
 
 def _unlink(path: Path) -> None:
