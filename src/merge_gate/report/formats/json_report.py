@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
 from merge_gate.judging.verdict import with_decision
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import is_hidden
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 # Escaped although JSON does not ask for it: characters that hide or reorder text in a terminal, and the one sequence
 # that a GitHub runner obeys anywhere in a log line. So `cat report.json` in a job is harmless; parsers see no change.
@@ -28,6 +31,19 @@ _MAYBE_UNSAFE = re.compile(r"[^\n -~]|#(?=\[)")
 _NO_ROWS = '\n    "rows": []'
 _NO_ADAPTERS, _ADAPTERS = '\n  "adapters": []', '\n  "adapters": [\n    '
 _ROW = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+
+
+class RenderedAdapters:
+    """The texts of the adapters of the last report.json, so that the next report of the run can reuse them."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[AdapterReport, str]] = {}
+
+    def texts(self, make: Callable[[AdapterReport], str], adapters: Iterable[AdapterReport]) -> list[str]:
+        """Return `make(adapter)` for each adapter. If the last report had the same object, its text is reused."""
+        entries = [self._last.get(id(adapter)) or (adapter, make(adapter)) for adapter in adapters]
+        self._last = {id(adapter): (adapter, text) for adapter, text in entries}
+        return [text for _, text in entries]
 
 
 def render(report: Report, rendered: RenderedAdapters | None = None) -> str:

@@ -23,15 +23,12 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from merge_gate.records.report import Report
-    from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+    from merge_gate.report.formats.json_report import RenderedAdapters
 
 FORMATS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {file.name: import_module(f"merge_gate.report.formats.{file.made_by}").render for file in OUTPUT_FILES}
 )
 """File name and renderer of each format. The most important file is first."""
-
-REUSING_FORMATS = ("report.json", "report.html")
-"""The formats whose renderer can reuse the texts of adapters, as its argument `rendered`."""
 
 WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES})
 """The words of `--report` and `merge-gate report show --format`, each with the name of its file."""
@@ -42,17 +39,20 @@ def write_report(
     directory: str | Path,
     *,
     formats: Iterable[str] = tuple(FORMATS),
-    rendered: Mapping[str, RenderedAdapters] = MappingProxyType({}),
+    rendered: RenderedAdapters | None = None,
 ) -> tuple[Path, ...]:
     """Write `formats` into `directory`, which is created if it is missing, and return the files' paths.
 
-    `rendered` holds the texts of the run's last report for the `REUSING_FORMATS`. A reader sees the old file or the new
-    file, never a part. If a renderer raises, its old file and all files written before it stay.
+    `rendered` holds the texts of the run's last report.json. A reader sees the old file or the new file, never a part.
+    If a renderer raises, its old file and all files written before it stay.
     """
     folder = Path(directory)
     make_directory(folder)
     return tuple(
-        write_text(folder / name, FORMATS[name](report, **({"rendered": rendered[name]} if name in rendered else {})))
+        write_text(
+            folder / name,
+            json_report.render(report, rendered) if name == OUTPUT_FILES[0].name else FORMATS[name](report),
+        )
         for name in formats
     )
 
