@@ -265,7 +265,14 @@ def _record_reader(cls: Any) -> Callable[[Json], Any]:
 
 def _read_tuple(read: Callable[[Json], Any], value: Json) -> tuple[Any, ...]:
     _read_plain(list, value)
-    return tuple(_at(f"[{index}]", read, item) for index, item in enumerate(value))
+    loaded: list[Any] = []
+    try:
+        for item in value:
+            loaded.append(read(item))  # noqa: PERF401 - their number is the place of a wrong item
+    except UnreadableError as wrong:
+        wrong.steps.append(f"[{len(loaded)}]")
+        raise
+    return tuple(loaded)
 
 
 def _read_table(cls: Any, value: Json) -> tuple[Any, ...]:
@@ -273,12 +280,15 @@ def _read_table(cls: Any, value: Json) -> tuple[Any, ...]:
     _read_plain(dict, value)
     keys = _at(".columns", _reader(tuple[str, ...]), value.get("columns"))
     inside = [field.key for field in declared(cls) if is_record(field.kind)]
+    read_record = _reader(cls)
 
     def read_row(row: Json) -> Any:
         if len(_read_plain(list, row)) != len(keys):
             raise UnreadableError(f"has {len(row)} cells, expected one for each of {len(keys)} columns")
         cells = dict(zip(keys, row, strict=True))
-        return _reader(cls)(cells | dict.fromkeys(inside, cells))
+        for key in inside:
+            cells[key] = cells
+        return read_record(cells)
 
     return _at(".rows", partial(_read_tuple, read_row), value.get("rows"))  # type: ignore[no-any-return]
 
