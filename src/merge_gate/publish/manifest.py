@@ -33,7 +33,7 @@ from merge_gate.records.publication import (
 from merge_gate.records.report import TOOL, ConfigFile, Tool
 from merge_gate.records.terms import DTYPES, PRESERVE, Finding, Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
-from merge_gate.report.formats.fields import UnreadableError, dump_record, load
+from merge_gate.report.formats.fields import UnreadableError, dump_record, load_document
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import NUMBER, one_of
@@ -200,26 +200,23 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         UsageError: it is not a manifest of version 1, or contradicts itself.
     """
     try:
-        manifest: Manifest = load(Manifest, parse_strictly(data), "")
+        manifest: Manifest = load_document(Manifest, data, MANIFEST_VERSION, TOOL)
         _refuse_contradictions(manifest)
-    except (InvalidJsonError, UnreadableError) as error:
-        what = f"it {error}" if isinstance(error, InvalidJsonError) else error
+    except UnreadableError as error:
         raise UsageError(
-            f"{one_line(name)} is not a {MANIFEST_NAME} of merge-gate: {what}",
+            f"{one_line(name)} is not a {MANIFEST_NAME} of merge-gate: {error}",
             hint="publish the adapter again with `merge-gate run --publish DIR`",
         ) from error
-    return replace(manifest, schema_version=MANIFEST_VERSION)
+    return manifest
 
 
 def _refuse_contradictions(manifest: Manifest) -> None:
     """Refuse what a run cannot have written."""
     names, members = [file.path for file in manifest.files], [adapter.name for adapter in manifest.adapters]
     outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
-    is_combination, version = manifest.combination is not None, manifest.schema_version.split(".")[0]
+    is_combination = manifest.combination is not None
     has_dtypes = manifest.dtype in {PRESERVE, *DTYPES} and manifest.base.requested_dtype in {"auto", *DTYPES}
     for is_wrong, sentence in (
-        (version != "1", f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x"),
-        (manifest.tool.name != TOOL, f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}"),
         (manifest.verdict is not Verdict.PASSED, f"verdict is {manifest.verdict}, expected {Verdict.PASSED}"),
         (not has_dtypes, f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}"),
         (not names, "files is empty, expected every file of the directory"),
