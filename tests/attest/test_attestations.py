@@ -15,10 +15,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from merge_gate.attest import statement
-from merge_gate.attest.attested import statements_of
-from merge_gate.attest.checked import attestation_problems
 from merge_gate.attest.envelope import opened, read_key, signed
-from merge_gate.attest.statement import InvalidStatementError
+from merge_gate.attest.statement import InvalidStatementError, statements_of
 from merge_gate.cli.dispatch import main
 from merge_gate.earlier_reports import mark_stale
 from merge_gate.errors import UsageError
@@ -26,6 +24,7 @@ from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
+from merge_gate.verify.attestation import attestation_problems
 from tests.support import published, reports
 from tests.support.tried import tried
 

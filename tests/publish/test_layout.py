@@ -10,7 +10,6 @@ import pytest
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish.layout import (
     FileLayout,
-    IndexFile,
     ModelLayout,
     Place,
     base_layout,
@@ -46,9 +45,9 @@ def test_a_changed_shape_gives_its_file_a_new_header_and_leaves_the_others(base:
     assert header["embed.weight"]["shape"] == [12, 4]
     assert len(layout.files[0].head) % 8 == 0
     assert layout.index is not None
-    assert json.loads(layout.index.content)["metadata"]["total_size"] == layout.size_bytes - sum(
+    assert json.loads(layout.index.head)["metadata"]["total_size"] == layout.size_bytes - sum(
         len(file.head) for file in layout.files
-    ) - len(layout.index.content)
+    ) - len(layout.index.head)
 
 
 def test_wider_dtypes_come_first_in_a_new_file(base: ModelLayout) -> None:
@@ -63,7 +62,7 @@ def test_a_tensor_that_the_base_does_not_store_goes_to_the_last_file(base: Model
     layout = merged_layout(base, changed("score.weight", "F32", 2, 4))
     assert layout.files[-1].places[0].tensor.name == "score.weight"
     assert layout.index is not None
-    assert json.loads(layout.index.content)["weight_map"]["score.weight"] == layout.files[-1].name
+    assert json.loads(layout.index.head)["weight_map"]["score.weight"] == layout.files[-1].name
 
 
 def test_a_cast_changes_floating_tensors_only(base: ModelLayout) -> None:
@@ -107,7 +106,7 @@ def test_an_index_that_names_ghosts_or_omits_tensors_is_made_again(tmp_path: Pat
     path.write_text(json.dumps(index))
     layout = merged_layout(base_layout(str(tmp_path)), {})
     assert layout.index is not None
-    listed = json.loads(layout.index.content)["weight_map"]
+    listed = json.loads(layout.index.head)["weight_map"]
     assert set(listed) == {tensor.name for tensor in layout.tensors}
 
 
@@ -142,8 +141,8 @@ def test_a_header_or_an_index_that_cannot_be_parsed_has_no_metadata() -> None:
     """Both were read before; what is made of them is complete all the same."""
     tensor = StoredTensor(name="a", dtype="F32", shape=(1,), file="a.safetensors")
     file = FileLayout(name="a.safetensors", head=bytes(8) + b"x", places=(Place(tensor=tensor, start=9, end=13),))
-    layout = ModelLayout(files=(file,), index=IndexFile(name="a.safetensors.index.json", content=b"x"))
+    layout = ModelLayout(files=(file,), index=FileLayout(name="a.safetensors.index.json", head=b"x"))
     made = merged_layout(layout, changed("a", "F32", 2))
     assert b"__metadata__" not in made.files[0].head
     assert made.index is not None
-    assert json.loads(made.index.content) == {"metadata": {"total_size": 8}, "weight_map": {"a": "a.safetensors"}}
+    assert json.loads(made.index.head) == {"metadata": {"total_size": 8}, "weight_map": {"a": "a.safetensors"}}

@@ -1,21 +1,25 @@
-"""Reads the files next to the weights of a base or an adapter that may be published.
+"""Reads the files of a base and its adapters that a published model is made of.
 
-In: a directory, which is hostile. Out: the bytes of the files whose names are on the allow-list, and the names of the
-others. A link may lead to another file of the directory or of its own repository in the Hub's cache, and no further.
+In: directories, which are hostile. Out: the bytes of the files next to the weights whose names are on the allow-list,
+and the names of the others; size and digest of every file, for merge-gate.json. A link may lead to another file of the
+directory or of its own repository in the Hub's cache, and no further.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from merge_gate.companion_names import TEMPLATES, Companion, companion_kind
 from merge_gate.errors import NotPublishedError
+from merge_gate.files import resolve
+from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import shown
 from merge_gate.files.identity import identity_of
-from merge_gate.records.files import FileIdentity
+from merge_gate.records.files import Entry, FileIdentity, FileRecord
 from merge_gate.records.terms import record
 from merge_gate.regular_file import open_regular_file, read_all
 
@@ -132,3 +136,59 @@ def _within(folder: Path, name: str, what: str) -> Path:
             hint="replace the link by a copy of the file: what a link leads to might not be meant for publication",
         )
     return place
+
+
+# --- size and digest of every file -----------------------------------------------------------------------------------
+
+
+def input_files(
+    entry: Entry, weights: Iterable[FileRecord], base: CompanionFiles, *adapters: CompanionFiles
+) -> list[tuple[FileRecord, ...]]:
+    """The files of an entry's base, and those of each adapter, sorted by name: what the merge read, and what is copied.
+
+    A base also has settings in JSON. Its code is not listed: a model that runs code is not published.
+
+    `weights` are the base's weight files with the index. `base` and `adapters` are what a publication read of each.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    known = {file.path: file for file in (*weights, *_records(base.files))}
+    settings = {name for name in resolve.base_setting_files(directory) if not name.endswith(".py")} - set(known)
+    of_adapters = (
+        {file.path: file for file in (*_records(own.without_config), *member.files)}
+        for own, member in zip(adapters, entry.members, strict=True)
+    )
+    return [
+        _sorted((*known.values(), *_digests(directory, settings))),
+        *(_sorted(files.values()) for files in of_adapters),
+    ]
+
+
+def inputs_of(entry: Entry) -> list[tuple[FileRecord, ...]]:
+    """Read the files of an entry: every byte of the base's weights, too.
+
+    Raises:
+        NotPublishedError: a file that would be copied cannot be.
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    weights = tuple(_digests(directory, resolve.base_weight_files(directory)))
+    adapters = (read_companions(member.directory, "the adapter") for member in entry.members)
+    return input_files(entry, weights, read_companions(directory, "the base"), *adapters)
+
+
+def _records(files: Mapping[str, bytes]) -> Iterator[FileRecord]:
+    for name, data in files.items():
+        yield FileRecord(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _digests(directory: str, names: Iterable[str]) -> Iterator[FileRecord]:
+    for name in names:
+        place = Path(directory, name)
+        yield FileRecord(path=name, size_bytes=place.stat().st_size, sha256=resolve.digest_file(place))
+
+
+def _sorted(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+    return tuple(sorted(files, key=lambda file: file.path))

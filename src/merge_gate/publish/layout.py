@@ -53,11 +53,11 @@ class Place:
 
 @record
 class FileLayout:
-    """One weights file: its header with the length before it, and the places of its tensors."""
+    """One weights file: its header with the length before it, and the places of its tensors. An index is all header."""
 
     name: str
     head: bytes
-    places: tuple[Place, ...]
+    places: tuple[Place, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -65,23 +65,15 @@ class FileLayout:
 
 
 @record
-class IndexFile:
-    """An index and its bytes."""
-
-    name: str
-    content: bytes
-
-
-@record
 class ModelLayout:
     """The weight files of a model, and their index if there is one."""
 
     files: tuple[FileLayout, ...]
-    index: IndexFile | None = None
+    index: FileLayout | None = None
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files) + (len(self.index.content) if self.index else 0)
+        return sum(file.size_bytes for file in self.files) + (self.index.size_bytes if self.index else 0)
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -106,7 +98,7 @@ def base_layout(directory: str) -> ModelLayout:
         chosen = loaded_files(directory)
         pickled = [name for name in chosen.files if not name.endswith(SAFETENSORS_ENDING)]
         files = () if pickled else tuple(_read(directory, name) for name in chosen.files)
-        index = chosen.index and IndexFile(name=chosen.index, content=Path(directory, chosen.index).read_bytes())
+        index = chosen.index and FileLayout(name=chosen.index, head=Path(directory, chosen.index).read_bytes())
     except (CorruptFileError, OSError, GateError) as error:
         raise NotPublishedError(f"the base's files cannot be read: {error}", hint="fetch the base again") from error
     if pickled:
@@ -259,20 +251,20 @@ def tensor_bytes(tensor: StoredTensor) -> int:
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
-def _index(base: ModelLayout, files: Sequence[FileLayout]) -> IndexFile | None:
+def _index(base: ModelLayout, files: Sequence[FileLayout]) -> FileLayout | None:
     """The index of these files. The base's own bytes stay if they say the same."""
     is_needed = len(files) > 1 or (base.index is not None and files[0].name != MODEL)
     if not is_needed:
         return None
     listed = {place.tensor.name: file.name for file in files for place in file.places}
     size_bytes = sum(place.size_bytes for file in files for place in file.places)
-    own = _parsed(base.index.content) if base.index is not None else {}
+    own = _parsed(base.index.head) if base.index is not None else {}
     metadata = own["metadata"] if isinstance(own.get("metadata"), dict) else {}
     name = base.index.name if base.index is not None else MODEL_INDEX
     if base.index is not None and _is_true(own, files) and metadata.get("total_size") == size_bytes:
         return base.index
     content = {"metadata": metadata | {"total_size": size_bytes}, "weight_map": dict(sorted(listed.items()))}
-    return IndexFile(name=name, content=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return FileLayout(name=name, head=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -305,5 +297,5 @@ def compare_written(directory: Path, layout: ModelLayout) -> None:
     written = base_layout(str(directory))
     if written.files != layout.files:
         raise NotPublishedError("the written headers differ from the planned ones", hint="please report this")
-    if written.index is not None and not _is_true(_parsed(written.index.content), written.files):
+    if written.index is not None and not _is_true(_parsed(written.index.head), written.files):
         raise NotPublishedError("the written index differs from the headers", hint="please report this")

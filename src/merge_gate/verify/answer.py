@@ -18,7 +18,7 @@ from merge_gate.judging import adapter_report, all_checks
 from merge_gate.judging.kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
-from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
+from merge_gate.publish.manifest import MANIFEST_NAME, Difference, differences, read_manifest
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
@@ -268,7 +268,6 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
     """
     manifest = read_manifest(directory)
     odd, base = differences(directory, manifest), manifest.base
-    different = {one.path for one in odd}
     gated = AdapterReport(
         name=manifest.name,
         source=manifest.adapters[0].source,
@@ -276,19 +275,19 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
         peft_type=manifest.peft_type,
         verdict=Verdict.ERROR,
         coverage=Coverage(),
-        files=tuple(file for file in manifest.files if file.path not in different),  # the others have other digests
+        files=tuple(file for file in manifest.files if file.path not in odd),  # the others have other digests
         line=1,
         column=1,
     )
     return decided(Snapshot(name=name, directory=directory), gated, _own_findings(manifest, odd), allowed)
 
 
-def _own_findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
+def _own_findings(manifest: Manifest, odd: Mapping[str, Difference]) -> list[Finding]:
     if not odd:
         message = f"{counted(len(manifest.files), 'file has', 'files have')} the digests in {MANIFEST_NAME}"
         if manifest.checks:
             message += f". It was judged with changed checks: {one_line(listing(manifest.checks), 400)}"
         return [finding("as-published", message)]
-    shown = listing([f"{quoted(one.path, 120)} is {one.kind}" for one in odd])
+    shown = listing([f"{quoted(name, 120)} is {how}" for name, how in odd.items()])
     message = f"{counted(len(odd), 'file differs', 'files differ')} from {MANIFEST_NAME}: {shown}"
     return [finding("file-changed", message, files=len(odd))]
