@@ -29,7 +29,6 @@ from merge_gate.records.publication import (
     Manifest,
     PublishedAdapter,
     PublishedBase,
-    PublishedCombination,
     Versions,
 )
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
@@ -131,9 +130,7 @@ def manifest_of(
             files=inputs[0],
         ),
         adapters=_adapters(facts, inputs[1:]),
-        combination=None
-        if spec.combine is None
-        else PublishedCombination(**shared_fields(PublishedCombination, spec.combine)),
+        combination=spec.combine and replace(spec.combine, adapters=()),
         allow_pickle=facts.config.allow_pickle,
         trust_remote_code=facts.config.trust_remote_code,
         config=ConfigFile(path=facts.config.label, sha256=facts.config.sha256),

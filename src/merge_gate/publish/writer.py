@@ -24,7 +24,6 @@ from merge_gate.errors import NotPublishedError
 from merge_gate.files.headers import shown
 from merge_gate.publish.layout import FileLayout, ModelLayout, Place
 from merge_gate.records.files import FileRecord
-from merge_gate.records.terms import record
 
 CHUNK_BYTES = 16 << 20
 MOST_PARTS = 1 << 16
@@ -36,12 +35,6 @@ _LIBC, _SYNC_FILE_RANGE_WRITE = ctypes.CDLL(None), 2
 _REREAD = "the disk or its driver loses data: publish to another disk"
 
 
-@record
-class _Part:
-    size_bytes: int
-    checksum: int
-
-
 class ModelWriter:
     """The weight files of one model. One thread at a time may use it. No file stays open between two calls."""
 
@@ -49,7 +42,8 @@ class ModelWriter:
         self.layout = layout
         self._directory = directory
         self._places = layout.places()
-        self._parts: dict[tuple[str, int], dict[int, _Part]] = {}
+        self._parts: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+        """Of each place, the parts by their start: size and checksum."""
         for file in layout.files:
             path = directory / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +72,12 @@ class ModelWriter:
                 _begin_to_store(descriptor, place.start + offset, len(content))
             parts = self._parts.setdefault((place.tensor.file, place.start), {})
             end = offset + len(content)
-            if parts.get(offset) is None or parts[offset].size_bytes != len(content):
-                for start in [one for one, part in parts.items() if one < end and offset < one + part.size_bytes]:
+            if offset not in parts or parts[offset][0] != len(content):
+                for start in [one for one, (size_bytes, _) in parts.items() if one < end and offset < one + size_bytes]:
                     del parts[start]
             if len(parts) >= MOST_PARTS:
                 raise ValueError(f"{name}: more than {MOST_PARTS} parts")
-            parts[offset] = _Part(size_bytes=len(content), checksum=checksum)
+            parts[offset] = (len(content), checksum)
 
     def read(self, name: str, offset: int, into: memoryview) -> None:
         """Fill `into` with bytes of a tensor from `offset` on, as they are in the first file that has it.
@@ -103,7 +97,7 @@ class ModelWriter:
     def is_written(self, place: Place) -> bool:
         """Whether every byte of a tensor was written."""
         parts = self._parts.get((place.tensor.file, place.start), {})
-        return sum(part.size_bytes for part in parts.values()) == place.size_bytes  # they do not overlap
+        return sum(size_bytes for size_bytes, _ in parts.values()) == place.size_bytes  # they do not overlap
 
     def missing(self) -> Iterator[Place]:
         """The places of tensors that were not written whole."""
@@ -158,18 +152,18 @@ class ModelWriter:
         hashing = None
         for place in file.places:
             parts = self._parts.get((file.name, place.start), {})
-            for offset, part in sorted(parts.items()):
+            for offset, (size_bytes, expected) in sorted(parts.items()):
                 checksum = 0
-                for start in range(offset, offset + part.size_bytes, CHUNK_BYTES):
+                for start in range(offset, offset + size_bytes, CHUNK_BYTES):
                     go_on()
                     buffers.reverse()
-                    piece = buffers[0][: min(CHUNK_BYTES, offset + part.size_bytes - start)]
+                    piece = buffers[0][: min(CHUNK_BYTES, offset + size_bytes - start)]
                     _read_all(descriptor, place.start + start, piece, file.name)
                     if hashing is not None:
                         hashing.result()
                     hashing = pool.submit(whole.update, piece)
                     checksum = zlib.crc32(piece, checksum)
-                if checksum != part.checksum:
+                if checksum != expected:
                     raise _other_bytes(file.name, place.tensor.name)
         if hashing is not None:
             hashing.result()

@@ -34,12 +34,11 @@ from merge_gate.publish.manifest import (
     parse_manifest,
     read_manifest,
     settings_of,
-    shared_fields,
 )
 from merge_gate.publish.publications import model_name
-from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
+from merge_gate.records.config import AdapterSpec, BaseSpec, Config, PublishSpec
 from merge_gate.records.options import RunOptions
-from merge_gate.records.publication import CARD_NAME, PublishedCombination
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
@@ -180,7 +179,7 @@ def _config(manifest: Manifest, base: str | None, adapters: Sequence[str]) -> Co
         specs.append(spec(name=adapter.name, source=adapter.source, path=path, hub_id=hub_id, revision=revision))
     if manifest.combination is not None:
         names = tuple(adapter.name for adapter in manifest.adapters)
-        combine = Combine(adapters=names, **shared_fields(PublishedCombination, manifest.combination))
+        combine = replace(manifest.combination, adapters=names)
         specs.append(spec(name=manifest.name, source=manifest.name, combine=combine))
     return Config(
         path=manifest.config.path,

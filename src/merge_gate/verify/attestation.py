@@ -77,13 +77,7 @@ def attested_report(
     if not Path(directory).is_dir():
         raise UsageError(f"{quoted(directory, 200)} is not a directory here, and --attestation is for a directory")
     try:
-        problems = attestation_problems(
-            attestation.envelope,
-            attestation.public_key,
-            directory,
-            base_sha256=base_sha256,
-            max_age_days=attestation.max_age_days,
-        )
+        problems = attestation_problems(attestation, directory, base_sha256=base_sha256)
     except OSError as error:
         raise GateError(f"{quoted(directory, 200)} cannot be read: {error.strerror or error}") from error
     if report.verdict is Verdict.ERROR and not problems:
@@ -105,37 +99,25 @@ def attested_report(
 
 
 def attestation_problems(
-    envelope: bytes,
-    public_key: bytes,
-    directory: str | Path,
-    *,
-    base_sha256: str | None = None,
-    max_age_days: float | None = None,
-    now: datetime | None = None,
+    attestation: Attestation, directory: str | Path, *, base_sha256: str | None = None, now: datetime | None = None
 ) -> tuple[str, ...]:
     """What is wrong with an attestation of a published directory, or with the directory. Every byte is read.
 
-    Args:
-        envelope: the signed attestation.
-        public_key: the key of the expected signer, in PEM.
-        directory: the directory that was published.
-        base_sha256: the digest of the base's weights that is expected; None for any base.
-        max_age_days: how old the attestation may be; None for any age.
-        now: the time; None for the system's clock.
+    `base_sha256` is the expected digest of the base's weights; None for any base. `now` None is the system's clock.
 
     Raises:
         UsageError: the key cannot be used, or the extra `attest` is not installed.
         OSError: the directory cannot be read.
     """
     try:
-        statement = read(opened(envelope, public_key))
+        statement = read(opened(attestation.envelope, attestation.public_key))
     except InvalidEnvelopeError as error:
         return (f"the attestation {error}",)
     except InvalidStatementError as error:
         return (f"the statement in the attestation {error}",)
     return (
         *_of_predicate(statement, base_sha256),
-        *_of_age(statement, max_age_days, now or datetime.now(UTC)),
+        *_of_age(statement, attestation.max_age_days, now or datetime.now(UTC)),
         *_of_files(statement, Path(directory)),
     )
 
