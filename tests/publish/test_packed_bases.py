@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from merge_gate.engine.base.packed_headers import plain_headers
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish.layout import base_layout
 from merge_gate.publish.one_publication import Publication
+from merge_gate.publish.weight_files import base_layout
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.packed_weights import packed_weights

@@ -16,8 +16,8 @@ from merge_gate.cli.dispatch import main
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import identity_of
 from merge_gate.publish import one_publication, publications
-from merge_gate.publish.layout import ModelLayout, base_layout
 from merge_gate.publish.one_publication import CanceledError, Publication
+from merge_gate.publish.weight_files import ModelLayout, base_layout
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged

@@ -25,8 +25,8 @@ from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.judging.kinds import PUBLISHED_FILES, STOP_TOKENS, TOKENIZER_SIZE
 from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
-from merge_gate.publish.layout import FLOATING_STORED
 from merge_gate.publish.manifest import PublicationFacts
+from merge_gate.publish.weight_files import FLOATING_STORED
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity

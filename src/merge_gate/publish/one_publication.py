@@ -30,18 +30,19 @@ from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companion_files import Identities, input_files
 from merge_gate.publish.companions import companions_of, read_inputs
-from merge_gate.publish.layout import (
+from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts, manifest_of, model_card, render
+from merge_gate.publish.partial import PartialDirectory
+from merge_gate.publish.weight_files import (
+    CHUNK_BYTES,
     FLOATING,
     FLOATING_STORED,
     ModelLayout,
+    ModelWriter,
     Place,
     cast,
     compare_written,
     merged_layout,
 )
-from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts, manifest_of, model_card, render
-from merge_gate.publish.partial import PartialDirectory
-from merge_gate.publish.writer import CHUNK_BYTES, ModelWriter
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights

@@ -23,10 +23,10 @@ from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.companion_files import companion_identities
-from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication
 from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
+from merge_gate.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import PublishedModel
