@@ -15,8 +15,7 @@ import pytest
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish import companions
-from merge_gate.publish.companion_files import companion_identities
-from merge_gate.publish.companions import companions_of, read_inputs
+from merge_gate.publish.companions import companion_identities, companions_of, read_inputs
 from merge_gate.records.files import BaseFiles, DeclaredQuantization, Snapshot, StoredTensor
 from merge_gate.records.terms import PRESERVE, Severity
 from tests.support import published, reports
@@ -25,8 +24,7 @@ from tests.support.vocabularies import vocabulary_files
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from merge_gate.publish.companion_files import Identities
-    from merge_gate.publish.companions import Chosen
+    from merge_gate.publish.companions import Chosen, Identities
     from merge_gate.publish.manifest import PublicationFacts
     from merge_gate.records.terms import Finding
 

@@ -3,7 +3,8 @@
 In: the directories of base and adapters, which are hostile, and what the merge changed. Out: the bytes of each file,
 and findings. Files are copied, and config.json is changed only where the tensors have changed.
 
-1. Read the files whose names are on the allow-list (companion_names.py).
+1. Read the files whose names are on the allow-list (companion_names.py). A link may lead to another file of the
+   directory or of its own repository in the Hub's cache, and no further.
 2. The adapter's own copy replaces that of the base, except config.json and licenses. Tokenizer and chat template are
    replaced as a whole: half of a tokenizer would be worse than either.
 3. Change in config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
@@ -15,23 +16,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from merge_gate.companion_names import Companion, companion_kind
+from merge_gate.companion_names import TEMPLATES, Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
+from merge_gate.files.identity import identity_of
 from merge_gate.judging.kinds import PUBLISHED_FILES, STOP_TOKENS, TOKENIZER_SIZE
-from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
 from merge_gate.publish.manifest import PublicationFacts
 from merge_gate.publish.weight_files import FLOATING_STORED
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
 from merge_gate.records.publication import CARD_NAME
-from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity
+from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
+from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.text import counted, listing, quoted
 
+_MOST_BYTES = 256 * 1024 * 1024
+_POINTER = b"version https://git-lfs"
 _CODE = ("auto_map", "custom_pipelines")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATIONS = ("quantization_config", "compression_config")
@@ -52,11 +58,27 @@ _INDENT = re.compile(r"\{\r?\n([ \t]+)")
 _ID = re.compile(r"\d{1,11}", re.ASCII)
 
 Json = Mapping[str, Any]
+Identities = Mapping[str, Mapping[str, FileIdentity]]
+"""By directory, the files next to the weights as they were when the run began."""
+
 Place = tuple[str, ...]
 """The place of an object in a JSON document: the keys that lead to it."""
 
 Chosen = dict[str, tuple[str, bytes]]
 """The files to be published, by name: whose each is, `base` or `adapter`, and its bytes."""
+
+
+@record
+class CompanionFiles:
+    """The files of one directory. `others` are the names that are not on the allow-list, without hidden files."""
+
+    files: dict[str, bytes]
+    others: tuple[str, ...] = ()
+
+    @property
+    def without_config(self) -> dict[str, bytes]:
+        """The files without config.json: that of an adapter is not published."""
+        return {name: data for name, data in self.files.items() if companion_kind(name) is not Companion.CONFIG}
 
 
 def read_inputs(
@@ -95,6 +117,104 @@ def companions_of(
     contents = {name: content for name, file in files.items() if isinstance(content := _parsed(name, *file), dict)}
     generation = _object(base.files.get("generation_config.json")) if "generation_config.json" in own else None
     return files, [*_disagreements(contents, generation), *_oversized(contents), *notes]
+
+
+# --- 1. --------------------------------------------------------------------------------------------------------------
+
+
+def companion_identities(directory: str) -> dict[str, FileIdentity]:
+    """The identities of the files that may be published. What cannot be looked at is left out, and is refused later."""
+    found: dict[str, FileIdentity] = {}
+    with contextlib.suppress(OSError):
+        for name in _names(Path(directory)):
+            if companion_kind(name) is not None:
+                found[name] = identity_of(name, Path(directory, name).stat())
+    return found
+
+
+def read_companions(directory: str, owner: str, expected: Mapping[str, FileIdentity] | None = None) -> CompanionFiles:
+    """The files next to the weights. `owner` is what messages call the directory's owner, such as `the base`.
+
+    `expected` has the identities of the files when the run began; None accepts any.
+
+    Raises:
+        NotPublishedError: a file on the allow-list cannot be read, is too large, is a Git LFS pointer, is a link to
+            another place, or is not the expected one.
+    """
+    folder = Path(directory)
+    files: dict[str, bytes] = {}
+    read: dict[str, FileIdentity] = {}
+    others: list[str] = []
+    try:
+        for name in _names(folder):
+            if companion_kind(name) is None:
+                others.append(name)
+            else:
+                files[name], read[name] = _read(folder, name, owner)
+                if sum(map(len, files.values())) > _MOST_BYTES:
+                    raise NotPublishedError(
+                        f"the files next to the weights of {owner} have more than {_MOST_BYTES:,} bytes",
+                        hint=f"remove what is not needed from {shown(directory)}",
+                    )
+    except OSError as error:
+        raise NotPublishedError(
+            f"the directory of {owner} cannot be read: {error.strerror or error}",
+            hint="check that the user who runs the gate may read it",
+        ) from error
+    if expected is not None and read != expected:
+        other = min(name for name in {*read, *expected} if read.get(name) != expected.get(name))
+        raise NotPublishedError(
+            f"{shown(other)} of {owner} was added, removed, or written to during the run",
+            hint="let nothing write to that directory during the run, and run the gate again",
+        )
+    return CompanionFiles(files=files, others=tuple(others))
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in the directory, without hidden files, and those of the chat templates in their folder."""
+    names = []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.name == TEMPLATES and entry.is_dir(follow_symlinks=False):
+            names += [f"{TEMPLATES}/{template.name}" for template in os.scandir(entry.path)]
+        else:
+            names.append(entry.name + "/" * entry.is_dir())
+    return sorted(names)
+
+
+def _read(folder: Path, name: str, owner: str) -> tuple[bytes, FileIdentity]:
+    what = f"{shown(name)} of {owner}"
+    try:
+        place = _within(folder, name, what)
+        with open_regular_file(place) as file:
+            data = read_all(file, _MOST_BYTES)
+            identity = identity_of(name, os.fstat(file.fileno()))
+    except OSError as error:
+        raise NotPublishedError(
+            f"{what} cannot be read: {error.strerror or error}",
+            hint="correct that file, or remove it if the model does not need it",
+        ) from error
+    if data.startswith(_POINTER):
+        raise NotPublishedError(
+            f"{what} is a Git LFS pointer, expected the file itself",
+            hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
+        )
+    return data, identity
+
+
+def _within(folder: Path, name: str, what: str) -> Path:
+    """The file itself, if a link leads to it. The Hub's cache links from a snapshot to the repository's blobs."""
+    top = folder.resolve()
+    place = (top / name).resolve(strict=True)
+    is_blob = top.parent.name == "snapshots" and top.parent.parent / "blobs" in place.parents
+    is_companion = top in place.parents and companion_kind(place.relative_to(top).as_posix()) is not None
+    if not is_blob and not is_companion:
+        raise NotPublishedError(
+            f"{what} is a link to {shown(str(place))}, expected such a file of its directory",
+            hint="replace the link by a copy of the file: what a link leads to might not be meant for publication",
+        )
+    return place
 
 
 # --- 2. --------------------------------------------------------------------------------------------------------------

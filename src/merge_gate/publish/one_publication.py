@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.files import resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
-from merge_gate.publish.companion_files import Identities, input_files
-from merge_gate.publish.companions import companions_of, read_inputs
+from merge_gate.publish.companions import CompanionFiles, Identities, companions_of, read_companions, read_inputs
 from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts, manifest_of, model_card, render
 from merge_gate.publish.partial import PartialDirectory
 from merge_gate.publish.weight_files import (
@@ -44,7 +45,7 @@ from merge_gate.publish.weight_files import (
     merged_layout,
 )
 from merge_gate.records.config import PublishSpec
-from merge_gate.records.files import FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding
@@ -358,3 +359,59 @@ class Publication:
 
 def _misfit(name: str, how: str) -> NotPublishedError:
     return NotPublishedError(f"the merged tensor {shown(name)} {how}", hint=_FOREIGN)
+
+
+# --- the files that a model is made of, for merge-gate.json ----------------------------------------------------------
+
+
+def input_files(
+    entry: Entry, weights: Iterable[FileRecord], base: CompanionFiles, *adapters: CompanionFiles
+) -> list[tuple[FileRecord, ...]]:
+    """The files of an entry's base, and those of each adapter, sorted by name: what the merge read, and what is copied.
+
+    A base also has settings in JSON. Its code is not listed: a model that runs code is not published.
+
+    `weights` are the base's weight files with the index. `base` and `adapters` are what a publication read of each.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    known = {file.path: file for file in (*weights, *_records(base.files))}
+    settings = {name for name in resolve.base_setting_files(directory) if not name.endswith(".py")} - set(known)
+    of_adapters = (
+        {file.path: file for file in (*_records(own.without_config), *member.files)}
+        for own, member in zip(adapters, entry.members, strict=True)
+    )
+    return [
+        _sorted((*known.values(), *_digests(directory, settings))),
+        *(_sorted(files.values()) for files in of_adapters),
+    ]
+
+
+def inputs_of(entry: Entry) -> list[tuple[FileRecord, ...]]:
+    """Read the files of an entry: every byte of the base's weights, too.
+
+    Raises:
+        NotPublishedError: a file that would be copied cannot be.
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    weights = tuple(_digests(directory, resolve.base_weight_files(directory)))
+    adapters = (read_companions(member.directory, "the adapter") for member in entry.members)
+    return input_files(entry, weights, read_companions(directory, "the base"), *adapters)
+
+
+def _records(files: Mapping[str, bytes]) -> Iterator[FileRecord]:
+    for name, data in files.items():
+        yield FileRecord(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _digests(directory: str, names: Iterable[str]) -> Iterator[FileRecord]:
+    for name in names:
+        place = Path(directory, name)
+        yield FileRecord(path=name, size_bytes=place.stat().st_size, sha256=resolve.digest_file(place))
+
+
+def _sorted(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+    return tuple(sorted(files, key=lambda file: file.path))

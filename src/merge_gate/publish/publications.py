@@ -22,7 +22,7 @@ from pathlib import Path
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.output_files import PUBLISH_WITHIN
-from merge_gate.publish.companion_files import companion_identities
+from merge_gate.publish.companions import companion_identities
 from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication
 from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
@@ -40,7 +40,6 @@ _NONE_FITS = 10
 
 END_LIMIT_S = 10.0
 """How long a disk may take for the piece that is being written when the run is interrupted."""
-
 
 _CHOSEN_BY = " with --publish"
 _MOST_NAME_BYTES = 255
@@ -70,11 +69,10 @@ class Publications:
         is_plan: bool = False,
     ) -> None:
         self.spec, specs, self._notify, self._is_plan = wanted, tuple(specs), notify, is_plan
-        if wanted is not None:
-            _refuse_inside(Path(wanted.directory).resolve(), inputs)
-        names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
         self._parent = Path()
         if wanted is not None:
+            _refuse_inside(Path(wanted.directory).resolve(), inputs)
+            names = [model_name(spec.name, wanted.dtype) for spec in specs]
             self._parent = _prepared(wanted.directory, names, within, is_plan=is_plan)
         self._specs = tuple(spec.name for spec in specs)
         self._chosen: dict[int, Entry] = {}

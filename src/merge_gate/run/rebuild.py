@@ -4,7 +4,7 @@ In: a merge-gate.json of unknown origin, and a directory. Out: the model in that
 the base runs, whatever the file says.
 
 1. Make the configuration that the file describes.              _config
-2. Compare every file of base and adapters with it.             publish/companion_files.py
+2. Compare every file of base and adapters with it.             publish/one_publication.py
 3. Merge and publish into a directory of its own.               run/flow.py
 4. Compare every fact in the file with this run's, and write the card and the file, which follow from them.
 5. Compare every file. Only then the model gets its name.       publish/manifest.py
@@ -25,7 +25,6 @@ from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.prepare import Inputs
 from merge_gate.files.resolve import Fetching
-from merge_gate.publish.companion_files import inputs_of
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,
@@ -35,6 +34,7 @@ from merge_gate.publish.manifest import (
     read_manifest,
     settings_of,
 )
+from merge_gate.publish.one_publication import inputs_of
 from merge_gate.publish.publications import model_name
 from merge_gate.records.config import AdapterSpec, BaseSpec, Config, PublishSpec
 from merge_gate.records.options import RunOptions
