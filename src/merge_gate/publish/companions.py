@@ -333,21 +333,14 @@ def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[i
     rows = {(old[:1], new[:1]) for old, new in changed.values()}
     if len(rows) == 1 and all(old[1:] == new[1:] for old, new in changed.values()):
         ((before, after),) = rows
-        if before and after and before[0] in _sizes(config):
+        if before and after and before[0] in (config.get("vocab_size"), _text_section(config).get("vocab_size")):
             return before[0], after[0]
+    shapes_of = [f"{shown(name)} ({list(old)} to {list(new)})" for name, (old, new) in changed.items()]
     raise NotPublishedError(
-        f"the merge changes the shape of {listing([_reshaped(name, *changed[name]) for name in changed], 3)}, and the "
-        "base's config.json does not describe this: it has no vocab_size of that many rows",
+        f"the merge changes the shape of {listing(shapes_of, 3)}, and the base's config.json does not describe this: "
+        "it has no vocab_size of that many rows",
         hint="use a base whose shapes the adapter does not change, or save the base with the new shapes first",
     )
-
-
-def _reshaped(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
-    return f"{shown(name)} ({list(old)} to {list(new)})"
-
-
-def _sizes(config: Mapping[str, Any]) -> set[Any]:
-    return {config.get("vocab_size"), _text_section(config).get("vocab_size")}
 
 
 def _vocabulary_sections(config: dict[str, Any], rows: int) -> list[dict[str, Any]]:
