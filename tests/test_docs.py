@@ -27,7 +27,6 @@ from packaging.version import Version
 from benchmarks import architectures
 from merge_gate.cli import dispatch
 from merge_gate.cli.parser import commanded
-from merge_gate.config.load_config import config_schema
 from merge_gate.errors import ExitCode
 from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from merge_gate.judging.checks.check import Symptom
@@ -44,6 +43,7 @@ from tests.support.faults import FAULTS, HEALTHY
 from tests.support.generated import held
 from tests.support.judging.cases import FIRES, judge
 from tests.support.models import VARIANTS
+from tests.support.schemas import config_schema
 from tests.support.stored_pages import to_store
 
 if TYPE_CHECKING:

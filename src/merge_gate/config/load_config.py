@@ -22,12 +22,12 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, WrapValidator
 
 from merge_gate.config.build import build_config
-from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, config_schema, or_hole, schema_of
+from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole
 from merge_gate.config.problems import read_models
 from merge_gate.config.yaml_document import Loc, YamlDocument, end_of, read_yaml, refuse
 from merge_gate.judging.checks.table import CHECKS
@@ -35,8 +35,6 @@ from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
 from merge_gate.records.terms import Acceptance, BaselineEntry
 from merge_gate.text import listing, quoted
-
-__all__ = ["MAX_BYTES", "baseline_schema", "config_schema", "load_config"]
 
 MAX_BYTES = 1024 * 1024
 
@@ -127,11 +125,6 @@ class BaselineFile(Model):
 
     version: Version = NEEDED
     accept: list[Accept] = NEEDED
-
-
-def baseline_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a baseline."""
-    return schema_of(BaselineFile)
 
 
 def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:

@@ -30,7 +30,7 @@ from merge_gate.files.resolve import Fetching
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
 from merge_gate.output_files import PUBLISH_WITHIN
-from merge_gate.publish.facts import PublicationFacts
+from merge_gate.publish.manifest import PublicationFacts
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.publications import Publications, unpublished_dtypes
 from merge_gate.records.config import AdapterSpec, Config, PublishSpec
@@ -490,15 +490,13 @@ class Run:
                 self.publications.discard(index)
                 continue
             try:
-                published = self.publications.publish(index, partial(self._facts, index))
+                published, findings = self.publications.publish(index, partial(self._facts, index))
             except NotPublishedError as error:
                 self.tally.set_report(index, adapter_report.unpublished_report(report, error.message, error.hint))
                 self._view.note(f"{report.name}: not published: {error.message}")
             else:
-                self.tally.set_report(
-                    index, adapter_report.published_report(report, published.model, published.findings)
-                )
-                self._view.note(f"{report.name}: published to {published.model.directory}")
+                self.tally.set_report(index, adapter_report.published_report(report, published, findings))
+                self._view.note(f"{report.name}: published to {published.directory}")
         self._warn_of_earlier_models()
 
     def _warn_of_earlier_models(self) -> None:
@@ -528,10 +526,9 @@ class Run:
             base_identity=self._watch.identity(directory),
             environment=self.tally.environment,
             config=self._config,
-            dtype=model.place.dtype,
+            spec=model.spec,
             tensors=model.tensors,
             base_tensors=model.base_tensors,
-            shard_limit_bytes=model.place.shard_limit_bytes,
         )
 
     def _finish(self) -> None:

@@ -35,8 +35,8 @@ from merge_gate.records.report import (
     Shard,
     Tool,
 )
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
-from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, write_report
+from merge_gate.report.formats.json_report import RenderedAdapters
+from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.shards.combined import in_order
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class ReportWriter:
 
     def __init__(self, directory: str | None, view: View) -> None:
         self._directory, self._view, self._send = directory, view, view.report_made
-        self._rendered = {name: RenderedAdapters() for name in REUSING_FORMATS}
+        self._rendered = RenderedAdapters()
         self._has_notified = self._is_finished = self._pending = False
         self._has_waited = False
         self._next_write_s = 0.0

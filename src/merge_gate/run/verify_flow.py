@@ -42,7 +42,7 @@ from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
-from merge_gate.verify.directory import expected_files, settings_files
+from merge_gate.verify.directory import settings_files
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
@@ -201,7 +201,7 @@ class Verification:
             (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
         ]
         groups = group_by_base(mergeable)
-        settings, files = settings_files(merged, expected_files(self._entries[0])), merged.base_files
+        settings, files = settings_files(merged, self._entries[0]), merged.base_files
         assert files is not None  # noqa: S101 - it was resolved as a base
         self._groups = tuple(self._fed.schedule(_comparing(group, merged, settings), Read.WHOLE) for group in groups)
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)

@@ -19,7 +19,7 @@ from merge_gate.engine.merge.exact_merge import lora_rows
 from merge_gate.engine.tensors.deviation import Fit
 from merge_gate.files.preflight import preflight
 from merge_gate.records.comparison import Comparison, TensorComparison
-from merge_gate.verify.values import bias_limit
+from merge_gate.verify.tensor_findings import bias_limit
 from tests.support import methods
 from tests.support.gating import Gate, one_thread
 

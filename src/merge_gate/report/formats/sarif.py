@@ -24,8 +24,7 @@ from merge_gate.records.project import PROJECT_URL
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.alike import unique_findings
-from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.alike import more_findings, unique_findings
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:

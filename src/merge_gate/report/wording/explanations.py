@@ -9,8 +9,12 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_gate.report.wording.columns import wrap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 STORED = Path(__file__).parents[2] / "explanations.md"
 STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
@@ -30,16 +34,23 @@ def _sections(stored: Path) -> dict[str, str]:
     return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
+def blocks(check: str) -> Iterator[tuple[list[str], str, list[str]]]:
+    """The explanation of a check in parts: the lines of an example, or a paragraph and the items of a list after it."""
+    for block in re.split(r"\n\n+", explanations()[check]):
+        if block.startswith(_FENCE):
+            yield block.splitlines()[1:-1], "", []
+        else:
+            paragraph, *items = re.split(r"(?:^|\n)- ", block)
+            yield [], paragraph, items
+
+
 def explanation(check: str, width: int) -> str:
     """The explanation of a check as text, at most `width` columns wide except for examples."""
     lines = [check, ""]
-    for block in re.split(r"\n\n+", explanations()[check]):
-        if block.startswith(_FENCE):
-            lines += [f"    {line}" for line in block.splitlines()[1:-1]]
-        else:
-            paragraph, *items = re.split(r"(?:^|\n)- ", block)
-            lines += wrap(_plain(paragraph), width) if paragraph else []
-            lines += [line for item in items for line in _item(_plain(item), width)]
+    for example, paragraph, items in blocks(check):
+        lines += [f"    {line}" for line in example]
+        lines += wrap(_plain(paragraph), width) if paragraph else []
+        lines += [line for item in items for line in _item(_plain(item), width)]
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 

@@ -6,6 +6,7 @@ In: records. Out: plain sentences in which foreign text is already on one line. 
 from __future__ import annotations
 
 import math
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merge_gate.judging.checks.check import FOLLOWS
@@ -21,7 +22,7 @@ from merge_gate.text import listing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
+    from merge_gate.records.report import AdapterReport, BaseReport, Environment, PublishedModel, Report
     from merge_gate.records.terms import BaseKey, Finding
 
 T = TypeVar("T")
@@ -375,3 +376,21 @@ def sandbox(environment: Environment) -> str:
     """The restrictions of the worker, and those that are missing."""
     restrictions = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
     return "; ".join([restrictions or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])
+
+
+def published(report: Report) -> list[tuple[str, PublishedModel]]:
+    """The published models, each with the name of its adapter, in the order of the report."""
+    return [(adapter.name, adapter.published) for adapter in report.adapters if adapter.published is not None]
+
+
+def published_size(model: PublishedModel) -> str:
+    """2.20 GB in 2 files."""
+    size_bytes = sum(file.size_bytes for file in model.files)
+    amount = f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"  # noqa: PLR2004
+    return f"{amount} in {counted(len(model.files), 'file')}"
+
+
+def manifest_sha256(model: PublishedModel) -> str:
+    """The digest of a published model's merge-gate.json, which lists all other files; empty if it has none."""
+    own = PurePosixPath("merge-gate.json")
+    return next((file.sha256 for file in model.files if PurePosixPath(file.path) == own), "")

@@ -1,23 +1,26 @@
-"""Names the kind of a finished model, from the facts about each tensor.
+"""Names the kind of a finished model, from the facts about each tensor: its values, its name, its dtype, and its file.
 
-In: a `Comparison`, those of other candidates, and the adapter's strength. Out: findings, one for each kind. Imports no
-torch.
+In: a `Comparison`, those of other candidates, the adapter's strength, and the headers of both directories. Out:
+findings, one for each kind. Imports no torch, and opens no files.
 
 1. Each tensor that the merge touches has a state: as merged, as in the base, along the delta, or other.
 2. The states of all tensors together give the kind: one adapter is applied by one program.
 3. Tensors that the merge does not touch must equal those of the base.
+4. A name that is missing may be stored under another one: transformers renames tensors while it loads them. So names
+   are compared as stored, and then by the tensors of the model that they make.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 from merge_gate.judging.kinds import ANSWERS, finding
-from merge_gate.records.comparison import Comparison, TensorComparison
-from merge_gate.records.files import AdapterConfig
+from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
+from merge_gate.records.files import AdapterConfig, BaseFiles
 from merge_gate.records.terms import Finding
 from merge_gate.text import counted, listing, quoted
 
@@ -30,6 +33,8 @@ FACTOR_TOLERANCE = 0.05
 _LISTED = 5
 MOST_UNTOUCHED = 0.5
 """If more of the untouched tensors differ than this share, the base is another one."""
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 class TensorState(Enum):
@@ -87,9 +92,9 @@ def value_findings(
 ) -> Iterator[Finding]:
     """The findings on the values of all tensors."""
     limit = bias_limit(comparison)
-    yield from _shapes(one for one in comparison.tensors if one.shape != one.expected_shape)
+    yield from _shapes([one for one in comparison.tensors if one.shape != one.expected_shape])
     for is_touched in (True, False):
-        yield from _nonfinite(one for one in comparison.tensors if one.nonfinite and one.touched is is_touched)
+        yield from _nonfinite([one for one in comparison.tensors if one.nonfinite and one.touched is is_touched])
     states = [(one, state_of(one, limit)) for one in comparison.tensors if one.touched]
     others = [one for one in comparison.tensors if not one.touched and not one.same and not one.is_base]
     odd = [*(one for one, state in states if state not in GOOD), *others]
@@ -133,16 +138,23 @@ def _of_candidates(carriers: Mapping[str, str], total: int) -> Iterator[Finding]
         yield finding("other-candidate", message, tensor=names[0], tensors=len(names))
 
 
-def _names(tensors: Iterable[TensorComparison]) -> str:
-    return _listed(one.name for one in tensors)
-
-
 def _listed(names: Iterable[str]) -> str:
     return listing([quoted(name, 120) for name in names])
 
 
-def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
-    odd = list(tensors)
+def _found(
+    kind: str, message: str, odd: Sequence[TensorComparison], *, first: TensorComparison | None = None, **more: Any
+) -> Finding:
+    """The finding whose message ends with the names of these tensors. `first` is its place, or else the first one."""
+    names = _listed(one.name for one in odd)
+    return finding(kind, f"{message}: {names}", tensor=(first or odd[0]).name, **more)
+
+
+def _worst(odd: Iterable[TensorComparison]) -> TensorComparison:
+    return max(odd, key=lambda one: one.units)
+
+
+def _shapes(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
     if odd:
         first = odd[0]
         yield finding(
@@ -153,20 +165,13 @@ def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
         )
 
 
-def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
-    broken = list(tensors)
-    if broken:
+def _nonfinite(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
+    if odd:
         merge_again, copy_again = ANSWERS["nonfinite"].hint.split("; ")
-        total = sum(one.nonfinite for one in broken)
+        total = sum(one.nonfinite for one in odd)
         are = "is" if total == 1 else "are"
-        yield finding(
-            "nonfinite",
-            f"{counted(total, 'value')} of {counted(len(broken), 'tensor')} {are} NaN or Inf, expected finite values: "
-            f"{_names(broken)}",
-            tensor=broken[0].name,
-            values=total,
-            hint=merge_again if broken[0].touched else copy_again,
-        )
+        what = f"{counted(total, 'value')} of {counted(len(odd), 'tensor')} {are} NaN or Inf, expected finite values"
+        yield _found("nonfinite", what, odd, values=total, hint=merge_again if odd[0].touched else copy_again)
 
 
 # --- the merged tensors ----------------------------------------------------------------------------------------------
@@ -197,10 +202,8 @@ def _merged(
     yield from _scaled(by_state, len(touched), config)
     if left := by_state[TensorState.BASE]:
         has = "has" if len(left) == 1 else "have"
-        message = (
-            f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes {has} the bits of the base"
-        )
-        yield finding("applied-in-part", f"{message}: {_names(left)}", tensor=left[0].name, tensors=len(left))
+        what = f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes {has} the bits of the base"
+        yield _found("applied-in-part", what, left, tensors=len(left))
     yield from _odd(by_state, has_candidates=has_candidates)
 
 
@@ -212,7 +215,7 @@ def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison
     merged = counted(sum(len(by_state[state]) for state in GOOD), "merged tensor")
     rest = f"{counted(comparison.compared - len(comparison.tensors), 'other tensor')} have the expected bits"
     if close := by_state[TensorState.CLOSE]:
-        worst = max(close, key=lambda one: one.units)
+        worst = _worst(close)
         return finding(
             "rounding",
             f"{len(close):,} of {merged} {'differs' if len(close) == 1 else 'differ'} from PEFT's merge by at most "
@@ -239,7 +242,11 @@ def _scaled(
             groups.append([one])
     for group in sorted(groups, key=len, reverse=True)[:_LISTED]:
         factor = sum(one.cross for one in group) / sum(one.delta_sq for one in group)
-        where = f"{_all(total)}" if len(group) == total else f"{len(group):,} of {total:,} tensors ({_names(group)})"
+        where = (
+            f"{_all(total)}"
+            if len(group) == total
+            else f"{len(group):,} of {total:,} tensors ({_listed(one.name for one in group)})"
+        )
         kind = "applied-twice" if _is(factor, 2) else "other-strength"
         reasons = ", or ".join(_reasons(factor, config))
         message = f"the delta is in {where} {factor:.4g} times, expected once" + (f": {reasons}" if reasons else "")
@@ -280,36 +287,39 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
         by_state[state] for state in (TensorState.OTHER, TensorState.BIASED, TensorState.IMPRECISE)
     )
     if other:
-        worst = max(other, key=lambda one: one.units)
-        yield finding(
+        worst = _worst(other)
+        yield _found(
             "unexplained",
             f"{counted(len(other), 'merged tensor has', 'merged tensors have')} other values than the merge, the base, "
-            f"or any multiple of the delta: {_names(other)}",
-            tensor=worst.name,
+            "or any multiple of the delta",
+            other,
+            first=worst,
             units=worst.units,
             factor=worst.factor,
             hint="check the base and its revision: no candidate has these values" if has_candidates else "",
         )
     if biased:
         worst = max(biased, key=lambda one: one.bias)
-        yield finding(
+        yield _found(
             "unexplained",
             f"in {counted(len(biased), 'merged tensor')}, small differences from the exact merge add up in one "
             f"direction: up to {worst.bias:.3g} standard deviations of random rounding in a row, a column, or the "
-            f"tensor: {_names(biased)}",
-            tensor=worst.name,
+            "tensor",
+            biased,
+            first=worst,
             deviations=worst.bias,
             hint="merge again: no order of rounding gives such values",
         )
     if imprecise:
-        worst = max(imprecise, key=lambda one: one.units)
+        worst = _worst(imprecise)
         values = sum(one.outside or 0 for one in imprecise)
-        yield finding(
+        yield _found(
             "imprecise",
             f"{counted(values, 'value')} of {counted(len(imprecise), 'merged tensor')} "
             f"{'is' if values == 1 else 'are'} off by more than float32 and rounding explain, by up to "
-            f"{worst.units:.3g} units of the last place: {_names(imprecise)}",
-            tensor=worst.name,
+            f"{worst.units:.3g} units of the last place",
+            imprecise,
+            first=worst,
             units=worst.units,
             values=values,
         )
@@ -323,30 +333,128 @@ def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], compariso
     odd = [one for one, state in touched if state is TensorState.OTHER]
     explained = sorted((*odd, *others), key=lambda one: one.requantized is None)
     if kinds := Counter(one.requantized[0] for one in explained if one.requantized is not None):
-        return finding(
-            "wrong-base",
-            f"{counted(len(explained), 'tensor differs', 'tensors differ')} as the base does after "
-            f"{kinds.most_common(1)[0][0]} quantization, expected the base as it is stored: {_names(explained)}",
-            tensor=explained[0].name,
-        )
+        what = counted(len(explained), "tensor differs", "tensors differ")
+        how = f"as the base does after {kinds.most_common(1)[0][0]} quantization, expected the base as it is stored"
+        return _found("wrong-base", f"{what} {how}", explained)
     untouched = comparison.compared - len(touched)
     if odd and untouched and len(others) > MOST_UNTOUCHED * untouched:
-        return finding(
-            "wrong-base",
-            f"{len(others):,} of {untouched:,} tensors that the adapter does not touch differ from the base, and "
-            f"{counted(len(odd), 'merged tensor')} from the merge: {_names(others)}",
-            tensor=others[0].name,
-        )
+        what = f"{len(others):,} of {untouched:,} tensors that the adapter does not touch differ from the base"
+        return _found("wrong-base", f"{what}, and {counted(len(odd), 'merged tensor')} from the merge", others)
     return None
 
 
 def _base_changed(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
-    if not odd:
-        return
-    worst = max(odd, key=lambda one: one.units)
-    what = counted(
-        len(odd), "tensor that the adapter does not touch differs", "tensors that the adapter does not touch differ"
-    )
-    yield finding(
-        "base-changed", f"{what} from the base: {_names(odd)}", tensor=worst.name, units=worst.units, tensors=len(odd)
-    )
+    if odd:
+        worst, untouched = _worst(odd), "that the adapter does not touch"
+        what = counted(len(odd), f"tensor {untouched} differs", f"tensors {untouched} differ")
+        yield _found("base-changed", f"{what} from the base", odd, first=worst, units=worst.units, tensors=len(odd))
+
+
+# --- names, ties, dtypes, and files ----------------------------------------------------------------------------------
+
+
+def stored_findings(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
+    """The findings on names, ties, dtypes, and files."""
+    yield from _stored(base, merged, comparison)
+    yield from _ties(comparison)
+    yield from _files(merged)
+    yield from _dtypes(base, merged, comparison)
+
+
+def _stored(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
+    before, after = comparison.base_keys, comparison.merged_keys
+    of_base, of_merged = dict(before.targets), dict(after.targets)
+    ties = dict(before.ties) | dict(after.ties)
+    stored, own = ({one.name: None for one in files.tensors} for files in (base, merged))
+    lacking = [name for name in stored if name not in own and name not in before.stale_buffers]
+    extra = [name for name in own if name not in stored]
+    renamed = [name for name in lacking if _makes(of_base.get(name), _made(after))]
+    gone = [name for name in lacking if not _makes(of_base.get(name), _with_tied(_made(after), ties))]
+    made = {target for name in gone for target in of_base.get(name, ())}
+    gone += [name for name in comparison.absent if name not in made and name not in gone and name not in stored]
+    expected = _with_tied(_made(before), ties) | {one.name for one in comparison.tensors if one.touched}
+    expected -= {target for name in own if name in stored for target in of_merged.get(name, ())}  # made already
+    added = [name for name in extra if not _makes(of_merged.get(name), expected)]
+    if gone:
+        what = counted(len(gone), "tensor of the base or the merge is", "tensors of the base or the merge are")
+        message = f"{what} not in the directory: {_groups(gone)}"
+        yield finding("not-carried", message, tensor=gone[0], tensors=len(gone))
+    if added:
+        what = counted(len(added), "tensor is", "tensors are")
+        message = f"{what} in the directory and not in the merge: {_groups(added)}"
+        yield finding("added", message, tensor=added[0], tensors=len(added))
+    if renamed and not comparison.is_other_class:
+        first = renamed[0]
+        new = next((name for name in extra if {*of_base[first]}.intersection(of_merged.get(name, ()))), "")
+        what = counted(len(renamed), "tensor of the base is", "tensors of the base are")
+        message = f"{what} stored under other names or in another layout: {quoted(first, 120)} as {quoted(new, 120)}"
+        yield finding("renamed", message, tensor=first, tensors=len(renamed))
+
+
+def _made(keys: LoadedKeys) -> set[str]:
+    """The tensors of the model that stored tensors make."""
+    return {target for _, targets in keys.targets for target in targets}
+
+
+def _makes(targets: Collection[str] | None, those: set[str]) -> bool:
+    """Whether a stored tensor is loaded, and makes only tensors that are among those."""
+    return bool(targets) and those.issuperset(targets or ())
+
+
+def _with_tied(made: set[str], ties: Mapping[str, str]) -> set[str]:
+    """With every tensor that is tied to one of these."""
+    firsts = {ties.get(name, name) for name in made}
+    return made | firsts | {name for name, first in ties.items() if first in firsts}
+
+
+def _groups(names: Sequence[str]) -> str:
+    """Names by their first part: 15 of `mtp.*`."""
+    heads = Counter(name.partition(".")[0] for name in names)
+    if len(names) <= _LISTED:
+        return listing([quoted(name, 120) for name in names])
+    return listing([f"{count:,} {quoted(f'{head}.*', 80, '`')}" for head, count in heads.most_common()])
+
+
+def _ties(comparison: Comparison) -> Iterator[Finding]:
+    before, after = dict(comparison.base_keys.ties), dict(comparison.merged_keys.ties)
+    own = {*_made(comparison.base_keys), *comparison.base_keys.without_source}
+    tied = [name for name in after if name not in before and name in own]
+    made = _made(comparison.merged_keys).difference(comparison.untied)
+    untied = [name for name in before if name not in after and name in made]
+    for lost, how in (
+        (tied, "one tensor in the directory and two in the base"),
+        (untied, "two tensors in the directory and one in the base"),
+    ):
+        if lost:
+            other = (after | before)[lost[0]]
+            yield finding("tied", f"{quoted(lost[0], 120)} and {quoted(other, 120)} are {how}", tensor=lost[0])
+
+
+def _files(merged: BaseFiles) -> Iterator[Finding]:
+    """The findings on the directory's weight files alone."""
+    for one in merged.findings:
+        yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
+    for names, has, lacks in (
+        ([name for name, _ in merged.ghosts], "the index names", "the weight files do not have"),
+        ([*merged.unlisted], "the weight files have", "the index does not name"),
+    ):
+        if names:
+            what = f"{has} {counted(len(names), 'tensor')} that {lacks}"
+            yield finding("ghost-index", f"{what}: {_groups(names)}", tensor=names[0])
+
+
+def _dtypes(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
+    before = {one.name: one for one in base.tensors}
+    expected = {one.name: one.expected_dtype for one in comparison.tensors if one.touched}
+    targets: Mapping[str, tuple[str, ...]] = dict(comparison.merged_keys.targets)
+    changed: dict[tuple[str, str], list[str]] = {}
+    for one in merged.tensors:
+        was = before.get(one.name)
+        merged_dtypes = {expected.get(target) for target in targets.get(one.name, (one.name,))}
+        if was is None or was.dtype == one.dtype or merged_dtypes == {_DTYPES.get(one.dtype, "")}:
+            continue
+        changed.setdefault((was.dtype, one.dtype), []).append(one.name)
+    for (old, new), names in sorted(changed.items(), key=lambda item: -len(item[1])):
+        what = f"{counted(len(names), 'tensor is', 'tensors are')} stored as {quoted(new, 20)}"
+        message = f"{what}, expected {quoted(old, 20)} as in the base: {_groups(names)}"
+        yield finding("dtype-changed", message, tensor=names[0])

@@ -1,19 +1,30 @@
-"""Where each tensor of a published model is stored: the base's own files, with other tensors in their places.
+"""The weight files of a published model: where each tensor is stored, and proof that the disk has what was written.
 
-In: the headers of a base, and the dtypes and shapes that the merge changes. Out: a `ModelLayout`: file names, header
-bytes, places of tensors, and the index. Reads headers and the index, no values.
+In: the headers of a base, the dtypes and shapes that the merge changes, and the bytes of tensors in parts. Out: a
+`ModelLayout` (file names, header bytes, places of tensors, the index), and the files with their SHA-256. The meaning of
+values does not matter here.
 
 1. A file keeps its name, its order, and its header bytes if all its tensors keep their dtypes and shapes.
 2. If one changes, the file has a new header, and the same order of tensors.
 3. With a limit on the size of a shard, the tensors go into new files, in the order of the base.
+4. Each file is created with its final size and its header.                                              `ModelWriter`
+5. Each part gets a checksum and is written at its place. A later part replaces an earlier one there.    `write`
+6. Every byte of every tensor must have been written.                                                    `missing`
+7. The files go to disk and are read back: each part must have its checksum.                             `read_back`
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import os
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +34,7 @@ from merge_gate.files import json_object
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.base_weights import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular, parse_places, shown
-from merge_gate.records.files import StoredTensor
+from merge_gate.records.files import FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.terms import record
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
@@ -36,6 +47,15 @@ FLOATING_STORED = frozenset({*FLOATING.values(), "F64"})
 
 _PREFIX_BYTES = 8
 _ALIGNMENT = 8
+
+CHUNK_BYTES = 16 << 20
+MOST_PARTS = 1 << 16
+"""Enough for a merged tensor of 256 GiB, which arrives in parts of 4 MiB."""
+
+_EXISTING = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = _EXISTING | os.O_CREAT | os.O_EXCL
+_LIBC, _SYNC_FILE_RANGE_WRITE = ctypes.CDLL(None), 2
+_REREAD = "the disk or its driver loses data: publish to another disk"
 
 
 @record
@@ -53,11 +73,11 @@ class Place:
 
 @record
 class FileLayout:
-    """One weights file: its header with the length before it, and the places of its tensors."""
+    """One weights file: its header with the length before it, and the places of its tensors. An index is all header."""
 
     name: str
     head: bytes
-    places: tuple[Place, ...]
+    places: tuple[Place, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -65,23 +85,15 @@ class FileLayout:
 
 
 @record
-class IndexFile:
-    """An index and its bytes."""
-
-    name: str
-    content: bytes
-
-
-@record
 class ModelLayout:
     """The weight files of a model, and their index if there is one."""
 
     files: tuple[FileLayout, ...]
-    index: IndexFile | None = None
+    index: FileLayout | None = None
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files) + (len(self.index.content) if self.index else 0)
+        return sum(file.size_bytes for file in self.files) + (self.index.size_bytes if self.index else 0)
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -105,8 +117,8 @@ def base_layout(directory: str) -> ModelLayout:
     try:
         chosen = loaded_files(directory)
         pickled = [name for name in chosen.files if not name.endswith(SAFETENSORS_ENDING)]
-        files = () if pickled else tuple(_read(directory, name) for name in chosen.files)
-        index = chosen.index and IndexFile(name=chosen.index, content=Path(directory, chosen.index).read_bytes())
+        files = () if pickled else tuple(_stored(directory, name) for name in chosen.files)
+        index = chosen.index and FileLayout(name=chosen.index, head=Path(directory, chosen.index).read_bytes())
     except (CorruptFileError, OSError, GateError) as error:
         raise NotPublishedError(f"the base's files cannot be read: {error}", hint="fetch the base again") from error
     if pickled:
@@ -117,7 +129,7 @@ def base_layout(directory: str) -> ModelLayout:
     return ModelLayout(files=files, index=index or None)
 
 
-def _read(directory: str, name: str) -> FileLayout:
+def _stored(directory: str, name: str) -> FileLayout:
     with open_regular(str(Path(directory, name))) as file:
         places = parse_places(file)
         file.seek(0)
@@ -259,20 +271,20 @@ def tensor_bytes(tensor: StoredTensor) -> int:
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
-def _index(base: ModelLayout, files: Sequence[FileLayout]) -> IndexFile | None:
+def _index(base: ModelLayout, files: Sequence[FileLayout]) -> FileLayout | None:
     """The index of these files. The base's own bytes stay if they say the same."""
     is_needed = len(files) > 1 or (base.index is not None and files[0].name != MODEL)
     if not is_needed:
         return None
     listed = {place.tensor.name: file.name for file in files for place in file.places}
     size_bytes = sum(place.size_bytes for file in files for place in file.places)
-    own = _parsed(base.index.content) if base.index is not None else {}
+    own = _parsed(base.index.head) if base.index is not None else {}
     metadata = own["metadata"] if isinstance(own.get("metadata"), dict) else {}
     name = base.index.name if base.index is not None else MODEL_INDEX
     if base.index is not None and _is_true(own, files) and metadata.get("total_size") == size_bytes:
         return base.index
     content = {"metadata": metadata | {"total_size": size_bytes}, "weight_map": dict(sorted(listed.items()))}
-    return IndexFile(name=name, content=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return FileLayout(name=name, head=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -305,5 +317,185 @@ def compare_written(directory: Path, layout: ModelLayout) -> None:
     written = base_layout(str(directory))
     if written.files != layout.files:
         raise NotPublishedError("the written headers differ from the planned ones", hint="please report this")
-    if written.index is not None and not _is_true(_parsed(written.index.content), written.files):
+    if written.index is not None and not _is_true(_parsed(written.index.head), written.files):
         raise NotPublishedError("the written index differs from the headers", hint="please report this")
+
+
+# --- written, and read back ------------------------------------------------------------------------------------------
+
+
+class ModelWriter:
+    """The weight files of one model. One thread at a time may use it. No file stays open between two calls."""
+
+    def __init__(self, directory: Path, layout: ModelLayout) -> None:
+        self.layout = layout
+        self._directory = directory
+        self._places = layout.places()
+        self._parts: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+        """Of each place, the parts by their start: size and checksum."""
+        for file in layout.files:
+            path = directory / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _opened(path, _NEW) as descriptor:
+                os.ftruncate(descriptor, file.size_bytes)
+                _write_all(descriptor, 0, memoryview(file.head))
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where a tensor is stored; empty if it is not."""
+        return self._places.get(name, ())
+
+    def write(self, name: str, offset: int, content: memoryview) -> None:
+        """Write bytes of a tensor, from `offset` of the tensor on, to each of its places.
+
+        Raises:
+            ValueError: the tensor has no such bytes.
+            OSError: the disk is full, or fails.
+        """
+        places = self.places(name)
+        if not places or not 0 <= offset < offset + len(content) <= places[0].size_bytes:
+            raise ValueError(f"{name}: {len(content)} bytes at {offset}")
+        checksum = zlib.crc32(content)
+        for place in places:
+            with _opened(self._directory / place.tensor.file) as descriptor:
+                _write_all(descriptor, place.start + offset, content)
+                _begin_to_store(descriptor, place.start + offset, len(content))
+            parts = self._parts.setdefault((place.tensor.file, place.start), {})
+            end = offset + len(content)
+            if offset not in parts or parts[offset][0] != len(content):
+                for start in [one for one, (size_bytes, _) in parts.items() if one < end and offset < one + size_bytes]:
+                    del parts[start]
+            if len(parts) >= MOST_PARTS:
+                raise ValueError(f"{name}: more than {MOST_PARTS} parts")
+            parts[offset] = (len(content), checksum)
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` with bytes of a tensor from `offset` on, as they are in the first file that has it.
+
+        Raises:
+            NotPublishedError: the file ends before.
+            OSError: the disk fails.
+        """
+        place = self.places(name)[0]
+        with _opened(self._directory / place.tensor.file) as descriptor:
+            _read_all(descriptor, place.start + offset, into, place.tensor.file)
+
+    def forget(self, place: Place) -> None:
+        """Parts of this tensor that were written do not count."""
+        self._parts.pop((place.tensor.file, place.start), None)
+
+    def is_written(self, place: Place) -> bool:
+        """Whether every byte of a tensor was written."""
+        parts = self._parts.get((place.tensor.file, place.start), {})
+        return sum(size_bytes for size_bytes, _ in parts.values()) == place.size_bytes  # they do not overlap
+
+    def missing(self) -> Iterator[Place]:
+        """The places of tensors that were not written whole."""
+        for file in self.layout.files:
+            yield from (place for place in file.places if not self.is_written(place))
+
+    def add_file(self, name: str, content: bytes) -> FileRecord:
+        """Write another file of the model, whole.
+
+        Raises:
+            FileExistsError: there is one of that name.
+            OSError: the disk is full, or fails.
+        """
+        path = self._directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _opened(path, _NEW) as descriptor:
+            _write_all(descriptor, 0, memoryview(content))
+            os.fsync(descriptor)
+            read = _read_whole(descriptor, len(content) + 1)
+        if read != content:
+            raise _other_bytes(name)
+        return FileRecord(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    def read_back(self, go_on: Callable[[], None] = lambda: None) -> tuple[FileRecord, ...]:
+        """Send the files to disk, read them again, and compare every part. Returns their digests.
+
+        `go_on` is called for each piece, and may raise to end the reading.
+
+        Raises:
+            NotPublishedError: the disk has other bytes than were written.
+            OSError: the disk fails.
+        """
+        for file in self.layout.files:
+            go_on()
+            with _opened(self._directory / file.name) as descriptor:
+                os.fsync(descriptor)
+        with ThreadPoolExecutor(1) as pool:
+            return tuple(self._read_file(file, pool, go_on) for file in self.layout.files)
+
+    def _read_file(self, file: FileLayout, pool: ThreadPoolExecutor, go_on: Callable[[], None]) -> FileRecord:
+        with _opened(self._directory / file.name) as descriptor:
+            return self._read_opened(descriptor, file, pool, go_on)
+
+    def _read_opened(
+        self, descriptor: int, file: FileLayout, pool: ThreadPoolExecutor, go_on: Callable[[], None]
+    ) -> FileRecord:
+        """Another thread hashes the file, while this one compares checksums."""
+        if os.fstat(descriptor).st_size != file.size_bytes or _read_whole(descriptor, len(file.head)) != file.head:
+            raise _other_bytes(file.name)
+        whole = hashlib.sha256(file.head)
+        buffers = [memoryview(bytearray(CHUNK_BYTES)), memoryview(bytearray(CHUNK_BYTES))]
+        hashing = None
+        for place in file.places:
+            parts = self._parts.get((file.name, place.start), {})
+            for offset, (size_bytes, expected) in sorted(parts.items()):
+                checksum = 0
+                for start in range(offset, offset + size_bytes, CHUNK_BYTES):
+                    go_on()
+                    buffers.reverse()
+                    piece = buffers[0][: min(CHUNK_BYTES, offset + size_bytes - start)]
+                    _read_all(descriptor, place.start + start, piece, file.name)
+                    if hashing is not None:
+                        hashing.result()
+                    hashing = pool.submit(whole.update, piece)
+                    checksum = zlib.crc32(piece, checksum)
+                if checksum != expected:
+                    raise _other_bytes(file.name, place.tensor.name)
+        if hashing is not None:
+            hashing.result()
+        return FileRecord(path=file.name, size_bytes=file.size_bytes, sha256=whole.hexdigest())
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = _EXISTING) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, start: int, content: memoryview) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, content[done:], start + done)
+
+
+def _read_all(descriptor: int, start: int, into: memoryview, file: str) -> None:
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done:]], start + done)
+        if not count:
+            raise _other_bytes(file)
+        done += count
+
+
+def _read_whole(descriptor: int, size_bytes: int) -> bytes:
+    content = bytearray()
+    while len(content) < size_bytes and (piece := os.pread(descriptor, size_bytes - len(content), len(content))):
+        content += piece
+    return bytes(content)
+
+
+def _begin_to_store(descriptor: int, start: int, size_bytes: int) -> None:
+    """Let the disk begin to write these bytes, so that fsync waits for few. The call returns at once."""
+    with contextlib.suppress(AttributeError):  # not Linux with glibc or musl
+        _LIBC.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE)
+
+
+def _other_bytes(file: str, tensor: str | None = None) -> NotPublishedError:
+    of_tensor = f" of {shown(tensor)}" if tensor is not None else ""
+    return NotPublishedError(f"{shown(file)} was read back with other bytes{of_tensor} than were written", hint=_REREAD)

@@ -9,7 +9,7 @@ import torch
 
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.terms import Severity
-from merge_gate.verify.values import TensorState, bias_limit, state_of, value_findings
+from merge_gate.verify.tensor_findings import TensorState, bias_limit, state_of, value_findings
 from tests.support.gating import one_thread
 from tests.support.models import make_adapter
 from tests.support.verify.merges import Scene, peft_merge, weights_of, write_weights

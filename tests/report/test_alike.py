@@ -8,7 +8,7 @@ import pytest
 
 from merge_gate.judging.limits import bounded
 from merge_gate.records.terms import Finding
-from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.alike import more_findings
 from tests.support.reports import MERGED_NAN, NAN, OVERFLOW, ROUNDING
 from tests.support.wording import Wording
 

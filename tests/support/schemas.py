@@ -1,12 +1,21 @@
-"""The JSON Schema of report.json.
+"""Makes the JSON Schemas that the package stores: by the models of the configuration, and by the records of a report.
 
-In: the records, by fields.py. Out: JSON Schema 2020-12. Knows no report.
+`make schemas` writes the files, and `merge-gate schema` prints them.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+import merge_gate
+from merge_gate.config.baseline_file import BaselineFile
+from merge_gate.config.model import NEEDED, FileEntry, Model
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding, Verdict
 from merge_gate.report.formats.fields import (
@@ -20,6 +29,60 @@ from merge_gate.report.formats.fields import (
     optional,
     words,
 )
+
+SCHEMAS = Path(merge_gate.__file__).parent / "schemas"
+
+
+def stored(document: str, made: Json) -> Json:
+    """The stored schema of a document, which is written first if the goldens are."""
+    file = SCHEMAS / f"{document}.schema.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        file.write_text(json.dumps(made, indent=2) + "\n", encoding="ascii")
+    return json.loads(file.read_text(encoding="ascii"))
+
+
+# --- by pydantic's models --------------------------------------------------------------------------------------------
+
+
+def config_schema() -> Json:
+    """The JSON Schema (2020-12) of the configuration."""
+    return _schema_of(FileEntry)
+
+
+def baseline_schema() -> Json:
+    """The JSON Schema (2020-12) of a baseline."""
+    return _schema_of(BaselineFile)
+
+
+def _schema_of(file: type[Model]) -> dict[str, Any]:
+    schema = file.model_json_schema(by_alias=True, schema_generator=_Schema)
+    one_line = json.dumps(schema).replace(r"\n", " ")  # the line breaks of docstrings mean nothing
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(one_line)}
+
+
+class _Schema(GenerateJsonSchema):
+    """A schema without `null`, `default: null`, and generated titles: a key without a value is left out."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema["default"] in (None, NEEDED):
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return field["schema"].get("default") is NEEDED
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        needs_some = {"minProperties": 1} if schema["cls"].if_empty else {}
+        return super().model_schema(schema) | {"additionalProperties": False} | needs_some
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+# --- by the records of report.json -----------------------------------------------------------------------------------
 
 SHARED = {AdapterReport: "adapter", BaseReport: "base", Finding: "finding"}
 """Records that the schema defines once, and their names there."""
