@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import IO
 
 from merge_gate.cli.arguments import CommandParser, Commands, examples
 from merge_gate.errors import ExitCode, UsageError
@@ -41,13 +42,18 @@ def run(arguments: argparse.Namespace) -> int:
     with explained(f"cannot write {path}", chosen_by=""):
         try:
             with path.open("x", encoding="utf-8") as file:
-                try:
-                    file.write(text)
-                    file.flush()
-                except OSError:
-                    path.unlink()  # half a config would keep the next `init` from writing a whole one
-                    raise
+                _write_or_remove(file, text, path)
         except FileExistsError:
             raise UsageError(f"{path} already exists, and was not changed", hint="remove it, or edit it") from None
     tell(f"{path} lists the adapters that were found. Review it, then run: merge-gate run {path}")
     return ExitCode.PASS
+
+
+def _write_or_remove(file: IO[str], text: str, path: Path) -> None:
+    """Half a config would keep the next `init` from writing a whole one."""
+    try:
+        file.write(text)
+        file.flush()
+    except OSError:
+        path.unlink()
+        raise
