@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 import merge_gate
-from merge_gate.config.baseline_file import BaselineFile
+from merge_gate.config.load_config import BaselineFile
 from merge_gate.config.model import NEEDED, FileEntry, Model
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding, Verdict
