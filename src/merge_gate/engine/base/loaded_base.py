@@ -46,7 +46,6 @@ from merge_gate.engine.tensors.quantized import (
     quantizing,
     scales,
 )
-from merge_gate.engine.tensors.stream import Weights
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import Caught, Undecidable
@@ -58,6 +57,9 @@ if TYPE_CHECKING:
 
 _REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
 """transformers' errors refer to a table in its log, which the reader of a message does not see."""
+
+SPARE_BYTES = 4 << 30
+"""Memory of a card that stays free of weights, for the products and deltas of the largest module."""
 
 MOST_TYPICAL = 9
 """So many matrices are read for the typical RMS, because a streamed base may have to send them again."""
@@ -111,8 +113,7 @@ class Base:
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
     a scratch copy that the last adapter left unchanged, for the next adapter (template.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`. `weights`
-    brings them to `device` when they are needed.
+    layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `settle`. `mapped` names tensors that are the
@@ -134,13 +135,12 @@ class Base:
     feed: SharedReads | None = None
     mapped: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
-    weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
+    _on_device: dict[str, torch.Tensor] = field(default_factory=dict)
     _buffers: threading.local = field(default_factory=threading.local)
     _typical_rms: float | None = None
 
     def __post_init__(self) -> None:
-        self.weights = Weights(self.tensors, self.device)
         first_names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.aliases = {
             name: first_names[id(parameter)]
@@ -155,6 +155,15 @@ class Base:
     @property
     def device(self) -> torch.device:
         return self.source.device
+
+    def on_device(self, name: str) -> torch.Tensor:
+        """A weight on `device`, which computes. On a card it stays for other adapters, if it fits."""
+        weight = self._on_device.get(name)
+        if weight is None:
+            weight = self.tensors[name].detach().to(self.device)
+            if weight.is_cuda and torch.cuda.mem_get_info(self.device)[0] - SPARE_BYTES > weight.nbytes:
+                self._on_device[name] = weight
+        return weight
 
     def buffers(self) -> Buffers:
         """This thread's buffers for merges in blocks."""
