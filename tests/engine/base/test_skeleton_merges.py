@@ -18,9 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter import load_adapter as load_adapter_module
-from merge_gate.engine.adapter.mapped_factors import in_memory, map_factors
-from merge_gate.engine.adapter.template import parameters_of
-from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.adapter.inject import parameters_of
+from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass
@@ -28,6 +27,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.merge import one_pass, walk
+from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
 from merge_gate.errors import EngineError
@@ -270,7 +270,7 @@ def test_factors_of_a_file_are_copied_for_a_merge(shelf: Shelf) -> None:
     layer = next(module for module in loaded.model.modules() if isinstance(module, BaseTunerLayer))
     factors = [factor for _, _, factor in parameters_of(layer)]
     before = [(factor.data_ptr(), factor.data.clone()) for factor in factors]
-    with in_memory(layer, mapped):
+    with factors_in_memory(layer, mapped):
         for factor, (place, values) in zip(factors, before, strict=True):
             assert factor.data_ptr() % 64 == 0
             assert factor.data_ptr() != place

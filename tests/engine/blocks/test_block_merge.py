@@ -10,12 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine.blocks import figures
-from merge_gate.engine.blocks.block_merge import merged_blocks, supports
+from merge_gate.engine.blocks import block_merge
+from merge_gate.engine.blocks.block_merge import Measured, measure_merge, merged_blocks, supports
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.blocks.figures import Measured, measure_merge
-from merge_gate.engine.tensors.buffers import Buffers
-from merge_gate.engine.tensors.stream import stream_to
+from merge_gate.engine.tensors.threads import Buffers
 from tests.support.engine.blocks_layers import (
     DENSE,
     PACKED,
@@ -327,7 +325,7 @@ def test_lost_and_delta_are_those_of_the_exact_sum(dtype, dora) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_squares_hold_beyond_the_range_of_float32(dtype, size) -> None:
     values = torch.randn(130, 70, generator=torch.Generator().manual_seed(0)).mul(size).to(dtype)
-    assert float(figures._sum_sq(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
+    assert float(block_merge._sum_sq(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
 
 
 def test_a_zero_that_loses_its_sign_has_kept_its_value() -> None:
@@ -461,9 +459,9 @@ def test_an_8_bit_weight_without_its_scales_is_left_to_peft() -> None:
 def test_cuda_merges_have_the_bits_of_peft_on_cuda(dtype, dora) -> None:
     cuda = torch.device("cuda")
     layers = [tuner_layer("linear", rows, 512, 16, dtype=dtype, dora=dora, seed=rows) for rows in (256, 1000, 2048)]
-    weights = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     buffers = Buffers()
-    for layer, weight in zip(layers, stream_to(cuda, weights), strict=True):
+    for layer in layers:
+        weight = layer.get_base_layer().weight.detach().to(cuda)
         layer.to(cuda)
         merge = merged_blocks(weight, update_of(layer), buffers)
         found, merged = measure_merge(merge), whole(merge)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine.blocks import packed
-from merge_gate.engine.blocks.figures import measure_merge
+from merge_gate.engine.blocks.block_merge import measure_merge
 from merge_gate.engine.tensors.quantized import dequantized, scales
 from tests.support.engine.blocks_layers import QUANTIZED, by_peft, in_blocks, quantized_layer, threads, tuner_layer
 from tests.support.properties import examples

@@ -10,6 +10,7 @@ module imports no PEFT, and no code writes to the base.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import statistics
@@ -32,11 +33,9 @@ from merge_gate.engine.base.stored_formats import (
     refuse_other_packing,
     refuse_unknown_format,
 )
-from merge_gate.engine.tensors.buffers import Buffers
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure
-from merge_gate.engine.tensors.module_copies import copied, tensors_of
-from merge_gate.engine.tensors.plain_layers import with_plain_layers
+from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.engine.tensors.quantized import (
     dequantized,
     dequantizing_options,
@@ -45,8 +44,9 @@ from merge_gate.engine.tensors.quantized import (
     loading_options,
     quantizing,
     scales,
+    with_plain_layers,
 )
-from merge_gate.engine.tensors.threads import spread
+from merge_gate.engine.tensors.threads import Buffers, spread
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import Caught, Undecidable
 from merge_gate.records.terms import Quantization
@@ -111,9 +111,9 @@ class Base:
 
     `tensors` and `stats` are by name, a tied tensor under its first name only. `aliases` maps the other names of tied
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
-    a scratch copy that the last adapter left unchanged, for the next adapter (template.py), and `pattern` one that is
+    a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`.
+    layers, once it is traced (probes.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `settle`. `mapped` names tensors that are the
@@ -271,8 +271,7 @@ class Base:
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A scratch copy: own modules over the base's storage. With `private`, over copies of the tensors."""
-        made: nn.Module = copied(self.model, tensors_of(self.model, private=private))
-        return made
+        return copy.deepcopy(self.model, tensors_of(self.model, private=private))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from merge_gate.engine.tensors.four_bit import LEAST_SCALE, STORED, bnb, codes, quantized
+from merge_gate.engine.tensors.quantized import LEAST_SCALE, STORED, bnb, codes, quantized
 
 NESTED_BLOCK = 256
 """Number of scales that share a scale, with double quantization (bitsandbytes/functional.py, `quantize_4bit`)."""

@@ -19,16 +19,22 @@ from typing import Any
 import torch
 from peft.tuners import lora
 
+from merge_gate.engine.adapter.inject import DORA
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
-from merge_gate.engine.adapter.template import DORA
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.blocks.block_merge import BlockMerge, MergedRows, merged_blocks, supports
+from merge_gate.engine.blocks.block_merge import (
+    BlockMerge,
+    Figures,
+    Measured,
+    MergedRows,
+    measure_merge,
+    merged_blocks,
+    supports,
+)
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.blocks.figures import Figures, Measured, measure_merge
+from merge_gate.engine.merge.ledger import ROUNDED, TensorSink, shares_storage
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
-from merge_gate.engine.merge.sink import TensorSink
-from merge_gate.engine.merge.tensor_result import ROUNDED, shares_storage
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.records.measured import MeasureOptions, TensorMerge, TensorStats
@@ -146,7 +152,7 @@ def merge_in_blocks(
     the extremes are those of the values that the sink gets. With `once`, the sink gets what PEFT gives without
     safe_merge: W + delta is rounded once.
     """
-    one = replace(one, update=one.update.aligned())  # its factors may be those of the file (mapped_factors.py)
+    one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None

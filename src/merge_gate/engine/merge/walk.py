@@ -38,12 +38,19 @@ from torch import nn
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
-from merge_gate.engine.merge.ledger import Ledger
+from merge_gate.engine.merge.ledger import (
+    ROUNDED,
+    ROUNDING_SHARE,
+    Ledger,
+    Outline,
+    TensorSink,
+    is_the_bases,
+    of_tensor,
+    shares_storage,
+)
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
-from merge_gate.engine.merge.private_copies import Names, PrivateCopies, Slot, Turns, slots_of
+from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
 from merge_gate.engine.merge.rounding_floor import rounding_share
-from merge_gate.engine.merge.sink import Outline, TensorSink
-from merge_gate.engine.merge.tensor_result import ROUNDED, ROUNDING_SHARE, is_the_bases, of_tensor, shares_storage
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
 from merge_gate.errors import EngineError
@@ -128,17 +135,12 @@ class Walk:
     def refuse_too_large(self, free_bytes: int) -> None:
         """Refuse to begin if PEFT's own merge of a layer does not fit in memory: each kind of layer needs one.
 
-        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice. A
-        layer that is merged in blocks has no copy of its own (`cross_check`).
+        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice.
 
         Raises:
             EngineError: it does not fit.
         """
-        in_blocks = {id(block.layer) for block in self.planned}
-        needed = (
-            (_peft_bytes(layer, self.loaded.slots, copies=1 if id(layer) in in_blocks else 2), path)
-            for path, layer in self.layers
-        )
+        needed = ((_peft_bytes(layer, self.loaded.slots), path) for path, layer in self.layers)
         most, path = max(needed, default=(0, ""))
         if most > free_bytes:
             raise EngineError(
@@ -160,16 +162,14 @@ class Walk:
     def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
         """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
         slots = slots_of(block.layer, self.loaded.slots)
-        copies = PrivateCopies(block.layer, slots, self.base, mapped=self.loaded.mapped, lends=True)
-        with torch.no_grad(), copies:
+        with torch.no_grad(), private_copies(block.layer, slots, self.base, mapped=self.loaded.mapped):
             try:
                 block.layer.merge(safe_merge=True)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
                 return False  # PEFT gives the reason when it merges the whole adapter
-            is_same = agrees(self.base, block, merged)
-        return is_same and not copies.was_written
+            return agrees(self.base, block, merged)
 
     def finish(self) -> None:
         """PEFT's merge_and_unload with every layer's merge wrapped.
@@ -242,14 +242,14 @@ class Walk:
         for slot in slots:
             self._turns.begin(slot)
         before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
-        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
-        with private as copies, packed_sums(slots) as packed:
+        private = private_copies(layer, slots, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
+        with private as renew, packed_sums(slots) as packed:
             for slot in slots:
                 self.base.confirm(slot.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             is_safe = self._tried(by_peft, safe_merge=self.safe_merge)  # 2.
             if not is_safe or _at_the_edge(slots):
-                copies.renew()
+                renew()
                 packed.clear()
                 self._tried(by_peft, safe_merge=False)
             if layer.get_base_layer() is before:
@@ -363,7 +363,7 @@ class Walk:
         if not rounded:
             return {}
         try:
-            with PrivateCopies(layer, slots, self.base, dtype=torch.float32):
+            with private_copies(layer, slots, self.base, dtype=torch.float32):
                 by_peft(safe_merge=False)
                 return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
         except (MemoryError, torch.OutOfMemoryError):
@@ -410,13 +410,13 @@ def _exact_quantized(changed: list[tuple[Slot, torch.Tensor]], found: list[torch
     return {slot.name: found[-1].float().reshape(dequantized(slot.module, tensor).shape)}
 
 
-def _peft_bytes(layer: Any, names: Names, *, copies: int) -> int:
+def _peft_bytes(layer: Any, names: Names) -> int:
     slots = slots_of(layer, names)
     if any(is_quantized(slot.parameter) for slot in slots):
         return 0  # it is in memory, and its merge takes a few times as much
     factors, largest = factors_of(layer), max((slot.data.numel() for slot in slots), default=0)
     stored = max((slot.data.nbytes for slot in slots), default=0)
-    return (1 + copies) * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
+    return 3 * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
 
 
 def _at_the_edge(slots: list[Slot]) -> bool:
