@@ -9,7 +9,7 @@ that explains why there are none. This module imports nothing of judging.
 4. Find out for each broken tensor of the file if a merge reads it.     probes.py
 5. Find layers that have no effect until they are merged.               probes.py, direct_reads.py
 6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
-7. Account for every parameter and persistent buffer.                   ledger.py
+7. Account for every parameter and persistent buffer.                   merged_tensors.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.ledger import TensorSink
+from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.engine.merge.walk import Progress, Walk
@@ -266,13 +266,15 @@ class _Attempt:
         if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
             walk = self._planned_walk(self._load(), in_blocks=False)
         walk.finish()
-        loaded, merges = walk.loaded, walk.ledger.merges
+        loaded, merges = walk.loaded, walk.merged.merges
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self._request.measure_options.estimated_ratio
         matrices = [merge for merge in merges.values() if len(merge.stats.shape) > 1]
         is_large = any((merge.delta_norm or 0.0) > ratio * (merge.base_norm or 0.0) for merge in matrices)
-        without_source = _without_source(base, self._parameters_in_file | (merges.keys() - walk.adapted))
+        # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
+        without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
+        without_source -= merges.keys() - walk.adapted
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
@@ -283,8 +285,10 @@ class _Attempt:
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
-            tied=walk.ledger.tied(loaded.tied_modules, self._token_owners),
-            replaced_nonfinite=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
+            tied=walk.merged.tied(loaded.tied_modules, self._token_owners),
+            replaced_nonfinite=tuple(
+                name for name, stats in base.stats.items() if not stats.finite and name not in walk.merged.nonfinite
+            ),
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
@@ -293,8 +297,8 @@ class _Attempt:
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,
-            parameters_checked=walk.ledger.checked,
-            parameters_total=walk.ledger.total,
+            parameters_checked=walk.merged.checked,
+            parameters_total=walk.merged.total,
             parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )
 
@@ -350,10 +354,6 @@ def _differs(base: Base, name: str, tensor: torch.Tensor) -> bool:
         return not same_values(base_tensor.data, tensor.to(base_tensor.device, base_tensor.dtype))
 
 
-def _not_finite(base: Base) -> list[str]:
-    return [name for name, stats in base.stats.items() if not stats.finite]
-
-
 def _token_owners(loaded: Loaded) -> dict[str, int]:
     """The id of the layer whose trained tokens a module of the base has: PEFT links a head to its embedding's.
 
@@ -367,11 +367,6 @@ def _token_owners(loaded: Loaded) -> dict[str, int]:
         for path, layer in model.named_modules()
         if isinstance(layer, TrainableTokensLayer)
     }
-
-
-def _without_source(base: Base, from_adapter: set[str]) -> set[str]:
-    """Tensors that are missing in the base's files and in the adapter, so that a delta is added to random values."""
-    return set(base.newly_initialized & base.tensors.keys()) - from_adapter
 
 
 def _enlarged_tensors(base: Base, loaded: Loaded) -> set[str]:

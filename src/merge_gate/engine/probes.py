@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.adapter.peft_config import starts_at_no_delta
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.ledger import ROUNDING_SHARE
+from merge_gate.engine.merge.merged_tensors import ROUNDING_SHARE
 from merge_gate.engine.merge.private_copies import Slot, private_copies, slots_of
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import distance, same_bits

@@ -39,7 +39,7 @@ def test_extremes_and_scales_are_those_of_all_values(kind, quant_type, dtype, si
         extremes = made.extremes(dtype)
         for rows in (slice(0, 64), slice(64, 96)):
             extremes.put(rows, values[rows])
-        ends, found = extremes.settle()
+        ends, found = extremes.finish()
         expected = dequantized(module, module.weight)
     assert torch.equal(ends.to(expected.dtype), extremes.of(expected))
     assert all(torch.equal(found[name], scale) for name, scale in scales(module, module.weight))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,10 +264,13 @@ def inject(
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        is_read = filled and initialization_reads_base(config) and not blank
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        is_read, private = filled and initialization_reads_base(config), initialization_writes_to_base(config)
         with (
-            _targets_filled(base, config) if is_read else contextlib.nullcontext(),
-            _copies_filled(base),
+            _filled_during(base, tuner, "_create_and_replace", argument="target", private=private)
+            if is_read and not blank
+            else contextlib.nullcontext(),
+            _filled_during(base, AuxiliaryTrainingWrapper, "__init__", argument="module_to_save"),
             torch.device("meta") if blank else contextlib.nullcontext(),
         ):
             return model_class(scratch, config, adapter_name)
@@ -283,50 +287,30 @@ def inject(
 
 
 @contextlib.contextmanager
-def _targets_filled(base: Base, config: Any) -> Iterator[None]:
-    """The weights of a module have values while PEFT makes its layer: DoRA, among others, reads them then (hollow.py).
+def _filled_during(base: Base, owner: Any, name: str, *, argument: str, private: bool = False) -> Iterator[None]:
+    """The module that a method of PEFT gets has values during the call: DoRA, among others, reads them (hollow.py).
 
-    This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. If PEFT
-    also writes to these weights, they get their own copies until the adapter is removed.
+    This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. With
+    `private`, PEFT also writes to these weights, so they get their own copies until the adapter is removed.
     """
-    private = initialization_writes_to_base(config)
-    tuner, hollow, name = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base.hollow, "_create_and_replace"
-    own: Any = vars(tuner).get(name) if tuner is not None else None
+    hollow, own = base.hollow, vars(owner).get(name) if owner is not None else None
     if hollow is None or own is None:
         yield
         return
 
-    def with_values(self: Any, peft_config: Any, adapter: str, target: Any, *others: Any, **named: Any) -> Any:
-        held = list(target.parameters()) if isinstance(target, nn.Module) else []
+    def with_values(*given: Any, **named: Any) -> Any:
+        module = inspect.signature(own).bind(*given, **named).arguments[argument]
+        held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
         with hollow.filled(held):
-            for parameter in held if private else ():
-                parameter.data = parameter.data.clone()
-            return own(self, peft_config, adapter, target, *others, **named)
+            for tensor in held if private else ():
+                tensor.data = tensor.data.clone()
+            return own(*given, **named)
 
-    setattr(tuner, name, with_values)
+    setattr(owner, name, with_values)
     try:
         yield
     finally:
-        setattr(tuner, name, own)
-
-
-@contextlib.contextmanager
-def _copies_filled(base: Base) -> Iterator[None]:
-    """The weights of a module have values while PEFT copies them or some of their rows (modules_to_save, tokens)."""
-    hollow, own = base.hollow, AuxiliaryTrainingWrapper.__init__
-    if hollow is None:
-        yield
-        return
-
-    def with_values(self: Any, module_to_save: Any, *others: Any, **named: Any) -> None:
-        with hollow.filled([*module_to_save.parameters(), *module_to_save.buffers()]):
-            own(self, module_to_save, *others, **named)
-
-    AuxiliaryTrainingWrapper.__init__ = with_values
-    try:
-        yield
-    finally:
-        AuxiliaryTrainingWrapper.__init__ = own
+        setattr(owner, name, own)
 
 
 _WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")

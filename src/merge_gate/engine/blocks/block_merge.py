@@ -28,7 +28,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -40,18 +40,6 @@ from merge_gate.engine.tensors.threads import Buffers
 
 PATTERN_ELEMENTS = (1 << 16) - 15
 """Length of the pseudo-random sequence that a proof of norms repeats. It is odd, so that no two rows are equal."""
-
-
-class Values(Protocol):
-    """The values of a weight as PEFT reads them."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-
-    def rows(self, rows: slice) -> torch.Tensor:
-        """These rows. The next call may overwrite them."""
-        ...
 
 
 class DenseValues:
@@ -71,6 +59,9 @@ class DenseValues:
         return self.weight[:, columns].contiguous()
 
 
+Weight = DenseValues | Int8Values | Int4Values
+
+
 class Sum:
     """W + delta, a block of rows at a time, in the dtype in which PEFT adds; for DoRA, with its magnitude.
 
@@ -83,7 +74,7 @@ class Sum:
     """
 
     def __init__(
-        self, values: Values, update: LowRankUpdate, blocks: tuple[slice, ...], buffers: Buffers, *, rounded: bool
+        self, values: Weight, update: LowRankUpdate, blocks: tuple[slice, ...], buffers: Buffers, *, rounded: bool
     ) -> None:
         self._values, self._update, self._buffers, self._rounded = values, update, buffers, rounded
         self._delta = Delta(update, blocks, buffers)
@@ -115,7 +106,7 @@ class _Norms:
     """magnitude / ‖W + delta‖ of each output, shaped to multiply rows of the stored weight."""
 
     def __init__(
-        self, values: Values, update: LowRankUpdate, delta: Delta, blocks: tuple[slice, ...], buffers: Buffers
+        self, values: Weight, update: LowRankUpdate, delta: Delta, blocks: tuple[slice, ...], buffers: Buffers
     ) -> None:
         assert update.magnitude is not None  # noqa: S101 - only DoRA has norms
         self._magnitude, self._transposed = update.magnitude.detach(), update.transposed
@@ -150,7 +141,7 @@ def _column_norms(values: DenseValues, update: LowRankUpdate, buffers: Buffers) 
     return torch.cat([_norms_of(values.columns(part).T + delta.block(part)) for part in columns])
 
 
-def _provable(values: Values, blocks: tuple[slice, ...], *, transposed: bool) -> bool:
+def _provable(values: Weight, blocks: tuple[slice, ...], *, transposed: bool) -> bool:
     with ONE_PROOF_AT_A_TIME:
         return len(blocks) > 1 and _norms_proved(
             rows=values.shape[0],
@@ -185,8 +176,6 @@ def _pattern(rows: int, columns: int) -> torch.Tensor:
     numbers = torch.randn(PATTERN_ELEMENTS, generator=torch.Generator().manual_seed(0))
     return numbers.repeat(rows * columns // PATTERN_ELEMENTS + 1)[: rows * columns].view(rows, columns)
 
-
-Weight = DenseValues | Int8Values | Int4Values
 
 SAMPLE_ROWS = 64
 SAMPLE_ELEMENTS = 1 << 17
@@ -249,7 +238,7 @@ class BlockMerge:
         again = values.requantized(self._requantized_from())
         for rows in slices:
             again.put(rows, summed.rows(rows, values.rows(rows), with_change=False)[0])
-        self.scales = again.settle()
+        self.scales = again.finish()
         for rows in slices:
             change = summed.rows(rows, values.rows(rows), with_change=True)[1] if with_change else None
             yield MergedRows(rows, again.rows(rows), change)
@@ -281,7 +270,7 @@ class BlockMerge:
         summed = self._sum()
         for rows in slices:
             extremes.put(rows, summed.rows(rows, values.rows(rows), with_change=False)[0])
-        ends, self.scales = extremes.settle()
+        ends, self.scales = extremes.finish()
         changed = any(not torch.equal(extremes.of(values.rows(rows)).to(ends.dtype), ends[:, rows]) for rows in slices)
         return ends, changed
 
@@ -310,35 +299,22 @@ class BlockMerge:
         return BlockMerge(self._values.sampled(step), self._update.sampled(step), self._buffers, sample_of=self.of)
 
 
-def supports(weight: torch.Tensor, update: LowRankUpdate, *, row_scales: torch.Tensor | None = None) -> bool:
-    """Whether `merged_blocks` accepts these. PEFT's own code merges the rest.
-
-    The rest is: other quantized weights, sparse or empty weights, factors of two dtypes, shapes that do not fit, and
-    rare dtypes.
-    """
-    return _values(weight, update, row_scales) is not None
-
-
 def merged_blocks(
     weight: torch.Tensor, update: LowRankUpdate, buffers: Buffers, *, row_scales: torch.Tensor | None = None
-) -> BlockMerge:
-    """The merge of `update` into `weight` as PEFT's `safe_merge=True` would leave it.
+) -> BlockMerge | None:
+    """The merge of `update` into `weight` as PEFT's `safe_merge=True` would leave it. None if PEFT has to merge it.
+
+    PEFT merges other quantized weights, sparse or empty weights, factors of two dtypes, shapes that do not fit, and
+    rare dtypes.
 
     Args:
         weight: (out, in), or (in, out) if the update is transposed. Dense, or a parameter of bitsandbytes. Only read.
         update: the update, with its factors on the weight's device.
         buffers: the calling thread's. Pass the same ones for all weights.
         row_scales: the scales of an 8-bit weight (`SCB`).
-
-    Raises:
-        ValueError: `supports` returns false for these.
     """
     values = _values(weight, update, row_scales)
-    if values is None:
-        a, b = update.lora_a, update.lora_b
-        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, a, b))
-        raise ValueError(f"not a low-rank update of a weight that can be merged in blocks: got {shapes}")
-    return BlockMerge(values, update, buffers)
+    return None if values is None else BlockMerge(values, update, buffers)
 
 
 def _values(weight: torch.Tensor, update: LowRankUpdate, row_scales: torch.Tensor | None) -> Weight | None:

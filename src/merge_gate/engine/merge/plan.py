@@ -22,17 +22,9 @@ from peft.tuners import lora
 from merge_gate.engine.adapter.inject import DORA
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.blocks.block_merge import (
-    BlockMerge,
-    Figures,
-    Measured,
-    MergedRows,
-    measure_merge,
-    merged_blocks,
-    supports,
-)
+from merge_gate.engine.blocks.block_merge import BlockMerge, Figures, Measured, MergedRows, measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.merge.ledger import ROUNDED, TensorSink, shares_storage
+from merge_gate.engine.merge.merged_tensors import ROUNDED, TensorSink, shares_storage
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
@@ -74,7 +66,7 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
         return None
     weight = slot.parameter if is_quantized(slot.parameter) else slot.data
     found = row_scales(slot.module, weight)
-    if not supports(weight, update, row_scales=found):
+    if merged_blocks(weight, update, base.buffers(), row_scales=found) is None:
         return None
     variant = type(layer.lora_variant.get(ADAPTER_NAME))
     shapes = (slot.data.shape, slot.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
@@ -134,7 +126,9 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
 
 def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
     held = one.slot.parameter if is_quantized(one.slot.parameter) else weight
-    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
+    merge = merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
+    assert merge is not None  # noqa: S101 - `_planned` has looked
+    return merge
 
 
 def merge_in_blocks(

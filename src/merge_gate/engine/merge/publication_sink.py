@@ -26,7 +26,7 @@ from merge_gate.engine.base.packed_headers import plain_headers, turned
 from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, is_renamed, layout_of, stored_dtype
 from merge_gate.engine.base.stored_spans import bytes_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
-from merge_gate.engine.merge.ledger import Outline
+from merge_gate.engine.merge.merged_tensors import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.config import A_FILE
@@ -154,7 +154,7 @@ class PublicationSink:
                     if any(source in self._planned for source in group.sources):
                         self._collect(group, name, values.detach())
 
-    def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
+    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         for name, first in untied:
             self._problem = NotPublishedError(
                 f"the merge separates {name} from {first}, and they are one tensor in the base",

@@ -1,6 +1,6 @@
 """The merge of one adapter, layer by layer, inside PEFT's own walk. Each result is measured and dropped.
 
-In: a `Base` and an adapter loaded on its scratch copy. Out: a closed `Ledger`, and the layers that PEFT's safe_merge
+In: a `Base` and an adapter loaded on its scratch copy. Out: `MergedTensors`, and the layers that PEFT's safe_merge
 refused. Judges nothing.
 
 PEFT's `merge_and_unload(safe_merge=True)` runs as a user would run it, with one difference: the `merge` of every tuner
@@ -17,7 +17,7 @@ Layers that plan.py gives to blocks of rows are measured before the walk begins 
 once. If a cross-check differs, no result of the blocks counts, and PEFT merges the whole adapter. If a base is read for
 that pass, PEFT merges other layers then, too, as far as they share nothing with any layer.
 
-After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
+After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (merged_tensors.py).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from torch import nn
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
-from merge_gate.engine.merge.ledger import (
+from merge_gate.engine.merge.merged_tensors import (
     ROUNDED,
     ROUNDING_SHARE,
-    Ledger,
+    MergedTensors,
     Outline,
     TensorSink,
     is_the_bases,
@@ -83,7 +83,7 @@ class Walk:
     in_blocks: bool = True
     sink: TensorSink | None = None
     safe_merge: bool = True
-    ledger: Ledger = field(init=False)
+    merged: MergedTensors = field(init=False)
     refused: list[str] = field(default_factory=list)
     cross_checked: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Walk:
     _depth: int = 0
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.base, sink=self.sink)
+        self.merged = MergedTensors(self.base, sink=self.sink)
 
     def plan(self) -> None:
         """Find the layers that are merged in blocks: `planned`, in the model's order."""
@@ -189,7 +189,7 @@ class Walk:
         finally:
             for _, layer in self.layers:
                 layer.__dict__.pop("merge", None)
-        self.ledger.close(merged)
+        self.merged.account_for(merged)
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
@@ -220,7 +220,7 @@ class Walk:
 
     def _merge_layer(self, path: str, layer: Any, by_peft: Callable[..., None]) -> None:
         if id(layer) in self.blocks:
-            self._book_block(*self.blocks[id(layer)])
+            self._enter_block(*self.blocks[id(layer)])
             return
         made = self._early.pop(id(layer), None)
         if made is None:
@@ -232,7 +232,7 @@ class Walk:
         if not is_safe:
             self.refused.append(path)
         for merge, changed_by in merges:
-            self.ledger.book(merge, changed_by)
+            self.merged.enter(merge, changed_by)
             self.adapted.add(merge.stats.name)
         self.layers_by_peft += 1
 
@@ -323,12 +323,12 @@ class Walk:
             raise self._refused(error) from error
         return True
 
-    def _book_block(self, block: BlockLayer, merge: TensorMerge) -> None:
+    def _enter_block(self, block: BlockLayer, merge: TensorMerge) -> None:
         """Enter a layer that was merged in blocks, and mark it as merged for PEFT."""
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._turns.end(block.slot)
-        self.ledger.book(merge, block.layer)
-        self.ledger.passed_on.add(block.slot.name)
+        self.merged.enter(merge, block.layer)
+        self.merged.passed_on.add(block.slot.name)
         self.adapted.update(slot.name for slot in slots_of(block.layer, self.loaded.slots))
 
     # --- step 3 ---
@@ -351,8 +351,8 @@ class Walk:
             values = exact.get(slot.name)
             merge = of_tensor(self.base, slot.module, slot.name, tensor, values, rounding_share=rounding)
             merges.append((merge, layer if is_changed else None))
-            if is_changed or slot.name in self.ledger.passed_on:
-                self.ledger.pass_on(slot.module, slot.name, tensor)
+            if is_changed or slot.name in self.merged.passed_on:
+                self.merged.pass_on(slot.module, slot.name, tensor)
         return merges
 
     def _exact(

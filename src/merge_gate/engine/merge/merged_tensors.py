@@ -47,7 +47,7 @@ class TensorSink(Protocol):
     def pass_by(self, name: str, values: torch.Tensor) -> None:
         """A tensor of the base, which is read from its files. The merge may still change it."""
 
-    def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
+    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         """The merge is complete, and only the tensors with these `names` differ from the base.
 
         `untied` are names of tensors that share memory in the base, and no longer do: each with the first name.
@@ -80,7 +80,7 @@ class WholeTensors:
     def pass_by(self, name: str, values: torch.Tensor) -> None:
         """Nothing to keep."""
 
-    def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
+    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         self.names, self.untied = frozenset(names), frozenset(untied)
 
 
@@ -171,11 +171,11 @@ def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 @dataclass(slots=True)
-class Ledger:
+class MergedTensors:
     """`merges` by the base's names, and the `layers` that changed each. `total` and `checked` count elements.
 
-    `left` names the tensors of the base that are not finite in the merged model. `passed_on` names the tensors that the
-    `sink` got.
+    `nonfinite` names the tensors of the base that are not finite in the merged model. `passed_on` names the tensors
+    that the `sink` got.
     """
 
     base: Base
@@ -183,17 +183,17 @@ class Ledger:
     layers: dict[str, list[Any]] = field(default_factory=dict)
     checked: int = 0
     total: int = 0
-    left: set[str] = field(default_factory=set)
+    nonfinite: set[str] = field(default_factory=set)
     sink: TensorSink | None = None
     passed_on: set[str] = field(default_factory=set)
 
-    def book(self, merge: TensorMerge, layer: Any | None = None) -> None:
+    def enter(self, merge: TensorMerge, layer: Any | None = None) -> None:
         """Enter a merged tensor. `layer` is the layer that changed it; None if the merge changed nothing."""
         self.merges[merge.stats.name] = merge
         if layer is not None:
             self.layers.setdefault(merge.stats.name, []).append(layer)
 
-    def close(self, merged: nn.Module) -> None:
+    def account_for(self, merged: nn.Module) -> None:
         """Account for PEFT's result, and measure what has no measurement yet (replaced modules, overwritten tensors).
 
         Raises:
@@ -212,14 +212,14 @@ class Ledger:
             known = self.base.tensors.get(self.base.first_name(name))
             own = known is not None and shares_storage(known, tensor)
             if not own and not is_the_bases(self.base, name, tensor):
-                self._book_anew(of_tensor(self.base, module, name, tensor))
+                self._enter_if_new(of_tensor(self.base, module, name, tensor))
                 self.pass_on(module, name, tensor)
             stats = self._measured(name)
             self.checked += stats.numel if stats is not None else 0
             if stats is None or not stats.finite:
-                self.left.add(self.base.first_name(name))
+                self.nonfinite.add(self.base.first_name(name))
         if self.sink is not None:
-            self.sink.settle(frozenset(self.passed_on), tuple(self._untied(named)))
+            self.sink.complete(frozenset(self.passed_on), tuple(self._untied(named)))
 
     def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Hand a merged tensor to the sink. A quantized one is dequantized."""
@@ -232,11 +232,11 @@ class Ledger:
             if name in named and not shares_storage(named[first], named[name]):
                 yield name, first
 
-    def _book_anew(self, merge: TensorMerge) -> None:
+    def _enter_if_new(self, merge: TensorMerge) -> None:
         """Enter a tensor of the result, unless it is as its layer left it: that entry knows the loss by rounding."""
-        booked = self.merges.get(merge.stats.name)
-        if booked is None or booked.stats != merge.stats:
-            self.book(merge)
+        entered = self.merges.get(merge.stats.name)
+        if entered is None or entered.stats != merge.stats:
+            self.enter(merge)
 
     def _measured(self, name: str) -> TensorStats | None:
         """The measurement under this name, from the merge or else from the base."""
