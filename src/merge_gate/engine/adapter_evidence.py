@@ -25,7 +25,6 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
-from merge_gate.engine.adapter.combine import combined
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import Loaded, expected_tensors, load_adapter
@@ -205,6 +204,8 @@ class _Attempt:
     def _load(self) -> Loaded:
         request = self._request
         if request.combine is not None:
+            from merge_gate.engine.adapter.combine import combined  # noqa: PLC0415 - few adapters are combinations
+
             return combined(request.base, request.members, self._weights, request.combine)
         return load_adapter(request.base, request.members[0], self._weights[0])
 
