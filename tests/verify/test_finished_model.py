@@ -14,7 +14,7 @@ from merge_gate.engine.base.accounting import account_for
 from merge_gate.engine.base.loaded_base import source_of
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.tensors.deviation import deviation, requantized, units
+from merge_gate.engine.merge.exact_merge import deviation, requantized, units
 from merge_gate.files.base_files import read_base
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Quantization

@@ -32,8 +32,8 @@ from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.expected_differences import Expectation
 from merge_gate.engine.finished_settings import read_settings
-from merge_gate.engine.merge.sink import WholeTensors
-from merge_gate.engine.tensors.deviation import ExactRows, Fit, deviation, requantized
+from merge_gate.engine.merge.exact_merge import ExactRows, Fit, deviation, requantized
+from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import EngineError

@@ -31,7 +31,7 @@ from merge_gate.worker.protocol import Group, Job, Task
 from merge_gate.worker.publish_client import PublishClient
 
 if TYPE_CHECKING:
-    from merge_gate.engine.merge.publication_sinks import PublicationSinks
+    from merge_gate.engine.merge.publication_sink import PublicationSinks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ class GroupBases:
 
     def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
         """What publishes the merges into a base; None if none of them is published."""
-        from merge_gate.engine.merge.publication_sinks import PublicationSinks  # noqa: PLC0415 - few runs publish
+        from merge_gate.engine.merge.publication_sink import PublicationSinks  # noqa: PLC0415 - few runs publish
 
         group = loaded.group
         if self.connection is None or all(task.publishes is None for task in group.tasks):

@@ -12,7 +12,7 @@ from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.merge.sink import WholeTensors
+from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.files.preflight import preflight
 from tests.support.cases import lay_out
 from tests.support.engine.base_headers import stored_tensors

@@ -10,6 +10,7 @@ module imports no PEFT, and no code writes to the base.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import statistics
@@ -32,11 +33,9 @@ from merge_gate.engine.base.stored_formats import (
     refuse_other_packing,
     refuse_unknown_format,
 )
-from merge_gate.engine.tensors.buffers import Buffers
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure
-from merge_gate.engine.tensors.module_copies import copied, tensors_of
-from merge_gate.engine.tensors.plain_layers import with_plain_layers
+from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.engine.tensors.quantized import (
     dequantized,
     dequantizing_options,
@@ -45,9 +44,9 @@ from merge_gate.engine.tensors.quantized import (
     loading_options,
     quantizing,
     scales,
+    with_plain_layers,
 )
-from merge_gate.engine.tensors.stream import Weights
-from merge_gate.engine.tensors.threads import spread
+from merge_gate.engine.tensors.threads import Buffers, spread
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import Caught, Undecidable
 from merge_gate.records.terms import Quantization
@@ -58,6 +57,9 @@ if TYPE_CHECKING:
 
 _REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
 """transformers' errors refer to a table in its log, which the reader of a message does not see."""
+
+SPARE_BYTES = 4 << 30
+"""Memory of a card that stays free of weights, for the products and deltas of the largest module."""
 
 MOST_TYPICAL = 9
 """So many matrices are read for the typical RMS, because a streamed base may have to send them again."""
@@ -109,10 +111,9 @@ class Base:
 
     `tensors` and `stats` are by name, a tied tensor under its first name only. `aliases` maps the other names of tied
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
-    a scratch copy that the last adapter left unchanged, for the next adapter (template.py), and `pattern` one that is
+    a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`. `weights`
-    brings them to `device` when they are needed.
+    layers, once it is traced (probes.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `settle`. `mapped` names tensors that are the
@@ -134,13 +135,12 @@ class Base:
     feed: SharedReads | None = None
     mapped: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
-    weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
+    _on_device: dict[str, torch.Tensor] = field(default_factory=dict)
     _buffers: threading.local = field(default_factory=threading.local)
     _typical_rms: float | None = None
 
     def __post_init__(self) -> None:
-        self.weights = Weights(self.tensors, self.device)
         first_names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.aliases = {
             name: first_names[id(parameter)]
@@ -155,6 +155,15 @@ class Base:
     @property
     def device(self) -> torch.device:
         return self.source.device
+
+    def on_device(self, name: str) -> torch.Tensor:
+        """A weight on `device`, which computes. On a card it stays for other adapters, if it fits."""
+        weight = self._on_device.get(name)
+        if weight is None:
+            weight = self.tensors[name].detach().to(self.device)
+            if weight.is_cuda and torch.cuda.mem_get_info(self.device)[0] - SPARE_BYTES > weight.nbytes:
+                self._on_device[name] = weight
+        return weight
 
     def buffers(self) -> Buffers:
         """This thread's buffers for merges in blocks."""
@@ -262,8 +271,7 @@ class Base:
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A scratch copy: own modules over the base's storage. With `private`, over copies of the tensors."""
-        made: nn.Module = copied(self.model, tensors_of(self.model, private=private))
-        return made
+        return copy.deepcopy(self.model, tensors_of(self.model, private=private))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
