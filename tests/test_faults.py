@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import Severity, Verdict
 from tests.support.decisions import told
 from tests.support.faults import FAULTS, HEALTHY, Case, Payload
@@ -25,6 +26,11 @@ def test_the_table_is_as_large_as_promised() -> None:
     assert len(names) == len(set(names))
     assert len(FAULTS) >= 40
     assert len(HEALTHY) >= 20
+
+
+def test_every_check_has_a_case() -> None:
+    cases = (*FAULTS, *HEALTHY)
+    assert CHECKS.keys() <= {case.cause for case in cases} | {check for case in cases for check in case.warnings}
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from merge_gate.judging.checks import base_checks
+from merge_gate.judging.adapter_report import base_report
+from merge_gate.judging.checks import base_format, base_incomplete, base_inconsistent
 from merge_gate.records.config import BaseSpec
 from merge_gate.records.files import BaseFiles, DeclaredQuantization
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
@@ -30,7 +31,7 @@ def unworded(finding: Finding | None) -> Finding | None:
 
 @COUNTS
 def test_parameters_that_would_be_random_are_an_error(count: int, wording: Wording) -> None:
-    found = base_checks.incomplete("./base", NAMES[:count], "LlamaModel")
+    found = base_incomplete.incomplete("./base", NAMES[:count], "LlamaModel")
     wording(found)
     assert unworded(found) == Finding(
         check="base-incomplete",
@@ -44,7 +45,7 @@ def test_parameters_that_would_be_random_are_an_error(count: int, wording: Wordi
 
 @COUNTS
 def test_parameters_that_the_adapter_brings_are_a_note(count: int, wording: Wording) -> None:
-    found = base_checks.brought(base(loaded_as="LlamaModel", incomplete=NAMES[:count]))
+    found = base_incomplete.brought(base(loaded_as="LlamaModel", incomplete=NAMES[:count]))
     wording(found)
     assert unworded(found) == Finding(
         check="base-incomplete",
@@ -57,19 +58,19 @@ def test_parameters_that_the_adapter_brings_are_a_note(count: int, wording: Word
 
 
 def test_what_is_known_of_the_files_stands_behind_the_names(wording: Wording) -> None:
-    wording(base_checks.incomplete("./base", NAMES[:1], "LlamaModel", " (looked at: a.safetensors)").message)
+    wording(base_incomplete.incomplete("./base", NAMES[:1], "LlamaModel", " (looked at: a.safetensors)").message)
 
 
 # --- the line of a base ----------------------------------------------------------------------------------------------
 
 
 def test_a_sound_base_has_no_findings() -> None:
-    assert [*base_checks.findings_of(base())] == []
+    assert [*base_incomplete.of_base(base()), *base_inconsistent.of_base(base())] == []
 
 
 @COUNTS
 def test_stored_tensors_that_the_model_lacks_are_a_note(count: int, wording: Wording) -> None:
-    (found,) = base_checks.findings_of(base(loaded_as="LlamaModel", unloaded=NAMES[:count]))
+    (found,) = base_inconsistent.of_base(base(loaded_as="LlamaModel", unloaded=NAMES[:count]))
     wording(found)
     assert unworded(found) == Finding(
         check="base-inconsistent",
@@ -83,8 +84,8 @@ def test_stored_tensors_that_the_model_lacks_are_a_note(count: int, wording: Wor
 def test_the_line_of_a_base_has_both_and_the_error_first() -> None:
     """An adapter may bring what is missing. The line of the base does not know that, so it has the error."""
     facts = base(loaded_as="LlamaModel", incomplete=NAMES[2:4], unloaded=NAMES[4:6])
-    first, second = base_checks.findings_of(facts)
-    assert first == base_checks.incomplete(facts.model, NAMES[2:4], facts.loaded_as)
+    first, second = base_report(facts).findings
+    assert first == base_incomplete.incomplete(facts.model, NAMES[2:4], facts.loaded_as)
     assert (second.check, second.severity, second.tensor) == ("base-inconsistent", Severity.NOTE, NAMES[4])
 
 
@@ -111,7 +112,7 @@ def test_a_base_that_can_be_loaded_as_it_is_asked_for(
     declared: DeclaredQuantization | None, asked: Quantization
 ) -> None:
     files = BaseFiles(directory="/base", quantization=declared)
-    assert base_checks.of_request(BaseSpec(model="/base", quantization=asked), files) is None
+    assert base_format.of_request(BaseSpec(model="/base", quantization=asked), files) is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_base_that_is_quantized_otherwise_is_refused(
     declared: DeclaredQuantization, asked: Quantization, wording: Wording
 ) -> None:
     files = BaseFiles(directory="/base", quantization=declared)
-    found = base_checks.of_request(BaseSpec(model="/base", label="./base", quantization=asked), files)
+    found = base_format.of_request(BaseSpec(model="/base", label="./base", quantization=asked), files)
     assert found is not None
     wording(found)
     assert unworded(found) == Finding(check="base-format", severity=Severity.ERROR, origin=Origin.BASE, message="")
@@ -143,6 +144,6 @@ def test_a_base_that_is_quantized_otherwise_is_refused(
 )
 def test_the_base_is_called_as_it_was_asked_for(spec: BaseSpec, name: str) -> None:
     asked = dataclasses.replace(spec, quantization=Quantization.BNB_4BIT)
-    found = base_checks.of_request(asked, BaseFiles(directory="/cache/b", quantization=FP8))
+    found = base_format.of_request(asked, BaseFiles(directory="/cache/b", quantization=FP8))
     assert found is not None
     assert f" {name} " in found.message

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.judging.all_checks import measure_options
+from merge_gate.judging.checks.base_nonfinite import of_base
 from merge_gate.judging.checks.check import Check, FileCase, Symptom
-from merge_gate.judging.checks.effect import WIPED_SHARE
-from merge_gate.judging.checks.finite import findings_of_base
+from merge_gate.judging.checks.delta_norm import WIPED_SHARE
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.not_judged import NOT_JUDGED, accident, not_judged
@@ -90,7 +90,7 @@ def test_every_check_has_a_case_that_fires_it() -> None:
 
 
 def test_a_check_judges_in_the_phases_that_its_decorator_names() -> None:
-    row = Check(id="odd", severity=Severity.ERROR, origin=Origin.FILE, summary="s", symptom=Symptom.BAD_FILE)
+    row = Check("odd", Severity.ERROR, Origin.FILE, Symptom.BAD_FILE, blame=1, page=None)
 
     def judge_it(_: FileCase) -> Iterator[Finding]:
         yield from ()
@@ -247,13 +247,13 @@ def test_an_unread_layer_has_the_same_message_in_several_dtypes() -> None:
 
 
 def test_the_base_has_findings_of_its_own() -> None:
-    (finding,) = findings_of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
+    (finding,) = of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
     assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
 
 
 def test_a_replaced_tensor_of_the_base_hides_no_other() -> None:
     tensors = tuple(broken(f"{name}.weight") for name in ("lm_head", "model.norm"))
-    replaced, other = findings_of_base(base(nonfinite=tensors), ("lm_head.weight",))
+    replaced, other = of_base(base(nonfinite=tensors), ("lm_head.weight",))
     assert (replaced.severity, replaced.tensor) == (Severity.WARNING, "lm_head.weight")
     assert (other.severity, other.tensor) == (Severity.ERROR, "model.norm.weight")
 

@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 
 from merge_gate.files.adapter_config import recorded
-from merge_gate.judging.key_hints import (
-    missing_words,
-    names_of_another_kind,
-    of_another_model,
-    saved_twice,
-    wrapped_twice,
-)
+from merge_gate.judging.checks.keys_missing import missing_words
+from merge_gate.judging.checks.keys_unexpected import saved_twice
+from merge_gate.judging.key_hints import names_of_another_kind, of_another_model, wrapped_twice
 from merge_gate.records.files import StoredTensor
 from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
 from tests.support.wording import Wording

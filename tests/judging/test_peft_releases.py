@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from merge_gate.files.adapter_config import recorded
-from merge_gate.judging.peft_releases import NEWEST, Span, changes, written_by
+from merge_gate.judging.checks.meaning_changed import changes
+from merge_gate.judging.peft_releases import NEWEST, Span, written_by
 from merge_gate.records.files import StoredTensor
 from tests.support.judging.releases import (
     ALWAYS,
@@ -65,12 +66,12 @@ def test_what_changed_is_known_by_the_config(
     config: dict[str, Any], tensors: tuple[StoredTensor, ...], expected: list[str]
 ) -> None:
     found = changes(recorded(config), tensors)
-    assert [change.name for change, _, _ in found] == expected
+    assert [change.name for change, _ in found] == expected
 
 
 def test_a_change_names_its_factor_and_its_releases() -> None:
-    ((_, words, span),) = changes(recorded(LOKR), ())
-    assert "2" in words.split()
+    ((change, span),) = changes(recorded(LOKR), ())
+    assert "2" in change.effect.split()
     assert str(span) == str(Span(oldest=0, newest=13))
 
 
@@ -124,7 +125,7 @@ def test_a_key_of_one_type_says_nothing_of_another() -> None:
     ],
 )
 def test_the_factor_of_a_change(changed: dict[str, Any], times: str | None) -> None:
-    found = [words for _, words, _ in changes(recorded(LOKR | changed), ())]
+    found = [change.effect for change, _ in changes(recorded(LOKR | changed), ())]
     assert len(found) == bool(times)
     assert all(times in words.split() for words in found)
 
@@ -133,21 +134,21 @@ def test_the_factor_of_a_change(changed: dict[str, Any], times: str | None) -> N
     ("version", "concerned"), [("0.5.0", False), ("0.6.0", True), ("0.13.2", True), ("0.14.0", False)]
 )
 def test_the_first_and_the_last_release_concerned(version: str, concerned: bool) -> None:
-    assert bool(changes(recorded(LOKR | {"peft_version": version}), ())) == concerned
+    assert bool([*changes(recorded(LOKR | {"peft_version": version}), ())]) == concerned
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_4", "olora"])
 def test_initialisations_of_later_releases(scheme: str) -> None:
     config = ALWAYS | {"peft_type": "LORA", "init_lora_weights": scheme}
-    assert [change.name for change, _, _ in changes(recorded(config), ())] == ["old-initialization"]
-    assert not changes(recorded(config | {"init_lora_weights": f"x{scheme}"}), ())
-    assert not changes(recorded(config | {"init_lora_weights": "gaussian"}), ())
+    assert [change.name for change, _ in changes(recorded(config), ())] == ["old-initialization"]
+    assert not [*changes(recorded(config | {"init_lora_weights": f"x{scheme}"}), ())]
+    assert not [*changes(recorded(config | {"init_lora_weights": "gaussian"}), ())]
 
 
 def test_all_changes_that_concern_a_config_are_listed() -> None:
     config = LORA_0_14 | {"use_dora": True}
-    assert [change.name for change, _, _ in changes(recorded(config), EMBEDDING)] == [
+    assert [change.name for change, _ in changes(recorded(config), EMBEDDING)] == [
         "lora-bias-scale",
         "dora-embedding",
     ]
-    assert not changes(recorded(config | {"peft_type": "LOHA"}), EMBEDDING)
+    assert not [*changes(recorded(config | {"peft_type": "LOHA"}), EMBEDDING)]

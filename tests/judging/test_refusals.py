@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging import not_judged
+from merge_gate.judging import not_judged, peft_errors
 from merge_gate.judging.adapter_report import merged_report
 from merge_gate.judging.all_checks import REFUSALS, refused
-from merge_gate.judging.checks import base_checks, file_checks, fit, not_mergeable, peft_errors
+from merge_gate.judging.checks import table
 from merge_gate.judging.checks.not_mergeable import DEFECTS
-from merge_gate.judging.checks.peft_errors import DOCUMENTED_ON_PACKED
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.not_judged import NOT_JUDGED
+from merge_gate.judging.peft_errors import DOCUMENTED_ON_PACKED
 from merge_gate.records.files import Entry, Pattern
 from merge_gate.records.refusals import Caught, NotJudged, Refusal
 from merge_gate.records.terms import Origin, Quantization, Verdict
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tests.support.wording import Wording
 
 SOURCE = Path(not_judged.__file__).parents[1]
-WORDED = (not_judged, base_checks, file_checks, fit, not_mergeable, peft_errors)
 DOCS = Path(__file__).parents[2] / "docs" / "reference/methods.md"
 LORA_A = "base_model.model.layers.0.q_proj.lora_A.weight"
 HEAD = "base_model.model.lm_head.modules_to_save.weight"
@@ -369,7 +368,7 @@ def test_each_refusal_in_the_source_can_be_worded(kind: str, fields: tuple[str, 
 def test_each_kind_is_raised_once_at_least_and_has_a_case() -> None:
     assert REFUSALS.keys() == {kind for kind, _, _ in RAISED}
     assert REFUSALS.keys() == {kind_of(fact) for fact, _, _ in CASES} - {"not_judged"}
-    assert len(REFUSALS) == sum(len(module.REFUSALS) for module in WORDED)
+    assert len(REFUSALS) == sum(map(len, (not_judged.REFUSALS, peft_errors.REFUSALS, table.REFUSALS)))
     made = {path.name for path, tree in TREES.items() for _ in calls(tree, "Refusal")}
     assert made == {"refusals.py"}, "the test above sees only what Refused and Undecidable make"
 

@@ -22,8 +22,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from merge_gate.judging import all_checks, verdict
-from merge_gate.judging.checks import base_checks, expectations
-from merge_gate.judging.checks.finite import findings_of_base
+from merge_gate.judging.checks import (
+    base_format,
+    base_incomplete,
+    base_inconsistent,
+    base_nonfinite,
+    expectation_failed,
+)
+from merge_gate.judging.checks.base_mismatch import base_mismatch
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
@@ -57,14 +63,14 @@ def with_base_digests(entry: Entry, got: Mapping[str, str] | None) -> Entry:
         why = "the base is pinned, and its SHA-256 could not be computed"
         return replace(entry, problem=not_judged(why, "check that nothing writes to the base, and that it can be read"))
     first, *others = entry.members
-    findings = (*first.findings, *bounded(expectations.other_base(entry.spec.base, got)))
+    findings = (*first.findings, *bounded(expectation_failed.other_base(entry.spec.base, got)))
     return replace(entry, members=(replace(first, findings=findings), *others))
 
 
 def other_base_report(entry: Entry) -> AdapterReport | None:
     """The report of an entry whose base is not the pinned one; None if it is, or if that is no error."""
     findings = _file_findings(entry)
-    check = expectations.expectation_failed.id
+    check = expectation_failed.expectation_failed.id
     is_other = any(
         one.check == check and one.origin is Origin.BASE and one.severity is Severity.ERROR for one in findings
     )
@@ -140,6 +146,7 @@ def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterR
 
 
 _REASON_CHARACTERS = 400
+_OF_BASES = (base_incomplete, base_inconsistent, base_nonfinite)
 
 
 def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
@@ -156,7 +163,7 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
         dtypes=facts.dtypes,
         record=facts.record,
         no_skeleton=facts.no_skeleton[:_REASON_CHARACTERS],
-        findings=bounded([*base_checks.findings_of(facts), *findings_of_base(facts), *notes]),
+        findings=bounded([*(one for check in _OF_BASES for one in check.of_base(facts)), *notes]),
     )
 
 
@@ -193,7 +200,7 @@ def _file_findings(entry: Entry) -> tuple[Finding, ...]:
     of_base = base_findings(entry)
     if problems or any(finding.severity is Severity.ERROR for finding in of_base):
         # The question is not whether a base that cannot be read has the right name.
-        mismatch = expectations.base_mismatch.id
+        mismatch = base_mismatch.id
         judged = tuple(each for each in judged if each.check != mismatch or each.severity is Severity.ERROR)
     return (*judged, *problems, *of_base)
 
@@ -203,7 +210,7 @@ def base_findings(entry: Entry) -> tuple[Finding, ...]:
     files = entry.base_files
     if files is None:
         return ()
-    asked = base_checks.of_request(entry.spec.base, files)
+    asked = base_format.of_request(entry.spec.base, files)
     of_dtype = files.auto_dtype if entry.dtype == "auto" else None
     return bounded([*files.findings, *(finding for finding in (asked, of_dtype) if finding is not None)])
 

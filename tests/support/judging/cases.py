@@ -10,9 +10,8 @@ import pytest
 
 from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.all_checks import judge_files, judge_merge
-from merge_gate.judging.checks import base_checks as of_base
-from merge_gate.judging.checks import file_checks as of_files
 from merge_gate.judging.checks.check import Check
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
 from merge_gate.records.files import AdapterFiles, FileRecord, StoredTensor
 from merge_gate.records.measured import (
@@ -142,7 +141,6 @@ NAMED = BaseSpec(model="/models/llama", label="./models/llama")
 FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
 FIRES: dict[str, tuple[Fire, ...]] = {
-    **{row.id: (refused(row.id, Origin.BASE),) for row in vars(of_base).values() if isinstance(row, Check)},
     "base-incomplete": (
         refused("base-incomplete", Origin.BASE, module=MODULE, tensor=WEIGHT),
         Fire(
@@ -162,8 +160,12 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             places={"module": "lm_head", "tensor": "lm_head.weight"},
         ),
     ),
-    **{row.id: (found_in_files(row),) for row in vars(of_files).values() if isinstance(row, Check)},
-    "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
+    "base-inconsistent": (refused("base-inconsistent", Origin.BASE),),
+    "base-format": (refused("base-format", Origin.BASE),),
+    **{check: (found_in_files(CHECKS[check]),) for check in ("file-missing", "file-lfs-pointer", "file-corrupt")},
+    "pickle-refused": (found_in_files(CHECKS["pickle-refused"]),),
+    "config-invalid": (found_in_files(CHECKS["config-invalid"]), refused("config-invalid", Origin.CONFIG)),
+    "config-unsafe": (found_in_files(CHECKS["config-unsafe"]),),
     "keys-missing": (
         Fire(
             (LORA_B,),

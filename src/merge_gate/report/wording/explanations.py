@@ -1,7 +1,7 @@
-"""The explanation of each check and answer, from the package's own copies of docs/checks and docs/guides/verify.md.
+"""The explanation of each check, and of each kind of finding that is no check.
 
-In: the id of a check, or of an answer of `merge-gate verify`. Out: its page as Markdown, or as text for a terminal.
-`make schemas` writes the copies.
+In: the id of a check or a kind. Out: its page as Markdown, or as text for a terminal. A check's page is the docstring
+of its module. The pages of kinds are copies of docs/checks and docs/guides/verify.md, which `make schemas` writes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from functools import cache
 from pathlib import Path
 
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.report.wording.columns import wrap
 
-STORED = Path(__file__).parents[2] / "explanations.md"
 STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _FENCE = "```"
@@ -21,13 +21,14 @@ _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
 @cache
 def explanations() -> dict[str, str]:
-    """The Markdown of each check and of each answer of `verify` by its id, without its heading."""
-    return _sections(STORED) | _sections(STORED_KINDS)
+    """The Markdown of each check and kind by its id, without its heading and links to other pages."""
+    _, *parts = _HEADING.split(STORED_KINDS.read_text(encoding="utf-8"))
+    pages = {check: row.explanation for check, row in CHECKS.items()} | dict(zip(parts[::2], parts[1::2], strict=True))
+    return {check: _LINK.sub(_without_page, page.strip()) for check, page in pages.items()}
 
 
-def _sections(stored: Path) -> dict[str, str]:
-    _, *parts = _HEADING.split(stored.read_text(encoding="utf-8"))
-    return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
+def _without_page(link: re.Match[str]) -> str:
+    return link[0] if link[2].startswith("https://") else link[1]
 
 
 def explanation(check: str, width: int) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from merge_gate.judging.checks.file_checks import CONFIG_INVALID, FILE_CORRUPT
-from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing
+from merge_gate.judging.checks.config_invalid import CONFIG_INVALID
+from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
+from merge_gate.judging.checks.keys_missing import keys_missing
 from merge_gate.judging.checks.not_mergeable import not_mergeable
 from merge_gate.judging.checks.phrases import RESTORE_CONFIG
+from merge_gate.judging.checks.shape_mismatch import SHAPE_MISMATCH
 from merge_gate.judging.not_judged import INSTALL, not_judged
 from merge_gate.records.refusals import Caught
 from merge_gate.records.terms import Finding, Origin, Quantization
@@ -161,5 +163,10 @@ def _blamed(message: str, hint: str, origin: Origin, *, method: str, quantizatio
 
 
 REFUSALS: tuple[Callable[..., Finding], ...] = (
-    config_raised, inject_raised, load_raised, add_raised, combine_raised, merge_raised,
-)  # fmt: skip
+    config_raised,
+    inject_raised,
+    load_raised,
+    add_raised,
+    combine_raised,
+    merge_raised,
+)

@@ -1,69 +1,50 @@
-"""Checks of the adapter's files, whose findings come with the files or with a refusal of the engine.
+"""adapter_config.json is not valid, or contradicts the tensors.
 
-In: the facts of a refusal. Out: findings, and the rows of the checks, which have no function.
+**Fires when** `adapter_config.json` has one of these faults:
+
+- it is not strict JSON, for example because of NaN or a duplicate key;
+- it has no `peft_type`, or a value of the wrong type;
+- its rank differs from that of every tensor;
+- it sets a key that this version of PEFT would ignore silently. Only `run` finds such keys: `check` does not load PEFT.
+
+```text
+r in adapter_config.json is 8, but each of the 4 lora_A tensors has another rank (4):
+'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight' has shape [4, 32]
+```
+
+**Why it matters.** Config and weights are from different runs, or the config was edited. The scaling is `lora_alpha /
+r`. A wrong `r` that loads would merge with the wrong strength.
+
+**What to do.** Restore the config that was saved with these weights. If PEFT does not know a key, the key is a typo, or
+it comes from another trainer or a newer PEFT. Remove the key, or run the gate with the newer PEFT. If the config names
+a newer PEFT, the verdict is `error` and not `failed`.
+
+**It happened.**
+
+- [ymcui/Chinese-LLaMA-Alpaca#618](https://github.com/ymcui/Chinese-LLaMA-Alpaca/issues/618): the config next to the
+  weights had rank 64, and the training had used 8. Users tried both to find out which one loads.
+- [peft#2275](https://github.com/huggingface/peft/issues/2275): a key of a newer PEFT (`eva_config`). The thread's
+  advice is to delete keys until the adapter loads.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import Pattern
-from merge_gate.records.terms import FailureKind, Finding, Origin
+from merge_gate.records.terms import Finding, Origin
 from merge_gate.text import quoted
+
+# PEFT may load such an adapter: it reads the values itself, and what it rejects is a finding again.
+CONFIG_INVALID = Check(
+    "config-invalid", ERROR, Origin.CONFIG, Symptom.BAD_CONFIG, blame=80, page=__doc__, allows_loading=True
+)
 
 _SETTINGS = 6
 """Ignored settings that one message lists."""
 
 _MOST_DIGITS = 10
-
-FILE_MISSING = Check(
-    id="file-missing",
-    severity=ERROR,
-    origin=Origin.FILE,
-    summary="There is no adapter_config.json, or no weights file.",
-    symptom=Symptom.BAD_FILE,
-)
-FILE_LFS_POINTER = Check(
-    id="file-lfs-pointer",
-    severity=ERROR,
-    origin=Origin.FILE,
-    summary="The weights file is a Git LFS pointer, not the weights.",
-    symptom=Symptom.BAD_FILE,
-)
-FILE_CORRUPT = Check(
-    id="file-corrupt",
-    severity=ERROR,
-    origin=Origin.FILE,
-    summary="A file is empty, truncated, or not in the format that it claims.",
-    symptom=Symptom.BAD_FILE,
-)
-PICKLE_REFUSED = Check(
-    id="pickle-refused",
-    severity=ERROR,
-    origin=Origin.FILE,
-    summary="There are only pickled weights (.bin), and allow-pickle is false.",
-    symptom=Symptom.BAD_FILE,
-    failure=FailureKind.REFUSED,
-)
-CONFIG_INVALID = Check(
-    id="config-invalid",
-    severity=ERROR,
-    origin=Origin.CONFIG,
-    summary="adapter_config.json is not valid, or contradicts the tensors.",
-    symptom=Symptom.BAD_CONFIG,
-    allows_loading=True,  # PEFT reads the values itself, and what it rejects is a finding again
-)
-CONFIG_UNSAFE = Check(
-    id="config-unsafe",
-    severity=ERROR,
-    origin=Origin.CONFIG,
-    summary="adapter_config.json would make PEFT import code.",
-    symptom=Symptom.BAD_CONFIG,
-    failure=FailureKind.REFUSED,
-)
 
 
 def pattern_refused(pattern: Pattern | None, names: int, seconds: float, problem: str | None = None) -> Finding:
@@ -112,23 +93,4 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < _MOST_DIGITS for part in parts) else ()
 
 
-def tensor_unreadable(name: str | None = None, is_meta: bool = False, dtype: str = "", text: str = "") -> Finding:
-    """It is on the meta device, has such a dtype, or `text` is torch's reason, which may not say which tensor it is."""
-    why = "it is without values (meta device)" if is_meta else f"it is of {dtype}" if dtype else text
-    return FILE_CORRUPT.finding(
-        f"{name or 'a tensor'} in the adapter's file cannot be read as numbers by torch, or loaded by PEFT: {why}",
-        "save the adapter with its values, as float32, bfloat16 or float16",
-        tensor=name,
-    )
-
-
-def pickle_unreadable(error: str, names: str | None = None) -> Finding:
-    """The restricted unpickler of torch refuses the weights; `names` is what they would import, if it says so."""
-    what = f"torch refuses {quoted(names)} in them" if names else error
-    return FILE_CORRUPT.finding(
-        f"the pickled weights are damaged, or hold something other than tensors ({what})",
-        "do not load this file; ask who made it, and have the adapter saved as safetensors",
-    )
-
-
-REFUSALS: tuple[Callable[..., Finding], ...] = (pattern_refused, ignored_settings, tensor_unreadable, pickle_unreadable)
+REFUSALS = (pattern_refused, ignored_settings)
