@@ -2,18 +2,6 @@
 
 In: an `Entry`, and its `Evidence` or the refusal that explains why there is none. Out: `AdapterReport` or `BaseReport`.
 Imports no torch and opens no files.
-
-- `blocked_report`: the files alone decide, and the adapter is never loaded.
-- `other_base_report`: the base is not the pinned one.
-- `merged_report`: the evidence decides.
-- `not_judged_report`: the gate could not judge the adapter.
-- `withdrawn_report`: the base changed.
-- `published_report`: the adapter passed, and its merge is in a directory.
-- `unpublished_report`: the adapter passed, and its merge could not be published.
-- `report_with_earlier_model`: nothing was published, and the model of an earlier run has the name.
-- `files_report`: the verdict on the files alone (`merge-gate check`).
-
-The entry of a base comes from `base_report`, `refused_base_report`, or `unloaded_base_report`.
 """
 
 from __future__ import annotations
@@ -21,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from merge_gate.judging import all_checks, verdict
+from merge_gate.judging import all_checks, kinds, verdict
 from merge_gate.judging.checks import (
     base_format,
     base_incomplete,
@@ -116,13 +104,8 @@ def published_report(report: AdapterReport, model: PublishedModel, findings: tup
 
 def unpublished_report(report: AdapterReport, message: str, hint: str) -> AdapterReport:
     """The report of an entry that passed, and whose merge could not be published."""
-    why = Finding(
-        check=NOT_PUBLISHED,
-        severity=Severity.ERROR,
-        message=f"the merge passed, and was not published: {message}",
-        hint=hint,
-        origin=Origin.RUNTIME,
-    )
+    said = f"the merge passed, and was not published: {message}"
+    why = kinds.finding(NOT_PUBLISHED, said, hint=hint, origin=Origin.RUNTIME)
     what, index, findings = verdict.decide((*bounded([why]), *report.findings), report.coverage)
     return replace(
         report,
@@ -135,10 +118,9 @@ def unpublished_report(report: AdapterReport, message: str, hint: str) -> Adapte
 
 def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterReport:
     """The report of an entry that has no new model, while `directory` has the one of an earlier run."""
-    warning = Finding(
-        check=EARLIER_MODEL,
-        severity=Severity.WARNING,
-        message=f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
+    warning = kinds.finding(
+        EARLIER_MODEL,
+        f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
         hint="do not use it for this adapter: remove it, or publish again when the adapter passes",
         origin=Origin.RUNTIME,
     )

@@ -1,18 +1,26 @@
 """The explanation of each check, and of each kind of finding that is no check.
 
-In: the id of a check or a kind. Out: its page as Markdown, or as text for a terminal. A check's page is the docstring
-of its module. The pages of kinds are copies of docs/checks and docs/guides/verify.md, which `make schemas` writes.
+In: the id of a check or a kind. Out: its page as Markdown or as text for a terminal, and the page's address. A check's
+page is the docstring of its module. The pages of kinds are copies of docs/checks and docs/guides/verify.md, which
+`make schemas` writes.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
+from merge_gate import __version__
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS
+from merge_gate.records.project import check_url, kind_url
+from merge_gate.records.report import AdapterReport, BaseReport
 from merge_gate.report.wording.columns import wrap
 
+_Judged = TypeVar("_Judged", AdapterReport, BaseReport)
 STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _FENCE = "```"
@@ -53,3 +61,15 @@ def _item(text: str, width: int) -> list[str]:
 def _plain(text: str) -> str:
     """Markdown without its marks. The address of a link follows its text."""
     return _LINK.sub(r"\1 (\2)", text).replace("**", "")
+
+
+def page_of(check: str) -> str | None:
+    """The address of the page on a check or a kind. None if it has none, or while the project has no address."""
+    if check in ANSWERS:
+        return kind_url(check, __version__)
+    return check_url(check, __version__) if check in explanations() else None
+
+
+def linked(report: _Judged) -> _Judged:
+    """The report with the address of each finding's check. All reports of a run pass here."""
+    return replace(report, findings=tuple(replace(one, url=page_of(one.check)) for one in report.findings))
