@@ -1,0 +1,19 @@
+"""When file-corrupt fires, and what it says: its messages are in file-corrupt.txt."""
+
+from __future__ import annotations
+
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.records.terms import Origin
+from tests.support.judging.cases import found_in_files, reason
+from tests.support.judging.every_check import EveryCheck
+
+
+class TestFileCorrupt(EveryCheck):
+    FIRES = (found_in_files(CHECKS["file-corrupt"]),)
+    REFUSED = (
+        (reason("tensor_unreadable", name="odd", is_meta=True, dtype="float32"), "file-corrupt", Origin.FILE),
+        (reason("tensor_unreadable", name="odd", dtype="float4_e2m1fn_x2"), "file-corrupt", Origin.FILE),
+        (reason("tensor_unreadable", text="unknown dtype"), "file-corrupt", Origin.FILE),
+        (reason("pickle_unreadable", error="RuntimeError"), "file-corrupt", Origin.FILE),
+        (reason("pickle_unreadable", error="UnpicklingError", names="torch.hub.load"), "file-corrupt", Origin.FILE),
+    )
