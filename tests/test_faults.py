@@ -1,4 +1,4 @@
-"""Each case of `tests.support.faults` through the gate: verdict, cause, origin and the tensor it names."""
+"""Each case of `tests.support.all_faults` through the gate: verdict, cause, origin and the tensor it names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import Severity, Verdict
+from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.decisions import told
-from tests.support.faults import FAULTS, HEALTHY, Case, Payload
+from tests.support.faults import Case, Payload
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport

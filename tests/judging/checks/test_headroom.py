@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from merge_gate.records.terms import Origin
+from tests.support.faults import healthy, poison
 from tests.support.judging.cases import (
     HALF_MAX,
     MODULE,
@@ -22,8 +23,13 @@ from tests.support.judging.every_check import EveryCheck
 
 SECOND = "model.layers.6.mlp"
 
+HALF_WAY = poison("lora_B.bias", 2.5e4)  # twice that, by the scaling, is 0.76 of what float16 holds
+
 
 class TestHeadroom(EveryCheck):
+    HEALTHY = (
+        healthy("near-the-limit", "lora-bias", break_=HALF_WAY, dtype="float16", warnings=("headroom", "delta-norm")),
+    )
     FIRES = (
         Fire(
             (WEIGHT, "60,000", "65,504", "92%"),

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
@@ -20,6 +20,9 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.judging.cases import NAMED, Fire, judge, judged, of, setting, shown, spec
+
+if TYPE_CHECKING:
+    from tests.support.faults import Case
 
 GOLDENS = Path(__file__).parents[2] / "judging" / "checks"
 
@@ -46,6 +49,8 @@ class EveryCheck:
         SILENT: the situations without a finding.
         REFUSED: refusals of the engine that its module words; the check and the origin of each finding.
         QUIET: cases that come close.
+        FAULTS: real adapters that it must fail (tests/support/faults.py).
+        HEALTHY: real adapters that come close and must pass.
     """
 
     FIRES: ClassVar[tuple[Fire, ...]]
@@ -53,6 +58,8 @@ class EveryCheck:
     SILENT: ClassVar[tuple[str, ...]] = ()
     REFUSED: ClassVar[tuple[tuple[Refusal, str, Origin], ...]] = ()
     QUIET: ClassVar[tuple[tuple[Evidence, AdapterFiles, AdapterSpec], ...]] = ()
+    FAULTS: ClassVar[tuple[Case, ...]] = ()
+    HEALTHY: ClassVar[tuple[Case, ...]] = ()
 
     @property
     def id(self) -> str:

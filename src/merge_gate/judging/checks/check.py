@@ -113,7 +113,7 @@ class Check:
         module: str | None = None,
         tensor: str | None = None,
         stats: TensorStats | None = None,
-        measured: tuple[tuple[str, float], ...] = (),
+        **measured: float | None,
     ) -> Finding:
         """A finding of this check.
 
@@ -125,7 +125,7 @@ class Check:
             module: module of the base.
             tensor: name of the tensor.
             stats: the tensor, if the report needs its counts of NaN and infinities; replaces `tensor`.
-            measured: the figures behind the finding, by name.
+            measured: the figures behind the finding; None: there is no such figure.
         """
         finding = Finding(
             check=self.id,
@@ -135,7 +135,7 @@ class Check:
             origin=origin or self.origin,
             module=module,
             tensor=tensor,
-            measured=measured,
+            measured=tuple((name, float(figure)) for name, figure in measured.items() if figure is not None),
         )
         if stats is None:
             return finding

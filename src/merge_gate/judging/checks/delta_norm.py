@@ -39,7 +39,7 @@ import math
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
-from merge_gate.judging.checks.phrases import ESTIMATED, above, are, figure, tensors
+from merge_gate.judging.checks.phrases import above, are, figure, tensors
 from merge_gate.records.measured import Evidence, TensorMerge
 from merge_gate.records.terms import Finding, Origin
 from merge_gate.text import listing
@@ -75,12 +75,10 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             severity=ERROR if errors else None,
             module=worst.module,
             tensor=worst.stats.name,
-            measured=(
-                ("ratio", ratio),
-                ("limit", limit),
-                *((("error_limit", error_limit),) if errors else ()),
-                *(ESTIMATED if estimated else ()),
-            ),
+            ratio=ratio,
+            limit=limit,
+            error_limit=error_limit if errors else None,
+            estimated=1 if estimated else None,
         )
     wiped = tuple(merge.stats.name for merge in case.evidence.merges if _is_wiped(merge))
     if wiped:
@@ -90,7 +88,7 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             "were not gathered before saving, or not saved",
             module=wiped[0].rpartition(".")[0],
             tensor=wiped[0],
-            measured=(("tensors", float(len(wiped))),),
+            tensors=len(wiped),
         )
     elif _is_blank(case.evidence):
         zeros = case.evidence.file_tensors
@@ -100,7 +98,7 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             "again",
             origin=Origin.ADAPTER,
             tensor=zeros[0].stats.name,
-            measured=(("tensors", float(len(zeros))),),
+            tensors=len(zeros),
         )
 
 

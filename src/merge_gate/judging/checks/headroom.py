@@ -54,7 +54,9 @@ def headroom(case: MergeCase) -> Iterator[Finding]:
             "adapter's scale",
             module=worst.module,
             tensor=worst.stats.name,
-            measured=(("max_abs", worst.stats.max_abs), ("dtype_max", worst.dtype_max), ("limit", limit)),
+            max_abs=worst.stats.max_abs,
+            dtype_max=worst.dtype_max,
+            limit=limit,
         )
     nonfinite_modules = with_sharers(evidence, {merge.module for merge in evidence.merges if not merge.stats.finite})
     refused_but_finite = tuple(

@@ -53,7 +53,7 @@ def keys_missing(case: MergeCase) -> Iterator[Finding]:
             *words,
             module=module_of(missing[0]),
             tensor=missing[0],
-            measured=(("missing", float(len(missing))),),
+            missing=len(missing),
         )
 
 

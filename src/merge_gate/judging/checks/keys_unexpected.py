@@ -53,7 +53,7 @@ def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding
             severity=WARNING,
             module=module_of(names[0]),
             tensor=names[0],
-            measured=(("complex", float(len(names))),),
+            complex=len(names),
         )
 
 
@@ -81,7 +81,7 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             "this is the adapter's base, and that the model was unwrapped before saving",
             module=module_of(stray[0]),
             tensor=stray[0],
-            measured=(("unexpected", float(len(stray))),),
+            unexpected=len(stray),
         )
     if unnamed:
         yield keys_unexpected.finding(
@@ -93,7 +93,7 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             severity=WARNING,
             module=unnamed[0].rpartition(".")[0],
             tensor=unnamed[0],
-            measured=(("unnamed", float(len(unnamed))),),
+            unnamed=len(unnamed),
         )
     yield from _complex_tensors(case, stray)
 

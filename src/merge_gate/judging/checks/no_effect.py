@@ -93,7 +93,7 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
             if zeros or evidence.base.dtype == "float32"
             else f"{_UNTRAINED}; if its values are small, merge into a float32 base",
             module=evidence.targeted[0] if evidence.targeted else None,
-            measured=(("modules_unchanged", float(len(evidence.targeted))),),
+            modules_unchanged=len(evidence.targeted),
         )
     elif unchanged:
         by = "adapter (KaSA's change before training does not count)" if changed_by_kasa else "merge"
@@ -106,7 +106,7 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
             "them, or save again. If not, there is nothing to do",
             severity=Severity.WARNING,
             module=unchanged[0],
-            measured=(("modules_unchanged", float(len(unchanged))),),
+            modules_unchanged=len(unchanged),
         )
 
 

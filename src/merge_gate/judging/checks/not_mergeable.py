@@ -89,7 +89,8 @@ def not_mergeable(case: MergeCase) -> Iterator[Finding]:
         f"serve the adapter unmerged, as it was trained; or exclude {those} (exclude_modules) and train again",
         severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
         module=worst.module,
-        measured=(("layers", float(len(unread))), ("share", float(share))),  # rounded, so that all dtypes have the same
+        layers=len(unread),
+        share=float(share),  # rounded, so that all dtypes have the same
     )
 
 

@@ -16,9 +16,6 @@ RESTORE_CONFIG = "restore the adapter_config.json that was saved with the adapte
 NAMES = 3
 """Names of an adapter's tensors are long, and the first ones say what kind it is."""
 
-ESTIMATED = (("estimated", 1.0),)
-"""Added to a finding's measured figures if they come from a sample."""
-
 
 def describe_nonfinite(stats: TensorStats) -> str:
     """`1 NaN and 2 -Inf among 16,384 values, the first at [0, 7]`."""

@@ -43,7 +43,6 @@ import math
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
-from merge_gate.judging.checks.phrases import ESTIMATED
 from merge_gate.records.terms import Finding, Origin, Quantization
 from merge_gate.text import counted
 
@@ -102,11 +101,9 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
         severity=ERROR if share > error_limit else None,
         module=worst.module,
         tensor=worst.stats.name,
-        measured=(
-            ("lost_share", share),
-            ("limit", limit),
-            *((("error_limit", error_limit),) if share > error_limit else ()),
-            *((("unchanged_share", unchanged_share),) if size else ()),
-            *(ESTIMATED if estimated else ()),
-        ),
+        lost_share=share,
+        limit=limit,
+        error_limit=error_limit if share > error_limit else None,
+        unchanged_share=unchanged_share if size else None,
+        estimated=1 if estimated else None,
     )

@@ -54,5 +54,5 @@ def untrained_tensors(case: MergeCase) -> Iterator[Finding]:
         "not read them (an unused pooler), turn this check off",
         module=names[0].rpartition(".")[0],
         tensor=names[0],
-        measured=(("tensors", float(len(names))),),
+        tensors=len(names),
     )
