@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from merge_gate.judging import not_judged, peft_errors
 from merge_gate.judging.checks import table
-from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit
+from merge_gate.judging.checks.check import Check, FileCase, MergeCase
 from merge_gate.judging.checks.delta_norm import delta_norm
 from merge_gate.judging.checks.rounding_loss import rounding_loss
 from merge_gate.judging.checks.table import CHECKS
@@ -40,11 +40,11 @@ def measure_options(spec: AdapterSpec) -> MeasureOptions:
     """What may be estimated: a warning may rest on an estimate, an error rests on a measurement."""
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
-    if math.isfinite(error_limit(settings, rounding_loss)):
+    if math.isfinite(rounding_loss.limits(settings)[1]):
         errors.add(rounding_loss.id)
     return MeasureOptions(
         estimates=not {rounding_loss.id, delta_norm.id} & errors,
-        estimated_ratio=error_limit(settings, delta_norm) * ESTIMATED_BELOW,
+        estimated_ratio=delta_norm.limits(settings)[1] * ESTIMATED_BELOW,
     )
 
 

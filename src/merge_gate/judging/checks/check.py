@@ -93,7 +93,22 @@ class Check:
         if self.error_limit is not None:
             limit += f", `error-limit` {self.error_limit:,.0f}" if self.error_limit < math.inf else ", no `error-limit`"
         default = f"Default `{self.severity}`, {limit}, {'can' if self.can_be_off else 'cannot'} be switched off."
-        return f"{default}\n{(self.page or '').partition(chr(10))[2].rstrip()}"
+        _, _, page = (self.page or "").partition("\n")
+        return f"{default}\n{page.rstrip()}"
+
+    def limits(self, settings: Mapping[str, CheckSetting]) -> tuple[float, float]:
+        """The figure above which it fires, and the one above which its warning is an error; infinite if there is none.
+
+        A default of the second counts only above the first: a configuration that allows more means what it says.
+        """
+        setting = settings.get(self.id)
+        limit, error_limit = (setting.limit, setting.error_limit) if setting else (None, None)
+        if limit is None:
+            limit = math.inf if self.limit is None else self.limit
+        if error_limit is None:
+            default = self.error_limit or 0.0
+            error_limit = default if default > limit else math.inf
+        return limit, error_limit
 
     def on_files(self, judge: Callable[[FileCase], Iterator[Finding]]) -> Check:
         """The row of a check of files: it judges before the merge, and the same files again after it."""
@@ -164,28 +179,3 @@ class MergeCase(FileCase):
 
     evidence: Evidence
     settings: Mapping[str, CheckSetting]
-
-    def limit(self, of: Check) -> float:
-        return limit(self.settings, of)
-
-    def error_limit(self, of: Check) -> float:
-        return error_limit(self.settings, of)
-
-
-def limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
-    """The figure above which a check fires; infinite if it has none."""
-    setting = settings.get(of.id)
-    chosen = setting.limit if setting is not None and setting.limit is not None else of.limit
-    return math.inf if chosen is None else chosen
-
-
-def error_limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
-    """The figure above which a warning of a check is an error; infinite if there is none.
-
-    A default counts only above the limit: a configuration that allows more than the default means what it says.
-    """
-    setting = settings.get(of.id)
-    if setting is not None and setting.error_limit is not None:
-        return setting.error_limit
-    default = math.inf if of.error_limit is None else of.error_limit
-    return default if default > limit(settings, of) else math.inf

@@ -59,7 +59,7 @@ WIPED_SHARE = 2.0**-20
     error_limit=1000.0,
 ).on_merge
 def delta_norm(case: MergeCase) -> Iterator[Finding]:
-    limit, error_limit, merges = case.limit(delta_norm), case.error_limit(delta_norm), case.evidence.merges
+    (limit, error_limit), merges = delta_norm.limits(case.settings), case.evidence.merges
     ratios = [(_ratio(merge, case.evidence.typical_rms), merge) for merge in merges if len(merge.stats.shape) > 1]
     errors = [(ratio, merge) for ratio, merge in ratios if ratio > error_limit]
     large = errors or [(ratio, merge) for merge in merges if (ratio := _ratio(merge)) > limit]

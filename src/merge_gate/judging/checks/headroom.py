@@ -35,7 +35,7 @@ from merge_gate.text import listing
 ).on_merge
 def headroom(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    limit = case.limit(headroom)
+    limit, _ = headroom.limits(case.settings)
     near = [
         merge
         for merge in evidence.merges

@@ -72,7 +72,7 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
     share = case.evidence.lost_share
     if share is None:
         return
-    merges, limit, error_limit = case.evidence.rounded, case.limit(rounding_loss), case.error_limit(rounding_loss)
+    merges, (limit, error_limit) = case.evidence.rounded, rounding_loss.limits(case.settings)
     allowed = f"error-limit {error_limit:.0%}" if share > error_limit else f"limit {limit:.0%}"
     compared = [merge for merge in merges if merge.unchanged_fraction is not None]
     size = sum(merge.stats.numel for merge in compared)
