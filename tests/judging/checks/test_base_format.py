@@ -28,10 +28,10 @@ def loaded(**settings: str) -> Refusal:
 class TestBaseFormat(EveryCheck):
     FIRES = (refusing(reason("quantization_unknown", base="./base", method="odd", transformers="5.0"), Origin.BASE),)
     REFUSED = (
-        (reason("quantization_unknown", base="./base", method="odd", transformers="9.0.0"), "base-format", Origin.BASE),
-        (loaded(asked_quantization=Quantization.BNB_8BIT), "base-format", Origin.BASE),
-        (loaded(quantization="fp8", asked_dtype="float32"), "base-format", Origin.BASE),
-        (loaded(asked_dtype="float32"), "base-format", Origin.BASE),
+        reason("quantization_unknown", base="./base", method="odd", transformers="9.0.0"),
+        loaded(asked_quantization=Quantization.BNB_8BIT),
+        loaded(quantization="fp8", asked_dtype="float32"),
+        loaded(asked_dtype="float32"),
     )
 
 

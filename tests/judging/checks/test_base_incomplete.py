@@ -49,34 +49,22 @@ class TestBaseIncomplete(EveryCheck):
         ),
     )
     REFUSED = (
-        (
-            reason("parameters_not_stored", base="./base", class_name="LlamaModel", names=(NORM,), read=("a",)),
-            "base-incomplete",
-            Origin.BASE,
+        reason("parameters_not_stored", base="./base", class_name="LlamaModel", names=(NORM,), read=("a",)),
+        reason(
+            "parameters_not_stored",
+            base="./base",
+            class_name="LlamaModel",
+            names=(NORM, "b"),
+            read=("a",),
+            elsewhere=("c",),
         ),
-        (
-            reason(
-                "parameters_not_stored",
-                base="./base",
-                class_name="LlamaModel",
-                names=(NORM, "b"),
-                read=("a",),
-                elsewhere=("c",),
-            ),
-            "base-incomplete",
-            Origin.BASE,
-        ),
-        (
-            reason(
-                "parameters_not_stored",
-                base="./base",
-                class_name="LlamaModel",
-                names=(NORM,),
-                read=MANY,
-                elsewhere=MANY,
-            ),
-            "base-incomplete",
-            Origin.BASE,
+        reason(
+            "parameters_not_stored",
+            base="./base",
+            class_name="LlamaModel",
+            names=(NORM,),
+            read=MANY,
+            elsewhere=MANY,
         ),
     )
 

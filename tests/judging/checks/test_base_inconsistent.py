@@ -28,39 +28,17 @@ class TestBaseInconsistent(EveryCheck):
         ),
     )
     REFUSED = (
-        (reason("adapter_next_to_base", base="./base"), "base-inconsistent", Origin.BASE),
-        (left_out(), "base-inconsistent", Origin.BASE),
-        (left_out(file=None, names=("q.SCB", "k.SCB")), "base-inconsistent", Origin.BASE),
-        (left_out(wrapped=("q.base_layer.weight",)), "base-inconsistent", Origin.BASE),
-        (left_out(names=MANY), "base-inconsistent", Origin.BASE),
-        (left_out(wrapped=MANY), "base-inconsistent", Origin.BASE),
-        (
-            reason("quantized_weight_torn", base="./base", file="a", tensor=NORM, dtype="int8", missing=("SCB",)),
-            "base-inconsistent",
-            Origin.BASE,
-        ),
-        (
-            reason(
-                "quantized_weight_torn", base="./base", file="a", tensor=NORM, dtype="int8", missing=("SCB", "scale")
-            ),
-            "base-inconsistent",
-            Origin.BASE,
-        ),
-        (
-            reason("quantized_weight_torn", base="./base", file="a", tensor=NORM, dtype="int8", missing=MANY),
-            "base-inconsistent",
-            Origin.BASE,
-        ),
-        (
-            reason("codes_for_numbers", base="./base", file="a", tensor=NORM, dtype="int8", class_name="LlamaModel"),
-            "base-inconsistent",
-            Origin.BASE,
-        ),
-        (
-            reason("base_shape_clash", base="./base", class_name="LlamaModel", name=NORM, got=(48,), expected=(40,)),
-            "base-inconsistent",
-            Origin.BASE,
-        ),
+        reason("adapter_next_to_base", base="./base"),
+        left_out(),
+        left_out(file=None, names=("q.SCB", "k.SCB")),
+        left_out(wrapped=("q.base_layer.weight",)),
+        left_out(names=MANY),
+        left_out(wrapped=MANY),
+        reason("quantized_weight_torn", base="./base", file="a", tensor=NORM, dtype="int8", missing=("SCB",)),
+        reason("quantized_weight_torn", base="./base", file="a", tensor=NORM, dtype="int8", missing=("SCB", "scale")),
+        reason("quantized_weight_torn", base="./base", file="a", tensor=NORM, dtype="int8", missing=MANY),
+        reason("codes_for_numbers", base="./base", file="a", tensor=NORM, dtype="int8", class_name="LlamaModel"),
+        reason("base_shape_clash", base="./base", class_name="LlamaModel", name=NORM, got=(48,), expected=(40,)),
     )
 
 

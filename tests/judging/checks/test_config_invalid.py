@@ -26,36 +26,16 @@ class TestConfigInvalid(EveryCheck):
         refusing(reason("pattern_refused", pattern=None, names=9, seconds=1.0), Origin.CONFIG),
     )
     REFUSED = (
-        (reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0), "config-invalid", Origin.CONFIG),
-        (reason("pattern_refused", pattern=None, names=9, seconds=10.0), "config-invalid", Origin.CONFIG),
-        (
-            reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0, problem="missing )"),
-            "config-invalid",
-            Origin.CONFIG,
-        ),
-        (
-            reason("pattern_refused", pattern=None, names=9, seconds=10.0, problem="missing )"),
-            "config-invalid",
-            Origin.CONFIG,
-        ),
-        (reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.1.0"), NOT_JUDGED, Origin.CONFIG),
-        (
-            reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.0"),
-            "config-invalid",
-            Origin.CONFIG,
-        ),
-        (
-            reason("ignored_settings", settings=tuple("abcdefgh"), peft="9.0.0", saved_by="main"),
-            "config-invalid",
-            Origin.CONFIG,
-        ),
-        (
-            reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.1.dev0"),
-            NOT_JUDGED,
-            Origin.CONFIG,
-        ),
-        (misspelled("alfa=1"), "config-invalid", Origin.CONFIG),
-        (misspelled("alfa=1", "odd=1"), "config-invalid", Origin.CONFIG),
+        reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0),
+        reason("pattern_refused", pattern=None, names=9, seconds=10.0),
+        reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0, problem="missing )"),
+        reason("pattern_refused", pattern=None, names=9, seconds=10.0, problem="missing )"),
+        reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.1.0"),
+        reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.0"),
+        reason("ignored_settings", settings=tuple("abcdefgh"), peft="9.0.0", saved_by="main"),
+        reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.1.dev0"),
+        misspelled("alfa=1"),
+        misspelled("alfa=1", "odd=1"),
     )
 
 

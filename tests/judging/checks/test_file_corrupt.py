@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.records.terms import Origin
 from tests.support.judging.cases import found_in_files, reason
 from tests.support.judging.every_check import EveryCheck
 
@@ -11,9 +10,9 @@ from tests.support.judging.every_check import EveryCheck
 class TestFileCorrupt(EveryCheck):
     FIRES = (found_in_files(CHECKS["file-corrupt"]),)
     REFUSED = (
-        (reason("tensor_unreadable", name="odd", is_meta=True, dtype="float32"), "file-corrupt", Origin.FILE),
-        (reason("tensor_unreadable", name="odd", dtype="float4_e2m1fn_x2"), "file-corrupt", Origin.FILE),
-        (reason("tensor_unreadable", text="unknown dtype"), "file-corrupt", Origin.FILE),
-        (reason("pickle_unreadable", error="RuntimeError"), "file-corrupt", Origin.FILE),
-        (reason("pickle_unreadable", error="UnpicklingError", names="torch.hub.load"), "file-corrupt", Origin.FILE),
+        reason("tensor_unreadable", name="odd", is_meta=True, dtype="float32"),
+        reason("tensor_unreadable", name="odd", dtype="float4_e2m1fn_x2"),
+        reason("tensor_unreadable", text="unknown dtype"),
+        reason("pickle_unreadable", error="RuntimeError"),
+        reason("pickle_unreadable", error="UnpicklingError", names="torch.hub.load"),
     )

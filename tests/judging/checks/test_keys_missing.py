@@ -73,10 +73,10 @@ class TestKeysMissing(EveryCheck):
     )
     SILENT = ("biases that nobody trained",)
     REFUSED = (
-        (reason("tensors_missing", names=(LORA_A,)), "keys-missing", Origin.ADAPTER),
-        (reason("tensors_missing", names=MANY), "keys-missing", Origin.ADAPTER),
-        (reason("tensors_missing", names=(HEAD,), trained_whole="['lm_head']"), "keys-missing", Origin.ADAPTER),
-        (reason("tensors_missing", names=MANY, trained_whole="['lm_head']"), "keys-missing", Origin.ADAPTER),
+        reason("tensors_missing", names=(LORA_A,)),
+        reason("tensors_missing", names=MANY),
+        reason("tensors_missing", names=(HEAD,), trained_whole="['lm_head']"),
+        reason("tensors_missing", names=MANY, trained_whole="['lm_head']"),
     )
 
 

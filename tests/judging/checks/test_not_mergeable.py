@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from merge_gate.judging.checks.not_mergeable import DEFECTS
-from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.terms import Origin, Severity
 from tests.support.judging.cases import FOURIERFT, MODULE, Fire, evidence, files, judge, reason, refusing, spec, unread
 from tests.support.judging.every_check import EveryCheck
@@ -60,21 +59,17 @@ class TestNotMergeable(EveryCheck):
         ),
     )
     REFUSED = (
-        *((reason("known_defect", defect=one), "not-mergeable", Origin.CONFIG) for one in DEFECTS),
-        (reason("known_defect", defect="merged-twice", modules=("lm_head", "embed")), "not-mergeable", Origin.CONFIG),
-        (reason("loftq_without_gpu"), NOT_JUDGED, Origin.CONFIG),
-        (
-            reason("other_forward", module="model.layers.0", class_name="StandardizedConv2d", share=0.25),
-            "not-mergeable",
-            Origin.CONFIG,
-        ),
-        (reason("layer_left_unmerged", module="model.layers.0"), "not-mergeable", Origin.MERGE),
-        (reason("result_lacks_tensors", names=(NORM,), in_wrapper=False), "not-mergeable", Origin.MERGE),
-        (reason("result_lacks_tensors", names=("a", "b", "c", "d"), in_wrapper=True), "not-mergeable", Origin.MERGE),
-        (reason("setting_lost", adapter="support", setting="use_rslora"), "not-mergeable", Origin.CONFIG),
-        (reason("tensor_unweighted", adapter="support", tensor=NORM), "not-mergeable", Origin.CONFIG),
-        (reason("two_vocabularies", adapters=("a", "b"), tensor=NORM), "not-mergeable", Origin.CONFIG),
-        (reason("modules_left_out", adapter="support", modules=("lm_head",)), "not-mergeable", Origin.CONFIG),
+        *(reason("known_defect", defect=one) for one in DEFECTS),
+        reason("known_defect", defect="merged-twice", modules=("lm_head", "embed")),
+        reason("loftq_without_gpu"),
+        reason("other_forward", module="model.layers.0", class_name="StandardizedConv2d", share=0.25),
+        reason("layer_left_unmerged", module="model.layers.0"),
+        reason("result_lacks_tensors", names=(NORM,), in_wrapper=False),
+        reason("result_lacks_tensors", names=("a", "b", "c", "d"), in_wrapper=True),
+        reason("setting_lost", adapter="support", setting="use_rslora"),
+        reason("tensor_unweighted", adapter="support", tensor=NORM),
+        reason("two_vocabularies", adapters=("a", "b"), tensor=NORM),
+        reason("modules_left_out", adapter="support", modules=("lm_head",)),
     )
 
 

@@ -16,23 +16,11 @@ class TestShapeMismatch(EveryCheck):
         ),
     )
     REFUSED = (
-        (reason("shape_clash", name=LORA_A, got=(8, 32), expected=(16, 32)), "shape-mismatch", Origin.ADAPTER),
-        (
-            reason("shape_clash", name=LORA_A, got=(8, 32), expected=(16, 64), others=1),
-            "shape-mismatch",
-            Origin.ADAPTER,
-        ),
-        (reason("shape_clash", name=LORA_A, got=(16, 64), expected=(16, 32)), "shape-mismatch", Origin.ADAPTER),
-        (reason("shape_clash", name=LORA_A, got=(0,), expected=(16, 64), others=2), "shape-mismatch", Origin.ADAPTER),
-        (reason("shape_clash", name=LORA_A, got=(0, 64), expected=(16, 64)), "shape-mismatch", Origin.ADAPTER),
-        (
-            reason("shape_clash", name=HEAD, got=(9, 32), expected=(8, 32), trained_whole=True),
-            "shape-mismatch",
-            Origin.ADAPTER,
-        ),
-        (
-            reason("shape_clash", name=LORA_A, got=(2, 32), expected=(3, 32), of_tokens=True),
-            "shape-mismatch",
-            Origin.ADAPTER,
-        ),
+        reason("shape_clash", name=LORA_A, got=(8, 32), expected=(16, 32)),
+        reason("shape_clash", name=LORA_A, got=(8, 32), expected=(16, 64), others=1),
+        reason("shape_clash", name=LORA_A, got=(16, 64), expected=(16, 32)),
+        reason("shape_clash", name=LORA_A, got=(0,), expected=(16, 64), others=2),
+        reason("shape_clash", name=LORA_A, got=(0, 64), expected=(16, 64)),
+        reason("shape_clash", name=HEAD, got=(9, 32), expected=(8, 32), trained_whole=True),
+        reason("shape_clash", name=LORA_A, got=(2, 32), expected=(3, 32), of_tokens=True),
     )

@@ -18,7 +18,7 @@ from merge_gate.records.config import AdapterSpec
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, Severity
 from tests.support.judging.cases import NAMED, Fire, judge, judged, of, setting, shown, spec
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class EveryCheck:
         FIRES: each reason for which it fires, and nothing else does.
         SITUATIONS: other cases for the golden, by what they are.
         SILENT: the situations without a finding.
-        REFUSED: refusals of the engine that its module words; the check and the origin of each finding.
+        REFUSED: refusals of the engine that its module words.
         QUIET: cases that come close.
         FAULTS: real adapters that it must fail (tests/support/faults.py).
         HEALTHY: real adapters that come close and must pass.
@@ -56,7 +56,7 @@ class EveryCheck:
     FIRES: ClassVar[tuple[Fire, ...]]
     SITUATIONS: ClassVar[tuple[tuple[str, tuple[Evidence | None, AdapterFiles]], ...]] = ()
     SILENT: ClassVar[tuple[str, ...]] = ()
-    REFUSED: ClassVar[tuple[tuple[Refusal, str, Origin], ...]] = ()
+    REFUSED: ClassVar[tuple[Refusal, ...]] = ()
     QUIET: ClassVar[tuple[tuple[Evidence, AdapterFiles, AdapterSpec], ...]] = ()
     FAULTS: ClassVar[tuple[Case, ...]] = ()
     HEALTHY: ClassVar[tuple[Case, ...]] = ()
@@ -104,11 +104,10 @@ class EveryCheck:
             assert of(self.id, judge(entry, files, one)) == []
 
     def test_a_refusal_becomes_a_finding(self) -> None:
-        for fact, check, origin in self.REFUSED:
+        for fact in self.REFUSED:
             finding = refused(fact)
-            assert (finding.check, finding.origin) == (check, origin)
-            assert check in {self.id, NOT_JUDGED}
-            assert check == NOT_JUDGED or finding.severity is CHECKS[check].severity
+            assert finding.check in {self.id, NOT_JUDGED}
+            assert finding.check == NOT_JUDGED or finding.severity is CHECKS[self.id].severity
             assert_sentences(finding)
             assert pickle.loads(pickle.dumps(fact)) == fact
 
@@ -124,7 +123,7 @@ class EveryCheck:
             parts += [f"== fires {number}\n", *map(shown, judged(fire))]
         for name, situation in self.SITUATIONS:
             parts += [f"== {name}\n", *map(shown, found(*situation))]
-        for fact, _, _ in self.REFUSED:
+        for fact in self.REFUSED:
             parts += [f"== refused {fact.kind}\n", shown(refused(fact))]
         assert [name for name, situation in self.SITUATIONS if not found(*situation)] == [*self.SILENT]
         return "\n".join(parts)
