@@ -19,7 +19,8 @@ from merge_gate.files.headers import shown
 from merge_gate.files.json_object import kind
 from merge_gate.files.regex_fields import patterns_of
 from merge_gate.files.regex_fields import problem as pattern_problem
-from merge_gate.judging.checks.file_checks import CONFIG_INVALID, CONFIG_UNSAFE
+from merge_gate.judging.checks.config_invalid import CONFIG_INVALID
+from merge_gate.judging.checks.config_unsafe import CONFIG_UNSAFE
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
 from merge_gate.records.files import CONFIG_NAME, AdapterConfig, StoredTensor

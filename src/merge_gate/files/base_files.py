@@ -39,7 +39,7 @@ from merge_gate.files.headers import (
     shown,
 )
 from merge_gate.files.pickle_scan import read_pickled
-from merge_gate.judging.checks.base_checks import BASE_INCONSISTENT
+from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
 from merge_gate.records.terms import Finding, Severity
 from merge_gate.text import counted, listing

@@ -17,7 +17,8 @@ from typing import Any
 
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
-from merge_gate.judging.checks.base_checks import BASE_FORMAT, BASE_INCONSISTENT
+from merge_gate.judging.checks.base_format import BASE_FORMAT
+from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.files import DeclaredQuantization, StoredTensor
 from merge_gate.records.terms import Finding

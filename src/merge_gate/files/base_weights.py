@@ -31,7 +31,7 @@ INDEX_ENDING, SAFETENSORS_ENDING = ".index.json", ".safetensors"
 
 FETCH_AGAIN = "fetch or copy the base again and compare the sizes of its files"
 INCOMPLETE, INCONSISTENT, FORMAT = "base-incomplete", "base-inconsistent", "base-format"
-"""Ids of the checks of bases (judging/checks/base_checks.py)."""
+"""Ids of the checks of bases (judging/checks/)."""
 
 _LISTED = 6
 

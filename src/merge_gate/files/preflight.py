@@ -27,8 +27,12 @@ from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular
 from merge_gate.files.identity import identity_of
 from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
 from merge_gate.judging import foreign_formats
-from merge_gate.judging.checks.file_checks import FILE_CORRUPT, FILE_LFS_POINTER, FILE_MISSING, PICKLE_REFUSED
-from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing
+from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
+from merge_gate.judging.checks.file_lfs_pointer import FILE_LFS_POINTER
+from merge_gate.judging.checks.file_missing import FILE_MISSING
+from merge_gate.judging.checks.keys_missing import keys_missing
+from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
+from merge_gate.judging.checks.shape_mismatch import SHAPE_MISMATCH
 from merge_gate.judging.limits import bounded
 from merge_gate.records.files import (
     CONFIG_NAME,
