@@ -12,21 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import kind
-from merge_gate.files.regex_fields import patterns_of
-from merge_gate.files.regex_fields import problem as pattern_problem
 from merge_gate.judging.checks.file_checks import CONFIG_INVALID, CONFIG_UNSAFE
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
-from merge_gate.records.files import CONFIG_NAME, AdapterConfig, StoredTensor
+from merge_gate.records.files import CONFIG_NAME, AdapterConfig, Pattern, StoredTensor
 from merge_gate.records.terms import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 MAX_BYTES = 10_000_000
 
@@ -47,6 +46,15 @@ _NAMES_SHOWN = 3
 _VALUE_SHOWN = 60
 _NOT_SET: tuple[Any, ...] = (None, False, "", [], {})
 _MOST_PATTERNS_COMPILED = 2_000  # the worker compiles the others, within a time limit
+
+_WHOLE_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
+"""In these keys a string is an expression for whole names; a list holds plain names (peft/tuners/tuners_utils.py)."""
+
+_PLAIN_NAME = re.compile(r"\^?(?:[A-Za-z0-9_-]|\.|\\\.)+\$?")
+"""Names that are valid and fast to match. A config may hold a hundred thousand of them."""
+
+MOST_PATTERN_CHARACTERS = 100_000
+"""Longer than any expression that people or PEFT write. Python takes seconds to compile one of this length."""
 
 
 # --- the record ----------------------------------------------------------------------------------------------------
@@ -86,6 +94,40 @@ def _text(config: dict[str, Any], key: str) -> str | None:
 
 def _number(config: dict[str, Any], key: str) -> float | None:
     return config[key] if _is_number(config.get(key)) else None
+
+
+# --- regular expressions ------------------------------------------------------------------------------------------
+
+
+def patterns_of(config: Mapping[str, Any]) -> Iterator[Pattern]:
+    """Every expression of a config that is more than a name, in the order of its keys. Other types are ignored."""
+    return (pattern for pattern in _every_pattern(config) if not _PLAIN_NAME.fullmatch(pattern.text))
+
+
+def _every_pattern(config: Mapping[str, Any]) -> Iterator[Pattern]:
+    for key, value in config.items():
+        if key in _WHOLE_NAMES and isinstance(value, str):
+            yield Pattern(place=key, text=value, expression=value)
+        elif key == "layers_pattern":
+            for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+                if isinstance(text, str):
+                    yield Pattern(place=key, text=text, expression=rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.")
+        elif key.endswith("_pattern") and isinstance(value, dict):
+            for text in value:
+                yield Pattern(place=f"a key of {key}", text=text, expression=rf"(.*\.)?({text})$")
+
+
+def pattern_problem(pattern: Pattern) -> str | None:
+    """Why the expression is refused; None if it is accepted."""
+    if len(pattern.text) > MOST_PATTERN_CHARACTERS:
+        return f"it has {len(pattern.text):,} characters, expected at most {MOST_PATTERN_CHARACTERS:,}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern.expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
 
 
 # --- types of values -----------------------------------------------------------------------------------------------
