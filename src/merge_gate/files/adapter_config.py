@@ -133,48 +133,23 @@ def pattern_problem(pattern: Pattern) -> str | None:
 # --- types of values -----------------------------------------------------------------------------------------------
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_a(*kinds: type) -> Callable[[Any], bool]:
+    """A test for values of these types. In JSON, true and false are no numbers."""
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def _is_list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_item, value))
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_text_or_names(value: Any) -> bool:
-    return _is_text(value) or _is_names(value)
-
-
-def _is_layers(value: Any) -> bool:
-    return _is_integer(value) or (isinstance(value, list) and all(_is_integer(item) for item in value))
-
-
-def _is_tokens(value: Any) -> bool:
-    lists = list(value.values()) if isinstance(value, dict) else [value]
-    return all(isinstance(indices, list) and all(_is_integer(index) for index in indices) for indices in lists)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
+_is_text, _is_integer, _is_number = _is_a(str), _is_a(int), _is_a(int, float)
+_is_names, _is_integers = _is_list_of(_is_text), _is_list_of(_is_integer)
 
 _TEXT = (_is_text, "a string")
-_FLAG = (_is_flag, "true or false")
+_FLAG = (_is_a(bool), "true or false")
 _NUMBER = (_is_number, "a number")
-_NAMES = (_is_text_or_names, "a string or a list of strings")
-_MAPPING = (_is_mapping, "an object")
+_NAMES = (lambda value: _is_text(value) or _is_names(value), "a string or a list of strings")
+_MAPPING = (_is_a(dict), "an object")
 
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task_type": _TEXT,
@@ -190,11 +165,17 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": _NAMES,
     "layers_pattern": _NAMES,
     "target_parameters": (_is_names, "a list of strings"),
-    "layers_to_transform": (_is_layers, "an integer or a list of integers"),
+    "layers_to_transform": (
+        lambda value: _is_integer(value) or _is_integers(value),
+        "an integer or a list of integers",
+    ),
     "rank_pattern": _MAPPING,
     "alpha_pattern": _MAPPING,
     "auto_mapping": _MAPPING,
-    "trainable_token_indices": (_is_tokens, "a list of integers, or an object with such lists"),
+    "trainable_token_indices": (
+        lambda value: all(map(_is_integers, value.values() if isinstance(value, dict) else [value])),
+        "a list of integers, or an object with such lists",
+    ),
     "fan_in_fan_out": _FLAG,
     "inference_mode": _FLAG,
     "lora_bias": _FLAG,

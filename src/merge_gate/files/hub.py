@@ -27,7 +27,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -37,7 +37,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from merge_gate import __version__
 from merge_gate.errors import ResolveError
-from merge_gate.files.base_weights import SAFETENSORS_ENDING
+from merge_gate.files.base_files import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
 from merge_gate.limits.request_limits import AGENT, ConnectError, limit_requests
 from merge_gate.names.foreign_names import COMMIT, is_inside
@@ -352,14 +352,6 @@ def _shown_bytes(count: int) -> str:
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
-    """One kind of error. `{host}`, `{cache}`, `{status}` and `{why}` are filled in."""
-
-    applies: Callable[[BaseException], bool]
-    message: str
-    hint: str = ""
-
-
 def host() -> str:
     """The Hub's host name alone: HF_ENDPOINT may contain credentials."""
     return urlsplit(constants.ENDPOINT).hostname or "the Hub"
@@ -371,10 +363,10 @@ def translate(error: Exception, opening: str) -> ResolveError | None:
     `opening` begins the message: what was to be fetched.
     """
     links = _chain(error)
-    for row in _ROWS:
-        for link in filter(row.applies, links):
+    for applies, message, hint in _ROWS:
+        for link in filter(applies, links):
             facts = {"host": host(), "cache": constants.HF_HUB_CACHE, "status": _status(link), "why": _why(link)}
-            return ResolveError(f"{opening} {row.message.format(**facts)}", hint=row.hint)
+            return ResolveError(f"{opening} {message.format(**facts)}", hint=hint)
     return None
 
 
@@ -487,49 +479,52 @@ def _is_offline(error: BaseException) -> bool:
 
 
 # fmt: off
-_ROWS = (
-    _Row(_is_distrust, "the certificate of {host}, or of a proxy, is not trusted: {why}",
-         "set SSL_CERT_FILE to the file of your company's certificate authorities"),
-    _Row(_of_the_disk(_DISK_FULL), "the disk is full: it does not fit into the cache ({cache})",
-         "free space, or point HF_HOME at a larger disk"),
-    _Row(_of_the_disk(_NOT_WRITABLE), "the cache ({cache}) cannot be written: {why}",
-         "point HF_HOME at a directory that the user who runs the gate may write to"),
-    _Row(_is(errors.HFValidationError), "it is not a valid Hub id (owner/name)",
-         "check the spelling; relative paths start at the config file's directory"),
-    _Row(_is(errors.GatedRepoError), "it is gated: {host} does not give its files to this token, or needs a token",
-         f"accept its terms on its page with the token's account, and {_SET_TOKEN}"),
-    _Row(_is(errors.RevisionNotFoundError), "it exists on {host}, but not that revision",
-         "name a branch, a tag or a commit of the repository; without a revision, its main branch is used"),
-    _Row(_is(errors.RepositoryNotFoundError),
-         "it was not found on {host}: it does not exist, or it is private and this token has no access",
-         f"check the spelling: {_PATHS}, and a Hub id is owner/name; if it is private: {_SET_TOKEN}"),
-    _Row(_is(errors.DisabledRepoError), "it was disabled by {host}", "use another copy of it"),
-    _Row(_has_status(401), "{host} rejected the token (401)",
-         "the token is wrong or has expired: set HF_TOKEN to a valid one, or unset it for public repositories"),
-    _Row(_has_status(403), "{host} does not allow this token to read it (403)",
-         f"{_SET_TOKEN}; a fine-grained token needs read access to this repository"),
-    _Row(_has_status(429), "{host} limits the rate of requests (429)",
-         "set HF_TOKEN (tokens have higher limits), or wait and run again; a persistent cache needs fewer requests"),
-    _Row(lambda error: (_status(error) or 0) >= _SERVER_ERROR, "{host} failed ({status})",
-         "run again later; with a filled cache, HF_HUB_OFFLINE=1 needs no Hub"),
-    _Row(lambda error: _status(error) is not None, "{host} refused the request for it ({status})", CHECK_ENDPOINT),
-    _Row(_is_transport_with("timeout"), "{host} did not answer in time",
-         "run again; for a slow connection, raise HF_HUB_DOWNLOAD_TIMEOUT (seconds, at most 60)"),
-    _Row(_is_transport_with("protocol"), "the connection to {host} was lost repeatedly",
-         "run again: the files that have arrived are kept; check any proxy"),
-    _Row(is_transport, "{host} cannot be reached ({why})",
-         "check the network and any proxy; with a filled cache, HF_HUB_OFFLINE=1 needs no network"),
-    _Row(_is_offline, "it is not in the cache, and HF_HUB_OFFLINE forbids requests to {host}",
-         f"for a directory, check the spelling: {_PATHS}; for a Hub id, fill the cache with one run that has network "
-         "access, or unset HF_HUB_OFFLINE"),
-    _Row(_is(json.JSONDecodeError, TypeError, KeyError), "{host} sent an unexpected response", CHECK_ENDPOINT),
-    _Row(_is(errors.FileMetadataError, errors.EntryNotFoundError), "{host} did not deliver the files that it lists",
-         CHECK_ENDPOINT),
-    _Row(lambda error: isinstance(error, ValueError) and "too large" in str(error),
-         "it has a file that is too large for a download over HTTP",
-         "set access: stream"),
-    _Row(_is_incomplete, "it arrived incomplete from {host}", "run again; check any proxy"),
-    _Row(_is(OSError), "it cannot be fetched into the cache ({cache}): {why}"),
+_ROWS: tuple[tuple[Callable[[BaseException], bool], str, str], ...] = (
+    (_is_distrust, "the certificate of {host}, or of a proxy, is not trusted: {why}",
+     "set SSL_CERT_FILE to the file of your company's certificate authorities"),
+    (_of_the_disk(_DISK_FULL), "the disk is full: it does not fit into the cache ({cache})",
+     "free space, or point HF_HOME at a larger disk"),
+    (_of_the_disk(_NOT_WRITABLE), "the cache ({cache}) cannot be written: {why}",
+     "point HF_HOME at a directory that the user who runs the gate may write to"),
+    (_is(errors.HFValidationError), "it is not a valid Hub id (owner/name)",
+     "check the spelling; relative paths start at the config file's directory"),
+    (_is(errors.GatedRepoError), "it is gated: {host} does not give its files to this token, or needs a token",
+     f"accept its terms on its page with the token's account, and {_SET_TOKEN}"),
+    (_is(errors.RevisionNotFoundError), "it exists on {host}, but not that revision",
+     "name a branch, a tag or a commit of the repository; without a revision, its main branch is used"),
+    (_is(errors.RepositoryNotFoundError),
+     "it was not found on {host}: it does not exist, or it is private and this token has no access",
+     f"check the spelling: {_PATHS}, and a Hub id is owner/name; if it is private: {_SET_TOKEN}"),
+    (_is(errors.DisabledRepoError), "it was disabled by {host}", "use another copy of it"),
+    (_has_status(401), "{host} rejected the token (401)",
+     "the token is wrong or has expired: set HF_TOKEN to a valid one, or unset it for public repositories"),
+    (_has_status(403), "{host} does not allow this token to read it (403)",
+     f"{_SET_TOKEN}; a fine-grained token needs read access to this repository"),
+    (_has_status(429), "{host} limits the rate of requests (429)",
+     "set HF_TOKEN (tokens have higher limits), or wait and run again; a persistent cache needs fewer requests"),
+    (lambda error: (_status(error) or 0) >= _SERVER_ERROR, "{host} failed ({status})",
+     "run again later; with a filled cache, HF_HUB_OFFLINE=1 needs no Hub"),
+    (lambda error: _status(error) is not None, "{host} refused the request for it ({status})", CHECK_ENDPOINT),
+    (_is_transport_with("timeout"), "{host} did not answer in time",
+     "run again; for a slow connection, raise HF_HUB_DOWNLOAD_TIMEOUT (seconds, at most 60)"),
+    (_is_transport_with("protocol"), "the connection to {host} was lost repeatedly",
+     "run again: the files that have arrived are kept; check any proxy"),
+    (is_transport, "{host} cannot be reached ({why})",
+     "check the network and any proxy; with a filled cache, HF_HUB_OFFLINE=1 needs no network"),
+    (_is_offline, "it is not in the cache, and HF_HUB_OFFLINE forbids requests to {host}",
+     (f"for a directory, check the spelling: {_PATHS}; for a Hub id, fill the cache with one run that has network "
+      "access, or unset HF_HUB_OFFLINE")),
+    (_is(json.JSONDecodeError, TypeError, KeyError), "{host} sent an unexpected response", CHECK_ENDPOINT),
+    (_is(errors.FileMetadataError, errors.EntryNotFoundError), "{host} did not deliver the files that it lists",
+     CHECK_ENDPOINT),
+    (lambda error: isinstance(error, ValueError) and "too large" in str(error),
+     "it has a file that is too large for a download over HTTP",
+     "set access: stream"),
+    (_is_incomplete, "it arrived incomplete from {host}", "run again; check any proxy"),
+    (_is(OSError), "it cannot be fetched into the cache ({cache}): {why}", ""),
 )
 # fmt: on
-"""The first row that applies to the error or to one of its causes is used."""
+"""Kinds of errors: which one, the message, and the hint. `{host}`, `{cache}`, `{status}` and `{why}` are filled in.
+
+The first row that applies to the error or to one of its causes is used.
+"""
