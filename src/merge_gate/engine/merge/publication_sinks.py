@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import transformers
 
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
-from merge_gate.engine.base.packed_headers import plain_headers, turned
-from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, layout_of
+from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, layout_of, plain_headers, turned
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.merge.publication_sink import Connection, PublicationSink
 from merge_gate.errors import GateError, NotPublishedError
