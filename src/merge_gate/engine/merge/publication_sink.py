@@ -22,8 +22,15 @@ import torch
 import transformers
 
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
-from merge_gate.engine.base.packed_headers import plain_headers, turned
-from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, is_renamed, layout_of, stored_dtype
+from merge_gate.engine.base.stored_layout import (
+    STORED_DTYPES,
+    StoredLayout,
+    is_renamed,
+    layout_of,
+    plain_headers,
+    stored_dtype,
+    turned,
+)
 from merge_gate.engine.base.stored_spans import bytes_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.merge.merged_tensors import Outline

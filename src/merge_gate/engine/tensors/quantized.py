@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.records.terms import Quantization
 
@@ -162,6 +164,9 @@ def _in_blocks(
 
 BNB_4BIT = "Params4bit"
 BNB_8BIT = "Int8Params"
+
+QUANTIZED_AS = {BNB_4BIT: Quantization.BNB_4BIT, BNB_8BIT: Quantization.BNB_8BIT}
+"""The packing of a parameter by its class."""
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -326,17 +331,51 @@ def has_layers_in(module: str, weight: Any) -> bool:
     return module.rpartition(".")[2] == PACKINGS[type(weight).__name__].layers
 
 
+def packings(model: Any) -> set[Quantization]:
+    """The packings of the parameters of a model."""
+    return {QUANTIZED_AS[type(one).__name__] for one in model.parameters() if is_quantized(one)}
+
+
+def main_dtype(model: Any) -> torch.dtype:
+    """The dtype of most of the parameters of floating point; for a packed model, the dtype of the unpacked weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for one in model.parameters():
+        state = getattr(one, "quant_state", None)
+        if is_quantized(one):
+            sizes[getattr(state, "dtype", None) or model.dtype] += elements(one)
+        elif one.is_floating_point():
+            sizes[one.dtype] += one.numel()
+    if not sizes:
+        fallback: torch.dtype = getattr(model, "dtype", torch.float32)
+        return fallback
+    return sizes.most_common(1)[0][0]
+
+
+def loaded_dtypes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[str, float], ...]:
+    """How many values of parameters have which dtype, the most first; empty if all have the same."""
+    sizes: Counter[str] = Counter()
+    for one in tensors:
+        if isinstance(one, torch.nn.Parameter) or is_quantized(one):
+            name = str(QUANTIZED_AS[type(one).__name__]) if is_quantized(one) else dtype_name(one.dtype)
+            sizes[name] += elements(one)
+    counts = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))
+    return tuple(counts) if len(counts) > 1 else ()
+
+
 def with_plain_layers(model: Any, dtype: torch.dtype) -> Any:
-    """Replace each packed layer by the layer that it was before, as `model.dequantize` does. Changes the model."""
+    """Replace each packed layer by the layer that it was before, as `model.dequantize` does. Changes the model.
+
+    For merging QLoRA adapters: the weights are the values of the packed ones.
+    """
     for path, module in list(model.named_modules()):
         weight = module._parameters.get("weight")
         if weight is not None and is_quantized(weight):
-            model.set_submodule(path, _plain(module, dequantized(module, weight).to(dtype)))
+            model.set_submodule(path, _plain_layer(module, dequantized(module, weight).to(dtype)))
     model.is_quantized = False
     return model
 
 
-def _plain(module: Any, values: torch.Tensor) -> nn.Module:
+def _plain_layer(module: Any, values: torch.Tensor) -> nn.Module:
     """A linear layer. transformers packs the transposed weight of a Conv1D."""
     outputs, inputs = values.shape
     is_transposed = issubclass(module.source_cls, Conv1D)
