@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from merge_gate.engine.base.packed_headers import plain_headers
+from merge_gate.engine.base.stored_layout import plain_headers
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.weight_files import base_layout

@@ -6,6 +6,7 @@ checked (`problems.py` words the errors). The docstring of a field appears in ed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
 
@@ -247,8 +248,8 @@ def _check_field(row: Check) -> Any:
     if row.limit is not None:
         number = {"type": "number", "exclusiveMinimum": 0} | ({"maximum": 1} if row.limit_is_share else {})
         limits = {"limit": number | {"description": f"Fires above this. Default: {row.limit}."}}
-        if row.has_error_limit:
-            default = "none" if row.error_limit is None else f"{row.error_limit:g}"
+        if row.error_limit is not None:
+            default = "none" if row.error_limit == math.inf else f"{row.error_limit:g}"
             limits["error-limit"] = number | {"description": f"A warning above this is an error. Default: {default}."}
         setting = _setting(limits, can_be_off=row.can_be_off)
     return (setting | None, Field(None, description=f"{row.summary} Default: {row.severity}."))

@@ -31,8 +31,7 @@ from typing import Any
 
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.files import json_object
-from merge_gate.files.base_files import loaded_files
-from merge_gate.files.base_weights import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING
+from merge_gate.files.base_files import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING, loaded_files
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular, parse_places, shown
 from merge_gate.records.files import FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights

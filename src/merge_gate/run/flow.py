@@ -3,7 +3,7 @@
 In: a valid configuration, the run's options, and a view. Out: a report. It is on disk from the start, as a provisional
 one, so that a killed run leaves a true report. This module imports no torch: only the worker process does.
 
-1. Resolve names to directories, and judge the adapters' files.       files/prepare.py, judging/adapter_report.py
+1. Resolve names to directories, and judge the adapters' files.       files/resolve.py, judging/adapter_report.py
 2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
 3. Group the rest by base.                                            run/fed_bases.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
@@ -25,8 +25,7 @@ from typing import assert_never
 from merge_gate.cache.verdict_cache import Cache, CachedVerdict
 from merge_gate.errors import NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
+from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
 from merge_gate.output_files import PUBLISH_WITHIN

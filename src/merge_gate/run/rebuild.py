@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
+from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,

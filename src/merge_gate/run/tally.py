@@ -23,7 +23,6 @@ from merge_gate import __version__
 from merge_gate.cache.key import libraries
 from merge_gate.errors import GateError
 from merge_gate.judging.baseline import accept
-from merge_gate.judging.pages import linked
 from merge_gate.records.report import (
     TOOL,
     AdapterReport,
@@ -37,6 +36,7 @@ from merge_gate.records.report import (
 )
 from merge_gate.report.formats.json_report import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, write_report
+from merge_gate.report.wording.explanations import linked
 from merge_gate.shards.combined import in_order
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 In: what the command line asks for, and a view. Out: a report with one entry, which is about the directory. Imports no
 torch: only the worker process does.
 
-1. Resolve the names, and read the headers of the directory.          files/resolve.py, files/prepare.py
+1. Resolve the names, and read the headers of the directory.          files/resolve.py
 2. Merge the adapter and each candidate, and compare each merge.      worker/supervisor.py, engine/finished_model.py
 3. Name the kind of the directory.                                    verify/
 4. Write the report.                                                  run/tally.py
@@ -22,8 +22,7 @@ from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import directory_identity
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
+from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within

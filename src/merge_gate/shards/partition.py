@@ -194,7 +194,7 @@ class Costs:
 
 
 def _named_base(spec: AdapterSpec, home: Path) -> str:
-    """The base that adapter_config.json names, resolved as in `files/prepare.py`; empty if it names none."""
+    """The base that adapter_config.json names, resolved as in `files/resolve.py`; empty if it names none."""
     config = read_as_transformers(Path(spec.path, CONFIG_NAME), _LONGEST_CONFIG_BYTES) if spec.path else None
     named = (config or {}).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from merge_gate.engine.adapter_evidence import MergeRequest
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
-    from merge_gate.engine.merge.publication_sinks import PublicationSinks
+    from merge_gate.engine.merge.publication_sink import PublicationSinks
     from merge_gate.worker.group_bases import GroupBase, GroupBases
 
 Merger = Callable[["MergeRequest"], Evidence]

@@ -13,8 +13,8 @@ from merge_gate.judging.checks.check import FOLLOWS
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
 from merge_gate.judging.not_judged import NOT_JUDGED
-from merge_gate.judging.pages import EXPLAINED, page_of
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
+from merge_gate.report.wording.explanations import explanations, page_of
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
 from merge_gate.text import listing
@@ -145,7 +145,7 @@ def page(finding: Finding) -> str | None:
 
 def command_to_explain(finding: Finding) -> str:
     """`merge-gate explain merged-nonfinite`. Empty if that command does not know the check."""
-    return f"merge-gate explain {finding.check}" if finding.check in EXPLAINED else ""
+    return f"merge-gate explain {finding.check}" if finding.check in explanations() else ""
 
 
 def more(finding: Finding) -> str:
