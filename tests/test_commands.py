@@ -291,7 +291,7 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
             on_event(event)
         for group in job.groups:
             for task in group.tasks:
-                on_event(protocol.Undecided(task=task.index, refusal=REFUSAL))
+                on_event(protocol.Unjudged(task=task.index, refusal=REFUSAL))
 
     monkeypatch.setattr(supervisor.WorkerSlot, "start", lambda *_, **__: None)
     monkeypatch.setattr(flow, "supervise", supervise)

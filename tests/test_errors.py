@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
-from merge_gate.records.refusals import Refused, Undecidable
+from merge_gate.records.refusals import CannotJudge, Refused
 
 
 def test_a_refusal_is_carried_whole_and_is_no_error_of_the_gate() -> None:
-    for kind in (Refused, Undecidable):
+    for kind in (Refused, CannotJudge):
         error = kind("layer_left_unmerged", module="model.layers.0")
         assert (error.refusal.kind, error.refusal.fields) == ("layer_left_unmerged", {"module": "model.layers.0"})
         assert "model.layers.0" in str(error)

@@ -169,7 +169,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SO
 RAISED = [
     (ast.literal_eval(call.args[0]), tuple(keys_of(call)), f"{path.relative_to(SOURCE)}:{call.lineno}")
     for path, tree in TREES.items()
-    for call in calls(tree, "Refused", "Undecidable")
+    for call in calls(tree, "Refused", "CannotJudge")
 ]
 """Each refusal in the source: its kind, its fields, and its line."""
 
@@ -186,7 +186,7 @@ def test_each_kind_is_raised_once_at_least_and_has_a_case() -> None:
     assert REFUSALS.keys() == worded | {kind_of(fact) for fact, _, _ in CASES} - {"not_judged"}
     assert len(REFUSALS) == sum(map(len, (not_judged.REFUSALS, peft_errors.REFUSALS, table.REFUSALS)))
     made = {path.name for path, tree in TREES.items() for _ in calls(tree, "Refusal")}
-    assert made == {"refusals.py"}, "the test above sees only what Refused and Undecidable make"
+    assert made == {"refusals.py"}, "the test above sees only what Refused and CannotJudge make"
 
 
 def test_each_defect_is_found_and_worded() -> None:

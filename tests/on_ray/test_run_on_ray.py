@@ -27,7 +27,7 @@ from merge_gate.report.stored.report_files import read_report
 from merge_gate.run import flow
 from merge_gate.run.flow import run_gate
 from merge_gate.run.view import View
-from merge_gate.worker.protocol import Event, Job, MergeStarted, Undecided
+from merge_gate.worker.protocol import Event, Job, MergeStarted, Unjudged
 from merge_gate.worker.supervisor import WorkerSlot
 from tests.support.fake_ray import Ray
 from tests.support.faults import poison
@@ -85,7 +85,7 @@ def quick(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def supervise(job: Job, listen: Callable[[Event], None], *_: object) -> None:
         for task in (task for group in job.groups for task in group.tasks):
             listen(MergeStarted(task=task.index))
-            listen(Undecided(task=task.index, refusal=NotJudged(message="merged")))
+            listen(Unjudged(task=task.index, refusal=NotJudged(message="merged")))
 
     monkeypatch.setattr(WorkerSlot, "start", lambda *_, **__: None)
     monkeypatch.setattr(flow, "supervise", supervise)

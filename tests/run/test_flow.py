@@ -30,7 +30,7 @@ from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow, tally, view
 from merge_gate.run.flow import check_files, run_gate, select
 from merge_gate.worker import supervisor
-from merge_gate.worker.protocol import BaseLoaded, Event, Undecided
+from merge_gate.worker.protocol import BaseLoaded, Event, Unjudged
 from tests.support.command import merge_gate, strict_json, wait_until
 from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove, rename
 from tests.support.hub import LoopbackHub
@@ -586,7 +586,7 @@ def test_a_base_that_transformers_itself_loads_is_named_with_the_reason(
 
     def supervise(_: object, listen: Callable[[Event], None], *__: object, **___: object) -> None:
         listen(BaseLoaded(group=0, task=0, facts=facts, seconds=1.0))
-        listen(Undecided(task=0, refusal=NotJudged(message="the rest of the run is of no interest")))
+        listen(Unjudged(task=0, refusal=NotJudged(message="the rest of the run is of no interest")))
 
     notes: list[str] = []
     monkeypatch.setattr(flow, "supervise", supervise)

@@ -14,7 +14,7 @@ import pytest
 
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import MAX_BYTES, Channel, GarbledError
-from merge_gate.worker.protocol import Finished, Idle, MergeStarted, Undecided
+from merge_gate.worker.protocol import Finished, Idle, MergeStarted, Unjudged
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def line() -> Iterator[tuple[Channel, socket.socket]]:
 
 def test_messages_come_whole_and_in_order(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    long = Undecided(task=1, refusal=NotJudged(message="x" * 5_000_000))
+    long = Unjudged(task=1, refusal=NotJudged(message="x" * 5_000_000))
     sent = [MergeStarted(task=1), long, Finished()]
     sender = threading.Thread(target=lambda: [Channel(theirs).send(one) for one in sent])
     sender.start()

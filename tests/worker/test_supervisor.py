@@ -36,7 +36,7 @@ from merge_gate.worker.protocol import (
     Merged,
     MergeStarted,
     Task,
-    Undecided,
+    Unjudged,
     Waiting,
 )
 from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
@@ -105,12 +105,12 @@ class Killer:
             os.kill(child, self._when[event].pop(0))
 
     def outcomes(self) -> dict[int, str]:
-        ends = [event for event in self.heard if isinstance(event, Merged | Undecided)]
+        ends = [event for event in self.heard if isinstance(event, Merged | Unjudged)]
         assert max(Counter(event.task for event in ends).values()) == 1, "no task may be settled twice"
         return {event.task: type(event).__name__ for event in ends}
 
     def refusal(self, task: int) -> NotJudged:
-        (found,) = [event.refusal for event in self.heard if isinstance(event, Undecided) and event.task == task]
+        (found,) = [event.refusal for event in self.heard if isinstance(event, Unjudged) and event.task == task]
         assert isinstance(found, NotJudged)
         return found
 
@@ -173,7 +173,7 @@ def test_a_child_that_dies_at_once_costs_nothing(deaths: Killer) -> None:
 
 
 def test_a_death_within_an_adapter_costs_that_adapter(deaths: Killer, wording: Wording) -> None:
-    assert [deaths.outcomes()[task] for task in (2, 3, 4)] == ["Merged", "Undecided", "Merged"]
+    assert [deaths.outcomes()[task] for task in (2, 3, 4)] == ["Merged", "Unjudged", "Merged"]
     refusal = deaths.refusal(3)
     assert "SIGKILL" in refusal.message
     assert refusal.hint
@@ -181,7 +181,7 @@ def test_a_death_within_an_adapter_costs_that_adapter(deaths: Killer, wording: W
 
 
 def test_a_death_while_a_base_loads_costs_the_adapters_on_that_base(deaths: Killer, wording: Wording) -> None:
-    assert [deaths.outcomes()[task] for task in (0, 1, 2)] == ["Undecided", "Undecided", "Merged"]
+    assert [deaths.outcomes()[task] for task in (0, 1, 2)] == ["Unjudged", "Unjudged", "Merged"]
     wording(deed(deaths.refusal(0)))
 
 
@@ -193,7 +193,7 @@ def test_a_single_death_while_a_base_loads_costs_nothing(deaths: Killer) -> None
 
 def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording: Wording) -> None:
     """And it is named while it hangs."""
-    assert [deaths.outcomes()[task] for task in (5, 6, 7)] == ["Merged", "Undecided", "Merged"]
+    assert [deaths.outcomes()[task] for task in (5, 6, 7)] == ["Merged", "Unjudged", "Merged"]
     wording(deaths.refusal(6))
     waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.task == 6]
     assert waiting, "and on a busy machine others too"
@@ -203,7 +203,7 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording
 
 def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wording: Wording) -> None:
     """And it is named while it loads."""
-    assert [deaths.outcomes()[task] for task in (8, 9, 10)] == ["Undecided", "Undecided", "Merged"]
+    assert [deaths.outcomes()[task] for task in (8, 9, 10)] == ["Unjudged", "Unjudged", "Merged"]
     wording(deaths.refusal(8))
     waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.base == "stopped"]
     assert waiting, "and on a busy machine others too"
@@ -281,11 +281,11 @@ def test_adapters_are_merged_in_one_pass(passes: Killer, alone: Killer) -> None:
 
 
 def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(passes: Killer) -> None:
-    assert [passes.outcomes()[task] for task in (3, 4, 5)] == ["Merged", "Undecided", "Merged"]
+    assert [passes.outcomes()[task] for task in (3, 4, 5)] == ["Merged", "Unjudged", "Merged"]
 
 
 def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(passes: Killer) -> None:
-    assert [passes.outcomes()[task] for task in (6, 7, 8)] == ["Merged", "Undecided", "Merged"]
+    assert [passes.outcomes()[task] for task in (6, 7, 8)] == ["Merged", "Unjudged", "Merged"]
     assert started(passes, 6, 7, 8) == [(6, (7, 8)), (6, (8,)), (7, ())]
 
 
@@ -306,7 +306,7 @@ def test_children_that_die_at_once_are_not_started_forever(
     killer = Killer()
     with WorkerSlot() as worker:
         supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, worker)
-    assert killer.outcomes() == dict.fromkeys(range(3), "Undecided")
+    assert killer.outcomes() == dict.fromkeys(range(3), "Unjudged")
     assert "no torch here" in killer.refusal(2).message
     wording(deed(killer.refusal(2)))
 
@@ -319,7 +319,7 @@ def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     attempt.receive(BaseLoading(group=0))
     attempt.receive(Idle())
-    attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
+    attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Idle())
     assert len([event for event in killer.heard if isinstance(event, Waiting)]) == 1
 
@@ -346,10 +346,10 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
 ) -> None:
     killer = Killer()
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
-    attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
+    attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Finished())
     attempt.settle_rest()
-    assert killer.outcomes() == dict.fromkeys(range(3), "Undecided")
+    assert killer.outcomes() == dict.fromkeys(range(3), "Unjudged")
     wording(killer.refusal(1))
 
 
@@ -358,13 +358,13 @@ def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[Adapt
     killer = Killer()
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     refusal = NotJudged(message="m")
-    attempt.receive(Undecided(task=0, refusal=refusal))
+    attempt.receive(Unjudged(task=0, refusal=refusal))
     for task in (0, 7, -1):
         attempt.receive(MergeStarted(task=task))
-        attempt.receive(Undecided(task=task, refusal=refusal))
+        attempt.receive(Unjudged(task=task, refusal=refusal))
     attempt.receive(MergeStarted(task=1, others=(2, 7)))
     attempt.receive(BaseLoading(group=4))
-    assert killer.heard == [Undecided(task=0, refusal=refusal)]
+    assert killer.heard == [Unjudged(task=0, refusal=refusal)]
     assert not attempt.is_at_an_adapter
     assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
 
@@ -405,7 +405,7 @@ def test_a_death_that_names_no_adapter_halves_the_pass(
     started, undecided = 0, set()
 
     def listen(event: Event) -> None:
-        if isinstance(event, Undecided):
+        if isinstance(event, Unjudged):
             undecided.add(event.task)
 
     while job.groups[0].tasks:
@@ -417,7 +417,7 @@ def test_a_death_that_names_no_adapter_halves_the_pass(
             if culprit in {first, *others}:
                 break
             for index in (first, *others):
-                attempt.receive(Undecided(task=index, refusal=NotJudged(message="done")))
+                attempt.receive(Unjudged(task=index, refusal=NotJudged(message="done")))
         if not attempt.is_at_a_batch and attempt.is_at_an_adapter:
             assert attempt._task == culprit
             attempt.settle_death(Ending("killed", "hint"))
@@ -460,7 +460,7 @@ def test_a_death_in_a_pass_leaves_the_passes_of_other_groups(shelf: Shelf, adapt
 def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
     attempt.receive(MergeStarted(task=0))
-    attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
+    attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
     assert not attempt.is_at_an_adapter
     assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
 

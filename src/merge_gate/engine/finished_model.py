@@ -40,7 +40,7 @@ from merge_gate.errors import EngineError
 from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, MeasureOptions
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 
@@ -82,7 +82,7 @@ def compared(
     """Load the finished model, and compare it. If it cannot be loaded, the comparison says why."""
     try:
         merged = load_merged(files, label, model_class, request.base, base_files)
-    except Undecidable as error:
+    except CannotJudge as error:
         return adapter_evidence.merge(request), Comparison(unloadable=error.refusal)
     return compare(request, merged, files, base_files, base_map)
 
@@ -91,7 +91,7 @@ def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, b
     """Step 1. If no skeleton can be made, transformers loads the model itself.
 
     Raises:
-        Undecidable: the directory cannot be loaded as this class.
+        CannotJudge: the directory cannot be loaded as this class.
     """
     dtype = _dtype(files, base_files) or base.facts.dtype
     source = replace(base.source, directory=files.directory, label=label, revision=None, dtype=dtype, device="cpu")

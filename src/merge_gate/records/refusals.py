@@ -1,6 +1,6 @@
 """Why an adapter could not be loaded, merged, or judged, on its way from the engine to `judging/`.
 
-The engine raises `Refused` or `Undecidable` with a kind and facts, and without a sentence. The kind is the name of a
+The engine raises `Refused` or `CannotJudge` with a kind and facts, and without a sentence. The kind is the name of a
 function in `REFUSALS` of a file of `judging/`, which makes the finding; the facts are its arguments.
 """
 
@@ -61,5 +61,5 @@ class Refused(_CarriesRefusal):
     """The adapter cannot be loaded or merged; `refusal` says why."""
 
 
-class Undecidable(_CarriesRefusal):
+class CannotJudge(_CarriesRefusal):
     """The base cannot be loaded, or a tensor cannot be measured; `refusal` says why."""

@@ -381,7 +381,7 @@ class Run:
                 self._view.adapter_progress(event.done, event.total, event.module)
             case protocol.Merged():
                 self._judge(event.task, event.evidence)
-            case protocol.Undecided():
+            case protocol.Unjudged():
                 self._report_not_judged(event)
             case protocol.Waiting():
                 self._view.note(self._still_at(event))
@@ -392,7 +392,7 @@ class Run:
             case _:
                 assert_never(event)
 
-    def _report_not_judged(self, event: protocol.Undecided) -> None:
+    def _report_not_judged(self, event: protocol.Unjudged) -> None:
         entry = self.tally.entries[event.task]
         report = adapter_report.not_judged_report(entry, event.refusal)
         if refused := adapter_report.refused_base_report(report.base, event.refusal):  # the report lists this base too
@@ -418,7 +418,7 @@ class Run:
         directory = base_directory(entry)
         needs_all = evidence.base.record is None or entry.spec.base.sha256
         if needs_all and (unproven := self._fed.unproven(directory)) is not None:
-            self._report_not_judged(protocol.Undecided(task=index, refusal=unproven))
+            self._report_not_judged(protocol.Unjudged(task=index, refusal=unproven))
             return
         self._watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)

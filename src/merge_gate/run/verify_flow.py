@@ -124,7 +124,7 @@ class Verification:
         self._groups: tuple[Group, ...] = ()
         self._comparisons: dict[int, Comparison] = {}
         self._evidence: dict[int, Evidence] = {}
-        self._refusals: dict[int, protocol.Undecided] = {}
+        self._refusals: dict[int, protocol.Unjudged] = {}
         self._entries: list[Entry] = []
 
     def run(self) -> Report:
@@ -232,7 +232,7 @@ class Verification:
                 self._comparisons[event.task] = event.comparison
             case protocol.Merged():
                 self._merged_one(event)
-            case protocol.Undecided():
+            case protocol.Unjudged():
                 self._refusals[event.task] = event
             case _:
                 pass
@@ -241,7 +241,7 @@ class Verification:
         entry = self._entries[event.task]
         directory = entry.base.directory if entry.base is not None else ""
         if event.evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:
-            self._refusals[event.task] = protocol.Undecided(task=event.task, refusal=unproven)
+            self._refusals[event.task] = protocol.Unjudged(task=event.task, refusal=unproven)
             return
         self._evidence[event.task] = event.evidence
         self._watch.start(directory)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.errors import EngineError
 from merge_gate.records.measured import Evidence
-from merge_gate.records.refusals import Caught, NotJudged, Refusal, Refused, Undecidable
+from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, Refused
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.channel import Channel
@@ -50,7 +50,7 @@ from merge_gate.worker.protocol import (
     MergeProgressed,
     MergeStarted,
     Task,
-    Undecided,
+    Unjudged,
 )
 from merge_gate.worker.publish_client import PublishClient
 from merge_gate.worker.quick_imports import quick_imports
@@ -222,7 +222,7 @@ def _judge_groups(
 
 def _all_undecided(positions: list[int], job: Job, error: Exception) -> Iterator[Event]:
     tasks = [task for position in positions for task in job.groups[position].tasks]
-    yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
+    yield from (Unjudged(task=task.index, refusal=_refusal(error)) for task in tasks)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -248,13 +248,13 @@ def _judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases:
         try:
             account = bases.account(one.model_class, one.group)
             refused = _refused_as_incomplete(one.tasks, account, one.group)
-            yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
+            yield from (Unjudged(task=task.index, refusal=refusal) for task, refusal in refused)
             one.tasks = [classed for classed in one.tasks if classed[0] not in {task for task, _ in refused}]
             if not one.tasks:
                 continue
             loaded = _LoadedBase(found=bases.load(one.position, one.group, one.model_class, account), tasks=one.tasks)
         except Exception as error:
-            yield from (Undecided(task=task.index, refusal=_refusal(error, one.group)) for task, _ in one.tasks)
+            yield from (Unjudged(task=task.index, refusal=_refusal(error, one.group)) for task, _ in one.tasks)
             continue
         yield from _announce(loaded, time.perf_counter() - started)
         if not loaded.found.is_skeleton:
@@ -269,12 +269,12 @@ def _judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases:
         yield from _judge_tasks(skeletons, bases, progress)
 
 
-def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[_ToLoad], list[Undecided]]:
+def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[_ToLoad], list[Unjudged]]:
     """The loads that the groups need, and the tasks whose class is not known."""
     from merge_gate.engine.base.model_class import model_class_for  # noqa: PLC0415 - imports torch
 
     found: dict[tuple[int, ModelClass], _ToLoad] = {}
-    undecided: list[Undecided] = []
+    undecided: list[Unjudged] = []
     for position, group in groups.items():
         for task in group.tasks:
             try:
@@ -282,7 +282,7 @@ def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[_ToLoad], list[U
                     group.directory, task.files[0], group.files.tensors, trust_remote_code=job.trust_remote_code
                 )
             except Exception as error:
-                undecided.append(Undecided(task=task.index, refusal=_refusal(error, group)))
+                undecided.append(Unjudged(task=task.index, refusal=_refusal(error, group)))
                 continue
             one = _ToLoad(position=position, group=group, model_class=model_class, tasks=[])
             found.setdefault((position, model_class), one).tasks.append((task, model_class.instead_of))
@@ -378,7 +378,7 @@ def _judge_batch(
         try:
             merged = _merge_together(bases, [task for task, _ in batch], others, progress, sinks)
         except SourceError as error:  # of no use to any adapter
-            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task, _ in batch)
+            yield from (Unjudged(task=task.index, refusal=_refusal(error)) for task, _ in batch)
             return
         except Exception:  # merged by itself, each adapter says what is wrong
             merged = (None,) * len(batch)
@@ -500,7 +500,7 @@ def _judge_task(
                 evidence = (compared or adapter_evidence.merge)(request)
         _finish_publication(task, evidence, sinks)
     except Exception as error:
-        return Undecided(task=task.index, refusal=_refusal(error))
+        return Unjudged(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
 
 
@@ -519,7 +519,7 @@ def _is_of_an_import(error: Exception) -> bool:
 
 def _refusal(error: Exception, group: Group | None = None) -> Refusal | NotJudged:
     """The fact behind an exception. A base has the name that the configuration uses."""
-    if isinstance(error, Undecidable):
+    if isinstance(error, CannotJudge):
         return _with_label(error.refusal, group) if group is not None else error.refusal
     if isinstance(error, EngineError):
         message = error.message if group is None else error.message.replace(group.directory, group.base.name)
@@ -527,7 +527,7 @@ def _refusal(error: Exception, group: Group | None = None) -> Refusal | NotJudge
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     kinds = tuple(one.__name__ for one in type(error).__mro__)
     caught = Caught(kinds=kinds, text=text[:400])
-    return Undecidable("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
+    return CannotJudge("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 
 
 def _with_label(refusal: Refusal, group: Group) -> Refusal:

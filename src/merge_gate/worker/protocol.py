@@ -188,7 +188,7 @@ class Compared:
 
 
 @record
-class Undecided:
+class Unjudged:
     """A task that could not be judged."""
 
     task: int
@@ -197,7 +197,7 @@ class Undecided:
 
 @record
 class Finished:
-    """Every task has its `Merged` or `Undecided`."""
+    """Every task has its `Merged` or `Unjudged`."""
 
 
 @record
@@ -225,7 +225,7 @@ Event = (
     | MergeProgressed
     | Merged
     | Compared
-    | Undecided
+    | Unjudged
     | Finished
     | Waiting
     | Idle
@@ -244,7 +244,7 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return {event.task, *event.others} <= set(open_tasks)
         case InProgress():
             return event.task in open_tasks and isinstance(event.thread, int | None)
-        case MergeProgressed() | Merged() | Compared() | Undecided():
+        case MergeProgressed() | Merged() | Compared() | Unjudged():
             return event.task in open_tasks
         case _:
             return True

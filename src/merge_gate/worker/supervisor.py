@@ -1,6 +1,6 @@
 """Owns the worker process, and decides what its death or a time limit costs.
 
-In: a `Job`, with one group for each base. Out: events, in order. Every task gets exactly one `Merged` or `Undecided`.
+In: a `Job`, with one group for each base. Out: events, in order. Every task gets exactly one `Merged` or `Unjudged`.
 
 1. A process gets the job, and sends events until `Finished`.
 2. If it dies or exceeds a time limit while it merges an adapter, that adapter is `error`. A new process continues.
@@ -40,7 +40,7 @@ from merge_gate.worker.protocol import (
     MergeProgressed,
     MergeStarted,
     Task,
-    Undecided,
+    Unjudged,
     Waiting,
     concerns,
 )
@@ -126,7 +126,7 @@ class WorkerSlot:
 def supervise(
     job: Job, listen: Listener, worker: WorkerSlot, feeds: Feeds | None = None, publisher: Publisher | None = None
 ) -> None:
-    """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the process.
+    """Run a job to its end. Every task gets exactly one `Merged` or `Unjudged`, whatever happens to the process.
 
     `worker` may hold a process that was started before the job was known. `feeds` opens the bases that this process
     reads for the worker; without it, they are local. `publisher` gets the tensors of the merges that are published.
@@ -191,7 +191,7 @@ class Attempt:
             case MergeProgressed():
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
-            case Merged() | Undecided():
+            case Merged() | Unjudged():
                 self._settled.add(event.task)
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
@@ -250,7 +250,7 @@ class Attempt:
         for index, what in self._lost():
             self._settled.add(index)
             refusal = _death(what, ending) if late_s is None else _late(f"{what}{self._progress}", late_s)
-            self._listen(Undecided(task=index, refusal=refusal))
+            self._listen(Unjudged(task=index, refusal=refusal))
 
     def left(self) -> Job:
         """The job without the tasks that are settled. After the death of a pass, its suspects are in smaller ones."""
@@ -289,7 +289,7 @@ class Attempt:
         """Report the tasks that a process finished without as undecided, so that none is missing in the report."""
         for index in self._open():
             why = "the gate's worker process finished without a result for this adapter"
-            self._listen(Undecided(task=index, refusal=NotJudged(message=why, hint="please report this")))
+            self._listen(Unjudged(task=index, refusal=NotJudged(message=why, hint="please report this")))
 
     def _tasks(self) -> list[Task]:
         return [task for group in self._job.groups for task in group.tasks]

@@ -20,7 +20,7 @@ from merge_gate.engine.base.loaded_base import (
 )
 from merge_gate.engine.base.tensor_map import tensor_map
 from merge_gate.engine.tensors.quantized import loaded_dtypes
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 from tests.support import models
 from tests.support.engine.base_headers import stored_tensors
@@ -47,7 +47,7 @@ def changed(shelf: Shelf, root: Path, tensors: Tensors, *, without: tuple[str, .
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
 def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {f"{O_PROJ}.weight": torch.ones(32, 32).to(dtype)})
-    with pytest.raises(Undecidable, match="codes_for_numbers") as refused:
+    with pytest.raises(CannotJudge, match="codes_for_numbers") as refused:
         accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert refused.value.refusal.fields["tensor"] == f"{O_PROJ}.weight"
 
@@ -57,7 +57,7 @@ def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: S
 )
 def test_a_part_of_a_loaded_weight_that_is_not_loaded_is_refused(part: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path, {f"{O_PROJ}.{part}": torch.ones(2)})
-    with pytest.raises(Undecidable, match="stored_tensors_left_out") as refused:
+    with pytest.raises(CannotJudge, match="stored_tensors_left_out") as refused:
         accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert refused.value.refusal.fields["names"] == (f"{O_PROJ}.{part}",)
 
@@ -148,19 +148,19 @@ def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_re
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
     for dtype in ("auto", "float32", "float16"):
         refuse_other_packing(model, dataclasses.replace(source, dtype=dtype), "none")
-    with pytest.raises(Undecidable, match=r"loaded_otherwise.*'asked_dtype': 'bfloat16'"):
+    with pytest.raises(CannotJudge, match=r"loaded_otherwise.*'asked_dtype': 'bfloat16'"):
         refuse_other_packing(model, dataclasses.replace(source, dtype="bfloat16"), "none")
 
 
 def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
     source = Source(directory=str(tmp_path), label="b", quantization=Quantization.BNB_8BIT)
-    with pytest.raises(Undecidable, match=r"loaded_otherwise.*'quantization': 'none'"):
+    with pytest.raises(CannotJudge, match=r"loaded_otherwise.*'quantization': 'none'"):
         refuse_other_packing(torch.nn.Linear(4, 4), source, "none")
 
 
 def test_a_quantization_that_transformers_does_not_know_is_refused() -> None:
     method = declared(LlamaConfig(quantization_config={"quant_method": "no-such-method"}))
-    with pytest.raises(Undecidable, match=r"quantization_unknown.*'no-such-method'"):
+    with pytest.raises(CannotJudge, match=r"quantization_unknown.*'no-such-method'"):
         refuse_unknown_format(method, "b")
 
 

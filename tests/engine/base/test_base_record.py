@@ -21,7 +21,7 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
-from merge_gate.worker.protocol import BaseMeasured, Group, Job, Merged, Task, Undecided
+from merge_gate.worker.protocol import BaseMeasured, Group, Job, Merged, Task, Unjudged
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
@@ -164,5 +164,5 @@ def test_a_record_of_other_values_is_no_verdict(
     record, _ = recorded(shelf.base("llama"), shelf.adapter("every-projection"))
     forged = changed(record, TOUCHED, **figures)
     *_, end = events_of(shelf.base("llama"), shelf.adapter("every-projection"), records=(forged,))
-    assert isinstance(end, Undecided)
+    assert isinstance(end, Unjudged)
     assert TOUCHED in end.refusal.message

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from merge_gate.engine.base.loaded_base import refuse_foreign_weights
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from tests.support import methods
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def tiny() -> transformers.LlamaForCausalLM:
 def test_a_model_of_which_the_files_hold_nothing_is_refused() -> None:
     model = tiny()
     names = {name for name, _ in model.named_parameters()}
-    with pytest.raises(Undecidable, match=r"base_of_another_class.*LlamaForCausalLM"):
+    with pytest.raises(CannotJudge, match=r"base_of_another_class.*LlamaForCausalLM"):
         refuse_foreign_weights(model, names, "b")
     refuse_foreign_weights(model, names - {"lm_head.weight"}, "b")
 
@@ -34,5 +34,5 @@ def test_a_model_that_brought_an_adapter_is_refused(tmp_path: Path) -> None:
     with methods.quiet():
         peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(Undecidable, match="adapter_next_to_base"):
+    with pytest.raises(CannotJudge, match="adapter_next_to_base"):
         refuse_foreign_weights(model, set(), "b")

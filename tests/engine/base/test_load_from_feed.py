@@ -18,13 +18,13 @@ from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.errors import EngineError
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import BaseFiles
-from merge_gate.records.refusals import NotJudged, Undecidable
+from merge_gate.records.refusals import CannotJudge, NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
-from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Undecided
+from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Unjudged
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed
@@ -150,7 +150,7 @@ def test_a_load_that_fails_is_of_the_base(shelf: Shelf, monkeypatch: pytest.Monk
         raise ValueError("odd")
 
     monkeypatch.setattr(skeleton, "load_with_info", fails)
-    with pytest.raises(Undecidable):
+    with pytest.raises(CannotJudge):
         from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
 
 
@@ -174,7 +174,7 @@ def test_a_worker_quantizes_a_fed_base(
         )
         events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
         assert [one.measured for one in events if isinstance(one, BaseLoaded)] == [True]
-        assert [one for one in events if isinstance(one, Undecided)] == []
+        assert [one for one in events if isinstance(one, Unjudged)] == []
         evidence[fed] = [one.evidence for one in events if isinstance(one, Merged)]
         assert [bool(one.base.no_skeleton) for one in evidence[fed]] == [fed, fed]
     same = [
@@ -207,6 +207,6 @@ def test_a_streamed_class_without_a_skeleton_is_loaded_from_the_feed(
     assert merged.evidence.refusal is None
     monkeypatch.setattr(skeleton, "loads_as_usual", lambda _: False)
     last = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))[-1]
-    assert isinstance(last, Undecided)
+    assert isinstance(last, Unjudged)
     assert isinstance(last.refusal, NotJudged)
     assert "from_pretrained of its own" in last.refusal.message

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
@@ -116,7 +116,7 @@ def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path
     model_class = model_class_for(
         str(broken), preflight(str(tmp_path / "a"), allow_pickle=False), stored_tensors(broken)
     )
-    with pytest.raises(Undecidable) as caught:
+    with pytest.raises(CannotJudge) as caught:
         load_base(str(broken), model_class=model_class, label="b")
     clash = caught.value.refusal
     assert clash.kind == "base_shape_clash"
@@ -253,7 +253,7 @@ def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -
         save_on(text, tmp_path / "a")
         user, said = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert {name for name, _ in user.named_parameters()} <= set(said["missing_keys"])
-    with pytest.raises(Undecidable, match=r"base_of_another_class.*Gemma3ForCausalLM"):
+    with pytest.raises(CannotJudge, match=r"base_of_another_class.*Gemma3ForCausalLM"):
         Gate().judge(tmp_path / "a", tmp_path / "base")
 
 
@@ -265,5 +265,5 @@ def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path
         (base / file.name).write_bytes(file.read_bytes())
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
     assert any("lora_A" in name for name, _ in plain.named_parameters())
-    with pytest.raises(Undecidable, match="adapter_next_to_base"):
+    with pytest.raises(CannotJudge, match="adapter_next_to_base"):
         Gate().judge(shelf.adapter("regex"), base)

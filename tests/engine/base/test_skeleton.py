@@ -16,7 +16,7 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
@@ -181,7 +181,7 @@ def test_an_adapter_in_the_directory_is_refused_as_it_is_by_a_load(shelf: Shelf,
     shutil.copytree(shelf.adapter("plain"), directory, dirs_exist_ok=True)
     with pytest.raises(NoSkeletonError, match="an adapter"):
         made(directory)
-    with pytest.raises(Undecidable):
+    with pytest.raises(CannotJudge):
         loaded(directory)
 
 
@@ -201,7 +201,7 @@ def test_a_base_that_does_not_fit_its_class_is_refused_as_it_is_by_a_load(shelf:
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     refusals = []
     for make in (made, loaded):
-        with pytest.raises(Undecidable) as refused:
+        with pytest.raises(CannotJudge) as refused:
             make(directory)
         refusals.append(refused.value.refusal)
     assert refusals[0] == refusals[1]

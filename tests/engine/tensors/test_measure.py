@@ -21,7 +21,7 @@ from merge_gate.engine.tensors.measure import (
     same_values,
     unchanged_fraction,
 )
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from tests.support.properties import examples
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def test_a_tensor_without_a_finite_element_has_no_extremes(value: float) -> None
 
 
 def test_a_number_that_is_not_a_tensor_of_numbers_is_refused() -> None:
-    with pytest.raises(Undecidable, match=r"tensor_without_values.*'name': 'layer\.weight'"):
+    with pytest.raises(CannotJudge, match=r"tensor_without_values.*'name': 'layer\.weight'"):
         measure(torch.empty(3, device="meta"), "layer.weight")
 
 

@@ -32,7 +32,7 @@ from merge_gate.engine.base.loaded_base import (
 )
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, tensor_map
 from merge_gate.records.files import AdapterFiles, StoredTensor
-from merge_gate.records.refusals import Refusal, Undecidable
+from merge_gate.records.refusals import CannotJudge, Refusal
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _PART = re.compile(
@@ -81,7 +81,7 @@ def account_for(directory: str, model_class: ModelClass, label: str, stored: Seq
     """Account for a base on the headers of its weight files.
 
     Raises:
-        Undecidable: its files contradict each other or config.json.
+        CannotJudge: its files contradict each other or config.json.
     """
     transformers_class = getattr(transformers, model_class.class_name, None)
     if transformers_class is None or not loads_as_usual(transformers_class):
@@ -106,7 +106,7 @@ def add_file_facts(base: Base, account: Account, directory: str) -> None:
     """Add the facts about a base's files to the facts of the loaded base.
 
     Raises:
-        Undecidable: the load has shown what the headers could not: its files contradict each other.
+        CannotJudge: the load has shown what the headers could not: its files contradict each other.
     """
     incomplete, unloaded = account.incomplete, account.unloaded
     if account.map is None:
@@ -155,11 +155,11 @@ def _is_owned(name: str, modules: Collection[str], prefix: str) -> bool:
 
 
 def refuse_left_out(label: str, model: Any, unloaded: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise `Undecidable` if a stored tensor is not loaded although it belongs to a weight of the model."""
+    """Raise `CannotJudge` if a stored tensor is not loaded although it belongs to a weight of the model."""
     names = set(model.state_dict())
     left = tuple(name for name, renamed in sorted(unloaded.items()) if belongs_to(renamed, names))
     if left:
-        raise Undecidable(
+        raise CannotJudge(
             "stored_tensors_left_out",
             base=label,
             file=stored[left[0]].file if stored else None,
@@ -179,7 +179,7 @@ def belongs_to(name: str, names: Collection[str]) -> bool:
 
 
 def refuse_torn_groups(found: TensorMap, label: str) -> None:
-    """Raise `Undecidable` if a weight lacks a tensor that its quantizer takes with each other weight of its dtype."""
+    """Raise `CannotJudge` if a weight lacks a tensor that its quantizer takes with each other weight of its dtype."""
     kinds: dict[tuple[str, str], list[tuple[str, str, frozenset[str]]]] = defaultdict(list)
     for group in found.groups:
         if _is_quantizer(group.conversion):
@@ -199,7 +199,7 @@ def refuse_torn_groups(found: TensorMap, label: str) -> None:
 def _refuse_torn(found: TensorMap, first: str, lacking: list[str], label: str) -> None:
     one = found.stored[first]
     dtype = DTYPES[one.dtype]
-    raise Undecidable(
+    raise CannotJudge(
         "quantized_weight_torn", base=label, file=one.file, tensor=first, dtype=dtype, missing=tuple(lacking)
     )
 
@@ -219,7 +219,7 @@ def _named_part(target: str, part: str) -> str:
 
 
 def refuse_codes(found: TensorMap, label: str) -> None:
-    """Raise `Undecidable` if integers are stored for a parameter of floating point that no quantizer makes."""
+    """Raise `CannotJudge` if integers are stored for a parameter of floating point that no quantizer makes."""
     model = found.model
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
@@ -231,7 +231,7 @@ def refuse_codes(found: TensorMap, label: str) -> None:
             one = found.stored[source]
             dtype: torch.dtype = getattr(torch, DTYPES[one.dtype])
             if not dtype.is_floating_point and not dtype.is_complex:
-                raise Undecidable(
+                raise CannotJudge(
                     "codes_for_numbers",
                     base=label,
                     file=one.file,
@@ -295,7 +295,7 @@ def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:
 def not_stored(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> Refusal:
     """The fact that a base's files lack parameters of its own class, with other files that hold some of them."""
     read = tuple(sorted({one.file for one in found.stored.values()}))
-    return Undecidable(
+    return CannotJudge(
         "parameters_not_stored",
         base=label,
         class_name=type(found.model).__name__,

@@ -47,7 +47,7 @@ from merge_gate.engine.tensors.quantized import (
 )
 from merge_gate.engine.tensors.threads import Buffers, spread
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
-from merge_gate.records.refusals import Caught, Undecidable
+from merge_gate.records.refusals import CannotJudge, Caught
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import FileSpan, SourceError
 
@@ -308,7 +308,7 @@ def load_base(source: Source, model_class: ModelClass) -> Base:
     """Load a base by `from_pretrained`, and measure every parameter and persistent buffer.
 
     Raises:
-        Undecidable: the base cannot be loaded, with the library's own reason.
+        CannotJudge: the base cannot be loaded, with the library's own reason.
     """
     label = source.label
     transformers_class = getattr(transformers, model_class.class_name)
@@ -320,12 +320,12 @@ def load_base(source: Source, model_class: ModelClass) -> Base:
             source = replace(source, dequantizing=dequantizing_options(config))
         with quantizing(source.quantization):
             model, loading = _from_pretrained(transformers_class, source, model_class)
-    except Undecidable:
+    except CannotJudge:
         raise
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
-            raise Undecidable("remote_code_needed", base=label) from error
-        raise Undecidable("base_raised", base=label, error=caught(error), class_name=model_class.class_name) from error
+            raise CannotJudge("remote_code_needed", base=label) from error
+        raise CannotJudge("base_raised", base=label, error=caught(error), class_name=model_class.class_name) from error
     refuse_misfits(model, loading, label, model_class)
     return measure_base(model, source, loading, quantization=loaded_quantization(model, method))
 
@@ -410,14 +410,14 @@ def refuse_misfits(model: Any, loading: Loading, label: str, model_class: ModelC
     """Refuse what transformers accepts: it replaces tensors of another size, and initializes missing ones.
 
     Raises:
-        Undecidable: a tensor that is no head for another number of labels has another size, the files have no tensor
+        CannotJudge: a tensor that is no head for another number of labels has another size, the files have no tensor
             of the class, or an adapter is in the base's directory.
     """
     for name, stored, expected in loading.mismatched:
         extra = None if model_class.num_labels is None else expected[0] - model_class.num_labels
         # A detector's head has one row more, for "no object".
         if extra not in {0, 1} or tuple(stored[1:]) != tuple(expected[1:]):
-            raise Undecidable(
+            raise CannotJudge(
                 "base_shape_clash",
                 base=label,
                 class_name=model_class.class_name,
@@ -432,12 +432,12 @@ def refuse_foreign_weights(model: Any, missing: AbstractSet[str], label: str) ->
     """Refuse a model without tensors of its own, and one with an adapter, which transformers loads too.
 
     Raises:
-        Undecidable: the files have no tensor of the class, or an adapter is in the base's directory.
+        CannotJudge: the files have no tensor of the class, or an adapter is in the base's directory.
     """
     if missing and {name for name, _ in model.named_parameters()} <= missing:
-        raise Undecidable("base_of_another_class", base=label, class_name=type(model).__name__)
+        raise CannotJudge("base_of_another_class", base=label, class_name=type(model).__name__)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise Undecidable("adapter_next_to_base", base=label)
+        raise CannotJudge("adapter_next_to_base", base=label)
 
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -470,7 +470,7 @@ def measure_base(
         feed: where their values come from.
 
     Raises:
-        Undecidable: it was loaded as something else than the config asks for.
+        CannotJudge: it was loaded as something else than the config asks for.
     """
     if not source.dequantized:
         refuse_other_packing(model, source, quantization)
@@ -552,10 +552,10 @@ def declared(config: Any) -> str | None:
 
 
 def refuse_unknown_format(method: str | None, label: str) -> None:
-    """Raise `Undecidable` if this release of transformers cannot load a quantization that config.json declares."""
+    """Raise `CannotJudge` if this release of transformers cannot load a quantization that config.json declares."""
     if not method or method in AUTO_QUANTIZATION_CONFIG_MAPPING or method in set(QUANTIZED_AS.values()):
         return
-    raise Undecidable("quantization_unknown", base=label, method=method, transformers=transformers.__version__)
+    raise CannotJudge("quantization_unknown", base=label, method=method, transformers=transformers.__version__)
 
 
 def loaded_quantization(model: Any, method: str | None) -> str:
@@ -566,7 +566,7 @@ def loaded_quantization(model: Any, method: str | None) -> str:
 
 
 def refuse_other_packing(model: Any, source: Source, quantization: str) -> None:
-    """Raise `Undecidable` if a base was loaded as something else than the config asks for."""
+    """Raise `CannotJudge` if a base was loaded as something else than the config asks for."""
     asked, dtype = source.quantization, dtype_name(main_dtype(model))
     if asked is not Quantization.NONE:
         is_as_asked = quantization == asked
@@ -576,7 +576,7 @@ def refuse_other_packing(model: Any, source: Source, quantization: str) -> None:
         dtypes = {dtype_name(one.dtype) for one in model.parameters()}
         is_as_asked = quantization == Quantization.NONE and source.dtype in dtypes
     if not is_as_asked:
-        raise Undecidable(
+        raise CannotJudge(
             "loaded_otherwise",
             base=source.label,
             class_name=type(model).__name__,

@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate.engine.base.loaded_base import ModelClass, caught
 from merge_gate.records.files import AdapterFiles, StoredTensor
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TASK_CLASSES = {
@@ -49,7 +49,7 @@ def model_class_for(
     """Choose by the rules at the top of this file. `stored` are the headers of the base's weight files.
 
     Raises:
-        Undecidable: the base's config.json cannot be read.
+        CannotJudge: the base's config.json cannot be read.
     """
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     requested = _requested_class(config, files, trust_remote_code=trust_remote_code)
@@ -70,8 +70,8 @@ def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # OSError, ValueError, KeyError, and others, depending on the damage
         if "trust_remote_code" in str(error):
-            raise Undecidable("remote_code_needed") from error
-        raise Undecidable("config_unreadable", error=caught(error)) from error
+            raise CannotJudge("remote_code_needed") from error
+        raise CannotJudge("config_unreadable", error=caught(error)) from error
 
 
 # --- the class -----------------------------------------------------------------------------------------------------

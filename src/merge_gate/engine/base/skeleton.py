@@ -69,7 +69,7 @@ from merge_gate.engine.tensors.quantized import loading_options, quantizing
 from merge_gate.errors import EngineError
 from merge_gate.records.files import CONFIG_NAME, StoredTensor
 from merge_gate.records.measured import TensorStats
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, FileSpan, SourceError
 
@@ -122,7 +122,7 @@ def skeleton_of(
 
     Raises:
         NoSkeletonError: it could differ from what `from_pretrained` gives.
-        Undecidable: the base cannot be loaded as this class.
+        CannotJudge: the base cannot be loaded as this class.
         SourceError: bytes could not be had.
     """
     if source.quantization is not Quantization.NONE:
@@ -130,7 +130,7 @@ def skeleton_of(
     shared = feed if isinstance(feed, SharedReads) else SharedReads(feed)
     try:
         return _made(source, model_class, stored, shared, is_mapped=is_mapped, known=known)
-    except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
+    except (NoSkeletonError, CannotJudge, SourceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries have their own exceptions
         raise NoSkeletonError(f"{type(error).__name__}: {error}"[:400]) from error
@@ -191,7 +191,7 @@ def mapped_headers(
     Raises:
         NoSkeletonError: the class has a loader of its own, or the base is stored quantized, has an adapter in its
             directory, or its headers give no map.
-        Undecidable: the base cannot be loaded as this class.
+        CannotJudge: the base cannot be loaded as this class.
     """
     transformers_class = getattr(transformers, model_class.class_name)
     if not loads_as_usual(transformers_class):
@@ -408,7 +408,7 @@ def load_from_feed(
 
     Raises:
         NoSkeletonError: the headers say less than the load, or transformers' loader has changed.
-        Undecidable: the base cannot be loaded as this class.
+        CannotJudge: the base cannot be loaded as this class.
         EngineError: the memory does not suffice. Nothing was read.
         SourceError: bytes could not be had.
     """
@@ -432,7 +432,7 @@ def load_from_feed(
             )
     except Exception as error:
         reads.raise_failure()
-        raise Undecidable(
+        raise CannotJudge(
             "base_raised", base=source.label, error=caught(error), class_name=model_class.class_name
         ) from error
     reads.raise_failure()

@@ -55,7 +55,7 @@ from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
 from merge_gate.errors import EngineError
 from merge_gate.records.measured import MeasureOptions, TensorMerge
-from merge_gate.records.refusals import Refused, Undecidable
+from merge_gate.records.refusals import CannotJudge, Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
@@ -176,13 +176,13 @@ class Walk:
 
         Raises:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
-            Undecidable: a measurement failed, which says nothing about the adapter.
+            CannotJudge: a measurement failed, which says nothing about the adapter.
         """
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
             merged = self.loaded.model.merge_and_unload(safe_merge=True)
-        except (Refused, Undecidable, MemoryError, torch.OutOfMemoryError):
+        except (Refused, CannotJudge, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
             raise self._refused(error) from error
@@ -204,7 +204,7 @@ class Walk:
             except (Refused, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                raise Undecidable("not_measured", module=path, error=caught(error)) from error
+                raise CannotJudge("not_measured", module=path, error=caught(error)) from error
             finally:
                 self._depth -= 1
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from merge_gate.records.measured import TensorStats
-from merge_gate.records.refusals import Undecidable
+from merge_gate.records.refusals import CannotJudge
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements per step of the slow pass: bounds its own memory (masks and widened copies) to tens of MiB."""
@@ -44,10 +44,10 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
     """Measure a dense tensor of any shape and dtype.
 
     Raises:
-        Undecidable: the tensor has no values to look at (meta device).
+        CannotJudge: the tensor has no values to look at (meta device).
     """
     if tensor.is_meta:
-        raise Undecidable("tensor_without_values", name=name)
+        raise CannotJudge("tensor_without_values", name=name)
     values = _plain(tensor)
     stats = TensorStats(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), numel=tensor.numel())
     if values.numel() == 0:
