@@ -190,10 +190,15 @@ def test_each_kind_is_raised_once_at_least_and_has_a_case() -> None:
 
 
 def test_each_defect_is_found_and_worded() -> None:
-    named = [keyword.value for tree in TREES.values() for call in calls(tree, "Rule", "Refused", "known_defect")
+    named = [keyword.value for tree in TREES.values() for call in calls(tree, "Refused", "known_defect")
              for keyword in call.keywords if keyword.arg == "defect"]  # fmt: skip
-    assert DEFECTS.keys() == {one.value for one in named if isinstance(one, ast.Constant)}
-    assert {ast.unparse(one) for one in named if not isinstance(one, ast.Constant)} == {"rule.defect"}
+    tables = [node.value for tree in TREES.values() for node in ast.walk(tree)
+              if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in {"OF_CONFIG", "OF_MODEL"}]  # fmt: skip
+    in_tables = [ast.literal_eval(key) for table_ in tables for node in ast.walk(table_) if isinstance(node, ast.Dict)
+                 for key in node.keys if key is not None]  # fmt: skip
+    assert len(tables) == 2
+    assert DEFECTS.keys() == {one.value for one in named if isinstance(one, ast.Constant)} | set(in_tables)
+    assert {ast.unparse(one) for one in named if not isinstance(one, ast.Constant)} == {"defect"}
 
 
 @pytest.mark.parametrize(
