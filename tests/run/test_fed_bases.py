@@ -20,7 +20,7 @@ from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run import fed_bases
 from merge_gate.run.fed_bases import FedBases
 from merge_gate.sources import streamed_bases
-from merge_gate.sources.local_files import LocalFiles
+from merge_gate.sources.read_ahead import LocalFiles
 from merge_gate.worker.protocol import Group, Task
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from merge_gate.records.terms import record
 
 CHUNK_BYTES = 16 << 20
 MOST_PARTS = 1 << 16
-"""Enough for a merged tensor of 256 GiB, which arrives in parts of 4 MiB."""
+"""Enough for a merged tensor of 256 GiB, which arrives in parts of 4 MiB or more."""
 
 _EXISTING = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = _EXISTING | os.O_CREAT | os.O_EXCL

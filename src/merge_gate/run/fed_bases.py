@@ -19,8 +19,8 @@ from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.sources.mounts import network_file_system
+from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.confine.private_directory import private_directory
-from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.protocol import Group
 
@@ -54,8 +54,7 @@ def is_on_network(paths: list[Path]) -> bool:
 class FedBases:
     """Use it in a `with` block: leaving it removes the created files.
 
-    `records` are figures of bases that earlier runs measured. `on_piece` gets the bytes of bases that are fed, as they
-    pass.
+    `records` are figures of bases that earlier runs measured.
     """
 
     def __init__(
@@ -64,14 +63,13 @@ class FedBases:
         notify: Callable[[str], None],
         *,
         records: BaseRecords | None = None,
-        on_piece: Callable[[str, str, int, memoryview], None] = lambda *_: None,
     ) -> None:
         self._watch, self._notify, self._records = watch, notify, records
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
         self._stack = contextlib.ExitStack()
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
-        self.feeds = Feeds(self._streamed, watch.passed, on_piece)
+        self.feeds = Feeds(self._streamed, watch.passed)
 
     def __enter__(self) -> Self:
         return self

@@ -207,12 +207,7 @@ class Run:
         self._watch = BaseWatch(self._cache.seen_bases, is_plan=options.is_plan)
         self.tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
-        self._fed = FedBases(
-            self._watch,
-            view.note,
-            records=self._cache.base_records,
-            on_piece=self.publications.passing,
-        )
+        self._fed = FedBases(self._watch, view.note, records=self._cache.base_records)
         how = Fetching(
             notify=view.note,
             access=options.access,

@@ -28,10 +28,10 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import Caught, NotJudged, Refusal, Refused, Undecidable
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
-from merge_gate.worker.channel import Channel
+from merge_gate.worker.call_client import CallClient
+from merge_gate.worker.channel import Channel, Line
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
-from merge_gate.worker.feed_client import FeedClient
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory
 from merge_gate.worker.protocol import (
@@ -52,7 +52,6 @@ from merge_gate.worker.protocol import (
     Task,
     Undecided,
 )
-from merge_gate.worker.publish_client import PublishClient
 from merge_gate.worker.quick_imports import quick_imports
 from merge_gate.worker.regex_trial import try_patterns
 
@@ -81,7 +80,7 @@ PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
 
 
-def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None:
+def main(descriptor: int, *of_lines: int) -> None:
     """Entry point of the process: confine itself, import, read a job, send events, exit with 0."""
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())
@@ -94,9 +93,8 @@ def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None
     assert isinstance(job, Job)  # noqa: S101 - the parent is ours
     _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
-    feed = FeedClient(socket.socket(fileno=feed_descriptor))
-    connection = PublishClient(socket.socket(fileno=publish_descriptor))
-    for event in judge_job(job, channel.send, sandbox, feed, connection):
+    client = CallClient([Line.of(*pair) for pair in zip(of_lines[::2], of_lines[1::2], strict=True)])
+    for event in judge_job(job, channel.send, sandbox, client):
         channel.send(event)
     channel.send(Finished())
     channel.close()
@@ -135,12 +133,11 @@ def judge_job(
     job: Job,
     progress: Listener,
     sandbox: Sandbox,
-    feed: FeedClient | None = None,
-    connection: PublishClient | None = None,
+    client: CallClient | None = None,
 ) -> Iterator[Event]:
     """Load each base once for each class, and merge each task. An exception costs its own task only.
 
-    `feed` gets the bytes of bases that the parent reads. Merged models that are published go out by `connection`.
+    `client` gets the bytes of bases that the parent reads, and takes the merged models that are published.
     """
     try:
         chosen = _choose_device(job.device)
@@ -150,7 +147,7 @@ def judge_job(
     yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
     job = replace(job, device=chosen.device)
     for positions in rounds(job.groups):
-        yield from _judge_groups(positions, job, progress, feed=feed, connection=connection)
+        yield from _judge_groups(positions, job, progress, client)
 
 
 def rounds(groups: Sequence[Group]) -> Iterator[list[int]]:
@@ -194,14 +191,7 @@ def _choose_device(wanted: str) -> DeviceChosen:
     return DeviceChosen(device="cpu", device_name=cpu_name())
 
 
-def _judge_groups(
-    positions: list[int],
-    job: Job,
-    progress: Listener,
-    *,
-    feed: FeedClient | None,
-    connection: PublishClient | None,
-) -> Iterator[Event]:
+def _judge_groups(positions: list[int], job: Job, progress: Listener, client: CallClient | None) -> Iterator[Event]:
     """Judge the groups at these positions, which have one base, in several dtypes."""
     first = job.groups[positions[0]]
     yield BaseLoading(group=positions[0])  # from the first file on, the time limit is that of the base
@@ -212,8 +202,8 @@ def _judge_groups(
         return
     try:
         with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=not first.one_pass) as local:
-            source = feed.open(positions[0]) if first.fed and feed is not None else local
-            bases = GroupBases(job=job, feed=source, connection=connection, client=feed)
+            source = client.feed(positions[0]) if first.fed and client is not None else local
+            bases = GroupBases(job=job, feed=source, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
             yield from _judge_pinned(groups, job, progress, bases)
     except (OSError, SourceError) as error:

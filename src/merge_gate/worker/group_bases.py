@@ -24,11 +24,10 @@ from merge_gate.records.files import FileIdentity, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, LocalFeed
-from merge_gate.worker.feed_client import FeedClient
+from merge_gate.worker.call_client import CallClient, ParentFeed
 from merge_gate.worker.memory import MemoryGroup, gibibytes, give_back
 from merge_gate.worker.pinned import pinned_directory, verify_base
 from merge_gate.worker.protocol import Group, Job, Task
-from merge_gate.worker.publish_client import PublishClient
 
 if TYPE_CHECKING:
     from merge_gate.engine.merge.publication_sinks import PublicationSinks
@@ -60,14 +59,13 @@ class GroupBase:
 class GroupBases:
     """Loads bases from the files of one directory, which `feed` reads.
 
-    It keeps the figures of tensors for the next class. `connection` takes the merged models that are published.
+    It keeps the figures of tensors for the next class. `client` takes the merged models that are published.
     """
 
     job: Job
     feed: Feed
     """Shared by all skeletons, so that they are filled in one pass."""
-    connection: PublishClient | None = None
-    client: FeedClient | None = None
+    client: CallClient | None = None
     _accounts: dict[ModelClass, Account] = field(default_factory=dict)
     _identity: tuple[FileIdentity, ...] = ()
     _figures: FiguresBySpan = field(default_factory=dict)
@@ -148,14 +146,14 @@ class GroupBases:
         from merge_gate.engine.merge.publication_sinks import PublicationSinks  # noqa: PLC0415 - few runs publish
 
         group = loaded.group
-        if self.connection is None or all(task.publishes is None for task in group.tasks):
+        if self.client is None or all(task.publishes is None for task in group.tasks):
             return None
         return PublicationSinks(
             base=loaded.base,
             model_class=loaded.model_class,
             stored=group.files.tensors,
             feed=self.feed,
-            connection=self.connection,
+            connection=self.client,
         )
 
     def compare(self, loaded: GroupBase, task: Task, request: MergeRequest) -> tuple[Evidence, Comparison]:
@@ -195,7 +193,7 @@ class GroupBases:
             if group.directory == finished.directory and not group.tasks
         )
         position = next(places, None)
-        return self.client.open_aside(position) if position is not None else None
+        return ParentFeed(self.client, position, is_aside=True) if position is not None else None
 
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""

@@ -18,17 +18,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
-from merge_gate.worker.channel import Channel, GarbledError
+from merge_gate.worker.call_service import LINES, CallService, Feeds
+from merge_gate.worker.channel import Channel, GarbledError, Line
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.confine.sandbox import caches
-from merge_gate.worker.feed_service import Feeds, FeedService
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
-from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener
-from merge_gate.worker.publish_service import Publisher, PublishService
+from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener, Publisher
 
 PASSED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"
@@ -80,14 +79,14 @@ class WorkerProcess:
         own_socket, child_socket = socket.socketpair()
         self._channel = Channel(own_socket)
         self._stack.callback(self._channel.close)
-        self._feed_socket, child_feed = socket.socketpair()
-        self._stack.callback(self._feed_socket.close)
-        self._publish_socket, child_publish = socket.socketpair()
-        self._stack.callback(self._publish_socket.close)
-        sockets = child_socket, child_feed, child_publish
-        self._process = _start(sockets, self._output, directory, {} if quantizes else NO_COMPILER)
-        for one in sockets:
-            one.close()
+        self._lines, of_child = zip(*(Line.pair() for _ in range(LINES)), strict=True)
+        for line in self._lines:
+            self._stack.callback(line.close)
+        descriptors = [child_socket.fileno(), *(one for line in of_child for one in line.descriptors)]
+        self._process = _start(descriptors, self._output, directory, {} if quantizes else NO_COMPILER)
+        child_socket.close()
+        for line in of_child:
+            line.close()
         self._stack.callback(_stop, self._process)
 
     def __enter__(self) -> Self:
@@ -115,12 +114,9 @@ class WorkerProcess:
         this process reads for it. `publisher` gets the tensors of the merges that are published.
         """
         published = [task.index for group in job.groups for task in group.tasks if task.publishes is not None]
-        publishing = None
-        if publisher is not None and published:
-            publishing = PublishService(self._publish_socket, publisher, published)
-            publishing.start()
-            self._stack.callback(publishing.close)
-        service = FeedService(self._feed_socket, lambda position: (feeds or Feeds()).open(job.groups[position]))
+        service = CallService(
+            self._lines, lambda position: (feeds or Feeds()).open(job.groups[position]), publisher, published
+        )
         service.start()
         self._stack.callback(service.close)
         try:
@@ -131,8 +127,8 @@ class WorkerProcess:
         if is_overdue() and not finished:
             _stop(self._process)
         code = _exit_code(self._process)
-        if publishing is not None:
-            publishing.drain()
+        if published:
+            service.drain()
         if finished:
             return None
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
@@ -176,10 +172,9 @@ under its name. The other files in its directory shadow nothing, because that di
 
 
 def _start(
-    sockets: tuple[socket.socket, ...], output: IO[bytes], directory: str, extra: dict[str, str]
+    descriptors: Sequence[int], output: IO[bytes], directory: str, extra: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
-    descriptors = [one.fileno() for one in sockets]
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(os.getpid()), *map(str, descriptors)],
         pass_fds=descriptors,

@@ -6,6 +6,7 @@ All are picklable records. Both sides import this module; it imports no torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
@@ -15,6 +16,7 @@ from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
+from merge_gate.sources.read_ahead import PassingBytes
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
@@ -49,7 +51,7 @@ class Group:
     """The adapters on one base. `files` is what the base's files contain.
 
     `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
-    only where adapters touch it. `fed`: the parent reads its weight files (feed_service.py). `records` are what earlier
+    only where adapters touch it. `fed`: the parent reads its weight files (call_service.py). `records` are what earlier
     runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the parent keeps the
     figures of a base that is read whole.
     """
@@ -250,82 +252,38 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return True
 
 
-# --- the feed: the parent reads the weight files of a base, and the worker says which bytes it needs -----------------
-
-
-@record
-class FeedOpened:
-    """From the worker: from now on, it needs the bytes of this group's base.
-
-    `aside`: those of another directory next to the base, a finished model that is compared with merges.
-    """
-
-    group: int
-    aside: bool = False
+# --- calls: the parent reads the weight files of bases, and writes models. It answers each one with `Answer` ---------
 
 
 @record
 class SpansExpected:
-    """From the worker: it will need these bytes, in this order. Replaces what it expected before.
+    """The worker will need these bytes of a group's base, in this order. Replaces what it expected before.
 
-    `number` counts these messages. `whole`: the rest of the files is to be read and hashed, too.
+    `whole`: the rest of the files is to be read and hashed, too. `is_due`: they are read from now on; if not, they are
+    only read ahead.
     """
 
-    number: int
+    group: int
     spans: tuple[FileSpan, ...]
     whole: bool
+    is_due: bool = True
 
 
 @record
 class BytesRequested:
-    """From the worker: it needs these bytes now. `number` is negative, and counts these messages down.
+    """The worker needs these bytes of a group's base now. They come with the answer."""
 
-    `aside`: they are of the directory that was opened aside.
-    """
-
-    number: int
+    group: int
     span: FileSpan
-    aside: bool = False
-
-
-@record
-class SlotReleased:
-    """From the worker: it has copied what it needs from the slot of the piece with this request's number."""
-
-    number: int
-    start: int
-
-
-@record
-class PieceArrived:
-    """To the worker: these bytes are in the window from `start` on, which is theirs until they are released.
-
-    `number` is that of the request.
-    """
-
-    number: int
-    span: FileSpan
-    start: int
-
-
-@record
-class FeedEnded:
-    """To the worker: all bytes of a request arrived and were compared with their digests, or `refusal` says why not."""
-
-    number: int
-    refusal: NotJudged | None = None
-
-
-# --- publishing: the worker sends the stored tensors of a merged model, and the parent writes them -------------------
 
 
 @record
 class PublicationPlanned:
-    """From the worker: it begins to send a merged model, and forgets what it sent of this task before.
+    """The worker begins to send a merged model, and forgets what it sent of this task before.
 
     `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
-    can change. Others may follow, with the base's dtype and shape. The parent answers the first of these messages with
-    the window: its size in 8 bytes, most significant first, and its descriptor. It answers each one with `PlanTaken`.
+    can change. Others may follow, with the base's dtype and shape. After the answer, bytes of a base that pass get to
+    the model without the worker.
     """
 
     task: int
@@ -333,41 +291,45 @@ class PublicationPlanned:
 
 
 @record
-class PlanTaken:
-    """To the worker: the parent is ready. Bytes of a base that pass from now on get to the model without the worker."""
-
-    task: int
-
-
-@record
 class TensorPart:
-    """From the worker: bytes of a stored tensor, from `offset` of the tensor on, are in the window from `start` on.
+    """So many bytes of a stored tensor come with this message, from `offset` of the tensor on.
 
-    They stay there until `PartTaken`. A tensor may be sent again: then its last bytes count.
+    A tensor may be sent again: then its last bytes count.
     """
 
     task: int
     name: str
     offset: int
-    start: int
     size_bytes: int
 
 
 @record
-class PartTaken:
-    """To the worker: the part of the window from `start` on was copied."""
-
-    start: int
-
-
-@record
 class PublicationSent:
-    """From the worker: all tensors of a task were sent and taken, or `refusal` says why they must not be published.
+    """All tensors of a task were sent, or `refusal` says why they must not be published.
 
-    `tensors` are all that were sent, with their final dtypes and shapes. The message comes before the task's `Merged`,
-    on its own connection.
+    `tensors` are all that were sent, with their final dtypes and shapes. The answer comes before the task's `Merged`.
     """
 
     task: int
     tensors: tuple[StoredTensor, ...] = ()
     refusal: NotJudged | None = None
+
+
+@record
+class Answer:
+    """To the worker: the call was carried out, or `refusal` says why it could not be."""
+
+    refusal: NotJudged | None = None
+
+
+class Publisher(PassingBytes, Protocol):
+    """Gets the tensors of each task. Its methods are called by several threads, and raise nothing."""
+
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
+        """A merge begins, perhaps again: what was sent before does not count."""
+
+    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
+        """Bytes of a stored tensor. They are the worker's, and change after the call, or even during it."""
+
+    def sent(self, message: PublicationSent) -> None:
+        """All tensors of a task were sent."""

@@ -20,8 +20,8 @@ from typing import Self, assert_never
 from merge_gate.errors import GateError
 from merge_gate.records.refusals import NotJudged
 from merge_gate.text import counted
+from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.channel import GarbledError
-from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
     DEFAULT_LIMIT_S,
@@ -39,12 +39,12 @@ from merge_gate.worker.protocol import (
     Merged,
     MergeProgressed,
     MergeStarted,
+    Publisher,
     Task,
     Undecided,
     Waiting,
     concerns,
 )
-from merge_gate.worker.publish_service import Publisher
 
 MOST_THREADS = 64
 """A worker that names more threads than this is not the gate's own code; the others are ignored."""

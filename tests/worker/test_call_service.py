@@ -1,8 +1,7 @@
-"""Both ends of the feed, connected in one process: whatever is read in whatever order has the bytes of the files."""
+"""Both ends of the lines, connected in one process: reads have the bytes of the files, and what is sent arrives."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import mmap
@@ -18,27 +17,27 @@ from typing import Any
 
 import pytest
 
-from merge_gate.records.files import BaseFiles
+from merge_gate.errors import EngineError
+from merge_gate.records.files import BaseFiles, StoredTensor
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources import digests, read_ahead
-from merge_gate.sources.feed import FileSpan, SourceError
-from merge_gate.sources.local_files import LocalFiles
-from merge_gate.sources.window import Window
-from merge_gate.worker import feed_client, feed_service
-from merge_gate.worker.channel import Channel
-from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.feed_service import FedBase, Feeds
+from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
+from merge_gate.sources.read_ahead import FedBase, LocalFiles
+from merge_gate.worker import call_client, call_service
+from merge_gate.worker.call_client import CallClient, ParentFeed
+from merge_gate.worker.call_service import LINES, MOST_TENSORS, CallService, Feeds
+from merge_gate.worker.channel import Line
 from merge_gate.worker.protocol import (
+    Answer,
     BytesRequested,
-    FeedEnded,
-    FeedOpened,
     Group,
     Idle,
-    PieceArrived,
-    SlotReleased,
+    PublicationPlanned,
+    PublicationSent,
     SpansExpected,
+    TensorPart,
 )
-from tests.support.checked_slots import CheckedFeedService
 
 PAGE = mmap.PAGESIZE
 SIZES = (20 * PAGE + 7, 1, 9 * PAGE)
@@ -46,11 +45,11 @@ SIZES = (20 * PAGE + 7, 1, 9 * PAGE)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (read_ahead, feed_client, feed_service):
+    for module in (read_ahead, call_client):
         monkeypatch.setattr(module, "PIECE_BYTES", 2 * PAGE)
     monkeypatch.setattr(digests, "CHUNK_BYTES", PAGE)
-    monkeypatch.setattr(feed_service, "CONNECTIONS", 3)
-    monkeypatch.setattr(feed_service, "_slots", lambda: 4)
+    monkeypatch.setattr(read_ahead, "CONNECTIONS", 3)
+    monkeypatch.setattr(call_service, "_slots", lambda: 4)
 
 
 @pytest.fixture
@@ -62,26 +61,60 @@ def content(tmp_path: Path) -> dict[str, bytes]:
     return written
 
 
+class Recorder:
+    """Gets what is published of tasks 0 to 3."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+        self.sent_bytes: dict[tuple[int, str], bytearray] = {}
+        self.passed: dict[str, bytes] = {}
+
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
+        self.calls.append((task, tensors))
+
+    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
+        whole = self.sent_bytes.setdefault((task, name), bytearray())
+        whole.extend(bytes(max(0, offset + len(content) - len(whole))))
+        whole[offset : offset + len(content)] = content
+
+    def sent(self, message: PublicationSent) -> None:
+        self.calls.append(message)
+
+    def passing(self, directory: str, file: str, start: int, content: memoryview) -> None:
+        assert directory == "base"
+        assert len(self.passed.get(file, b"")) == start, "in order"
+        self.passed[file] = self.passed.get(file, b"") + bytes(content)
+        raise ValueError("it may fail")
+
+
 class Ends:
-    """Both ends: `base` is what the parent reads."""
+    """Both ends: `base` is what the parent reads, as each group of the job."""
 
     def __init__(self, base: FedBase) -> None:
-        self.base = base
-        own, other = socket.socketpair()
-        self.service = CheckedFeedService(own, lambda _: self.base)
+        self.base, self.publisher = base, Recorder()
+        self.own, self.of_worker = zip(*(Line.pair() for _ in range(LINES)), strict=True)
+        self.service = CallService(self.own, lambda _: self.base, self.publisher, range(4))
         self.service.start()
-        self.client = FeedClient(other)
+        self.client = CallClient(self.of_worker)
+
+    def call(self, message: object) -> object:
+        """Call as code of a base may: with any message."""
+        self.of_worker[0].send(message)
+        return self.of_worker[0].receive()
+
+    def close(self) -> None:
+        self.service.close()
+        for line in (*self.own, *self.of_worker):
+            line.close()
 
 
 @pytest.fixture
 def ends(tmp_path: Path, content: dict[str, bytes]) -> Iterator[Ends]:
     files = LocalFiles(str(tmp_path), list(content))
     files.sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    both = Ends(FedBase(files))
+    both = Ends(FedBase(files, "base"))
     yield both
-    both.service.close()
-    both.client.close()
-    assert CheckedFeedService.changed == []
+    both.close()
 
 
 def spans_of(content: dict[str, bytes], seed: int = 0) -> list[FileSpan]:
@@ -93,13 +126,13 @@ def spans_of(content: dict[str, bytes], seed: int = 0) -> list[FileSpan]:
     return [span for span in spans if numbers.random() < 0.9 or span.end == len(content[span.file])]
 
 
-def read(client: FeedClient, span: FileSpan) -> bytes:
+def read(client: ParentFeed, span: FileSpan) -> bytes:
     buffer = bytearray(span.end - span.start)
     client.read(span.file, span.start, memoryview(buffer))
     return bytes(buffer)
 
 
-def read_all(client: FeedClient, spans: Iterable[FileSpan]) -> None:
+def read_all(client: ParentFeed, spans: Iterable[FileSpan]) -> None:
     for span in spans:
         read(client, span)
 
@@ -119,7 +152,7 @@ def expected(content: dict[str, bytes], span: FileSpan) -> bytes:
 def test_spans_that_are_read_in_order_have_the_bytes_of_the_files(
     seed: int, ends: Ends, content: dict[str, bytes]
 ) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     spans = spans_of(content, seed)
     client.expect(spans, whole=True)
     for span in spans:
@@ -128,7 +161,7 @@ def test_spans_that_are_read_in_order_have_the_bytes_of_the_files(
 
 
 def test_several_threads_read_in_any_order_and_in_parts(ends: Ends, content: dict[str, bytes]) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     spans = spans_of(content)
     client.expect(spans, whole=True)
     halves = [
@@ -145,7 +178,7 @@ def test_several_threads_read_in_any_order_and_in_parts(ends: Ends, content: dic
 
 
 def test_bytes_that_were_not_announced_come_past_a_full_window(ends: Ends, content: dict[str, bytes]) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     client.expect(spans_of(content), whole=True)  # and no one reads them: the window fills up
     for start, end in ((0, 1), (PAGE + 3, 19 * PAGE), (20 * PAGE, 20 * PAGE + 7)):
         span = FileSpan(file="0.safetensors", start=start, end=end)
@@ -155,7 +188,7 @@ def test_bytes_that_were_not_announced_come_past_a_full_window(ends: Ends, conte
 
 
 def test_announced_bytes_that_are_skipped_do_not_block_later_ones(ends: Ends, content: dict[str, bytes]) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     spans = spans_of(content)
     client.expect(spans, whole=True)
     assert read(client, spans[-1]) == expected(content, spans[-1])
@@ -163,7 +196,7 @@ def test_announced_bytes_that_are_skipped_do_not_block_later_ones(ends: Ends, co
 
 
 def test_a_second_pass_reads_what_it_needs_and_no_more(ends: Ends, content: dict[str, bytes], tmp_path: Path) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     for spans in (spans_of(content), spans_of(content, 1)[3:6]):
         client.expect(spans, whole=True)
         assert [read(client, span) for span in spans] == [expected(content, span) for span in spans]
@@ -171,7 +204,7 @@ def test_a_second_pass_reads_what_it_needs_and_no_more(ends: Ends, content: dict
 
 
 def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[str, bytes]) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     for seed in range(6):
         spans = spans_of(content, seed)
         client.expect(spans, whole=True)
@@ -184,7 +217,7 @@ def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[st
 def test_what_is_prefetched_fills_the_window_and_is_read_once(
     is_the_same: bool, ends: Ends, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, spans, pieces = ends.client.open(0), spans_of(content), list[str]()
+    client, spans, pieces = ends.client.feed(0), spans_of(content), list[str]()
     own = ends.base.files.read
 
     def count_and_read(file: str, start: int, into: memoryview) -> None:
@@ -194,18 +227,17 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
     monkeypatch.setattr(ends.base.files, "read", count_and_read)
     for _ in range(2):
         client.prefetch(spans, whole=True)
-    wait_until(lambda: len(client._pieces) == 4)  # all slots
+    wait_until(lambda: len(pieces) == 4)  # all slots
     aside = FileSpan(file="2.safetensors", start=9 * PAGE - 5, end=9 * PAGE)
     assert read(client, aside) == expected(content, aside)  # the last bytes
-    assert len(client._pieces) == 4, "they wait for the pass"
-    before = len(pieces)
+    assert len(pieces) == 5, "they wait for the pass"
     if not is_the_same:
         spans = spans[1:]
     client.expect(spans, whole=True)
     assert [read(client, span) for span in spans] == [expected(content, span) for span in spans]
     assert ends.base.digests.are_complete
     read_twice = len(pieces) - len(set(pieces))
-    assert (read_twice <= 1) is is_the_same, (before, pieces)  # the last piece, for the read before the pass
+    assert (read_twice <= 1) is is_the_same, pieces  # the last piece, for the read before the pass
 
 
 def test_a_prefetch_that_fails_fails_the_pass(
@@ -214,7 +246,7 @@ def test_a_prefetch_that_fails_fails_the_pass(
     def fail(*_: object) -> None:
         raise SourceError("the mount is gone")
 
-    client, spans = ends.client.open(0), spans_of(content)
+    client, spans = ends.client.feed(0), spans_of(content)
     monkeypatch.setattr(ends.base.files, "read", fail)
     client.prefetch(spans, whole=True)
     client.expect(spans, whole=True)
@@ -224,13 +256,12 @@ def test_a_prefetch_that_fails_fails_the_pass(
 
 def test_expectations_that_are_replaced_leave_no_threads(ends: Ends, content: dict[str, bytes]) -> None:
     """The worker may list what it expects again and again, and release nothing."""
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     client.expect(spans_of(content), whole=True)
     read(client, FileSpan(file="0.safetensors", start=0, end=1))
     before = threading.active_count()
-    for number in range(2, 40):
-        spans = (FileSpan(file="2.safetensors", start=0, end=PAGE),)
-        client._send(SpansExpected(number=number, spans=spans, whole=True))
+    for _ in range(2, 40):
+        client.expect([FileSpan(file="2.safetensors", start=0, end=PAGE)], whole=True)
     wait_until(lambda: threading.active_count() <= before)
 
 
@@ -238,13 +269,12 @@ def test_replaced_expectations_whose_reads_hang_leave_a_thread_for_each_slot(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = threading.Event()
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     before = threading.active_count()
     monkeypatch.setattr(ends.base.files, "read", lambda *_: may_end.wait())
-    for number in range(1, 40):
-        spans = (FileSpan(file="2.safetensors", start=0, end=PAGE),)
-        client._send(SpansExpected(number=number, spans=spans, whole=True))
-    slots, last = 4, feed_service.CONNECTIONS + 1
+    for _ in range(1, 40):
+        client.expect([FileSpan(file="2.safetensors", start=0, end=PAGE)], whole=True)
+    slots, last = 4, read_ahead.CONNECTIONS + 1
     wait_until(lambda: threading.active_count() <= before + slots + last)
     may_end.set()
 
@@ -254,7 +284,7 @@ def test_a_file_with_another_digest_never_finishes(ends: Ends, content: dict[str
     data = bytearray(content["2.safetensors"])
     data[0] ^= 1
     (tmp_path / "2.safetensors").write_bytes(data)
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     client.expect(spans, whole=True)
     with pytest.raises(SourceError):
         read_all(client, spans)
@@ -267,7 +297,7 @@ def test_a_file_with_another_digest_never_finishes(ends: Ends, content: dict[str
 def test_bytes_that_differ_when_they_are_read_again_are_refused(
     ends: Ends, content: dict[str, bytes], tmp_path: Path
 ) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     spans = spans_of(content)
     client.expect(spans, whole=True)
     for span in spans:
@@ -284,7 +314,7 @@ def test_a_file_that_is_cut_off_is_an_error_for_both_kinds_of_reads(
     ends: Ends, content: dict[str, bytes], tmp_path: Path
 ) -> None:
     os.truncate(tmp_path / "2.safetensors", 3 * PAGE)
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     with pytest.raises(SourceError):
         read(client, FileSpan(file="2.safetensors", start=0, end=9 * PAGE))
     client.expect(spans_of(content), whole=True)
@@ -294,21 +324,21 @@ def test_a_file_that_is_cut_off_is_an_error_for_both_kinds_of_reads(
 
 def test_another_base_may_be_opened_while_one_is_read_ahead(ends: Ends, content: dict[str, bytes]) -> None:
     for _ in range(3):
-        client = ends.client.open(0)
+        client = ends.client.feed(0)
         client.expect(spans_of(content), whole=True)
     assert read(client, SPAN) == expected(content, SPAN)
 
 
 @pytest.mark.parametrize("is_expected", [False, True])
-def test_a_read_that_fails_in_the_worker_keeps_no_slot(
+def test_a_read_that_fails_in_the_worker_keeps_no_line(
     is_expected: bool, ends: Ends, content: dict[str, bytes]
 ) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     span = FileSpan(file="0.safetensors", start=0, end=20 * PAGE)
     for _ in range(8):
         client.expect([span] if is_expected else [], whole=True)
         with pytest.raises((BufferError, TypeError)):
-            client.read(span.file, span.start, memoryview(bytes(20 * PAGE)))
+            client.read(span.file, span.start, memoryview(bytes(20 * PAGE)))  # it cannot be written to
     assert read(client, span) == expected(content, span)
 
 
@@ -318,13 +348,13 @@ def test_a_base_that_cannot_be_opened_is_an_error(ends: Ends) -> None:
 
     ends.service._open_base = refuse
     with pytest.raises(SourceError, match="no such mount"):
-        ends.client.open(0)
+        ends.client.feed(0)
     with pytest.raises(SourceError, match="no such mount"):
-        ends.client.open(1)
+        ends.client.feed(1)
 
 
 def test_a_service_that_ends_is_an_error_and_no_hang(ends: Ends, content: dict[str, bytes]) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     client.expect(spans_of(content), whole=True)
     waiting = threading.Timer(0.2, ends.service.close)
     waiting.start()
@@ -332,153 +362,199 @@ def test_a_service_that_ends_is_an_error_and_no_hang(ends: Ends, content: dict[s
         read_all(client, itertools.repeat(FileSpan(file="0.safetensors", start=0, end=20 * PAGE)))
 
 
+def test_nothing_is_read_for_nothing(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends.base.files, "read", lambda *_: pytest.fail("it was read"))
+    client = ends.client.feed(0)
+    client.expect([], whole=True)
+    client.expect([FileSpan(file="0.safetensors", start=1, end=1)], whole=False)
+    client.read("0.safetensors", 0, memoryview(b"").cast("B"))
+
+
+def test_a_directory_aside_is_read_next_to_a_base(ends: Ends, content: dict[str, bytes]) -> None:
+    client, aside, spans = ends.client.feed(0), ParentFeed(ends.client, 1, is_aside=True), spans_of(content)
+    client.expect(spans, whole=True)
+    aside.expect(spans[:1], whole=False)
+    aside.prefetch(spans[:1], whole=False)
+    for span in spans:
+        assert read(client, span) == expected(content, span)
+    assert read(aside, spans[0]) == expected(content, spans[0])
+    assert ends.base.digests.are_complete, "what was expected of the base was not replaced"
+
+
+def test_a_publication_gets_the_bytes_that_pass(ends: Ends, content: dict[str, bytes]) -> None:
+    client, spans = ends.client.feed(0), spans_of(content)
+    client.expect(spans, whole=True)
+    read_all(client, spans)
+    assert ends.publisher.passed == content
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+TENSOR = StoredTensor(name="a", dtype="BF16", shape=(2, 3), file="model.safetensors")
+
+
+def test_all_bytes_arrive_before_the_end(ends: Ends) -> None:
+    data = {task: random.Random(task).randbytes(7 * PAGE + 5) for task in range(4)}
+    client = ends.client
+
+    def send(task: int) -> None:
+        client.plan(task, [TENSOR])
+        for start in range(0, len(data[task]), 3 * PAGE + 1):
+            client.send(task, "a", start, memoryview(data[task])[start : start + 3 * PAGE + 1])
+        client.finish(task, [TENSOR], None)
+        assert ends.publisher.sent_bytes[task, "a"] == data[task]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(send, data))
+    calls = ends.publisher.calls
+    assert {task: calls.index((task, (TENSOR,))) < calls.index(sent(task)) for task in data} == dict.fromkeys(
+        data, True
+    )
+    assert len(calls) == 8
+
+
+def sent(task: int) -> PublicationSent:
+    return PublicationSent(task=task, tensors=(TENSOR,))
+
+
+def test_a_refusal_arrives(ends: Ends) -> None:
+    refusal = NotJudged(message="no")
+    ends.client.finish(3, (), refusal)
+    assert ends.publisher.calls == [PublicationSent(task=3, refusal=refusal)]
+
+
+def test_a_service_that_is_gone_is_an_error_for_every_sender(ends: Ends) -> None:
+    ends.client.plan(0, [TENSOR])
+    ends.service.close()
+    for call in (
+        lambda: ends.client.send(0, "a", 0, memoryview(bytes(6 * PAGE))),
+        lambda: ends.client.plan(0, [TENSOR]),
+        lambda: ends.client.finish(0, [TENSOR], None),
+    ):
+        with pytest.raises(EngineError):
+            call()
+
+
+def test_what_was_sent_before_the_end_of_the_process_is_written(ends: Ends) -> None:
+    ends.of_worker[0].put(memoryview(b"abcd"))
+    ends.of_worker[0].send(part())
+    for line in ends.of_worker:
+        line.socket.shutdown(socket.SHUT_WR)
+    ends.service.drain()
+    assert ends.publisher.sent_bytes == {(3, "a"): b"abcd"}
+
+
 # --- a worker that is not the gate's ---------------------------------------------------------------------------------
 
 SPAN = FileSpan(file="0.safetensors", start=0, end=PAGE)
 
 
+def request_(file: str, start: int, end: int) -> BytesRequested:
+    return BytesRequested(group=0, span=FileSpan(file=file, start=start, end=end))
+
+
+def expectation(*spans: object) -> SpansExpected:
+    return SpansExpected(group=0, spans=spans, whole=True)  # type: ignore[arg-type]
+
+
+def part(**changes: object) -> TensorPart:
+    fields = {"task": 3, "name": "a", "offset": 0, "size_bytes": 4} | changes
+    return TensorPart(**fields)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    "request_",
+    "message",
     [
-        BytesRequested(number=-1, span=FileSpan(file="../secret", start=0, end=1)),
-        BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=0, end=SIZES[0] + 1)),
-        BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=-1, end=1)),
-        BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=0, end=2 * PAGE + 1)),
-        BytesRequested(number=1, span=SPAN),
-        SpansExpected(number=0, spans=(SPAN,), whole=True),
-        SpansExpected(number=1, spans=(SPAN, FileSpan(file="x", start=0, end=1)), whole=True),
-        SpansExpected(number=1, spans=("0.safetensors",), whole=True),  # type: ignore[arg-type]
-        SlotReleased(number=1, start=0),
+        request_("../secret", 0, 1),
+        request_("0.safetensors", 0, SIZES[0] + 1),
+        request_("0.safetensors", -1, 1),
+        request_("large", 0, PIECE_BYTES + 1),
+        BytesRequested(group=0, span="0.safetensors"),  # type: ignore[arg-type]
+        expectation(SPAN, FileSpan(file="x", start=0, end=1)),
+        expectation("0.safetensors"),
+        PublicationPlanned(task=4, tensors=()),
+        PublicationPlanned(task=3, tensors=("a",)),  # type: ignore[arg-type]
+        PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(-1,)),)),
+        PublicationPlanned(task=3, tensors=(TENSOR,) * (MOST_TENSORS + 1)),
+        PublicationSent(task=4),
+        part(task=4),
+        part(size_bytes=0),
+        part(size_bytes=PIECE_BYTES + 1),
+        part(name=b"a"),
+        Answer(),
         Idle(),
     ],
-    ids=str,
+    ids=lambda message: str(message)[:60],
 )
-def test_a_request_for_anything_else_ends_the_service(
-    request_: object, tmp_path: Path, content: dict[str, bytes]
-) -> None:
-    own, other = socket.socketpair()
-    service = CheckedFeedService(own, lambda _: FedBase(LocalFiles(str(tmp_path), list(content))))
-    service.start()
-    channel = Channel(other)
-    channel.send(FeedOpened(group=0))
-    _, descriptors, _, _ = socket.recv_fds(other, 4, 2)
-    assert channel.receive(10) == FeedEnded(number=0)
-    channel.send(request_)
+def test_a_call_that_the_gate_never_makes_ends_the_service(ends: Ends, message: object) -> None:
+    ends.base.files.sizes = {**ends.base.files.sizes, "large": 1 << 40}  # type: ignore[misc]
+    assert ends.call(PublicationPlanned(task=3, tensors=(TENSOR,))) == Answer()
     with pytest.raises((EOFError, OSError)):
-        channel.receive(10)
-    service.close()
-    channel.close()
-    channel.close()
-    for descriptor in descriptors:
-        os.close(descriptor)
+        ends.call(message)
+    ends.service.drain()
+    assert ends.publisher.calls == [(3, (TENSOR,))]
+    assert not ends.publisher.sent_bytes
 
 
-@pytest.mark.parametrize("number", [1, -1])
-def test_a_request_before_a_base_is_open_ends_the_service(number: int) -> None:
-    own, other = socket.socketpair()
-    service = CheckedFeedService(own, lambda _: pytest.fail("not opened"))
-    service.start()
-    channel = Channel(other)
-    channel.send(BytesRequested(number=number, span=SPAN))
+def test_a_run_that_publishes_nothing_takes_no_tensors(ends: Ends) -> None:
+    ends.service._publisher = None
     with pytest.raises((EOFError, OSError)):
-        channel.receive(10)
-    service.close()
-    channel.close()
+        ends.call(part())
 
 
-# --- a parent that is gone, or that has another base -----------------------------------------------------------------
+def test_the_memory_of_a_line_keeps_its_size(ends: Ends) -> None:
+    """Otherwise, the parent would get a SIGBUS."""
+    for line in ends.of_worker:
+        for size_bytes in (0, 2 * PIECE_BYTES):
+            with pytest.raises(PermissionError):
+                os.ftruncate(line.window, size_bytes)
 
 
-class Parent:
-    """The other end of a client, which a test plays. It has a window of one page for each kind of read."""
-
-    def __init__(self) -> None:
-        self.end, other = socket.socketpair()
-        self.channel = Channel(self.end)
-        self.client = FeedClient(other)
-        self.window = Window(PAGE, 1)
-
-    def open(self) -> None:
-        socket.send_fds(self.end, [(1).to_bytes(4, "big")], [self.window.descriptor] * 2)
-        self.channel.send(FeedEnded(number=0))
-        self.client.open(0)
-        assert self.channel.receive(10) == FeedOpened(group=0)
-
-    def close(self) -> None:
-        self.end.shutdown(socket.SHUT_RDWR)
-        self.channel.close()
-        self.client.close()
-        self.window.close()
+# --- a parent that is gone, or that sends something else -------------------------------------------------------------
 
 
 @pytest.fixture
-def parent() -> Iterator[Parent]:
-    played = Parent()
-    yield played
-    with contextlib.suppress(OSError):
-        played.close()
+def parent() -> Iterator[tuple[Line, ParentFeed]]:
+    """The other end of a client, which a test plays."""
+    own, other = Line.pair()
+    yield own, ParentFeed(CallClient([other]), 0)
+    for line in (own, other):
+        line.close()
 
 
-def test_a_parent_that_ends_before_a_base_is_open_is_an_error(parent: Parent) -> None:
-    parent.end.shutdown(socket.SHUT_RDWR)
-    with pytest.raises(SourceError):
-        parent.client.open(0)
-
-
-def test_a_parent_that_sends_no_window_is_an_error(parent: Parent) -> None:
-    parent.end.sendall(bytes(4))
-    with pytest.raises(SourceError):
-        parent.client.open(0)
-
-
-def test_a_parent_that_ends_while_it_opens_a_base_is_an_error(parent: Parent) -> None:
-    socket.send_fds(parent.end, [(1).to_bytes(4, "big")], [parent.window.descriptor] * 2)
-    ending = threading.Timer(0.2, parent.end.shutdown, (socket.SHUT_RDWR,))
+def test_a_parent_that_ends_while_bytes_are_awaited_is_an_error(parent: tuple[Line, ParentFeed]) -> None:
+    ending = threading.Timer(0.2, parent[0].hang_up)
     ending.start()
+    for _ in range(2):
+        with pytest.raises(SourceError):
+            read(parent[1], SPAN)
+
+
+@pytest.mark.parametrize("message", [Idle(), "answer"])
+def test_a_parent_that_sends_something_else_is_an_error(message: object, parent: tuple[Line, ParentFeed]) -> None:
+    parent[0].send(message)
     with pytest.raises(SourceError):
-        parent.client.open(0)
+        read(parent[1], SPAN)
 
 
-def test_a_parent_that_ends_while_bytes_are_awaited_is_an_error(parent: Parent) -> None:
-    parent.open()
-    parent.client.expect([SPAN], whole=True)
-    ending = threading.Timer(0.2, parent.end.shutdown, (socket.SHUT_RDWR,))
-    ending.start()
-    with pytest.raises(SourceError):
-        read(parent.client, SPAN)
-    with pytest.raises(SourceError):
-        read(parent.client, FileSpan(file="0.safetensors", start=PAGE, end=PAGE + 1))
+def test_a_read_that_fails_leaves_no_answer_for_the_next_one(ends: Ends, content: dict[str, bytes]) -> None:
+    client, own = ends.client.feed(0), ends.base.files.read
+    whole = FileSpan(file="0.safetensors", start=0, end=20 * PAGE)
+
+    def fail(file: str, start: int, into: memoryview) -> None:
+        if start < PAGE:
+            raise SourceError("it is gone")
+        own(file, start, into)
+
+    for _ in range(3):
+        ends.base.files.read = fail  # type: ignore[method-assign]
+        with pytest.raises(SourceError, match="gone"):
+            read(client, whole)
+        ends.base.files.read = own  # type: ignore[method-assign]
+        assert read(client, whole) == expected(content, whole)
 
 
-def test_a_parent_that_sends_something_else_is_an_error(parent: Parent) -> None:
-    parent.open()
-    parent.client.expect([SPAN], whole=True)
-    parent.channel.send(Idle())
-    with pytest.raises(SourceError):
-        read(parent.client, SPAN)
-
-
-def test_a_place_outside_of_the_window_is_an_error(parent: Parent) -> None:
-    parent.open()
-    parent.client.expect([SPAN], whole=True)
-    parent.channel.send(PieceArrived(number=1, span=SPAN, start=PAGE))
-    with pytest.raises(SourceError):
-        read(parent.client, SPAN)
-
-
-def test_a_piece_of_an_earlier_expectation_is_released_at_once(parent: Parent) -> None:
-    parent.open()
-    parent.client.expect([SPAN], whole=True)
-    parent.client.expect([SPAN], whole=True)
-    parent.channel.send(PieceArrived(number=1, span=SPAN, start=0))
-    assert [parent.channel.receive(10) for _ in range(3)][-1] == SlotReleased(number=1, start=0)
-
-
-def test_nothing_is_sent_for_nothing(parent: Parent) -> None:
-    parent.open()
-    parent.client.expect([], whole=True)
-    parent.client.read("0.safetensors", 0, memoryview(b"").cast("B"))
-    assert parent.channel.receive(0.05) is None
+# --- the bases of a run ----------------------------------------------------------------------------------------------
 
 
 def group(directory: Path, **files: Any) -> Group:
@@ -492,13 +568,12 @@ def test_a_base_is_opened_once_and_reported_when_it_has_passed(tmp_path: Path, c
     base = feeds.open(group(tmp_path, weights=tuple(content)))
     assert feeds.open(group(tmp_path)) is base
     both = Ends(base)
-    both.client.open(0)
-    spans = spans_of(content)
-    both.client.expect(spans, whole=True)
-    read_all(both.client, spans)
-    assert read(both.client, SPAN) == expected(content, SPAN)
-    both.service.close()
-    both.client.close()
+    both.publisher.passing = lambda *_: None  # type: ignore[method-assign]
+    client, spans = both.client.feed(0), spans_of(content)
+    client.expect(spans, whole=True)
+    read_all(client, spans)
+    assert read(client, SPAN) == expected(content, SPAN)
+    both.close()
     assert seen == [(str(tmp_path), {name: hashlib.sha256(data).hexdigest() for name, data in content.items()})]
 
 
@@ -513,7 +588,7 @@ def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = ends.client.open(0)
+    client = ends.client.feed(0)
     monkeypatch.setattr(ends.base.files, "read", lambda *_: 1 / 0)
     with pytest.raises(SourceError, match="ZeroDivisionError"):
         read(client, SPAN)
@@ -522,5 +597,5 @@ def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Ends, monkeypatc
 def test_the_window_is_bounded_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 32), (5 << 30, 32), (1800 << 20, 14)):
-        monkeypatch.setattr(feed_service.MemoryGroup, "free_bytes", lambda _, free_bytes=free_bytes: free_bytes)
-        assert feed_service._slots() == slots
+        monkeypatch.setattr(call_service.MemoryGroup, "free_bytes", lambda _, free_bytes=free_bytes: free_bytes)
+        assert call_service._slots() == slots
