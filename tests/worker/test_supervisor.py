@@ -117,7 +117,7 @@ class Killer:
 
 def process_of(worker: WorkerSlot) -> subprocess.Popen[bytes]:
     """The process that the slot holds now."""
-    worker.start(quantizes=False)
+    worker.start()
     assert worker._process is not None
     return worker._process._process
 
@@ -495,21 +495,17 @@ def test_a_child_without_a_job_leaves_when_it_is_let_go() -> None:
         assert child._process.wait() == 0
 
 
-def test_a_slot_holds_one_process_and_replaces_one_that_cannot_quantize() -> None:
+def test_a_slot_holds_one_process() -> None:
     with WorkerSlot() as worker:
         first = process_of(worker)
         assert process_of(worker) is first
-        worker.start(quantizes=True)
-        second = process_of(worker)
-        assert second is not first
-        assert (first.poll(), second.poll()) == (-signal.SIGKILL, None)
-        assert children_of(os.getpid()) == [second.pid]
+        assert children_of(os.getpid()) == [first.pid]
     assert not children_of(os.getpid())
     assert not worker.is_started
 
 
 def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: bool) -> NoReturn:
+    def refuse() -> NoReturn:
         raise OSError("no process to be had")
 
     monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
@@ -517,7 +513,7 @@ def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.Mo
         worker.start_early()
         assert not worker.is_started
         with pytest.raises(OSError, match="no process"):
-            worker.start(quantizes=False)
+            worker.start()
 
 
 def test_a_job_without_tasks_starts_nothing(shelf: Shelf) -> None:

@@ -42,7 +42,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Report
-from merge_gate.records.terms import Origin, Quantization, Read, Verdict
+from merge_gate.records.terms import Origin, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -269,7 +269,7 @@ class Run:
         """
         is_needed = any(spec.name not in self._given_up for spec in self.specs)
         if is_needed and (self._worker.is_started or not self._cache.may_hit):
-            self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self.specs))
+            self._worker.start()
 
     # --- 1: files ----------------------------------------------------------------------------------------------------
 

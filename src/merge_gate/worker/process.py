@@ -49,13 +49,11 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONSAFEPATH": "1",
     "PYTHONUNBUFFERED": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # torch compiles nothing: its compiler runs programs, which the sandbox refuses
 }
 
 SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Idle threads of torch sleep, so that they do not spin on a core that merges. The caller's own value wins."""
-
-NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
-"""torch compiles nothing: no merge needs that. Only bitsandbytes does, to quantize on a CPU."""
 
 TAIL_BYTES = 2000
 """How much of the output of a dead process is kept for the message."""
@@ -70,7 +68,7 @@ EXIT_TIMEOUT_S = 10.0
 class WorkerProcess:
     """One process. It imports what it needs while it waits for its job. Leaving the `with` block ends it."""
 
-    def __init__(self, *, quantizes: bool = False) -> None:
+    def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._output = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         directory = self._stack.enter_context(private_directory())
@@ -83,7 +81,7 @@ class WorkerProcess:
         for line in self._lines:
             self._stack.callback(line.close)
         descriptors = [child_socket.fileno(), *(one for line in of_child for one in line.descriptors)]
-        self._process = _start(descriptors, self._output, directory, {} if quantizes else NO_COMPILER)
+        self._process = _start(descriptors, self._output, directory)
         child_socket.close()
         for line in of_child:
             line.close()
@@ -171,9 +169,7 @@ If the parent died before that, its process id differs. 2. The package is the pa
 under its name. The other files in its directory shadow nothing, because that directory goes to the end of the path."""
 
 
-def _start(
-    descriptors: Sequence[int], output: IO[bytes], directory: str, extra: dict[str, str]
-) -> subprocess.Popen[bytes]:
+def _start(descriptors: Sequence[int], output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(os.getpid()), *map(str, descriptors)],
@@ -182,7 +178,7 @@ def _start(
         stdout=output,
         stderr=output,
         cwd=directory,
-        env=child_environment(os.environ) | caches(directory) | extra,
+        env=child_environment(os.environ) | caches(directory),
     )
 
 

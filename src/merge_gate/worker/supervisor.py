@@ -59,15 +59,13 @@ class WorkerSlot:
     """The owner of a run's worker process. There is at most one at a time.
 
     1. It is started before the configuration is read, and imports what it needs meanwhile.    `start_early`
-    2. It is replaced if a base is quantized, because that needs other variables.              `start`
-    3. It gets a job. After that, or after its death, the next job gets a new process.         `run`
-    4. Without adapters, a job only reports the device. It takes the process like any other.   `choose_device`
-    5. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
+    2. It gets a job. After that, or after its death, the next job gets a new process.         `run`
+    3. Without adapters, a job only reports the device. It takes the process like any other.   `choose_device`
+    4. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
     """
 
     def __init__(self) -> None:
         self._process: WorkerProcess | None = None
-        self._quantizes = False
 
     def __enter__(self) -> Self:
         return self
@@ -82,20 +80,18 @@ class WorkerSlot:
     def start_early(self) -> None:
         """Start the process if that is possible. If not, `start` tries again and raises the reason."""
         with contextlib.suppress(GateError, OSError):
-            self.start(quantizes=False)
+            self.start()
 
-    def start(self, *, quantizes: bool) -> None:
-        """Start the process, unless there is one that fits."""
-        if quantizes and not self._quantizes:
-            self.end()
+    def start(self) -> None:
+        """Start the process, unless there is one."""
         if self._process is None:
-            self._process, self._quantizes = WorkerProcess(quantizes=quantizes), quantizes
+            self._process = WorkerProcess()
 
     def run(
         self, job: Job, attempt: Attempt, feeds: Feeds | None = None, publisher: Publisher | None = None
     ) -> Ending | None:
         """Run a job in the process. None if it finished, or how the process ended."""
-        self.start(quantizes=any(group.base.is_quantized for group in job.groups))
+        self.start()
         assert self._process is not None  # noqa: S101 - `start` made one
         try:
             return self._process.run(
