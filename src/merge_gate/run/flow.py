@@ -411,8 +411,8 @@ class Run:
                 self._view.note(self._still_at(event))
             case protocol.Idle():
                 self._catch_up(at_once=True)
-            case protocol.InProgress() | protocol.Compared() | protocol.Finished():
-                pass  # for the supervisor or for verify; the last report follows
+            case protocol.InProgress() | protocol.Finished():
+                pass  # for the supervisor; the last report follows
             case _:
                 assert_never(event)
 

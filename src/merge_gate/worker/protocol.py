@@ -5,14 +5,17 @@ All are picklable records. Both sides import this module; it imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
+from merge_gate.errors import EngineError
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
-from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.records.refusals import Caught, NotJudged, Refusal, Undecidable
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
@@ -175,18 +178,11 @@ class MergeProgressed:
 
 @record
 class Merged:
-    """A task and its measurements."""
+    """A task and its measurements, and the comparison with a finished model if it asked for one."""
 
     task: int
     evidence: Evidence
-
-
-@record
-class Compared:
-    """A task's merge was compared with a finished model. Sent before its `Merged`."""
-
-    task: int
-    comparison: Comparison
+    comparison: Comparison | None = None
 
 
 @record
@@ -226,7 +222,6 @@ Event = (
     | InProgress
     | MergeProgressed
     | Merged
-    | Compared
     | Undecided
     | Finished
     | Waiting
@@ -246,10 +241,44 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return {event.task, *event.others} <= set(open_tasks)
         case InProgress():
             return event.task in open_tasks and isinstance(event.thread, int | None)
-        case MergeProgressed() | Merged() | Compared() | Undecided():
+        case MergeProgressed() | Merged() | Undecided():
             return event.task in open_tasks
         case _:
             return True
+
+
+def undecided(tasks: Iterable[Task], error: Exception, group: Group | None = None) -> Iterator[Undecided]:
+    """An exception as the reason why these tasks could not be judged."""
+    refusal = refusal_of(error, group)
+    return (Undecided(task=task.index, refusal=refusal) for task in tasks)
+
+
+def _is_of_an_import(error: Exception) -> bool:
+    """Whether Python raised the error while it imported a module."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("<frozen importlib") for name in frames)
+
+
+def refusal_of(error: Exception, group: Group | None = None) -> Refusal | NotJudged:
+    """The fact behind an exception. A base has the name that the configuration uses."""
+    if isinstance(error, Undecidable):
+        return _with_label(error.refusal, group) if group is not None else error.refusal
+    if isinstance(error, EngineError):
+        message = error.message if group is None else error.message.replace(group.directory, group.base.name)
+        return NotJudged(message=message, hint=error.hint)
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    kinds = tuple(one.__name__ for one in type(error).__mro__)
+    caught = Caught(kinds=kinds, text=text[:400])
+    return Undecidable("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
+
+
+def _with_label(refusal: Refusal, group: Group) -> Refusal:
+    """The fact with the base's name in place of its directory, which is open under another path."""
+    error = refusal.fields.get("error")
+    if not isinstance(error, Caught):
+        return refusal
+    named = replace(error, text=error.text.replace(group.directory, group.base.name))
+    return replace(refusal, fields={**refusal.fields, "error": named})
 
 
 # --- calls: the parent reads the weight files of bases, and writes models. It answers each one with `Answer` ---------

@@ -28,7 +28,6 @@ from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
-    Compared,
     DeviceChosen,
     Event,
     Finished,
@@ -193,7 +192,7 @@ class Attempt:
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
                 self._report_silence()
-            case DeviceChosen() | BaseMeasured() | Compared() | Finished() | Waiting():
+            case DeviceChosen() | BaseMeasured() | Finished() | Waiting():
                 pass
             case _:
                 assert_never(event)
