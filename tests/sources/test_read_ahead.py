@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from merge_gate.records.files import FileIdentity
-from merge_gate.sources import digests, read_ahead
-from merge_gate.sources.digests import Digests
+from merge_gate.sources import read_ahead
 from merge_gate.sources.feed import FileSpan, SourceError
-from merge_gate.sources.read_ahead import MOST_BASE_BYTES, FedBase, ReadAhead, Window, plan, refuse_excess
+from merge_gate.sources.read_ahead import MOST_BASE_BYTES, Digests, FedBase, ReadAhead, Window, plan, refuse_excess
 
 PAGE = mmap.PAGESIZE
 
@@ -44,7 +43,7 @@ class Files:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "PIECE_BYTES", PAGE)
-    monkeypatch.setattr(digests, "CHUNK_BYTES", PAGE // 2)
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", PAGE // 2)
 
 
 def begun(files: Files, slots: int, spans: Sequence[FileSpan] | None = None, **options: Any) -> ReadAhead:

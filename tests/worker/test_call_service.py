@@ -21,7 +21,7 @@ from merge_gate.errors import EngineError
 from merge_gate.records.files import BaseFiles, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.sources import digests, read_ahead
+from merge_gate.sources import read_ahead
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
 from merge_gate.sources.read_ahead import FedBase, LocalFiles
 from merge_gate.worker import call_client, call_service
@@ -47,7 +47,7 @@ SIZES = (20 * PAGE + 7, 1, 9 * PAGE)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (read_ahead, call_client):
         monkeypatch.setattr(module, "PIECE_BYTES", 2 * PAGE)
-    monkeypatch.setattr(digests, "CHUNK_BYTES", PAGE)
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", PAGE)
     monkeypatch.setattr(read_ahead, "CONNECTIONS", 3)
     monkeypatch.setattr(call_service, "_slots", lambda: 4)
 

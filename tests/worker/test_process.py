@@ -15,8 +15,8 @@ import pytest
 
 from merge_gate.demo import make_demo
 from merge_gate.worker import process
-from merge_gate.worker.confine.private_directory import PREFIX, private_directory
 from merge_gate.worker.memory import REUSE, MemoryGroup
+from merge_gate.worker.private_directory import PREFIX, private_directory
 from merge_gate.worker.process import SLEEPING_THREADS, Ending, WorkerProcess, child_environment, describe_exit
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until

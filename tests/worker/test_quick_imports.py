@@ -16,9 +16,8 @@ from packaging.version import Version
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker import quick_imports
+from merge_gate.worker import quick_imports, sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.process import OFFLINE, WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from tests.support.command import environment

@@ -7,7 +7,9 @@ and whether all bytes of a streamed base had the digests that the Hub lists.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +20,9 @@ from merge_gate.files.base_watch import BaseWatch
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
-from merge_gate.sources.mounts import network_file_system
 from merge_gate.worker.call_service import Feeds
-from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import Group
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 LONGEST_CLASS = 200
 """Characters of the name of a model class."""
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = re.compile(r"fuse(\..*)?|nfs4?|cifs|smb3|smbfs|9p|ceph|lustre|afs|gfs2|ocfs2|beegfs|gpfs|glusterfs")
+_LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal"})
 
 HEADERS_LIMIT_S = 60.0
 """How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
@@ -49,6 +54,26 @@ def is_on_network(paths: list[Path]) -> bool:
         return within(ANSWER_LIMIT_S, lambda: network_file_system(paths)) is not None
     except TimeoutError:
         return True
+
+
+def network_file_system(paths: Iterable[Path], mounts: Path = _MOUNTS) -> str | None:
+    """The type of the network file system (as mount names it) that holds one of these files; None for local disks.
+
+    Mapped files of such a system may hang or end the process (SIGBUS) when the connection fails, so they are read.
+    """
+    try:
+        types = dict(map(_device_and_type, mounts.read_text().splitlines()))
+        devices = {path.stat().st_dev for path in paths}  # a link leads to the file's own device
+    except (OSError, LookupError, UnicodeDecodeError):
+        return None
+    found = {types.get(f"{os.major(device)}:{os.minor(device)}", "") for device in devices}
+    return next((name for name in sorted(found) if _NETWORK.fullmatch(name) and name not in _LOCAL_FUSE), None)
+
+
+def _device_and_type(line: str) -> tuple[str, str]:
+    """https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html: the type follows a hyphen."""
+    before, _, after = line.partition(" - ")
+    return before.split()[2], after.split()[0]
 
 
 class FedBases:
@@ -79,7 +104,7 @@ class FedBases:
 
     def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
-        from merge_gate.sources.streamed_bases import lay_out  # noqa: PLC0415 - imports huggingface_hub
+        from merge_gate.sources.hub_file import lay_out  # noqa: PLC0415 - imports huggingface_hub
 
         if self._parent is None:
             self._parent = self._stack.enter_context(private_directory())

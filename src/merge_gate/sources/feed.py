@@ -11,8 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from merge_gate.errors import EngineError
 from merge_gate.records.terms import record
@@ -34,7 +33,7 @@ class SourceError(EngineError):
     """The bytes of a file could not be had: the message has the file, the place, and what was expected."""
 
 
-class Feed(Protocol):
+class Feed:
     """Where the bytes of a base come from. All methods may be called by several threads."""
 
     def open_files(self, files: Sequence[str]) -> None:
@@ -55,9 +54,10 @@ class Feed(Protocol):
         Raises:
             SourceError: not all of these bytes could be had.
         """
+        raise NotImplementedError
 
 
-class LocalFeed:
+class LocalFeed(Feed):
     """Reads the files of a directory. It maps none of them, and reads nothing ahead: the system does.
 
     Args:
@@ -73,7 +73,7 @@ class LocalFeed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -88,12 +88,6 @@ class LocalFeed:
         with contextlib.suppress(OSError):  # the read of the file explains it
             for file in files:
                 self._opened(file)
-
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Nothing to prepare: the system reads ahead."""
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Nothing to begin."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

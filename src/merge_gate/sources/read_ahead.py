@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from merge_gate.files.headers import shown
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import FileIdentity
-from merge_gate.sources.digests import Digests, widened
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan, LocalFeed, SourceError
 
 CONNECTIONS = 8
@@ -29,6 +30,12 @@ CONNECTIONS = 8
 
 MOST_BASE_BYTES = 1 << 44
 """A million pieces. The largest models have a tenth of that; a sparse file, or a hostile server, can state any size."""
+
+
+CHUNK_BYTES = 1 << 20
+"""The unit in which bytes that are read again are compared with the first ones."""
+
+_DIGEST_CHARACTERS = 16
 
 
 class BaseBytes(Protocol):
@@ -95,6 +102,78 @@ def refuse_excess(sizes: Mapping[str, int]) -> None:
             f"the base's weight files have {total:,} bytes together, more than {MOST_BASE_BYTES:,}",
             hint="check the base: no model has files of that size",
         )
+
+
+class Digests:
+    """The SHA-256 of one base's files, whose bytes pass in order, compared with those that are expected.
+
+    Args:
+        sizes: the size of each file in bytes.
+        expected: the SHA-256 of files for which it is known. These are also compared whenever they are read again.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], expected: Mapping[str, str]) -> None:
+        self._sizes, self._expected = sizes, expected
+        self._adding = threading.Lock()
+        self._chunks: dict[tuple[str, int], bytes] = {}
+        self.known: dict[str, str] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a pass: every file that is not yet known begins with its first byte."""
+        with self._adding:
+            self._hashes = {file: hashlib.sha256() for file in self._sizes if file not in self.known}
+            self._hashed = dict.fromkeys(self._hashes, 0)
+
+    @property
+    def are_complete(self) -> bool:
+        return len(self.known) == len(self._sizes)
+
+    def add(self, file: str, start: int, content: memoryview) -> None:
+        """Add the next bytes of a file. Bytes out of order, or of a file that is known, are only compared.
+
+        Raises:
+            SourceError: the file has another digest than expected, or its bytes changed.
+        """
+        self.compare(file, start, content)
+        with self._adding:
+            self._add(file, start, content)
+
+    def _add(self, file: str, start: int, content: memoryview) -> None:
+        if self._hashed.get(file) != start or file in self.known:
+            return
+        self._hashes[file].update(content)
+        self._hashed[file] += len(content)
+        if self._hashed[file] < self._sizes[file]:
+            return
+        got = self._hashes[file].hexdigest()
+        expected = self._expected.get(file, got)
+        if got != expected:
+            raise SourceError(
+                f"{shown(file)} arrived with other bytes than the Hub lists: its SHA-256 is "
+                f"{got[:_DIGEST_CHARACTERS]}…, expected {expected[:_DIGEST_CHARACTERS]}…",
+                hint="run again; if it happens again, check HF_ENDPOINT and any proxy, which may change files",
+            )
+        self.known[file] = got
+
+    def compare(self, file: str, start: int, content: memoryview) -> None:
+        """Compare whole chunks with what passed before, for files with an expected digest.
+
+        Raises:
+            SourceError: they differ.
+        """
+        if file not in self._expected:
+            return
+        for offset in range(-start % CHUNK_BYTES, len(content), CHUNK_BYTES):
+            chunk = content[offset : offset + CHUNK_BYTES]
+            if len(chunk) < CHUNK_BYTES and start + offset + len(chunk) < self._sizes[file]:
+                return
+            digest = hashlib.sha256(chunk).digest()  # not a checksum: a hostile server would forge it
+            if self._chunks.setdefault((file, start + offset), digest) != digest:
+                raise SourceError(
+                    f"{shown(file)} changed while it was read: its bytes from {start + offset:,} are different now",
+                    hint="run again; if it happens again, check HF_ENDPOINT and any proxy, which may change files",
+                )
 
 
 class FedBase:
@@ -368,3 +447,8 @@ def _joined(spans: Iterable[FileSpan]) -> dict[str, list[tuple[int, int]]]:
                 joined.append((start, end))
         ranges[file] = joined
     return ranges
+
+
+def widened(start: int, end: int, size_bytes: int) -> tuple[int, int]:
+    """The whole chunks that hold a range of a file of this size."""
+    return start - start % CHUNK_BYTES, min(end + -end % CHUNK_BYTES, size_bytes)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
-from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
+from merge_gate.sources.feed import PIECE_BYTES, Feed, FileSpan, SourceError
 from merge_gate.worker.channel import GarbledError, Line
 from merge_gate.worker.protocol import (
     Answer,
@@ -126,14 +126,11 @@ class CallClient:
             raise SourceError(answer.refusal.message, hint=answer.refusal.hint)
 
 
-class ParentFeed:
-    """A `Feed` of a group's base. With `is_aside`, nothing of it is read ahead: that is for another base."""
+class ParentFeed(Feed):
+    """Reads a group's base. With `is_aside`, nothing of it is read ahead: that is for another base."""
 
     def __init__(self, client: CallClient, group: int, *, is_aside: bool = False) -> None:
         self._client, self._group, self._is_aside = client, group, is_aside
-
-    def open_files(self, files: Sequence[str]) -> None:
-        """Nothing to open: the parent watches the files that it reads."""
 
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         self._expect(spans, whole=whole, is_due=True)

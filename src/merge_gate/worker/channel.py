@@ -60,7 +60,7 @@ class Channel:
         with self._sending:  # several threads report what they work on
             self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
-    def receive(self, patience_s: float | None) -> object | None:
+    def receive(self, patience_s: float | None = None) -> object | None:
         """Return the next message, or None if it is not complete in time (None: no limit). A partial message is kept.
 
         Raises:
@@ -102,15 +102,15 @@ class Channel:
         return _record(data)
 
 
-class Line:
+class Line(Channel):
     """One end of a connection for calls of the worker: messages and answers, each with up to `PIECE_BYTES` of bytes.
 
     The bytes are in memory that both ends share. The end that is to speak next owns it.
     """
 
     def __init__(self, end: socket.socket, window: int) -> None:
+        super().__init__(end)
         self.socket, self.window = end, window
-        self._channel = Channel(end)
 
     @classmethod
     def pair(cls) -> tuple[Line, Line]:
@@ -130,14 +130,6 @@ class Line:
     def descriptors(self) -> tuple[int, int]:
         return self.socket.fileno(), self.window
 
-    def send(self, message: object) -> None:
-        """As `Channel.send`."""
-        self._channel.send(message)
-
-    def receive(self) -> object:
-        """The next message. Raises as `Channel.receive`."""
-        return self._channel.receive(None)
-
     def put(self, content: memoryview) -> None:
         """Copy into the memory. A system call, unlike a mapping, lets other threads run meanwhile."""
         done = 0
@@ -156,8 +148,7 @@ class Line:
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Release what this end holds."""
-        self._channel.close()
+        super().close()
         os.close(self.window)
 
 

@@ -23,7 +23,6 @@ from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.channel import Channel, Line
-from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
 from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import (
@@ -37,6 +36,7 @@ from merge_gate.worker.protocol import (
     undecided,
 )
 from merge_gate.worker.quick_imports import quick_imports
+from merge_gate.worker.sandbox import confine, limit
 
 _ENGINE = "merge_gate.engine.adapter_evidence"
 
@@ -163,7 +163,10 @@ def _judge_groups(positions: list[int], job: Job, progress: Listener, client: Ca
         yield from undecided(tasks, error)
         return
     try:
-        with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=not first.one_pass) as local:
+        with (
+            pinned_directory(first.directory) as directory,
+            LocalFeed(directory, keep=not first.one_pass) as local,
+        ):
             source = client.feed(positions[0]) if first.fed and client is not None else local
             bases = GroupBases(job=job, feed=source, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}

@@ -220,7 +220,10 @@ class GroupBases:
         assert snapshot is not None and snapshot.base_files is not None  # noqa: S101, PT018 - the caller has looked
         account = self.account(loaded)
         own = finished_model.Files(directory=group.directory, stored=group.files.tensors, feed=self.feed)
-        with pinned_directory(snapshot.directory) as directory, LocalFeed(directory, keep=False) as local:
+        with (
+            pinned_directory(snapshot.directory) as directory,
+            LocalFeed(directory, keep=False) as local,
+        ):
             identity, feed = base_identity(directory), self._feed_of(snapshot) or local
             files = finished_model.Files(
                 directory=directory,

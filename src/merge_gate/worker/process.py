@@ -24,10 +24,10 @@ from typing import IO, NamedTuple, Self
 
 from merge_gate.worker.call_service import LINES, CallService, Feeds
 from merge_gate.worker.channel import Channel, GarbledError, Line
-from merge_gate.worker.confine.private_directory import private_directory
-from merge_gate.worker.confine.sandbox import caches
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
+from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener, Publisher
+from merge_gate.worker.sandbox import caches
 
 PASSED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"

@@ -35,9 +35,8 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.sources.feed import FileSpan, LocalFeed, SourceError
-from merge_gate.worker import group_bases
+from merge_gate.worker import group_bases, sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseMeasured,

@@ -16,7 +16,7 @@ import torch
 from merge_gate.sources.feed import Feed, FileSpan
 
 
-class SharedReads:
+class SharedReads(Feed):
     """A `Feed` over another one. Its methods may be called by several threads."""
 
     def __init__(self, feed: Feed) -> None:
