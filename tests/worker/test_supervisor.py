@@ -23,7 +23,6 @@ from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.memory import batches
-from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
     BaseLoading,
     DeviceChosen,
@@ -39,7 +38,7 @@ from merge_gate.worker.protocol import (
     Undecided,
     Waiting,
 )
-from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
+from merge_gate.worker.supervisor import Attempt, WorkerProcess, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 
@@ -302,7 +301,7 @@ def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: li
 def test_children_that_die_at_once_are_not_started_forever(
     shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
-    monkeypatch.setattr("merge_gate.worker.process._BOOTSTRAP", "raise SystemExit('no torch here')")
+    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", "raise SystemExit('no torch here')")
     killer = Killer()
     with WorkerSlot() as worker:
         supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, worker)
@@ -420,7 +419,7 @@ def test_a_death_that_names_no_adapter_halves_the_pass(
                 attempt.receive(Undecided(task=index, refusal=NotJudged(message="done")))
         if not attempt.is_at_a_batch and attempt.is_at_an_adapter:
             assert attempt._task == culprit
-            attempt.settle_death(Ending("killed", "hint"))
+            attempt.settle_death(NotJudged(message="killed", hint="hint"))
         job = attempt.left()
     assert undecided == set(range(count))
     assert started <= passes
