@@ -17,7 +17,7 @@ import pytest
 from merge_gate.records.files import FileIdentity
 from merge_gate.sources import read_ahead
 from merge_gate.sources.feed import FileSpan, SourceError
-from merge_gate.sources.read_ahead import MOST_BASE_BYTES, Digests, FedBase, ReadAhead, Window, plan, refuse_excess
+from merge_gate.sources.read_ahead import MOST_BASE_BYTES, FedBase, ReadAhead, Window, plan, refuse_excess
 
 PAGE = mmap.PAGESIZE
 
@@ -77,9 +77,7 @@ def test_all_bytes_come_in_order(connections: int, slots: int, monkeypatch: pyte
     for name, content in files.content.items():
         for start in range(0, len(content), 1000):
             assert read(ahead, name, start, min(start + 1000, len(content))) == content[start : start + 1000]
-    assert ahead.base.digests.known == {
-        name: hashlib.sha256(content).hexdigest() for name, content in files.content.items()
-    }
+    assert ahead.base.known == {name: hashlib.sha256(content).hexdigest() for name, content in files.content.items()}
     assert len(reads) == len(set(reads)), "each byte was read once"
     assert threads_end(before)
 
@@ -146,7 +144,7 @@ def test_what_overlaps_or_was_not_expected_is_read_all_the_same() -> None:
     ahead = begun(files, 2, [span("0.safetensors", PAGE, 5 * PAGE + 3), span("0.safetensors", 2 * PAGE, 3 * PAGE)])
     for start, end in ((0, 10), (PAGE, 2 * PAGE), (PAGE, 3 * PAGE + 1), (9 * PAGE, 10 * PAGE), (3 * PAGE, 6 * PAGE)):
         assert read(ahead, "0.safetensors", start, end) == content[start:end]
-    assert ahead.base.digests.are_complete, "it returned after all had passed"
+    assert ahead.base.are_complete, "it returned after all had passed"
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -175,14 +173,20 @@ def test_a_file_without_a_digest_is_read_whole_and_others_where_they_are_needed(
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
-def added(passed: Digests, content: bytes, starts: list[int]) -> None:
+def fed(sizes: Mapping[str, int], sha256: Mapping[str, str]) -> FedBase:
+    files = Files()
+    files.sizes, files.sha256 = sizes, sha256  # type: ignore[assignment]
+    return FedBase(files)
+
+
+def added(passed: FedBase, content: bytes, starts: list[int]) -> None:
     for start in starts:
         passed.add("a", start, memoryview(content)[start : start + PAGE])
 
 
 def test_a_file_has_a_digest_once_all_of_its_bytes_passed_in_order() -> None:
     content = os.urandom(3 * PAGE + 1)
-    passed = Digests({"a": len(content)}, {})
+    passed = fed({"a": len(content)}, {})
     added(passed, content, [0, 2 * PAGE, 3 * PAGE])
     assert not passed.are_complete
     added(passed, content, [PAGE, 2 * PAGE])
@@ -196,7 +200,7 @@ def test_a_file_has_a_digest_once_all_of_its_bytes_passed_in_order() -> None:
 
 def test_a_digest_that_is_not_the_expected_one_is_an_error() -> None:
     content = os.urandom(2 * PAGE)
-    passed = Digests({"a": len(content)}, {"a": hashlib.sha256(content[::-1]).hexdigest()})
+    passed = fed({"a": len(content)}, {"a": hashlib.sha256(content[::-1]).hexdigest()})
     with pytest.raises(SourceError):
         added(passed, content, [0, PAGE])
     assert not passed.are_complete
@@ -204,7 +208,7 @@ def test_a_digest_that_is_not_the_expected_one_is_an_error() -> None:
 
 def test_bytes_that_are_read_again_must_be_the_same() -> None:
     content = bytearray(os.urandom(3 * PAGE - 100))
-    passed = Digests({"a": len(content)}, {"a": hashlib.sha256(content).hexdigest()})
+    passed = fed({"a": len(content)}, {"a": hashlib.sha256(content).hexdigest()})
     added(passed, bytes(content), [0, PAGE, 2 * PAGE])
     passed.compare("a", PAGE // 2, memoryview(content)[PAGE // 2 :])
     content[-1] ^= 1
@@ -242,7 +246,7 @@ class Remote:
 def test_bytes_that_changed_are_refused(place: int) -> None:
     remote = Remote({NAME: hashlib.sha256(CONTENT).hexdigest()})
     base = FedBase(remote)
-    base.digests.add(NAME, 0, memoryview(CONTENT))
+    base.add(NAME, 0, memoryview(CONTENT))
     into = bytearray(10)
     base.read(NAME, place, memoryview(into))
     assert into == CONTENT[place : place + 10]
@@ -276,7 +280,7 @@ def forged(content: bytes, crc: int) -> bytes:
 def test_a_forged_checksum_does_not_help() -> None:
     remote = Remote({NAME: hashlib.sha256(CONTENT).hexdigest()})
     base = FedBase(remote)
-    base.digests.add(NAME, 0, memoryview(CONTENT))
+    base.add(NAME, 0, memoryview(CONTENT))
     chunk = CONTENT[:CHUNK]
     remote.content[:CHUNK] = forged(chunk, zlib.crc32(chunk))
     assert remote.content != CONTENT

@@ -157,7 +157,7 @@ def test_spans_that_are_read_in_order_have_the_bytes_of_the_files(
     client.expect(spans, whole=True)
     for span in spans:
         assert read(client, span) == expected(content, span)
-    assert ends.base.digests.known == ends.base.files.sha256, "complete when the last read returns"
+    assert ends.base.known == ends.base.files.sha256, "complete when the last read returns"
 
 
 def test_several_threads_read_in_any_order_and_in_parts(ends: Ends, content: dict[str, bytes]) -> None:
@@ -200,7 +200,7 @@ def test_a_second_pass_reads_what_it_needs_and_no_more(ends: Ends, content: dict
     for spans in (spans_of(content), spans_of(content, 1)[3:6]):
         client.expect(spans, whole=True)
         assert [read(client, span) for span in spans] == [expected(content, span) for span in spans]
-    assert ends.base.digests.are_complete
+    assert ends.base.are_complete
 
 
 def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[str, bytes]) -> None:
@@ -210,7 +210,7 @@ def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[st
         client.expect(spans, whole=True)
         for span in spans[: 5 if seed < 5 else None]:
             assert read(client, span) == expected(content, span)
-    assert ends.base.digests.are_complete
+    assert ends.base.are_complete
 
 
 @pytest.mark.parametrize("is_the_same", [True, False])
@@ -235,7 +235,7 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
         spans = spans[1:]
     client.expect(spans, whole=True)
     assert [read(client, span) for span in spans] == [expected(content, span) for span in spans]
-    assert ends.base.digests.are_complete
+    assert ends.base.are_complete
     read_twice = len(pieces) - len(set(pieces))
     assert (read_twice <= 1) is is_the_same, pieces  # the last piece, for the read before the pass
 
@@ -290,7 +290,7 @@ def test_a_file_with_another_digest_never_finishes(ends: Ends, content: dict[str
         read_all(client, spans)
     with pytest.raises(SourceError):
         read(client, spans[-1])
-    assert not ends.base.digests.are_complete
+    assert not ends.base.are_complete
 
 
 @pytest.mark.attempt("S09b", "a second read gets other bytes", "refused")
@@ -378,7 +378,7 @@ def test_a_directory_aside_is_read_next_to_a_base(ends: Ends, content: dict[str,
     for span in spans:
         assert read(client, span) == expected(content, span)
     assert read(aside, spans[0]) == expected(content, spans[0])
-    assert ends.base.digests.are_complete, "what was expected of the base was not replaced"
+    assert ends.base.are_complete, "what was expected of the base was not replaced"
 
 
 def test_a_publication_gets_the_bytes_that_pass(ends: Ends, content: dict[str, bytes]) -> None:

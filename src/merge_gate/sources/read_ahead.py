@@ -104,16 +104,17 @@ def refuse_excess(sizes: Mapping[str, int]) -> None:
         )
 
 
-class Digests:
-    """The SHA-256 of one base's files, whose bytes pass in order, compared with those that are expected.
+class FedBase:
+    """The files of one base, and the SHA-256 of what passed of them, which outlives the processes that read them.
 
-    Args:
-        sizes: the size of each file in bytes.
-        expected: the SHA-256 of files for which it is known. These are also compared whenever they are read again.
+    Files with an expected digest are also compared with what passed before, whenever they are read again. `on_complete`
+    is called with the digest of each file when all bytes have passed, by a thread of the pass.
     """
 
-    def __init__(self, sizes: Mapping[str, int], expected: Mapping[str, str]) -> None:
-        self._sizes, self._expected = sizes, expected
+    def __init__(
+        self, files: BaseBytes, directory: str = "", on_complete: Callable[[Mapping[str, str]], None] = lambda _: None
+    ) -> None:
+        self.files, self.directory, self.on_complete = files, directory, on_complete
         self._adding = threading.Lock()
         self._chunks: dict[tuple[str, int], bytes] = {}
         self.known: dict[str, str] = {}
@@ -122,12 +123,12 @@ class Digests:
     def begin(self) -> None:
         """Start a pass: every file that is not yet known begins with its first byte."""
         with self._adding:
-            self._hashes = {file: hashlib.sha256() for file in self._sizes if file not in self.known}
+            self._hashes = {file: hashlib.sha256() for file in self.files.sizes if file not in self.known}
             self._hashed = dict.fromkeys(self._hashes, 0)
 
     @property
     def are_complete(self) -> bool:
-        return len(self.known) == len(self._sizes)
+        return len(self.known) == len(self.files.sizes)
 
     def add(self, file: str, start: int, content: memoryview) -> None:
         """Add the next bytes of a file. Bytes out of order, or of a file that is known, are only compared.
@@ -144,10 +145,10 @@ class Digests:
             return
         self._hashes[file].update(content)
         self._hashed[file] += len(content)
-        if self._hashed[file] < self._sizes[file]:
+        if self._hashed[file] < self.files.sizes[file]:
             return
         got = self._hashes[file].hexdigest()
-        expected = self._expected.get(file, got)
+        expected = self.files.sha256.get(file, got)
         if got != expected:
             raise SourceError(
                 f"{shown(file)} arrived with other bytes than the Hub lists: its SHA-256 is "
@@ -162,11 +163,11 @@ class Digests:
         Raises:
             SourceError: they differ.
         """
-        if file not in self._expected:
+        if file not in self.files.sha256:
             return
         for offset in range(-start % CHUNK_BYTES, len(content), CHUNK_BYTES):
             chunk = content[offset : offset + CHUNK_BYTES]
-            if len(chunk) < CHUNK_BYTES and start + offset + len(chunk) < self._sizes[file]:
+            if len(chunk) < CHUNK_BYTES and start + offset + len(chunk) < self.files.sizes[file]:
                 return
             digest = hashlib.sha256(chunk).digest()  # not a checksum: a hostile server would forge it
             if self._chunks.setdefault((file, start + offset), digest) != digest:
@@ -174,19 +175,6 @@ class Digests:
                     f"{shown(file)} changed while it was read: its bytes from {start + offset:,} are different now",
                     hint="run again; if it happens again, check HF_ENDPOINT and any proxy, which may change files",
                 )
-
-
-class FedBase:
-    """The files of one base, and what passed of them. `digests` outlives the processes that read them.
-
-    `on_complete` is called with the digest of each file when all bytes have passed, by a thread of the pass.
-    """
-
-    def __init__(
-        self, files: BaseBytes, directory: str = "", on_complete: Callable[[Mapping[str, str]], None] = lambda _: None
-    ) -> None:
-        self.files, self.directory, self.on_complete = files, directory, on_complete
-        self.digests = Digests(files.sizes, files.sha256)
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of a file from `start` on. Bytes that passed before must be the same.
@@ -200,7 +188,7 @@ class FedBase:
         first, last = widened(start, start + len(into), self.files.sizes[file])
         chunks = memoryview(bytearray(last - first))
         self.files.read(file, first, chunks)
-        self.digests.compare(file, first, chunks)
+        self.compare(file, first, chunks)
         into[:] = chunks[start - first : start - first + len(into)]
 
 
@@ -249,7 +237,7 @@ class ReadAhead:
         self.base, self.spans, self.whole, self.is_due = base, spans, whole, is_due
         self._window, self._changed, self._passing = window, window.changed, passing
         sizes = base.files.sizes
-        self._pieces = [_Piece(span) for span in plan(spans, sizes, base.digests.known if whole else sizes)]
+        self._pieces = [_Piece(span) for span in plan(spans, sizes, base.known if whole else sizes)]
         self._of_file: dict[str, list[_Piece]] = {}
         for piece in self._pieces:
             self._of_file.setdefault(piece.span.file, []).append(piece)
@@ -280,7 +268,7 @@ class ReadAhead:
 
     def start(self) -> None:
         """Begin to read."""
-        self.base.digests.begin()
+        self.base.begin()
         for work in (*(self._fill for _ in range(CONNECTIONS)), self._pass_on):
             threading.Thread(target=work, daemon=True).start()
 
@@ -333,8 +321,8 @@ class ReadAhead:
     def _pass_on(self) -> None:
         error = None
         try:
-            if all(map(self._passed, self._pieces)) and self.base.digests.are_complete:
-                self.base.on_complete(self.base.digests.known)
+            if all(map(self._passed, self._pieces)) and self.base.are_complete:
+                self.base.on_complete(self.base.known)
         except Exception as raised:  # noqa: BLE001 - the readers get it
             error = raised
         with self._changed:
@@ -350,7 +338,7 @@ class ReadAhead:
             self._changed.wait_for(lambda: piece.has_arrived or self._error is not None or self._is_over)
             if not piece.has_arrived or self._is_over:
                 return False
-        self.base.digests.add(piece.span.file, piece.span.start, piece.content)
+        self.base.add(piece.span.file, piece.span.start, piece.content)
         if self._passing is not None:
             with contextlib.suppress(Exception):
                 self._passing.passing(self.base.directory, piece.span.file, piece.span.start, piece.content)
