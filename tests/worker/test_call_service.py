@@ -226,7 +226,7 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
 
     monkeypatch.setattr(ends.base.files, "read", count_and_read)
     for _ in range(2):
-        client.prefetch(spans, whole=True)
+        client.expect(spans, whole=True, is_due=False)
     wait_until(lambda: len(pieces) == 4)  # all slots
     aside = FileSpan(file="2.safetensors", start=9 * PAGE - 5, end=9 * PAGE)
     assert read(client, aside) == expected(content, aside)  # the last bytes
@@ -248,7 +248,7 @@ def test_a_prefetch_that_fails_fails_the_pass(
 
     client, spans = ends.client.feed(0), spans_of(content)
     monkeypatch.setattr(ends.base.files, "read", fail)
-    client.prefetch(spans, whole=True)
+    client.expect(spans, whole=True, is_due=False)
     client.expect(spans, whole=True)
     with pytest.raises(SourceError, match="mount"):
         read(client, spans[0])
@@ -374,7 +374,7 @@ def test_a_directory_aside_is_read_next_to_a_base(ends: Ends, content: dict[str,
     client, aside, spans = ends.client.feed(0), ParentFeed(ends.client, 1, is_aside=True), spans_of(content)
     client.expect(spans, whole=True)
     aside.expect(spans[:1], whole=False)
-    aside.prefetch(spans[:1], whole=False)
+    aside.expect(spans[:1], whole=False, is_due=False)
     for span in spans:
         assert read(client, span) == expected(content, span)
     assert read(aside, spans[0]) == expected(content, spans[0])

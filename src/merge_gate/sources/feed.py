@@ -39,14 +39,12 @@ class Feed:
     def open_files(self, files: Sequence[str]) -> None:
         """Open these files, so that later reads are of the files that are there now."""
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
         """Announce the spans that will be read, in this order, so that they can be read ahead.
 
-        With `whole`, the rest of the files is read too, so that their digests are known.
+        With `whole`, the rest of the files is read too, so that their digests are known. Before they are announced as
+        due, reads are of other bytes, or of the same ones again.
         """
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Begin to read what `expect` will announce. Reads until then are of other bytes, or of the same ones again."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the file from `start` on, announced or not.

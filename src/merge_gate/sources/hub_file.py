@@ -112,9 +112,8 @@ class HubFile:
                 reason, pause_s = "the connection ended", None
             except _PassingError as error:
                 received, reason, pause_s = error.received, str(error), error.pause_s
-            except _ExpiredError as error:
-                received, reason, pause_s = 0, str(error), 0.0
-                self._renew(address)
+                if error.is_expired:
+                    self._renew(address)
             except ResolveError as error:
                 raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
             done += received
@@ -202,7 +201,7 @@ class HubFile:
     def _check(self, answer: Any, start: int, end: int) -> None:
         status = answer.status_code
         if status in _EXPIRED:
-            raise _ExpiredError(f"the server refused with status {status}")
+            raise _PassingError(f"the server refused with status {status}", pause_s=0.0, is_expired=True)
         if status in _PASSING:
             pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops what is none
             raise _PassingError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
@@ -232,13 +231,11 @@ class HubFile:
 
 
 class _PassingError(Exception):
-    def __init__(self, message: str, *, received: int = 0, pause_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, received: int = 0, pause_s: float | None = None, is_expired: bool = False
+    ) -> None:
         super().__init__(message)
-        self.received, self.pause_s = received, pause_s
-
-
-class _ExpiredError(Exception):
-    pass
+        self.received, self.pause_s, self.is_expired = received, pause_s, is_expired
 
 
 def refuse_private(url: str, endpoint: str) -> None:

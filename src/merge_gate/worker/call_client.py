@@ -132,13 +132,7 @@ class ParentFeed(Feed):
     def __init__(self, client: CallClient, group: int, *, is_aside: bool = False) -> None:
         self._client, self._group, self._is_aside = client, group, is_aside
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self._expect(spans, whole=whole, is_due=True)
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self._expect(spans, whole=whole, is_due=False)
-
-    def _expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
         if not self._is_aside:
             spans = tuple(span for span in spans if span.start < span.end)
             self._client.expect(SpansExpected(group=self._group, spans=spans, whole=whole, is_due=is_due))

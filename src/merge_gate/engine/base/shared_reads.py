@@ -27,11 +27,8 @@ class SharedReads(Feed):
     def open_files(self, files: Sequence[str]) -> None:
         self._feed.open_files(files)
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self._feed.expect(spans, whole=whole)
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self._feed.prefetch(spans, whole=whole)
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
+        self._feed.expect(spans, whole=whole, is_due=is_due)
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

@@ -61,10 +61,8 @@ def _announce(bases: Sequence[Base], stops: Sequence[Stop], *, is_early: bool = 
     if feed is None:
         return
     whole = any(base.facts.record is None for base in bases)
-    if not is_early:
-        feed.expect(spans, whole=whole)
-    elif spans:
-        feed.prefetch(spans, whole=whole)
+    if spans or not is_early:
+        feed.expect(spans, whole=whole, is_due=not is_early)
 
 
 def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> TensorMerge | None:
