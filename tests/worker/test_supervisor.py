@@ -36,7 +36,6 @@ from merge_gate.worker.protocol import (
     MergeStarted,
     Task,
     Undecided,
-    Waiting,
 )
 from merge_gate.worker.supervisor import Attempt, WorkerProcess, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
@@ -97,7 +96,7 @@ class Killer:
         self._when = when or {}
 
     def __call__(self, event: Event) -> None:
-        if not isinstance(event, Idle):
+        if not isinstance(event, Idle) or event.limit_s:
             self.heard.append(event)
         if isinstance(event, BaseLoading | MergeStarted | InProgress) and self._when.get(event):
             (child,) = children_of(os.getpid())
@@ -194,7 +193,7 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording
     """And it is named while it hangs."""
     assert [deaths.outcomes()[task] for task in (5, 6, 7)] == ["Merged", "Undecided", "Merged"]
     wording(deaths.refusal(6))
-    waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.task == 6]
+    waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.task == 6]
     assert waiting, "and on a busy machine others too"
     assert [event.limit_s for event in waiting] == [LIMIT_S] * len(waiting)
     assert len(waiting) <= 3, "each time after twice as long"
@@ -204,7 +203,7 @@ def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wordin
     """And it is named while it loads."""
     assert [deaths.outcomes()[task] for task in (8, 9, 10)] == ["Undecided", "Undecided", "Merged"]
     wording(deaths.refusal(8))
-    waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.base == "stopped"]
+    waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.base == "stopped"]
     assert waiting, "and on a busy machine others too"
     assert {(event.task, event.limit_s) for event in waiting} == {(None, LIMIT_S)}
 
@@ -320,7 +319,7 @@ def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
     attempt.receive(Idle())
     attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Idle())
-    assert len([event for event in killer.heard if isinstance(event, Waiting)]) == 1
+    assert len([event for event in killer.heard if isinstance(event, Idle)]) == 1
 
 
 @pytest.mark.slow

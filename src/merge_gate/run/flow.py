@@ -407,9 +407,9 @@ class Run:
                 self._judge(event.task, event.evidence)
             case protocol.Undecided():
                 self._settle_undecided(event)
-            case protocol.Waiting():
-                self._view.note(self._still_at(event))
             case protocol.Idle():
+                if event.limit_s:
+                    self._view.note(self._still_at(event))
                 self._catch_up(at_once=True)
             case protocol.InProgress() | protocol.Finished():
                 pass  # for the supervisor; the last report follows
@@ -424,7 +424,7 @@ class Run:
         self.publications.discard(event.task)
         self._settle(event.task, report)
 
-    def _still_at(self, event: protocol.Waiting) -> str:
+    def _still_at(self, event: protocol.Idle) -> str:
         spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
         if event.task is None:
             return f"base {event.base}: still loading after {spent}; its time limit is {limit}"

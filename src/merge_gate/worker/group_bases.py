@@ -106,23 +106,17 @@ class GroupBase:
         return self.base.record(self.model_class)
 
 
-@dataclass(slots=True, kw_only=True)
 class GroupBases:
-    """Loads bases from the files of one directory, which `feed` reads.
+    """Loads bases from the files of one directory, which `feed` reads: all skeletons are filled in one pass.
 
     It keeps the figures of tensors for the next class. `client` takes the merged models that are published.
     """
 
-    job: Job
-    feed: Feed
-    """Shared by all skeletons, so that they are filled in one pass."""
-    client: CallClient | None = None
-    _accounts: dict[ModelClass, Account] = field(default_factory=dict)
-    _identity: tuple[FileIdentity, ...] = ()
-    _figures: FiguresBySpan = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.feed = SharedReads(self.feed)
+    def __init__(self, job: Job, feed: Feed, client: CallClient | None = None) -> None:
+        self.job, self.feed, self.client = job, SharedReads(feed), client
+        self._accounts: dict[ModelClass, Account] = {}
+        self._identity: tuple[FileIdentity, ...] = ()
+        self._figures: FiguresBySpan = {}
 
     def account(self, one: GroupBase) -> Account:
         """The account of the base as this class, before it is loaded. It is the same for every dtype."""

@@ -6,7 +6,7 @@ All are picklable records. Both sides import this module; it imports no torch.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -199,18 +199,16 @@ class Finished:
 
 
 @record
-class Waiting:
-    """The task sent no event for so long, or `base` has been loading for so long. The parent makes this event."""
-
-    task: int | None
-    base: str
-    seconds: float
-    limit_s: float
-
-
-@record
 class Idle:
-    """The worker sent nothing for a while. The parent makes this event."""
+    """The worker sent nothing for a while. The parent makes this event.
+
+    With a `limit_s`, that is long: the task sent nothing for so many seconds, or `base` has been loading for so many.
+    """
+
+    task: int | None = None
+    base: str = ""
+    seconds: float = 0.0
+    limit_s: float = 0.0
 
 
 Event = (
@@ -224,27 +222,9 @@ Event = (
     | Merged
     | Undecided
     | Finished
-    | Waiting
     | Idle
 )
 Listener = Callable[[Event], None]
-
-
-def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
-    """Whether an event of a worker is about tasks that are open, and about one of the job's groups."""
-    match event:
-        case BaseLoading():
-            return 0 <= event.group < groups
-        case BaseLoaded() | BaseMeasured():
-            return 0 <= event.group < groups and event.task in open_tasks
-        case MergeStarted():
-            return {event.task, *event.others} <= set(open_tasks)
-        case InProgress():
-            return event.task in open_tasks and isinstance(event.thread, int | None)
-        case MergeProgressed() | Merged() | Undecided():
-            return event.task in open_tasks
-        case _:
-            return True
 
 
 def undecided(tasks: Iterable[Task], error: Exception, group: Group | None = None) -> Iterator[Undecided]:

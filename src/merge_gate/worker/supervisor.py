@@ -56,8 +56,6 @@ from merge_gate.worker.protocol import (
     Publisher,
     Task,
     Undecided,
-    Waiting,
-    concerns,
 )
 from merge_gate.worker.sandbox import caches
 
@@ -242,16 +240,30 @@ class Attempt:
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
-                self._report_silence()
-            case DeviceChosen() | BaseMeasured() | Finished() | Waiting():
+                event = self._silence()
+            case DeviceChosen() | BaseMeasured() | Finished():
                 pass
             case _:
                 assert_never(event)
         self._listen(event)
 
     def _concerns(self, event: Event) -> bool:
+        """Whether an event is about tasks that are open, and about one of the job's groups."""
+        open_tasks, groups = self._open(), len(self._job.groups)
         try:
-            return concerns(event, self._open(), len(self._job.groups))
+            match event:
+                case BaseLoading():
+                    return 0 <= event.group < groups
+                case BaseLoaded() | BaseMeasured():
+                    return 0 <= event.group < groups and event.task in open_tasks
+                case MergeStarted():
+                    return {event.task, *event.others} <= set(open_tasks)
+                case InProgress():
+                    return event.task in open_tasks and isinstance(event.thread, int | None)
+                case MergeProgressed() | Merged() | Undecided():
+                    return event.task in open_tasks
+                case _:
+                    return True
         except TypeError as error:  # its fields have other types
             raise GarbledError(str(error)[:200]) from error
 
@@ -262,12 +274,13 @@ class Attempt:
         if event.thread in self._in_progress or len(self._in_progress) < MOST_THREADS:
             self._in_progress[event.thread] = event.task
 
-    def _report_silence(self) -> None:
+    def _silence(self) -> Idle:
         silent_s = time.monotonic() - self._last_event_s
         base = self._job.groups[self._group].base.name if self._group is not None else ""
-        if (self._task is not None or base) and silent_s >= self._next_note_s:
-            self._next_note_s *= 2
-            self._listen(Waiting(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s))
+        if (self._task is None and not base) or silent_s < self._next_note_s:
+            return Idle()
+        self._next_note_s *= 2
+        return Idle(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s)
 
     def is_overdue(self) -> bool:
         """Whether what the process does now exceeds its time limit."""
