@@ -193,7 +193,7 @@ class FedBase:
 
 
 class Window:
-    """Memory for pieces. Whoever looks at it, or at the state of a piece in it, holds `changed`."""
+    """Memory for pieces. To look at it, or at the state of a piece in it, hold `changed`."""
 
     def __init__(self, slots: int) -> None:
         memory = memoryview(mmap.mmap(-1, slots * PIECE_BYTES))
