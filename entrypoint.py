@@ -16,19 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-INPUTS = (
-    "config", "adapters", "base", "dtype", "runtime", "device", "gpus", "image", "pull", "mounts", "memory", "cpus",
-    "shm-size", "hf-cache", "hf-cache-dir", "cache", "cache-dir", "publish", "verify", "fail-on", "fail-on-not-judged",
-    "upload-report", "artifact-name", "retention-days", "upload-sarif", "comment", "shard", "output",
-    "working-directory", "timeout-minutes", "args",
-)  # fmt: skip
-"""The action's inputs that travel as words. `hf-token` is not among them: a token stays in the environment."""
-
-
-def words(environ: Mapping[str, str]) -> list[str]:
-    """Return the inputs as `--name=value`."""
-    return [f"--{name}={environ.get('MERGE_GATE_INPUT_' + name.upper().replace('-', '_'), '')}" for name in INPUTS]
-
 
 def step(name: str, environ: Mapping[str, str]) -> int:
     """Run one of the action's steps."""
@@ -36,7 +23,7 @@ def step(name: str, environ: Mapping[str, str]) -> int:
     from merge_gate.action import step as action
 
     if name == "action":
-        return action.main(words(environ), environ)
+        return action.main(environ)
     if name == "comment":
         return comment.main(environ)
     workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), caches.outputs(environ))
@@ -50,13 +37,13 @@ def main() -> int:
         sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
         return step(sys.argv[1], environ)
 
-    from merge_gate.action.docker import canary, handover
+    from merge_gate.action.docker import handover
     from merge_gate.cli import dispatch
     from merge_gate.errors import GateError
 
     try:
         os.environ.update(handover.read(environ, sys.stdin.buffer))
-        for device in canary.verify(environ):
+        for device in handover.verify(environ):
             print(f"merge-gate: sees {device}", flush=True)
     except GateError as error:
         print(f"merge-gate: {error.message}\n  {error.hint}", file=sys.stderr)

@@ -9,7 +9,7 @@ In: how many adapters. Out: a table of whole processes, imports and all, in the 
 cache), warm, in four shards and their combination, killed (-9) in the middle and resumed; then, in turn, as often as
 `--repeat` says, warm, ten changed, and those ten alone without a cache, with their medians. Each report of the whole
 fleet must be the cold one but for times and marks; exit code 1 where one is not. The tests do the same with adapters
-of their own (tests/run/test_thousand.py).
+of their own (tests/run/test_every_way.py).
 """
 
 from __future__ import annotations

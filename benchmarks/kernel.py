@@ -23,11 +23,9 @@ from make_base import SIZES, Pool, linear_shapes
 from peft import LoraConfig
 from peft.tuners.lora import bnb, layer
 
-from merge_gate.engine.blocks.block_merge import merged_blocks
+from merge_gate.engine.blocks.block_merge import measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.blocks.figures import measure_merge
-from merge_gate.engine.tensors.buffers import Buffers
-from merge_gate.engine.tensors.threads import spread, threads
+from merge_gate.engine.tensors.threads import Buffers, spread, threads
 
 Layers = list[Any]
 ROADS = {"lora": False, "dora": True, "8bit": False, "8bit_dora": True, "4bit": False, "4bit_dora": True}

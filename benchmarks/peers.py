@@ -40,8 +40,9 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from tests.support import faults
+from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out, top_settings, write_config_file
-from tests.support.faults import FAULTS, HEALTHY, Case
+from tests.support.faults import Case
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 
 HERE = Path(__file__).resolve().parent

@@ -105,11 +105,11 @@ def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    """Every case of `tests.support.faults`, gated in two runs: without pickled weights, and with them."""
+    """Every case of `tests.support.all_faults`, gated in two runs: without pickled weights, and with them."""
     from merge_gate.config.load_config import load_config  # noqa: PLC0415
     from merge_gate.records.options import RunOptions  # noqa: PLC0415
     from merge_gate.run.flow import run_gate  # noqa: PLC0415
-    from tests.support.faults import FAULTS, HEALTHY  # noqa: PLC0415
+    from tests.support.all_faults import FAULTS, HEALTHY  # noqa: PLC0415
 
     root = tmp_path_factory.mktemp("cases")
     cases = (*FAULTS, *HEALTHY)

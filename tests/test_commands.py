@@ -35,13 +35,13 @@ from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.on_ray import ray_cluster
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
-from merge_gate.report.formats.schema import report_schema
 from merge_gate.report.stored.report_files import WORDS, write_report
 from merge_gate.run import fed_bases, flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.memory import too_large
 from tests.support.fake_ray import Ray
 from tests.support.reports import FAIL, PASS, adapter, report
+from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Each case of `tests.support.faults` through the gate: verdict, cause, origin and the tensor it names."""
+"""Each case of `tests.support.all_faults` through the gate: verdict, cause, origin and the tensor it names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import Severity, Verdict
+from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.decisions import told
-from tests.support.faults import FAULTS, HEALTHY, Case, Payload
+from tests.support.faults import Case, Payload
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport
@@ -25,6 +27,11 @@ def test_the_table_is_as_large_as_promised() -> None:
     assert len(names) == len(set(names))
     assert len(FAULTS) >= 40
     assert len(HEALTHY) >= 20
+
+
+def test_every_check_has_a_case() -> None:
+    cases = (*FAULTS, *HEALTHY)
+    assert CHECKS.keys() <= {case.cause for case in cases} | {check for case in cases for check in case.warnings}
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-import entrypoint
 from merge_gate import __version__
-from merge_gate.action import caches, native
+from merge_gate.action import caches
 from merge_gate.action import inputs as action
+from merge_gate.action import step as gate_step
 from merge_gate.cli.parser import parsers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,8 @@ def test_the_first_step_has_what_the_caches_depend_on_and_no_token() -> None:
     assert {**PREPARE["env"], "MERGE_GATE_INPUT_HF_TOKEN": GATE["env"]["MERGE_GATE_INPUT_HF_TOKEN"]}.items() <= GATE[
         "env"
     ].items()
-    needed = {f"{caches.INPUT}{name}" for name in (*caches._SUBJECT, "CACHE", "HF_CACHE", "RUNTIME", "HF_TOKEN")}
+    names = (*caches._SUBJECT, "cache", "hf-cache", "runtime", "hf-token")
+    needed = {f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}" for name in names}
     assert set(PREPARE["env"]) == {*needed, "MERGE_GATE_JOB_INDEX"}
 
 
@@ -72,14 +73,9 @@ def test_the_descriptions_are_whole_sentences() -> None:
         assert re.fullmatch(r"[A-Z`].*\.", given["description"]), given["description"]
 
 
-def test_the_entrypoint_knows_the_inputs() -> None:
-    assert set(ACTION["inputs"]) - set(entrypoint.INPUTS) == {"hf-token"}
-    assert set(entrypoint.INPUTS) <= set(ACTION["inputs"])
-
-
 def test_every_input_is_checked() -> None:
-    checked = {name for name, _, _ in action.RULES} | {"args"}
-    assert checked == set(entrypoint.INPUTS)
+    """A token is the gate's to check."""
+    assert {name for name, _, _ in action.RULES} | {"args", "hf-token"} == set(ACTION["inputs"])
 
 
 def test_the_defaults_pass_their_checks() -> None:
@@ -198,7 +194,7 @@ def test_the_devices_are_those_of_the_command() -> None:
 def test_the_python_that_native_asks_for_is_the_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == ">=3.11"
-    assert "(3, 11)" in Path(native.__file__).read_text(encoding="utf-8")
+    assert "(3, 11)" in Path(gate_step.__file__).read_text(encoding="utf-8")
 
 
 # --- pins ------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.action import caches, native
+from merge_gate.action import caches, step
 from merge_gate.action.docker.container import ContainerRun
-from merge_gate.action.event import read_event
+from merge_gate.action.workflow import read_event
 from tests.support.wording import Wording
 
 OWN, FORK = "acme/adapters", "stranger/adapters"
@@ -178,7 +178,7 @@ def test_names_for_code_scanning_and_comments_are_the_same_in_each_run(tmp_path:
 def test_the_hubs_cache_of_a_native_run_is_in_its_directory_and_a_stored_token_stays(tmp_path: Path) -> None:
     environ = {"HF_HUB_CACHE": "/elsewhere", "HUGGINGFACE_HUB_CACHE": "/elsewhere", "XDG_CACHE_HOME": str(tmp_path)}
     run = ContainerRun(None, tmp_path, tmp_path, hf_cache=tmp_path / "hub", environ=environ, gpus="none")
-    given, _ = native.gpus_and_device(run)
+    given, _ = step.gpus_and_device(run)
     assert given["HF_HOME"] == str(tmp_path / "hub")
     assert given["HF_TOKEN_PATH"] == str(tmp_path / "huggingface" / "token")
     assert not {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"} & set(given)

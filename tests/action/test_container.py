@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.docker import canary, container, handover
-from merge_gate.action.docker.container import ContainerRun, Limits, PreparedContainer
+from merge_gate.action.docker import container, handover
+from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.docker_api import Engine
 from merge_gate.errors import LauncherError
 
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> ContainerRun:
 def prepared(tmp_path: Path) -> PreparedContainer:
     for name in ("cache", "written"):
         (tmp_path / name).mkdir()
-    planted = canary.plant(tmp_path / "written")
+    planted = handover.plant(tmp_path / "written")
     inside = tmp_path / "out" / planted.name
     return PreparedContainer(None, PLAIN, "merge-gate-1", tmp_path / "cache", tmp_path / "written", {inside: planted})
 
@@ -149,9 +149,9 @@ def test_the_cache_of_verdicts_is_written_to_and_its_secret_seen_by_nobody(run, 
     assert container.handed_over(run) == {"MERGE_GATE_CACHE_KEY": key}
 
 
-def test_limits_are_the_engines_words() -> None:
-    assert container._limits(Limits()) == {}
-    limits = container._limits(Limits(memory="16g", shm_size="1g", cpus="1.5"))
+def test_limits_are_the_engines_words(run: ContainerRun) -> None:
+    assert container._limits(run) == {}
+    limits = container._limits(replace(run, memory="16g", shm_size="1g", cpus="1.5"))
     assert limits == {"mem_limit": "16g", "shm_size": "1g", "nano_cpus": 1_500_000_000}
 
 

@@ -1,10 +1,17 @@
-"""The engine's answers in words, and its errors as sentences. The engine itself is met in tests/e2e."""
+"""Where the engine is, its answers in words, and its errors as sentences. The engine itself is met in tests/e2e."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import socket
+import subprocess
 import sys
+import textwrap
+import threading
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import docker
@@ -12,10 +19,12 @@ import pytest
 import requests
 
 from merge_gate.action.docker import docker_api
+from merge_gate.action.docker.docker_api import Address
 from merge_gate.errors import LauncherError
 from tests.support.wording import Wording
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ROOT / "requirements" / "launcher.txt"
 
 
 def needed() -> str:
@@ -38,7 +47,7 @@ def test_an_engine_behind_ssh_is_refused_in_a_sentence(wording: Wording) -> None
 
 
 def test_a_machine_without_an_engine_is_a_sentence(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
-    monkeypatch.setattr(docker_api.addresses, "_SOCKETS", ())
+    monkeypatch.setattr(docker_api, "_SOCKETS", ())
     with pytest.raises(LauncherError) as raised:
         docker_api.connect({"DOCKER_CONFIG": "/nowhere"})
     wording(raised.value)
@@ -76,20 +85,6 @@ def test_a_socket_of_something_else_is_no_engine(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(address))
     assert not docker_api.answers({"DOCKER_HOST": f"unix://{address}"})
-
-
-@pytest.mark.parametrize(
-    ("image", "name", "tag"),
-    [
-        ("merge-gate", "merge-gate", "latest"),
-        ("merge-gate:cpu", "merge-gate", "cpu"),
-        ("host:5000/a/b", "host:5000/a/b", "latest"),
-        ("host:5000/a/b:1", "host:5000/a/b", "1"),
-        ("ghcr.io/a/b@sha256:00", "ghcr.io/a/b", "sha256:00"),
-    ],
-)
-def test_names_of_images(image: str, name: str, tag: str) -> None:
-    assert docker_api.name_and_tag(image) == (name, tag)
 
 
 def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +172,195 @@ def test_odd_answers_of_an_engine_are_a_sentence(answer: object, wording: Wordin
 def test_an_image_is_known_by_its_digest(known: list[str], image: str, identity: str) -> None:
     client = LyingEngine({"Id": "sha256:1", "RepoDigests": known})
     assert docker_api.ensure_image(client, image, print) == identity
+
+
+# --- the address -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[str]:
+    """A socket at which somebody says OK."""
+    path = tmp_path / "podman" / "podman.sock"
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(1024)
+                    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nOK")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield str(path)
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A user of this machine who sees none of its own sockets."""
+    here = tuple(template for template in docker_api._SOCKETS if template.startswith("{"))
+    monkeypatch.setattr(docker_api, "_SOCKETS", here)
+    return {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path / "home")}
+
+
+def dead(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def make_context(home: Path, name: str, host: str, *files: str, **more: object) -> None:
+    folder = hashlib.sha256(name.encode()).hexdigest()
+    meta = home / ".docker" / "contexts" / "meta" / folder
+    meta.mkdir(parents=True)
+    endpoint = {"Host": host, **more}
+    (meta / "meta.json").write_text(json.dumps({"Name": name, "Endpoints": {"docker": endpoint}}), encoding="utf-8")
+    for file in files:
+        path = home / ".docker" / "contexts" / "tls" / folder / "docker" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_nothing_is_found_where_nothing_is(environ: dict[str, str]) -> None:
+    assert docker_api.find_address(environ) is None
+
+
+def test_a_place_that_cannot_be_looked_at_is_passed_over(environ, answering: str) -> None:
+    """Another user's directory; here, one whose name is too long."""
+    assert docker_api.find_address({**environ, "HOME": "/" + "x" * 5000}) == docker_api.find_address(environ)
+
+
+def test_a_known_socket_is_found(environ: dict[str, str], answering: str) -> None:
+    found = docker_api.find_address(environ)
+    assert found
+    assert found.url == f"unix://{answering}"
+
+
+def test_a_dead_socket_does_not_hide_one_that_answers(environ, answering: str, tmp_path: Path) -> None:
+    dead(tmp_path / "docker.sock")
+    found = docker_api.find_address(environ)
+    assert found
+    assert found.url == f"unix://{answering}"
+
+
+def test_a_dead_socket_alone_is_named(environ, tmp_path: Path) -> None:
+    dead(tmp_path / "docker.sock")
+    found = docker_api.find_address(environ)
+    assert found
+    assert found.url == f"unix://{tmp_path}/docker.sock"
+    assert docker_api.unreachable(found) == "Connection refused"
+
+
+def test_docker_host_decides(environ, answering: str) -> None:
+    assert docker_api.find_address({**environ, "DOCKER_HOST": "tcp://box:2375"}) == Address(
+        "tcp://box:2375", "DOCKER_HOST"
+    )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_tls_is_taken_from_the_environment(environ, tmp_path: Path, verify: bool) -> None:
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / name).touch()
+    given = {**environ, "DOCKER_HOST": "tcp://box:2376", "DOCKER_CERT_PATH": str(tmp_path)}
+    found = docker_api.find_address({**given, "DOCKER_TLS_VERIFY": "1"} if verify else given)
+    assert found
+    ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "cert.pem", "key.pem"))
+    assert found.tls == {"ca_cert": ca, "client_cert": (cert, key), "verify": verify}
+
+
+def test_tls_without_a_directory_reads_the_users_own(environ, tmp_path: Path) -> None:
+    (tmp_path / "home" / ".docker").mkdir(parents=True)
+    (tmp_path / "home" / ".docker" / "ca.pem").touch()
+    found = docker_api.find_address({**environ, "DOCKER_HOST": "tcp://box:2376", "DOCKER_TLS_VERIFY": "1"})
+    assert found
+    authority = str(tmp_path / "home" / ".docker" / "ca.pem")
+    assert found.tls == {"ca_cert": authority, "client_cert": None, "verify": True}
+
+
+def test_a_context_that_is_in_use(environ, answering: str, tmp_path: Path, wording: Wording) -> None:
+    home = tmp_path / "home"
+    make_context(home, "gpu-box", "tcp://gpu:2376", "ca.pem", "cert.pem", "key.pem")
+    make_context(home, "other", "unix:///other.sock", SkipTLSVerify=False)
+    other = docker_api.find_address({**environ, "DOCKER_CONTEXT": "other"})
+    assert other
+    assert (other.url, other.tls) == ("unix:///other.sock", None)
+    wording(other.origin)
+    (home / ".docker" / "config.json").write_text('{"currentContext": "gpu-box"}', encoding="utf-8")
+    found = docker_api.find_address(environ)
+    assert found
+    assert found.url == "tcp://gpu:2376"
+    wording(found.origin)
+    assert found.tls
+    assert found.tls["verify"]
+    assert found.tls["client_cert"][0].endswith("/docker/cert.pem")
+    default = docker_api.find_address({**environ, "DOCKER_CONTEXT": "default"})
+    assert default
+    assert default.url == f"unix://{answering}"
+    assert docker_api.find_address({**environ, "DOCKER_HOST": "unix:///x"}) == Address("unix:///x", "DOCKER_HOST")
+
+
+def test_a_context_that_is_not_there(environ, wording: Wording) -> None:
+    with pytest.raises(LauncherError) as raised:
+        docker_api.find_address({**environ, "DOCKER_CONTEXT": "gone"})
+    wording(raised.value)
+    wording(raised.value.hint)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"currentContext": 3}', "{}"])
+def test_a_configuration_that_says_nothing(environ, tmp_path: Path, text: str) -> None:
+    (tmp_path / "home" / ".docker").mkdir(parents=True)
+    (tmp_path / "home" / ".docker" / "config.json").write_text(text, encoding="utf-8")
+    assert docker_api.find_address(environ) is None
+
+
+# --- the SDK of the action -------------------------------------------------------------------------------------------
+
+
+def locked() -> dict[str, set[str]]:
+    """Package and version → SHA-256 of its files."""
+    entries = LOCK.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    return {entry.split()[0]: set(re.findall(r"sha256:([0-9a-f]{64})", entry)) for entry in entries}
+
+
+def test_every_wheel_is_one_of_the_lock_and_the_other_way_round() -> None:
+    wheels = sorted(docker_api.VENDOR.iterdir())
+    named = {"{}=={}".format(*wheel.name.replace("_", "-").split("-py3")[0].rsplit("-", 1)): wheel for wheel in wheels}
+    assert set(named) == set(locked())
+    for name, wheel in named.items():
+        assert wheel.name.endswith("-py3-none-any.whl"), "imported as it lies there, on any machine"
+        assert hashlib.sha256(wheel.read_bytes()).hexdigest() in locked()[name], f"run .ci/vendor.sh ({name})"
+
+
+@pytest.mark.parametrize("own", [None, "99.0"])
+def test_whatever_sdk_the_runner_has_the_actions_own_is_used(tmp_path: Path, own: str | None) -> None:
+    if own:
+        (tmp_path / "site" / "docker").mkdir(parents=True)
+        (tmp_path / "site" / "docker" / "__init__.py").write_text(f"__version__ = {own!r}\n", encoding="utf-8")
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    code = """
+        import sys
+        sys.path[:0] = sys.argv[1:3]
+        from merge_gate.action.docker import docker_api
+        before = list(sys.path)
+        with docker_api.vendored_sdk({"RUNNER_TEMP": sys.argv[3]}):
+            import docker
+            print(docker.__version__, docker.__file__)
+        assert sys.path == before
+    """
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", textwrap.dedent(code), ROOT / "src", tmp_path / "site", temp],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    version, file = done.stdout.split()
+    assert f"docker=={version}" in locked()
+    assert file.startswith(str(docker_api.VENDOR))
+    assert list(temp.iterdir()) == [], "nothing is left"

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action.docker import docker_api, leftovers, released_image
-from merge_gate.action.docker.container import ContainerRun, Limits
-from merge_gate.action.docker.launcher import RunListener, run_in_container
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.errors import LauncherError
 from merge_gate.report.formats import json_report
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
@@ -88,9 +88,8 @@ class Heard:
         self.log += data
 
     def run(self, run: ContainerRun) -> int:
-        return run_in_container(
-            run, self.write, RunListener(self.images.append, self.warnings.append, self.refused.append)
-        )
+        kinds = {"image": self.images, "warning": self.warnings, "refused": self.refused}
+        return run_in_container(run, self.write, lambda kind, message: kinds[kind].append(message))
 
 
 @pytest.fixture
@@ -147,7 +146,7 @@ def test_caches_and_mounts_are_made_and_stay(run, engine: Engine, heard: Heard, 
     run = replace(
         run, hf_cache=tmp_path / "hf", cache=tmp_path / "verdicts", publish=tmp_path / "merged",
         mounts=(tmp_path / "bases",),
-        limits=Limits(memory="16g", shm_size="1g", cpus="2"),
+        memory="16g", shm_size="1g", cpus="2",
     )  # fmt: skip
     assert heard.run(run) == 1
     mounted = {one["Target"]: one["ReadOnly"] for one in engine.container.asked["HostConfig"]["Mounts"]}

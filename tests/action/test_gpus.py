@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.action.docker.docker_api import Engine
 from merge_gate.action.docker.gpus import device_requests, requested_gpus
 from merge_gate.errors import UsageError
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+PLAIN = Engine(podman=False, rootless=False, remapped=False, selinux=False, nvidia_runtime=False, cdi_gpus=False)
 
 
 @pytest.fixture
@@ -122,14 +126,14 @@ NVIDIA = [{"Driver": "", "DeviceIDs": ["0", "1"], "Capabilities": [["gpu"]]}]
     ],
 )
 def test_each_engine_is_asked_in_its_own_words(podman, nvidia_runtime, cdi_gpus, words) -> None:
-    facts = {"podman": podman, "nvidia_runtime": nvidia_runtime, "cdi_gpus": cdi_gpus}
-    assert device_requests("0,1", **facts) == words
-    assert device_requests("", **facts) == []
+    engine = replace(PLAIN, podman=podman, nvidia_runtime=nvidia_runtime, cdi_gpus=cdi_gpus)
+    assert device_requests("0,1", engine) == words
+    assert device_requests("", engine) == []
 
 
 def test_all_gpus() -> None:
-    docker = device_requests("all", podman=False, nvidia_runtime=True, cdi_gpus=False)
+    docker = device_requests("all", replace(PLAIN, nvidia_runtime=True))
     assert docker == [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
-    assert device_requests("all", podman=True, nvidia_runtime=False, cdi_gpus=False) == [
+    assert device_requests("all", replace(PLAIN, podman=True)) == [
         {"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}
     ]

@@ -1,8 +1,10 @@
-"""A token by standard input: what goes in comes out, and a line that does not come is an error."""
+"""What the container gets besides its description: a token by standard input, and proofs of its mounts and GPUs."""
 
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,72 @@ def test_a_line_that_would_not_fit_is_not_sent(wording: Wording) -> None:
     with pytest.raises(LauncherError) as caught:
         handover.written({"HF_TOKEN": "x" * 100_000})
     wording(caught.value)
+
+
+# --- canaries and GPUs -----------------------------------------------------------------------------------------------
+
+
+def test_canaries_that_are_there(tmp_path: Path) -> None:
+    planted = handover.plant(tmp_path)
+    assert handover.verify(handover.expectations({planted: planted}, ""), tmp_path) == []
+
+
+def test_nothing_is_asked_by_hand(tmp_path: Path) -> None:
+    assert handover.verify({"PATH": "/bin"}, tmp_path) == []
+
+
+def test_two_canaries_differ(tmp_path: Path) -> None:
+    first, second = handover.plant(tmp_path), handover.plant(tmp_path)
+    assert first != second
+    assert first.read_text() != second.read_text()
+
+
+@pytest.mark.parametrize("change", ["gone", "other", "directory"])
+def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str, wording: Wording) -> None:
+    planted = handover.plant(tmp_path)
+    expected = handover.expectations({planted: planted}, "")
+    planted.unlink()
+    if change == "other":
+        planted.write_text("other", encoding="utf-8")
+    if change == "directory":
+        planted.mkdir()
+    with pytest.raises(LauncherError) as raised:
+        handover.verify(expected, tmp_path)
+    wording(re.sub(r"canary-\w+", "canary-<random>", f"{raised.value.message}\n{raised.value.hint}"))
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "nvidia15", "nvhost-gpu", "dxg"])
+def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str, wording: Wording) -> None:
+    expected = handover.expectations({}, "all")
+    (tmp_path / "nvme0n1").touch()
+    with pytest.raises(LauncherError) as raised:
+        handover.verify(expected, tmp_path)
+    wording(raised.value)
+    (tmp_path / name).touch()
+    assert handover.verify(expected, tmp_path) == [str(tmp_path / name)]
+    assert handover.verify(handover.expectations({}, ""), tmp_path) == [], "not asked for, not looked at"
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "enough"),
+    [
+        ("0,1", ["nvidia0"], False),
+        ("0,1", ["nvidia0", "nvidia1", "nvidiactl"], True),
+        ("GPU-1,GPU-2", ["nvidia3", "nvidiactl"], False),
+        ("all", ["nvidia0"], True),
+        ("MIG-1,MIG-2", ["nvidia0"], True),
+        ("0,1", ["nvhost-gpu"], True),
+    ],
+)
+def test_the_gpus_that_were_asked_for_are_counted(
+    tmp_path: Path, asked: str, there: list[str], enough: bool, wording: Wording
+) -> None:
+    for name in there:
+        (tmp_path / name).touch()
+    expected = handover.expectations({}, asked)
+    if enough:
+        assert len(handover.verify(expected, tmp_path)) == len(there)
+    else:
+        with pytest.raises(LauncherError) as raised:
+            handover.verify(expected, tmp_path)
+        wording(raised.value)

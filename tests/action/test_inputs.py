@@ -32,13 +32,13 @@ def environ(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def words(**changed: str) -> list[str]:
-    given = {"config": "gate.yml", **{name.replace("_", "-"): value for name, value in changed.items()}}
-    return [f"--{name}={value}" for name, value in given.items()]
+def words(**changed: str) -> dict[str, str]:
+    given = {"config": "gate.yml", **changed}
+    return {f"MERGE_GATE_INPUT_{name.upper()}": value for name, value in given.items()}
 
 
 def test_the_defaults_are_good(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(), environ)
+    inputs = action.read_inputs({**environ, **words()})
     assert inputs.run.config == Path(environ["GITHUB_WORKSPACE"], "gate.yml")
     assert inputs.run.output.parent.parent == Path(environ["RUNNER_TEMP"])
     assert inputs.upload_report is True
@@ -52,29 +52,29 @@ def test_a_config_that_is_no_file_is_told_what_it_is(
     config: str, said: str, environ: dict[str, str], wording: Wording
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        action.read_inputs(words(config=config), environ)
+        action.read_inputs({**environ, **words(config=config)})
     wording(caught.value)
 
 
 def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -> None:
-    first, second = (action.read_inputs(words(), {**environ, "MERGE_GATE_JOB_INDEX": "3"}) for _ in range(2))
+    first, second = (action.read_inputs({**environ, "MERGE_GATE_JOB_INDEX": "3", **words()}) for _ in range(2))
     assert first.artifact_name != second.artifact_name
     assert first.artifact_name.startswith("merge-gate-report-release-gate-3-")
     assert first.run.output != second.run.output
 
 
 def test_a_cache_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(cache_dir="kept", args="--refresh"), environ)
+    inputs = action.read_inputs({**environ, **words(cache_dir="kept", args="--refresh")})
     kept = Path(environ["GITHUB_WORKSPACE"], "kept").resolve()
     assert inputs.run.cache == kept
-    assert inputs.run.arguments == ("--cache", str(kept), "--refresh")
-    assert action.read_inputs(words(cache=""), environ).run.cache is None
-    driven = action.read_inputs(words(cache="true", hf_cache="true"), environ).run
+    assert container.gate_words(inputs.run, "cpu")[-3:] == ["--cache", str(kept), "--refresh"]
+    assert action.read_inputs({**environ, **words(cache="")}).run.cache is None
+    driven = action.read_inputs({**environ, **words(cache="true", hf_cache="true")}).run
     assert (driven.cache, driven.hf_cache) == (
         Path(environ["RUNNER_TEMP"], "merge-gate-verdicts"),
         Path(environ["RUNNER_TEMP"], "merge-gate-hub"),
     )
-    assert driven.arguments == ("--cache", str(driven.cache))
+    assert container.gate_words(driven, "cpu")[-2:] == ["--cache", str(driven.cache)]
 
 
 def test_adapters_need_no_configuration(environ: dict[str, str]) -> None:
@@ -83,7 +83,7 @@ def test_adapters_need_no_configuration(environ: dict[str, str]) -> None:
         (workspace / name).mkdir(parents=True)
     (workspace / "adapters/notes.txt").touch()
     given = {"config": "merge-gate.yml", "base": "./base", "dtype": "bfloat16, float16"}
-    run = action.read_inputs(words(**given, adapters="\n./adapters/*\n acme/lora\n hub:acme/b\n"), environ).run
+    run = action.read_inputs({**environ, **words(**given, adapters="\n./adapters/*\n acme/lora\n hub:acme/b\n")}).run
     adapters = ("./adapters/a", "./adapters/b", "acme/lora", "hub:acme/b")
     assert (run.config, run.adapters, run.base) == (None, adapters, "./base")
     assert container.gate_words(run, "cpu") == [
@@ -91,31 +91,31 @@ def test_adapters_need_no_configuration(environ: dict[str, str]) -> None:
         "--base", "./base", "--dtype", "bfloat16,float16",
     ]  # fmt: skip
     inner = words(config="", adapters="../adapters/a", base=str(workspace.parent), working_directory="inner")
-    run = action.read_inputs(inner, environ).run
+    run = action.read_inputs({**environ, **inner}).run
     assert (run.adapters, run.base) == (("./adapters/a",), str(workspace.parent))
 
 
 def test_a_directory_for_models_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(publish="merged"), environ)
+    inputs = action.read_inputs({**environ, **words(publish="merged")})
     merged = Path(environ["GITHUB_WORKSPACE"]).resolve() / "merged"
     assert inputs.run.publish == merged
-    assert inputs.run.arguments == ("--publish", str(merged))
-    assert action.read_inputs(words(publish=""), environ).run.publish is None
+    assert container.gate_words(inputs.run, "cpu")[-2:] == ["--publish", str(merged)]
+    assert action.read_inputs({**environ, **words(publish="")}).run.publish is None
 
 
 def test_a_model_is_verified_on_the_cpu_and_without_a_config(environ: dict[str, str]) -> None:
     model = Path(environ["GITHUB_WORKSPACE"]).resolve() / "merged"
     model.mkdir()
-    run = action.read_inputs(words(config="", verify="merged", args="--base ./b --adapter ./a"), environ).run
+    run = action.read_inputs({**environ, **words(config="", verify="merged", args="--base ./b --adapter ./a")}).run
     assert (run.verifies, run.config, run.device, run.gpus) == (True, model, "cpu", "none")
     expected = ["verify", "merged", "--output", str(run.output), "--base", "./b", "--adapter", "./a"]
     assert container.gate_words(run, "cpu") == expected
-    run = action.read_inputs(words(config="", verify="merged", adapters="acme/a", base="acme/b"), environ).run
+    run = action.read_inputs({**environ, **words(config="", verify="merged", adapters="acme/a", base="acme/b")}).run
     assert container.gate_words(run, "cpu")[4:] == ["--base", "acme/b", "--adapter", "acme/a"]
 
 
 def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(shard="2/4", args="--refresh"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
+    inputs = action.read_inputs({**environ, "MERGE_GATE_JOB_INDEX": "1", **words(shard="2/4", args="--refresh")})
     assert inputs.run.arguments == ("--shard", "2/4", "--refresh")
     assert inputs.artifact_name.startswith("merge-gate-report-release-gate-shard-2-of-4-")
 
@@ -124,7 +124,7 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
     directory = Path(environ["GITHUB_WORKSPACE"], "--output=x y")
     directory.mkdir()
     (directory / "a=b.yml").touch()
-    inputs = action.read_inputs(words(config="--output=x y/a=b.yml", args="--only 'a b' --only=c"), environ)
+    inputs = action.read_inputs({**environ, **words(config="--output=x y/a=b.yml", args="--only 'a b' --only=c")})
     assert inputs.run.config.name == "a=b.yml"
     assert inputs.run.arguments == ("--only", "a b", "--only=c")
 
@@ -187,7 +187,7 @@ def test_a_wrong_input_is_named_with_what_was_expected(
 ) -> None:
     given = {name.replace("-", "_"): value, **({"config": ""} if name == "adapters" else {})}
     with pytest.raises(UsageError) as raised:
-        action.read_inputs(words(**given), environ)
+        action.read_inputs({**environ, **words(**given)})
     wording(raised.value)
     assert "\n" not in raised.value.message
     assert "docs/reference/action.md" in raised.value.hint
@@ -202,19 +202,19 @@ def test_a_model_is_verified_or_adapters_are_gated(environ: dict[str, str], word
         {"cache": "true", "cache_dir": "x", "hf_cache": "true", "hf_cache_dir": "y"},
     ):
         with pytest.raises(UsageError) as raised:
-            action.read_inputs(words(**given), environ)
+            action.read_inputs({**environ, **words(**given)})
         wording(raised.value)
 
 
 def test_all_wrong_inputs_are_named_at_once(environ: dict[str, str]) -> None:
     with pytest.raises(UsageError) as raised:
-        action.read_inputs(words(runtime="x", device="x", args="--output x"), environ)
+        action.read_inputs({**environ, **words(runtime="x", device="x", args="--output x")})
     assert [line.split(":")[0] for line in raised.value.message.splitlines()] == ["runtime", "device", "args"]
 
 
 def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
     given = action.read_inputs(
-        [f"--{name}={'gate.yml' if name == 'config' else ''}" for name, _, _ in action.RULES], environ
+        {**environ, **words(**{name.replace("-", "_"): "" for name, _, _ in action.RULES if name != "config"})}
     )
     assert (given.runtime, given.run.gpus, given.run.device, given.run.pull) == ("auto", "auto", "auto", "missing")
     assert (given.upload_report, given.retention_days) == (True, 0)
@@ -231,10 +231,13 @@ def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
 def test_limits_and_mounts(environ: dict[str, str], tmp_path: Path) -> None:
     mounts = f"\n {tmp_path}/bases \n/srv/adapters\n"
     given = action.read_inputs(
-        words(mounts=mounts, memory="16g", shm_size="512m", cpus="1.5", timeout_minutes="0.5", pull="never"), environ
+        {
+            **environ,
+            **words(mounts=mounts, memory="16g", shm_size="512m", cpus="1.5", timeout_minutes="0.5", pull="never"),
+        }
     )
     assert given.run.mounts == (tmp_path / "bases", Path("/srv/adapters"))
-    assert (given.run.limits.memory, given.run.limits.shm_size, given.run.limits.cpus) == ("16g", "512m", "1.5")
+    assert (given.run.memory, given.run.shm_size, given.run.cpus) == ("16g", "512m", "1.5")
     assert given.run.time_limit_s == 30
     assert given.run.pull == "never"
 
@@ -243,7 +246,7 @@ def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) 
     inner = Path(environ["GITHUB_WORKSPACE"], "a", "b")
     inner.mkdir(parents=True)
     (inner / "gate.yml").touch()
-    given = action.read_inputs(words(working_directory="a/b", output="out", hf_cache_dir="../cache"), environ)
+    given = action.read_inputs({**environ, **words(working_directory="a/b", output="out", hf_cache_dir="../cache")})
     assert given.run.config == inner / "gate.yml"
     assert given.run.output == inner / "out"
     assert given.run.hf_cache == inner.parent / "cache"
@@ -253,7 +256,7 @@ def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) 
 def test_the_home_directory_has_its_sign(environ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x").touch() if name == "config" else None
-    given = action.read_inputs(words(**{name.replace("-", "_"): "~/x"}), environ)
+    given = action.read_inputs({**environ, **words(**{name.replace("-", "_"): "~/x"})})
     assert getattr(given.run, name.removesuffix("-dir").replace("-", "_")) == tmp_path / "x"
 
 
@@ -267,15 +270,15 @@ def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_pat
     }
     roots = (tmp_path / "_work" / "workspace", tmp_path / "workspace")
     for config in ("gate.yml", *(str(root / "gate.yml") for root in roots)):
-        assert action.read_inputs(words(config=config), linked).run.config == tmp_path / "workspace" / "gate.yml"
+        assert action.read_inputs({**linked, **words(config=config)}).run.config == tmp_path / "workspace" / "gate.yml"
     for output in (f"{linked['RUNNER_TEMP']}/out", f"{tmp_path}/temp/out"):
-        given = action.read_inputs(words(output=output), linked).run.output
+        given = action.read_inputs({**linked, **words(output=output)}).run.output
         assert given == given.resolve() == tmp_path / "temp" / "out"
 
 
 def test_a_link_of_the_checkout_is_left_for_the_launcher_to_refuse(environ: dict[str, str], tmp_path: Path) -> None:
     link = Path(environ["GITHUB_WORKSPACE"], "reports")
     link.symlink_to(tmp_path)
-    assert action.read_inputs(words(output="reports"), environ).run.output == link
-    assert action.read_inputs(words(output="reports/x"), environ).run.output == link / "x"
+    assert action.read_inputs({**environ, **words(output="reports")}).run.output == link
+    assert action.read_inputs({**environ, **words(output="reports/x")}).run.output == link / "x"
     assert os.path.lexists(link)

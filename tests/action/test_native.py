@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from merge_gate.action import native
+from merge_gate.action import step
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.demo import make_demo
 from merge_gate.errors import LauncherError, UsageError
@@ -44,7 +44,7 @@ def test_it_runs_and_what_lies_in_the_workspace_is_not_imported(run: ContainerRu
     log = bytearray()
     try:
         environ = {**run.environ, "PYTHONPATH": str(run.workspace)}
-        assert native.run_here(ContainerRun(**{**vars_of(run), "environ": environ}), log.extend) == 0, log.decode()
+        assert step.run_here(ContainerRun(**{**vars_of(run), "environ": environ}), log.extend) == 0, log.decode()
     finally:
         for name in ("torch", "merge_gate", "json"):
             (run.workspace / f"{name}.py").unlink()
@@ -67,7 +67,7 @@ def vars_of(run: ContainerRun) -> dict:
     ],
 )
 def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device, visible, told) -> None:
-    environ, device = native.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+    environ, device = step.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
     assert environ.get("CUDA_VISIBLE_DEVICES") == visible
     assert device == told
 
@@ -75,7 +75,7 @@ def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device
 @pytest.mark.parametrize(("gpus", "device"), [("none", "cuda"), ("all", "cpu"), ("0", "cpu")])
 def test_gpus_and_device_that_contradict_each_other(run: ContainerRun, gpus: str, device: str) -> None:
     with pytest.raises(UsageError, match="contradict"):
-        native.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+        step.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
 
 
 @pytest.mark.attempt("A04b", "native runtime: the YAML of a pull request publishes outside of the workspace", "exit 2")
@@ -89,17 +89,16 @@ def test_models_stay_in_the_workspace(run: ContainerRun, tmp_path: Path, target:
     config.write_text(f"{config.read_text()}\npublish: {target}\n")
     log = bytearray()
     limited = ContainerRun(**{**vars_of(run), "workspace": workspace, "config": config})
-    assert native.run_here(limited, log.extend) == (0 if target == "inside" else 2), log.decode()
+    assert step.run_here(limited, log.extend) == (0 if target == "inside" else 2), log.decode()
     assert list((tmp_path / "outside").iterdir()) == []
     assert (workspace / "inside" / "good").is_dir() == (target == "inside")
 
 
 def test_a_directory_that_the_workflow_names_may_be_elsewhere(run: ContainerRun, tmp_path: Path) -> None:
     place = tmp_path / "models"
-    words = ("--only", "good", "--publish", str(place))
-    elsewhere = ContainerRun(**{**vars_of(run), "publish": place, "arguments": words})
+    elsewhere = ContainerRun(**{**vars_of(run), "publish": place})
     log = bytearray()
-    assert native.run_here(elsewhere, log.extend) == 0, log.decode()
+    assert step.run_here(elsewhere, log.extend) == 0, log.decode()
     assert (place / "good").is_dir()
 
 
@@ -108,18 +107,18 @@ def test_a_python_without_merge_gate(
 ) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    assert native.missing({})
+    assert step.missing({})
     with pytest.raises(UsageError) as raised:
-        native.run_here(run, print)
+        step.run_here(run, print)
     wording(raised.value)
     assert "container:" in raised.value.hint
 
 
 def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
     older = SimpleNamespace(version_info=(3, 9, 2), version="3.9.2 (default)", executable="/usr/bin/python3")
-    monkeypatch.setattr(native, "sys", older)
+    monkeypatch.setattr(step, "sys", older)
     with pytest.raises(UsageError) as caught:
-        native.run_here(run, print)
+        step.run_here(run, print)
     wording(caught.value)
 
 
@@ -132,7 +131,7 @@ def test_a_signal_stops_the_gate_whether_it_obeys_or_not(
     python.write_text(f'#!/bin/sh\n[ "$2" = "-c" ] && exit 0\n{trap}\necho $$\nwhile :; do sleep 0.05; done\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(native, "STOP_GRACE_S", 20.0 if obeys else 0.2)
+    monkeypatch.setattr(step, "STOP_GRACE_S", 20.0 if obeys else 0.2)
     said: list[bytes] = []
 
     def log(data: bytes) -> None:
@@ -140,7 +139,7 @@ def test_a_signal_stops_the_gate_whether_it_obeys_or_not(
         if len(said) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert native.run_here(run, log) == 3
+    assert step.run_here(run, log) == 3
     assert said[-1] == b"merge-gate: received SIGTERM; stopping the gate\n"
     assert not alive(int(said[0]))
 
@@ -154,5 +153,5 @@ def test_a_gate_that_dies_is_no_verdict(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(LauncherError) as caught:
-        native.run_here(run, print)
+        step.run_here(run, print)
     wording(caught.value)

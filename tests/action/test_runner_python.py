@@ -33,7 +33,9 @@ def oldest_python() -> Path | None:
 def test_every_module_is_imported_by_the_oldest_python_without_packages() -> None:
     code = f"import sys; sys.path.insert(0, {str(SOURCE)!r})\n"
     code += "".join(f"import {name}\n" for name in MODULES)
-    code += "from merge_gate.action.docker import sdk\nwith sdk.available({}): import docker, requests\n"
+    code += (
+        "from merge_gate.action.docker.docker_api import vendored_sdk\nwith vendored_sdk({}): import docker, requests\n"
+    )
     subprocess.run([str(oldest_python()), "-I", "-S", "-W", "error", "-c", code], check=True)
 
 

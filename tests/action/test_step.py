@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import entrypoint
 from merge_gate.action import step as action
 from merge_gate.action.docker import collect, leftovers
 from merge_gate.action.inputs import read_inputs
@@ -128,12 +127,15 @@ def outputs(environ: dict[str, str]) -> dict[str, str]:
     }
 
 
+def asked(environ: dict[str, str], **inputs: str) -> dict[str, str]:
+    given = {"config": "gate.yml", **inputs}
+    return {**environ, **{f"MERGE_GATE_INPUT_{name.upper()}": value for name, value in given.items()}}
+
+
 def step(environ: dict[str, str], **inputs: str) -> subprocess.Popen[str]:
-    asked = {"config": "gate.yml", **inputs}
-    given = {f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}": value for name, value in asked.items()}
     return subprocess.Popen(
         [sys.executable, "-I", ROOT / "entrypoint.py", "action"],
-        env={**environ, **given},
+        env=asked(environ, **inputs),
         cwd=environ["GITHUB_WORKSPACE"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -173,7 +175,7 @@ def test_a_crash_of_the_step_itself_is_an_error_with_outputs(
         raise ZeroDivisionError("by nought")
 
     monkeypatch.setattr(action, "read_inputs", crash)
-    assert action.main([], environ) == 0
+    assert action.main(environ) == 0
     (error,) = annotations("error", capsys.readouterr().out)
     assert "ZeroDivisionError: by nought" in error
     assert outputs(environ)["result"] == "error"
@@ -337,7 +339,7 @@ def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path:
     output.mkdir()
     (tmp_path / "secret").write_text("of the host", encoding="utf-8")
     (output / "summary.md").symlink_to(tmp_path / "secret")
-    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    inputs = read_inputs(asked(environ, output="out"))
     assert action._summary(inputs, StepOutcome("pass", report("pass"))) == ""
 
 
@@ -360,11 +362,10 @@ def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
         **environ, "GITHUB_EVENT_NAME": "pull_request", "GITHUB_EVENT_PATH": str(event), "HF_TOKEN": token,
         "GITHUB_REPOSITORY": "acme/adapters",
     }  # fmt: skip
-    words = ["--config=gate.yml", "--output=out", "--comment=true", "--upload-sarif=true"]
-    inputs = read_inputs([*words, "--fail-on-not-judged=false"], given)
+    inputs = read_inputs(asked(given, output="out", comment="true", upload_sarif="true", fail_on_not_judged="false"))
     inputs.run.output.mkdir()
     result = StepOutcome(verdict, report(verdict))
-    assert action._publish(inputs, result, action._RunMessages(), given) == 0
+    assert action._publish(inputs, result, action._Messages(list), given) == 0
     warnings = annotations("warning", capsys.readouterr().out)
     assert bool(warnings) is explains
     summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
@@ -380,14 +381,14 @@ def test_only_a_configuration_is_annotated_at_its_lines(
 ) -> None:
     model = Path(environ["GITHUB_WORKSPACE"], "merged")
     model.mkdir()
-    for words, place in (
-        (["--config=gate.yml"], "file=gate.yml,line=1,col=1,title"),
-        (["--verify=merged", "--adapters=acme/lora"], "title"),
-        (["--adapters=acme/lora"], "title"),
+    for given, place in (
+        ({}, "file=gate.yml,line=1,col=1,title"),
+        ({"config": "", "verify": "merged", "adapters": "acme/lora"}, "title"),
+        ({"config": "", "adapters": "acme/lora"}, "title"),
     ):
-        inputs = read_inputs([*words, "--output=out"], environ)
+        inputs = read_inputs(asked(environ, output="out", **given))
         inputs.run.output.mkdir(exist_ok=True)
-        action._publish(inputs, StepOutcome("fail", report("fail")), action._RunMessages(), environ)
+        action._publish(inputs, StepOutcome("fail", report("fail")), action._Messages(list), environ)
         assert f"::error {place}=a failed" in capsys.readouterr().out
 
 
@@ -397,9 +398,9 @@ def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], caps
         {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
     ]
     for fail_on, expected in (("warning", "failure"), ("failed", "success")):
-        inputs = read_inputs(["--config=gate.yml", "--output=out", f"--fail-on={fail_on}"], environ)
+        inputs = read_inputs(asked(environ, output="out", fail_on=fail_on))
         inputs.run.output.mkdir(exist_ok=True)
-        action._publish(inputs, StepOutcome("pass", found), action._RunMessages(), environ)
+        action._publish(inputs, StepOutcome("pass", found), action._Messages(list), environ)
         log = capsys.readouterr().out
         assert ("::warning file=gate.yml,line=1,col=1,title=a passed%3A headroom::m" in log) is (fail_on == "warning")
         assert outputs(environ)["conclusion"] == expected
@@ -408,11 +409,11 @@ def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], caps
 
 @pytest.mark.parametrize(("problem", "passed"), [("", '["a"]'), ("the report was tampered with", "[]")])
 def test_without_a_verdict_nothing_has_passed(environ: dict[str, str], problem: str, passed: str) -> None:
-    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    inputs = read_inputs(asked(environ, output="out"))
     inputs.run.output.mkdir()
     (inputs.run.output / "summary.md").write_text("all is well", encoding="utf-8")
     result = StepOutcome("error" if problem else "pass", report("pass"), problem)
-    assert action._publish(inputs, result, action._RunMessages(), environ) == 0
+    assert action._publish(inputs, result, action._Messages(list), environ) == 0
     said = outputs(environ)
     assert (said["passed"], bool(said["summary"])) == (passed, not problem)
 
@@ -420,10 +421,10 @@ def test_without_a_verdict_nothing_has_passed(environ: dict[str, str], problem: 
 def test_a_server_without_artifacts_keeps_the_report(
     environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    inputs = read_inputs(asked(environ, output="out"))
     inputs.run.output.mkdir()
     on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
-    assert action._publish(inputs, StepOutcome("pass", report("pass")), action._RunMessages(), on_premises) == 0
+    assert action._publish(inputs, StepOutcome("pass", report("pass")), action._Messages(list), on_premises) == 0
     assert outputs(environ)["upload"] == "false"
     assert outputs(environ)["report-path"] == str(inputs.run.output)
     (warning,) = annotations("warning", capsys.readouterr().out)
@@ -454,9 +455,3 @@ def test_a_cancelled_job_gets_its_outputs_and_a_true_report(environ: dict[str, s
     left = json.loads(Path(said["report-path"], "report.json").read_text())
     assert left["complete"] is False
     assert left["counts"]["failed"] == 0
-
-
-def test_every_input_becomes_a_word() -> None:
-    environ = {f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}": f"of {name}" for name in entrypoint.INPUTS}
-    assert entrypoint.words(environ) == [f"--{name}=of {name}" for name in entrypoint.INPUTS]
-    assert "hf" not in entrypoint.words({"MERGE_GATE_INPUT_HF_TOKEN": "hf"})

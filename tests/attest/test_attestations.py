@@ -15,10 +15,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from merge_gate.attest import statement
-from merge_gate.attest.attested import statements_of
-from merge_gate.attest.checked import attestation_problems
 from merge_gate.attest.envelope import opened, read_key, signed
-from merge_gate.attest.statement import InvalidStatementError
+from merge_gate.attest.statement import InvalidStatementError, statements_of
 from merge_gate.cli.dispatch import main
 from merge_gate.earlier_reports import mark_stale
 from merge_gate.errors import UsageError
@@ -26,6 +24,7 @@ from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
+from merge_gate.verify.attestation import Attestation, attestation_problems
 from tests.support import published, reports
 from tests.support.tried import tried
 
@@ -66,7 +65,8 @@ def envelope_of(model: Path, key: Any = SIGNER, now: datetime = NOW) -> bytes:
 
 
 def problems(envelope: bytes, model: Path, key: Any = SIGNER, **more: Any) -> tuple[str, ...]:
-    return attestation_problems(envelope, public(key), model, **({"now": NOW} | more))
+    attestation = Attestation(envelope=envelope, public_key=public(key), max_age_days=more.pop("max_age_days", None))
+    return attestation_problems(attestation, model, **({"now": NOW} | more))
 
 
 @pytest.mark.attempt("T00", "attest and verify with ed25519, P-256, P-384, and P-521 (control)", "accepted")
@@ -417,7 +417,7 @@ def test_keys_of_other_kinds_are_refused(model: Path) -> None:
             signed(b"{}", key)
     for key in (b"", b"no key", public(weak), public(curve), private(SIGNER)):
         with pytest.raises(UsageError):
-            attestation_problems(envelope, key, model, now=NOW)
+            attestation_problems(Attestation(envelope=envelope, public_key=key), model, now=NOW)
 
 
 @pytest.mark.attempt("T01b", "a private key with a password", "exit 2")
@@ -445,7 +445,7 @@ def test_the_command_prints_a_signed_line_for_each_statement(
     (tmp_path / "key.pem").write_bytes(private(SIGNER))
     assert main(["attest", str(model), "--key", str(tmp_path / "key.pem")]) == 0
     (line,) = capfdbinary.readouterr().out.splitlines()
-    assert attestation_problems(line, public(SIGNER), model) == ()
+    assert attestation_problems(Attestation(envelope=line, public_key=public(SIGNER)), model) == ()
     assert main(["attest", str(model)]) == 0
     assert json.loads(capfdbinary.readouterr().out)["predicate"]["published"] is True
     assert main(["attest", str(model), "--only", "x"]) == 2

@@ -19,11 +19,11 @@ import yaml
 
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.config.init_file import first_config
-from merge_gate.config.load_config import config_schema, load_config
+from merge_gate.config.load_config import load_config
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.files.preflight import base_of
 from tests.support.config.baselines import DIGEST, ENTRY, GOOD
-from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, SCHEMA_FILE, WRONG
+from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, WRONG
 from tests.support.config.invalid import ENTRY as ONE
 from tests.support.wording import Wording
 
@@ -387,10 +387,11 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, wordi
 
 def test_a_fresh_import_makes_the_same_models(monkeypatch: pytest.MonkeyPatch, laid: Path) -> None:
     """What is made when the modules are imported does not depend on what was imported, or asked, before."""
-    for name in [name for name in sys.modules if name.startswith("merge_gate.config")]:
+    for name in [name for name in sys.modules if name.startswith(("merge_gate.config", "tests.support.schemas"))]:
         monkeypatch.delitem(sys.modules, name)
     fresh = importlib.import_module("merge_gate.config.load_config")
-    assert fresh.config_schema is not config_schema
-    assert fresh.config_schema() == json.loads(SCHEMA_FILE.read_text())
+    assert fresh.load_config is not load_config
+    schemas = importlib.import_module("tests.support.schemas")
+    assert schemas.config_schema() == json.loads((schemas.SCHEMAS / "config.schema.json").read_text())
     monkeypatch.setattr("tests.config.test_messages.load_config", fresh.load_config)
     hold(told(laid))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import jsonschema
 import pytest
 
-from merge_gate.report.formats.schema import report_schema
 from tests.support.e2e.act import TAG, make_repository, run_act
+from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from pathlib import Path

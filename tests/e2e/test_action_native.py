@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from merge_gate.report.formats.schema import report_schema
 from tests.support.e2e.act import ActRun, make_repository, run_act
+from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,9 +28,9 @@ from merge_gate.action.docker import docker_api
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.errors import LauncherError
-from merge_gate.report.formats.schema import report_schema
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.e2e.engines import PATIENCE_S, as_user, described, serving
+from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

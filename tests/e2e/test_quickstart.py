@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from merge_gate.report.formats.schema import report_schema
 from tests.support.e2e.act import make_repository, run_act
 from tests.support.e2e.limits import can_limit_memory, memory_limit, small_disk
 from tests.support.hub import LoopbackHub
+from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

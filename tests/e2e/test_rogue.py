@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.action.docker.container import ContainerRun
-from merge_gate.action.docker.launcher import RunListener, run_in_container
+from merge_gate.action.docker.launcher import run_in_container
 from tests.support.e2e.act import make_repository, run_act
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ def test_what_stands_in_place_of_a_file_is_refused(
 ) -> None:
     run.config.write_text(f"{kind} {name} {secret}", encoding="utf-8")
     refused: list[str] = []
-    told = RunListener(image=lambda _name: None, warning=refused.append, refused=refused.append)
     before = time.monotonic()
-    assert run_in_container(run, print, told) == 0
+    assert run_in_container(run, print, lambda kind, text: None if kind == "image" else refused.append(text)) == 0
     assert time.monotonic() - before < 60
     (sentence,) = refused
     assert sentence.startswith(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig
 
+from merge_gate.files.adapter_config import MOST_PATTERN_CHARACTERS, pattern_problem, patterns_of
 from merge_gate.files.preflight import base_of, preflight
 from merge_gate.records.files import AdapterConfig, AdapterFiles, Pattern
 from tests.support.files.adapter_files import CONFIG, CONFIG_NAME, SHAPES, WEIGHTS_NAME, look, make, weights
@@ -195,3 +197,63 @@ def test_what_is_recorded_is_what_peft_reads(config: dict[str, Any], place: Path
             continue
         said_otherwise = theirs in {"peft_version", "init_lora_weights"}  # PEFT's own version; a flag
         assert got == expected if got else not expected or said_otherwise, theirs
+
+
+# --- regular expressions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"target_modules": ".*q|v"}, [("target_modules", ".*q|v", ".*q|v")]),
+        ({"exclude_modules": "(a)"}, [("exclude_modules", "(a)", "(a)")]),
+        ({"feedforward_modules": "a*"}, [("feedforward_modules", "a*", "a*")]),
+        ({"target_modules": [".*q"]}, []),  # in a list they are plain names
+        ({"modules_to_save": ".*q"}, []),
+        ({"layers_pattern": "h+"}, [("layers_pattern", "h+", r"(?:^|.*?\.)h+\.(?P<idx>\d+)\.")]),
+        ({"layers_pattern": ["h", 3, "b*"]}, [("layers_pattern", "b*", r"(?:^|.*?\.)b*\.(?P<idx>\d+)\.")]),
+        ({"layers_pattern": 7}, []),
+        ({"rank_pattern": {"^a.*": 4, "q": 8}}, [("a key of rank_pattern", "^a.*", r"(.*\.)?(^a.*)$")]),
+        ({"alpha_pattern": {"a|b": 4}}, [("a key of alpha_pattern", "a|b", r"(.*\.)?(a|b)$")]),
+        ({"alpha_pattern": ["a|b"]}, []),
+        ({"target_modules": "model.layers_1.q-proj"}, []),  # a name, and a valid expression that ends at once
+        ({"rank_pattern": {r"^model\.q$": 1}}, []),
+        ({"rank_pattern": {"a+": 1}, "target_modules": "b+"}, ["a+", "b+"]),
+    ],
+)
+def test_expressions_are_found_where_peft_reads_them(config: dict[str, Any], found: list[Any]) -> None:
+    got = list(patterns_of(config))
+    if found and isinstance(found[0], str):
+        assert [pattern.text for pattern in got] == found
+    else:
+        assert [(pattern.place, pattern.text, pattern.expression) for pattern in got] == found
+
+
+def pattern(text: str) -> Pattern:
+    return Pattern(place="target_modules", text=text, expression=text)
+
+
+@pytest.mark.parametrize("text", ["a", "(a+)+", "[[a]", "a" * MOST_PATTERN_CHARACTERS])
+def test_a_valid_expression_is_no_problem_and_no_warning(text: str) -> None:
+    """`[[` warns of sets to come, which is nobody's concern here."""
+    re.purge()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert pattern_problem(pattern(text)) is None
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("(", "missing ), unterminated subpattern at position 0"),
+        ("a{99999999999}", "the repetition number is too large"),
+        ("a" * (MOST_PATTERN_CHARACTERS + 1), "it has 100,001 characters, expected at most 100,000"),
+    ],
+)
+def test_an_expression_that_is_not_taken_says_why(text: str, why: str) -> None:
+    assert pattern_problem(pattern(text)) == why
+
+
+def test_nesting_without_end_is_a_problem_and_no_crash() -> None:
+    assert pattern_problem(pattern("(" * 20_000 + ")" * 20_000))

@@ -176,11 +176,10 @@ def test_ghosts_and_unlisted_tensors_are_notes(tmp_path: Path) -> None:
     assert SECOND[0] in unlisted.message
 
 
-def test_a_second_set_is_a_note_and_its_tensors_are_known(tmp_path: Path) -> None:
+def test_a_second_set_is_a_note(tmp_path: Path) -> None:
     half = {INDEX: index(x__safetensors=list(PLAIN)), "x.safetensors": safetensors(PLAIN), MODEL: HALVES[0]}
     base = read(tmp_path, half)
     assert base.weights == (MODEL,)
-    assert {tensor.name for tensor in base.aside} == set(PLAIN)
     assert INDEX in base.notes[0].message
     assert "x.safetensors" in base.notes[0].message
 

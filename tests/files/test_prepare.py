@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.config.load_config import load_config
-from merge_gate.files import prepare
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
+from merge_gate.files import resolve
+from merge_gate.files.resolve import Fetching, Inputs
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def test_a_base_that_the_adapter_names_is_next_to_a_linked_config(
 
 def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
-    read, find = prepare.preflight, prepare.resolve.resolve_base
+    read, find = resolve.preflight, resolve.resolve_base
 
     def reading(directory: str, **options: Any) -> Any:
         looked.append(directory)
@@ -94,8 +93,8 @@ def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         looked.append(model)
         return find(model, *words, **options)
 
-    monkeypatch.setattr(prepare, "preflight", reading)
-    monkeypatch.setattr(prepare.resolve, "resolve_base", finding)
+    monkeypatch.setattr(resolve, "preflight", reading)
+    monkeypatch.setattr(resolve, "resolve_base", finding)
     members = {"adapters": ["one", "two"], "weights": [0.5, 0.5], "method": "linear"}
     found = prepared(place, "./one", "./two", {"name": "sum", "combine": members})
     assert [one.directory for one in found["sum"].members] == [str(place / "one"), str(place / "two")]
@@ -115,14 +114,14 @@ def test_a_file_that_cannot_be_read_costs_its_adapter_and_what_that_is_part_of(p
 
 
 def test_an_accident_in_reading_costs_that_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = prepare.preflight
+    read = resolve.preflight
 
     def failing(directory: str, **options: Any) -> Any:
         if directory.endswith("two"):
             raise RecursionError("too deep for anybody")
         return read(directory, **options)
 
-    monkeypatch.setattr(prepare, "preflight", failing)
+    monkeypatch.setattr(resolve, "preflight", failing)
     found = prepared(place, "./one", "./two")
     assert found["one"].problem is None
     assert "RecursionError: too deep for anybody" in why(found["two"])
@@ -153,7 +152,7 @@ def test_a_base_of_the_config_is_not_blamed_on_the_adapter(place: Path) -> None:
 
 
 def test_an_accident_in_looking_up_a_base_costs_what_names_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = prepare.resolve.resolve_base
+    find = resolve.resolve_base
 
     def failing(model: str, *words: Any, **options: Any) -> Any:
         if model == "acme/odd":
@@ -161,7 +160,7 @@ def test_an_accident_in_looking_up_a_base_costs_what_names_it(place: Path, monke
         return find(model, *words, **options)
 
     lay_adapter(place / "odd", base_model_name_or_path="acme/odd")
-    monkeypatch.setattr(prepare.resolve, "resolve_base", failing)
+    monkeypatch.setattr(resolve, "resolve_base", failing)
     found = prepared(place, "./odd", "./one")
     assert "'acme/odd'" in why(found["odd"])
     assert found["one"].problem is None
@@ -193,6 +192,6 @@ def test_headers_that_arrive_in_time_are_read(place: Path) -> None:
 
 def test_a_base_whose_mount_does_not_answer_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = threading.Event()
-    monkeypatch.setattr(prepare.resolve.base_files, "read_base", lambda *_, **__: ends.wait(60))
+    monkeypatch.setattr(resolve.base_files, "read_base", lambda *_, **__: ends.wait(60))
     assert "0.1 s" in why(limited(place, 0.1))
     ends.set()

@@ -21,8 +21,7 @@ import huggingface_hub
 import pytest
 
 from merge_gate.errors import ResolveError
-from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, Repository
-from merge_gate.files.hub_errors import translate
+from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, Repository, translate
 from merge_gate.files.resolve import (
     Fetching,
     base_setting_files,

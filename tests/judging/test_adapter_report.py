@@ -84,9 +84,7 @@ def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
     """Neither one that is not in the table, nor one whose row says nothing of loading."""
     cursed = entry("file-cursed", severity)
     assert adapter_report.blocked_report(cursed) is not None
-    row = Check(
-        id="file-cursed", severity=Severity.ERROR, origin=Origin.FILE, summary="It is cursed.", symptom=Symptom.BAD_FILE
-    )
+    row = Check("file-cursed", Severity.ERROR, Origin.FILE, Symptom.BAD_FILE, blame=1, page="It is cursed.")
     for module in ("adapter_report", "all_checks"):
         monkeypatch.setattr(f"merge_gate.judging.{module}.CHECKS", {**CHECKS, row.id: row})
     assert adapter_report.blocked_report(cursed) is not None

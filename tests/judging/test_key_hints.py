@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from merge_gate.files.adapter_config import recorded
-from merge_gate.judging.key_hints import (
-    missing_words,
-    names_of_another_kind,
-    of_another_model,
-    saved_twice,
-    wrapped_twice,
-)
+from merge_gate.judging.key_hints import names_of_another_kind, of_another_model, wrapped_twice
 from merge_gate.records.files import StoredTensor
-from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
 from tests.support.wording import Wording
-
-
-@pytest.mark.parametrize(
-    ("config", "missing", "follows", "hint"),
-    [
-        (LORA_0_12, ("base_model.model.q_proj.lora_A.weight",), "initialized", "unwrap"),
-        (LORA_0_12, BIASES, "biases", "0.21"),
-        (LORA_0_12 | {"bias": "all"}, BIASES, "biases", "save_pretrained"),
-        (LORA_0_9 | {"peft_version": "0.21.2"}, BIASES, "biases", "save_pretrained"),
-        (OLD | {"bias": "all"}, BIASES, "base_layer", "q_proj.base_layer.bias"),
-    ],
-)
-def test_missing(config: dict[str, Any], missing: tuple[str, ...], follows: str, hint: str) -> None:
-    got_follows, got_hint = missing_words(recorded(config), missing)
-    assert follows in got_follows
-    assert hint in got_hint
-
-
-def test_biases_that_were_never_trained_are_not_missed() -> None:
-    assert missing_words(recorded(LORA_0_9), BIASES) == ("", "")
-    assert missing_words(recorded(LORA_0_9), (*BIASES, "base_model.model.q_proj.lora_A.weight")) != ("", "")
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])
@@ -72,11 +41,6 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
 def test_names_that_no_peft_model_has(names: list[str], hint: str | None) -> None:
     said = names_of_another_kind(tuple(StoredTensor(name=name, dtype="F32", shape=(2, 2)) for name in names))
     assert (hint in said) if hint else not said
-
-
-def test_copies_that_differ() -> None:
-    assert "modules_to_save" in saved_twice(["base_model.model.lm_head.modules_to_save.weight"])
-    assert not saved_twice(["base_model.model.lm_head.weight"])
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 
 from merge_gate.files.adapter_config import recorded
-from merge_gate.judging.peft_releases import NEWEST, Span, changes, written_by
-from merge_gate.records.files import StoredTensor
+from merge_gate.judging.peft_releases import NEWEST, Span, written_by
 from tests.support.judging.releases import (
     ALWAYS,
-    CONVOLUTION,
-    DORA,
-    EMBEDDING,
-    LINEAR,
-    LOKR,
     LORA_0_9,
-    LORA_0_14,
 )
 from tests.support.wording import Wording
 
@@ -39,39 +32,6 @@ from tests.support.wording import Wording
 )
 def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None:
     assert written_by(recorded(config)) == expected
-
-
-@pytest.mark.parametrize(
-    ("config", "tensors", "expected"),
-    [
-        (LOKR, (), ["lokr-scale"]),
-        (LOKR | {"alpha": 2}, (), []),
-        (LOKR | {"exclude_modules": None}, (), []),
-        (LOKR | {"peft_version": "0.21.2"}, (), []),
-        (LORA_0_14, (), ["lora-bias-scale"]),
-        (LORA_0_14 | {"lora_bias": False}, (), []),
-        (DORA, EMBEDDING, ["dora-embedding"]),
-        (DORA, (), []),
-        (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}, (), ["oft-series"]),
-        (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": False}, (), []),
-        (ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"}, (), ["old-initialization"]),
-        (LORA_0_14 | {"init_lora_weights": "pissa", "lora_bias": False}, (), []),
-        (ALWAYS | {"peft_type": "LORA", "peft_version": "0.6.0"}, CONVOLUTION, []),
-        (ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, CONVOLUTION, ["lora-convolution"]),
-        (ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, LINEAR, []),
-    ],
-)
-def test_what_changed_is_known_by_the_config(
-    config: dict[str, Any], tensors: tuple[StoredTensor, ...], expected: list[str]
-) -> None:
-    found = changes(recorded(config), tensors)
-    assert [change.name for change, _, _ in found] == expected
-
-
-def test_a_change_names_its_factor_and_its_releases() -> None:
-    ((_, words, span),) = changes(recorded(LOKR), ())
-    assert "2" in words.split()
-    assert str(span) == str(Span(oldest=0, newest=13))
 
 
 @pytest.mark.parametrize(
@@ -107,47 +67,3 @@ def test_each_release_is_known_by_the_keys_that_it_brought(release: int) -> None
 def test_a_key_of_one_type_says_nothing_of_another() -> None:
     config = ALWAYS | {"peft_type": "LOKR", "use_dora": False, "exclude_modules": None, "peft_version": None}
     assert written_by(recorded(config)) == Span(oldest=18, newest=NEWEST)
-
-
-@pytest.mark.parametrize(
-    ("changed", "times"),
-    [
-        ({"r": 4, "alpha": 6}, "1.5"),
-        ({"r": 4, "alpha": 8, "use_rslora": True}, "4"),
-        ({"r": 9, "alpha": 6, "use_rslora": True}, "2"),
-        ({"r": 4, "alpha": 4}, None),
-        ({"r": 4, "alpha": 2, "use_rslora": True}, None),
-        ({"r": 0, "alpha": 4}, None),
-        ({"r": 1, "alpha": 4}, "4"),
-        ({"r": 4, "alpha": None}, None),
-        ({"r": None, "alpha": 4}, None),
-    ],
-)
-def test_the_factor_of_a_change(changed: dict[str, Any], times: str | None) -> None:
-    found = [words for _, words, _ in changes(recorded(LOKR | changed), ())]
-    assert len(found) == bool(times)
-    assert all(times in words.split() for words in found)
-
-
-@pytest.mark.parametrize(
-    ("version", "concerned"), [("0.5.0", False), ("0.6.0", True), ("0.13.2", True), ("0.14.0", False)]
-)
-def test_the_first_and_the_last_release_concerned(version: str, concerned: bool) -> None:
-    assert bool(changes(recorded(LOKR | {"peft_version": version}), ())) == concerned
-
-
-@pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_4", "olora"])
-def test_initialisations_of_later_releases(scheme: str) -> None:
-    config = ALWAYS | {"peft_type": "LORA", "init_lora_weights": scheme}
-    assert [change.name for change, _, _ in changes(recorded(config), ())] == ["old-initialization"]
-    assert not changes(recorded(config | {"init_lora_weights": f"x{scheme}"}), ())
-    assert not changes(recorded(config | {"init_lora_weights": "gaussian"}), ())
-
-
-def test_all_changes_that_concern_a_config_are_listed() -> None:
-    config = LORA_0_14 | {"use_dora": True}
-    assert [change.name for change, _, _ in changes(recorded(config), EMBEDDING)] == [
-        "lora-bias-scale",
-        "dora-embedding",
-    ]
-    assert not changes(recorded(config | {"peft_type": "LOHA"}), EMBEDDING)

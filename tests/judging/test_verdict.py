@@ -17,7 +17,7 @@ from merge_gate.records.measured import Evidence, FileTensor, TensorMerge, Tenso
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
-from tests.support.judging.cases import REFUSALS, base, files, spec
+from tests.support.judging.cases import base, files, reason, spec
 from tests.support.properties import examples
 from tests.support.reports import FAILED, PASSED
 from tests.support.wording import Wording
@@ -194,7 +194,13 @@ check_settings = st.lists(
     unique_by=lambda one: one.check,
 ).map(tuple)
 refusals = st.sampled_from(
-    [NotJudged(message="m"), *(fact for check, fact in REFUSALS.items() if not CHECKS[check].is_of_base)]
+    [
+        NotJudged(message="m"),
+        reason("pattern_refused", pattern=None, names=9, seconds=1.0),
+        reason("shape_clash", name="lora_B", got=(2,), expected=(3,)),
+        reason("targets_not_found", targets=("query",), of_base=("q_proj",)),
+        reason("other_forward", module="m", class_name="Odd", share=0.5),
+    ]
 )
 evidences = st.builds(
     Evidence,

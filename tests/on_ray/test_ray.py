@@ -130,7 +130,7 @@ def test_models_are_published_and_verdicts_are_cached(fleet: Path) -> None:
         "by-ray/plain-0",
         "by-ray/rslora-1",
     }
-    merge_gate("run", "fleet.yml", *only, "--output", "again", "--cache", "cache", "--ray", cwd=fleet)
+    merge_gate("run", "fleet.yml", *only, "--output", "again", "--cache", "cache", "--device", "cpu", cwd=fleet)
     assert {one.name for one in stored(fleet / "again").adapters if one.cached} == {"plain-0", "rslora-1"}
 
 

@@ -15,8 +15,7 @@ import pytest
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish import companions
-from merge_gate.publish.companion_files import companion_identities
-from merge_gate.publish.companions import Companions, companions_of
+from merge_gate.publish.companions import companion_identities, companions_of, read_inputs
 from merge_gate.records.files import BaseFiles, DeclaredQuantization, Snapshot, StoredTensor
 from merge_gate.records.terms import PRESERVE, Severity
 from tests.support import published, reports
@@ -25,8 +24,11 @@ from tests.support.vocabularies import vocabulary_files
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from merge_gate.publish.facts import PublicationFacts
+    from merge_gate.publish.companions import Chosen, Identities
+    from merge_gate.publish.manifest import PublicationFacts
+    from merge_gate.records.terms import Finding
 
+    Companions = tuple[Chosen, list[Finding]]
     Shapes = Mapping[str, tuple[int, ...]]
 
 SHAPES = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
@@ -69,6 +71,12 @@ def facts(
     )
 
 
+def chosen_from(
+    base: str, adapters: tuple[str, ...], model: PublicationFacts, seen: Identities | None = None
+) -> Companions:
+    return companions_of(base, read_inputs(base, adapters, model, seen or {}), model)
+
+
 def chosen(
     tmp_path: Path,
     base: Mapping[str, bytes],
@@ -81,15 +89,15 @@ def chosen(
         made(tmp_path, f"adapter{n}", {"adapter_config.json": b"{}"} | dict(a))
         for n, a in enumerate([adapter or {}, *more])
     ]
-    return companions_of(base_directory, tuple(adapters), facts(**model))
+    return chosen_from(base_directory, tuple(adapters), facts(**model))
 
 
-def contents(companions: Companions) -> dict[str, tuple[str, bytes]]:
-    return {file.name: (file.origin, file.data) for file in companions.files}
+def contents(companions: Companions) -> Chosen:
+    return companions[0]
 
 
 def checks(companions: Companions) -> list[tuple[str, Severity]]:
-    return [(finding.check, finding.severity) for finding in companions.findings]
+    return [(finding.check, finding.severity) for finding in companions[1]]
 
 
 # --- which files -----------------------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def test_files_are_copied_and_others_are_noted(tmp_path: Path) -> None:
         "LICENSE": ("base", b"free"),
         **{name: ("base", data) for name, data in TOKENIZER.items()},
     }
-    notes = [finding.message for finding in found.findings]
+    notes = [finding.message for finding in found[1]]
     assert checks(found) == [("published-files", Severity.NOTE)] * 2
     assert "modeling_x.py" in notes[0]
     assert "original/" in notes[0]
@@ -150,7 +158,7 @@ def test_files_are_copied_and_others_are_noted(tmp_path: Path) -> None:
 @pytest.mark.attempt("M7", "publish a model of sentence-transformers", "a note says what to copy")
 def test_the_pooling_of_sentence_transformers_is_to_be_copied(tmp_path: Path) -> None:
     found = chosen(tmp_path, {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}, {"training_args.bin": b"x"})
-    of_base, of_adapter = found.findings
+    of_base, of_adapter = found[1]
     assert "modules.json" in of_base.hint
     assert "1_Pooling" in of_base.hint
     assert of_adapter.hint
@@ -192,18 +200,18 @@ def test_a_link_leads_to_the_directory_or_the_hubs_cache_and_no_further(tmp_path
     adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}"})
     model = facts()
     Path(base, "LICENSE").symlink_to("NOTICE")
-    assert contents(companions_of(base, (adapter,), model))["LICENSE"] == ("base", b"x")
+    assert contents(chosen_from(base, (adapter,), model))["LICENSE"] == ("base", b"x")
     made(tmp_path, "adapter/.git", {"config": b"secret"})
     for target in (str(secret), ".git/config", "adapter_config.json"):
         Path(adapter, "NOTICE").symlink_to(target)
         with pytest.raises(NotPublishedError, match="link"):
-            companions_of(base, (adapter,), model)
+            chosen_from(base, (adapter,), model)
         Path(adapter, "NOTICE").unlink()
     cached = tmp_path / "hub" / "models--a--b"
     made(cached, "snapshots/0123", {"adapter_config.json": b"{}"})
     made(cached, "blobs", {"aa": b"{}"})
     (cached / "snapshots/0123/generation_config.json").symlink_to("../../blobs/aa")
-    files = contents(companions_of(base, (str(cached / "snapshots/0123"),), model))
+    files = contents(chosen_from(base, (str(cached / "snapshots/0123"),), model))
     assert files["generation_config.json"] == ("adapter", b"{}")
 
 
@@ -226,7 +234,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b""})
     os.mkfifo(f"{base}/LICENSE")
     with pytest.raises(NotPublishedError):
-        companions_of(base, (made(tmp_path, "adapter", {"x": b""}),), facts())
+        chosen_from(base, (made(tmp_path, "adapter", {"x": b""}),), facts())
 
 
 @pytest.mark.attempt("P16", "auto_map, nested and in the tokenizer", "removed")
@@ -361,7 +369,7 @@ def test_the_id_of_the_stop_token_is_found_in_each_form(tmp_path: Path) -> None:
         } | form
         found = chosen(tmp_path / str(number), {name: json.dumps(value).encode() for name, value in files.items()})
         assert checks(found) == [("stop-tokens", Severity.WARNING)], form
-        assert "7" in found.findings[0].message
+        assert "7" in found[1][0].message
 
 
 def test_an_adapter_that_drops_stop_tokens_is_warned_of(tmp_path: Path) -> None:
@@ -385,10 +393,9 @@ def test_a_base_that_is_quantized_while_it_is_loaded_is_stored_plain(tmp_path: P
     quantized = reports.adapter(base=replace(reports.BASE, quantization="bnb-4bit"))
     cast = published.facts(quantized, dtype="bfloat16", base_tensors=(plain,), tensors=(plain,))
     seen = {base: companion_identities(base)}
-    names = [file.name for file in companions_of(base, (adapter,), cast, seen).files]
-    assert names == ["config.json"]
+    assert [*contents(chosen_from(base, (adapter,), cast, seen))] == ["config.json"]
     with pytest.raises(NotPublishedError, match=r"score\.weight"):
-        companions_of(base, (adapter,), replace(cast, tensors=(plain, head)), seen)
+        chosen_from(base, (adapter,), replace(cast, tensors=(plain, head)), seen)
 
 
 # --- the same files as when the run began ----------------------------------------------------------------------------
@@ -410,12 +417,12 @@ def test_a_file_that_changed_during_the_run_is_not_published(tmp_path: Path, swa
     adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}", **TOKENIZER})
     seen = {one: companion_identities(one) for one in (base, adapter)}
     model = facts()
-    assert companions_of(base, (adapter,), model, seen).files
+    assert chosen_from(base, (adapter,), model, seen)[0]
     (tmp_path / owner / "a-log.txt").touch()  # no such file is published
-    assert companions_of(base, (adapter,), model, seen).files
+    assert chosen_from(base, (adapter,), model, seen)[0]
     SWAPS[swap](tmp_path / owner / "tokenizer_config.json")
     with pytest.raises(NotPublishedError):
-        companions_of(base, (adapter,), model, seen)
+        chosen_from(base, (adapter,), model, seen)
 
 
 def test_a_directory_that_cannot_be_listed_has_no_identities(tmp_path: Path) -> None:
@@ -429,7 +436,7 @@ def test_a_file_that_is_too_large_is_not_left_out(tmp_path: Path) -> None:
     base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, "generation_config.json": b"{}"})
     os.truncate(Path(base, "generation_config.json"), 257 * 1024 * 1024)
     with pytest.raises(NotPublishedError):
-        companions_of(base, (), facts())
+        chosen_from(base, (), facts())
 
 
 @pytest.mark.attempt(
@@ -452,8 +459,8 @@ def test_json_that_is_nested_deeply_is_refused(tmp_path: Path, name: str, monkey
     deep = b'{"vocab_size": 32, "x": ' + b'{"x":' * 200 + b"1" + b"}" * 200 + b"}"
     base = made(tmp_path, "base", {"model.safetensors": b"", "config.json": CONFIG, **TOKENIZER, name: deep})
     with pytest.raises(NotPublishedError):
-        companions_of(base, (base,), facts())
+        chosen_from(base, (base,), facts())
     monkeypatch.undo()
     Path(base, name).write_bytes(b'{"x":' * 100_000 + b"1" + b"}" * 100_000)
     with pytest.raises(NotPublishedError):
-        companions_of(base, (base,), facts())
+        chosen_from(base, (base,), facts())

@@ -16,12 +16,11 @@ from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     Difference,
     differences,
-    manifest_of,
+    model_card,
     parse_manifest,
     read_manifest,
     render,
 )
-from merge_gate.publish.model_card import model_card
 from merge_gate.records.config import Combine
 from merge_gate.records.publication import CARD_NAME
 from tests.support import published, reports
@@ -32,12 +31,12 @@ if TYPE_CHECKING:
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     adapter = reports.adapter(findings=(reports.ROUNDING,), revision="abc")
-    written = published.publish(tmp_path, adapter=adapter, shard_limit_bytes=5_000_000_000)
+    written = published.publish(tmp_path, adapter=adapter, max_shard_bytes=5_000_000_000)
     assert read_manifest(tmp_path) == read_manifest(tmp_path / MANIFEST_NAME) == written
     assert written.warnings == ("rounding-loss",)
     assert written.adapters[0].revision == "abc"
     assert [file.path for file in written.files] == sorted((*published.FILES, CARD_NAME))
-    assert differences(tmp_path, written) == ()
+    assert differences(tmp_path, written) == {}
 
 
 def test_a_manifest_has_no_time_and_no_machine(tmp_path: Path) -> None:
@@ -48,7 +47,7 @@ def test_a_manifest_has_no_time_and_no_machine(tmp_path: Path) -> None:
 
 def test_a_combination_lists_its_members() -> None:
     combine = Combine(method="ties", adapters=("one", "two"), weights=(0.5, 1.0), density=0.5)
-    manifest = manifest_of(published.facts(combine=combine))
+    manifest = published.manifest(published.facts(combine=combine))
     assert [adapter.name for adapter in manifest.adapters] == ["one", "two"]
     assert manifest.combination is not None
     assert manifest.combination.weights == (0.5, 1.0)
@@ -62,7 +61,7 @@ def test_every_difference_has_its_kind(tmp_path: Path) -> None:
     elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
     (tmp_path / "model.safetensors").rename(elsewhere)
     (tmp_path / "model.safetensors").symlink_to(elsewhere)
-    assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [
+    assert [*differences(tmp_path, manifest).items()] == [
         ("additional_chat_templates", Difference.ADDED),  # the folder is empty now
         ("additional_chat_templates/x.jinja", Difference.MISSING),
         ("config.json", Difference.CHANGED),
@@ -88,33 +87,31 @@ def test_an_edited_manifest_is_a_difference(tmp_path: Path, old: bytes, new: byt
     place = tmp_path / MANIFEST_NAME
     assert old in place.read_bytes()
     place.write_bytes(place.read_bytes().replace(old, new, 1))
-    assert [(one.path, one.kind) for one in differences(tmp_path, read_manifest(tmp_path))] == [
-        (MANIFEST_NAME, Difference.NOT_ON_CARD)
-    ]
+    assert [*differences(tmp_path, read_manifest(tmp_path)).items()] == [(MANIFEST_NAME, Difference.NOT_ON_CARD)]
 
 
 def test_a_card_that_is_gone_cannot_vouch_for_the_manifest(tmp_path: Path) -> None:
     manifest = published.publish(tmp_path)
     (tmp_path / CARD_NAME).unlink()
-    assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [(CARD_NAME, Difference.MISSING)]
+    assert [*differences(tmp_path, manifest).items()] == [(CARD_NAME, Difference.MISSING)]
     without = replace(manifest, files=tuple(file for file in manifest.files if file.path != CARD_NAME))
     (tmp_path / MANIFEST_NAME).write_bytes(render(without))
-    assert [(one.path, one.kind) for one in differences(tmp_path, without)] == [(MANIFEST_NAME, Difference.NOT_ON_CARD)]
+    assert [*differences(tmp_path, without).items()] == [(MANIFEST_NAME, Difference.NOT_ON_CARD)]
 
 
 def test_weights_may_be_compared_by_their_size(tmp_path: Path) -> None:
     manifest = published.publish(tmp_path)
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes(bytes(len(published.FILES[name])))
-    assert [one.path for one in differences(tmp_path, manifest)] == ["config.json", "model.safetensors"]
-    assert [one.path for one in differences(tmp_path, manifest, weights=False)] == ["config.json"]
+    assert [*differences(tmp_path, manifest)] == ["config.json", "model.safetensors"]
+    assert [*differences(tmp_path, manifest, weights=False)] == ["config.json"]
 
 
 @pytest.mark.attempt("T05b", "an empty folder is added to a published directory", "a difference")
 def test_an_empty_folder_is_a_difference(tmp_path: Path) -> None:
     manifest = published.publish(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
-    assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [("a/b", Difference.ADDED)]
+    assert [*differences(tmp_path, manifest).items()] == [("a/b", Difference.ADDED)]
 
 
 def test_a_folder_behind_a_link_is_a_difference(tmp_path: Path) -> None:
@@ -122,7 +119,7 @@ def test_a_folder_behind_a_link_is_a_difference(tmp_path: Path) -> None:
     manifest = published.publish(folder)
     (folder / "additional_chat_templates").rename(tmp_path / "elsewhere")
     (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
-    assert [one.kind for one in differences(folder, manifest)] == [Difference.ADDED, Difference.MISSING]
+    assert [*differences(folder, manifest).values()] == [Difference.ADDED, Difference.MISSING]
 
 
 _WRONG: dict[str, Any] = {
@@ -173,7 +170,7 @@ _HOSTILE = st.text(alphabet=st.sampled_from("<>&|`[]()!*_#@:\n-\u202e\u200b ab'\
 
 @given(name=_HOSTILE, source=_HOSTILE)
 def test_foreign_names_form_no_markup_in_the_card(name: str, source: str) -> None:
-    card = model_card(manifest_of(published.facts(reports.adapter(name, source=source)))).decode()
+    card = model_card(published.manifest(published.facts(reports.adapter(name, source=source)))).decode()
     head, front, text = card.split("---\n", 2)
     assert head == ""
     assert front == "library_name: transformers\ntags: [merge-gate, peft]\n"
@@ -187,12 +184,12 @@ def test_foreign_names_form_no_markup_in_the_card(name: str, source: str) -> Non
 
 def test_the_card_names_a_base_of_the_hub_for_the_hub() -> None:
     base = replace(reports.report(reports.adapter()).bases[0], model="acme/base-1b", revision="0123abc")
-    card = model_card(manifest_of(published.facts(base=base))).decode()
+    card = model_card(published.manifest(published.facts(base=base))).decode()
     assert 'base_model: "acme/base-1b"\n' in card.split("---\n")[1]
 
 
 def test_the_card_states_a_cast_and_the_warnings() -> None:
     adapter = reports.adapter(findings=(reports.ROUNDING,))
-    card = model_card(manifest_of(published.facts(adapter, dtype="bfloat16"))).decode()
+    card = model_card(published.manifest(published.facts(adapter, dtype="bfloat16"))).decode()
     assert "| dtype | all floating tensors cast to `bfloat16` |" in card
     assert "| warnings | `rounding-loss` |" in card

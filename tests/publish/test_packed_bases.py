@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from merge_gate.engine.base.packed_headers import plain_headers
+from merge_gate.engine.base.stored_layout import plain_headers
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish.layout import base_layout
-from merge_gate.publish.one_publication import Publication, PublicationPlace
+from merge_gate.publish.one_publication import Publication
+from merge_gate.publish.weight_files import base_layout
+from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.sources.feed import LocalFeed
@@ -41,11 +42,9 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def publication(base: Path, **place: Any) -> Publication:
-    where: dict[str, Any] = {
-        "parent": base.parent, "name": "one", "dtype": "bfloat16", "shard_limit_bytes": None
-    }  # fmt: skip
-    return Publication(PublicationPlace(**(where | place)), base_layout(str(base)))
+def publication(base: Path, max_shard_bytes: int | None = None) -> Publication:
+    spec = PublishSpec(directory="", label="", dtype="bfloat16", max_shard_bytes=max_shard_bytes)
+    return Publication(base.parent / "one", spec, base_layout(str(base)))
 
 
 def dequantized_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -60,7 +59,7 @@ def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> 
     sent = sent_by(base, base.parent / "adapter", publish="bfloat16", dtype="bfloat16", dequantized=True)
     assert sent.refusal is None, sent.refusal
     is_resharded = packed_weights(stored_tensors(base)).states == {}
-    model = publication(base, shard_limit_bytes=20_000 if is_resharded else None)
+    model = publication(base, max_shard_bytes=20_000 if is_resharded else None)
     expected_bytes = model.expected.size_bytes
     model.plan(sent.planned)
     for name, content in sent.data.items():

@@ -17,13 +17,13 @@ from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
-from merge_gate.publish.targets import replaceable
+from merge_gate.publish.publications import replaceable
 from merge_gate.records.files import FileIdentity
 from tests.support import published
 
 
 def filled(parent: Path, name: str = "one") -> PartialDirectory:
-    partial = PartialDirectory(parent, name)
+    partial = PartialDirectory(parent / name)
     (partial.model / "model.safetensors").write_bytes(b"new")
     return partial
 
@@ -137,7 +137,7 @@ def test_what_cannot_go_back_is_not_removed(tmp_path: Path, monkeypatch: pytest.
     remove_leftovers(tmp_path)
     assert names(partial.model) == {"old", "precious.txt"}
     with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
 
 
 @pytest.mark.attempt("F06", "without exchange: the second rename fails (EIO, ENOSPC)", "the earlier model is put back")
@@ -168,7 +168,7 @@ from pathlib import Path
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial
 place = Path(sys.argv[1])
-made = partial.PartialDirectory(place, "one")
+made = partial.PartialDirectory(place / "one")
 (made.model / "model.safetensors").write_bytes(b"new")
 rename = Path.rename
 def killed(source, target):
@@ -193,7 +193,7 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, by: str) -> No
     subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "before"], check=False)
     assert names(tmp_path) == {".one.partial"}
     if by == "the same name":
-        PartialDirectory(tmp_path, "one").remove()
+        PartialDirectory(tmp_path / "one").remove()
     else:
         remove_leftovers(tmp_path)
     assert names(tmp_path) == {"one"}
@@ -208,7 +208,7 @@ def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
     remove_leftovers(tmp_path)
     assert names(tmp_path / "one") == set()
     with pytest.raises(NotPublishedError) as caught:
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     with pytest.raises(NotPublishedError) as taken:
         replaceable(tmp_path / "one", lambda _: None)
     assert all(".one.partial/replaced" in refused.value.hint for refused in (caught, taken))
@@ -223,7 +223,7 @@ from pathlib import Path
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial
 place = Path(sys.argv[1])
-made = partial.PartialDirectory(place, "one")
+made = partial.PartialDirectory(place / "one")
 (made.model / "model.safetensors").write_bytes(b"new")
 before = directory_identity(place / "one")
 (place / "one" / "precious.txt").touch()
@@ -238,7 +238,7 @@ def test_a_kill_before_the_look_loses_nothing(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED_BEFORE_A_LOOK, str(tmp_path)], check=False)
     remove_leftovers(tmp_path)
     with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     assert names(tmp_path / ".one.partial" / "model") == {"old", "precious.txt"}
 
 
@@ -283,19 +283,19 @@ def test_a_kill_after_two_renames_leaves_the_new_model(tmp_path: Path) -> None:
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     first = filled(tmp_path)
     with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     remove_leftovers(tmp_path)
     assert (first.model / "model.safetensors").read_bytes() == b"new"
-    PartialDirectory(tmp_path, "two").remove()
+    PartialDirectory(tmp_path / "two").remove()
     first.remove()
-    PartialDirectory(tmp_path, "one").remove()
+    PartialDirectory(tmp_path / "one").remove()
 
 
 KILLED = """
 import os, sys
 from pathlib import Path
 from merge_gate.publish.partial import PartialDirectory
-partial = PartialDirectory(Path(sys.argv[1]), "one")
+partial = PartialDirectory(Path(sys.argv[1], "one"))
 (partial.model / "model.safetensors").write_bytes(b"half")
 os.kill(os.getpid(), 9)
 """
@@ -307,7 +307,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, by: str) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert names(tmp_path) == {".one.partial"}
     if by == "the same name":
-        partial = PartialDirectory(tmp_path, "one")
+        partial = PartialDirectory(tmp_path / "one")
         assert names(partial.model) == set()
         partial.remove()
     remove_leftovers(tmp_path)
@@ -319,7 +319,7 @@ def test_a_foreign_directory_of_that_name_stays(tmp_path: Path) -> None:
     place.mkdir()
     (place / "mine").touch()
     with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     remove_leftovers(tmp_path)
     assert names(place) == {"mine"}
 
@@ -329,7 +329,7 @@ def test_a_link_of_that_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".one.partial").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"."):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     remove_leftovers(tmp_path)
     assert names(tmp_path / "elsewhere") == set()
 
@@ -365,7 +365,7 @@ def test_without_locks_a_leftover_is_not_touched(tmp_path: Path, monkeypatch: py
     partial = filled(tmp_path)
     partial._stack.close()
     with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     remove_leftovers(tmp_path)
     assert names(partial.model) == {"model.safetensors"}
 
@@ -373,7 +373,7 @@ def test_without_locks_a_leftover_is_not_touched(tmp_path: Path, monkeypatch: py
 def test_an_error_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "touch", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        PartialDirectory(tmp_path, "one")
+        PartialDirectory(tmp_path / "one")
     monkeypatch.undo()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == set()

@@ -15,9 +15,10 @@ import pytest
 from merge_gate.cli.dispatch import main
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import identity_of
-from merge_gate.publish import one_publication, publications, targets
-from merge_gate.publish.layout import ModelLayout, base_layout
-from merge_gate.publish.one_publication import CanceledError, Publication, PublicationPlace
+from merge_gate.publish import one_publication, publications
+from merge_gate.publish.one_publication import CanceledError, Publication
+from merge_gate.publish.weight_files import ModelLayout, base_layout
+from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.feed import LocalFeed, SourceError
@@ -27,6 +28,7 @@ from tests.support.judging.cases import broken
 from tests.support.judging.cases import merged as merged_tensor
 from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, send_all, stored
 
+PRESERVED = PublishSpec(directory="", label="")
 NAMES = [MERGED.format(layer) for layer in range(LAYERS)]
 
 
@@ -383,14 +385,12 @@ def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None
 
 
 def test_a_model_that_was_not_completed_has_no_name(tmp_path: Path) -> None:
-    where = PublicationPlace(parent=tmp_path, name="one", dtype="preserve", shard_limit_bytes=None)
     with pytest.raises(AssertionError):
-        Publication(where, ModelLayout(files=())).publish(None, {}, replaces=None)  # type: ignore[arg-type]
+        Publication(tmp_path / "one", PRESERVED, ModelLayout(files=())).publish(None, {}, replaces=None)  # type: ignore[arg-type]
 
 
 def test_a_canceled_model_is_not_read_back(place: Path) -> None:
-    where = PublicationPlace(parent=place, name="one", dtype="preserve", shard_limit_bytes=None)
-    model = Publication(where, base_layout(str(place / "base")))
+    model = Publication(place / "one", PRESERVED, base_layout(str(place / "base")))
     model.plan(())
     model.sent(PublicationSent(task=0))
     model.cancel()
@@ -409,8 +409,7 @@ class GoneBase:
 
 
 def planned_model(place: Path, name: str) -> Publication:
-    where = PublicationPlace(parent=place, name=name, dtype="preserve", shard_limit_bytes=None)
-    model = Publication(where, base_layout(str(place / "base")))
+    model = Publication(place / name, PRESERVED, base_layout(str(place / "base")))
     model.plan(plan_of(stored(place / "base")))
     return model
 
@@ -440,7 +439,7 @@ def test_what_passes_by_and_what_another_model_has_is_not_read_again(place: Path
     first.complete(GoneBase())
     second.complete(GoneBase(), [third, first])
     for model in (first, second):
-        assert stored(model.place.parent / f".{model.place.name}.partial" / "model") == expected(stored(base))
+        assert stored(place / f".{model.directory.name}.partial" / "model") == expected(stored(base))
     for model in (first, second, third):
         model.discard()
 
@@ -479,7 +478,7 @@ def test_a_disk_that_is_full_while_the_base_passes_prevents_publishing(
 
 
 def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets.os, "access", lambda *_: False)
+    monkeypatch.setattr(publications.os, "access", lambda *_: False)
     assert play(place, "--publish", "merged") == 2
 
 
@@ -631,14 +630,14 @@ def test_a_file_that_is_swapped_during_the_run_is_not_published(
         if when == "while it is merged":
             swap()
 
-    checked = targets.replaceable
+    checked = publications.replaceable
 
     def swapped(*words: Any) -> Any:
         if when == "before it is copied":
             swap()
         return checked(*words)
 
-    monkeypatch.setattr(targets, "replaceable", swapped)
+    monkeypatch.setattr(publications, "replaceable", swapped)
     assert play(place, "--publish", "merged", send=send) == 3
     assert nothing_published(place)
     assert adapters_of(place)[0]["verdict"] == "error"
@@ -650,14 +649,14 @@ def test_a_file_that_is_swapped_during_the_run_is_not_published(
 @pytest.mark.parametrize("error", [RecursionError(), ZeroDivisionError("a bug"), UnicodeError("text")])
 def test_an_error_of_one_model_costs_that_model(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     lay_adapter(place, "two")
-    chosen = one_publication.companions_of
+    read = one_publication.read_inputs
 
-    def fail(base: str, adapters: tuple[str, ...], *more: Any) -> Any:
-        if adapters == (str(place / "one"),):
+    def fail(base: str, adapters: list[str], *more: Any) -> Any:
+        if adapters == [str(place / "one")]:
             raise error
-        return chosen(base, adapters, *more)
+        return read(base, adapters, *more)
 
-    monkeypatch.setattr(one_publication, "companions_of", fail)
+    monkeypatch.setattr(one_publication, "read_inputs", fail)
     assert play(place, "--publish", "merged") == 3
     assert [path.name for path in (place / "merged").iterdir()] == ["two"]
     assert [adapter["cause"] for adapter in adapters_of(place)] == ["not-published", None]
@@ -743,7 +742,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
 ) -> None:
     real = os.statvfs(place)
     full = os.statvfs_result((*real[:4], 0, *real[5:]))
-    monkeypatch.setattr(targets.os, "statvfs", lambda _: full)
+    monkeypatch.setattr(publications.os, "statvfs", lambda _: full)
     assert play(place, "--publish", "merged", send=lambda *_: pytest.fail("nothing is merged")) == 3
     assert nothing_published(place)
 

@@ -12,8 +12,8 @@ from merge_gate.judging.kinds import ANSWERS, finding
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import FailureKind, Finding, Severity, Verdict
 from merge_gate.report.formats import html_report, junit, sarif, summary, terminal_text
+from merge_gate.report.formats.html_report import chain
 from merge_gate.report.wording import run_result
-from merge_gate.report.wording.chain import chain
 from tests.support.reports import CRASHED, FAILED, adapter, report
 from tests.support.wording import Wording
 
@@ -92,10 +92,10 @@ def test_an_allowed_difference_is_shown_as_one() -> None:
 
 def test_the_model_is_the_last_link_of_the_chain() -> None:
     (wrong,), (right,) = (REPORTS[name].adapters for name in ("wrong", "right"))
-    assert [(stage.name, stage.outcome) for stage in chain(wrong)][2:] == [
+    assert [(name, outcome) for name, outcome, _ in chain(wrong)][2:] == [
         ("merge", "sound"), ("bfloat16", "unknown"), ("model", "broken"),
     ]  # fmt: skip
-    assert chain(right)[-1].summary == "exact, renamed"
+    assert chain(right)[-1][2] == "exact, renamed"
 
 
 def test_a_report_of_another_writer_has_a_headline_without_findings() -> None:

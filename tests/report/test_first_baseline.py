@@ -16,8 +16,8 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Acceptance, Result
 from merge_gate.report.formats.json_report import read
 from merge_gate.report.formats.terminal_text import render as terminal
-from merge_gate.report.stored.first_baseline import render
 from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.report.stored.stored_report import first_baseline
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import ATTACKS, FAIL, FAILED, PASS, PASSED, report
 from tests.support.wording import Wording
@@ -30,7 +30,7 @@ def filled(text: str) -> str:
 
 
 def test_a_first_baseline_accepts_what_failed_once_it_is_filled_in(wording: Wording) -> None:
-    text = render(report(FAILED, PASSED), DAY)
+    text = first_baseline(report(FAILED, PASSED), DAY)
     with pytest.raises(ConfigError) as caught:
         build_baseline(read_yaml(text, "known.yml"))
     wording(caught.value)
@@ -41,25 +41,25 @@ def test_a_first_baseline_accepts_what_failed_once_it_is_filled_in(wording: Word
 
 
 def test_one_adapter_in_two_dtypes_is_one_entry_for_each_cause() -> None:
-    text = render(FAIL, DAY)
+    text = first_baseline(FAIL, DAY)
     assert text.count("- adapter:") == 2
     assert "not-judged" not in text
 
 
 def test_nothing_failed() -> None:
-    assert build_baseline(read_yaml(render(PASS, DAY), "known.yml")) == ()
+    assert build_baseline(read_yaml(first_baseline(PASS, DAY), "known.yml")) == ()
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_hostile_name_stays_in_its_comment(attack: str) -> None:
-    text = filled(render(report(replace(FAILED, name=attack)), DAY))
+    text = filled(first_baseline(report(replace(FAILED, name=attack)), DAY))
     (known,) = build_baseline(read_yaml(text, "known.yml"))
     assert known.cause == "adapter-nonfinite"
 
 
 def accepted(*, today: dt.date = DAY) -> Report:
     """A report whose only failure is in the baseline, and a baseline with one entry that matches nothing."""
-    (known,) = build_baseline(read_yaml(filled(render(report(FAILED), DAY)), "known.yml"))
+    (known,) = build_baseline(read_yaml(filled(first_baseline(report(FAILED), DAY)), "known.yml"))
     stranger = replace(known, adapter="0" * 64, cause="no-effect")
     lines, entries = accept([FAILED, PASSED], [known, stranger], today)
     return report(*lines, baseline=entries)

@@ -19,8 +19,8 @@ from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import Accepted, Coverage
-from merge_gate.records.terms import Severity, Verdict
-from merge_gate.report.formats.html_report import meanings, render
+from merge_gate.records.terms import Origin, Severity, Verdict
+from merge_gate.report.formats.html_report import chain, render
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,
@@ -29,9 +29,11 @@ from tests.support.reports import (
     FAIL,
     FAILED,
     HALF,
+    HALF_FAILED,
     NAN,
     OVERFLOW,
     PASS,
+    PASSED,
     ROUNDING,
     adapter,
     config_file,
@@ -215,12 +217,14 @@ def test_each_check_of_the_report_is_explained_once() -> None:
     assert page.count('<details class="meaning" id="check-adapter-nonfinite">') == 1
     assert page.count('data-check="adapter-nonfinite"') == 1
     assert "check-keys-missing" not in page
-    for check in CHECKS:
-        ((_, text),) = meanings([check])
-        assert "**" not in text
-        assert "](" not in text
-        assert set(Page(str(text)).tags) <= {"p", "b", "code", "pre", "ul", "li"}
-    assert meanings(["no-such-check"]) == []
+    every = tuple(dataclasses.replace(NAN, check=check) for check in (*CHECKS, "no-such-check"))
+    page = render(report(adapter("a", Verdict.FAILED, cause=NAN.check, findings=every)))
+    assert re.findall(r'<details class="meaning" id="check-([a-z-]+)">', page) == list(CHECKS)
+    (text,) = re.findall(r'<section aria-labelledby="checks">.*?</section>', page, re.DOTALL)
+    assert "**" not in text
+    assert "](" not in text
+    inside = {"p", "b", "code", "pre", "ul", "li"}
+    assert set(Page(text).tags) == inside | {"section", "h2", "details", "summary"}
 
 
 @pytest.mark.parametrize(
@@ -270,6 +274,35 @@ def test_the_worst_comes_first() -> None:
         for name in ("billing", "summaries", "translate-de", "support", "legal")
     ]
     assert order == sorted(order)
+
+
+def told(judged: object) -> list[tuple[str, str]]:
+    return [(outcome, summary) for _, outcome, summary in chain(judged)]  # type: ignore[arg-type]
+
+
+def test_a_passed_adapter_is_sound_all_the_way() -> None:
+    assert told(PASSED) == [
+        ("sound", "finite"),
+        ("sound", "96 tensors"),
+        ("sound", "48 modules"),
+        ("sound", "4 tensors merged, all finite"),
+    ]
+    assert [name for name, _, _ in chain(PASSED)] == ["base", "adapter", "merge", "bfloat16"]
+
+
+def test_it_breaks_where_the_cause_lies() -> None:
+    assert [outcome for outcome, _ in told(FAILED)] == ["sound", "broken", "warned", "follows"]
+    assert [outcome for outcome, _ in told(HALF_FAILED)] == ["sound", "sound", "broken", "follows"]
+    assert told(HALF_FAILED)[3] == ("follows", "±Inf in 1 of 36 tensors")
+    base = dataclasses.replace(NAN, origin=Origin.BASE, check="base-nonfinite")
+    of_base = told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))
+    assert of_base[0] == ("broken", "base-nonfinite")
+    assert [outcome for outcome, _ in of_base[1:]] == ["sound", "unknown", "unknown"], "no merge with it is sound"
+
+
+def test_what_was_not_judged_is_not_said_to_be_sound() -> None:
+    crashed = dataclasses.replace(CRASHED, coverage=Coverage())
+    assert {outcome for outcome, _ in told(crashed)} == {"unknown"}
 
 
 def test_the_map_s_data_are_the_tensors() -> None:

@@ -12,8 +12,8 @@ import pytest
 from merge_gate.records.report import BaseReport
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from merge_gate.report.formats import html_report, json_report, junit, sarif, summary, terminal_text
-from merge_gate.report.stored import compare
-from merge_gate.report.wording import chain, run_result, words
+from merge_gate.report.stored.stored_report import compare
+from merge_gate.report.wording import run_result, words
 from tests.support.reports import FAILED, PASSED, report
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def test_a_note_changes_neither_headline_nor_exit() -> None:
     noted, plain = report(NOTED, bases=(BASE,)), report(PASSED)
     assert (run_result.headline(noted), noted.result) == (run_result.headline(plain), plain.result)
     assert words.warnings(NOTED) == []
-    assert chain.chain(NOTED) == chain.chain(PASSED)
-    assert compare.compare(plain, noted).changes == ()
+    assert html_report.chain(NOTED) == html_report.chain(PASSED)
+    assert compare(plain, noted).changes == ()
 
 
 def test_an_adapter_with_a_note_alone_has_no_paragraph_and_its_base_has_a_line() -> None:

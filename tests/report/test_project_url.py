@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import merge_gate
-from merge_gate.judging.pages import EXPLAINED
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.records.project import PROJECT_URL, check_url, documentation_url
 from merge_gate.report.wording.explanations import explanations
 
@@ -24,7 +25,7 @@ RENDERED = """
 import dataclasses, json
 from merge_gate.action.workflow import annotate
 from merge_gate.judging.kinds import finding
-from merge_gate.judging.pages import linked, page_of
+from merge_gate.report.wording.explanations import linked, page_of
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import html_report, json_report, junit, sarif, summary, terminal_text
 from tests.support.reports import FAILED, NAN, adapter, report
@@ -107,4 +108,4 @@ def test_without_an_address_nothing_is_linked_and_the_command_explains(tmp_path:
 
 
 def test_what_has_a_page_has_an_explanation() -> None:
-    assert explanations().keys() == EXPLAINED
+    assert explanations().keys() == CHECKS.keys() | WITHOUT_SETTING.keys() | ANSWERS.keys()

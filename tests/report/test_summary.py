@@ -21,7 +21,7 @@ from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.formats.summary import render, text_map
-from merge_gate.report.stored.compare import compare, render_markdown
+from merge_gate.report.stored.stored_report import compare, render_markdown
 from merge_gate.report.wording import run_result
 from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.untrusted import one_line

@@ -18,7 +18,7 @@ import pytest
 from merge_gate import whole_file
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import GateError, UsageError
-from merge_gate.files import prepare, resolve
+from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
 from merge_gate.records.measured import BaseFacts
@@ -547,7 +547,7 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
         lay(tmp_path, shelf, name)
     lay(tmp_path, shelf, "nan", NAN)
     monkeypatch.setattr(
-        prepare, "preflight", _failing_for("reading", prepare.preflight, lambda directory: Path(directory).name)
+        resolve, "preflight", _failing_for("reading", resolve.preflight, lambda directory: Path(directory).name)
     )
     delta_norm = all_checks.CHECKS["delta-norm"]
     of_files = _failing_for("judging", delta_norm.of_files, lambda case: case.spec.name)

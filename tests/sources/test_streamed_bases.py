@@ -14,8 +14,7 @@ from merge_gate.config.load_config import load_config
 from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, hub
 from merge_gate.files.headers import parse_places
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching, resolve_base
+from merge_gate.files.resolve import Fetching, Inputs, resolve_base
 from merge_gate.records.files import Fetched, Snapshot
 from merge_gate.records.terms import Access
 from merge_gate.sources import hub_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_origin
 
 from merge_gate.report.formats.fields import FIGURES, Declared, columns, declared, is_record, optional, words
-from merge_gate.report.formats.schema import SHARED
+from tests.support.schemas import SHARED
 
 
 def field_table(cls: Any, explained: str = "") -> str:

@@ -110,7 +110,7 @@ class Gate:
             loaded = load_local(
                 str(directory), model_class=model_class, label=directory.name, dtype=dtype, quantization=quantization
             )
-            accounting.settle(loaded, account, str(directory))
+            accounting.add_file_facts(loaded, account, str(directory))
             self.loaded[key] = loaded
         return self.loaded[key]
 

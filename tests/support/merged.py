@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merge_gate.engine.merge import plan, tensor_result
+from merge_gate.engine.merge import merged_tensors, plan, walk
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def kept() -> Iterator[dict[str, torch.Tensor]]:
     """Yield what will be measured; of a quantised weight, the values it stands for."""
     seen: dict[str, torch.Tensor] = {}
-    of_tensor, merge_of = tensor_result.of_tensor, plan._merge
+    of_tensor, merge_of = merged_tensors.of_tensor, plan._merge
 
     def measured(base: Any, module: Any, name: str, tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
         seen[name] = (dequantized(module, tensor) if is_quantized(tensor) else tensor.detach()).clone()
@@ -37,8 +37,10 @@ def kept() -> Iterator[dict[str, torch.Tensor]]:
         seen[one.slot.name] = whole
         return made
 
-    tensor_result.of_tensor, plan._merge = measured, merge
+    merged_tensors.of_tensor = walk.of_tensor = measured
+    plan._merge = merge
     try:
         yield seen
     finally:
-        tensor_result.of_tensor, plan._merge = of_tensor, merge_of
+        merged_tensors.of_tensor = walk.of_tensor = of_tensor
+        plan._merge = merge_of

@@ -6,10 +6,16 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, names_below, parse_manifest, render
-from merge_gate.publish.model_card import model_card
-from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config
+from merge_gate.publish.manifest import (
+    MANIFEST_NAME,
+    PublicationFacts,
+    manifest_of,
+    model_card,
+    names_below,
+    parse_manifest,
+    render,
+)
+from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.files import AdapterFiles, Entry, FileRecord
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.report import AdapterReport
@@ -30,6 +36,7 @@ def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFa
     combine = more.pop("combine", None)
     assert combine is None or isinstance(combine, Combine)
     names = combine.adapters if combine else ()
+    wanted = {key: more.pop(key) for key in ("dtype", "max_shard_bytes") if key in more}
     member = AdapterFiles(directory="/adapters/support", files=adapter.files)
 
     def spec(name: str, combine: Combine | None = None) -> AdapterSpec:
@@ -48,12 +55,16 @@ def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFa
         "config": Config(
             path="merge-gate.yml", directory="/", sha256=reports.SHA256, adapters=(own, *map(spec, names))
         ),
-        "dtype": "preserve",
+        "spec": PublishSpec(directory="published", label="published", **wanted),  # type: ignore[arg-type]
         "tensors": (),
         "base_tensors": (),
-        "shard_limit_bytes": None,
     }
     return PublicationFacts(**(values | more))  # type: ignore[arg-type]
+
+
+def manifest(of_merge: PublicationFacts, files: tuple[FileRecord, ...] = ()) -> Manifest:
+    """The manifest of a model that was made of the merge's own inputs only."""
+    return manifest_of(of_merge, [of_merge.base.files, *(one.files for one in of_merge.entry.members)], files)
 
 
 def publish(folder: Path, **more: object) -> Manifest:
@@ -63,10 +74,10 @@ def publish(folder: Path, **more: object) -> Manifest:
         (folder / name).write_bytes(data)
     of_merge = facts(**more)  # type: ignore[arg-type]
     (folder / CARD_NAME).unlink(missing_ok=True)
-    (folder / CARD_NAME).write_bytes(model_card(manifest_of(of_merge, records(folder))))
-    manifest = manifest_of(of_merge, records(folder))
-    (folder / MANIFEST_NAME).write_bytes(render(manifest))
-    return manifest
+    (folder / CARD_NAME).write_bytes(model_card(manifest(of_merge, records(folder))))
+    written = manifest(of_merge, records(folder))
+    (folder / MANIFEST_NAME).write_bytes(render(written))
+    return written
 
 
 def rewrite(folder: Path, **changes: object) -> None:

@@ -24,7 +24,7 @@ TOGETHER = {
     "tests/shards/test_shards.py": "fleet",
     # Each starts a Ray cluster on this machine.
     "tests/on_ray/test_ray.py": "ray",
-    "tests/run/test_thousand.py": "ray",
+    "tests/run/test_every_way.py": "ray",
 }
 ONE_BY_ONE = {
     "tests/engine/merge/test_bitsandbytes.py",

@@ -38,7 +38,7 @@ PREFLIGHT = ("preflight", "adapter_config", "json_object", "headers")
 PARTS = {
     "judging": (
         ["src/merge_gate/judging/*.py", "src/merge_gate/judging/checks/*.py"],
-        ["tests/judging/test_messages.py"],
+        ["tests/judging/checks"],
         ["tests/judging"],
     ),
     "preflight": (
@@ -96,7 +96,11 @@ NOT_FIRST = ("tests/config/test_messages.py::test_a_fresh_import_makes_the_same_
 
 COPIED = ("src", "tests", "docs", "examples", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml")
 KILLED = {"killed", "timeout"}
-GOLDEN_TESTS = tuple(f"tests/{part}/test_messages.py::test_messages_of_" for part in ("judging", "files", "config"))
+GOLDEN_TESTS = (
+    "tests/judging/checks/",
+    "tests/files/test_messages.py::test_messages_of_",
+    "tests/config/test_messages.py::test_messages_of_",
+)
 """The tests that kill most mutants. They stop at the first message that differs, so they run first."""
 AS_MUTMUT = "as-mutmut"
 MAX_MEMORY = 8 << 30

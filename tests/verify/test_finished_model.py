@@ -11,13 +11,12 @@ import torch
 from merge_gate.engine import finished_model
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.accounting import account_for
-from merge_gate.engine.base.loaded_base import source_of
+from merge_gate.engine.base.loaded_base import Source
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.tensors.deviation import deviation, requantized, units
+from merge_gate.engine.merge.exact_merge import deviation, requantized, units
 from merge_gate.files.base_files import read_base
 from merge_gate.files.preflight import preflight
-from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import LocalFeed
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
@@ -47,16 +46,7 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
     model_class = model_class_for(str(base), files, stored_tensors(base))
     account = account_for(str(base), model_class, "b", stored_tensors(base))
     with LocalFeed(str(base)) as base_feed, LocalFeed(str(merged)) as feed:
-        source = source_of(
-            str(base),
-            label="b",
-            revision=None,
-            dtype="auto",
-            quantization=Quantization.NONE,
-            device="cpu",
-            trust_remote_code=False,
-            allow_pickle=False,
-        )
+        source = Source(directory=str(base), label="b")
         loaded = (
             skeleton_of(source, model_class, theirs.tensors, base_feed)
             if in_a_pass

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.action.event import read_event
+from merge_gate.action.workflow import read_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-INPUT = "MERGE_GATE_INPUT_"
-_SUBJECT = ("CONFIG", "ADAPTERS", "BASE", "DTYPE", "VERIFY", "SHARD", "WORKING_DIRECTORY")
+_SUBJECT = ("config", "adapters", "base", "dtype", "verify", "shard", "working-directory")
 _TOKEN_VARIABLES = ("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 """Variables besides HF_TOKEN from which huggingface_hub takes a token (utils/_auth.py, constants.py)."""
 _TOKEN_FILES = ("token", "stored_tokens")
@@ -54,9 +53,14 @@ class PlannedCache:
         return f"{self.prefix}{_digest(listed)}"
 
 
+def written(environ: Mapping[str, str], name: str) -> str:
+    """What the workflow gives an input; empty if nothing."""
+    return environ.get(f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}", "")
+
+
 def verdicts(environ: Mapping[str, str]) -> PlannedCache | None:
     """The cached verdicts, if `cache` is `true`."""
-    if environ.get(f"{INPUT}CACHE") != "true":
+    if written(environ, "cache") != "true":
         return None
     return PlannedCache(
         _temporary(environ) / "merge-gate-verdicts", _prefix("verdicts", environ), read_event(environ).is_trusted
@@ -80,7 +84,7 @@ def hub(environ: Mapping[str, str]) -> PlannedCache | None:
 
 def hub_home(environ: Mapping[str, str]) -> Path | None:
     """The directory HF_HOME of this run, if `hf-cache` is `true`."""
-    if environ.get(f"{INPUT}HF_CACHE") != "true":
+    if written(environ, "hf-cache") != "true":
         return None
     return _temporary(environ) / f"merge-gate-hub{private_access(environ)}"
 
@@ -91,9 +95,9 @@ def private_access(environ: Mapping[str, str]) -> str:
     In a container, only the token of the input or of HF_TOKEN arrives. Without one, huggingface_hub also takes a token
     from other variables, and from files of the runner's user.
     """
-    if any(environ.get(name, "").strip() for name in (f"{INPUT}HF_TOKEN", "HF_TOKEN")):
+    if written(environ, "hf-token").strip() or environ.get("HF_TOKEN", "").strip():
         return "-token"
-    if environ.get(f"{INPUT}RUNTIME") != "docker" and _has_stored_token(environ):
+    if written(environ, "runtime") != "docker" and _has_stored_token(environ):
         return "-token"
     return "" if environ.get("HF_ENDPOINT", "").rstrip("/") in {"", _PUBLIC_HUB} else "-mirror"
 
@@ -119,9 +123,9 @@ def outputs(environ: Mapping[str, str]) -> dict[str, str]:
         given[f"{name}-prefix"] = cache.prefix if cache else ""
     job = [environ.get(name, "") for name in ("GITHUB_WORKFLOW", "GITHUB_JOB", "MERGE_GATE_JOB_INDEX")]
     given["comment-id"] = _digest([*job, *_subject(environ)])
-    words = [environ.get(f"{INPUT}{name}", "") for name in ("VERIFY", "CONFIG", "SHARD")]
-    config = "adapters" if environ.get(f"{INPUT}ADAPTERS") and not words[0] else words[0] or words[1]
-    category = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(filter(None, ["merge-gate", config, words[2]])))
+    verify, config, shard = (written(environ, name) for name in ("verify", "config", "shard"))
+    subject = verify or ("adapters" if written(environ, "adapters") else config)
+    category = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(filter(None, ["merge-gate", subject, shard])))
     given["category"] = category.strip("-")
     return given
 
@@ -153,7 +157,7 @@ def _prefix(kind: str, environ: Mapping[str, str]) -> str:
 
 
 def _subject(environ: Mapping[str, str]) -> list[str]:
-    return [environ.get(f"{INPUT}{name}", "") for name in _SUBJECT]
+    return [written(environ, name) for name in _SUBJECT]
 
 
 def _digest(value: object) -> str:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.action import workflow
 from merge_gate.action.docker import collect
-from merge_gate.action.event import read_event
 from merge_gate.limits.time_limit import within
 from merge_gate.regular_file import read_regular_file
 
@@ -36,7 +35,7 @@ _INVISIBLE_SPACE = "\N{ZERO WIDTH SPACE}"
 
 def main(environ: Mapping[str, str]) -> int:
     """Comment on the pull request of this run, if it is one of this repository. Always return 0."""
-    event = read_event(environ)
+    event = workflow.read_event(environ)
     if not event.pull_request or not event.is_trusted:
         _say("no comment: this run is not a pull request from a branch of this repository")
         return 0

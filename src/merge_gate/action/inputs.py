@@ -1,7 +1,7 @@
 """Checks the action's inputs, and reports all problems in one error.
 
-The arguments that entrypoint.py makes of the inputs, and the environment, go in; `ActionInputs` comes out. It only
-checks that files exist. An empty input has its default, as in action.yml.
+The environment goes in; `ActionInputs` comes out. Files only have to exist. An empty input has its default, as in
+action.yml.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.action import caches
-from merge_gate.action.docker.container import ContainerRun, Limits
+from merge_gate.action.docker.container import ContainerRun
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 _RETENTION_LIMIT_DAYS = 400
 DEFAULT_CONFIG = "merge-gate.yml"
@@ -101,18 +101,18 @@ class ActionInputs:
     comment: bool
 
 
-def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInputs:
+def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
     """Check all inputs and return them. Raises one `UsageError` with every problem."""
-    given = {**dict.fromkeys((name for name, _, _ in RULES), ""), "args": ""}
-    given.update(word[2:].partition("=")[::2] for word in words)
-    given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
+    names = (*(name for name, _, _ in RULES), "args")
+    given = {name: caches.written(environ, name) or DEFAULTS.get(name, "") for name in names}
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     problems += _clashes(given)
     places = _Places(environ, given["working-directory"])
-    subject = _Subject(given, places)
+    absent: list[str] = []
+    config, adapters, base = _subject(given, places, absent)
     if not places.problem:
         wrong = {problem.partition(":")[0] for problem in problems}
-        problems += [problem for problem in subject.problems if problem.partition(":")[0] not in wrong]
+        problems += [problem for problem in absent if problem.partition(":")[0] not in wrong]
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
         problems.append(f"output: got {given['output']!r}, expected a directory, but {output} is a file")
@@ -120,13 +120,12 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
         raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/reference/action.md describes them")
-    environ = {**environ, **{f"{caches.INPUT}{name.upper().replace('-', '_')}": given[name] for name in given}}
     cache = _cache_directory(given, places, environ)
     publish = places.place(given["publish"]) if given["publish"] else None
     run = ContainerRun(
-        config=subject.config,
-        adapters=subject.adapters,
-        base=subject.base,
+        config=config,
+        adapters=adapters,
+        base=base,
         output=output,
         workspace=workspace_of(environ),
         image=given["image"],
@@ -136,15 +135,15 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
         arguments=(
             *(["--dtype", re.sub(r"\s", "", given["dtype"])] if given["dtype"] else []),
             *(["--shard", given["shard"]] if given["shard"] else []),
-            *(["--cache", str(cache)] if cache else []),
-            *(["--publish", str(publish)] if publish else []),
             *arguments,
         ),
         hf_cache=places.place(given["hf-cache-dir"]).resolve() if given["hf-cache-dir"] else caches.hub_home(environ),
         cache=cache,
         publish=publish,
         mounts=tuple(places.place(line) for line in _lines(given["mounts"])),
-        limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
+        memory=given["memory"],
+        shm_size=given["shm-size"],
+        cpus=given["cpus"],
         verifies=bool(given["verify"]),
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
     )
@@ -212,52 +211,47 @@ def _clashes(given: Mapping[str, str]) -> list[str]:
     return problems
 
 
-class _Subject:
-    """Resolves what is gated: a configuration, or adapters and their base, or a model to verify.
+def _subject(
+    given: Mapping[str, str], places: _Places, problems: list[str]
+) -> tuple[Path | None, tuple[str, ...], str]:
+    """Resolve what is gated: a configuration, or adapters and their base, or a model to verify.
 
-    A local path becomes relative to the workspace, where the gate starts. `problems` has everything that is missing.
+    A local path becomes relative to the workspace, where the gate starts. `problems` gets everything that is missing.
     """
+    listed = _lines(given["adapters"])
+    adapters = tuple(word for line in listed for word in _words("adapters", line, places, problems))
+    base = next(iter(_words("base", given["base"], places, problems)), "") if given["base"] else ""
+    if given["verify"]:
+        model = places.place(given["verify"])
+        if not model.is_dir():
+            problems.append(f"verify: got {given['verify']!r}, expected a directory, but {model} is not one")
+        return model, adapters, base
+    if listed:
+        return None, adapters, base
+    config = places.place(given["config"])
+    if not config.is_file():
+        other = "; or set `config` or `adapters`" if given["config"] == DEFAULT_CONFIG else ""
+        missing = f"does not exist (run actions/checkout before this step{other})"
+        state = "is a directory" if config.is_dir() else missing
+        problems.append(f"config: got {given['config']!r}, expected a file, but {config} {state}")
+    return config, adapters, base
 
-    def __init__(self, given: Mapping[str, str], places: _Places) -> None:
-        self.problems: list[str] = []
-        self._places = places
-        self.config: Path | None = None
-        listed = _lines(given["adapters"])
-        self.adapters = tuple(word for line in listed for word in self._words("adapters", line))
-        self.base = next(iter(self._words("base", given["base"])), "") if given["base"] else ""
-        if given["verify"]:
-            self.config = places.place(given["verify"])
-            if not self.config.is_dir():
-                text = f"verify: got {given['verify']!r}, expected a directory, but {self.config} is not one"
-                self.problems.append(text)
-        elif not listed:
-            self.config = places.place(given["config"])
-            self._check_config(given["config"], self.config)
 
-    def _check_config(self, written: str, path: Path) -> None:
-        if path.is_file():
-            return
-        other = "; or set `config` or `adapters`" if written == DEFAULT_CONFIG else ""
-        missing = (
-            "is a directory" if path.is_dir() else f"does not exist (run actions/checkout before this step{other})"
-        )
-        self.problems.append(f"config: got {written!r}, expected a file, but {path} {missing}")
-
-    def _words(self, name: str, written: str) -> list[str]:
-        """The words of the command line for one line of an input: directories, or a Hub id."""
-        if re.search(r"[*?\[]", written):
-            found = self._places.matching(written)
-            if not found:
-                self.problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
-            return [self._places.relative(path) for path in found]
-        path = self._places.place(written)
-        if path.is_dir():
-            return [self._places.relative(path)]
-        if _HUB_ID.fullmatch(written) and not path.exists():
-            return [written]
-        state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
-        self.problems.append(f"{name}: got {written!r}, expected a directory or a Hub id, but {path} {state}")
-        return []
+def _words(name: str, written: str, places: _Places, problems: list[str]) -> list[str]:
+    """The words of the command line for one line of an input: directories, or a Hub id."""
+    if re.search(r"[*?\[]", written):
+        found = places.matching(written)
+        if not found:
+            problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
+        return [places.relative(path) for path in found]
+    path = places.place(written)
+    if path.is_dir():
+        return [places.relative(path)]
+    if _HUB_ID.fullmatch(written) and not path.exists():
+        return [written]
+    state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
+    problems.append(f"{name}: got {written!r}, expected a directory or a Hub id, but {path} {state}")
+    return []
 
 
 def workspace_of(environ: Mapping[str, str]) -> Path:

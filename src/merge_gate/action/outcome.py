@@ -76,16 +76,8 @@ def decide(code: int, path: Path, last_lines: Sequence[str] = (), refused: Seque
 # --- what the job does with it -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Conclusion:
-    """Whether the job fails, and the reason; empty if there is nothing to explain."""
-
-    fails: bool
-    reason: str
-
-
-def conclude(result: StepOutcome, fail_on: str, *, fail_on_not_judged: bool) -> Conclusion:
-    """Decide whether the job fails. A run without a complete report always fails it.
+def conclude(result: StepOutcome, fail_on: str, *, fail_on_not_judged: bool) -> tuple[bool, str]:
+    """Decide whether the job fails, and why; a run without a complete report always fails it.
 
     Args:
         result: the step's result.
@@ -93,7 +85,7 @@ def conclude(result: StepOutcome, fail_on: str, *, fail_on_not_judged: bool) -> 
         fail_on_not_judged: whether an adapter that could not be judged fails the job, also if another one failed.
     """
     if result.problem or result.report is None:
-        return Conclusion(True, "the job fails: the run has no complete report")
+        return True, "the job fails: the run has no complete report"
     adapters = result.report["adapters"]
     failed = _names(adapters, lambda adapter: adapter["verdict"] == "failed" and not adapter.get("accepted"))
     errors = _names(adapters, lambda adapter: adapter["verdict"] == "error")
@@ -105,9 +97,9 @@ def conclude(result: StepOutcome, fail_on: str, *, fail_on_not_judged: bool) -> 
     ]
     reasons = [f"{len(names)} {state}" for names, state, decides, _ in counted if names and decides]
     if reasons:
-        return Conclusion(True, f"the job fails: {', '.join(reasons)}")
+        return True, f"the job fails: {', '.join(reasons)}"
     tolerated = [f"{len(names)} {state}, and {why}" for names, state, _, why in counted if names and why]
-    return Conclusion(False, "; ".join(tolerated))
+    return False, "; ".join(tolerated)
 
 
 def has_warning(adapter: Mapping[str, Any]) -> bool:

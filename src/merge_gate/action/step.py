@@ -10,48 +10,49 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action import caches, native, outcome, workflow
-from merge_gate.action.docker import collect, sdk
-from merge_gate.action.docker.container import ContainerRun, config_word
-from merge_gate.action.docker.docker_api import answers
-from merge_gate.action.docker.launcher import RunListener, run_in_container
-from merge_gate.action.event import Event, read_event
+from merge_gate.action import caches, outcome, workflow
+from merge_gate.action.docker import collect
+from merge_gate.action.docker.container import ContainerRun, config_word, gate_words
+from merge_gate.action.docker.docker_api import answers, vendored_sdk
+from merge_gate.action.docker.gpus import refuse_contradiction
+from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
+from merge_gate.action.workflow import Event, read_event
 from merge_gate.earlier_reports import refuse_run
-from merge_gate.errors import ExitCode, GateError, UsageError
+from merge_gate.errors import ExitCode, GateError, LauncherError, UsageError
+from merge_gate.interrupts import STOP_GRACE_S, Interrupted, interruptible
+from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
+
+_Messages = defaultdict[str, list[str]]
+"""Messages of a run by their kind. The runner obeys no commands during the run, so they are shown afterwards."""
+
+_PROBE = (
+    "import importlib.util as u, sys; sys.exit(0 if u.find_spec('merge_gate') and u.find_spec('merge_gate.cli') else 3)"
+)
+_CHUNK_BYTES = 65_536
+_HUB_CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+"""Variables that put the Hub's cache elsewhere than in HF_HOME."""
 
 
-@dataclass
-class _RunMessages:
-    """Messages collected during a run, while the runner obeys no commands. They are shown afterwards."""
-
-    image: str = ""
-    warnings: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-
-    def listener(self) -> RunListener:
-        return RunListener(
-            image=lambda name: setattr(self, "image", name), warning=self.warnings.append, refused=self.refused.append
-        )
-
-
-def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run the gate with these inputs; return the step's exit code."""
-    inputs, messages = None, _RunMessages()
+def main(environ: Mapping[str, str]) -> int:
+    """Run the gate with the inputs in the environment; return the step's exit code."""
+    inputs, messages = None, _Messages(list)
     try:
         _check_system(os.name)
         own_environ = gate_environment(environ)
-        inputs = read_inputs(words, environ)
+        inputs = read_inputs(environ)
         result = _judge(inputs, own_environ, messages)
     except GateError as error:
         result = StepOutcome("error", problem=outcome.in_words(error))
@@ -99,7 +100,7 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**own, **facts, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
-def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessages) -> StepOutcome:
+def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _Messages) -> StepOutcome:
     run = replace(inputs.run, environ=environ)
     path = run.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
@@ -118,7 +119,7 @@ def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessa
     file = _annotated_file(run)
     for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
         _say(line)
-    return outcome.decide(code, path, log.tail, messages.refused)
+    return outcome.decide(code, path, log.tail, messages["refused"])
 
 
 def _annotated_file(run: ContainerRun) -> str:
@@ -126,11 +127,11 @@ def _annotated_file(run: ContainerRun) -> str:
     return "" if run.verifies else workflow.file_in_workspace(run.config, run.workspace)
 
 
-def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], messages: _RunMessages) -> int:
+def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], messages: _Messages) -> int:
     if runtime == "native":
-        return native.run_here(run, log)
-    with sdk.available(run.environ):
-        return run_in_container(run, log, messages.listener())
+        return run_here(run, log)
+    with vendored_sdk(run.environ):
+        return run_in_container(run, log, lambda kind, message: messages[kind].append(message))
 
 
 def choose_runtime(requested: str, environ: Mapping[str, str]) -> str:
@@ -141,9 +142,9 @@ def choose_runtime(requested: str, environ: Mapping[str, str]) -> str:
         return "native"
     if answers(environ):
         return "docker"
-    if native.missing(environ):
+    if reason := missing(environ):
         raise UsageError(
-            f"runtime: auto, but no container engine answers, and {native.missing(environ)}",
+            f"runtime: auto, but no container engine answers, and {reason}",
             hint="start Docker on the runner, run the job in merge-gate's image (`container:`), or install merge-gate "
             "in a step before this one",
         )
@@ -151,17 +152,104 @@ def choose_runtime(requested: str, environ: Mapping[str, str]) -> str:
     return "native"
 
 
+# --- the gate in this environment ----------------------------------------------------------------------------------
+
+
+def missing(environ: Mapping[str, str]) -> str:
+    """Return the reason why the gate cannot run here; empty if it can."""
+    if sys.version_info < (3, 11):  # noqa: UP036 # the runner's own
+        return f"{sys.executable} is Python {sys.version.split()[0]}, expected 3.11 or newer"
+    probe = subprocess.run([sys.executable, "-P", "-c", _PROBE], env=_environment(environ), check=False)
+    return f"merge-gate is not installed for {sys.executable}" if probe.returncode else ""
+
+
+def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
+    """Run the gate in a child process and return its exit code. Must be called in the main thread."""
+    reason = missing(run.environ)
+    if reason:
+        raise UsageError(
+            f"runtime: native, but {reason}",
+            hint="run the job in merge-gate's image (`container:`), install merge-gate in a step before this one, or "
+            "use `runtime: docker`",
+        )
+    environ, device = gpus_and_device(run)
+    is_elsewhere = run.publish is not None and run.workspace not in run.publish.parents  # the workflow says so
+    environ[PUBLISH_WITHIN] = str(run.publish if is_elsewhere else run.workspace)
+    # -P keeps the workspace, the child's working directory, off its import path.
+    words = gate_words(run, device)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "merge_gate", *words],
+        cwd=run.workspace,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as child:
+        try:
+            with interruptible(run.time_limit_s):
+                return _wait(child, log)
+        except Interrupted:
+            return int(ExitCode.ERROR)
+
+
+def _wait(child: subprocess.Popen[bytes], log: Callable[[bytes], None]) -> int:
+    try:
+        _pass_on(child, log)
+        code = child.wait()
+    except Interrupted as interruption:
+        log(f"merge-gate: {interruption}; stopping the gate\n".encode())
+        child.terminate()
+        try:
+            child.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    if code in set(ExitCode):
+        return code
+    raise LauncherError(
+        f"the gate ended with exit code {code}, expected 0 to 3", hint="check whether it was killed for lack of memory"
+    )
+
+
+def _pass_on(child: subprocess.Popen[bytes], log: Callable[[bytes], None]) -> None:
+    assert child.stdout is not None  # noqa: S101 # PIPE
+    read = child.stdout.read1  # type: ignore[attr-defined] # a BufferedReader
+    while chunk := read(_CHUNK_BYTES):
+        log(chunk)
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without PYTHONPATH: modules of an earlier step would be imported instead of the gate's own."""
+    return {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+
+
+def gpus_and_device(run: ContainerRun) -> tuple[dict[str, str], str]:
+    """Limit the GPUs by CUDA's own variable. If GPUs were requested, the run must not fall back to the CPU."""
+    environ = _environment(run.environ)
+    if run.hf_cache:
+        # A token that `hf auth login` has stored stays where it is.
+        home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+        token = {"HF_TOKEN_PATH": str(home.expanduser() / "token"), **environ}
+        environ = {name: value for name, value in token.items() if name not in _HUB_CACHES}
+        environ["HF_HOME"] = str(run.hf_cache)
+    refuse_contradiction(run.gpus, run.device)
+    requested = run.gpus not in {"auto", "none"}
+    if run.gpus == "none":
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif requested and run.gpus != "all":
+        environ["CUDA_VISIBLE_DEVICES"] = run.gpus
+    return environ, "cuda" if requested and run.device == "auto" else run.device
+
+
 # --- the step's results --------------------------------------------------------------------------------------------
 
 
-def _publish(
-    inputs: ActionInputs | None, result: StepOutcome, messages: _RunMessages, environ: Mapping[str, str]
-) -> int:
+def _publish(inputs: ActionInputs | None, result: StepOutcome, messages: _Messages, environ: Mapping[str, str]) -> int:
     report = result.report
     cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
     wants_upload = report is not None and inputs is not None and inputs.upload_report
     event = read_event(environ)
-    warnings = [*messages.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]
+    warnings = [*messages["warning"], *([cannot_upload] if wants_upload and cannot_upload else [])]
     warnings += [caches.why_not_saved(environ)] if inputs else []
     without_token = _fork_without_token(event, report, environ)
     for sentence in filter(None, [*warnings, without_token]):
@@ -176,7 +264,7 @@ def _publish(
         uploads = wants_upload and not cannot_upload
         summary = _summary(inputs, result)
         outputs = {
-            **_outputs(inputs, result, messages.image, summary, uploads=uploads),
+            **_outputs(inputs, result, "".join(messages["image"]), summary, uploads=uploads),
             **_next_steps(inputs, result, event),
             **caches.key_outputs(environ),
         }
@@ -230,13 +318,13 @@ def _outputs(
 def _next_steps(inputs: ActionInputs | None, result: StepOutcome, event: Event) -> dict[str, str]:
     """What the action's later steps do: the job's end, the comment, and the upload for code scanning."""
     if inputs is None:
-        conclusion = outcome.conclude(result, "failed", fail_on_not_judged=True)
-        return {"conclusion": "failure", "reason": conclusion.reason, "comment": "false", "upload-sarif": "false"}
-    conclusion = outcome.conclude(result, inputs.fail_on, fail_on_not_judged=inputs.fail_on_not_judged)
+        _, reason = outcome.conclude(result, "failed", fail_on_not_judged=True)
+        return {"conclusion": "failure", "reason": reason, "comment": "false", "upload-sarif": "false"}
+    fails, reason = outcome.conclude(result, inputs.fail_on, fail_on_not_judged=inputs.fail_on_not_judged)
     has_sarif = result.report is not None and bool(result.report["complete"]) and not result.problem
     return {
-        "conclusion": "failure" if conclusion.fails else "success",
-        "reason": conclusion.reason,
+        "conclusion": "failure" if fails else "success",
+        "reason": reason,
         "comment": str(inputs.comment and bool(event.pull_request) and event.is_trusted).lower(),
         "upload-sarif": str(inputs.upload_sarif and has_sarif and event.is_trusted).lower(),
     }

@@ -129,29 +129,23 @@ def _pre_authentication(payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def _hash_of(curve: str) -> Any:
-    """The hash of an ECDSA signature, as NIST pairs it with the curve."""
-    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - the extra may be absent
-
-    known = {"secp256r1": hashes.SHA256, "secp384r1": hashes.SHA384, "secp521r1": hashes.SHA512}
-    if curve not in known:
-        raise UsageError(f"the key is on the curve {curve}, expected P-256, P-384, or P-521")
-    return known[curve]()
-
-
 def _scheme(key: Any) -> tuple[Any, ...]:
-    """What `sign` and `verify` of the key need besides the data.
+    """What `sign` and `verify` of the key need besides the data: for ECDSA the hash, as NIST pairs it with the curve.
 
     Raises:
         UsageError: the key is of another kind.
     """
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519  # noqa: PLC0415 - the extra may be absent
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - the extra may be absent
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519  # noqa: PLC0415
 
     if isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
         return ()
-    if isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey):
-        return (ec.ECDSA(_hash_of(key.curve.name)),)
-    raise UsageError(f"the key is a {type(key).__name__}, expected ed25519 or ECDSA")
+    if not isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey):
+        raise UsageError(f"the key is a {type(key).__name__}, expected ed25519 or ECDSA")
+    known = {"secp256r1": hashes.SHA256, "secp384r1": hashes.SHA384, "secp521r1": hashes.SHA512}
+    if key.curve.name not in known:
+        raise UsageError(f"the key is on the curve {key.curve.name}, expected P-256, P-384, or P-521")
+    return (ec.ECDSA(known[key.curve.name]()),)
 
 
 def _library() -> tuple[ModuleType, ModuleType]:

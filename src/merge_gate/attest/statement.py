@@ -1,29 +1,45 @@
 """In-toto statements about an adapter's verdict: made from a report or a published directory, and read back.
 
-In: a `Report`, or a directory with merge-gate.json, or bytes of unknown origin. Out: a `Statement`, and its bytes. It
+In: the path of a report or of a directory with merge-gate.json, or bytes of unknown origin. Out: the bytes of
+statements, or a `Statement`. A directory is attested only if every file is as its merge-gate.json lists it. This module
 knows no signatures.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.names.foreign_names import is_inside
-from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, shared_fields, versions_of, warnings_in
+from merge_gate.publish.manifest import (
+    MANIFEST_NAME,
+    MOST_BYTES,
+    differences,
+    parse_manifest,
+    shared_fields,
+    versions_of,
+    warnings_in,
+)
 from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
 from merge_gate.records.terms import record
+from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
+from merge_gate.report.stored.output_directory import explained
+from merge_gate.report.stored.stored_report import stored
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.text import listing, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from merge_gate.records.files import FileRecord
 
@@ -33,6 +49,7 @@ MOST_SUBJECTS = 1024
 """What actions/attest allows, as well as the limit on the size (`MOST_BYTES`)."""
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+_LISTED = 5
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,8 +65,65 @@ class Statement:
     predicate: Predicate
 
 
-def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Statement:
-    """The statement about a published directory. The caller has compared its files with the manifest."""
+def statements_of(source: str, only: Collection[str], now: datetime) -> list[bytes]:
+    """The statements about a published directory or a report, each on one line.
+
+    Args:
+        source: the directory, or the report.json of a run or its directory.
+        only: names of adapters of the report; empty for all.
+        now: the time of the statements.
+
+    Raises:
+        UsageError: there is nothing to attest, or it is not what it says.
+    """
+    if not os.path.lexists(Path(source, MANIFEST_NAME)):
+        return _of_report(source, only, now)
+    if only:
+        raise UsageError("--only needs a report", hint="a published directory has one adapter")
+    return [_of_directory(Path(source), now)]
+
+
+def _of_directory(folder: Path, now: datetime) -> bytes:
+    with explained(f"cannot read {one_line(str(folder))}", "check that it is a published model and can be read"):
+        data = read_regular_file(folder / MANIFEST_NAME, MOST_BYTES)
+        manifest = parse_manifest(data, str(folder / MANIFEST_NAME))
+        different = differences(folder, manifest)
+    if different:
+        shown = listing([f"{one_line(name, 120)} ({how})" for name, how in different.items()], _LISTED)
+        raise UsageError(
+            f"{one_line(str(folder))} differs from its {MANIFEST_NAME}: {shown}",
+            hint="publish the adapter again; `merge-gate verify` shows what the directory is now",
+        )
+    return render(_of_manifest(manifest, hashlib.sha256(data).hexdigest(), now))
+
+
+def _of_report(source: str, only: Collection[str], now: datetime) -> list[bytes]:
+    report = stored(source)
+    why = "a later command judged nothing" if report.stale else "its run did not finish"
+    of_run = "the report of `merge-gate run`"
+    for is_so, problem, hint in (
+        (not report.complete, f"is not complete: {why}", "run the gate again"),
+        (report.files_only, "is from `merge-gate check`, which merges nothing", f"attest {of_run}"),
+        (
+            report.is_comparison,
+            "is from `merge-gate verify`, which gates no adapter",
+            f"attest the published directory, or {of_run}",
+        ),
+        (not report.adapters, "has no adapters, so there is nothing to attest", ""),
+    ):
+        if is_so:
+            raise UsageError(f"the report {problem}", hint=hint)
+    unknown = sorted(set(only) - {adapter.name for adapter in report.adapters})
+    if unknown:
+        raise UsageError(
+            f"the report has no adapter {quoted(unknown[0])}", hint="`merge-gate report show` lists its adapters"
+        )
+    chosen = [adapter for adapter in report.adapters if not only or adapter.name in only]
+    return [render(_of_adapter(report, adapter, now)) for adapter in chosen]
+
+
+def _of_manifest(manifest: Manifest, manifest_sha256: str, now: datetime) -> Statement:
+    """The statement about a published directory, whose files are as the manifest lists them."""
     return Statement(
         subjects=_digests(manifest.files) | {MANIFEST_NAME: manifest_sha256},
         predicate=Predicate(
@@ -60,7 +134,7 @@ def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Sta
     )
 
 
-def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
+def _of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
     """The statement about one entry of a report. Its subjects are the adapter's own files."""
     base = next((base for base in report.bases if base.key == adapter.base), None)
     return Statement(

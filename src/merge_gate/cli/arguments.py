@@ -16,7 +16,7 @@ from merge_gate.text import one_of, unusable
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from merge_gate.report.stored.report_copies import ReportCopy
+    from merge_gate.report.stored.report_files import ReportCopy
 
 DEFAULT_OUTPUT = "merge-gate-report"
 DEFAULT_CONFIG = "merge-gate.yml"
@@ -186,7 +186,7 @@ def add_reports(command: argparse.ArgumentParser) -> None:
 
 
 def _copy(text: str) -> ReportCopy:
-    from merge_gate.report.stored.report_copies import ReportCopy
+    from merge_gate.report.stored.report_files import ReportCopy
 
     word, equals, place = text.partition("=")
     if word not in FORMATS or not equals or not place:

@@ -34,8 +34,8 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from datetime import UTC, datetime
 
-    from merge_gate.attest.attested import statements_of
     from merge_gate.attest.envelope import read_key, signed
+    from merge_gate.attest.statement import statements_of
 
     key = None if arguments.key is None else read_key(arguments.key)
     statements = statements_of(arguments.source, arguments.only, datetime.now(UTC))

@@ -47,7 +47,7 @@ def add(commands: Commands[CommandParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.formats.terminal_text import file_lines
-    from merge_gate.report.stored.report_copies import withdraw
+    from merge_gate.report.stored.report_files import withdraw
     from merge_gate.report.wording.columns import wrap
     from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files

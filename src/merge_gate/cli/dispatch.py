@@ -95,9 +95,10 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
 
     output = getattr(arguments, "output", None)
     report = stored_result(output) if output else None
-    if report is not None and report.complete:
+    is_complete, result = report or (False, None)
+    if is_complete and result is not None:
         say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
-        return EXIT_CODE_OF[report.result]
+        return EXIT_CODE_OF[result]
     partial = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
     say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{partial}")
     if partial and arguments.command == "run" and not arguments.container:

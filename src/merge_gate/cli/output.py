@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from merge_gate.records.config import Config
     from merge_gate.records.options import RunOptions
     from merge_gate.records.report import Report
-    from merge_gate.report.stored.report_copies import ReportCopy
+    from merge_gate.report.stored.report_files import ReportCopy
     from merge_gate.run.view import View
     from merge_gate.worker.supervisor import WorkerSlot
 
@@ -29,7 +29,7 @@ EXIT_CODE_OF = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.
 @contextmanager
 def view_of(arguments: argparse.Namespace) -> Iterator[tuple[View, TextIO]]:
     """The view that the options ask for, and the stream of its result: standard error if a report is printed."""
-    from merge_gate.report.stored.report_copies import is_any_printed
+    from merge_gate.report.stored.report_files import is_any_printed
     from merge_gate.run.view import Appearance, make_view
 
     stream = sys.stderr if is_any_printed(getattr(arguments, "report", ())) else sys.stdout
@@ -91,7 +91,7 @@ def exit_code(report: Report) -> ExitCode:
 
 def deliver(report: Report, copies: Sequence[ReportCopy]) -> ExitCode:
     """Write the copies of a finished report, and return its exit code."""
-    from merge_gate.report.stored.report_copies import write_copies
+    from merge_gate.report.stored.report_files import write_copies
 
     text = write_copies(report, copies)
     return print_document(text, exit_code(report)) if text else exit_code(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+from pathlib import Path
 
 from merge_gate.cli.arguments import CommandParser, Commands, examples
 from merge_gate.cli.output import print_document, result_width
@@ -81,13 +81,9 @@ def _checks(width: int) -> str:
 
 
 def schema(arguments: argparse.Namespace) -> int:
-    if arguments.document == "config":
-        from merge_gate.config.load_config import config_schema as document
-    elif arguments.document == "baseline":
-        from merge_gate.config.baseline_file import baseline_schema as document
-    else:
-        from merge_gate.report.formats.schema import report_schema as document
-    return print_document(json.dumps(document(), indent=2) + "\n")
+    """Print a stored schema, which `make schemas` writes."""
+    stored = Path(__file__).parents[1] / "schemas" / f"{arguments.document}.schema.json"
+    return print_document(stored.read_text(encoding="ascii"))
 
 
 def completion(arguments: argparse.Namespace, commands: argparse.ArgumentParser) -> int:

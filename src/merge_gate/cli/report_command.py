@@ -127,8 +127,7 @@ def combine(arguments: argparse.Namespace) -> int:
 def baseline(arguments: argparse.Namespace) -> int:
     from datetime import UTC, datetime
 
-    from merge_gate.report.stored.first_baseline import render
-    from merge_gate.report.stored.stored_report import stored
+    from merge_gate.report.stored.stored_report import first_baseline, stored
 
     report = stored(arguments.report)
     if report.stale:
@@ -136,4 +135,4 @@ def baseline(arguments: argparse.Namespace) -> int:
             f"the report in {quoted(arguments.report, 200)} is of an earlier run, and the last one judged nothing",
             hint="run again, then write the baseline",
         )
-    return print_document(render(report, datetime.now(UTC).date()))
+    return print_document(first_baseline(report, datetime.now(UTC).date()))

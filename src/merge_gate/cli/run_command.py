@@ -138,8 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
             worker.start_early()
         from merge_gate.cache.resume import forget
         from merge_gate.report.stored.output_directory import refuse_report
-        from merge_gate.report.stored.report_copies import withdraw
-        from merge_gate.report.stored.report_files import FORMATS
+        from merge_gate.report.stored.report_files import FORMATS, withdraw
 
         refuse_report(arguments.output, FORMATS, arguments.names)
         if arguments.container:
@@ -180,7 +179,7 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
 def _run_in_container(arguments: argparse.Namespace) -> int:
     """Run in a container. The launcher claims the output directory itself, so this claim ends before it starts."""
     from merge_gate.report.stored.output_directory import claimed, stored_result
-    from merge_gate.report.stored.report_copies import withdraw
+    from merge_gate.report.stored.report_files import withdraw
     from merge_gate.report.stored.stored_report import stored
 
     with claimed(arguments.output) as earlier:
@@ -198,7 +197,7 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
 
 def _in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.action.docker.launcher import local_run, run_in_container
-    from merge_gate.report.stored.report_copies import is_any_printed
+    from merge_gate.report.stored.report_files import is_any_printed
 
     requested_config(arguments)
     if arguments.resume:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, WrapValidator
 
-from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole, schema_of
+from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole
 from merge_gate.config.problems import read_models
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.names.suggestions import nearest
@@ -41,11 +41,6 @@ class BaselineFile(Model):
 
     version: Version = NEEDED
     accept: list[Accept] = NEEDED
-
-
-def baseline_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a baseline."""
-    return schema_of(BaselineFile)
 
 
 def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:

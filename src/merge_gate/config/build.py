@@ -40,7 +40,7 @@ _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), l
 _LEAST_PERCENT, _PERCENT = 2, 100
 _LIMITED = {
     "limit": [check for check, row in CHECKS.items() if row.limit is not None],
-    "error-limit": [check for check, row in CHECKS.items() if row.has_error_limit],
+    "error-limit": [check for check, row in CHECKS.items() if row.error_limit is not None],
 }
 """The checks that have a limit, by its key."""
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")

@@ -23,13 +23,10 @@ from pathlib import Path
 
 from merge_gate.config.baseline_file import build_baseline
 from merge_gate.config.build import build_config
-from merge_gate.config.model import config_schema
 from merge_gate.config.yaml_document import end_of, read_yaml, refuse
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
 from merge_gate.text import listing, quoted
-
-__all__ = ["MAX_BYTES", "config_schema", "load_config"]
 
 MAX_BYTES = 1024 * 1024
 

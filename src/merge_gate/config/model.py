@@ -6,7 +6,7 @@ checked (`problems.py` words the errors). The docstring of a field appears in ed
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeV
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.config import JsonDict
 from pydantic.functional_validators import BeforeValidator, WrapValidator, field_validator
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue, WithJsonSchema
 from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 from typing_extensions import TypeAliasType
@@ -253,8 +253,8 @@ def _check_field(row: Check) -> Any:
     if row.limit is not None:
         number = {"type": "number", "exclusiveMinimum": 0} | ({"maximum": 1} if row.limit_is_share else {})
         limits = {"limit": number | {"description": f"Fires above this. Default: {row.limit}."}}
-        if row.has_error_limit:
-            default = "none" if row.error_limit is None else f"{row.error_limit:g}"
+        if row.error_limit is not None:
+            default = "none" if row.error_limit == math.inf else f"{row.error_limit:g}"
             limits["error-limit"] = number | {"description": f"A warning above this is an error. Default: {default}."}
         setting = _setting(limits, can_be_off=row.can_be_off)
     return (setting | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
@@ -420,40 +420,3 @@ _INSIDE = {
 def place_of_key(key: str, known: Container[str]) -> str:
     """The known key whose mapping allows `key`; empty if none does."""
     return next((outer for outer, inside in _INSIDE.items() if outer in known and key in inside.model_fields), "")
-
-
-# --- the JSON Schema -----------------------------------------------------------------------------------------------
-
-
-class _Schema(GenerateJsonSchema):
-    """A schema without `null`, `default: null`, and generated titles: a key without a value is left out."""
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        if schema["default"] in (None, NEEDED):
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
-
-    def field_is_required(self, field: Any, total: bool) -> bool:  # noqa: ARG002
-        return field["schema"].get("default") is NEEDED
-
-    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
-        needs_some = {"minProperties": 1} if schema["cls"].if_empty else {}
-        return super().model_schema(schema) | {"additionalProperties": False} | needs_some
-
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
-        return False
-
-
-def config_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
-    return schema_of(FileEntry)
-
-
-def schema_of(file: type[Model]) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a file, by its model."""
-    schema = file.model_json_schema(by_alias=True, schema_generator=_Schema)
-    one_line = json.dumps(schema).replace(r"\n", " ")  # the line breaks of docstrings mean nothing
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(one_line)}

@@ -3,45 +3,38 @@
 In: a `Base`, and what the preflight read of an adapter. Out: `Evidence`, with numbers and names, or with the `Refusal`
 that explains why there are none. This module imports nothing of judging.
 
-1. Read and measure every tensor of the adapter's file.                 weights.py, measure.py
-2. Load the adapter on a scratch copy, and find its tensors.            load_adapter.py, arrival.py
-3. Refuse adapters that PEFT merges wrongly.                            known_defects.py, custom_forward.py
-4. Find out for each broken tensor of the file if a merge reads it.     unused_tensors.py
-5. Find layers that have no effect until they are merged.               unread_layers.py, direct_reads.py
+1. Read and measure every tensor of the adapter's file.                 peft_config.py, measure.py
+2. Load the adapter on a scratch copy, and find its tensors.            load_adapter.py, inject.py
+3. Refuse adapters that PEFT merges wrongly.                            known_defects.py, probes.py
+4. Find out for each broken tensor of the file if a merge reads it.     probes.py
+5. Find layers that have no effect until they are merged.               probes.py, direct_reads.py
 6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
-7. Account for every parameter and persistent buffer.                   ledger.py
+7. Account for every parameter and persistent buffer.                   merged_tensors.py
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
-from merge_gate.engine.adapter.arrival import expected_tensors
-from merge_gate.engine.adapter.combine import combined
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
-from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
-from merge_gate.engine.adapter.mapped_factors import map_factors
-from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.adapter.load_adapter import Loaded, expected_tensors, load_adapter
+from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.exact_merge import exact_rows
+from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
-from merge_gate.engine.merge.sink import TensorSink
+from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.engine.merge.walk import Progress, Walk
-from merge_gate.engine.probes.custom_forward import refuse_other_merges
-from merge_gate.engine.probes.unread_layers import unread_layers
-from merge_gate.engine.probes.unused_tensors import mark_used
-from merge_gate.engine.tensors.deviation import ExactRows
+from merge_gate.engine.probes import mark_used, refuse_other_merges, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.config import Combine
@@ -51,7 +44,8 @@ from merge_gate.records.refusals import Refused
 from merge_gate.sources.feed import SourceError
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from merge_gate.engine.merge.exact_merge import ExactRows
 
 MOST_PASSES = 3
 """A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
@@ -85,12 +79,12 @@ def merge(request: MergeRequest) -> Evidence:
     That tensor has values from then on, so the loop ends.
     """
     while True:
-        (outcome,) = _attempt((request,), (request.base,))
+        (attempt,) = _attempts((request,), (request.base,))
         if request.base.was_misread():
             continue
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        if attempt.error is not None:
+            raise attempt.error
+        return attempt.evidence
 
 
 @torch.no_grad()
@@ -99,11 +93,15 @@ def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[Exact
 
     Between two of its values, a generator keeps no state that other code shares, so the decorator of torch is used.
     """
-    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-        warnings.simplefilter("ignore")
-        walk = _Attempt(request, waits=False).prepare()
-    if walk is not None:
-        yield from exact_rows(walk, names)
+    from merge_gate.engine.merge.exact_merge import exact_rows  # noqa: PLC0415 - only for finished models
+
+    attempt = _Attempt(request, waits=False)
+    with _quiet():
+        attempt.do(attempt.plan)
+    if attempt.error is not None:
+        raise attempt.error
+    if attempt.walk is not None:
+        yield from exact_rows(attempt.walk, names)
 
 
 def measure_wholly(base: Base) -> None:
@@ -123,113 +121,101 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
     """
     bases = {id(base): base for base in (*others, *(one.base for one in requests))}  # each once: asking changes it
     for _ in range(MOST_PASSES):
-        outcomes = _attempt(requests, tuple(bases.values()))
+        attempts = _attempts(requests, tuple(bases.values()))
         misread = {key for key, base in bases.items() if base.was_misread()}
         if not misread:
             break
-    for outcome in outcomes:
-        if isinstance(outcome, SourceError):
-            raise outcome
-    return tuple(
-        None if isinstance(outcome, Exception) or id(request.base) in misread else outcome
-        for request, outcome in zip(requests, outcomes, strict=True)
-    )
+    for attempt in attempts:
+        if isinstance(attempt.error, SourceError):
+            raise attempt.error
+    return tuple(None if one.error is not None or id(one.base) in misread else one.evidence for one in attempts)
 
 
-def _attempt(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> tuple[Evidence | Exception, ...]:
-    with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-        # torch trusts the indices of a sparse tensor, and some methods read them from the file
-        warnings.simplefilter("ignore")  # the gate's own comparison finds what PEFT warns about
-        attempts, is_begun = [_Attempt(request, waits=len(requests) > 1) for request in requests], False
-        prepared: list[Walk | Exception | None] = []
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The gate's own comparison finds what PEFT warns about. Some methods read indices of sparse tensors from files."""
+    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+        warnings.simplefilter("ignore")
+        yield
+
+
+@torch.no_grad()
+def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_Attempt]:
+    """Merge these adapters in one pass. One adapter's exception does not stop the other adapters."""
+    attempts, is_begun = [_Attempt(request, waits=len(requests) > 1) for request in requests], False
+    with _quiet():
         for attempt in attempts:
-            prepared.append(_result_or_error(attempt.prepare))
-            if isinstance(prepared[-1], Walk) and len(prepared) < len(attempts) and not is_begun:
-                begin_reading(bases)  # not before: `prepare` refuses an adapter whose merge does not fit in memory
+            attempt.do(attempt.plan)
+            if attempt.walk is not None and attempt is not attempts[-1] and not is_begun:
+                begin_reading(bases)  # not before: a plan refuses an adapter whose merge does not fit in memory
                 is_begun = True
         for base in bases:
             base.pattern = None  # PEFT may merge into it
-        walks = [walk for walk in prepared if isinstance(walk, Walk)]
-        errors = [error for error in prepared if isinstance(error, Exception)]
-        if errors and len(errors) == len(prepared):
-            return tuple(errors)
-        started = time.perf_counter()
-        error = _result_or_error(functools.partial(merge_planned, walks, bases))
+        if attempts and all(one.error is not None for one in attempts):
+            return attempts
+        walks = [one.walk for one in attempts if one.walk is not None]
+        started, of_pass = time.perf_counter(), None
+        try:
+            merge_planned(walks, bases)
+        except Exception as error:
+            of_pass = error
         seconds = (time.perf_counter() - started) / max(1, len(walks))
-        return tuple(
-            walk
-            if isinstance(walk, Exception)
-            else error
-            if isinstance(error, Exception) and (walk is not None or attempt.base.unmeasured())
-            else _result_or_error(functools.partial(attempt.finish, seconds))
-            for attempt, walk in zip(attempts, prepared, strict=True)
-        )
-
-
-def _result_or_error(call: Callable[[], T]) -> T | Exception:
-    """The result, or the exception: one adapter's exception must not stop the other adapters."""
-    try:
-        return call()
-    except Exception as error:
-        return error
+        for attempt in attempts:
+            attempt.seconds += seconds
+            if attempt.error is None and (attempt.walk is not None or attempt.base.unmeasured()):
+                attempt.error = of_pass
+            if attempt.error is None:
+                attempt.do(attempt.finish)
+    return attempts
 
 
 class _Attempt:
-    """One adapter on its way to `Evidence`: `prepare`, the blocks together with other adapters, and `finish`."""
+    """One adapter on its way to `evidence`: `plan`, the pass together with other adapters, and `finish`.
+
+    Without a `walk` there is nothing to merge: the adapter is refused, or has raised the `error`.
+    """
 
     def __init__(self, request: MergeRequest, *, waits: bool) -> None:
         """`waits`: other adapters are loaded before this one is merged, so its factors are to take no memory."""
-        self._walk: Walk | None = None
+        self.walk: Walk | None = None
+        self.error: Exception | None = None
+        self.seconds = 0.0
         self._request, self._waits = request, waits
-        self._seconds = 0.0
         facts, kind = request.base.facts, request.members[0].config.peft_type
-        self._evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
 
     @property
     def base(self) -> Base:
         return self._request.base
 
-    def prepare(self) -> Walk | None:
-        """Steps 1 to 5, and the plan of step 6. None if the adapter is refused."""
-        self._request.on_work()
-        with self._timed():
-            try:
-                self._walk = self._plan()
-            except Refused as refused:
-                self._evidence = replace(self._evidence, refusal=refused.refusal)
-        return self._walk
-
-    def finish(self, seconds: float) -> Evidence:
-        """The rest of step 6, and step 7. `seconds` is this adapter's part of the time that the blocks took."""
-        self._request.on_work()
-        with self._timed():
-            try:
-                if self._walk is not None:
-                    self._finish(self._walk)
-            except Refused as refused:
-                self._evidence = replace(self._evidence, refusal=refused.refusal)
-        return replace(self._evidence, base=self.base.facts, seconds=self._seconds + seconds)
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
+    def do(self, step: Callable[[], None]) -> None:
+        """Do a step of this adapter, on its own time."""
         started = time.perf_counter()
         try:
-            yield
-        finally:
-            self._seconds += time.perf_counter() - started
+            self._request.on_work()
+            step()
+        except Refused as refused:
+            self.evidence = replace(self.evidence, refusal=refused.refusal)
+        except Exception as error:
+            self.error = error
+        self.seconds += time.perf_counter() - started
+        self.evidence = replace(self.evidence, base=self.base.facts, seconds=self.seconds)
 
     def _load(self) -> Loaded:
         request = self._request
         if request.combine is not None:
+            from merge_gate.engine.adapter.combine import combined  # noqa: PLC0415 - few adapters are combinations
+
             return combined(request.base, request.members, self._weights, request.combine)
         return load_adapter(request.base, request.members[0], self._weights[0])
 
-    def _plan(self) -> Walk:
-        base = self._request.base
+    def plan(self) -> None:
+        """Steps 1 to 5, and the plan of step 6."""
+        base = self.base
         # 1.
         self._weights = tuple(read_weights(files) for files in self._request.members)
         measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
-        self._evidence = replace(self._evidence, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
+        self.evidence = replace(self.evidence, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
         # 2.
         loaded = self._load()
         # 3. The defects depend on config and names only, which are those of the first adapter of a template.
@@ -244,14 +230,14 @@ class _Attempt:
         self._token_owners = _token_owners(loaded) if loaded.tied_modules else {}
         self._unnamed = _unnamed(base, loaded, in_file) if in_file else ()
         # 4. and 5.
-        self._evidence = replace(self._evidence, file_tensors=mark_used(base, loaded, measured))
-        self._evidence = replace(self._evidence, unread=unread_layers(base, loaded))
+        self.evidence = replace(self.evidence, file_tensors=mark_used(base, loaded, measured))
+        self.evidence = replace(self.evidence, unread=unread_layers(base, loaded))
         if (self._waits or base.feed is not None) and len(loaded.arrivals) == 1:
             loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
         walk = self._planned_walk(loaded)
         if self._waits and loaded.template is not None:
             base.pattern = loaded.template  # not before: another adapter of its kind skips what was checked here
-        return walk
+        self.walk = walk
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self._request
@@ -273,21 +259,26 @@ class _Attempt:
             walk.refuse_too_large(request.free_bytes)
         return walk
 
-    def _finish(self, walk: Walk) -> None:
-        base, differing = self._request.base, tuple(walk.differing)
+    def finish(self) -> None:
+        """The rest of step 6, and step 7."""
+        if self.walk is None:
+            return
+        walk, base, differing = self.walk, self.base, tuple(self.walk.differing)
         if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
             walk = self._planned_walk(self._load(), in_blocks=False)
         walk.finish()
-        loaded, merges = walk.loaded, walk.ledger.merges
+        loaded, merges = walk.loaded, walk.merged.merges
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self._request.measure_options.estimated_ratio
         matrices = [merge for merge in merges.values() if len(merge.stats.shape) > 1]
         is_large = any((merge.delta_norm or 0.0) > ratio * (merge.base_norm or 0.0) for merge in matrices)
-        without_source = _without_source(base, self._parameters_in_file | (merges.keys() - walk.adapted))
-        self._evidence = replace(
-            self._evidence,
-            file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self._evidence.file_tensors),
+        # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
+        without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
+        without_source -= merges.keys() - walk.adapted
+        self.evidence = replace(
+            self.evidence,
+            file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
             missing=tuple(name for arrival in loaded.arrivals for name in arrival.missing),
             dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
@@ -295,8 +286,10 @@ class _Attempt:
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
-            tied=walk.ledger.tied(loaded.tied_modules, self._token_owners),
-            replaced_nonfinite=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
+            tied=walk.merged.tied(loaded.tied_modules, self._token_owners),
+            replaced_nonfinite=tuple(
+                name for name, stats in base.stats.items() if not stats.finite and name not in walk.merged.nonfinite
+            ),
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
@@ -305,8 +298,8 @@ class _Attempt:
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,
-            parameters_checked=walk.ledger.checked,
-            parameters_total=walk.ledger.total,
+            parameters_checked=walk.merged.checked,
+            parameters_total=walk.merged.total,
             parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )
 
@@ -362,10 +355,6 @@ def _differs(base: Base, name: str, tensor: torch.Tensor) -> bool:
         return not same_values(base_tensor.data, tensor.to(base_tensor.device, base_tensor.dtype))
 
 
-def _not_finite(base: Base) -> list[str]:
-    return [name for name, stats in base.stats.items() if not stats.finite]
-
-
 def _token_owners(loaded: Loaded) -> dict[str, int]:
     """The id of the layer whose trained tokens a module of the base has: PEFT links a head to its embedding's.
 
@@ -379,11 +368,6 @@ def _token_owners(loaded: Loaded) -> dict[str, int]:
         for path, layer in model.named_modules()
         if isinstance(layer, TrainableTokensLayer)
     }
-
-
-def _without_source(base: Base, from_adapter: set[str]) -> set[str]:
-    """Tensors that are missing in the base's files and in the adapter, so that a delta is added to random values."""
-    return set(base.newly_initialized & base.tensors.keys()) - from_adapter
 
 
 def _enlarged_tensors(base: Base, loaded: Loaded) -> set[str]:

@@ -26,14 +26,14 @@ import torch
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
-from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base, source_of
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.expected_differences import Expectation
 from merge_gate.engine.finished_settings import read_settings
-from merge_gate.engine.merge.sink import WholeTensors
-from merge_gate.engine.tensors.deviation import ExactRows, Fit, deviation, requantized
+from merge_gate.engine.merge.exact_merge import ExactRows, Fit, deviation, requantized
+from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import EngineError
@@ -93,16 +93,8 @@ def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, b
     Raises:
         Undecidable: the directory cannot be loaded as this class.
     """
-    options = dict(base.source.options)
     dtype = _dtype(files, base_files) or base.facts.dtype
-    source = Source(
-        directory=files.directory,
-        label=label,
-        revision=None,
-        quantization=base.source.quantization,
-        device=torch.device("cpu"),
-        options={**options, "dtype": getattr(torch, dtype)},
-    )
+    source = replace(base.source, directory=files.directory, label=label, revision=None, dtype=dtype, device="cpu")
     try:
         return skeleton_of(source, model_class, files.stored, files.feed)
     except NoSkeletonError as error:
@@ -111,7 +103,7 @@ def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, b
                 f"{label} cannot be streamed: {model_class.class_name} has to be loaded by transformers ({error})",
                 hint="download it, and name its directory",
             ) from error
-        return load_base(source_of(files.directory, label=label, dtype=dtype), model_class)
+        return load_base(Source(directory=files.directory, label=label, dtype=dtype), model_class)
 
 
 def _dtype(files: Files, base_files: Files) -> str | None:

@@ -12,21 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import kind
-from merge_gate.files.regex_fields import patterns_of
-from merge_gate.files.regex_fields import problem as pattern_problem
-from merge_gate.judging.checks.file_checks import CONFIG_INVALID, CONFIG_UNSAFE
+from merge_gate.judging.checks.config_invalid import CONFIG_INVALID
+from merge_gate.judging.checks.config_unsafe import CONFIG_UNSAFE
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
-from merge_gate.records.files import CONFIG_NAME, AdapterConfig, StoredTensor
+from merge_gate.records.files import CONFIG_NAME, AdapterConfig, Pattern, StoredTensor
 from merge_gate.records.terms import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 MAX_BYTES = 10_000_000
 
@@ -47,6 +47,15 @@ _NAMES_SHOWN = 3
 _VALUE_SHOWN = 60
 _NOT_SET: tuple[Any, ...] = (None, False, "", [], {})
 _MOST_PATTERNS_COMPILED = 2_000  # the worker compiles the others, within a time limit
+
+_WHOLE_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
+"""In these keys a string is an expression for whole names; a list holds plain names (peft/tuners/tuners_utils.py)."""
+
+_PLAIN_NAME = re.compile(r"\^?(?:[A-Za-z0-9_-]|\.|\\\.)+\$?")
+"""Names that are valid and fast to match. A config may hold a hundred thousand of them."""
+
+MOST_PATTERN_CHARACTERS = 100_000
+"""Longer than any expression that people or PEFT write. Python takes seconds to compile one of this length."""
 
 
 # --- the record ----------------------------------------------------------------------------------------------------
@@ -88,51 +97,60 @@ def _number(config: dict[str, Any], key: str) -> float | None:
     return config[key] if _is_number(config.get(key)) else None
 
 
+# --- regular expressions ------------------------------------------------------------------------------------------
+
+
+def patterns_of(config: Mapping[str, Any]) -> Iterator[Pattern]:
+    """Every expression of a config that is more than a name, in the order of its keys. Other types are ignored."""
+    return (pattern for pattern in _every_pattern(config) if not _PLAIN_NAME.fullmatch(pattern.text))
+
+
+def _every_pattern(config: Mapping[str, Any]) -> Iterator[Pattern]:
+    for key, value in config.items():
+        if key in _WHOLE_NAMES and isinstance(value, str):
+            yield Pattern(place=key, text=value, expression=value)
+        elif key == "layers_pattern":
+            for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+                if isinstance(text, str):
+                    yield Pattern(place=key, text=text, expression=rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.")
+        elif key.endswith("_pattern") and isinstance(value, dict):
+            for text in value:
+                yield Pattern(place=f"a key of {key}", text=text, expression=rf"(.*\.)?({text})$")
+
+
+def pattern_problem(pattern: Pattern) -> str | None:
+    """Why the expression is refused; None if it is accepted."""
+    if len(pattern.text) > MOST_PATTERN_CHARACTERS:
+        return f"it has {len(pattern.text):,} characters, expected at most {MOST_PATTERN_CHARACTERS:,}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern.expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
+
+
 # --- types of values -----------------------------------------------------------------------------------------------
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_a(*kinds: type) -> Callable[[Any], bool]:
+    """A test for values of these types. In JSON, true and false are no numbers."""
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def _is_list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_item, value))
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_text_or_names(value: Any) -> bool:
-    return _is_text(value) or _is_names(value)
-
-
-def _is_layers(value: Any) -> bool:
-    return _is_integer(value) or (isinstance(value, list) and all(_is_integer(item) for item in value))
-
-
-def _is_tokens(value: Any) -> bool:
-    lists = list(value.values()) if isinstance(value, dict) else [value]
-    return all(isinstance(indices, list) and all(_is_integer(index) for index in indices) for indices in lists)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
+_is_text, _is_integer, _is_number = _is_a(str), _is_a(int), _is_a(int, float)
+_is_names, _is_integers = _is_list_of(_is_text), _is_list_of(_is_integer)
 
 _TEXT = (_is_text, "a string")
-_FLAG = (_is_flag, "true or false")
+_FLAG = (_is_a(bool), "true or false")
 _NUMBER = (_is_number, "a number")
-_NAMES = (_is_text_or_names, "a string or a list of strings")
-_MAPPING = (_is_mapping, "an object")
+_NAMES = (lambda value: _is_text(value) or _is_names(value), "a string or a list of strings")
+_MAPPING = (_is_a(dict), "an object")
 
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task_type": _TEXT,
@@ -148,11 +166,17 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": _NAMES,
     "layers_pattern": _NAMES,
     "target_parameters": (_is_names, "a list of strings"),
-    "layers_to_transform": (_is_layers, "an integer or a list of integers"),
+    "layers_to_transform": (
+        lambda value: _is_integer(value) or _is_integers(value),
+        "an integer or a list of integers",
+    ),
     "rank_pattern": _MAPPING,
     "alpha_pattern": _MAPPING,
     "auto_mapping": _MAPPING,
-    "trainable_token_indices": (_is_tokens, "a list of integers, or an object with such lists"),
+    "trainable_token_indices": (
+        lambda value: all(map(_is_integers, value.values() if isinstance(value, dict) else [value])),
+        "a list of integers, or an object with such lists",
+    ),
     "fan_in_fan_out": _FLAG,
     "inference_mode": _FLAG,
     "lora_bias": _FLAG,

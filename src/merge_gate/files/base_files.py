@@ -3,46 +3,51 @@
 In: a directory, which is hostile. Out: `BaseFiles`, or `ResolveError` if the files cannot be read at all. Reads
 headers, the index and JSON files; values only to compare tensors that are stored twice.
 
-1. The files that transformers loads must be there and whole (base_weights.py).
+1. The files that transformers loads must be there and whole. The rules are those of `_get_resolved_checkpoint_files`
+   in transformers 5.24 (modeling_utils.py): the file that config.json names under `transformers_weights`;
+   model.safetensors; the shards that model.safetensors.index.json names, whatever their names and folders; with leave
+   to read pickles, the same for pytorch_model.bin.
 2. Index and headers are compared both ways; names that are stored twice are compared byte by byte.
 3. Declared and stored formats are compared (base_formats.py).
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge_gate.errors import ResolveError
-from merge_gate.files import base_formats, base_weights
-from merge_gate.files.base_weights import (
-    BIN,
-    BIN_INDEX,
-    FETCH_AGAIN,
-    INCOMPLETE,
-    INCONSISTENT,
-    MODEL,
-    MODEL_INDEX,
-    SAFETENSORS_ENDING,
-    WeightFiles,
-)
+from merge_gate.files import base_formats, json_object
 from merge_gate.files.headers import (
     CorruptFileError,
     TruncatedFileError,
     lfs_pointer,
     open_regular,
+    parse_file,
     parse_places,
     shown,
 )
 from merge_gate.files.pickle_scan import read_pickled
-from merge_gate.judging.checks.base_checks import BASE_INCONSISTENT
+from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
+from merge_gate.names.foreign_names import is_inside
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
 from merge_gate.records.terms import Finding, Severity
 from merge_gate.text import counted, listing
+
+MODEL, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+INDEX_ENDING, SAFETENSORS_ENDING = ".index.json", ".safetensors"
+
+FETCH_AGAIN = "fetch or copy the base again and compare the sizes of its files"
+INCOMPLETE, INCONSISTENT, FORMAT = "base-incomplete", "base-inconsistent", "base-format"
+"""Ids of the checks of bases (judging/checks/)."""
 
 _LISTED = 6
 _CHUNK_BYTES = 1 << 20
@@ -55,30 +60,25 @@ _DTYPE_ALIASES = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
 
-@dataclass(slots=True, kw_only=True)
-class _Tensor:
-    """A tensor and where its values are; `begin` is None if only torch can tell."""
-
-    stored: StoredTensor
-    begin: int | None = None
-    end: int = 0
+_Place = tuple[StoredTensor, int, int]
+"""A tensor and where its values begin and end in its file; 0 and 0 if only torch can tell."""
 
 
-@dataclass(slots=True)
-class _Contents:
-    """What the weight files hold. `first` has the first tensor of each name, `again` the later ones."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The files that are loaded, in transformers' order; `listed` is the index's map of names to files, if it has one.
 
-    size_bytes: int = 0
-    """Of the files together."""
+    `index` is the index's own name.
+    """
 
-    tensors: list[StoredTensor] = field(default_factory=list)
-    first: dict[str, _Tensor] = field(default_factory=dict)
-    again: list[_Tensor] = field(default_factory=list)
+    files: tuple[str, ...]
+    index: str | None = None
+    listed: Mapping[str, str] | None = None
 
-    def add(self, tensor: _Tensor) -> None:
-        self.tensors.append(tensor.stored)
-        if self.first.setdefault(tensor.stored.name, tensor) is not tensor:
-            self.again.append(tensor)
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """With the index, which comes first."""
+        return (self.index, *self.files) if self.index else self.files
 
 
 def loaded_files(directory: str) -> WeightFiles:
@@ -88,20 +88,35 @@ def loaded_files(directory: str) -> WeightFiles:
         ResolveError: there are none, or the index cannot be used.
     """
     try:
-        config = base_weights.read_config(directory, directory)
+        config = read_config(directory, directory)
     except ResolveError:  # read_base says what is wrong with it
         config = {}
-    return _chosen(directory, config, name=directory, allow_pickle=True)
+    names = _names(directory, directory)
+    return choose(names, functools.partial(Path, directory), config, name=directory, allow_pickle=True)
 
 
-def _chosen(directory: str, config: Mapping[str, Any], *, name: str, allow_pickle: bool) -> WeightFiles:
-    return base_weights.choose(
-        _names(directory, name),
-        lambda file: Path(directory, file),
-        name=name,
-        allow_pickle=allow_pickle,
-        explicit=base_weights.explicit_file(config),
-    )
+def choose(
+    names: frozenset[str], path_of: Callable[[str], Path], config: Mapping[str, Any], *, name: str, allow_pickle: bool
+) -> WeightFiles:
+    """What transformers loads of these files. `path_of` gives an index's place on disk; `name` is the base's.
+
+    The file that config.json names goes before all others.
+
+    Raises:
+        ResolveError: there are no weights, only pickles, or the index cannot be used.
+    """
+    explicit = config.get("transformers_weights")
+    first = _named(explicit, name) if isinstance(explicit, str) else _first(names, name=name, allow_pickle=allow_pickle)
+    if not first.endswith(INDEX_ENDING):
+        return WeightFiles(files=(first,))
+    listed = _read_index(path_of(first), first, name)
+    files = tuple(sorted(set(listed.values())))
+    for file in files:
+        _refuse_place(file, first, name)
+        if first != BIN_INDEX and not file.endswith(SAFETENSORS_ENDING):
+            what = f"{first} names {shown(file)}, expected names that end with {SAFETENSORS_ENDING}"
+            raise _broken(what, name, "give the shard its real ending, in the directory and in the index")
+    return WeightFiles(files=files, index=first, listed=listed)
 
 
 def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_values: bool = True) -> BaseFiles:
@@ -113,8 +128,9 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     # 1. The files that are loaded.
     names = _names(directory, name)
     _refuse_adapter(names, name)
-    config = base_weights.read_config(directory, name) if "config.json" in names else {}
-    chosen = _chosen(directory, config, name=name, allow_pickle=allow_pickle)
+    config = read_config(directory, name) if "config.json" in names else {}
+    place = functools.partial(Path, directory)
+    chosen = choose(names, place, config, name=name, allow_pickle=allow_pickle)
     if "config.json" not in names:
         raise ResolveError(
             f"the base {shown(name)} has weights but no config.json, so nothing says which architecture it is",
@@ -122,32 +138,33 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
             check=INCOMPLETE,
         )
     _refuse_absent(directory, chosen, name)
-    contents = _Contents()
+    places, weight_bytes = list[_Place](), 0
     for file in chosen.files:
-        _read_weights(directory, file, name, contents)
+        weight_bytes += _read_weights(directory, file, name, places)
+    first: dict[str, _Place] = {}
+    again = [place for place in places if first.setdefault(place[0].name, place) is not place]
     # 2. Index and headers.
-    ghosts = tuple((n, file) for n, file in (chosen.listed or {}).items() if n not in contents.first)
-    aside = _aside(directory, chosen, name)
+    ghosts = tuple((n, file) for n, file in (chosen.listed or {}).items() if n not in first)
     note = _Notes(directory, name, has_values=has_values)
-    different = note.compare(contents)
+    different = note.compare(first, again)
     # 3. Formats.
     declared = base_formats.declared_in(directory, config)
     original = _original(directory)
-    own = [tensor.stored for tensor in contents.first.values()]
+    own = [tensor for tensor, _, _ in first.values()]
     of_formats = base_formats.findings_of(own, declared, config, label=name, original=original)
     note.ghosts(ghosts, chosen)
-    unlisted = _unlisted(contents, chosen)
+    # transformers loads all tensors of a file, also those that the index does not list
+    unlisted = () if chosen.listed is None else tuple(tensor for tensor in first if tensor not in chosen.listed)
     note.unlisted(unlisted, chosen)
-    note.second_set(aside, chosen)
-    note.tied(contents, config)
+    note.second_set(names, chosen)
+    note.tied(first, config)
     return BaseFiles(
         directory=directory,
         weights=chosen.files,
-        weight_bytes=contents.size_bytes,
-        tensors=tuple(contents.tensors),
+        weight_bytes=weight_bytes,
+        tensors=tuple(tensor for tensor, _, _ in places),
         ghosts=ghosts,
         unlisted=unlisted,
-        aside=aside,
         quantization=declared,
         original=original,
         auto_dtype=_auto_dtype(config, name),
@@ -158,6 +175,27 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
 
 
 # --- 1. --------------------------------------------------------------------------------------------------------------
+
+
+def read_config(directory: str, name: str) -> dict[str, Any]:
+    """config.json as transformers reads it: NaN and repeated keys are allowed.
+
+    Raises:
+        ResolveError: it is not a JSON object, or a Git LFS pointer.
+    """
+    content = _content(directory, "config.json", name)
+    try:
+        config = json.loads(content.decode("utf-8"))
+        what = "" if isinstance(config, dict) else f"holds {json_object.kind(config)}, expected a JSON object"
+    except UnicodeDecodeError:
+        what = "is not UTF-8 text"
+    except RecursionError:
+        what = "is nested too deeply"
+    except ValueError as error:
+        what = f"is not valid JSON: {str(error)[:120]}"
+    if what:
+        raise _broken(f"config.json {what}", name)
+    return config  # type: ignore[no-any-return] # isinstance above
 
 
 def _names(directory: str, name: str) -> frozenset[str]:
@@ -192,27 +230,155 @@ def _refuse_absent(directory: str, chosen: WeightFiles, name: str) -> None:
         )
 
 
-def _read_weights(directory: str, file: str, name: str, contents: _Contents) -> None:
-    """Add the tensors of one file, which must be whole."""
+def _read_weights(directory: str, file: str, name: str, places: list[_Place]) -> int:
+    """Add the tensors of one file, which must be whole. Returns its size in bytes."""
     try:
         with open_regular(str(Path(directory, file))) as opened:
-            if pointer := lfs_pointer(opened):
-                raise base_weights.pointer_error(name, file, pointer.size_bytes)
+            if (size := lfs_pointer(opened)) is not None:
+                raise _pointer_error(name, file, size)
             size_bytes = os.fstat(opened.fileno()).st_size
-            contents.size_bytes += size_bytes
             if file.endswith(SAFETENSORS_ENDING):
-                for tensor, begin, end in parse_places(opened):
-                    contents.add(_Tensor(stored=replace(tensor, file=file), begin=begin, end=end))
-                return
-            for tensor in read_pickled(opened, size_bytes) or ():
-                contents.add(_Tensor(stored=replace(tensor, file=file)))
+                held = parse_places(opened)
+            else:
+                held = tuple((tensor, 0, 0) for tensor in read_pickled(opened, size_bytes) or ())
+            places += ((replace(tensor, file=file), begin, end) for tensor, begin, end in held)
+            return size_bytes
     except CorruptFileError as error:
         check = INCOMPLETE if isinstance(error, TruncatedFileError) else INCONSISTENT
-        raise ResolveError(
-            f"the base {shown(name)} is broken: {shown(file)} {error}", hint=FETCH_AGAIN, check=check
-        ) from error
+        raise _broken(f"{shown(file)} {error}", name, check=check) from error
     except OSError as error:
-        raise base_weights.unreadable(directory, file, name, error) from error
+        raise _unreadable(directory, file, name, error) from error
+
+
+def _first(names: Iterable[str], *, name: str, allow_pickle: bool) -> str:
+    plain = {n for n in names if "/" not in n}
+    for file in (MODEL, MODEL_INDEX):
+        if file in plain:
+            return file
+    pickles = [file for file in (BIN, BIN_INDEX) if file in plain]
+    if pickles and allow_pickle:
+        return pickles[0]
+    if pickles:
+        raise ResolveError(
+            f"the base {shown(name)} has pickled weights only ({pickles[0]}), which can run code when they are loaded",
+            hint="use a revision or a copy with safetensors weights, or, if you trust it, set allow-pickle: true in "
+            "the gate's config",
+        )
+    raise _no_weights(frozenset(names), name)
+
+
+def _named(explicit: str, name: str) -> str:
+    """Rule 1. Transformers refuses other endings, and places outside of the directory."""
+    _refuse_place(explicit, "config.json", name)
+    if not explicit.endswith((SAFETENSORS_ENDING, f"{SAFETENSORS_ENDING}{INDEX_ENDING}")):
+        what = f"transformers_weights in config.json is {shown(explicit)}, expected a safetensors file or its index"
+        raise _broken(what, name, "remove transformers_weights from config.json, or name the safetensors file")
+    return explicit
+
+
+def _no_weights(names: frozenset[str], name: str) -> ResolveError:
+    plain = {n for n in names if "/" not in n}
+    some = listing(map(shown, sorted(plain)), _LISTED) or "nothing"
+    what = f"the base {shown(name)} has no weights: no {MODEL} and no {MODEL_INDEX}; it holds {some}"
+    if "model_index.json" in plain:
+        return ResolveError(
+            f"the base {shown(name)} is a diffusers pipeline (it has a model_index.json), not a transformers model",
+            hint="the gate merges adapters of transformers models only: name a text or vision model, or check this "
+            "adapter in its diffusers pipeline, with fuse_lora(safe_fusing=True)",
+            check=FORMAT,
+        )
+    if "modules.json" in plain:
+        return ResolveError(
+            f"the base {shown(name)} is a sentence-transformers model (it has a modules.json) whose transformers model "
+            "is in a folder of its own, or has no safetensors weights",
+            hint="name the folder that holds config.json and model.safetensors (0_Transformer/ in older releases)",
+            check=FORMAT,
+        )
+    if any(n.endswith(".gguf") for n in plain):
+        return ResolveError(
+            f"{what}: its format is GGUF, which cannot be judged",
+            hint="gate and merge on the unquantized base in safetensors format, from which the GGUF file was made",
+            check=FORMAT,
+        )
+    if CONFIG_NAME in plain:
+        return ResolveError(what, hint="this is an adapter, not a full model: name the base that it was trained on")
+    return ResolveError(
+        what,
+        hint="name a directory or repository in the format that transformers' save_pretrained writes",
+        check=INCOMPLETE if "config.json" in plain else None,
+    )
+
+
+def _read_index(path: Path, index: str, name: str) -> dict[str, str]:
+    try:
+        content = json_object.parse(_content(str(path.parent), path.name, name))
+    except json_object.InvalidObjectError as error:
+        raise _broken(f"{index} {error}", name) from error
+    listed = content.get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(value, str) for value in listed.values()):
+        raise _broken(f"{index} has no weight_map", name)
+    if not isinstance(content.get("metadata"), dict):
+        what = f'{index} has no "metadata", without which transformers does not load it'
+        raise _broken(what, name, 'add "metadata": {} to the index, next to weight_map')
+    return listed
+
+
+def _content(directory: str, file: str, name: str) -> bytes:
+    """The bytes of a JSON file."""
+    try:
+        with open_regular(str(Path(directory, file))) as opened:
+            if (size := lfs_pointer(opened)) is not None:
+                raise _pointer_error(name, file, size)
+            opened.seek(0)
+            return opened.read(json_object.LONGEST_BYTES)
+    except CorruptFileError as error:
+        raise _broken(f"{file} {error}", name) from error
+    except OSError as error:
+        raise _unreadable(directory, file, name, error) from error
+
+
+def _refuse_place(file: str, named_in: str, name: str) -> None:
+    """A name must stay inside of the base's directory: an index is as hostile as the rest."""
+    if not is_inside(file):
+        what = f"{named_in} names {shown(file)}, expected the plain name of a file inside the base's directory"
+        raise _broken(what, name, "correct the index: names in it are relative to its own directory")
+
+
+def _broken(what: str, name: str, hint: str = FETCH_AGAIN, *, check: str = INCONSISTENT) -> ResolveError:
+    return ResolveError(f"the base {shown(name)} is broken: {what}", hint=hint, check=check)
+
+
+def _unreadable(directory: str, file: str, name: str, error: OSError) -> ResolveError:
+    """The error of a file that cannot be opened: a link to a file that is not there has its own remedy."""
+    path = Path(directory, file)
+    if path.is_symlink() and not path.exists():
+        target = path.readlink()
+        return ResolveError(
+            f"the base {shown(name)} is incomplete: {shown(file)} is a link to {shown(str(target))}, which is "
+            "not there",
+            hint="the cache has lost this file: remove the link and download the base again, with network access"
+            if "blobs" in target.parts
+            else "restore the file that the link names, or copy the base with its files instead of links",
+            check=INCOMPLETE,
+        )
+    if isinstance(error, FileNotFoundError):
+        return ResolveError(
+            f"the base {shown(name)} is incomplete: {shown(file)} is not there", hint=FETCH_AGAIN, check=INCOMPLETE
+        )
+    return ResolveError(
+        f"the base {shown(name)} cannot be read: {shown(file)}: {error.strerror or error}",
+        hint="check that the user who runs the gate may read it",
+    )
+
+
+def _pointer_error(name: str, file: str, size: str) -> ResolveError:
+    """The error of a Git LFS pointer in the place of a file of this size."""
+    expected = f", expected {size}" if size else ""
+    return ResolveError(
+        f"the base {shown(name)} has a Git LFS pointer where {file} should be{expected}",
+        hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
+        check=INCOMPLETE,
+    )
 
 
 def _original(directory: str) -> str | None:
@@ -245,37 +411,13 @@ def _auto_dtype(config: Mapping[str, Any], name: str) -> Finding | None:
 # --- 2. --------------------------------------------------------------------------------------------------------------
 
 
-def _aside(directory: str, chosen: WeightFiles, name: str) -> tuple[StoredTensor, ...]:
-    """Tensors in the directory's other safetensors files, as far as these can be read: a second set, or half of one."""
-    names = set(_names(directory, name))
-    if chosen.files == (MODEL,) and MODEL_INDEX in names:
-        names |= _listed_elsewhere(directory)
-    others = {file for file in names if file.endswith(SAFETENSORS_ENDING)} - {*chosen.files, WEIGHTS_NAME}
-    tensors: list[StoredTensor] = []
-    for file in sorted(others):
-        try:
-            with open_regular(str(Path(directory, file))) as opened:
-                tensors.extend(replace(tensor, file=file) for tensor, _, _ in parse_places(opened))
-        except (OSError, CorruptFileError):  # transformers does not open it either
-            continue
-    return tuple(tensors)
-
-
 def _listed_elsewhere(directory: str) -> set[str]:
     """Shards of an index that transformers does not read, since it loads model.safetensors."""
     try:
-        chosen = base_weights.choose(
-            frozenset({MODEL_INDEX}), lambda file: Path(directory, file), name="", allow_pickle=False
-        )
+        place = functools.partial(Path, directory)
+        return set(choose(frozenset({MODEL_INDEX}), place, {}, name="", allow_pickle=False).files)
     except ResolveError:
         return set()
-    return set(chosen.files)
-
-
-def _unlisted(contents: _Contents, chosen: WeightFiles) -> tuple[str, ...]:
-    """Tensors that the index does not list. transformers loads all tensors of a file."""
-    listed = chosen.listed
-    return () if listed is None else tuple(name for name in contents.first if name not in listed)
 
 
 class _Notes:
@@ -285,26 +427,25 @@ class _Notes:
         self._directory, self._name, self._has_values = directory, name, has_values
         self.findings: list[Finding] = []
 
-    def compare(self, contents: _Contents) -> list[Finding]:
+    def compare(self, first_places: Mapping[str, _Place], again: list[_Place]) -> list[Finding]:
         """One name in two files: the same bytes are a note, other bytes are a contradiction."""
-        if contents.again and not self._has_values:
-            return [self._not_compared(contents.again[0].stored.name)]
-        same: list[StoredTensor] = []
-        for tensor in contents.again:
-            first = contents.first[tensor.stored.name]
-            if not self._is_same(first, tensor):
+        if again and not self._has_values:
+            return [self._not_compared(again[0][0].name)]
+        same = [place[0].name for place in again]
+        for place in again:
+            tensor, first = place[0], first_places[place[0].name]
+            if not self._is_same(first, place):
                 message = (
-                    f"the base {shown(self._name)} cannot be judged: its tensor {shown(tensor.stored.name)} is in "
-                    f"{shown(first.stored.file)} and in {shown(tensor.stored.file)} with different values"
+                    f"the base {shown(self._name)} cannot be judged: its tensor {shown(tensor.name)} is in "
+                    f"{shown(first[0].file)} and in {shown(tensor.file)} with different values"
                 )
                 hint = "remove the wrong one from its file and from the index, or fetch the base again"
-                return [BASE_INCONSISTENT.finding(message, hint, tensor=tensor.stored.name)]
-            same.append(tensor.stored)
+                return [BASE_INCONSISTENT.finding(message, hint, tensor=tensor.name)]
         if same:
             self._add(
                 f"{counted(len(same), 'tensor')} of the base {shown(self._name)} {_are(len(same))} stored twice with "
-                f"the same bytes: {_names_of([tensor.name for tensor in same])}",
-                same[0].name,
+                f"the same bytes: {_names_of(same)}",
+                same[0],
             )
         return []
 
@@ -332,9 +473,12 @@ class _Notes:
                 unlisted[0],
             )
 
-    def second_set(self, aside: tuple[StoredTensor, ...], chosen: WeightFiles) -> None:
-        files = sorted({tensor.file for tensor in aside})
-        more = [MODEL_INDEX] if chosen.files == (MODEL,) and Path(self._directory, MODEL_INDEX).exists() else []
+    def second_set(self, names: frozenset[str], chosen: WeightFiles) -> None:
+        """Other safetensors files with tensors, as far as these can be read: a second set, or half of one."""
+        more = [MODEL_INDEX] if chosen.files == (MODEL,) and MODEL_INDEX in names else []
+        listed = _listed_elsewhere(self._directory) if more else set()
+        others = {file for file in names | listed if file.endswith(SAFETENSORS_ENDING)} - {*chosen.files, WEIGHTS_NAME}
+        files = [file for file in sorted(others) if self._has_tensors(file)]
         if files or more:
             self._add(
                 f"the base {shown(self._name)} has weights that transformers does not load: "
@@ -342,39 +486,43 @@ class _Notes:
                 None,
             )
 
-    def tied(self, contents: _Contents, config: Mapping[str, Any]) -> None:
+    def tied(self, first: Mapping[str, _Place], config: Mapping[str, Any]) -> None:
         """The config ties the head to the embedding, and the files hold two tensors that differ."""
         if config.get("tie_word_embeddings") is not True or not self._has_values:
             return
-        head = next((tensor for name, tensor in contents.first.items() if name.endswith("lm_head.weight")), None)
-        embeddings = [tensor for name, tensor in contents.first.items() if name.endswith(_EMBEDDINGS)]
+        head = next((place for name, place in first.items() if name.endswith("lm_head.weight")), None)
+        embeddings = [place for name, place in first.items() if name.endswith(_EMBEDDINGS)]
         if head is None or len(embeddings) != 1 or self._is_same(head, embeddings[0]):
             return
         self._add(
-            f"config.json of the base {shown(self._name)} ties {shown(head.stored.name)} to "
-            f"{shown(embeddings[0].stored.name)}, and its files hold two tensors with different values: transformers "
+            f"config.json of the base {shown(self._name)} ties {shown(head[0].name)} to "
+            f"{shown(embeddings[0][0].name)}, and its files hold two tensors with different values: transformers "
             "does not tie them",
-            head.stored.name,
+            head[0].name,
         )
 
-    def _is_same(self, first: _Tensor, second: _Tensor) -> bool:
-        if (first.stored.dtype, first.stored.shape) != (second.stored.dtype, second.stored.shape):
+    def _has_tensors(self, file: str) -> bool:
+        with suppress(OSError, CorruptFileError), open_regular(str(Path(self._directory, file))) as opened:
+            return bool(parse_file(opened))
+        return False  # transformers does not open it either
+
+    def _is_same(self, first: _Place, second: _Place) -> bool:
+        (one, begin, end), (other, other_begin, other_end) = first, second
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        if first.begin is None or second.begin is None:
+        if not end or not other_end:
             return True  # only torch can tell
         try:
             with (
-                open_regular(str(Path(self._directory, first.stored.file))) as first_file,
-                open_regular(str(Path(self._directory, second.stored.file))) as second_file,
+                open_regular(str(Path(self._directory, one.file))) as first_file,
+                open_regular(str(Path(self._directory, other.file))) as second_file,
             ):
-                first_file.seek(first.begin)
-                second_file.seek(second.begin)
-                left = first.end - first.begin
-                while left > 0:
-                    size = min(left, _CHUNK_BYTES)
+                first_file.seek(begin)
+                second_file.seek(other_begin)
+                for start in range(begin, end, _CHUNK_BYTES):
+                    size = min(end - start, _CHUNK_BYTES)
                     if first_file.read(size) != second_file.read(size):
                         return False
-                    left -= size
         except (OSError, CorruptFileError):
             return False
         return True

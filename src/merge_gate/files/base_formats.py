@@ -17,7 +17,8 @@ from typing import Any
 
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
-from merge_gate.judging.checks.base_checks import BASE_FORMAT, BASE_INCONSISTENT
+from merge_gate.judging.checks.base_format import BASE_FORMAT
+from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.files import DeclaredQuantization, StoredTensor
 from merge_gate.records.terms import Finding
@@ -178,11 +179,29 @@ def format_of(tensors: Tensors) -> tuple[str, StoredTensor] | None:
     return None
 
 
+def _is_coded(tensor: StoredTensor) -> bool:
+    """Whether the stored numbers of a weight are codes by their dtype."""
+    return tensor.name.endswith(".weight") and tensor.dtype in _INTEGERS | _FLOAT8 and len(tensor.shape) > 1
+
+
 def _codes(tensors: Tensors) -> Iterator[StoredTensor]:
-    """Weights whose stored numbers are codes by their dtype."""
-    for name, tensor in tensors.items():
-        if name.endswith(".weight") and tensor.dtype in _INTEGERS | _FLOAT8 and len(tensor.shape) > 1:
-            yield tensor
+    return filter(_is_coded, tensors.values())
+
+
+def _needed(method: str, weight: StoredTensor, tensors: Tensors) -> Iterator[str]:
+    """The tensors that the values of a weight need: scales, and the state of its packing."""
+    name, is_coded = weight.name, _is_coded(weight)
+    if method == "compressed-tensors" and (is_coded or name.endswith(".weight_packed")):  # whatever their layout
+        yield f"{name.removesuffix('_packed')}_scale"
+    elif method == "bitsandbytes_8bit" and is_coded and weight.dtype == "I8":  # the scales of its rows
+        yield f"{name.removesuffix('weight')}SCB"
+    elif method == "bitsandbytes_4bit" and is_coded and weight.dtype == "U8":
+        absmax = tensors.get(f"{name}.absmax")  # if it is quantized, it has scales of its own
+        nested = ("nested_absmax", "nested_quant_map") if absmax is not None and absmax.dtype == "U8" else ()
+        yield from (f"{name}.{part}" for part in ("absmax", *nested, "quant_map"))
+    elif method == "mxfp4" and weight.dtype == "U8":
+        pairs = (("_blocks", "_scales"), ("_scales", "_blocks"))
+        yield from (name.removesuffix(own) + other for own, other in pairs if name.endswith(own))
 
 
 def _scale_of(weight: str, tensors: Tensors) -> StoredTensor | None:
@@ -277,7 +296,7 @@ class _Judge:
                 hint = f"`pip install {method}` in the environment that runs the gate, or {hint}"
             yield self._finding(BASE_FORMAT, message, hint, None)
         else:
-            yield from _PARTS[method](self, tensors)
+            yield from self.fp8(tensors) if method in {"fp8", "mxfp8"} else self.parts(tensors)
 
     def fp8(self, tensors: Tensors) -> Iterator[Finding]:
         """Each weight in 8 bits needs its scale, under a name that transformers reads, of a shape that fits."""
@@ -305,56 +324,19 @@ class _Judge:
                 yield self._finding(BASE_INCONSISTENT, wrong, self._unquantized, weight)
                 return
 
-    def compressed_tensors(self, tensors: Tensors) -> Iterator[Finding]:
-        """Each weight in codes needs its scale, whatever the layout of the codes."""
-        packed = (tensor for name, tensor in tensors.items() if name.endswith(".weight_packed"))
-        for weight in (*_codes(tensors), *packed):
-            scale = f"{weight.name.removesuffix('_packed')}_scale"
-            if scale not in tensors and not self._is_ignored(weight.name):
-                yield from self._lacks(weight, [scale])
-                return
-
-    def bnb_4bit(self, tensors: Tensors) -> Iterator[Finding]:
-        """Each packed weight needs absmax, quant_map and its state; a quantized absmax needs scales of its own."""
-        for weight in _codes(tensors):
-            if weight.dtype != "U8":
-                continue
-            parts = {name for name in ("absmax", "quant_map") if f"{weight.name}.{name}" in tensors}
-            needed = {"absmax", "quant_map"}
-            absmax = tensors.get(f"{weight.name}.absmax")
-            if absmax is not None and absmax.dtype == "U8":
-                needed |= {"nested_absmax", "nested_quant_map"}
-                parts |= {name for name in needed if f"{weight.name}.{name}" in tensors}
-            yield from self._lacks(weight, [f"{weight.name}.{name}" for name in sorted(needed - parts)])
-            if needed - parts:
-                return
-
-    def bnb_8bit(self, tensors: Tensors) -> Iterator[Finding]:
-        """Each weight in 8 bits needs the scales of its rows."""
-        for weight in _codes(tensors):
-            scales = f"{weight.name.removesuffix('weight')}SCB"
-            if weight.dtype == "I8" and scales not in tensors:
-                yield from self._lacks(weight, [scales])
-                return
-
-    def mxfp4(self, tensors: Tensors) -> Iterator[Finding]:
-        """Blocks need their scales, and scales their blocks."""
-        for name, tensor in tensors.items():
-            for own, other in (("_blocks", "_scales"), ("_scales", "_blocks")):
-                if tensor.dtype == "U8" and name.endswith(own) and name.removesuffix(own) + other not in tensors:
-                    yield from self._lacks(tensor, [name.removesuffix(own) + other])
-                    return
-
-    def _lacks(self, weight: StoredTensor, missing: list[str]) -> Iterator[Finding]:
-        if not missing:
-            return
+    def parts(self, tensors: Tensors) -> Iterator[Finding]:
+        """Each weight in codes needs its other tensors."""
         method = self._declared.method if self._declared else ""
-        message = (
-            f"its weight {shown(weight.name)} ({weight.dtype}, in {shown(weight.file)}) is stored in "
-            f"{KNOWN_NAMES[method]} without {shown(missing[0])}, which its values need"
-        )
-        hint = f"fetch the base again with all of its tensors, or {self._unquantized}"
-        yield self._finding(BASE_INCONSISTENT, message, hint, weight)
+        for weight in tensors.values():
+            missing = [name for name in _needed(method, weight, tensors) if name not in tensors]
+            if missing and not (method == "compressed-tensors" and self._is_ignored(weight.name)):
+                message = (
+                    f"its weight {shown(weight.name)} ({weight.dtype}, in {shown(weight.file)}) is stored in "
+                    f"{KNOWN_NAMES[method]} without {shown(missing[0])}, which its values need"
+                )
+                hint = f"fetch the base again with all of its tensors, or {self._unquantized}"
+                yield self._finding(BASE_INCONSISTENT, message, hint, weight)
+                return
 
     def _is_ignored(self, name: str) -> bool:
         """Modules that the declaration leaves out, by parts of their names, and embeddings, which it never includes."""
@@ -366,16 +348,6 @@ class _Judge:
     def _finding(self, check: Check, message: str, hint: str, tensor: StoredTensor | None) -> Finding:
         what = f"the base {shown(self._label)} cannot be judged: {message}"
         return check.finding(what, hint, tensor=tensor.name if tensor else None)
-
-
-_PARTS = {
-    "compressed-tensors": _Judge.compressed_tensors,
-    "fp8": _Judge.fp8,
-    "mxfp8": _Judge.fp8,
-    "bitsandbytes_4bit": _Judge.bnb_4bit,
-    "bitsandbytes_8bit": _Judge.bnb_8bit,
-    "mxfp4": _Judge.mxfp4,
-}
 
 
 def _wrong_blocks(weight: StoredTensor, scale: StoredTensor, block: tuple[int, ...] | None) -> str | None:

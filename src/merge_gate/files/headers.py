@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.judging.foreign_formats import by_files
@@ -88,13 +87,6 @@ class TruncatedFileError(CorruptFileError):
     """The end of the file is missing, as after an interrupted download."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LfsPointer:
-    """A Git LFS pointer file. `size_bytes` is the size of the real file; None if the pointer does not give it."""
-
-    size_bytes: int | None
-
-
 def shown(text: str) -> str:
     """Quote hostile text for a message: control characters are escaped, and the text is cut to a readable length."""
     return quoted(text, _SHOWN_CHARACTERS, "'")
@@ -108,14 +100,17 @@ def open_regular(path: str) -> BufferedReader:
         raise CorruptFileError(f"is {error.kind}, expected a regular file") from None
 
 
-def lfs_pointer(file: BufferedReader) -> LfsPointer | None:
-    """Read the file as a Git LFS pointer; None if it is not one (https://github.com/git-lfs/git-lfs, docs/spec.md)."""
+def lfs_pointer(file: BufferedReader) -> str | None:
+    """The size of the file that a Git LFS pointer leads to, in words, or "" if it gives none; None for another file.
+
+    Format: https://github.com/git-lfs/git-lfs, docs/spec.md.
+    """
     file.seek(0)
     text = file.read(_MAX_POINTER_BYTES)
     if not text.startswith(b"version https://git-lfs"):
         return None
     size = re.search(rb"^size (\d{1,20})\r?$", text, re.MULTILINE)
-    return LfsPointer(size_bytes=int(size[1]) if size else None)
+    return counted(int(size[1]), "byte") if size else ""
 
 
 def other_format(file: BufferedReader) -> str | None:

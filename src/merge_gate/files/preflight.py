@@ -27,8 +27,12 @@ from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular
 from merge_gate.files.identity import identity_of
 from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
 from merge_gate.judging import foreign_formats
-from merge_gate.judging.checks.file_checks import FILE_CORRUPT, FILE_LFS_POINTER, FILE_MISSING, PICKLE_REFUSED
-from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing
+from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
+from merge_gate.judging.checks.file_lfs_pointer import FILE_LFS_POINTER
+from merge_gate.judging.checks.file_missing import FILE_MISSING
+from merge_gate.judging.checks.keys_missing import keys_missing
+from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
+from merge_gate.judging.checks.shape_mismatch import SHAPE_MISMATCH
 from merge_gate.judging.limits import bounded
 from merge_gate.records.files import (
     CONFIG_NAME,
@@ -41,11 +45,10 @@ from merge_gate.records.files import (
 )
 from merge_gate.records.terms import Finding
 from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import counted
 from merge_gate.text import listing as in_a_sentence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from io import BufferedReader
 
 _MOST_NAMES_SHOWN = 8
@@ -65,13 +68,14 @@ def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[st
     listing = _list(snapshot_directory, withheld)
     config = _read_config(snapshot_directory, listing)
     weights = _read_weights(snapshot_directory, listing, allow_pickle=allow_pickle)
-    judged = adapter_config.judge(config.parsed, weights.tensors) if config.parsed is not None else ()
-    recorded = adapter_config.recorded(config.parsed) if config.parsed is not None else AdapterConfig()
+    tensors = weights.content or ()
+    judged = adapter_config.judge(config.content, tensors) if config.content is not None else ()
+    recorded = adapter_config.recorded(config.content) if config.content is not None else AdapterConfig()
     return AdapterFiles(
         directory=snapshot_directory,
         config=recorded,
         weights=weights.name,
-        tensors=weights.tensors,
+        tensors=tensors,
         files=(*config.files, *weights.files),
         findings=bounded(chain(config.findings, judged, weights.findings, _judge_tensors(recorded.peft_type, weights))),
     )
@@ -79,12 +83,11 @@ def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[st
 
 def base_of(directory: str) -> str | None:
     """The base that an adapter's config names; None if it names none, or cannot be read."""
-    present = frozenset({CONFIG_NAME})
     try:
-        config = _read_config(directory, _Listing(present=present, withheld=frozenset(), nested=()))
+        config = _read(directory, CONFIG_NAME, _object_in)
     except EngineError:
         return None
-    return adapter_config.recorded(config.parsed or {}).base_name
+    return adapter_config.recorded(config.content or {}).base_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,21 +104,35 @@ class _Listing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Config:
-    parsed: dict[str, Any] | None = None
-    files: tuple[FileRecord, ...] = ()
-    findings: tuple[Finding, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weights:
-    """`is_listed`: the file lists its tensors."""
+class _File:
+    """One of the two files that PEFT reads. `content` is its object or its tensors; None if that is not known."""
 
     name: str | None = None
-    tensors: tuple[StoredTensor, ...] = ()
-    is_listed: bool = False
+    content: Any = None
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
+
+
+def _read(directory: str, name: str, parse: Callable[[BufferedReader, int], Any]) -> _File:
+    """Hash a file and parse it. `parse` gets its size in bytes."""
+    path = str(Path(directory, name))
+    files: tuple[FileRecord, ...] = ()
+    try:
+        with open_regular(path) as file:
+            files = (_record(name, file),)
+            size_bytes = files[0].size_bytes
+            if (target := lfs_pointer(file)) is None:
+                return _File(name=name, content=parse(file, size_bytes), files=files)
+            finding = _lfs(name, size_bytes, target)
+    except CorruptFileError as error:
+        finding = _corrupt(name, error)
+    except json_object.InvalidObjectError as error:
+        finding = adapter_config.invalid(f"{name} {error}", error.hint)
+    except FileNotFoundError:
+        finding = _dangling(name)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return _File(name=name, files=files, findings=(finding,))
 
 
 # --- 1. the listing ------------------------------------------------------------------------------------------------
@@ -199,74 +216,38 @@ def _checkpoint_order(name: str) -> tuple[int, str]:
 # --- 2. adapter_config.json ----------------------------------------------------------------------------------------
 
 
-def _read_config(directory: str, listing: _Listing) -> _Config:
-    if CONFIG_NAME not in listing.present:
-        has_weights = {WEIGHTS_NAME, PICKLE_NAME} & (listing.present | listing.withheld)
-        missing = f"is no {CONFIG_NAME}" if has_weights else f"is no {CONFIG_NAME} and no {WEIGHTS_NAME}"
-        return _Config(findings=(_missing(listing, missing),))
-    path = str(Path(directory, CONFIG_NAME))
-    try:
-        with open_regular(path) as file:
-            record = _record(CONFIG_NAME, file)
-            return _judge_config_file(file, record)
-    except CorruptFileError as error:
-        return _Config(findings=(_corrupt(CONFIG_NAME, error),))
-    except FileNotFoundError:
-        return _Config(findings=(_dangling(CONFIG_NAME),))
-    except OSError as error:
-        raise _unreadable(path, error) from error
+def _read_config(directory: str, listing: _Listing) -> _File:
+    if CONFIG_NAME in listing.present:
+        return _read(directory, CONFIG_NAME, _object_in)
+    has_weights = {WEIGHTS_NAME, PICKLE_NAME} & (listing.present | listing.withheld)
+    missing = f"is no {CONFIG_NAME}" if has_weights else f"is no {CONFIG_NAME} and no {WEIGHTS_NAME}"
+    return _File(findings=(_missing(listing, missing),))
 
 
-def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
-    if pointer := lfs_pointer(file):
-        finding = _lfs(CONFIG_NAME, record.size_bytes, pointer.size_bytes)
-        return _Config(files=(record,), findings=(finding,))
-    if not record.size_bytes:
-        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} is empty (0 bytes)"),))
-    if record.size_bytes > adapter_config.MAX_BYTES:
-        message = f"{CONFIG_NAME} has {record.size_bytes:,} bytes, expected at most {adapter_config.MAX_BYTES:,}"
-        return _Config(files=(record,), findings=(adapter_config.invalid(message),))
+def _object_in(file: BufferedReader, size_bytes: int) -> dict[str, Any]:
+    if not size_bytes:
+        raise json_object.InvalidObjectError("is empty (0 bytes)")
+    if size_bytes > adapter_config.MAX_BYTES:
+        what = f"has {size_bytes:,} bytes, expected at most {adapter_config.MAX_BYTES:,}"
+        raise json_object.InvalidObjectError(what)
     file.seek(0)
-    try:
-        return _Config(files=(record,), parsed=json_object.parse(file.read(adapter_config.MAX_BYTES + 1)))
-    except json_object.InvalidObjectError as error:
-        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}", error.hint),))
+    return json_object.parse(file.read(adapter_config.MAX_BYTES + 1))
 
 
 # --- 3. the weights ------------------------------------------------------------------------------------------------
 
 
-def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _Weights:
+def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _File:
     name = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in listing.present), None)
     is_pickle_only = name == PICKLE_NAME or (name is None and PICKLE_NAME in listing.withheld)
     if is_pickle_only and not allow_pickle:
-        return _Weights(findings=_refuse_pickle(directory, name))
-    if name is None:
-        if CONFIG_NAME not in listing.present:  # _read_config has reported that
-            return _Weights()
-        hint = _misnamed_weights(directory, listing)
-        return _Weights(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})", hint),))
-    path = str(Path(directory, name))
-    try:
-        with open_regular(path) as file:
-            return _judge_weights_file(file, name)
-    except CorruptFileError as error:
-        return _Weights(name=name, findings=(_corrupt(name, error),))
-    except FileNotFoundError:
-        return _Weights(name=name, findings=(_dangling(name),))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
-    record = _record(name, file)
-    if pointer := lfs_pointer(file):
-        return _Weights(name=name, files=(record,), findings=(_lfs(name, record.size_bytes, pointer.size_bytes),))
-    try:
-        tensors = parse_file(file) if name == WEIGHTS_NAME else read_pickled(file, record.size_bytes)
-    except CorruptFileError as error:
-        return _Weights(name=name, files=(record,), findings=(_corrupt(name, error),))
-    return _Weights(name=name, tensors=tensors or (), is_listed=tensors is not None, files=(record,))
+        return _File(findings=_refuse_pickle(directory, name))
+    if name is not None:
+        return _read(directory, name, read_pickled if name == PICKLE_NAME else lambda file, _: parse_file(file))
+    if CONFIG_NAME not in listing.present:  # _read_config has reported that
+        return _File()
+    hint = _misnamed_weights(directory, listing)
+    return _File(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})", hint),))
 
 
 def _record(name: str, file: BufferedReader) -> FileRecord:
@@ -278,12 +259,12 @@ def _record(name: str, file: BufferedReader) -> FileRecord:
 
 def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
     """The findings on a pickle. It may be absent (`name` is None), an LFS pointer, or one that calls unsafe code."""
-    pointer = None
+    target = None
     try:
         if name is not None:
             with open_regular(str(Path(directory, name))) as file:
                 size_bytes = os.fstat(file.fileno()).st_size
-                pointer = lfs_pointer(file)
+                target = lfs_pointer(file)
                 read_pickled(file, size_bytes)
     except UnsafePickleError as error:
         return (_pickle_refused(f"which {error}", error.hint),)
@@ -294,15 +275,15 @@ def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
         "save the adapter again as safetensors (PEFT's default); if you trust its author, allow the pickle with "
         "allow-pickle: true in merge-gate.yml, or with --allow-pickle",
     )
-    return (_lfs(PICKLE_NAME, size_bytes, pointer.size_bytes), refused) if pointer else (refused,)
+    return (_lfs(PICKLE_NAME, size_bytes, target), refused) if target is not None else (refused,)
 
 
 def _pickle_refused(does: str, hint: str) -> Finding:
     return PICKLE_REFUSED.finding(f"the only weights are {PICKLE_NAME}, a Python pickle, {does}", hint)
 
 
-def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
-    expected = f"file of {counted(target_bytes, 'byte')}" if target_bytes is not None else "file"
+def _lfs(name: str, size_bytes: int, target: str) -> Finding:
+    expected = f"file of {target}" if target else "file"
     return FILE_LFS_POINTER.finding(
         f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the {expected} that it points to",
         "fetch the file with `git lfs pull`; in a workflow, set `lfs: true` for actions/checkout",
@@ -334,13 +315,13 @@ def _unreadable(path: str, error: OSError) -> EngineError:
 # --- 4. the tensors ------------------------------------------------------------------------------------------------
 
 
-def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding]:
-    if not weights.is_listed:
+def _judge_tensors(peft_type: str | None, weights: _File) -> Iterator[Finding]:
+    if weights.content is None:
         return
-    if not weights.tensors and peft_type != "XLORA":  # its experts are in other files; the merge refuses it
+    if not weights.content and peft_type != "XLORA":  # its experts are in other files; the merge refuses it
         yield keys_missing.finding(f"{weights.name} has no tensors, expected the adapter's weights", _SHARDS_HINT)
     if peft_type not in _MAY_BE_EMPTY:
-        yield from _judge_shards(weights.tensors, is_lora=peft_type == "LORA")
+        yield from _judge_shards(weights.content, is_lora=peft_type == "LORA")
 
 
 _MAY_BE_EMPTY = ("OSF", "FROD")

@@ -1,8 +1,8 @@
-"""Resolves an adapter or a base to a directory. A Hub id is pinned to a commit, and its files are fetched.
+"""Resolves and reads the files of each adapter and base of a config. A Hub id is pinned to a commit, and fetched.
 
-`Snapshot` or a `ResolveError` comes out. huggingface_hub is imported (by `hub`) only for a Hub id; torch is never
-imported. Only the files that a merge needs are fetched: no second copy of the weights, and no pickle or code unless
-allowed.
+A `Config` and its `AdapterSpec`s go in; `Entry` comes out. A problem becomes a finding of that adapter alone.
+huggingface_hub is imported (by `hub`) only for a Hub id; torch is never imported. Only the files that a merge needs are
+fetched: no second copy of the weights, and no pickle or code unless allowed.
 """
 
 from __future__ import annotations
@@ -12,17 +12,30 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.companion_names import Companion, companion_kind, is_carried, is_harmless
-from merge_gate.errors import ResolveError
-from merge_gate.files import base_files, base_weights
+from merge_gate.errors import GateError, ResolveError
+from merge_gate.files import base_files
 from merge_gate.files.headers import shown
-from merge_gate.names.hub_names import could_be_hub_id
-from merge_gate.records.config import AdapterSpec
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, Fetched, Snapshot
-from merge_gate.records.terms import Access, record
-from merge_gate.text import counted, listing
+from merge_gate.files.preflight import preflight
+from merge_gate.judging.not_judged import accident, not_judged
+from merge_gate.judging.policies import POLICIES
+from merge_gate.limits.time_limit import within
+from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id, is_commit
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    AdapterFiles,
+    BaseFiles,
+    Entry,
+    Fetched,
+    Snapshot,
+)
+from merge_gate.records.terms import Access, Finding, Origin, Severity, record
+from merge_gate.text import counted, listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -61,6 +74,184 @@ class Fetching:
 
 
 _USUALLY = Fetching()
+
+# --- the adapters and bases of a config ---------------------------------------------------------------------------
+
+_BaseRequest = tuple[str, str | None, Access]
+"""The model, the revision, and how its weights are read."""
+
+
+class Inputs:
+    """The files of one config's adapters and bases.
+
+    Args:
+        config: the adapters and their bases.
+        how: how files are fetched. The config says what may be fetched, and `access` replaces what it says.
+        limit_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
+    """
+
+    def __init__(
+        self, config: Config, how: Fetching, *, limit_s: Callable[[str], float | None] = lambda _: None
+    ) -> None:
+        self._config, self._limit_s = config, limit_s
+        self._how = replace(how, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
+        self._specs = {spec.name: spec for spec in config.adapters}
+        self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
+        self._left_out: set[str] = set()
+        self._close: dict[str, str] = {}
+        self._bases: dict[_BaseRequest, Snapshot | GateError] = {}
+
+    def entries(self, spec: AdapterSpec) -> tuple[Entry, ...]:
+        """The adapter's files and its base, once for each dtype."""
+        entry = self.prepare(spec)
+        return tuple(replace(entry, dtype=dtype) for dtype in spec.base.dtypes)
+
+    def prepare(self, spec: AdapterSpec) -> Entry:
+        """The adapter's files and its base, in the first of its dtypes."""
+        entry = self.adapter(spec)
+        return entry if entry.problem is not None else self._with_base(entry)
+
+    def adapter(self, spec: AdapterSpec) -> Entry:
+        """The adapter's files alone; for a combination, the files of its members."""
+        names = spec.combine.adapters if spec.combine is not None else (spec.name,)
+        members, revision, dtype = [], None, spec.base.dtypes[0]
+        for name in names:
+            try:
+                files, revision = self._files(self._specs[name])
+            except GateError as error:
+                return Entry(spec=spec, dtype=dtype, problem=not_judged(error.message, error.hint))
+            except Exception as error:  # noqa: BLE001 - unexpected input costs only its own adapter
+                return Entry(spec=spec, dtype=dtype, problem=accident("its files could not be read", error))
+            members.append(files)
+        return Entry(spec=spec, dtype=dtype, members=tuple(members), revision=None if spec.combine else revision)
+
+    def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
+        if spec.name not in self._read:
+            self._read[spec.name] = self._read_adapter(spec)
+        return self._read[spec.name]
+
+    def _read_adapter(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
+        snapshot = resolve_adapter(spec, self._how)
+        allow = self._config.allow_pickle
+        files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
+        if snapshot.fetched is not None and snapshot.fetched.absent:  # for a plan: the weights are not here
+            files = AdapterFiles(directory=files.directory, config=files.config, on_hub=snapshot.fetched)
+        return files, snapshot.revision
+
+    def checked(self, spec: AdapterSpec) -> Entry:
+        """The adapter's files, and its base if that is a directory here. A base on the Hub is not fetched."""
+        entry = self.adapter(spec)
+        requested = None if entry.problem is not None else self._requested_base(entry)
+        if requested is None:
+            return entry
+        model, revision, label = requested
+        if could_be_hub_id(model, is_base=True) and self._not_fetched(entry, model, revision) is None:
+            if label not in self._left_out:
+                self._left_out.add(label)
+                why = "no directory here has that name, and `check` fetches no bases"
+                self._how.notify(f"base {quoted(label, 200)} was not checked: {why}")
+            return entry
+        return self._with_base(entry)
+
+    def _requested_base(self, entry: Entry) -> tuple[str, str | None, str] | None:
+        """The base's model, revision, and name: from the config, or else from adapter_config.json; None for neither."""
+        spec, config = entry.spec.base, entry.files.config
+        if spec.model is not None:
+            return spec.model, spec.revision, spec.label or spec.model
+        if not config.base_name:
+            return None
+        return self._named_by_adapter(config.base_name), spec.revision or config.base_revision, config.base_name
+
+    def _with_base(self, entry: Entry) -> Entry:
+        requested = self._requested_base(entry)
+        if requested is None:
+            return replace(entry, problem=_no_base(entry.files))
+        model, revision, label = requested
+        access = self._how.access or entry.spec.base.access
+        base = self._not_fetched(entry, model, revision) or self._base((model, revision, access), label)
+        if isinstance(base, GateError):
+            is_of_config = entry.spec.base.model is not None
+            hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
+            return replace(entry, problem=_refused(base, hint))
+        return replace(entry, base=base)
+
+    def _named_by_adapter(self, name: str) -> str:
+        """A base from adapter_config.json: a directory relative to the gate's config if it exists, or a Hub id."""
+        path = str(Path(self._config.directory, name))
+        return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
+
+    def _not_fetched(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
+        """Why the base that adapter_config.json names must not be fetched: it is not pinned, or may be a directory."""
+        base = entry.spec.base
+        if base.model is not None or not could_be_hub_id(model, is_base=True):
+            return None
+        if POLICIES[self._config.policy].needs_pins and not is_commit(revision):
+            return ResolveError(
+                f"base_model_name_or_path is {quoted(model, 200)}, and no commit pins it, which policy: "
+                f"{self._config.policy} asks for",
+                hint="add base.model and base.revision, as a full commit, to merge-gate.yml",
+            )
+        if base.revision is not None or is_commit(revision):
+            return None
+        if model not in self._close:
+            self._close[model] = close_directory(model, self._config.directory, is_base=True)
+        if not (close := self._close[model]):
+            return None
+        return ResolveError(
+            f"base_model_name_or_path is {quoted(model, 200)}, which is not a directory here, and was not fetched from "
+            "the Hub because the name is close to a path here",
+            hint=f"did you mean {quoted(close, 200)}? If it is on the Hub, name it as {quoted(HUB + model, 200)}",
+        )
+
+    def _base(self, request: _BaseRequest, label: str) -> Snapshot | GateError:
+        if request not in self._bases:
+            self._bases[request] = self._resolved_base(*request, label)
+        return self._bases[request]
+
+    def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
+        def read() -> Snapshot:
+            return resolve_base(model, revision, replace(self._how, access=access), label=label)
+
+        limit_s = self._limit_s(model) if Path(model).is_absolute() else None
+        try:
+            return read() if limit_s is None else within(limit_s, read)
+        except GateError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
+            if limit_s is not None and isinstance(error, TimeoutError):
+                return ResolveError(
+                    f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not "
+                    "answer",
+                    hint="check the network file system that holds the base, then run again",
+                )
+            return ResolveError(
+                f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
+                hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
+            )
+
+
+_NAMED_BY_ADAPTER = (
+    "adapter_config.json names this base by its path or id during training: name the base with --base, or with "
+    "base.model in merge-gate.yml"
+)
+
+
+def _refused(error: GateError, hint: str) -> Finding:
+    """The finding for a base that cannot be used: of a check of bases, or `not-judged`."""
+    check = error.check if isinstance(error, ResolveError) else None
+    if check is None:
+        return not_judged(error.message, hint)
+    return Finding(check=check, severity=Severity.ERROR, message=error.message, hint=hint, origin=Origin.BASE)
+
+
+def _no_base(files: AdapterFiles) -> Finding:
+    is_there = any(file.path == CONFIG_NAME for file in files.files)
+    unnamed = f"{CONFIG_NAME} names no base" if is_there else f"there is no {CONFIG_NAME}"
+    return not_judged(
+        f"no base to merge into: the config sets no base.model, and {unnamed}",
+        "name the base with --base, or with base: {model: …} in merge-gate.yml, for all adapters or for this one",
+    )
+
 
 # --- the two names -------------------------------------------------------------------------------------------------
 
@@ -119,7 +310,7 @@ def resolve_base(
 
 
 def _planned_files(fetched: Fetched) -> BaseFiles:
-    weights = tuple(name for name in fetched.sizes if name.endswith((base_weights.SAFETENSORS_ENDING, ".bin")))
+    weights = tuple(name for name in fetched.sizes if name.endswith((base_files.SAFETENSORS_ENDING, ".bin")))
     return BaseFiles(
         directory=fetched.directory,
         weights=weights,
@@ -186,14 +377,14 @@ def refuse_local_name(model: str) -> None:
 
 def choose_base(names: frozenset[str], path_of: Callable[[str], Path], how: Fetching, *, name: str) -> tuple[str, ...]:
     """Choose the files of a base. An index is fetched first, since it names the shards."""
-    explicit = _explicit(names, path_of, name)
-    chosen = base_weights.choose(names, path_of, name=name, allow_pickle=how.allow_pickle, explicit=explicit)
+    config = _config(names, path_of, name)
+    chosen = base_files.choose(names, path_of, config, name=name, allow_pickle=how.allow_pickle)
     if chosen.index and (absent := sorted(set(chosen.files) - names)):
         raise ResolveError(
             f"the base {shown(name)} is incomplete: {chosen.index} names {counted(len(absent), 'shard')} that the "
             f"repository does not have ({listing(map(shown, absent), _LISTED)})",
             hint="use a revision that has all shards, or contact the owner of the repository",
-            check=base_weights.INCOMPLETE,
+            check=base_files.INCOMPLETE,
         )
     configs = {n for n in names if n.endswith(".json") and "/" not in n and not n.endswith(".index.json")}
     code = {n for n in names if n.endswith(".py") and "/" not in n} if how.trust_remote_code else set()
@@ -205,12 +396,12 @@ def companions(names: frozenset[str]) -> frozenset[str]:
     return frozenset(name for name in names if companion_kind(name) not in {None, Companion.CONFIG})
 
 
-def _explicit(names: frozenset[str], path_of: Callable[[str], Path], name: str) -> str | None:
-    """The weights that config.json names. It is fetched only if it could name one of the files."""
+def _config(names: frozenset[str], path_of: Callable[[str], Path], name: str) -> dict[str, Any]:
+    """config.json, which is fetched first only if it could name one of the weight files."""
     safetensors = {n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))}
     if "config.json" not in names or all(map(_USUAL.fullmatch, safetensors)):
-        return None
-    return base_weights.explicit_file(base_weights.read_config(str(path_of("config.json").parent), name))
+        return {}
+    return base_files.read_config(str(path_of("config.json").parent), name)
 
 
 def base_weight_files(directory: str) -> tuple[str, ...]:

@@ -2,18 +2,6 @@
 
 In: an `Entry`, and its `Evidence` or the refusal that explains why there is none. Out: `AdapterReport` or `BaseReport`.
 Imports no torch and opens no files.
-
-- `blocked_report`: the files alone decide, and the adapter is never loaded.
-- `other_base_report`: the base is not the pinned one.
-- `merged_report`: the evidence decides.
-- `not_judged_report`: the gate could not judge the adapter.
-- `withdrawn_report`: the base changed.
-- `published_report`: the adapter passed, and its merge is in a directory.
-- `unpublished_report`: the adapter passed, and its merge could not be published.
-- `report_with_earlier_model`: nothing was published, and the model of an earlier run has the name.
-- `files_report`: the verdict on the files alone (`merge-gate check`).
-
-The entry of a base comes from `base_report`, `refused_base_report`, or `unloaded_base_report`.
 """
 
 from __future__ import annotations
@@ -21,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from merge_gate.judging import all_checks, verdict
-from merge_gate.judging.checks import base_checks, expectations
-from merge_gate.judging.checks.finite import findings_of_base
+from merge_gate.judging import all_checks, kinds, verdict
+from merge_gate.judging.checks import (
+    base_format,
+    base_incomplete,
+    base_inconsistent,
+    base_nonfinite,
+    expectation_failed,
+)
+from merge_gate.judging.checks.base_mismatch import base_mismatch
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
@@ -57,14 +51,14 @@ def with_base_digests(entry: Entry, got: Mapping[str, str] | None) -> Entry:
         why = "the base is pinned, and its SHA-256 could not be computed"
         return replace(entry, problem=not_judged(why, "check that nothing writes to the base, and that it can be read"))
     first, *others = entry.members
-    findings = (*first.findings, *bounded(expectations.other_base(entry.spec.base, got)))
+    findings = (*first.findings, *bounded(expectation_failed.other_base(entry.spec.base, got)))
     return replace(entry, members=(replace(first, findings=findings), *others))
 
 
 def other_base_report(entry: Entry) -> AdapterReport | None:
     """The report of an entry whose base is not the pinned one; None if it is, or if that is no error."""
     findings = _file_findings(entry)
-    check = expectations.expectation_failed.id
+    check = expectation_failed.expectation_failed.id
     is_other = any(
         one.check == check and one.origin is Origin.BASE and one.severity is Severity.ERROR for one in findings
     )
@@ -110,13 +104,8 @@ def published_report(report: AdapterReport, model: PublishedModel, findings: tup
 
 def unpublished_report(report: AdapterReport, message: str, hint: str) -> AdapterReport:
     """The report of an entry that passed, and whose merge could not be published."""
-    why = Finding(
-        check=NOT_PUBLISHED,
-        severity=Severity.ERROR,
-        message=f"the merge passed, and was not published: {message}",
-        hint=hint,
-        origin=Origin.RUNTIME,
-    )
+    said = f"the merge passed, and was not published: {message}"
+    why = kinds.finding(NOT_PUBLISHED, said, hint=hint, origin=Origin.RUNTIME)
     what, index, findings = verdict.decide((*bounded([why]), *report.findings), report.coverage)
     return replace(
         report,
@@ -129,10 +118,9 @@ def unpublished_report(report: AdapterReport, message: str, hint: str) -> Adapte
 
 def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterReport:
     """The report of an entry that has no new model, while `directory` has the one of an earlier run."""
-    warning = Finding(
-        check=EARLIER_MODEL,
-        severity=Severity.WARNING,
-        message=f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
+    warning = kinds.finding(
+        EARLIER_MODEL,
+        f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
         hint="do not use it for this adapter: remove it, or publish again when the adapter passes",
         origin=Origin.RUNTIME,
     )
@@ -140,6 +128,7 @@ def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterR
 
 
 _REASON_CHARACTERS = 400
+_OF_BASES = (base_incomplete, base_inconsistent, base_nonfinite)
 
 
 def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
@@ -156,7 +145,7 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
         dtypes=facts.dtypes,
         record=facts.record,
         no_skeleton=facts.no_skeleton[:_REASON_CHARACTERS],
-        findings=bounded([*base_checks.findings_of(facts), *findings_of_base(facts), *notes]),
+        findings=bounded([*(one for check in _OF_BASES for one in check.of_base(facts)), *notes]),
     )
 
 
@@ -193,7 +182,7 @@ def _file_findings(entry: Entry) -> tuple[Finding, ...]:
     of_base = base_findings(entry)
     if problems or any(finding.severity is Severity.ERROR for finding in of_base):
         # The question is not whether a base that cannot be read has the right name.
-        mismatch = expectations.base_mismatch.id
+        mismatch = base_mismatch.id
         judged = tuple(each for each in judged if each.check != mismatch or each.severity is Severity.ERROR)
     return (*judged, *problems, *of_base)
 
@@ -203,7 +192,7 @@ def base_findings(entry: Entry) -> tuple[Finding, ...]:
     files = entry.base_files
     if files is None:
         return ()
-    asked = base_checks.of_request(entry.spec.base, files)
+    asked = base_format.of_request(entry.spec.base, files)
     of_dtype = files.auto_dtype if entry.dtype == "auto" else None
     return bounded([*files.findings, *(finding for finding in (asked, of_dtype) if finding is not None)])
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from merge_gate.judging import not_judged
-from merge_gate.judging.checks import base_checks, effect, file_checks, fit, not_mergeable, peft_errors
-from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit
+from merge_gate.judging import not_judged, peft_errors
+from merge_gate.judging.checks import table
+from merge_gate.judging.checks.check import Check, FileCase, MergeCase
+from merge_gate.judging.checks.delta_norm import delta_norm
+from merge_gate.judging.checks.rounding_loss import rounding_loss
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import NOT_JUDGED, accident
@@ -26,11 +28,7 @@ from merge_gate.records.terms import Finding, Origin, Severity
 WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 REFUSALS: Mapping[str, Callable[..., Finding]] = MappingProxyType(
-    {
-        words.__name__: words
-        for module in (not_judged, base_checks, file_checks, fit, not_mergeable, peft_errors)
-        for words in module.REFUSALS
-    }
+    {words.__name__: words for words in (*not_judged.REFUSALS, *table.REFUSALS, *peft_errors.REFUSALS)}
 )
 """What makes the finding of each kind of refusal, from its fields."""
 
@@ -42,11 +40,11 @@ def measure_options(spec: AdapterSpec) -> MeasureOptions:
     """What may be estimated: a warning may rest on an estimate, an error rests on a measurement."""
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
-    if math.isfinite(error_limit(settings, effect.rounding_loss)):
-        errors.add(effect.rounding_loss.id)
+    if math.isfinite(rounding_loss.limits(settings)[1]):
+        errors.add(rounding_loss.id)
     return MeasureOptions(
-        estimates=not {effect.rounding_loss.id, effect.delta_norm.id} & errors,
-        estimated_ratio=error_limit(settings, effect.delta_norm) * ESTIMATED_BELOW,
+        estimates=not {rounding_loss.id, delta_norm.id} & errors,
+        estimated_ratio=delta_norm.limits(settings)[1] * ESTIMATED_BELOW,
     )
 
 
@@ -97,7 +95,7 @@ def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Findi
         return finding
     if setting.severity is Severity.OFF:
         return None
-    if check.has_error_limit and finding.severity is Severity.ERROR:
+    if check.error_limit is not None and finding.severity is Severity.ERROR:
         return finding
     if setting.severity is Severity.ERROR and finding.severity is Severity.WARNING is not check.severity:
         return finding

@@ -1,6 +1,6 @@
-"""Explains tensors that are missing from the adapter's file, or that nothing uses, and says what to do.
+"""Explains names that keys-missing and keys-unexpected find, and says what to do.
 
-In: names of tensors and an adapter's config. Out: parts of messages, and hints.
+In: names of tensors. Out: hints.
 """
 
 from __future__ import annotations
@@ -9,34 +9,8 @@ import re
 from collections.abc import Sequence
 
 from merge_gate.judging.foreign_formats import by_tensors
-from merge_gate.judging.peft_releases import written_by
-from merge_gate.records.files import AdapterConfig, StoredTensor
+from merge_gate.records.files import StoredTensor
 from merge_gate.tensor_names import ADAPTER_PREFIX
-
-_SAVE_ALL = "save the adapter again with save_pretrained and upload all of it"
-FRESH = "PEFT would merge newly initialized values instead"
-_BASE_STAYS = "the merged model would keep the base's biases"
-_LAST_WITHOUT_BASE_LAYER, _FIRST_TRAINED, _FIRST_SAVED = 6, 10, 21
-"""Minor numbers of the PEFT releases that changed how biases are saved (docs/evidence/methods.md, "Old releases")."""
-
-
-def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, str]:
-    """What the merge would do without the tensors, and the hint. Both are empty if the biases were never trained."""
-    if not all(name.endswith(".base_layer.bias") for name in missing):
-        return FRESH, f"{_SAVE_ALL}; if names have a wrapper's prefix (_orig_mod., module.), unwrap the model first"
-    span = written_by(config)
-    if span.newest <= _LAST_WITHOUT_BASE_LAYER:
-        follows = f"{span} wrote these trained biases without base_layer in their names, which PEFT drops since 0.7"
-        return follows, "rename them in the file: q_proj.bias becomes q_proj.base_layer.bias, and so on"
-    if config.bias != "lora_only" or span.oldest >= _FIRST_SAVED:
-        return _BASE_STAYS, _SAVE_ALL
-    if span.newest < _FIRST_TRAINED:  # 0.7 to 0.9 never trained them
-        return "", ""
-    hint = (
-        "that release would lose them again: save with PEFT 0.21 or newer while the trained model is in memory, or "
-        "train again with bias: none or all"
-    )
-    return f"{_BASE_STAYS}: PEFT 0.10 to 0.20 train them with bias='lora_only' and lose them on saving", hint
 
 
 def names_of_another_kind(tensors: tuple[StoredTensor, ...]) -> str:
@@ -144,13 +118,3 @@ def _count_prefixes(name: str) -> int:
     while name.startswith(ADAPTER_PREFIX):
         name, count = name.removeprefix(ADAPTER_PREFIX), count + 1
     return count
-
-
-def saved_twice(stray: Sequence[str]) -> str:
-    """The hint for a module that the file has twice with different values, and that PEFT loads once; else empty."""
-    if not all(".modules_to_save." in name for name in stray):
-        return ""
-    return (
-        "PEFT saves some fully trained modules twice, with and without modules_to_save in the name. Here the copies "
-        "differ: save the adapter again, or remove the wrong copy from the file"
-    )

@@ -65,16 +65,24 @@ ALLOWED = tuple(row.id for row in ANSWERS.values() if not row.is_good and row.id
 With another base, every value may differ, so nothing would be compared either."""
 
 
-def finding(kind: str, message: str, *, tensor: str | None = None, hint: str = "", **measured: float) -> Finding:
-    """A finding of a kind, with the finite ones of these figures. A good kind is a note, any other one an error."""
-    row = ANSWERS[kind]
+def finding(
+    kind: str,
+    message: str,
+    *,
+    tensor: str | None = None,
+    hint: str = "",
+    origin: Origin = Origin.MODEL,
+    **measured: float,
+) -> Finding:
+    """A finding of a kind, with the finite ones of these figures."""
+    row = ANSWERS.get(kind) or WITHOUT_SETTING[kind]
     return Finding(
         check=kind,
         severity=row.severity,
         message=message,
         hint=hint or row.hint,
         tensor=tensor,
-        origin=Origin.MODEL,
+        origin=origin,
         measured=tuple((name, float(figure)) for name, figure in measured.items() if math.isfinite(figure)),
     )
 

@@ -3,7 +3,8 @@
 In: the directories of base and adapters, which are hostile, and what the merge changed. Out: the bytes of each file,
 and findings. Files are copied, and config.json is changed only where the tensors have changed.
 
-1. Read the files whose names are on the allow-list (companion_names.py).
+1. Read the files whose names are on the allow-list (companion_names.py). A link may lead to another file of the
+   directory or of its own repository in the Hub's cache, and no further.
 2. The adapter's own copy replaces that of the base, except config.json and licenses. Tokenizer and chat template are
    replaced as a whole: half of a tokenizer would be worse than either.
 3. Change in config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
@@ -15,24 +16,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from merge_gate.companion_names import Companion, companion_kind
+from merge_gate.companion_names import TEMPLATES, Companion, companion_kind
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
-from merge_gate.judging.kinds import PUBLISHED_FILES
-from merge_gate.publish.companion_files import CompanionFiles, Identities, read_companions
-from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.layout import FLOATING_STORED
-from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagreements, oversized
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from merge_gate.files.identity import identity_of
+from merge_gate.judging.kinds import PUBLISHED_FILES, STOP_TOKENS, TOKENIZER_SIZE
+from merge_gate.publish.manifest import PublicationFacts
+from merge_gate.publish.weight_files import FLOATING_STORED
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
-from merge_gate.text import counted, listing
+from merge_gate.regular_file import open_regular_file, read_all
+from merge_gate.text import counted, listing, quoted
 
+_MOST_BYTES = 256 * 1024 * 1024
+_POINTER = b"version https://git-lfs"
 _CODE = ("auto_map", "custom_pipelines")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATIONS = ("quantization_config", "compression_config")
@@ -46,74 +51,170 @@ _COPY_POOLING = (
     "them the model may pool in another way"
 )
 
-_TEXT = ((), *((name,) for name in TEXT_SECTIONS))
+_TEXT_SECTIONS = ("text_config", "llm_config")
+"""The sections of config.json that describe the language model of a model with several parts."""
+
 _INDENT = re.compile(r"\{\r?\n([ \t]+)")
+_ID = re.compile(r"\d{1,11}", re.ASCII)
+
+Json = Mapping[str, Any]
+Identities = Mapping[str, Mapping[str, FileIdentity]]
+"""By directory, the files next to the weights as they were when the run began."""
 
 Place = tuple[str, ...]
 """The place of an object in a JSON document: the keys that lead to it."""
 
-
-@record
-class CompanionFile:
-    """One file to be published. `origin` is `base` or `adapter`."""
-
-    name: str
-    data: bytes
-    origin: str = "base"
+Chosen = dict[str, tuple[str, bytes]]
+"""The files to be published, by name: whose each is, `base` or `adapter`, and its bytes."""
 
 
 @record
-class Companions:
-    """The files next to the weights, in the order of their names, and what there is to say about them.
+class CompanionFiles:
+    """The files of one directory. `others` are the names that are not on the allow-list, without hidden files."""
 
-    `read` are the files that they were chosen from: those of the base, and those of each adapter.
-    """
+    files: dict[str, bytes]
+    others: tuple[str, ...] = ()
 
-    files: tuple[CompanionFile, ...]
-    findings: tuple[Finding, ...] = ()
-    read: tuple[CompanionFiles, ...] = ()
+    @property
+    def without_config(self) -> dict[str, bytes]:
+        """The files without config.json: that of an adapter is not published."""
+        return {name: data for name, data in self.files.items() if companion_kind(name) is not Companion.CONFIG}
 
 
-def companions_of(
-    base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts, seen: Identities | None = None
-) -> Companions:
-    """The files of base and adapter that belong next to the weights of a published model.
-
-    Args:
-        base_directory: the base's directory.
-        adapter_directories: the directory of the adapter, or of each member of a combination.
-        facts: the model to publish.
-        seen: the expected files; None accepts any.
+def read_inputs(
+    base_directory: str, adapter_directories: Iterable[str], facts: PublicationFacts, seen: Identities
+) -> list[CompanionFiles]:
+    """The files next to the weights of the base, and those of each adapter; `seen` has the expected ones.
 
     Raises:
-        NotPublishedError: a file cannot be copied, is not the expected one, or config.json would not fit the tensors.
+        NotPublishedError: a file cannot be copied, or is not the expected one.
     """
-    # 1. Read.
-    seen = seen or {}
     loaded = {file.name: file for file in facts.base_identity}  # config.json, as the merge has read it
     of_base = seen.get(base_directory)
     of_base = of_base and {name: loaded.get(name, file) for name, file in of_base.items()}
-    base = read_companions(base_directory, "the base", of_base)
-    adapters = [read_companions(directory, "the adapter", seen.get(directory)) for directory in adapter_directories]
+    adapters = (read_companions(directory, "the adapter", seen.get(directory)) for directory in adapter_directories)
+    return [read_companions(base_directory, "the base", of_base), *adapters]
+
+
+def companions_of(
+    base_directory: str, read: Sequence[CompanionFiles], facts: PublicationFacts
+) -> tuple[Chosen, list[Finding]]:
+    """The files that belong next to the weights of a published model, and what there is to say about them.
+
+    Raises:
+        NotPublishedError: a file is not what its name says, or config.json would not fit the tensors.
+    """
+    base, *adapters = read
     own, notes = _common(adapters)
     # 2. The adapter's own files.
-    files = {name: CompanionFile(name=name, data=data) for name, data in base.files.items()}
-    files.pop("config.json", None)
+    files = {name: ("base", data) for name, data in base.without_config.items()}
     notes += _replace(files, own)
     # 3. Texts that would no longer be true.
-    files["config.json"] = CompanionFile(name="config.json", data=_config(base.files.get("config.json"), facts))
+    files["config.json"] = ("base", _config(base.files.get("config.json"), facts))
     notes += _remove_code(files)
     notes += _left_out(base_directory, base, adapters)
     # 4. Comparisons.
-    contents = {name: content for name, file in files.items() if isinstance(content := _parsed(file), dict)}
+    contents = {name: content for name, file in files.items() if isinstance(content := _parsed(name, *file), dict)}
     generation = _object(base.files.get("generation_config.json")) if "generation_config.json" in own else None
-    rows = config_section(contents["config.json"]).get("vocab_size")
-    warnings = [*disagreements(contents, generation), *oversized(contents, rows if type(rows) is int else None)]
-    return Companions(
-        files=tuple(files[name] for name in sorted(files)),
-        findings=(*warnings, *notes),
-        read=(base, *adapters),
-    )
+    return files, [*_disagreements(contents, generation), *_oversized(contents), *notes]
+
+
+# --- 1. --------------------------------------------------------------------------------------------------------------
+
+
+def companion_identities(directory: str) -> dict[str, FileIdentity]:
+    """The identities of the files that may be published. What cannot be looked at is left out, and is refused later."""
+    found: dict[str, FileIdentity] = {}
+    with contextlib.suppress(OSError):
+        for name in _names(Path(directory)):
+            if companion_kind(name) is not None:
+                found[name] = identity_of(name, Path(directory, name).stat())
+    return found
+
+
+def read_companions(directory: str, owner: str, expected: Mapping[str, FileIdentity] | None = None) -> CompanionFiles:
+    """The files next to the weights. `owner` is what messages call the directory's owner, such as `the base`.
+
+    `expected` has the identities of the files when the run began; None accepts any.
+
+    Raises:
+        NotPublishedError: a file on the allow-list cannot be read, is too large, is a Git LFS pointer, is a link to
+            another place, or is not the expected one.
+    """
+    folder = Path(directory)
+    files: dict[str, bytes] = {}
+    read: dict[str, FileIdentity] = {}
+    others: list[str] = []
+    try:
+        for name in _names(folder):
+            if companion_kind(name) is None:
+                others.append(name)
+            else:
+                files[name], read[name] = _read(folder, name, owner)
+                if sum(map(len, files.values())) > _MOST_BYTES:
+                    raise NotPublishedError(
+                        f"the files next to the weights of {owner} have more than {_MOST_BYTES:,} bytes",
+                        hint=f"remove what is not needed from {shown(directory)}",
+                    )
+    except OSError as error:
+        raise NotPublishedError(
+            f"the directory of {owner} cannot be read: {error.strerror or error}",
+            hint="check that the user who runs the gate may read it",
+        ) from error
+    if expected is not None and read != expected:
+        other = min(name for name in {*read, *expected} if read.get(name) != expected.get(name))
+        raise NotPublishedError(
+            f"{shown(other)} of {owner} was added, removed, or written to during the run",
+            hint="let nothing write to that directory during the run, and run the gate again",
+        )
+    return CompanionFiles(files=files, others=tuple(others))
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in the directory, without hidden files, and those of the chat templates in their folder."""
+    names = []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.name == TEMPLATES and entry.is_dir(follow_symlinks=False):
+            names += [f"{TEMPLATES}/{template.name}" for template in os.scandir(entry.path)]
+        else:
+            names.append(entry.name + "/" * entry.is_dir())
+    return sorted(names)
+
+
+def _read(folder: Path, name: str, owner: str) -> tuple[bytes, FileIdentity]:
+    what = f"{shown(name)} of {owner}"
+    try:
+        place = _within(folder, name, what)
+        with open_regular_file(place) as file:
+            data = read_all(file, _MOST_BYTES)
+            identity = identity_of(name, os.fstat(file.fileno()))
+    except OSError as error:
+        raise NotPublishedError(
+            f"{what} cannot be read: {error.strerror or error}",
+            hint="correct that file, or remove it if the model does not need it",
+        ) from error
+    if data.startswith(_POINTER):
+        raise NotPublishedError(
+            f"{what} is a Git LFS pointer, expected the file itself",
+            hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
+        )
+    return data, identity
+
+
+def _within(folder: Path, name: str, what: str) -> Path:
+    """The file itself, if a link leads to it. The Hub's cache links from a snapshot to the repository's blobs."""
+    top = folder.resolve()
+    place = (top / name).resolve(strict=True)
+    is_blob = top.parent.name == "snapshots" and top.parent.parent / "blobs" in place.parents
+    is_companion = top in place.parents and companion_kind(place.relative_to(top).as_posix()) is not None
+    if not is_blob and not is_companion:
+        raise NotPublishedError(
+            f"{what} is a link to {shown(str(place))}, expected such a file of its directory",
+            hint="replace the link by a copy of the file: what a link leads to might not be meant for publication",
+        )
+    return place
 
 
 # --- 2. --------------------------------------------------------------------------------------------------------------
@@ -142,15 +243,15 @@ def replaced(of_base: Iterable[str], own: Iterable[str], *, has_template: bool) 
     return dropped
 
 
-def _replace(files: dict[str, CompanionFile], own: Mapping[str, bytes]) -> list[Finding]:
+def _replace(files: Chosen, own: Mapping[str, bytes]) -> list[Finding]:
     """Put the adapter's own files into `files`, and return notes about the base's files that they replace."""
     dropped = replaced(files, own, has_template=_has_template(own))
     for name in dropped:
         del files[name]
     for name, data in own.items():
-        if companion_kind(name) is Companion.LICENSE and name in files and files[name].data != data:
+        if companion_kind(name) is Companion.LICENSE and name in files and files[name][1] != data:
             name = f"adapter-{name}"  # noqa: PLW2901 - the license of the base stays
-        files[name] = CompanionFile(name=name, data=data, origin="adapter")
+        files[name] = ("adapter", data)
     gone = sorted(dropped - set(own))
     if not gone:
         return []
@@ -190,7 +291,7 @@ def _config(data: bytes | None, facts: PublicationFacts) -> bytes:
         raise NotPublishedError(
             "config.json of the base cannot be read as a JSON object", hint="fetch the base again, or correct the file"
         )
-    if facts.config.trust_remote_code and any("auto_map" in section for section in (config, config_section(config))):
+    if facts.config.trust_remote_code and any("auto_map" in section for section in (config, _text_section(config))):
         raise NotPublishedError(
             "the base needs its own code (`auto_map` in config.json), and merge-gate does not publish code",
             hint="if transformers has this architecture itself, set trust-remote-code: false",
@@ -200,10 +301,10 @@ def _config(data: bytes | None, facts: PublicationFacts) -> bytes:
         if rows is not None:
             for section in _vocabulary_sections(config, rows[0]):
                 section["vocab_size"] = rows[1]
-        if facts.dtype != PRESERVE:
+        if facts.spec.dtype != PRESERVE:
             for place, section in _objects(config):
                 if not any(name in _QUANTIZATIONS for name in place):
-                    section.update({key: facts.dtype for key in _DTYPE_KEYS if isinstance(section.get(key), str)})
+                    section.update({key: facts.spec.dtype for key in _DTYPE_KEYS if isinstance(section.get(key), str)})
         if facts.is_dequantized:
             _remove(config, _QUANTIZATIONS)
         return _written(config, data)
@@ -232,21 +333,14 @@ def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[i
     rows = {(old[:1], new[:1]) for old, new in changed.values()}
     if len(rows) == 1 and all(old[1:] == new[1:] for old, new in changed.values()):
         ((before, after),) = rows
-        if before and after and before[0] in _sizes(config):
+        if before and after and before[0] in (config.get("vocab_size"), _text_section(config).get("vocab_size")):
             return before[0], after[0]
+    shapes_of = [f"{shown(name)} ({list(old)} to {list(new)})" for name, (old, new) in changed.items()]
     raise NotPublishedError(
-        f"the merge changes the shape of {listing([_reshaped(name, *changed[name]) for name in changed], 3)}, and the "
-        "base's config.json does not describe this: it has no vocab_size of that many rows",
+        f"the merge changes the shape of {listing(shapes_of, 3)}, and the base's config.json does not describe this: "
+        "it has no vocab_size of that many rows",
         hint="use a base whose shapes the adapter does not change, or save the base with the new shapes first",
     )
-
-
-def _reshaped(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
-    return f"{shown(name)} ({list(old)} to {list(new)})"
-
-
-def _sizes(config: Mapping[str, Any]) -> set[Any]:
-    return {config.get("vocab_size"), config_section(config).get("vocab_size")}
 
 
 def _vocabulary_sections(config: dict[str, Any], rows: int) -> list[dict[str, Any]]:
@@ -256,7 +350,8 @@ def _vocabulary_sections(config: dict[str, Any], rows: int) -> list[dict[str, An
         NotPublishedError: another part of the model has the same size, and its tensors may have kept it.
     """
     sections = {place: section for place, section in _objects(config) if section.get("vocab_size") == rows}
-    others = sorted(".".join((*place, "vocab_size")) for place in sections if place not in _TEXT)
+    texts = [(name,) for name in _TEXT_SECTIONS]
+    others = sorted(".".join((*place, "vocab_size")) for place in sections if place and place not in texts)
     if others:
         raise NotPublishedError(
             "the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
@@ -266,30 +361,139 @@ def _vocabulary_sections(config: dict[str, Any], rows: int) -> list[dict[str, An
     return list(sections.values())
 
 
-def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
+def _remove_code(files: Chosen) -> list[Finding]:
     """Remove the references to code from the configurations: the code itself is not published."""
     changed = []
-    for name, file in files.items():
-        if not name.endswith("config.json") or not isinstance(content := _parsed(file), dict):
+    for name, (origin, before) in files.items():
+        if not name.endswith("config.json") or not isinstance(content := _parsed(name, origin, before), dict):
             continue
-        with _as_json(name, file.origin):
+        with _as_json(name, origin):
             _remove(content, _CODE)
-            data = _written(content, file.data)
-        if data != file.data:
-            files[name] = CompanionFile(name=name, data=data, origin=file.origin)
+            data = _written(content, before)
+        if data != before:
+            files[name] = (origin, data)
             changed.append(name)
     return [_note(f"the reference to code was removed from {listing(map(shown, sorted(changed)))}")] if changed else []
+
+
+# --- 4. --------------------------------------------------------------------------------------------------------------
+
+# The values are of unknown origin and may have any type.
+
+
+def _text_section(config: Json) -> Json:
+    """The part of config.json that describes the language model."""
+    sections = [config[name] for name in _TEXT_SECTIONS if isinstance(config.get(name), dict)]
+    return sections[0] if sections else config
+
+
+def _disagreements(files: Mapping[str, Json], generation_of_base: Json | None = None) -> Iterator[Finding]:
+    """What the published files say about stop tokens in different ways.
+
+    Args:
+        files: the content of the published JSON files, by name.
+        generation_of_base: the base's generation_config.json, if the adapter's own replaces it.
+    """
+    config, generation = files.get("config.json", {}), files.get("generation_config.json", {})
+    of_config = _ids(config) or _ids(_text_section(config))
+    of_generation = _ids(generation)
+    token, of_tokenizer = _end_token(files)
+    stops = of_generation or of_config
+    ignored = sorted((of_config | of_tokenizer) - stops) if stops else []
+    if ignored:
+        places = [
+            f"generation_config.json has {_listed(of_generation)}",
+            f"config.json has {_listed(of_config)}",
+            f"the tokenizer has {_listed(of_tokenizer)} ({quoted(token)})" if token else "",
+        ]
+        yield _warning(
+            STOP_TOKENS,
+            f"the stop tokens disagree: {'; '.join(filter(None, places))}; generate() does not stop at "
+            f"{_listed(set(ignored))}",
+            "if the adapter was trained to end with that token, give the adapter its own generation_config.json "
+            "with all stop tokens; otherwise no action is needed",
+        )
+    lost = sorted(_ids(generation_of_base or {}) - of_generation) if of_generation else []
+    if lost:
+        yield _warning(
+            STOP_TOKENS,
+            f"the adapter's generation_config.json has the stop tokens {_listed(of_generation)}, and the base's file "
+            f"has {_listed(set(lost))} too, so generate() no longer stops there",
+            "add them to eos_token_id in the adapter's generation_config.json, or remove that file",
+        )
+
+
+def _oversized(files: Mapping[str, Json]) -> Iterator[Finding]:
+    """Whether the tokenizer has an id that the embedding has no row for, as far as config.json shows."""
+    rows = _text_section(files["config.json"]).get("vocab_size")
+    vocabulary = _vocabulary(files)
+    largest = max(vocabulary.values(), default=-1)
+    if type(rows) is int and largest >= rows:
+        token = next(token for token, number in vocabulary.items() if number == largest)
+        yield _warning(
+            TOKENIZER_SIZE,
+            f"the tokenizer has {quoted(token)} with the id {largest:,}, and the embedding has {rows:,} rows: a text "
+            "with this token cannot be embedded",
+            "save the adapter with the embedding that was resized for its tokenizer (save_embedding_layers=True)",
+        )
+
+
+def _ids(content: Json) -> set[int]:
+    """The ids under `eos_token_id`, which is a number or a list of numbers."""
+    value = content.get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return {number for number in values if type(number) is int}
+
+
+def _end_token(files: Mapping[str, Json]) -> tuple[str, set[int]]:
+    """The tokenizer's own end token, and its id; the set is empty if the id is unknown."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _text(files.get(name, {}).get("eos_token"))
+        if token:
+            number = _vocabulary(files).get(token)
+            return token, set() if number is None else {number}
+    return "", set()
+
+
+def _vocabulary(files: Mapping[str, Json]) -> dict[str, int]:
+    """The tokenizer's tokens and their ids, as far as its JSON files show them."""
+    tokenizer = files.get("tokenizer.json", {})
+    model = tokenizer.get("model")
+    listed = model.get("vocab") if isinstance(model, dict) else files.get("vocab.json", {})
+    pairs: list[tuple[Any, Any]]
+    if isinstance(listed, list):  # [token, score], and the id is the place
+        pairs = [(row[0], place) for place, row in enumerate(listed) if isinstance(row, list) and row]
+    else:
+        pairs = list(listed.items()) if isinstance(listed, dict) else []
+    added = tokenizer.get("added_tokens")
+    added = added if isinstance(added, list) else []
+    pairs += [(row.get("content"), row.get("id")) for row in added if isinstance(row, dict)]
+    decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder")
+    rows = decoder.items() if isinstance(decoder, dict) else ()
+    pairs += [(_text(row), int(number)) for number, row in rows if _ID.fullmatch(number)]
+    pairs += list(files.get("added_tokens.json", {}).items())
+    return {token: number for token, number in pairs if isinstance(token, str) and type(number) is int}
+
+
+def _text(value: Any) -> str:
+    """A token is a string, or an object with its `content`."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _parsed(file: CompanionFile) -> Any:
+def _parsed(name: str, origin: str, data: bytes) -> Any:
     """The content of a JSON file; None for any other file."""
-    if not file.name.endswith(".json"):
+    if not name.endswith(".json"):
         return None
-    with _as_json(file.name, file.origin):
-        return json.loads(file.data.decode("utf-8"))
+    with _as_json(name, origin):
+        return json.loads(data.decode("utf-8"))
 
 
 def _objects(content: dict[str, Any], place: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -339,3 +543,7 @@ def _object(data: bytes | None) -> dict[str, Any] | None:
 
 def _note(message: str, hint: str = "") -> Finding:
     return Finding(check=PUBLISHED_FILES, severity=Severity.NOTE, message=message, hint=hint, origin=Origin.FILE)
+
+
+def _warning(check: str, message: str, hint: str) -> Finding:
+    return Finding(check=check, severity=Severity.WARNING, message=message, hint=hint, origin=Origin.FILE)

@@ -1,7 +1,8 @@
-"""merge-gate.json: written into a published directory, read back, and compared with the directory's files.
+"""merge-gate.json and README.md of a published directory: written, read back, and compared with the directory's files.
 
-In: the facts of a publication, or a directory of unknown origin. Out: a `Manifest`, its bytes, and the differences
-between the manifest and the files. The manifest lists every file except itself, and the card has its digest.
+In: the facts of a publication, or a directory of unknown origin. Out: a `Manifest`, its bytes, the model card, and the
+differences between the manifest and the files. The manifest lists every file except itself, and the card has its
+digest. Everything on the card follows from the manifest, so that a rebuild makes the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -19,35 +21,31 @@ from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
 from merge_gate.names.foreign_names import is_inside
-from merge_gate.records.config import CheckSetting
-from merge_gate.records.files import FileRecord
+from merge_gate.records.config import CheckSetting, Config, PublishSpec
+from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.publication import (
     CARD_NAME,
     MANIFEST_VERSION,
     Manifest,
     PublishedAdapter,
     PublishedBase,
-    PublishedCombination,
     Versions,
 )
-from merge_gate.records.report import TOOL, ConfigFile, Tool
-from merge_gate.records.terms import DTYPES, PRESERVE, Finding, Severity, Verdict, record
+from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
+from merge_gate.records.terms import DTYPES, PRESERVE, BaseKey, Finding, Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
-from merge_gate.report.formats.fields import UnreadableError, dump_record, load
+from merge_gate.report.formats.fields import UnreadableError, dump_record, load_document
+from merge_gate.report.wording.markdown import code
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import NUMBER, one_of
+from merge_gate.text import NUMBER, counted, one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from merge_gate.publish.facts import PublicationFacts
-    from merge_gate.publish.input_files import InputFiles
-    from merge_gate.records.report import Environment
-    from merge_gate.records.terms import BaseKey
+    from collections.abc import Iterable, Iterator, Sequence
 
 MANIFEST_NAME = "merge-gate.json"
 MOST_BYTES = 16 * 1024 * 1024
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 class Difference(StrEnum):
@@ -61,11 +59,36 @@ class Difference(StrEnum):
 
 
 @record
-class FileDifference:
-    """One file that is not as the manifest lists it."""
+class PublicationFacts:
+    """What is known of a model when it is published: the source of its manifest and its other files.
 
-    path: str
-    kind: Difference
+    Attributes:
+        entry: the adapter, its base, and their files.
+        report: the verdict on the merge.
+        base: the base as it was loaded, with the digest of its weights.
+        base_identity: the files that the base was loaded from.
+        environment: the versions and the device of the run.
+        config: the run's configuration.
+        spec: how it is published.
+        tensors: every tensor as it is written.
+        base_tensors: every tensor of the base's own files.
+    """
+
+    entry: Entry
+    report: AdapterReport
+    base: BaseReport
+    base_identity: tuple[FileIdentity, ...]
+    environment: Environment
+    config: Config
+    spec: PublishSpec
+    tensors: tuple[StoredTensor, ...]
+    base_tensors: tuple[StoredTensor, ...]
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether the base's files are quantized, and the published tensors are not."""
+        files = self.entry.base_files
+        return self.spec.dtype != PRESERVE and files is not None and files.quantization is not None
 
 
 # --- written ---------------------------------------------------------------------------------------------------------
@@ -73,17 +96,17 @@ class FileDifference:
 
 def manifest_of(
     facts: PublicationFacts,
-    files: tuple[FileRecord, ...] = (),
-    findings: tuple[Finding, ...] = (),
-    inputs: InputFiles | None = None,
+    inputs: Sequence[tuple[FileRecord, ...]],
+    files: Iterable[FileRecord] = (),
+    findings: Iterable[Finding] = (),
 ) -> Manifest:
     """The manifest of a publication.
 
     Args:
         facts: the merge, and what it was made of.
+        inputs: all files of the base, and those of each adapter.
         files: all files of the directory, with their digests.
         findings: what there is to say about the files next to the weights.
-        inputs: all files of base and adapters; None for those that the merge itself has read.
     """
     adapter, base, spec = facts.report, facts.base, facts.entry.spec
     return Manifest(
@@ -93,8 +116,8 @@ def manifest_of(
         warnings=warnings_in((*adapter.findings, *findings)),
         parameters=adapter.coverage.parameters_checked,
         peft_type=adapter.peft_type,
-        dtype=facts.dtype,
-        max_shard_bytes=facts.shard_limit_bytes,
+        dtype=facts.spec.dtype,
+        max_shard_bytes=facts.spec.max_shard_bytes,
         base=PublishedBase(
             model=base.model,
             revision=base.revision,
@@ -104,12 +127,10 @@ def manifest_of(
             requested_quantization=spec.base.quantization,
             names=spec.base.names,
             sha256=base.sha256 or "",
-            files=base.files if inputs is None else inputs.base,
+            files=inputs[0],
         ),
-        adapters=_adapters(facts, inputs),
-        combination=None
-        if spec.combine is None
-        else PublishedCombination(**shared_fields(PublishedCombination, spec.combine)),
+        adapters=_adapters(facts, inputs[1:]),
+        combination=spec.combine and replace(spec.combine, adapters=()),
         allow_pickle=facts.config.allow_pickle,
         trust_remote_code=facts.config.trust_remote_code,
         config=ConfigFile(path=facts.config.label, sha256=facts.config.sha256),
@@ -137,16 +158,15 @@ def warnings_in(findings: Iterable[Finding]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(finding.check for finding in findings if finding.severity is Severity.WARNING))
 
 
-def _adapters(facts: PublicationFacts, inputs: InputFiles | None) -> tuple[PublishedAdapter, ...]:
+def _adapters(facts: PublicationFacts, files: Sequence[tuple[FileRecord, ...]]) -> tuple[PublishedAdapter, ...]:
     spec = facts.entry.spec
-    files = inputs.adapters if inputs is not None else tuple(member.files for member in facts.entry.members)
-    if spec.combine is None:
-        (own,) = files
-        return (PublishedAdapter(name=spec.name, source=spec.source, revision=facts.entry.revision, files=own),)
     listed = {adapter.name: adapter for adapter in facts.config.adapters}
+    members = [replace(spec, revision=facts.entry.revision)]
+    if spec.combine is not None:
+        members = [listed[name] for name in spec.combine.adapters]
     return tuple(
-        PublishedAdapter(name=name, source=listed[name].source, revision=listed[name].revision, files=own)
-        for name, own in zip(spec.combine.adapters, files, strict=True)
+        PublishedAdapter(name=one.name, source=one.source, revision=one.revision, files=own)
+        for one, own in zip(members, files, strict=True)
     )
 
 
@@ -172,6 +192,58 @@ def digest_on_card(data: bytes) -> str | None:
     except (InvalidJsonError, LookupError, TypeError, ValueError, RecursionError):
         return None
     return hashlib.sha256(_rendered(document)).hexdigest()
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def model_card(manifest: Manifest) -> bytes:
+    """The bytes of the model card."""
+    return f"{_front(manifest)}\n{_text(manifest)}".encode()
+
+
+def _front(manifest: Manifest) -> str:
+    """The metadata that the Hub reads. A local path is no base model there."""
+    lines = ["---", "library_name: transformers", "tags: [merge-gate, peft]"]
+    if _HUB_ID.fullmatch(manifest.base.model) and manifest.base.revision:
+        lines += [f"base_model: {json.dumps(manifest.base.model)}", "base_model_relation: merge"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _text(manifest: Manifest) -> str:
+    base = manifest.base
+    rows = [("base", _named(base.model, base.revision))]
+    rows += [("adapter", _named(adapter.source, adapter.revision)) for adapter in manifest.adapters]
+    if manifest.combination is not None:
+        rows.append(("combination", code(manifest.combination.method)))
+    rows += [
+        ("method", code(manifest.peft_type or "unknown")),
+        (
+            "dtype",
+            "as in the base" if manifest.dtype == PRESERVE else f"all floating tensors cast to {code(manifest.dtype)}",
+        ),
+        ("checks", f"passed; all {counted(manifest.parameters, 'parameter')} of the merged model checked"),
+        ("warnings", ", ".join(map(code, manifest.warnings)) or "none"),
+    ]
+    if manifest.checks:
+        rows.append(("changed checks", ", ".join(map(code, manifest.checks))))
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return f"""# {code(manifest.name)}, merged into its base
+
+merge-gate merged this adapter into its base, checked every parameter of the result, and wrote the tensors that it
+checked. All other tensors are copies of the base's.
+
+{table}
+
+`merge-gate.json` has the digests of all files, of the base, and of the adapter. `merge-gate verify` compares this
+directory with them, and `merge-gate rebuild merge-gate.json --output DIR` makes the same files again.
+
+The SHA-256 of `merge-gate.json` without the entry of this card is `{digest_on_card(render(manifest))}`.
+"""
+
+
+def _named(name: str, revision: str | None) -> str:
+    return f"{code(name)} at {code(revision)}" if revision else code(name)
 
 
 # --- read back -------------------------------------------------------------------------------------------------------
@@ -200,26 +272,23 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         UsageError: it is not a manifest of version 1, or contradicts itself.
     """
     try:
-        manifest: Manifest = load(Manifest, parse_strictly(data), "")
+        manifest: Manifest = load_document(Manifest, data, MANIFEST_VERSION, TOOL)
         _refuse_contradictions(manifest)
-    except (InvalidJsonError, UnreadableError) as error:
-        what = f"it {error}" if isinstance(error, InvalidJsonError) else error
+    except UnreadableError as error:
         raise UsageError(
-            f"{one_line(name)} is not a {MANIFEST_NAME} of merge-gate: {what}",
+            f"{one_line(name)} is not a {MANIFEST_NAME} of merge-gate: {error}",
             hint="publish the adapter again with `merge-gate run --publish DIR`",
         ) from error
-    return replace(manifest, schema_version=MANIFEST_VERSION)
+    return manifest
 
 
 def _refuse_contradictions(manifest: Manifest) -> None:
     """Refuse what a run cannot have written."""
     names, members = [file.path for file in manifest.files], [adapter.name for adapter in manifest.adapters]
     outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
-    is_combination, version = manifest.combination is not None, manifest.schema_version.split(".")[0]
+    is_combination = manifest.combination is not None
     has_dtypes = manifest.dtype in {PRESERVE, *DTYPES} and manifest.base.requested_dtype in {"auto", *DTYPES}
     for is_wrong, sentence in (
-        (version != "1", f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x"),
-        (manifest.tool.name != TOOL, f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}"),
         (manifest.verdict is not Verdict.PASSED, f"verdict is {manifest.verdict}, expected {Verdict.PASSED}"),
         (not has_dtypes, f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}"),
         (not names, "files is empty, expected every file of the directory"),
@@ -255,13 +324,12 @@ def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
 # --- compared with the files -----------------------------------------------------------------------------------------
 
 
-def differences(directory: str | Path, manifest: Manifest, *, weights: bool = True) -> tuple[FileDifference, ...]:
+def differences(directory: str | Path, manifest: Manifest, *, weights: bool = True) -> dict[str, Difference]:
     """The files of a directory that are not as the manifest lists them. Every byte is read.
 
     Without `weights`, only the size of a safetensors file is compared.
     """
-    compared = _compared(Path(directory), manifest, weights=weights)
-    return tuple(FileDifference(path=name, kind=kind) for name, kind in sorted(compared))
+    return dict(sorted(_compared(Path(directory), manifest, weights=weights)))
 
 
 def _compared(folder: Path, manifest: Manifest, *, weights: bool) -> Iterator[tuple[str, Difference]]:

@@ -17,38 +17,38 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.files import resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
-from merge_gate.publish.companion_files import Identities
-from merge_gate.publish.companions import companions_of
-from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.input_files import input_files
-from merge_gate.publish.layout import (
+from merge_gate.publish.companions import CompanionFiles, Identities, companions_of, read_companions, read_inputs
+from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts, manifest_of, model_card, render
+from merge_gate.publish.partial import PartialDirectory
+from merge_gate.publish.weight_files import (
+    CHUNK_BYTES,
     FLOATING,
     FLOATING_STORED,
     ModelLayout,
+    ModelWriter,
     Place,
     cast,
     compare_written,
     merged_layout,
 )
-from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, render
-from merge_gate.publish.model_card import model_card
-from merge_gate.publish.partial import PartialDirectory
-from merge_gate.publish.writer import CHUNK_BYTES, ModelWriter
-from merge_gate.records.files import FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.config import PublishSpec
+from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.publication import CARD_NAME
-from merge_gate.records.terms import PRESERVE, Finding, record
+from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.text import quoted
 from merge_gate.worker.protocol import PublicationSent
 
@@ -68,32 +68,17 @@ class BaseReader(Protocol):
         """Fill `into` with the bytes of a file from `start` on, or raise a `SourceError`."""
 
 
-@record
-class PublicationPlace:
-    """Where and how one model is published: as `name` in `parent`."""
-
-    parent: Path
-    name: str
-    dtype: str
-    shard_limit_bytes: int | None
-
-    @property
-    def directory(self) -> Path:
-        return self.parent / self.name
-
-
 class CanceledError(Exception):
     """The run ends."""
 
 
 class Publication:
-    """One model. Its methods may be called by several threads."""
+    """One model, and the directory that it gets. Its methods may be called by several threads."""
 
-    def __init__(self, place: PublicationPlace, base: ModelLayout) -> None:
-        self.place = place
-        self._base = base
+    def __init__(self, directory: Path, spec: PublishSpec, base: ModelLayout) -> None:
+        self.directory, self.spec, self._base = directory, spec, base
         self._stored = {tensor.name: tensor for tensor in base.tensors}
-        self._packed = packed_weights(() if place.dtype == PRESERVE else base.tensors)
+        self._packed = packed_weights(() if spec.dtype == PRESERVE else base.tensors)
         self._lock = threading.RLock()
         self._sent = threading.Event()
         self._partial: PartialDirectory | None = None
@@ -107,10 +92,13 @@ class Publication:
     @property
     def expected(self) -> ModelLayout:
         """The layout, as far as it is known without the adapter."""
-        return merged_layout(self._base, self._cast(), self.place.shard_limit_bytes, self._packed.others)
+        return self._layout(self._cast())
+
+    def _layout(self, changes: Mapping[str, StoredTensor]) -> ModelLayout:
+        return merged_layout(self._base, changes, self.spec.max_shard_bytes, self._packed.others)
 
     def _cast(self) -> dict[str, StoredTensor]:
-        return {} if self.place.dtype == PRESERVE else cast(self._base, self.place.dtype)
+        return {} if self.spec.dtype == PRESERVE else cast(self._base, self.spec.dtype)
 
     # --- 1 to 3: the worker ----------------------------------------------------------------------------------------
 
@@ -126,22 +114,22 @@ class Publication:
         for tensor in tensors:
             changes[tensor.name] = self._checked(tensor)
         changes = {name: tensor for name, tensor in changes.items() if not self._is_stored_so(tensor)}
-        layout = merged_layout(self._base, changes, self.place.shard_limit_bytes, self._packed.others)
+        layout = self._layout(changes)
         if layout.size_bytes > 2 * self.expected.size_bytes + _MORE_BYTES:
             raise NotPublishedError(
                 f"the merged model would have {layout.size_bytes:,} bytes, expected about {self.expected.size_bytes:,}",
                 hint=_FOREIGN,
             )
         self._changes = frozenset(changes) | {tensor.name for tensor in tensors}
-        self._partial = PartialDirectory(self.place.parent, self.place.name)
+        self._partial = PartialDirectory(self.directory)
         self._writer = ModelWriter(self._partial.model, layout)
 
     def _checked(self, tensor: StoredTensor) -> StoredTensor:
         """A tensor in the worker's plan, if its dtype is the one to publish."""
         stored = self._stored.get(tensor.name)
         expected = stored.dtype if stored is not None else tensor.dtype
-        if self.place.dtype != PRESERVE and (expected in FLOATING_STORED or tensor.name in self._packed):
-            expected = FLOATING[self.place.dtype]
+        if self.spec.dtype != PRESERVE and (expected in FLOATING_STORED or tensor.name in self._packed):
+            expected = FLOATING[self.spec.dtype]
         if not self._is_in_model(tensor):
             raise _misfit(tensor.name, "has a shape that the packed weights do not have")
         is_text = tensor.name.encode(errors="replace").decode() == tensor.name  # no surrogates
@@ -247,7 +235,7 @@ class Publication:
 
     def _disk(self, error: OSError) -> NotPublishedError:
         return NotPublishedError(
-            f"the model cannot be written to {quoted(str(self.place.directory), 200)}: {error.strerror or error}",
+            f"the model cannot be written to {quoted(str(self.directory), 200)}: {error.strerror or error}",
             hint="free some space there, or publish to another disk",
         )
 
@@ -273,7 +261,7 @@ class Publication:
         try:
             self._copy(base, writer, others)
             if writer.layout.index is not None:
-                self._weights = (writer.add_file(writer.layout.index.name, writer.layout.index.content),)
+                self._weights = (writer.add_file(writer.layout.index.name, writer.layout.index.head),)
             self._weights += writer.read_back(self._go_on)
         except OSError as error:
             raise self._disk(error) from error
@@ -331,18 +319,19 @@ class Publication:
         if writer is None or partial is None or not self._weights:
             raise AssertionError("the model was not completed")
         try:
-            members, base = facts.entry.members, base_directory(facts.entry)
-            more = companions_of(base, tuple(member.directory for member in members), facts, seen)
-            inputs = input_files(facts.entry, facts.base.files, *more.read)
-            files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
-            content = manifest_of(facts, files, more.findings, inputs)
+            base = base_directory(facts.entry)
+            read = read_inputs(base, [member.directory for member in facts.entry.members], facts, seen)
+            more, findings = companions_of(base, read, facts)
+            inputs = input_files(facts.entry, facts.base.files, *read)
+            files = (*self._weights, *(writer.add_file(name, data) for name, (_, data) in more.items()))
+            content = manifest_of(facts, inputs, files, findings)
             files = tuple(sorted((*files, writer.add_file(CARD_NAME, model_card(content))), key=lambda file: file.path))
             manifest = writer.add_file(MANIFEST_NAME, render(replace(content, files=files)))
             compare_written(partial.model, writer.layout)
             partial.publish(replaces=replaces)
         except OSError as error:
             raise self._disk(error) from error
-        return (*files, manifest), more.findings
+        return (*files, manifest), tuple(findings)
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -370,3 +359,59 @@ class Publication:
 
 def _misfit(name: str, how: str) -> NotPublishedError:
     return NotPublishedError(f"the merged tensor {shown(name)} {how}", hint=_FOREIGN)
+
+
+# --- the files that a model is made of, for merge-gate.json ----------------------------------------------------------
+
+
+def input_files(
+    entry: Entry, weights: Iterable[FileRecord], base: CompanionFiles, *adapters: CompanionFiles
+) -> list[tuple[FileRecord, ...]]:
+    """The files of an entry's base, and those of each adapter, sorted by name: what the merge read, and what is copied.
+
+    A base also has settings in JSON. Its code is not listed: a model that runs code is not published.
+
+    `weights` are the base's weight files with the index. `base` and `adapters` are what a publication read of each.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    known = {file.path: file for file in (*weights, *_records(base.files))}
+    settings = {name for name in resolve.base_setting_files(directory) if not name.endswith(".py")} - set(known)
+    of_adapters = (
+        {file.path: file for file in (*_records(own.without_config), *member.files)}
+        for own, member in zip(adapters, entry.members, strict=True)
+    )
+    return [
+        _sorted((*known.values(), *_digests(directory, settings))),
+        *(_sorted(files.values()) for files in of_adapters),
+    ]
+
+
+def inputs_of(entry: Entry) -> list[tuple[FileRecord, ...]]:
+    """Read the files of an entry: every byte of the base's weights, too.
+
+    Raises:
+        NotPublishedError: a file that would be copied cannot be.
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    weights = tuple(_digests(directory, resolve.base_weight_files(directory)))
+    adapters = (read_companions(member.directory, "the adapter") for member in entry.members)
+    return input_files(entry, weights, read_companions(directory, "the base"), *adapters)
+
+
+def _records(files: Mapping[str, bytes]) -> Iterator[FileRecord]:
+    for name, data in files.items():
+        yield FileRecord(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _digests(directory: str, names: Iterable[str]) -> Iterator[FileRecord]:
+    for name in names:
+        place = Path(directory, name)
+        yield FileRecord(path=name, size_bytes=place.stat().st_size, sha256=resolve.digest_file(place))
+
+
+def _sorted(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+    return tuple(sorted(files, key=lambda file: file.path))

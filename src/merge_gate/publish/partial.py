@@ -47,16 +47,15 @@ def waiting(place: Path) -> str:
 
 
 class PartialDirectory:
-    """`.NAME.partial` in `parent`, new and empty. What a killed run left there is removed.
+    """`.NAME.partial` next to the model's directory `target`, new and empty. What a killed run left there is removed.
 
     Raises:
         NotPublishedError: another run writes to it, or it holds files of someone else.
         OSError: it cannot be created.
     """
 
-    def __init__(self, parent: Path, name: str) -> None:
-        self.name, self._parent = name, parent
-        self._place = parent / partial_name(name)
+    def __init__(self, target: Path) -> None:
+        self._target, self._place = target, target.with_name(partial_name(target.name))
         self.model = self._place / _MODEL
         self._stack = contextlib.ExitStack()
         with self._stack:
@@ -85,8 +84,8 @@ class PartialDirectory:
                 continue
             except AlreadyLockedError:
                 raise NotPublishedError(
-                    f"another run of merge-gate is writing the model {quoted(self.name, 200)} to "
-                    f"{quoted(str(self._parent), 200)}",
+                    f"another run of merge-gate is writing the model {quoted(self._target.name, 200)} to "
+                    f"{quoted(str(self._target.parent), 200)}",
                     hint="wait for it, or choose another directory with --publish",
                 ) from None
             if not lock.is_held and os.listdir(self._place):  # noqa: PTH208 - names are all that is wanted
@@ -107,7 +106,7 @@ class PartialDirectory:
             NotPublishedError: something else has that name, and stays there.
             OSError: the directory cannot be renamed.
         """
-        target = self._parent / self.name
+        target = self._target
         if replaces is not None:
             _copy_modes(target, self.model)
         sync_directory(self.model)
@@ -116,7 +115,7 @@ class PartialDirectory:
                 _rename(self.model, target)
         except FileExistsError:
             raise _taken(target) from None
-        sync_directory(self._parent)
+        sync_directory(target.parent)
         self.remove()
 
     def _take_away(self, target: Path, expected: tuple[FileIdentity, ...]) -> bool:

@@ -12,6 +12,7 @@ the `Publisher` of the worker's tensors (worker/call_service.py).
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections import Counter
@@ -20,17 +21,18 @@ from pathlib import Path
 
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import base_directory
-from merge_gate.publish import targets
-from merge_gate.publish.companion_files import companion_identities
-from merge_gate.publish.facts import PublicationFacts
-from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
-from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
-from merge_gate.publish.partial import unchanged
+from merge_gate.output_files import PUBLISH_WITHIN
+from merge_gate.publish.companions import companion_identities
+from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts
+from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication
+from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
+from merge_gate.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import PublishedModel
-from merge_gate.records.terms import PRESERVE, Finding, record
-from merge_gate.text import listing, quoted
+from merge_gate.records.terms import PRESERVE, Finding
+from merge_gate.report.stored.output_directory import explained
+from merge_gate.text import has_hidden, listing, quoted
 from merge_gate.worker.protocol import PublicationSent
 
 _NONE_FITS = 10
@@ -39,13 +41,9 @@ _NONE_FITS = 10
 END_LIMIT_S = 10.0
 """How long a disk may take for the piece that is being written when the run is interrupted."""
 
-
-@record
-class Published:
-    """A published model, and what there is to say about its files."""
-
-    model: PublishedModel
-    findings: tuple[Finding, ...]
+_CHOSEN_BY = " with --publish"
+_MOST_NAME_BYTES = 255
+_GIB = 1 << 30
 
 
 def model_name(adapter: str, dtype: str) -> str:
@@ -71,12 +69,11 @@ class Publications:
         is_plan: bool = False,
     ) -> None:
         self.spec, specs, self._notify, self._is_plan = wanted, tuple(specs), notify, is_plan
-        if wanted is not None:
-            targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
-        names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
         self._parent = Path()
         if wanted is not None:
-            self._parent = targets.prepared(wanted.directory, names, within, is_plan=is_plan)
+            _refuse_inside(Path(wanted.directory).resolve(), inputs)
+            names = [model_name(spec.name, wanted.dtype) for spec in specs]
+            self._parent = _prepared(wanted.directory, names, within, is_plan=is_plan)
         self._specs = tuple(spec.name for spec in specs)
         self._chosen: dict[int, Entry] = {}
         self._models: dict[int, Publication] = {}
@@ -112,14 +109,14 @@ class Publications:
         if self.spec is None:
             return {}
         inputs = [*_inputs(entries.values())]
-        targets.refuse_inside(self._parent, inputs)
+        _refuse_inside(self._parent, inputs)
         self._chosen = one_of_each(entries, self.spec.dtype)
         if self._is_plan:
             return dict.fromkeys(self._chosen, self.spec.dtype)
         for index, entry in self._chosen.items():
             self._add(index, entry, self.spec)
-        targets.refuse_over((model.place.directory for model in self._models.values()), inputs)
-        targets.refuse_small_disk(self._parent, sum(model.expected.size_bytes for model in self._models.values()))
+        _refuse_over((model.directory for model in self._models.values()), inputs)
+        _refuse_small_disk(self._parent, sum(model.expected.size_bytes for model in self._models.values()))
         return dict.fromkeys(self._models, self.spec.dtype)
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
@@ -127,15 +124,10 @@ class Publications:
         try:
             if directory not in self._bases:
                 self._bases[directory] = base_layout(directory)
-            place = PublicationPlace(
-                parent=self._parent,
-                name=model_name(entry.spec.name, wanted.dtype),
-                dtype=wanted.dtype,
-                shard_limit_bytes=wanted.max_shard_bytes,
-            )
             for seen in (directory, *(member.directory for member in entry.members)):
                 self._seen.setdefault(seen, companion_identities(seen))
-            model = Publication(place, self._bases[directory])
+            target = self._parent / model_name(entry.spec.name, wanted.dtype)
+            model = Publication(target, wanted, self._bases[directory])
             model.expected  # noqa: B018 - raises if the shards cannot be so small
         except NotPublishedError as error:
             self._refused[index] = error
@@ -203,22 +195,23 @@ class Publications:
         """The entries that are to be published, in their order."""
         return tuple(sorted(self._chosen))
 
-    def publish(self, index: int, facts_of: Callable[[Publication], PublicationFacts]) -> Published:
-        """Give a model its name."""
+    def publish(
+        self, index: int, facts_of: Callable[[Publication], PublicationFacts]
+    ) -> tuple[PublishedModel, tuple[Finding, ...]]:
+        """Give a model its name. The findings are what there is to say about its files."""
         assert self.spec is not None  # noqa: S101 - there is an entry to publish
         if index in self._refused:
             raise self._refused[index]
         model = self._models[index]
         try:
             with _this_model_only():
-                earlier = targets.replaceable(model.place.directory, self._notify)
+                earlier = replaceable(model.directory, self._notify)
                 files, findings = model.publish(facts_of(model), self._seen, replaces=earlier)
         except NotPublishedError:
             model.discard()
             raise
-        directory = str(Path(self.spec.label, model.place.name))
-        published = PublishedModel(directory=directory, dtype=model.place.dtype, files=files)
-        return Published(model=published, findings=findings)
+        directory = str(Path(self.spec.label, model.directory.name))
+        return PublishedModel(directory=directory, dtype=self.spec.dtype, files=files), findings
 
     def earlier(self, published: Collection[str]) -> Iterator[tuple[str, str]]:
         """The adapters without a new model that have one of an earlier run, and its directory as it was named.
@@ -297,3 +290,128 @@ def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
         yield base_directory(entry), f"the base {quoted(base_directory(entry), 200)}"
         for member in entry.members:
             yield member.directory, f"the adapter {quoted(entry.spec.name, 200)}"
+
+
+# --- the directory, before anything is merged ------------------------------------------------------------------------
+
+
+def _prepared(directory: str, names: Collection[str], within: str | None = None, *, is_plan: bool = False) -> Path:
+    """Create the directory, and remove what killed runs left in it. With `within`, it must be in that directory.
+
+    For a plan, nothing is created or removed.
+
+    Raises:
+        UsageError: the directory cannot be used, or one of the names cannot be a directory in it.
+        GateError: the disk is full.
+    """
+    target = _without_link(directory)
+    if within and not target.is_relative_to(Path(within).resolve()):
+        raise UsageError(
+            f"cannot publish to {quoted(directory, 200)}: it is outside of {quoted(within, 200)} ({PUBLISH_WITHIN})",
+            hint=f"choose a directory inside of it{_CHOSEN_BY}",
+        )
+    for name in names:
+        _refuse_name(name)
+    if is_plan:
+        return target
+    with explained(f"cannot publish to {quoted(directory, 200)}", chosen_by=_CHOSEN_BY):
+        target.mkdir(parents=True, exist_ok=True)
+        if not os.access(target, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"cannot publish to {quoted(directory, 200)}: it is not writable",
+                hint=f"choose a directory that you may write to{_CHOSEN_BY}",
+            )
+        remove_leftovers(target)
+        for name in names:
+            _refuse_existing(target, name)
+    return target
+
+
+def _without_link(directory: str) -> Path:
+    """The directory, resolved. It may not be a link, and nothing between it and the current directory may be one."""
+    place, here = Path(directory).absolute(), Path.cwd()
+    for part in (place, *place.parents):
+        if part.is_symlink() and (part == place or part.is_relative_to(here)):
+            raise UsageError(
+                f"cannot publish to {quoted(directory, 200)}: {quoted(str(part), 200)} is a symbolic link, expected a "
+                "directory",
+                hint=f"remove the link, or name the directory that it points to{_CHOSEN_BY}",
+            )
+    return place.resolve()
+
+
+def _refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
+    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to."""
+    for directory, owner in inputs:
+        if not os.path.isdir(directory):  # noqa: PTH112 - a name with a zero byte is no directory
+            continue
+        own = Path(directory).resolve()
+        weights = {path.resolve().parent for path in own.glob("*.safetensors")}  # a snapshot has links to its files
+        if any(target == place or place in target.parents for place in {own, *weights}):
+            raise UsageError(
+                f"the directory to publish to, {quoted(str(target), 200)}, is inside {owner}",
+                hint=f"choose a directory elsewhere{_CHOSEN_BY}",
+            )
+
+
+def _refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> None:
+    """Refuse to publish a model in the place of an input, or of a directory that holds one."""
+    owners = [(Path(directory).resolve(), owner) for directory, owner in inputs if os.path.isdir(directory)]  # noqa: PTH112 - as above
+    for place in places:
+        for directory, owner in owners:
+            if place == directory or place in directory.parents:
+                raise UsageError(
+                    f"{owner} is in {quoted(str(place), 200)}, and this run would publish a model there",
+                    hint=f"choose another directory{_CHOSEN_BY}",
+                )
+
+
+def _refuse_small_disk(target: Path, needed_bytes: int) -> None:
+    """Refuse a disk that cannot hold the models, by a `GateError`."""
+    with explained(f"cannot publish to {quoted(str(target), 200)}", chosen_by=_CHOSEN_BY):
+        disk = os.statvfs(target)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes < needed_bytes:
+        raise GateError(
+            f"the models to publish need {needed_bytes / _GIB:,.1f} GiB in {quoted(str(target), 200)}, and "
+            f"{free_bytes / _GIB:,.1f} GiB are free",
+            hint="free some space, choose another disk with --publish, or publish fewer adapters with --only",
+        )
+
+
+def _refuse_name(name: str) -> None:
+    bad = "/" in name or has_hidden(name) or name.startswith(".") or name != name.strip()
+    if bad or len(os.fsencode(partial_name(name))) > _MOST_NAME_BYTES:
+        raise UsageError(
+            f"a model cannot be published as {quoted(name, 200)}, which is not a valid directory name",
+            hint='give the adapter a "name" of at most 200 bytes, without / and without a dot at its start',
+        )
+
+
+def _refuse_existing(target: Path, name: str) -> None:
+    place = target / name
+    if os.path.lexists(place) and not unchanged(place, weights=False):
+        raise _changed(UsageError, place)
+    if os.path.lexists(target / partial_name(name)):
+        try:
+            PartialDirectory(place).remove()
+        except NotPublishedError as error:
+            raise UsageError(error.message, hint=error.hint) from error
+
+
+def replaceable(place: Path, notify: Callable[[str], None]) -> tuple[FileIdentity, ...] | None:
+    """The identity of the earlier model in a directory; None if there is none. Every byte must be as published."""
+    if not os.path.lexists(place):
+        return None
+    notify(f"{place} is compared with its {MANIFEST_NAME} before it is replaced")
+    if (identity := unchanged(place)) is None:
+        raise _changed(NotPublishedError, place)
+    return identity
+
+
+def _changed(kind: type[GateError], place: Path) -> GateError:
+    return kind(
+        f"{quoted(str(place), 200)} exists, and is not an unchanged directory that merge-gate published",
+        hint=f"move it away, or choose another directory{_CHOSEN_BY}; `merge-gate verify` names the files that differ"
+        + waiting(place.with_name(partial_name(place.name))),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantization, Read, Severity, record
+from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantization, Read, Severity, record, reported
 
 COMMAND_LINE = "the command line"
 """What a configuration is called if the adapters are named on the command line."""
@@ -89,14 +89,17 @@ class Expect:
 
 @record
 class Combine:
-    """A weighted combination of other listed adapters (PEFT's `add_weighted_adapter`). `adapters` holds names."""
+    """A weighted combination of other listed adapters (PEFT's `add_weighted_adapter`).
 
-    method: str
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...]
-    density: float | None = None
-    majority_sign_method: str | None = None
-    seed: int = 0
+    `adapters` holds names; merge-gate.json lists the adapters themselves.
+    """
+
+    method: str = reported("PEFT's `combination_type`, such as `ties`.")
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] = reported("The weight of each adapter.")
+    density: float | None = reported("The share of values that the method keeps.", default=None)
+    majority_sign_method: str | None = reported("How the method elects signs.", default=None)
+    seed: int = reported("The seed of a random method.", default=0)
 
 
 @record

@@ -123,7 +123,6 @@ class BaseFiles:
         tensors: every tensor in those files, in that order. The last of several with one name is the one that counts.
         ghosts: names that the index lists and the files do not hold, with the file that the index names.
         unlisted: tensors in those files that the index does not list.
-        aside: tensors in weight files that transformers does not load.
         quantization: what the files declare; None for a plain base.
         original: the unquantized base that the files name, if they name one.
         auto_dtype: what keeps the base from being loaded with dtype `auto`; None if nothing does.
@@ -140,7 +139,6 @@ class BaseFiles:
     tensors: tuple[StoredTensor, ...] = ()
     ghosts: tuple[tuple[str, str], ...] = ()
     unlisted: tuple[str, ...] = ()
-    aside: tuple[StoredTensor, ...] = ()
     quantization: DeclaredQuantization | None = None
     original: str | None = None
     auto_dtype: Finding | None = None

@@ -73,11 +73,6 @@ class TensorMerge:
     )
 
     @property
-    def headroom(self) -> float | None:
-        """The largest magnitude as a share of the dtype's largest finite value."""
-        return _share(self.stats.max_abs, self.dtype_max)
-
-    @property
     def delta_ratio(self) -> float | None:
         """‖ΔW‖/‖W‖."""
         return _share(self.delta_norm, self.base_norm)

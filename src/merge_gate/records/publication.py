@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from merge_gate.records.config import Combine
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import ConfigFile, Tool
 from merge_gate.records.terms import Quantization, Verdict, record, reported
@@ -41,17 +42,6 @@ class PublishedAdapter:
 
 
 @record
-class PublishedCombination:
-    """How PEFT combined several adapters."""
-
-    method: str = reported("PEFT's `combination_type`, such as `ties`.")
-    weights: tuple[float, ...] = reported("The weight of each adapter.")
-    density: float | None = reported("The share of values that the method keeps.", default=None)
-    majority_sign_method: str | None = reported("How the method elects signs.", default=None)
-    seed: int = reported("The seed of a random method.", default=0)
-
-
-@record
 class Versions:
     """The versions that made a merge. A version is null if the package was not used."""
 
@@ -83,7 +73,7 @@ class Manifest:
     )
     base: PublishedBase = reported("The base.")
     adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.")
-    combination: PublishedCombination | None = reported("How the members were combined.", default=None)
+    combination: Combine | None = reported("How the members were combined.", default=None)
     allow_pickle: bool = reported("Whether pickled weights were allowed.", default=False)
     trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
     config: ConfigFile = reported("The configuration file.")

@@ -3,7 +3,7 @@
 In: a valid configuration, the run's options, and a view. Out: a report. It is on disk from the start, as a provisional
 one, so that a killed run leaves a true report. This module imports no torch: only the worker process does.
 
-1. Resolve names to directories, and judge the adapters' files.       files/prepare.py, judging/adapter_report.py
+1. Resolve names to directories, and judge the adapters' files.       files/resolve.py, judging/adapter_report.py
 2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
 3. Group the rest by base.                                            run/grouping.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
@@ -28,12 +28,11 @@ from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
 from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
+from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
 from merge_gate.output_files import PUBLISH_WITHIN
-from merge_gate.publish.facts import PublicationFacts
+from merge_gate.publish.manifest import PublicationFacts
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.publications import Publications, unpublished_dtypes
 from merge_gate.records.config import AdapterSpec, Config, PublishSpec
@@ -510,13 +509,13 @@ class Run:
                 self.publications.discard(index)
                 continue
             try:
-                published = self.publications.publish(index, partial(self._facts, index))
+                published, findings = self.publications.publish(index, partial(self._facts, index))
             except NotPublishedError as error:
                 self.tally.settle(index, adapter_report.unpublished_report(report, error.message, error.hint))
                 self._view.note(f"{report.name}: not published: {error.message}")
             else:
-                self.tally.settle(index, adapter_report.published_report(report, published.model, published.findings))
-                self._view.note(f"{report.name}: published to {published.model.directory}")
+                self.tally.settle(index, adapter_report.published_report(report, published, findings))
+                self._view.note(f"{report.name}: published to {published.directory}")
         self._warn_of_earlier_models()
 
     def _warn_of_earlier_models(self) -> None:
@@ -546,10 +545,9 @@ class Run:
             base_identity=self._watch.identity(directory),
             environment=self.tally.environment,
             config=self._config,
-            dtype=model.place.dtype,
+            spec=model.spec,
             tensors=model.tensors,
             base_tensors=model.base_tensors,
-            shard_limit_bytes=model.place.shard_limit_bytes,
         )
 
     def _finish(self) -> Report:

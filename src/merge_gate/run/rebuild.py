@@ -4,7 +4,7 @@ In: a merge-gate.json of unknown origin, and a directory. Out: the model in that
 the base runs, whatever the file says.
 
 1. Make the configuration that the file describes.              _config
-2. Compare every file of base and adapters with it.             publish/input_files.py
+2. Compare every file of base and adapters with it.             publish/one_publication.py
 3. Merge and publish into a directory of its own.               run/flow.py
 4. Compare every fact in the file with this run's, and write the card and the file, which follow from them.
 5. Compare every file. Only then the model gets its name.       publish/manifest.py
@@ -23,23 +23,21 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.config.paths import resolve_argument
 from merge_gate.errors import GateError, UsageError
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
-from merge_gate.publish.input_files import different_files, inputs_of
+from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,
     differences,
+    model_card,
     parse_manifest,
     read_manifest,
     settings_of,
-    shared_fields,
 )
-from merge_gate.publish.model_card import model_card
+from merge_gate.publish.one_publication import inputs_of
 from merge_gate.publish.publications import model_name
-from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
+from merge_gate.records.config import AdapterSpec, BaseSpec, Config, PublishSpec
 from merge_gate.records.options import RunOptions
-from merge_gate.records.publication import CARD_NAME, PublishedCombination
+from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
@@ -52,8 +50,9 @@ from merge_gate.verify.exchanged import is_adapter, is_model
 from merge_gate.worker.private_directory import private_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from merge_gate.records.files import FileRecord
     from merge_gate.records.publication import Manifest
     from merge_gate.records.report import Report
     from merge_gate.run.view import View
@@ -118,7 +117,7 @@ def rebuild(
         with explained(f"cannot write {target}"):
             (model / CARD_NAME).write_bytes(model_card(manifest))
             (model / MANIFEST_NAME).write_bytes(data)
-            problems += [f"{one_line(file.path, 200)}: {file.kind}" for file in differences(model, manifest)]
+            problems += [f"{one_line(name, 200)}: {how}" for name, how in differences(model, manifest).items()]
             if problems:
                 return _say_differences(problems, _OTHER_MODEL)
             model.rename(target)
@@ -179,7 +178,7 @@ def _config(manifest: Manifest, base: str | None, adapters: Sequence[str]) -> Co
         specs.append(spec(name=adapter.name, source=adapter.source, path=path, hub_id=hub_id, revision=revision))
     if manifest.combination is not None:
         names = tuple(adapter.name for adapter in manifest.adapters)
-        combine = Combine(adapters=names, **shared_fields(PublishedCombination, manifest.combination))
+        combine = replace(manifest.combination, adapters=names)
         specs.append(spec(name=manifest.name, source=manifest.name, combine=combine))
     return Config(
         path=manifest.config.path,
@@ -222,10 +221,24 @@ def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[st
         return  # the run reports it
     view.note("the files of base and adapter are compared with merge-gate.json")
     with explained("cannot read the files of base and adapter", "check that they are there and can be read"):
-        got = inputs_of(entry)
-    yield from different_files(got.base, manifest.base.files, "the base")
-    for adapter, files in zip(manifest.adapters, got.adapters, strict=True):
-        yield from different_files(files, adapter.files, f"the adapter {quoted(adapter.name, 200)}")
+        base, *adapters = inputs_of(entry)
+    yield from _different_files(base, manifest.base.files, "the base")
+    for adapter, files in zip(manifest.adapters, adapters, strict=True):
+        yield from _different_files(files, adapter.files, f"the adapter {quoted(adapter.name, 200)}")
+
+
+def _different_files(got: Iterable[FileRecord], expected: Iterable[FileRecord], owner: str) -> Iterator[str]:
+    """One sentence for each file that differs. `owner` is what they call the directory, such as `the base`."""
+    here, listed = ({file.path: file for file in files} for files in (got, expected))
+    for name in sorted({*here, *listed}):
+        one, other = here.get(name), listed.get(name)
+        if one != other:
+            has = f"has {_shown(one)}" if one else "is missing"
+            yield f"{one_line(name, 200)} of {owner} {has}, expected {_shown(other) if other else 'no such file'}"
+
+
+def _shown(file: FileRecord) -> str:
+    return f"{file.size_bytes:,} bytes with SHA-256 {one_line(file.sha256, 64)}"
 
 
 # --- the outcome -----------------------------------------------------------------------------------------------------

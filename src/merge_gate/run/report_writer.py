@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import GateError
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
-from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, write_report
+from merge_gate.report.formats.json_report import RenderedAdapters
+from merge_gate.report.stored.report_files import FORMATS, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -41,7 +41,7 @@ class ReportWriter:
         self, directory: str | None, notify: Callable[[str], None], send: Callable[[Report], None] | None = None
     ) -> None:
         self._directory, self._notify, self._send = directory, notify, send
-        self._rendered = {name: RenderedAdapters() for name in REUSING_FORMATS}
+        self._rendered = RenderedAdapters()
         self._has_notified = False
         self._pending = False
         self._has_waited = False

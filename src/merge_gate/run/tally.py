@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.cache.key import libraries
 from merge_gate.judging.baseline import accept
-from merge_gate.judging.pages import linked
 from merge_gate.records.report import (
     TOOL,
     AdapterReport,
@@ -32,6 +31,7 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import Verdict
+from merge_gate.report.wording.explanations import linked
 from merge_gate.shards.base_order import in_order
 
 if TYPE_CHECKING:

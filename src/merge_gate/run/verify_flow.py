@@ -3,7 +3,7 @@
 In: what the command line asks for, and a view. Out: a report with one entry, which is about the directory. Imports no
 torch: only the worker process does.
 
-1. Resolve the names, and read the headers of the directory.          files/resolve.py, files/prepare.py
+1. Resolve the names, and read the headers of the directory.          files/resolve.py
 2. Merge the adapter and each candidate, and compare each merge.      worker/supervisor.py, engine/finished_model.py
 3. Name the kind of the directory.                                    verify/
 4. Write the report.                                                  run/report_writer.py
@@ -22,8 +22,7 @@ from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import directory_identity
-from merge_gate.files.prepare import Inputs
-from merge_gate.files.resolve import Fetching
+from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
@@ -44,7 +43,7 @@ from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
-from merge_gate.verify.directory import expected_files, settings_files
+from merge_gate.verify.directory import settings_files
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
@@ -205,7 +204,7 @@ class _Verification:
             (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
         ]
         groups = group_by_base(mergeable)
-        settings, files = settings_files(merged, expected_files(self._entries[0])), merged.base_files
+        settings, files = settings_files(merged, self._entries[0]), merged.base_files
         assert files is not None  # noqa: S101 - it was resolved as a base
         self._groups = tuple(self._fed.schedule(_comparing(group, merged, settings), Read.WHOLE) for group in groups)
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)

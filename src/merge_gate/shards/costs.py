@@ -64,7 +64,7 @@ class Costs:
 
 
 def _named_base(spec: AdapterSpec, home: Path) -> str:
-    """The base that adapter_config.json names, resolved as in `files/prepare.py`; empty if it names none."""
+    """The base that adapter_config.json names, resolved as in `files/resolve.py`; empty if it names none."""
     named = _read_base_name(spec.path) if spec.path else ""
     try:
         return str(home / named) if named and within(ANSWER_LIMIT_S, (home / named).is_dir) else named

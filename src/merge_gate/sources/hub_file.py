@@ -30,7 +30,7 @@ from huggingface_hub import constants, get_hf_file_metadata, get_session, get_to
 from merge_gate import __version__
 from merge_gate.errors import ResolveError
 from merge_gate.files.headers import MAX_HEADER_BYTES, shown
-from merge_gate.files.hub_errors import ask, is_transport
+from merge_gate.files.hub import ask, is_transport
 from merge_gate.files.identity import base_identity
 from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_LIMIT_S, limit_requests
 from merge_gate.records.files import Fetched, FileIdentity

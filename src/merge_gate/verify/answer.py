@@ -18,20 +18,18 @@ from merge_gate.judging import adapter_report, all_checks
 from merge_gate.judging.kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
-from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
+from merge_gate.publish.manifest import MANIFEST_NAME, Difference, differences, read_manifest
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.publication import Manifest
-from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted, listing, quoted
 from merge_gate.verify.directory import directory_findings, expected_files
 from merge_gate.verify.exchanged import command
-from merge_gate.verify.stored_names import stored_findings
-from merge_gate.verify.values import value_findings
+from merge_gate.verify.tensor_findings import stored_findings, value_findings
 
 _ORDER = {kind: number for number, kind in enumerate(ANSWERS)} | {ATTESTATION: -2}
 """The order in which findings decide. Those of the gate are -1: only a bad attestation comes before them."""
@@ -109,26 +107,27 @@ def before_merge(merged: Snapshot, entry: Entry) -> AdapterReport | None:
     if base is None or own is None:
         return None
     name = entry.base.name if entry.base is not None else ""
-    refusal = quantized(base, own, base_name=name, merged_name=merged.name)
-    if refusal is not None:
-        return without_merge(merged, adapter_report.withdrawn_report(entry, refusal))
-    other = architecture_finding(base, own)
-    if other is None:
-        return None
-    gated = adapter_report.files_report(entry)
-    return decided(merged, replace(gated, compared_with=gated.source), [other], ())
+    found = _quantized(base, own, base_name=name, merged_name=merged.name) or architecture_finding(base, own)
+    return _of_files(merged, entry, found) if found is not None else None
 
 
 def unread_report(merged: Snapshot, entry: Entry, error: ResolveError) -> AdapterReport:
     """The report on a model whose files cannot be read as a model's."""
-    gated = adapter_report.files_report(entry)
     message, hint = (of_model(text, merged.name) for text in (error.message, error.hint))
+    found = finding(BROKEN_FILES, message, hint=hint)
     has_adapter = Path(merged.directory, CONFIG_NAME).exists()  # transformers would load it on top of the model
     if error.check is None and not has_adapter:
-        why = replace(not_judged(f"the model was not compared: {message}", hint), origin=Origin.MODEL)
-        return decided(merged, replace(gated, compared_with=gated.source), [why], ())
-    found = finding(BROKEN_FILES, message, hint=hint)
+        found = _not_compared(message, hint)
+    return _of_files(merged, entry, found)
+
+
+def _of_files(merged: Snapshot, entry: Entry, found: Finding) -> AdapterReport:
+    gated = adapter_report.files_report(entry)
     return decided(merged, replace(gated, compared_with=gated.source), [found], ())
+
+
+def _not_compared(why: str, hint: str = "", origin: Origin = Origin.MODEL) -> Finding:
+    return not_judged(f"the model was not compared: {why}", hint, origin=origin)
 
 
 def compared_report(
@@ -144,26 +143,15 @@ def compared_report(
 
 def without_merge(merged: Snapshot, gated: AdapterReport) -> AdapterReport:
     """The report on a directory that nothing could be compared with. `gated` says why."""
+    message = f"the adapter {quoted(gated.source, 200)} cannot be merged"
+    why = _not_compared(message, origin=Origin.RUNTIME)
     reason = None if gated.decided_by is None else gated.findings[gated.decided_by]
-    others = tuple(one for one in gated.findings if one is not reason)
-    if reason is None:
-        why = not_judged(f"the model was not compared: the adapter {quoted(gated.source, 200)} cannot be merged")
-    elif reason.origin is Origin.BASE or reason.check == NOT_JUDGED:
-        why = replace(reason, check=NOT_JUDGED, message=f"the model was not compared: {reason.message}")
-    else:
-        message = f"the model was not compared: the adapter {quoted(gated.source, 200)} cannot be merged: "
-        why = replace(reason, check=NOT_JUDGED, message=message + reason.message)
-    return replace(
-        gated,
-        name=merged.name,
-        source=merged.name,
-        compared_with=gated.source,
-        verdict=Verdict.ERROR,
-        cause=NOT_JUDGED,
-        failure=None,
-        findings=bounded((why, *others)),
-        decided_by=0,
-    )
+    if reason is not None:
+        is_of_adapter = reason.origin is not Origin.BASE and reason.check != NOT_JUDGED
+        message = f"{message}: {reason.message}" if is_of_adapter else reason.message
+        why = replace(reason, check=NOT_JUDGED, message=_not_compared(message).message)
+    others = (one for one in gated.findings if one is not reason)
+    return decided(merged, replace(gated, compared_with=gated.source), (why, *others), ())
 
 
 def decided(
@@ -195,23 +183,22 @@ def decided(
 # --- what the files alone say -----------------------------------------------------------------------------------------
 
 
-def quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_name: str) -> NotJudged | None:
+def _quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_name: str) -> Finding | None:
     """Why two models are not compared: one of them is stored quantized. None if none is."""
     if base.quantization is not None and base.quantization.is_read:
         original = f"--base {quoted(base.original, 120)}" if base.original else "the original base with --base"
-        return NotJudged(
-            message=f"the base {quoted(base_name, 200)} is stored quantized ({_method(base)}), and a merge into it is "
-            "not compared",
-            hint=f"name {original}: the base of the merge, before it was quantized",
-            origin=Origin.BASE,
+        return _not_compared(
+            f"the base {quoted(base_name, 200)} is stored quantized ({_method(base)}), and a merge into it is not "
+            "compared",
+            f"name {original}: the base of the merge, before it was quantized",
+            Origin.BASE,
         )
     is_whole = all(one.check == "base-format" for one in merged.findings)
     if merged.quantization is not None and merged.quantization.is_read and is_whole:
-        return NotJudged(
-            message=f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), so its values are "
-            "not the values of the merge",
-            hint="verify the merged model before it is quantized",
-            origin=Origin.MODEL,
+        return _not_compared(
+            f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), so its values are not the "
+            "values of the merge",
+            "verify the merged model before it is quantized",
         )
     return None
 
@@ -268,7 +255,6 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
     """
     manifest = read_manifest(directory)
     odd, base = differences(directory, manifest), manifest.base
-    different = {one.path for one in odd}
     gated = AdapterReport(
         name=manifest.name,
         source=manifest.adapters[0].source,
@@ -276,19 +262,19 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
         peft_type=manifest.peft_type,
         verdict=Verdict.ERROR,
         coverage=Coverage(),
-        files=tuple(file for file in manifest.files if file.path not in different),  # the others have other digests
+        files=tuple(file for file in manifest.files if file.path not in odd),  # the others have other digests
         line=1,
         column=1,
     )
     return decided(Snapshot(name=name, directory=directory), gated, _own_findings(manifest, odd), allowed)
 
 
-def _own_findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
+def _own_findings(manifest: Manifest, odd: Mapping[str, Difference]) -> list[Finding]:
     if not odd:
         message = f"{counted(len(manifest.files), 'file has', 'files have')} the digests in {MANIFEST_NAME}"
         if manifest.checks:
             message += f". It was judged with changed checks: {one_line(listing(manifest.checks), 400)}"
         return [finding("as-published", message)]
-    shown = listing([f"{quoted(one.path, 120)} is {one.kind}" for one in odd])
+    shown = listing([f"{quoted(name, 120)} is {how}" for name, how in odd.items()])
     message = f"{counted(len(odd), 'file differs', 'files differ')} from {MANIFEST_NAME}: {shown}"
     return [finding("file-changed", message, files=len(odd))]

@@ -27,7 +27,7 @@ from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.comparison import ReadSettings, SettingsFiles
 from merge_gate.records.files import BaseFiles, Entry, Snapshot
 from merge_gate.records.publication import CARD_NAME
-from merge_gate.records.terms import Finding, record
+from merge_gate.records.terms import Finding
 from merge_gate.regular_file import RefusedFileError, chunks, open_regular_file, read_all
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import counted, listing, quoted
@@ -57,42 +57,34 @@ _THEN = "sentence-transformers then takes the mean of all tokens, with its own d
 _LINE_END = re.compile(r"\r\n|\r")
 
 
-@record
-class ExpectedFiles:
-    """The files that a finished model should have next to its weights, by name, and those that it may copy.
+def expected_files(entry: Entry) -> dict[str, Path]:
+    """The files of base and adapter that belong next to the merge, by the rule of a publication.
 
-    `companions` are of the kinds that are compared by meaning. `others` are the base's remaining files.
+    Those whose kind is not compared by meaning are the base's remaining files, which the model may copy.
     """
-
-    companions: dict[str, Path]
-    others: dict[str, Path]
-    has_own_tokenizer: bool = False
-
-
-def expected_files(entry: Entry) -> ExpectedFiles:
-    """The files of base and adapter that belong next to the merge, by the rule of a publication."""
     base = _places(entry.base.directory if entry.base is not None else "")
-    adapter = _places(entry.files.directory)
-    own = {name: path for name, path in adapter.items() if companion_kind(name) in _KINDS.keys() - {Companion.CONFIG}}
+    own = _own_files(entry)
     settings = _object(own.get("tokenizer_config.json"))
     dropped = replaced(base, own, has_template=bool(settings.get("chat_template")))
-    return ExpectedFiles(
-        companions={name: base[name] for name in base if companion_kind(name) in _KINDS and name not in dropped} | own,
-        others={name: path for name, path in base.items() if companion_kind(name) not in _KINDS},
-        has_own_tokenizer=bool(_of_kind(own, Companion.TOKENIZER)),
-    )
+    return {name: path for name, path in base.items() if name not in dropped} | own
 
 
-def settings_files(merged: Snapshot, expected: ExpectedFiles) -> SettingsFiles:
+def _own_files(entry: Entry) -> dict[str, Path]:
+    """The adapter's own companions, which replace those of the base."""
+    adapter = _places(entry.files.directory)
+    return {name: adapter[name] for name in _compared(adapter) if companion_kind(name) is not Companion.CONFIG}
+
+
+def settings_files(merged: Snapshot, entry: Entry) -> SettingsFiles:
     """What the worker compares: of both, the companions that can be read."""
     return SettingsFiles(
-        expected=tuple((name, str(path)) for name, path in _readable(expected.companions).items()),
+        expected=tuple((name, str(path)) for name, path in _readable(expected_files(entry)).items()),
         merged=tuple(_readable(_places(merged.directory))),
-        has_own_tokenizer=expected.has_own_tokenizer,
+        has_own_tokenizer=bool(_of_kind(_own_files(entry), Companion.TOKENIZER)),
     )
 
 
-def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSettings) -> Iterator[Finding]:
+def directory_findings(merged: Snapshot, expected: Mapping[str, Path], read: ReadSettings) -> Iterator[Finding]:
     """The findings on everything except the tensors."""
     account = _Account(merged, expected, read)
     for kind, parts in account.odd.items():
@@ -112,8 +104,10 @@ def directory_findings(merged: Snapshot, expected: ExpectedFiles, read: ReadSett
 class _Account:
     """The account of one directory: what is odd, and which files are too many, by kind."""
 
-    def __init__(self, merged: Snapshot, expected: ExpectedFiles, read: ReadSettings) -> None:
-        self._merged, self._expected, self._read = merged, expected, read
+    def __init__(self, merged: Snapshot, expected: Mapping[str, Path], read: ReadSettings) -> None:
+        self._merged, self._read = merged, read
+        self._expected = {name: expected[name] for name in _compared(expected)}
+        self._others = {name: path for name, path in expected.items() if name not in self._expected}
         self._places = _places(merged.directory)
         self.odd: dict[str, list[str]] = defaultdict(list)
         self.absent: dict[str, list[str]] = {}
@@ -149,7 +143,7 @@ class _Account:
         return files
 
     def _companion(self, name: str, path: Path) -> None:
-        expected = self._expected.companions.get(name)
+        expected = self._expected.get(name)
         if why := _refused(path):
             self.odd[_kind_of(name)].append(f"{_named(name)} cannot be read: {why}")
         elif expected is not None and _same_bytes(path, expected):
@@ -161,7 +155,7 @@ class _Account:
                 self.odd[_kind_of(name)].append(f"{_named(name)} has other bytes")
 
     def _other(self, name: str, path: Path | None) -> None:
-        of_base = self._expected.others.get(name)
+        of_base = self._others.get(name)
         is_module = name.endswith(".safetensors") and name.rpartition("/")[0] in _modules(self._places)
         why = "not fetched" if path is None else _refused(path, None)
         if (is_harmless(name) or name == MANIFEST_NAME) and (path is None or not why):
@@ -179,29 +173,29 @@ class _Account:
         sentence-transformers.
         """
         for kind in (Companion.TOKENIZER, Companion.PROCESSOR):
-            expected, actual = _of_kind(self._expected.companions, kind), _of_kind(self._places, kind)
+            expected, actual = _of_kind(self._expected, kind), _of_kind(self._places, kind)
             written = _of_kind(self._read.written, kind) or expected
             if expected and not actual:
                 self.absent[str(kind)] = sorted(expected)
                 continue
             for name in sorted((expected & written) - actual):
                 self.odd[_KINDS[kind]].append(f"{_named(name)} is missing")
-        missing = self._expected.others.keys() - {*self._places, *self._merged.withheld}
+        missing = self._others.keys() - {*self._places, *self._merged.withheld}
         lacking = sorted(name for name in missing if not is_harmless(name))
         if any(name.endswith("config.json") and "auto_map" in _object(path) for name, path in self._places.items()):
             for name in lacking:
                 if name.endswith(".py"):
                     self.odd["config-differs"].append(f"{_named(name)} is missing, and auto_map names code")
-        folders = _modules(self._expected.others)
+        folders = _modules(self._others)
         gone = [name for name in lacking if name in _OF_MODULES or name.rpartition("/")[0] in folders]
         if _MODULES in gone:
             self.absent[_MODULES] = gone
-        elif gone and _MODULES in self._expected.others:
+        elif gone and _MODULES in self._others:
             self.odd["settings-differ"] += [f"{_named(name)} is missing" for name in gone]
 
     def _templates(self) -> None:
         """Each place of the directory has the expected text, and so has what transformers takes."""
-        expected, actual = (_templates(_readable(files)) for files in (self._expected.companions, self._places))
+        expected, actual = (_templates(_readable(files)) for files in (self._expected, self._places))
         if Companion.TOKENIZER in self.absent and not any(actual.values()):
             return
         used = [(_used(expected, fallback), _used(actual, fallback)) for fallback in _FALLBACKS]
@@ -288,10 +282,13 @@ def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
     return {name for name in names if companion_kind(name) is kind}
 
 
+def _compared(names: Iterable[str]) -> list[str]:
+    """The names of a kind that is compared by meaning."""
+    return sorted(name for name in names if companion_kind(name) in _KINDS)
+
+
 def _readable(places: Mapping[str, Path]) -> dict[str, Path]:
-    return {
-        name: path for name, path in sorted(places.items()) if companion_kind(name) in _KINDS and not _refused(path)
-    }
+    return {name: places[name] for name in _compared(places) if not _refused(places[name])}
 
 
 def _places(directory: str) -> dict[str, Path]:

@@ -25,9 +25,14 @@ from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.accounting import Account
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.base.shared_reads import SharedReads
-from merge_gate.engine.base.skeleton import FiguresBySpan, NoSkeletonError, figures_by_span, skeleton_of
-from merge_gate.engine.base.tensor_map import NoMapError
+from merge_gate.engine.base.skeleton import (
+    FiguresBySpan,
+    NoSkeletonError,
+    figures_by_span,
+    load_from_feed,
+    skeleton_of,
+)
+from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.errors import EngineError
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
@@ -57,7 +62,7 @@ from merge_gate.worker.protocol import (
 )
 
 if TYPE_CHECKING:
-    from merge_gate.engine.merge.publication_sinks import PublicationSinks
+    from merge_gate.engine.merge.publication_sink import PublicationSinks
 
 SKELETONS_SHARE = 4
 """What several skeletons of a pass hold for good may take a quarter of the free memory."""
@@ -132,18 +137,18 @@ class GroupBases:
         group = one.group
         before, self._identity = self._identity, base_identity(group.directory)
         if before != self._identity:
-            self._figures.clear()
+            self._figures = {}
         self.feed.open_files(group.files.weights)  # before the identity is verified
         one.loaded, one.identity = _as_published(self._read(group, one.model_class), group), self._identity
         verify_base(group.directory, group.base.name, self._identity)
-        accounting.settle(one.base, account, group.directory)
+        accounting.add_file_facts(one.base, account, group.directory)
         record = next((known for known in group.records if known.model_class == one.model_class.label), None)
         if record is not None and one.is_skeleton:
             one.base.adopt(record)
 
     def _read(self, group: Group, model_class: ModelClass) -> Base:
-        source = bases.source_of(
-            group.directory,
+        source = Source(
+            directory=group.directory,
             label=group.base.name,
             revision=group.base.revision,
             dtype=group.base.dtype,
@@ -152,9 +157,19 @@ class GroupBases:
             trust_remote_code=self.job.trust_remote_code,
             allow_pickle=self.job.allow_pickle,
         )
-        base, why_not = self._skeleton(group, source, model_class)
+        base, why_not, stored = None, "", group.files.tensors
+        if group.fed or self.job.device == "cpu":  # a card gets a skeleton only if the parent reads the files
+            try:
+                is_mapped = not group.in_passes
+                base = skeleton_of(source, model_class, stored, self.feed, is_mapped=is_mapped, known=self._figures)
+            except NoSkeletonError as error:
+                why_not = str(error)
         if base is None and group.fed and (group.base.is_quantized or group.files.is_streamed):
-            base, why_not = self._from_feed(group, source, model_class, why_not)
+            give_back()
+            try:  # no file is mapped
+                base = load_from_feed(source, model_class, stored, self.feed, free_bytes=MemoryGroup().free_bytes())
+            except NoSkeletonError as error:
+                why_not = str(error)
         if base is None:
             refuse_stubs(group, model_class, why_not)
             give_back()
@@ -163,33 +178,9 @@ class GroupBases:
             base.facts = replace(base.facts, no_skeleton=why_not.replace(group.directory, group.base.name))
         return base
 
-    def _skeleton(self, group: Group, source: Source, model_class: ModelClass) -> tuple[Base | None, str]:
-        """A base that takes no memory, or why it is none. A card gets it only if the parent reads the files."""
-        if not group.fed and self.job.device != "cpu":
-            return None, ""
-        is_mapped, known = not group.in_passes, self._figures
-        try:
-            base = skeleton_of(source, model_class, group.files.tensors, self.feed, is_mapped=is_mapped, known=known)
-        except NoSkeletonError as error:
-            return None, str(error) or type(error).__name__
-        return base, ""
-
-    def _from_feed(
-        self, group: Group, source: Source, model_class: ModelClass, why_not: str
-    ) -> tuple[Base | None, str]:
-        """A base in memory, which no file is mapped for. None if only `from_pretrained` itself can load it, and why."""
-        from merge_gate.engine.base.load_from_feed import load_from_feed  # noqa: PLC0415 - few bases need it
-
-        give_back()
-        stored, free_bytes = group.files.tensors, MemoryGroup().free_bytes()
-        try:
-            return load_from_feed(source, model_class, stored, self.feed, free_bytes=free_bytes), why_not
-        except (NoSkeletonError, NoMapError) as error:
-            return None, str(error) or why_not
-
     def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
         """What publishes the merges into a base; None if none of them is published."""
-        from merge_gate.engine.merge.publication_sinks import PublicationSinks  # noqa: PLC0415 - few runs publish
+        from merge_gate.engine.merge.publication_sink import PublicationSinks  # noqa: PLC0415 - few runs publish
 
         group = loaded.group
         if self.client is None or all(task.publishes is None for task in group.tasks):
@@ -246,7 +237,7 @@ class GroupBases:
 
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""
-        self._figures |= figures_by_span(base)
+        self._figures = {**self._figures, **figures_by_span(base)}
 
 
 def _as_published(base: Base, group: Group) -> Base:

@@ -10,11 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from merge_gate.engine.adapter.inject import inject
+from merge_gate.engine.adapter.inject import fill_blanks, inject, parameters_of
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, load_adapter
-from merge_gate.engine.adapter.peft_config import can_start_blank, read_config
-from merge_gate.engine.adapter.template import fill_blanks, parameters_of
-from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.adapter.peft_config import can_start_blank, read_config, read_weights
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.refusals import Refused
 from tests.support.files.pickles import Call

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from merge_gate.engine.base import accounting
-from merge_gate.engine.base.loaded_base import ModelClass, Source
-from merge_gate.engine.base.stored_formats import loaded_dtypes, refuse_other_packing, refuse_unknown_format
+from merge_gate.engine.base.loaded_base import (
+    ModelClass,
+    Source,
+    declared,
+    refuse_other_packing,
+    refuse_unknown_format,
+)
 from merge_gate.engine.base.tensor_map import tensor_map
+from merge_gate.engine.tensors.quantized import loaded_dtypes
 from merge_gate.records.refusals import Undecidable
 from merge_gate.records.terms import Quantization
 from tests.support import models
@@ -138,38 +144,24 @@ def test_parameters_are_counted_by_dtype_only_if_dtypes_differ() -> None:
 
 
 def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
-    source = Source(
-        directory=str(tmp_path),
-        label="b",
-        revision=None,
-        quantization=Quantization.NONE,
-        device=torch.device("cpu"),
-        options={"dtype": "auto"},
-    )
+    source = Source(directory=str(tmp_path), label="b")
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
-    for dtype in ("auto", torch.float32, torch.float16):
-        refuse_other_packing(model, dataclasses.replace(source, options={"dtype": dtype}))
+    for dtype in ("auto", "float32", "float16"):
+        refuse_other_packing(model, dataclasses.replace(source, dtype=dtype), "none")
     with pytest.raises(Undecidable, match=r"loaded_otherwise.*'asked_dtype': 'bfloat16'"):
-        refuse_other_packing(model, dataclasses.replace(source, options={"dtype": torch.bfloat16}))
+        refuse_other_packing(model, dataclasses.replace(source, dtype="bfloat16"), "none")
 
 
 def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
-    source = Source(
-        directory=str(tmp_path),
-        label="b",
-        revision=None,
-        quantization=Quantization.BNB_8BIT,
-        device=torch.device("cpu"),
-        options={"dtype": "auto"},
-    )
+    source = Source(directory=str(tmp_path), label="b", quantization=Quantization.BNB_8BIT)
     with pytest.raises(Undecidable, match=r"loaded_otherwise.*'quantization': 'none'"):
-        refuse_other_packing(torch.nn.Linear(4, 4), source)
+        refuse_other_packing(torch.nn.Linear(4, 4), source, "none")
 
 
-def test_a_quantization_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "no-such-method"}}')
+def test_a_quantization_that_transformers_does_not_know_is_refused() -> None:
+    method = declared(LlamaConfig(quantization_config={"quant_method": "no-such-method"}))
     with pytest.raises(Undecidable, match=r"quantization_unknown.*'no-such-method'"):
-        refuse_unknown_format(str(tmp_path), "b")
+        refuse_unknown_format(method, "b")
 
 
 def test_stale_buffers_are_those_of_the_models_own_modules(shelf: Shelf, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import transformers
 
-from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
+from merge_gate.engine.base.loaded_base import refuse_foreign_weights
 from merge_gate.records.refusals import Undecidable
 from tests.support import methods
 

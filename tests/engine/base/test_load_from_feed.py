@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from merge_gate.engine.base import load_from_feed as loading
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.load_from_feed import load_from_feed
-from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, source_of
-from merge_gate.engine.base.skeleton import NoSkeletonError
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
+from merge_gate.engine.base.skeleton import NoSkeletonError, load_from_feed
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
@@ -50,16 +48,7 @@ def from_feed(
 
 
 def source_for(directory: Path, quantization: Quantization, dtype: str) -> Source:
-    return source_of(
-        str(directory),
-        label="base",
-        revision=None,
-        dtype=dtype,
-        quantization=quantization,
-        device="cpu",
-        trust_remote_code=False,
-        allow_pickle=False,
-    )
+    return Source(directory=str(directory), label="base", dtype=dtype, quantization=quantization)
 
 
 def differing(ours: Base, theirs: Base) -> list[str]:
@@ -145,13 +134,13 @@ def test_bytes_that_cannot_be_had_are_an_error_and_end_the_load(quantization: Qu
 
 
 def test_a_load_that_lacks_other_tensors_does_not_count(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = loading.load_with_info
+    own = skeleton.load_with_info
 
     def lacks(*given: Any, **named: Any) -> Any:
         model, info = own(*given, **named)
         return model, replace(info, missing=info.missing | {"lm_head.weight"})
 
-    monkeypatch.setattr(loading, "load_with_info", lacks)
+    monkeypatch.setattr(skeleton, "load_with_info", lacks)
     with pytest.raises(NoSkeletonError, match="lm_head"):
         from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
 
@@ -160,7 +149,7 @@ def test_a_load_that_fails_is_of_the_base(shelf: Shelf, monkeypatch: pytest.Monk
     def fails(*_: Any, **__: Any) -> Any:
         raise ValueError("odd")
 
-    monkeypatch.setattr(loading, "load_with_info", fails)
+    monkeypatch.setattr(skeleton, "load_with_info", fails)
     with pytest.raises(Undecidable):
         from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
 
@@ -216,7 +205,7 @@ def test_a_streamed_class_without_a_skeleton_is_loaded_from_the_feed(
     assert (loaded.measured, loaded.facts.no_skeleton) == (True, "odd")
     assert isinstance(merged, Merged)
     assert merged.evidence.refusal is None
-    monkeypatch.setattr(loading, "loads_as_usual", lambda _: False)
+    monkeypatch.setattr(skeleton, "loads_as_usual", lambda _: False)
     last = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))[-1]
     assert isinstance(last, Undecided)
     assert isinstance(last.refusal, NotJudged)

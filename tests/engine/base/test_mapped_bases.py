@@ -59,14 +59,14 @@ def mapped(directory: Path, model_class: ModelClass, known: Base | None = None, 
         stored_tensors(directory),
         feed or LocalFeed(str(directory)),
         is_mapped=True,
-        known=figures_by_span(known) if known is not None else None,
+        known=figures_by_span(known) if known is not None else {},
     )
 
 
 def test_in_the_stored_dtype_it_is_mapped_and_nothing_is_copied(shelf: Shelf) -> None:
     feed = CountingFeed(str(shelf.base("llama")))
     base = mapped(shelf.base("llama"), ModelClass(class_name="LlamaForCausalLM"), feed=feed)
-    assert base.mapped.keys() == base.tensors.keys()
+    assert base.alone.keys() == base.tensors.keys()
     assert (base.hollow, base.feed, base.unmeasured(), feed.reads) == (None, None, [], [])
 
 
@@ -79,7 +79,7 @@ def test_another_class_uses_the_figures_of_the_first(pair: str, shelf: Shelf, mo
     measure = bases.measure
     monkeypatch.setattr(bases, "measure", lambda tensor, name: measured.append(name) or measure(tensor, name))
     other = mapped(shelf.base(key), model_class, known)
-    assert not other.mapped.keys() & known.mapped.keys() & set(measured)
+    assert not other.alone.keys() & known.alone.keys() & set(measured)
     real = load_base(str(shelf.base(key)), model_class=model_class, label="base")
     assert other.newly_initialized == real.newly_initialized
     assert other.tensors.keys() == real.tensors.keys()

@@ -18,9 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter import load_adapter as load_adapter_module
-from merge_gate.engine.adapter.mapped_factors import in_memory, map_factors
-from merge_gate.engine.adapter.template import parameters_of
-from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.adapter.inject import parameters_of
+from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass
@@ -28,6 +27,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.merge import one_pass, walk
+from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
 from merge_gate.errors import EngineError
@@ -219,15 +219,14 @@ def test_no_merge_changes_a_tensor_that_other_adapters_are_merged_into(
     adapters = [shelf.adapter(name) for name in ("every-projection", "dora-all-linear", "lora-bias", "modules-to-save")]
     directory = shelf.base("llama")
     base = fed(directory, adapters[0], LocalFeed(str(directory)))
-    own, same = one_pass._Visits._visit, dict[str, bool]()
+    own, same = one_pass._Pass._visit_tensor, dict[str, bool]()
 
-    def visit(self: Any, of: Base, name: str) -> list[Callable[[], None]]:
+    def visit(self: Any, of: Base, name: str) -> None:
         before = of.tensors[name].clone()
-        reports = list(own(self, of, name))
+        own(self, of, name)
         same[name] = same_bits(of.tensors[name], before)
-        return reports
 
-    monkeypatch.setattr(one_pass._Visits, "_visit", visit)
+    monkeypatch.setattr(one_pass._Pass, "_visit_tensor", visit)
     assert None not in merge_together([request(base, adapter) for adapter in adapters])
     assert same.keys() == base.tensors.keys()
     assert all(same.values())
@@ -270,7 +269,7 @@ def test_factors_of_a_file_are_copied_for_a_merge(shelf: Shelf) -> None:
     layer = next(module for module in loaded.model.modules() if isinstance(module, BaseTunerLayer))
     factors = [factor for _, _, factor in parameters_of(layer)]
     before = [(factor.data_ptr(), factor.data.clone()) for factor in factors]
-    with in_memory(layer, mapped):
+    with factors_in_memory(layer, mapped):
         for factor, (place, values) in zip(factors, before, strict=True):
             assert factor.data_ptr() % 64 == 0
             assert factor.data_ptr() != place

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine.blocks import delta
-from merge_gate.engine.blocks.delta import LowRankUpdate, Proof
-from merge_gate.engine.tensors.buffers import Buffers
+from merge_gate.engine.blocks.delta import LowRankUpdate
+from merge_gate.engine.tensors.threads import Buffers
 from tests.support.engine.blocks_layers import by_peft, factors, in_blocks, same_bits, tuner_layer, whole
 from tests.support.properties import examples
 
 CPU = torch.device("cpu")
 
 
-def facts(rows: int, columns: int, *, transposed: bool = False, scaling: float | None = 2.0, **more) -> dict:
+def facts(rows: int, columns: int, *, transposed: bool = False, **more) -> dict:
     starts = tuple(block.start for block in Buffers(**more).blocks(rows, columns, CPU))
     return {
         "rows": rows,
@@ -27,7 +27,6 @@ def facts(rows: int, columns: int, *, transposed: bool = False, scaling: float |
         "dtype": torch.float32,
         "transposed": transposed,
         "starts": starts,
-        "scaling": scaling,
         "threads": torch.get_num_threads(),
     }
 
@@ -36,9 +35,9 @@ def facts(rows: int, columns: int, *, transposed: bool = False, scaling: float |
 def test_shapes_of_real_models_are_proved(transposed) -> None:
     """Else the fast way is not fast: whole products come in through the back door (as they do for float64 Conv1D)."""
     for rows, columns in ((2048, 2048), (5632, 2048), (2048, 5632), (3072, 768), (768, 3072)):
-        shape = facts(rows, columns, transposed=transposed, scaling=16 / 3)
+        shape = facts(rows, columns, transposed=transposed)
         assert len(shape["starts"]) > 4
-        assert delta._proved(**shape) is not Proof.FAILED  # whether it scales as well depends on processor and threads
+        assert delta._proved(**shape)
 
 
 def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
@@ -59,7 +58,7 @@ def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "8bit", "4bit-double"])
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("proof", [Proof.FAILED, Proof.BLOCKS])
+@pytest.mark.parametrize("proof", [False, True])
 def test_without_a_proof_the_bits_are_the_same(monkeypatch, proof, dora, kind) -> None:
     monkeypatch.setattr(delta, "_proved", lambda **_: proof)
     layer = tuner_layer(kind, 700, 128, 8, dtype=torch.float32, dora=dora, scaling=0.7)
@@ -70,7 +69,7 @@ def test_without_a_proof_the_bits_are_the_same(monkeypatch, proof, dora, kind) -
 def test_the_proof_fails_where_one_block_differs_in_one_bit(monkeypatch) -> None:
     shape = facts(256, 64, block_elements=1)
     assert len(shape["starts"]) == 4
-    assert delta._proved.__wrapped__(**shape) is not Proof.FAILED
+    assert delta._proved.__wrapped__(**shape)
     genuine = delta.Factors.whole
 
     def nudged(product: delta.Factors) -> torch.Tensor:
@@ -79,18 +78,7 @@ def test_the_proof_fails_where_one_block_differs_in_one_bit(monkeypatch) -> None
         return values
 
     monkeypatch.setattr(delta.Factors, "whole", nudged)
-    assert delta._proved.__wrapped__(**shape) is Proof.FAILED
-
-
-def test_a_kernel_that_scales_a_factor_is_not_given_the_scaling(monkeypatch) -> None:
-    """With a power of two it would show in nothing but an overflow."""
-
-    def scales_first(left, right, alpha, out) -> torch.Tensor:
-        return torch.mm(left * alpha, right, out=out)
-
-    shape = facts(256, 64, block_elements=1, scaling=2.0)
-    monkeypatch.setattr(delta, "multiplied", scales_first)
-    assert delta._proved.__wrapped__(**shape) is Proof.BLOCKS
+    assert not delta._proved.__wrapped__(**shape)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 129, 191, 1000])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merge_gate.engine.blocks import dense
-from merge_gate.engine.tensors.buffers import Buffers
+from merge_gate.engine.blocks import block_merge
+from merge_gate.engine.tensors.threads import Buffers
 from tests.support.engine.blocks_layers import by_peft, in_blocks, same_bits, tuner_layer, whole
 
 
@@ -22,12 +22,12 @@ def test_shapes_of_real_models_are_proved(transposed, dtype) -> None:
     for rows, columns in ((2048, 2048), (5632, 2048), (2048, 5632), (3072, 768), (768, 3072)):
         shape = facts(rows, columns, transposed=transposed)
         assert len(shape["starts"]) > 4
-        assert dense._norms_proved(dtype=dtype, **shape)
+        assert block_merge._norms_proved(dtype=dtype, **shape)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "8bit", "4bit"])
 def test_without_a_proof_the_bits_are_the_same(monkeypatch, kind) -> None:
-    monkeypatch.setattr(dense, "_norms_proved", lambda **_: False)
+    monkeypatch.setattr(block_merge, "_norms_proved", lambda **_: False)
     layer = tuner_layer(kind, 512, 320, 8, dora=True)
     merged = whole(in_blocks(layer))
     assert same_bits(merged, by_peft(layer)[0])
@@ -36,7 +36,7 @@ def test_without_a_proof_the_bits_are_the_same(monkeypatch, kind) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_proof_fails_where_a_block_differs_in_one_bit(monkeypatch, transposed) -> None:
     shape = facts(512, 512, transposed=transposed)
-    genuine = dense._norms_of
+    genuine = block_merge._norms_of
 
     def nudged(summed: torch.Tensor) -> torch.Tensor:
         norms = genuine(summed)
@@ -44,6 +44,6 @@ def test_the_proof_fails_where_a_block_differs_in_one_bit(monkeypatch, transpose
             norms[131] = torch.nextafter(norms[131], torch.tensor(9e9))
         return norms
 
-    assert dense._norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
-    monkeypatch.setattr(dense, "_norms_of", nudged)
-    assert not dense._norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
+    assert block_merge._norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
+    monkeypatch.setattr(block_merge, "_norms_of", nudged)
+    assert not block_merge._norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)

@@ -10,13 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine.blocks import dora_screen, screen
-from merge_gate.engine.blocks.block_merge import merged_blocks
+from merge_gate.engine.blocks import screen
+from merge_gate.engine.blocks.block_merge import measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import Factors, LowRankUpdate
-from merge_gate.engine.blocks.dora_screen import DoraBound, DoraScreen, norms_are_summed_in_float32
-from merge_gate.engine.blocks.figures import measure_merge
-from merge_gate.engine.blocks.screen import summed
-from merge_gate.engine.tensors.buffers import Buffers
+from merge_gate.engine.blocks.screen import DoraBound, DoraScreen, norms_are_summed_in_float32, summed
+from merge_gate.engine.tensors.threads import Buffers
 from tests.support.engine.blocks_layers import whole
 from tests.support.engine.extremes import EXPONENTS, HALVES, update_of, visit, weight_of
 from tests.support.properties import examples
@@ -59,9 +57,9 @@ def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype
     largest = found.largest(every, sums.abs().amax(1), torch.linalg.vector_norm(sums, dim=1))
     if largest is None:
         return
-    unrounded = merged_blocks(weight, made, Buffers()).unrounded_rows()
-    assert unrounded is not None
-    assert bool((unrounded(every).double().abs().amax(1) <= largest).all())
+    summed_by_peft = weight.float() + made.lora_b @ made.lora_a * made.scaling
+    merged = (made.magnitude / torch.linalg.norm(summed_by_peft, dim=1)).view(-1, 1) * summed_by_peft
+    assert bool((merged.double().abs().amax(1) <= largest).all())
 
 
 @settings(max_examples=examples(80), deadline=None)
@@ -85,8 +83,7 @@ def test_the_extremes_are_those_of_all_blocks(fast, rows, columns, rank, sizes, 
     made = dora_of(plain, weight, size=2.0 ** sizes[2], seed=seed, share=share)
     buffers = Buffers(block_elements=1)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (screen, dora_screen):
-            patch.setattr(module, "multiplies_bfloat16", lambda: fast)
+        patch.setattr(screen, "multiplies_bfloat16", lambda: fast)
         peft = whole(merged_blocks(weight, made, buffers))
         found = measure_merge(merged_blocks(weight, made, buffers))
     assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
@@ -144,8 +141,8 @@ def test_of_a_usual_weight_few_blocks_are_left(dtype) -> None:
 
 def test_where_norms_are_not_summed_in_float32_nothing_is_summed_in_bfloat16(monkeypatch) -> None:
     assert norms_are_summed_in_float32()
-    monkeypatch.setattr(dora_screen, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(dora_screen, "norms_are_summed_in_float32", lambda: False)
+    monkeypatch.setattr(screen, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(screen, "norms_are_summed_in_float32", lambda: False)
     weight, made = usual()
     found = DoraScreen(weight, made, [slice(0, len(weight))], Buffers())
     assert found._rows().dtype is torch.float32

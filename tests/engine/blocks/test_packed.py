@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine.blocks import packed
-from merge_gate.engine.blocks.figures import measure_merge
+from merge_gate.engine.blocks.block_merge import measure_merge
 from merge_gate.engine.tensors.quantized import dequantized, scales
 from tests.support.engine.blocks_layers import QUANTIZED, by_peft, in_blocks, quantized_layer, threads, tuner_layer
 from tests.support.properties import examples
@@ -39,7 +39,7 @@ def test_extremes_and_scales_are_those_of_all_values(kind, quant_type, dtype, si
         extremes = made.extremes(dtype)
         for rows in (slice(0, 64), slice(64, 96)):
             extremes.put(rows, values[rows])
-        ends, found = extremes.settle()
+        ends, found = extremes.finish()
         expected = dequantized(module, module.weight)
     assert torch.equal(ends.to(expected.dtype), extremes.of(expected))
     assert all(torch.equal(found[name], scale) for name, scale in scales(module, module.weight))

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine.blocks import screen
-from merge_gate.engine.blocks.block_merge import merged_blocks
+from merge_gate.engine.blocks.block_merge import measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import Factors, LowRankUpdate
-from merge_gate.engine.blocks.figures import measure_merge
 from merge_gate.engine.blocks.screen import Bound, Candidates
-from merge_gate.engine.tensors.buffers import Buffers
+from merge_gate.engine.tensors.threads import Buffers
 from tests.support.engine.blocks_layers import whole
 from tests.support.engine.extremes import EXPONENTS, HALVES, update_of, visit, weight_of
 from tests.support.properties import examples

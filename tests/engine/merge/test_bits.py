@@ -12,14 +12,15 @@ from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.merge.sink import WholeTensors
+from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.files.preflight import preflight
+from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.engine.plain_merge import Tensors, peft_merge
-from tests.support.faults import FAULTS, HEALTHY, Case
+from tests.support.faults import Case
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, Shelf
 

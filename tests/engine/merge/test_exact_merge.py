@@ -15,11 +15,10 @@ from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.merge import exact_merge
-from merge_gate.engine.merge.exact_merge import lora_rows
-from merge_gate.engine.tensors.deviation import Fit
+from merge_gate.engine.merge.exact_merge import Fit, lora_rows
 from merge_gate.files.preflight import preflight
 from merge_gate.records.comparison import Comparison, TensorComparison
-from merge_gate.verify.values import bias_limit
+from merge_gate.verify.tensor_findings import bias_limit
 from tests.support import methods
 from tests.support.gating import Gate, one_thread
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from merge_gate.engine.tensors.deviation import ExactRows
+    from merge_gate.engine.merge.exact_merge import ExactRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]

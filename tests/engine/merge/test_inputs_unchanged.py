@@ -11,11 +11,12 @@ from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity
+from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
-from tests.support.faults import FAULTS, HEALTHY, Case
+from tests.support.faults import Case
 from tests.support.models import BASES, VARIANTS, Shelf
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.blocks.figures import measure_merge
+from merge_gate.engine.blocks.block_merge import measure_merge
 from merge_gate.engine.merge import plan
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions

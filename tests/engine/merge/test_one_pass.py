@@ -117,13 +117,13 @@ def test_a_weight_is_merged_with_all_adapters_before_the_next_one(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    own = one_pass.merge_in_blocks
+    own = walk.Walk.merge_in_blocks
 
-    def merged(base: Base, block: Any, *others: Any) -> Any:
+    def merged(self: walk.Walk, block: Any, weight: torch.Tensor) -> Any:
         seen.append(block.slot.name)
-        return own(base, block, *others)
+        return own(self, block, weight)
 
-    monkeypatch.setattr(one_pass, "merge_in_blocks", merged)
+    monkeypatch.setattr(walk.Walk, "merge_in_blocks", merged)
     monkeypatch.setattr(one_pass, "spread", map)
     adapter = shelf.adapter("every-projection")
     base = base_for(shelf.base("llama"), adapter, "bfloat16")

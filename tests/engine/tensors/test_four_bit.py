@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine.tensors import four_bit
+from merge_gate.engine.tensors import quantized
 from tests.support.properties import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def test_a_block_has_the_bits_of_bitsandbytes(quant_type, dtype, blocksize, size
     if sparse:
         values[::3], values[1::3, ::2] = 0.0, -0.0
     values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    packed, scales = four_bit.quantized(values, blocksize, quant_type)
+    packed, scales = quantized.quantized(values, blocksize, quant_type)
     expected, state = bnb.functional.quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
     assert torch.equal(packed, expected)
     assert torch.equal(scales, state.absmax)
@@ -64,7 +64,7 @@ def test_a_block_has_the_bits_of_bitsandbytes(quant_type, dtype, blocksize, size
 def test_a_weight_of_a_base_has_the_bits_of_bitsandbytes(shape, quant_type, dtype) -> None:
     values = weight(*shape, dtype=dtype)
     theirs = on_loading(values.clone(), quant_type)
-    with four_bit.loading_in_blocks():
+    with quantized.loading_in_blocks():
         ours = on_loading(values.clone(), quant_type)
     assert same(ours, theirs)
 
@@ -72,7 +72,7 @@ def test_a_weight_of_a_base_has_the_bits_of_bitsandbytes(shape, quant_type, dtyp
 @pytest.mark.parametrize("options", [{"compress_statistics": True}, {"quant_storage": torch.bfloat16}])
 def test_what_blocks_do_not_make_bitsandbytes_makes(options) -> None:
     theirs = on_loading(weight(), **options)
-    with four_bit.loading_in_blocks():
+    with quantized.loading_in_blocks():
         ours = on_loading(weight(), **options)
     assert same(ours, theirs)
 
@@ -80,16 +80,16 @@ def test_what_blocks_do_not_make_bitsandbytes_makes(options) -> None:
 def test_a_weight_of_a_base_is_quantised_in_blocks(monkeypatch) -> None:
     """Else all of this is for nothing."""
     sizes = []
-    own = four_bit.quantized
-    monkeypatch.setattr(four_bit, "quantized", lambda values, *rest: sizes.append(len(values)) or own(values, *rest))
-    with four_bit.loading_in_blocks():
+    own = quantized.quantized
+    monkeypatch.setattr(quantized, "quantized", lambda values, *rest: sizes.append(len(values)) or own(values, *rest))
+    with quantized.loading_in_blocks():
         on_loading(weight(), compress_statistics=False)
-    assert sorted(sizes) == [448_000 - four_bit.BLOCK, four_bit.BLOCK]
+    assert sorted(sizes) == [448_000 - quantized.BLOCK, quantized.BLOCK]
 
 
 def test_afterwards_bitsandbytes_is_as_it_was() -> None:
     own = bnb.functional.quantize_4bit
-    with four_bit.loading_in_blocks():
+    with quantized.loading_in_blocks():
         assert bnb.functional.quantize_4bit is not own
         with pytest.raises(ValueError, match="blocksize"):
             on_loading(weight(), blocksize=7)
@@ -100,9 +100,9 @@ def test_afterwards_bitsandbytes_is_as_it_was() -> None:
 def test_what_is_not_finite_is_left_to_bitsandbytes(broken) -> None:
     values = weight()
     values[5, 7] = broken
-    assert four_bit.quantized(values[:8], 64, "nf4") is None
+    assert quantized.quantized(values[:8], 64, "nf4") is None
     theirs = on_loading(values.clone())
-    with four_bit.loading_in_blocks():
+    with quantized.loading_in_blocks():
         ours = on_loading(values.clone())
     assert torch.equal(ours.data, theirs.data)
     assert torch.equal(ours.quant_state.absmax.view(torch.int32), theirs.quant_state.absmax.view(torch.int32))
@@ -112,7 +112,7 @@ def test_what_is_not_finite_is_left_to_bitsandbytes(broken) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_this_bitsandbytes_quantises_as_it_is_assumed(quant_type, dtype) -> None:
     """Else it does so itself: right, and four times slower."""
-    assert four_bit._proved(64, quant_type, dtype)
+    assert quantized._proved(64, quant_type, dtype)
 
 
 def test_another_bitsandbytes_is_found_out(monkeypatch) -> None:
@@ -124,7 +124,7 @@ def test_another_bitsandbytes_is_found_out(monkeypatch) -> None:
         return packed, state
 
     own = bnb.functional.quantize_4bit
-    assert four_bit._proved(64, "nf4", weight().dtype)  # kept for the process: not the result on `another`
-    monkeypatch.setattr(four_bit, "_quantize_4bit", lambda: another)
-    assert not four_bit._proved.__wrapped__(64, "nf4", torch.bfloat16)
-    assert four_bit._in_blocks(weight(), quant_type="nf4") is None
+    assert quantized._proved(64, "nf4", weight().dtype)  # kept for the process: not the result on `another`
+    monkeypatch.setattr(quantized, "_quantize_4bit", lambda: another)
+    assert not quantized._proved.__wrapped__(64, "nf4", torch.bfloat16)
+    assert quantized._in_blocks(weight(), quant_type="nf4") is None

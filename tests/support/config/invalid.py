@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-SCHEMA_FILE = ROOT / "src/merge_gate/schemas/config.schema.json"
 DIRECTORIES = (
     "adapters/support", "adapters/billing", "adapters/placeholder", "adapters/team-a", "adapters/team-b",
     "models/base", "models/other", "a/x", "b/x",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import docker
 
-from merge_gate.action.docker import address as addresses
 from merge_gate.action.docker import docker_api
+from merge_gate.action.docker.docker_api import Address, unreachable
 from merge_gate.action.docker.leftovers import LABEL
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> I
     service = subprocess.Popen(words, env=podman_environment)
     try:
         end = time.monotonic() + PATIENCE_S
-        while addresses.unreachable(addresses.Address(f"unix://{socket}", "the tests")):
+        while unreachable(Address(f"unix://{socket}", "the tests")):
             assert service.poll() is None, "podman's service ended"
             assert time.monotonic() < end, "podman's service does not answer"
             time.sleep(0.1)

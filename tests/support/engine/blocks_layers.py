@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.blocks.block_merge import BlockMerge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.tensors.buffers import Buffers
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, scales
+from merge_gate.engine.tensors.threads import Buffers
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
 DENSE = ("linear", "conv1d", "embedding")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from merge_gate.engine.base.loaded_base import Source
-from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import FileSpan, LocalFeed
 
 if TYPE_CHECKING:
@@ -33,20 +30,4 @@ class CountingFeed(LocalFeed):
 
 
 def source(directory: Path, dtype: str = "auto", **changes: Any) -> Source:
-    options = {
-        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-    }
-    return Source(
-        **{
-            "directory": str(directory),
-            "label": "base",
-            "revision": None,
-            "quantization": Quantization.NONE,
-            "device": torch.device("cpu"),
-            "options": options,
-            **changes,
-        }
-    )
+    return Source(**{"directory": str(directory), "label": "base", "dtype": dtype, **changes})

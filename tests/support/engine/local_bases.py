@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.engine.base import loaded_base
-from merge_gate.engine.base.loaded_base import source_of
+from merge_gate.engine.base.loaded_base import Source
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.sources.feed import LocalFeed
 from tests.support.engine.base_headers import stored_tensors
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Base:
-    """By `from_pretrained`. The options are those of `source_of`."""
-    return loaded_base.load_base(source_of(directory, **options), model_class)
+    """By `from_pretrained`. The options are those of `Source`."""
+    return loaded_base.load_base(Source(directory=directory, **options), model_class)
 
 
 def load_local(directory: str, *, model_class: ModelClass, **options: Any) -> Base:
     """The skeleton over the mapped files; by `from_pretrained` if there is none."""
-    source = source_of(directory, **options)
+    source = Source(directory=directory, **options)
     try:
         return skeleton_of(source, model_class, stored_tensors(directory), LocalFeed(directory), is_mapped=True)
     except NoSkeletonError:

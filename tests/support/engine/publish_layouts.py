@@ -130,7 +130,7 @@ def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent)
     sink.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
     for name, values in changed.items():
         sink.put(name, values)
-    sink.settle(changed, ())
+    sink.complete(changed, ())
     sent.finish(0, sink.finish(), None)
 
 

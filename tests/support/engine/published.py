@@ -19,7 +19,7 @@ from merge_gate.engine.base.loaded_base import dequantized_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.tensor_map import DTYPES
-from merge_gate.engine.merge.publication_sinks import PublicationSinks
+from merge_gate.engine.merge.publication_sink import PublicationSinks
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import PRESERVE
 from merge_gate.sources.feed import LocalFeed

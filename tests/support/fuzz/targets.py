@@ -31,7 +31,7 @@ from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.judging import limits
 from merge_gate.records.files import StoredTensor
 from merge_gate.report.formats import json_report, terminal_text
-from merge_gate.report.stored import compare
+from merge_gate.report.stored import stored_report
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.text import has_hidden
 
@@ -178,8 +178,8 @@ def report(data: bytes) -> None:
     for render in FORMATS.values():
         render(stored).encode()
     terminal_text.render(stored, "").encode()
-    changes = compare.compare(stored, stored)
-    (compare.render_text(changes) + compare.render_markdown(changes)).encode()
+    changes = stored_report.compare(stored, stored)
+    (stored_report.render_text(changes) + stored_report.render_markdown(changes)).encode()
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

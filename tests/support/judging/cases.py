@@ -1,7 +1,8 @@
-"""What an adapter's check is given, and the cases in which each check fires."""
+"""What a check is given, and what the tests of several checks do with it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,8 @@ import pytest
 
 from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.all_checks import judge_files, judge_merge
-from merge_gate.judging.checks import base_checks as of_base
-from merge_gate.judging.checks import file_checks as of_files
 from merge_gate.judging.checks.check import Check
-from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles, FileRecord, StoredTensor
 from merge_gate.records.measured import (
     BaseFacts,
@@ -108,25 +107,6 @@ def found_in_files(row: Check) -> Fire:
     return Fire((), row.origin, None, files(findings=(row.finding("what the preflight says", "do"),)))
 
 
-REFUSALS: Mapping[str, Refusal] = {
-    "base-incomplete": reason(
-        "parameters_not_stored", base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)
-    ),
-    "base-inconsistent": reason(
-        "base_shape_clash", base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)
-    ),
-    "base-format": reason("quantization_unknown", base="./base", method="odd", transformers="5.0"),
-    "config-invalid": reason("pattern_refused", pattern=None, names=9, seconds=1.0),
-    "shape-mismatch": reason("shape_clash", name=LORA_B, got=(2,), expected=(3,)),
-    "targets-not-found": reason("targets_not_found", targets=("query",), of_base=("q_proj",)),
-    "not-mergeable": reason("other_forward", module=MODULE, class_name="Odd", share=0.5),
-}
-
-
-def refused(check: str, origin: Origin, **places: str) -> Fire:
-    return Fire((), origin, evidence(refusal=REFUSALS[check], merges=()), places=places)
-
-
 def unread(**changes: Any) -> UnreadLayer:
     return UnreadLayer(**({"module": "head.out_proj", "share": 2.5, "never_called": True, "in_logits": True} | changes))
 
@@ -136,320 +116,60 @@ def lossy(share: float, **changes: Any) -> TensorMerge:
     return merged(**(usual | changes))
 
 
+MANY = tuple(f"name{number}" for number in range(14))
+"""More names than any message lists."""
+NAMES = tuple(f"model.layers.{number}.mlp.weight" for number in range(8))
+"""More than any message lists."""
+COUNTS = pytest.mark.parametrize("count", [1, 2, len(NAMES)])
+"""One, several, and more than a message lists."""
+
 LARGE = lossy(0.0, delta_norm=100.0)
 """A large delta, of which nothing is lost."""
 NAMED = BaseSpec(model="/models/llama", label="./models/llama")
 FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
-FIRES: dict[str, tuple[Fire, ...]] = {
-    **{row.id: (refused(row.id, Origin.BASE),) for row in vars(of_base).values() if isinstance(row, Check)},
-    "base-incomplete": (
-        refused("base-incomplete", Origin.BASE, module=MODULE, tensor=WEIGHT),
-        Fire(
-            ("./base is incomplete", "1 parameter of LlamaForCausalLM: model.norm.weight", "random values"),
-            Origin.BASE,
-            evidence(
-                base=base(loaded_as="LlamaForCausalLM", incomplete=("model.norm.weight", "lm_head.weight")),
-                initialized=("model.norm.weight",),
-            ),
-            places={"module": "model.norm", "tensor": "model.norm.weight"},
-        ),
-        Fire(
-            ("LlamaForCausalLM: lm_head.weight",),
-            Origin.BASE,
-            evidence(base=base(loaded_as="LlamaForCausalLM", incomplete=("lm_head.weight",))),
-            severity=Severity.NOTE,
-            places={"module": "lm_head", "tensor": "lm_head.weight"},
-        ),
-    ),
-    **{row.id: (found_in_files(row),) for row in vars(of_files).values() if isinstance(row, Check)},
-    "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
-    "keys-missing": (
-        Fire(
-            (LORA_B,),
-            Origin.ADAPTER,
-            evidence(missing=(LORA_B,)),
-            places={"module": MODULE, "tensor": LORA_B},
-        ),
-        Fire(("lora.0",), Origin.ADAPTER, evidence(missing=tuple(f"lora.{i}" for i in range(7)))),
-    ),
-    "keys-unexpected": (
-        Fire(("optimizer.step",), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(unnamed=("model.norm.weight",)),
-            places={"module": "model.norm", "tensor": "model.norm.weight"},
-            severity=Severity.WARNING,
-        ),
-        Fire(
-            (LORA_A,),
-            Origin.ADAPTER,
-            files=files(tensors=(StoredTensor(name=LORA_A, dtype="C64", shape=(2, 2)),)),
-            places={"module": MODULE, "tensor": LORA_A},
-            severity=Severity.WARNING,
-        ),
-    ),
-    "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER, module=MODULE, tensor=LORA_B),),
-    "targets-not-found": (refused("targets-not-found", Origin.CONFIG),),
-    "not-mergeable": (
-        refused("not-mergeable", Origin.CONFIG, module=MODULE),
-        Fire(
-            ("head.out_proj",),
-            Origin.CONFIG,
-            evidence(peft_type="FOURIERFT", unread=(unread(),)),
-            files(config=FOURIERFT),
-            places={"module": "head.out_proj"},
-        ),
-        Fire(
-            ("head.out_proj",),
-            Origin.CONFIG,
-            evidence(unread=(unread(),)),
-            files(config={"init_lora_weights": "pissa"}),
-        ),
-        Fire(
-            (),
-            Origin.CONFIG,
-            evidence(peft_type="FOURIERFT", unread=(unread(share=0.5, in_logits=False), unread(never_called=False))),
-            files(config=FOURIERFT),
-            severity=Severity.WARNING,
-        ),
-        Fire(
-            (),
-            Origin.CONFIG,
-            evidence(peft_type="FOURIERFT", unread=(unread(share=2.0**-8),)),
-            files(config=FOURIERFT),
-            severity=Severity.WARNING,
-        ),
-        Fire(
-            (),
-            Origin.CONFIG,
-            evidence(unread=(unread(),)),
-            files(config={"init_lora_weights": False}),
-            severity=Severity.WARNING,
-        ),
-    ),
-    "base-mismatch": (
-        Fire(
-            ("'acme/mistral'", "'./models/llama'"),
-            Origin.CONFIG,
-            files=files(config={"base_model_name_or_path": "acme/mistral"}),
-            spec=spec(base=NAMED),
-        ),
-        Fire(
-            ("'/home/alice/mistral'", "'./models/llama'"),
-            Origin.CONFIG,
-            files=files(config={"base_model_name_or_path": "/home/alice/mistral"}),
-            spec=spec(base=NAMED),
-            severity=Severity.NOTE,
-        ),
-        Fire(
-            ("'unsloth/llama-bnb-4bit'", "'./models/llama'"),
-            Origin.CONFIG,
-            files=files(config={"base_model_name_or_path": "unsloth/llama-bnb-4bit"}),
-            spec=spec(base=NAMED),
-            severity=Severity.NOTE,
-        ),
-        Fire(
-            ("'v1'", "'c0ffee'"),
-            Origin.CONFIG,
-            evidence(base=base(revision="c0ffee")),
-            files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
-            spec(base=NAMED),
-        ),
-    ),
-    "expectation-failed": (
-        Fire(("expect.r", "8", "16"), Origin.CONFIG, spec=spec(expect=Expect(r=8))),
-        Fire(("expect.lora_alpha", "64", "32"), Origin.CONFIG, spec=spec(expect=Expect(lora_alpha=64.0))),
-        Fire(("expect.peft_type", "'LOHA'", "'LORA'"), Origin.CONFIG, spec=spec(expect=Expect(peft_type="LOHA"))),
-        Fire(("expect.base", "'acme/x'"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
-        Fire(
-            ("adapter_model.safetensors", "0" * 64, DIGEST),
-            Origin.CONFIG,
-            spec=spec(expect=Expect(sha256=(("adapter_model.safetensors", "0" * 64),))),
-        ),
-        Fire(("gone.bin",), Origin.CONFIG, spec=spec(expect=Expect(sha256=(("gone.bin", DIGEST),)))),
-    ),
-    "base-nonfinite": (
-        Fire(
-            ("./base", "model.norm.weight"),
-            Origin.BASE,
-            evidence(base=base(nonfinite=(broken("model.norm.weight"),))),
-            places={"module": "model.norm", "tensor": "model.norm.weight", "nan": 1, "first_index": (0, 7)},
-        ),
-        Fire(
-            ("./base", "lm_head.weight"),
-            Origin.BASE,
-            evidence(base=base(nonfinite=(broken("lm_head.weight"),)), replaced_nonfinite=("lm_head.weight",)),
-            severity=Severity.WARNING,
-        ),
-        Fire(
-            ("./base", "lm_head.weight.absmax"),
-            Origin.BASE,
-            evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), replaced_nonfinite=("lm_head.weight",)),
-            severity=Severity.WARNING,
-        ),
-    ),
-    "adapter-nonfinite": (
-        Fire(
-            (LORA_B,),
-            Origin.ADAPTER,
-            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, neginf=2)),)),
-            places={"module": MODULE, "tensor": LORA_B, "neginf": 2, "numel": 64},
-        ),
-        Fire(
-            (LORA_B,),
-            Origin.ADAPTER,
-            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=64)),)),
-        ),
-        Fire(
-            (LORA_B,),
-            Origin.ADAPTER,
-            evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),)),
-            severity=Severity.WARNING,
-        ),
-    ),
-    "merged-nonfinite": (
-        Fire(
-            (WEIGHT, "float16"),
-            Origin.MERGE,
-            evidence(merges=(merged(broken(posinf=3)),)),
-            places={"module": MODULE, "tensor": WEIGHT, "posinf": 3},
-        ),
-        Fire((WEIGHT,), Origin.MERGE, evidence(merges=(merged(broken()),))),
-    ),
-    "no-effect": (
-        Fire((), Origin.ADAPTER, evidence(merges=(merged(changed=False),))),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(
-                merges=(merged(changed=False),),
-                file_tensors=(
-                    FileTensor(stats=tensor(LORA_A)),
-                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
-                ),
-            ),
-        ),
-        Fire(
-            ("KaSA",),
-            Origin.ADAPTER,
-            evidence(
-                file_tensors=(
-                    FileTensor(stats=tensor(LORA_A)),
-                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
-                ),
-            ),
-            files(config={"kasa_config": {"beta": 1e-4}}),
-        ),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(merges=(merged(changed=False),)),
-            files(config={"lora_alpha": 0}),
-        ),
-        Fire(
-            ("layers.6",),
-            Origin.ADAPTER,
-            evidence(targeted=(MODULE, "layers.6"), merges=(merged(), merged(module="layers.6", changed=False))),
-            severity=Severity.WARNING,
-            places={"module": "layers.6"},
-        ),
-        Fire(
-            ("layers.5",),
-            Origin.ADAPTER,
-            evidence(
-                targeted=(MODULE, "head"),
-                merges=(merged(), merged(tensor("head.weight"), module="head")),
-                file_tensors=(
-                    FileTensor(stats=tensor(LORA_A)),
-                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
-                ),
-            ),
-            files(config={"kasa_config": {"beta": 1e-4}}),
-            severity=Severity.WARNING,
-        ),
-    ),
-    "rounding-loss": (
-        Fire(
-            ("81.0%", "float16", "90.0%"),
-            Origin.MERGE,
-            evidence(merges=(lossy(0.81),)),
-            places={"tensor": WEIGHT},
-        ),
-        Fire(
-            ("(90.0%)",),
-            Origin.MERGE,
-            evidence(merges=(lossy(0.9), lossy(0.6), LARGE)),
-        ),
-    ),
-    "headroom": (
-        Fire(
-            (WEIGHT, "60,000", "65,504", "92%"),
-            Origin.MERGE,
-            evidence(merges=(merged(tensor(maximum=60000.0)),)),
-            places={"module": MODULE, "tensor": WEIGHT},
-        ),
-        Fire(
-            (MODULE, "safe_merge=True"),
-            Origin.MERGE,
-            evidence(refused_by_safe_merge=(MODULE,)),
-            places={"module": MODULE},
-        ),
-    ),
-    "delta-norm": (
-        Fire(
-            (WEIGHT,),
-            Origin.MERGE,
-            evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),)),
-            places={"module": MODULE, "tensor": WEIGHT},
-        ),
-        Fire(
-            (),
-            Origin.MERGE,
-            evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),)),
-            places={"module": MODULE, "tensor": WEIGHT},
-        ),
-        Fire(
-            (),
-            Origin.MERGE,
-            evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),)),
-        ),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),)),
-            places={"tensor": LORA_A},
-        ),
-    ),
-    "untrained-tensors": (
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(base=base(loaded_as="BertModel"), initialized=("pooler.dense.bias",)),
-            places={"module": "pooler.dense", "tensor": "pooler.dense.bias"},
-        ),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(base=base(loaded_as="BertModel"), initialized=("pooler.dense.bias", "pooler.dense.weight")),
-        ),
-    ),
-    "not-reproducible": (
-        Fire((), Origin.CONFIG, files=files(config={"peft_type": "ADAMSS"})),
-        Fire((), Origin.CONFIG, files=files(config={"peft_type": "FROD"})),
-        Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),
-    ),
-    "meaning-changed": (
-        Fire((), Origin.CONFIG, files=files(config=LOKR | {"r": 2, "alpha": 4})),
-    ),
-    "tied-weights": (
-        Fire(
-            ("lm_head.weight", "embed_tokens"),
-            Origin.CONFIG,
-            evidence(tied=(("lm_head.weight", "model.embed_tokens"),)),
-            places={"module": "lm_head", "tensor": "lm_head.weight"},
-        ),
-    ),
-}  # fmt: skip
-ALL = [pytest.param(check, fire, id=f"{check}-{i}") for check, fires in FIRES.items() for i, fire in enumerate(fires)]
+
+
+def refusing(refusal: Refusal, origin: Origin, **places: str) -> Fire:
+    return Fire((), origin, evidence(refusal=refusal, merges=()), places=places)
+
+
+def with_settings(one: AdapterSpec, *settings: CheckSetting) -> AdapterSpec:
+    return dataclasses.replace(one, checks=settings)
+
+
+def of(check: str, findings: tuple[Finding, ...]) -> list[Finding]:
+    return [finding for finding in findings if finding.check == check]
+
+
+def setting(check: str, severity: Severity, limit: float | None = None) -> CheckSetting:
+    return CheckSetting(check=check, severity=severity, limit=limit)
+
+
+def hint_of(check: str, one: Evidence) -> str:
+    (finding,) = of(check, judge(spec(), files(), one))
+    return finding.hint
+
+
+def headers(*names: str) -> tuple[StoredTensor, ...]:
+    return tuple(StoredTensor(name=name, dtype="F32", shape=(2, 2)) for name in names)
+
+
+def unworded(finding: Finding | None) -> Finding | None:
+    """The finding without its sentences, which are in the golden."""
+    return finding and dataclasses.replace(finding, message="", hint="")
+
+
+def shown(finding: Finding) -> str:
+    rest = {
+        field.name: getattr(finding, field.name)
+        for field in dataclasses.fields(finding)
+        if field.name not in {"check", "severity", "origin", "message", "hint"}
+        and getattr(finding, field.name) != field.default
+    }
+    places = "".join(f"\n  {name} = {value!r}" for name, value in rest.items())
+    return f"{finding.severity} {finding.check}, {finding.origin}\n  {finding.message}\n  > {finding.hint}{places}\n"
+
+
+def judged(fire: Fire, *settings: CheckSetting) -> tuple[Finding, ...]:
+    return judge(with_settings(fire.spec, *settings), fire.files, fire.evidence)

@@ -52,13 +52,12 @@ def account(
     )
     own = read_base(str(merged), name="merged")
     finished = Snapshot(name="merged", directory=str(merged), base_files=own, withheld=tuple(withheld))
-    expected = expected_files(entry)
-    files = settings_files(finished, expected)
+    files = settings_files(finished, entry)
     config = AutoConfig.from_pretrained(base)
     if needs:
         config.architectures = [needs]
     read = read_settings(files, str(merged), config, type(config).from_pretrained(merged), facts)
-    return list(directory_findings(finished, expected, read)), read
+    return list(directory_findings(finished, expected_files(entry), read)), read
 
 
 def kinds(merged: Path, base: Path, adapter: Path | None = None, withheld: Iterable[str] = ()) -> set[str]:

@@ -18,7 +18,7 @@ from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.sources.feed import LocalFeed
 from merge_gate.verify import answer
-from merge_gate.verify.directory import expected_files, settings_files
+from merge_gate.verify.directory import settings_files
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import SPEC, Gate
 
@@ -48,7 +48,7 @@ class Verifier:
             return answer.unread_report(Snapshot(name="merged", directory=str(merged)), entry, error)
         if (decided := answer.before_merge(finished, entry)) is not None:
             return decided
-        settings = settings_files(finished, expected_files(entry))
+        settings = settings_files(finished, entry)
         evidence, comparison = self.compared(finished, base, adapter, settings)
         others = {path.name: self.compared(finished, base, path)[1] for path in candidates}
         return self.named(finished, entry, evidence, comparison, others, allowed)

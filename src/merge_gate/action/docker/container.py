@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action.docker import canary, docker_api, handover, leftovers
+from merge_gate.action.docker import docker_api, handover, leftovers
 from merge_gate.action.docker.gpus import device_requests
 from merge_gate.errors import ExitCode, LauncherError
 from merge_gate.interrupts import STOP_GRACE_S, TIME_LIMIT_S, Interrupted, Signals
@@ -39,15 +39,6 @@ SIGNALS_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits of the container, in the engine's notation. Empty: the engine's default."""
-
-    memory: str = ""
-    shm_size: str = ""
-    cpus: str = ""
-
-
-@dataclass(frozen=True)
 class ContainerRun:
     """A run of the gate. Paths are absolute, and the same inside the container.
 
@@ -67,7 +58,7 @@ class ContainerRun:
         cache: the directory of cached verdicts, writable inside.
         publish: the directory of published models, writable inside.
         mounts: more directories, read-only inside.
-        limits: limits of the container.
+        memory, shm_size, cpus: limits of the container, in the engine's notation; empty for the engine's default.
         verifies: whether `merge-gate verify` runs, on the model in `config`, and not `merge-gate run`.
         environ: the caller's environment.
         time_limit_s: seconds until the run is stopped.
@@ -87,7 +78,9 @@ class ContainerRun:
     cache: Path | None = None
     publish: Path | None = None
     mounts: tuple[Path, ...] = ()
-    limits: Limits = Limits()
+    memory: str = ""
+    shm_size: str = ""
+    cpus: str = ""
     verifies: bool = False
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     time_limit_s: float = TIME_LIMIT_S
@@ -120,7 +113,9 @@ def gate_words(run: ContainerRun, device: str) -> list[str]:
         adapters = [word for adapter in run.adapters for word in ("--adapter", adapter)]
         return ["verify", config_word(run), "--output", str(run.output), *base, *adapters, *run.arguments]
     subject = list(run.adapters) or [config_word(run)]
-    return ["run", *subject, "--output", str(run.output), "--device", device, *base, *run.arguments]
+    written = (("--cache", run.cache), ("--publish", run.publish))
+    places = [word for option, path in written if path for word in (option, str(path))]
+    return ["run", *subject, "--output", str(run.output), "--device", device, *base, *places, *run.arguments]
 
 
 def config_word(run: ContainerRun) -> str:
@@ -138,12 +133,13 @@ def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str
     """Return the variables that inspecting the container shows: no token and no password."""
     passed_on = {name: run.environ[name] for name in _PASSED_ON if run.environ.get(name)}
     debug = {"MERGE_GATE_DEBUG": "1"} if run.environ.get("RUNNER_DEBUG") == "1" else {}
-    expected = canary.expectations({**_file_of_workspace(run), **prepared.canaries}, run.gpus)
+    expected = handover.expectations({**_file_of_workspace(run), **prepared.canaries}, run.gpus)
     promised = {handover.MARKER: "1"} if handed_over(run) else {}
     authorities = dict.fromkeys(_AUTHORITIES, AUTHORITIES_INSIDE) if authorities_file(run.environ) else {}
     # If NVIDIA's runtime is the default, it reads this variable, and the image sets `all`. With GPUs by CDI, or without
     # GPUs, it must not add any.
-    no_more_gpus = {} if _nvidia_runtime_decides(run, prepared) else {"NVIDIA_VISIBLE_DEVICES": "void"}
+    by_runtime = any(request["Driver"] != "cdi" for request in device_requests(run.gpus, prepared.engine))
+    no_more_gpus = {} if by_runtime else {"NVIDIA_VISIBLE_DEVICES": "void"}
     return {
         **passed_on, **debug, **expected, **promised, **authorities, "HF_HOME": str(prepared.cache), **no_more_gpus,
     }  # fmt: skip
@@ -156,15 +152,6 @@ def _file_of_workspace(run: ContainerRun) -> dict[Path, Path]:
     files = (run.workspace / adapter / "adapter_config.json" for adapter in run.adapters)
     file = next((path for path in files if path.is_file() and path.resolve() == path), None)
     return {file: file} if file else {}
-
-
-def _nvidia_runtime_decides(run: ContainerRun, prepared: PreparedContainer) -> bool:
-    return any(request["Driver"] != "cdi" for request in _device_requests(run, prepared))
-
-
-def _device_requests(run: ContainerRun, prepared: PreparedContainer) -> list[dict[str, Any]]:
-    facts = prepared.engine
-    return device_requests(run.gpus, podman=facts.podman, nvidia_runtime=facts.nvidia_runtime, cdi_gpus=facts.cdi_gpus)
 
 
 def handed_over(run: ContainerRun) -> dict[str, str]:
@@ -212,12 +199,12 @@ def create(run: ContainerRun, prepared: PreparedContainer) -> Any:
             read_only=True,
             cap_drop=["ALL"],
             security_opt=["no-new-privileges", *(["label=disable"] if facts.selinux else [])],
-            device_requests=_device_requests(run, prepared),
+            device_requests=device_requests(run.gpus, facts),
             network_mode="none" if offline else None,
             labels=leftovers.labels(run.time_limit_s),
             userns_mode="host" if facts.remapped else None,
             **_caller(facts),
-            **_limits(run.limits),
+            **_limits(run),
         )
 
 
@@ -229,17 +216,15 @@ def _caller(facts: docker_api.Engine) -> dict[str, Any]:
     return {"user": f"{os.getuid()}:{os.getgid()}", "group_add": [str(group) for group in groups]}
 
 
-def _limits(limits: Limits) -> dict[str, Any]:
+def _limits(run: ContainerRun) -> dict[str, Any]:
     return {
-        **({"mem_limit": limits.memory} if limits.memory else {}),
-        **({"shm_size": limits.shm_size} if limits.shm_size else {}),
-        **({"nano_cpus": int(float(limits.cpus) * 1e9)} if limits.cpus else {}),
+        **({"mem_limit": run.memory} if run.memory else {}),
+        **({"shm_size": run.shm_size} if run.shm_size else {}),
+        **({"nano_cpus": int(float(run.cpus) * 1e9)} if run.cpus else {}),
     }
 
 
-def supervise(
-    run: ContainerRun, container: Any, prepared: PreparedContainer, signals: Signals, log: Callable[[bytes], None]
-) -> int:
+def supervise(run: ContainerRun, container: Any, signals: Signals, log: Callable[[bytes], None]) -> int:
     """Start the container, pass on its log, wait, and return the exit code of the gate inside.
 
     On a signal or at the time limit, the gate inside is asked to stop, so that it leaves a valid report.
@@ -247,7 +232,7 @@ def supervise(
     secrets = handed_over(run)
     line = handover.written(secrets) if secrets else b""
     with (
-        docker_api.standard_input(prepared.client, container.id, line),
+        docker_api.standard_input(container, line),
         docker_api.translated("the container cannot be started", gpus=run.gpus),
     ):
         container.start()

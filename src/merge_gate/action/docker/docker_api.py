@@ -1,25 +1,40 @@
 """Talks to the container engine, Docker or podman. The only module that imports the Docker SDK.
 
-It connects, describes the engine, pulls images, and lists and removes containers. Every exception of the SDK, and every
-unexpected answer, becomes a `LauncherError`.
+It finds the engine like the docker command line, connects, describes it, pulls images, and lists and removes
+containers. Every exception of the SDK, and every unexpected answer, becomes a `LauncherError`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib
+import json
 import os
 import re
+import socket
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action.docker import address as addresses
+from merge_gate.action.docker.handover import GPU_HINT
 from merge_gate.errors import GateError, LauncherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
+VENDOR = Path(__file__).resolve().parents[4] / "vendor"
+"""The wheels of the SDK in the action's checkout. A merge-gate installed by pip has none."""
+
 _ASK_S = 30
+_PING_S = 5
+_SOCKETS = (
+    "/var/run/docker.sock", "{home}/.docker/run/docker.sock", "{runtime}/docker.sock",
+    "/run/podman/podman.sock", "{runtime}/podman/podman.sock",
+)  # fmt: skip
 _OLDEST_SDK = 7
 _NEEDED = "docker>=7.1"
 _PROGRESS_S = 5.0
@@ -40,7 +55,127 @@ class Engine:
     cdi_gpus: bool
 
 
+# --- the address of the engine ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Address:
+    """An engine's address.
+
+    `url` is `unix://…`, `tcp://…` or another scheme. `origin` says in words what named it. `tls` has the arguments of
+    the SDK's `TLSConfig`.
+    """
+
+    url: str
+    origin: str
+    tls: Mapping[str, Any] | None = None
+
+
+def find_address(environ: Mapping[str, str]) -> Address | None:
+    """Return the engine's address; None if there is none. Raises `LauncherError` for a missing context.
+
+    The order: DOCKER_HOST (with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH), then the context that DOCKER_CONTEXT or
+    docker's configuration names, then the first known socket that answers.
+    """
+    if environ.get("DOCKER_HOST"):
+        return Address(environ["DOCKER_HOST"], "DOCKER_HOST", _tls_of_environment(environ))
+    settings = Path(environ.get("DOCKER_CONFIG") or _home(environ) / ".docker")
+    context = environ.get("DOCKER_CONTEXT") or _current_context(settings)
+    if context and context != "default":
+        return _of_context(settings, context)
+    return _known_socket(environ)
+
+
+def unreachable(address: Address) -> str:
+    """Return the reason why a socket file does not answer; empty if it answers, or if the address is not a file."""
+    if not address.url.startswith("unix://"):
+        return ""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_PING_S)
+            connection.connect(address.url[len("unix://") :])
+            connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")
+            return "" if b" 200 " in connection.recv(64) else "it is not a container engine"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("HOME") or Path.home())
+
+
+def _tls_of_environment(environ: Mapping[str, str]) -> Mapping[str, Any] | None:
+    verify, folder = bool(environ.get("DOCKER_TLS_VERIFY")), environ.get("DOCKER_CERT_PATH")
+    if not verify and not folder:
+        return None
+    return _tls(Path(folder or _home(environ) / ".docker"), verify=verify)
+
+
+def _tls(folder: Path, *, verify: bool) -> Mapping[str, Any]:
+    names = (folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    authority, certificate, key = (str(path) if path.is_file() else None for path in names)
+    pair = (certificate, key) if certificate and key else None
+    return {"ca_cert": authority, "client_cert": pair, "verify": verify}
+
+
+def _current_context(settings: Path) -> str:
+    """The context that `docker context use` chose; empty if the file is missing or invalid."""
+    try:
+        chosen = json.loads((settings / "config.json").read_bytes()).get("currentContext")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return chosen if isinstance(chosen, str) else ""
+
+
+def _of_context(settings: Path, name: str) -> Address:
+    """Read one context. Its directory is named by the SHA-256 of its name (docker/cli, cli/context/store)."""
+    folder = hashlib.sha256(name.encode()).hexdigest()
+    path = settings / "contexts" / "meta" / folder / "meta.json"
+    try:
+        endpoint: dict[str, Any] = json.loads(path.read_bytes())["Endpoints"]["docker"]
+        url = str(endpoint["Host"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LauncherError(
+            f"the docker context {name!r} cannot be read from {path} ({type(error).__name__})",
+            hint="check `docker context ls`; set DOCKER_HOST, or set DOCKER_CONTEXT to another context",
+        ) from error
+    files = settings / "contexts" / "tls" / folder / "docker"
+    tls = _tls(files, verify=not endpoint.get("SkipTLSVerify")) if files.is_dir() else None
+    return Address(url, f"the docker context {name!r}", tls)
+
+
+def _known_socket(environ: Mapping[str, str]) -> Address | None:
+    """The first socket that answers, or else the first that exists, so that an error can name it."""
+    places = {
+        "home": str(_home(environ)),
+        "runtime": environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}",
+    }
+    paths = [Path(template.format(**places)) for template in _SOCKETS]
+    paths = [path for path in paths if os.path.exists(path) and path.is_socket()]  # noqa: PTH110 - never raises
+    sockets = [Address(f"unix://{path}", "a socket of this machine") for path in paths]
+    return next((address for address in sockets if not unreachable(address)), sockets[0] if sockets else None)
+
+
 # --- the engine ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def vendored_sdk(environ: Mapping[str, str], vendor: Path = VENDOR) -> Iterator[None]:
+    """Put the wheels of the SDK on the path, before any package of the runner. Nothing is downloaded.
+
+    certifi unpacks its file on import, below RUNNER_TEMP if that is set.
+    """
+    wheels = [str(wheel) for wheel in sorted(vendor.glob("*.whl"))]
+    before = tempfile.tempdir
+    tempfile.tempdir = environ.get("RUNNER_TEMP") or before
+    sys.path[:0] = wheels
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        for wheel in wheels:
+            sys.path.remove(wheel)
 
 
 def answers(environ: Mapping[str, str]) -> bool:
@@ -48,14 +183,14 @@ def answers(environ: Mapping[str, str]) -> bool:
 
     An address that is not a socket file was set on purpose, and counts as an answer.
     """
-    address = addresses.find(environ)
-    return address is not None and not addresses.unreachable(address)
+    address = find_address(environ)
+    return address is not None and not unreachable(address)
 
 
 def connect(environ: Mapping[str, str]) -> Any:
     """Connect to the engine and return a client. Raises `LauncherError`."""
     docker = _sdk()
-    address = addresses.find(environ)
+    address = find_address(environ)
     if not address:
         raise LauncherError(
             "no container engine was found: DOCKER_HOST is not set, and there is no socket of Docker or podman",
@@ -67,7 +202,7 @@ def connect(environ: Mapping[str, str]) -> Any:
             "machine cannot see the workspace",
             hint="run the job on the machine of the engine",
         )
-    problem = addresses.unreachable(address)
+    problem = unreachable(address)
     try:
         if not problem:
             return _client(docker, address)
@@ -96,13 +231,14 @@ def _sdk() -> Any:
     return docker
 
 
-def _client(docker: Any, address: addresses.Address) -> Any:
+def _client(docker: Any, address: Address) -> Any:
     """Create a client, which asks the engine for its version.
 
     Variables that name certificate authorities and proxies are hidden: requests prefers them to the session's settings.
     """
     with _without(os.environ, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        client = docker.DockerClient(base_url=address.url, tls=_tls(docker, address.tls), timeout=_ASK_S)
+        tls = docker.tls.TLSConfig(**address.tls) if address.tls else False
+        client = docker.DockerClient(base_url=address.url, tls=tls, timeout=_ASK_S)
     client.api.trust_env = False
     return client
 
@@ -114,13 +250,6 @@ def _without(environ: MutableMapping[str, str], *names: str) -> Iterator[None]:
         yield
     finally:
         environ.update(removed_variables)
-
-
-def _tls(docker: Any, tls: addresses.Tls | None) -> Any:
-    if not tls:
-        return False
-    pair = (tls.certificate, tls.key) if tls.certificate and tls.key else None
-    return docker.tls.TLSConfig(client_cert=pair, ca_cert=tls.authority or None, verify=tls.verify)
 
 
 def describe(client: Any) -> Engine:
@@ -159,8 +288,7 @@ def ensure_image(client: Any, image: str, log: Callable[[bytes], None], pull: st
         raise LauncherError(f"the image {image} does not exist here, and `pull` is never", hint=hint)
     log(f"pulling {image}\n".encode())
     with translated(f"the image {image} does not exist here and cannot be pulled", hint=hint):
-        name, tag = name_and_tag(image)
-        for line in progress(client.api.pull(name, tag=tag, stream=True, decode=True)):
+        for line in progress(client.api.pull(image, stream=True, decode=True)):
             log(line.encode())
         pulled = _identity(client, image)
         if not pulled:
@@ -176,20 +304,11 @@ def _identity(client: Any, image: str) -> str:
             described = client.api.inspect_image(image)
         except docker.errors.ImageNotFound:
             return ""
-        name, digest = name_and_tag(image)
+        name, digest = docker.utils.parse_repository_tag(image)
         digests = [str(reference) for reference in described.get("RepoDigests") or ()]
         exact = [reference for reference in digests if reference == f"{name}@{digest}"]
         same_name = [reference for reference in digests if reference.startswith(f"{name}@")]
         return (exact or same_name or [str(described["Id"])])[0]
-
-
-def name_and_tag(image: str) -> tuple[str, str]:
-    """`host:5000/name@sha256:…` → name and digest; `host:5000/name:tag` → name and tag."""
-    name, at, digest = image.partition("@")
-    if at:
-        return name, digest
-    head, colon, tag = image.rpartition(":")
-    return (head, tag) if colon and "/" not in tag else (image, "latest")
 
 
 def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
@@ -243,13 +362,13 @@ def removed(client: Any, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
+def standard_input(container: Any, line: bytes) -> Iterator[None]:
     """Attach to a container before its start. After the block, which starts it, write `line` and close."""
     if not line:
         yield
         return
     with translated("the token cannot be passed to the container"):
-        attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
+        attached = container.attach_socket(params={"stdin": 1, "stream": 1})
     # With TLS this is the socket. With a socket file it is a read-only file object around the socket. The SDK keeps a
     # reference to the response in either.
     connection, response = getattr(attached, "_sock", attached), getattr(attached, "_response", attached)
@@ -302,10 +421,6 @@ def translated(what: str, *, hint: str = "", gpus: str = "") -> Iterator[None]:
         raise LauncherError(f"{what}: {words}", hint=hint) from error
 
 
-GPU_HINT = (
-    "install the NVIDIA Container Toolkit on the runner (and its CDI specification for podman), or set `gpus: none` "
-    "to run on the CPU"
-)
 PLATFORM_HINT = (
     "the released images are for amd64: use an amd64 runner, or build the image from the Dockerfile on this runner and "
     "name it in `image`"

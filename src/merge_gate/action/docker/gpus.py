@@ -10,11 +10,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action.docker import canary
+from merge_gate.action.docker.handover import gpu_devices
 from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from merge_gate.action.docker.docker_api import Engine
 
 _GPU_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_-]*(,[A-Za-z0-9][A-Za-z0-9:_-]*)*")
 
@@ -27,16 +29,13 @@ def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: 
     """
     if gpus not in {"auto", "none", "all"} and not _GPU_LIST.fullmatch(gpus):
         raise UsageError(f"gpus: got {gpus!r}, expected auto, none, all, or a list such as 0,1")
-    needs_cuda = device.startswith("cuda")
+    refuse_contradiction(gpus, device)
     if device == "cpu" or gpus == "none":
-        if needs_cuda or gpus not in {"auto", "none"}:
-            raise UsageError(
-                f"gpus: {gpus} and device: {device} contradict each other", hint="leave one of them at auto"
-            )
         return ""
+    needs_cuda = device.startswith("cuda")
     allotted = allotment(environ)
     if gpus == "auto" and not needs_cuda:
-        return ",".join(allotted) if allotted is not None else "all" if canary.gpu_devices(devices) else ""
+        return ",".join(allotted) if allotted is not None else "all" if gpu_devices(devices) else ""
     if allotted is None:
         return "all" if gpus == "auto" else gpus
     requested = [gpu for gpu in gpus.split(",") if gpu not in {"auto", "all"}]
@@ -47,6 +46,12 @@ def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: 
             hint="use `gpus: all` for all allotted GPUs, or `gpus: none`",
         )
     return ",".join(requested or allotted)
+
+
+def refuse_contradiction(gpus: str, device: str) -> None:
+    """Refuse GPUs for a run on the CPU, and a run on GPUs without any."""
+    if (device == "cpu" and gpus not in {"auto", "none"}) or (device.startswith("cuda") and gpus == "none"):
+        raise UsageError(f"gpus: {gpus} and device: {device} contradict each other", hint="leave one of them at auto")
 
 
 def allotment(environ: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -77,7 +82,7 @@ def _variables(environ: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
 
 
-def device_requests(gpus: str, *, podman: bool, nvidia_runtime: bool, cdi_gpus: bool) -> list[dict[str, Any]]:
+def device_requests(gpus: str, engine: Engine) -> list[dict[str, Any]]:
     """Return the device request for `gpus` in the form that the engine takes.
 
     podman's Docker-compatible API ignores any request but CDI without an error. Docker takes its own form of request if
@@ -85,7 +90,7 @@ def device_requests(gpus: str, *, podman: bool, nvidia_runtime: bool, cdi_gpus: 
     """
     if not gpus:
         return []
-    if podman or (cdi_gpus and not nvidia_runtime):
+    if engine.podman or (engine.cdi_gpus and not engine.nvidia_runtime):
         return [{"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={gpu}" for gpu in gpus.split(",")]}]
     if gpus == "all":
         return [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]

@@ -7,7 +7,7 @@ come.
 2. Pull the image by its digest if it is missing                              docker_api
 3. Request GPUs in the form that the engine takes                             gpus
 4. Make the directories: the cache, and a temporary one for the output;
-   plant canaries in them, which the container looks for                      _directories, canary
+   plant canaries in them, which the container looks for                      handover
 5. Run as the caller, without capabilities; pass the token; pass on the log;
    stop on SIGINT, SIGTERM, or at the time limit                              container, handover
 6. In any case: remove the container, copy the report out of the directory
@@ -22,40 +22,35 @@ import contextlib
 import os
 import secrets
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action.docker import canary, collect, container, docker_api, leftovers, released_image
+from merge_gate.action.docker import collect, container, docker_api, handover, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.gpus import requested_gpus
 from merge_gate.errors import ExitCode, GateError, LauncherError, UsageError
 from merge_gate.interrupts import Interrupted, deferred_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from merge_gate.earlier_reports import EarlierReports
 
 _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/merge-gate", "/proc", "/sbin", "/sys", "/usr")
 
 
-@dataclass(frozen=True)
-class RunListener:
-    """Receives messages of a run besides its exit code and its log, sentence by sentence.
+def run_in_container(
+    run: ContainerRun, log: Callable[[bytes], None], tell: Callable[[str, str], None] | None = None
+) -> int:
+    """Run the gate in a container and return its exit code. Must be called in the main thread, which gets the signals.
 
-    `image` gets the image that runs, `warning` gets warnings, `refused` gets each report file that was not copied.
-    """
-
-    image: Callable[[str], None]
-    warning: Callable[[str], None]
-    refused: Callable[[str], None]
-
-
-def run_in_container(run: ContainerRun, log: Callable[[bytes], None], listener: RunListener | None = None) -> int:
-    """Run the gate in a container and return its exit code; `log` receives its output as it comes.
-
-    Without `listener` all messages go to `log`. Must be called in the main thread, which receives the signals.
+    Args:
+        run: the run.
+        log: receives the gate's output as it comes.
+        tell: receives other messages, each with its kind: `image` (the image that runs), `warning`, or `refused` (a
+            report file that was not copied). Without it, they go to `log`.
 
     Raises:
         UsageError: a wrong path or option.
@@ -64,27 +59,25 @@ def run_in_container(run: ContainerRun, log: Callable[[bytes], None], listener: 
     _check_paths(run)
     gpus = requested_gpus(run.gpus, run.device, run.environ)
     run = replace(run, gpus=gpus, image=run.image or _released(gpus))
-    listener = listener or _log_listener(log)
+    tell = tell or partial(_tell_in_log, log)
     with deferred_signals(run.time_limit_s) as signals, contextlib.ExitStack() as clearing:
         try:
             with signals.interruptible():
                 client = docker_api.connect(run.environ)
                 clearing.callback(client.close)
-                prepared = _prepare(run, client, clearing, log, listener)  # 1 to 4
+                prepared = _prepare(run, client, clearing, log, tell)  # 1 to 4
             # 5. An interrupted request would leave podman with half a container, so signals have to wait here.
             created = container.create(run, prepared)
             signals.check()
-            return container.supervise(run, created, prepared, signals, log)
+            return container.supervise(run, created, signals, log)
         except Interrupted as interruption:
             log(f"merge-gate: {interruption}\n".encode())
             return int(ExitCode.ERROR)
 
 
-def _log_listener(log: Callable[[bytes], None]) -> RunListener:
-    def say(sentence: str) -> None:
-        log(f"merge-gate: {sentence}\n".encode())
-
-    return RunListener(image=lambda _image: None, warning=say, refused=say)
+def _tell_in_log(log: Callable[[bytes], None], kind: str, message: str) -> None:
+    if kind != "image":
+        log(f"merge-gate: {message}\n".encode())
 
 
 def local_run(
@@ -113,11 +106,7 @@ def local_run(
         image=image,
         device=device,
         gpus=gpus,
-        arguments=(
-            *arguments,
-            *(["--cache", str(Path(cache).resolve())] if cache else []),
-            *(["--publish", str(Path(publish).resolve())] if publish else []),
-        ),
+        arguments=tuple(arguments),
         hf_cache=Path(home).expanduser().resolve(),
         cache=Path(cache).resolve() if cache else None,
         publish=Path(publish).resolve() if publish else None,
@@ -162,8 +151,6 @@ def _check_subject(run: ContainerRun, visible: Sequence[Path]) -> None:
     """Check that the container sees the configuration or the model to verify, the adapters, and the base."""
     if run.config is not None:
         name = "verify" if run.verifies else "config"
-        if run.verifies and not run.config.is_dir():
-            raise UsageError(f"verify: {run.config} is not a directory", hint="name the directory of the merged model")
         if not run.verifies and not run.config.is_file():
             raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
         _check_visible(name, run.config, run.workspace, visible)
@@ -211,53 +198,44 @@ def _prepare(
     client: Any,
     clearing: contextlib.ExitStack,
     log: Callable[[bytes], None],
-    listener: RunListener,
+    tell: Callable[[str, str], None],
 ) -> PreparedContainer:
     """Steps 1 to 4, for a run with known GPUs and image.
 
     Each removal is registered in `clearing` before the thing is made.
     """
     facts = docker_api.describe(client)
-    leftovers.remove_orphans(client, listener.warning)
-    listener.image(docker_api.ensure_image(client, run.image, log, run.pull))
-    cache, written = _directories(run, clearing, listener)
-    more = {path: path for path in (run.cache, run.publish) if path}
-    canaries = _canaries({run.output: written, cache: cache, **more}, clearing)
+    leftovers.remove_orphans(client, partial(tell, "warning"))
+    tell("image", docker_api.ensure_image(client, run.image, log, run.pull))
+    cache, written, canaries = _directories(run, clearing, partial(tell, "refused"))
     name = f"merge-gate-{secrets.token_hex(8)}"
-    clearing.callback(leftovers.remove, client, name, listener.warning)
+    clearing.callback(leftovers.remove, client, name, partial(tell, "warning"))
     return PreparedContainer(client, facts, name, cache, written, canaries)
 
 
-def _directories(run: ContainerRun, clearing: contextlib.ExitStack, listener: RunListener) -> tuple[Path, Path]:
-    """Make the directories that the container writes to; return the cache and the directory for the report."""
-    with _prepared():
+def _directories(
+    run: ContainerRun, clearing: contextlib.ExitStack, refuse: Callable[[str], None]
+) -> tuple[Path, Path, dict[Path, Path]]:
+    """Make the directories that the container writes to, and plant a file in each.
+
+    Return the cache, the directory for the report, and the files: their paths inside, and outside.
+    """
+    try:
         earlier = clearing.enter_context(collect.claimed(run.output))
         written = _scratch(run.environ, "report", clearing)
-        clearing.callback(_take, written, run.output, listener, earlier)
+        clearing.callback(_take, written, run.output, refuse, earlier)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
-        for directory in filter(None, (cache, run.cache, run.publish)):
-            directory.mkdir(parents=True, exist_ok=True)
-        return cache, written
-
-
-def _canaries(directories: Mapping[Path, Path], clearing: contextlib.ExitStack) -> dict[Path, Path]:
-    """Plant a file in each directory. Both mappings go from the path inside to the path outside."""
-    planted = {}
-    with _prepared():
-        for inside, outside in directories.items():
-            path = canary.plant(outside)
-            clearing.callback(_unlink, path)
-            planted[inside / path.name] = path
-    return planted
-
-
-@contextlib.contextmanager
-def _prepared() -> Iterator[None]:
-    try:
-        yield
+        same_inside = (path for path in (cache, run.cache, run.publish) if path)
+        canaries: dict[Path, Path] = {}
+        for inside, outside in ((run.output, written), *((path, path) for path in same_inside)):
+            outside.mkdir(parents=True, exist_ok=True)
+            canary = handover.plant(outside)
+            clearing.callback(_unlink, canary)
+            canaries[inside / canary.name] = canary
     except OSError as error:
-        path = error.filename or "a temporary directory"
-        raise LauncherError(f"cannot prepare {path}: {error.strerror or error}") from error
+        place = error.filename or "a temporary directory"
+        raise LauncherError(f"cannot prepare {place}: {error.strerror or error}") from error
+    return cache, written, canaries
 
 
 def _unlink(path: Path) -> None:
@@ -273,7 +251,7 @@ def _scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.Exit
     return folder
 
 
-def _take(written: Path, output: Path, listener: RunListener, earlier: EarlierReports) -> None:
+def _take(written: Path, output: Path, refuse: Callable[[str], None], earlier: EarlierReports) -> None:
     try:
         if os.path.lexists(written / "report.json"):
             earlier.replace_previous()
@@ -281,4 +259,4 @@ def _take(written: Path, output: Path, listener: RunListener, earlier: EarlierRe
     except (OSError, GateError) as error:
         refused = [f"the report cannot be copied from {written}: {getattr(error, 'strerror', error)}"]
     for sentence in refused:
-        listener.refused(sentence)
+        refuse(sentence)

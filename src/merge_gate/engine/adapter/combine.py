@@ -13,9 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 
-from merge_gate.engine.adapter.arrival import Arrival, Tensors
-from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, load_weights, targeted_modules
+from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject, targeted_modules
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded, Tensors, load_weights
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
@@ -44,7 +43,10 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         if model is None:
             model = inject(scratch, config, base, name)
         else:
-            _add(model, name, config)
+            try:
+                model.add_adapter(name, config)
+            except Exception as error:  # as below
+                raise Refused("add_raised", error=caught(error)) from error
         inject_again = partial(_injected, base, members, config, name)
         loaded, arrival = load_weights(
             model,
@@ -86,7 +88,9 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
 def _fitted(base: Base, members: tuple[AdapterFiles, ...]) -> Any:
     """A scratch with the vocabulary of the first member that brings another one; PEFT refuses members of two sizes."""
     scratch = base.scratch()
-    any(fit_vocabulary(scratch, files, base) for files in members)
+    for files in members:
+        if fit_vocabulary(scratch, files, base):
+            break
     return scratch
 
 
@@ -162,10 +166,3 @@ def _has_lost(module: Any, name: str) -> bool:
         return False
     held = {*module.lora_A, *module.lora_embedding_A}
     return name in held and ADAPTER_NAME not in held
-
-
-def _add(model: Any, name: str, config: Any) -> None:
-    try:
-        model.add_adapter(name, config)
-    except Exception as error:  # as above
-        raise Refused("add_raised", error=caught(error)) from error

@@ -1,32 +1,151 @@
-"""Lets PEFT add an adapter's layers to a scratch copy.
+"""Lets PEFT add an adapter's layers to a scratch copy, and reuses it for adapters of the same config and tensor names.
 
 In: a scratch of the base, PEFT's config of the adapter, what the preflight read. Out: PEFT's model, and the base's
-names of the scratch's parameters, or `Refused`. Knows no values of the adapter (steps 2 and 3 of load_adapter.py).
+names of the scratch's parameters, or `Refused`; for the next adapter, the same scratch copy as it was then, with new
+factors. Knows no values of the adapter (steps 2 and 3 of load_adapter.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from merge_gate.engine.adapter.peft_config import (
-    initialization_reads_base,
-    initialization_writes_to_base,
-    raised,
-)
+from merge_gate.engine.adapter.peft_config import initialization_reads_base, initialization_writes_to_base, raised
 from merge_gate.engine.base.loaded_base import Base, first_line, named_tensors
+from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
+
+# If adapters differ only in their values, PEFT's injection is most of the cost of a load. Half of that cost is first
+# values (for DoRA also norms of the base's rows), which the load overwrites. So PEFT makes the factors on the meta
+# device, without values.
+#
+# A template serves only adapters that leave it unchanged: every layer is merged in blocks, and nothing of the base is
+# overwritten. Its factors are NaN before each load, so that no value of an earlier adapter can stay. What follows only
+# from names and places is computed for the first adapter of a kind.
+#
+# Adapters that are merged in one pass are loaded at the same time, so each needs a template. Those after the first of a
+# kind get a copy of it, which costs less than an injection.
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+DORA = (
+    variants.DoraLinearVariant,
+    variants.DoraEmbeddingVariant,
+    variants.DoraConv1dVariant,
+    variants.DoraConv2dVariant,
+    variants.DoraConv3dVariant,
+)
+"""PEFT's variants for the layers of a DoRA."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Template:
+    """A reusable injection for adapters of one `kind`.
+
+    `children` has the children of each module, which PEFT's unloading replaces. `slots` and `tied_modules` are those of
+    `Loaded`, as `targeted` is. `keys` maps each tensor that PEFT would save, by its name in the file, to its key in the
+    model; None until the first adapter of the kind is loaded.
+    """
+
+    kind: object
+    model: Any
+    config: Any
+    slots: dict[tuple[int, str], str]
+    tied_modules: dict[str, tuple[str, ...]]
+    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    keys: Mapping[str, str] | None = None
+    targeted: tuple[str, ...] = ()
+
+    def renew(self) -> None:
+        """Restore the state after the injection, with NaN for the factors."""
+        for module, children in self.children:
+            module._modules.clear()
+            module._modules.update(children)
+        self.model.base_model.model.peft_config = self.model.peft_config
+        for layer in self._layers():
+            layer.merged_adapters.clear()
+            for _, _, factor in parameters_of(layer):
+                factor.data = torch.full_like(factor.data, torch.nan)  # its memory may be a file's (private_copies.py)
+
+    def duplicate(self) -> Template:
+        """Another template for the same base, for an adapter that is loaded while this one is in use."""
+        memo = tensors_of(self.model)
+        model = copy.deepcopy(self.model, memo)
+        made = replace(
+            self,
+            model=model,
+            config=copy.deepcopy(self.config, memo),
+            slots={(id(memo[module]), attribute): name for (module, attribute), name in self.slots.items()},
+            children=tuple(
+                (copy.deepcopy(module, memo), copy.deepcopy(children, memo)) for module, children in self.children
+            ),
+        )
+        made.renew()
+        return made
+
+    def holds(self, keys: set[str]) -> bool:
+        """Whether all of these keys of the model are factors of the adapter, and none is a tensor of the base."""
+        own = {id(factor) for layer in self._layers() for _, _, factor in parameters_of(layer)}
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return all(id(named.get(key)) in own for key in keys)
+
+    def _layers(self) -> list[Any]:
+        return [module for module, _ in self.children if isinstance(module, BaseTunerLayer)]
+
+
+def kind_of(files: AdapterFiles) -> object:
+    """Adapters of one kind have the same config, and tensors of the same names, dtypes, and shapes."""
+    return files.config.digest, files.tensors
+
+
+def snapshot(model: nn.Module) -> tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]:
+    """Every module of a model with its current children."""
+    return tuple((module, dict(module._modules)) for module in model.modules())
+
+
+def fill_blanks(model: nn.Module) -> bool:
+    """Give NaN to the factors that PEFT has made without values, in PEFT's dtype and on its device.
+
+    False if this injection cannot replace one with values: another tensor has no values either, or a variant of LoRA
+    may have postponed its use of them.
+    """
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # two layers may share a factor
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        held = next(layer.get_base_layer().parameters(), None)
+        is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())
+        if held is None or (held.is_floating_point() and held.dtype not in _DTYPES) or not is_usual:
+            return False
+        for module, name, factor in parameters_of(layer):
+            if factor.is_meta and factor not in filled:
+                values = torch.full_like(factor, torch.nan, device=held.device)
+                filled[factor] = nn.Parameter(values, requires_grad=factor.requires_grad)
+            module._parameters[name] = filled.get(factor, factor)
+    return not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+
+
+def parameters_of(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter of the adapter in a tuner layer, with the module that holds it and its name there."""
+    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    modules = (module for one in held if isinstance(one, nn.Module) for module in one.modules())
+    for module in modules:
+        yield from ((module, name, one) for name, one in list(module._parameters.items()) if one is not None)
+
 
 _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
 """Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
@@ -135,7 +254,7 @@ def inject(
         config: PEFT's.
         base: whose scratch it is.
         adapter_name: PEFT's name for the adapter.
-        blank: the adapter's tensors have no values yet (template.py) in place of those that training starts from:
+        blank: the adapter's tensors have no values yet (`Template`) in place of those that training starts from:
             that saves most of an injection, and for DoRA a product and a norm of every layer.
         filled: the weights of a hollow base have values while PEFT makes layers over them, if the method reads them.
 
@@ -145,10 +264,13 @@ def inject(
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        is_read = filled and initialization_reads_base(config) and not blank
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        is_read, private = filled and initialization_reads_base(config), initialization_writes_to_base(config)
         with (
-            _targets_filled(base, config) if is_read else contextlib.nullcontext(),
-            _copies_filled(base),
+            _filled_during(base, tuner, "_create_and_replace", argument="target", private=private)
+            if is_read and not blank
+            else contextlib.nullcontext(),
+            _filled_during(base, AuxiliaryTrainingWrapper, "__init__", argument="module_to_save"),
             torch.device("meta") if blank else contextlib.nullcontext(),
         ):
             return model_class(scratch, config, adapter_name)
@@ -165,50 +287,30 @@ def inject(
 
 
 @contextlib.contextmanager
-def _targets_filled(base: Base, config: Any) -> Iterator[None]:
-    """The weights of a module have values while PEFT makes its layer: DoRA, among others, reads them then (hollow.py).
+def _filled_during(base: Base, owner: Any, name: str, *, argument: str, private: bool = False) -> Iterator[None]:
+    """The module that a method of PEFT gets has values during the call: DoRA, among others, reads them (hollow.py).
 
-    This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. If PEFT
-    also writes to these weights, they get their own copies until the adapter is removed.
+    This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. With
+    `private`, PEFT also writes to these weights, so they get their own copies until the adapter is removed.
     """
-    private = initialization_writes_to_base(config)
-    tuner, hollow, name = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base.hollow, "_create_and_replace"
-    own: Any = vars(tuner).get(name) if tuner is not None else None
+    hollow, own = base.hollow, vars(owner).get(name) if owner is not None else None
     if hollow is None or own is None:
         yield
         return
 
-    def with_values(self: Any, peft_config: Any, adapter: str, target: Any, *others: Any, **named: Any) -> Any:
-        held = list(target.parameters()) if isinstance(target, nn.Module) else []
+    def with_values(*given: Any, **named: Any) -> Any:
+        module = inspect.signature(own).bind(*given, **named).arguments[argument]
+        held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
         with hollow.filled(held):
-            for parameter in held if private else ():
-                parameter.data = parameter.data.clone()
-            return own(self, peft_config, adapter, target, *others, **named)
+            for tensor in held if private else ():
+                tensor.data = tensor.data.clone()
+            return own(*given, **named)
 
-    setattr(tuner, name, with_values)
+    setattr(owner, name, with_values)
     try:
         yield
     finally:
-        setattr(tuner, name, own)
-
-
-@contextlib.contextmanager
-def _copies_filled(base: Base) -> Iterator[None]:
-    """The weights of a module have values while PEFT copies them or some of their rows (modules_to_save, tokens)."""
-    hollow, own = base.hollow, AuxiliaryTrainingWrapper.__init__
-    if hollow is None:
-        yield
-        return
-
-    def with_values(self: Any, module_to_save: Any, *others: Any, **named: Any) -> None:
-        with hollow.filled([*module_to_save.parameters(), *module_to_save.buffers()]):
-            own(self, module_to_save, *others, **named)
-
-    AuxiliaryTrainingWrapper.__init__ = with_values
-    try:
-        yield
-    finally:
-        AuxiliaryTrainingWrapper.__init__ = own
+        setattr(owner, name, own)
 
 
 _WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")
@@ -247,3 +349,30 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
     if any(words in first_line(error) for words in _WITHOUT_TARGETS):
         return _no_targets(config, scratch)
     return Refused("inject_raised", base=base.facts.model, **raised(error, config, base))
+
+
+def targeted_modules(model: Any) -> tuple[str, ...]:
+    """The base's names of the modules that carry the adapter: tuner layers and fully trained modules.
+
+    A head that is tied to an embedding with trained tokens is not one of them, because the embedding has the tokens. A
+    head whose trained copy is that of the embedding (`ensure_weight_tying`) is not one either.
+    """
+    targeted: list[str] = []
+    trained_tensors: set[int] = set()  # ids of the tensors of trained copies so far
+    outer = None
+    for path, module in model.named_modules():
+        if outer is not None and path.startswith(f"{outer}."):
+            continue  # a module inside another one comes right after it
+        trained = (
+            {id(tensor) for tensor in module.modules_to_save.parameters()}
+            if isinstance(module, ModulesToSaveWrapper)
+            else set()
+        )
+        has_tied_tokens = getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None
+        if has_tied_tokens or (trained and trained <= trained_tensors):
+            outer = path
+        elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
+            targeted.append(path.removeprefix(ADAPTER_PREFIX))
+            outer = path
+        trained_tensors |= trained
+    return tuple(targeted)

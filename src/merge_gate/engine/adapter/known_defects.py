@@ -7,8 +7,8 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from peft.tuners.beft import BeftLayer
@@ -20,17 +20,8 @@ from merge_gate.engine.tensors.quantized import BNB_4BIT, has_layers_in, is_quan
 from merge_gate.records.refusals import Refused
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """`where` yields the module, or an empty name for the whole adapter, for each case of the defect.
-
-    With `config_alone` it is asked before anything is loaded, and gets no model.
-    """
-
-    defect: str
-    where: Callable[[Any, Any], Iterator[str]]
-    config_alone: bool = False
+Places = Callable[[Any, Any], Iterator[str]]
+"""Gets the model and the config. Yields the module of each case of a defect, or an empty name for the whole adapter."""
 
 
 def refuse_by_config(config: Any) -> None:
@@ -39,7 +30,7 @@ def refuse_by_config(config: Any) -> None:
     Raises:
         Refused: with the first rule that it meets.
     """
-    _refuse(tuple(rule for rule in RULES if rule.config_alone), None, config)
+    _refuse(OF_CONFIG, None, config)
 
 
 def refuse_wrong_merges(model: Any, config: Any) -> None:
@@ -48,15 +39,15 @@ def refuse_wrong_merges(model: Any, config: Any) -> None:
     Raises:
         Refused: with the first rule that it meets.
     """
-    _refuse(tuple(rule for rule in RULES if not rule.config_alone), model, config)
+    _refuse(OF_MODEL, model, config)
 
 
-def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
-    for rule in rules:
-        places = list(rule.where(model, config))
+def _refuse(defects: Mapping[str, Places], model: Any, config: Any) -> None:
+    for defect, where in defects.items():
+        places = list(where(model, config))
         if places:
             modules = tuple(places) if places[0] else ()
-            raise Refused("known_defect", defect=rule.defect, method=str(config.peft_type.value), modules=modules)
+            raise Refused("known_defect", defect=defect, method=str(config.peft_type.value), modules=modules)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -76,7 +67,7 @@ def _no_merge(model: Any, config: Any) -> Iterator[str]:
         yield ""
 
 
-def _of_kind(kind: str) -> Callable[[Any, Any], Iterator[str]]:
+def _of_kind(kind: str) -> Places:
     def where(_model: Any, config: Any) -> Iterator[str]:
         if config.peft_type == kind:
             yield ""
@@ -148,15 +139,19 @@ def _tokens_without_bias(model: Any, _config: Any) -> Iterator[str]:
             yield name
 
 
-RULES = (
-    Rule(defect="no-weights", where=_no_merge),
-    Rule(defect="x-lora", where=_of_kind("XLORA"), config_alone=True),
-    Rule(defect="arrow", where=_arrow, config_alone=True),
-    Rule(defect="layer-replication", where=_replicated, config_alone=True),
-    Rule(defect="merged-twice", where=_merged_twice),
-    Rule(defect="tokens-without-bias", where=_tokens_without_bias),
-    Rule(defect="oft-convolution", where=_oft_convolution),
-    Rule(defect="quantized-unknown", where=_quantized_unknown),
-    Rule(defect="quantized-random-projection", where=_quantized_kinds),
-    Rule(defect="quantized-lora-bias", where=_quantized_bias),
+OF_CONFIG: Mapping[str, Places] = MappingProxyType(
+    {"x-lora": _of_kind("XLORA"), "arrow": _arrow, "layer-replication": _replicated}
+)
+"""Defects that show before anything is loaded."""
+
+OF_MODEL: Mapping[str, Places] = MappingProxyType(
+    {
+        "no-weights": _no_merge,
+        "merged-twice": _merged_twice,
+        "tokens-without-bias": _tokens_without_bias,
+        "oft-convolution": _oft_convolution,
+        "quantized-unknown": _quantized_unknown,
+        "quantized-random-projection": _quantized_kinds,
+        "quantized-lora-bias": _quantized_bias,
+    }
 )

@@ -1,22 +1,73 @@
-"""adapter_config.json as PEFT's own class reads it, or why PEFT must not see it.
+"""The two files of an adapter: adapter_config.json as PEFT's own class reads it, and the tensors by their names.
 
-In: what the preflight read. Out: PEFT's config object, or `Refused`. Loads nothing.
+In: what the preflight read. Out: PEFT's config object, and tensors, which are memory-mapped if the file is safetensors;
+or `Refused`, with the reason why PEFT must not see them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
 
 from merge_gate.engine.adapter.known_defects import refuse_by_config
-from merge_gate.engine.base.loaded_base import Base, caught
+from merge_gate.engine.base.loaded_base import Base, caught, first_line
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Fact, Refused
+
+_USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+
+
+def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
+    """Read every tensor of the file; what else a pickle may hold is left out.
+
+    Raises:
+        Refused: the restricted unpickler refuses the file, or torch has no numbers of a tensor (`file-corrupt`).
+    """
+    if files.weights is None:
+        return {}
+    tensors = _tensors(Path(files.directory) / files.weights)
+    for name, tensor in tensors.items():
+        _refuse_unreadable(name, tensor)
+    return tensors
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:  # the preflight has read the header: this torch lacks the dtype
+            raise Refused("tensor_unreadable", text=first_line(error)) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's own errors: not tensors only, or not a pickle
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # what the preflight leaves to torch, which has no list of it
+        names = foreign[1] if foreign else None
+        raise Refused("pickle_unreadable", error=type(error).__name__, names=names) from error
+    items = state.items() if isinstance(state, dict) else ()
+    return {name: tensor for name, tensor in items if isinstance(tensor, torch.Tensor)}
+
+
+def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
+    """What PEFT cannot copy into a parameter: no values (meta device), quantized, or less than a byte each."""
+    if (tensor.dtype in _USUAL and not tensor.is_meta) or tensor.layout is not torch.strided:
+        return
+    some = tensor.flatten()[:1]
+    try:
+        torch.zeros(some.shape).copy_(some)
+    except (RuntimeError, NotImplementedError) as error:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise Refused("tensor_unreadable", name=name, is_meta=tensor.is_meta, dtype=dtype) from error
+
 
 ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora_ga", "true", "false"})
 """Values of init_lora_weights that write no weight of the base on a load (peft/tuners/lora/layer.py, tests/engine/)."""
@@ -28,7 +79,7 @@ STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """Keys that say where training begins."""
 
 NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
-"""Words of LoRA's for a product that is zero at first (tests/engine/probes/test_unread_layers.py). C3A's `gaussian` is
+"""Words of LoRA's for a product that is zero at first (tests/engine/test_unread_layers.py). C3A's `gaussian` is
 no zero."""
 
 _LIKENESS = 0.8

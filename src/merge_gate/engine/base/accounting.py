@@ -14,17 +14,22 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
 
-from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
-from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options, loads_as_usual
+from merge_gate.engine.base.loaded_base import (
+    Base,
+    ModelClass,
+    head_options,
+    loads_as_usual,
+    refuse_foreign_weights,
+)
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, tensor_map
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import Refusal, Undecidable
@@ -85,19 +90,19 @@ def account_for(directory: str, model_class: ModelClass, label: str, stored: Seq
         found = tensor_map(transformers_class, directory, stored, **head_options(model_class))
     except NoMapError:
         return Account()
-    refuse_left_out(found, label)
+    refuse_left_out(label, found.model, found.unloaded, found.stored)
     refuse_torn_groups(found, label)
     refuse_codes(found, label)
     if type(found.model).__name__ not in _architectures(found.model):
         refuse_foreign_weights(found.model, found.missing, label)
     return Account(
         incomplete=own_missing(found.missing | _partly_stacked(found), found.model, directory),
-        unloaded=tuple(name for name in sorted(found.unloaded) if _is_notable(name, found)),
+        unloaded=tuple(name for name in sorted(found.unloaded) if name in found.unexpected or not _STALE.search(name)),
         map=found,
     )
 
 
-def settle(base: Base, account: Account, directory: str) -> None:
+def add_file_facts(base: Base, account: Account, directory: str) -> None:
     """Add the facts about a base's files to the facts of the loaded base.
 
     Raises:
@@ -105,10 +110,7 @@ def settle(base: Base, account: Account, directory: str) -> None:
     """
     incomplete, unloaded = account.incomplete, account.unloaded
     if account.map is None:
-        names = set(base.model.state_dict())
-        left = [name for name in sorted(base.unexpected) if belongs_to(name, names)]
-        if left:
-            _refuse_left_out(base.source.label, None, left, type(base.model).__name__)
+        refuse_left_out(base.source.label, base.model, {name: name for name in base.unexpected}, {})
         unloaded = tuple(name for name in sorted(base.unexpected) if not _STALE.search(name))
     missing = base.newly_initialized - set(base.facts.replaced)
     incomplete = tuple(sorted({*incomplete, *own_missing(missing, base.model, directory)}))
@@ -121,10 +123,6 @@ def _partly_stacked(found: TensorMap) -> frozenset[str]:
     failed = {target for group in found.groups if group.failed for target in group.targets}
     mismatched = {name for name, *_ in found.mismatched}
     return frozenset((failed | mismatched) & stacked)
-
-
-def _is_notable(name: str, found: TensorMap) -> bool:
-    return name in found.unexpected or not _STALE.search(name)
 
 
 def stale_buffers(found: TensorMap) -> tuple[str, ...]:
@@ -156,20 +154,19 @@ def _is_owned(name: str, modules: Collection[str], prefix: str) -> bool:
 # --- 1. ------------------------------------------------------------------------------------------------------------
 
 
-def refuse_left_out(found: TensorMap, label: str) -> None:
+def refuse_left_out(label: str, model: Any, unloaded: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
     """Raise `Undecidable` if a stored tensor is not loaded although it belongs to a weight of the model."""
-    names = set(found.model.state_dict())
-    left = [name for name, renamed in sorted(found.unloaded.items()) if belongs_to(renamed, names)]
-    if not left:
-        return
-    _refuse_left_out(label, found.stored[left[0]].file, left, type(found.model).__name__)
-
-
-def _refuse_left_out(label: str, file: str | None, left: list[str], class_name: str) -> NoReturn:
-    wrapped = tuple(name for name in left if name.endswith(_WRAPPED))
-    raise Undecidable(
-        "stored_tensors_left_out", base=label, file=file, names=tuple(left), wrapped=wrapped, class_name=class_name
-    )
+    names = set(model.state_dict())
+    left = tuple(name for name, renamed in sorted(unloaded.items()) if belongs_to(renamed, names))
+    if left:
+        raise Undecidable(
+            "stored_tensors_left_out",
+            base=label,
+            file=stored[left[0]].file if stored else None,
+            names=left,
+            wrapped=tuple(name for name in left if name.endswith(_WRAPPED)),
+            class_name=type(model).__name__,
+        )
 
 
 def belongs_to(name: str, names: Collection[str]) -> bool:
@@ -223,36 +220,29 @@ def _named_part(target: str, part: str) -> str:
 
 def refuse_codes(found: TensorMap, label: str) -> None:
     """Raise `Undecidable` if integers are stored for a parameter of floating point that no quantizer makes."""
-    tensors = dict(_named(found.model))
+    model = found.model
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
     for group in found.groups:
         expected = tensors.get(group.targets[0])
         if group.failed or expected is None or not expected.is_floating_point() or _is_quantizer(group.conversion):
             continue
         for source in group.sources:
             one = found.stored[source]
-            if not _torch_dtype(one.dtype).is_floating_point and not _torch_dtype(one.dtype).is_complex:
+            dtype: torch.dtype = getattr(torch, DTYPES[one.dtype])
+            if not dtype.is_floating_point and not dtype.is_complex:
                 raise Undecidable(
                     "codes_for_numbers",
                     base=label,
                     file=one.file,
                     tensor=source,
                     dtype=DTYPES[one.dtype],
-                    class_name=type(found.model).__name__,
+                    class_name=type(model).__name__,
                 )
 
 
 def _is_quantizer(conversion: str) -> bool:
     return conversion != RENAMED and ("equantize" in conversion or "eserialize" in conversion)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, DTYPES[name])
-    return found
-
-
-def _named(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 # --- 4. ------------------------------------------------------------------------------------------------------------

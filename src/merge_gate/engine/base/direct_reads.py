@@ -22,7 +22,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,24 +98,24 @@ def _fake_copy(model: nn.Module) -> Any:
 
 def _trace_fake(model: Any) -> DirectReads:
     leaves = _Leaves(model)
-    run = _run_once(model)
-    if run.complete:
-        logits = (value for name, value in run.named if name.startswith("logits"))
+    complete, named = _run_once(model)
+    outputs = [tensor for _, tensor in named]
+    if complete:
+        logits = (value for name, value in named if name.startswith("logits"))
         return DirectReads(
             complete=True,
             ran=frozenset(leaves.ran),
-            modules=leaves.read_directly(run.outputs),
+            modules=leaves.read_directly(outputs),
             in_logits=leaves.read_directly(logits),
         )
     # 3. The whole model failed, so run its parts that are models, from the outside in.
-    outputs = run.outputs
     complete_parts: list[str] = []
     for path, part in model.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer in complete_parts)
         if path and isinstance(part, transformers.PreTrainedModel) and not is_inside:
-            run = _run_once(part)
-            outputs += run.outputs
-            complete_parts += [path] if run.complete else []
+            complete, named = _run_once(part)
+            outputs += [tensor for _, tensor in named]
+            complete_parts += [path] if complete else []
     return DirectReads(modules=leaves.read_directly(outputs))
 
 
@@ -186,20 +186,11 @@ def _leaves_of(outputs: Iterable[torch.Tensor]) -> set[int]:
 # --- one forward pass --------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """The tensors of a model's output, by name. If the run failed, what its modules returned before that."""
+def _run_once(model: Any) -> tuple[bool, list[tuple[str, torch.Tensor]]]:
+    """Step 3: whether the run was complete, and the tensors of the output, by name.
 
-    complete: bool
-    named: list[tuple[str, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def outputs(self) -> list[torch.Tensor]:
-        return [tensor for _, tensor in self.named]
-
-
-def _run_once(model: Any) -> _Run:
-    """Step 3."""
+    If the run failed, the tensors are what its modules returned before that.
+    """
     of_modules: list[tuple[str, torch.Tensor]] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output: of_modules.extend(tensors_of(output)))
@@ -207,9 +198,9 @@ def _run_once(model: Any) -> _Run:
     ]
     try:
         with _CallLimit():
-            return _Run(complete=True, named=list(tensors_of(model(**inputs_of(model)))))
+            return True, list(tensors_of(model(**inputs_of(model))))
     except Exception:  # the inputs do not fit, or the code needs values, which fake tensors lack
-        return _Run(complete=False, named=of_modules)
+        return False, of_modules
     finally:
         for hook in hooks:
             hook.remove()

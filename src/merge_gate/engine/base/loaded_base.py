@@ -10,44 +10,42 @@ module imports no PEFT, and no code writes to the base.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import statistics
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
-from merge_gate.engine.base.shared_reads import SharedReads
-from merge_gate.engine.base.stored_formats import (
-    loaded_dtypes,
-    loaded_quantization,
-    main_dtype,
-    refuse_other_packing,
-    refuse_unknown_format,
-)
-from merge_gate.engine.tensors.buffers import Buffers
+from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure
-from merge_gate.engine.tensors.module_copies import copied, tensors_of
-from merge_gate.engine.tensors.plain_layers import with_plain_layers
+from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.engine.tensors.quantized import (
+    QUANTIZED_AS,
     dequantized,
     dequantizing_options,
     elements,
     is_quantized,
+    loaded_dtypes,
     loading_options,
+    main_dtype,
+    packings,
     quantizing,
     scales,
+    with_plain_layers,
 )
-from merge_gate.engine.tensors.stream import Weights
-from merge_gate.engine.tensors.threads import spread
+from merge_gate.engine.tensors.threads import Buffers, spread
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import Caught, Undecidable
 from merge_gate.records.terms import Quantization
@@ -58,6 +56,9 @@ if TYPE_CHECKING:
 
 _REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
 """transformers' errors refer to a table in its log, which the reader of a message does not see."""
+
+SPARE_BYTES = 4 << 30
+"""Memory of a card that stays free of weights, for the products and deltas of the largest module."""
 
 MOST_TYPICAL = 9
 """So many matrices are read for the typical RMS, because a streamed base may have to send them again."""
@@ -83,24 +84,34 @@ class ModelClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a base is loaded from, and how. `options` are the arguments of `from_pretrained` that its classes share.
+    """Where a base is loaded from, and how.
 
-    `dequantized`: its weights were packed, and are plain again.
+    `dtype` is the one that is asked for, or `auto`. `dequantizing`: how its packed weights become plain while it is
+    loaded. `dequantized`: they are plain again after it was loaded.
     """
 
     directory: str
     label: str
-    revision: str | None
-    quantization: Quantization
-    device: torch.device
-    options: Mapping[str, Any]
+    revision: str | None = None
+    dtype: str = "auto"
+    quantization: Quantization = Quantization.NONE
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    dequantizing: Mapping[str, Any] = field(default_factory=dict)
     dequantized: bool = False
 
     @property
-    def dtype(self) -> str:
-        """The dtype that is asked for, or `auto`."""
-        dtype = self.options["dtype"]
-        return "auto" if dtype == "auto" else dtype_name(dtype)
+    def options(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that its classes share."""
+        return {
+            "dtype": "auto" if self.dtype == "auto" else getattr(torch, self.dtype),
+            "local_files_only": True,
+            "trust_remote_code": self.trust_remote_code,
+            "use_safetensors": None if self.allow_pickle else True,
+            **loading_options(self.quantization, self.dtype, self.device),
+            **self.dequantizing,
+        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,15 +120,14 @@ class Base:
 
     `tensors` and `stats` are by name, a tied tensor under its first name only. `aliases` maps the other names of tied
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
-    a scratch copy that the last adapter left unchanged, for the next adapter (template.py), and `pattern` one that is
+    a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (unread_layers.py). The tensors are in host memory, quantized ones on `device`. `weights`
-    brings them to `device` when they are needed.
+    layers, once it is traced (probes.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
-    their values have passed by: use `figures`, and read `facts` after `settle`. `mapped` names tensors that are the
-    bytes of a mapped file, with their places. `recorded` names tensors whose figures an earlier run measured; a tensor
-    that is read is measured again.
+    their values have passed by: use `figures`, and read `facts` after `settle`. `alone` names tensors that come from
+    one stored tensor each, and that the load has not changed. `recorded` names tensors whose figures an earlier run
+    measured; a tensor that is read is measured again.
     """
 
     model: nn.Module
@@ -132,15 +142,14 @@ class Base:
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
-    mapped: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
+    alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
-    weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
+    _on_device: dict[str, torch.Tensor] = field(default_factory=dict)
     _buffers: threading.local = field(default_factory=threading.local)
     _typical_rms: float | None = None
 
     def __post_init__(self) -> None:
-        self.weights = Weights(self.tensors, self.device)
         first_names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.aliases = {
             name: first_names[id(parameter)]
@@ -154,7 +163,16 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.source.device
+        return torch.device(self.source.device)
+
+    def on_device(self, name: str) -> torch.Tensor:
+        """A weight on `device`, which computes. On a card it stays for other adapters, if it fits."""
+        weight = self._on_device.get(name)
+        if weight is None:
+            weight = self.tensors[name].detach().to(self.device)
+            if weight.is_cuda and torch.cuda.mem_get_info(self.device)[0] - SPARE_BYTES > weight.nbytes:
+                self._on_device[name] = weight
+        return weight
 
     def buffers(self) -> Buffers:
         """This thread's buffers for merges in blocks."""
@@ -262,8 +280,7 @@ class Base:
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A scratch copy: own modules over the base's storage. With `private`, over copies of the tensors."""
-        made: nn.Module = copied(self.model, tensors_of(self.model, private=private))
-        return made
+        return copy.deepcopy(self.model, tensors_of(self.model, private=private))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
@@ -294,60 +311,33 @@ def load_base(source: Source, model_class: ModelClass) -> Base:
         Undecidable: the base cannot be loaded, with the library's own reason.
     """
     label = source.label
-    refuse_unknown_format(source.directory, label)
     transformers_class = getattr(transformers, model_class.class_name)
     try:
+        config = _config(transformers_class, source)
+        method = declared(config)
+        refuse_unknown_format(method, label)
         if source.quantization is Quantization.NONE:
-            dequantizing = dequantizing_options(_config(transformers_class, source))
-            source = replace(source, options={**source.options, **dequantizing})
+            source = replace(source, dequantizing=dequantizing_options(config))
         with quantizing(source.quantization):
             model, loading = _from_pretrained(transformers_class, source, model_class)
+    except Undecidable:
+        raise
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
             raise Undecidable("remote_code_needed", base=label) from error
         raise Undecidable("base_raised", base=label, error=caught(error), class_name=model_class.class_name) from error
-    refuse_mismatches(loading, label, model_class)
-    refuse_foreign_weights(model, loading.newly_initialized, label)
-    refuse_other_packing(model, source)
-    return measure_base(model, source, loading, known={})
+    refuse_misfits(model, loading, label, model_class)
+    return measure_base(model, source, loading, quantization=loaded_quantization(model, method))
 
 
 def dequantized_base(packed: Base, dtype: str) -> Base:
     """The base with plain weights of this dtype, which have the packed values. `packed` cannot be used any more."""
     source = replace(packed.source, dequantized=True)
     loading = Loading(missing=packed.newly_initialized, unexpected=packed.unexpected)
-    base = measure_base(with_plain_layers(packed.model, getattr(torch, dtype)), source, loading, known={})
-    base.facts = replace(base.facts, quantization=packed.facts.quantization, replaced=packed.facts.replaced)
+    model = with_plain_layers(packed.model, getattr(torch, dtype))
+    base = measure_base(model, source, loading, quantization=packed.facts.quantization)
+    base.facts = replace(base.facts, replaced=packed.facts.replaced)
     return base
-
-
-def source_of(
-    directory: str,
-    *,
-    label: str,
-    revision: str | None = None,
-    dtype: str = "auto",
-    quantization: Quantization = Quantization.NONE,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Source:
-    """The place of a base, with the arguments for `from_pretrained`."""
-    options: dict[str, Any] = {
-        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": True,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": None if allow_pickle else True,
-    }
-    options |= loading_options(quantization, dtype, device)
-    return Source(
-        directory=directory,
-        label=label,
-        revision=revision,
-        quantization=quantization,
-        device=torch.device(device),
-        options=options,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,8 +364,8 @@ class Loading:
 def _config(transformers_class: Any, source: Source) -> Any:
     """The base's configuration as `from_pretrained` of a class reads it."""
     config_class = getattr(transformers_class, "config_class", None) or transformers.AutoConfig
-    options = {name: source.options[name] for name in ("local_files_only", "trust_remote_code")}
-    return config_class.from_pretrained(source.directory, **options)
+    remote = source.trust_remote_code
+    return config_class.from_pretrained(source.directory, local_files_only=True, trust_remote_code=remote)
 
 
 def _from_pretrained(transformers_class: Any, source: Source, model_class: ModelClass) -> tuple[Any, Loading]:
@@ -416,11 +406,12 @@ def head_options(model_class: ModelClass) -> dict[str, Any]:
     return {} if model_class.num_labels is None else {"num_labels": model_class.num_labels}
 
 
-def refuse_mismatches(loading: Loading, label: str, model_class: ModelClass) -> None:
-    """Refuse tensors of another size, except a head that is replaced for another number of labels.
+def refuse_misfits(model: Any, loading: Loading, label: str, model_class: ModelClass) -> None:
+    """Refuse what transformers accepts: it replaces tensors of another size, and initializes missing ones.
 
     Raises:
-        Undecidable: another tensor has another size, so the base is broken.
+        Undecidable: a tensor that is no head for another number of labels has another size, the files have no tensor
+            of the class, or an adapter is in the base's directory.
     """
     for name, stored, expected in loading.mismatched:
         extra = None if model_class.num_labels is None else expected[0] - model_class.num_labels
@@ -434,11 +425,19 @@ def refuse_mismatches(loading: Loading, label: str, model_class: ModelClass) -> 
                 got=tuple(stored),
                 expected=tuple(expected),
             )
+    refuse_foreign_weights(model, loading.newly_initialized, label)
 
 
-def outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and the dtype of each tensor, by name."""
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+def refuse_foreign_weights(model: Any, missing: AbstractSet[str], label: str) -> None:
+    """Refuse a model without tensors of its own, and one with an adapter, which transformers loads too.
+
+    Raises:
+        Undecidable: the files have no tensor of the class, or an adapter is in the base's directory.
+    """
+    if missing and {name for name, _ in model.named_parameters()} <= missing:
+        raise Undecidable("base_of_another_class", base=label, class_name=type(model).__name__)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise Undecidable("adapter_next_to_base", base=label)
 
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -454,7 +453,8 @@ def measure_base(
     source: Source,
     loading: Loading,
     *,
-    known: Mapping[Place, TensorStats],
+    quantization: str = str(Quantization.NONE),
+    known: Mapping[Place, TensorStats] = MappingProxyType({}),
     hollow: Hollow | None = None,
     feed: SharedReads | None = None,
 ) -> Base:
@@ -464,10 +464,16 @@ def measure_base(
         model: the loaded model.
         source: where it comes from.
         loading: the names that did not fit.
+        quantization: how the base is stored, or how its parameters are packed now.
         known: the figures that another class of the base has, by place.
         hollow: the tensors of the model without values. They are measured when they are filled.
         feed: where their values come from.
+
+    Raises:
+        Undecidable: it was loaded as something else than the config asks for.
     """
+    if not source.dequantized:
+        refuse_other_packing(model, source, quantization)
     model.eval()
     model.requires_grad_(requires_grad=False)
 
@@ -484,7 +490,7 @@ def measure_base(
         model=source.label,
         revision=source.revision,
         dtype=dtype_name(main_dtype(model)),
-        quantization=loaded_quantization(model, source.directory),
+        quantization=quantization,
         dtypes=loaded_dtypes(tensor for _, _, tensor in items),
         parameters=sum(elements(tensor) for _, _, tensor in items),
         nonfinite=tuple(
@@ -529,3 +535,53 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith(":") else 1
     return (" ".join(lines[:count]) or type(error).__name__)[:400]
+
+
+# --- formats -------------------------------------------------------------------------------------------------------
+
+
+def declared(config: Any) -> str | None:
+    """The quantization that a configuration declares, in the report's words; None if it declares none."""
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict):
+        return None
+    method = found.get("quant_method")
+    if method == "bitsandbytes" or found.get("load_in_4bit") or found.get("load_in_8bit"):  # as transformers reads it
+        return str(Quantization.BNB_4BIT if found.get("load_in_4bit") else Quantization.BNB_8BIT)
+    return str(getattr(method, "value", method))[:40] if method else ""
+
+
+def refuse_unknown_format(method: str | None, label: str) -> None:
+    """Raise `Undecidable` if this release of transformers cannot load a quantization that config.json declares."""
+    if not method or method in AUTO_QUANTIZATION_CONFIG_MAPPING or method in set(QUANTIZED_AS.values()):
+        return
+    raise Undecidable("quantization_unknown", base=label, method=method, transformers=transformers.__version__)
+
+
+def loaded_quantization(model: Any, method: str | None) -> str:
+    """`none` for a plain base; else the packing of its parameters, or the declared method that they were stored in."""
+    if packed := packings(model):
+        return ", ".join(sorted(packed))
+    return method if method and method not in set(QUANTIZED_AS.values()) else str(Quantization.NONE)
+
+
+def refuse_other_packing(model: Any, source: Source, quantization: str) -> None:
+    """Raise `Undecidable` if a base was loaded as something else than the config asks for."""
+    asked, dtype = source.quantization, dtype_name(main_dtype(model))
+    if asked is not Quantization.NONE:
+        is_as_asked = quantization == asked
+    elif source.dtype in ("auto", dtype):
+        is_as_asked = True
+    else:  # a class may keep some parameters in float32
+        dtypes = {dtype_name(one.dtype) for one in model.parameters()}
+        is_as_asked = quantization == Quantization.NONE and source.dtype in dtypes
+    if not is_as_asked:
+        raise Undecidable(
+            "loaded_otherwise",
+            base=source.label,
+            class_name=type(model).__name__,
+            quantization=quantization,
+            asked_quantization=asked,
+            dtype=dtype,
+            asked_dtype=source.dtype,
+        )

@@ -1,7 +1,10 @@
-"""A base that takes no memory: its tensors are mapped from its files, or filled from a `Feed` while they are used.
+"""Loads a base from its headers and a `Feed` of its bytes: as a skeleton that takes no memory, or into memory.
 
 In: a base's directory and `ModelClass`, the headers of its weight files, and a feed of their bytes. Out: a `Base`, or
-`NoSkeletonError` with the reason. Only headers are read to make it. Knows no PEFT.
+`NoSkeletonError` with the reason. Knows no PEFT.
+
+The tensors of a skeleton are mapped from the files, or filled from the feed while they are used. Only headers are read
+to make it:
 
 1. transformers' loader runs on the headers, and the tensor map records which stored tensors make which tensor of the
    model, in the wanted dtype, and by which conversion.
@@ -13,43 +16,56 @@ In: a base's directory and `ModelClass`, the headers of its weight files, and a 
    are those of the outline on the meta device, and each tensor without values is still in its place.
 5. A tensor that the load itself read or wrote (a padding row that transformers sets to zero) gets its values for good,
    and the load is repeated. The last load must not touch a tensor without values (mincore).
+
+A base that transformers quantizes while it loads it is loaded into memory, tensor by tensor. No file is mapped:
+
+6. The tensor map shows what is loaded, and how much memory that takes.
+7. transformers gets each stored tensor as an object that reads its values when they are taken, like the slices of
+   safetensors. It keeps only the packed values.
+8. It takes one at a time, in the order of the files if none are converted together; else the feed is read with jumps.
+9. The load must lack the same tensors as the headers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType, MappingProxyType
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers import core_model_loading
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.loaded_base import (
     Base,
     Loading,
     ModelClass,
+    Place,
     Source,
+    caught,
     head_options,
     load_with_info,
+    loaded_quantization,
     loads_as_usual,
     measure_base,
     named_tensors,
-    outlines,
     place_of,
-    refuse_mismatches,
+    refuse_misfits,
 )
-from merge_gate.engine.base.shared_reads import SharedReads
-from merge_gate.engine.base.stored_formats import refuse_other_packing
-from merge_gate.engine.base.stored_spans import MappedFiles, StoredBytes, bytes_of, stored_bytes
+from merge_gate.engine.base.stored_spans import MappedFiles, SharedReads, StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
+from merge_gate.engine.tensors.quantized import loading_options, quantizing
 from merge_gate.errors import EngineError
 from merge_gate.records.files import CONFIG_NAME, StoredTensor
 from merge_gate.records.measured import TensorStats
@@ -66,6 +82,12 @@ CAST_ELEMENTS = 1 << 20
 MOST_LOADS = 3
 """A load reads a tensor because of its class, not because of values, so a second load reads what the first did."""
 
+ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
+"""transformers' own switch. Otherwise four threads read ahead, out of order and into memory."""
+
+PACKED_BYTES = {Quantization.BNB_4BIT: 0.5 + 4 / 64, Quantization.BNB_8BIT: 1.0}
+"""Memory of one packed value with its part of the scale. The scales of rows do not count."""
+
 KEPT_SHARE = 4
 LEAST_KEPT_BYTES = 3 << 28
 """No more than a quarter of a base may be filled for good, or these 768 MiB: an embedding and a head."""
@@ -75,8 +97,8 @@ class NoSkeletonError(Exception):
     """This base, or its class, needs `from_pretrained`. The text says why."""
 
 
-FiguresBySpan = dict[tuple[tuple[FileSpan, ...], str], TensorStats]
-"""The figures of tensors by what each is read from, and by its dtype."""
+FiguresBySpan = Mapping[tuple[tuple[FileSpan, ...], tuple[int, ...], str], TensorStats]
+"""The figures of tensors by what each is read from, its shape, and its dtype."""
 
 
 def skeleton_of(
@@ -86,7 +108,7 @@ def skeleton_of(
     feed: Feed,
     *,
     is_mapped: bool = False,
-    known: FiguresBySpan | None = None,
+    known: FiguresBySpan = MappingProxyType({}),
 ) -> Base:
     """Make the skeleton of a base.
 
@@ -103,14 +125,11 @@ def skeleton_of(
         Undecidable: the base cannot be loaded as this class.
         SourceError: bytes could not be had.
     """
-    transformers_class = getattr(transformers, model_class.class_name)
-    if not loads_as_usual(transformers_class):
-        raise NoSkeletonError(f"{model_class.class_name} has a from_pretrained of its own")
     if source.quantization is not Quantization.NONE:
         raise NoSkeletonError(f"it is quantized while it is loaded ({source.quantization})")
     shared = feed if isinstance(feed, SharedReads) else SharedReads(feed)
     try:
-        return _made(transformers_class, source, model_class, stored, shared, is_mapped=is_mapped, known=known or {})
+        return _made(source, model_class, stored, shared, is_mapped=is_mapped, known=known)
     except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries have their own exceptions
@@ -118,7 +137,6 @@ def skeleton_of(
 
 
 def _made(
-    transformers_class: Any,
     source: Source,
     model_class: ModelClass,
     stored: Sequence[StoredTensor],
@@ -128,10 +146,7 @@ def _made(
     known: FiguresBySpan,
 ) -> Base:
     # 1.
-    found = mapped_headers(transformers_class, source, model_class, stored)
-    loading = Loading(missing=found.missing, unexpected=found.unexpected, mismatched=found.mismatched)
-    refuse_mismatches(loading, source.label, model_class)
-    refuse_foreign_weights(found.model, loading.newly_initialized, source.label)
+    transformers_class, found, loading = mapped_headers(source, model_class, stored)
     outline = {name: tensor for name, _, tensor in named_tensors(found.model)}
     # 2.
     groups = _groups(found, outline, loading.newly_initialized)
@@ -142,59 +157,45 @@ def _made(
     most_bytes = max(LEAST_KEPT_BYTES, sum(one.span.end - one.span.start for one in spans.values()) // KEPT_SHARE)
     map_files = functools.partial(MappedFiles, source.directory, in_files)
     model, mapped = _loaded(transformers_class, found, hollow, map_files, loading, most_bytes=most_bytes)
-    refuse_other_packing(model, source)
-    spans_by_place = {place_of(tensor): (in_files[name].span,) for name, tensor in mapped.unwritten().items()}
-    keys = {place: (of_place, dtype_name(place[-1])) for place, of_place in spans_by_place.items()}
+    alone = {place_of(tensor): (in_files[name].span,) for name, tensor in mapped.unwritten().items()}
+    for cell in hollow.cells(hollow.tensors):
+        if len(cell.outlines) == len(cell.spans) == 1 and not hollow.is_filled(cell):
+            alone |= {place_of(hollow.tensors[name]): cell.spans for name in cell.outlines}
+    keys = {place: _figures_key(place, of_place) for place, of_place in alone.items()}
     figures = {place: known[key] for place, key in keys.items() if key in known}
-    if hollow.tensors:
-        base = measure_base(model, source, loading, known=figures, hollow=hollow, feed=feed)
-    else:
-        base = measure_base(model, source, loading, known=figures)
-    places = {name: place_of(tensor) for name, tensor in base.tensors.items()}
-    base.mapped = {name: spans_by_place[place] for name, place in places.items() if place in spans_by_place}
-    _reuse_figures(base, known)
+    held = hollow if hollow.tensors else None
+    base = measure_base(model, source, loading, known=figures, hollow=held, feed=feed if held else None)
+    base.alone = {name: alone[place] for name, tensor in base.tensors.items() if (place := place_of(tensor)) in alone}
     return base
+
+
+def _figures_key(place: Place, spans: tuple[FileSpan, ...]) -> tuple[tuple[FileSpan, ...], tuple[int, ...], str]:
+    _, shape, _, dtype = place
+    return spans, shape, dtype_name(dtype)
 
 
 def figures_by_span(base: Base) -> FiguresBySpan:
     """The figures that this run measured of a skeleton's tensors, for `skeleton_of`."""
-    return {
-        (spans, dtype_name(base.tensors[name].dtype)): base.stats[name]
-        for name, spans in _alone(base)
-        if name in base.stats.keys() - base.recorded
-    }
-
-
-def _reuse_figures(base: Base, known: FiguresBySpan) -> None:
-    for name, spans in _alone(base):
-        tensor = base.tensors[name]
-        stats = known.get((spans, dtype_name(tensor.dtype)))
-        if stats is not None and stats.shape == tuple(tensor.shape):
-            base.stats[name] = replace(stats, name=name)
-    base.settle()
-
-
-def _alone(base: Base) -> Iterator[tuple[str, tuple[FileSpan, ...]]]:
-    """Tensors that are read from one stored tensor each. One that a load has changed is not among them."""
-    yield from base.mapped.items()
-    if base.hollow is None:
-        return
-    for cell in base.hollow.cells(base.tensors):
-        if len(cell.outlines) == len(cell.spans) == 1 and not base.hollow.is_filled(cell):
-            yield from ((name, cell.spans) for name in cell.outlines)
+    measured = base.alone.keys() & base.stats.keys() - base.recorded
+    return {_figures_key(place_of(base.tensors[name]), base.alone[name]): base.stats[name] for name in measured}
 
 
 # --- 1. ------------------------------------------------------------------------------------------------------------
 
 
 def mapped_headers(
-    transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor]
-) -> TensorMap:
-    """The tensor map of a base in the wanted dtype.
+    source: Source, model_class: ModelClass, stored: Sequence[StoredTensor]
+) -> tuple[Any, TensorMap, Loading]:
+    """The class of transformers, the tensor map of a base in the wanted dtype, and the names that do not fit.
 
     Raises:
-        NoSkeletonError: it is stored quantized, has an adapter in its directory, or its headers give no map.
+        NoSkeletonError: the class has a loader of its own, or the base is stored quantized, has an adapter in its
+            directory, or its headers give no map.
+        Undecidable: the base cannot be loaded as this class.
     """
+    transformers_class = getattr(transformers, model_class.class_name)
+    if not loads_as_usual(transformers_class):
+        raise NoSkeletonError(f"{model_class.class_name} has a from_pretrained of its own")
     if Path(source.directory, CONFIG_NAME).exists():
         raise NoSkeletonError("an adapter is in its directory, which transformers loads too")
     config = transformers_class.config_class.from_pretrained(source.directory, local_files_only=True)
@@ -205,9 +206,12 @@ def mapped_headers(
     if dtype == "auto" and config.dtype is None:
         dtype = _only_dtype(source.directory, stored)
     try:
-        return tensor_map(transformers_class, source.directory, tuple(stored), dtype=dtype, **head_options(model_class))
+        found = tensor_map(transformers_class, source.directory, stored, dtype=dtype, **head_options(model_class))
     except NoMapError as error:
         raise NoSkeletonError(f"its headers give no tensor map: {error}") from error
+    loading = Loading(missing=found.missing, unexpected=found.unexpected, mismatched=found.mismatched)
+    refuse_misfits(found.model, loading, source.label, model_class)
+    return transformers_class, found, loading
 
 
 def _only_dtype(directory: str, stored: Sequence[StoredTensor]) -> torch.dtype:
@@ -322,9 +326,8 @@ def _read_into(tensor: torch.Tensor, stored: StoredBytes, feed: Feed) -> None:
 
 
 def _convert(one: _Made, stored: Tensors, tensors: Tensors) -> None:
-    recipe = one.group.recipe
-    assert recipe is not None  # noqa: S101 - `_groups` refuses a conversion without one
-    made = recipe.carried_out(stored)
+    assert one.group.recipe is not None  # noqa: S101 - `_groups` refuses a conversion without one
+    made = one.group.recipe(stored)
     for name, target in one.tensors.items():
         if made[target].shape != tensors[name].shape or made[target].dtype != tensors[name].dtype:
             raise EngineError(
@@ -372,12 +375,156 @@ def _refuse_another_model(
 ) -> None:
     """Step 4. A tensor that has its values may be tied to another one, or be replaced, as in any load."""
     found = {name: tensor for name, _, tensor in named_tensors(model)}
-    if loading.newly_initialized != expected.newly_initialized:
-        names = sorted(loading.newly_initialized ^ expected.newly_initialized)
-        raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
+    _refuse_other_sources(loading, expected)
     tied = given.keys() - without_values.keys() - found.keys()
-    if outlines(found) != outlines({name: tensor for name, tensor in outline.items() if name not in tied}):
+    expected_outlines = {name: (one.shape, one.dtype) for name, one in outline.items() if name not in tied}
+    if {name: (one.shape, one.dtype) for name, one in found.items()} != expected_outlines:
         raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
     for name, tensor in without_values.items():
         if place_of(found[name]) != place_of(tensor):
             raise NoSkeletonError(f"transformers replaces {name} after it was loaded")
+
+
+def _refuse_other_sources(loading: Loading, expected: Loading) -> None:
+    if loading.newly_initialized != expected.newly_initialized:
+        names = sorted(loading.newly_initialized ^ expected.newly_initialized)
+        raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
+
+
+# --- 6. to 9., into memory -------------------------------------------------------------------------------------------
+
+
+def load_from_feed(
+    source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed, *, free_bytes: int | None
+) -> Base:
+    """Load a base into memory from a feed.
+
+    Args:
+        source: the base. Of its directory, the headers of the weight files and the other files are read.
+        model_class: the class and head to load it as.
+        stored: the tensors in the headers of the files that transformers loads, in its order.
+        feed: the bytes of these files.
+        free_bytes: the free memory, if it is known.
+
+    Raises:
+        NoSkeletonError: the headers say less than the load, or transformers' loader has changed.
+        Undecidable: the base cannot be loaded as this class.
+        EngineError: the memory does not suffice. Nothing was read.
+        SourceError: bytes could not be had.
+    """
+    # 6.
+    transformers_class, found, expected = mapped_headers(source, model_class, stored)
+    _refuse_too_large(found.model, source, model_class, free_bytes)
+    spans = stored_bytes(source.directory, {name: found.stored[name] for one in found.groups for name in one.sources})
+    # 7. and 8.
+    in_order, key = _order(found, spans)
+    reads = _Reads(feed)
+    given = {
+        name: _Unread(spans[name], reads) if name in spans else _on_meta(one) for name, one in found.stored.items()
+    }
+    config = found.model.config
+    options = loading_options(source.quantization, source.dtype, source.device)
+    feed.expect([spans[name].span for name in in_order], whole=True)
+    try:
+        with quantizing(source.quantization), _taken_in(key):
+            model, loading = load_with_info(
+                transformers_class, None, config=config, dtype=config.dtype, state_dict=given, **options
+            )
+    except Exception as error:
+        reads.raise_failure()
+        raise Undecidable(
+            "base_raised", base=source.label, error=caught(error), class_name=model_class.class_name
+        ) from error
+    reads.raise_failure()
+    # 9.
+    _refuse_other_sources(loading, expected)
+    return measure_base(model, source, loading, quantization=loaded_quantization(model, None))
+
+
+def _refuse_too_large(outline: Any, source: Source, model_class: ModelClass, free_bytes: int | None) -> None:
+    head = outline.get_output_embeddings()
+    packed = {
+        id(module.weight)
+        for module in outline.modules()
+        if isinstance(module, nn.Linear) and module is not head and source.quantization in PACKED_BYTES
+    }
+    of_packed = PACKED_BYTES.get(source.quantization, 0.0)
+    needed = sum(one.numel() * of_packed if id(one) in packed else one.nbytes for one in outline.parameters())
+    if free_bytes is not None and needed > free_bytes:
+        quantized = f" ({source.quantization})" if packed else ""
+        raise EngineError(
+            f"base {source.label}{quantized} takes {needed / 2**30:.1f} GiB of memory as {model_class.class_name}, and "
+            f"only {free_bytes / 2**30:.1f} GiB are free: nothing of it was read",
+            hint="use a machine with more memory"
+            + (
+                "; with quantization: none, the base is read in pieces and needs no memory of its size"
+                if packed
+                else ""
+            ),
+        )
+
+
+class _Reads:
+    """The reads of one load. transformers collects exceptions and goes on; after the first, none reads any more."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._failure: BaseException | None = None
+
+    def read(self, place: StoredBytes) -> torch.Tensor:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            with torch.device("cpu"):
+                return place.read(self._feed)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+class _Unread:
+    """A stored tensor that is read when transformers takes its values. It behaves like a slice."""
+
+    def __init__(self, place: StoredBytes, reads: _Reads) -> None:
+        self._place, self._reads = place, reads
+
+    def get_shape(self) -> list[int]:
+        return list(self._place.shape)
+
+    def __getitem__(self, index: EllipsisType) -> torch.Tensor:
+        return self._reads.read(self._place)[index]
+
+
+def _on_meta(one: StoredTensor) -> torch.Tensor:
+    """A stored tensor that is not loaded."""
+    return torch.empty(one.shape, device="meta")
+
+
+def _order(found: TensorMap, spans: Mapping[str, StoredBytes]) -> tuple[list[str], Any]:
+    """The stored tensors in the order in which they are taken, and the key by which transformers is to sort them."""
+    if any(one.conversion != RENAMED or len(one.sources) != 1 for one in found.groups):
+        return [name for one in found.groups for name in one.sources], None
+    last = (len(spans), 0)
+    places = {name: place.order for name, place in spans.items()}
+    return sorted(spans, key=places.__getitem__), lambda name: places.get(name, last)
+
+
+@contextlib.contextmanager
+def _taken_in(key: Any) -> Iterator[None]:
+    """Inside of the `with` block, transformers takes one stored tensor at a time, sorted by `key` if it is set."""
+    own = core_model_loading.dot_natural_key
+    before = os.environ.get(ONE_AT_A_TIME)
+    os.environ[ONE_AT_A_TIME] = "1"
+    core_model_loading.dot_natural_key = key or own
+    try:
+        yield
+    finally:
+        core_model_loading.dot_natural_key = own
+        if before is None:
+            del os.environ[ONE_AT_A_TIME]
+        else:
+            os.environ[ONE_AT_A_TIME] = before

@@ -1,7 +1,8 @@
 """The tensor map, reversed: which stored tensors a tensor of the model is written to, and with which values.
 
 In: a base's tensor map, its loaded tensors, and a feed of its files. Out: stored tensors by the base's own stored
-names, or `NotPublishedError` with the reason. Knows no PEFT, and writes no files.
+names, or `NotPublishedError` with the reason. For a base that bitsandbytes has packed, the headers that it would have
+as a plain one. Knows no PEFT, and writes no files.
 
 1. A stored tensor that was renamed at most has the values of its tensor of the model.
 2. Other conversions (fused experts, split projections) are reversed by transformers. The result counts if
@@ -11,8 +12,10 @@ names, or `NotPublishedError` with the reason. Knows no PEFT, and writes no file
 
 from __future__ import annotations
 
+import json
+import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +29,7 @@ from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, Tens
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.errors import NotPublishedError
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.packed_weights import packed_weights
 from merge_gate.sources.feed import Feed
 
 STORED_DTYPES = {torch_name: stored for stored, torch_name in DTYPES.items()}
@@ -33,6 +37,9 @@ STORED_DTYPES = {torch_name: stored for stored, torch_name in DTYPES.items()}
 
 READ_BYTES = 1 << 24
 """A stored tensor that the model does not have is read in blocks of this size."""
+
+MOST_STATE_BYTES = 1 << 16
+"""bitsandbytes writes a few hundred."""
 
 _UNQUANTIZED = "publish the merge into the unquantized base"
 _AT_RUN_TIME = "load the adapter on its base at run time, or save the merge with another tool"
@@ -179,7 +186,7 @@ class StoredLayout:
     def _forward(group: TensorGroup, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert group.recipe is not None  # noqa: S101 - checked_groups refuses a conversion without one
         try:
-            return group.recipe.carried_out(stored)
+            return group.recipe(stored)
         except Exception as error:  # as above
             raise _inexact(group, f"transformers raises {type(error).__name__}: {str(error)[:200]}") from error
 
@@ -238,3 +245,59 @@ def _inexact(group: TensorGroup, reason: str) -> NotPublishedError:
         f"{group.targets[0]} ({group.conversion}), and the way back is not exact: {reason}",
         hint=_AT_RUN_TIME,
     )
+
+
+# --- a base that bitsandbytes has packed -----------------------------------------------------------------------------
+
+
+def plain_headers(directory: str, stored: Iterable[StoredTensor], feed: Feed, dtype: str) -> tuple[StoredTensor, ...]:
+    """The headers without packing. `dtype` is safetensors' name for the dtype of the plain weights.
+
+    Raises:
+        NotPublishedError: the state of a packed weight cannot be read.
+        ValueError, OSError: a header is not what it was.
+    """
+    stored = tuple(stored)
+    packed = packed_weights(stored)
+    states = {one.name: one for one in stored if one.name in packed.states.values()}
+    places = stored_bytes(directory, states)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight, state in packed.states.items():
+        if places[state].span.end - places[state].span.start > MOST_STATE_BYTES:
+            raise _unreadable(state)
+        shapes[weight] = _shape(bytes(places[state].read(feed).flatten().tolist()), packed.counts[weight], state)
+    return tuple(
+        replace(one, dtype=dtype, shape=shapes.get(one.name, one.shape)) if one.name in packed else one
+        for one in stored
+        if one.name not in packed.others
+    )
+
+
+def _shape(state: bytes, count: int, name: str) -> tuple[int, ...]:
+    try:
+        shape: Any = json.loads(state)["shape"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(name) from error
+    is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    if not is_shape or math.prod(shape) not in {count, count - 1}:
+        raise _unreadable(name)
+    return tuple(shape)
+
+
+def _unreadable(name: str) -> NotPublishedError:
+    return NotPublishedError(
+        f"{name} does not have the shape of its packed weight", hint="fetch the base again, or contact its owner"
+    )
+
+
+def turned(headers: Iterable[StoredTensor], found: TensorMap, packed: Mapping[str, Any]) -> Iterator[StoredTensor]:
+    """The headers with the other direction for weights of a Conv1D, which transformers transposes and then packs."""
+    shapes: dict[str, Sequence[int]] = {
+        source: needed
+        for name, has, needed in found.mismatched
+        if tuple(has) == tuple(reversed(tuple(needed)))
+        for source in found.sources.get(name, (name,))
+    }
+    for one in headers:
+        is_turned = one.name in shapes and one.name in packed
+        yield replace(one, shape=tuple(shapes[one.name])) if is_turned else one

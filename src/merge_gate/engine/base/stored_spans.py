@@ -1,4 +1,4 @@
-"""Where the bytes of each stored tensor are in a base's files.
+"""Where the bytes of each stored tensor are in a base's files, and a feed that reads what several skeletons need once.
 
 In: a directory, and the headers of its weight files as they were read before. Out: `StoredBytes` by name. Reads the
 headers again to get the places, and compares them with the given headers. Knows no model.
@@ -6,22 +6,20 @@ headers again to get the places, and compares them with the given headers. Knows
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import json
 import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from merge_gate.engine.base.tensor_map import DTYPES
+from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
 from merge_gate.records.files import StoredTensor
 from merge_gate.sources.feed import Feed, FileSpan
-
-MOST_HEADER_BYTES = 100_000_000
-"""safetensors itself refuses longer headers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +79,15 @@ def stored_bytes(directory: str, stored: Mapping[str, StoredTensor]) -> dict[str
         OSError: a file cannot be read.
     """
     files = list(dict.fromkeys(one.file for one in stored.values()))
-    headers = {file: _header(Path(directory, file)) for file in files}
+    places = {file: _places(directory, file) for file in files}
     found: dict[str, StoredBytes] = {}
     for name, one in stored.items():
-        dtype: torch.dtype = getattr(torch, DTYPES[one.dtype])
-        start, end = _place(headers[one.file], one, torch.Size(one.shape).numel() * dtype.itemsize)
+        now, start, end = places[one.file].get(one.name, (None, 0, 0))
+        if now != one:
+            raise ValueError(f"{one.file}: the header has another {one.name} than before, or none")
         found[name] = StoredBytes(
             name=name,
-            dtype=dtype,
+            dtype=getattr(torch, DTYPES[one.dtype]),
             shape=one.shape,
             span=FileSpan(file=one.file, start=start, end=end),
             order=(files.index(one.file), start),
@@ -96,35 +95,64 @@ def stored_bytes(directory: str, stored: Mapping[str, StoredTensor]) -> dict[str
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Header:
-    entries: Mapping[str, Any]
-    start: int
-    end: int
+def _places(directory: str, file: str) -> dict[str, tuple[StoredTensor, int, int]]:
+    try:
+        with open_regular(str(Path(directory, file))) as opened:
+            return {one.name: (replace(one, file=file), start, end) for one, start, end in parse_places(opened)}
+    except CorruptFileError as error:
+        raise ValueError(f"{file} {error}") from error
 
 
-def _header(path: Path) -> _Header:
-    with path.open("rb") as file:
-        size_bytes = file.seek(0, 2)
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MOST_HEADER_BYTES, size_bytes - 8):
-            raise ValueError(f"{path.name}: the header has {length:,} bytes, and the file {size_bytes:,}")
-        entries = json.loads(file.read(length))
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path.name}: the header is not a JSON object")  # noqa: TRY004 - the file is at fault
-    return _Header(entries=entries, start=8 + length, end=size_bytes)
+class SharedReads(Feed):
+    """A `Feed` over another one, for several skeletons of one base. Bytes that are `shared` are read once, and kept.
 
+    Its methods may be called by several threads.
+    """
 
-def _place(header: _Header, one: StoredTensor, size_bytes: int) -> tuple[int, int]:
-    """The offsets in the file, which have to fit the tensor that was read from the header before."""
-    entry = header.entries.get(one.name)
-    entry = entry if isinstance(entry, dict) else {}
-    place = entry.get("data_offsets")
-    if not isinstance(place, list) or [type(offset) for offset in place] != [int, int]:
-        raise ValueError(f"{one.file}: the header has no place for {one.name}")
-    start, end = header.start + place[0], header.start + place[1]
-    is_same = entry.get("dtype") == one.dtype and entry.get("shape") == list(one.shape)
-    if not is_same or end - start != size_bytes or not header.start <= start <= end <= header.end:
-        raise ValueError(f"{one.file}: the header contradicts the place of {one.name}")
-    return start, end
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._shared: list[tuple[FileSpan, torch.Tensor]] = []
+        self._lock = threading.Lock()
+
+    def open_files(self, files: Sequence[str]) -> None:
+        self._feed.open_files(files)
+
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
+        self._feed.expect(spans, whole=whole, is_due=is_due)
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        into = into.cast("B")
+        end = start + len(into)
+        with self._lock:
+            spans = ((one, content) for one, content in self._shared if one.file == file)
+            found = next(((one, content) for one, content in spans if one.start <= start and end <= one.end), None)
+        if found is None:
+            self._feed.read(file, start, into)
+        elif len(into):  # the copy runs without Python's lock, so that other threads go on meanwhile
+            span, content = found
+            torch.frombuffer(into, dtype=torch.uint8).copy_(content[start - span.start : end - span.start])
+
+    @contextlib.contextmanager
+    def shared(self, spans: Sequence[FileSpan]) -> Iterator[None]:
+        """Read these spans once, in this order. Inside of the `with` block, every read of them is from memory.
+
+        Raises:
+            SourceError: they could not be had.
+        """
+        spans = [span for span in spans if span.start < span.end]
+        # Memory of its own, because the worker's heap keeps what is freed (memory.py).
+        memory = mmap.mmap(-1, max(1, sum(span.end - span.start for span in spans)))
+        content = torch.frombuffer(memory, dtype=torch.uint8)
+        begin, parts = 0, list[tuple[FileSpan, torch.Tensor]]()
+        for span in spans:
+            end = begin + span.end - span.start
+            self._feed.read(span.file, span.start, memoryview(memory)[begin:end])
+            parts.append((span, content[begin:end]))
+            begin = end
+        with self._lock:
+            self._shared += parts
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._shared = [one for one in self._shared if not any(one is mine for mine in parts)]

@@ -10,8 +10,9 @@ loader that are recorded (transformers/core_model_loading.py) are checked first:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,39 +41,15 @@ class NoMapError(Exception):
     """The headers or this release of transformers do not allow a map; the load itself has to account for the base."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """transformers' own conversion of some stored tensors, which can be repeated with their values.
-
-    Attributes:
-        mapping: transformers' WeightRenaming or WeightConverter, which this recipe alone uses.
-        name: the tensor of the model that transformers names the conversion after.
-        steps: the arguments of `add_tensor` for each stored tensor (the tensor of the model, the stored one, and the
-            pattern that matched), and the dtype that the stored tensor is cast to before the conversion.
-        options: the other arguments of `convert`.
-    """
-
-    mapping: Any
-    name: str
-    steps: tuple[tuple[str, str, str, torch.dtype], ...]
-    options: Mapping[str, Any]
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype that each stored tensor is cast to."""
-        return {source: dtype for _, source, _, dtype in self.steps}
-
-    def carried_out(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of the model, from the values of the stored ones. Not for two threads at a time."""
-        for target, source, pattern, dtype in self.steps:
-            self.mapping.add_tensor(target, source, pattern, stored[source].to(dtype))
-        made = self.mapping.convert(self.name, **self.options)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+Recipe = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""transformers' own conversion: the tensors of the model, from the stored ones. Not for two threads at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorGroup:
     """Stored tensors that make one or several tensors of the model together.
 
+    `sources` are in the order in which transformers takes them: all that match one pattern before the next.
     `conversion` names transformers' operations on them (RENAMED: none). `failed`: on headers alone, these operations
     gave no result, because they need values or some of the tensors are missing. Then there is no `recipe`.
     """
@@ -161,7 +138,7 @@ def tensor_map(
         stored=by_name,
         groups=groups,
         unloaded=unloaded,
-        unexpected=frozenset(name for name, renamed in unloaded.items() if _is_expected(renamed, info) is False),
+        unexpected=frozenset(name for name, renamed in unloaded.items() if renamed in info["unexpected_keys"]),
         missing=frozenset(info["missing_keys"]) - made,
         mismatched=tuple(sorted(info["mismatched_keys"])),  # sorted, because it is a set
         model=model,
@@ -173,10 +150,6 @@ def _forget_quantization(config: Any) -> None:
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-
-
-def _is_expected(renamed: str, info: Mapping[str, Any]) -> bool:
-    return renamed not in info["unexpected_keys"]
 
 
 def _on_meta(one: StoredTensor) -> torch.Tensor:
@@ -200,13 +173,17 @@ def _quiet() -> Iterator[None]:
 # --- the recording ---------------------------------------------------------------------------------------------------
 
 
+Step = tuple[str, str, str, torch.dtype]
+"""The arguments of `add_tensor` for a stored tensor: the tensor of the model, the stored one, and the pattern that
+matched; and the dtype that the stored tensor is cast to before the conversion."""
+
+
 class Recorder:
     """What the loader did: `renamed` is each stored name and the model's, groups are those of its conversions."""
 
     def __init__(self) -> None:
         self.renamed: dict[str, str] = {}
-        self._steps: dict[int, list[tuple[str, str, str, torch.dtype]]] = defaultdict(list)
-        self._first: dict[int, str] = {}
+        self._steps: dict[int, list[Step]] = defaultdict(list)
         self._options: dict[int, Mapping[str, Any]] = {}
         self._mappings: dict[int, Any] = {}  # keeps each alive, so that no id is used twice
         self._targets: dict[int, tuple[str, ...]] = {}
@@ -215,7 +192,6 @@ class Recorder:
     def collect(self, mapping: Any, target: str, source: str, pattern: str, dtype: torch.dtype) -> None:
         self._mappings[id(mapping)] = mapping
         self._steps[id(mapping)].append((target, source, pattern, dtype))
-        self._first.setdefault(id(mapping), target)
 
     def convert(self, mapping: Any, realized: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self._targets[id(mapping)] = tuple(realized)
@@ -224,20 +200,36 @@ class Recorder:
     def fail(self, mapping: Any) -> str:
         """Note that the conversion gave nothing; the name that its first tensor would have."""
         self._failed.add(id(mapping))
-        return self._first[id(mapping)]
+        return self._steps[id(mapping)][0][0]
 
     def groups(self) -> Iterator[TensorGroup]:
         for key, steps in self._steps.items():
-            mapping, is_converted = self._mappings[key], key in self._options and key not in self._failed
+            mapping, name, is_failed = self._mappings[key], steps[0][0], key in self._failed
+            patterns = list(dict.fromkeys(pattern for _, _, pattern, _ in steps))
+            in_order = sorted(steps, key=lambda step: patterns.index(step[2]))
+            recipe = None
+            if key in self._options and not is_failed:
+                recipe = functools.partial(_converted, mapping, name, tuple(steps), self._options[key])
             yield TensorGroup(
-                sources=tuple(source for _, source, _, _ in steps),
-                targets=self._targets.get(key) or (self._first[key],),
+                sources=tuple(source for _, source, _, _ in in_order),
+                targets=self._targets.get(key) or (name,),
                 conversion=", ".join(type(operation).__name__ for operation in getattr(mapping, "operations", ())),
-                failed=key in self._failed,
-                recipe=Recipe(mapping=mapping, name=self._first[key], steps=tuple(steps), options=self._options[key])
-                if is_converted
-                else None,
+                failed=is_failed,
+                recipe=recipe,
             )
+
+
+def _converted(
+    mapping: Any, name: str, steps: Sequence[Step], options: Mapping[str, Any], stored: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Repeat a conversion. `mapping` is transformers' WeightRenaming or WeightConverter, which this recipe alone uses.
+
+    `options` are the other arguments of `convert`.
+    """
+    for target, source, pattern, dtype in steps:
+        mapping.add_tensor(target, source, pattern, stored[source].to(dtype))
+    made = mapping.convert(name, **options)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 @contextlib.contextmanager

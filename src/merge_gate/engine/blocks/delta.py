@@ -11,12 +11,10 @@ then a scaled copy of it. Here both are made a block of rows at a time.
    last block of 1, 2, 3, 5, 6, 7 or 9 rows, so a last block is never short.
 3. Each shape is proved before it is used: blocks of a pseudo-random product are compared with the whole product, once
    per shape and process. If they differ, or if one block holds the whole, PEFT's own expression makes the product.
-4. The kernel scales by its `alpha` only if the proof shows that it multiplies last, as PEFT does.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
 import threading
@@ -24,13 +22,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from merge_gate.engine.tensors.buffers import Buffers
+from merge_gate.engine.tensors.threads import Buffers
 
 PROOF_ELEMENTS = 1 << 17
 """Least number of elements that a proof compares: at rank 2 another order of additions changes only some of them."""
-
-PROOF_SCALING = 0.3
-"""Not a power of two, so that a kernel that scales a factor instead of the product shows in the bits."""
 
 ALIGNMENT_BYTES = 64
 """The alignment of tensors from torch's allocator. MKL's bits depend on it for some narrow shapes."""
@@ -116,28 +111,14 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-class Proof(enum.Enum):
-    """What a product in blocks of rows has: other bits, the same bits, or the same bits even if the kernel scales."""
-
-    FAILED = enum.auto()
-    BLOCKS = enum.auto()
-    SCALED = enum.auto()
-
-
 class Delta:
     """The delta of an update, a block of rows of the stored weight at a time."""
 
     def __init__(self, update: LowRankUpdate, blocks: tuple[slice, ...], buffers: Buffers) -> None:
         self._factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
         self._scaling, self._buffers = update.scaling, buffers
-        proof = self._factors.proof(blocks, update.scaling)
-        self._alpha = update.scaling if proof is Proof.SCALED else 1.0
-        self._whole = self._factors.whole().mul_(update.scaling) if proof is Proof.FAILED else None
-
-    @property
-    def blocks_are_writable(self) -> bool:
-        """Whether the caller may write to a block. It may not if the block is a view of a whole product."""
-        return self._whole is None
+        is_proved = self._factors.proved(blocks)
+        self._whole = None if is_proved else self._factors.whole().mul_(update.scaling)
 
     def block(self, rows: slice) -> torch.Tensor:
         """These rows of PEFT's `get_delta_weight`. The next call overwrites them."""
@@ -149,13 +130,12 @@ class Delta:
     def _made(self, rows: slice) -> torch.Tensor:
         left, right = self._factors.left[rows], self._factors.right
         out = self._buffers.of_shape("delta", (left.shape[0], right.shape[1]), left.dtype, left.device)
-        multiplied(left, right, self._alpha, out)
-        return out if self._alpha == self._scaling else out.mul_(self._scaling)
+        return multiplied(left, right, out).mul_(self._scaling)
 
 
-def multiplied(left: torch.Tensor, right: torch.Tensor, alpha: float, out: torch.Tensor) -> torch.Tensor:
-    """Write alpha · left @ right to `out`. The old content does not count."""
-    return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
+def multiplied(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write left @ right to `out`."""
+    return torch.mm(left, right, out=out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +162,10 @@ class Factors:
         """PEFT's own expression."""
         return (self.right.T @ self.left.T).T if self.transposed else self.left @ self.right
 
-    def proof(self, blocks: tuple[slice, ...], scaling: float) -> Proof:
-        """Whether the product may be made in these blocks of rows, and whether the kernel may scale."""
+    def proved(self, blocks: tuple[slice, ...]) -> bool:
+        """Whether the product may be made in these blocks of rows."""
         if len(blocks) == 1:
-            return Proof.FAILED
+            return False
         with ONE_PROOF_AT_A_TIME:
             return _proved(
                 rows=self.left.shape[0],
@@ -194,7 +174,6 @@ class Factors:
                 dtype=self.left.dtype,
                 transposed=self.transposed,
                 starts=tuple(block.start for block in blocks),
-                scaling=scaling if _is_normal(scaling, self.left.dtype) else None,
                 threads=torch.get_num_threads(),
             )
 
@@ -208,13 +187,11 @@ def _proved(
     dtype: torch.dtype,
     transposed: bool,
     starts: tuple[int, ...],
-    scaling: float | None,
     threads: int,
-) -> Proof:
+) -> bool:
     """Step 3 for these shapes. The result is a property of this machine."""
     del threads  # part of the key, because the bits could depend on it
     blocks = [slice(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
-    alphas = [1.0] if scaling is None else [1.0, PROOF_SCALING, scaling]
     left_out, right_in = (columns, rows) if transposed else (rows, columns)
     generator = torch.Generator().manual_seed(0)
     for _ in range(PROOF_ELEMENTS // (rows * columns) + 1):
@@ -222,26 +199,12 @@ def _proved(
         lora_b = torch.randn(left_out, rank, generator=generator, dtype=dtype)
         factors = Factors.of(lora_a, lora_b, transposed=transposed)
         whole = factors.whole()
-        alphas = [alpha for alpha in alphas if _same(factors, blocks, whole, alpha)]
-        if 1.0 not in alphas:
-            return Proof.FAILED
-    return Proof.SCALED if scaling is not None and {PROOF_SCALING, scaling} <= set(alphas) else Proof.BLOCKS
-
-
-def _same(factors: Factors, blocks: list[slice], whole: torch.Tensor, alpha: float) -> bool:
-    """Whether the blocks, scaled by the kernel, have the bits of the whole that is scaled afterwards."""
-    for rows in blocks:
-        expected = whole[rows] * alpha
-        made = multiplied(factors.left[rows], factors.right, alpha, torch.empty(expected.shape, dtype=expected.dtype))
-        if not torch.equal(made, expected):
-            return False
+        for block in blocks:
+            if not torch.equal(
+                multiplied(factors.left[block], factors.right, torch.empty_like(whole[block])), whole[block]
+            ):
+                return False
     return True
-
-
-def _is_normal(scaling: float, dtype: torch.dtype) -> bool:
-    """Whether the kernel may get this scaling. BLAS skips a product times 0, and with it a NaN."""
-    limits = torch.finfo(dtype)
-    return limits.tiny <= abs(scaling) <= limits.max
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

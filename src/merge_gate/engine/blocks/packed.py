@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from merge_gate.engine.tensors.four_bit import LEAST_SCALE, STORED, bnb, codes, quantized
+from merge_gate.engine.tensors.quantized import LEAST_SCALE, STORED, bnb, codes, quantized
 
 NESTED_BLOCK = 256
 """Number of scales that share a scale, with double quantization (bitsandbytes/functional.py, `quantize_4bit`)."""
@@ -35,30 +35,6 @@ ENDS_AT_ONCE = 1 << 13
 
 Scales = dict[str, torch.Tensor]
 """By the suffixes in engine/tensors/quantized.py: `SCB`, `absmax`, …"""
-
-
-class Requantized(Protocol):
-    """A weight that is being quantized: `put` every row once, then `settle` the scales, then read `rows`."""
-
-    def put(self, rows: slice, values: torch.Tensor) -> None: ...
-
-    def settle(self) -> Scales: ...
-
-    def rows(self, rows: slice) -> torch.Tensor: ...
-
-
-class Extremes(Protocol):
-    """The same, but only the least and the greatest of the values that share a scale can be read."""
-
-    def of(self, values: torch.Tensor) -> torch.Tensor:
-        """(2, rows, scales per row): the least and the greatest value for each scale of these rows."""
-        ...
-
-    def put(self, rows: slice, values: torch.Tensor) -> None: ...
-
-    def settle(self) -> tuple[torch.Tensor, Scales]:
-        """(2, all rows, scales per row): the same for the quantized and dequantized values of all rows."""
-        ...
 
 
 # --- 8 bits ---------------------------------------------------------------------------------------------------------
@@ -89,24 +65,31 @@ class Int8Values:
     def sampled(self, step: int) -> Int8Values:
         return Int8Values(self._integers[::step].contiguous(), self._scales[::step].contiguous())
 
-    def requantized(self, dtype: torch.dtype) -> Requantized:
+    def requantized(self, dtype: torch.dtype) -> _Int8Again:
         del dtype  # bitsandbytes quantizes from float16 in any case
         return _Int8Again(torch.empty_like(self._integers), torch.empty_like(self._scales))
 
-    def extremes(self, dtype: torch.dtype) -> Extremes:
+    def extremes(self, dtype: torch.dtype) -> _Int8Extremes:
         del dtype
         return _Int8Extremes(self.shape[0], self.device)
 
 
 class _Int8Again(Int8Values):
+    """A weight that is being quantized: `put` every row once, then `finish` the scales, then read `rows`."""
+
     def put(self, rows: slice, values: torch.Tensor) -> None:
         self._integers[rows], self._scales[rows], _ = bnb().int8_vectorwise_quant(values.to(torch.float16))
 
-    def settle(self) -> Scales:
+    def finish(self) -> Scales:
         return {"SCB": self._scales}
 
 
 class _Int8Extremes:
+    """The same, but only the least and the greatest of the values that share a scale can be read.
+
+    `of` gives (2, rows, scales per row), and `finish` the same for the values of all rows after they were quantized.
+    """
+
     def __init__(self, rows: int, device: torch.device) -> None:
         self._ends = torch.empty(2, rows, 1, dtype=torch.float16, device=device)
 
@@ -117,7 +100,7 @@ class _Int8Extremes:
     def put(self, rows: slice, values: torch.Tensor) -> None:
         self._ends[:, rows] = self.of(values)
 
-    def settle(self) -> tuple[torch.Tensor, Scales]:
+    def finish(self) -> tuple[torch.Tensor, Scales]:
         integers, scales, _ = bnb().int8_vectorwise_quant(self._ends[:, :, 0].T.contiguous())
         return bnb().int8_vectorwise_dequant(integers, scales).T[:, :, None], {"SCB": scales}
 
@@ -133,7 +116,7 @@ class Settings:
     quant_type: str
     nested: bool
 
-    def settled(self, scales: torch.Tensor) -> tuple[torch.Tensor, Scales]:
+    def final_scales(self, scales: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """The scales for dequantizing, and the scales that are stored."""
         code = bnb().get_4bit_type(self.quant_type, device=scales.device)
         if not self.nested:
@@ -185,10 +168,10 @@ class Int4Values:
         settings = replace(self._settings, nested=False)
         return Int4Values(self._packed[::step].contiguous(), self._scales[::step].contiguous(), settings, self.dtype)
 
-    def requantized(self, dtype: torch.dtype) -> Requantized:
+    def requantized(self, dtype: torch.dtype) -> _Int4Again:
         return _Int4Again(torch.empty_like(self._packed), torch.empty_like(self._scales), self._settings, dtype)
 
-    def extremes(self, dtype: torch.dtype) -> Extremes | None:
+    def extremes(self, dtype: torch.dtype) -> _Int4Extremes | None:
         """None if this bitsandbytes does not quantize as `_quantized_ends` does."""
         proved = _ends_proved(self._settings.quant_type, self._settings.blocksize, dtype)
         return _Int4Extremes(self._scales.shape, self._settings, dtype, self.device) if proved else None
@@ -203,8 +186,8 @@ class _Int4Again(Int4Values):
             parts = packed, state.absmax
         self._packed[rows], self._scales[rows] = (part.view(len(values), -1) for part in parts)
 
-    def settle(self) -> Scales:
-        scales, kept = self._settings.settled(self._scales.flatten())
+    def finish(self) -> Scales:
+        scales, kept = self._settings.final_scales(self._scales.flatten())
         self._scales = scales.view(self._scales.shape)
         return kept
 
@@ -221,10 +204,10 @@ class _Int4Extremes:
     def put(self, rows: slice, values: torch.Tensor) -> None:
         self._ends[:, rows] = self.of(values)
 
-    def settle(self) -> tuple[torch.Tensor, Scales]:
+    def finish(self) -> tuple[torch.Tensor, Scales]:
         ends = self._ends.flatten(1)
         scales = ends.abs().amax(0)
-        used, kept = self._settings.settled(scales)
+        used, kept = self._settings.final_scales(scales)
         values = _quantized_ends(ends, scales, used, self._settings.quant_type, self._dtype)
         return values.view(self._ends.shape), kept
 

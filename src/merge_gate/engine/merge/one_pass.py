@@ -3,33 +3,35 @@
 In: `Walk`s of adapters, planned, and their bases. Out: the same walks with their planned layers measured and
 cross-checked by PEFT. A base that does not fit in memory is read from its files once for all of these adapters.
 
-1. The pass goes over tensors that adapters change or that have no figures yet, in the order of the files (stops.py).
-   Skeletons over one feed (dtypes and classes of one base) are filled together: each stored tensor is read once.
-2. On a CPU each core takes whole weights. On a card the next weight is copied while this one is merged.
-3. Everything that needs a tensor is done while it has values: its figures, its merges, and its cross-checks.
+1. The pass goes over tensors that adapters change or that have no figures yet, in the order of the files. What has to
+   have values at the same time is one `Stop`: stored tensors that several skeletons of one feed (dtypes and classes of
+   one base) are made of are read once, and shared. Tensors that are in memory come last.
+2. On a CPU each core takes whole stops. PEFT's own merges run on a thread of their own, with as many torch threads as
+   the main one has, because bits depend on that.
+3. Everything that needs a tensor is done while it has values: its figures, its merges, and its cross-checks. If a feed
+   reads them for this pass, that includes merges of layers that do not go in blocks.
 4. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. The layers
    are spread over the model.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.plan import BlockLayer, merge_in_blocks
-from merge_gate.engine.merge.sink import TensorSink
-from merge_gate.engine.merge.stops import Stop, stops_of
-from merge_gate.engine.merge.walk import Walk, peft_threads
+from merge_gate.engine.merge.plan import BlockLayer
+from merge_gate.engine.merge.walk import Walk
+from merge_gate.engine.tensors.hollow import Cell
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.measured import TensorMerge
-
-Item = tuple[Walk, BlockLayer]
+from merge_gate.sources.feed import FileSpan
 
 
 def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
@@ -39,13 +41,15 @@ def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
     """
     for together in _by_feed((*bases, *(walk.base for walk in walks))):
         ids = {id(base) for base in together}
-        _pass_over(together, [walk for walk in walks if id(walk.base) in ids])
+        _Pass(together, [walk for walk in walks if id(walk.base) in ids]).run()
 
 
 def begin_reading(bases: Iterable[Base]) -> None:
     """Let the feeds begin with what a pass will measure of these bases, while further adapters are loaded."""
     for together in _by_feed(base for base in bases if base.feed is not None):
-        _announce(together, stops_of([(base, set()) for base in together]), is_early=True)
+        spans = [span for stop in stops_of([(base, set()) for base in together]) for span in stop.spans]
+        if together[0].feed is not None and spans:
+            together[0].feed.expect(spans, whole=_is_whole(together), is_due=False)
 
 
 def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
@@ -56,116 +60,124 @@ def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
     return list(by_feed.values())
 
 
-def _announce(bases: Sequence[Base], stops: Sequence[Stop], *, is_early: bool = False) -> None:
-    feed, spans = bases[0].feed, [span for stop in stops for span in stop.spans]
-    if feed is None:
-        return
-    whole = any(base.facts.record is None for base in bases)
-    if spans or not is_early:
-        feed.expect(spans, whole=whole, is_due=not is_early)
+def _is_whole(bases: Sequence[Base]) -> bool:
+    return any(base.facts.record is None for base in bases)
 
 
-def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> TensorMerge | None:
-    walk.on_work()
-    return merge_in_blocks(walk.base, block, weight, walk.measure_options, walk.sink, once=not walk.safe_merge)
+# --- 1. ------------------------------------------------------------------------------------------------------------
 
 
-# --- 1. to 3. ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Tensors of bases over one feed that are filled together, from these `spans` of the files."""
+
+    spans: tuple[FileSpan, ...] = ()
+    parts: tuple[tuple[Base, tuple[str, ...]], ...]
 
 
-def _pass_over(bases: Sequence[Base], walks: Sequence[Walk]) -> None:
-    """Each core fills whole cells; a card takes one weight at a time."""
-    drawn = torch.get_rng_state()
-    on_cpu = bases[0].device.type == "cpu"
-    with peft_threads(1) as peft:
-        visits = _Visits(bases, walks, peft if on_cpu and bases[0].feed is not None else None)
-        stops = visits.stops(on_cpu=on_cpu)
-        _announce(bases, stops)
-        for results in spread(visits.visit, stops) if on_cpu else map(visits.visit, stops):
-            for report in results:
-                report()
-    for base in bases:
-        base.settle()
-    visits.checks.finish()
-    if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of each walk
-        torch.set_rng_state(drawn)
-        for walk in walks:
-            walk.forget_beside()
+def stops_of(touched: Sequence[tuple[Base, set[str]]]) -> list[Stop]:
+    """The stops for all tensors that adapters change, or that have no figures yet."""
+    needed = [(base, {*base.unmeasured(), *names}) for base, names in touched]
+    cells = [(base, cell) for base, names in needed if base.hollow for cell in base.hollow.cells(names)]
+    ranks = {
+        file: rank for rank, file in enumerate(dict.fromkeys(span.file for _, cell in cells for span in cell.spans))
+    }
+    together: dict[FileSpan, list[tuple[Base, Cell]]] = {}
+    for base, cell in cells:
+        joined = [(base, cell)]
+        for found in {id(one): one for span in cell.spans if (one := together.get(span)) is not None}.values():
+            joined = [*found, *joined]
+        together.update((span, joined) for _, one in joined for span in one.spans)
+
+    def place(span: FileSpan) -> tuple[int, int]:
+        return ranks[span.file], span.start
+
+    groups = {id(one): one for one in together.values()}.values()
+    in_order = sorted(groups, key=lambda group: min(place(span) for _, cell in group for span in cell.spans))
+    stops = [_stop(group, sorted(_unread(group), key=place)) for group in in_order]
+    return stops + [Stop(parts=((base, (name,)),)) for base, name in _in_memory(needed)]
 
 
-class _Visits:
-    """What is done with each tensor while it has values: figures, blocks, cross-checks, and PEFT's own merges.
+def _unread(group: Sequence[tuple[Base, Cell]]) -> set[FileSpan]:
+    return {span for base, cell in group if base.hollow and not base.hollow.is_filled(cell) for span in cell.spans}
 
-    PEFT merges on a thread of its own (`peft`), one layer at a time. Without it, the walk does that later.
-    """
 
-    def __init__(self, bases: Sequence[Base], walks: Sequence[Walk], peft: ThreadPoolExecutor | None) -> None:
-        self.checks = _CrossChecks(walks)
-        self._bases, self._peft = bases, peft
-        self._blocks: dict[tuple[int, str], list[Item]] = {}
+def _stop(group: Sequence[tuple[Base, Cell]], spans: Sequence[FileSpan]) -> Stop:
+    named = ((base, tuple(name for name in cell.outlines if name in base.tensors)) for base, cell in group)
+    return Stop(spans=tuple(spans), parts=tuple(named))  # the load may have tied a tensor away
+
+
+def _in_memory(needed: Sequence[tuple[Base, set[str]]]) -> Iterator[tuple[Base, str]]:
+    for base, names in needed:
+        hollow = {name for cell in base.hollow.cells(names) for name in cell.outlines} if base.hollow else set()
+        in_order = sorted((base.tensors[name].data_ptr(), name) for name in names - hollow)  # as in the files
+        yield from ((base, name) for _, name in in_order)
+
+
+# --- 2. and 3. -----------------------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """What is done with each tensor while it has values: figures, merges in blocks or by PEFT, and cross-checks."""
+
+    def __init__(self, bases: Sequence[Base], walks: Sequence[Walk]) -> None:
+        self._bases, self._walks, self._checks = bases, walks, _CrossChecks(walks)
+        self._blocks: dict[tuple[int, str], list[tuple[Walk, BlockLayer]]] = {}
         self._apart: dict[tuple[int, str], list[tuple[Walk, str, Any]]] = {}
-        self._sinks: dict[int, list[TensorSink]] = {}
-        self._on_card: dict[int, Iterator[torch.Tensor]] = {}
+        self._on_cpu = bases[0].device.type == "cpu"
         for walk in walks:
-            if walk.sink is not None:
-                self._sinks.setdefault(id(walk.base), []).append(walk.sink)
             for block in walk.planned:
                 self._blocks.setdefault((id(walk.base), block.slot.name), []).append((walk, block))
-            for name, layers in walk.apart().items() if peft is not None else ():
+            for name, layers in walk.apart().items() if self._on_cpu and walk.base.feed is not None else ():
                 of_name = self._apart.setdefault((id(walk.base), name), [])
                 of_name.extend((walk, path, layer) for path, layer in layers)
+        self._peft = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self._is_over = threading.Event()
 
-    def stops(self, *, on_cpu: bool) -> list[Stop]:
-        """Where the pass goes, in the order of the files. A card gets the next weight while it merges one."""
+    def run(self) -> None:
         merged = {*self._blocks, *self._apart}
-        touched = [(base, {name for key, name in merged if key == id(base)}) for base in self._bases]
-        stops = stops_of(touched)
+        stops = stops_of([(base, {name for key, name in merged if key == id(base)}) for base in self._bases])
+        feed = self._bases[0].feed
+        if feed is not None:
+            feed.expect([span for stop in stops for span in stop.spans], whole=_is_whole(self._bases))
+        with self._peft:
+            for _ in (spread if self._on_cpu else map)(self._visit, stops):
+                pass
         for base in self._bases:
-            names = (name for stop in stops for part in stop.parts if part.base is base for name in part.names)
-            if not on_cpu and base.hollow is None:
-                merged_in_blocks = (name for name in names if (id(base), name) in self._blocks)
-                self._on_card[id(base)] = base.weights.stream(merged_in_blocks)
-        return stops
+            base.settle()
+        self._checks.finish()
 
-    def visit(self, stop: Stop) -> list[Callable[[], None]]:
-        """Fill these tensors, and do all that. The results are to be reported from the thread that began the pass."""
+    def _visit(self, stop: Stop) -> None:
+        """Fill these tensors, and do all that. Several parts are filled from one read of the feed."""
         if self._is_over.is_set():
-            return []
+            return
+        feed = stop.parts[0][0].feed
+        is_shared = feed is not None and stop.spans and len(stop.parts) > 1
         try:
-            with stop.shared():
-                done = [report for part in stop.parts for report in self._visit_part(part.base, part.names)]
+            with feed.shared(stop.spans) if feed is not None and is_shared else nullcontext():
+                for base, names in stop.parts:
+                    with base.filled(names):
+                        for name in names:
+                            self._visit_tensor(base, name)
         except BaseException:
-            self._is_over.set()  # the cells that were begun ahead are of no use
+            self._is_over.set()  # the stops that were begun ahead are of no use
             raise
-        stop.reuse_figures()
-        return done
 
-    def _visit_part(self, base: Base, names: Sequence[str]) -> list[Callable[[], None]]:
-        with base.filled(names):
-            return [report for name in names for report in self._visit(base, name)]
-
-    def _visit(self, base: Base, name: str) -> Iterator[Callable[[], None]]:
-        items = self._blocks.get((id(base), name), ())
+    def _visit_tensor(self, base: Base, name: str) -> None:
         base.confirm(name)
-        for sink in self._sinks.get(id(base), ()):
-            sink.pass_by(name, base.tensors[name])
-        is_finite = base.figures(name).finite
-        weight = None
-        if items:
-            on_card = self._on_card.get(id(base))
-            weight = next(on_card) if on_card is not None else base.tensors[name].detach().to(base.device)
-        left = {id(layer): (walk, path, layer) for walk, path, layer in self._apart.get((id(base), name), ())}
-        for walk, block in items:
-            merged = _merged(walk, block, weight) if is_finite and weight is not None else None
-            if merged is not None:
-                left.pop(id(block.layer), None)
-                self.checks.check_now(walk, block, merged)
-                yield functools.partial(walk.add, block, merged)
-        for walk, path, layer in left.values():
-            made = self._peft.submit(walk.merge_beside, layer).result() if self._peft is not None else None
-            if made is not None:
-                yield functools.partial(walk.add_beside, path, layer, made)
+        for walk in self._walks:
+            if walk.sink is not None and walk.base is base:
+                walk.sink.pass_by(name, base.tensors[name])
+        blocks = self._blocks.get((id(base), name), ())
+        if base.figures(name).finite and blocks:
+            weight = base.on_device(name)
+            for walk, block in blocks:
+                merged = walk.merge_in_blocks(block, weight)
+                if merged is not None:
+                    self._checks.check_now(walk, block, merged)
+        for walk, path, layer in self._apart.get((id(base), name), ()):
+            if id(layer) not in walk.blocks:
+                self._peft.submit(walk.merge_early, path, layer).result()
 
 
 # --- 4. ------------------------------------------------------------------------------------------------------------
@@ -191,20 +203,16 @@ class _CrossChecks:
             self._check(walk, block, merged)
 
     def finish(self) -> None:
-        """Tell each walk the results."""
+        """Tell each walk the results. If PEFT has to merge the chosen layer of a kind, another one is checked."""
         for walk in self._walks:
-            self._check_other_layers(walk)
+            done = {block.kind for block in walk.planned if id(block) in self._same}
+            for block in walk.planned:
+                if block.kind not in done and id(block.layer) in walk.blocks:
+                    done.add(block.kind)
+                    self._check(walk, block, walk.blocks[id(block.layer)][1])
             for block in walk.planned:
                 if id(block) in self._same:
                     (walk.cross_checked if self._same[id(block)] else walk.differing).append(block.path)
-
-    def _check_other_layers(self, walk: Walk) -> None:
-        """The chosen layer of a kind may be one that PEFT has to merge: then another one is checked."""
-        done = {block.kind for block in walk.planned if id(block) in self._same}
-        for block in walk.planned:
-            if block.kind not in done and id(block.layer) in walk.blocks:
-                done.add(block.kind)
-                self._check(walk, block, walk.blocks[id(block.layer)][1])
 
     def _check(self, walk: Walk, block: BlockLayer, merged: TensorMerge) -> None:
         walk.on_work()

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from peft.tuners import lora
 
+from merge_gate.engine.adapter.inject import DORA
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
-from merge_gate.engine.adapter.template import DORA
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.blocks.block_merge import BlockMerge, MergedRows, merged_blocks, supports
+from merge_gate.engine.blocks.block_merge import BlockMerge, Figures, Measured, MergedRows, measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.blocks.figures import Figures, Measured, measure_merge
+from merge_gate.engine.merge.merged_tensors import ROUNDED, TensorSink, shares_storage
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
-from merge_gate.engine.merge.sink import TensorSink
-from merge_gate.engine.merge.tensor_result import ROUNDED, shares_storage
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.records.measured import MeasureOptions, TensorMerge, TensorStats
@@ -68,7 +66,7 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
         return None
     weight = slot.parameter if is_quantized(slot.parameter) else slot.data
     found = row_scales(slot.module, weight)
-    if not supports(weight, update, row_scales=found):
+    if merged_blocks(weight, update, base.buffers(), row_scales=found) is None:
         return None
     variant = type(layer.lora_variant.get(ADAPTER_NAME))
     shapes = (slot.data.shape, slot.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
@@ -128,7 +126,9 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
 
 def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
     held = one.slot.parameter if is_quantized(one.slot.parameter) else weight
-    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
+    merge = merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
+    assert merge is not None  # noqa: S101 - `_planned` has looked
+    return merge
 
 
 def merge_in_blocks(
@@ -146,7 +146,7 @@ def merge_in_blocks(
     the extremes are those of the values that the sink gets. With `once`, the sink gets what PEFT gives without
     safe_merge: W + delta is rounded once.
     """
-    one = replace(one, update=one.update.aligned())  # its factors may be those of the file (mapped_factors.py)
+    one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None

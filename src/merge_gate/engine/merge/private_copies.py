@@ -1,26 +1,24 @@
 """Private copies of the base's tensors, while PEFT merges into them.
 
 In: a tuner layer on a scratch copy, and the names of its tensors. Out: the same layer over copies, inside of a `with`
-block. A tensor that another layer still has to merge into keeps the result of the last one. Knows nothing of measuring.
+block. A tensor that another layer still has to merge into keeps the result of the last one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
-from merge_gate.engine.adapter.mapped_factors import in_memory
+from merge_gate.engine.adapter.inject import parameters_of
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Tensors
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.stored_spans import bytes_of
+from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.module_copies import wrap
 from merge_gate.engine.tensors.quantized import is_quantized
 
@@ -90,13 +88,20 @@ class Turns:
         return None if left > 0 else self._first.pop(id(slot.parameter), slot.data)
 
 
-class PrivateCopies:
-    """A tuner layer over copies of the base's tensors, on the device that computes (`with` block).
+@contextlib.contextmanager
+def private_copies(
+    layer: Any,
+    slots: list[Slot],
+    base: Base,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_marks: bool = False,
+    mapped: Collection[int] = (),
+) -> Iterator[Callable[[], None]]:
+    """A tuner layer over copies of the base's tensors, on the device that computes. Yields what makes fresh copies.
 
-    Inside of the block, hollow tensors of the base have values (hollow.py).
-
-    A quantized weight needs only a wrapper, because PEFT puts a new parameter in its place. It marks the old one,
-    though.
+    Inside of the block, hollow tensors of the base have values (hollow.py). A quantized weight needs only a wrapper,
+    because PEFT puts a new parameter in its place. It marks the old one, though.
 
     Args:
         layer: PEFT's layer.
@@ -105,90 +110,71 @@ class PrivateCopies:
         dtype: the dtype of the copies. None keeps each tensor's own.
         keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
         mapped: the ids of factors that are views of the adapter's file. Inside of the block, they are copies.
-        lends: PEFT gets hollow tensors themselves, because safe_merge copies a weight before it adds to it. A checksum
-            shows whether PEFT has written to one. For one merge; `renew` would give no fresh values.
-
-    Attributes:
-        was_written: after the block, whether PEFT has written to a tensor that was lent. It has its values again.
     """
+    found = [(slot.tensor, slot.parameter.data) for slot in slots]
+    marks = {id(inner): list(inner.merged_adapters) for inner in _tuners(layer)}
 
-    def __init__(
-        self,
-        layer: Any,
-        slots: list[Slot],
-        base: Base,
-        *,
-        dtype: torch.dtype | None = None,
-        keep_marks: bool = False,
-        mapped: Collection[int] = (),
-        lends: bool = False,
-    ) -> None:
-        self._layer, self._slots, self._device, self._dtype = layer, slots, base.device, dtype
-        self._keep_marks = keep_marks
-        self._found = [(slot.tensor, slot.parameter.data) for slot in slots]
-        self._filled = base.filled(slot.name for slot in slots)
-        self._factors = in_memory(layer, mapped)
-        self._merged = {id(inner): list(inner.merged_adapters) for inner in self._tuners()}
-        self._hollow = base.hollow if lends and dtype is None and base.device.type == "cpu" else None
-        self._checksums: dict[int, int] = {}  # of the tensors that are lent, by the position of the slot
-        self._stack = contextlib.ExitStack()
-        self.was_written = False
-
-    def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:  # in the end, or if no copy can be made, all of it is undone
-            stack.callback(self._restore_marks)
-            stack.enter_context(self._filled)
-            stack.enter_context(self._factors)
-            stack.callback(self._rewrite_lent)
-            stack.callback(self._put_back)
-            self.renew()
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Put back what hung there before."""
-        self._stack.close()
-
-    def renew(self) -> None:
+    def renew() -> None:
         """Make fresh copies and clear PEFT's marks, as before the merge."""
-        for number, slot in enumerate(self._slots):
+        for slot in slots:
             if is_quantized(slot.parameter):
                 slot.put(wrap(slot.parameter))
-            elif self._can_lend(slot.data):
-                slot.put(slot.parameter, slot.data)
-                self._checksums[number] = _checksum(slot.data)
             else:
-                slot.put(slot.parameter, slot.data.to(self._device, self._dtype, copy=True))
-        for inner in self._tuners():
+                slot.put(slot.parameter, slot.data.to(base.device, dtype, copy=True))
+        for inner in _tuners(layer):
             inner.merged_adapters.clear()
-        if self._device.type != "cpu":
-            self._layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
+        if base.device.type != "cpu":
+            layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
 
-    def _can_lend(self, data: torch.Tensor) -> bool:
-        """Whether its values can be written again. The load of the base may have changed values that stay in memory."""
-        hollow = self._hollow
-        return hollow is not None and hollow.holds(data) and not hollow.is_kept(data) and data.is_contiguous()
-
-    def _put_back(self) -> None:
-        for slot, (tensor, data) in zip(self._slots, self._found, strict=True):
-            slot.put(tensor, data)
-
-    def _rewrite_lent(self) -> None:
-        for number, expected in self._checksums.items():
-            data = self._slots[number].data
-            if self._hollow is not None and _checksum(data) != expected:
-                self.was_written = True
-                self._hollow.rewrite(data)
-
-    def _restore_marks(self) -> None:
-        if not self._keep_marks:
-            for inner in self._tuners():
-                inner.merged_adapters[:] = self._merged.get(id(inner), [])
-
-    def _tuners(self) -> list[Any]:
-        return [inner for inner in self._layer.modules() if isinstance(inner, BaseTunerLayer)]
+    with base.filled(slot.name for slot in slots), factors_in_memory(layer, mapped):
+        try:
+            renew()
+            yield renew
+        finally:
+            for slot, (tensor, data) in zip(slots, found, strict=True):
+                slot.put(tensor, data)
+            for inner in () if keep_marks else _tuners(layer):
+                inner.merged_adapters[:] = marks.get(id(inner), [])
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    """It depends on the order of the values, unlike their sum: a layer may be transposed in its place."""
-    return zlib.crc32(bytes_of(tensor))
+def _tuners(layer: Any) -> list[Any]:
+    return [inner for inner in layer.modules() if isinstance(inner, BaseTunerLayer)]
+
+
+# --- factors that share the memory of the adapter's file -----------------------------------------------------------
+#
+# Adapters that wait for a pass over the base take no memory then. PEFT loads as for any user, and load_adapter.py
+# compares the model with the file. Then a factor of the same dtype and bits is replaced by the tensor of the file,
+# which is mapped. It is not aligned as torch aligns, and bits of products may depend on that (delta.py). So every merge
+# gets copies of the factors (`factors_in_memory`, `LowRankUpdate.aligned`).
+
+
+def map_factors(model: Any, arrival: Arrival, weights: Tensors) -> frozenset[int]:
+    """Replace the factors that are in the file as they are. Returns the ids of their parameters."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    factors = {id(factor) for layer in layers for _, _, factor in parameters_of(layer)}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    mapped: set[int] = set()
+    for name, key in arrival.model_key.items():
+        factor, stored = own.get(key), weights[name]
+        if factor is None or id(factor) not in factors or factor.device.type != "cpu":
+            continue
+        if factor.stride() == stored.stride() and same_bits(factor.data, stored):
+            factor.data = stored
+            mapped.add(id(factor))
+    return frozenset(mapped)
+
+
+@contextlib.contextmanager
+def factors_in_memory(layer: Any, mapped: Collection[int]) -> Iterator[None]:
+    """Inside of the `with` block, the `mapped` factors of a layer are copies in memory."""
+    of_file: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    for _, _, factor in parameters_of(layer) if mapped else ():
+        if id(factor) in mapped:
+            of_file.append((factor, factor.data))
+            factor.data = factor.data.clone()
+    try:
+        yield
+    finally:
+        for factor, stored in of_file:
+            factor.data = stored

@@ -20,7 +20,7 @@ from peft.utils.other import transpose
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.merge.tensor_result import ROUNDING_SHARE
+from merge_gate.engine.merge.merged_tensors import ROUNDING_SHARE
 from merge_gate.engine.tensors.measure import same_values
 
 DENSE = (lora.layer.Linear, lora.layer.Embedding)

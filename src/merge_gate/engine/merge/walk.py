@@ -1,6 +1,6 @@
 """The merge of one adapter, layer by layer, inside PEFT's own walk. Each result is measured and dropped.
 
-In: a `Base` and an adapter loaded on its scratch copy. Out: a closed `Ledger`, and the layers that PEFT's safe_merge
+In: a `Base` and an adapter loaded on its scratch copy. Out: `MergedTensors`, and the layers that PEFT's safe_merge
 refused. Judges nothing.
 
 PEFT's `merge_and_unload(safe_merge=True)` runs as a user would run it, with one difference: the `merge` of every tuner
@@ -14,12 +14,10 @@ layer of the scratch copy is wrapped. The wrapper has four steps:
 4. Put the base's tensors back, so that only one layer's copies exist at a time.
 
 Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
-once. If a cross-check differs, no result of the blocks counts, and PEFT merges the whole adapter.
+once. If a cross-check differs, no result of the blocks counts, and PEFT merges the whole adapter. If a base is read for
+that pass, PEFT merges other layers then, too, as far as they share nothing with any layer.
 
-PEFT merges other layers before the walk reaches them, if they share nothing with any layer. That runs two at a time
-(steps 1 to 4), because a merge of whole tensors often keeps only one core busy.
-
-After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
+After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (merged_tensors.py).
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,16 +38,21 @@ from torch import nn
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
-from merge_gate.engine.merge import tensor_result
-from merge_gate.engine.merge.ledger import Ledger
-from merge_gate.engine.merge.plan import BlockLayer, agrees, plan_blocks
-from merge_gate.engine.merge.private_copies import Names, PrivateCopies, Slot, Turns, slots_of
+from merge_gate.engine.merge.merged_tensors import (
+    ROUNDED,
+    ROUNDING_SHARE,
+    MergedTensors,
+    Outline,
+    TensorSink,
+    is_the_bases,
+    of_tensor,
+    shares_storage,
+)
+from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
+from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
 from merge_gate.engine.merge.rounding_floor import rounding_share
-from merge_gate.engine.merge.sink import Outline, TensorSink
-from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.engine.tensors.measure import dtype_max, measure
-from merge_gate.engine.tensors.quantized import is_quantized
-from merge_gate.engine.tensors.threads import threads
+from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
 from merge_gate.errors import EngineError
 from merge_gate.records.measured import MeasureOptions, TensorMerge
 from merge_gate.records.refusals import Refused, Undecidable
@@ -58,30 +61,9 @@ from merge_gate.tensor_names import ADAPTER_PREFIX
 Progress = Callable[[int, int, str], None]
 """Called with the number of merged layers, the number of all layers, and the layer's name."""
 
-AT_A_TIME = 2
-"""Number of layers that PEFT merges at a time. Each takes several times a weight's memory."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """The result of PEFT's merge of one layer. `merges` pairs each tensor's figures with the layer, if it changed them.
-
-    `safe`: safe_merge accepted the merge. `adapted` has the base's names of the layer's tensors.
-    """
-
-    safe: bool
-    merges: tuple[tuple[TensorMerge, Any], ...] = ()
-    adapted: frozenset[str] = frozenset()
-
-
-@contextlib.contextmanager
-def peft_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for PEFT's merges: each has as many torch threads as this one, because the bits depend on that."""
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+Made = tuple[bool, list[tuple[TensorMerge, Any]]]
+"""PEFT's merge of a layer: whether safe_merge accepted it, and figures, each with the layer if that changed them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +83,7 @@ class Walk:
     in_blocks: bool = True
     sink: TensorSink | None = None
     safe_merge: bool = True
-    ledger: Ledger = field(init=False)
+    merged: MergedTensors = field(init=False)
     refused: list[str] = field(default_factory=list)
     cross_checked: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
@@ -110,15 +92,15 @@ class Walk:
     layers: list[tuple[str, Any]] = field(init=False)
     planned: list[BlockLayer] = field(default_factory=list)
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
-    _beside: dict[int, Made] = field(default_factory=dict)
-    _twins: Twins = field(default_factory=Twins)
+    _early: dict[int, Made] = field(default_factory=dict)
     _turns: Turns = field(init=False)
     _total: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: int = 0
     _depth: int = 0
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.base, sink=self.sink)
+        self.merged = MergedTensors(self.base, sink=self.sink)
 
     def plan(self) -> None:
         """Find the layers that are merged in blocks: `planned`, in the model's order."""
@@ -153,17 +135,12 @@ class Walk:
     def refuse_too_large(self, free_bytes: int) -> None:
         """Refuse to begin if PEFT's own merge of a layer does not fit in memory: each kind of layer needs one.
 
-        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice. A
-        layer that is merged in blocks has no copy of its own (`cross_check`).
+        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice.
 
         Raises:
             EngineError: it does not fit.
         """
-        in_blocks = {id(block.layer) for block in self.planned}
-        needed = (
-            (_peft_bytes(layer, self.loaded.slots, copies=1 if id(layer) in in_blocks else 2), path)
-            for path, layer in self.layers
-        )
+        needed = ((_peft_bytes(layer, self.loaded.slots), path) for path, layer in self.layers)
         most, path = max(needed, default=(0, ""))
         if most > free_bytes:
             raise EngineError(
@@ -172,24 +149,27 @@ class Walk:
                 hint="run the gate with more memory, or raise the memory limit of its container or job",
             )
 
-    def add(self, block: BlockLayer, merge: TensorMerge) -> None:
-        """A planned layer was merged in blocks and measured. Layers without this call are left to PEFT's own merge."""
-        self.blocks[id(block.layer)] = block, merge
-        self._progressed(block.path)
+    def merge_in_blocks(self, block: BlockLayer, weight: torch.Tensor) -> TensorMerge | None:
+        """Merge and measure a planned layer on any thread. If it is None, the layer is left to PEFT's own merge."""
+        self.on_work()
+        options, once = self.measure_options, not self.safe_merge
+        merge = merge_in_blocks(self.base, block, weight, options, self.sink, once=once)
+        if merge is not None:
+            self.blocks[id(block.layer)] = block, merge
+            self._progressed(block.path)
+        return merge
 
     def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
         """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
         slots = slots_of(block.layer, self.loaded.slots)
-        copies = PrivateCopies(block.layer, slots, self.base, mapped=self.loaded.mapped, lends=True)
-        with torch.no_grad(), copies:
+        with torch.no_grad(), private_copies(block.layer, slots, self.base, mapped=self.loaded.mapped):
             try:
                 block.layer.merge(safe_merge=True)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
                 return False  # PEFT gives the reason when it merges the whole adapter
-            is_same = agrees(self.base, block, merged)
-        return is_same and not copies.was_written
+            return agrees(self.base, block, merged)
 
     def finish(self) -> None:
         """PEFT's merge_and_unload with every layer's merge wrapped.
@@ -198,7 +178,6 @@ class Walk:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             Undecidable: a measurement failed, which says nothing about the adapter.
         """
-        self._merge_beside()
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
@@ -210,7 +189,7 @@ class Walk:
         finally:
             for _, layer in self.layers:
                 layer.__dict__.pop("merge", None)
-        self.ledger.close(merged)
+        self.merged.account_for(merged)
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
@@ -232,27 +211,29 @@ class Walk:
         return merge
 
     def _progressed(self, path: str) -> None:
-        self._done += 1
-        if self.progress is not None:
-            self.progress(self._done, self._total, path)
+        with self._lock:
+            self._done += 1
+            if self.progress is not None:
+                self.progress(self._done, self._total, path)
 
     # --- one layer ---
 
     def _merge_layer(self, path: str, layer: Any, by_peft: Callable[..., None]) -> None:
         if id(layer) in self.blocks:
-            self._book_block(*self.blocks[id(layer)])
+            self._enter_block(*self.blocks[id(layer)])
             return
-        made = self._beside.pop(id(layer), None)
+        made = self._early.pop(id(layer), None)
         if made is None:
             made = self._made(layer, by_peft)
             self._progressed(path)
         else:
             layer.merged_adapters.append(ADAPTER_NAME)
-        if not made.safe:
+        is_safe, merges = made
+        if not is_safe:
             self.refused.append(path)
-        for merge, changed in made.merges:
-            self.ledger.book(merge, changed)
-        self.adapted.update(made.adapted)
+        for merge, changed_by in merges:
+            self.merged.enter(merge, changed_by)
+            self.adapted.add(merge.stats.name)
         self.layers_by_peft += 1
 
     def _made(self, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Made:
@@ -260,76 +241,33 @@ class Walk:
         slots = slots_of(layer, self.loaded.slots)
         for slot in slots:
             self._turns.begin(slot)
-        before = layer.get_base_layer()
-        made = Made(safe=True)
-        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
-        with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
+        before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
+        private = private_copies(layer, slots, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
+        with private as renew, packed_sums(slots) as packed:
             for slot in slots:
                 self.base.confirm(slot.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
-            safe = self._tried(by_peft, safe_merge=self.safe_merge)  # 2.
-            if not safe or _at_the_edge(slots):
-                copies.renew()
+            is_safe = self._tried(by_peft, safe_merge=self.safe_merge)  # 2.
+            if not is_safe or _at_the_edge(slots):
+                renew()
                 packed.clear()
                 self._tried(by_peft, safe_merge=False)
             if layer.get_base_layer() is before:
-                changed = [(slot, tensor) for slot, tensor in _held(slots) if not self._is_the_bases(slot, tensor)]
-                if any(is_quantized(tensor) for _, tensor in changed):
-                    exact = exact_quantized(changed, packed)
-                else:
-                    exact = self._exact(layer, slots, changed, by_peft, deltas)
-                made = self._measured(layer, slots, changed, exact, share)  # 3.
-                self._pass_on(slots, changed)
+                merges = self._measured(layer, slots, by_peft, packed, share)  # 3.
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)  # 4.
-        return replace(made, safe=safe)
+        return is_safe, merges
 
     def apart(self) -> dict[str, list[tuple[str, Any]]]:
-        """The layers that share nothing with others, and that PEFT has to merge: by a tensor of theirs."""
-        left = [(path, layer) for path, layer in self.layers if id(layer) not in self.blocks]
-        inside = {id(inner) for _, layer in left for inner in layer.modules() if inner is not layer}
+        """The layers that share nothing with others, by a tensor of theirs."""
+        inside = {id(inner) for _, layer in self.layers for inner in layer.modules() if inner is not layer}
         found: dict[str, list[tuple[str, Any]]] = {}
-        for path, layer in left:
-            if id(layer) not in inside and id(layer) not in self._beside and self._is_apart(layer):
+        for path, layer in self.layers:
+            if id(layer) not in inside and self._is_apart(layer):
                 largest = max(slots_of(layer, self.loaded.slots), key=lambda slot: slot.data.numel())
                 found.setdefault(largest.name, []).append((path, layer))
         return found
-
-    def merge_beside(self, layer: Any) -> Made | None:
-        """PEFT's merge of a layer that is apart. None if it failed: the walk repeats it, and reports it."""
-        self.on_work()
-        try:
-            with torch.no_grad():
-                return self._made(layer, functools.partial(layer.merge, adapter_names=None), keep_marks=False)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            return None
-
-    def add_beside(self, path: str, layer: Any, made: Made) -> None:
-        """Keep the result of `merge_beside` for the walk."""
-        self._beside[id(layer)] = made
-        self._progressed(path)
-
-    def forget_beside(self) -> None:
-        """Forget these results: a merge has drawn random numbers, and has to run in the order of the walk."""
-        self._done -= len(self._beside)
-        self._beside.clear()
-
-    def _merge_beside(self) -> None:
-        """Merge layers that share nothing with others, a few at a time."""
-        apart = [one for layers in self.apart().values() for one in layers]
-        if self.base.device.type != "cpu" or threads() == 1 or len(apart) < AT_A_TIME:
-            return
-        drawn = torch.get_rng_state()
-        with peft_threads(AT_A_TIME) as pool:
-            for (path, layer), made in zip(apart, pool.map(self.merge_beside, (one for _, one in apart)), strict=True):
-                if made is not None:
-                    self.add_beside(path, layer, made)
-        if not torch.equal(drawn, torch.get_rng_state()):
-            torch.set_rng_state(drawn)
-            self.forget_beside()
 
     def _is_apart(self, layer: Any) -> bool:
         """Whether a layer merges only into tensors of the base, and no other layer uses these."""
@@ -338,11 +276,24 @@ class Walk:
             type(slot.parameter) is nn.Parameter
             and self._turns.is_alone(slot)
             and slot.name in self.base.tensors
-            and tensor_result.shares_storage(self.base.tensors[slot.name], slot.data)
+            and shares_storage(self.base.tensors[slot.name], slot.data)
             for slot in slots
         )
         tuners = [inner for inner in layer.modules() if isinstance(inner, BaseTunerLayer)]
         return bool(slots) and alone and tuners == [layer] and not list(layer.get_base_layer().children())
+
+    def merge_early(self, path: str, layer: Any) -> None:
+        """PEFT's merge of a layer that is apart, ahead of the walk. If it fails, the walk repeats and reports it."""
+        self.on_work()
+        try:
+            with torch.no_grad():
+                by_peft = functools.partial(layer.merge, adapter_names=None)
+                self._early[id(layer)] = self._made(layer, by_peft, keep_marks=False)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            return
+        self._progressed(path)
 
     def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
         """Step 4.
@@ -352,7 +303,7 @@ class Walk:
         """
         original = self._turns.end(slot)
         known = self.base.tensors.get(slot.name)
-        if original is not None and known is not None and tensor_result.shares_storage(known, original):
+        if original is not None and known is not None and shares_storage(known, original):
             slot.put(slot.parameter, original)
         else:
             slot.put(tensor, data)
@@ -372,64 +323,47 @@ class Walk:
             raise self._refused(error) from error
         return True
 
-    def _book_block(self, block: BlockLayer, merge: TensorMerge) -> None:
+    def _enter_block(self, block: BlockLayer, merge: TensorMerge) -> None:
         """Enter a layer that was merged in blocks, and mark it as merged for PEFT."""
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._turns.end(block.slot)
-        self.ledger.book(merge, block.layer)
-        self.ledger.passed_on.add(block.slot.name)
+        self.merged.enter(merge, block.layer)
+        self.merged.passed_on.add(block.slot.name)
         self.adapted.update(slot.name for slot in slots_of(block.layer, self.loaded.slots))
 
     # --- step 3 ---
 
     def _measured(
-        self,
-        layer: Any,
-        slots: list[Slot],
-        changed: list[tuple[Slot, torch.Tensor]],
-        exact: dict[str, torch.Tensor],
-        share: float,
-    ) -> Made:
-        of_bias = min(share, tensor_result.ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
-        merges = tuple(
-            (
-                tensor_result.of_tensor(
-                    self.base,
-                    slot.module,
-                    slot.name,
-                    tensor,
-                    exact.get(slot.name),
-                    rounding_share=of_bias if slot.attribute == "bias" else share,
-                ),
-                layer if any(slot is one for one, _ in changed) else None,
-            )
-            for slot, tensor in _held(slots)
-        )
-        return Made(safe=True, merges=merges, adapted=frozenset(slot.name for slot, _ in _held(slots)))
-
-    def _pass_on(self, slots: list[Slot], changed: list[tuple[Slot, torch.Tensor]]) -> None:
-        """Hand out what the layer changed, and again what a layer before it had changed."""
-        for slot, tensor in _held(slots):
-            if slot.name in self.ledger.passed_on or any(slot is one for one, _ in changed):
-                self.ledger.pass_on(slot.module, slot.name, tensor)
-
-    def _is_the_bases(self, slot: Slot, tensor: torch.Tensor) -> bool:
-        return tensor_result.is_the_bases(self.base, slot.name, tensor)
+        self, layer: Any, slots: list[Slot], by_peft: Callable[..., None], packed: list[torch.Tensor], share: float
+    ) -> list[tuple[TensorMerge, Any]]:
+        """Measure the layer's tensors. The sink gets what the layer changed, and again what one before it changed."""
+        held = [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
+        changed = [(slot, tensor) for slot, tensor in held if not is_the_bases(self.base, slot.name, tensor)]
+        if any(is_quantized(tensor) for _, tensor in changed):
+            exact = _exact_quantized(changed, packed)
+        else:
+            exact = self._exact(layer, slots, changed, by_peft)
+        of_bias = min(share, ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
+        merges: list[tuple[TensorMerge, Any]] = []
+        for slot, tensor in held:
+            is_changed = any(slot is one for one, _ in changed)
+            rounding = of_bias if slot.attribute == "bias" else share
+            values = exact.get(slot.name)
+            merge = of_tensor(self.base, slot.module, slot.name, tensor, values, rounding_share=rounding)
+            merges.append((merge, layer if is_changed else None))
+            if is_changed or slot.name in self.merged.passed_on:
+                self.merged.pass_on(slot.module, slot.name, tensor)
+        return merges
 
     def _exact(
-        self,
-        layer: Any,
-        slots: list[Slot],
-        changed: list[tuple[Slot, torch.Tensor]],
-        by_peft: Callable[..., None],
-        deltas: Deltas,
+        self, layer: Any, slots: list[Slot], changed: list[tuple[Slot, torch.Tensor]], by_peft: Callable[..., None]
     ) -> dict[str, torch.Tensor]:
         """The same merge into float32 copies: the merged tensors without the rounding of their dtype."""
-        rounded = [slot for slot, tensor in changed if tensor.dtype in tensor_result.ROUNDED]
+        rounded = [slot for slot, tensor in changed if tensor.dtype in ROUNDED]
         if not rounded:
             return {}
         try:
-            with PrivateCopies(layer, slots, self.base, dtype=torch.float32), self._twins.of(layer, deltas):
+            with private_copies(layer, slots, self.base, dtype=torch.float32):
                 by_peft(safe_merge=False)
                 return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
         except (MemoryError, torch.OutOfMemoryError):
@@ -438,20 +372,54 @@ class Walk:
             return {}  # the loss by rounding is then not reported; it is only a warning
 
 
-def _peft_bytes(layer: Any, names: Names, *, copies: int) -> int:
+@contextlib.contextmanager
+def packed_sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
+    """Yields the values that PEFT packs inside of the block, in its order: W + delta before it is quantized again.
+
+    Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), but all end with a new parameter of the
+    packed class. For one layer at a time, because the class is patched for all.
+    """
+    found: list[torch.Tensor] = []
+    packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
+    kinds = [kind for kind in packed if "__new__" in vars(kind)]
+    own = [vars(kind)["__new__"] for kind in kinds]
+
+    def made_by(make: Any) -> Any:
+        def make_and_keep(kind: Any, data: Any = None, *given: Any, **named: Any) -> Any:
+            if isinstance(data, torch.Tensor) and data.is_floating_point():
+                found.append(data)
+            return make(kind, data, *given, **named)
+
+        return staticmethod(make_and_keep)
+
+    for kind, one in zip(kinds, own, strict=True):
+        kind.__new__ = made_by(one.__func__)
+    try:
+        yield found
+    finally:
+        for kind, one in zip(kinds, own, strict=True):
+            kind.__new__ = one
+
+
+def _exact_quantized(changed: list[tuple[Slot, torch.Tensor]], found: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """W + delta before it is quantized again, by the base's name: the last of these sums, if one weight is packed."""
+    packed = [(slot, tensor) for slot, tensor in changed if is_quantized(tensor)]
+    if len(packed) != 1 or not found or found[-1].numel() != elements(packed[0][1]):
+        return {}
+    slot, tensor = packed[0]
+    return {slot.name: found[-1].float().reshape(dequantized(slot.module, tensor).shape)}
+
+
+def _peft_bytes(layer: Any, names: Names) -> int:
     slots = slots_of(layer, names)
     if any(is_quantized(slot.parameter) for slot in slots):
         return 0  # it is in memory, and its merge takes a few times as much
     factors, largest = factors_of(layer), max((slot.data.numel() for slot in slots), default=0)
     stored = max((slot.data.nbytes for slot in slots), default=0)
-    return (1 + copies) * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
-
-
-def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:
-    return [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
+    return 3 * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
 
 
 def _at_the_edge(slots: list[Slot]) -> bool:
     """Whether a merged value is the largest of a 16-bit dtype: rounded once, W + delta may then be Inf."""
-    merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in tensor_result.ROUNDED]
+    merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in ROUNDED]
     return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)

@@ -159,12 +159,6 @@ class Hollow:
             if place.kept:
                 _fill(place)
 
-    def rewrite(self, tensor: torch.Tensor) -> None:
-        """Write the values of a tensor once more: some code has written to it while it was filled."""
-        place = self._places[tensor.data_ptr()]
-        with place.lock:
-            _fill(place)
-
     def _keep(self, place: _Place) -> None:
         _fill(place)
         place.kept = self._touched = True

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -55,12 +54,8 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
         return stats
     low, high = (float(bound) for bound in torch.aminmax(values))
     if math.isfinite(low) and math.isfinite(high):
-        return _with(stats, minimum=low, maximum=high)
+        return replace(stats, minimum=low, maximum=high)
     return _count(values, stats)
-
-
-def _with(stats: TensorStats, **changes: Any) -> TensorStats:
-    return replace(stats, **changes)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +99,7 @@ def _count(values: torch.Tensor, stats: TensorStats) -> TensorStats:
         if bad < chunk.numel():
             chunk_low, chunk_high = torch.aminmax(chunk[finite] if bad else chunk)
             low, high = min(low, float(chunk_low)), max(high, float(chunk_high))
-    return _with(
+    return replace(
         stats,
         minimum=None if low > high else low,
         maximum=None if low > high else high,

@@ -1,1 +1,1 @@
-"""The table of checks, in the order of blame: `table` lists them, the other modules define them."""
+"""The checks: each is a module of its name, whose docstring is its page. `table` finds and orders them."""

@@ -1,4 +1,4 @@
-"""What a check is: a row of the table, and the functions that judge.
+"""What a check is: a row of the table, its page, and the functions that judge.
 
 In: nothing. Out: `Check`, and the two cases that its functions judge: `FileCase` before a merge and `MergeCase` after
 it. Imports no torch and opens no files.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import field, replace
 from enum import StrEnum
 
 from merge_gate.records.config import AdapterSpec, CheckSetting
@@ -38,7 +38,7 @@ class Symptom(StrEnum):
 
 @record
 class Check:
-    """One row of the table of checks. `@Check(…).on_merge` above a function makes a row of it.
+    """One row of the table of checks, in a module of its name. `@Check(…).on_merge` above a function makes a row of it.
 
     A check may have neither function: its findings come with the adapter's files or with a refusal of the engine.
 
@@ -46,12 +46,14 @@ class Check:
         id: its name in configurations and reports.
         severity: the severity of its findings if the configuration sets none.
         origin: where the cause of most of its findings lies.
+        symptom: what a user sees.
+        blame: its place in the order of blame: the check with the lowest number that fires is the cause.
+        page: the docstring of its module: one sentence that says when it fires, and its page in docs/checks as
+            Markdown. None if Python drops docstrings (-OO).
         limit: the figure above which it fires by default; None: it has none.
         limit_is_share: whether its limits are shares between 0 and 1.
-        has_error_limit: whether a configuration may set a second limit, above which its warning is an error.
-        error_limit: that limit by default; None: there is none.
-        summary: one sentence that says when it fires.
-        symptom: what a user sees.
+        error_limit: the second limit by default, above which its warning is an error; infinite: it has none until a
+            configuration sets it; None: a configuration cannot set it.
         can_be_off: whether a configuration may switch it off or lower it to a warning.
         failure: what a failure by it means.
         is_of_base: its errors are not the adapter's fault: the verdict is `error`, not `failed`.
@@ -62,14 +64,14 @@ class Check:
         of_merge: yields the findings after a merge, the ones of the files included.
     """
 
-    id: str
-    severity: Severity
-    origin: Origin
-    summary: str
-    symptom: Symptom
+    id: str = field(kw_only=False)
+    severity: Severity = field(kw_only=False)
+    origin: Origin = field(kw_only=False)
+    symptom: Symptom = field(kw_only=False)
+    blame: int
+    page: str | None
     limit: float | None = None
     limit_is_share: bool = False
-    has_error_limit: bool = False
     error_limit: float | None = None
     can_be_off: bool = True
     failure: FailureKind = FailureKind.BROKEN
@@ -78,6 +80,35 @@ class Check:
     allows_loading: bool = False
     of_files: Callable[[FileCase], Iterator[Finding]] = lambda _: iter(())
     of_merge: Callable[[MergeCase], Iterator[Finding]] = lambda _: iter(())
+
+    @property
+    def summary(self) -> str:
+        """One sentence that says when it fires."""
+        return (self.page or self.id).partition("\n")[0]
+
+    @property
+    def explanation(self) -> str:
+        """Its page without the heading."""
+        limit = "no limit" if self.limit is None else f"limit {self.limit:g}"
+        if self.error_limit is not None:
+            limit += f", `error-limit` {self.error_limit:,.0f}" if self.error_limit < math.inf else ", no `error-limit`"
+        default = f"Default `{self.severity}`, {limit}, {'can' if self.can_be_off else 'cannot'} be switched off."
+        _, _, page = (self.page or "").partition("\n")
+        return f"{default}\n{page.rstrip()}"
+
+    def limits(self, settings: Mapping[str, CheckSetting]) -> tuple[float, float]:
+        """The figure above which it fires, and the one above which its warning is an error; infinite if there is none.
+
+        A default of the second counts only above the first: a configuration that allows more means what it says.
+        """
+        setting = settings.get(self.id)
+        limit, error_limit = (setting.limit, setting.error_limit) if setting else (None, None)
+        if limit is None:
+            limit = math.inf if self.limit is None else self.limit
+        if error_limit is None:
+            default = self.error_limit or 0.0
+            error_limit = default if default > limit else math.inf
+        return limit, error_limit
 
     def on_files(self, judge: Callable[[FileCase], Iterator[Finding]]) -> Check:
         """The row of a check of files: it judges before the merge, and the same files again after it."""
@@ -97,7 +128,7 @@ class Check:
         module: str | None = None,
         tensor: str | None = None,
         stats: TensorStats | None = None,
-        measured: tuple[tuple[str, float], ...] = (),
+        **measured: float | None,
     ) -> Finding:
         """A finding of this check.
 
@@ -109,7 +140,7 @@ class Check:
             module: module of the base.
             tensor: name of the tensor.
             stats: the tensor, if the report needs its counts of NaN and infinities; replaces `tensor`.
-            measured: the figures behind the finding, by name.
+            measured: the figures behind the finding; None: there is no such figure.
         """
         finding = Finding(
             check=self.id,
@@ -119,7 +150,7 @@ class Check:
             origin=origin or self.origin,
             module=module,
             tensor=tensor,
-            measured=measured,
+            measured=tuple((name, float(figure)) for name, figure in measured.items() if figure is not None),
         )
         if stats is None:
             return finding
@@ -148,28 +179,3 @@ class MergeCase(FileCase):
 
     evidence: Evidence
     settings: Mapping[str, CheckSetting]
-
-    def limit(self, of: Check) -> float:
-        return limit(self.settings, of)
-
-    def error_limit(self, of: Check) -> float:
-        return error_limit(self.settings, of)
-
-
-def limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
-    """The figure above which a check fires; infinite if it has none."""
-    setting = settings.get(of.id)
-    chosen = setting.limit if setting is not None and setting.limit is not None else of.limit
-    return math.inf if chosen is None else chosen
-
-
-def error_limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
-    """The figure above which a warning of a check is an error; infinite if there is none.
-
-    A default counts only above the limit: a configuration that allows more than the default means what it says.
-    """
-    setting = settings.get(of.id)
-    if setting is not None and setting.error_limit is not None:
-        return setting.error_limit
-    default = math.inf if of.error_limit is None else of.error_limit
-    return default if default > limit(settings, of) else math.inf

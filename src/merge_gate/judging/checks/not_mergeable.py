@@ -1,11 +1,40 @@
-"""The check of what cannot be merged into weights, or is known to merge wrongly.
+"""The method cannot be merged into weights, or its merge is known to be wrong.
 
-In: measurements, or the facts of a refusal. Out: findings. Plain Python: no torch, no files.
+**Fires when** the adapter has no correct merge. There are four reasons:
+
+- The method has no weights to merge, such as prompt tuning.
+- PEFT refuses to merge it, or its merge is known to differ from the adapter's forward pass. [The page on
+  methods](../reference/methods.md#what-cannot-be-merged) lists all cases.
+- A targeted layer [has a forward pass of its own](../reference/methods.md#layers-with-a-forward-of-their-own), and
+  PEFT's merge does not compute the same ("conv2 is a WeightStandardizedConv2d, …").
+- The model [reads the weight of a targeted layer without calling the
+  layer](../reference/methods.md#layers-that-a-model-never-calls), and the method starts with a delta other than zero.
+  The merge would add that untrained delta. The finding is a warning, or an error if the layer can hold only initial
+  values.
+
+```text
+PROMPT_TUNING adds inputs or layers to the model at run time and has no weights to merge
+```
+
+**Why it matters.** Nothing is broken, but there is no merged model that you could release.
+
+**What to do.** Serve the adapter unmerged, and remove it from the gate. If only the quantized merge is wrong, check it
+on the unquantized base. If a layer is never called, exclude it (`exclude_modules`) and train again.
+
+**It happened.**
+
+- [peft#1030](https://github.com/huggingface/peft/issues/1030),
+  [peft#2538](https://github.com/huggingface/peft/issues/2538): prompt tuning and P-tuning ended in "no attribute
+  merge_and_unload" after the training was done.
+- [peft#1853](https://github.com/huggingface/peft/issues/1853): QLoRA on an AWQ base ended in a `NotImplementedError`
+  without a text.
+- [peft#1707](https://github.com/huggingface/peft/issues/1707): `layer_replication` merges without an error, into a
+  different model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
@@ -20,7 +49,6 @@ UNREAD_SHARE = 2.0**-8
 EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
 """Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
 
-
 WITHOUT_WEIGHTS = frozenset((
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING",
 ))  # fmt: skip
@@ -34,11 +62,12 @@ def _has_no_weights(case: FileCase) -> Iterator[Finding]:
 
 
 @Check(
-    id="not-mergeable",
-    severity=ERROR,
-    origin=Origin.CONFIG,
-    summary="The method cannot be merged into weights, or its merge is known to be wrong.",
-    symptom=Symptom.UNTRAINED_MERGE,
+    "not-mergeable",
+    ERROR,
+    Origin.CONFIG,
+    Symptom.UNTRAINED_MERGE,
+    blame=140,
+    page=__doc__,
     failure=FailureKind.NOT_MERGEABLE,
     of_files=_has_no_weights,
 ).on_merge
@@ -60,7 +89,8 @@ def not_mergeable(case: MergeCase) -> Iterator[Finding]:
         f"serve the adapter unmerged, as it was trained; or exclude {those} (exclude_modules) and train again",
         severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
         module=worst.module,
-        measured=(("layers", float(len(unread))), ("share", float(share))),  # rounded, so that all dtypes have the same
+        layers=len(unread),
+        share=float(share),  # rounded, so that all dtypes have the same
     )
 
 
@@ -71,9 +101,8 @@ def _is_proved(case: FileCase, layer: UnreadLayer) -> bool:
     return layer.never_called and layer.in_logits and layer.share > UNREAD_SHARE and not made_elsewhere
 
 
-# --- known defects ---------------------------------------------------------------------------------------------------
-
 _UNPACKED = "gate it on the unquantized base (quantization: none) and merge there"
+
 
 DEFECTS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -158,9 +187,6 @@ def other_forward(module: str, class_name: str, share: float) -> Finding:
     )
 
 
-# --- PEFT's result ---------------------------------------------------------------------------------------------------
-
-
 def layer_left_unmerged(module: str) -> Finding:
     return not_mergeable.finding(
         f"PEFT left {module} unmerged in its result",
@@ -182,9 +208,6 @@ def result_lacks_tensors(names: tuple[str, ...], in_wrapper: bool) -> Finding:
         "saved, or serve the adapter unmerged",
         origin=Origin.MERGE,
     )
-
-
-# --- a combination ---------------------------------------------------------------------------------------------------
 
 
 def setting_lost(adapter: str, setting: str) -> Finding:
@@ -222,7 +245,7 @@ def modules_left_out(adapter: str, modules: tuple[str, ...]) -> Finding:
     )
 
 
-REFUSALS: tuple[Callable[..., Finding], ...] = (
+REFUSALS = (
     known_defect, loftq_without_gpu, other_forward, layer_left_unmerged, result_lacks_tensors, setting_lost,
     tensor_unweighted, two_vocabularies, modules_left_out,
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Parts of sentences that several checks share: counts, figures, and a hint.
+"""What several checks share: parts of sentences, and which modules a change reaches.
 
-In: numbers and lists. Out: text. Knows no check.
+In: numbers, lists, and names of modules. Out: text, and names. Knows no check.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sized
 
 from merge_gate.records.files import Pattern
-from merge_gate.records.measured import TensorStats
+from merge_gate.records.measured import Evidence, TensorStats
 from merge_gate.text import counted, quoted
 
 RESTORE_CONFIG = "restore the adapter_config.json that was saved with the adapter"
+
+NAMES = 3
+"""Names of an adapter's tensors are long, and the first ones say what kind it is."""
 
 
 def describe_nonfinite(stats: TensorStats) -> str:
@@ -51,3 +54,12 @@ def are(items: Sized) -> str:
 def describe_pattern(pattern: Pattern) -> str:
     """`target_modules in adapter_config.json is "("`, cut to a readable length."""
     return f"{pattern.place} in adapter_config.json is {quoted(pattern.text, 200)}"
+
+
+def with_sharers(evidence: Evidence, modules: set[str]) -> set[str]:
+    """These modules, and those that share a tensor with one of them."""
+    return modules | {other for other, first in evidence.shared if first in modules}
+
+
+def is_inside(module: str, changed: set[str]) -> bool:
+    return module in changed or any(inner.startswith(f"{module}.") for inner in changed) or not module

@@ -1,28 +1,32 @@
 """The one table of checks, in the order of blame.
 
-In: the rows of the modules below, which are in that order, and so are the checks in each. Out: `CHECKS`. The first
-check that fires is the cause (a NaN of the base before one of the adapter before one that the merge made), so a new
-check is written at its place among the others, and nowhere else. Knows no configuration and no measurement.
+In: the modules of this folder; one that has the name of a check is that check. Out: `CHECKS`, and what makes the
+findings of refusals. The first check that fires is the cause: a NaN of the base before one of the adapter before one
+that the merge made. Knows no configuration and no measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 
-from merge_gate.judging.checks import base_checks, effect, expectations, file_checks, finite, fit, not_mergeable
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.config import CheckSetting
+from merge_gate.records.terms import Finding
 
-CHECKS: Mapping[str, Check] = MappingProxyType(
-    {
-        row.id: row
-        for module in (base_checks, file_checks, fit, not_mergeable, expectations, finite, effect)
-        for row in vars(module).values()
-        if isinstance(row, Check)
-    }
-)
+_NAMES = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "check", "phrases", "table"})
+_MODULES = [vars(import_module(f"{__package__}.{name}")) for name in _NAMES]
+_ROWS = [row for module in _MODULES for row in module.values() if isinstance(row, Check)]
+
+CHECKS: Mapping[str, Check] = MappingProxyType({row.id: row for row in sorted(_ROWS, key=lambda row: row.blame)})
 """Every check by its id."""
+
+REFUSALS: tuple[Callable[..., Finding], ...] = tuple(
+    words for module in _MODULES for words in module.get("REFUSALS", ())
+)
+"""What makes the finding of each kind of refusal that is a check's own, from its fields."""
 
 DEFAULT_SETTINGS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
 """The setting of every check that no configuration changes."""

@@ -1,7 +1,7 @@
 """The JSON of report.json, read off the records: each field's key, type, and sentence.
 
 In: records whose fields are made by `reported`, or JSON of unknown origin. Out: JSON values, records, and `declared`,
-from which schema.py makes the schema and the tables. Knows no particular record.
+from which the schema and the tables are made (tests/support/). Knows no particular record.
 """
 
 # A non-finite float is null. A tuple of pairs is an object, in which such floats are strings. A tuple of records that
@@ -15,10 +15,11 @@ from enum import Enum
 from functools import cache, partial
 from operator import attrgetter
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from merge_gate.records.terms import Severity, record
 from merge_gate.report.wording.untrusted import one_line
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import one_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Json = Any
 
 FIGURES = tuple[tuple[str, float], ...]
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_WORD_OF = {str(figure): word for word, figure in NONFINITE.items()}
 _ROW_DIGITS = 6
 _LARGEST = 1 << 1000
 """Larger than any figure, and still a float. Python's integers are unbounded, and very long ones cannot be printed."""
@@ -35,22 +37,34 @@ _SHOWN_CHARACTERS = 60
 
 
 class UnreadableError(Exception):
-    """JSON that does not fit the records. The message names the place."""
+    """JSON that does not fit the records.
+
+    `steps` lead to the wrong value, the last one first. They are put together on the way out, because a large report
+    has half a million values and rarely a wrong one. Without any, the message is a whole sentence.
+    """
+
+    def __init__(self, message: str, *steps: str) -> None:
+        super().__init__(message)
+        self.message, self.steps = message, list(steps)
+
+    def __str__(self) -> str:
+        place = "".join(reversed(self.steps)).removeprefix(".") or "the document"
+        return f"{place} {self.message}" if self.steps else self.message
 
 
 @record
 class Declared:
     """One field: its name in the record, its key in the file, its type, and its sentence.
 
-    `is_derived`: the record computes the field from its other fields.
+    `is_needed`: it has no default. `is_derived`: the record computes the field from its other fields.
     """
 
     name: str
     key: str
     kind: Any
     description: str
-    default: Any
     as_rows: bool
+    is_needed: bool
     is_derived: bool
 
     @property
@@ -69,8 +83,8 @@ def declared(cls: Any) -> tuple[Declared, ...]:
             key=field.metadata["key"] or field.name,
             kind=kinds[field.name],
             description=field.metadata["description"],
-            default=field.default,
             as_rows=field.metadata["as_rows"],
+            is_needed=field.default is MISSING,
             is_derived=not field.init,
         )
         for field in fields(cls)
@@ -137,7 +151,7 @@ def _dump_field(value: Any, field: Declared) -> Json:
         rows = [[_dump_cell(cell) for cell in cells_of(row)] for row in value]
         return {"columns": [column.key for column in columns(field.item)], "rows": rows}
     if field.kind == FIGURES:
-        return {text(name): _dump_figure(figure) for name, figure in value}
+        return {text(name): _WORD_OF.get(str(figure), figure) for name, figure in value}
     return dump(value)
 
 
@@ -147,12 +161,6 @@ def _dump_cell(value: Any) -> Json:
     return dump(value)
 
 
-def _dump_figure(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
 def text(value: str) -> str:
     """A file name may hold bytes that are not UTF-8 (surrogates in Python). Strict parsers refuse them."""
     return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -160,19 +168,26 @@ def text(value: str) -> str:
 
 # --- JSON to records -------------------------------------------------------------------------------------------------
 
-# A reader takes JSON and returns the value. Each type has one, made once. The place of a wrong value is put together
-# on the way out, because a large report has half a million values and rarely a wrong one.
 
+def load_document(kind: Any, data: bytes, version: str, tool: str) -> Any:
+    """The record of type `kind` in a document with a `schema_version` and a `tool`, as one of this version.
 
-class _WrongValueError(Exception):
-    """A value that does not fit; `steps` lead to it, the last one first."""
-
-    def __init__(self, message: str, *steps: str) -> None:
-        self.message, self.steps = message, list(steps)
-
-
-def _refuse(message: str, *steps: str) -> NoReturn:
-    raise _WrongValueError(message, *steps)
+    Raises:
+        UnreadableError: it is not strict JSON, not of this tool, of no 1.x, or does not fit.
+    """
+    try:
+        document = parse_strictly(data)
+    except InvalidJsonError as error:
+        raise UnreadableError(f"it {error}") from error
+    stated = document.get("schema_version") if isinstance(document, dict) else None
+    if isinstance(stated, str):  # anything else is refused as it is read
+        if stated.split(".")[0] != "1":
+            raise UnreadableError(f"schema_version is {one_line(stated, 20)}, expected 1.x")
+        document["schema_version"] = version
+    loaded = load(kind, document, "")
+    if loaded.tool.name != tool:
+        raise UnreadableError(f"tool.name is {one_line(loaded.tool.name, 20)}, expected {tool}")
+    return loaded
 
 
 def load(kind: Any, value: Json, place: str) -> Any:
@@ -184,23 +199,24 @@ def load(kind: Any, value: Json, place: str) -> Any:
     Raises:
         UnreadableError: the JSON does not fit. The message names `place` and the way from there.
     """
+    return _at(place, _reader(kind), value)
+
+
+def _at(step: str, read: Callable[[Json], Any], value: Json) -> Any:
     try:
-        return _reader(kind)(value)
-    except _WrongValueError as wrong:
-        where = (place + "".join(reversed(wrong.steps))).removeprefix("." if not place else "")
-        raise UnreadableError(f"{where or 'the document'} {wrong.message}") from None
+        return read(value)
+    except UnreadableError as wrong:
+        wrong.steps.append(step)
+        raise
 
 
 @cache
 def _reader(kind: Any) -> Callable[[Json], Any]:
+    """Takes JSON, and returns the value. Each type has one."""
     inner, may_be_null = optional(kind)
-    read = _reader_of(inner)
-    if not may_be_null:
-        return read
-    return lambda value: None if value is None else read(value)
-
-
-def _reader_of(kind: Any) -> Callable[[Json], Any]:
+    if may_be_null:
+        read = _reader(inner)
+        return lambda value: None if value is None else read(value)
     if kind in _PLAIN:
         return partial(_read_plain, kind)
     if is_record(kind):
@@ -212,88 +228,73 @@ def _reader_of(kind: Any) -> Callable[[Json], Any]:
     return partial(_read_word, kind)
 
 
-def _at(step: str, read: Callable[[Json], Any], value: Json) -> Any:
-    try:
-        return read(value)
-    except _WrongValueError as wrong:
-        wrong.steps.append(step)
-        raise
-
-
-@cache
-def _record_reader(cls: Any, *, in_row: bool = False) -> Callable[[Json], Any]:
-    """Reads a record from an object, or from a row's cells by column. A record inside a row shares the row's cells."""
+def _record_reader(cls: Any) -> Callable[[Json], Any]:
     derived = tuple(field for field in declared(cls) if field.is_derived)
     readers = tuple(
-        (field.name, field.key, f".{field.key}", reader, in_row and is_record(field.kind), field.default is MISSING)
+        (
+            field.name,
+            field.key,
+            f".{field.key}",
+            partial(_read_table, field.item) if field.as_rows else _reader(field.kind),
+            field.is_needed,
+        )
         for field in declared(cls)
-        for reader in [_field_reader(field, in_row=in_row)]
     )
 
     def read(value: Json) -> Any:
-        _expect(value, dict, "an object")
+        _read_plain(dict, value)
         loaded, step = {}, ""
         try:
-            for name, key, step, read, is_inside, is_needed in readers:  # noqa: B007
-                if is_inside:
-                    loaded[name] = read(value)
-                elif key in value:
-                    loaded[name] = read(value[key])
+            for name, key, step, read_field, is_needed in readers:  # noqa: B007
+                if key in value:
+                    loaded[name] = read_field(value[key])
                 elif is_needed:
-                    _refuse("is missing")
-        except _WrongValueError as wrong:
+                    raise UnreadableError("is missing")  # noqa: TRY301 - at this step
+        except UnreadableError as wrong:
             wrong.steps.append(step)
             raise
-        return _made(cls, loaded, derived) if derived else cls(**loaded)
+        stated = [(field, loaded.pop(field.name)) for field in derived if field.name in loaded]
+        made = cls(**loaded)
+        for field, figure in stated:
+            if getattr(made, field.name) != figure:
+                raise UnreadableError("does not follow from the rest of the report", f".{field.key}")
+        return made
 
     return read
 
 
-def _field_reader(field: Declared, *, in_row: bool) -> Callable[[Json], Any]:
-    if field.as_rows:
-        return partial(_read_table, field.item)
-    return _record_reader(field.kind, in_row=True) if in_row and is_record(field.kind) else _reader(field.kind)
-
-
-def _made(cls: Any, loaded: dict[str, Any], derived: tuple[Declared, ...]) -> Any:
-    """The record; what the file states of its derived fields must follow from the others."""
-    stated = [(field, loaded.pop(field.name)) for field in derived if field.name in loaded]
-    made = cls(**loaded)
-    for field, value in stated:
-        if getattr(made, field.name) != value:
-            _refuse("does not follow from the rest of the report", f".{field.key}")
-    return made
-
-
 def _read_tuple(read: Callable[[Json], Any], value: Json) -> tuple[Any, ...]:
-    _expect(value, list, "an array")
+    _read_plain(list, value)
     loaded: list[Any] = []
     try:
         for item in value:
             loaded.append(read(item))  # noqa: PERF401 - their number is the place of a wrong item
-    except _WrongValueError as wrong:
+    except UnreadableError as wrong:
         wrong.steps.append(f"[{len(loaded)}]")
         raise
     return tuple(loaded)
 
 
 def _read_table(cls: Any, value: Json) -> tuple[Any, ...]:
-    _expect(value, dict, "an object")
+    """Records from rows. A record inside of a row shares the row's cells."""
+    _read_plain(dict, value)
     keys = _at(".columns", _reader(tuple[str, ...]), value.get("columns"))
-    read = _record_reader(cls, in_row=True)
+    inside = [field.key for field in declared(cls) if is_record(field.kind)]
+    read_record = _reader(cls)
 
     def read_row(row: Json) -> Any:
-        _expect(row, list, "an array")
-        if len(row) != len(keys):
-            _refuse(f"has {len(row)} cells, expected one for each of {len(keys)} columns")
-        return read(dict(zip(keys, row, strict=True)))
+        if len(_read_plain(list, row)) != len(keys):
+            raise UnreadableError(f"has {len(row)} cells, expected one for each of {len(keys)} columns")
+        cells = dict(zip(keys, row, strict=True))
+        for key in inside:
+            cells[key] = cells
+        return read_record(cells)
 
     return _at(".rows", partial(_read_tuple, read_row), value.get("rows"))  # type: ignore[no-any-return]
 
 
 def _read_figures(value: Json) -> tuple[tuple[str, float], ...]:
-    _expect(value, dict, "an object")
-    return tuple((name, _at(f".{name}", _read_figure, figure)) for name, figure in value.items())
+    return tuple((name, _at(f".{name}", _read_figure, figure)) for name, figure in _read_plain(dict, value).items())
 
 
 def _read_figure(value: Json) -> float:
@@ -305,11 +306,18 @@ def _read_figure(value: Json) -> float:
 def _read_word(kind: type[Enum], value: Json) -> Enum:
     expected = words(kind)
     if not isinstance(value, str) or value not in expected:
-        _refuse(f"is {_shown(value)}, expected {one_of(expected)}")
+        raise UnreadableError(f"is {_shown(value)}, expected {one_of(expected)}")
     return kind(value)
 
 
-_PLAIN = {str: "a text", bool: "true or false", int: "a number that is whole and not negative", float: "a number"}
+_PLAIN = {
+    str: "a text",
+    bool: "true or false",
+    int: "a number that is whole and not negative",
+    float: "a number",
+    dict: "an object",
+    list: "an array",
+}
 
 
 def _read_plain(kind: Any, value: Json) -> Any:
@@ -319,15 +327,8 @@ def _read_plain(kind: Any, value: Json) -> Any:
         return math.nan
     if kind is float and type(value) is int and -_LARGEST < value < _LARGEST:
         return value
-    _refuse(f"is {_shown(value)}, expected {_PLAIN[kind]}")
-
-
-def _expect(value: Json, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        _refuse(f"is {_shown(value)}, expected {name}")
+    raise UnreadableError(f"is {_shown(value)}, expected {_PLAIN[kind]}")
 
 
 def _shown(value: Json) -> str:
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "an array"
-    return one_line(repr(value), _SHOWN_CHARACTERS)
+    return _PLAIN[type(value)] if isinstance(value, dict | list) else one_line(repr(value), _SHOWN_CHARACTERS)

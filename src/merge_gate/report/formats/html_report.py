@@ -6,7 +6,6 @@ tag can end.
 
 1. All text is in the page itself, so that people can search, print, and read it without a script.
 2. page/report.js draws an adapter's map when it is opened, from figures of three digits.
-3. The row of an adapter that was in the previous report is reused.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import shlex
 from collections import Counter
 from functools import cache
 from importlib import resources
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,21 +26,16 @@ from markupsafe import Markup, escape
 
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.records.terms import FailureKind
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
-from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.alike import earlier_entries
-from merge_gate.report.wording.chain import chain
-from merge_gate.report.wording.explanations import explanations
+from merge_gate.records.terms import FailureKind, Origin, Severity
+from merge_gate.report.wording import explanations, run_result, words
+from merge_gate.report.wording.alike import earlier_entries, more_findings
 from merge_gate.report.wording.grid import State, blocks, count_states, states
-from merge_gate.report.wording.more_findings import more_findings
-from merge_gate.report.wording.published import published_rows
 from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import has_hidden
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from jinja2 import Template
 
@@ -59,40 +52,26 @@ _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: 
 _MAX_PLACES = 20
 _MAX_CAUSES = 12
 _MAX_ADDRESS = 80
-_COMMIT_DIGITS = 12
 _NOT_IN_ADDRESS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
-    """Return the HTML of report.html. `rendered` holds the rows of the run's last report, which this one reuses."""
+def render(report: Report) -> str:
+    """Return the HTML of report.html."""
     layouts = _Layouts()
     adapters = run_result.worst_first(run_result.adapters_of(report))
-    page, _ = _templates()
-    return page.render(
+    return _template().render(
         report=report,
         style=_part("report.css"),
         script=_part("report.js"),
         policy=_policy(),
-        about=_about(report),
         counts=_counts(adapters),
         causes=_causes(adapters),
-        rows=_rows(report, adapters, layouts, rendered or RenderedAdapters()),
-        published=published_rows(report),
+        rows=_rows(adapters, layouts, "" if report.is_comparison else report.config.path),
+        published=words.published(report),
         bases=_bases(report.bases),
-        meanings=meanings(_checks(report)),
+        explained=_explained(report),
         layouts=_data(layouts.known),
     )
-
-
-def _about(report: Report) -> list[dict[str, Any]]:
-    """What the head says of the run, after the product: the date, the configuration, and the commit."""
-    config = report.config
-    parts = [
-        ("", config.read_at, False),
-        ("", config.path, True),
-        ("commit", config.commit and config.commit[:_COMMIT_DIGITS], True),
-    ]
-    return [{"label": label, "text": text, "is_code": is_code} for label, text, is_code in parts if text]
 
 
 def _counts(adapters: list[Adapter]) -> list[dict[str, Any]]:
@@ -124,10 +103,12 @@ def _bases(bases: tuple[BaseReport, ...]) -> list[list[BaseReport]]:
     return [*words.by(bases, lambda base: (base.model, base.revision, base.parameters, base.sha256)).values()]
 
 
-def _checks(report: Report) -> list[str]:
+def _explained(report: Report) -> list[str]:
+    """The checks of the report that have an explanation."""
     findings = [finding for adapter in report.adapters for finding in adapter.findings]
     findings += [finding for base in report.bases for finding in base.findings]
-    return list(dict.fromkeys(finding.check for finding in findings))
+    known = explanations.explanations()
+    return list(dict.fromkeys(finding.check for finding in findings if finding.check in known))
 
 
 _IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
@@ -135,7 +116,7 @@ _IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
 
 
 @cache
-def _templates() -> tuple[Template, Template]:
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("merge_gate.report.formats", "page"),
         autoescape=True,
@@ -144,11 +125,12 @@ def _templates() -> tuple[Template, Template]:
         lstrip_blocks=True,
         finalize=_visible,
     )
-    environment.globals |= {"words": words, "run_result": run_result}
+    environment.globals |= {"words": words, "run_result": run_result, "explanations": explanations}
     environment.filters["number"] = "{:,}".format
     environment.filters["spaced"] = _spaced
     environment.filters["breakable"] = _breakable
-    return environment.get_template("report.html"), environment.get_template("row.html")
+    environment.filters["inline"] = _inline
+    return environment.get_template("report.html")
 
 
 def _visible(value: Any) -> Any:
@@ -193,37 +175,27 @@ def _policy() -> str:
 # --- the row of an adapter -----------------------------------------------------------------------------------------
 
 
-def _rows(
-    report: Report, adapters: list[Adapter], layouts: _Layouts, rendered: RenderedAdapters
-) -> list[dict[str, Any]]:
+def _rows(adapters: list[Adapter], layouts: _Layouts, config_path: str) -> list[dict[str, Any]]:
     """The rows. A finding that another dtype of the adapter shows already is folded."""
-    entries = [entry for adapter in adapters for entry in adapter.entries]
-    before = earlier_entries(entries)
-    starts = accumulate((len(adapter.entries) for adapter in adapters), initial=0)
-    texts = rendered.texts(
-        _row,
-        [adapter.entries[0] for adapter in adapters],
-        [adapter.entries for adapter in adapters],
-        [tuple(layouts.number_of(entry) for entry in adapter.entries) for adapter in adapters],
-        [
-            tuple(
-                {finding: words.precision(earlier.base) for finding, earlier in before.get(start + place, {}).items()}
-                for place in range(len(adapter.entries))
-            )
-            for adapter, start in zip(adapters, starts, strict=False)
-        ],
-        ["" if report.is_comparison else report.config.path] * len(adapters),
-    )
-    ids = _ids(adapters)
     return [
         {
             "id": address,
             "state": str(adapter.state),
-            "causes": " ".join(adapter.causes),
             "also": " ".join(["error"] * adapter.is_undecided + ["warned"] * bool(adapter.warnings)),
-            "text": Markup(text),  # noqa: S704 - made below
+            "first": adapter.entries[0],
+            "entries": [
+                _entry(entry, layouts.number_of(entry), before)
+                for entry, before in zip(adapter.entries, earlier_entries(adapter.entries), strict=True)
+            ],
+            "causes": _causes_of(adapter.entries),
+            "accepted": next((mark for entry in adapter.entries if (mark := words.acceptance(entry))), ""),
+            "warnings": sorted({finding.check for _, finding in adapter.warnings}),
+            "answers": words.answers(adapter.entries[0]),
+            "seconds": sum(entry.seconds for entry in adapter.entries if math.isfinite(entry.seconds)),
+            "is_direct": config_path in {"", COMMAND_LINE},
+            "command": repeat_command(adapter.entries, config_path),
         }
-        for adapter, address, text in zip(adapters, ids, texts, strict=True)
+        for adapter, address in zip(adapters, _ids(adapters), strict=True)
     ]
 
 
@@ -235,30 +207,6 @@ def _ids(adapters: list[Adapter]) -> list[str]:
         address = f"adapter-{name or number}"
         taken[f"{address}--{number}" if address in taken else address] = None
     return list(taken)
-
-
-def _row(
-    first: AdapterReport,
-    entries: tuple[AdapterReport, ...],
-    layouts: tuple[int | None, ...],
-    before: tuple[Mapping[Finding, str], ...],
-    config_path: str,
-) -> str:
-    """Render the row of an adapter, whose worst entry is the first. `before` maps findings to an earlier dtype."""
-    _, template = _templates()
-    return template.render(
-        first=first,
-        entries=[_entry(*parts) for parts in zip(entries, layouts, before, strict=True)],
-        causes=_causes_of(entries),
-        accepted=next((mark for entry in entries if (mark := words.acceptance(entry))), ""),
-        warnings=sorted({finding.check for entry in entries for finding in words.warnings(entry)}),
-        answers=words.answers(first),
-        is_comparison=not config_path,
-        seconds=sum(entry.seconds for entry in entries if math.isfinite(entry.seconds)),
-        config_path=config_path,
-        is_direct=config_path in {"", COMMAND_LINE},
-        command=repeat_command(entries, config_path),
-    )
 
 
 def _causes_of(entries: tuple[AdapterReport, ...]) -> list[dict[str, str]]:
@@ -273,32 +221,90 @@ def _causes_of(entries: tuple[AdapterReport, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def _entry(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str]) -> dict[str, Any]:
+def _entry(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, AdapterReport]) -> dict[str, Any]:
     decided = words.deciding(adapter)
     findings = ([decided] if decided else []) + words.others(adapter)
     return {
         "adapter": adapter,
         "chain": chain(adapter),
-        "findings": [_group(group) | {"before": before.get(group[0], "")} for group in words.kinds(findings)],
+        "findings": [_group(group, before.get(group[0])) for group in words.kinds(findings)],
         "states": count_states(adapter.tensors),
         "map": _data(_map(adapter, layout)) if layout is not None else None,
     }
 
 
-def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
+def _group(group: tuple[Finding, ...], before: AdapterReport | None) -> dict[str, Any]:
+    """A kind of finding; `before` is an earlier entry that has it too."""
     first, *more = group
     return {
         "finding": first,
-        "level": words.level(first),
-        "place": words.place(first),
-        "values": words.values(first),
-        "origin": words.origin(first),
-        "has_meaning": first.check in explanations(),
+        "before": words.precision(before.base) if before else "",
         "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
         "omitted": max(len(more) - _MAX_PLACES, 0),
         "count": len(more),
         "rest": more_findings(more),
     }
+
+
+# --- the chain of causes ---------------------------------------------------------------------------------------------
+
+_STAGES = {
+    "base": {Origin.BASE},
+    "adapter": {Origin.FILE, Origin.CONFIG, Origin.ADAPTER},
+    "merge": {Origin.MERGE},
+}
+
+_Stage = tuple[str, str, str]
+"""Its name, its outcome (`sound`, `warned`, `broken`, `follows` or `unknown`), and a few words."""
+
+
+def chain(adapter: AdapterReport) -> list[_Stage]:
+    """Return the stages: base → adapter → merge → dtype, and → model if a finished model was compared."""
+    tensors, modules = adapter.coverage.adapter_tensors, adapter.coverage.modules_merged
+    stages = [
+        _stage("base", adapter, "finite" if modules else ""),
+        _stage("adapter", adapter, words.counted(tensors, "tensor") if tensors else ""),
+        _stage("merge", adapter, words.counted(modules, "module") if modules else ""),
+        _dtype(adapter),
+    ]
+    if answers := [finding for finding in adapter.findings if finding.origin is Origin.MODEL]:
+        errors = [finding for finding in answers if finding.severity is Severity.ERROR]
+        stages.append(("model", "broken" if errors else "sound", _checks_of(errors or answers)))
+    broken = [number for number, (_, outcome, _) in enumerate(stages) if outcome == "broken"]
+    behind = broken[0] + 1 if broken else len(stages)
+    return [*stages[:behind], *map(_behind_broken, stages[behind:])]
+
+
+def _behind_broken(stage: _Stage) -> _Stage:
+    """A stage behind the first broken one. An adapter can be sound on a broken base; a merge with it cannot."""
+    name, outcome, summary = stage
+    if outcome == "broken":
+        return name, "follows", summary
+    return name, "unknown" if outcome == "sound" and name != "adapter" else outcome, summary
+
+
+def _stage(name: str, adapter: AdapterReport, sound: str) -> _Stage:
+    findings = [finding for finding in adapter.findings if finding.origin in _STAGES[name]]
+    for severity, outcome in ((Severity.ERROR, "broken"), (Severity.WARNING, "warned")):
+        if having := [finding for finding in findings if finding.severity is severity]:
+            return name, outcome, _checks_of(having)
+    return name, "sound" if sound else "unknown", sound or "not judged"
+
+
+def _dtype(adapter: AdapterReport) -> _Stage:
+    name = words.precision(adapter.base)
+    counts = count_states(adapter.tensors)
+    if not counts:
+        return name, "unknown", "nothing was merged"
+    broken = [f"{state} in {number}" for state, number in counts if state in {State.NAN, State.INF}]
+    total = words.counted(len(adapter.tensors), "tensor")
+    if broken:
+        return name, "broken", f"{', '.join(broken)} of {total}"
+    return name, "sound", f"{total} merged, all finite"
+
+
+def _checks_of(findings: list[Finding]) -> str:
+    return ", ".join(dict.fromkeys(_name(finding.check) for finding in findings))
 
 
 # --- the maps ------------------------------------------------------------------------------------------------------
@@ -403,27 +409,6 @@ def _short(value: float | None) -> float | None:
 _LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _CODE = re.compile(r"`([^`]+)`")
-
-
-def meanings(checks: Iterable[str]) -> list[tuple[str, Markup]]:
-    """The explanation of each check that has one, as HTML."""
-    return [(check, _meaning(check)) for check in checks if check in explanations()]
-
-
-@cache
-def _meaning(check: str) -> Markup:
-    blocks = re.split(r"\n\n+", explanations()[check])
-    return Markup("\n").join(_block(block) for block in blocks)
-
-
-def _block(block: str) -> Markup:
-    if block.startswith("```"):
-        return Markup("<pre>{}</pre>").format("\n".join(block.splitlines()[1:-1]))
-    paragraph, *items = re.split(r"(?:^|\n)- ", block)
-    listed = Markup("").join(Markup("<li>{}</li>").format(_inline(item)) for item in items)
-    return (Markup("<p>{}</p>").format(_inline(paragraph)) if paragraph else Markup("")) + (
-        Markup("<ul>{}</ul>").format(listed) if items else Markup("")
-    )
 
 
 def _inline(text: str) -> Markup:

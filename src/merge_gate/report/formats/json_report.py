@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
 from merge_gate.judging.verdict import with_decision
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
 from merge_gate.records.terms import Verdict
-from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load
-from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load_document
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import is_hidden
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 # Escaped although JSON does not ask for it: characters that hide or reorder text in a terminal, and the one sequence
 # that a GitHub runner obeys anywhere in a log line. So `cat report.json` in a job is harmless; parsers see no change.
@@ -28,6 +30,19 @@ _MAYBE_UNSAFE = re.compile(r"[^\n -~]|#(?=\[)")
 _NO_ROWS = '\n    "rows": []'
 _NO_ADAPTERS, _ADAPTERS = '\n  "adapters": []', '\n  "adapters": [\n    '
 _ROW = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+
+
+class RenderedAdapters:
+    """The texts of the adapters of the last report.json, so that the next report of the run can reuse them."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[AdapterReport, str]] = {}
+
+    def texts(self, make: Callable[[AdapterReport], str], adapters: Iterable[AdapterReport]) -> list[str]:
+        """Return `make(adapter)` for each adapter. If the last report had the same object, its text is reused."""
+        entries = [self._last.get(id(adapter)) or (adapter, make(adapter)) for adapter in adapters]
+        self._last = {id(adapter): (adapter, text) for adapter, text in entries}
+        return [text for _, text in entries]
 
 
 def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
@@ -77,31 +92,17 @@ def read(data: bytes, name: str) -> Report:
         UsageError: it is no report of version 1, or contradicts itself.
     """
     try:
-        report: Report = load(Report, _of_this_version(parse_strictly(data)), "")
+        report: Report = load_document(Report, data, SCHEMA_VERSION, TOOL)
         _refuse_contradictions(report)
-    except (InvalidJsonError, UnreadableError) as error:
-        what = f"it {error}" if isinstance(error, InvalidJsonError) else error
+    except UnreadableError as error:
         raise UsageError(
-            f"{one_line(name)} is not a report of merge-gate: {what}",
+            f"{one_line(name)} is not a report of merge-gate: {error}",
             hint="expected the report.json of a run, as `merge-gate schema report` describes it",
         ) from error
     return replace(report, adapters=tuple(map(with_decision, report.adapters)))
 
 
-def _of_this_version(document: Json) -> Json:
-    """The document of any 1.x as one of this version."""
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if not isinstance(version, str):
-        return document  # it is refused as it is read
-    if version.split(".")[0] != "1":
-        raise UnreadableError(f"schema_version is {one_line(version, 20)}, expected 1.x")
-    return document | {"schema_version": SCHEMA_VERSION}
-
-
 def _refuse_contradictions(report: Report) -> None:
-    """Refuse what a run cannot have written. `load` has compared the result and the counts with the verdicts."""
-    if report.tool.name != TOOL:
-        raise UnreadableError(f"tool.name is {one_line(report.tool.name, 20)}, expected {TOOL}")
     for index, adapter in enumerate(report.adapters):
         if adapter.verdict is Verdict.PASSED and adapter.cause is not None:
-            raise UnreadableError(f"adapters[{index}] passed and has a cause")
+            raise UnreadableError("passed and has a cause", f"adapters[{index}]")

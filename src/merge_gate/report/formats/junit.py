@@ -16,8 +16,7 @@ from xml.etree import ElementTree as ET
 from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import FailureKind, Verdict
 from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.alike import earlier_entries
-from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.alike import earlier_entries, more_findings
 from merge_gate.report.wording.untrusted import one_line, safe_text
 
 if TYPE_CHECKING:
@@ -41,9 +40,8 @@ def render(report: Report) -> str:
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
             ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
-        before = earlier_entries(adapters)
-        for place, adapter in enumerate(adapters):
-            _case(suite, name, adapter, before.get(place, {}))
+        for adapter, before in zip(adapters, earlier_entries(adapters), strict=True):
+            _case(suite, name, adapter, before)
     if no_verdict or not report.adapters:
         suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), *own)})
         case = ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0")

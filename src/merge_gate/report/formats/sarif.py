@@ -17,15 +17,14 @@ from urllib.parse import quote
 
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING, FindingKind
-from merge_gate.judging.pages import page_of
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.project import PROJECT_URL
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.alike import unique_findings
-from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.alike import more_findings, unique_findings
+from merge_gate.report.wording.explanations import page_of
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, unique_findings
+from merge_gate.report.wording.alike import by_adapter, marks_of, more_findings, paragraphs, unique_findings
 from merge_gate.report.wording.grid import Block, State, blocks, states
 from merge_gate.report.wording.markdown import code, plain, prose
-from merge_gate.report.wording.more_findings import more_findings
-from merge_gate.report.wording.published import published_rows
 from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.text import listing
 
@@ -94,14 +92,14 @@ def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES, *
 
 def _published(report: Report) -> list[str]:
     """The models that the run published. merge-gate.json has the digests of all other files."""
-    models = published_rows(report)
+    models = words.published(report)
     if not models:
         return []
     head = "| published model | adapter | dtype | size | sha256 of merge-gate.json |\n|---|---|---|---|---|"
     rows = (
-        f"| {code(one.directory, 160)} | {code(one.name, 80)} | {code(one.dtype, 40)} | {plain(one.size)} "
-        f"| {code(one.sha256, 80)} |"
-        for one in models
+        f"| {code(model.directory, 160)} | {code(name, 80)} | {code(model.dtype, 40)} "
+        f"| {plain(words.published_size(model))} | {code(words.manifest_sha256(model), 80)} |"
+        for name, model in models
     )
     shown, left = _fit(rows, len(models), _PUBLISHED_BYTES)
     table = "\n".join([head, *shown])

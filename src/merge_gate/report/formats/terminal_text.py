@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.alike import marks_of, paragraphs, unique_findings
+from merge_gate.report.wording.alike import marks_of, more_findings, paragraphs, unique_findings
 from merge_gate.report.wording.columns import cells, cut, cut_front, fit, pad, wrap
-from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.text import listing
 

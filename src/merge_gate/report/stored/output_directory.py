@@ -10,7 +10,7 @@ import errno
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from merge_gate.claimed_directory import claimed_directory
 from merge_gate.earlier_reports import EarlierReports, mark_stale
@@ -106,19 +106,12 @@ def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str
                 )
 
 
-class StoredResult(NamedTuple):
-    """The result of a run in its report.json."""
-
-    complete: bool
-    result: Result
-
-
-def stored_result(directory: str | Path) -> StoredResult | None:
-    """The result in the report in `directory`; None if there is no readable report, or a stale one."""
+def stored_result(directory: str | Path) -> tuple[bool, Result] | None:
+    """Whether the report in `directory` is complete, and its result; None if no report is readable, or it is stale."""
     try:
         row = OUTPUT_FILES[0]
         document = parse_strictly(read_regular_file(Path(directory, row.name), row.limit_bytes))
-        stored = StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
+        stored = document["complete"] is True, Result(document["result"])
         return None if document.get("stale") else stored
     except (OSError, InvalidJsonError, ValueError, KeyError, TypeError):
         return None

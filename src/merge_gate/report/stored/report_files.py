@@ -1,37 +1,38 @@
 """Writes reports to disk: one file per format, each whole or not at all. Only this module writes reports.
 
-Also reads a report.json of unknown origin. Raises `UsageError` if the directory cannot be used, and `GateError` if the
-disk fails.
+Also reads a report.json of unknown origin, and writes the copies of a report outside of the output directory. Raises
+`UsageError` if the directory cannot be used, and `GateError` if the disk fails.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from merge_gate.earlier_reports import refuse_foreign
+from merge_gate.earlier_reports import holds_run, is_own, kind_of, refuse_foreign
+from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.regular_file import read_all
 from merge_gate.report.formats import json_report
 from merge_gate.report.stored.output_directory import explained, make_directory
+from merge_gate.text import quoted
 from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from io import BufferedReader
 
     from merge_gate.records.report import Report
-    from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+    from merge_gate.report.formats.json_report import RenderedAdapters
 
 FORMATS: Mapping[str, Callable[..., str]] = MappingProxyType(
     {file.name: import_module(f"merge_gate.report.formats.{file.made_by}").render for file in OUTPUT_FILES}
 )
 """File name and renderer of each format. The most important file is first."""
-
-REUSING_FORMATS = ("report.json", "report.html")
-"""The formats whose renderer can reuse the texts of adapters, as its argument `rendered`."""
 
 WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES})
 """The words of `--report` and `merge-gate report show --format`, each with the name of its file."""
@@ -42,17 +43,20 @@ def write_report(
     directory: str | Path,
     *,
     formats: Iterable[str] = tuple(FORMATS),
-    rendered: Mapping[str, RenderedAdapters] = MappingProxyType({}),
+    rendered: RenderedAdapters | None = None,
 ) -> tuple[Path, ...]:
     """Write `formats` into `directory`, which is created if it is missing, and return the files' paths.
 
-    `rendered` holds the texts of the run's last report for the `REUSING_FORMATS`. A reader sees the old file or the new
-    file, never a part. If a renderer raises, its old file and all files written before it stay.
+    `rendered` holds the texts of the run's last report.json. A reader sees the old file or the new file, never a part.
+    If a renderer raises, its old file and all files written before it stay.
     """
     folder = Path(directory)
     make_directory(folder)
     return tuple(
-        write_text(folder / name, FORMATS[name](report, **({"rendered": rendered[name]} if name in rendered else {})))
+        write_text(
+            folder / name,
+            json_report.render(report, rendered) if name == OUTPUT_FILES[0].name else FORMATS[name](report),
+        )
         for name in formats
     )
 
@@ -78,3 +82,95 @@ def read_report(file: BufferedReader, name: str) -> Report:
         UsageError: it is not a report.
     """
     return json_report.read(read_all(file, OUTPUT_FILES[0].limit_bytes), name)
+
+
+# --- copies: --report FORMAT=FILE ------------------------------------------------------------------------------------
+
+# A copy is written once, at the end. Its earlier file is hidden at the start and removed at the end: a killed run
+# leaves no old verdict, and a mistake loses none.
+
+STANDARD_OUTPUT = "-"
+
+
+class ReportCopy(NamedTuple):
+    """One `--report`: the word of a format, and a file or `-`, which is standard output."""
+
+    word: str
+    place: str
+
+    @property
+    def is_printed(self) -> bool:
+        return self.place == STANDARD_OUTPUT
+
+
+def is_any_printed(copies: Iterable[ReportCopy]) -> bool:
+    return any(copy.is_printed for copy in copies)
+
+
+def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
+    """Check that every copy can be written, and hide the files that earlier runs wrote.
+
+    Args:
+        copies: the requested copies.
+        output: the output directory, whose files are written without being asked for.
+
+    Raises:
+        UsageError: merge-gate did not write a file, another run's output directory holds it, or two
+            reports would have one place. Nothing was changed.
+    """
+    places = [STANDARD_OUTPUT if copy.is_printed else os.path.realpath(copy.place) for copy in copies]
+    taken = {os.path.realpath(Path(output, file.name)) for file in OUTPUT_FILES} if output is not None else set()
+    for copy, place in zip(copies, places, strict=True):
+        if places.count(place) > 1:
+            raise UsageError(
+                f"--report names {quoted(copy.place)} twice", hint="give each report a file of its own, or `-` for one"
+            )
+        if place in taken:
+            raise UsageError(
+                f"--report names {quoted(copy.place)}, which is a file of the output directory",
+                hint="name another file; the output directory has every format anyway",
+            )
+    files = [(Path(copy.place), WORDS[copy.word]) for copy in copies if not copy.is_printed]
+    for path, name in [*files, *((_hidden(path), name) for path, name in files)]:
+        if os.path.lexists(path) and not is_own(path, name):
+            raise UsageError(
+                f"--report names {quoted(str(path), 200)}, {kind_of(path)}, expected a report of that format or "
+                "nothing; it was not changed",
+                hint="name another file, or move that one elsewhere",
+            )
+        if holds_run(path.absolute().parent):
+            raise UsageError(
+                f"--report names {quoted(str(path), 200)}, a file in the output directory of another run; it was not "
+                "changed",
+                hint="name a file elsewhere",
+            )
+    for path, _ in files:
+        with explained(f"cannot write {path}", chosen_by=" with --report"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(_hidden(path))
+
+
+def write_copies(report: Report, copies: Iterable[ReportCopy]) -> str:
+    """Write the files, and return the text of the copy that is printed; empty if there is none.
+
+    Raises:
+        UsageError: a directory cannot be written to.
+        GateError: the disk fails.
+    """
+    printed = ""
+    for copy in copies:
+        text = FORMATS[WORDS[copy.word]](report)
+        if copy.is_printed:
+            printed = text
+            continue
+        cannot = f"cannot write {copy.place}"
+        with explained(cannot, chosen_by=" with --report"), whole_file(Path(copy.place), lasts=True) as file:
+            file.write(text.encode("utf-8"))
+        _hidden(Path(copy.place)).unlink(missing_ok=True)
+    return printed
+
+
+def _hidden(path: Path) -> Path:
+    """The name of an earlier copy while there is no new one."""
+    return path.with_name(f".{path.name}.stale")

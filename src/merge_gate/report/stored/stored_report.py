@@ -1,24 +1,36 @@
-"""Reads stored reports, and returns the texts of `merge-gate report show` and `merge-gate report diff`.
+"""Reads stored reports, and returns the texts of `merge-gate report show`, `diff`, and `baseline`.
 
 It loads no model and does not import torch. `UsageError` is raised for a file that cannot be read or is not a report.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 import os
+import posixpath
+from collections import Counter
+from dataclasses import fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import PREVIOUS, is_own
 from merge_gate.errors import ExitCode, UsageError
+from merge_gate.judging.baseline import adapter_digest, failing_checks
+from merge_gate.records.report import AdapterReport, Environment, Report
+from merge_gate.records.terms import BaseKey, Severity, Verdict, record
 from merge_gate.regular_file import open_regular_file
 from merge_gate.report.formats import terminal_text
-from merge_gate.report.stored import compare
 from merge_gate.report.stored.report_files import FORMATS, WORDS, read_report
+from merge_gate.report.wording import words
+from merge_gate.report.wording.columns import wrap
+from merge_gate.report.wording.markdown import code, plain
+from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
-    from merge_gate.records.report import Report
+    from collections.abc import Iterator
 
 _NAME_IT = "name the report.json that a run wrote, or its directory"
 
@@ -31,9 +43,8 @@ def shown(name: str, word: str, *, width: int = 100) -> str:
 
 def compared(old: str, new: str, word: str, *, width: int = 100) -> tuple[str, ExitCode]:
     """The changes from one report to another, and the exit code that they ask for. `width`: as in `shown`."""
-    changes = compare.compare(stored(old), stored(new))
-    is_text = word == "terminal"
-    text = compare.render_text(changes, width=width) if is_text else compare.render_markdown(changes)
+    changes = compare(stored(old), stored(new))
+    text = render_text(changes, width=width) if word == "terminal" else render_markdown(changes)
     return text, changes.exit_code
 
 
@@ -55,3 +66,215 @@ def stored(name: str) -> Report:
         raise UsageError(
             f"{quoted(str(path), 200)} cannot be read: {error.strerror or error}", hint=_NAME_IT
         ) from error
+
+
+# --- the changes from one report to another --------------------------------------------------------------------------
+
+Key = tuple[str, BaseKey]
+"""An adapter's name and its base, at any revision."""
+
+
+class Kind(StrEnum):
+    """The kind of a change, the worst first."""
+
+    BROKE = "broke"
+    WORSE = "got worse"
+    OTHER = "differs"
+    VANISHED = "vanished"
+    FIXED = "fixed"
+    BETTER = "got better"
+    NEW = "new"
+
+
+_LABEL_WIDTH = 10
+_MIN_WIDTH = 24
+
+
+@record
+class Change:
+    """One adapter in one dtype that has changed: what the newest report says of it, and both reports, or None."""
+
+    kind: Kind
+    adapter: AdapterReport
+    old: AdapterReport | None
+    new: AdapterReport | None
+
+
+@record
+class Changes:
+    """All changes, the worst first. `versions` are sentences about changed versions; `unchanged` counts adapters."""
+
+    changes: tuple[Change, ...]
+    versions: tuple[str, ...]
+    unchanged: int
+    complete: bool
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """1 if an adapter broke, got worse, or fails differently. 3 if the newer run did not finish: more may break."""
+        if any(change.kind in {Kind.BROKE, Kind.WORSE, Kind.OTHER} for change in self.changes):
+            return ExitCode.FAIL
+        return ExitCode.PASS if self.complete else ExitCode.ERROR
+
+
+def compare(old: Report, new: Report) -> Changes:
+    """Find the changes from an older to a newer report."""
+    before, after = ({_key(adapter): adapter for adapter in report.adapters} for report in (old, new))
+    newest = after | before | after
+    changes = [
+        Change(kind=kind, adapter=adapter, old=before.get(key), new=after.get(key))
+        for key, adapter in newest.items()
+        if (kind := _kind(before.get(key), after.get(key)))
+    ]
+    return Changes(
+        changes=tuple(sorted(changes, key=lambda change: list(Kind).index(change.kind))),
+        versions=tuple(_versions(old, new)),
+        unchanged=len(newest) - len(changes),
+        complete=new.complete,
+    )
+
+
+def _key(adapter: AdapterReport) -> Key:
+    model = adapter.base.model and posixpath.normpath(adapter.base.model)  # ./base and base/ are the same
+    return adapter.name, replace(adapter.base, model=model, revision=None)
+
+
+def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:
+    if new is None:
+        return Kind.VANISHED
+    passes = new.verdict is Verdict.PASSED
+    if old is None:
+        return Kind.NEW if passes else Kind.BROKE
+    if passes != (old.verdict is Verdict.PASSED):
+        return Kind.FIXED if passes else Kind.BROKE
+    before, after = _reasons(old), _reasons(new)
+    if after - before:
+        both_failed = old.verdict is Verdict.FAILED and new.verdict is Verdict.FAILED
+        return Kind.OTHER if before - after and both_failed else Kind.WORSE
+    return Kind.BETTER if before - after else None
+
+
+def _reasons(adapter: AdapterReport) -> frozenset[tuple[str, Severity]]:
+    """The reasons against an adapter, without notes. One that was not judged and now fails has a new reason."""
+    return frozenset(
+        (finding.check, finding.severity) for finding in adapter.findings if finding.severity is not Severity.NOTE
+    )
+
+
+def _versions(old: Report, new: Report) -> Iterator[str]:
+    pairs = [("merge-gate", old.tool.version, new.tool.version)]
+    pairs += [
+        (field.name.replace("_", " "), getattr(old.environment, field.name), getattr(new.environment, field.name))
+        for field in fields(Environment)
+        if field.name != "sandbox"
+    ]
+    pairs.append(("sandbox", words.sandbox(old.environment), words.sandbox(new.environment)))
+    for name, before, after in pairs:
+        if before != after:
+            yield f"{name} {_version(before)} → {_version(after)}"
+
+
+def _version(version: str | None) -> str:
+    return one_line(version, words.NAME_LIMIT) if version else "absent"
+
+
+def render_text(changes: Changes, *, width: int = 100) -> str:
+    """Return lines for a terminal, at most `width` columns wide."""
+    shown: list[str] = []
+    for change in changes.changes:
+        name = f"{one_line(change.adapter.name, words.NAME_LIMIT)} ({words.precision(change.adapter.base)})"
+        shown += _labelled(change.kind, f"{name}: {_verdict(change.old)} → {_verdict(change.new)}", width)
+        shown += [line for part in _why(change) for line in _labelled("", part, width)]
+    shown += [line for version in changes.versions for line in _labelled("version", version, width)]
+    shown += wrap(f"{headline(changes)}.", max(width, _MIN_WIDTH))
+    return "\n".join(map(inert, shown)) + "\n"
+
+
+def _labelled(label: str, text: str, width: int) -> list[str]:
+    lines = wrap(text, max(width - _LABEL_WIDTH - 1, _MIN_WIDTH))
+    return [f"{label if index == 0 else '':<{_LABEL_WIDTH}} {line}" for index, line in enumerate(lines)]
+
+
+def render_markdown(changes: Changes) -> str:
+    """Return Markdown: a table of the changes, the worst first."""
+    rows = [
+        f"| {change.kind} | {code(change.adapter.name, 80)} ({plain(words.precision(change.adapter.base))}) "
+        f"| {plain(_verdict(change.old))} → {plain(_verdict(change.new))} | {plain('; '.join(_why(change)))} |"
+        for change in changes.changes
+    ]
+    blocks = [f"## {headline(changes)}"]
+    if rows:
+        blocks.append("\n".join(["| change | adapter | verdict | why |", "|---|---|---|---|", *rows]))
+    if changes.versions:
+        blocks.append("\n".join(f"- {plain(version)}" for version in changes.versions))
+    return "\n\n".join(blocks) + "\n"
+
+
+def headline(changes: Changes) -> str:
+    """One line, such as `2 broke, 1 fixed, 14 unchanged`."""
+    changed = [f"{count:,} {kind}" for kind, count in Counter(change.kind for change in changes.changes).items()]
+    unchanged = f"{changes.unchanged:,} unchanged"
+    unfinished = "" if changes.complete else "the newer report is not complete: "
+    return f"{unfinished}{', '.join([*changed, unchanged])}"
+
+
+def _verdict(adapter: AdapterReport | None) -> str:
+    if adapter is None:
+        return "absent"
+    cause = words.cause(adapter)
+    return f"{words.verdict(adapter)} ({cause})" if cause else words.verdict(adapter)
+
+
+def _why(change: Change) -> list[str]:
+    """The findings that are only in the newer report."""
+    if change.new is None:
+        return []
+    old = _reasons(change.old) if change.old else frozenset()
+    return [
+        f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
+        for finding, _ in words.grouped(change.new.findings)
+        if finding.severity is not Severity.NOTE and (finding.check, finding.severity) not in old
+    ]
+
+
+# --- a first baseline ------------------------------------------------------------------------------------------------
+
+DAYS = 90
+"""How many days the entries of a first baseline are valid."""
+
+_HEAD = """\
+# Known failures: each entry accepts one adapter with these files and this cause until the end of a day.
+# The verdict stays `failed`, but does not fail the run. Write a reason and an owner for each entry: without them, the
+# gate refuses this file. Name the file in the config: `baseline: FILE`.
+version: 1
+"""
+
+
+def first_baseline(report: Report, today: dt.date) -> str:
+    """The YAML of a first baseline: an entry for each failed adapter and cause.
+
+    Reason and owner are empty, and the gate refuses a baseline with empty ones, so someone has to fill them in.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    also: dict[tuple[str, str], set[str]] = {}
+    for adapter in report.adapters:
+        digest = adapter_digest(adapter.files)
+        if adapter.verdict is Verdict.FAILED and digest and adapter.cause:
+            key = digest, adapter.cause
+            name = f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+            names.setdefault(key, []).append(name)
+            also.setdefault(key, set()).update(failing_checks(adapter) - {adapter.cause})
+    until = (today + dt.timedelta(days=DAYS)).isoformat()
+    entries = []
+    for (digest, cause), listed in names.items():
+        more = sorted(also[digest, cause])
+        entries += [
+            f"  # {', '.join(dict.fromkeys(listed))}",
+            f"  - adapter: {json.dumps(digest)}",
+            f"    cause: {json.dumps(cause)}",
+            *([f"    also: {json.dumps(more)}"] if more else []),
+            '    reason: ""',
+            '    owner: ""',
+            f'    until: "{until}"',
+        ]
+    return _HEAD + ("\n".join(["accept:", *entries]) if entries else "accept: []") + "\n"

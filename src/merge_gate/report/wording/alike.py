@@ -1,6 +1,7 @@
 """Groups entries of a report with identical findings, so that each finding is shown once.
 
-Entries of one adapter in several dtypes are grouped, and several adapters with the same findings.
+Entries of one adapter in several dtypes are grouped, and several adapters with the same findings. The findings of a
+kind that a format does not show one by one become a sentence.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report.wording import words
+from merge_gate.report.wording.grid import LAYER
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
 
 AlikeAdapters: TypeAlias = "list[list[AdapterReport]]"
 """Adapters with the same findings; each adapter is a list of its entries, one per dtype."""
+
+_MOST_NAMES = 3
+_NAME_LIMIT = 60
+_MESSAGE_LIMIT = 120
 
 
 def paragraphs(report: Report) -> list[AlikeAdapters]:
@@ -57,20 +65,19 @@ def unique_findings(
     ]
 
 
-def earlier_entries(adapters: Iterable[AdapterReport]) -> dict[int, dict[Finding, AdapterReport]]:
-    """Find the earlier entry of the same adapter, in another dtype, that has all findings of a kind.
+def earlier_entries(adapters: Iterable[AdapterReport]) -> list[dict[Finding, AdapterReport]]:
+    """For each entry, the earlier entries of the same adapter, in another dtype, that have all findings of a kind.
 
-    The result maps an entry's index in `adapters`, and the first finding of the kind, to the earlier entry.
+    The key is the first finding of the kind.
     """
     first: dict[object, AdapterReport] = {}
-    earlier_by_index: dict[int, dict[Finding, AdapterReport]] = {}
-    for index, adapter in enumerate(adapters):
-        for kind in words.kinds(adapter.findings):
-            key = (adapter.name, adapter.source, adapter.base.model, kind)
-            earlier = first.setdefault(key, adapter)
-            if earlier is not adapter:
-                earlier_by_index.setdefault(index, {})[kind[0]] = earlier
-    return earlier_by_index
+    earlier: list[dict[Finding, AdapterReport]] = []
+    for adapter in adapters:
+        keys = [(adapter.name, adapter.source, adapter.base.model, kind) for kind in words.kinds(adapter.findings)]
+        earlier.append({key[-1][0]: first[key] for key in keys if key in first})
+        for key in keys:
+            first.setdefault(key, adapter)
+    return earlier
 
 
 def marks_of(adapters: Sequence[AdapterReport]) -> list[str]:
@@ -83,3 +90,67 @@ def marks_of(adapters: Sequence[AdapterReport]) -> list[str]:
 
 def _at(adapter: AdapterReport, time: str) -> AdapterReport:
     return replace(adapter, judged=replace(adapter.judged, at=time)) if adapter.judged else adapter
+
+
+# --- the rest of a kind --------------------------------------------------------------------------------------------
+
+
+def more_findings(rest: Sequence[Finding]) -> str:
+    """The number of the findings, what they have in common, and where they are; empty if there are none."""
+    if not rest:
+        return ""
+    counted = [finding for finding in rest if not _more(finding)]
+    total = len(counted) + sum(map(_more, rest))
+    parts = [_part(values, findings) for values, findings in words.by(counted, _values).items()]
+    described = listing(filter(None, parts), _MOST_NAMES)
+    return f"{total:,} more: {described}" if described else f"{total:,} more"
+
+
+def _more(finding: Finding) -> int:
+    """How many findings the last finding counts (judging/limits.py); 0 for any other."""
+    more = dict(finding.measured).get("more", 0.0)
+    return int(more) if finding.message.startswith("and ") and 0 < more < 1 << 53 else 0
+
+
+def _values(finding: Finding) -> str:
+    kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "-Inf"))
+    return " and ".join(kind for count, kind in kinds if count)
+
+
+def _part(values: str, findings: Sequence[Finding]) -> str:
+    places = _places(findings)
+    if values:
+        return f"{values} in {len(findings):,}" + (f" ({places})" if places else "")
+    if places:
+        return f"in {places}"
+    messages = dict.fromkeys(one_line(finding.message, _MESSAGE_LIMIT) for finding in findings)
+    return listing(messages, _MOST_NAMES)
+
+
+def _places(findings: Iterable[Finding]) -> str:
+    """`layers 10–19, mlp.down_proj`; names without a layer as they are."""
+    layers: set[int] = set()
+    names: dict[str, None] = {}
+    for finding in findings:
+        name = finding.module or finding.tensor or ""
+        match = LAYER.search(name)
+        if match is not None:
+            layers.add(int(match[0]))
+            name = name[match.end() :].removeprefix(".")
+        if name:
+            names[one_line(name, _NAME_LIMIT)] = None
+    word = "layer" if len(layers) == 1 else "layers"
+    parts = [f"{word} {_ranges(sorted(layers))}"] if layers else []
+    return ", ".join([*parts, *([listing(names, _MOST_NAMES)] if names else [])])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[1, 2, 3, 7] → 1–3, 7."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    shown = [str(span[0]) if len(span) == 1 else f"{span[0]}–{span[-1]}" for span in spans]  # noqa: RUF001 - as above
+    return listing(shown, _MOST_NAMES * 2)

@@ -1,18 +1,29 @@
-"""The explanation of each check and answer, from the package's own copies of docs/checks and docs/guides/verify.md.
+"""The explanation of each check, and of each kind of finding that is no check.
 
-In: the id of a check, or of an answer of `merge-gate verify`. Out: its page as Markdown, or as text for a terminal.
-`make schemas` writes the copies.
+In: the id of a check or a kind. Out: its page as Markdown or as text for a terminal, and the page's address. A check's
+page is the docstring of its module. The pages of kinds are copies of docs/checks and docs/guides/verify.md, which
+`make schemas` writes.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from merge_gate import __version__
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.kinds import ANSWERS
+from merge_gate.records.project import check_url, kind_url
+from merge_gate.records.report import AdapterReport, BaseReport
 from merge_gate.report.wording.columns import wrap
 
-STORED = Path(__file__).parents[2] / "explanations.md"
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_Judged = TypeVar("_Judged", AdapterReport, BaseReport)
 STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _FENCE = "```"
@@ -21,25 +32,33 @@ _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
 @cache
 def explanations() -> dict[str, str]:
-    """The Markdown of each check and of each answer of `verify` by its id, without its heading."""
-    return _sections(STORED) | _sections(STORED_KINDS)
+    """The Markdown of each check and kind by its id, without its heading and links to other pages."""
+    _, *parts = _HEADING.split(STORED_KINDS.read_text(encoding="utf-8"))
+    pages = {check: row.explanation for check, row in CHECKS.items()} | dict(zip(parts[::2], parts[1::2], strict=True))
+    return {check: _LINK.sub(_without_page, page.strip()) for check, page in pages.items()}
 
 
-def _sections(stored: Path) -> dict[str, str]:
-    _, *parts = _HEADING.split(stored.read_text(encoding="utf-8"))
-    return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
+def _without_page(link: re.Match[str]) -> str:
+    return link[0] if link[2].startswith("https://") else link[1]
+
+
+def blocks(check: str) -> Iterator[tuple[list[str], str, list[str]]]:
+    """The explanation of a check in parts: the lines of an example, or a paragraph and the items of a list after it."""
+    for block in re.split(r"\n\n+", explanations()[check]):
+        if block.startswith(_FENCE):
+            yield block.splitlines()[1:-1], "", []
+        else:
+            paragraph, *items = re.split(r"(?:^|\n)- ", block)
+            yield [], paragraph, items
 
 
 def explanation(check: str, width: int) -> str:
     """The explanation of a check as text, at most `width` columns wide except for examples."""
     lines = [check, ""]
-    for block in re.split(r"\n\n+", explanations()[check]):
-        if block.startswith(_FENCE):
-            lines += [f"    {line}" for line in block.splitlines()[1:-1]]
-        else:
-            paragraph, *items = re.split(r"(?:^|\n)- ", block)
-            lines += wrap(_plain(paragraph), width) if paragraph else []
-            lines += [line for item in items for line in _item(_plain(item), width)]
+    for example, paragraph, items in blocks(check):
+        lines += [f"    {line}" for line in example]
+        lines += wrap(_plain(paragraph), width) if paragraph else []
+        lines += [line for item in items for line in _item(_plain(item), width)]
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 
@@ -52,3 +71,15 @@ def _item(text: str, width: int) -> list[str]:
 def _plain(text: str) -> str:
     """Markdown without its marks. The address of a link follows its text."""
     return _LINK.sub(r"\1 (\2)", text).replace("**", "")
+
+
+def page_of(check: str) -> str | None:
+    """The address of the page on a check or a kind. None if it has none, or while the project has no address."""
+    if check in ANSWERS:
+        return kind_url(check, __version__)
+    return check_url(check, __version__) if check in explanations() else None
+
+
+def linked(report: _Judged) -> _Judged:
+    """The report with the address of each finding's check. All reports of a run pass here."""
+    return replace(report, findings=tuple(replace(one, url=page_of(one.check)) for one in report.findings))

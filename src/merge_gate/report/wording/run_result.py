@@ -10,7 +10,9 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from merge_gate.judging.checks import effect, finite
+from merge_gate.judging.checks.base_nonfinite import base_nonfinite
+from merge_gate.judging.checks.delta_norm import delta_norm
+from merge_gate.judging.checks.rounding_loss import rounding_loss
 from merge_gate.judging.kinds import ANSWERS, ATTESTED, NOT_PUBLISHED
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
@@ -200,7 +202,7 @@ def _failed(adapters: list[Adapter], who: str, merges: str) -> str:
 def _has_broken_base(adapters: list[Adapter]) -> bool:
     """Whether all adapters that failed did so because their base has NaN or Inf."""
     causes = {cause for adapter in adapters if adapter.state is AdapterState.FAILED for cause in adapter.causes}
-    return causes == {finite.base_nonfinite.id}
+    return causes == {base_nonfinite.id}
 
 
 def _merges(report: Report, adapters: list[Adapter]) -> str:
@@ -231,9 +233,9 @@ def _reservation(adapters: list[Adapter]) -> str:
     """The reservations about a run that passed, most serious first; empty if there is no warning."""
     warned = [adapter for adapter in adapters if adapter.state is AdapterState.PASSED and adapter.warnings]
     for check, is_so, phrase in (
-        (effect.rounding_loss.id, _is_hardly_changed, "hardly {differ} from {its} base in {dtypes}"),
-        (effect.delta_norm.id, bool, "{replace} weights of {its} base instead of adapting them"),
-        (effect.rounding_loss.id, bool, "{lose} much of {its} delta in {dtypes}"),
+        (rounding_loss.id, _is_hardly_changed, "hardly {differ} from {its} base in {dtypes}"),
+        (delta_norm.id, bool, "{replace} weights of {its} base instead of adapting them"),
+        (rounding_loss.id, bool, "{lose} much of {its} delta in {dtypes}"),
     ):
         having = {
             adapter.name: [entry for entry, finding in adapter.warnings if finding.check == check and is_so(finding)]

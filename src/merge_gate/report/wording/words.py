@@ -6,14 +6,15 @@ In: records. Out: plain sentences in which foreign text is already on one line. 
 from __future__ import annotations
 
 import math
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merge_gate.judging.checks.check import FOLLOWS
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
 from merge_gate.judging.not_judged import NOT_JUDGED
-from merge_gate.judging.pages import EXPLAINED, page_of
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
+from merge_gate.report.wording.explanations import explanations, page_of
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
 from merge_gate.text import listing
@@ -21,7 +22,7 @@ from merge_gate.text import listing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
+    from merge_gate.records.report import AdapterReport, BaseReport, Environment, PublishedModel, Report
     from merge_gate.records.terms import BaseKey, Finding
 
 T = TypeVar("T")
@@ -144,7 +145,7 @@ def page(finding: Finding) -> str | None:
 
 def command_to_explain(finding: Finding) -> str:
     """`merge-gate explain merged-nonfinite`. Empty if that command does not know the check."""
-    return f"merge-gate explain {finding.check}" if finding.check in EXPLAINED else ""
+    return f"merge-gate explain {finding.check}" if finding.check in explanations() else ""
 
 
 def more(finding: Finding) -> str:
@@ -375,3 +376,21 @@ def sandbox(environment: Environment) -> str:
     """The restrictions of the worker, and those that are missing."""
     restrictions = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
     return "; ".join([restrictions or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])
+
+
+def published(report: Report) -> list[tuple[str, PublishedModel]]:
+    """The published models, each with the name of its adapter, in the order of the report."""
+    return [(adapter.name, adapter.published) for adapter in report.adapters if adapter.published is not None]
+
+
+def published_size(model: PublishedModel) -> str:
+    """2.20 GB in 2 files."""
+    size_bytes = sum(file.size_bytes for file in model.files)
+    amount = f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"  # noqa: PLR2004
+    return f"{amount} in {counted(len(model.files), 'file')}"
+
+
+def manifest_sha256(model: PublishedModel) -> str:
+    """The digest of a published model's merge-gate.json, which lists all other files; empty if it has none."""
+    own = PurePosixPath("merge-gate.json")
+    return next((file.sha256 for file in model.files if PurePosixPath(file.path) == own), "")

@@ -1,0 +1,290 @@
+"""The account of one adapter: every parameter and persistent buffer of the merged model, and how it was checked.
+
+In: merged tensors, one after another, and PEFT's result. Out: a `TensorMerge` for each tensor that differs from the
+base, the final values for a `TensorSink`, and two counts that must be equal. `total` is counted in PEFT's result;
+`checked` is counted by names, from the measurements of the base and of the merges. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
+from merge_gate.engine.tensors.measure import distance, dtype_max, same_bits, same_values, unchanged_fraction
+from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
+from merge_gate.records.measured import TensorMerge, TensorStats
+from merge_gate.records.refusals import Refused
+
+Outline = tuple[torch.Size, torch.dtype]
+
+
+class TensorSink(Protocol):
+    """Takes the tensors of one merged model that differ from the base, in their final dtypes.
+
+    A name is that of the base's tensor; a tied tensor has its first name. If the values of a tensor are given again (a
+    repeated attempt, a second layer on a shared tensor), the last ones count. Several threads may call these methods,
+    for different tensors. Values are only valid during the call.
+    """
+
+    def expect(self, outlines: Mapping[str, Outline]) -> None:
+        """A merge begins, perhaps again: it can change these tensors, and gives them these shapes and dtypes."""
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        """All values of a tensor, of any shape and on any device. A quantized tensor comes dequantized."""
+
+    def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
+        """Some rows of a tensor of this `shape`, from row `start` on. They come in order, and the last ones follow."""
+
+    def pass_by(self, name: str, values: torch.Tensor) -> None:
+        """A tensor of the base, which is read from its files. The merge may still change it."""
+
+    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
+        """The merge is complete, and only the tensors with these `names` differ from the base.
+
+        `untied` are names of tensors that share memory in the base, and no longer do: each with the first name.
+        """
+
+
+class WholeTensors:
+    """A sink that joins the rows of each tensor and passes whole tensors on. They belong to the receiver."""
+
+    def __init__(self, receive: Callable[[str, torch.Tensor], None]) -> None:
+        self._receive = receive
+        self._begun: dict[str, torch.Tensor] = {}
+        self.names: frozenset[str] = frozenset()
+        self.untied: frozenset[tuple[str, str]] = frozenset()
+
+    def expect(self, outlines: Mapping[str, Outline]) -> None:
+        """Nothing to prepare."""
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        self._receive(name, values.detach().to("cpu", copy=True).contiguous())
+
+    def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
+        whole = self._begun.get(name)
+        if start == 0 or whole is None:
+            whole = self._begun[name] = torch.empty(tuple(shape), dtype=rows.dtype)
+        whole[start : start + len(rows)].copy_(rows)
+        if start + len(rows) == shape[0]:
+            self._receive(name, self._begun.pop(name))
+
+    def pass_by(self, name: str, values: torch.Tensor) -> None:
+        """Nothing to keep."""
+
+    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
+        self.names, self.untied = frozenset(names), frozenset(untied)
+
+
+ROUNDED = (torch.bfloat16, torch.float16)
+"""Dtypes in which a float32 delta loses bits. The loss is measured for these."""
+
+ROUNDING_SHARE = 2.0**-20
+"""A delta below this share of the weight is rounding in float32: 2⁻²⁴ for each of a few steps."""
+
+
+def of_tensor(
+    base: Base,
+    module: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    exact: torch.Tensor | None = None,
+    *,
+    rounding_share: float = ROUNDING_SHARE,
+) -> TensorMerge:
+    """Measure a merged tensor, and compare it with the base's of that name.
+
+    Args:
+        base: the loaded base.
+        module: the module of the merged model that holds the tensor.
+        name: the tensor's name in the base and in the merged model.
+        tensor: the merged tensor in its final form.
+        exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
+        rounding_share: a delta that is at most this share of the weight is only rounding.
+    """
+    with base.filled([base.first_name(name)]):
+        return _compared(base, module, name, tensor, exact, rounding_share=rounding_share)
+
+
+def _compared(
+    base: Base,
+    module: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    exact: torch.Tensor | None,
+    *,
+    rounding_share: float,
+) -> TensorMerge:
+    place = name.rpartition(".")[0]
+    if is_the_bases(base, name, tensor):
+        stats = replace(base.figures(base.first_name(name)), name=name)
+        return TensorMerge(module=place, stats=stats, dtype_max=dtype_max(tensor.dtype), changed=False)
+    stats, *scales = measure_in(module, tensor, name)
+    broken = next((scale for scale in scales if not scale.finite), None)
+    if stats.finite and broken is not None:
+        stats = broken
+    values = dequantized(module, tensor) if is_quantized(tensor) else tensor.data
+    ceiling = dtype_max(values.dtype)
+    known = base.tensors.get(base.first_name(name))
+    if (
+        known is None
+        or known.shape != tensor.shape
+        or not (stats.finite and base.figures(base.first_name(name)).finite)
+    ):
+        return TensorMerge(module=place, stats=stats, dtype_max=ceiling, changed=True)
+    was = (dequantized(base.model.get_submodule(place), known) if is_quantized(known) else known.data).to(values.device)
+    base_norm = distance(was)
+    delta_norm = distance(exact if exact is not None else values, was)
+    comparable = was.dtype == values.dtype
+    return TensorMerge(
+        module=place,
+        stats=stats,
+        dtype_max=ceiling,
+        changed=not (comparable and same_values(was, values)) and delta_norm > rounding_share * base_norm,
+        base_norm=base_norm,
+        delta_norm=delta_norm,
+        lost_norm=None if exact is None else distance(values, exact),
+        unchanged_fraction=unchanged_fraction(was, values) if comparable else None,
+    )
+
+
+def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor has the bits of the base's tensor with this name."""
+    known = base.tensors.get(base.first_name(name))
+    if known is None or type(known) is not type(tensor) or is_quantized(tensor):
+        return False
+    with base.filled([base.first_name(name)]):
+        return same_bits(known, tensor.to(known.device))
+
+
+def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is the base's own memory."""
+    return known.data_ptr() == tensor.data_ptr() and known.shape == tensor.shape and known.dtype == tensor.dtype
+
+
+@dataclass(slots=True)
+class MergedTensors:
+    """`merges` by the base's names, and the `layers` that changed each. `total` and `checked` count elements.
+
+    `nonfinite` names the tensors of the base that are not finite in the merged model. `passed_on` names the tensors
+    that the `sink` got.
+    """
+
+    base: Base
+    merges: dict[str, TensorMerge] = field(default_factory=dict)
+    layers: dict[str, list[Any]] = field(default_factory=dict)
+    checked: int = 0
+    total: int = 0
+    nonfinite: set[str] = field(default_factory=set)
+    sink: TensorSink | None = None
+    passed_on: set[str] = field(default_factory=set)
+
+    def enter(self, merge: TensorMerge, layer: Any | None = None) -> None:
+        """Enter a merged tensor. `layer` is the layer that changed it; None if the merge changed nothing."""
+        self.merges[merge.stats.name] = merge
+        if layer is not None:
+            self.layers.setdefault(merge.stats.name, []).append(layer)
+
+    def account_for(self, merged: nn.Module) -> None:
+        """Account for PEFT's result, and measure what has no measurement yet (replaced modules, overwritten tensors).
+
+        Raises:
+            Refused: PEFT left a tuner layer in the model, or tensors of the base out of it.
+        """
+        left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
+        if left is not None:
+            raise Refused("layer_left_unmerged", module=left)
+        named = dict((*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False)))
+        gone = sorted(self.base.tensors.keys() - named.keys())
+        if gone:
+            wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
+            raise Refused("result_lacks_tensors", names=tuple(gone), in_wrapper=wrapped)
+        for name, module, tensor in named_tensors(merged):
+            self.total += elements(tensor)
+            known = self.base.tensors.get(self.base.first_name(name))
+            own = known is not None and shares_storage(known, tensor)
+            if not own and not is_the_bases(self.base, name, tensor):
+                self._enter_if_new(of_tensor(self.base, module, name, tensor))
+                self.pass_on(module, name, tensor)
+            stats = self._measured(name)
+            self.checked += stats.numel if stats is not None else 0
+            if stats is None or not stats.finite:
+                self.nonfinite.add(self.base.first_name(name))
+        if self.sink is not None:
+            self.sink.complete(frozenset(self.passed_on), tuple(self._untied(named)))
+
+    def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Hand a merged tensor to the sink. A quantized one is dequantized."""
+        if self.sink is not None:
+            self.sink.put(name, dequantized(module, tensor) if is_quantized(tensor) else tensor.data)
+            self.passed_on.add(name)
+
+    def _untied(self, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        for name, first in self.base.aliases.items():
+            if name in named and not shares_storage(named[first], named[name]):
+                yield name, first
+
+    def _enter_if_new(self, merge: TensorMerge) -> None:
+        """Enter a tensor of the result, unless it is as its layer left it: that entry knows the loss by rounding."""
+        entered = self.merges.get(merge.stats.name)
+        if entered is None or entered.stats != merge.stats:
+            self.enter(merge)
+
+    def _measured(self, name: str) -> TensorStats | None:
+        """The measurement under this name, from the merge or else from the base."""
+        merge, first = self.merges.get(name), self.base.first_name(name)
+        if merge is not None:
+            return merge.stats
+        return self.base.figures(first) if first in self.base.tensors else None
+
+    def tied(self, sharers: Mapping[str, tuple[str, ...]], tokens: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+        """Tensors that a layer changed for one module, while another module shares them without that adapter.
+
+        `tokens` says whose trained tokens each module carries. A module that is not in it does not count
+        (adapter_evidence.py). A module that only holds a tensor for a module inside of it, and never reads the tensor,
+        does not count either (BERT's head and the bias of its decoder).
+        """
+        pairs = []
+        for name, layers in self.layers.items():
+            shared = sharers.get(name, ())
+            modules = tuple(path for path in shared if not self._only_holds(path, shared, name))
+            whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers) and _agree(tokens, modules)
+            if len(modules) > 1 and not whole and self.merges[name].changed:
+                own = name.rpartition(".")[0]
+                pairs.append((name, next((path for path in modules if path != own), modules[-1])))
+        return tuple(pairs)
+
+    def _only_holds(self, path: str, sharers: tuple[str, ...], name: str) -> bool:
+        module, tensor = self.base.model.get_submodule(path), self.base.tensors.get(self.base.first_name(name))
+        held = {attribute for attribute, one in module._parameters.items() if one is tensor}
+        is_outer = any(other.startswith(f"{path}.") for other in sharers)
+        named = _names_in_forward(type(module)) or held  # a forward without code may read anything
+        return is_outer and bool(held) and held.isdisjoint(named)
+
+
+def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
+    """Attributes and globals that the class's forward names, or that a method named there names, inherited or not."""
+    names: set[str] = set()
+    waiting: list[Any] = [module_class.forward]
+    while waiting:
+        found = waiting.pop()
+        code = found if inspect.iscode(found) else getattr(inspect.unwrap(found), "__code__", None)
+        if code is not None:
+            fresh = set(code.co_names) - names
+            names |= fresh
+            waiting += filter(inspect.iscode, code.co_consts)  # functions inside of it
+            waiting += (vars(one)[name] for one in module_class.__mro__ for name in fresh & vars(one).keys())
+    return names
+
+
+def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:
+    """Whether all modules that count carry the same tokens."""
+    return len({tokens[path] for path in modules if path in tokens}) == 1

@@ -1,0 +1,114 @@
+"""adapter_config.json names another base or revision than the one used.
+
+**Fires when** `adapter_config.json` names a different base, or a different revision of it, than the run uses. Only
+the last part of the names counts: `acme/base-1b` and `./models/base-1b` are the same.
+
+- A name in `base.names` counts as a name of the base.
+- A path (`/home/alice/base`) says nothing about the weights, so the finding is a `note`. The same is true for the name
+  of a 4-bit copy (`acme/base-1b-bnb-4bit`).
+- If `expect.base` equals the name in adapter_config.json, the check does not compare names.
+- If the base cannot be read, there is no warning.
+- The check also fires if the tensors have the names of another model class than the one for the adapter's `task_type`.
+  The gate then merges into the class that they fit.
+- The check needs no merge. An adapter whose files are refused has this finding too, so you can fix both at once.
+
+```text
+adapter_config.json names base 'acme/another-base', but the base of this run is './models/llama'
+```
+
+**Why it matters.** An adapter on the wrong base of the same shape merges without any error, and the model answers
+nonsense.
+
+**What to do.** Name the right base. If both names mean the same weights, list the other name: `base: {model:
+./models/base, names: [acme/base-1b]}`. For a release gate, set this check to `error`.
+
+**It happened.**
+
+- [peft#1567](https://github.com/huggingface/peft/issues/1567): the config can name a revision of the base, but
+  `from_pretrained` did not use it.
+- [openvla/openvla#49](https://github.com/openvla/openvla/issues/49): a loss of NaN came from the wrong base weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_gate.judging.checks.check import NOTE, WARNING, Check, FileCase, MergeCase, Symptom
+from merge_gate.names.hub_names import could_be_hub_id
+from merge_gate.records.config import A_FILE
+from merge_gate.records.terms import FailureKind, Finding, Origin
+
+
+@Check(
+    "base-mismatch",
+    WARNING,
+    Origin.CONFIG,
+    Symptom.WRONG_PAIR,
+    blame=150,
+    page=__doc__,
+    failure=FailureKind.UNEXPECTED,
+    of_files=lambda case: _names_another_base(case, case.spec.base.revision),
+).on_merge
+def base_mismatch(case: MergeCase) -> Iterator[Finding]:
+    yield from _class_mismatch(case)
+    yield from _names_another_base(case, case.evidence.base.revision)
+
+
+def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
+    """`got` is the revision of the base, as far as it is known."""
+    named, used = case.files.config.base_name, case.spec.base.model
+    if not named or used is None:
+        return
+    yield from _other_name(case, named, case.spec.base.label or used)
+    revision = case.files.config.base_revision
+    if revision and got and revision not in {got, case.spec.base.revision}:
+        yield base_mismatch.finding(
+            f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
+            f"set base.revision to {revision!r}, or release with the revision that the gate used",
+        )
+
+
+_QUANTIZED_COPIES = ("-bnb-4bit", "-unsloth-bnb-4bit")
+"""The ends of the names that unsloth gives to its copies of a base."""
+
+
+def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
+    """Names are compared by their last parts. A met `expect.base` settles the question."""
+    base, expect = case.spec.base, case.spec.expect
+    known = {_last(name) for name in (label, base.model or label, *base.names)}
+    if _last(named) in known or (expect is not None and expect.base == named):
+        return
+    names = f"adapter_config.json names base {named!r}"
+    if not could_be_hub_id(named, is_base=True):
+        yield base_mismatch.finding(
+            f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
+            "a path does not say which weights it held: make sure that these are the same",
+            severity=NOTE,
+        )
+    elif any(_last(named) == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
+        yield base_mismatch.finding(
+            f"{names}, a copy in 4 bits of {label!r}, the base of this run",
+            "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit "
+            "(--quantization bnb-4bit)",
+            severity=NOTE,
+        )
+    else:
+        yield base_mismatch.finding(
+            f"{names}, but the base of this run is {label!r}",
+            f"if both are the same weights, list {named!r} under `base.names` in {A_FILE}; else name the right base",
+        )
+
+
+def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence.instead_of is not None:
+        yield base_mismatch.finding(
+            f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
+            f"adapter's tensors have the names of {evidence.base.loaded_as}: the gate merged it into that class",
+            f"load the base as {evidence.base.loaded_as} to serve it: {evidence.instead_of} would load none of its "
+            "tensors; save it with the task_type of the model that it was trained on",
+        )
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()

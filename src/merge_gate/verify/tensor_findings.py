@@ -1,0 +1,460 @@
+"""Names the kind of a finished model, from the facts about each tensor: its values, its name, its dtype, and its file.
+
+In: a `Comparison`, those of other candidates, the adapter's strength, and the headers of both directories. Out:
+findings, one for each kind. Imports no torch, and opens no files.
+
+1. Each tensor that the merge touches has a state: as merged, as in the base, along the delta, or other.
+2. The states of all tensors together give the kind: one adapter is applied by one program.
+3. Tensors that the merge does not touch must equal those of the base.
+4. A name that is missing may be stored under another one: transformers renames tensors while it loads them. So names
+   are compared as stored, and then by the tensors of the model that they make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from merge_gate.judging.kinds import ANSWERS, finding
+from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
+from merge_gate.records.files import AdapterConfig, BaseFiles
+from merge_gate.records.terms import Finding
+from merge_gate.text import counted, listing, quoted
+
+CHANCE = 6.3e-5
+"""Random rounding exceeds a limit of four standard deviations this often."""
+
+FACTOR_TOLERANCE = 0.05
+"""A factor within this share of another one is that factor."""
+
+_LISTED = 5
+MOST_UNTOUCHED = 0.5
+"""If more of the untouched tensors differ than this share, the base is another one."""
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+class TensorState(Enum):
+    """What a touched tensor is."""
+
+    EXACT = "exact"
+    OTHER_ORDER = "other order"
+    CLOSE = "close"
+    BIASED = "biased"
+    IMPRECISE = "imprecise"
+    BASE = "base"
+    SCALED = "scaled"
+    OTHER = "other"
+
+
+GOOD = (TensorState.EXACT, TensorState.OTHER_ORDER, TensorState.CLOSE)
+
+
+def state_of(one: TensorComparison, limit: float) -> TensorState:
+    """The state of a tensor that the merge touches. `limit`: the standard deviations that random rounding may show."""
+    if one.same or one.in_other_order:
+        return TensorState.EXACT if one.same else TensorState.OTHER_ORDER
+    if one.outside == 0:
+        return TensorState.CLOSE if one.bias <= limit else TensorState.BIASED
+    if one.is_base:
+        return TensorState.BASE
+    if not one.has_figures or not one.is_along_delta or one.astray:
+        return TensorState.OTHER
+    if one.delta_sq and abs(one.factor - 1) > _tolerance(one):
+        return TensorState.SCALED
+    return TensorState.IMPRECISE if one.bias <= limit else TensorState.BIASED
+
+
+def bias_limit(comparison: Comparison) -> float:
+    """The standard deviations that random rounding exceeds in no row, column, or tensor, except by `CHANCE` in all.
+
+    By Hoeffding's inequality, a sum of n terms with random signs exceeds k of them with a chance of 2·exp(-k²/2).
+    """
+    touched = [one for one in comparison.tensors if one.touched and one.numel and one.shape]
+    lines = sum(1 + one.shape[0] + one.numel // one.shape[0] for one in touched)
+    return math.sqrt(2 * math.log(2 * max(1, lines) / CHANCE))
+
+
+def _tolerance(one: TensorComparison) -> float:
+    """How far the factor of a right merge may be from 1: rounding moves it if the delta is small."""
+    spread = one.rounding_sq / one.numel / one.delta_sq if one.numel and one.delta_sq else 0.0
+    return FACTOR_TOLERANCE + 4 * math.sqrt(spread)
+
+
+def value_findings(
+    comparison: Comparison,
+    *,
+    config: AdapterConfig | None = None,
+    candidates: Mapping[str, Comparison] | None = None,
+) -> Iterator[Finding]:
+    """The findings on the values of all tensors."""
+    limit = bias_limit(comparison)
+    yield from _shapes([one for one in comparison.tensors if one.shape != one.expected_shape])
+    for is_touched in (True, False):
+        yield from _nonfinite([one for one in comparison.tensors if one.nonfinite and one.touched is is_touched])
+    states = [(one, state_of(one, limit)) for one in comparison.tensors if one.touched]
+    others = [one for one in comparison.tensors if not one.touched and not one.same and not one.is_base]
+    odd = [*(one for one, state in states if state not in GOOD), *others]
+    carriers = _carriers(odd, candidates or {})
+    yield from _of_candidates(carriers, len(odd))
+    touched = [(one, state) for one, state in states if one.name not in carriers]
+    others = [one for one in others if one.name not in carriers]
+    if (base := _wrong_base(touched, others, comparison)) is not None:
+        yield base
+        return
+    if len(odd) > len(carriers) or not odd:
+        yield from _merged(comparison, touched, others, config or AdapterConfig(), has_candidates=bool(candidates))
+    yield from _base_changed(others)
+
+
+def _carriers(odd: Iterable[TensorComparison], candidates: Mapping[str, Comparison]) -> dict[str, str]:
+    """The names of tensors that have a candidate's values, and that candidate.
+
+    If the model is the candidate's merge, the tensors that this merge leaves alone count too.
+    """
+    found: dict[str, str] = {}
+    for name, comparison in candidates.items():
+        limit = bias_limit(comparison)
+        theirs = {
+            one.name: state_of(one, limit) in GOOD and one.shape == one.expected_shape and not one.nonfinite
+            for one in comparison.tensors
+        }
+        is_whole = bool(theirs) and all(theirs.values())
+        found |= {one.name: name for one in odd if one.name not in found and theirs.get(one.name, is_whole)}
+    return found
+
+
+def _of_candidates(carriers: Mapping[str, str], total: int) -> Iterator[Finding]:
+    for candidate in dict.fromkeys(carriers.values()):
+        names = [name for name, one in carriers.items() if one == candidate]
+        message = f"it is the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter"
+        if len(names) < total:
+            odd = f"{len(names):,} of {counted(total, 'tensor that differs', 'tensors that differ')} from the merge"
+            has = "has" if len(names) == 1 else "have"
+            message = f"{odd} {has} the values of {message.removeprefix('it is ')}: {_listed(names)}"
+        yield finding("other-candidate", message, tensor=names[0], tensors=len(names))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return listing([quoted(name, 120) for name in names])
+
+
+def _found(
+    kind: str, message: str, odd: Sequence[TensorComparison], *, first: TensorComparison | None = None, **more: Any
+) -> Finding:
+    """The finding whose message ends with the names of these tensors. `first` is its place, or else the first one."""
+    names = _listed(one.name for one in odd)
+    return finding(kind, f"{message}: {names}", tensor=(first or odd[0]).name, **more)
+
+
+def _worst(odd: Iterable[TensorComparison]) -> TensorComparison:
+    return max(odd, key=lambda one: one.units)
+
+
+def _shapes(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
+    if odd:
+        first = odd[0]
+        yield finding(
+            "shape-changed",
+            f"{counted(len(odd), 'tensor has', 'tensors have')} another shape than in the merge: "
+            f"{quoted(first.name, 120)} has {list(first.shape)}, expected {list(first.expected_shape)}",
+            tensor=first.name,
+        )
+
+
+def _nonfinite(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
+    if odd:
+        merge_again, copy_again = ANSWERS["nonfinite"].hint.split("; ")
+        total = sum(one.nonfinite for one in odd)
+        are = "is" if total == 1 else "are"
+        what = f"{counted(total, 'value')} of {counted(len(odd), 'tensor')} {are} NaN or Inf, expected finite values"
+        yield _found("nonfinite", what, odd, values=total, hint=merge_again if odd[0].touched else copy_again)
+
+
+# --- the merged tensors ----------------------------------------------------------------------------------------------
+
+_Touched = Sequence[tuple[TensorComparison, TensorState]]
+
+
+def _merged(
+    comparison: Comparison,
+    touched: _Touched,
+    others: Sequence[TensorComparison],
+    config: AdapterConfig,
+    *,
+    has_candidates: bool,
+) -> Iterator[Finding]:
+    by_state: dict[TensorState, list[TensorComparison]] = {state: [] for state in TensorState}
+    for one, state in touched:
+        by_state[state].append(one)
+    good = [one for state in GOOD for one in by_state[state]]
+    if len(good) == len(touched):
+        if len(others) < comparison.compared:
+            yield _good(by_state, comparison)
+        return
+    if len(by_state[TensorState.BASE]) == len(touched):
+        message = f"{_all(len(touched))} that the adapter changes have the bits of the base"
+        yield finding("not-applied", message, tensor=touched[0][0].name)
+        return
+    yield from _scaled(by_state, len(touched), config)
+    if left := by_state[TensorState.BASE]:
+        has = "has" if len(left) == 1 else "have"
+        what = f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes {has} the bits of the base"
+        yield _found("applied-in-part", what, left, tensors=len(left))
+    yield from _odd(by_state, has_candidates=has_candidates)
+
+
+def _all(count: int) -> str:
+    return "the only tensor" if count == 1 else f"all {count:,} tensors"
+
+
+def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison: Comparison) -> Finding:
+    merged = counted(sum(len(by_state[state]) for state in GOOD), "merged tensor")
+    rest = f"{counted(comparison.compared - len(comparison.tensors), 'other tensor')} have the expected bits"
+    if close := by_state[TensorState.CLOSE]:
+        worst = _worst(close)
+        return finding(
+            "rounding",
+            f"{len(close):,} of {merged} {'differs' if len(close) == 1 else 'differ'} from PEFT's merge by at most "
+            f"{worst.units:.3g} units of the last place, as another order of rounding does; the remaining tensors and "
+            f"{rest}",
+            tensor=worst.name,
+            units=worst.units,
+        )
+    if other := by_state[TensorState.OTHER_ORDER]:
+        bits = f"{'has' if len(other) == 1 else 'have'} the bits of PEFT's merge without safe_merge"
+        return finding("other-order", f"{len(other):,} of {merged} {bits}; the remaining tensors and {rest}")
+    return finding("exact", f"{merged} and {rest}")
+
+
+def _scaled(
+    by_state: Mapping[TensorState, Sequence[TensorComparison]], total: int, config: AdapterConfig
+) -> Iterator[Finding]:
+    """One finding for each factor, most tensors first."""
+    groups: list[list[TensorComparison]] = []
+    for one in sorted(by_state[TensorState.SCALED], key=lambda one: one.factor):
+        if groups and abs(one.factor - groups[-1][0].factor) <= 2 * max(_tolerance(one) * abs(one.factor), 0.01):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    for group in sorted(groups, key=len, reverse=True)[:_LISTED]:
+        factor = sum(one.cross for one in group) / sum(one.delta_sq for one in group)
+        where = (
+            f"{_all(total)}"
+            if len(group) == total
+            else f"{len(group):,} of {total:,} tensors ({_listed(one.name for one in group)})"
+        )
+        kind = "applied-twice" if _is(factor, 2) else "other-strength"
+        reasons = ", or ".join(_reasons(factor, config))
+        message = f"the delta is in {where} {factor:.4g} times, expected once" + (f": {reasons}" if reasons else "")
+        yield finding(kind, message, tensor=group[0].name, factor=factor)
+
+
+def _is(factor: float, value: float) -> bool:
+    return abs(factor - value) <= FACTOR_TOLERANCE * abs(value)
+
+
+def _reasons(factor: float, config: AdapterConfig) -> Iterator[str]:
+    """What explains a factor: scalings of LoRA that programs confuse."""
+    if _is(factor, 2):
+        yield "it was merged twice, or at twice its strength"
+    if _is(factor, 0.5):
+        yield "at half its strength"
+    if _is(factor, -1):
+        yield "it was subtracted, or the model and --base are exchanged"
+    r, alpha = config.r, config.lora_alpha
+    if not r or not alpha or r < 1:
+        return
+    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    guesses = {
+        "alpha/√r instead of alpha/r": alpha / math.sqrt(r),
+        "alpha/r instead of alpha/√r": alpha / r,
+        "no scaling at all": 1.0,
+        "alpha without the division": float(alpha),
+        "1/r": 1 / r,
+    }
+    if scaling > 0:
+        yield from (
+            f"scaled by {name}" for name, value in guesses.items() if value != scaling and _is(factor, value / scaling)
+        )
+
+
+def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_candidates: bool) -> Iterator[Finding]:
+    other, biased, imprecise = (
+        by_state[state] for state in (TensorState.OTHER, TensorState.BIASED, TensorState.IMPRECISE)
+    )
+    if other:
+        worst = _worst(other)
+        yield _found(
+            "unexplained",
+            f"{counted(len(other), 'merged tensor has', 'merged tensors have')} other values than the merge, the base, "
+            "or any multiple of the delta",
+            other,
+            first=worst,
+            units=worst.units,
+            factor=worst.factor,
+            hint="check the base and its revision: no candidate has these values" if has_candidates else "",
+        )
+    if biased:
+        worst = max(biased, key=lambda one: one.bias)
+        yield _found(
+            "unexplained",
+            f"in {counted(len(biased), 'merged tensor')}, small differences from the exact merge add up in one "
+            f"direction: up to {worst.bias:.3g} standard deviations of random rounding in a row, a column, or the "
+            "tensor",
+            biased,
+            first=worst,
+            deviations=worst.bias,
+            hint="merge again: no order of rounding gives such values",
+        )
+    if imprecise:
+        worst = _worst(imprecise)
+        values = sum(one.outside or 0 for one in imprecise)
+        yield _found(
+            "imprecise",
+            f"{counted(values, 'value')} of {counted(len(imprecise), 'merged tensor')} "
+            f"{'is' if values == 1 else 'are'} off by more than float32 and rounding explain, by up to "
+            f"{worst.units:.3g} units of the last place",
+            imprecise,
+            first=worst,
+            units=worst.units,
+            values=values,
+        )
+
+
+# --- the other tensors -----------------------------------------------------------------------------------------------
+
+
+def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], comparison: Comparison) -> Finding | None:
+    """Another base explains what the delta does not: a quantized one, or one with other values nearly everywhere."""
+    odd = [one for one, state in touched if state is TensorState.OTHER]
+    explained = sorted((*odd, *others), key=lambda one: one.requantized is None)
+    if kinds := Counter(one.requantized[0] for one in explained if one.requantized is not None):
+        what = counted(len(explained), "tensor differs", "tensors differ")
+        how = f"as the base does after {kinds.most_common(1)[0][0]} quantization, expected the base as it is stored"
+        return _found("wrong-base", f"{what} {how}", explained)
+    untouched = comparison.compared - len(touched)
+    if odd and untouched and len(others) > MOST_UNTOUCHED * untouched:
+        what = f"{len(others):,} of {untouched:,} tensors that the adapter does not touch differ from the base"
+        return _found("wrong-base", f"{what}, and {counted(len(odd), 'merged tensor')} from the merge", others)
+    return None
+
+
+def _base_changed(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
+    if odd:
+        worst, untouched = _worst(odd), "that the adapter does not touch"
+        what = counted(len(odd), f"tensor {untouched} differs", f"tensors {untouched} differ")
+        yield _found("base-changed", f"{what} from the base", odd, first=worst, units=worst.units, tensors=len(odd))
+
+
+# --- names, ties, dtypes, and files ----------------------------------------------------------------------------------
+
+
+def stored_findings(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
+    """The findings on names, ties, dtypes, and files."""
+    yield from _stored(base, merged, comparison)
+    yield from _ties(comparison)
+    yield from _files(merged)
+    yield from _dtypes(base, merged, comparison)
+
+
+def _stored(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
+    before, after = comparison.base_keys, comparison.merged_keys
+    of_base, of_merged = dict(before.targets), dict(after.targets)
+    ties = dict(before.ties) | dict(after.ties)
+    stored, own = ({one.name: None for one in files.tensors} for files in (base, merged))
+    lacking = [name for name in stored if name not in own and name not in before.stale_buffers]
+    extra = [name for name in own if name not in stored]
+    renamed = [name for name in lacking if _makes(of_base.get(name), _made(after))]
+    gone = [name for name in lacking if not _makes(of_base.get(name), _with_tied(_made(after), ties))]
+    made = {target for name in gone for target in of_base.get(name, ())}
+    gone += [name for name in comparison.absent if name not in made and name not in gone and name not in stored]
+    expected = _with_tied(_made(before), ties) | {one.name for one in comparison.tensors if one.touched}
+    expected -= {target for name in own if name in stored for target in of_merged.get(name, ())}  # made already
+    added = [name for name in extra if not _makes(of_merged.get(name), expected)]
+    if gone:
+        what = counted(len(gone), "tensor of the base or the merge is", "tensors of the base or the merge are")
+        message = f"{what} not in the directory: {_groups(gone)}"
+        yield finding("not-carried", message, tensor=gone[0], tensors=len(gone))
+    if added:
+        what = counted(len(added), "tensor is", "tensors are")
+        message = f"{what} in the directory and not in the merge: {_groups(added)}"
+        yield finding("added", message, tensor=added[0], tensors=len(added))
+    if renamed and not comparison.is_other_class:
+        first = renamed[0]
+        new = next((name for name in extra if {*of_base[first]}.intersection(of_merged.get(name, ()))), "")
+        what = counted(len(renamed), "tensor of the base is", "tensors of the base are")
+        message = f"{what} stored under other names or in another layout: {quoted(first, 120)} as {quoted(new, 120)}"
+        yield finding("renamed", message, tensor=first, tensors=len(renamed))
+
+
+def _made(keys: LoadedKeys) -> set[str]:
+    """The tensors of the model that stored tensors make."""
+    return {target for _, targets in keys.targets for target in targets}
+
+
+def _makes(targets: Collection[str] | None, those: set[str]) -> bool:
+    """Whether a stored tensor is loaded, and makes only tensors that are among those."""
+    return bool(targets) and those.issuperset(targets or ())
+
+
+def _with_tied(made: set[str], ties: Mapping[str, str]) -> set[str]:
+    """With every tensor that is tied to one of these."""
+    firsts = {ties.get(name, name) for name in made}
+    return made | firsts | {name for name, first in ties.items() if first in firsts}
+
+
+def _groups(names: Sequence[str]) -> str:
+    """Names by their first part: 15 of `mtp.*`."""
+    heads = Counter(name.partition(".")[0] for name in names)
+    if len(names) <= _LISTED:
+        return listing([quoted(name, 120) for name in names])
+    return listing([f"{count:,} {quoted(f'{head}.*', 80, '`')}" for head, count in heads.most_common()])
+
+
+def _ties(comparison: Comparison) -> Iterator[Finding]:
+    before, after = dict(comparison.base_keys.ties), dict(comparison.merged_keys.ties)
+    own = {*_made(comparison.base_keys), *comparison.base_keys.without_source}
+    tied = [name for name in after if name not in before and name in own]
+    made = _made(comparison.merged_keys).difference(comparison.untied)
+    untied = [name for name in before if name not in after and name in made]
+    for lost, how in (
+        (tied, "one tensor in the directory and two in the base"),
+        (untied, "two tensors in the directory and one in the base"),
+    ):
+        if lost:
+            other = (after | before)[lost[0]]
+            yield finding("tied", f"{quoted(lost[0], 120)} and {quoted(other, 120)} are {how}", tensor=lost[0])
+
+
+def _files(merged: BaseFiles) -> Iterator[Finding]:
+    """The findings on the directory's weight files alone."""
+    for one in merged.findings:
+        yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
+    for names, has, lacks in (
+        ([name for name, _ in merged.ghosts], "the index names", "the weight files do not have"),
+        ([*merged.unlisted], "the weight files have", "the index does not name"),
+    ):
+        if names:
+            what = f"{has} {counted(len(names), 'tensor')} that {lacks}"
+            yield finding("ghost-index", f"{what}: {_groups(names)}", tensor=names[0])
+
+
+def _dtypes(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
+    before = {one.name: one for one in base.tensors}
+    expected = {one.name: one.expected_dtype for one in comparison.tensors if one.touched}
+    targets: Mapping[str, tuple[str, ...]] = dict(comparison.merged_keys.targets)
+    changed: dict[tuple[str, str], list[str]] = {}
+    for one in merged.tensors:
+        was = before.get(one.name)
+        merged_dtypes = {expected.get(target) for target in targets.get(one.name, (one.name,))}
+        if was is None or was.dtype == one.dtype or merged_dtypes == {_DTYPES.get(one.dtype, "")}:
+            continue
+        changed.setdefault((was.dtype, one.dtype), []).append(one.name)
+    for (old, new), names in sorted(changed.items(), key=lambda item: -len(item[1])):
+        what = f"{counted(len(names), 'tensor is', 'tensors are')} stored as {quoted(new, 20)}"
+        message = f"{what}, expected {quoted(old, 20)} as in the base: {_groups(names)}"
+        yield finding("dtype-changed", message, tensor=names[0])

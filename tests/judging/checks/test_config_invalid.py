@@ -1,0 +1,46 @@
+"""When config-invalid fires, and what it says: its messages are in config-invalid.txt."""
+
+from __future__ import annotations
+
+import pytest
+
+from merge_gate.judging.all_checks import refused
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED
+from merge_gate.records.files import Pattern
+from merge_gate.records.refusals import Refusal
+from merge_gate.records.terms import Origin
+from tests.support.judging.cases import found_in_files, reason, refusing
+from tests.support.judging.every_check import EveryCheck
+
+EXPRESSION = Pattern(place="target_modules", text="(a+)+b", expression="(a+)+b")
+
+
+def misspelled(*settings: str) -> Refusal:
+    return reason("ignored_settings", settings=settings, peft="9.0.0", saved_by="9.0.0", near=(("alfa", "alpha"),))
+
+
+class TestConfigInvalid(EveryCheck):
+    FIRES = (
+        found_in_files(CHECKS["config-invalid"]),
+        refusing(reason("pattern_refused", pattern=None, names=9, seconds=1.0), Origin.CONFIG),
+    )
+    REFUSED = (
+        reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0),
+        reason("pattern_refused", pattern=None, names=9, seconds=10.0),
+        reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0, problem="missing )"),
+        reason("pattern_refused", pattern=None, names=9, seconds=10.0, problem="missing )"),
+        reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.1.0"),
+        reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.0"),
+        reason("ignored_settings", settings=tuple("abcdefgh"), peft="9.0.0", saved_by="main"),
+        reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.1.dev0"),
+        misspelled("alfa=1"),
+        misspelled("alfa=1", "odd=1"),
+    )
+
+
+@pytest.mark.parametrize("saved_by", ["0.²", "0." + "9" * 5_000, "٩.٩", ".", ""])
+def test_a_release_that_is_none_is_not_compared(saved_by: str) -> None:
+    """It comes from adapter_config.json, and `int` raises on some of what `str.isdigit` accepts."""
+    fact = reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by=saved_by)
+    assert refused(fact).check in {"config-invalid", NOT_JUDGED}

@@ -1,0 +1,11 @@
+"""When config-unsafe fires, and what it says: its messages are in config-unsafe.txt."""
+
+from __future__ import annotations
+
+from merge_gate.judging.checks.table import CHECKS
+from tests.support.judging.cases import found_in_files
+from tests.support.judging.every_check import EveryCheck
+
+
+class TestConfigUnsafe(EveryCheck):
+    FIRES = (found_in_files(CHECKS["config-unsafe"]),)

@@ -1,0 +1,106 @@
+"""When merged-nonfinite fires, and what it says: its messages are in merged-nonfinite.txt."""
+
+from __future__ import annotations
+
+from merge_gate.records.config import Combine
+from merge_gate.records.measured import Evidence, FileTensor
+from merge_gate.records.terms import Origin
+from tests.support.judging.cases import (
+    LORA_B,
+    MODULE,
+    WEIGHT,
+    Fire,
+    base,
+    broken,
+    evidence,
+    files,
+    hint_of,
+    judge,
+    merged,
+    spec,
+    tensor,
+)
+from tests.support.judging.every_check import EveryCheck
+
+
+def nonfinite(module: str, *, dtype: str = "bfloat16", **counts: int) -> Evidence:
+    """A tensor of the adapter is not finite, and so is a merged one."""
+    stats = tensor(f"{module}.weight", dtype=dtype, first_index=(1,), **(counts or {"posinf": 2}))
+    return evidence(
+        file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(stats, module=module, dtype_max=3.4e38),)
+    )
+
+
+class TestMergedNonfinite(EveryCheck):
+    FIRES = (
+        Fire(
+            (WEIGHT, "float16"),
+            Origin.MERGE,
+            evidence(merges=(merged(broken(posinf=3)),)),
+            places={"module": MODULE, "tensor": WEIGHT, "posinf": 3},
+        ),
+        Fire((WEIGHT,), Origin.MERGE, evidence(merges=(merged(broken()),))),
+    )
+    SITUATIONS = (
+        ("a NaN that the merge carries on", (nonfinite(MODULE), files())),
+        (
+            "a NaN that the merge carries on into a part of the module",
+            (
+                evidence(
+                    file_tensors=(FileTensor(stats=broken(LORA_B)),),
+                    merges=(merged(broken(f"{MODULE}.inner.weight"), module=f"{MODULE}.inner"),),
+                ),
+                files(),
+            ),
+        ),
+        (
+            "a NaN that the merge carries on into the whole of it",
+            (
+                evidence(
+                    file_tensors=(FileTensor(stats=broken(LORA_B)),),
+                    merges=(merged(broken("model.layers.5.fused"), module="model.layers.5"),),
+                ),
+                files(),
+            ),
+        ),
+        ("a NaN, and another elsewhere", (nonfinite("model.layers.55.q_proj"), files())),
+        (
+            "an overflow in bfloat16",
+            (
+                evidence(merges=(merged(tensor(dtype="bfloat16", posinf=2, first_index=(3,)), dtype_max=3.4e38),)),
+                files(),
+            ),
+        ),
+        ("an overflow in float16", (evidence(merges=(merged(broken(neginf=1)),)), files())),
+        ("a NaN of finite values", (evidence(merges=(merged(broken(nan=1, posinf=1)),)), files())),
+    )
+    QUIET = ((evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),)
+
+
+def test_a_merge_that_only_carries_on_the_adapters_nan_points_to_it() -> None:
+    sick = evidence(file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(broken()),))
+    assert "adapter-nonfinite" in hint_of("merged-nonfinite", sick)
+    unused = evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),), merges=(merged(broken()),))
+    assert "adapter-nonfinite" not in hint_of("merged-nonfinite", unused)
+
+
+def test_an_overflow_is_not_sent_to_the_dtype_that_it_happened_in() -> None:
+    wide = tensor(dtype="bfloat16", posinf=1, first_index=(0, 0))
+    hint = hint_of("merged-nonfinite", evidence(merges=(merged(wide, dtype_max=3.4e38),)))
+    assert "serve" not in hint
+    assert "lora_alpha" in hint
+
+
+def test_a_combination_is_judged_like_one_adapter() -> None:
+    combination = spec(combine=Combine(method="ties", adapters=("a", "b"), weights=(1.0, 1.0), density=0.5))
+    (finding,) = judge(combination, files(), evidence(merges=(merged(broken()),)))
+    assert finding.check == "merged-nonfinite"
+
+
+def test_a_tensor_that_was_broken_in_the_base_is_not_the_mergers_fault() -> None:
+    both = evidence(base=base(nonfinite=(broken(),)), merges=(merged(broken()), merged(broken("other.weight"))))
+    findings = judge(spec(), files(), both)
+    assert [(finding.check, finding.tensor) for finding in findings] == [
+        ("base-nonfinite", WEIGHT),
+        ("merged-nonfinite", "other.weight"),
+    ]

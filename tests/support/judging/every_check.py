@@ -1,0 +1,129 @@
+"""What holds for every check. The test file of a check has a class of this, with the cases of that check."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from merge_gate.judging.all_checks import refused
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.not_judged import NOT_JUDGED
+from merge_gate.records.config import AdapterSpec
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Evidence
+from merge_gate.records.refusals import Refusal
+from merge_gate.records.terms import Finding, Severity
+from tests.support.judging.cases import NAMED, Fire, judge, judged, of, setting, shown, spec
+
+if TYPE_CHECKING:
+    from tests.support.faults import Case
+
+GOLDENS = Path(__file__).parents[2] / "judging" / "checks"
+
+
+def found(one: Evidence | None, of_files: AdapterFiles) -> tuple[Finding, ...]:
+    return judge(spec(base=NAMED) if of_files.config.base_revision else spec(), of_files, one)
+
+
+def assert_sentences(finding: Finding) -> None:
+    """On one line, without a plural of one and without a figure that is none."""
+    for text in (finding.message, finding.hint):
+        assert text == " ".join(text.split())
+        assert not re.search(r"\b1 (more |targeted )?(tensors|modules|values|weights|parameters)\b", text), text
+        assert not re.search(r"\b(nan|inf)\b", text), text
+        assert not text.endswith(".")
+
+
+class EveryCheck:
+    """The tests of one check, whose id is in the name of their file. Its messages are in the golden next to it.
+
+    Attributes:
+        FIRES: each reason for which it fires, and nothing else does.
+        SITUATIONS: other cases for the golden, by what they are.
+        SILENT: the situations without a finding.
+        REFUSED: refusals of the engine that its module words.
+        QUIET: cases that come close.
+        FAULTS: real adapters that it must fail (tests/support/faults.py).
+        HEALTHY: real adapters that come close and must pass.
+    """
+
+    FIRES: ClassVar[tuple[Fire, ...]]
+    SITUATIONS: ClassVar[tuple[tuple[str, tuple[Evidence | None, AdapterFiles]], ...]] = ()
+    SILENT: ClassVar[tuple[str, ...]] = ()
+    REFUSED: ClassVar[tuple[Refusal, ...]] = ()
+    QUIET: ClassVar[tuple[tuple[Evidence, AdapterFiles, AdapterSpec], ...]] = ()
+    FAULTS: ClassVar[tuple[Case, ...]] = ()
+    HEALTHY: ClassVar[tuple[Case, ...]] = ()
+
+    @property
+    def id(self) -> str:
+        return Path(inspect.getfile(type(self))).stem.removeprefix("test_").replace("_", "-")
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "fire" in metafunc.fixturenames:
+            metafunc.parametrize("fire", self.FIRES, ids=map(str, range(len(self.FIRES))))
+
+    def test_it_fires_alone_and_names_its_place(self, fire: Fire) -> None:
+        findings = judged(fire)
+        assert {finding.check for finding in findings} == {self.id}
+        (finding,) = findings
+        assert finding.severity == (fire.severity or CHECKS[self.id].severity)
+        assert finding.origin is fire.origin
+        assert finding.hint
+        for name in fire.names:
+            assert name in finding.message, finding.message
+        for name, value in fire.places.items():
+            assert getattr(finding, name) == value, name
+
+    def test_what_it_says_is_a_sentence(self, fire: Fire) -> None:
+        (finding,) = judged(fire)
+        assert_sentences(finding)
+
+    @pytest.mark.parametrize("severity", [Severity.ERROR, Severity.WARNING, Severity.OFF])
+    def test_severity_is_what_the_config_says(self, fire: Fire, severity: Severity) -> None:
+        findings = judged(fire, setting(self.id, severity))
+        if not CHECKS[self.id].can_be_off:
+            assert [finding.severity for finding in findings] == [fire.severity or Severity.ERROR]
+        elif fire.severity is Severity.NOTE:
+            assert [finding.severity for finding in findings] == [Severity.NOTE]
+        elif severity is Severity.OFF:
+            assert findings == ()
+        elif fire.severity is Severity.WARNING:  # the lesser case of a check stays one
+            assert [finding.severity for finding in findings] == [Severity.WARNING]
+        else:
+            assert [finding.severity for finding in findings] == [severity]
+
+    def test_it_keeps_quiet(self) -> None:
+        for one, files, entry in self.QUIET:
+            assert of(self.id, judge(entry, files, one)) == []
+
+    def test_a_refusal_becomes_a_finding(self) -> None:
+        for fact in self.REFUSED:
+            finding = refused(fact)
+            assert finding.check in {self.id, NOT_JUDGED}
+            assert finding.check == NOT_JUDGED or finding.severity is CHECKS[self.id].severity
+            assert_sentences(finding)
+            assert pickle.loads(pickle.dumps(fact)) == fact
+
+    def test_its_messages(self) -> None:
+        golden = GOLDENS / f"{self.id}.txt"
+        if os.environ.get("UPDATE_GOLDENS"):
+            golden.write_text(self.told(), encoding="utf-8")
+        assert self.told() == golden.read_text(encoding="utf-8"), "look at each change, then run with UPDATE_GOLDENS=1"
+
+    def told(self) -> str:
+        parts = []
+        for number, fire in enumerate(self.FIRES):
+            parts += [f"== fires {number}\n", *map(shown, judged(fire))]
+        for name, situation in self.SITUATIONS:
+            parts += [f"== {name}\n", *map(shown, found(*situation))]
+        for fact in self.REFUSED:
+            parts += [f"== refused {fact.kind}\n", shown(refused(fact))]
+        assert [name for name, situation in self.SITUATIONS if not found(*situation)] == [*self.SILENT]
+        return "\n".join(parts)
