@@ -78,18 +78,6 @@ def wording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     sentences.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def checked_slots() -> Iterator[None]:
-    """A slot of a window that is used again too early gives wrong merges that look right. See checked_slots.py."""
-    from merge_gate.worker import process  # noqa: PLC0415 - after the coverage of the modules has begun
-    from tests.support.checked_slots import CheckedFeedService  # noqa: PLC0415
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "FeedService", CheckedFeedService)
-        yield
-        assert CheckedFeedService.changed == []
-
-
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     """The tiny bases and adapters, each built on first use."""

@@ -26,7 +26,7 @@ from merge_gate.cli.parser import parsers
 from merge_gate.errors import ExitCode
 from merge_gate.judging.all_checks import refused
 from merge_gate.report.stored.report_files import FORMATS, write_report
-from merge_gate.worker import child
+from merge_gate.worker.protocol import refusal_of
 from tests.support.command import (
     COMMAND,
     PATIENCE_S,
@@ -438,7 +438,7 @@ def test_3_when_the_base_cannot_be_used(name: str, on_broken_bases: dict[str, di
     finding = adapter["findings"][0]
     assert names in finding["message"], finding
     assert finding["hint"]
-    assert finding["hint"] != refused(child._refusal(ValueError())).hint, "it is taken for a bug"
+    assert finding["hint"] != refused(refusal_of(ValueError())).hint, "it is taken for a bug"
 
 
 @pytest.mark.skipif("_cuda_is_here()", reason="there is a CUDA device here")

@@ -339,7 +339,7 @@ def test_a_sandbox_that_is_not_whole_is_told_once(
 def test_a_base_that_takes_long_to_load_is_named_and_so_is_an_adapter(
     worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
-    worker += [protocol.Waiting(task=task, base="./base", seconds=61.0, limit_s=900.0) for task in (None, 0)]
+    worker += [protocol.Idle(task=task, base="./base", seconds=61.0, limit_s=900.0) for task in (None, 0)]
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
     of_base, of_adapter = (line for line in (said.out + said.err).splitlines() if "15 min 00 s" in line)

@@ -11,10 +11,8 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.config import load_config
-from merge_gate.errors import GateError
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.run import flow
-from merge_gate.worker.process import NO_COMPILER
 from tests.support.command import children_of
 from tests.support.reports import EMPTY
 
@@ -96,24 +94,6 @@ def test_it_runs_while_the_config_is_read_and_is_ended_where_all_is_known(
         assert [one.cached for one in report.adapters] == [True]
         assert len(meanwhile[-1]) == started
     assert left == [[], []]
-    assert nothing_is_left(place)
-
-
-def test_a_base_that_is_quantised_gets_a_worker_of_its_own(
-    shelf: Shelf, place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(place, shelf.base("llama"), ", quantization: bnb-8bit")
-    (eager,) = NO_COMPILER
-    environments: list[bytes] = []
-
-    def watched(*_: Any) -> None:
-        environments.extend(Path(f"/proc/{child}/environ").read_bytes() for child in children_of(os.getpid()))
-        raise GateError("seen")
-
-    monkeypatch.setattr(flow, "supervise", watched)
-    assert main(["run", "gate.yml"]) == 3
-    assert [len(children) for children in meanwhile] == [1]
-    assert [f"\0{eager}=".encode() in one for one in environments] == [False]
     assert nothing_is_left(place)
 
 

@@ -22,9 +22,8 @@ from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.feed import LocalFeed, SourceError
-from merge_gate.worker import feed_service
-from merge_gate.worker.protocol import PublicationSent
-from merge_gate.worker.publish_service import Publisher
+from merge_gate.worker import call_service
+from merge_gate.worker.protocol import PublicationSent, Publisher
 from tests.support.judging.cases import broken
 from tests.support.judging.cases import merged as merged_tensor
 from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, send_all, stored
@@ -356,7 +355,7 @@ def test_a_base_that_cannot_be_read_again_is_not_published(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(*((feed_service.FedBase, "read") if when == "read" else (feed_service.Feeds, "open")), fail)
+    monkeypatch.setattr(*((call_service.FedBase, "read") if when == "read" else (call_service.Feeds, "open")), fail)
     assert play(place, "--publish", "merged") == 3
     assert nothing_published(place)
     assert adapters_of(place)[0]["cause"] == "not-published"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Fetched, Sn
 from merge_gate.records.measured import BaseRecord, TensorStats
 from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run import fed_bases
-from merge_gate.run.fed_bases import LIMIT_PER_GIB_S, FedBases, group_by_base
-from merge_gate.sources import streamed_bases
-from merge_gate.sources.local_files import LocalFiles
+from merge_gate.run.fed_bases import LIMIT_PER_GIB_S, FedBases, group_by_base, network_file_system
+from merge_gate.sources import hub_file
+from merge_gate.sources.read_ahead import LocalFiles
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
         return base, files
 
     digests: Mapping[str, str] = {WEIGHTS: "0" * 64}
-    monkeypatch.setattr(streamed_bases, "lay_out", lay_out)
+    monkeypatch.setattr(hub_file, "lay_out", lay_out)
     watch = BaseWatch()
     asked = Fetched(repo_id="a/b", commit="c", directory=base, sizes={}, streamable=(WEIGHTS,))
     with FedBases(watch, pytest.fail) as fed:
@@ -198,3 +199,43 @@ def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None
     one = entry(tmp_path)
     with pytest.raises(AssertionError, match="has a verdict before it is grouped"):
         group_by_base([(0, replace(one, base=None))])
+
+
+# --- which files are on a network file system, by the kernel's own list of mounts -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("system", "is_network"),
+    [
+        ("nfs4", True),
+        ("cifs", True),
+        ("fuse.sshfs", True),
+        ("fuse", True),
+        ("9p", True),
+        ("ext4", False),
+        ("overlay", False),
+        ("fuseblk", False),
+        ("fuse.fuse-overlayfs", False),
+    ],
+)
+def test_the_type_of_the_mount_decides(system: str, is_network: bool, tmp_path: Path) -> None:
+    weights, mounts = tmp_path / "model.safetensors", tmp_path / "mountinfo"
+    weights.touch()
+    (tmp_path / "linked.safetensors").symlink_to(weights)
+    device = weights.stat().st_dev
+    mounts.write_text(
+        "21 1 0:999 / /other rw,relatime shared:1 - nfs4 server:/x rw\n"
+        f"22 1 {os.major(device)}:{os.minor(device)} / /mnt rw,relatime shared:1 master:2 - {system} source rw\n"
+    )
+    for path in (weights, tmp_path / "linked.safetensors"):
+        assert network_file_system([path], mounts) == (system if is_network else None)
+
+
+def test_what_cannot_be_looked_up_is_no_network(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    assert network_file_system([tmp_path], mounts) is None
+    mounts.write_text("garbled\n")
+    assert network_file_system([tmp_path], mounts) is None
+    mounts.write_text("")
+    assert network_file_system([tmp_path / "absent"], mounts) is None
+    assert network_file_system([], Path("/proc/self/mountinfo")) is None

@@ -26,7 +26,7 @@ from merge_gate.records.terms import Access, Read
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import fed_bases
 from merge_gate.run.planned_run import plan_run
-from merge_gate.worker import feed_service
+from merge_gate.worker import call_service
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.supervisor import WorkerSlot
 from tests.support.command import PATIENCE_S, environment, merge_gate
@@ -51,7 +51,7 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / name)
     overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
-    monkeypatch.setattr(feed_service, "_slots", lambda: 12)
+    monkeypatch.setattr(call_service, "_slots", lambda: 12)
     return tmp_path
 
 

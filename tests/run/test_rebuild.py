@@ -18,8 +18,7 @@ from merge_gate.publish.manifest import MANIFEST_NAME, differences, parse_manife
 from merge_gate.records.config import Combine
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.protocol import PublicationSent
-from merge_gate.worker.publish_service import Publisher
+from merge_gate.worker.protocol import PublicationSent, Publisher
 from tests.support import published
 from tests.support.played_merges import MERGED, lay, play, played, send_all
 from tests.support.tried import tried

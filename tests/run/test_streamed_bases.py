@@ -242,8 +242,8 @@ def test_two_dtypes_of_a_streamed_base_are_read_once(place: Place) -> None:
     assert [one["verdict"] for one in streamed["adapters"]] == ["passed", "passed"], answer.said
     assert compared(streamed) == compared(from_disk)
     assert [one["sha256"] for one in streamed["bases"]] == [one["sha256"] for one in from_disk["bases"]]
-    of_biases = len(dtypes)  # next to a cross-checked weight, they are asked for by themselves
-    assert reads(place) == dict.fromkeys(SHARDS, 2 + of_biases)
+    of_biases = len(dtypes)  # next to a cross-checked weight, they are read again: from the window, or by themselves
+    assert {name: 2 <= count <= 2 + of_biases for name, count in reads(place).items()} == dict.fromkeys(SHARDS, True)
 
 
 @pytest.mark.slow

@@ -1,24 +1,23 @@
-"""Pieces come in order and whole, through few slots, and a slot has one owner at a time."""
+"""Bytes come in order and whole, through few slots, and those that are read again are the same as before."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import mmap
 import os
-import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
-from merge_gate.sources import digests, read_ahead
-from merge_gate.sources.digests import Digests
+from merge_gate.records.files import FileIdentity
+from merge_gate.sources import read_ahead
 from merge_gate.sources.feed import FileSpan, SourceError
-from merge_gate.sources.read_ahead import MOST_BASE_BYTES, ReadAhead, plan, refuse_excess
-from merge_gate.sources.window import Window, WindowSlot
+from merge_gate.sources.read_ahead import MOST_BASE_BYTES, FedBase, ReadAhead, Window, plan, refuse_excess
 
 PAGE = mmap.PAGESIZE
 
@@ -31,6 +30,7 @@ class Files:
         self.content = {f"{number}.safetensors": numbers.randbytes(size) for number, size in enumerate(sizes)}
         self.sizes = {name: len(content) for name, content in self.content.items()}
         self.sha256: Mapping[str, str] = {}
+        self.identity: tuple[FileIdentity, ...] = ()
         self.delays = random.Random(2)
         self.on_read: Callable[[str, int], None] = lambda _name, _start: None
 
@@ -40,116 +40,111 @@ class Files:
         into[:] = self.content[file][start : start + len(into)]
 
 
-class Deliveries:
-    """What a `ReadAhead` delivers, in a queue."""
-
-    def __init__(self) -> None:
-        self.queue: queue.SimpleQueue[tuple[FileSpan, WindowSlot] | Exception | None] = queue.SimpleQueue()
-
-    def deliver(self, span: FileSpan, slot: WindowSlot) -> None:
-        self.queue.put((span, slot))
-
-    def finish(self, error: Exception | None) -> None:
-        self.queue.put(error)
-
-    def __iter__(self) -> Iterator[tuple[FileSpan, WindowSlot]]:
-        while (delivered := self.queue.get(timeout=20)) is not None:
-            if isinstance(delivered, Exception):
-                raise delivered
-            yield delivered
-
-
-def release_all(deliveries: Deliveries, window: Window) -> None:
-    for _, slot in deliveries:
-        window.release(slot)
-
-
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "PIECE_BYTES", PAGE)
-    monkeypatch.setattr(digests, "CHUNK_BYTES", PAGE // 2)
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", PAGE // 2)
 
 
-def whole(files: Files) -> tuple[FileSpan, ...]:
-    return plan((), files.sizes, known=())
+def begun(files: Files, slots: int, spans: Sequence[FileSpan] | None = None, **options: Any) -> ReadAhead:
+    """A pass over all bytes, or these."""
+    everything = [span(name, 0, size) for name, size in files.sizes.items()]
+    ahead = ReadAhead(FedBase(files), everything if spans is None else spans, Window(slots), whole=True, **options)
+    ahead.start()
+    return ahead
+
+
+def read(ahead: ReadAhead, file: str, start: int, end: int) -> bytes:
+    content, done = bytearray(end - start), 0
+    while done < len(content):
+        done += ahead.read(file, start + done, memoryview(content)[done:])
+    return bytes(content)
+
+
+def threads_end(before: int) -> bool:
+    until = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    return threading.active_count() <= before
 
 
 @pytest.mark.parametrize(("connections", "slots"), [(1, 1), (1, 4), (4, 5), (8, 9)])
-def test_all_bytes_come_in_order(connections: int, slots: int) -> None:
-    files = Files(10 * PAGE + 7, 1, 5 * PAGE)
-    window = Window(PAGE, slots, poison=True)
-    passed, deliveries = Digests(files.sizes, {}), Deliveries()
-    seen = {name: bytearray() for name in files.sizes}
-    ahead = ReadAhead(files, whole(files), window, passed, deliveries, connections=connections)
-    ahead.start()
-    for span, slot in deliveries:
-        assert len(seen[span.file]) == span.start
-        seen[span.file] += window.view(slot)
-        window.release(slot)
-    assert seen == files.content
-    assert passed.known == {name: hashlib.sha256(content).hexdigest() for name, content in files.content.items()}
-    assert ahead.join(10)
+def test_all_bytes_come_in_order(connections: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "CONNECTIONS", connections)
+    before, files = threading.active_count(), Files(10 * PAGE + 7, 1, 5 * PAGE)
+    ahead, reads = begun(files, slots), list[tuple[str, int]]()
+    files.on_read = lambda file, start: reads.append((file, start))
+    for name, content in files.content.items():
+        for start in range(0, len(content), 1000):
+            assert read(ahead, name, start, min(start + 1000, len(content))) == content[start : start + 1000]
+    assert ahead.base.known == {name: hashlib.sha256(content).hexdigest() for name, content in files.content.items()}
+    assert len(reads) == len(set(reads)), "each byte was read once"
+    assert threads_end(before)
 
 
 def test_no_more_is_read_than_the_window_holds() -> None:
-    files, window, deliveries = Files(64 * PAGE), Window(PAGE, 9), Deliveries()
+    files, before = Files(64 * PAGE), threading.active_count()
     starts: list[int] = []
     files.on_read = lambda _, start: starts.append(start)
-    ahead = ReadAhead(files, whole(files), window, Digests(files.sizes, {}), deliveries, connections=8)
-    ahead.start()
-    _, slot = next(iter(deliveries))
-    time.sleep(0.2)
+    ahead = begun(files, 9)
+    time.sleep(0.3)
     assert len(starts) == 9
-    window.release(slot)
+    read(ahead, "0.safetensors", 0, PAGE - 1)
+    time.sleep(0.1)
+    assert len(starts) == 9
+    read(ahead, "0.safetensors", PAGE - 1, PAGE)
+    time.sleep(0.3)
+    assert len(starts) == 10
     ahead.cancel()
-    window.close()
-    assert ahead.join(10)
+    assert threads_end(before)
 
 
-def test_an_error_of_a_read_reaches_the_receiver() -> None:
-    files, window, deliveries = Files(8 * PAGE), Window(PAGE, 3), Deliveries()
+def test_an_error_of_a_read_reaches_the_reader() -> None:
+    files, before = Files(8 * PAGE), threading.active_count()
 
     def broken(_: str, start: int) -> None:
         if start >= 2 * PAGE:
             raise OSError("the line is dead")
 
     files.on_read = broken
-    ahead = ReadAhead(files, whole(files), window, Digests(files.sizes, {}), deliveries, connections=2)
-    ahead.start()
+    ahead = begun(files, 3)
     with pytest.raises(OSError, match="dead"):
-        release_all(deliveries, window)
-    assert ahead.join(10)
+        read(ahead, "0.safetensors", 0, 8 * PAGE)
+    assert threads_end(before)
 
 
-def test_canceling_ends_the_threads_and_frees_the_slots() -> None:
-    files, window, deliveries = Files(64 * PAGE), Window(PAGE, 5), Deliveries()
-    before = threading.active_count()
-    ahead = ReadAhead(files, whole(files), window, Digests(files.sizes, {}), deliveries, connections=4)
+@pytest.mark.parametrize("is_read", [True, False])
+def test_canceling_ends_the_threads_and_frees_the_slots(*, is_read: bool) -> None:
+    files, before, window = Files(64 * PAGE), threading.active_count(), Window(5)
+    ahead = ReadAhead(FedBase(files), [span("0.safetensors", 0, 64 * PAGE)], window, whole=True)
     ahead.start()
-    _, slot = next(iter(deliveries))
+    if is_read:
+        read(ahead, "0.safetensors", 0, PAGE + 1)
+    else:
+        time.sleep(0.1)  # no one frees a slot
     ahead.cancel()
-    window.release(slot)
-    assert ahead.join(10)
-    assert threading.active_count() == before
-    while not deliveries.queue.empty():
-        delivered = deliveries.queue.get()
-        assert isinstance(delivered, tuple)
-        window.release(delivered[1])
-    assert len([window.acquire(1) for _ in range(5)]) == 5
+    assert threads_end(before)
+    assert len(window.free) == 5
+    assert read(ahead, "0.safetensors", 3 * PAGE, 5 * PAGE) == files.content["0.safetensors"][3 * PAGE : 5 * PAGE]
 
 
-def test_canceling_ends_threads_that_wait_for_a_slot() -> None:
-    """The receiver may keep all slots, so none is ever free."""
-    files, window, deliveries = Files(64 * PAGE), Window(PAGE, 3), Deliveries()
-    ahead = ReadAhead(files, whole(files), window, Digests(files.sizes, {}), deliveries, connections=2)
-    ahead.start()
-    kept = [slot for _, slot in itertools.islice(deliveries, 3)]
-    assert not ahead.join(0.1)
-    ahead.cancel()
-    assert ahead.join(10)
-    for slot in kept:
-        window.release(slot)
-    assert len([window.acquire(1) for _ in range(3)]) == 3, "none was lost"
+def test_a_pass_that_ends_with_an_error_is_one_for_readers_that_wait() -> None:
+    files, may_end = Files(8 * PAGE), threading.Event()
+    files.on_read = lambda *_: may_end.wait(20) and None
+    ahead = begun(files, 3)
+    threading.Timer(0.2, ahead.cancel, (SourceError("the run ends"),)).start()
+    with pytest.raises(SourceError, match="the run ends"):
+        read(ahead, "0.safetensors", 0, PAGE)
+    may_end.set()
+
+
+def test_what_overlaps_or_was_not_expected_is_read_all_the_same() -> None:
+    files = Files(10 * PAGE)
+    content = files.content["0.safetensors"]
+    ahead = begun(files, 2, [span("0.safetensors", PAGE, 5 * PAGE + 3), span("0.safetensors", 2 * PAGE, 3 * PAGE)])
+    for start, end in ((0, 10), (PAGE, 2 * PAGE), (PAGE, 3 * PAGE + 1), (9 * PAGE, 10 * PAGE), (3 * PAGE, 6 * PAGE)):
+        assert read(ahead, "0.safetensors", start, end) == content[start:end]
+    assert ahead.base.are_complete, "it returned after all had passed"
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -178,14 +173,20 @@ def test_a_file_without_a_digest_is_read_whole_and_others_where_they_are_needed(
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
-def added(passed: Digests, content: bytes, starts: list[int]) -> None:
+def fed(sizes: Mapping[str, int], sha256: Mapping[str, str]) -> FedBase:
+    files = Files()
+    files.sizes, files.sha256 = sizes, sha256  # type: ignore[assignment]
+    return FedBase(files)
+
+
+def added(passed: FedBase, content: bytes, starts: list[int]) -> None:
     for start in starts:
         passed.add("a", start, memoryview(content)[start : start + PAGE])
 
 
 def test_a_file_has_a_digest_once_all_of_its_bytes_passed_in_order() -> None:
     content = os.urandom(3 * PAGE + 1)
-    passed = Digests({"a": len(content)}, {})
+    passed = fed({"a": len(content)}, {})
     added(passed, content, [0, 2 * PAGE, 3 * PAGE])
     assert not passed.are_complete
     added(passed, content, [PAGE, 2 * PAGE])
@@ -199,7 +200,7 @@ def test_a_file_has_a_digest_once_all_of_its_bytes_passed_in_order() -> None:
 
 def test_a_digest_that_is_not_the_expected_one_is_an_error() -> None:
     content = os.urandom(2 * PAGE)
-    passed = Digests({"a": len(content)}, {"a": hashlib.sha256(content[::-1]).hexdigest()})
+    passed = fed({"a": len(content)}, {"a": hashlib.sha256(content[::-1]).hexdigest()})
     with pytest.raises(SourceError):
         added(passed, content, [0, PAGE])
     assert not passed.are_complete
@@ -207,7 +208,7 @@ def test_a_digest_that_is_not_the_expected_one_is_an_error() -> None:
 
 def test_bytes_that_are_read_again_must_be_the_same() -> None:
     content = bytearray(os.urandom(3 * PAGE - 100))
-    passed = Digests({"a": len(content)}, {"a": hashlib.sha256(content).hexdigest()})
+    passed = fed({"a": len(content)}, {"a": hashlib.sha256(content).hexdigest()})
     added(passed, bytes(content), [0, PAGE, 2 * PAGE])
     passed.compare("a", PAGE // 2, memoryview(content)[PAGE // 2 :])
     content[-1] ^= 1
@@ -217,60 +218,78 @@ def test_bytes_that_are_read_again_must_be_the_same() -> None:
         passed.compare("a", 2 * PAGE, memoryview(content)[2 * PAGE :])
 
 
-# --- the window ------------------------------------------------------------------------------------------------------
-
-
-def test_a_released_slot_is_poisoned_and_has_no_owner() -> None:
-    window = Window(PAGE, 1, poison=True)
-    slot = window.acquire(10)
-    assert slot is not None
-    view = window.view(slot)
-    view[:] = b"0123456789"
-    window.release(slot)
-    assert bytes(view) == b"\xff" * 10
-    for use in (window.view, window.release):
-        with pytest.raises(AssertionError):
-            use(slot)
-
-
-def test_the_other_process_cannot_write_into_the_window() -> None:
-    window = Window(PAGE, 1)
-    assert window.is_sealed
-    for write in (
-        lambda: os.pwrite(window.descriptor, b"x", 0),
-        lambda: mmap.mmap(window.descriptor, PAGE),
-        lambda: os.ftruncate(window.descriptor, 0),
-    ):
-        with pytest.raises(PermissionError):
-            write()
-    assert os.pread(window.descriptor, 1, 0) == b"\0"
-
-
-def test_a_window_says_that_the_kernel_cannot_seal_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a kernel before 5.1. This one refuses seals of a file that was made without MFD_ALLOW_SEALING."""
-    own = os.memfd_create
-    monkeypatch.setattr(os, "memfd_create", lambda name, flags: own(name, flags & ~os.MFD_ALLOW_SEALING))
-    window = Window(PAGE, 1)
-    assert not window.is_sealed
-    os.pwrite(window.descriptor, b"x", 0)
-    slot = window.acquire(1)
-    assert slot is not None
-    assert bytes(window.view(slot)) == b"x"
-
-
-@pytest.mark.parametrize("size_bytes", [0, PAGE + 1])
-def test_a_slot_has_whole_pages(size_bytes: int) -> None:
-    with pytest.raises(ValueError, match=str(PAGE)):
-        Window(size_bytes, 1)
-
-
-@pytest.mark.parametrize("size_bytes", [0, PAGE + 1])
-def test_what_does_not_fit_is_refused(size_bytes: int) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        Window(PAGE, 1).acquire(size_bytes)
-
-
 def test_a_size_that_no_model_has_is_refused() -> None:
     refuse_excess({"a": MOST_BASE_BYTES // 2, "b": MOST_BASE_BYTES // 2})
     with pytest.raises(SourceError, match="together"):
         refuse_excess({"a": 1 << 62, "b": 1})
+
+
+# --- bytes that are read again ---------------------------------------------------------------------------------------
+
+NAME, CHUNK = "model.safetensors", PAGE // 2
+CONTENT = bytes(range(256)) * (CHUNK // 128)
+
+
+class Remote:
+    """One file, whose bytes may change."""
+
+    def __init__(self, sha256: Mapping[str, str]) -> None:
+        self.content = bytearray(CONTENT)
+        self.sizes, self.sha256 = {NAME: len(CONTENT)}, sha256
+        self.identity: tuple[FileIdentity, ...] = ()
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        into[:] = self.content[start : start + len(into)]
+
+
+@pytest.mark.parametrize("place", [0, CHUNK - 3, len(CONTENT) - 10])
+def test_bytes_that_changed_are_refused(place: int) -> None:
+    remote = Remote({NAME: hashlib.sha256(CONTENT).hexdigest()})
+    base = FedBase(remote)
+    base.add(NAME, 0, memoryview(CONTENT))
+    into = bytearray(10)
+    base.read(NAME, place, memoryview(into))
+    assert into == CONTENT[place : place + 10]
+    remote.content[place + 9] ^= 1
+    with pytest.raises(SourceError):
+        base.read(NAME, place, memoryview(into))
+
+
+def forged(content: bytes, crc: int) -> bytes:
+    """The content with other bytes in the middle, and four bytes after them that give it this CRC-32."""
+    head, tail = bytearray(content[: len(content) // 2]), content[len(content) // 2 + 4 :]
+    head[:4] = b"evil"
+    columns = [zlib.crc32(bytes(head) + (1 << bit).to_bytes(4, "little") + tail) for bit in range(32)]
+    zero = zlib.crc32(bytes(head) + bytes(4) + tail)
+    rows = [(column ^ zero, 1 << bit) for bit, column in enumerate(columns)]
+    wanted, patch = crc ^ zero, 0
+    basis: dict[int, tuple[int, int]] = {}
+    for row in rows:  # Gauss over the 32 bits: the CRC is linear
+        value, bits = row
+        while value and (top := value.bit_length()) in basis:
+            value, bits = value ^ basis[top][0], bits ^ basis[top][1]
+        if value:
+            basis[value.bit_length()] = value, bits
+    while wanted:
+        wanted, patch = wanted ^ basis[wanted.bit_length()][0], patch ^ basis[wanted.bit_length()][1]
+    return bytes(head) + patch.to_bytes(4, "little") + tail
+
+
+@pytest.mark.attempt("S13", "a second read gets other bytes with the same CRC-32", "changed while it was read")
+@pytest.mark.attempt("S09", "the same, for bytes that are read again for a publication", "changed while it was read")
+def test_a_forged_checksum_does_not_help() -> None:
+    remote = Remote({NAME: hashlib.sha256(CONTENT).hexdigest()})
+    base = FedBase(remote)
+    base.add(NAME, 0, memoryview(CONTENT))
+    chunk = CONTENT[:CHUNK]
+    remote.content[:CHUNK] = forged(chunk, zlib.crc32(chunk))
+    assert remote.content != CONTENT
+    assert zlib.crc32(remote.content[:CHUNK]) == zlib.crc32(chunk)
+    with pytest.raises(SourceError):
+        base.read(NAME, 0, memoryview(bytearray(10)))
+
+
+def test_local_bytes_are_watched_by_their_files() -> None:
+    into = bytearray(10)
+    FedBase(Remote({})).read(NAME, 5, memoryview(into))
+    assert into == CONTENT[5:15]

@@ -17,9 +17,9 @@ from merge_gate.files.headers import parse_places
 from merge_gate.files.resolve import Fetching, Inputs, resolve_base
 from merge_gate.records.files import Fetched, Snapshot
 from merge_gate.records.terms import Access
-from merge_gate.sources import hub_file, streamed_bases
+from merge_gate.sources import hub_file
 from merge_gate.sources.feed import SourceError
-from merge_gate.sources.streamed_bases import HubFiles, lay_out
+from merge_gate.sources.hub_file import HubFiles, lay_out
 from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def test_the_files_have_the_true_bytes(server: LoopbackHub, tmp_path: Path) -> N
 def test_a_header_that_is_longer_than_the_first_read(
     server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed_bases, "_FIRST_READ_BYTES", 16)
+    monkeypatch.setattr(hub_file, "_FIRST_READ_BYTES", 16)
     server.add_repo(BASE, FILES)
     base, _ = resolved(tmp_path)
     assert Path(base.directory, MODEL).read_bytes() == WEIGHTS[: -len(VALUES)] + bytes(len(VALUES))

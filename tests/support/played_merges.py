@@ -22,8 +22,7 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.run import flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.device import cpu_name
-from merge_gate.worker.protocol import Event, Group, Job, PublicationPlanned, PublicationSent
-from merge_gate.worker.publish_service import Publisher
+from merge_gate.worker.protocol import Event, Group, Job, PublicationPlanned, PublicationSent, Publisher
 from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
 from tests.support.publish import Shapes, lay_base

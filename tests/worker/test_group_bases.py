@@ -1,14 +1,16 @@
-"""What a worker must not load: the weight files of a streamed base are stubs, with headers and without values."""
+"""What a worker must not load, the stubs of a streamed base, and the trial of regular expressions before PEFT."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.errors import EngineError
-from merge_gate.records.files import BaseFiles
+from merge_gate.records.files import BaseFiles, Pattern
+from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import group_bases
 from merge_gate.worker.memory import MemoryGroup
@@ -31,3 +33,39 @@ def test_no_stub_is_loaded_and_the_error_names_class_reason_and_size(
         group_bases.refuse_stubs(group(str(tmp_path), is_streamed=True), model_class, "it is odd")
     wording(refused.value)
     group_bases.refuse_stubs(group(str(tmp_path), is_streamed=False), model_class, "it is odd")
+
+
+# --- regular expressions ----------------------------------------------------------------------------------------------
+
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+
+
+def pattern(expression: str) -> Pattern:
+    return Pattern(place="target_modules", text=expression, expression=expression)
+
+
+def test_honest_expressions_pass_and_the_clock_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGVTALRM)
+    group_bases.try_patterns([pattern(r".*\.q_proj"), pattern("[a-z]+")], NAMES)
+    group_bases.try_patterns([], NAMES)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGVTALRM) is before
+
+
+@pytest.mark.parametrize("expression", ["(", "[a", "(?P<x>.)(?P<x>.)", "a{99999999999}", "(" * 5000 + ")" * 5000])
+def test_what_is_no_expression_is_refused_by_its_name(expression: str) -> None:
+    with pytest.raises(Refused) as raised:
+        group_bases.try_patterns([pattern("q_proj"), pattern(expression)], NAMES)
+    refusal = raised.value.refusal
+    assert refusal.kind == "pattern_refused"
+    assert refusal.fields["pattern"] == pattern(expression)
+    assert refusal.fields["problem"]
+
+
+def test_one_without_end_is_refused_after_its_computing_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_bases, "TRIAL_LIMIT_S", 0.2)
+    with pytest.raises(Refused) as raised:
+        group_bases.try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES)
+    endless = Refused("pattern_refused", pattern=pattern("(([a-z0-9_.])+)+!"), names=2, seconds=0.2)
+    assert raised.value.refusal == endless.refusal
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from merge_gate.demo import make_demo
-from merge_gate.worker import process
-from merge_gate.worker.confine.private_directory import PREFIX, private_directory
+from merge_gate.records.refusals import NotJudged
+from merge_gate.worker import supervisor
 from merge_gate.worker.memory import REUSE, MemoryGroup
-from merge_gate.worker.process import SLEEPING_THREADS, Ending, WorkerProcess, child_environment, describe_exit
+from merge_gate.worker.private_directory import PREFIX, private_directory
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
+from merge_gate.worker.supervisor import SLEEPING_THREADS, WorkerProcess, child_environment, describe_exit
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
 from tests.support.wording import Wording
 
@@ -115,12 +116,12 @@ def test_how_a_child_ended_is_said(
     with (tmp_path / "output").open("w+b") as file:
         file.write(output)
         ending = describe_exit(code, file, out_of_memory=memory)
-    assert len(ending.text) < 1000
-    wording(f"{ending.text}\n> {ending.hint}")
+    assert len(ending.message) < 1000
+    wording(f"{ending.message}\n> {ending.hint}")
 
 
 @pytest.fixture(scope="module")
-def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Ending]:
+def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], NotJudged]:
     """What a child without adapters sends, and how its end would be told; it prints something while it starts."""
     place, events = tmp_path_factory.mktemp("site"), []
     (place / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
@@ -132,17 +133,19 @@ def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], E
             return events, describe_exit(-signal.SIGABRT, child._output)
 
 
-def test_while_the_child_imports_its_parent_has_time_for_other_things(idle_child: tuple[list[Event], Ending]) -> None:
+def test_while_the_child_imports_its_parent_has_time_for_other_things(
+    idle_child: tuple[list[Event], NotJudged],
+) -> None:
     events, _ = idle_child
     assert isinstance(events[0], Idle)
     assert isinstance(events[-1], Finished)
 
 
 def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
-    idle_child: tuple[list[Event], Ending],
+    idle_child: tuple[list[Event], NotJudged],
 ) -> None:
     _, ending = idle_child
-    assert ending.text.endswith("SIGABRT")
+    assert ending.message.endswith("SIGABRT")
 
 
 ODD = """
@@ -159,11 +162,11 @@ time.sleep(60)
 
 
 @pytest.fixture
-def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ending]:
+def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotJudged]:
     """How a worker that does something else in place of its work is said to have ended."""
 
-    def run(code: str, **counters: object) -> Ending:
-        monkeypatch.setattr(process, "_BOOTSTRAP", ODD + code)
+    def run(code: str, **counters: object) -> NotJudged:
+        monkeypatch.setattr(supervisor, "_BOOTSTRAP", ODD + code)
         with WorkerProcess() as child:
             for name, value in counters.items():
                 setattr(child, f"_{name}", value)
@@ -183,16 +186,16 @@ def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ending]:
     ],
 )
 def test_a_child_that_sends_what_is_no_event_is_ended(
-    odd_child: Callable[..., Ending], code: str, said: str, wording: Wording
+    odd_child: Callable[..., NotJudged], code: str, said: str, wording: Wording
 ) -> None:
     ending = odd_child(code)
-    assert said in ending.text
-    wording(f"{ending.text}\n> {ending.hint}")
+    assert said in ending.message
+    wording(f"{ending.message}\n> {ending.hint}")
 
 
-def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., Ending], monkeypatch) -> None:
-    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.1)
-    assert "SIGKILL" in odd_child("line.close(); time.sleep(60)").text
+def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., NotJudged], monkeypatch) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT_S", 0.1)
+    assert "SIGKILL" in odd_child("line.close(); time.sleep(60)").message
 
 
 @pytest.mark.parametrize(
@@ -205,15 +208,19 @@ def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., Endin
     ],
 )
 def test_a_child_that_was_killed_is_told_by_the_kernels_own_count(
-    odd_child: Callable[..., Ending], tmp_path: Path, files: dict[str, str], killed_before: int | None, wording: Wording
+    odd_child: Callable[..., NotJudged],
+    tmp_path: Path,
+    files: dict[str, str],
+    killed_before: int | None,
+    wording: Wording,
 ) -> None:
     for name, text in {"memory.events": "oom_kill 1\n", **files}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "proc").write_text("0::/\n")
     memory = MemoryGroup(tmp_path / "proc", tmp_path)
     ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", memory=memory, kills_before=killed_before)
-    assert "SIGKILL" in ending.text
-    wording(ending.text)
+    assert "SIGKILL" in ending.message
+    wording(ending.message)
 
 
 # --- it leaves nothing behind ----------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ def test_a_child_that_was_killed_is_told_by_the_kernels_own_count(
 
 PARENT = """
 import os, signal, time
-from merge_gate.worker.process import WorkerProcess
+from merge_gate.worker.supervisor import WorkerProcess
 child = WorkerProcess()
 print(child._process.pid, flush=True)
 time.sleep(float(os.environ["DELAY"]))
@@ -292,7 +299,7 @@ class _Unkillable:
 
 
 def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT_S", 0.0)
     child: Any = _Unkillable()
-    assert process._exit_code(child) == -signal.SIGKILL
+    assert supervisor._exit_code(child) == -signal.SIGKILL
     assert child.kills == 1

@@ -16,11 +16,10 @@ from packaging.version import Version
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker import quick_imports
+from merge_gate.worker import quick_imports, sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
-from merge_gate.worker.process import NO_COMPILER, OFFLINE, WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
+from merge_gate.worker.supervisor import OFFLINE, WorkerProcess
 from tests.support.command import environment
 from tests.support.engine.base_headers import base_files
 
@@ -65,7 +64,7 @@ print(json.dumps([are_there, found]))
 def said(script: str) -> Any:
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=environment(**OFFLINE, **NO_COMPILER),
+        env=environment(**OFFLINE),
         check=True,
         capture_output=True,
         text=True,

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.records.report import Sandbox
-from merge_gate.worker.confine import landlock, sandbox
-from merge_gate.worker.confine.sandbox import SWITCH, confine, limit
+from merge_gate.worker import sandbox
 from merge_gate.worker.protocol import Job
+from merge_gate.worker.sandbox import SWITCH, confine, limit
 from tests.support.command import environment, merge_gate, strict_json
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def test_without_it_the_report_says_so_and_the_same_code_does_harm(shelf: Shelf,
 WITHOUT = """
 import errno, json, os, platform
 from pathlib import Path
-from merge_gate.worker.confine import sandbox
+from merge_gate.worker import sandbox
 from merge_gate.worker.protocol import Job
 
 def absent(_paths):
@@ -308,9 +308,9 @@ def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, mo
 def test_a_rule_that_the_kernel_refuses_is_an_error_and_holds_nobody(tmp_path: Path) -> None:
     def give_up() -> None:
         with pytest.raises(FileNotFoundError):
-            landlock.restrict_writes([tmp_path / "absent"])
+            sandbox.restrict_writes([tmp_path / "absent"])
         (tmp_path / "file").write_text("x")
 
     in_a_thread(give_up)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        landlock._call(landlock._RESTRICT, -1, 0)
+        sandbox._call(sandbox._RESTRICT, -1, 0)

@@ -23,7 +23,6 @@ from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.memory import batches
-from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
     BaseLoading,
     DeviceChosen,
@@ -37,9 +36,8 @@ from merge_gate.worker.protocol import (
     MergeStarted,
     Task,
     Unjudged,
-    Waiting,
 )
-from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
+from merge_gate.worker.supervisor import Attempt, WorkerProcess, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 
@@ -98,7 +96,7 @@ class Killer:
         self._when = when or {}
 
     def __call__(self, event: Event) -> None:
-        if not isinstance(event, Idle):
+        if not isinstance(event, Idle) or event.limit_s:
             self.heard.append(event)
         if isinstance(event, BaseLoading | MergeStarted | InProgress) and self._when.get(event):
             (child,) = children_of(os.getpid())
@@ -117,7 +115,7 @@ class Killer:
 
 def process_of(worker: WorkerSlot) -> subprocess.Popen[bytes]:
     """The process that the slot holds now."""
-    worker.start(quantizes=False)
+    worker.start()
     assert worker._process is not None
     return worker._process._process
 
@@ -195,7 +193,7 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording
     """And it is named while it hangs."""
     assert [deaths.outcomes()[task] for task in (5, 6, 7)] == ["Merged", "Unjudged", "Merged"]
     wording(deaths.refusal(6))
-    waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.task == 6]
+    waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.task == 6]
     assert waiting, "and on a busy machine others too"
     assert [event.limit_s for event in waiting] == [LIMIT_S] * len(waiting)
     assert len(waiting) <= 3, "each time after twice as long"
@@ -205,7 +203,7 @@ def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wordin
     """And it is named while it loads."""
     assert [deaths.outcomes()[task] for task in (8, 9, 10)] == ["Unjudged", "Unjudged", "Merged"]
     wording(deaths.refusal(8))
-    waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.base == "stopped"]
+    waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.base == "stopped"]
     assert waiting, "and on a busy machine others too"
     assert {(event.task, event.limit_s) for event in waiting} == {(None, LIMIT_S)}
 
@@ -302,7 +300,7 @@ def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: li
 def test_children_that_die_at_once_are_not_started_forever(
     shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
-    monkeypatch.setattr("merge_gate.worker.process._BOOTSTRAP", "raise SystemExit('no torch here')")
+    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", "raise SystemExit('no torch here')")
     killer = Killer()
     with WorkerSlot() as worker:
         supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, worker)
@@ -321,7 +319,7 @@ def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
     attempt.receive(Idle())
     attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Idle())
-    assert len([event for event in killer.heard if isinstance(event, Waiting)]) == 1
+    assert len([event for event in killer.heard if isinstance(event, Idle)]) == 1
 
 
 @pytest.mark.slow
@@ -420,7 +418,7 @@ def test_a_death_that_names_no_adapter_halves_the_pass(
                 attempt.receive(Unjudged(task=index, refusal=NotJudged(message="done")))
         if not attempt.is_at_a_batch and attempt.is_at_an_adapter:
             assert attempt._task == culprit
-            attempt.settle_death(Ending("killed", "hint"))
+            attempt.settle_death(NotJudged(message="killed", hint="hint"))
         job = attempt.left()
     assert undecided == set(range(count))
     assert started <= passes
@@ -495,21 +493,17 @@ def test_a_child_without_a_job_leaves_when_it_is_let_go() -> None:
         assert child._process.wait() == 0
 
 
-def test_a_slot_holds_one_process_and_replaces_one_that_cannot_quantize() -> None:
+def test_a_slot_holds_one_process() -> None:
     with WorkerSlot() as worker:
         first = process_of(worker)
         assert process_of(worker) is first
-        worker.start(quantizes=True)
-        second = process_of(worker)
-        assert second is not first
-        assert (first.poll(), second.poll()) == (-signal.SIGKILL, None)
-        assert children_of(os.getpid()) == [second.pid]
+        assert children_of(os.getpid()) == [first.pid]
     assert not children_of(os.getpid())
     assert not worker.is_started
 
 
 def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: bool) -> NoReturn:
+    def refuse() -> NoReturn:
         raise OSError("no process to be had")
 
     monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
@@ -517,7 +511,7 @@ def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.Mo
         worker.start_early()
         assert not worker.is_started
         with pytest.raises(OSError, match="no process"):
-            worker.start(quantizes=False)
+            worker.start()
 
 
 def test_a_job_without_tasks_starts_nothing(shelf: Shelf) -> None:

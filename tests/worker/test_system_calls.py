@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
-from merge_gate.worker.confine import system_calls
-from merge_gate.worker.confine.system_calls import refuse_calls
+from merge_gate.worker import sandbox
+from merge_gate.worker.sandbox import refuse_calls
 
 ALLOWED, REFUSED, NO_SUCH_CALL, WITHOUT_EFFECT = "allowed", errno.EPERM, errno.ENOSYS, 0
 AF_UNIX, AF_INET, THREAD, PROCESS = 1, 2, 0x10F00, 0x1200011
@@ -57,8 +57,8 @@ ANSWERS = {
 
 @pytest.mark.parametrize("machine", CALLS)
 def test_the_filter_of_each_architecture(machine: str) -> None:
-    kernel, column = system_calls._ARCHITECTURES[machine]
-    program = b"".join(system_calls._program(kernel, column))
+    kernel, column = sandbox._ARCHITECTURES[machine]
+    program = b"".join(sandbox._program(kernel, column))
     for name, number in CALLS[machine].items():
         if name in ANSWERS:
             assert answer(program, kernel, number) == ANSWERS[name], name
@@ -75,7 +75,7 @@ def test_the_filter_of_each_architecture(machine: str) -> None:
 
 
 def test_a_kernel_without_filters_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system_calls, "_MODE_FILTER", 99)  # what such a kernel makes of the right one
+    monkeypatch.setattr(sandbox, "_MODE_FILTER", 99)  # what such a kernel makes of the right one
     with pytest.raises(OSError, match="Invalid argument"):
         refuse_calls()
 

@@ -1,7 +1,7 @@
 """Publishes the models of one run, one for each adapter, from the plan of the run to the directories.
 
 In: the entries of a run, and what the worker sends about them. Out: directories of models, or why there is none. It is
-the `Publisher` of the worker's tensors (worker/publish_service.py).
+the `Publisher` of the worker's tensors (worker/call_service.py).
 
 1. `choose` decides which entries are published, and checks directory and disk before the first merge.
 2. Tensors arrive on a thread of the service. If the base is streamed, so do those that no merge changes.

@@ -194,7 +194,7 @@ class BaseReport:
 
 @record
 class Sandbox:
-    """The restrictions of the worker process (worker/confine/sandbox.py)."""
+    """The restrictions of the worker process (worker/sandbox.py)."""
 
     held: tuple[str, ...] = reported(
         "The restrictions in force: `files` (it writes only its own), `network` (none), `processes` (no other), "

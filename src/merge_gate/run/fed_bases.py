@@ -7,6 +7,8 @@ configuration; and whether all bytes of a streamed base had the digests that the
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,9 @@ from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import Entry
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
-from merge_gate.sources.mounts import network_file_system
-from merge_gate.worker.confine.private_directory import private_directory
-from merge_gate.worker.feed_service import Feeds
+from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 LIMIT_PER_GIB_S = 180.0
 LONGEST_CLASS = 200
 """Characters of the name of a model class."""
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = re.compile(r"fuse(\..*)?|nfs4?|cifs|smb3|smbfs|9p|ceph|lustre|afs|gfs2|ocfs2|beegfs|gpfs|glusterfs")
+_LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal"})
 
 HEADERS_LIMIT_S = 60.0
 """How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
@@ -83,11 +88,30 @@ def is_on_network(paths: list[Path]) -> bool:
         return True
 
 
+def network_file_system(paths: Iterable[Path], mounts: Path = _MOUNTS) -> str | None:
+    """The type of the network file system (as mount names it) that holds one of these files; None for local disks.
+
+    Mapped files of such a system may hang or end the process (SIGBUS) when the connection fails, so they are read.
+    """
+    try:
+        types = dict(map(_device_and_type, mounts.read_text().splitlines()))
+        devices = {path.stat().st_dev for path in paths}  # a link leads to the file's own device
+    except (OSError, LookupError, UnicodeDecodeError):
+        return None
+    found = {types.get(f"{os.major(device)}:{os.minor(device)}", "") for device in devices}
+    return next((name for name in sorted(found) if _NETWORK.fullmatch(name) and name not in _LOCAL_FUSE), None)
+
+
+def _device_and_type(line: str) -> tuple[str, str]:
+    """https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html: the type follows a hyphen."""
+    before, _, after = line.partition(" - ")
+    return before.split()[2], after.split()[0]
+
+
 class FedBases(contextlib.ExitStack):
     """Leaving its `with` block removes the created files.
 
-    `records` are figures of bases that earlier runs measured. `on_piece` gets the bytes of bases that are fed, as they
-    pass.
+    `records` are figures of bases that earlier runs measured.
     """
 
     def __init__(
@@ -96,18 +120,17 @@ class FedBases(contextlib.ExitStack):
         notify: Callable[[str], None],
         *,
         records: BaseRecords | None = None,
-        on_piece: Callable[[str, str, int, memoryview], None] = lambda *_: None,
     ) -> None:
         super().__init__()
         self._watch, self._notify, self._records = watch, notify, records
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
-        self.feeds = Feeds(self._streamed, watch.passed, on_piece)
+        self.feeds = Feeds(self._streamed, watch.passed)
 
     def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
-        from merge_gate.sources.streamed_bases import lay_out  # noqa: PLC0415 - imports huggingface_hub
+        from merge_gate.sources.hub_file import lay_out  # noqa: PLC0415 - imports huggingface_hub
 
         if self._parent is None:
             self._parent = self.enter_context(private_directory())

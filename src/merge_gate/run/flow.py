@@ -38,7 +38,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Report
-from merge_gate.records.terms import Origin, Quantization, Read, Verdict
+from merge_gate.records.terms import Origin, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -187,12 +187,7 @@ class Run:
         self._watch = BaseWatch(self._cache.seen_bases, is_plan=options.is_plan)
         self.tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
-        self._fed = FedBases(
-            self._watch,
-            view.note,
-            records=self._cache.base_records,
-            on_piece=self.publications.passing,
-        )
+        self._fed = FedBases(self._watch, view.note, records=self._cache.base_records)
         how = Fetching(
             notify=view.note,
             access=options.access,
@@ -248,7 +243,7 @@ class Run:
         """
         is_needed = any(spec.name not in self._given_up for spec in self.specs)
         if is_needed and (self._worker.is_started or not self._cache.may_hit):
-            self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self.specs))
+            self._worker.start()
 
     # --- 1: files ----------------------------------------------------------------------------------------------------
 
@@ -383,12 +378,12 @@ class Run:
                 self._judge(event.task, event.evidence)
             case protocol.Unjudged():
                 self._report_not_judged(event)
-            case protocol.Waiting():
-                self._view.note(self._still_at(event))
             case protocol.Idle():
+                if event.limit_s:
+                    self._view.note(self._still_at(event))
                 self._catch_up(at_once=True)
-            case protocol.InProgress() | protocol.Compared() | protocol.Finished():
-                pass  # for the supervisor or for verify; the last report follows
+            case protocol.InProgress() | protocol.Finished():
+                pass  # for the supervisor; the last report follows
             case _:
                 assert_never(event)
 
@@ -400,7 +395,7 @@ class Run:
         self.publications.discard(event.task)
         self._report(event.task, report)
 
-    def _still_at(self, event: protocol.Waiting) -> str:
+    def _still_at(self, event: protocol.Idle) -> str:
         spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
         if event.task is None:
             return f"base {event.base}: still loading after {spent}; its time limit is {limit}"

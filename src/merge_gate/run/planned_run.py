@@ -18,7 +18,7 @@ from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.run.flow import planned_run
 from merge_gate.run.view import PLAIN_WIDTH, View
 from merge_gate.text import counted, listing
-from merge_gate.worker.feed_service import window_bytes
+from merge_gate.worker.call_service import window_bytes
 from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes
 
 if TYPE_CHECKING:

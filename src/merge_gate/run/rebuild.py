@@ -47,7 +47,7 @@ from merge_gate.run.flow import run_gate
 from merge_gate.run.streams import say, tell
 from merge_gate.text import listing, quoted
 from merge_gate.verify.exchanged import is_adapter, is_model
-from merge_gate.worker.confine.private_directory import private_directory
+from merge_gate.worker.private_directory import private_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -228,8 +228,6 @@ class Verification:
                 self._view.adapter_started(self._entries[event.task].spec.name, 1, 1, self._entries[event.task].dtype)
             case protocol.MergeProgressed():
                 self._view.adapter_progress(event.done, event.total, event.module)
-            case protocol.Compared():
-                self._comparisons[event.task] = event.comparison
             case protocol.Merged():
                 self._merged_one(event)
             case protocol.Unjudged():
@@ -238,6 +236,8 @@ class Verification:
                 pass
 
     def _merged_one(self, event: protocol.Merged) -> None:
+        if event.comparison is not None:
+            self._comparisons[event.task] = event.comparison
         entry = self._entries[event.task]
         directory = entry.base.directory if entry.base is not None else ""
         if event.evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:

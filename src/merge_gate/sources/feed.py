@@ -11,8 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from merge_gate.errors import EngineError
 from merge_gate.records.terms import record
@@ -34,20 +33,18 @@ class SourceError(EngineError):
     """The bytes of a file could not be had: the message has the file, the place, and what was expected."""
 
 
-class Feed(Protocol):
+class Feed:
     """Where the bytes of a base come from. All methods may be called by several threads."""
 
     def open_files(self, files: Sequence[str]) -> None:
         """Open these files, so that later reads are of the files that are there now."""
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
         """Announce the spans that will be read, in this order, so that they can be read ahead.
 
-        With `whole`, the rest of the files is read too, so that their digests are known.
+        With `whole`, the rest of the files is read too, so that their digests are known. Before they are announced as
+        due, reads are of other bytes, or of the same ones again.
         """
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Begin to read what `expect` will announce. Reads until then are of other bytes, or of the same ones again."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the file from `start` on, announced or not.
@@ -55,9 +52,10 @@ class Feed(Protocol):
         Raises:
             SourceError: not all of these bytes could be had.
         """
+        raise NotImplementedError
 
 
-class LocalFeed:
+class LocalFeed(Feed):
     """Reads the files of a directory. It maps none of them, and reads nothing ahead: the system does.
 
     Args:
@@ -73,7 +71,7 @@ class LocalFeed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -88,12 +86,6 @@ class LocalFeed:
         with contextlib.suppress(OSError):  # the read of the file explains it
             for file in files:
                 self._opened(file)
-
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Nothing to prepare: the system reads ahead."""
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Nothing to begin."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

@@ -1,7 +1,8 @@
-"""One file on the Hub at a commit, read by byte ranges. Nothing is written to disk.
+"""Bases on the Hub whose weights are not downloaded: their headers are laid out on disk, their bytes come by ranges.
 
-In: a repository, a commit, a file name, and the token. Out: exactly the requested bytes, or a `SourceError`. Runs in
-the process that has the token and the network.
+In: a repository at a commit, the names of its weight files, a directory with its other files, and the token. Out: in
+that directory, a stub for each weight file, with the true header, the true length, and no data; and `HubFiles`, which
+has the data: exactly the requested bytes, or a `SourceError`. Runs in the process that has the token and the network.
 
 1. One request to the resolver gives the size, the digest, and the address of the bytes.
 2. Each read is one request for one range. Status, Content-Range, and ETag must be the expected ones.
@@ -15,8 +16,12 @@ import ipaddress
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -24,11 +29,13 @@ from huggingface_hub import constants, get_hf_file_metadata, get_session, get_to
 
 from merge_gate import __version__
 from merge_gate.errors import ResolveError
-from merge_gate.files.headers import shown
+from merge_gate.files.headers import MAX_HEADER_BYTES, shown
 from merge_gate.files.hub import ask, is_transport
+from merge_gate.files.identity import base_identity
 from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_LIMIT_S, limit_requests
-from merge_gate.records.terms import record
+from merge_gate.records.files import Fetched, FileIdentity
 from merge_gate.sources.feed import SourceError
+from merge_gate.sources.read_ahead import refuse_excess
 from merge_gate.text import counted
 
 if TYPE_CHECKING:
@@ -50,18 +57,11 @@ _EXPIRED = frozenset({401, 403})
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
 
-@record
-class HubAddress:
-    """Where the bytes of a file are. `etag` is the SHA-256 of a file in Git LFS, and git's digest of another file."""
+_FIRST_READ_BYTES = 1 << 20
+_PREFIX_BYTES = 8
 
-    url: str
-    size_bytes: int
-    etag: str
-    is_on_hub: bool
-
-    @property
-    def sha256(self) -> str | None:
-        return self.etag if _SHA256.fullmatch(self.etag) else None
+MOST_HEADER_BYTES = 1 << 28
+"""The headers of all files of a base are kept during the run. Those of a 405 B base have a few megabytes."""
 
 
 class HubFile:
@@ -82,8 +82,10 @@ class HubFile:
         self._token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
         self._lock = threading.Lock()
         self._served: str | None = None
+        self._url = hf_hub_url(repository, name, revision=commit)
         self._address = self._resolve()
-        self.size_bytes, self.sha256 = self._address.size_bytes, self._address.sha256
+        self.size_bytes, etag = self._address.size or 0, self._address.etag or ""
+        self.sha256 = etag if _SHA256.fullmatch(etag) else None  # of a file in Git LFS; others have git's digest
 
     @property
     def label(self) -> str:
@@ -110,9 +112,8 @@ class HubFile:
                 reason, pause_s = "the connection ended", None
             except _PassingError as error:
                 received, reason, pause_s = error.received, str(error), error.pause_s
-            except _ExpiredError as error:
-                received, reason, pause_s = 0, str(error), 0.0
-                self._renew(address)
+                if error.is_expired:
+                    self._renew(address)
             except ResolveError as error:
                 raise SourceError(f"{self.label}: {error.message}", hint=error.hint) from error
             done += received
@@ -128,12 +129,11 @@ class HubFile:
 
     # --- 1. and 4. -------------------------------------------------------------------------------------------------
 
-    def _resolve(self) -> HubAddress:
-        url = hf_hub_url(self._repository, self._name, revision=self._commit)
+    def _resolve(self) -> HfFileMetadata:
         try:
             found = ask(
                 lambda: get_hf_file_metadata(
-                    url, token=self._token or False, library_name=AGENT, library_version=__version__
+                    self._url, token=self._token or False, library_name=AGENT, library_version=__version__
                 ),
                 f"{self.label}:",
                 (2.0**tries for tries in range(1, MOST_TRIES)),
@@ -141,12 +141,6 @@ class HubFile:
             )
         except ResolveError as error:
             raise SourceError(error.message, hint=error.hint) from error
-        address = self._checked(found, url)
-        if not address.is_on_hub:
-            refuse_private(address.url, constants.ENDPOINT)
-        return address
-
-    def _checked(self, found: HfFileMetadata, url: str) -> HubAddress:
         if found.commit_hash is not None and found.commit_hash != self._commit:
             raise self._changed(f"the Hub answers for commit {found.commit_hash[:12]}")
         if found.size is None or found.etag is None:
@@ -154,16 +148,20 @@ class HubFile:
                 f"{self.label}: the server states no size or no digest, so its bytes cannot be checked",
                 hint="set access: download",
             )
-        on_hub = _origin(found.location) == _origin(url)
-        return HubAddress(url=found.location, size_bytes=found.size, etag=found.etag, is_on_hub=on_hub)
+        if not self._is_on_hub(found):
+            refuse_private(found.location, constants.ENDPOINT)
+        return found
 
-    def _renew(self, expired: HubAddress) -> None:
+    def _is_on_hub(self, address: HfFileMetadata) -> bool:
+        return _origin(address.location) == _origin(self._url)
+
+    def _renew(self, expired: HfFileMetadata) -> None:
         """Ask the resolver again, once for all threads that read the same expired address."""
         with self._lock:
             if self._address is not expired:
                 return
             address = self._resolve()
-            if (address.size_bytes, address.etag) != (expired.size_bytes, expired.etag):
+            if (address.size, address.etag) != (expired.size, expired.etag):
                 raise self._changed("its digest is another one now")
             self._address, self._served = address, None
 
@@ -175,21 +173,21 @@ class HubFile:
 
     # --- 2. and 3. -------------------------------------------------------------------------------------------------
 
-    def _request(self, address: HubAddress, start: int, buffer: memoryview) -> int:
+    def _request(self, address: HfFileMetadata, start: int, buffer: memoryview) -> int:
         """Read as many of these bytes as arrive over one connection."""
         end = start + len(buffer) - 1
         agent = f"{AGENT}/{__version__}"
         headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity", "User-Agent": agent}
-        if address.is_on_hub and self._token:
+        if self._is_on_hub(address) and self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         done = 0
         most = {MOST_BYTES: sys.maxsize}  # `_refuse_excess` knows better
         limit_requests(get_session())
         try:
             with get_session().stream(
-                "GET", address.url, headers=headers, follow_redirects=False, timeout=TIMEOUT_S, extensions=most
+                "GET", address.location, headers=headers, follow_redirects=False, timeout=TIMEOUT_S, extensions=most
             ) as answer:
-                self._check(answer, address, start, end)
+                self._check(answer, start, end)
                 for part in answer.iter_raw():
                     self._refuse_excess(len(part), len(buffer) - done)
                     buffer[done : done + len(part)] = part
@@ -200,18 +198,18 @@ class HubFile:
             raise _PassingError(f"the connection failed ({type(error).__name__})", received=done) from error
         return done
 
-    def _check(self, answer: Any, address: HubAddress, start: int, end: int) -> None:
+    def _check(self, answer: Any, start: int, end: int) -> None:
         status = answer.status_code
         if status in _EXPIRED:
-            raise _ExpiredError(f"the server refused with status {status}")
+            raise _PassingError(f"the server refused with status {status}", pause_s=0.0, is_expired=True)
         if status in _PASSING:
             pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops what is none
             raise _PassingError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
         if status != _PARTIAL_CONTENT:
             raise self._wrong(f"status {status}, expected 206 for a range")
         place = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-        if place is None or [int(part) for part in place.groups()] != [start, end, address.size_bytes]:
-            expected = f"bytes {start}-{end}/{address.size_bytes}"
+        if place is None or [int(part) for part in place.groups()] != [start, end, self.size_bytes]:
+            expected = f"bytes {start}-{end}/{self.size_bytes}"
             raise self._wrong(f"Content-Range {answer.headers.get('Content-Range')!r:.80}, expected {expected}")
         if answer.headers.get("Content-Encoding", "identity") != "identity":
             raise self._wrong("compressed bytes")
@@ -233,13 +231,11 @@ class HubFile:
 
 
 class _PassingError(Exception):
-    def __init__(self, message: str, *, received: int = 0, pause_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, received: int = 0, pause_s: float | None = None, is_expired: bool = False
+    ) -> None:
         super().__init__(message)
-        self.received, self.pause_s = received, pause_s
-
-
-class _ExpiredError(Exception):
-    pass
+        self.received, self.pause_s, self.is_expired = received, pause_s, is_expired
 
 
 def refuse_private(url: str, endpoint: str) -> None:
@@ -268,3 +264,103 @@ def _is_private(name: str) -> bool:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port
+
+
+# --- the base -----------------------------------------------------------------------------------------------------
+
+
+class HubFiles:
+    """The weight files of one base on the Hub.
+
+    Attributes:
+        sizes: the size of each file in bytes.
+        sha256: the digest of each file that the Hub lists.
+        identity: that of the files that were laid out.
+    """
+
+    def __init__(self, files: Mapping[str, HubFile]) -> None:
+        self._files = files
+        self.sizes: Mapping[str, int] = {name: file.size_bytes for name, file in files.items()}
+        self.sha256: Mapping[str, str] = {name: file.sha256 for name, file in files.items() if file.sha256}
+        refuse_excess(self.sizes)
+        self.identity: tuple[FileIdentity, ...] = ()
+        self._heads: dict[str, bytes] = {}
+        for name, file in files.items():
+            self._heads[name] = _head(file)
+            if sum(map(len, self._heads.values())) > MOST_HEADER_BYTES:
+                raise SourceError(
+                    f"{file.label}: the headers of the base's weight files have more than {MOST_HEADER_BYTES:,} bytes",
+                    hint="check the base: a header of a large model has some hundred kilobytes",
+                )
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the file's bytes from `start` on. Of a header, these are the bytes that were laid out.
+
+        Raises:
+            SourceError: these bytes could not be had.
+        """
+        head = self._heads[file][start : start + len(into)]
+        into[: len(head)] = head
+        if len(head) < len(into):
+            self._files[file].read_into(start + len(head), into[len(head) :])
+
+    def lay_out(self, directory: Path) -> None:
+        """Write a stub of each file.
+
+        Raises:
+            OSError: a stub cannot be written.
+        """
+        for name, head in self._heads.items():
+            place = directory / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("xb") as stub:
+                stub.write(head)
+                stub.truncate(self.sizes[name])
+        self.identity = base_identity(str(directory))
+
+
+def lay_out(base: Fetched, parent: str) -> tuple[str, HubFiles]:
+    """Make a directory in `parent`, with the base's small files and a stub of each weight file.
+
+    Raises:
+        SourceError: the Hub does not give the headers, or lists no digest.
+    """
+    hub_files = {name: HubFile(base.repo_id, base.commit, name) for name in base.streamable}
+    for file in hub_files.values():
+        if file.sha256 is None:
+            raise SourceError(
+                f"{file.label}: the Hub lists no SHA-256 of it, so streamed bytes could not be checked",
+                hint="set access: download",
+            )
+    files = HubFiles(hub_files)
+    directory = tempfile.mkdtemp(dir=parent, prefix="base-")
+    try:
+        _copy(base.directory, directory, base.chosen)
+        files.lay_out(Path(directory))
+    except OSError as error:
+        raise SourceError(
+            f"the headers of {shown(base.repo_id)} cannot be written to {parent}: {error.strerror}",
+            hint="free space there, or point TMPDIR at another disk",
+        ) from error
+    return directory, files
+
+
+def _copy(source: str, directory: str, names: Iterable[str]) -> None:
+    for name in names:
+        place = Path(directory, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        copyfile(Path(source, name), place)
+
+
+def _head(file: HubFile) -> bytes:
+    """The header of a safetensors file, with its length. Of any other file the first bytes, which show what it is."""
+    head = bytearray(min(_FIRST_READ_BYTES, file.size_bytes))
+    if head:
+        file.read_into(0, memoryview(head))
+    length = int.from_bytes(head[:_PREFIX_BYTES], "little") + _PREFIX_BYTES
+    if length > min(file.size_bytes, MAX_HEADER_BYTES + _PREFIX_BYTES):
+        return bytes(head)
+    rest = bytearray(max(0, length - len(head)))
+    if rest:
+        file.read_into(len(head), memoryview(rest))
+    return bytes(head + rest)[:length]

@@ -1,4 +1,4 @@
-"""Sends and receives whole messages between the run and its worker, over a pair of sockets.
+"""Sends and receives whole messages between the run and its worker, over pairs of sockets, also with bytes.
 
 A base's own code may write to the worker's end. So only records are unpickled: a pickle that names any other class, or
 declares too large a size, is refused.
@@ -6,7 +6,10 @@ declares too large a size, is refused.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
 import pickle
 import select
 import socket
@@ -15,7 +18,7 @@ import threading
 import time
 
 from merge_gate.records import comparison, config, files, measured, refusals, report, terms
-from merge_gate.sources.feed import FileSpan
+from merge_gate.sources.feed import PIECE_BYTES, FileSpan
 from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
@@ -57,7 +60,7 @@ class Channel:
         with self._sending:  # several threads report what they work on
             self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
-    def receive(self, patience_s: float | None) -> object | None:
+    def receive(self, patience_s: float | None = None) -> object | None:
         """Return the next message, or None if it is not complete in time (None: no limit). A partial message is kept.
 
         Raises:
@@ -97,6 +100,56 @@ class Channel:
         data = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
         return _record(data)
+
+
+class Line(Channel):
+    """One end of a connection for calls of the worker: messages and answers, each with up to `PIECE_BYTES` of bytes.
+
+    The bytes are in memory that both ends share. The end that is to speak next owns it.
+    """
+
+    def __init__(self, end: socket.socket, window: int) -> None:
+        super().__init__(end)
+        self.socket, self.window = end, window
+
+    @classmethod
+    def pair(cls) -> tuple[Line, Line]:
+        """Both ends of a new line. The memory keeps its size, whatever the other end does."""
+        window = os.memfd_create("merge-gate-line", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(window, PIECE_BYTES)
+        fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        own, other = socket.socketpair()
+        return cls(own, window), cls(other, os.dup(window))
+
+    @classmethod
+    def of(cls, socket_descriptor: int, window: int) -> Line:
+        """The end that a process inherited as these `descriptors`."""
+        return cls(socket.socket(fileno=socket_descriptor), window)
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        return self.socket.fileno(), self.window
+
+    def put(self, content: memoryview) -> None:
+        """Copy into the memory. A system call, unlike a mapping, lets other threads run meanwhile."""
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self.window, content[done:], done)
+
+    def take(self, into: memoryview) -> None:
+        """Copy out of the memory."""
+        done = 0
+        while done < len(into):
+            done += os.preadv(self.window, [into[done:]], done)
+
+    def hang_up(self) -> None:
+        """End the connection: both ends get an error."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        super().close()
+        os.close(self.window)
 
 
 def _record(data: bytes) -> object:

@@ -1,19 +1,30 @@
-"""Loads the bases of groups inside the worker: as a skeleton, or by `from_pretrained`.
+"""Loads the bases of groups inside the worker, as a skeleton or by `from_pretrained`, and merges the groups' tasks.
 
-In: groups that differ in dtype only, and a class of the model. Out: a `Base` for each. Only this module and child.py
-use the engine; both run confined. Importing this module imports torch and PEFT.
+In: groups that differ in dtype only. Out: events. Of worker/, only this module uses the engine, and runs confined.
+Importing it imports torch and PEFT.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.accounting import Account
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import (
     FiguresBySpan,
     NoSkeletonError,
@@ -25,29 +36,68 @@ from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.errors import EngineError
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.files import FileIdentity, Snapshot
+from merge_gate.records.files import FileIdentity, Pattern, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
+from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed, LocalFeed
-from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.memory import MemoryGroup, gibibytes, give_back
-from merge_gate.worker.pinned import pinned_directory, verify_base
-from merge_gate.worker.protocol import Group, Job, Task
-from merge_gate.worker.publish_client import PublishClient
+from merge_gate.sources.feed import Feed, LocalFeed, SourceError
+from merge_gate.worker.call_client import CallClient, ParentFeed
+from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
+from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
+from merge_gate.worker.protocol import (
+    BaseLoaded,
+    BaseLoading,
+    BaseMeasured,
+    Event,
+    Group,
+    InProgress,
+    Job,
+    Listener,
+    Merged,
+    MergeProgressed,
+    MergeStarted,
+    Task,
+    Unjudged,
+    undecided,
+)
 
 if TYPE_CHECKING:
     from merge_gate.engine.merge.publication_sink import PublicationSinks
 
+SKELETONS_SHARE = 4
+"""What several skeletons of a pass hold for good may take a quarter of the free memory."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+HASHED_AT_A_TIME = 4
+"""The files of so many adapters are hashed at a time when a pass is over, and nothing else is left to do."""
+
+TRIAL_LIMIT_S = 10.0
+"""CPU seconds for all expressions of one adapter. A normal expression takes microseconds for each name."""
+
+PROGRESS_S = 0.1
+"""The least time between two events of progress: showing one takes time from a core that merges."""
+
+
+@dataclass(slots=True, kw_only=True)
 class GroupBase:
-    """A loaded base, the class it was loaded as, and the identity of its files before that."""
+    """The tasks of a group that need its base as one class.
+
+    While the base is loaded, it is here, with the identity of its files before that, and `sinks` for what is published.
+    `is_measured`: its facts were sent.
+    """
 
     position: int
     group: Group
     model_class: ModelClass
-    base: Base
-    identity: tuple[FileIdentity, ...]
+    tasks: list[ClassedTask] = field(default_factory=list)
+    loaded: Base | None = None
+    identity: tuple[FileIdentity, ...] = ()
+    sinks: PublicationSinks | None = None
+    is_measured: bool = False
+
+    @property
+    def base(self) -> Base:
+        assert self.loaded is not None  # noqa: S101 - it is asked for between its load and its last task
+        return self.loaded
 
     @property
     def is_skeleton(self) -> bool:
@@ -61,46 +111,40 @@ class GroupBase:
         return self.base.record(self.model_class)
 
 
-@dataclass(slots=True, kw_only=True)
 class GroupBases:
-    """Loads bases from the files of one directory, which `feed` reads.
+    """Loads bases from the files of one directory, which `feed` reads: all skeletons are filled in one pass.
 
-    It keeps the figures of tensors for the next class. `connection` takes the merged models that are published.
+    It keeps the figures of tensors for the next class. `client` takes the merged models that are published.
     """
 
-    job: Job
-    feed: Feed
-    """Shared by all skeletons, so that they are filled in one pass."""
-    connection: PublishClient | None = None
-    client: FeedClient | None = None
-    _accounts: dict[ModelClass, Account] = field(default_factory=dict)
-    _identity: tuple[FileIdentity, ...] = ()
-    _figures: FiguresBySpan = field(default_factory=dict)
+    def __init__(self, job: Job, feed: Feed, client: CallClient | None = None) -> None:
+        self.job, self.feed, self.client = job, SharedReads(feed), client
+        self._accounts: dict[ModelClass, Account] = {}
+        self._identity: tuple[FileIdentity, ...] = ()
+        self._figures: FiguresBySpan = {}
 
-    def __post_init__(self) -> None:
-        self.feed = SharedReads(self.feed)
-
-    def account(self, model_class: ModelClass, group: Group) -> Account:
+    def account(self, one: GroupBase) -> Account:
         """The account of the base as this class, before it is loaded. It is the same for every dtype."""
-        if model_class not in self._accounts:
-            label, stored = group.base.name, group.files.tensors
-            self._accounts[model_class] = accounting.account_for(group.directory, model_class, label, stored)
-        return self._accounts[model_class]
+        if one.model_class not in self._accounts:
+            label, stored = one.group.base.name, one.group.files.tensors
+            self._accounts[one.model_class] = accounting.account_for(
+                one.group.directory, one.model_class, label, stored
+            )
+        return self._accounts[one.model_class]
 
-    def load(self, position: int, group: Group, model_class: ModelClass, account: Account) -> GroupBase:
+    def load(self, one: GroupBase, account: Account) -> None:
         """Load the base as this class."""
+        group = one.group
         before, self._identity = self._identity, base_identity(group.directory)
         if before != self._identity:
             self._figures = {}
         self.feed.open_files(group.files.weights)  # before the identity is verified
-        base = _as_published(self._read(group, model_class), group)
+        one.loaded, one.identity = _as_published(self._read(group, one.model_class), group), self._identity
         verify_base(group.directory, group.base.name, self._identity)
-        accounting.add_file_facts(base, account, group.directory)
-        loaded = GroupBase(position=position, group=group, model_class=model_class, base=base, identity=self._identity)
-        record = next((one for one in group.records if one.model_class == model_class.label), None)
-        if record is not None and loaded.is_skeleton:
-            base.adopt(record)
-        return loaded
+        accounting.add_file_facts(one.base, account, group.directory)
+        record = next((known for known in group.records if known.model_class == one.model_class.label), None)
+        if record is not None and one.is_skeleton:
+            one.base.adopt(record)
 
     def _read(self, group: Group, model_class: ModelClass) -> Base:
         source = Source(
@@ -139,14 +183,14 @@ class GroupBases:
         from merge_gate.engine.merge.publication_sink import PublicationSinks  # noqa: PLC0415 - few runs publish
 
         group = loaded.group
-        if self.connection is None or all(task.publishes is None for task in group.tasks):
+        if self.client is None or all(task.publishes is None for task in group.tasks):
             return None
         return PublicationSinks(
             base=loaded.base,
             model_class=loaded.model_class,
             stored=group.files.tensors,
             feed=self.feed,
-            connection=self.connection,
+            connection=self.client,
         )
 
     def compare(self, loaded: GroupBase, task: Task, request: MergeRequest) -> tuple[Evidence, Comparison]:
@@ -159,9 +203,12 @@ class GroupBases:
 
         snapshot, group = task.compares, loaded.group
         assert snapshot is not None and snapshot.base_files is not None  # noqa: S101, PT018 - the caller has looked
-        account = self.account(loaded.model_class, group)
+        account = self.account(loaded)
         own = finished_model.Files(directory=group.directory, stored=group.files.tensors, feed=self.feed)
-        with pinned_directory(snapshot.directory) as directory, LocalFeed(directory, keep=False) as local:
+        with (
+            pinned_directory(snapshot.directory) as directory,
+            LocalFeed(directory, keep=False) as local,
+        ):
             identity, feed = base_identity(directory), self._feed_of(snapshot) or local
             files = finished_model.Files(
                 directory=directory,
@@ -186,7 +233,7 @@ class GroupBases:
             if group.directory == finished.directory and not group.tasks
         )
         position = next(places, None)
-        return self.client.open_aside(position) if position is not None else None
+        return ParentFeed(self.client, position, is_aside=True) if position is not None else None
 
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""
@@ -214,3 +261,290 @@ def refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
             f"itself{reason}, from {stored} of files, and {free} of memory are free",
             hint=f"set access: download for this base, on a runner whose disk has room for {stored}",
         )
+
+
+# --- the groups' tasks -----------------------------------------------------------------------------------------------
+
+
+def judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases: GroupBases) -> Iterator[Event]:
+    """Load the base of these groups once for each class, and merge each task into it."""
+    to_load, unknown = _by_class(groups, job)
+    yield from unknown
+    announced = next(iter(groups)) if not unknown else None
+    skeletons: list[GroupBase] = []
+    for one in to_load:
+        if announced != one.position:
+            yield BaseLoading(group=one.position)
+        announced = None
+        started = time.perf_counter()
+        try:
+            account = bases.account(one)
+            refused = _refused_as_incomplete(one, account)
+            yield from refused
+            one.tasks = [classed for classed in one.tasks if classed[0].index not in {event.task for event in refused}]
+            if not one.tasks:
+                continue
+            bases.load(one, account)
+        except Exception as error:
+            one.loaded = None
+            yield from undecided((task for task, _ in one.tasks), error, one.group)
+            continue
+        yield from _announced(one, time.perf_counter() - started)
+        if not one.is_skeleton:
+            yield from _judge_tasks([one], bases, progress)
+        elif skeletons and not _fit([*skeletons, one]):
+            yield from _judge_tasks(skeletons, bases, progress)
+            skeletons = [one]
+        else:
+            skeletons.append(one)
+    if skeletons:
+        yield from _judge_tasks(skeletons, bases, progress)
+
+
+def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[GroupBase], list[Unjudged]]:
+    """The loads that the groups need, and the tasks whose class is not known."""
+    found: dict[tuple[int, ModelClass], GroupBase] = {}
+    unknown: list[Unjudged] = []
+    for position, group in groups.items():
+        for task in group.tasks:
+            try:
+                model_class = model_class_for(
+                    group.directory, task.files[0], group.files.tensors, trust_remote_code=job.trust_remote_code
+                )
+            except Exception as error:
+                unknown += undecided([task], error, group)
+                continue
+            one = GroupBase(position=position, group=group, model_class=model_class)
+            found.setdefault((position, model_class), one).tasks.append((task, model_class.instead_of))
+    return list(found.values()), unknown
+
+
+def _refused_as_incomplete(one: GroupBase, account: Account) -> list[Unjudged]:
+    """The tasks whose adapters lack the parameters that the base's files lack."""
+    if not account.incomplete or account.map is None:
+        return []
+    lacking = [task for task, _ in one.tasks if not accounting.brings_all(task.files, account.incomplete)]
+    fact = accounting.not_stored(one.group.base.name, account.incomplete, account.map, one.group.directory)
+    return [Unjudged(task=task.index, refusal=fact) for task in lacking]
+
+
+def _announced(one: GroupBase, seconds: float) -> Iterator[Event]:
+    task, one.is_measured = one.tasks[0][0].index, not one.base.unmeasured()
+    yield BaseLoaded(
+        group=one.position,
+        task=task,
+        facts=one.base.facts,
+        identity=one.identity,
+        measured=one.is_measured,
+        seconds=seconds,
+    )
+    if one.is_measured and (record := one.record()) is not None:
+        yield BaseMeasured(group=one.position, task=task, facts=one.base.facts, record=record)
+
+
+def _fit(skeletons: list[GroupBase]) -> bool:
+    """Whether these skeletons may be in one pass: tensors that have values for good take memory."""
+    room = (MemoryGroup().free_bytes() or 0) // SKELETONS_SHARE
+    return sum(one.base.hollow.kept_bytes() for one in skeletons if one.base.hollow is not None) <= room
+
+
+def _judge_tasks(loaded: list[GroupBase], bases: GroupBases, progress: Listener) -> Iterator[Event]:
+    """Merge the adapters of these bases, and send the facts of a base ahead of its first evidence.
+
+    No other code may keep a base that takes memory, so that it is released before the next load.
+    """
+    base_of = {task.index: one for one in loaded for task, _ in one.tasks}
+    tasks = [classed for one in loaded for classed in one.tasks]
+    for one in loaded:
+        one.sinks = bases.sinks(one)
+    for batch in batches(tasks, one_pass=loaded[0].group.in_passes):
+        for event in _judge_batch(batch, base_of, bases, progress):
+            if isinstance(event, Merged) and not (one := base_of[event.task]).is_measured:
+                one.is_measured = True
+                yield BaseMeasured(group=one.position, task=event.task, facts=one.base.facts, record=one.record())
+            yield event
+    for one in loaded:
+        one.base.template = None  # release its memory for the next class
+        bases.keep_figures(one.base)
+        one.loaded = one.sinks = None
+
+
+def _judge_batch(
+    batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases, progress: Listener
+) -> Iterator[Event]:
+    """Merge these tasks, in one pass if they are several. Such a pass measures the skeletons of other tasks as well."""
+    others = list({id(one.base): one.base for one in base_of.values() if one.is_skeleton}.values())
+    if len(batch) > 1 or (len(others) > 1 and batch[0][0].most_together != 1):
+        first, *further = (task.index for task, _ in batch)
+        yield MergeStarted(task=first, others=tuple(further))
+        try:
+            merged = _merge_together([task for task, _ in batch], base_of, others, progress)
+        except SourceError as error:  # of no use to any adapter
+            yield from undecided((task for task, _ in batch), error)
+            return
+        except Exception:  # merged by itself, each adapter says what is wrong
+            merged = (None,) * len(batch)
+        for (task, instead_of), evidence in zip(batch, merged, strict=True):
+            if evidence is not None:
+                _finish_publication(task, evidence, base_of[task.index])
+                yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
+        batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
+    for task, instead_of in batch:
+        yield MergeStarted(task=task.index)
+        yield _judge_task(task, instead_of, base_of[task.index], bases, progress)
+
+
+def _finish_publication(task: Task, evidence: Evidence, one: GroupBase) -> None:
+    """Send the remaining tensors of a merged model, before its evidence."""
+    if task.publishes is not None and one.sinks is not None:
+        one.sinks.finish(task.index, evidence)
+
+
+def _merge_together(
+    tasks: list[Task], base_of: dict[int, GroupBase], others: list[Base], progress: Listener
+) -> tuple[Evidence | None, ...]:
+    """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
+    report = _paced(progress, tasks[0].index)
+    counts = [(0, 0)] * len(tasks)
+
+    def add(number: int, done: int, total: int, module: str) -> None:
+        counts[number] = done, total
+        report(sum(done for done, _ in counts), sum(total for _, total in counts), module)
+
+    pinned = [contextlib.ExitStack() for _ in tasks]
+    requests: dict[int, MergeRequest] = {}
+    try:
+        for number, task in enumerate(tasks):
+            on_work = functools.partial(_report_work, progress, task.index)
+            on_work()
+            with contextlib.suppress(Exception):
+                request = _request(task, base_of[task.index], pinned[number], functools.partial(add, number))
+                requests[number] = replace(request, on_work=on_work)
+        evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
+        merged = dict(zip(requests, evidence, strict=True))
+    finally:
+        with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
+            is_released = list(pool.map(_is_released, pinned))
+        changed = {number for number, is_same in enumerate(is_released) if not is_same}
+    return tuple(None if number in changed else merged.get(number) for number in range(len(tasks)))
+
+
+def _report_work(report: Listener, task: int) -> None:
+    """Tell the parent what this thread works on: if the process dies, it is one of these adapters."""
+    is_main = threading.current_thread() is threading.main_thread()
+    report(InProgress(task=task, thread=None if is_main else threading.get_ident()))
+
+
+def _is_released(pinned: contextlib.ExitStack) -> bool:
+    """Close an adapter's files. False if they changed during the merge."""
+    try:
+        pinned.close()
+    except Exception:
+        return False
+    return True
+
+
+def _request(
+    task: Task, one: GroupBase, pinned: contextlib.ExitStack, progress: Callable[[int, int, str], None]
+) -> MergeRequest:
+    """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
+    files = tuple(pinned.enter_context(pinned_adapter(member)) for member in task.files)
+    names = [name for name, _ in one.base.model.named_modules()]
+    for member in files:
+        try_patterns(member.config.patterns, names)
+    sink = None
+    if task.publishes is not None and one.sinks is not None:
+        sink = one.sinks.sink(task.index, task.publishes)
+    return MergeRequest(
+        base=one.base,
+        members=files,
+        combine=task.combine,
+        measure_options=task.measure_options,
+        progress=progress,
+        free_bytes=MemoryGroup().left_bytes(),
+        sink=sink,
+    )
+
+
+def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
+    """Report the progress of a merge, but not every module of it."""
+    next_s = 0.0
+
+    def report(done: int, total: int, module: str) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            progress(MergeProgressed(task=task, done=done, total=total, module=module))
+            next_s = time.monotonic() + PROGRESS_S
+
+    return report
+
+
+def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: GroupBases, progress: Listener) -> Event:
+    comparison = None
+    try:
+        with contextlib.ExitStack() as pinned:
+            try:
+                request = _request(task, one, pinned, _paced(progress, task.index))
+            except Refused as refused:  # by the trial of its regular expressions, before PEFT
+                adapter_evidence.measure_wholly(one.base)
+                kind, facts = task.files[0].config.peft_type, one.base.facts
+                evidence = Evidence(
+                    base=facts, peft_type=kind, refusal=refused.refusal, parameters_total=facts.parameters
+                )
+            else:
+                if task.compares is None:
+                    evidence = adapter_evidence.merge(request)
+                else:
+                    evidence, comparison = bases.compare(one, task, request)
+        _finish_publication(task, evidence, one)
+    except Exception as error:
+        (event,) = undecided([task], error)
+        return event
+    return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of), comparison=comparison)
+
+
+# --- regular expressions ----------------------------------------------------------------------------------------------
+
+
+class _TimeOverError(Exception):
+    """The CPU time is used up."""
+
+
+def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
+    """Match every expression of a config against every name of a base's modules, before PEFT does without a limit.
+
+    It must run in the main thread: the limit is a signal, which interrupts Python's matcher.
+
+    Raises:
+        Refused: an expression is invalid, or matching takes longer than `TRIAL_LIMIT_S`.
+    """
+    current = None
+    try:
+        with _limited(TRIAL_LIMIT_S):
+            for current in patterns:
+                expression = re.compile(current.expression)
+                for name in names:
+                    expression.match(name)
+                    expression.fullmatch(name)
+    except _TimeOverError:
+        raise Refused("pattern_refused", pattern=current, names=len(names), seconds=TRIAL_LIMIT_S) from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise Refused(
+            "pattern_refused", pattern=current, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error)
+        ) from None
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    def on_alarm(_number: int, _frame: object) -> NoReturn:
+        raise _TimeOverError
+
+    before = signal.signal(signal.SIGVTALRM, on_alarm)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

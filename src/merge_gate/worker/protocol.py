@@ -5,16 +5,21 @@ All are picklable records. Both sides import this module; it imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol
 
+from merge_gate.errors import EngineError
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
-from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
+from merge_gate.sources.read_ahead import PassingBytes
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
@@ -49,7 +54,7 @@ class Group:
     """The adapters on one base. `files` is what the base's files contain.
 
     `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
-    only where adapters touch it. `fed`: the parent reads its weight files (feed_service.py). `records` are what earlier
+    only where adapters touch it. `fed`: the parent reads its weight files (call_service.py). `records` are what earlier
     runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the parent keeps the
     figures of a base that is read whole.
     """
@@ -173,18 +178,11 @@ class MergeProgressed:
 
 @record
 class Merged:
-    """A task and its measurements."""
+    """A task and its measurements, and the comparison with a finished model if it asked for one."""
 
     task: int
     evidence: Evidence
-
-
-@record
-class Compared:
-    """A task's merge was compared with a finished model. Sent before its `Merged`."""
-
-    task: int
-    comparison: Comparison
+    comparison: Comparison | None = None
 
 
 @record
@@ -201,18 +199,16 @@ class Finished:
 
 
 @record
-class Waiting:
-    """The task sent no event for so long, or `base` has been loading for so long. The parent makes this event."""
-
-    task: int | None
-    base: str
-    seconds: float
-    limit_s: float
-
-
-@record
 class Idle:
-    """The worker sent nothing for a while. The parent makes this event."""
+    """The worker sent nothing for a while. The parent makes this event.
+
+    With a `limit_s`, that is long: the task sent nothing for so many seconds, or `base` has been loading for so many.
+    """
+
+    task: int | None = None
+    base: str = ""
+    seconds: float = 0.0
+    limit_s: float = 0.0
 
 
 Event = (
@@ -224,108 +220,79 @@ Event = (
     | InProgress
     | MergeProgressed
     | Merged
-    | Compared
     | Unjudged
     | Finished
-    | Waiting
     | Idle
 )
 Listener = Callable[[Event], None]
 
 
-def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
-    """Whether an event of a worker is about tasks that are open, and about one of the job's groups."""
-    match event:
-        case BaseLoading():
-            return 0 <= event.group < groups
-        case BaseLoaded() | BaseMeasured():
-            return 0 <= event.group < groups and event.task in open_tasks
-        case MergeStarted():
-            return {event.task, *event.others} <= set(open_tasks)
-        case InProgress():
-            return event.task in open_tasks and isinstance(event.thread, int | None)
-        case MergeProgressed() | Merged() | Compared() | Unjudged():
-            return event.task in open_tasks
-        case _:
-            return True
+def undecided(tasks: Iterable[Task], error: Exception, group: Group | None = None) -> Iterator[Unjudged]:
+    """An exception as the reason why these tasks could not be judged."""
+    refusal = refusal_of(error, group)
+    return (Unjudged(task=task.index, refusal=refusal) for task in tasks)
 
 
-# --- the feed: the parent reads the weight files of a base, and the worker says which bytes it needs -----------------
+def _is_of_an_import(error: Exception) -> bool:
+    """Whether Python raised the error while it imported a module."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("<frozen importlib") for name in frames)
 
 
-@record
-class FeedOpened:
-    """From the worker: from now on, it needs the bytes of this group's base.
+def refusal_of(error: Exception, group: Group | None = None) -> Refusal | NotJudged:
+    """The fact behind an exception. A base has the name that the configuration uses."""
+    if isinstance(error, CannotJudge):
+        return _with_label(error.refusal, group) if group is not None else error.refusal
+    if isinstance(error, EngineError):
+        message = error.message if group is None else error.message.replace(group.directory, group.base.name)
+        return NotJudged(message=message, hint=error.hint)
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    kinds = tuple(one.__name__ for one in type(error).__mro__)
+    caught = Caught(kinds=kinds, text=text[:400])
+    return CannotJudge("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 
-    `aside`: those of another directory next to the base, a finished model that is compared with merges.
-    """
 
-    group: int
-    aside: bool = False
+def _with_label(refusal: Refusal, group: Group) -> Refusal:
+    """The fact with the base's name in place of its directory, which is open under another path."""
+    error = refusal.fields.get("error")
+    if not isinstance(error, Caught):
+        return refusal
+    named = replace(error, text=error.text.replace(group.directory, group.base.name))
+    return replace(refusal, fields={**refusal.fields, "error": named})
+
+
+# --- calls: the parent reads the weight files of bases, and writes models. It answers each one with `Answer` ---------
 
 
 @record
 class SpansExpected:
-    """From the worker: it will need these bytes, in this order. Replaces what it expected before.
+    """The worker will need these bytes of a group's base, in this order. Replaces what it expected before.
 
-    `number` counts these messages. `whole`: the rest of the files is to be read and hashed, too.
+    `whole`: the rest of the files is to be read and hashed, too. `is_due`: they are read from now on; if not, they are
+    only read ahead.
     """
 
-    number: int
+    group: int
     spans: tuple[FileSpan, ...]
     whole: bool
+    is_due: bool = True
 
 
 @record
 class BytesRequested:
-    """From the worker: it needs these bytes now. `number` is negative, and counts these messages down.
+    """The worker needs these bytes of a group's base now. They come with the answer."""
 
-    `aside`: they are of the directory that was opened aside.
-    """
-
-    number: int
+    group: int
     span: FileSpan
-    aside: bool = False
-
-
-@record
-class SlotReleased:
-    """From the worker: it has copied what it needs from the slot of the piece with this request's number."""
-
-    number: int
-    start: int
-
-
-@record
-class PieceArrived:
-    """To the worker: these bytes are in the window from `start` on, which is theirs until they are released.
-
-    `number` is that of the request.
-    """
-
-    number: int
-    span: FileSpan
-    start: int
-
-
-@record
-class FeedEnded:
-    """To the worker: all bytes of a request arrived and were compared with their digests, or `refusal` says why not."""
-
-    number: int
-    refusal: NotJudged | None = None
-
-
-# --- publishing: the worker sends the stored tensors of a merged model, and the parent writes them -------------------
 
 
 @record
 class PublicationPlanned:
-    """From the worker: it begins to send a merged model, and forgets what it sent of this task before.
+    """The worker begins to send a merged model, and forgets what it sent of this task before.
 
     `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
-    can change. Others may follow, with the base's dtype and shape. The parent answers the first of these messages with
-    the window: its size in 8 bytes, most significant first, and its descriptor. It answers each one with `PlanTaken`.
+    can change. Others may follow, with the base's dtype and shape. After the answer, bytes of a base that pass get to
+    the model without the worker.
     """
 
     task: int
@@ -333,41 +300,45 @@ class PublicationPlanned:
 
 
 @record
-class PlanTaken:
-    """To the worker: the parent is ready. Bytes of a base that pass from now on get to the model without the worker."""
-
-    task: int
-
-
-@record
 class TensorPart:
-    """From the worker: bytes of a stored tensor, from `offset` of the tensor on, are in the window from `start` on.
+    """So many bytes of a stored tensor come with this message, from `offset` of the tensor on.
 
-    They stay there until `PartTaken`. A tensor may be sent again: then its last bytes count.
+    A tensor may be sent again: then its last bytes count.
     """
 
     task: int
     name: str
     offset: int
-    start: int
     size_bytes: int
 
 
 @record
-class PartTaken:
-    """To the worker: the part of the window from `start` on was copied."""
-
-    start: int
-
-
-@record
 class PublicationSent:
-    """From the worker: all tensors of a task were sent and taken, or `refusal` says why they must not be published.
+    """All tensors of a task were sent, or `refusal` says why they must not be published.
 
-    `tensors` are all that were sent, with their final dtypes and shapes. The message comes before the task's `Merged`,
-    on its own connection.
+    `tensors` are all that were sent, with their final dtypes and shapes. The answer comes before the task's `Merged`.
     """
 
     task: int
     tensors: tuple[StoredTensor, ...] = ()
     refusal: NotJudged | None = None
+
+
+@record
+class Answer:
+    """To the worker: the call was carried out, or `refusal` says why it could not be."""
+
+    refusal: NotJudged | None = None
+
+
+class Publisher(PassingBytes, Protocol):
+    """Gets the tensors of each task. Its methods are called by several threads, and raise nothing."""
+
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
+        """A merge begins, perhaps again: what was sent before does not count."""
+
+    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
+        """Bytes of a stored tensor. They are the worker's, and change after the call, or even during it."""
+
+    def sent(self, message: PublicationSent) -> None:
+        """All tensors of a task were sent."""

@@ -2,33 +2,47 @@
 
 In: a `Job`, with one group for each base. Out: events, in order. Every task gets exactly one `Merged` or `Unjudged`.
 
-1. A process gets the job, and sends events until `Finished`.
+1. A process gets the job, and sends events until `Finished`. It runs child.py in its own interpreter, so a crash in a
+   native library does not reach this one.
 2. If it dies or exceeds a time limit while it merges an adapter, that adapter is `error`. A new process continues.
 3. If it dies elsewhere (imports, the load of a base, between two adapters), a new process tries the same again, once.
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
 4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges those that
    were in progress one at a time, and the others in one pass as before. If none was, it merges them in two passes.
+
+The process has no token and no network. The caller's directory is never on its `sys.path`, because a config that names
+an importable module must not find the checkout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Self, assert_never
+from pathlib import Path
+from typing import IO, Self, assert_never
 
 from merge_gate.errors import GateError
 from merge_gate.records.refusals import NotJudged
 from merge_gate.text import counted
-from merge_gate.worker.channel import GarbledError
-from merge_gate.worker.feed_service import Feeds
-from merge_gate.worker.process import Ending, WorkerProcess
+from merge_gate.worker.call_service import LINES, CallService, Feeds
+from merge_gate.worker.channel import Channel, GarbledError, Line
+from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
+from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import (
     DEFAULT_LIMIT_S,
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
-    Compared,
     DeviceChosen,
     Event,
     Finished,
@@ -39,12 +53,11 @@ from merge_gate.worker.protocol import (
     Merged,
     MergeProgressed,
     MergeStarted,
+    Publisher,
     Task,
     Unjudged,
-    Waiting,
-    concerns,
 )
-from merge_gate.worker.publish_service import Publisher
+from merge_gate.worker.sandbox import caches
 
 MOST_THREADS = 64
 """A worker that names more threads than this is not the gate's own code; the others are ignored."""
@@ -54,20 +67,53 @@ FIRST_NOTE_S = 60.0
 
 _MERGING = "while it merged this adapter"
 
+PASSED = re.compile(
+    r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"
+    r"|XDG_CACHE_HOME|MERGE_GATE_(SANDBOX|DEBUG)"
+    r"|(LC|LD|DYLD|MALLOC|GLIBC|OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|DNNL|ONEDNN|ATEN|CUDA|CUDNN|CUBLAS|NVIDIA|HIP|HSA|ROCR|ROCM"
+    r"|MIOPEN|BNB|TRITON|COVERAGE)_\w+|(PYTHON|TORCH|PYTORCH)\w+)"
+)
+"""The variables that the process gets, if their names hold none of `SECRETS`: for the system, Python, and the libraries
+that compute. All files that it reads are on disk when it gets its job."""
+
+SECRETS = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH")
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # torch compiles nothing: its compiler runs programs, which the sandbox refuses
+}
+
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Idle threads of torch sleep, so that they do not spin on a core that merges. The caller's own value wins."""
+
+TAIL_BYTES = 2000
+"""How much of the output of a dead process is kept for the message."""
+
+IDLE_S = 0.5
+"""The listener gets `Idle` after so long without an event."""
+
+EXIT_TIMEOUT_S = 10.0
+"""How long a process may take to exit after it has closed its pipe."""
+
 
 class WorkerSlot:
     """The owner of a run's worker process. There is at most one at a time.
 
     1. It is started before the configuration is read, and imports what it needs meanwhile.    `start_early`
-    2. It is replaced if a base is quantized, because that needs other variables.              `start`
-    3. It gets a job. After that, or after its death, the next job gets a new process.         `run`
-    4. Without adapters, a job only reports the device. It takes the process like any other.   `choose_device`
-    5. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
+    2. It gets a job. After that, or after its death, the next job gets a new process.         `run`
+    3. Without adapters, a job only reports the device. It takes the process like any other.   `choose_device`
+    4. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
     """
 
     def __init__(self) -> None:
         self._process: WorkerProcess | None = None
-        self._quantizes = False
 
     def __enter__(self) -> Self:
         return self
@@ -82,20 +128,18 @@ class WorkerSlot:
     def start_early(self) -> None:
         """Start the process if that is possible. If not, `start` tries again and raises the reason."""
         with contextlib.suppress(GateError, OSError):
-            self.start(quantizes=False)
+            self.start()
 
-    def start(self, *, quantizes: bool) -> None:
-        """Start the process, unless there is one that fits."""
-        if quantizes and not self._quantizes:
-            self.end()
+    def start(self) -> None:
+        """Start the process, unless there is one."""
         if self._process is None:
-            self._process, self._quantizes = WorkerProcess(quantizes=quantizes), quantizes
+            self._process = WorkerProcess()
 
     def run(
         self, job: Job, attempt: Attempt, feeds: Feeds | None = None, publisher: Publisher | None = None
-    ) -> Ending | None:
+    ) -> NotJudged | None:
         """Run a job in the process. None if it finished, or how the process ended."""
-        self.start(quantizes=any(group.base.is_quantized for group in job.groups))
+        self.start()
         assert self._process is not None  # noqa: S101 - `start` made one
         try:
             return self._process.run(
@@ -196,16 +240,30 @@ class Attempt:
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
-                self._report_silence()
-            case DeviceChosen() | BaseMeasured() | Compared() | Finished() | Waiting():
+                event = self._silence()
+            case DeviceChosen() | BaseMeasured() | Finished():
                 pass
             case _:
                 assert_never(event)
         self._listen(event)
 
     def _concerns(self, event: Event) -> bool:
+        """Whether an event is about tasks that are open, and about one of the job's groups."""
+        open_tasks, groups = self._open(), len(self._job.groups)
         try:
-            return concerns(event, self._open(), len(self._job.groups))
+            match event:
+                case BaseLoading():
+                    return 0 <= event.group < groups
+                case BaseLoaded() | BaseMeasured():
+                    return 0 <= event.group < groups and event.task in open_tasks
+                case MergeStarted():
+                    return {event.task, *event.others} <= set(open_tasks)
+                case InProgress():
+                    return event.task in open_tasks and isinstance(event.thread, int | None)
+                case MergeProgressed() | Merged() | Unjudged():
+                    return event.task in open_tasks
+                case _:
+                    return True
         except TypeError as error:  # its fields have other types
             raise GarbledError(str(error)[:200]) from error
 
@@ -216,12 +274,13 @@ class Attempt:
         if event.thread in self._in_progress or len(self._in_progress) < MOST_THREADS:
             self._in_progress[event.thread] = event.task
 
-    def _report_silence(self) -> None:
+    def _silence(self) -> Idle:
         silent_s = time.monotonic() - self._last_event_s
         base = self._job.groups[self._group].base.name if self._group is not None else ""
-        if (self._task is not None or base) and silent_s >= self._next_note_s:
-            self._next_note_s *= 2
-            self._listen(Waiting(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s))
+        if (self._task is None and not base) or silent_s < self._next_note_s:
+            return Idle()
+        self._next_note_s *= 2
+        return Idle(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s)
 
     def is_overdue(self) -> bool:
         """Whether what the process does now exceeds its time limit."""
@@ -244,7 +303,7 @@ class Attempt:
             return "base", self._group
         return "between", len(self._open())
 
-    def settle_death(self, ending: Ending) -> None:
+    def settle_death(self, ending: NotJudged) -> None:
         """Report the tasks that the death costs as undecided."""
         late_s = self._limit_s if self.is_overdue() else None
         for index, what in self._lost():
@@ -307,9 +366,9 @@ class Attempt:
         return [(index, "before it came to this adapter") for index in self._open()]
 
 
-def _death(what: str, ending: Ending) -> NotJudged:
+def _death(what: str, ending: NotJudged) -> NotJudged:
     again = "" if what == _MERGING else " twice"
-    return NotJudged(message=f"the gate's worker process died{again} {what}: {ending.text}", hint=ending.hint)
+    return NotJudged(message=f"the gate's worker process died{again} {what}: {ending.message}", hint=ending.hint)
 
 
 def _late(what: str, limit_s: float) -> NotJudged:
@@ -317,3 +376,208 @@ def _late(what: str, limit_s: float) -> NotJudged:
         message=f"the gate's worker process was ended {what}: the time limit of {limit_s:g} s was over",
         hint="if the adapter or its base is large or the machine slow, set limits: {seconds: …} for the adapter",
     )
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+class WorkerProcess:
+    """One process. It imports what it needs while it waits for its job. Leaving the `with` block ends it."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._output = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        directory = self._stack.enter_context(private_directory())
+        self._memory = MemoryGroup()
+        self._kills_before = self._memory.kills()
+        own_socket, child_socket = socket.socketpair()
+        self._channel = Channel(own_socket)
+        self._stack.callback(self._channel.close)
+        self._lines, of_child = zip(*(Line.pair() for _ in range(LINES)), strict=True)
+        for line in self._lines:
+            self._stack.callback(line.close)
+        descriptors = [child_socket.fileno(), *(one for line in of_child for one in line.descriptors)]
+        self._process = _start(descriptors, self._output, directory)
+        child_socket.close()
+        for line in of_child:
+            line.close()
+        self._stack.callback(_stop, self._process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the process, whatever it does. May be called more than once."""
+        self._stack.close()
+
+    def run(
+        self,
+        job: Job,
+        listen: Listener,
+        *,
+        is_overdue: Callable[[], bool],
+        feeds: Feeds | None = None,
+        publisher: Publisher | None = None,
+    ) -> NotJudged | None:
+        """Send the job and pass on its events. None if the process finished, or how it ended.
+
+        `is_overdue` is called after each event. If it returns true, the process is ended. `feeds` opens the bases that
+        this process reads for it. `publisher` gets the tensors of the merges that are published.
+        """
+        published = [task.index for group in job.groups for task in group.tasks if task.publishes is not None]
+        service = CallService(
+            self._lines, lambda position: (feeds or Feeds()).open(job.groups[position]), publisher, published
+        )
+        service.start()
+        self._stack.callback(service.close)
+        try:
+            finished = _converse(self._channel, job, listen, is_overdue)
+        except GarbledError as error:
+            _stop(self._process)
+            return NotJudged(message=f"it sent something that is not an event of the gate ({error})", hint=_GARBLED)
+        if is_overdue() and not finished:
+            _stop(self._process)
+        code = _exit_code(self._process)
+        if published:
+            service.drain()
+        if finished:
+            return None
+        return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
+
+    def _memory_ran_out(self, code: int) -> str | None:
+        """Which limit the process exceeded, and its peak. Empty if memory is not the reason, None if unknown."""
+        kills = self._memory.kills()
+        if code != -signal.SIGKILL or kills is None or self._kills_before is None:
+            return None
+        if kills == self._kills_before:
+            return ""
+        limit, peak = self._memory.limit_bytes(), self._memory.peak_bytes()
+        allowed = f"the control group may use {gibibytes(limit)}" if limit is not None else "the machine has no more"
+        return f"{allowed}, and used {gibibytes(peak)} at its peak" if peak is not None else allowed
+
+
+_BOOTSTRAP = """\
+import ctypes, os, signal, sys
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except (OSError, AttributeError):
+    pass
+if os.getppid() != int(sys.argv[2]):
+    os._exit(1)
+sys.path.insert(0, sys.argv[1])
+import merge_gate
+sys.path.append(sys.path.pop(0))
+from merge_gate.worker.child import main
+main(*map(int, sys.argv[3:]))
+"""
+"""1. Linux ends this process with its parent (PR_SET_PDEATHSIG), also while a native call blocks every Python thread.
+If the parent died before that, its process id differs. 2. The package is the parent's own, whatever else is installed
+under its name. The other files in its directory shadow nothing, because that directory goes to the end of the path."""
+
+
+def _start(descriptors: Sequence[int], output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
+    package = str(Path(__file__).resolve().parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(os.getpid()), *map(str, descriptors)],
+        pass_fds=descriptors,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        cwd=directory,
+        env=child_environment(os.environ) | caches(directory),
+    )
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the process needs of the caller's environment, without relative import paths, and offline."""
+    env = {name: value for name, value in environ.items() if PASSED.fullmatch(name) and not SECRETS.search(name)}
+    here = Path.cwd()
+    entries = [entry for entry in env.pop("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry).is_absolute()]
+    kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]
+    if kept:
+        env["PYTHONPATH"] = os.pathsep.join(kept)
+    return SLEEPING_THREADS | REUSE | env | OFFLINE
+
+
+def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
+    """Pass on every event. False if the process ended before its last one, or is overdue.
+
+    Exceptions of `listen` go to the caller.
+
+    Raises:
+        GarbledError: the process sent something else.
+    """
+    threading.Thread(target=_send, args=(channel, job), daemon=True).start()  # a stopped process does not read
+    patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
+    while not is_overdue():
+        try:
+            event = channel.receive(patience_s) or Idle()
+        except (EOFError, OSError):  # OSError: the process died within a message
+            return False
+        patience_s = IDLE_S
+        if not isinstance(event, Event):
+            raise GarbledError(type(event).__name__)
+        listen(event)
+        if isinstance(event, Finished):
+            return True
+    return False
+
+
+def _send(channel: Channel, job: Job) -> None:
+    with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
+        channel.send(job)
+
+
+def _exit_code(child: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process that has closed its pipe. One that cannot be ended counts as killed."""
+    try:
+        return child.wait(EXIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        _stop(child)
+        return child.returncode if child.returncode is not None else -signal.SIGKILL
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Kill a process. One that waits for a mount that does not answer cannot be killed: no one waits for it."""
+    if child.poll() is None:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(EXIT_TIMEOUT_S)
+
+
+def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = None) -> NotJudged:
+    """How a process ended, and what to do about it. `output` is what it printed; see `_memory_ran_out`."""
+    output.seek(0, os.SEEK_END)
+    output.seek(max(0, output.tell() - TAIL_BYTES))
+    lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    last_line = f"; its last line: {lines[-1][:300]}" if lines else ""
+    if code >= 0:
+        hint = _MEMORY if any(word in last_line for word in _NO_MEMORY) else _BUG
+        return NotJudged(message=f"exit code {code}{last_line}", hint=hint)
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    if -code != signal.SIGKILL:
+        return NotJudged(message=f"killed by {name}{last_line}", hint=_HINTS.get(name, _BUG))
+    how, hint = " from outside: the kernel reports no out-of-memory kill", _KILLED
+    if out_of_memory is None:
+        how, hint = ", most likely because the machine is out of memory", _MEMORY
+    elif out_of_memory:
+        how, hint = f", out of memory: {out_of_memory}", _MEMORY
+    return NotJudged(message=f"killed by {name}{how}{last_line}", hint=hint)
+
+
+_MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "MemoryError", "std::bad_alloc")
+"""The last lines of a process that a limit on memory (ulimit -v) ended contain one of these."""
+_KILLED = "find out what sent the signal (a limit of the runner, a canceled job), and run the gate again"
+_GARBLED = "the base's own code, or a library, wrote to the gate's channel: use a base without its own code"
+_BUG = "run the gate again; if it happens again, report it as a bug, with the adapter's config"
+_HINTS = {
+    "SIGBUS": "a file was cut short while it was read, or the disk failed: let nothing write to base and adapters "
+    "during a run, and gate them again",
+    "SIGTERM": _KILLED,
+    "SIGINT": _KILLED,
+    "SIGXCPU": "a limit on computing time was reached: raise it, or gate fewer adapters in one run",
+}

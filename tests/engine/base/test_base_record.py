@@ -19,8 +19,8 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import BaseRecord, Evidence, RecordedRun, TensorStats
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
+from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseMeasured, Group, Job, Merged, Task, Unjudged
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors

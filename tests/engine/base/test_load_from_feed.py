@@ -22,8 +22,8 @@ from merge_gate.records.refusals import CannotJudge, NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources.feed import LocalFeed, SourceError
+from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Unjudged
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors

@@ -19,8 +19,8 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.sources.feed import LocalFeed
+from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Job, Merged, Task
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source

@@ -35,9 +35,8 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.sources.feed import FileSpan, LocalFeed, SourceError
-from merge_gate.worker import child
+from merge_gate.worker import group_bases, sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseMeasured,
@@ -495,7 +494,7 @@ def merged_of(events: list[Event]) -> dict[int, str]:
 def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of its own reads again what is merged, and the figures of the rest are those of the first pass."""
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(child, "_fit", lambda *_: False)
+    monkeypatch.setattr(group_bases, "_fit", lambda *_: False)
     adapter = preflight(str(shelf.adapter("every-projection")), allow_pickle=False)
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="none")
     directory = str(shelf.base("llama"))

@@ -20,8 +20,8 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources.feed import LocalFeed
+from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import Group, Job, Merged, Task
 from tests.support import bases, methods
 from tests.support.engine.base_headers import base_files
@@ -335,7 +335,7 @@ def test_the_worker_sends_each_model_before_its_evidence(
     monkeypatch.setenv(sandbox.SWITCH, "off")
     group = group_of(shelf, tmp_path, publish, one_pass=one_pass)
     connection: Any = Connection()
-    for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), connection=connection):
+    for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection):
         if isinstance(event, Merged):
             connection.order.append(("merged", event.task))
     for task in (0, 1, 2):
@@ -358,7 +358,7 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
     monkeypatch.setattr(passes, "spread", map)
     group = group_of(shelf, tmp_path, publish, one_pass=True)
     reads = counted_reads(monkeypatch)
-    assert list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), connection=Connection()))
+    assert list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=Connection()))
     publishing = sorted(reads)
     reads.clear()
     plain = replace(group, tasks=tuple(replace(task, publishes=None) for task in group.tasks))
@@ -375,7 +375,7 @@ def test_the_worker_publishes_a_quantized_base_with_plain_weights(
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
     group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
     connection: Any = Connection()
-    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), connection=connection))
+    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection))
     merged = next(event for event in events if isinstance(event, Merged))
     assert merged.evidence.base.quantization == "bnb-8bit"
     assert {merge.stats.dtype for merge in merged.evidence.merges} == {"bfloat16"}

@@ -21,11 +21,8 @@ class CountingFeed(LocalFeed):
         self.expected: list[list[FileSpan]] = []
         self.prefetched: list[list[FileSpan]] = []
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self.expected.append(list(spans))
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self.prefetched.append(list(spans))
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
+        (self.expected if is_due else self.prefetched).append(list(spans))
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         self.reads.append(FileSpan(file=file, start=start, end=start + into.nbytes))

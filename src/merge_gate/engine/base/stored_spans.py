@@ -103,7 +103,7 @@ def _places(directory: str, file: str) -> dict[str, tuple[StoredTensor, int, int
         raise ValueError(f"{file} {error}") from error
 
 
-class SharedReads:
+class SharedReads(Feed):
     """A `Feed` over another one, for several skeletons of one base. Bytes that are `shared` are read once, and kept.
 
     Its methods may be called by several threads.
@@ -117,11 +117,8 @@ class SharedReads:
     def open_files(self, files: Sequence[str]) -> None:
         self._feed.open_files(files)
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self._feed.expect(spans, whole=whole)
-
-    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        self._feed.prefetch(spans, whole=whole)
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
+        self._feed.expect(spans, whole=whole, is_due=is_due)
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

@@ -49,7 +49,7 @@ def begin_reading(bases: Iterable[Base]) -> None:
     for together in _by_feed(base for base in bases if base.feed is not None):
         spans = [span for stop in stops_of([(base, set()) for base in together]) for span in stop.spans]
         if together[0].feed is not None and spans:
-            together[0].feed.prefetch(spans, whole=_is_whole(together))
+            together[0].feed.expect(spans, whole=_is_whole(together), is_due=False)
 
 
 def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:

@@ -49,7 +49,7 @@ ROWS_BYTES = 1 << 22
 
 
 class Connection(Protocol):
-    """Takes the stored tensors of tasks (worker/publish_client.py). Several threads may send different tensors."""
+    """Takes the stored tensors of tasks (worker/call_client.py). Several threads may send different tensors."""
 
     def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
         """The merge begins, perhaps again: these stored tensors will be sent, with these dtypes and shapes."""

@@ -1,4 +1,4 @@
-"""What the child says of an exception that kept it from judging an adapter."""
+"""What the worker says of an exception that kept it from judging an adapter."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import pytest
 from merge_gate.errors import EngineError
 from merge_gate.judging.all_checks import refused
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker import child
+from merge_gate.worker.protocol import refusal_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-BUG = refused(child._refusal(ValueError("x"))).hint
+BUG = refused(refusal_of(ValueError("x"))).hint
 """What is to be done about an exception that nothing explains. The sentences are in the golden of tests/judging."""
 
 
 def test_an_exception_becomes_a_sentence() -> None:
-    finding = refused(child._refusal(ValueError("\n  first line\nsecond line")))
+    finding = refused(refusal_of(ValueError("\n  first line\nsecond line")))
     assert "ValueError: first line" in finding.message
     assert "second" not in finding.message
     assert finding.hint == BUG
-    assert "ValueError" in refused(child._refusal(ValueError())).message
-    assert len(refused(child._refusal(ValueError("x" * 9000))).message) < 600
+    assert "ValueError" in refused(refusal_of(ValueError())).message
+    assert len(refused(refusal_of(ValueError("x" * 9000))).message) < 600
 
 
 def test_our_own_errors_keep_their_hint() -> None:
-    assert child._refusal(EngineError("what", hint="what next")) == NotJudged(message="what", hint="what next")
+    assert refusal_of(EngineError("what", hint="what next")) == NotJudged(message="what", hint="what next")
 
 
 def test_out_of_memory_is_told_from_a_bug() -> None:
@@ -38,14 +38,14 @@ def test_out_of_memory_is_told_from_a_bug() -> None:
 
     with pytest.raises(RuntimeError) as of_torch:
         torch.empty(1 << 60, dtype=torch.uint8)
-    refusal = refused(child._refusal(MemoryError()))
+    refusal = refused(refusal_of(MemoryError()))
     assert refusal.hint not in {"", BUG}
     for error in (of_torch.value, torch.OutOfMemoryError("CUDA out of memory")):
-        assert refused(child._refusal(error)) == refusal
+        assert refused(refusal_of(error)) == refusal
 
 
 def test_a_file_that_went_away_is_told_from_a_bug() -> None:
-    refusal = refused(child._refusal(FileNotFoundError(2, "No such file or directory", "model.safetensors")))
+    refusal = refused(refusal_of(FileNotFoundError(2, "No such file or directory", "model.safetensors")))
     assert "model.safetensors" in refusal.message
     assert refusal.hint not in {"", BUG}
 
@@ -59,9 +59,9 @@ def test_a_library_that_cannot_be_imported_is_told_from_a_file(tmp_path: Path, m
     for name, words in (("broken_library", "libnowhere.so.1"), ("broken_extension", "no_such_name")):
         with pytest.raises((OSError, ImportError)) as caught:
             importlib.import_module(name)
-        refusal = refused(child._refusal(caught.value))
+        refusal = refused(refusal_of(caught.value))
         assert words in refusal.message
         assert refusal.hint not in {"", BUG}
         hints.add(refusal.hint)
     assert len(hints) == 1
-    assert refused(child._refusal(FileNotFoundError(2, "No such file or directory", "x"))).hint not in hints
+    assert refused(refusal_of(FileNotFoundError(2, "No such file or directory", "x"))).hint not in hints

@@ -1,0 +1,230 @@
+"""Answers the calls of the worker, which has no network and no token, and cannot write files.
+
+In: calls of the worker, which is not trusted, over several lines. Out: bytes of bases, with the digests of the files
+that passed whole, and calls of a `Publisher`.
+
+1. The worker lists what it will need of a base: that is read ahead, in order, and hashed.          `SpansExpected`
+2. It reads: what was read ahead, or other bytes.                                                   `BytesRequested`
+3. It plans a publication, sends tensors, and says which of them count. It may change their bytes while they are
+   written, and gains nothing: it could have sent the other bytes. The digests of a model are those of its files, which
+   are read again.                                      `PublicationPlanned`, `TensorPart`, `PublicationSent`
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from merge_gate.errors import GateError
+from merge_gate.records.files import FileIdentity, StoredTensor
+from merge_gate.records.refusals import NotJudged
+from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
+from merge_gate.sources.read_ahead import CONNECTIONS, BaseBytes, FedBase, LocalFiles, ReadAhead, Window
+from merge_gate.worker.channel import GarbledError, Line
+from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.protocol import (
+    Answer,
+    BytesRequested,
+    Group,
+    PublicationPlanned,
+    PublicationSent,
+    Publisher,
+    SpansExpected,
+    TensorPart,
+)
+
+LINES = 4
+"""Calls that are answered at a time."""
+
+DRAIN_LIMIT_S = 120.0
+"""How long the disk may take for the last parts of a process."""
+
+MOST_SPANS = MOST_TENSORS = 1 << 20
+"""A worker that lists more is not the gate's own code."""
+
+_WINDOW_SHARE = 8
+_LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 32
+"""The window takes an eighth of the free memory, between 192 and 512 MiB. It fills up while adapters are loaded."""
+
+
+class Feeds:
+    """The bases of one run that are fed: those with known `files` (by directory), and others as local directories.
+
+    `on_complete` is called when all bytes of a base have passed, by a thread of the pass: with the directory, the
+    identity of its files, and the digest of each weight file.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, BaseBytes] | None = None,
+        on_complete: Callable[[str, tuple[FileIdentity, ...], Mapping[str, str]], None] = lambda *_: None,
+    ) -> None:
+        self._files, self._on_complete = files if files is not None else {}, on_complete
+        self._bases: dict[str, FedBase] = {}
+
+    def open(self, group: Group) -> FedBase:
+        """The files of a group's base.
+
+        Raises:
+            SourceError: they cannot be read.
+        """
+        directory = group.directory
+        if directory not in self._bases:
+            if directory not in self._files and group.files.is_streamed:
+                raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
+            files = self._files.get(directory) or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
+            self._bases[directory] = FedBase(
+                files, directory, lambda known: self._on_complete(directory, files.identity, known)
+            )
+        return self._bases[directory]
+
+
+class CallService:
+    """Serves one worker process until `close`.
+
+    `open_base` gives the files of a group by its position in the job. `tasks` are those whose merges may be published.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        open_base: Callable[[int], FedBase],
+        publisher: Publisher | None = None,
+        tasks: Collection[int] = (),
+    ) -> None:
+        self._lines, self._open_base = lines, open_base
+        self._publisher, self._tasks = publisher, frozenset(tasks)
+        self._expecting = threading.Lock()
+        self._window: Window | None = None
+        self._ahead: ReadAhead | None = None
+        self._threads = [threading.Thread(target=self._serve, args=(line,), daemon=True) for line in lines]
+
+    def start(self) -> None:
+        """Begin to serve."""
+        for thread in self._threads:
+            thread.start()
+
+    def drain(self) -> None:
+        """Wait until everything that the process sent before its end is written."""
+        self._end(DRAIN_LIMIT_S)
+
+    def close(self) -> None:
+        """End the service. A read or a disk that hangs keeps its thread."""
+        for line in self._lines:
+            line.hang_up()
+        self._end(1.0)
+
+    def _end(self, limit_s: float) -> None:
+        if self._ahead is not None:
+            self._ahead.cancel(SourceError("the base is not needed any more"))
+        until = time.monotonic() + limit_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _serve(self, line: Line) -> None:
+        try:
+            memory = memoryview(mmap.mmap(line.window, PIECE_BYTES))
+            while True:
+                line.send(Answer(refusal=self._refusal(line.receive(), memory)))
+        except (EOFError, OSError, GarbledError, _UnfitError):
+            pass
+        finally:  # the worker has to know
+            for one in self._lines:
+                one.hang_up()
+
+    def _refusal(self, call: object, memory: memoryview) -> NotJudged | None:
+        """Carry out a call. Returns why that was not possible."""
+        try:
+            self._carry_out(call, memory)
+        except _UnfitError:
+            raise
+        except GateError as error:
+            return NotJudged(message=error.message, hint=error.hint)
+        except Exception as error:  # noqa: BLE001 - the worker gets it
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            return NotJudged(message=f"the base's bytes could not be read: {why}")
+        return None
+
+    def _carry_out(self, call: object, memory: memoryview) -> None:
+        match call:
+            case SpansExpected(group=int(), spans=tuple(), whole=bool(), is_due=bool()):
+                self._expect(call)
+            case BytesRequested(group=int(group), span=FileSpan(start=int(start), end=int(end)) as span):
+                base = self._open_base(group)
+                if end - start > PIECE_BYTES or not _is_in(span, base):
+                    raise _UnfitError
+                self._read(base, span, memory[: end - start])
+            case PublicationPlanned(task=int(task), tensors=tuple(tensors)):
+                self._publisher_of(task, tensors).planned(task, tensors)
+            case TensorPart(task=int(task), name=str(name), offset=int(offset), size_bytes=int(count)):
+                if not 0 < count <= PIECE_BYTES:
+                    raise _UnfitError
+                self._publisher_of(task).part(task, name, offset, memory[:count])
+            case PublicationSent(task=int(task), tensors=tuple(tensors)):
+                self._publisher_of(task, tensors).sent(call)
+            case _:
+                raise _UnfitError
+
+    def _expect(self, call: SpansExpected) -> None:
+        base = self._open_base(call.group)
+        if len(call.spans) > MOST_SPANS or not all(_is_in(span, base) for span in call.spans):
+            raise _UnfitError
+        with self._expecting:
+            ahead = self._ahead
+            if ahead is not None:
+                if not ahead.is_due and (ahead.base, ahead.spans, ahead.whole) == (base, call.spans, call.whole):
+                    ahead.is_due = call.is_due
+                    return
+                ahead.cancel()
+            self._window = self._window or Window(_slots())
+            self._ahead = ReadAhead(
+                base, call.spans, self._window, self._publisher, whole=call.whole, is_due=call.is_due
+            )
+            if call.spans:
+                self._ahead.start()
+
+    def _read(self, base: FedBase, span: FileSpan, into: memoryview) -> None:
+        ahead = self._ahead
+        if ahead is None or ahead.base is not base:
+            base.read(span.file, span.start, into)
+            return
+        done = 0
+        while done < len(into):
+            done += ahead.read(span.file, span.start + done, into[done:])
+
+    def _publisher_of(self, task: int, tensors: Sequence[object] = ()) -> Publisher:
+        is_fit = task in self._tasks and len(tensors) <= MOST_TENSORS and all(map(_is_tensor, tensors))
+        if self._publisher is None or not is_fit:
+            raise _UnfitError
+        return self._publisher
+
+
+class _UnfitError(Exception):
+    """A call that the gate's own code in the worker never makes. The service ends."""
+
+
+def _is_in(span: object, base: FedBase) -> bool:
+    """Whether these are bytes of the base's files. The worker may run code of the base, and ask for anything."""
+    match span:
+        case FileSpan(file=str(file), start=int(start), end=int(end)):
+            return 0 <= start < end <= base.files.sizes.get(file, 0)
+    return False
+
+
+def _is_tensor(value: object) -> bool:
+    match value:
+        case StoredTensor(name=str(), dtype=str(), shape=tuple(shape)):
+            return all(type(size) is int and size >= 0 for size in shape)
+    return False
+
+
+def _slots() -> int:
+    room = (MemoryGroup().free_bytes() or 0) // _WINDOW_SHARE // PIECE_BYTES
+    return min(max(room, _LEAST_SLOTS), _MOST_SLOTS)
+
+
+def window_bytes() -> int:
+    """The memory of the window that the bytes of a base pass through, and of the lines."""
+    return (_slots() + LINES) * PIECE_BYTES

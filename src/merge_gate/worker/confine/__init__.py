@@ -1,1 +1,0 @@
-"""What the worker process gives up before it imports anything."""

@@ -1,0 +1,290 @@
+"""Lets the kernel restrict the worker, whatever code runs in it: writes, network, processes, file size, and memory.
+
+`Sandbox` lists the restrictions in force, and why others are missing. Files can still be read. The worker can write to
+its own directory, /dev/null, and what a GPU's driver needs. Call `confine` before torch is imported and before any
+thread starts: a running thread is not restricted.
+
+1. Landlock restricts writes.                   https://docs.kernel.org/userspace-api/landlock.html
+2. A seccomp filter refuses system calls.       https://docs.kernel.org/userspace-api/seccomp_filter.html
+   Network: only Unix sockets, without connecting them, and no io_uring (which bypasses filters).
+   Processes: only threads. No new program, and no tracing, reading, or signaling of another process.
+   Files: calls that change modes, owners, times, and attributes, which Landlock does not cover, do nothing and report
+   success. Libraries copy files with their modes, and would fail otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from merge_gate.records.report import Sandbox
+from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.protocol import Job
+
+SWITCH = "MERGE_GATE_SANDBOX"
+"""`off` runs the worker without a sandbox, and the report says so."""
+
+CACHES = {
+    "HF_MODULES_CACHE": "modules",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # the import of torch's compiler fails if it cannot make this directory
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+}
+"""Variables for directories that libraries write to, each with its name in the worker's own directory."""
+
+_DEVICES = ("nvidia*", "nvidia-caps/*", "dxg", "kfd", "dri/*")
+_PR_SET_NO_NEW_PRIVS = 38
+_CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+_SPARE_FILE_BYTES = 1 << 30
+_SPARE_MEMORY_BYTES = 8 << 30
+_MAX_CAST_FACTOR = 4  # one byte of a file may become four in memory
+_MOST_LIMIT_BYTES = 1 << 62  # the kernel's numbers are signed; a sparse file can have any size
+
+
+def caches(directory: str) -> dict[str, str]:
+    """The environment variables that depend on the worker's directory."""
+    return {"TMPDIR": directory, **{name: str(Path(directory, below)) for name, below in CACHES.items()}}
+
+
+def confine(directory: Path) -> Sandbox:
+    """Give up, permanently, everything that merging does not need."""
+    if os.environ.get(SWITCH) == "off":
+        return Sandbox(missing=(f"everything: {SWITCH} is off",))
+    sandbox = Sandbox()
+    _libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _drop_capabilities()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sandbox = _try(sandbox, ("files",), lambda: restrict_writes(_writable(directory)), "Landlock")
+    return _try(sandbox, ("network", "processes"), refuse_calls, "seccomp")
+
+
+def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
+    """Limit the size of a written file, and the memory of the process."""
+    if os.environ.get(SWITCH) == "off":
+        return sandbox
+    files = (file for group in job.groups for task in group.tasks for member in task.files for file in member.files)
+    _lower(resource.RLIMIT_FSIZE, _SPARE_FILE_BYTES + 2 * sum(file.size_bytes for file in files))
+    sandbox = replace(sandbox, held=(*sandbox.held, "file size"))
+    free_bytes = MemoryGroup().free_bytes()
+    if device != "cpu" or free_bytes is None:
+        why = "memory: a GPU's driver maps more addresses than there is memory"
+        return replace(sandbox, missing=(*sandbox.missing, why))
+    stored = sum(group.files.weight_bytes for group in job.groups)
+    _lower(resource.RLIMIT_DATA, _SPARE_MEMORY_BYTES + free_bytes + _MAX_CAST_FACTOR * stored)
+    return replace(sandbox, held=(*sandbox.held, "memory"))
+
+
+def _try(sandbox: Sandbox, parts: tuple[str, ...], restrict: Callable[[], None], mechanism: str) -> Sandbox:
+    try:
+        restrict()
+    except OSError as error:
+        why = f"{' and '.join(parts)}: {mechanism} is not available here ({error.strerror})"
+        return replace(sandbox, missing=(*sandbox.missing, why))
+    return replace(sandbox, held=(*sandbox.held, *parts))
+
+
+def _writable(directory: Path) -> Iterable[Path]:
+    yield directory
+    yield Path(os.devnull)
+    devices = [path for pattern in _DEVICES for path in Path("/dev").glob(pattern)]
+    if devices:  # CUDA creates files in /dev/shm, and writes thread names to /proc/self
+        yield from (path for path in (*devices, Path("/dev/shm"), Path("/proc/self")) if path.exists())  # noqa: S108
+
+
+def _drop_capabilities() -> None:
+    """Drop root's capabilities, except the right to read any file."""
+    header = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
+    both_halves = ctypes.create_string_buffer(24)
+    if _libc().capget(header, both_halves) == 0:
+        effective, permitted, *_ = struct.unpack("=6I", both_halves.raw)
+        reduced = (effective & _READ_CAPABILITIES, permitted & _READ_CAPABILITIES)
+        _libc().capset(header, struct.pack("=6I", *reduced, 0, 0, 0, 0))
+
+
+def _lower(resource_id: int, to_bytes: int) -> None:
+    _, hard = resource.getrlimit(resource_id)
+    new = min(to_bytes, _MOST_LIMIT_BYTES if hard == resource.RLIM_INFINITY else hard)
+    resource.setrlimit(resource_id, (new, new))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
+
+
+# --- 1. Landlock -----------------------------------------------------------------------------------------------------
+
+_CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
+_VERSION, _PATH_BENEATH = 1, 1
+
+_WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
+_MAKE_AND_REMOVE = sum(1 << bit for bit in range(4, 13))
+_REFER = 1 << 13
+_TCP = 1 << 0 | 1 << 1  # bind, connect
+_OUTSIDE = 1 << 0 | 1 << 1  # abstract sockets of others, signals to others
+_SINCE = {"refer": 2, "truncate": 3, "tcp": 4, "scopes": 6}
+"""The version of Landlock that introduced each restriction."""
+
+
+def restrict_writes(allowed: Iterable[Path]) -> None:
+    """Allow writing, creating, and removing only in `allowed` (files and directories, with their contents).
+
+    Raises:
+        OSError: this kernel has no Landlock, or Landlock is disabled.
+    """
+    version = _call(_CREATE, None, ctypes.c_size_t(0), _VERSION)
+    writes = _WRITE_FILE | _MAKE_AND_REMOVE
+    writes |= _REFER if version >= _SINCE["refer"] else 0
+    writes |= _TRUNCATE if version >= _SINCE["truncate"] else 0
+    tcp = _TCP if version >= _SINCE["tcp"] else 0
+    scopes = _OUTSIDE if version >= _SINCE["scopes"] else 0
+    restrictions = struct.pack("=QQQ", writes, tcp, scopes)
+    rules = _call(_CREATE, restrictions, ctypes.c_size_t(len(restrictions)), 0)
+    try:
+        for path in allowed:
+            _allow(rules, path, writes)
+        _call(_RESTRICT, rules, 0)
+    finally:
+        os.close(rules)
+
+
+def _allow(rules: int, path: Path, writes: int) -> None:
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            writes &= _WRITE_FILE | _TRUNCATE
+        _call(_ADD_RULE, rules, _PATH_BENEATH, struct.pack("=Qi", writes, descriptor), 0)
+    finally:
+        os.close(descriptor)
+
+
+def _call(number: int, *arguments: object) -> int:
+    result: int = _libc().syscall(number, *arguments)
+    if result < 0:
+        raise _error()
+    return result
+
+
+# --- 2. seccomp ------------------------------------------------------------------------------------------------------
+
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+_X32 = 0x40000000  # a second table of calls on x86-64
+
+_AF_UNIX, _CLONE_THREAD = 1, 0x10000
+
+_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+"""The kernel's number of each architecture in filters, and its column in the tables below."""
+
+# name: numbers of the call by architecture; 0 if the architecture has no such call
+_REFUSED = {
+    "connect": (42, 203),
+    "io_uring_setup": (425, 425),
+    "fork": (57, 0),
+    "vfork": (58, 0),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438),
+    "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "truncate": (76, 45),
+}
+_UNKNOWN = {"clone3": (435, 435)}  # a filter cannot read its flags, which are in memory; libraries fall back to clone
+_WITHOUT_EFFECT = {
+    "chmod": (90, 0),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, 0),
+    "fchown": (93, 55),
+    "lchown": (94, 0),
+    "fchownat": (260, 54),
+    "utime": (132, 0),
+    "utimes": (235, 0),
+    "futimesat": (261, 0),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+}
+_SOCKET, _CLONE, _KILL, _TGKILL = (41, 198), (56, 220), (62, 129), (234, 131)
+
+
+def refuse_calls() -> None:
+    """Refuse the calls above from now on. Requires `no_new_privs`.
+
+    Raises:
+        OSError: the kernel has no such filter, or this architecture is unknown.
+    """
+    if platform.machine() not in _ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"the system calls of {platform.machine()} are not listed")
+    program = b"".join(_program(*_ARCHITECTURES[platform.machine()]))
+    buffer = ctypes.create_string_buffer(program, len(program))
+    filter_ = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
+    if _libc().prctl(_PR_SET_SECCOMP, _MODE_FILTER, filter_, 0, 0):
+        raise _error()
+
+
+def _program(architecture: int, column: int) -> Iterator[bytes]:
+    refused = _ERRNO | errno.EPERM
+    yield _step(_LOAD, _ARCHITECTURE_AT)
+    yield from _unless(_JUMP_EQUAL, architecture, refused)
+    yield _step(_LOAD, _NUMBER_AT)
+    yield from _where(_JUMP_GREATER_EQUAL, _X32, refused)
+    for table, answer in ((_REFUSED, refused), (_UNKNOWN, _ERRNO | errno.ENOSYS), (_WITHOUT_EFFECT, _ERRNO)):
+        for numbers in table.values():
+            if numbers[column]:
+                yield from _where(_JUMP_EQUAL, numbers[column], answer)
+    yield from _only_with(_SOCKET[column], _JUMP_EQUAL, _AF_UNIX, refused)
+    yield from _only_with(_CLONE[column], _JUMP_ANY_BIT, _CLONE_THREAD, refused)
+    for call in (_KILL, _TGKILL):
+        yield from _only_with(call[column], _JUMP_EQUAL, os.getpid(), refused)
+    yield _step(_RETURN, _ALLOW)
+
+
+def _where(test: int, value: int, answer: int) -> Iterator[bytes]:
+    yield _step(test, value, 0, 1)
+    yield _step(_RETURN, answer)
+
+
+def _unless(test: int, value: int, answer: int) -> Iterator[bytes]:
+    yield _step(test, value, 1, 0)
+    yield _step(_RETURN, answer)
+
+
+def _only_with(number: int, test: int, value: int, answer: int) -> Iterator[bytes]:
+    """Allow the call only if its first argument passes the test."""
+    yield _step(_JUMP_EQUAL, number, 0, 4)
+    yield _step(_LOAD, _FIRST_ARGUMENT_AT)
+    yield from _unless(test, value, answer)
+    yield _step(_RETURN, _ALLOW)
+
+
+def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)
