@@ -37,9 +37,9 @@ def main() -> int:
         sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
         return step(sys.argv[1], environ)
 
+    from merge_gate._internal.errors import GateError
     from merge_gate.action.docker import handover
     from merge_gate.cli import dispatch
-    from merge_gate.errors import GateError
 
     try:
         os.environ.update(handover.read(environ, sys.stdin.buffer))

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from merge_gate._internal.errors import ExitCode
 from merge_gate.cli.arguments import EXIT_CODES
 from merge_gate.cli.check_command import EXIT_CODES_OF_CHECK
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import parsers
-from merge_gate.errors import ExitCode
 from merge_gate.judging.all_checks import refused
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.worker.protocol import refusal_of

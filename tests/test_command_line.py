@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import requested_config
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import WITHOUT_VARIABLE, output_of, parsed, parsers, unknown_variables
-from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:
     from tests.support.wording import Wording

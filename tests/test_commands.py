@@ -25,11 +25,11 @@ import torch
 import yaml
 
 from merge_gate import __main__, demo
+from merge_gate._internal.earlier_reports import mark_stale
 from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
-from merge_gate.earlier_reports import mark_stale
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.on_ray import run_on_ray

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate.demo import CONFIG_NAME, EXPECTED, LFS_POINTER, MARKER, make_demo
-from merge_gate.errors import ExitCode, UsageError
 from tests.support.command import Answer, merge_gate
 from tests.support.documents import blocks, without_numbers
 from tests.support.terminal_picture import drawn, drawn_demo, plain, text_of

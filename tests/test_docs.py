@@ -26,9 +26,9 @@ from jsonschema import Draft202012Validator
 from packaging.version import Version
 
 from benchmarks import architectures
+from merge_gate._internal.errors import ExitCode
 from merge_gate.cli import dispatch
 from merge_gate.cli.parser import commanded
-from merge_gate.errors import ExitCode
 from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from merge_gate.judging.checks.check import Symptom
 from merge_gate.judging.checks.table import CHECKS

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from merge_gate import demo, whole_file
+from merge_gate import demo
+from merge_gate._internal import whole_file
+from merge_gate._internal.earlier_reports import is_own
+from merge_gate._internal.errors import UsageError
 from merge_gate.cache.store import ABANDONED_S
 from merge_gate.cli.dispatch import main
-from merge_gate.earlier_reports import is_own
-from merge_gate.errors import UsageError
 from merge_gate.records.report import Judged, Shard
 from merge_gate.report.formats.json_report import render
 from merge_gate.report.stored.output_directory import claimed, stored_result

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from merge_gate.errors import ConfigError, EngineError, ExitCode, GateError, LauncherError, ResolveError, UsageError
+from merge_gate._internal.errors import (
+    ConfigError,
+    EngineError,
+    ExitCode,
+    GateError,
+    LauncherError,
+    ResolveError,
+    UsageError,
+)
 from merge_gate.records import config, files, measured, report, terms
 from merge_gate.records.config import Problem
 from merge_gate.records.measured import TensorMerge, TensorStats

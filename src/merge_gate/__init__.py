@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from merge_gate._internal.errors import ConfigError, GateError, UsageError
     from merge_gate.api import gate
-    from merge_gate.errors import ConfigError, GateError, UsageError
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding, Result, Severity, Verdict
 
@@ -30,7 +30,7 @@ __all__ = [
 
 _MODULES = {
     "merge_gate.api": ("gate",),
-    "merge_gate.errors": ("ConfigError", "GateError", "UsageError"),
+    "merge_gate._internal.errors": ("ConfigError", "GateError", "UsageError"),
     "merge_gate.records.report": ("AdapterReport", "BaseReport", "Report"),
     "merge_gate.records.terms": ("Finding", "Result", "Severity", "Verdict"),
 }

@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import quoted, unusable
 from merge_gate.cache.verdict_cache import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
-from merge_gate.errors import UsageError
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
-from merge_gate.text import quoted, unusable
 from merge_gate.worker.supervisor import WorkerSlot
 
 if TYPE_CHECKING:

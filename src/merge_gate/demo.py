@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
+from merge_gate._internal.whole_file import whole_file
 from merge_gate.records.terms import Verdict
-from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.action import outcome
 from merge_gate.action.docker import collect
-from merge_gate.errors import UsageError
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import PASS
 from tests.support.wording import Wording

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import container, handover
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.docker_api import Engine
-from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:
     from pathlib import Path

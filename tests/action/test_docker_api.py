@@ -18,9 +18,9 @@ import docker
 import pytest
 import requests
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import docker_api
 from merge_gate.action.docker.docker_api import Address
-from merge_gate.errors import LauncherError
 from tests.support.wording import Wording
 
 ROOT = Path(__file__).resolve().parents[2]

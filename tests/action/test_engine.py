@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-from merge_gate.errors import LauncherError
 from merge_gate.report.formats import json_report
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
 from tests.support.reports import EMPTY

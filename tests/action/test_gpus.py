@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.action.docker.docker_api import Engine
 from merge_gate.action.docker.gpus import device_requests, requested_gpus
-from merge_gate.errors import UsageError
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:

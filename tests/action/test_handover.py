@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import handover
-from merge_gate.errors import LauncherError
 from tests.support.wording import Wording
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.interrupts import TIME_LIMIT_S
 from merge_gate.action import inputs as action
 from merge_gate.action.docker import container
-from merge_gate.errors import UsageError
-from merge_gate.interrupts import TIME_LIMIT_S
 from tests.support.wording import Wording
 
 

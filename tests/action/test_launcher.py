@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import LauncherError, UsageError
 from merge_gate.action.docker import container, launcher, released_image
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.cli import dispatch
-from merge_gate.errors import LauncherError, UsageError
 from tests.support.wording import Wording
 
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from merge_gate._internal.errors import LauncherError, UsageError
 from merge_gate.action import step
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.demo import make_demo
-from merge_gate.errors import LauncherError, UsageError
 from tests.support.command import alive
 from tests.support.wording import Wording
 

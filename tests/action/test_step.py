@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.action import step as action
 from merge_gate.action.docker import collect, leftovers
 from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
-from merge_gate.errors import UsageError
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at

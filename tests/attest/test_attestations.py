@@ -14,12 +14,12 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from merge_gate._internal.earlier_reports import mark_stale
+from merge_gate._internal.errors import UsageError
 from merge_gate.attest import statement
 from merge_gate.attest.envelope import opened, read_key, signed
 from merge_gate.attest.statement import InvalidStatementError, statements_of
 from merge_gate.cli.dispatch import main
-from merge_gate.earlier_reports import mark_stale
-from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict

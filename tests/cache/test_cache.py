@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate._internal.earlier_reports import PREVIOUS, RESUMED
 from merge_gate.cache import remembered
 from merge_gate.config.load_config import load_config
-from merge_gate.earlier_reports import PREVIOUS, RESUMED
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.formats.json_report import read, render

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.earlier_reports import RESUMED, mark_stale
+from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.cache.key import key_of
 from merge_gate.cache.store import Seal
 from merge_gate.cache.verdict_cache import CachedVerdict, ResumedVerdicts, forget, sealed
-from merge_gate.earlier_reports import RESUMED, mark_stale
-from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.formats.json_report import read, render

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cache.store import ABANDONED_S, LONGEST_BYTES, Seal, Store
-from merge_gate.errors import UsageError
 from tests.support.cache.store_writes import NAME, OTHER, kill_while_writing, store
 from tests.support.wording import Wording
 

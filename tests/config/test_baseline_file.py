@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.errors import ConfigError
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import ConfigError
 from tests.support.config.baselines import DIGEST, ENTRY, GOOD
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from merge_gate._internal.errors import ConfigError, UsageError
 from merge_gate.config.from_arguments import config_of
 from merge_gate.config.load_config import load_config
 from merge_gate.config.model import MAX_ADAPTERS
 from merge_gate.config.yaml_document import MAX_DEPTH, MAX_LISTED, MAX_REREAD, MAX_VALUES, read_yaml
-from merge_gate.errors import ConfigError, UsageError
 from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples
 from tests.support.wording import Wording

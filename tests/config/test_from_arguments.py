@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from merge_gate._internal.errors import ConfigError, UsageError
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.config.init_file import first_config
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import ConfigError, UsageError
 from merge_gate.files.preflight import base_of
 from merge_gate.records.config import ALL_WEIGHTS, COMMAND_LINE, Config
 from merge_gate.records.terms import Quantization

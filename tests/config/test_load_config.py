@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora.model import LoraModel
 
+from merge_gate._internal.errors import ConfigError, ExitCode
 from merge_gate.config.load_config import MAX_BYTES, load_config
 from merge_gate.config.model import (
     METHODS,
@@ -35,7 +36,6 @@ from merge_gate.config.model import (
     LimitsEntry,
 )
 from merge_gate.config.yaml_document import read_yaml
-from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import POLICIES, Policy
 from merge_gate.records.config import AdapterSpec, Config, Problem

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from merge_gate._internal.errors import ConfigError, UsageError
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.config.init_file import first_config
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import ConfigError, UsageError
 from merge_gate.files.preflight import base_of
 from tests.support.config.baselines import DIGEST, ENTRY, GOOD
 from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, WRONG

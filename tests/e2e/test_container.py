@@ -24,10 +24,10 @@ import docker
 import jsonschema
 import pytest
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import docker_api
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-from merge_gate.errors import LauncherError
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.e2e.engines import PATIENCE_S, as_user, described, serving
 from tests.support.schemas import report_schema
@@ -196,7 +196,7 @@ def test_an_ordinary_user_owns_what_the_gate_writes(run: ContainerRun, demo: Pat
 LAUNCH = """
 import os, sys
 from pathlib import Path
-from merge_gate.errors import GateError
+from merge_gate._internal.errors import GateError
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 run = ContainerRun(

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import handover
 from merge_gate.action.docker.container import ContainerRun, handed_over
 from merge_gate.action.docker.launcher import run_in_container
-from merge_gate.errors import LauncherError
 from tests.support.e2e.act import ROOT, free_port
 from tests.support.e2e.engines import as_user, serving
 from tests.support.e2e.proxy import proxy

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
 from merge_gate.files.base_files import read_base
 from merge_gate.files.base_formats import JUDGED, KNOWN_NAMES
 from merge_gate.files.resolve import base_weight_files, resolve_base

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.files.preflight import base_of, preflight
 from merge_gate.records.terms import Finding
 from tests.support.files.adapter_files import (

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.files.adapter_config import MAX_BYTES
 from merge_gate.files.headers import DTYPE_BITS, MAX_HEADER_BYTES, CorruptFileError, parse_file, parse_places
 from merge_gate.files.identity import identity_of

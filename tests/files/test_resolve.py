@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import pytest
 
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
 from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, Repository, translate
 from merge_gate.files.resolve import (
     Fetching,
@@ -43,7 +43,7 @@ CLIENT = """
 import json, sys, time
 wait = time.sleep
 time.sleep = lambda seconds: wait(min(seconds, 0.02))  # huggingface_hub waits a second before it tries again
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.files.resolve import Fetching, digest_directory, resolve_adapter, resolve_base
 

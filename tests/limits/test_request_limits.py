@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import HfApi, constants
 
-from merge_gate.errors import GateError, ResolveError
+from merge_gate._internal.errors import GateError, ResolveError
 from merge_gate.files import hub as hub_module
 from merge_gate.files.resolve import resolve_adapter
 from merge_gate.limits import request_limits

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from ray import exceptions
 
-from merge_gate.errors import GateError
+from merge_gate._internal.errors import GateError
 from merge_gate.on_ray import run_on_ray
 from merge_gate.on_ray.run_on_ray import LOCAL, checked_address, cluster, first_line
 from tests.support.wording import Wording

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.cache.store import SECRET
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import GateError, UsageError
 from merge_gate.on_ray import run_on_ray as module
 from merge_gate.on_ray.run_on_ray import MAX_LOSSES, run_on_ray, run_shard
 from merge_gate.records.options import RunOptions

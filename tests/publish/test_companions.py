@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.companion_names import Companion, companion_kind
-from merge_gate.errors import NotPublishedError
+from merge_gate._internal.companion_names import Companion, companion_kind
+from merge_gate._internal.errors import NotPublishedError
 from merge_gate.publish import companions
 from merge_gate.publish.companions import companion_identities, companions_of, read_inputs
 from merge_gate.records.files import BaseFiles, DeclaredQuantization, Snapshot, StoredTensor

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     Difference,

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from merge_gate._internal.errors import NotPublishedError
 from merge_gate.engine.base.stored_layout import plain_headers
-from merge_gate.errors import NotPublishedError
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.weight_files import base_layout
 from merge_gate.records.config import PublishSpec

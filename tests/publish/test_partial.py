@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.claimed_directory import DirectoryLock, locked_directory
-from merge_gate.errors import NotPublishedError
+from merge_gate._internal.claimed_directory import DirectoryLock, locked_directory
+from merge_gate._internal.errors import NotPublishedError
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from merge_gate._internal.errors import NotPublishedError
 from merge_gate.cli.dispatch import main
-from merge_gate.errors import NotPublishedError
 from merge_gate.files.identity import identity_of
 from merge_gate.publish import one_publication, publications
 from merge_gate.publish.one_publication import CanceledError, Publication

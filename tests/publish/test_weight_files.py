@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.errors import NotPublishedError
+from merge_gate._internal.errors import NotPublishedError
 from merge_gate.publish import weight_files
 from merge_gate.publish.weight_files import (
     FileLayout,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from merge_gate.errors import ExitCode
+from merge_gate._internal.errors import ExitCode
 from merge_gate.records.terms import Verdict
 from merge_gate.report.stored.stored_report import Changes, Kind, compare, render_markdown, render_text
 from tests.support.reports import (

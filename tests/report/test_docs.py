@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.output_files import OUTPUT_FILES
+from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.publication import Manifest, Predicate
 from merge_gate.records.report import AdapterReport, BaseReport, Report

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from merge_gate._internal.errors import ConfigError
 from merge_gate.config.load_config import build_baseline
 from merge_gate.config.yaml_document import read_yaml
-from merge_gate.errors import ConfigError
 from merge_gate.judging.baseline import accept
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Acceptance, Result

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.report.formats.json_report import read, render
 from tests.support.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report

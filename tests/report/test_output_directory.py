@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate import claimed_directory
-from merge_gate.errors import GateError, UsageError
+from merge_gate._internal import claimed_directory
+from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.output_directory import claimed, explained, stored_result
 from merge_gate.report.stored.report_files import FORMATS, write_report

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.errors import ExitCode, GateError, UsageError
-from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
+from merge_gate._internal.errors import ExitCode, GateError, UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
 from merge_gate.report.stored import report_files
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.report.wording import run_result
@@ -22,7 +22,7 @@ from tests.support.wording import Wording
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from merge_gate.output_files import OutputFile
+    from merge_gate._internal.output_files import OutputFile
     from merge_gate.records.report import Report
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate.cli.dispatch import main
-from merge_gate.errors import ExitCode, UsageError
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored.report_files import FORMATS, WORDS, write_report
 from merge_gate.report.stored.stored_report import compared, shown

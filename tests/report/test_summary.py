@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from merge_gate.output_files import GENERATOR_COMMENT
+from merge_gate._internal.output_files import GENERATOR_COMMENT
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict

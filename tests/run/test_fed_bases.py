@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cache.remembered import BaseRecords
 from merge_gate.cache.store import Seal, Store
-from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.records.config import AdapterSpec, BaseSpec

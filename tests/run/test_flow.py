@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate import whole_file
+from merge_gate._internal import whole_file
+from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import GateError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks

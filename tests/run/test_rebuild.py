@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
-from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME, differences, parse_manifest, read_manifest, render
 from merge_gate.records.config import Combine
 from merge_gate.records.publication import CARD_NAME

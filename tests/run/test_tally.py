@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.errors import ExitCode, GateError, UsageError
-from merge_gate.output_files import OUTPUT_FILES
+from merge_gate._internal.errors import ExitCode, GateError, UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.report.formats import json_report
 from merge_gate.run import tally
 from merge_gate.run.tally import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter

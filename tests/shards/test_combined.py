@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.errors import GateError, UsageError
-from merge_gate.output_files import OUTPUT_FILES
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.records.report import TOOL, ConfigFile, Report, Sandbox, Tool
 from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text

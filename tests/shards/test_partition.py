@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import UsageError
 from merge_gate.files import identity
 from merge_gate.records.config import Combine
 from merge_gate.records.options import RunOptions

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
+from merge_gate._internal.errors import ResolveError
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, hub
 from merge_gate.files.headers import parse_places
 from merge_gate.files.resolve import Fetching, Inputs, resolve_base

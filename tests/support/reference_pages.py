@@ -9,8 +9,8 @@ import argparse
 import re
 from collections.abc import Iterator
 
+from merge_gate._internal.errors import ExitCode
 from merge_gate.cli.parser import parsers
-from merge_gate.errors import ExitCode
 
 ENVIRONMENT = re.compile(r" ?\[env: (\w+)\]")
 MEANINGS = re.compile(r"^  (\d)  (?:\w+: )?(.+)$", re.MULTILINE)

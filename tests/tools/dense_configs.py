@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from merge_gate._internal.errors import ConfigError
 from merge_gate.config.load_config import MAX_BYTES, load_config
 from merge_gate.config.model import MAX_ADAPTERS
 from merge_gate.config.yaml_document import MAX_VALUES
-from merge_gate.errors import ConfigError
 
 HEAD = "version: 1\nadapters:\n"
 MANY = range(MAX_ADAPTERS)

@@ -42,7 +42,7 @@ PARTS = {
         ["tests/judging"],
     ),
     "preflight": (
-        ["src/merge_gate/strict_json.py", *(f"src/merge_gate/files/{name}.py" for name in PREFLIGHT)],
+        ["src/merge_gate/_internal/strict_json.py", *(f"src/merge_gate/files/{name}.py" for name in PREFLIGHT)],
         ["tests/files/test_messages.py", "tests/files/test_adapter_config.py"],
         [f"tests/files/test_{name}.py" for name in ("messages", "pickle_scan", "preflight", "adapter_config")],
     ),

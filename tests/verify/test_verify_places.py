@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate._internal.earlier_reports import refuse_run
+from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
-from merge_gate.earlier_reports import refuse_run
-from merge_gate.errors import UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support import published

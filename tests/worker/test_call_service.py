@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.records.files import BaseFiles, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.loaded_base import ModelClass
-from merge_gate.errors import EngineError
 from merge_gate.records.files import BaseFiles, Pattern
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import BaseKey, Quantization

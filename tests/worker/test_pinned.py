@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.files.identity import base_identity
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.judging.all_checks import refused
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.protocol import refusal_of

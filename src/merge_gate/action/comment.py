@@ -14,10 +14,10 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.regular_file import read_regular_file
 from merge_gate.action import workflow
 from merge_gate.action.docker import collect
 from merge_gate.limits.time_limit import within
-from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.interrupts import TIME_LIMIT_S
 from merge_gate.action import caches
 from merge_gate.action.docker.container import ContainerRun
-from merge_gate.errors import UsageError
-from merge_gate.interrupts import TIME_LIMIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import ExitCode, GateError
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.action.docker import collect
-from merge_gate.errors import ExitCode, GateError
-from merge_gate.regular_file import read_regular_file
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

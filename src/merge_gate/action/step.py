@@ -17,6 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.earlier_reports import refuse_run
+from merge_gate._internal.errors import ExitCode, GateError, LauncherError, UsageError
+from merge_gate._internal.interrupts import STOP_GRACE_S, Interrupted, interruptible
+from merge_gate._internal.output_files import PUBLISH_WITHIN
+from merge_gate._internal.regular_file import read_regular_file
 from merge_gate.action import caches, outcome, workflow
 from merge_gate.action.docker import collect
 from merge_gate.action.docker.container import ContainerRun, config_word, gate_words
@@ -26,11 +31,6 @@ from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.action.workflow import Event, read_event
-from merge_gate.earlier_reports import refuse_run
-from merge_gate.errors import ExitCode, GateError, LauncherError, UsageError
-from merge_gate.interrupts import STOP_GRACE_S, Interrupted, interruptible
-from merge_gate.output_files import PUBLISH_WITHIN
-from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,10 +13,10 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.errors import UsageError
-from merge_gate.regular_file import open_regular_file, read_all
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.regular_file import open_regular_file, read_all
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import is_inside, listing, quoted
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,
@@ -29,13 +32,10 @@ from merge_gate.publish.manifest import (
 from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
 from merge_gate.records.terms import record
-from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import is_inside, listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

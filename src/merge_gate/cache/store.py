@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import counted
+from merge_gate._internal.whole_file import whole_file
 from merge_gate.cache.key import canonical
-from merge_gate.errors import UsageError
-from merge_gate.regular_file import read_regular_file
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import counted
-from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -20,20 +20,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.earlier_reports import RESUMED, is_own, places
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.regular_file import open_regular_file
+from merge_gate._internal.text import listing
 from merge_gate.cache.key import canonical, key_of, material
 from merge_gate.cache.remembered import BaseRecords, KnownDevices, SeenBases
 from merge_gate.cache.store import Seal, Store, from_environment
-from merge_gate.earlier_reports import RESUMED, is_own, places
-from merge_gate.errors import UsageError
 from merge_gate.files.identity import identity_of
 from merge_gate.judging import verdict
 from merge_gate.records.report import AdapterReport, BaseReport, Judged, Report
 from merge_gate.records.terms import Verdict, record
-from merge_gate.regular_file import open_regular_file
 from merge_gate.report.formats import json_report
 from merge_gate.report.formats.fields import UnreadableError, dump, load
 from merge_gate.report.stored.report_files import read_report, write_text
-from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

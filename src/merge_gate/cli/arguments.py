@@ -14,10 +14,10 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from merge_gate.errors import UsageError
-from merge_gate.output_files import OUTPUT_FILES
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate._internal.text import NUMBER, one_of, unusable
 from merge_gate.records.terms import DTYPES, Quantization
-from merge_gate.text import NUMBER, one_of, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

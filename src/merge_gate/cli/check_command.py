@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import (
     CommandParser,
     Commands,
@@ -16,7 +17,6 @@ from merge_gate.cli.arguments import (
     requested_config,
 )
 from merge_gate.cli.output import deliver, result_width, view_of
-from merge_gate.errors import UsageError
 from merge_gate.run.streams import tell
 
 EXIT_CODES_OF_CHECK = exit_codes(

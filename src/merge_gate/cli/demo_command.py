@@ -6,9 +6,9 @@ import argparse
 import shlex
 from pathlib import Path
 
+from merge_gate._internal.errors import ExitCode, GateError
 from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands, add_appearance, examples
 from merge_gate.cli.output import claimed_output, exit_code, gate_adapters, result_width
-from merge_gate.errors import ExitCode, GateError
 from merge_gate.records.options import RunOptions
 from merge_gate.run.streams import tell
 

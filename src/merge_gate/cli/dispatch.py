@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError
+from merge_gate._internal.interrupts import Interrupted, interruptible
+from merge_gate._internal.text import quoted
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
 from merge_gate.cli.parser import COMMANDS, output_of, parsed
-from merge_gate.errors import SHORTAGES, ConfigError, ExitCode, GateError
-from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.run.streams import flush_streams, mend_streams, say
-from merge_gate.text import quoted
 
 
 def main(argv: Sequence[str] | None = None) -> int:

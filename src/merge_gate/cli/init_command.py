@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import IO
 
+from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate.cli.arguments import CommandParser, Commands, examples
-from merge_gate.errors import ExitCode, UsageError
 from merge_gate.run.streams import tell
 
 

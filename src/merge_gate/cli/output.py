@@ -9,13 +9,13 @@ import sys
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from merge_gate.errors import ExitCode, GateError
+from merge_gate._internal.errors import ExitCode, GateError
 from merge_gate.run.streams import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from merge_gate.earlier_reports import EarlierReports
+    from merge_gate._internal.earlier_reports import EarlierReports
     from merge_gate.records.config import Config
     from merge_gate.records.options import RunOptions
     from merge_gate.records.report import Report

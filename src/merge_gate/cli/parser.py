@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from merge_gate import __version__
+from merge_gate._internal.text import one_of, quoted
 from merge_gate.cli import (
     attest_command,
     check_command,
@@ -29,7 +30,6 @@ from merge_gate.cli import (
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
 from merge_gate.names.suggestions import closest, nearest
-from merge_gate.text import one_of, quoted
 
 PREFIX = "MERGE_GATE_"
 WITHOUT_VARIABLE = frozenset((

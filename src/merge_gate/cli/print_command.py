@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import CommandParser, Commands, examples
 from merge_gate.cli.output import print_document, result_width
-from merge_gate.errors import UsageError
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -45,9 +45,9 @@ def add_completion(commands: Commands[CommandParser]) -> None:
 
 
 def explain(arguments: argparse.Namespace) -> int:
+    from merge_gate._internal.text import quoted
     from merge_gate.names.suggestions import nearest
     from merge_gate.report.wording.explanations import explanation, explanations
-    from merge_gate.text import quoted
 
     if arguments.check is None:
         return print_document(_checks(result_width()))

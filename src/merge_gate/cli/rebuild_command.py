@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from merge_gate._internal.errors import ExitCode
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, examples, exit_codes, given
 from merge_gate.cli.output import view_of
-from merge_gate.errors import ExitCode
 
 
 def add(commands: Commands[CommandParser]) -> None:

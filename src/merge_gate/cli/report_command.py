@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import one_of, quoted
 from merge_gate.cli.arguments import (
     DEFAULT_OUTPUT,
     EXIT_CODES,
@@ -15,8 +17,6 @@ from merge_gate.cli.arguments import (
     examples,
 )
 from merge_gate.cli.output import claimed_output, exit_code, print_document, result_width, view_of
-from merge_gate.errors import UsageError
-from merge_gate.text import one_of, quoted
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))

@@ -7,6 +7,8 @@ import os
 import re
 import sys
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import size_bytes
 from merge_gate.cli.arguments import (
     EXIT_CODES,
     CommandParser,
@@ -21,11 +23,9 @@ from merge_gate.cli.arguments import (
     requested_config,
 )
 from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
-from merge_gate.errors import UsageError
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.records.terms import Access, Read
 from merge_gate.run.streams import say
-from merge_gate.text import size_bytes
 
 
 def add(commands: Commands[CommandParser]) -> None:

@@ -6,9 +6,9 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
-from merge_gate.errors import UsageError
 from merge_gate.judging.kinds import ALLOWED, ANSWERS
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from merge_gate._internal.earlier_reports import refuse_run
     from merge_gate.config.from_arguments import config_of
-    from merge_gate.earlier_reports import refuse_run
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
     from merge_gate.run.verify_flow import Verification, verify_record

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge_gate._internal.text import counted, has_hidden, is_inside, listing, quoted, size_bytes
 from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
@@ -31,7 +32,6 @@ from merge_gate.records.config import (
     PublishSpec,
 )
 from merge_gate.records.terms import Access, Quantization, Read, Severity
-from merge_gate.text import counted, has_hidden, is_inside, listing, quoted, size_bytes
 
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""

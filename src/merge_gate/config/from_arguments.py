@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
-from merge_gate.errors import ConfigError, UsageError
+from merge_gate._internal.errors import ConfigError, UsageError
+from merge_gate._internal.text import listing, quoted, unusable
 from merge_gate.judging import foreign_formats
 from merge_gate.names.hub_names import HUB
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from merge_gate.text import listing, quoted, unusable
 
 _NOT_CONFIGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".tar", ".gz", ".tgz", ".zst")
 """Suffixes of weights and archives."""

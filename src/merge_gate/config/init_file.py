@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names
-from merge_gate.errors import UsageError
 from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.files import CONFIG_NAME
-from merge_gate.text import counted, listing, quoted
 
 MAX_DEPTH = 4
 """How far below a directory `first_config` looks for adapters."""

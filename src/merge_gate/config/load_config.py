@@ -26,6 +26,7 @@ from typing import Annotated
 
 from pydantic import Field, WrapValidator
 
+from merge_gate._internal.text import listing, quoted
 from merge_gate.config.build import build_config
 from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole
 from merge_gate.config.problems import read_models
@@ -34,7 +35,6 @@ from merge_gate.judging.checks.table import CHECKS
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
 from merge_gate.records.terms import Acceptance, BaselineEntry
-from merge_gate.text import listing, quoted
 
 MAX_BYTES = 1024 * 1024
 

@@ -18,12 +18,12 @@ from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 from typing_extensions import TypeAliasType
 
+from merge_gate._internal.text import SIZE, one_of
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES
 from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.terms import DTYPES, Access, Quantization, Read
-from merge_gate.text import SIZE, one_of
 
 
 class _IsRecord(Protocol):

@@ -18,12 +18,12 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from merge_gate.earlier_reports import REPORTS, is_own, places
-from merge_gate.errors import UsageError
+from merge_gate._internal.earlier_reports import REPORTS, is_own, places
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import listing, quoted
 from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from merge_gate.text import listing, quoted
 
 
 class InvalidName(Exception):  # noqa: N818 (not an error of the program: the caller adds its place)

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
+from merge_gate._internal.text import NUMBER, quoted
 from merge_gate.config.model import NEEDED, PATTERNS, Hole, Model, place_of_key
 from merge_gate.config.yaml_document import Hint, Loc, NoValue, Value, YamlDocument
 from merge_gate.names.suggestions import closest, nearest
-from merge_gate.text import NUMBER, quoted
 
 _File = TypeVar("_File", bound=Model)
 

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from merge_gate.errors import ConfigError
+from merge_gate._internal.errors import ConfigError
+from merge_gate._internal.text import has_hidden, quoted
 from merge_gate.records.config import Problem
-from merge_gate.text import has_hidden, quoted
 
 MAX_DEPTH = 32
 MAX_VALUES = 100_000

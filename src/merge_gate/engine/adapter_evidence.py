@@ -25,6 +25,7 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import Loaded, expected_tensors, load_adapter
@@ -42,7 +43,6 @@ from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import Refused
 from merge_gate.sources.feed import SourceError
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 if TYPE_CHECKING:
     from merge_gate.engine.merge.exact_merge import ExactRows

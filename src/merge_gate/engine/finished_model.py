@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
@@ -36,7 +37,6 @@ from merge_gate.engine.merge.exact_merge import ExactRows, Fit, deviation, requa
 from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.threads import spread
-from merge_gate.errors import EngineError
 from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, MeasureOptions

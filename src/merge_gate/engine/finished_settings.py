@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from merge_gate.companion_names import Companion, companion_kind
+from merge_gate._internal.companion_names import Companion, companion_kind
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import quoted
 from merge_gate.engine.expected_differences import ABSENT, Expectation, KeyChange, expected_by, flat, same
 from merge_gate.limits.time_limit import within
 from merge_gate.records.comparison import ReadSettings, SettingDifference, SettingsFiles
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import quoted
 
 T = TypeVar("T")
 

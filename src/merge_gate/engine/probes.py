@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.adapter.peft_config import starts_at_no_delta
 from merge_gate.engine.base.loaded_base import Base
@@ -27,7 +28,6 @@ from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 from merge_gate.records.measured import FileTensor, TensorStats, UnreadLayer
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
 def _outermost_layers(model: nn.Module, *, wrappers: bool = False) -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.text import counted, is_inside, listing
 from merge_gate.files import base_formats, json_object
 from merge_gate.files.headers import (
     CorruptFileError,
@@ -38,7 +39,6 @@ from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
 from merge_gate.records.terms import Finding, Severity
-from merge_gate.text import counted, is_inside, listing
 
 MODEL, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from merge_gate._internal.text import counted
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging.checks.base_format import BASE_FORMAT
@@ -22,7 +23,6 @@ from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.files import DeclaredQuantization, StoredTensor
 from merge_gate.records.terms import Finding
-from merge_gate.text import counted
 
 JUDGED = {"bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "mxfp8", "mxfp4"}
 """Methods whose weights the gate dequantizes and merges into."""

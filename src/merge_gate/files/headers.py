@@ -13,11 +13,11 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from merge_gate._internal.regular_file import NotRegularFileError, open_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import counted, quoted
 from merge_gate.judging.foreign_formats import by_files
 from merge_gate.records.files import StoredTensor
-from merge_gate.regular_file import NotRegularFileError, open_regular_file
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import counted, quoted
 
 if TYPE_CHECKING:
     from io import BufferedReader

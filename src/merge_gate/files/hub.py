@@ -36,14 +36,14 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from merge_gate import __version__
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.text import COMMIT, counted, is_inside
+from merge_gate._internal.whole_file import whole_file
 from merge_gate.files.base_files import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
 from merge_gate.limits.request_limits import AGENT, ConnectError, limit_requests
 from merge_gate.records.files import Fetched
 from merge_gate.records.terms import Access
-from merge_gate.text import COMMIT, counted, is_inside
-from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.text import is_inside
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import FileIdentity
-from merge_gate.text import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ import codecs
 import json
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.regular_file import open_regular_file, read_all
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.regular_file import open_regular_file, read_all
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
+from merge_gate._internal.text import listing as in_a_sentence
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
 from merge_gate.files.identity import identity_of
@@ -44,8 +46,6 @@ from merge_gate.records.files import (
     StoredTensor,
 )
 from merge_gate.records.terms import Finding
-from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import listing as in_a_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

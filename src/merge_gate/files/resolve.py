@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.companion_names import Companion, companion_kind, is_carried, is_harmless
-from merge_gate.errors import GateError, ResolveError
+from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
+from merge_gate._internal.errors import GateError, ResolveError
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.files import base_files
 from merge_gate.files.headers import shown
 from merge_gate.files.preflight import preflight
@@ -35,7 +36,6 @@ from merge_gate.records.files import (
     Snapshot,
 )
 from merge_gate.records.terms import Access, Finding, Origin, Severity, record
-from merge_gate.text import counted, listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.text import quoted
 from merge_gate.api import gate, refuse_options
-from merge_gate.errors import GateError, UsageError
 from merge_gate.report.stored.output_directory import claimed
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from merge_gate._internal.text import quoted
 from merge_gate.judging import all_checks, kinds, verdict
 from merge_gate.judging.checks import (
     base_format,
@@ -27,7 +28,6 @@ from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
-from merge_gate.text import quoted
 
 
 def blocked_report(entry: Entry) -> AdapterReport | None:

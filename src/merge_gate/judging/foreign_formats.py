@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.records.terms import record
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
 @record

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.judging.foreign_formats import by_tensors
 from merge_gate.records.files import StoredTensor
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
 def names_of_another_kind(tensors: tuple[StoredTensor, ...]) -> str:

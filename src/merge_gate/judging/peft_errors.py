@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from merge_gate._internal.text import listing
 from merge_gate.judging.checks.config_invalid import CONFIG_INVALID
 from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
 from merge_gate.judging.checks.keys_missing import keys_missing
@@ -17,7 +18,6 @@ from merge_gate.judging.checks.shape_mismatch import SHAPE_MISMATCH
 from merge_gate.judging.not_judged import INSTALL, not_judged
 from merge_gate.records.refusals import Caught
 from merge_gate.records.terms import Finding, Origin, Quantization
-from merge_gate.text import listing
 
 _SAVE_AGAIN = "save the adapter again with save_pretrained"
 _OUT_OF_BOUNDS = "is out of bounds for dimension"  # torch's words for an index that points nowhere

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from merge_gate._internal.text import counted
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import NOT_PUBLISHED
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
-from merge_gate.text import counted
 
 _UNDECIDED = frozenset({NOT_JUDGED, NOT_PUBLISHED})
 """Findings that make the verdict `error`."""

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.text import COMMIT, is_inside
 from merge_gate.limits.time_limit import within
-from merge_gate.text import COMMIT, is_inside
 
 REQUEST_LIMIT_S = 60.0
 """For the headers of any answer, and for the whole answer of an API."""

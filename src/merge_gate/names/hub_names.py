@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from merge_gate._internal.text import COMMIT
 from merge_gate.names.suggestions import closest
 from merge_gate.records.files import CONFIG_NAME
-from merge_gate.text import COMMIT
 
 HUB = "hub:"
 """Put before an id to say that the Hub is meant."""

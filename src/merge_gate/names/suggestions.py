@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from merge_gate.text import quoted
+from merge_gate._internal.text import quoted
 
 MAX_COMPARED = 200
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
+from merge_gate._internal.errors import GateError
 from merge_gate.cache.key import versions_digest
 from merge_gate.cache.store import SECRET, from_environment
-from merge_gate.errors import GateError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import digest_file
 from merge_gate.records.config import AdapterSpec, Config

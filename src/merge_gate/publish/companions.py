@@ -22,8 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_gate.companion_names import TEMPLATES, Companion, companion_kind
-from merge_gate.errors import NotPublishedError
+from merge_gate._internal.companion_names import TEMPLATES, Companion, companion_kind
+from merge_gate._internal.errors import NotPublishedError
+from merge_gate._internal.regular_file import open_regular_file, read_all
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.files.identity import identity_of
@@ -33,8 +35,6 @@ from merge_gate.publish.weight_files import FLOATING_STORED
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
-from merge_gate.regular_file import open_regular_file, read_all
-from merge_gate.text import counted, listing, quoted
 
 _MOST_BYTES = 256 * 1024 * 1024
 _POINTER = b"version https://git-lfs"

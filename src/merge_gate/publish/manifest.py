@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate import __version__
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import NUMBER, counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
 from merge_gate.records.config import CheckSetting, Config, PublishSpec
@@ -32,12 +35,9 @@ from merge_gate.records.publication import (
 )
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
 from merge_gate.records.terms import DTYPES, PRESERVE, BaseKey, Finding, Severity, Verdict, record
-from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load_document
 from merge_gate.report.wording.markdown import code
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import NUMBER, counted, is_inside, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

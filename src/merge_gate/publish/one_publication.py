@@ -26,7 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from merge_gate.errors import GateError, NotPublishedError
+from merge_gate._internal.errors import GateError, NotPublishedError
+from merge_gate._internal.text import quoted
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
@@ -49,7 +50,6 @@ from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTens
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding
-from merge_gate.text import quoted
 from merge_gate.worker.protocol import PublicationSent
 
 SENT_LIMIT_S = 300.0

@@ -18,13 +18,13 @@ import shutil
 import stat
 from pathlib import Path
 
-from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate.errors import GateError, NotPublishedError
+from merge_gate._internal.claimed_directory import AlreadyLockedError, locked_directory
+from merge_gate._internal.errors import GateError, NotPublishedError
+from merge_gate._internal.text import quoted
+from merge_gate._internal.whole_file import sync_directory
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish.manifest import differences, read_manifest
 from merge_gate.records.files import FileIdentity
-from merge_gate.text import quoted
-from merge_gate.whole_file import sync_directory
 
 _ENDING = ".partial"
 _MARKER = "written-by-merge-gate"

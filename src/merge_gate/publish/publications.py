@@ -19,9 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from merge_gate.errors import GateError, NotPublishedError, UsageError
+from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
+from merge_gate._internal.output_files import PUBLISH_WITHIN
+from merge_gate._internal.text import has_hidden, listing, quoted
 from merge_gate.files.base_watch import base_directory
-from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.companions import companion_identities
 from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication
@@ -32,7 +33,6 @@ from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.report.stored.output_directory import explained
-from merge_gate.text import has_hidden, listing, quoted
 from merge_gate.worker.protocol import PublicationSent
 
 _NONE_FITS = 10

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within

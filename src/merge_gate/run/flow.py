@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
+from merge_gate._internal.errors import NotPublishedError, UsageError
+from merge_gate._internal.output_files import PUBLISH_WITHIN
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.cache.verdict_cache import Cache, CachedVerdict
-from merge_gate.errors import NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
-from merge_gate.output_files import PUBLISH_WITHIN
 from merge_gate.publish.manifest import PublicationFacts
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.publications import Publications, unpublished_dtypes
@@ -46,7 +47,6 @@ from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import HourlyLog, View
 from merge_gate.shards.partition import part_of
-from merge_gate.text import counted, listing, quoted
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from merge_gate.output_files import OUTPUT_FILES
+from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate._internal.text import counted, listing
 from merge_gate.publish.publications import unpublished_dtypes
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Quantization, Read
@@ -17,7 +18,6 @@ from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.run.flow import planned_run
 from merge_gate.run.view import PLAIN_WIDTH, View
-from merge_gate.text import counted, listing
 from merge_gate.worker.call_service import window_bytes
 from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes
 

@@ -21,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.text import listing, quoted
 from merge_gate.config.paths import resolve_argument
-from merge_gate.errors import GateError, UsageError
 from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
@@ -39,13 +41,11 @@ from merge_gate.records.config import AdapterSpec, BaseSpec, Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Verdict
-from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import dump_record
 from merge_gate.report.stored.output_directory import explained, made_directory
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import run_gate
 from merge_gate.run.streams import say, tell
-from merge_gate.text import listing, quoted
 from merge_gate.verify.exchanged import is_adapter, is_model
 from merge_gate.worker.private_directory import private_directory
 

@@ -20,8 +20,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merge_gate import __version__
+from merge_gate._internal.errors import GateError
 from merge_gate.cache.key import libraries
-from merge_gate.errors import GateError
 from merge_gate.judging.baseline import accept
 from merge_gate.records.report import (
     TOOL,

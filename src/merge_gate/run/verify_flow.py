@@ -17,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from merge_gate._internal.errors import GateError, ResolveError, UsageError
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.text import quoted
 from merge_gate.config.paths import resolve_argument
-from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import directory_identity
@@ -34,11 +36,9 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read
-from merge_gate.regular_file import read_regular_file
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import View
-from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
 from merge_gate.verify.directory import settings_files

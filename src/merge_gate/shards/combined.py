@@ -17,15 +17,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.earlier_reports import is_previous
-from merge_gate.errors import GateError, UsageError
+from merge_gate._internal.earlier_reports import is_previous
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.regular_file import open_regular_file
+from merge_gate._internal.text import counted, listing
 from merge_gate.judging.baseline import WORST_LAST
 from merge_gate.records.report import BaseReport, Environment, Report, Sandbox, Shard
 from merge_gate.records.terms import Acceptance, BaseKey, BaselineEntry, Result, record
-from merge_gate.regular_file import open_regular_file
 from merge_gate.report.stored.report_files import read_report
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, listing
 
 REPORT = "report.json"
 MOST_DIRECTORIES = 1_000

@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 
 from merge_gate import __version__
+from merge_gate._internal.errors import UsageError
 from merge_gate.cache.key import key_of, versions_digest
-from merge_gate.errors import UsageError
 from merge_gate.files.identity import base_bytes
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within

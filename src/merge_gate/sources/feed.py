@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.records.terms import record
 
 PIECE_BYTES = 16 << 20

@@ -28,7 +28,8 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, get_hf_file_metadata, get_session, get_token, hf_hub_url
 
 from merge_gate import __version__
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.text import counted
 from merge_gate.files.headers import MAX_HEADER_BYTES, shown
 from merge_gate.files.hub import ask, is_transport
 from merge_gate.files.identity import base_identity
@@ -36,7 +37,6 @@ from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTE
 from merge_gate.records.files import Fetched, FileIdentity
 from merge_gate.sources.feed import SourceError
 from merge_gate.sources.read_ahead import refuse_excess
-from merge_gate.text import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_gate.errors import ResolveError
+from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
@@ -26,7 +27,6 @@ from merge_gate.records.publication import Manifest
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, listing, quoted
 from merge_gate.verify.directory import directory_findings, expected_files
 from merge_gate.verify.exchanged import command
 from merge_gate.verify.tensor_findings import stored_findings, value_findings

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.regular_file import open_regular_file, read_all
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.attest.envelope import InvalidEnvelopeError, opened, read_key
 from merge_gate.attest.statement import TIME_FORMAT, InvalidStatementError, Statement, read
-from merge_gate.errors import GateError, UsageError
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.kinds import ATTESTATION, ATTESTED, finding
 from merge_gate.publish.manifest import MANIFEST_NAME, is_regular, names_below
 from merge_gate.records.files import Snapshot
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict, record
-from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, listing, quoted
 from merge_gate.verify.answer import decided
 
 UNKNOWN = "unknown"

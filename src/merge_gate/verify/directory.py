@@ -20,7 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_gate.companion_names import Companion, companion_kind, is_carried, is_harmless
+from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
+from merge_gate._internal.regular_file import RefusedFileError, chunks, open_regular_file, read_all
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.judging.kinds import finding, note
 from merge_gate.publish.companions import replaced
 from merge_gate.publish.manifest import MANIFEST_NAME
@@ -28,9 +31,6 @@ from merge_gate.records.comparison import ReadSettings, SettingsFiles
 from merge_gate.records.files import BaseFiles, Entry, Snapshot
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import Finding
-from merge_gate.regular_file import RefusedFileError, chunks, open_regular_file, read_all
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import counted, listing, quoted
 
 MOST_FILES = 10_000
 MOST_BYTES = 256 * 1024 * 1024

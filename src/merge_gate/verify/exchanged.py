@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import has_hidden, quoted
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME
-from merge_gate.text import has_hidden, quoted
 
 
 def refuse_exchanged(merged: str, base: str | None, adapter: str | None, candidates: Sequence[str] = ()) -> None:

@@ -18,11 +18,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.judging.kinds import ANSWERS, finding
 from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
 from merge_gate.records.files import AdapterConfig, BaseFiles
 from merge_gate.records.terms import Finding
-from merge_gate.text import counted, listing, quoted
 
 CHANCE = 6.3e-5
 """Random rounding exceeds a limit of four standard deviations this often."""

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from merge_gate.errors import GateError
+from merge_gate._internal.errors import GateError
 from merge_gate.records.files import FileIdentity, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError

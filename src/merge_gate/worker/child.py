@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
+from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
@@ -33,7 +34,6 @@ from merge_gate.engine.base.skeleton import (
     skeleton_of,
 )
 from merge_gate.engine.base.stored_spans import SharedReads
-from merge_gate.errors import EngineError
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot

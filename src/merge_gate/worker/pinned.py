@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
+from merge_gate._internal.regular_file import NotRegularFileError, open_regular_file
 from merge_gate.files.identity import base_identity, identity_of
 from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
-from merge_gate.regular_file import NotRegularFileError, open_regular_file
 
 _OPEN_FILES = Path("/proc/self/fd")
 

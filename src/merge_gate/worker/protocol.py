@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from merge_gate.errors import EngineError
+from merge_gate._internal.errors import EngineError
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor

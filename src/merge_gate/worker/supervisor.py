@@ -31,9 +31,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self, assert_never
 
-from merge_gate.errors import GateError
+from merge_gate._internal.errors import GateError
+from merge_gate._internal.text import counted
 from merge_gate.records.refusals import NotJudged
-from merge_gate.text import counted
 from merge_gate.worker.call_service import LINES, CallService, Feeds
 from merge_gate.worker.channel import Channel, GarbledError, Line
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes

@@ -17,10 +17,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.judging.verdict import decide_files
-from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods

@@ -13,9 +13,9 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge import one_pass as passes
-from merge_gate.errors import EngineError
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization

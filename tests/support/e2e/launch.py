@@ -8,7 +8,7 @@ import os, sys
 from pathlib import Path
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-from merge_gate.errors import GateError
+from merge_gate._internal.errors import GateError
 config, output, image = sys.argv[1:]
 run = ContainerRun(
     config=Path(config), workspace=Path(config).parent, output=Path(output), image=image, environ=dict(os.environ)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from safetensors import deserialize
 
+from merge_gate._internal.errors import ConfigError, UsageError
+from merge_gate._internal.text import has_hidden
 from merge_gate.config.load_config import load_config
-from merge_gate.errors import ConfigError, UsageError
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
 from merge_gate.files.pickle_scan import read_pickled
@@ -33,7 +34,6 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import stored_report
 from merge_gate.report.stored.report_files import FORMATS
-from merge_gate.text import has_hidden
 
 LONGEST_CPU_S = 1.0
 MOST_BYTES = 200 * 2**20

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.errors import ResolveError
 from merge_gate.engine import finished_model
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.errors import ResolveError
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot

@@ -12,11 +12,11 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.claimed_directory import claimed_directory
-from merge_gate.earlier_reports import EarlierReports, mark_stale
-from merge_gate.output_files import OUTPUT_FILES
-from merge_gate.regular_file import chunks, open_regular_file
-from merge_gate.whole_file import whole_file
+from merge_gate._internal.claimed_directory import claimed_directory
+from merge_gate._internal.earlier_reports import EarlierReports, mark_stale
+from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate._internal.regular_file import chunks, open_regular_file
+from merge_gate._internal.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

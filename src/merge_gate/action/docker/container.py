@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import ExitCode, LauncherError
+from merge_gate._internal.interrupts import STOP_GRACE_S, TIME_LIMIT_S, Interrupted, Signals
 from merge_gate.action.docker import docker_api, handover, leftovers
 from merge_gate.action.docker.gpus import device_requests
-from merge_gate.errors import ExitCode, LauncherError
-from merge_gate.interrupts import STOP_GRACE_S, TIME_LIMIT_S, Interrupted, Signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import GateError, LauncherError
 from merge_gate.action.docker.handover import GPU_HINT
-from merge_gate.errors import GateError, LauncherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import UsageError
 from merge_gate.action.docker.handover import gpu_devices
-from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

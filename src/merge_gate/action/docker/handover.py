@@ -14,8 +14,8 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from merge_gate.errors import LauncherError
-from merge_gate.text import counted
+from merge_gate._internal.errors import LauncherError
+from merge_gate._internal.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,16 +27,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import ExitCode, GateError, LauncherError, UsageError
+from merge_gate._internal.interrupts import Interrupted, deferred_signals
 from merge_gate.action.docker import collect, container, docker_api, handover, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.gpus import requested_gpus
-from merge_gate.errors import ExitCode, GateError, LauncherError, UsageError
-from merge_gate.interrupts import Interrupted, deferred_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from merge_gate.earlier_reports import EarlierReports
+    from merge_gate._internal.earlier_reports import EarlierReports
 
 _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/merge-gate", "/proc", "/sbin", "/sys", "/usr")
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import docker_api
-from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

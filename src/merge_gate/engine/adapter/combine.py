@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject, targeted_modules
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded, Tensors, load_weights
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
@@ -21,7 +22,6 @@ from merge_gate.engine.tensors.measure import same_values
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
 def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tensors, ...], combine: Combine) -> Loaded:

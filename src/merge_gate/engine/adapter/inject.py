@@ -24,12 +24,12 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.peft_config import initialization_reads_base, initialization_writes_to_base, raised
 from merge_gate.engine.base.loaded_base import Base, first_line, named_tensors
 from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 # If adapters differ only in their values, PEFT's injection is most of the cost of a load. Half of that cost is first
 # values (for DoRA also norms of the base's rows), which the load overwrites. So PEFT makes the factors on the meta

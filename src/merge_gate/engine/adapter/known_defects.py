@@ -16,9 +16,9 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.tensors.quantized import BNB_4BIT, has_layers_in, is_quantized
 from merge_gate.records.refusals import Refused
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Places = Callable[[Any, Any], Iterator[str]]
 """Gets the model and the config. Yields the module of each case of a defect, or an empty name for the whole adapter."""

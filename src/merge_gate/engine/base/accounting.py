@@ -23,6 +23,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.base.loaded_base import (
     Base,
     ModelClass,
@@ -33,7 +34,6 @@ from merge_gate.engine.base.loaded_base import (
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, tensor_map
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import CannotJudge, Refusal
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _PART = re.compile(
     r"(?P<stem>.+?)(?:\.weight)?[._](?P<part>"

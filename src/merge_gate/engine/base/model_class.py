@@ -24,10 +24,10 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.base.loaded_base import ModelClass, caught
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import CannotJudge
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from transformers import core_model_loading
 
+from merge_gate._internal.errors import NotPublishedError
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
-from merge_gate.errors import NotPublishedError
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.sources.feed import Feed

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 import transformers
 
+from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
 from merge_gate.engine.base.stored_layout import (
     STORED_DTYPES,
@@ -35,7 +36,6 @@ from merge_gate.engine.base.stored_spans import bytes_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.merge.merged_tensors import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
-from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence

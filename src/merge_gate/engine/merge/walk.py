@@ -35,6 +35,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from merge_gate._internal.errors import EngineError
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
@@ -53,10 +55,8 @@ from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_c
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
-from merge_gate.errors import EngineError
 from merge_gate.records.measured import MeasureOptions, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
-from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of merged layers, the number of all layers, and the layer's name."""

@@ -32,11 +32,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.tensor_names import module_of
 from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import describe_nonfinite, nothing_finite
 from merge_gate.records.measured import FileTensor
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.tensor_names import module_of
 
 
 @Check("adapter-nonfinite", ERROR, Origin.ADAPTER, Symptom.NONFINITE, blame=180, page=__doc__).on_merge

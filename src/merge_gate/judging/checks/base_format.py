@@ -22,11 +22,11 @@ the base './models/llama-exl2' cannot be judged: its format is EXL2, by quantiza
 
 from __future__ import annotations
 
+from merge_gate._internal.text import quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.records.config import BaseSpec
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Finding, Origin, Quantization
-from merge_gate.text import quoted
 
 BASE_FORMAT = Check(
     "base-format", ERROR, Origin.BASE, Symptom.BAD_BASE, blame=30, page=__doc__, can_be_off=False, is_of_base=True

@@ -34,10 +34,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.text import counted, listing
 from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.text import counted, listing
 
 _FETCH_ALL_FILES = (
     "fetch the base again, with its index and all of its shards, and check that config.json belongs to these files"

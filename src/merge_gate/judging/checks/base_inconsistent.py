@@ -37,10 +37,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.text import counted, listing
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.text import counted, listing
 
 BASE_INCONSISTENT = Check(
     "base-inconsistent", ERROR, Origin.BASE, Symptom.BAD_BASE, blame=20, page=__doc__, can_be_off=False, is_of_base=True

@@ -29,12 +29,12 @@ a newer PEFT, the verdict is `error` and not `failed`.
 
 from __future__ import annotations
 
+from merge_gate._internal.text import quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import Pattern
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.text import quoted
 
 # PEFT may load such an adapter: it reads the values itself, and what it rejects is a finding again.
 CONFIG_INVALID = Check(

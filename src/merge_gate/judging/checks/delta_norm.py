@@ -38,11 +38,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import above, are, figure, tensors
 from merge_gate.records.measured import Evidence, TensorMerge
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.text import listing
 
 WIPED_SHARE = 2.0**-20
 """A merged tensor whose norm is at most this share of the base's is zero: float32 leaves this much of W - W."""

@@ -27,10 +27,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
+from merge_gate._internal.text import quoted
 from merge_gate.judging.checks.check import ERROR, Check, FileCase, Symptom
 from merge_gate.records.config import ALL_WEIGHTS, BaseSpec, Expect
 from merge_gate.records.terms import FailureKind, Finding, Origin
-from merge_gate.text import quoted
 
 _IN_CONFIG = {"base": "base_name"}
 """What is expected under another name than its field of `AdapterConfig`."""

@@ -28,9 +28,9 @@ same, save the adapter again. Do not load a pickle that would call a function. A
 
 from __future__ import annotations
 
+from merge_gate._internal.text import quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.text import quoted
 
 FILE_CORRUPT = Check("file-corrupt", ERROR, Origin.FILE, Symptom.BAD_FILE, blame=60, page=__doc__)
 

@@ -24,10 +24,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import above, figure, is_inside, with_sharers
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.text import listing
 
 
 @Check(

@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from merge_gate._internal.tensor_names import module_of
+from merge_gate._internal.text import listing
 from merge_gate.judging import key_hints
 from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import NAMES, are, tensors
@@ -37,8 +39,6 @@ from merge_gate.judging.peft_releases import written_by
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.tensor_names import module_of
-from merge_gate.text import listing
 
 
 # PEFT may load such an adapter: what is not in the file can do nothing, and the load compares names again.

@@ -35,12 +35,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from merge_gate._internal.tensor_names import module_of
+from merge_gate._internal.text import listing
 from merge_gate.judging import key_hints
 from merge_gate.judging.checks.check import ERROR, FOLLOWS, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import NAMES, are, tensors
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.tensor_names import module_of
-from merge_gate.text import listing
 
 
 def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding]:

@@ -36,11 +36,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.tensor_names import module_of
 from merge_gate.judging.checks.check import ERROR, FOLLOWS, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import describe_nonfinite, figure
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.tensor_names import module_of
 
 
 @Check("merged-nonfinite", ERROR, Origin.MERGE, Symptom.NONFINITE, blame=190, page=__doc__, can_be_off=False).on_merge

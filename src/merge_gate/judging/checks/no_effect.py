@@ -36,12 +36,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.tensor_names import module_of
+from merge_gate._internal.text import counted, listing
 from merge_gate.judging.checks.check import ERROR, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, is_inside, with_sharers
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.tensor_names import module_of
-from merge_gate.text import counted, listing
 
 _UNTRAINED = (
     "the adapter was saved before training, or without gathering its tensors (ZeRO-3, FSDP): train it, or save it again"

@@ -37,11 +37,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.measured import UnreadLayer
 from merge_gate.records.terms import FailureKind, Finding, Origin
-from merge_gate.text import listing
 
 UNREAD_SHARE = 2.0**-8
 """A delta of this share of a weight is more than bfloat16 rounds away."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sized
 
+from merge_gate._internal.text import counted, quoted
 from merge_gate.records.files import Pattern
 from merge_gate.records.measured import Evidence, TensorStats
-from merge_gate.text import counted, quoted
 
 RESTORE_CONFIG = "restore the adapter_config.json that was saved with the adapter"
 

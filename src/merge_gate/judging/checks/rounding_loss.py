@@ -42,9 +42,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from merge_gate._internal.text import counted
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
 from merge_gate.records.terms import Finding, Origin, Quantization
-from merge_gate.text import counted
 
 _IN_FLOAT32 = (
     "merge into a float32 base and serve that model, or serve the adapter unmerged: in this dtype the merged model is "

@@ -26,10 +26,10 @@ the embeddings, the gate resizes the base. For shards, gather the parameters bef
 
 from __future__ import annotations
 
+from merge_gate._internal.tensor_names import module_of
+from merge_gate._internal.text import counted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.tensor_names import module_of
-from merge_gate.text import counted
 
 # PEFT may load such an adapter: the load compares shapes again, before it writes anything.
 SHAPE_MISMATCH = Check(

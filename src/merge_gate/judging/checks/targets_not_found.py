@@ -24,10 +24,10 @@ from __future__ import annotations
 
 import re
 
+from merge_gate._internal.text import listing, quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.judging.checks.phrases import RESTORE_CONFIG
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.text import listing, quoted
 
 TARGETS_NOT_FOUND = Check("targets-not-found", ERROR, Origin.CONFIG, Symptom.WRONG_PAIR, blame=130, page=__doc__)
 

@@ -35,10 +35,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
 from merge_gate.records.terms import Finding, Origin
-from merge_gate.text import listing
 
 
 @Check("untrained-tensors", WARNING, Origin.ADAPTER, Symptom.UNTRAINED_MERGE, blame=240, page=__doc__).on_merge

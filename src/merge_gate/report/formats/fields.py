@@ -17,10 +17,10 @@ from operator import attrgetter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import one_of
 from merge_gate.records.terms import Severity, record
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -24,6 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
+from merge_gate._internal.text import has_hidden
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import FailureKind, Origin, Severity
@@ -32,7 +33,6 @@ from merge_gate.report.wording.alike import earlier_entries, more_findings
 from merge_gate.report.wording.grid import State, blocks, count_states, states
 from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import has_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,13 +12,13 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import is_hidden
 from merge_gate.judging.verdict import with_decision
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load_document
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import is_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

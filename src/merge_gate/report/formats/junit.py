@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
-from merge_gate.output_files import GENERATOR_COMMENT
+from merge_gate._internal.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import FailureKind, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries, more_findings

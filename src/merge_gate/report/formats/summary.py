@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merge_gate.output_files import GENERATOR_COMMENT
+from merge_gate._internal.output_files import GENERATOR_COMMENT
+from merge_gate._internal.text import listing
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import by_adapter, marks_of, more_findings, paragraphs, unique_findings
 from merge_gate.report.wording.grid import Block, State, blocks, states
 from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.untrusted import inert, one_line
-from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

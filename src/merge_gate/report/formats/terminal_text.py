@@ -10,12 +10,12 @@ from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.text import listing
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import marks_of, more_findings, paragraphs, unique_findings
 from merge_gate.report.wording.columns import cells, cut, cut_front, fit, pad, wrap
 from merge_gate.report.wording.untrusted import inert, one_line
-from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

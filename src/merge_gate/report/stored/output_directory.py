@@ -12,14 +12,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.claimed_directory import claimed_directory
-from merge_gate.earlier_reports import EarlierReports, mark_stale
-from merge_gate.errors import GateError, UsageError
-from merge_gate.output_files import OUTPUT_FILES
+from merge_gate._internal.claimed_directory import claimed_directory
+from merge_gate._internal.earlier_reports import EarlierReports, mark_stale
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.text import quoted
 from merge_gate.records.terms import Result
-from merge_gate.regular_file import read_regular_file
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from merge_gate.earlier_reports import holds_run, is_own, kind_of, refuse_foreign
-from merge_gate.errors import UsageError
-from merge_gate.output_files import OUTPUT_FILES
-from merge_gate.regular_file import read_all
+from merge_gate._internal.earlier_reports import holds_run, is_own, kind_of, refuse_foreign
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate._internal.regular_file import read_all
+from merge_gate._internal.text import quoted
+from merge_gate._internal.whole_file import whole_file
 from merge_gate.report.formats import json_report
 from merge_gate.report.stored.output_directory import explained, make_directory
-from merge_gate.text import quoted
-from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -15,19 +15,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.earlier_reports import PREVIOUS, is_own
-from merge_gate.errors import ExitCode, UsageError
+from merge_gate._internal.earlier_reports import PREVIOUS, is_own
+from merge_gate._internal.errors import ExitCode, UsageError
+from merge_gate._internal.regular_file import open_regular_file
+from merge_gate._internal.text import quoted
 from merge_gate.judging.baseline import adapter_digest, failing_checks
 from merge_gate.records.report import AdapterReport, Environment, Report
 from merge_gate.records.terms import BaseKey, Severity, Verdict, record
-from merge_gate.regular_file import open_regular_file
 from merge_gate.report.formats import terminal_text
 from merge_gate.report.stored.report_files import FORMATS, WORDS, read_report
 from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.markdown import code, plain
 from merge_gate.report.wording.untrusted import inert, one_line
-from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from merge_gate._internal.text import listing
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report.wording import words
 from merge_gate.report.wording.grid import LAYER
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -10,6 +10,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.text import counted, listing
 from merge_gate.judging.checks.base_nonfinite import base_nonfinite
 from merge_gate.judging.checks.delta_norm import delta_norm
 from merge_gate.judging.checks.rounding_loss import rounding_loss
@@ -17,7 +18,6 @@ from merge_gate.judging.kinds import ANSWERS, ATTESTED, NOT_PUBLISHED
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

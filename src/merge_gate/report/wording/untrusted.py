@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from merge_gate.text import is_hidden
+from merge_gate._internal.text import is_hidden
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"

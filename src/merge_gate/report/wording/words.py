@@ -9,6 +9,8 @@ import math
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from merge_gate._internal.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
+from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import FOLLOWS
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
@@ -16,8 +18,6 @@ from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.explanations import explanations, page_of
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
-from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from merge_gate.interrupts import Interrupted, deferred_signals, interruptible
+from merge_gate._internal.interrupts import Interrupted, deferred_signals, interruptible
 from tests.support.wording import Wording
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate import claimed_directory
-from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate.errors import UsageError
+from merge_gate._internal import claimed_directory
+from merge_gate._internal.claimed_directory import AlreadyLockedError, locked_directory
+from merge_gate._internal.errors import UsageError
 
 HOLD = (
-    "import sys; from merge_gate.claimed_directory import locked_directory\n"
+    "import sys; from merge_gate._internal.claimed_directory import locked_directory\n"
     "with locked_directory(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merge_gate.tensor_names import module_of
+from merge_gate._internal.tensor_names import module_of
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_gate._internal.text import COMMIT, counted, has_hidden, is_hidden, is_inside, listing, quoted, unusable
 from merge_gate.report.formats.json_report import render
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import COMMIT, counted, has_hidden, is_hidden, is_inside, listing, quoted, unusable
 from tests.support.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]

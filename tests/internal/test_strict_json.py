@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from tests.support.wording import Wording
 
 _VALUES = st.recursive(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate import earlier_reports
-from merge_gate.earlier_reports import RESUMED, is_own, mark_stale
-from merge_gate.errors import GateError, UsageError
-from merge_gate.output_files import TAG_WITHIN_BYTES
+from merge_gate._internal import earlier_reports
+from merge_gate._internal.earlier_reports import RESUMED, is_own, mark_stale
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.output_files import TAG_WITHIN_BYTES
 from merge_gate.records.terms import Result
 from merge_gate.report.formats.json_report import read
 from merge_gate.report.stored.report_files import FORMATS, write_report, write_text

@@ -11,7 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from merge_gate.errors import UsageError
+from merge_gate._internal.errors import UsageError
 
 with contextlib.suppress(ImportError):  # not on Windows, where the action ends before it needs a lock
     import fcntl

@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import GateError, UsageError
-from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
-from merge_gate.regular_file import open_regular_file, read_regular_file
-from merge_gate.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.whole_file import whole_file
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
+from merge_gate._internal.regular_file import open_regular_file, read_regular_file
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate._internal.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

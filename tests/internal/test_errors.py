@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
+from merge_gate._internal.errors import ConfigError, ExitCode, GateError, UsageError
 from merge_gate.records.refusals import CannotJudge, Refused
 
 

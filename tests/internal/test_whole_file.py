@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.whole_file import whole_file
+from merge_gate._internal.whole_file import whole_file
 
 
 @pytest.mark.parametrize("lasts", [True, False])
@@ -71,7 +71,7 @@ def test_a_folder_that_is_held_open_gets_the_file_wherever_it_went(tmp_path: Pat
 def test_a_file_that_finds_no_room_is_not_there(tmp_path: Path) -> None:
     """The system refuses the write when the buffer is emptied, after the block's last line."""
     code = (
-        "import sys; from pathlib import Path; from merge_gate.whole_file import whole_file\n"
+        "import sys; from pathlib import Path; from merge_gate._internal.whole_file import whole_file\n"
         "with whole_file(Path(sys.argv[1])) as file: file.write(bytes(5000))"
     )
     done = subprocess.run(

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.regular_file import NotRegularFileError, TooLargeFileError, open_regular_file, read_regular_file
+from merge_gate._internal.regular_file import (
+    NotRegularFileError,
+    TooLargeFileError,
+    open_regular_file,
+    read_regular_file,
+)
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from merge_gate.text import quoted
+from merge_gate._internal.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
