@@ -1,6 +1,6 @@
 """A fleet on Ray: the report of one machine, whatever dies meanwhile; and a sentence where there is no cluster.
 
-The clusters are real, of two workers on this machine. tests/on_ray/test_job.py has the rest without one.
+The clusters are real, of two workers on this machine. tests/on_ray/test_run_on_ray.py has the rest without one.
 """
 
 from __future__ import annotations

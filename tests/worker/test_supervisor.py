@@ -346,7 +346,7 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Finished())
-    attempt.settle_rest()
+    attempt.report_rest()
     assert killer.outcomes() == dict.fromkeys(range(3), "Unjudged")
     wording(killer.refusal(1))
 
@@ -418,7 +418,7 @@ def test_a_death_that_names_no_adapter_halves_the_pass(
                 attempt.receive(Unjudged(task=index, refusal=NotJudged(message="done")))
         if not attempt.is_at_a_batch and attempt.is_at_an_adapter:
             assert attempt._task == culprit
-            attempt.settle_death(NotJudged(message="killed", hint="hint"))
+            attempt.report_death(NotJudged(message="killed", hint="hint"))
         job = attempt.left()
     assert undecided == set(range(count))
     assert started <= passes

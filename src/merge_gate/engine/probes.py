@@ -82,7 +82,7 @@ def refuse_other_merges(base: Base, loaded: Loaded) -> None:
     """Test the merge of each layer with a custom forward.
 
     Raises:
-        Refused: for the first layer that a merge changes (`not-mergeable`).
+        Refused: for the first layer that a merge changes.
     """
     if not any(map(_has_custom_forward, base.model.modules())):
         return

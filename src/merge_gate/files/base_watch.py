@@ -251,7 +251,7 @@ class BaseWatch:
 def base_directory(entry: Entry) -> str:
     """The directory of the base that an entry is merged into. Only entries that have a base are looked up or merged."""
     if entry.base is None:
-        raise AssertionError("an entry without a base is settled before its base is used")
+        raise AssertionError("an entry without a base is judged before its base is used")
     return entry.base.directory
 
 

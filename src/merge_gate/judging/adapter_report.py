@@ -205,7 +205,7 @@ def _judged(entry: Entry, findings: tuple[Finding, ...]) -> AdapterReport:
 def _report(
     entry: Entry, coverage: Coverage, what: Verdict, index: int | None, findings: tuple[Finding, ...]
 ) -> AdapterReport:
-    """The report of an entry that was not merged; `merged` adds the figures."""
+    """The report of an entry, without the figures of a merge, which `merged_report` adds."""
     spec, files = entry.spec, entry.files
     name = spec.base.label or spec.base.model or files.config.base_name
     return AdapterReport(

@@ -1,7 +1,7 @@
 """The worker process from inside: it confines itself, imports the engine, and judges the groups of a job.
 
-In: a `Job` from the channel. Out: events. supervisor.py starts it as an interpreter of its own. Only group_bases.py,
-which it imports last, the engine, the demo, and integrations/ use torch, transformers, or PEFT.
+In: a `Job` from the channel. Out: events. supervisor.py starts it as an interpreter of its own. It imports torch, the
+engine and group_bases.py last, when it is confined.
 """
 
 from __future__ import annotations

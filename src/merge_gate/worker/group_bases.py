@@ -1,6 +1,6 @@
 """Loads the bases of groups inside the worker, as a skeleton or by `from_pretrained`, and merges the groups' tasks.
 
-In: groups that differ in dtype only. Out: events. Of worker/, only this module uses the engine, and runs confined.
+In: groups that differ in dtype only. Out: events. It runs confined, and of worker/ only this module calls the engine.
 Importing it imports torch and PEFT.
 """
 

@@ -181,12 +181,12 @@ def supervise(
         attempt = Attempt(job, listen)
         ending = worker.run(job, attempt, feeds, publisher)  # 1
         if ending is None:
-            attempt.settle_rest()
+            attempt.report_rest()
             return
         if attempt.is_at_a_batch:
             pass  # 4: `left` has its suspects one at a time
         elif attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
-            attempt.settle_death(ending)  # 2
+            attempt.report_death(ending)  # 2
         else:
             tried.add(attempt.place)  # 3
         job = attempt.left()
@@ -198,7 +198,7 @@ class Attempt:
     def __init__(self, job: Job, listen: Listener) -> None:
         self._job = job
         self._listen = listen
-        self._settled: set[int] = set()
+        self._reported: set[int] = set()
         self._task: int | None = None
         self._others: tuple[int, ...] = ()
         self._in_progress: dict[int | None, int] = {}  # by thread
@@ -236,7 +236,7 @@ class Attempt:
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
             case Merged() | Unjudged():
-                self._settled.add(event.task)
+                self._reported.add(event.task)
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
@@ -303,16 +303,16 @@ class Attempt:
             return "base", self._group
         return "between", len(self._open())
 
-    def settle_death(self, ending: NotJudged) -> None:
-        """Report the tasks that the death costs as undecided."""
+    def report_death(self, ending: NotJudged) -> None:
+        """Report that the tasks that the death costs could not be judged."""
         late_s = self._limit_s if self.is_overdue() else None
         for index, what in self._lost():
-            self._settled.add(index)
+            self._reported.add(index)
             refusal = _death(what, ending) if late_s is None else _late(f"{what}{self._progress}", late_s)
             self._listen(Unjudged(task=index, refusal=refusal))
 
     def left(self) -> Job:
-        """The job without the tasks that are settled. After the death of a pass, its suspects are in smaller ones."""
+        """The job without the tasks that are reported. After the death of a pass, its suspects are in smaller ones."""
         smaller = self._smaller_passes()
         groups = tuple(
             replace(
@@ -320,7 +320,7 @@ class Attempt:
                 tasks=tuple(
                     replace(task, most_together=smaller.get(task.index, task.most_together))
                     for task in group.tasks
-                    if task.index not in self._settled
+                    if task.index not in self._reported
                 ),
             )
             for group in self._job.groups
@@ -344,8 +344,8 @@ class Attempt:
             if task.index in suspects and (most < task.most_together or not task.most_together)
         }
 
-    def settle_rest(self) -> None:
-        """Report the tasks that a process finished without as undecided, so that none is missing in the report."""
+    def report_rest(self) -> None:
+        """Report that tasks without a result could not be judged, so that none is missing in the report."""
         for index in self._open():
             why = "the gate's worker process finished without a result for this adapter"
             self._listen(Unjudged(task=index, refusal=NotJudged(message=why, hint="please report this")))
@@ -354,7 +354,7 @@ class Attempt:
         return [task for group in self._job.groups for task in group.tasks]
 
     def _open(self) -> list[int]:
-        return [task.index for task in self._tasks() if task.index not in self._settled]
+        return [task.index for task in self._tasks() if task.index not in self._reported]
 
     def _lost(self) -> list[tuple[int, str]]:
         if self._task is not None:
@@ -362,7 +362,7 @@ class Attempt:
         if self._group is not None:
             group = self._job.groups[self._group]
             what = f"while it loaded base {group.base.name}"
-            return [(task.index, what) for task in group.tasks if task.index not in self._settled]
+            return [(task.index, what) for task in group.tasks if task.index not in self._reported]
         return [(index, "before it came to this adapter") for index in self._open()]
 
 

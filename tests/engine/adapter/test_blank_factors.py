@@ -42,7 +42,7 @@ def made(name: str, root: Path, dtype: str, quantization: Quantization) -> tuple
 
 
 def injected(base: Base, files: AdapterFiles, *, blank: bool) -> nn.Module | None:
-    """As load.py has it injected; None where it does not stand for one with values."""
+    """As load_adapter.py has it injected; None where it does not stand for one with values."""
     config = read_config(files)
     if blank and not can_start_blank(config):
         return None

@@ -76,7 +76,7 @@ def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, is_mapped:
         assert not base.was_misread()
         for name in base.unmeasured():
             assert base.figures(name) == real.stats[name]
-        base.settle()
+        base.complete_facts()
         assert base.facts == real.facts
         assert base.aliases == real.aliases
 

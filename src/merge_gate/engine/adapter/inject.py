@@ -259,7 +259,7 @@ def inject(
         filled: the weights of a hollow base have values while PEFT makes layers over them, if the method reads them.
 
     Raises:
-        Refused: no such modules (`targets-not-found`), or a layer that the method cannot adapt (`not-mergeable`).
+        Refused: no such modules, or a layer that the method cannot adapt.
     """
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)

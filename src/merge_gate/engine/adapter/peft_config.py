@@ -30,7 +30,7 @@ def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
     """Read every tensor of the file; what else a pickle may hold is left out.
 
     Raises:
-        Refused: the restricted unpickler refuses the file, or torch has no numbers of a tensor (`file-corrupt`).
+        Refused: the restricted unpickler refuses the file, or torch has no numbers of a tensor.
     """
     if files.weights is None:
         return {}

@@ -125,7 +125,7 @@ class Base:
     layers, once it is traced (probes.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
-    their values have passed by: use `figures`, and read `facts` after `settle`. `alone` names tensors that come from
+    their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come from
     one stored tensor each, and that the load has not changed. `recorded` names tensors whose figures an earlier run
     measured; a tensor that is read is measured again.
     """
@@ -258,7 +258,7 @@ class Base:
         """The tensors that have no figures yet."""
         return [name for name in self.tensors if name not in self.stats]
 
-    def settle(self) -> None:
+    def complete_facts(self) -> None:
         """Enter into `facts` what was measured after the load."""
         known = {one.name for one in self.facts.nonfinite}
         others = [
@@ -369,7 +369,7 @@ def _config(transformers_class: Any, source: Source) -> Any:
 
 
 def _from_pretrained(transformers_class: Any, source: Source, model_class: ModelClass) -> tuple[Any, Loading]:
-    """The model, and the names that do not fit, which `refuse_mismatches` judges.
+    """The model, and the names that do not fit, which `refuse_misfits` judges.
 
     A class with a `from_pretrained` of its own may return no loading info, and refuses by itself what does not fit.
     """

@@ -112,7 +112,7 @@ class _Norms:
         self._magnitude, self._transposed = update.magnitude.detach(), update.transposed
         self._norms: torch.Tensor | None = None
         if update.transposed:
-            assert isinstance(values, DenseValues)  # noqa: S101 - no quantised weight is transposed
+            assert isinstance(values, DenseValues)  # noqa: S101 - no quantized weight is transposed
             self._norms = _column_norms(values, update, buffers)
         elif not _provable(values, blocks, transposed=False):
             self._norms = _norms_of(torch.cat([values.rows(rows) + delta.block(rows) for rows in blocks]))

@@ -144,7 +144,7 @@ class _Pass:
             for _ in (spread if self._on_cpu else map)(self._visit, stops):
                 pass
         for base in self._bases:
-            base.settle()
+            base.complete_facts()
         self._checks.finish()
 
     def _visit(self, stop: Stop) -> None:
