@@ -289,8 +289,7 @@ SENDERS = [
 
 
 @pytest.mark.parametrize("send", SENDERS)
-def test_what_the_worker_sends_must_fit_the_base(send: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_publication, "SENT_LIMIT_S", 0.1)
+def test_what_the_worker_sends_must_fit_the_base(send: Any, place: Path) -> None:
     assert play(place, "--publish", "merged", send=send) == 3
     assert nothing_published(place)
     (adapter,) = adapters_of(place)
@@ -309,6 +308,15 @@ def test_what_the_worker_sends_after_its_verdict_is_ignored(place: Path) -> None
     before = state(place / "merged")
     sends_half(later[0], 0, stored(place / "base"))
     assert state(place / "merged") == before
+
+
+def test_what_the_worker_sends_after_the_end_of_a_model_is_ignored(place: Path) -> None:
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        send_all(publisher, task, tensors)
+        publisher.part(task, NAMES[0], 0, memoryview(bytes(128)))
+
+    assert play(place, "--publish", "merged", send=send) == 0
+    assert stored(place / "merged" / "one") == expected(stored(place / "base"))
 
 
 def test_a_second_attempt_replaces_the_first(place: Path) -> None:

@@ -475,6 +475,8 @@ def part(**changes: object) -> TensorPart:
         PublicationPlanned(task=4, tensors=()),
         PublicationPlanned(task=3, tensors=("a",)),  # type: ignore[arg-type]
         PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(-1,)),)),
+        PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(1,) * 65),)),
+        PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(1 << 48,)),)),
         PublicationPlanned(task=3, tensors=(TENSOR,) * (MOST_TENSORS + 1)),
         PublicationSent(task=4),
         part(task=4),

@@ -58,6 +58,9 @@ class Evil:
         b"cmerge_gate.engine.channel\npickle.loads\n.",
         b"\x8c\x16merge_gate.records.terms\x8c\x0edataclass.func\x93.",
         b"not a pickle",
+        # New values for the attributes of an enumeration, and of a member.
+        b"cmerge_gate.records.terms\nVerdict\nN(dS'FAILED'\nS'passed'\ns\x86b.",
+        b"cmerge_gate.records.terms\nVerdict\nS'failed'\n\x85RN(dS'_value_'\nS'passed'\ns\x86b.",
         b"",
     ],
 )

@@ -13,7 +13,7 @@ import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -33,6 +33,7 @@ from merge_gate.worker.protocol import (
     InProgress,
     Job,
     Merged,
+    MergeProgressed,
     MergeStarted,
     Task,
     Unjudged,
@@ -349,6 +350,34 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
     attempt.report_rest()
     assert killer.outcomes() == dict.fromkeys(range(3), "Unjudged")
     wording(killer.refusal(1))
+
+
+def test_saying_it_again_does_not_start_the_time_limit_again(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
+    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
+    for event in (BaseLoading(group=0), MergeStarted(task=0, others=(1,))):
+        attempt.receive(event)
+        now[0] += 1e6
+        attempt.receive(event)
+        assert attempt.is_overdue()
+
+
+def test_events_of_other_types_than_the_gates_are_dropped(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    killer = Killer()
+    groups = group(shelf.base("llama"), adapters), group(shelf.base("llama"), [])
+    attempt = Attempt(Job(groups=groups), killer)
+    wrong: Any = ["x", 0.5]
+    for event in (
+        BaseLoading(group=wrong[0]),
+        BaseLoading(group=wrong[1]),
+        BaseLoading(group=1),
+        MergeProgressed(task=0, done=wrong[0], total=1, module="m"),
+    ):
+        attempt.receive(event)
+    assert killer.heard == []
 
 
 def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

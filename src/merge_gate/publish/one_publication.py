@@ -52,9 +52,6 @@ from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.worker.protocol import PublicationSent
 
-SENT_LIMIT_S = 300.0
-"""How long the disk may take for what the worker has sent, after the adapter's verdict."""
-
 _MORE_BYTES = 1 << 30
 """A plan may need twice the size of the base, and so much more."""
 
@@ -80,14 +77,13 @@ class Publication:
         self._stored = {tensor.name: tensor for tensor in base.tensors}
         self._packed = packed_weights(() if spec.dtype == PRESERVE else base.tensors)
         self._lock = threading.RLock()
-        self._sent = threading.Event()
         self._partial: PartialDirectory | None = None
         self._writer: ModelWriter | None = None
         self._weights: tuple[FileRecord, ...] = ()
         self._error: NotPublishedError | None = None
         self._changes: frozenset[str] = frozenset()
         self._written: set[str] = set()
-        self._is_canceled = self._is_closed = False
+        self._is_sent = self._is_accepted = self._is_closed = self._is_canceled = False
 
     @property
     def expected(self) -> ModelLayout:
@@ -105,7 +101,7 @@ class Publication:
     def plan(self, tensors: Iterable[StoredTensor]) -> None:
         """Start writing the model, and discard earlier parts."""
         with self._lock:
-            if not self._is_closed and not self._is_canceled:
+            if not self._is_accepted and not self._is_canceled:
                 self._reset()
                 self._attempt(lambda: self._begin(tensors))
 
@@ -154,7 +150,7 @@ class Publication:
         """Write bytes of a merged tensor."""
         with self._lock:
             writer = self._writer
-            if writer is not None and not self._is_closed:
+            if writer is not None and not self._is_sent:
                 self._written.add(name)
                 self._attempt(lambda: writer.write(name, offset, content))
 
@@ -189,13 +185,13 @@ class Publication:
     def sent(self, message: PublicationSent) -> None:
         """The worker has sent all that it wants to send."""
         with self._lock:
-            if self._is_closed:
+            if self._is_accepted:
                 return
             if message.refusal is not None:
                 self._fail(NotPublishedError(message.refusal.message, hint=message.refusal.hint))
             elif self._error is None:
                 self._attempt(lambda: self._count(message.tensors))
-            self._sent.set()
+            self._is_sent = True
 
     def _count(self, tensors: Iterable[StoredTensor]) -> None:
         """The tensors that count must have arrived whole. Of all others, the base's bytes are published."""
@@ -241,8 +237,13 @@ class Publication:
 
     # --- 4 and 5: the adapter passed -------------------------------------------------------------------------------
 
+    def accept(self) -> None:
+        """The merge was judged: what the worker plans or sends from now on is ignored."""
+        with self._lock:
+            self._is_accepted = True
+
     def complete(self, base: BaseReader, others: Sequence[Publication] = ()) -> None:
-        """Copy the tensors that the merge left alone, and read everything back. What the worker sends now is ignored.
+        """Copy the tensors that the merge left alone, and read everything back.
 
         `others` are models of the same base: what they have is not read from the base again.
 
@@ -250,12 +251,11 @@ class Publication:
             NotPublishedError: the model cannot be published.
             CanceledError: the run ends.
         """
-        self._sent.wait(SENT_LIMIT_S)
         with self._lock:
-            self._is_closed = True
+            self._is_accepted = self._is_closed = True
             if self._error is not None:
                 raise self._error
-            if self._writer is None or not self._sent.is_set():
+            if self._writer is None or not self._is_sent:
                 raise NotPublishedError("the gate's worker did not send the merged model", hint=_FOREIGN)
             writer = self._writer
         try:
@@ -348,7 +348,7 @@ class Publication:
         self._remove()
         self._weights, self._error = (), None
         self._written.clear()
-        self._sent.clear()
+        self._is_sent = False
 
     def _remove(self) -> None:
         self._writer = None

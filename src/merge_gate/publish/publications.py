@@ -155,7 +155,8 @@ class Publications:
 
     def passed(self, index: int, base: Callable[[], BaseReader]) -> None:
         """The adapter passed: complete its model. `base` opens the base's own files."""
-        if index in self._models:
+        if (model := self._models.get(index)) is not None:
+            model.accept()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._complete, daemon=True)
                 self._thread.start()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 _T = TypeVar("_T")
 
@@ -36,7 +36,14 @@ PRESERVE = "preserve"
 """The dtype of a publication that keeps each tensor's stored dtype."""
 
 
-class FailureKind(StrEnum):
+class SealedEnum(StrEnum):
+    """An enumeration whose members a pickle can name and not change: the worker sends pickles."""
+
+    def __setstate__(self, _: object) -> NoReturn:
+        raise TypeError("an enumeration has no state")
+
+
+class FailureKind(SealedEnum):
     """What a failure means."""
 
     BROKEN = "broken"
@@ -45,7 +52,7 @@ class FailureKind(StrEnum):
     UNEXPECTED = "unexpected"
 
 
-class Severity(StrEnum):
+class Severity(SealedEnum):
     """The severity of a finding. An error fails the adapter. A note changes nothing, and cannot be configured."""
 
     ERROR = "error"
@@ -54,7 +61,7 @@ class Severity(StrEnum):
     OFF = "off"
 
 
-class Origin(StrEnum):
+class Origin(SealedEnum):
     """The place of a fault."""
 
     FILE = "file"
@@ -66,7 +73,7 @@ class Origin(StrEnum):
     RUNTIME = "runtime"
 
 
-class Verdict(StrEnum):
+class Verdict(SealedEnum):
     """The verdict on one adapter."""
 
     PASSED = "passed"
@@ -74,7 +81,7 @@ class Verdict(StrEnum):
     ERROR = "error"
 
 
-class Result(StrEnum):
+class Result(SealedEnum):
     """The result of a run."""
 
     PASS = "pass"  # noqa: S105 - a verdict, not a password
@@ -82,7 +89,7 @@ class Result(StrEnum):
     ERROR = "error"
 
 
-class Acceptance(StrEnum):
+class Acceptance(SealedEnum):
     """The outcome of one acceptance of a baseline."""
 
     USED = "used"
@@ -91,7 +98,7 @@ class Acceptance(StrEnum):
     UNMATCHED = "matches nothing"
 
 
-class Quantization(StrEnum):
+class Quantization(SealedEnum):
     """How the base is quantized when it is loaded."""
 
     NONE = "none"
@@ -99,7 +106,7 @@ class Quantization(StrEnum):
     BNB_4BIT = "bnb-4bit"
 
 
-class Access(StrEnum):
+class Access(SealedEnum):
     """How the weights of a base on the Hub are read: downloaded, by ranges, or by ranges if the disk is too small."""
 
     AUTO = "auto"
@@ -107,7 +114,7 @@ class Access(StrEnum):
     STREAM = "stream"
 
 
-class Read(StrEnum):
+class Read(SealedEnum):
     """How much of a base is read: all of it, or what adapters touch if an earlier run has read all of it."""
 
     AUTO = "auto"

@@ -298,7 +298,7 @@ class ReadAhead:
                 error = raised
             with self._changed:
                 self._error = self._error or error
-                piece.has_arrived = error is None and not self._is_over
+                piece.has_arrived = error is None and not self._is_over and not self._is_done
                 if not piece.has_arrived:
                     self._release(piece)
                 self._changed.notify_all()

@@ -108,9 +108,9 @@ class CallClient:
         try:
             if line in self._owed:
                 line.receive()
-            self._owed.add(line)
             line.put(content)
             line.send(message)
+            self._owed.add(line)
         except (EOFError, OSError, GarbledError) as error:
             raise _lost() from error
 

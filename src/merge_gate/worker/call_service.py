@@ -44,6 +44,9 @@ DRAIN_LIMIT_S = 120.0
 MOST_SPANS = MOST_TENSORS = 1 << 20
 """A worker that lists more is not the gate's own code."""
 
+MOST_DIMENSIONS, MOST_SIZE = 64, 1 << 48
+"""A tensor with more of them takes long to multiply, in one call that no signal ends."""
+
 _WINDOW_SHARE = 8
 _LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 32
 """The window takes an eighth of the free memory, between 192 and 512 MiB. It fills up while adapters are loaded."""
@@ -63,6 +66,7 @@ class Feeds:
     ) -> None:
         self._files, self._on_complete = files if files is not None else {}, on_complete
         self._bases: dict[str, FedBase] = {}
+        self._opening = threading.Lock()
 
     def open(self, group: Group) -> FedBase:
         """The files of a group's base.
@@ -71,14 +75,17 @@ class Feeds:
             SourceError: they cannot be read.
         """
         directory = group.directory
-        if directory not in self._bases:
-            if directory not in self._files and group.files.is_streamed:
-                raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
-            files = self._files.get(directory) or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
-            self._bases[directory] = FedBase(
-                files, directory, lambda known: self._on_complete(directory, files.identity, known)
-            )
-        return self._bases[directory]
+        with self._opening:
+            if directory not in self._bases:
+                if directory not in self._files and group.files.is_streamed:
+                    raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
+                files = self._files.get(directory)
+                files = files or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
+                identity = files.identity
+                self._bases[directory] = FedBase(
+                    files, directory, lambda known: self._on_complete(directory, identity, known)
+                )
+            return self._bases[directory]
 
 
 class CallService:
@@ -99,6 +106,7 @@ class CallService:
         self._expecting = threading.Lock()
         self._window: Window | None = None
         self._ahead: ReadAhead | None = None
+        self._is_closed = False
         self._threads = [threading.Thread(target=self._serve, args=(line,), daemon=True) for line in lines]
 
     def start(self) -> None:
@@ -117,8 +125,10 @@ class CallService:
         self._end(1.0)
 
     def _end(self, limit_s: float) -> None:
-        if self._ahead is not None:
-            self._ahead.cancel(SourceError("the base is not needed any more"))
+        with self._expecting:
+            self._is_closed = True
+            if self._ahead is not None:
+                self._ahead.cancel(SourceError("the base is not needed any more"))
         until = time.monotonic() + limit_s
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -172,6 +182,8 @@ class CallService:
         if len(call.spans) > MOST_SPANS or not all(_is_in(span, base) for span in call.spans):
             raise _UnfitError
         with self._expecting:
+            if self._is_closed:
+                return
             ahead = self._ahead
             if ahead is not None:
                 if not ahead.is_due and (ahead.base, ahead.spans, ahead.whole) == (base, call.spans, call.whole):
@@ -216,7 +228,7 @@ def _is_in(span: object, base: FedBase) -> bool:
 def _is_tensor(value: object) -> bool:
     match value:
         case StoredTensor(name=str(), dtype=str(), shape=tuple(shape)):
-            return all(type(size) is int and size >= 0 for size in shape)
+            return len(shape) <= MOST_DIMENSIONS and all(type(size) is int and 0 <= size < MOST_SIZE for size in shape)
     return False
 
 

@@ -1,7 +1,7 @@
 """Sends and receives whole messages between the run and its worker, over pairs of sockets, also with bytes.
 
-A base's own code may write to the worker's end. So only records are unpickled: a pickle that names any other class, or
-declares too large a size, is refused.
+A base's own code may write to the worker's end. So only records and their enumerations are unpickled, whose
+`__setstate__` keeps a pickle from changing the classes. One that names another class, or is too large, is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _RECORD_CLASSES = {
     (cls.__module__, cls.__qualname__): cls
     for module in (terms, config, files, measured, comparison, refusals, report, protocol)
     for cls in vars(module).values()
-    if isinstance(cls, type) and cls.__module__ == module.__name__ and not issubclass(cls, Exception)
+    if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__setstate__")
+    if not issubclass(cls, Exception)
 } | {(FileSpan.__module__, FileSpan.__qualname__): FileSpan}
 
 

@@ -216,7 +216,7 @@ class Attempt:
 
         An event about anything but an open task is dropped: code that comes with a base could send it.
         """
-        if not self._concerns(event):
+        if not self._concerns(event) or self._is_repeated(event):
             return
         match event:
             case BaseLoading():
@@ -249,23 +249,35 @@ class Attempt:
 
     def _concerns(self, event: Event) -> bool:
         """Whether an event is about tasks that are open, and about one of the job's groups."""
-        open_tasks, groups = self._open(), len(self._job.groups)
+        groups, tasks = dict(enumerate(self._job.groups)), set(self._open())
         try:
             match event:
                 case BaseLoading():
-                    return 0 <= event.group < groups
+                    is_fit = event.group in groups and bool(groups[event.group].tasks)
                 case BaseLoaded() | BaseMeasured():
-                    return 0 <= event.group < groups and event.task in open_tasks
+                    is_fit = event.group in groups and event.task in tasks
                 case MergeStarted():
-                    return {event.task, *event.others} <= set(open_tasks)
+                    is_fit = {event.task, *event.others} <= tasks
                 case InProgress():
-                    return event.task in open_tasks and isinstance(event.thread, int | None)
-                case MergeProgressed() | Merged() | Unjudged():
-                    return event.task in open_tasks
+                    is_fit = event.task in tasks and isinstance(event.thread, int | None)
+                case MergeProgressed():
+                    is_fit = event.task in tasks and isinstance(event.done, int) and isinstance(event.total, int)
+                case Merged() | Unjudged():
+                    is_fit = event.task in tasks
                 case _:
-                    return True
+                    is_fit = True
         except TypeError as error:  # its fields have other types
             raise GarbledError(str(error)[:200]) from error
+        return is_fit
+
+    def _is_repeated(self, event: Event) -> bool:
+        """Whether an event says again what the process does. It would start the time limit again."""
+        match event:
+            case BaseLoading():
+                return event.group == self._group
+            case MergeStarted():
+                return (event.task, event.others) == (self._task, self._others)
+        return False
 
     def _note_in_progress(self, event: InProgress) -> None:
         if event.thread is None:

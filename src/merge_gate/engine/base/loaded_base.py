@@ -125,9 +125,9 @@ class Base:
     layers, once it is traced (probes.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
-    their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come from
-    one stored tensor each, and that the load has not changed. `recorded` names tensors whose figures an earlier run
-    measured; a tensor that is read is measured again.
+    their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
+    from one stored tensor each, and that the load has not changed. `recorded` names tensors whose figures an earlier
+    run measured; a tensor that is read is measured again.
     """
 
     model: nn.Module
