@@ -140,12 +140,17 @@ class _Pass:
         feed = self._bases[0].feed
         if feed is not None:
             feed.expect([span for stop in stops for span in stop.spans], whole=_is_whole(self._bases))
+        drawn = torch.get_rng_state()
         with self._peft:
             for _ in (spread if self._on_cpu else map)(self._visit, stops):
                 pass
         for base in self._bases:
             base.complete_facts()
         self._checks.finish()
+        if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of each walk
+            torch.set_rng_state(drawn)
+            for walk in self._walks:
+                walk.forget_early()
 
     def _visit(self, stop: Stop) -> None:
         """Fill these tensors, and do all that. Several parts are filled from one read of the feed."""

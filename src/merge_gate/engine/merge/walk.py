@@ -295,6 +295,11 @@ class Walk:
             return
         self._progressed(path)
 
+    def forget_early(self) -> None:
+        """Let the walk repeat what `merge_early` has merged."""
+        self._done -= len(self._early)
+        self._early.clear()
+
     def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
         """Step 4.
 
