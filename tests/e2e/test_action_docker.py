@@ -75,7 +75,7 @@ def test_every_input_reaches_the_container_and_an_empty_one_has_its_default(
         "shm": 32 << 20, "memory": str(512 << 20), "cpus": "150000", "debug": "1", "cache": str(home / "cache"),
         "shelf": ["base"], "shelf is writable": False,
         "words": ["run", "gate/facts.yml", "--output", str(home / "report"), "--device", "cpu",
-                  "--shard", "2/4", "--cache", str(home / "verdicts"), "--publish", str(home / "merged"),
+                  "--cache", str(home / "verdicts"), "--publish", str(home / "merged"), "--shard", "2/4",
                   "--only", "a"],
     }  # fmt: skip
     assert seen["REPORT"] == str(home / "report")
