@@ -22,9 +22,6 @@ TOGETHER = {
     # Both need the fixture `fleet`, a run over 16 merges.
     "tests/cache/test_cache.py": "fleet",
     "tests/shards/test_shards.py": "fleet",
-    # Each starts a Ray cluster on this machine.
-    "tests/on_ray/test_ray.py": "ray",
-    "tests/run/test_every_way.py": "ray",
 }
 ONE_BY_ONE = {
     "tests/engine/merge/test_bitsandbytes.py",
