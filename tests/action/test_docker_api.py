@@ -179,7 +179,7 @@ def test_an_image_is_known_by_its_digest(known: list[str], image: str, identity:
 
 @pytest.fixture
 def answering(tmp_path: Path) -> Iterator[str]:
-    """A socket at which somebody says OK."""
+    """A socket that says OK."""
     path = tmp_path / "podman" / "podman.sock"
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as server:

@@ -235,7 +235,7 @@ def pattern(text: str) -> Pattern:
 
 @pytest.mark.parametrize("text", ["a", "(a+)+", "[[a]", "a" * MOST_PATTERN_CHARACTERS])
 def test_a_valid_expression_is_no_problem_and_no_warning(text: str) -> None:
-    """`[[` warns of sets to come, which is nobody's concern here."""
+    """`[[` warns of sets to come, which does not matter here."""
     re.purge()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

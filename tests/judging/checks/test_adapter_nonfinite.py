@@ -30,7 +30,7 @@ class TestAdapterNonfinite(EveryCheck):
     )
     SITUATIONS = (
         (
-            "a tensor of nothing but NaN",
+            "a tensor of NaN only",
             (
                 evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=60, posinf=1, neginf=3)),)),
                 files(),

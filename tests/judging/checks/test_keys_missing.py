@@ -37,7 +37,7 @@ class TestKeysMissing(EveryCheck):
         ("biases that an old release names otherwise", lost(OLD | {"bias": "all"}, *BIASES)),
         ("biases that a release lost on saving", lost(LORA_0_12, *BIASES)),
         ("four biases of a config that says no release", lost(LORA_0_12 | {"bias": "all"}, *BIASES * 4)),
-        ("biases that nobody trained", lost(LORA_0_9, *BIASES)),
+        ("biases that were not trained", lost(LORA_0_9, *BIASES)),
         ("biases of the release that keeps them", lost(LORA_0_9 | {"peft_version": "0.21.2"}, *BIASES)),
         ("biases of a config that says no release", lost(LORA_0_12 | {"bias": "all"}, *BIASES)),
         ("one tensor is lost on loading", (evidence(missing=(LORA_A,), dropped=(LORA_A,)), files())),
@@ -71,7 +71,7 @@ class TestKeysMissing(EveryCheck):
             ),
         ),
     )
-    SILENT = ("biases that nobody trained",)
+    SILENT = ("biases that were not trained",)
     REFUSED = (
         reason("tensors_missing", names=(LORA_A,)),
         reason("tensors_missing", names=MANY),

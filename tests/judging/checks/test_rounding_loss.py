@@ -65,14 +65,14 @@ class TestRoundingLoss(EveryCheck):
             ),
         ),
         (
-            "rounding, of a weight that is quantised again",
+            "rounding, of a weight that is quantized again",
             (
                 evidence(base=base(quantization=Quantization.BNB_4BIT), merges=(lossy(0.6),)),
                 files(),
             ),
         ),
         (
-            "rounding, of most of them, quantised again",
+            "rounding, of most of them, quantized again",
             (
                 evidence(
                     base=base(quantization=Quantization.BNB_8BIT),
