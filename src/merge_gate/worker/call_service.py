@@ -66,7 +66,6 @@ class Feeds:
     ) -> None:
         self._files, self._on_complete = files if files is not None else {}, on_complete
         self._bases: dict[str, FedBase] = {}
-        self._opening = threading.Lock()
 
     def open(self, group: Group) -> FedBase:
         """The files of a group's base.
@@ -75,17 +74,16 @@ class Feeds:
             SourceError: they cannot be read.
         """
         directory = group.directory
-        with self._opening:
-            if directory not in self._bases:
-                if directory not in self._files and group.files.is_streamed:
-                    raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
-                files = self._files.get(directory)
-                files = files or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
-                identity = files.identity
-                self._bases[directory] = FedBase(
-                    files, directory, lambda known: self._on_complete(directory, identity, known)
-                )
-            return self._bases[directory]
+        if directory not in self._bases:
+            if directory not in self._files and group.files.is_streamed:
+                raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
+            files = self._files.get(directory)
+            files = files or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
+            identity = files.identity
+            made = FedBase(files, directory, lambda known: self._on_complete(directory, identity, known))
+            # Several threads open bases. No lock: files on a mount that hangs must not keep others from theirs.
+            self._bases.setdefault(directory, made)
+        return self._bases[directory]
 
 
 class CallService:
