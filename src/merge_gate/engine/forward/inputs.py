@@ -99,7 +99,7 @@ def _other_shapes(config: Any, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
 
 
 def _token_ids(model: Any, tokens: Collection[int]) -> list[int]:
-    """A first token, `tokens`, and ids that are spread over the vocabulary. Placeholders of other inputs are left out."""
+    """A first token, `tokens`, and ids spread over the vocabulary, without placeholders of other inputs."""
     rows = max(2, _rows(model))
     first = _setting(model.config, "bos_token_id", "decoder_start_token_id", "cls_token_id")
     first = first if isinstance(first, int) and 0 <= first < rows else 1

@@ -5,8 +5,8 @@ exception. Knows no adapter. A model without hollow tensors runs as it would alo
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
 2. Before an operation reads a hollow tensor, its thread waits.
-3. When all threads wait, the tensor that comes first in the model is filled. Each thread that waits for it goes on until
-   it waits for another tensor. Then the tensor is emptied.
+3. When all threads wait, the tensor that comes first in the model is filled. Each thread that waits for it goes on
+   until it waits for another tensor. Then the tensor is emptied.
 
 An operation reads its tensors, whichever module they belong to. So a model that reads a layer's weight without calling
 the layer runs like any other.
@@ -52,7 +52,7 @@ def run_together(runs: Sequence[Run], tensors: Mapping[str, torch.Tensor], fille
     Args:
         runs: the models. One that fails has its exception in `error`; the others go on.
         tensors: the hollow tensors in the order in which a model uses them, which decides which is filled next.
-        filled: gives the tensors of these names values for a `with` block. Its exceptions end all runs, and are raised.
+        filled: gives the tensors of these names values for a `with` block. Its exceptions are raised.
     """
     places = {
         tensor.untyped_storage().data_ptr(): (number, name) for number, (name, tensor) in enumerate(tensors.items())
@@ -93,7 +93,7 @@ class _Thread:
         self._thread.start()
 
     def go_on(self, open_tensors: Wanted = ()) -> None:
-        """Let the model run until it waits for a tensor that is not open, or ends. Called by the owner of all threads."""
+        """Let the model run until it waits for a tensor that is not open, or ends."""
         self._open, self.wanted = frozenset(open_tensors), ()
         before = torch.get_rng_state()
         torch.set_rng_state(self._random)
