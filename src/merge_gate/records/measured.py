@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import BaseKey, record, reported
+from merge_gate.records.terms import BaseKey, Origin, record, reported
 
 MOST_DIMENSIONS = 64
 """torch's own limit."""
@@ -197,6 +197,59 @@ def _is_plausible(stats: TensorStats) -> bool:
 
 
 @record
+class Forward:
+    """What a run of the model showed, and the comparison of its layers: merged and unmerged, on the same input.
+
+    The layers are compared in every run (engine/merge). The rest comes from engine/forward, which runs base and adapter
+    on made-up inputs. A figure is None if it was not measured.
+    """
+
+    ran: bool = reported("Whether base and adapter were run.", default=False)
+    why_not: str | None = reported("Why they were not run; null if they were.", default=None)
+    inputs: str | None = reported("The inputs that they were run on.", default=None)
+    parameters_run: float | None = reported("Share of the parameters whose modules ran.", default=None)
+    largest: float | None = reported(
+        "The largest finite value, in absolute terms, that a module returned in the dtype of the merged weights.",
+        default=None,
+    )
+    largest_module: str | None = reported("The module that returned it.", default=None)
+    largest_of_base: float | None = reported("The largest that the same module returned in the base.", default=None)
+    largest_allowed: float | None = reported("Largest finite value of that dtype.", default=None)
+    nonfinite_module: str | None = reported(
+        "The first module that returned NaN or an infinity; null if all values were finite.", default=None
+    )
+    nonfinite_origin: Origin | None = reported(
+        "Whether the base returns it by itself, the adapter, or only the merged model.", default=None
+    )
+    layers_compared: int = reported("How many layers PEFT merged and computed with, on the same input.", default=0)
+    largest_difference: float | None = reported(
+        "The largest difference between a merged layer and the unmerged one, as a share of what the adapter changes.",
+        default=None,
+    )
+    effect: float | None = reported(
+        "How much the adapter changes the outputs, as a share of the base's: ‖unmerged - base‖/‖base‖.", default=None
+    )
+    rounding_change: float | None = reported(
+        "How much rounding to the dtype of the merged weights changes that effect: ‖merged - unmerged‖/‖unmerged - base‖.",
+        default=None,
+    )
+
+
+@record
+class LayerDifference:
+    """A layer whose merge does not compute what the layer computes with its adapter, on the same input in float32.
+
+    `change_share` is ‖merged - unmerged‖/‖change by the adapter‖ of its outputs, `output_share` is
+    ‖merged - unmerged‖/‖output‖. `class_name` is that of the base's layer.
+    """
+
+    module: str
+    class_name: str
+    change_share: float
+    output_share: float
+
+
+@record
 class Evidence:
     """Everything that was measured of one adapter on one base. The checks judge it.
 
@@ -220,6 +273,8 @@ class Evidence:
         parameters_from_record: how many of the checked elements an earlier run measured, and not this one.
         instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
             loaded as.
+        forward: what a run of the model showed.
+        different: layers whose merge computes something else.
     """
 
     base: BaseFacts
@@ -249,6 +304,8 @@ class Evidence:
     parameters_total: int = 0
     parameters_from_record: int = 0
     seconds: float = 0.0
+    forward: Forward = Forward()
+    different: tuple[LayerDifference, ...] = ()
 
     @property
     def rounded(self) -> tuple[TensorMerge, ...]:
