@@ -90,22 +90,25 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole
 
 
+NORM_LIMIT = 0.5
+"""Above this share of the delta's norm, what rounding takes may matter, so its effect on the outputs is measured."""
+
+
 @record
 class MeasureOptions:
     """Which figures may be estimated, because no check needs them exactly. By default none may.
 
     With `estimates`, norms and losses may come from a sample of the rows. If a ‖ΔW‖/‖W‖ is above `estimated_ratio`, all
-    rows are measured, and `Evidence.typical_rms` too.
+    rows are measured, and `Evidence.typical_rms` too. If rounding loses more than `norm_limit` of the delta's norm, its
+    change of the adapter's effect is measured.
     """
 
     estimates: bool = False
     estimated_ratio: float = math.inf
+    norm_limit: float = NORM_LIMIT
 
 
 MEASURE_ALL = MeasureOptions()
-
-NORM_LIMIT = 0.5
-"""Above this share of the delta's norm, what rounding takes may matter, so its effect on the outputs is measured."""
 
 
 @record
@@ -233,7 +236,8 @@ class Forward:
         "How much the adapter changes the outputs, as a share of the base's: ‖unmerged - base‖/‖base‖.", default=None
     )
     rounding_change: float | None = reported(
-        "How much rounding to the dtype of the merged weights changes that effect: ‖merged - unmerged‖/‖unmerged - base‖.",
+        "How much of that effect rounding to the dtype of the merged weights changes: "
+        "‖merged - unmerged‖/‖unmerged - base‖.",
         default=None,
     )
     choices_changed: int | None = reported(
@@ -332,7 +336,7 @@ class Evidence:
         )
         return lost / delta if delta else None
 
-    def loses_norm(self, limit: float = NORM_LIMIT) -> bool:
-        """Whether more than this share of the delta's norm is lost, in all `rounded` merges or in most of them."""
+    def loses_norm(self, limit: float) -> bool:
+        """Whether rounding lost more than this share of the delta's norm, over all `rounded` merges or in most."""
         losing = [merge for merge in self.rounded if (merge.lost_share or 0.0) > limit]
         return (self.lost_share or 0.0) > limit or len(losing) > len(self.rounded) / 2
