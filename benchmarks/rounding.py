@@ -169,7 +169,7 @@ def measured(work: Path, base: str, adapter: Path, task: Task, dtype: str) -> di
     started = time.process_time()
     evidence = merge_adapter(loaded, files)
     merged = time.process_time()
-    forward = with_rounding(loaded, lambda: load_adapter(loaded, files, read_weights(files)), evidence)
+    forward = with_rounding(loaded, lambda: load_adapter(loaded, files, read_weights(files)), evidence, norm_limit=-1.0)
     ended = time.process_time()
     unmerged = peft.PeftModel.from_pretrained(model_of(work, base, dtype).float(), adapter)
     of_base = base_loss(work, base, dtype, task)

@@ -37,7 +37,7 @@ from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.quantized import is_quantized
-from merge_gate.records.measured import Evidence, Forward, MeasureOptions
+from merge_gate.records.measured import NORM_LIMIT, Evidence, Forward, MeasureOptions
 from merge_gate.sources.feed import SourceError
 
 LEAST_EFFECT = 40
@@ -55,15 +55,17 @@ def with_rounding(
     load: Callable[[], Loaded],
     evidence: Evidence,
     *,
+    norm_limit: float = NORM_LIMIT,
     free_bytes: int | None = None,
     safe_merge: bool = True,
 ) -> Forward:
-    """The `Forward` of `evidence`, with the change by rounding if it can be measured.
+    """The `Forward` of `evidence`, with the change by rounding if it can be measured, and if the norm asks for it.
 
     Args:
         base: the base that the adapter was merged into.
         load: loads the adapter again.
         evidence: what its merge has shown.
+        norm_limit: the share of the norm that rounding has to take.
         free_bytes: the free memory, if it is known.
         safe_merge: as for the merge.
 
@@ -71,7 +73,8 @@ def with_rounding(
         SourceError: the bytes of the base could not be had.
     """
     forward = evidence.forward
-    if not _may_run(base.model) or any(map(is_quantized, base.tensors.values())):
+    is_quantized_base = any(map(is_quantized, base.tensors.values()))
+    if not evidence.loses_norm(norm_limit) or is_quantized_base or not _may_run(base.model):
         return forward
     sizes = [(one.stats.numel, getattr(torch, one.stats.dtype).itemsize) for one in evidence.merges]
     largest = max(tensor.numel() for tensor in base.tensors.values())
