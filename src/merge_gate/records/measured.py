@@ -230,7 +230,7 @@ class Forward:
         "How much the adapter changes the outputs, as a share of the base's: ‖unmerged - base‖/‖base‖.", default=None
     )
     rounding_change: float | None = reported(
-        "How much rounding to the dtype of the merged weights changes that effect: ‖merged - unmerged‖/‖unmerged - base‖.",
+        "How much rounding to the dtype of the merged weights changes it: ‖merged - unmerged‖/‖unmerged - base‖.",
         default=None,
     )
 
