@@ -218,6 +218,9 @@ class Forward:
     nonfinite_module: str | None = reported(
         "The first module that returned NaN or an infinity; null if all values were finite.", default=None
     )
+    nonfinite_of_base: float | None = reported(
+        "The largest that the same module returned in the base; null if that is not finite either.", default=None
+    )
     nonfinite_origin: Origin | None = reported(
         "Whether the base returns it by itself, the adapter, or only the merged model.", default=None
     )
