@@ -52,6 +52,10 @@ MOST_PASSES = 3
 """A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
 
 
+RAN_BEFORE = "it was run for the first merge"
+"""Why the model is not run for another merge of the same adapter."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest:
     """One adapter to merge, or a combination of its `members`.
@@ -226,7 +230,7 @@ def _merged_tensors(request: MergeRequest, evidence: Evidence) -> dict[str, torc
     if request.free_bytes is not None and size > request.free_bytes // 2:
         return None
     kept: dict[str, torch.Tensor] = {}
-    merge(replace(request, sink=WholeTensors(kept.__setitem__), no_forward="it was run before", progress=None))
+    merge(replace(request, sink=WholeTensors(kept.__setitem__), progress=None, no_forward=RAN_BEFORE))
     tensors = request.base.tensors
     fits = all(name in tensors and tensors[name].shape == one.shape for name, one in kept.items())
     return kept if fits else None

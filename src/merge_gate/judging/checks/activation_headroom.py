@@ -51,8 +51,8 @@ def activation_headroom(case: MergeCase) -> Iterator[Finding]:
         return
     if limit * allowed < largest and largest > RAISED * of_base:
         yield activation_headroom.finding(
-            f"run in {dtype}, {forward.largest_module} reaches {figure(largest)}; {dtype} holds up to {figure(allowed)} "
-            f"({largest / allowed:.0%}, limit {limit:.0%}); the base reaches {figure(of_base)} there",
+            f"run in {dtype}, {forward.largest_module} reaches {figure(largest)}; {dtype} holds up to "
+            f"{figure(allowed)} ({largest / allowed:.0%}, limit {limit:.0%}); the base reaches {figure(of_base)} there",
             "other inputs can reach a few times as much: serve in bfloat16, or lower the adapter's scale",
             module=forward.largest_module,
             largest=largest,

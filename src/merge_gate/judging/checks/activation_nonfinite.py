@@ -1,7 +1,7 @@
 """Run in its final dtype, a module of the merged model returns NaN or Inf although every weight is finite.
 
-**Fires when** the gate [runs the model](../concepts/forward.md) on made-up inputs, and a module returns a value that the
-dtype of the merged weights cannot hold:
+**Fires when** the gate [runs the model](../concepts/forward.md) on made-up inputs, and a module returns a value that
+the dtype of the merged weights cannot hold:
 
 - **error** with origin `adapter`: the base returns finite values there, and the adapter does not, neither merged nor
   unmerged. Origin `merge`: only the merged model does not.
@@ -35,7 +35,8 @@ from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Sy
 from merge_gate.judging.checks.phrases import figure
 from merge_gate.records.terms import Finding, Origin
 
-_SERVE_WIDER = "serve in bfloat16 or float32, and list that dtype for this adapter, so that the gate runs it"
+_LOWER = "lower the adapter's scale, and train again"
+_WIDER = "serve in bfloat16 or float32, and list that dtype for this adapter, so that the gate runs the model in it"
 
 
 @Check("activation-nonfinite", ERROR, Origin.ADAPTER, Symptom.NONFINITE, blame=192, page=__doc__).on_merge
@@ -49,7 +50,7 @@ def activation_nonfinite(case: MergeCase) -> Iterator[Finding]:
     if forward.nonfinite_origin is Origin.BASE:
         yield activation_nonfinite.finding(
             f"{where}, in the base without any adapter",
-            f"this base cannot be served in {dtype} as it is: {_SERVE_WIDER}",
+            _WIDER if dtype == "float16" else "name a base whose own outputs are finite",
             origin=Origin.BASE,
             severity=WARNING,
             module=module,
@@ -59,7 +60,7 @@ def activation_nonfinite(case: MergeCase) -> Iterator[Finding]:
     largest = forward.nonfinite_of_base
     yield activation_nonfinite.finding(
         f"{where}{only}; the base's are finite" + (f", up to {figure(largest)}" if largest is not None else ""),
-        f"{_SERVE_WIDER}; or lower the adapter's scale, and train again",
+        f"{_WIDER}; or {_LOWER}" if dtype == "float16" else _LOWER,
         origin=forward.nonfinite_origin,
         module=module,
         largest_of_base=largest,
