@@ -5,16 +5,18 @@ that explains why there are none. This module imports nothing of judging.
 
 1. Read and measure every tensor of the adapter's file.                 peft_config.py, measure.py
 2. Load the adapter on a scratch copy, and find its tensors.            load_adapter.py, inject.py
-3. Refuse adapters that PEFT merges wrongly.                            known_defects.py, probes.py
+3. Refuse adapters that PEFT merges wrongly.                            known_defects.py
 4. Find out for each broken tensor of the file if a merge reads it.     probes.py
 5. Find layers that have no effect until they are merged.               probes.py, direct_reads.py
 6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
+   Prove PEFT's merges.                                                 proof.py
 7. Account for every parameter and persistent buffer.                   merged_tensors.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,8 +37,9 @@ from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.engine.merge.merged_tensors import TensorSink, WholeTensors
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
+from merge_gate.engine.merge.proof import MOST_ERROR_SHARE, difference
 from merge_gate.engine.merge.walk import Progress, Walk
-from merge_gate.engine.probes import mark_used, refuse_other_merges, unread_layers
+from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.config import Combine
@@ -289,7 +292,6 @@ class _Attempt:
         # 3. The defects depend on config and names only, which are those of the first adapter of a template.
         if loaded.is_first:
             refuse_wrong_merges(loaded.model, loaded.config)
-        refuse_other_merges(base, loaded)
         # The file may contain tensors of the base: parameters and buffers.
         parameters = base_tensors_in_file(loaded.model, loaded.slots, loaded.state)
         in_file = parameters | _base_buffers_in_file(base, loaded)
@@ -335,7 +337,8 @@ class _Attempt:
         if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
             walk = self._planned_walk(self._load(), in_blocks=False)
         walk.finish()
-        loaded, merges = walk.loaded, walk.merged.merges
+        loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
+        shares = [difference(one) for one in compared]
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self.request.measure_options.estimated_ratio
@@ -363,6 +366,12 @@ class _Attempt:
             initialized=tuple(sorted(self._enlarged | without_source)),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
+            forward=replace(
+                self.evidence.forward,
+                layers_compared=len(compared),
+                largest_difference=max((share for share in shares if share < math.inf), default=None),
+            ),
+            different=tuple(one for one, share in zip(compared, shares, strict=True) if share > MOST_ERROR_SHARE),
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,
