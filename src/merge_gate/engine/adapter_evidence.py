@@ -40,7 +40,7 @@ from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, MeasureOptions, TensorMerge
+from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, Forward, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import Refused
 from merge_gate.sources.feed import SourceError
 
@@ -60,6 +60,9 @@ class MergeRequest:
     that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
     if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
     Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
+    `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
+    before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
+    that measurement.
     """
 
     base: Base
@@ -71,6 +74,8 @@ class MergeRequest:
     sink: TensorSink | None = None
     free_bytes: int | None = None
     safe_merge: bool = True
+    no_forward: str = ""
+    on_forward: Callable[[bool], None] = lambda _: None
 
 
 def merge(request: MergeRequest) -> Evidence:
@@ -182,7 +187,8 @@ class _Attempt:
         self.seconds = 0.0
         self._request, self._waits = request, waits
         facts, kind = request.base.facts, request.members[0].config.peft_type
-        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+        forward = Forward(why_not=request.no_forward or None)
+        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters, forward=forward)
 
     @property
     def base(self) -> Base:
