@@ -68,7 +68,9 @@ class MergeRequest:
     that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
     if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
     Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
-    `no_forward` says why the model is not run; if it is empty, it is. `on_forward` is called before that, and after it.
+    `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
+    before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
+    that measurement.
     """
 
     base: Base
@@ -184,8 +186,8 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
 def _run_models(attempts: Sequence[_Attempt]) -> None:
     """Run each base together with its adapters. Whatever fails there costs only the measurement."""
     for base in {id(one.base): one.base for one in attempts}.values():
-        waiting = [(one, one.walk.loaded) for one in attempts if one.walk is not None and one.base is base]
-        running = [one for one in waiting if not one[0].request.no_forward]
+        of_base = (one for one in attempts if one.base is base and not one.request.no_forward)
+        running = [(one, one.walk.loaded) for one in of_base if one.walk is not None]
         if running:
             for one, _ in running:
                 one.request.on_forward(True)
@@ -197,9 +199,6 @@ def _run_models(attempts: Sequence[_Attempt]) -> None:
             for (one, _), forward in zip(running, found, strict=True):
                 one.tokens, one.evidence = tokens, replace(one.evidence, forward=forward)
                 one.request.on_forward(False)
-        for one, _ in waiting:
-            if one.request.no_forward:
-                one.evidence = replace(one.evidence, forward=Forward(why_not=one.request.no_forward))
 
 
 def _trained_tokens(model: Any) -> Iterator[int]:
@@ -253,7 +252,8 @@ class _Attempt:
         self.tokens: Sequence[int] = ()
         self.request, self._waits = request, waits
         facts, kind = request.base.facts, request.members[0].config.peft_type
-        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+        forward = Forward(why_not=request.no_forward or None)
+        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters, forward=forward)
 
     @property
     def base(self) -> Base:
