@@ -104,6 +104,9 @@ class MeasureOptions:
 
 MEASURE_ALL = MeasureOptions()
 
+NORM_LIMIT = 0.5
+"""Above this share of the delta's norm, what rounding takes may matter, so its effect on the outputs is measured."""
+
 
 @record
 class FileTensor:
@@ -236,6 +239,10 @@ class Forward:
         "How much rounding to the dtype of the merged weights changes it: ‖merged - unmerged‖/‖unmerged - base‖.",
         default=None,
     )
+    choices_changed: int | None = reported(
+        "How many choices of experts that rounding would change. `rounding_change` is measured without these changes.",
+        default=None,
+    )
 
 
 @record
@@ -327,3 +334,8 @@ class Evidence:
             for norms in ([merge.lost_norm for merge in self.rounded], [merge.delta_norm for merge in self.rounded])
         )
         return lost / delta if delta else None
+
+    def loses_norm(self, limit: float = NORM_LIMIT) -> bool:
+        """Whether more than this share of the delta's norm is lost, in all `rounded` merges or in most of them."""
+        losing = [merge for merge in self.rounded if (merge.lost_share or 0.0) > limit]
+        return (self.lost_share or 0.0) > limit or len(losing) > len(self.rounded) / 2
