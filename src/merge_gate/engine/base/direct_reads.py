@@ -55,7 +55,7 @@ class DirectReads:
 
 def trace(model: nn.Module) -> DirectReads:
     """Run steps 1 to 4. The result is empty if the model does not run this way, or is not transformers' own."""
-    if not isinstance(model, transformers.PreTrainedModel) or _has_foreign_code(model):
+    if not isinstance(model, transformers.PreTrainedModel) or has_foreign_code(model):
         return DirectReads()
     state, disabled = torch.get_rng_state(), logging.root.manager.disable
     logging.disable()  # torch and transformers log what cannot run
@@ -73,7 +73,8 @@ def trace(model: nn.Module) -> DirectReads:
         torch.set_rng_state(state)
 
 
-def _has_foreign_code(model: nn.Module) -> bool:
+def has_foreign_code(model: nn.Module) -> bool:
+    """Whether some module is of a class that neither transformers nor torch defines."""
     libraries = ("transformers.", "torch.")
     return not all(type(module).__module__.startswith(libraries) for module in model.modules())
 
