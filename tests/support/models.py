@@ -168,6 +168,14 @@ def mixtral() -> PreTrainedModel:
     return _randomised(MixtralForCausalLM(config))
 
 
+def _llama_loud() -> PreTrainedModel:
+    """Its logits reach 27,000, although its weights are below 5,000."""
+    model = llama()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(5e4)
+    return model
+
+
 def _with(build: Callable[[], PreTrainedModel], name: str, index: tuple[int, ...], value: float) -> PreTrainedModel:
     model = build()
     with torch.no_grad():
@@ -210,6 +218,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 BASES: dict[str, BaseRecipe] = {
     "llama": BaseRecipe(llama),
     "llama-float16": BaseRecipe(llama, torch.float16),
+    "llama-loud": BaseRecipe(_llama_loud, torch.float16),
     "llama-bfloat16": BaseRecipe(llama, torch.bfloat16),
     "llama-sharded": BaseRecipe(llama, max_shard_size="20KB"),
     "llama-tied": BaseRecipe(llama_tied),
@@ -435,6 +444,7 @@ VARIANTS: dict[str, Variant] = {
     "sharded-base": Variant(base="llama-sharded"),
     "float16-base": Variant(base="llama-float16"),
     "bfloat16-base": Variant(base="llama-bfloat16"),
+    "loud-base": Variant({"modules_to_save": ["lm_head"]}, base="llama-loud"),
     "tied-base": Variant(base="llama-tied"),
     "tied-tokens": Variant({"trainable_token_indices": {"embed_tokens": [3, 7, 63]}}, base="llama-tied"),
     "tied-tokens-head": Variant({"trainable_token_indices": {"lm_head": [3, 7, 63]}}, base="llama-tied"),

@@ -5,16 +5,18 @@ that explains why there are none. This module imports nothing of judging.
 
 1. Read and measure every tensor of the adapter's file.                 peft_config.py, measure.py
 2. Load the adapter on a scratch copy, and find its tensors.            load_adapter.py, inject.py
-3. Refuse adapters that PEFT merges wrongly.                            known_defects.py, probes.py
+3. Refuse adapters that PEFT merges wrongly.                            known_defects.py
 4. Find out for each broken tensor of the file if a merge reads it.     probes.py
 5. Find layers that have no effect until they are merged.               probes.py, direct_reads.py
 6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
+   Prove PEFT's merges.                                                 proof.py
 7. Account for every parameter and persistent buffer.                   merged_tensors.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,19 +30,21 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
-from merge_gate.engine.adapter.load_adapter import Loaded, expected_tensors, load_adapter
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.merged_tensors import TensorSink
+from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
+from merge_gate.engine.merge.merged_tensors import TensorSink, WholeTensors
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
+from merge_gate.engine.merge.proof import MOST_ERROR_SHARE, difference
 from merge_gate.engine.merge.walk import Progress, Walk
-from merge_gate.engine.probes import mark_used, refuse_other_merges, unread_layers
+from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, MeasureOptions, TensorMerge
+from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, Forward, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import Refused
 from merge_gate.sources.feed import SourceError
 
@@ -49,6 +53,10 @@ if TYPE_CHECKING:
 
 MOST_PASSES = 3
 """A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
+
+
+RAN_BEFORE = "it was run for the first merge"
+"""Why the model is not run for another merge of the same adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +68,9 @@ class MergeRequest:
     that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
     if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
     Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
+    `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
+    before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
+    that measurement.
     """
 
     base: Base
@@ -71,6 +82,8 @@ class MergeRequest:
     sink: TensorSink | None = None
     free_bytes: int | None = None
     safe_merge: bool = True
+    no_forward: str = ""
+    on_forward: Callable[[bool], None] = lambda _: None
 
 
 def merge(request: MergeRequest) -> Evidence:
@@ -84,7 +97,7 @@ def merge(request: MergeRequest) -> Evidence:
             continue
         if attempt.error is not None:
             raise attempt.error
-        return attempt.evidence
+        return _run_again(attempt)
 
 
 @torch.no_grad()
@@ -128,7 +141,7 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
     for attempt in attempts:
         if isinstance(attempt.error, SourceError):
             raise attempt.error
-    return tuple(None if one.error is not None or id(one.base) in misread else one.evidence for one in attempts)
+    return tuple(None if one.error is not None or id(one.base) in misread else _run_again(one) for one in attempts)
 
 
 @contextlib.contextmanager
@@ -155,6 +168,7 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
             return attempts
         walks = [one.walk for one in attempts if one.walk is not None]
         started, of_pass = time.perf_counter(), None
+        _run_models(attempts)
         try:
             merge_planned(walks, bases)
         except Exception as error:
@@ -169,6 +183,61 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
     return attempts
 
 
+def _run_models(attempts: Sequence[_Attempt]) -> None:
+    """Run each base together with its adapters. Whatever fails there costs only the measurement."""
+    for base in {id(one.base): one.base for one in attempts}.values():
+        of_base = (one for one in attempts if one.base is base and not one.request.no_forward)
+        running = [(one, one.walk.loaded) for one in of_base if one.walk is not None]
+        if running:
+            for one, _ in running:
+                one.request.on_forward(True)
+            tokens = sorted({token for _, loaded in running for token in _trained_tokens(loaded.model)})
+            try:
+                found = run_adapters(base, [loaded.model.get_base_model() for _, loaded in running], tokens)
+            except Exception as error:
+                found = [Forward(why_not=f"{type(error).__name__}: {error}"[:200])] * len(running)
+            for (one, _), forward in zip(running, found, strict=True):
+                one.tokens, one.evidence = tokens, replace(one.evidence, forward=forward)
+                one.request.on_forward(False)
+
+
+def _trained_tokens(model: Any) -> Iterator[int]:
+    """The ids whose embeddings the adapter trains."""
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            yield from layer.token_indices.get(ADAPTER_NAME, ())
+
+
+def _run_again(attempt: _Attempt) -> Evidence:
+    """Run the merged model, if the activations of the adapter leave the dtype, or come close."""
+    request, evidence = attempt.request, attempt.evidence
+    if not is_close(evidence.forward):
+        return evidence
+    merged = _merged_tensors(request, evidence)
+    if merged is None:
+        return evidence
+    request.on_forward(True)
+    with contextlib.suppress(Exception), torch.no_grad():
+        evidence = replace(evidence, forward=run_merged(request.base, merged, evidence.forward, attempt.tokens))
+    request.on_forward(False)
+    return evidence
+
+
+def _merged_tensors(request: MergeRequest, evidence: Evidence) -> dict[str, torch.Tensor] | None:
+    """The tensors that the merge changes, in their final dtypes, by another merge.
+
+    None if they do not fit in half of the free memory, or into the base: they have other shapes, or are not tied.
+    """
+    size = sum(one.stats.numel * getattr(torch, one.stats.dtype).itemsize for one in evidence.merges)
+    if request.free_bytes is not None and size > request.free_bytes // 2:
+        return None
+    kept: dict[str, torch.Tensor] = {}
+    merge(replace(request, sink=WholeTensors(kept.__setitem__), progress=None, no_forward=RAN_BEFORE))
+    tensors = request.base.tensors
+    fits = all(name in tensors and tensors[name].shape == one.shape for name, one in kept.items())
+    return kept if fits else None
+
+
 class _Attempt:
     """One adapter on its way to `evidence`: `plan`, the pass together with other adapters, and `finish`.
 
@@ -180,19 +249,21 @@ class _Attempt:
         self.walk: Walk | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
-        self._request, self._waits = request, waits
+        self.tokens: Sequence[int] = ()
+        self.request, self._waits = request, waits
         facts, kind = request.base.facts, request.members[0].config.peft_type
-        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+        forward = Forward(why_not=request.no_forward or None)
+        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters, forward=forward)
 
     @property
     def base(self) -> Base:
-        return self._request.base
+        return self.request.base
 
     def do(self, step: Callable[[], None]) -> None:
         """Do a step of this adapter, on its own time."""
         started = time.perf_counter()
         try:
-            self._request.on_work()
+            self.request.on_work()
             step()
         except Refused as refused:
             self.evidence = replace(self.evidence, refusal=refused.refusal)
@@ -202,7 +273,7 @@ class _Attempt:
         self.evidence = replace(self.evidence, base=self.base.facts, seconds=self.seconds)
 
     def _load(self) -> Loaded:
-        request = self._request
+        request = self.request
         if request.combine is not None:
             from merge_gate.engine.adapter.combine import combined  # noqa: PLC0415 - few adapters are combinations
 
@@ -213,7 +284,7 @@ class _Attempt:
         """Steps 1 to 5, and the plan of step 6."""
         base = self.base
         # 1.
-        self._weights = tuple(read_weights(files) for files in self._request.members)
+        self._weights = tuple(read_weights(files) for files in self.request.members)
         measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
         self.evidence = replace(self.evidence, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
         # 2.
@@ -221,7 +292,6 @@ class _Attempt:
         # 3. The defects depend on config and names only, which are those of the first adapter of a template.
         if loaded.is_first:
             refuse_wrong_merges(loaded.model, loaded.config)
-        refuse_other_merges(base, loaded)
         # The file may contain tensors of the base: parameters and buffers.
         parameters = base_tensors_in_file(loaded.model, loaded.slots, loaded.state)
         in_file = parameters | _base_buffers_in_file(base, loaded)
@@ -240,7 +310,7 @@ class _Attempt:
         self.walk = walk
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
-        request = self._request
+        request = self.request
         walk = Walk(
             base=request.base,
             loaded=loaded,
@@ -267,10 +337,11 @@ class _Attempt:
         if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
             walk = self._planned_walk(self._load(), in_blocks=False)
         walk.finish()
-        loaded, merges = walk.loaded, walk.merged.merges
+        loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
+        shares = [difference(one) for one in compared]
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
-        ratio = self._request.measure_options.estimated_ratio
+        ratio = self.request.measure_options.estimated_ratio
         matrices = [merge for merge in merges.values() if len(merge.stats.shape) > 1]
         is_large = any((merge.delta_norm or 0.0) > ratio * (merge.base_norm or 0.0) for merge in matrices)
         # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
@@ -295,6 +366,12 @@ class _Attempt:
             initialized=tuple(sorted(self._enlarged | without_source)),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
+            forward=replace(
+                self.evidence.forward,
+                layers_compared=len(compared),
+                largest_difference=max((share for share in shares if share < math.inf), default=None),
+            ),
+            different=tuple(one for one, share in zip(compared, shares, strict=True) if share > MOST_ERROR_SHARE),
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,

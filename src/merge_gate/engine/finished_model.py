@@ -25,7 +25,7 @@ import torch
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
-from merge_gate.engine.adapter_evidence import MergeRequest
+from merge_gate.engine.adapter_evidence import RAN_BEFORE, MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
@@ -149,7 +149,9 @@ def compare(
             break
     others = tuple(_unloaded(files, base_files, base_map))
     if any(one.touched and not one.same for one in found.facts.values()):
-        again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None)
+        again = replace(
+            request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None, no_forward=RAN_BEFORE
+        )
         adapter_evidence.merge(replace(again, measure_options=MeasureOptions(estimates=True)))  # only the sink counts
         for name, blocks in groupby(adapter_evidence.exact_merge(request, found.unlike()), key=lambda one: one.name):
             found.fit(name, blocks)

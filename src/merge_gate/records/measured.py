@@ -224,6 +224,9 @@ class Forward:
     nonfinite_module: str | None = reported(
         "The first module that returned NaN or an infinity; null if all values were finite.", default=None
     )
+    nonfinite_of_base: float | None = reported(
+        "The largest that the same module returned in the base; null if that is not finite either.", default=None
+    )
     nonfinite_origin: Origin | None = reported(
         "Whether the base returns it by itself, the adapter, or only the merged model.", default=None
     )
@@ -236,8 +239,7 @@ class Forward:
         "How much the adapter changes the outputs, as a share of the base's: ‖unmerged - base‖/‖base‖.", default=None
     )
     rounding_change: float | None = reported(
-        "How much of that effect rounding to the dtype of the merged weights changes: "
-        "‖merged - unmerged‖/‖unmerged - base‖.",
+        "How much rounding to the dtype of the merged weights changes it: ‖merged - unmerged‖/‖unmerged - base‖.",
         default=None,
     )
     choices_changed: int | None = reported(

@@ -28,7 +28,13 @@ HALF_WAY = poison("lora_B.bias", 2.5e4)  # twice that, by the scaling, is 0.76 o
 
 class TestHeadroom(EveryCheck):
     HEALTHY = (
-        healthy("near-the-limit", "lora-bias", break_=HALF_WAY, dtype="float16", warnings=("headroom", "delta-norm")),
+        healthy(
+            "near-the-limit",
+            "lora-bias",
+            break_=HALF_WAY,
+            dtype="float16",
+            warnings=("headroom", "activation-headroom", "delta-norm"),
+        ),
     )
     FIRES = (
         Fire(

@@ -74,7 +74,7 @@ def trace(model: nn.Module) -> DirectReads:
 
 
 def has_foreign_code(model: nn.Module) -> bool:
-    """Whether some of the model's code comes with the base. Such code is never run."""
+    """Whether some module is of a class that neither transformers nor torch defines."""
     libraries = ("transformers.", "torch.")
     return not all(type(module).__module__.startswith(libraries) for module in model.modules())
 

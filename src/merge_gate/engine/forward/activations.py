@@ -1,7 +1,6 @@
 """Looks at what the modules of a model return while it runs: the largest values, and values that are not finite.
 
-In: a model that is about to run, and the dtype that it is served in. Out: an `Activation` for each module that returned
-tensors of that dtype. Knows no adapter.
+In: a model that is about to run, and the dtype that it is served in. Out: `Activations`. Knows no adapter.
 
 Only tensors that a module returns are seen, because every device stores these. Attention scores, and what a fused
 kernel keeps inside, are not.
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,16 +39,28 @@ class Activation:
         self.largest = max(self.largest, -low, high)
 
 
+@dataclass(slots=True)
+class Activations:
+    """What the modules returned in the served dtype, by their paths, in the order in which they returned first.
+
+    `ran` are the paths of all modules that returned something.
+    """
+
+    by_module: dict[str, Activation] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+
+
 @contextlib.contextmanager
-def watched(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Activation]]:
-    """The activations of the modules that run inside the `with` block, in the order in which they return."""
-    found: dict[str, Activation] = {}
+def watched(model: nn.Module, dtype: torch.dtype) -> Iterator[Activations]:
+    """The activations of the modules that run inside of the `with` block."""
+    found = Activations()
 
     def watch(path: str, module: nn.Module) -> Any:
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found.ran.add(path)
             for tensor in tensors_of(output):
                 if tensor.dtype == dtype:
-                    found.setdefault(path, Activation()).add(tensor)
+                    found.by_module.setdefault(path, Activation()).add(tensor)
 
         return module.register_forward_hook(look)
 

@@ -6,13 +6,15 @@ gets the same values. Knows no adapter, no tokenizer and no processor.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 
 POSITIONS = 16
 """Tokens of a text. With 4, 16 and 64, SmolLM2-135M has the same largest activation."""
@@ -23,9 +25,15 @@ FEW_POSITIONS = 4
 SAMPLES, FRAMES, EDGE, CHANNELS, MEL_BINS = 4_000, 100, 32, 3, 80
 """Sizes of sounds and pictures if the configuration names none."""
 
+MERGED_PATCHES = 2
+"""Height and width of a picture for a model that takes pictures of any size, in patches as its text model gets them."""
+
+MOST_VALUES = 1 << 23
+"""An input with more values is left out: anyone can write a configuration. A picture of 1,600 pixels has fewer."""
+
 TEXT = ("input_ids", "decoder_input_ids", "bbox")
-VISION = ("pixel_values", "pixel_values_videos")
-AUDIO = ("input_features", "input_values")
+VISION = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+AUDIO = ("input_features", "input_features_mask", "input_values")
 
 Inputs = dict[str, Any]
 
@@ -34,75 +42,99 @@ def candidates(model: Any, tokens: Collection[int] = ()) -> Iterator[tuple[str, 
     """Pairs of a name and the arguments of a forward, to be tried in this order.
 
     Args:
-        model: a model of transformers. Only its configuration, its signature and its dtype are read.
+        model: a model of transformers. Of its tensors, only the shape, dtype, and device of some are read.
         tokens: ids that should be among the tokens, such as those that an adapter trains. At most `POSITIONS` - 1 are.
     """
-    every = _known_inputs(model, tokens)
-    if not every:
-        return
-    variants = [("all inputs", every)]
+    parameters = inspect.signature(type(model).forward).parameters
+    every = _known_inputs(model, parameters, tokens)
+    variants = [("all inputs", _with_placeholders(model, parameters, every))]
     for what, kind in (("text", TEXT), ("vision", VISION), ("audio", AUDIO)):
         others = {name for names in (TEXT, VISION, AUDIO) if names is not kind for name in names}
-        part = {name: value for name, value in every.items() if name not in others}
-        if len(part) < len(every) and any(name in part for name in kind):
-            variants.append((what, part))
+        variants.append((what, {name: value for name, value in every.items() if name not in others}))
     variants += _other_shapes(model.config, every)
-    yield from variants
-    for what, inputs in variants:
+    for what, inputs in list(variants):
         few = {name: value[:, :FEW_POSITIONS] if name in TEXT else value for name, value in inputs.items()}
-        if any(name in few for name in TEXT):
-            yield f"{what}, {FEW_POSITIONS} tokens", few
+        variants.append((f"{what}, {FEW_POSITIONS} tokens", few))
+    like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+    tried: list[dict[str, torch.Size]] = [{}]
+    for what, inputs in variants:
+        shapes = {name: value.shape for name, value in inputs.items()}
+        if shapes not in tried:
+            tried.append(shapes)
+            arguments = {
+                name: value.to(like.device, like.dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()
+            }
+            yield what, arguments | ({"use_cache": False} if "use_cache" in parameters else {})
 
 
-def _known_inputs(model: Any, tokens: Collection[int]) -> Inputs:
+def _known_inputs(
+    model: Any, parameters: Mapping[str, inspect.Parameter], tokens: Collection[int]
+) -> dict[str, torch.Tensor]:
     """A value for each parameter of the forward whose name is known here."""
     config = model.config
-    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
-    bins = _setting(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", near="audio")
-    channels = _setting(config, "num_channels", "in_chans", "in_channels", near="vision")
-    frames = _setting(config, "max_source_positions", near="audio")
+    channels = _size(config, "num_channels", "in_chans", "in_channels", near="vision") or CHANNELS
+    bins = _size(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", near="audio") or MEL_BINS
+    frames = 2 * (_size(config, "max_source_positions", near="audio") or FRAMES // 2)
+    height, width = _sizes(config, "image_size", "img_size", "input_size", near="vision") or (EDGE, EDGE)
+    picture: tuple[int, ...] = (1, channels, height, width)
+    states = (1, POSITIONS, _size(config, "hidden_size", "d_model") or EDGE)
+    grid = next((name for name in ("grid_thw", "image_grid_thw") if name in parameters), None)
+    edge = MERGED_PATCHES * (_size(config, "spatial_merge_size", "merge_kernel_size", "merge_size", near="vision") or 1)
+    if grid is not None:  # patches of pictures of any size, one after the other
+        patch = _size(config, "patch_size", near="vision") or 1
+        picture = (edge * edge, channels * (_size(config, "temporal_patch_size", near="vision") or 1) * patch * patch)
     shapes = {
-        "pixel_values": (1, channels or CHANNELS, *_image_size(config)),
-        "input_features": (1, bins or MEL_BINS, 2 * (frames or FRAMES // 2)),
+        "pixel_values": picture,
+        "input_features": (1, bins, frames),
         "input_values": (1, SAMPLES),
     }
-    inputs: Inputs = {}
-    for name, parameter in inspect.signature(type(model).forward).parameters.items():
-        if name in {"input_ids", "decoder_input_ids"}:
-            inputs[name] = torch.tensor([_token_ids(model, tokens)])
-        elif name == "bbox":
-            inputs[name] = torch.tensor([[[1, 2, 3, 4]] * POSITIONS])
-        elif name in shapes:
-            inputs[name] = _wave(*shapes[name]).to(dtype)
-        elif name == "hidden_states" and parameter.default is inspect.Parameter.empty:
-            inputs[name] = _wave(1, POSITIONS, _setting(config, "hidden_size", "d_model") or EDGE).to(dtype)
-        elif name == "use_cache":
-            inputs[name] = False
+    if "hidden_states" in parameters and parameters["hidden_states"].default is inspect.Parameter.empty:
+        shapes["hidden_states"] = picture if grid == "grid_thw" else states
+    inputs = {name: _wave(shape) for name, shape in shapes.items() if name in parameters and _fits(shape)}
+    inputs |= {name: _token_ids(model, tokens) for name in ("input_ids", "decoder_input_ids") if name in parameters}
+    if "bbox" in parameters:
+        inputs["bbox"] = torch.tensor([[[1, 2, 3, 4]] * POSITIONS])
+    if "input_features_mask" in parameters and "input_features" in inputs:
+        inputs["input_features_mask"] = torch.ones(1, frames, dtype=torch.long)
+    if grid is not None and _fits(picture):
+        inputs[grid] = torch.tensor([[1, edge, edge]])
     return inputs
 
 
-def _other_shapes(config: Any, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+def _with_placeholders(
+    model: Any, parameters: Mapping[str, inspect.Parameter], inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The same, with a text in which the picture has its tokens, if their number is known."""
+    token = _size(model.config, "image_token_id", "image_token_index")
+    if "image_grid_thw" not in inputs or "input_ids" not in inputs or token is None or token >= _rows(model):
+        return inputs
+    ids = torch.cat([inputs["input_ids"], torch.full((1, MERGED_PATCHES**2), token)], dim=1)
+    types = {"mm_token_type_ids": (ids == token).int()} if "mm_token_type_ids" in parameters else {}
+    return inputs | {"input_ids": ids} | types
+
+
+def _other_shapes(config: Any, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """The layouts that some models want for inputs of the same names."""
-    pixels, features, sound = (inputs.get(name) for name in ("pixel_values", "input_features", "input_values"))
-    count = _setting(config, "num_frames", "frames")
-    if pixels is not None and isinstance(count, int):
-        yield "video", inputs | {"pixel_values": _wave(1, count, *pixels.shape[1:]).to(pixels.dtype)}
-    if features is not None:
-        without_pictures = {name: value for name, value in inputs.items() if name not in VISION}
-        yield "frames first", without_pictures | {"input_features": features.transpose(1, 2).contiguous()}
-    if sound is not None:
-        yield "one channel", inputs | {"input_values": sound[:, None]}
-        bins = _setting(config, "num_mel_bins")
-        if isinstance(bins, int):
-            frames = _setting(config, "max_length") or FRAMES
-            yield "spectrogram", inputs | {"input_values": _wave(1, frames, bins).to(sound.dtype)}
+    pixels, features = (inputs[name].shape if name in inputs else (0,) for name in ("pixel_values", "input_features"))
+    spectrogram = (_size(config, "max_length") or FRAMES, _size(config, "num_mel_bins") or 0)
+    for what, name, shape in (
+        ("video", "pixel_values", (1, _size(config, "num_frames", "frames") or 0, *pixels[1:])),
+        ("frames first", "input_features", (1, *features[:0:-1])),
+        ("frames first, one channel", "input_features", (1, 1, *features[:0:-1])),
+        ("one channel", "input_values", (1, 1, SAMPLES)),
+        ("spectrogram", "input_values", (1, *spectrogram)),
+    ):
+        if name in inputs and _fits(shape):
+            others = {other: value for other, value in inputs.items() if other not in VISION or name in VISION}
+            yield what, others | {name: _wave(shape)}
 
 
-def _token_ids(model: Any, tokens: Collection[int]) -> list[int]:
+def _token_ids(model: Any, tokens: Collection[int]) -> torch.Tensor:
     """A first token, `tokens`, and ids spread over the vocabulary, without placeholders of other inputs."""
-    rows = max(2, _rows(model))
-    first = _setting(model.config, "bos_token_id", "decoder_start_token_id", "cls_token_id")
-    first = first if isinstance(first, int) and 0 <= first < rows else 1
+    rows = _rows(model)
+    firsts = _settings(model.config, "bos_token_id", "decoder_start_token_id", "cls_token_id")
+    first = next((value for value in firsts if isinstance(value, int) and 0 <= value < rows), 1)
     special = {
         value
         for config in _configs(model.config)
@@ -112,39 +144,56 @@ def _token_ids(model: Any, tokens: Collection[int]) -> list[int]:
     wanted = [token for token in tokens if 0 <= token < rows][: POSITIONS - 1]
     spread = random.Random(0).sample(range(rows), min(rows, len(special) + 2 * POSITIONS))  # noqa: S311 - no secret
     ids = [*wanted, *(token for token in spread if token not in special and token != first and token not in wanted)]
-    return [first, *(ids * POSITIONS or [first] * POSITIONS)[: POSITIONS - 1]]
+    return torch.tensor([[first, *(ids * POSITIONS or [first] * POSITIONS)[: POSITIONS - 1]]])
 
 
 def _rows(model: Any) -> int:
-    """The number of tokens that the model has an embedding for."""
+    """The number of tokens that the model has an embedding for, at least 2."""
     try:
-        return int(model.get_input_embeddings().weight.shape[0])
+        rows = int(model.get_input_embeddings().weight.shape[0])
     except Exception:  # not every model has one, and some raise errors of their own
-        return int(_setting(model.config, "vocab_size") or 2)
+        rows = _size(model.config, "vocab_size") or 2
+    return min(max(rows, 2), MOST_VALUES)
 
 
-def _wave(*shape: int) -> torch.Tensor:
-    """Fixed values in [-1, 1], float32."""
-    steps = torch.arange(math.prod(shape), dtype=torch.float64)
-    return torch.sin(0.7 * steps + 0.01 * steps**1.3).float().view(shape)
+def _fits(shape: tuple[int, ...]) -> bool:
+    return 0 < math.prod(shape) <= MOST_VALUES
 
 
-def _image_size(config: Any) -> tuple[int, int]:
-    size = _setting(config, "image_size", "img_size", "input_size", near="vision") or EDGE
-    if isinstance(size, dict):
-        size = (size.get("height", EDGE), size.get("width", EDGE))
-    return (int(size[0]), int(size[-1])) if isinstance(size, (list, tuple)) else (int(size), int(size))
+def _wave(shape: tuple[int, ...]) -> torch.Tensor:
+    """Fixed values in [-1, 1], float32. They repeat after 65,536."""
+    count = math.prod(shape)
+    steps = torch.arange(min(count, 1 << 16), dtype=torch.float64)
+    wave = torch.sin(0.7 * steps + 0.01 * steps**1.3).float()
+    return wave.repeat(-(-count // len(wave)))[:count].view(shape)
 
 
-def _setting(config: Any, *names: str, near: str = "") -> Any:
-    """The first of these settings in a configuration or those inside of it. Parts called `near` are asked first."""
-    configs = sorted(_configs(config), key=lambda part: near not in type(part).__name__.lower())
-    values = (getattr(part, name, None) for part in configs for name in names)
-    return next((value for value in values if value is not None), None)
+def _size(config: Any, *names: str, near: str = "") -> int | None:
+    """The first of these settings that is a size, or the height if it has two."""
+    sizes = _sizes(config, *names, near=near)
+    return None if sizes is None else sizes[0]
+
+
+def _sizes(config: Any, *names: str, near: str = "") -> tuple[int, int] | None:
+    """The height and the width that the first of these settings gives. One number is both."""
+    for value in _settings(config, *names, near=near):
+        listed = [value.get("height"), value.get("width")] if isinstance(value, dict) else value
+        first, last = (listed[0], listed[-1]) if isinstance(listed, (list, tuple)) and listed else (listed, listed)
+        if type(first) is type(last) is int and first > 0 and last > 0:
+            return first, last
+    return None
+
+
+def _settings(config: Any, *names: str, near: str = "") -> Iterator[Any]:
+    """These settings of a configuration and of those inside of it. Parts called `near` come first."""
+    for part in sorted(_configs(config), key=lambda part: near not in type(part).__name__.lower()):
+        for name in names:
+            with contextlib.suppress(Exception):  # a property of transformers that other settings do not suit
+                yield getattr(part, name, None)
 
 
 def _configs(config: Any, depth: int = 3) -> Iterator[Any]:
     yield config
     for part in vars(config).values() if depth else ():
-        if hasattr(part, "model_type") and hasattr(part, "to_dict"):
+        if isinstance(part, transformers.PretrainedConfig):
             yield from _configs(part, depth - 1)

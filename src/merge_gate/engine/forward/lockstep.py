@@ -5,11 +5,12 @@ exception. Knows no adapter. A model without hollow tensors runs as it would alo
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
 2. Before an operation reads a hollow tensor, its thread waits.
-3. When all threads wait, the tensor that comes first in the model is filled. Each thread that waits for it goes on
-   until it waits for another tensor. Then the tensor is emptied.
+3. When all threads wait, the module that comes first in the model gets its tensors filled. Each thread that waits for
+   them goes on until it waits for those of another module. Then they are emptied.
 
 An operation reads its tensors, whichever module they belong to. So a model that reads a layer's weight without calling
-the layer runs like any other.
+the layer runs like any other. All tensors of a module are filled together, because models may read them in turns, or in
+another order than each other.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -51,21 +53,28 @@ def run_together(runs: Sequence[Run], tensors: Mapping[str, torch.Tensor], fille
 
     Args:
         runs: the models. One that fails has its exception in `error`; the others go on.
-        tensors: the hollow tensors in the order in which a model uses them, which decides which is filled next.
+        tensors: the hollow tensors by name, in the model's order, which decides which module is next.
         filled: gives the tensors of these names values for a `with` block. Its exceptions are raised.
     """
+    of_modules: dict[str, list[str]] = {}
+    for name in tensors:
+        of_modules.setdefault(name.rpartition(".")[0], []).append(name)
+    names = list(of_modules.values())
     places = {
-        tensor.untyped_storage().data_ptr(): (number, name) for number, (name, tensor) in enumerate(tensors.items())
+        tensors[name].untyped_storage().data_ptr(): (number, name)
+        for number, of_module in enumerate(names)
+        for name in of_module
     }
-    threads = [_Thread(run, places) for run in runs]
+    threads: list[_Thread] = []
     try:
-        for thread in threads:
-            thread.go_on()
+        for run in runs:
+            threads.append(_Thread(run, places))
+            threads[-1].go_on([])
         while waiting := [thread for thread in threads if thread.wanted]:  # 3.
             wanted = min(thread.wanted for thread in waiting)
-            with filled(name for _, name in wanted):
+            with filled(name for number in wanted for name in names[number]):
                 for thread in waiting:
-                    if thread.wanted <= wanted:
+                    if thread.wanted == wanted:
                         thread.go_on(wanted)
     finally:
         for thread in threads:
@@ -76,62 +85,68 @@ class _Stopped(BaseException):
     """Ends a thread that waits for a tensor that will not come."""
 
 
-Wanted = tuple[tuple[int, str], ...]
-
-
 class _Thread:
-    """Steps 1 and 2. `wanted` are the tensors that it waits for, sorted; empty if it has ended."""
+    """Steps 1 and 2. `wanted` are the numbers of the modules that it waits for, sorted; empty if it has ended."""
 
     def __init__(self, run: Run, places: Mapping[int, tuple[int, str]]) -> None:
-        self.wanted: Wanted = ()
+        self.wanted: list[int] = []
         self._run, self.places = run, places
-        self._open: frozenset[tuple[int, str]] = frozenset()
-        self._turn, self._pause = threading.Semaphore(0), threading.Semaphore(0)
-        self._is_stopped = False
+        self._open: set[int] | None = None
+        self._own: dict[str, torch.Tensor | None] = {}
+        self._turns: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._pauses: SimpleQueue[list[int]] = SimpleQueue()
         self._random = torch.Generator().manual_seed(0).get_state()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def go_on(self, open_tensors: Wanted = ()) -> None:
-        """Let the model run until it waits for a tensor that is not open, or ends."""
-        self._open, self.wanted = frozenset(open_tensors), ()
+    def go_on(self, modules: list[int]) -> None:
+        """Let the model run, with the tensors of these modules, until it waits for those of others, or ends."""
         before = torch.get_rng_state()
         torch.set_rng_state(self._random)
-        self._turn.release()
-        self._pause.acquire()
+        self._turns.put(modules)
+        self.wanted = self._pauses.get()
         self._random = torch.get_rng_state()
         torch.set_rng_state(before)
 
     def stop(self) -> None:
         """End the thread, wherever it is."""
-        self._is_stopped = True
-        self._turn.release()
+        self._turns.put(None)
         self._thread.join()
 
-    def wait_for(self, names: frozenset[tuple[int, str]]) -> None:
-        """Called by the model's own thread before it reads these tensors."""
-        if not names <= self._open:
-            self.wanted = tuple(sorted(names))
-            self._pause.release()
-            self._turn.acquire()
-            if self._is_stopped:
-                raise _Stopped
+    def wait_for(self, modules: set[int]) -> None:
+        """Called by the model's own thread before it reads tensors of these modules."""
+        if self._open is None:  # the model's code has caught `_Stopped`
+            raise _Stopped
+        if not modules <= self._open:
+            self._pauses.put(sorted(modules))
+            self._wait()
 
     def values(self, name: str) -> torch.Tensor | None:
-        return self._run.own(name) if self._run.own is not None else None
+        """The model's own values of a tensor, made once while it is filled."""
+        if self._run.own is not None and name not in self._own:
+            own = self._run.own(name)
+            self._own[name] = own if own is None else own.contiguous()
+        return self._own.get(name)
+
+    def _wait(self) -> None:
+        self._own.clear()
+        turn = self._turns.get()
+        self._open = None if turn is None else set(turn)
+        if self._open is None:
+            raise _Stopped
 
     def _work(self) -> None:
-        self._turn.acquire()
         try:
-            if not self._is_stopped:
-                with torch.no_grad(), _Reads(self):
-                    self._run.returned = self._run.model(**self._run.inputs)
+            self._wait()
+            with torch.no_grad(), _Reads(self):
+                self._run.returned = self._run.model(**self._run.inputs)
         except _Stopped:
             pass
         except Exception as error:  # a model's own code
-            self._run.error = error
+            self._run.error = error.with_traceback(None)  # which would keep all tensors of the run
         finally:
-            self._pause.release()
+            self._own.clear()
+            self._pauses.put([])
 
 
 class _Reads(TorchDispatchMode):
@@ -139,19 +154,18 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self, thread: _Thread) -> None:
         super().__init__()
-        self._thread, self._left = thread, MOST_OPERATIONS
+        self._thread, self._remaining = thread, MOST_OPERATIONS
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._left -= 1
-        if self._left < 0:
+        self._remaining -= 1
+        if self._remaining < 0:
             raise RuntimeError(f"more than {MOST_OPERATIONS} operations")
         kwargs = kwargs or {}
-        if not self._thread.places or _returns_views(function):
-            return function(*args, **kwargs)
-        names = frozenset(filter(None, map(self._place, _pytree.tree_leaves((args, kwargs)))))
-        if names:
-            self._thread.wait_for(names)
-            args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
+        if not _returns_views(function):
+            places = filter(None, map(self._place, _pytree.tree_leaves((args, kwargs))))
+            if modules := {number for number, _ in places}:
+                self._thread.wait_for(modules)
+                args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
         return function(*args, **kwargs)
 
     def _place(self, value: Any) -> tuple[int, str] | None:

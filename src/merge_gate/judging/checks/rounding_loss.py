@@ -10,7 +10,7 @@ rounded. With a mixture of experts, the merged model uses the experts that the u
 counts the choices that would change.
 
 ```text
-rounding changes 85.0% of the adapter's effect on the outputs (error-limit 80%); 98.1% of the delta's norm is lost in bfloat16; 98.0% of the targeted weights are exactly those of the base
+rounding to float16 changes 85.0% of the adapter's effect (error-limit 80%); 98.0% of the delta's norm is lost
 ```
 
 **If the effect is not measured**, the share of the norm decides: ‖merged − (W + ΔW)‖ / ‖ΔW‖. The check is then a
@@ -85,16 +85,20 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
     if not evidence.rounded or (change <= limit if change is not None else not evidence.loses_norm(norm_limit)):
         return
     is_error = change is not None and change > error_limit
+    worst = max(evidence.rounded, key=lambda merge: merge.lost_share or 0.0)
+    sampled = "; estimated from a sample" if any(merge.estimated for merge in evidence.rounded) else ""
     if change is None:
-        what = _norm(evidence, norm_limit)
+        what = _norm(evidence, worst, norm_limit)
     else:
         allowed = f"error-limit {error_limit:.0%}" if is_error else f"limit {limit:.0%}"
-        choices = evidence.forward.choices_changed
-        what = f"rounding changes {change:.1%} of the adapter's effect on the outputs ({allowed}); {_norm(evidence)}"
-        what += f"; {counted(choices, 'choice')} of experts would change too" if choices else ""
-    worst = _worst(evidence)
+        what = (
+            f"rounding to {worst.stats.dtype} changes {change:.1%} of the adapter's effect ({allowed}); "
+            f"{evidence.lost_share or 0.0:.1%} of the delta's norm is lost"
+        )
+        if choices := evidence.forward.choices_changed:
+            what += f", and {counted(choices, 'choice')} of experts would change too"
     yield rounding_loss.finding(
-        what,
+        what + sampled,
         _IN_FLOAT32 if evidence.base.quantization == Quantization.NONE else _UNQUANTIZED,
         severity=ERROR if is_error else None,
         module=worst.module,
@@ -104,7 +108,7 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
         limit=norm_limit if change is None else limit,
         error_limit=error_limit if is_error else None,
         unchanged_share=_unchanged_share(evidence),
-        estimated=1 if any(merge.estimated for merge in evidence.rounded) else None,
+        estimated=1 if sampled else None,
     )
 
 
@@ -116,28 +120,22 @@ def allowed_norm(settings: Mapping[str, CheckSetting]) -> float:
     return NORM_LIMIT if limit == rounding_loss.limit else limit
 
 
-def _norm(evidence: Evidence, limit: float | None = None) -> str:
-    """What was lost of the norm, and the `limit` if it is the reason of a finding."""
-    merges, share, worst = evidence.rounded, evidence.lost_share or 0.0, _worst(evidence)
+def _norm(evidence: Evidence, worst: TensorMerge, limit: float) -> str:
+    """What rounding took of the norm."""
+    merges, share = evidence.rounded, evidence.lost_share or 0.0
     how_lost = f"in {worst.stats.dtype}"
     if evidence.base.quantization != Quantization.NONE:
         how_lost = f"by quantizing the merged weights to {evidence.base.quantization} again"
-    sampled = "; estimated from a sample" if any(merge.estimated for merge in merges) else ""
-    if limit is not None and share <= limit:
+    if share <= limit:
         losing = sum((merge.lost_share or 0.0) > limit for merge in merges)
         return (
             f"{losing:,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
             f"{how_lost}; the worst is {worst.stats.name} ({worst.lost_share or 0.0:.1%}), and all of them lose "
-            f"{share:.1%}{sampled}"
+            f"{share:.1%}"
         )
     unchanged = _unchanged_share(evidence)
-    allowed = "" if limit is None else f" (limit {limit:.0%})"
     same = "" if unchanged is None else f"; {unchanged:.1%} of the targeted weights are exactly those of the base"
-    return f"{share:.1%} of the delta's norm is lost {how_lost}{allowed}{same}{sampled}"
-
-
-def _worst(evidence: Evidence) -> TensorMerge:
-    return max(evidence.rounded, key=lambda merge: merge.lost_share or 0.0)
+    return f"{share:.1%} of the delta's norm is lost {how_lost} (limit {limit:.0%}){same}"
 
 
 def _unchanged_share(evidence: Evidence) -> float | None:

@@ -1,0 +1,159 @@
+"""Runs a base and its adapters on made-up inputs, in the dtype of the merged weights, and looks at their activations.
+
+In: a base, and adapters that are loaded on scratch copies and not merged yet; later, merged tensors. Out: a `Forward`
+for each adapter. Nothing that is passed in is changed. Judges nothing.
+
+1. Base and adapters run together (lockstep.py), so each weight is read once. The first inputs that the base accepts
+   count (inputs.py).
+2. If an adapter's activations leave the dtype, or come close, the merged model is run, too: it is what will be served.
+3. A module of the base that is not finite by itself is no fault of an adapter. It counts as a fault of the base only if
+   the model's outputs are not finite either: some models return the infinities of a mask.
+
+Code that comes with a base is never run here. Neither is a quantized base: bitsandbytes repacks weights when they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from merge_gate.engine.base.direct_reads import has_foreign_code
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.forward.activations import Activations, tensors_of, watched
+from merge_gate.engine.forward.inputs import Inputs, candidates
+from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.tensors import module_copies
+from merge_gate.engine.tensors.measure import dtype_max
+from merge_gate.records.measured import Forward
+from merge_gate.records.terms import Origin, Quantization
+
+MOST_CANDIDATES = 6
+"""So many inputs are tried. A base that is not in memory may be read for each."""
+
+CLOSE = 0.9
+"""The merged model is run if an activation is above this share of the dtype's largest value: it may round up."""
+
+
+def run_adapters(base: Base, models: Sequence[Any], tokens: Collection[int] = ()) -> list[Forward]:
+    """Step 1. Run the base, and each of its adapters.
+
+    Args:
+        base: the base, which is loaded or a skeleton.
+        models: the models of transformers with an adapter's layers in place.
+        tokens: ids that should be among the inputs.
+    """
+    why_not = _why_not(base)
+    if why_not:
+        return [Forward(why_not=why_not)] * len(models)
+    for name, inputs in itertools.islice(candidates(base.model, tokens), MOST_CANDIDATES):
+        of_base, *of_adapters = _run(base, [base.model, *models], inputs)
+        error = of_base[0].error
+        if error is None:
+            return [_forward(base, name, of_base, one) for one in of_adapters]
+        why_not = why_not or f"its forward raised {_words(error)}"
+    return [Forward(why_not=why_not or "its configuration names no inputs that are known here")] * len(models)
+
+
+def is_close(forward: Forward) -> bool:
+    """Step 2: whether the merged model has to be run."""
+    largest, allowed = forward.largest or 0.0, forward.largest_allowed or 0.0
+    return forward.ran and (forward.nonfinite_origin is Origin.ADAPTER or largest > CLOSE * allowed)
+
+
+def run_merged(base: Base, merged: Mapping[str, torch.Tensor], forward: Forward, tokens: Collection[int]) -> Forward:
+    """Step 2. `merged` are the tensors that differ from the base, in their final dtypes and the base's shapes."""
+    inputs = next(inputs for name, inputs in candidates(base.model, tokens) if name == forward.inputs)
+    made = _forward(base, forward.inputs or "", *_run(base, [base.model, base.model], inputs, merged))
+    if not made.ran:
+        return forward
+    is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
+    return replace(made, nonfinite_origin=Origin.MERGE) if is_only_merged else made
+
+
+def _why_not(base: Base) -> str:
+    if base.facts.quantization != Quantization.NONE:
+        return "its base is quantized"
+    return "code that comes with a base is not run" if has_foreign_code(base.model) else ""
+
+
+_Seen = tuple[Run, Activations]
+
+
+def _run(
+    base: Base, models: Sequence[Any], inputs: Inputs, merged: Mapping[str, torch.Tensor] | None = None
+) -> list[_Seen]:
+    """The runs of copies of these models. The last one has `merged` in place of the base's tensors."""
+    dtype = _dtype(base)
+    with contextlib.ExitStack() as stack:
+        runs = [Run(model=_copy(model), inputs=_clones(inputs)) for model in models]
+        if merged is not None:
+            runs[-1].own = merged.get
+        seen = [stack.enter_context(watched(run.model, dtype)) for run in runs]
+        run_together(runs, base.tensors, base.filled)
+    if base.hollow is not None and base.hollow.forget_touched():
+        for run in runs:
+            run.error = run.error or RuntimeError("it reads weights in a way that the gate does not follow")
+    return list(zip(runs, seen, strict=True))
+
+
+def _dtype(base: Base) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, base.facts.dtype)
+    return dtype
+
+
+def _copy(model: nn.Module) -> Any:
+    """The model with modules and buffers of its own, for evaluation."""
+    memo = module_copies.tensors_of(model)
+    memo |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+    return copy.deepcopy(model, memo).eval()
+
+
+def _clones(inputs: Inputs) -> Inputs:
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def _forward(base: Base, name: str, of_base: _Seen, of_adapter: _Seen) -> Forward:
+    """Step 3, and the figures."""
+    (plain, own), (run, seen) = of_base, of_adapter
+    for one in (plain, run):
+        if one.error is not None:
+            return Forward(why_not=f"the forward with the adapter raised {_words(one.error)}")
+    common = [(path, seen.by_module[path], was) for path, was in own.by_module.items() if path in seen.by_module]
+    origin, broken = None, next((path for path, now, was in common if was.finite and not now.finite), None)
+    if broken is not None:
+        origin = Origin.ADAPTER
+    elif not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(plain.returned)):
+        broken = next((path for path, one in own.by_module.items() if not one.finite), None)
+        origin = Origin.BASE if broken is not None else None
+    path, now, was = max(common, key=lambda one: one[1].largest, default=(None, None, None))
+    return Forward(
+        ran=True,
+        inputs=name,
+        parameters_run=_share_run(base, own),
+        largest=None if now is None else now.largest,
+        largest_module=path,
+        largest_of_base=None if was is None else was.largest,
+        largest_allowed=dtype_max(_dtype(base)),
+        nonfinite_module=broken,
+        nonfinite_of_base=own.by_module[broken].largest if origin is Origin.ADAPTER and broken is not None else None,
+        nonfinite_origin=origin,
+    )
+
+
+def _share_run(base: Base, own: Activations) -> float:
+    """The share of the base's parameters whose modules ran. A tied one counts once."""
+    sizes = {name: one.numel() for name, one in base.model.named_parameters()}
+    ran = (size for name, size in sizes.items() if name.rpartition(".")[0] in own.ran)
+    return sum(ran) / max(1, sum(sizes.values()))
+
+
+def _words(error: Exception) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

@@ -1,0 +1,61 @@
+"""An adapter raises the largest activation above this share of the largest finite value of float16.
+
+**Fires when** the gate [runs the model](../concepts/forward.md) in float16, the largest value that a module returns is
+above this share of 65,504, and the adapter has raised it: the same module of the base returns a smaller value. For
+bfloat16 and float32, it never fires: they hold values up to 3.4e38.
+
+```text
+run in float16, model.layers.11.mlp.down_proj reaches 45,056; float16 holds up to 65,504 (69%, limit 50%); the base
+reaches 24,912 there
+```
+
+**Why it matters.** The gate runs the model on a few fixed tokens. Other inputs, and other kernels, can reach a few
+times as much.
+
+**What to do.** Serve in bfloat16, or lower the adapter's scale. If you serve in float16, try your longest inputs.
+
+**It happened.**
+
+- [llama.cpp#27016](https://github.com/ggml-org/llama.cpp/pull/27016): a down projection was finite in float32 and
+  infinite in float16, only from 64 tokens on.
+- [transformers#27179](https://github.com/huggingface/transformers/issues/27179): one left-padded input exceeds float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_gate.judging.checks.check import WARNING, Check, MergeCase, Symptom
+from merge_gate.judging.checks.phrases import figure
+from merge_gate.records.terms import Finding, Origin
+
+RAISED = 1.05
+"""An activation that the adapter changes by less is the base's own."""
+
+
+@Check(
+    "activation-headroom",
+    WARNING,
+    Origin.ADAPTER,
+    Symptom.EXTREME_VALUES,
+    blame=222,
+    page=__doc__,
+    limit=0.5,
+    limit_is_share=True,
+).on_merge
+def activation_headroom(case: MergeCase) -> Iterator[Finding]:
+    forward, dtype = case.evidence.forward, case.evidence.base.dtype
+    limit, _ = activation_headroom.limits(case.settings)
+    largest, of_base, allowed = forward.largest, forward.largest_of_base, forward.largest_allowed
+    if dtype != "float16" or largest is None or of_base is None or allowed is None:
+        return
+    if limit * allowed < largest and largest > RAISED * of_base:
+        yield activation_headroom.finding(
+            f"run in {dtype}, {forward.largest_module} reaches {figure(largest)}; {dtype} holds up to "
+            f"{figure(allowed)} ({largest / allowed:.0%}, limit {limit:.0%}); the base reaches {figure(of_base)} there",
+            "other inputs can reach a few times as much: serve in bfloat16, or lower the adapter's scale",
+            module=forward.largest_module,
+            largest=largest,
+            largest_of_base=of_base,
+            limit=limit,
+        )

@@ -1,0 +1,67 @@
+"""Run in its final dtype, a module of the merged model returns NaN or Inf although every weight is finite.
+
+**Fires when** the gate [runs the model](../concepts/forward.md) on made-up inputs, and a module returns a value that
+the dtype of the merged weights cannot hold:
+
+- **error** with origin `adapter`: the base returns finite values there, and the adapter does not, neither merged nor
+  unmerged. Origin `merge`: only the merged model does not.
+- **warning** with origin `base`: the base does it without any adapter.
+
+```text
+run in float16, model.layers.30.mlp.down_proj returns values that are not finite; the base's are, up to 24,912
+```
+
+Only values that a module returns count, because every device stores these in that dtype. The check says nothing about
+attention scores, fused kernels, or other inputs. It is quiet if a weight is not finite, because this then follows.
+
+**Why it matters.** All weights can be small, and their products still exceed 65,504 in float16. Every later layer then
+returns NaN.
+
+**What to do.** Serve in bfloat16 or float32: add that dtype to the entry, and the gate runs the model in it. Or lower
+the adapter's scale and train again. If the base does it by itself, this base cannot be served in this dtype.
+
+**It happened.**
+
+- [peft#3053](https://github.com/huggingface/peft/pull/3053): OPT is fine in float16. With an AdaLoRA adapter, layer 6
+  exceeds 65,504, and the output is NaN.
+- [transformers#36832](https://github.com/huggingface/transformers/pull/36832): Gemma 3 exceeds it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
+from merge_gate.judging.checks.phrases import figure
+from merge_gate.records.terms import Finding, Origin
+
+_LOWER = "lower the adapter's scale, and train again"
+_WIDER = "serve in bfloat16 or float32, and list that dtype for this adapter, so that the gate runs the model in it"
+
+
+@Check("activation-nonfinite", ERROR, Origin.ADAPTER, Symptom.NONFINITE, blame=192, page=__doc__).on_merge
+def activation_nonfinite(case: MergeCase) -> Iterator[Finding]:
+    evidence, forward = case.evidence, case.evidence.forward
+    weights = (*evidence.base.nonfinite, *(merge.stats for merge in evidence.merges))
+    if forward.nonfinite_origin is None or not all(stats.finite for stats in weights):
+        return
+    dtype, module = evidence.base.dtype, forward.nonfinite_module or ""
+    where = f"run in {dtype}, {module} returns values that are not finite"
+    if forward.nonfinite_origin is Origin.BASE:
+        yield activation_nonfinite.finding(
+            f"{where}, in the base without any adapter",
+            _WIDER if dtype == "float16" else "name a base whose own outputs are finite",
+            origin=Origin.BASE,
+            severity=WARNING,
+            module=module,
+        )
+        return
+    only = " in the merged model; unmerged, the adapter's are" if forward.nonfinite_origin is Origin.MERGE else ""
+    largest = forward.nonfinite_of_base
+    yield activation_nonfinite.finding(
+        f"{where}{only}; the base's are finite" + (f", up to {figure(largest)}" if largest is not None else ""),
+        f"{_WIDER}; or {_LOWER}" if dtype == "float16" else _LOWER,
+        origin=forward.nonfinite_origin,
+        module=module,
+        largest_of_base=largest,
+    )

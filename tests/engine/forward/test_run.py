@@ -1,0 +1,180 @@
+"""Runs of a base and its adapters: activations that leave the dtype, whose fault they are, and what does not run."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
+from merge_gate.engine.base.loaded_base import ModelClass, Source
+from merge_gate.engine.base.skeleton import skeleton_of
+from merge_gate.engine.forward.inputs import candidates
+from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
+from merge_gate.files.preflight import preflight
+from merge_gate.records.measured import Evidence
+from merge_gate.records.terms import Origin, Quantization
+from merge_gate.sources.feed import LocalFeed
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
+from tests.support.faults import blow_up
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.engine.base.loaded_base import Base
+    from tests.support.models import Shelf
+
+LLAMA = ModelClass(class_name="LlamaForCausalLM")
+HEAD = "lm_head.weight"
+LIMIT = torch.finfo(torch.float16).max
+
+
+@pytest.fixture(scope="module")
+def loud(shelf: Shelf) -> Base:
+    """A base in float16 whose logits reach 27,000."""
+    return load_local(str(shelf.base("llama-loud")), label="loud", model_class=LLAMA)
+
+
+def request(base: Base, adapter: Path, **options: Any) -> MergeRequest:
+    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), **options)
+
+
+def louder(shelf: Shelf, tmp_path: Path, factor: float) -> Path:
+    """An adapter whose own head is so many times the base's."""
+    directory = tmp_path / f"louder-{factor}"
+    shutil.copytree(shelf.adapter("loud-base"), directory)
+    blow_up(HEAD, factor)(directory)
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
+def test_the_figures_are_those_of_a_plain_forward(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
+    adapter = louder(shelf, tmp_path, 1.5)
+    plain: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-loud"), dtype=torch.float16)
+    _, inputs = next(candidates(plain))
+    with torch.no_grad():
+        of_base = float(plain(**inputs).logits.abs().max())
+        unmerged = float(PeftModel.from_pretrained(plain, adapter).eval()(**inputs).logits.abs().max())
+    forward = merge(request(loud, adapter)).forward
+    assert (forward.ran, forward.why_not, forward.parameters_run) == (True, None, 1.0)
+    assert (forward.largest_module, forward.largest_of_base, forward.largest) == ("lm_head", of_base, unmerged)
+    assert forward.largest_allowed == LIMIT
+    assert forward.nonfinite_module is None
+
+
+def test_an_adapter_that_leaves_the_dtype_is_to_blame(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
+    evidence = merge(request(loud, louder(shelf, tmp_path, 3.0)))
+    assert all(one.stats.finite for one in evidence.merges)
+    assert (evidence.forward.nonfinite_origin, evidence.forward.nonfinite_module) == (Origin.ADAPTER, "lm_head")
+
+
+def test_a_base_that_leaves_the_dtype_by_itself_is_to_blame(shelf: Shelf, tmp_path: Path) -> None:
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-loud"), dtype=torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+    model.save_pretrained(tmp_path)
+    base = load_local(str(tmp_path), label="louder", model_class=LLAMA)
+    forward = merge(request(base, shelf.adapter("plain"))).forward
+    assert (forward.nonfinite_origin, forward.nonfinite_module) == (Origin.BASE, "lm_head")
+
+
+def test_only_the_merged_model_can_be_to_blame(loud: Base, shelf: Shelf) -> None:
+    forward = merge(request(loud, shelf.adapter("loud-base"))).forward
+    assert not is_close(forward)
+    head = loud.tensors[HEAD].detach()
+    assert run_merged(loud, {HEAD: head * 3}, forward, ()).nonfinite_origin is Origin.MERGE
+    finite = run_merged(loud, {HEAD: head * 1.5}, forward, ())
+    assert (finite.nonfinite_origin, finite.largest_module) == (None, "lm_head")
+
+
+def test_what_only_the_unmerged_adapter_exceeds_is_no_fault(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
+    """The merged model is what is served."""
+    forward = merge(request(loud, louder(shelf, tmp_path, 3.0))).forward
+    assert is_close(forward)
+    assert run_merged(loud, {}, forward, ()).nonfinite_origin is None
+
+
+def test_close_to_the_limit_the_merged_model_counts(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
+    forward = merge(request(loud, louder(shelf, tmp_path, 2.35))).forward
+    assert forward.largest is not None
+    assert LIMIT > forward.largest > 0.9 * LIMIT
+    assert is_close(forward)
+    assert is_close(replace(forward, nonfinite_origin=Origin.ADAPTER, largest=1.0))
+    assert not is_close(replace(forward, largest=0.8 * LIMIT))
+
+
+@pytest.mark.parametrize("adapter", ["plain", "modules-to-save", "dora-all-linear", "token-rows"])
+def test_a_base_that_is_not_in_memory_runs_alike(shelf: Shelf, adapter: str) -> None:
+    directory = str(shelf.base("llama"))
+    in_memory = load_local(directory, label="base", model_class=LLAMA)
+    with LocalFeed(directory) as feed:
+        source = Source(directory=directory, label="base")
+        hollow = skeleton_of(source, LLAMA, stored_tensors(directory), feed)
+        requests = [request(base, shelf.adapter(adapter)) for base in (in_memory, hollow)]
+        expected, found = map(merge, requests)
+    assert found.forward == expected.forward
+    assert found.forward.ran
+    assert not hollow.was_misread()
+
+
+def test_the_adapters_of_a_pass_run_together(shelf: Shelf) -> None:
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    names = ("plain", "modules-to-save", "dora-all-linear")
+    alone = [merge(request(base, shelf.adapter(name))).forward for name in names]
+    together = merge_together([request(base, shelf.adapter(name)) for name in names])
+    assert [one.forward for one in together if one is not None] == alone
+
+
+def test_a_run_changes_nothing_of_the_evidence(shelf: Shelf) -> None:
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    before = {name: tensor.clone() for name, tensor in base.tensors.items()}
+    with_it, without = (merge(request(base, shelf.adapter("all-linear"), no_forward=why)) for why in ("", "off"))
+    assert without.forward.why_not == "off"
+    assert _bare(with_it) == _bare(without)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.tensors.items())
+
+
+def _bare(evidence: Evidence) -> Evidence:
+    return replace(evidence, seconds=0.0, forward=replace(evidence.forward, ran=False, why_not=None, **EMPTY))
+
+
+EMPTY: dict[str, None] = dict.fromkeys(
+    ("inputs", "parameters_run", "largest", "largest_module", "largest_of_base", "largest_allowed", "effect")
+)
+
+
+class _Foreign(nn.Linear):
+    """A layer of code that is neither torch's nor transformers'."""
+
+
+def test_code_that_comes_with_a_base_is_not_run(shelf: Shelf) -> None:
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    model: Any = base.model
+    model.lm_head.__class__ = _Foreign
+    (forward,) = run_adapters(base, [base.scratch()])
+    assert not forward.ran
+    assert "code that comes with a base" in (forward.why_not or "")
+
+
+def test_a_quantized_base_is_not_run(shelf: Shelf) -> None:
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base.facts = replace(base.facts, quantization=Quantization.BNB_4BIT)
+    (forward,) = run_adapters(base, [base.scratch()])
+    assert "quantized" in (forward.why_not or "")
+
+
+def test_a_forward_that_raises_costs_only_the_measurement(shelf: Shelf) -> None:
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    model: Any = base.model
+    model.config.num_attention_heads = model.model.layers[0].self_attn.head_dim = 7  # as a config that lies
+    evidence = merge(request(base, shelf.adapter("plain")))
+    assert evidence.refusal is None
+    assert not evidence.forward.ran
+    assert "raised" in (evidence.forward.why_not or "")

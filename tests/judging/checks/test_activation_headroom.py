@@ -1,0 +1,39 @@
+"""When activation-headroom fires, and what it says: its messages are in activation-headroom.txt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from merge_gate.records.measured import Evidence, Forward
+from merge_gate.records.terms import Origin
+from tests.support.faults import blow_up, healthy
+from tests.support.judging.cases import HALF_MAX, MODULE, Fire, base, evidence, files, spec
+from tests.support.judging.every_check import EveryCheck
+
+
+def reaching(largest: float | None, **changes: Any) -> Evidence:
+    usual: dict[str, Any] = {"ran": True, "largest_module": MODULE, "largest_of_base": 24912.0}
+    forward = Forward(**(usual | {"largest": largest, "largest_allowed": HALF_MAX}))
+    return evidence(forward=forward, **changes)
+
+
+class TestActivationHeadroom(EveryCheck):
+    HEALTHY = (
+        healthy(
+            "products-near-the-limit",
+            "loud-base",
+            break_=blow_up("lm_head.weight", 1.5),
+            warnings=("activation-headroom",),
+        ),
+    )
+    FIRES = (
+        Fire(
+            (MODULE, "45,056", "65,504", "69%", "24,912"), Origin.ADAPTER, reaching(45056.0), places={"module": MODULE}
+        ),
+    )
+    QUIET = (
+        (reaching(HALF_MAX / 2), files(), spec()),
+        (reaching(None), files(), spec()),
+        (reaching(45056.0, base=base(dtype="bfloat16")), files(), spec()),
+        (evidence(forward=Forward()), files(), spec()),
+    )
