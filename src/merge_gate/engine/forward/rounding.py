@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -82,7 +83,8 @@ def with_rounding(
     if free_bytes is not None and needed > free_bytes * MEMORY_SHARE:
         return forward
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT has warned in the first merge
             return _measured(base, load(), forward, safe_merge=safe_merge)
     except SourceError:
         raise

@@ -1,0 +1,131 @@
+"""How much of an adapter's effect rounding changes: as plain PEFT computes it, and what is not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
+from merge_gate.engine.adapter.peft_config import read_weights
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.forward.inputs import candidates
+from merge_gate.engine.forward.rounding import with_rounding
+from merge_gate.files.preflight import preflight
+from merge_gate.records.measured import Forward, MeasureOptions
+from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_base, load_local
+from tests.support.models import make_base, read_tensors, save_adapter, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from merge_gate.engine.base.loaded_base import Base
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+
+NEVER = MeasureOptions(norm_limit=float("inf"))
+"""The merge itself measures nothing of this."""
+
+
+def lora(**settings: Any) -> peft.LoraConfig:
+    usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**(usual | settings))
+
+
+class Trial:
+    """A base, and an adapter whose B, or all of it, is `factor` of what is usual here."""
+
+    def __init__(self, root: Path, base: str, config: peft.PeftConfig, factor: float = 1.0, **saving: Any) -> None:
+        self.base_directory, self.adapter = root / "base", root / "adapter"
+        make_base(base, self.base_directory)
+        with methods.quiet():
+            save_adapter(self.base_directory, self.adapter, config, **saving)
+        tensors = read_tensors(self.adapter)
+        write_tensors(
+            self.adapter, {name: one * (factor if "lora_B" in name else 1.0) for name, one in tensors.items()}
+        )
+
+    def loaded(self, dtype: str, load: Callable[..., Base] = load_local) -> Base:
+        directory = str(self.base_directory)
+        model_class = model_class_for(directory, self.files, stored_tensors(directory))
+        return load(directory, model_class=model_class, label="base", dtype=dtype)
+
+    @property
+    def files(self) -> Any:
+        return preflight(str(self.adapter), allow_pickle=False)
+
+    def measured(self, base: Base, *, norm_limit: float = -1.0, **options: Any) -> Forward:
+        evidence = merge(MergeRequest(base=base, members=(self.files,), measure_options=NEVER))
+        assert evidence.refusal is None
+        assert evidence.forward.rounding_change is None
+        return with_rounding(base, lambda: self.load(base), evidence, norm_limit=norm_limit, **options)
+
+    def load(self, base: Base) -> Loaded:
+        return load_adapter(base, self.files, read_weights(self.files))
+
+    @torch.no_grad()
+    def plain(self, dtype: str, tokens: tuple[int, ...] = (), rows: int | None = None) -> tuple[float, float]:
+        """The effect and its change as a user of transformers and PEFT gets them, in float32 arithmetic."""
+        auto = transformers.AutoModelForCausalLM
+        if "BertModel" in (self.base_directory / "config.json").read_text():
+            auto = transformers.AutoModel
+
+        def base(rows: int | None = None) -> Any:
+            model = auto.from_pretrained(self.base_directory, dtype=getattr(torch, dtype))
+            if rows is not None:
+                model.resize_token_embeddings(rows, mean_resizing=False)
+            return model
+
+        with methods.quiet():
+            _, inputs = next(candidates(base(), tokens))
+            unmerged = PeftModel.from_pretrained(base(rows), self.adapter).float()
+            merged = PeftModel.from_pretrained(base(rows), self.adapter).merge_and_unload(safe_merge=True)
+            models = (base().float(), unmerged, merged.float())
+            before, wanted, found = (list(model.eval()(**inputs).values()) for model in models)
+        common = [(a, *(one[..., : a.shape[-1]] for one in rest)) for a, *rest in zip(before, wanted, found, strict=True)]
+        size, effect, change = (
+            torch.cat([one.flatten() for one in each]).norm()
+            for each in zip(*((a, b - a, c - b) for a, b, c in common), strict=True)
+        )
+        return float(effect / size), float(change / effect)
+
+
+IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+CASES: dict[str, tuple[str, peft.PeftConfig, float, dict[str, Any]]] = {
+    "llama": ("llama", lora(), 0.05, {}),
+    "tied": ("llama-tied", lora(), 0.05, {}),
+    "dora": ("llama", lora(use_dora=True), 0.05, {}),
+    "ia3": ("llama", IA3, 1.0, {}),
+    "experts": ("mixtral", lora(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]), 0.5, {}),
+    "head": ("llama", lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), 0.05, {}),
+    "tied head": ("llama-tied", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), 0.05, {}),
+    "tokens": ("llama", lora(trainable_token_indices=[3, 5]), 0.05, {}),
+    "new tokens": ("llama", lora(), 0.05, {"rows": 70}),
+    "bert": ("bert", lora(target_modules=["query", "dense"], task_type=None), 0.5, {}),
+    "gpt2": ("gpt2", lora(target_modules=["c_attn", "c_fc"]), 0.05, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_change_is_what_peft_and_transformers_compute(name: str, tmp_path: Path) -> None:
+    base, config, factor, saving = CASES[name]
+    trial = Trial(tmp_path, base, config, factor, **saving)
+    forward = trial.measured(trial.loaded("bfloat16"))
+    tokens = tuple(getattr(config, "trainable_token_indices", None) or ())
+    effect, change = trial.plain("bfloat16", tokens, saving.get("rows"))
+    assert forward.effect == pytest.approx(effect, rel=1e-3)
+    assert forward.rounding_change == pytest.approx(change, rel=2e-2, abs=1e-5)
+
+
+def small(tmp_path: Path, factor: float = 0.0005) -> Trial:
+    return Trial(tmp_path, "llama-bfloat16", lora(), factor)
