@@ -50,7 +50,12 @@ _Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 def with_rounding(
-    base: Base, load: Callable[[], Loaded], evidence: Evidence, *, free_bytes: int | None = None, safe_merge: bool = True
+    base: Base,
+    load: Callable[[], Loaded],
+    evidence: Evidence,
+    *,
+    free_bytes: int | None = None,
+    safe_merge: bool = True,
 ) -> Forward:
     """The `Forward` of `evidence`, with the change by rounding if it can be measured, and if the norm asks for it.
 
