@@ -33,6 +33,7 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.engine.merge.merged_tensors import TensorSink, WholeTensors
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
@@ -209,18 +210,30 @@ def _trained_tokens(model: Any) -> Iterator[int]:
 
 
 def _run_again(attempt: _Attempt) -> Evidence:
-    """Run the merged model, if the activations of the adapter leave the dtype, or come close."""
+    """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much."""
     request, evidence = attempt.request, attempt.evidence
-    if not is_close(evidence.forward):
-        return evidence
-    merged = _merged_tensors(request, evidence)
-    if merged is None:
+    if not evidence.forward.ran or evidence.refusal is not None:
         return evidence
     request.on_forward(True)
-    with contextlib.suppress(Exception), torch.no_grad():
-        evidence = replace(evidence, forward=run_merged(request.base, merged, evidence.forward, attempt.tokens))
-    request.on_forward(False)
-    return evidence
+    try:
+        with _quiet(), torch.no_grad():
+            if is_close(evidence.forward) and (merged := _merged_tensors(request, evidence)) is not None:
+                forward = run_merged(request.base, merged, evidence.forward, attempt.tokens)
+                evidence = replace(evidence, forward=forward)
+            forward = with_rounding(
+                request.base,
+                attempt.load,
+                evidence,
+                attempt.tokens,
+                norm_limit=request.measure_options.norm_limit,
+                free_bytes=request.free_bytes,
+                safe_merge=request.safe_merge,
+            )
+            return replace(evidence, forward=forward)
+    except Exception:  # a model's own code: the evidence is complete without it
+        return evidence
+    finally:
+        request.on_forward(False)
 
 
 def _merged_tensors(request: MergeRequest, evidence: Evidence) -> dict[str, torch.Tensor] | None:
@@ -272,7 +285,7 @@ class _Attempt:
         self.seconds += time.perf_counter() - started
         self.evidence = replace(self.evidence, base=self.base.facts, seconds=self.seconds)
 
-    def _load(self) -> Loaded:
+    def load(self) -> Loaded:
         request = self.request
         if request.combine is not None:
             from merge_gate.engine.adapter.combine import combined  # noqa: PLC0415 - few adapters are combinations
@@ -288,7 +301,7 @@ class _Attempt:
         measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
         self.evidence = replace(self.evidence, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
         # 2.
-        loaded = self._load()
+        loaded = self.load()
         # 3. The defects depend on config and names only, which are those of the first adapter of a template.
         if loaded.is_first:
             refuse_wrong_merges(loaded.model, loaded.config)
@@ -335,7 +348,7 @@ class _Attempt:
             return
         walk, base, differing = self.walk, self.base, tuple(self.walk.differing)
         if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
-            walk = self._planned_walk(self._load(), in_blocks=False)
+            walk = self._planned_walk(self.load(), in_blocks=False)
         walk.finish()
         loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
         shares = [difference(one) for one in compared]

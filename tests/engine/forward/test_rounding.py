@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -22,7 +20,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Forward, MeasureOptions
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_base, load_local
+from tests.support.engine.local_bases import load_local
 from tests.support.models import make_base, read_tensors, save_adapter, write_tensors
 
 if TYPE_CHECKING:
@@ -47,6 +45,7 @@ class Trial:
 
     def __init__(self, root: Path, base: str, config: peft.PeftConfig, factor: float = 1.0, **saving: Any) -> None:
         self.base_directory, self.adapter = root / "base", root / "adapter"
+        self.tokens = getattr(config, "trainable_token_indices", None) or ()
         make_base(base, self.base_directory)
         with methods.quiet():
             save_adapter(self.base_directory, self.adapter, config, **saving)
@@ -68,13 +67,14 @@ class Trial:
         evidence = merge(MergeRequest(base=base, members=(self.files,), measure_options=NEVER))
         assert evidence.refusal is None
         assert evidence.forward.rounding_change is None
-        return with_rounding(base, lambda: self.load(base), evidence, norm_limit=norm_limit, **options)
+        with torch.no_grad(), methods.quiet():
+            return with_rounding(base, lambda: self.load(base), evidence, self.tokens, norm_limit=norm_limit, **options)
 
     def load(self, base: Base) -> Loaded:
         return load_adapter(base, self.files, read_weights(self.files))
 
     @torch.no_grad()
-    def plain(self, dtype: str, tokens: tuple[int, ...] = (), rows: int | None = None) -> tuple[float, float]:
+    def plain(self, dtype: str, rows: int | None = None) -> tuple[float, float]:
         """The effect and its change as a user of transformers and PEFT gets them, in float32 arithmetic."""
         auto = transformers.AutoModelForCausalLM
         if "BertModel" in (self.base_directory / "config.json").read_text():
@@ -87,12 +87,14 @@ class Trial:
             return model
 
         with methods.quiet():
-            _, inputs = next(candidates(base(), tokens))
+            _, inputs = next(candidates(base(), self.tokens))
             unmerged = PeftModel.from_pretrained(base(rows), self.adapter).float()
             merged = PeftModel.from_pretrained(base(rows), self.adapter).merge_and_unload(safe_merge=True)
             models = (base().float(), unmerged, merged.float())
             before, wanted, found = (list(model.eval()(**inputs).values()) for model in models)
-        common = [(a, *(one[..., : a.shape[-1]] for one in rest)) for a, *rest in zip(before, wanted, found, strict=True)]
+        common = [
+            (a, *(one[..., : a.shape[-1]] for one in rest)) for a, *rest in zip(before, wanted, found, strict=True)
+        ]
         size, effect, change = (
             torch.cat([one.flatten() for one in each]).norm()
             for each in zip(*((a, b - a, c - b) for a, b, c in common), strict=True)
@@ -121,8 +123,7 @@ def test_the_change_is_what_peft_and_transformers_compute(name: str, tmp_path: P
     base, config, factor, saving = CASES[name]
     trial = Trial(tmp_path, base, config, factor, **saving)
     forward = trial.measured(trial.loaded("bfloat16"))
-    tokens = tuple(getattr(config, "trainable_token_indices", None) or ())
-    effect, change = trial.plain("bfloat16", tokens, saving.get("rows"))
+    effect, change = trial.plain("bfloat16", saving.get("rows"))
     assert forward.effect == pytest.approx(effect, rel=1e-3)
     assert forward.rounding_change == pytest.approx(change, rel=2e-2, abs=1e-5)
 

@@ -16,19 +16,16 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
-from merge_gate.engine.base.direct_reads import has_foreign_code
+from merge_gate.engine.adapter.load_adapter import Loaded
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
 from merge_gate.engine.forward.inputs import candidates
@@ -37,9 +34,7 @@ from merge_gate.engine.merge.merged_tensors import WholeTensors, shares_storage
 from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
-from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.measured import NORM_LIMIT, Evidence, Forward, MeasureOptions
-from merge_gate.sources.feed import SourceError
 
 LEAST_EFFECT = 40
 """The effect has to be so many times as large as the noise. That is about 100 times as large as the difference of a
@@ -55,6 +50,7 @@ def with_rounding(
     base: Base,
     load: Callable[[], Loaded],
     evidence: Evidence,
+    tokens: Collection[int] = (),
     *,
     norm_limit: float = NORM_LIMIT,
     free_bytes: int | None = None,
@@ -63,51 +59,31 @@ def with_rounding(
     """The `Forward` of `evidence`, with the change by rounding if it can be measured, and if the norm asks for it.
 
     Args:
-        base: the base that the adapter was merged into.
+        base: the base that the adapter was merged into. It has run, on the inputs that `evidence` names.
         load: loads the adapter again.
-        evidence: what its merge has shown.
+        evidence: what its merge and its run have shown.
+        tokens: ids that are among the inputs.
         norm_limit: the share of the norm that rounding has to take.
         free_bytes: the free memory, if it is known.
         safe_merge: as for the merge.
 
     Raises:
-        SourceError: the bytes of the base could not be had.
+        Exception: PEFT's second merge fails, which the first did not.
     """
     forward = evidence.forward
-    is_quantized_base = any(map(is_quantized, base.tensors.values()))
-    if not evidence.loses_norm(norm_limit) or is_quantized_base or not _may_run(base.model):
-        return forward
     sizes = [(one.stats.numel, getattr(torch, one.stats.dtype).itemsize) for one in evidence.merges]
     largest = max(tensor.numel() for tensor in base.tensors.values())
     needed = sum(numel * itemsize for numel, itemsize in sizes) + 2 * largest * torch.float32.itemsize
-    if free_bytes is not None and needed > free_bytes * MEMORY_SHARE:
+    is_too_large = free_bytes is not None and needed > free_bytes * MEMORY_SHARE
+    if not forward.ran or is_too_large or not evidence.loses_norm(norm_limit):
         return forward
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT has warned in the first merge
-            return _measured(base, load(), forward, safe_merge=safe_merge)
-    except SourceError:
-        raise
-    except Exception:  # a model's own code, or PEFT's second merge; the norm decides then
-        return forward
-
-
-def _may_run(model: nn.Module) -> bool:
-    return isinstance(model, transformers.PreTrainedModel) and not has_foreign_code(model)
-
-
-def _measured(base: Base, loaded: Loaded, forward: Forward, *, safe_merge: bool) -> Forward:
     # 1. and 2.
     hollow = Hollow(
         _cell(base, name, tensor)
         for name, tensor in base.tensors.items()
         if tensor.is_floating_point() and tensor.numel()
     )
-    tokens = {
-        token
-        for layer in loaded.model.modules()
-        for token in (getattr(layer, "token_indices", None) or {}).get(ADAPTER_NAME, ())
-    }
+    loaded = load()
     plain, noisy = (_in_float32(base.model, base, hollow) for _ in range(2))
     unmerged = _in_float32(loaded.model.get_base_model(), base, hollow)
     received: dict[str, torch.Tensor] = {}
@@ -143,23 +119,19 @@ def _measured(base: Base, loaded: Loaded, forward: Forward, *, safe_merge: bool)
     def rounded(name: str) -> torch.Tensor | None:
         return in_place[name].float() if name in in_place else None
 
-    for _, inputs in candidates(plain, tokens):
-        choices = _Choices()
-        runs = (
-            Run(model=plain, inputs=inputs),
-            Run(model=noisy, inputs=inputs, own=off_by_one_unit),
-            Run(model=choices.of(unmerged), inputs=inputs),
-            Run(model=choices.given_to(merged), inputs=inputs, own=rounded),
-        )
-        run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
-        if runs[0].error is None:
-            break
-    else:
-        return forward
+    inputs = next(inputs for name, inputs in candidates(plain, tokens) if name == forward.inputs)
+    choices = _Choices()
+    runs = (
+        Run(model=plain, inputs=inputs),
+        Run(model=noisy, inputs=inputs, own=off_by_one_unit),
+        Run(model=choices.of(unmerged), inputs=inputs),
+        Run(model=choices.given_to(merged), inputs=inputs, own=rounded),
+    )
+    run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
     if hollow.forget_touched() or any(run.error is not None for run in runs):
         return forward
     size, noise, effect, change = _norms([run.returned for run in runs])
-    if not (size and effect and effect >= LEAST_EFFECT * noise and math.isfinite(change)):
+    if not (size and effect and effect >= LEAST_EFFECT * noise and math.isfinite(change)):  # NaN, too
         return forward
     return replace(forward, effect=effect / size, rounding_change=change / effect, choices_changed=choices.changed)
 
