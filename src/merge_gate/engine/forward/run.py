@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from merge_gate.engine.base.direct_reads import has_foreign_code
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
+from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.inputs import Inputs, candidates
 from merge_gate.engine.forward.lockstep import Run, run_together
 from merge_gate.engine.tensors import module_copies
