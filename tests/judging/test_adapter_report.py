@@ -155,9 +155,7 @@ def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() ->
     line = adapter_report.merged_report(ENTRY, one)
     assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
     assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
-    refused = dataclasses.replace(
-        MEASURED, refusal=reason("other_forward", module="m", class_name="Odd", share=1.0), merges=()
-    )
+    refused = dataclasses.replace(MEASURED, refusal=reason("layer_left_unmerged", module="m"), merges=())
     assert adapter_report.merged_report(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
 
 
