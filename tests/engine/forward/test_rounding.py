@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -17,10 +18,12 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.forward.inputs import candidates
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.files.preflight import preflight
+from merge_gate.judging.all_checks import judge_merge
 from merge_gate.records.measured import Forward, MeasureOptions
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_local
+from tests.support.engine.local_bases import load_base, load_local
+from tests.support.gating import SPEC
 from tests.support.models import make_base, read_tensors, save_adapter, write_tensors
 
 if TYPE_CHECKING:
@@ -128,5 +131,88 @@ def test_the_change_is_what_peft_and_transformers_compute(name: str, tmp_path: P
     assert forward.rounding_change == pytest.approx(change, rel=2e-2, abs=1e-5)
 
 
-def small(tmp_path: Path, factor: float = 0.0005) -> Trial:
-    return Trial(tmp_path, "llama-bfloat16", lora(), factor)
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """An adapter of which bfloat16 keeps about a third."""
+    return Trial(tmp_path_factory.mktemp("rounding"), "llama", lora(), 0.001)
+
+
+def test_it_does_not_matter_where_the_values_come_from(trial: Trial) -> None:
+    skeleton, in_memory = trial.loaded("bfloat16"), trial.loaded("bfloat16", load_base)
+    assert skeleton.hollow is not None
+    assert in_memory.hollow is None
+    before = {name: one.clone() for name, one in in_memory.tensors.items()}
+    assert trial.measured(skeleton) == trial.measured(in_memory)
+    assert all(torch.equal(one, before[name]) for name, one in in_memory.tensors.items())
+    assert not skeleton.was_misread()
+
+
+def test_the_figure_decides_and_the_next_adapter_reuses_the_scratch_copy(trial: Trial) -> None:
+    base = trial.loaded("bfloat16")
+    evidence = merge(MergeRequest(base=base, members=(trial.files,)))
+    change, norm = evidence.forward.rounding_change, evidence.lost_share
+    assert change == pytest.approx(norm, rel=0.3)  # of a random delta, rounding takes as much as of its norm
+    assert evidence.forward.choices_changed == 0
+    assert base.template is not None
+    found = [one for one in judge_merge(SPEC, trial.files, evidence) if one.check == "rounding-loss"]
+    assert [dict(one.measured)["rounding_change"] for one in found] == [change]
+
+
+def test_it_is_measured_only_if_the_norm_asks_for_it(trial: Trial) -> None:
+    base = trial.loaded("bfloat16")
+    assert trial.measured(base, norm_limit=0.5).rounding_change is not None
+    assert trial.measured(base, norm_limit=0.99).rounding_change is None
+    assert merge(MergeRequest(base=base, members=(trial.files,), no_forward="off")).forward.rounding_change is None
+
+
+@pytest.mark.parametrize(("free_bytes", "is_measured"), [(1 << 30, True), (100_000, False)])
+def test_it_is_measured_only_if_the_merged_tensors_fit(trial: Trial, free_bytes: int, *, is_measured: bool) -> None:
+    forward = trial.measured(trial.loaded("bfloat16"), free_bytes=free_bytes)
+    assert (forward.rounding_change is not None) is is_measured
+
+
+def test_an_effect_that_is_lost_in_float32_is_not_measured(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, "llama", lora(), 1e-5)
+    forward = trial.measured(trial.loaded("bfloat16"))
+    assert forward.ran
+    assert forward.effect is forward.rounding_change is None
+
+
+def noisy(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * (1 + random.random() * 1e-3)
+
+
+def failing(calls: int) -> Any:
+    left = iter(range(calls))
+
+    def fail(_module: Any, _inputs: Any, _output: Any) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("the third forward pass fails")
+
+    return fail
+
+
+@pytest.mark.parametrize("hook", [noisy, failing(3)])
+def test_a_model_that_runs_differently_or_fails_costs_only_the_measurement(trial: Trial, hook: Any) -> None:
+    base = trial.loaded("bfloat16")
+    base.model.get_submodule("model.norm").register_forward_hook(hook)
+    evidence = merge(MergeRequest(base=base, members=(trial.files,)))
+    assert evidence.forward.ran
+    assert evidence.forward.rounding_change is None
+    assert evidence.parameters_checked == evidence.parameters_total > 0
+
+
+def test_the_experts_are_those_of_the_unmerged_adapter(tmp_path: Path) -> None:
+    """An adapter on routers that choose between experts of almost the same score."""
+    config = lora(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+    trial = Trial(tmp_path, "mixtral", config, 0.005)
+    tensors = read_tensors(trial.base_directory, "model.safetensors")
+    for name, one in tensors.items():
+        if name.endswith("gate.weight"):
+            one.copy_(one[:1].expand_as(one).bfloat16())
+    write_tensors(trial.base_directory, tensors, "model.safetensors")
+    forward = trial.measured(trial.loaded("bfloat16"))
+    _, with_other_experts = trial.plain("bfloat16")
+    assert forward.choices_changed
+    assert forward.rounding_change is not None
+    assert forward.rounding_change < 0.9 * with_other_experts
