@@ -6,7 +6,7 @@
 In: model types. Out: a line of JSON for each in the work directory. Each type has a process of its own, in which
 
 1. a small random model is built (tests/support/engine/architectures.py);
-2. one forward pass of tensors without data shows what is read apart (engine/base/direct_reads.py);
+2. one forward pass of tensors without data shows what is read apart (engine/forward/direct_reads.py);
 3. PEFT is the judge of each kind of layer that was found, and of two that were not: a LoRA with a random B is put on
    that layer alone, and the model's outputs are compared before and after PEFT's merge.
 """
@@ -14,6 +14,7 @@ In: model types. Out: a line of JSON for each in the work directory. Each type h
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -35,7 +36,9 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.engine.base import direct_reads
+from merge_gate.engine.forward import direct_reads
+from merge_gate.engine.forward.activations import tensors_of
+from merge_gate.engine.forward.inputs import candidates
 from tests.support import methods
 from tests.support.engine import architectures
 
@@ -103,9 +106,12 @@ def off(model: Any, path: str) -> float:
 
 
 def outputs(model: Any) -> torch.Tensor:
-    torch.manual_seed(1)
-    tensors = (tensor for _, tensor in direct_reads.tensors_of(model(**direct_reads.inputs_of(model))))
-    return torch.cat([tensor.float().flatten() for tensor in tensors if tensor.is_floating_point()])
+    """What the model returns for the first inputs that it accepts."""
+    for _, inputs in candidates(model):
+        torch.manual_seed(1)
+        with contextlib.suppress(Exception):
+            return torch.cat([tensor.float().flatten() for tensor in tensors_of(model(**inputs))])
+    raise ValueError("no inputs fit")
 
 
 def in_process(target: Any, value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.adapter.peft_config import STARTS, starts_at_no_delta
-from merge_gate.engine.base import direct_reads
+from merge_gate.engine.forward import direct_reads
 from merge_gate.records.terms import Finding, Severity, Verdict
 from tests.support import methods
 from tests.support.engine import architectures
@@ -387,14 +387,15 @@ def test_what_counts_is_what_an_output_depends_on(how: Callable[..., torch.Tenso
     assert (found.complete, found.modules, found.in_logits) == (True, apart, apart)
 
 
-def test_a_part_that_a_whole_run_did_not_come_to_is_not_taken_for_run() -> None:
+def test_a_part_that_a_whole_run_did_not_come_to_runs_alone() -> None:
     class Own(transformers.SiglipModel):
         def forward(self, input_ids: torch.Tensor) -> Any:
             return self.text_model(input_ids)
 
     Own.__module__ = "transformers.models.siglip.modeling_siglip"
     found = direct_reads.trace(Own(_siglip().config))
-    assert (found.complete, found.modules, "text_model.head" in found.ran) == (True, frozenset(), True)
+    apart = frozenset({f"vision_model.{OUT_PROJ}"})
+    assert (found.complete, found.modules, "text_model.head" in found.ran) == (True, apart, True)
     assert not any("vision_model" in path for path in found.ran)
 
 

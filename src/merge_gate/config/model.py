@@ -168,7 +168,7 @@ SeverityWord = Annotated[
 ]
 
 ForwardWord = Annotated[
-    Literal[tuple(map(str, ForwardMode))],  # type: ignore[valid-type] # as above
+    Literal["auto", "off", "required"],
     BeforeValidator(lambda word: ForwardMode.OFF.value if word is False else word),  # YAML reads off as false
     WithJsonSchema({"enum": [*map(str, ForwardMode), False]}),
 ]

@@ -33,9 +33,10 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.forward.merged_again import fits, merged_again
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
-from merge_gate.engine.merge.merged_tensors import TensorSink, WholeTensors
+from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.engine.merge.proof import MOST_ERROR_SHARE, difference
@@ -212,43 +213,23 @@ def _trained_tokens(model: Any) -> Iterator[int]:
 def _run_again(attempt: _Attempt) -> Evidence:
     """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much."""
     request, evidence = attempt.request, attempt.evidence
-    if not evidence.forward.ran or evidence.refusal is not None:
+    forward, base = evidence.forward, request.base
+    may_lose = evidence.loses_norm(request.measure_options.norm_limit)
+    if not forward.ran or not (may_lose or is_close(forward)) or not fits(base, evidence, request.free_bytes):
         return evidence
     request.on_forward(True)
     try:
         with _quiet(), torch.no_grad():
-            if is_close(evidence.forward) and (merged := _merged_tensors(request, evidence)) is not None:
-                forward = run_merged(request.base, merged, evidence.forward, attempt.tokens)
-                evidence = replace(evidence, forward=forward)
-            forward = with_rounding(
-                request.base,
-                attempt.load,
-                evidence,
-                attempt.tokens,
-                norm_limit=request.measure_options.norm_limit,
-                free_bytes=request.free_bytes,
-                safe_merge=request.safe_merge,
-            )
-            return replace(evidence, forward=forward)
-    except Exception:  # a model's own code: the evidence is complete without it
+            merged = merged_again(base, attempt.load(), safe_merge=request.safe_merge)
+            if merged is not None and is_close(forward):
+                forward = run_merged(base, merged, forward, attempt.tokens)
+            if merged is not None and may_lose:
+                forward = with_rounding(base, attempt.load(), merged, forward, attempt.tokens)
+    except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
         return evidence
     finally:
         request.on_forward(False)
-
-
-def _merged_tensors(request: MergeRequest, evidence: Evidence) -> dict[str, torch.Tensor] | None:
-    """The tensors that the merge changes, in their final dtypes, by another merge.
-
-    None if they do not fit in half of the free memory, or into the base: they have other shapes, or are not tied.
-    """
-    size = sum(one.stats.numel * getattr(torch, one.stats.dtype).itemsize for one in evidence.merges)
-    if request.free_bytes is not None and size > request.free_bytes // 2:
-        return None
-    kept: dict[str, torch.Tensor] = {}
-    merge(replace(request, sink=WholeTensors(kept.__setitem__), progress=None, no_forward=RAN_BEFORE))
-    tensors = request.base.tensors
-    fits = all(name in tensors and tensors[name].shape == one.shape for name, one in kept.items())
-    return kept if fits else None
+    return replace(evidence, forward=forward)
 
 
 class _Attempt:

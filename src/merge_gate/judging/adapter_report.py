@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from merge_gate._internal.text import quoted
 from merge_gate.judging import all_checks, kinds, verdict
@@ -94,8 +95,9 @@ def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
 
 def _bounded(forward: Forward) -> Forward:
     """A measurement whose texts are cut: they come from the base's names, and from what its code raised."""
-    values = {field.name: getattr(forward, field.name) for field in fields(forward)}
-    return replace(forward, **{name: cut(value) for name, value in values.items() if isinstance(value, str)})
+    values = ((field.name, getattr(forward, field.name)) for field in fields(forward))
+    texts: dict[str, Any] = {name: cut(value) for name, value in values if isinstance(value, str)}
+    return replace(forward, **texts)
 
 
 def not_judged_report(entry: Entry, refusal: Refusal | NotJudged) -> AdapterReport:

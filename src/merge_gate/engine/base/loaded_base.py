@@ -52,7 +52,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import FileSpan, SourceError
 
 if TYPE_CHECKING:
-    from merge_gate.engine.base.direct_reads import DirectReads
+    from merge_gate.engine.forward.direct_reads import DirectReads
 
 _REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
 """transformers' errors refer to a table in its log, which the reader of a message does not see."""

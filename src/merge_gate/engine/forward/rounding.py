@@ -1,13 +1,12 @@
 """Measures how much of an adapter's effect on the outputs changes by rounding the merge to its final dtype.
 
-In: a base and an adapter that was merged. Out: `Forward` with `effect` and `rounding_change`, or without them.
+In: a base, an adapter, and its merge. Out: `Forward` with `effect` and `rounding_change`, or without them.
 
-1. The adapter is loaded and merged once more. The merged tensors stay in memory as they would be published.
-2. Base, unmerged adapter, and merge become models with float32 tensors. The base's tensors are hollow (hollow.py), so
+1. Base, unmerged adapter, and merge become models with float32 tensors. The base's tensors are hollow (hollow.py), so
    only what an operation reads is float32 in memory.
-3. They run together (lockstep.py), with a second base whose values are off by one unit of float32 arithmetic. What
+2. They run together (lockstep.py), with a second base whose values are off by one unit of float32 arithmetic. What
    that changes is noise, and a small effect is lost in it.
-4. A mixture of experts may send a token to another expert for the smallest difference. So the merged model makes the
+3. A mixture of experts may send a token to another expert for the smallest difference. So the merged model makes the
    choices of the unmerged one, and those that it would have changed are counted.
 """
 
@@ -30,94 +29,47 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
 from merge_gate.engine.forward.inputs import candidates
 from merge_gate.engine.forward.lockstep import Run, run_together
-from merge_gate.engine.merge.merged_tensors import WholeTensors, shares_storage
-from merge_gate.engine.merge.one_pass import merge_planned
-from merge_gate.engine.merge.walk import Walk
+from merge_gate.engine.forward.merged_again import MergedAgain
+from merge_gate.engine.merge.merged_tensors import shares_storage
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
-from merge_gate.records.measured import NORM_LIMIT, Evidence, Forward, MeasureOptions
+from merge_gate.records.measured import Forward
 
 LEAST_EFFECT = 40
 """The effect has to be so many times as large as the noise. That is about 100 times as large as the difference of a
 merge in float32 and the unmerged adapter, which is 2 to 20 times smaller than the noise (tiny models, SmolLM2)."""
 
-MEMORY_SHARE = 0.5
-"""The merged tensors may take this share of the free memory."""
-
 _Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
 def with_rounding(
-    base: Base,
-    load: Callable[[], Loaded],
-    evidence: Evidence,
-    tokens: Collection[int] = (),
-    *,
-    norm_limit: float = NORM_LIMIT,
-    free_bytes: int | None = None,
-    safe_merge: bool = True,
+    base: Base, loaded: Loaded, merged: MergedAgain, forward: Forward, tokens: Collection[int]
 ) -> Forward:
-    """The `Forward` of `evidence`, with the change by rounding if it can be measured, and if the norm asks for it.
+    """The `Forward` with the change by rounding, if it can be measured.
 
     Args:
-        base: the base that the adapter was merged into. It has run, on the inputs that `evidence` names.
-        load: loads the adapter again.
-        evidence: what its merge and its run have shown.
+        base: the base, which has run on the inputs that `forward` names.
+        loaded: the adapter, which is not merged.
+        merged: the adapter merged.
+        forward: what the run has shown.
         tokens: ids that are among the inputs.
-        norm_limit: the share of the norm that rounding has to take.
-        free_bytes: the free memory, if it is known.
-        safe_merge: as for the merge.
-
-    Raises:
-        Exception: PEFT's second merge fails, which the first did not.
     """
-    forward = evidence.forward
-    sizes = [(one.stats.numel, getattr(torch, one.stats.dtype).itemsize) for one in evidence.merges]
-    largest = max(tensor.numel() for tensor in base.tensors.values())
-    needed = sum(numel * itemsize for numel, itemsize in sizes) + 2 * largest * torch.float32.itemsize
-    is_too_large = free_bytes is not None and needed > free_bytes * MEMORY_SHARE
-    if not forward.ran or is_too_large or not evidence.loses_norm(norm_limit):
-        return forward
-    # 1. and 2.
+    # 1.
     hollow = Hollow(
         _cell(base, name, tensor)
         for name, tensor in base.tensors.items()
         if tensor.is_floating_point() and tensor.numel()
     )
-    loaded = load()
-    plain, noisy = (_in_float32(base.model, base, hollow) for _ in range(2))
-    unmerged = _in_float32(loaded.model.get_base_model(), base, hollow)
-    received: dict[str, torch.Tensor] = {}
-    walk = Walk(
-        base=base,
-        loaded=loaded,
-        measure_options=MeasureOptions(estimates=True),
-        sink=WholeTensors(received.__setitem__),
-        safe_merge=safe_merge,
-    )
-    walk.plan()
-    merge_planned((walk,), (base,))
-    if walk.differing:
-        return forward
-    walk.finish()
-    if not walk.layers_by_peft:
-        base.template = loaded.template
-    tree = loaded.model.get_base_model()
-    places = dict((*tree.named_parameters(remove_duplicate=False), *tree.named_buffers(remove_duplicate=False)))
-    in_place = {  # the walk has put the base's tensor back; any other merged tensor is in the tree
-        name: values
-        for name, values in received.items()
-        if name in hollow.tensors and shares_storage(base.tensors[name], places[name])
-    }
-    merged = _in_float32(tree, base, hollow)
+    trees = (base.model, base.model, loaded.model.get_base_model(), merged.model)
+    plain, noisy, unmerged, rounded = (_in_float32(tree, base, hollow) for tree in trees)
 
-    # 3. and 4.
+    # 2. and 3.
     def off_by_one_unit(name: str) -> torch.Tensor:
         values = hollow.tensors[name]
         signs = torch.randint(2, values.shape[-1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
         return values * (1 + signs * torch.finfo(torch.float32).eps)
 
-    def rounded(name: str) -> torch.Tensor | None:
-        return in_place[name].float() if name in in_place else None
+    def of_merge(name: str) -> torch.Tensor | None:
+        return merged.values[name].float() if name in merged.values else None
 
     inputs = next(inputs for name, inputs in candidates(plain, tokens) if name == forward.inputs)
     choices = _Choices()
@@ -125,7 +77,7 @@ def with_rounding(
         Run(model=plain, inputs=inputs),
         Run(model=noisy, inputs=inputs, own=off_by_one_unit),
         Run(model=choices.of(unmerged), inputs=inputs),
-        Run(model=choices.given_to(merged), inputs=inputs, own=rounded),
+        Run(model=choices.given_to(rounded), inputs=inputs, own=of_merge),
     )
     run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
     if hollow.forget_touched() or any(run.error is not None for run in runs):
@@ -181,7 +133,7 @@ def _norms(outputs: Sequence[Any]) -> tuple[float, ...]:
 
 
 class _Choices:
-    """Step 4: the experts that the unmerged model chooses. `changed` counts the tokens that would get other ones."""
+    """Step 3: the experts that the unmerged model chooses. `changed` counts the tokens that would get other ones."""
 
     def __init__(self) -> None:
         self.changed = 0

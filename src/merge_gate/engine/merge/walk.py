@@ -400,6 +400,8 @@ class Walk:
         if len(of_packed) > 1 or module is not slot.module or not packed or packed[-1].numel() != values.numel():
             return {}
         exact = packed[-1].float().reshape(values.shape)
+        if packed[-1].dtype is not torch.float32:  # rounded: that would be more than the limits
+            return {slot.name: exact}
         layer.merged_adapters.clear()
         layer.base_layer = _linear(values, next((one.data for one in slots if one.attribute == "bias"), None))
         try:

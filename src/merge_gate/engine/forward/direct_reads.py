@@ -4,7 +4,8 @@ In: a model. Out: `DirectReads`. The model is not changed, and this module impor
 
 1. Copy the model. Each parameter becomes a fake tensor, which has a shape, an autograd history, and no data.
 2. While a layer's forward runs, replace each of its parameters by another leaf of the autograd graph.
-3. Run the model once, on inputs chosen by their names. If it fails, run those of its parts that are models.
+3. Run the model, on the first inputs that it accepts (inputs.py). Then run those of its parts that are models and that
+   did not run.
 4. A layer is read directly if the graph of the outputs contains its parameter, but not the leaf that replaced it.
 """
 
@@ -19,9 +20,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,21 +30,21 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from merge_gate.engine.forward.inputs import candidates
 
 MOST_CALLS = 30_000
-"""The limit of torch calls in one forward pass. A Llama with 80 layers makes 5,345."""
-
-TOKENS, SAMPLES, FRAMES, EDGE, CHANNELS = 8, 4_000, 100, 32, 3
-"""Sizes of inputs if the configuration names none."""
+"""The limit of torch calls in all forward passes of a model. A Llama with 80 layers makes 5,345."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectReads:
-    """What one forward pass showed.
+    """What the forward passes showed.
 
     `modules` are those whose parameters the forward reads without calling them, and `in_logits` those of them that a
-    logit depends on. `complete`: the whole model ran. `ran` are then the modules with parameters of their own whose
-    forward ran. If it is not complete, `modules` is what the outputs up to the failure show.
+    logit depends on. `complete`: the model accepted some inputs. `ran` are then the modules with parameters of their
+    own whose forward ran. Of a pass that failed, `modules` has what the outputs up to the failure show.
     """
 
     complete: bool = False
@@ -98,26 +98,26 @@ def _fake_copy(model: nn.Module) -> Any:
 
 
 def _trace_fake(model: Any) -> DirectReads:
-    leaves = _Leaves(model)
-    complete, named = _run_once(model)
-    outputs = [tensor for _, tensor in named]
-    if complete:
-        logits = (value for name, value in named if name.startswith("logits"))
-        return DirectReads(
-            complete=True,
-            ran=frozenset(leaves.ran),
-            modules=leaves.read_directly(outputs),
-            in_logits=leaves.read_directly(logits),
-        )
-    # 3. The whole model failed, so run its parts that are models, from the outside in.
+    leaves, limit = _Leaves(model), _CallLimit()
+    returned, outputs = _run(model, limit)
+    complete, ran = returned is not None, frozenset(leaves.ran)
+    # 3., from the outside in
     complete_parts: list[str] = []
     for path, part in model.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer in complete_parts)
-        if path and isinstance(part, transformers.PreTrainedModel) and not is_inside:
-            complete, named = _run_once(part)
-            outputs += [tensor for _, tensor in named]
-            complete_parts += [path] if complete else []
-    return DirectReads(modules=leaves.read_directly(outputs))
+        has_run = complete and any(f"{one}.".startswith(f"{path}.") for one in ran)
+        if path and isinstance(part, transformers.PreTrainedModel) and not is_inside and not has_run:
+            returned_by_part, of_part = _run(part, limit)
+            outputs += of_part
+            complete_parts += [path] if returned_by_part is not None else []
+    named = returned.items() if isinstance(returned, dict) else ()
+    logits = [value for name, value in named if name.startswith("logits")]
+    return DirectReads(
+        complete=complete,
+        ran=ran if complete else frozenset(),
+        modules=leaves.read_directly(outputs),
+        in_logits=leaves.read_directly(_tensors_of(logits)),
+    )
 
 
 class _Leaves:
@@ -184,31 +184,34 @@ def _leaves_of(outputs: Iterable[torch.Tensor]) -> set[int]:
     return leaves
 
 
-# --- one forward pass --------------------------------------------------------------------------------------------
+# --- forward passes ----------------------------------------------------------------------------------------------
 
 
-def _run_once(model: Any) -> tuple[bool, list[tuple[str, torch.Tensor]]]:
-    """Step 3: whether the run was complete, and the tensors of the output, by name.
+def _run(model: Any, limit: TorchFunctionMode) -> tuple[Any, list[torch.Tensor]]:
+    """Step 3: what the model returned, or None, and all tensors that show what was read.
 
-    If the run failed, the tensors are what its modules returned before that.
+    Of a pass that failed, these are what its modules returned before that.
     """
-    of_modules: list[tuple[str, torch.Tensor]] = []
+    shown: list[torch.Tensor] = []
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output: of_modules.extend(tensors_of(output)))
+        module.register_forward_hook(lambda _module, _inputs, output: shown.extend(_tensors_of(output)))
         for module in model.modules()
     ]
     try:
-        with _CallLimit():
-            return True, list(tensors_of(model(**inputs_of(model))))
-    except Exception:  # the inputs do not fit, or the code needs values, which fake tensors lack
-        return False, of_modules
+        for _, inputs in candidates(model):
+            before = len(shown)
+            with contextlib.suppress(Exception), limit:  # inputs that do not fit, or code that needs values
+                returned = model(**inputs)
+                shown[before:] = _tensors_of(returned)
+                return returned, shown
     finally:
         for hook in hooks:
             hook.remove()
+    return None, shown
 
 
 class _CallLimit(TorchFunctionMode):
-    """Stops a forward pass after MOST_CALLS calls of torch."""
+    """Stops after MOST_CALLS calls of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,53 +224,5 @@ class _CallLimit(TorchFunctionMode):
         return function(*positional, **(named or {}))
 
 
-def tensors_of(output: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an output, each under the name of the outermost key."""
-    if isinstance(output, torch.Tensor):
-        yield name, output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from tensors_of(value, name or str(key))
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from tensors_of(value, name)
-
-
-def inputs_of(model: Any) -> dict[str, Any]:
-    """An input for each parameter of the model's forward whose name is known here."""
-    config = model.config
-    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
-    height, width = _image_size(config)
-    bins = _setting(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
-    channels = _setting(config, "num_channels", "in_chans", "in_channels", default=CHANNELS)
-    shapes = {
-        "pixel_values": (1, channels, height, width),
-        "input_features": (1, bins, 2 * _setting(config, "max_source_positions", default=FRAMES // 2)),
-        "input_values": (1, SAMPLES),
-        "hidden_states": (1, TOKENS, _setting(config, "hidden_size", default=EDGE)),
-    }
-    inputs: dict[str, Any] = {}
-    for name in inspect.signature(type(model).forward).parameters:
-        if name in {"input_ids", "decoder_input_ids"}:
-            inputs[name] = torch.ones(1, TOKENS, dtype=torch.long)
-        elif name == "bbox":
-            inputs[name] = torch.ones(1, TOKENS, 4, dtype=torch.long)
-        elif name == "use_cache":
-            inputs[name] = False
-        elif name in shapes:
-            inputs[name] = torch.ones(shapes[name], dtype=dtype)
-    return inputs
-
-
-def _image_size(config: Any) -> tuple[int, int]:
-    size = _setting(config, "image_size", "img_size", default=EDGE)
-    if isinstance(size, dict):
-        size = (size.get("height", EDGE), size.get("width", EDGE))
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _setting(config: Any, *names: str, default: int) -> Any:
-    """The first of these settings in the configuration, or in that of its vision tower."""
-    configs = (config, getattr(config, "vision_config", None))
-    values = (getattr(part, name, None) for part in configs for name in names)
-    return next((value for value in values if value is not None), default)
+def _tensors_of(output: Any) -> list[torch.Tensor]:
+    return [value for value in _pytree.tree_leaves(output) if isinstance(value, torch.Tensor)]
