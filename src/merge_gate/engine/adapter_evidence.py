@@ -224,7 +224,9 @@ def _run_again(attempt: _Attempt) -> Evidence:
             if merged is not None and is_close(forward):
                 forward = run_merged(base, merged, forward, attempt.tokens)
             if merged is not None and may_lose:
-                forward = with_rounding(base, attempt.load(), merged, forward, attempt.tokens)
+                unmerged = attempt.load()
+                forward = with_rounding(base, unmerged, merged, forward, attempt.tokens)
+                base.template = unmerged.template
     except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
         return evidence
     finally:

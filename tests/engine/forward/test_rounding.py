@@ -11,12 +11,10 @@ import torch
 import transformers
 from peft import PeftModel
 
-from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
-from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.forward.inputs import candidates
-from merge_gate.engine.forward.rounding import with_rounding
+from merge_gate.engine.forward.merged_again import fits
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.records.measured import Forward, MeasureOptions
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.loaded_base import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
-
-NEVER = MeasureOptions(norm_limit=float("inf"))
-"""The merge itself measures nothing of this."""
 
 
 def lora(**settings: Any) -> peft.LoraConfig:
@@ -67,14 +62,10 @@ class Trial:
         return preflight(str(self.adapter), allow_pickle=False)
 
     def measured(self, base: Base, *, norm_limit: float = -1.0, **options: Any) -> Forward:
-        evidence = merge(MergeRequest(base=base, members=(self.files,), measure_options=NEVER))
+        limit = MeasureOptions(norm_limit=norm_limit)
+        evidence = merge(MergeRequest(base=base, members=(self.files,), measure_options=limit, **options))
         assert evidence.refusal is None
-        assert evidence.forward.rounding_change is None
-        with torch.no_grad(), methods.quiet():
-            return with_rounding(base, lambda: self.load(base), evidence, self.tokens, norm_limit=norm_limit, **options)
-
-    def load(self, base: Base) -> Loaded:
-        return load_adapter(base, self.files, read_weights(self.files))
+        return evidence.forward
 
     @torch.no_grad()
     def plain(self, dtype: str, rows: int | None = None) -> tuple[float, float]:
@@ -165,10 +156,17 @@ def test_it_is_measured_only_if_the_norm_asks_for_it(trial: Trial) -> None:
     assert merge(MergeRequest(base=base, members=(trial.files,), no_forward="off")).forward.rounding_change is None
 
 
-@pytest.mark.parametrize(("free_bytes", "is_measured"), [(1 << 30, True), (100_000, False)])
-def test_it_is_measured_only_if_the_merged_tensors_fit(trial: Trial, free_bytes: int, *, is_measured: bool) -> None:
-    forward = trial.measured(trial.loaded("bfloat16"), free_bytes=free_bytes)
-    assert (forward.rounding_change is not None) is is_measured
+def test_it_is_measured_only_if_the_merged_tensors_fit(trial: Trial) -> None:
+    base = trial.loaded("bfloat16", load_base)
+    evidence = merge(MergeRequest(base=base, members=(trial.files,)))
+    merged = sum(2 * one.stats.numel for one in evidence.merges)
+    largest = 2 * 4 * max(one.numel() for one in base.tensors.values())
+    needed = 2 * (merged + largest)  # half of the memory may be used
+    assert fits(base, evidence, None)
+    assert fits(base, evidence, needed)
+    assert not fits(base, evidence, needed - 1)
+    assert trial.measured(base, free_bytes=needed).rounding_change is not None
+    assert trial.measured(base, free_bytes=needed - 1).rounding_change is None
 
 
 def test_an_effect_that_is_lost_in_float32_is_not_measured(tmp_path: Path) -> None:
