@@ -226,7 +226,7 @@ def _run_again(attempt: _Attempt) -> Evidence:
             if merged is not None and may_lose:
                 unmerged = attempt.load()
                 forward = with_rounding(base, unmerged, merged, forward, attempt.tokens)
-                base.template = unmerged.template
+                base.template = unmerged.template  # it is unchanged: the next adapter reuses it
     except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
         return evidence
     finally:

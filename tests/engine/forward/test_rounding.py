@@ -14,10 +14,9 @@ from peft import PeftModel
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.forward.inputs import candidates
-from merge_gate.engine.forward.merged_again import fits
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
-from merge_gate.records.measured import Forward, MeasureOptions
+from merge_gate.records.measured import Evidence, Forward, MeasureOptions
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base, load_local
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.loaded_base import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+
+ALWAYS = -1.0
+"""A share of the norm that rounding always takes."""
 
 
 def lora(**settings: Any) -> peft.LoraConfig:
@@ -61,9 +63,12 @@ class Trial:
     def files(self) -> Any:
         return preflight(str(self.adapter), allow_pickle=False)
 
-    def measured(self, base: Base, *, norm_limit: float = -1.0, **options: Any) -> Forward:
-        limit = MeasureOptions(norm_limit=norm_limit)
-        evidence = merge(MergeRequest(base=base, members=(self.files,), measure_options=limit, **options))
+    def evidence(self, base: Base, *, norm_limit: float = ALWAYS, **options: Any) -> Evidence:
+        chosen = MeasureOptions(norm_limit=norm_limit)
+        return merge(MergeRequest(base=base, members=(self.files,), measure_options=chosen, **options))
+
+    def measured(self, base: Base, **options: Any) -> Forward:
+        evidence = self.evidence(base, **options)
         assert evidence.refusal is None
         return evidence.forward
 
@@ -140,7 +145,7 @@ def test_it_does_not_matter_where_the_values_come_from(trial: Trial) -> None:
 
 def test_the_figure_decides_and_the_next_adapter_reuses_the_scratch_copy(trial: Trial) -> None:
     base = trial.loaded("bfloat16")
-    evidence = merge(MergeRequest(base=base, members=(trial.files,)))
+    evidence = trial.evidence(base)
     change, norm = evidence.forward.rounding_change, evidence.lost_share
     assert change == pytest.approx(norm, rel=0.3)  # of a random delta, rounding takes as much as of its norm
     assert evidence.forward.choices_changed == 0
@@ -153,20 +158,13 @@ def test_it_is_measured_only_if_the_norm_asks_for_it(trial: Trial) -> None:
     base = trial.loaded("bfloat16")
     assert trial.measured(base, norm_limit=0.5).rounding_change is not None
     assert trial.measured(base, norm_limit=0.99).rounding_change is None
-    assert merge(MergeRequest(base=base, members=(trial.files,), no_forward="off")).forward.rounding_change is None
+    assert trial.measured(base, no_forward="off").rounding_change is None
 
 
-def test_it_is_measured_only_if_the_merged_tensors_fit(trial: Trial) -> None:
-    base = trial.loaded("bfloat16", load_base)
-    evidence = merge(MergeRequest(base=base, members=(trial.files,)))
-    merged = sum(2 * one.stats.numel for one in evidence.merges)
-    largest = 2 * 4 * max(one.numel() for one in base.tensors.values())
-    needed = 2 * (merged + largest)  # half of the memory may be used
-    assert fits(base, evidence, None)
-    assert fits(base, evidence, needed)
-    assert not fits(base, evidence, needed - 1)
-    assert trial.measured(base, free_bytes=needed).rounding_change is not None
-    assert trial.measured(base, free_bytes=needed - 1).rounding_change is None
+@pytest.mark.parametrize(("free_bytes", "is_measured"), [(1 << 30, True), (60_000, False)])
+def test_it_is_measured_only_if_the_merged_tensors_fit(trial: Trial, free_bytes: int, *, is_measured: bool) -> None:
+    forward = trial.measured(trial.loaded("bfloat16"), free_bytes=free_bytes)
+    assert (forward.rounding_change is not None) is is_measured
 
 
 def test_an_effect_that_is_lost_in_float32_is_not_measured(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def failing(calls: int) -> Any:
 def test_a_model_that_runs_differently_or_fails_costs_only_the_measurement(trial: Trial, hook: Any) -> None:
     base = trial.loaded("bfloat16")
     base.model.get_submodule("model.norm").register_forward_hook(hook)
-    evidence = merge(MergeRequest(base=base, members=(trial.files,)))
+    evidence = trial.evidence(base)
     assert evidence.forward.ran
     assert evidence.forward.rounding_change is None
     assert evidence.parameters_checked == evidence.parameters_total > 0
