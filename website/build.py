@@ -42,7 +42,7 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "guides": ("trainers", "github-actions", "other-ci", "clusters", "troubleshooting"),
     "reference": ("command-line", "action", "configuration", "report", "exit-codes", "environment"),
     "checks": ("index", *CHECKS, *WITHOUT_SETTING),
-    "concepts": ("how-it-works", "limits"),
+    "concepts": ("how-it-works", "forward", "limits"),
     "evidence": ("index",),
     "project": ("support", "changelog", "contributing", "security-policy"),
 }

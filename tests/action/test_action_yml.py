@@ -170,6 +170,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
         "--resume",
         "--access",
         "--read",
+        "--forward",
         "--max-shard-size",
         "--ray",
         "--quiet",

@@ -9,8 +9,8 @@ import pytest
 from merge_gate.cache import key
 from merge_gate.cache.key import key_of, material
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
-from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileIdentity, FileRecord, Snapshot
-from merge_gate.records.terms import Finding, Origin, Quantization, Severity
+from merge_gate.records.files import AdapterFiles, BaseContent, BaseFiles, Entry, FileIdentity, FileRecord, Snapshot
+from merge_gate.records.terms import Finding, ForwardMode, Origin, Quantization, Severity
 
 FILE = FileRecord(path="adapter_model.safetensors", size_bytes=9, sha256="a" * 64)
 SPEC = AdapterSpec(
@@ -30,6 +30,9 @@ ENTRY = Entry(
     base=Snapshot(name="./base", directory="/checkout/base"),
 )
 BASE = BaseContent(weights="b" * 64, settings="c" * 64)
+STREAMED = Snapshot(
+    name="./base", directory="/checkout/base", base_files=BaseFiles(directory="/checkout/base", is_streamed=True)
+)
 WARNING = Finding(check="config-invalid", severity=Severity.WARNING, message="odd", origin=Origin.CONFIG)
 COMBINE = Combine(method="ties", adapters=("a", "b"), weights=(0.5, 0.5), density=0.5)
 
@@ -86,6 +89,9 @@ DECIDES = {
     "its signs": of(with_spec(combine=replace(COMBINE, majority_sign_method="total"))),
     "its seed": of(with_spec(combine=replace(COMBINE, seed=1))),
     "its members' names": of(with_spec(combine=replace(COMBINE, adapters=("b", "a")))),
+    "no run of the model": of(with_spec(forward=ForwardMode.OFF)),
+    "a run of the model or no verdict": of(with_spec(forward=ForwardMode.REQUIRED)),
+    "a base that is streamed, and not run": of(replace(ENTRY, base=STREAMED)),
     "the device": of(device="NVIDIA H100"),
     "pickles": of(trusts=("allow-pickle",)),
     "code of the base": of(trusts=("trust-remote-code",)),
@@ -95,6 +101,12 @@ DECIDES = {
 def test_whatever_decides_makes_another_key() -> None:
     keys = [of(), *DECIDES.values()]
     assert len(set(keys)) == len(keys), sorted(name for name, one in DECIDES.items() if keys.count(one) > 1)
+
+
+def test_a_streamed_base_is_another_one_only_if_that_keeps_it_from_being_run() -> None:
+    for forward, is_other in ((ForwardMode.AUTO, True), (ForwardMode.OFF, False), (ForwardMode.REQUIRED, False)):
+        one = with_spec(forward=forward)
+        assert (of(one) != of(replace(one, base=STREAMED))) is is_other
 
 
 def test_names_places_and_time_limits_do_not() -> None:
@@ -113,7 +125,7 @@ def test_names_places_and_time_limits_do_not() -> None:
     [
         (
             AdapterSpec,
-            {"base", "checks", "combine", "expect"}
+            {"base", "checks", "combine", "expect", "forward"}
             | {"name", "source", "path", "hub_id", "revision", "limit_seconds", "line", "column"},
         ),
         (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names", "sha256"}),

@@ -135,7 +135,7 @@ def test_what_is_merged_into_another_layer_fails(name: str, tmp_path: Path) -> N
     assert trained(OTHERWISE[name], tmp_path) > 0.05, "PEFT merges this rightly now"
     for dtype in ("auto", "float16"):
         judgement = judged(tmp_path, dtype)
-        assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+        assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), judgement
         assert judgement.findings[0].module
 
 

@@ -9,6 +9,7 @@ import pytest
 from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.limits import MOST_CHARACTERS
 from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import (
@@ -19,10 +20,10 @@ from merge_gate.records.files import (
     Snapshot,
     StoredTensor,
 )
-from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.measured import BaseFacts, Forward, TensorStats
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
-from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Quantization, Severity, Verdict
+from merge_gate.records.terms import BaseKey, FailureKind, Finding, ForwardMode, Origin, Quantization, Severity, Verdict
 from tests.support.judging.cases import evidence, files, reason, spec
 from tests.support.wording import Wording
 
@@ -127,6 +128,7 @@ MEASURED = evidence(
     cross_checked=("a", "b", "c"),
     seconds=1.5,
     seed=11,
+    forward=Forward(ran=True, inputs="16 tokens", largest=3.0),
 )
 WHOLE = Coverage(
     adapter_tensors=2,
@@ -145,8 +147,31 @@ NOT_JUDGED_SO = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="gone
 
 def test_a_merged_adapter_in_full() -> None:
     assert adapter_report.merged_report(ENTRY, MEASURED) == dataclasses.replace(
-        LINE, base=NOW_ON, coverage=WHOLE, seconds=1.5, seed=11, tensors=MEASURED.merges
+        LINE, base=NOW_ON, coverage=WHOLE, seconds=1.5, seed=11, forward=MEASURED.forward, tensors=MEASURED.merges
     )
+
+
+def test_a_model_that_was_not_run_costs_the_verdict_only_if_that_is_required(wording: Wording) -> None:
+    why = "odd " * MOST_CHARACTERS
+    not_run = dataclasses.replace(MEASURED, forward=Forward(why_not=why))
+    for forward, expected in (
+        (ForwardMode.AUTO, (Verdict.PASSED, None)),
+        (ForwardMode.OFF, (Verdict.PASSED, None)),
+        (ForwardMode.REQUIRED, (Verdict.ERROR, NOT_JUDGED)),
+    ):
+        asked = dataclasses.replace(ENTRY, spec=dataclasses.replace(SPEC, forward=forward))
+        line = adapter_report.merged_report(asked, not_run)
+        assert (line.verdict, line.cause) == expected
+        assert line.forward.why_not is not None
+        assert len(line.forward.why_not) < len(why), "its text is the adapter's, and bounded"
+        assert adapter_report.merged_report(asked, MEASURED).verdict is Verdict.PASSED
+        broken = dataclasses.replace(not_run, unexpected=("stray",))
+        assert adapter_report.merged_report(asked, broken).verdict is Verdict.FAILED, "it is proven broken anyway"
+        refused = dataclasses.replace(not_run, refusal=reason("other_forward", module="m", class_name="C", share=1.0))
+        assert NOT_JUDGED not in {one.check for one in adapter_report.merged_report(asked, refused).findings}
+    required = dataclasses.replace(ENTRY, spec=dataclasses.replace(SPEC, forward=ForwardMode.REQUIRED))
+    unknown = dataclasses.replace(MEASURED, forward=Forward(why_not="the inputs are unknown"))
+    wording(adapter_report.merged_report(required, unknown).findings[0])
 
 
 def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() -> None:
@@ -155,9 +180,7 @@ def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() ->
     line = adapter_report.merged_report(ENTRY, one)
     assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
     assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
-    refused = dataclasses.replace(
-        MEASURED, refusal=reason("other_forward", module="m", class_name="Odd", share=1.0), merges=()
-    )
+    refused = dataclasses.replace(MEASURED, refusal=reason("layer_left_unmerged", module="m"), merges=())
     assert adapter_report.merged_report(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
 
 

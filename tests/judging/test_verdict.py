@@ -199,7 +199,7 @@ refusals = st.sampled_from(
         reason("pattern_refused", pattern=None, names=9, seconds=1.0),
         reason("shape_clash", name="lora_B", got=(2,), expected=(3,)),
         reason("targets_not_found", targets=("query",), of_base=("q_proj",)),
-        reason("other_forward", module="m", class_name="Odd", share=0.5),
+        reason("layer_left_unmerged", module="m"),
     ]
 )
 evidences = st.builds(

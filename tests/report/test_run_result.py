@@ -169,7 +169,7 @@ def test_the_worst_entry_is_the_state_of_an_adapter(entries: tuple[AdapterReport
 def test_each_kind_of_failure_has_its_checks() -> None:
     kinds = {kind: [check for check, row in CHECKS.items() if row.failure is kind] for kind in FailureKind}
     assert set(kinds[FailureKind.REFUSED]) == {"pickle-refused", "config-unsafe"}
-    assert kinds[FailureKind.NOT_MERGEABLE] == ["not-mergeable"]
+    assert kinds[FailureKind.NOT_MERGEABLE] == ["not-mergeable", "merge-differs"]
     assert set(kinds[FailureKind.UNEXPECTED]) == {"base-mismatch", "expectation-failed"}
 
 

@@ -35,6 +35,7 @@ from tests.support.reports import (
     MISSING,
     NAN,
     PASS,
+    RAN,
     ROUNDING,
     TEXTS,
     UNDECIDED,
@@ -145,8 +146,9 @@ def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:
     text = render(FAIL)
     order = [text.index(f"| `{name}` |") for name in ("billing", "summaries", "translate-de", "support", "legal")]
     assert order == sorted(order)
-    folded = text.rindex("<details>")
+    *_, folded, runs = (match.start() for match in re.finditer("<details>", text))
     assert folded < text.index("- `legal` (bfloat16) `rounding-loss`")
+    assert text.index("- `legal` (bfloat16) `rounding-loss`") < runs < text.index("- `support` (bfloat16) ran on")
     assert "2,200,096,768" in text
 
 
@@ -267,8 +269,9 @@ def test_a_thousand_broken_adapters_fit(text: str) -> None:
     finding = dataclasses.replace(NAN, message=text, hint=text, tensor=text, module=text)
     each = [dataclasses.replace(finding, message=f"{n} {text}") for n in range(1000)]
     others = tuple(dataclasses.replace(ROUNDING, check=f"{text}{n}"[-50:], message=text, hint=text) for n in range(50))
+    names = {"source": text, "revision": text, "forward": dataclasses.replace(RAN, inputs=text, largest_module=text)}
     broken = [
-        adapter(f"{text}{n}", Verdict.FAILED, cause=NAN.check, findings=(own, *others), source=text, revision=text)
+        adapter(f"{text}{n}", Verdict.FAILED, cause=NAN.check, findings=(own, *others), **names)
         for n, own in enumerate(each)
     ]
     bases = tuple(

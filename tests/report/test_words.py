@@ -8,21 +8,24 @@ import html
 import pytest
 
 from merge_gate.judging.checks.check import FOLLOWS
+from merge_gate.records.measured import Forward
 from merge_gate.records.report import Accepted, Judged
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
-from merge_gate.report.formats import html_report, junit, summary
+from merge_gate.report.formats import html_report, junit, summary, terminal_text
 from merge_gate.report.wording import words
 from tests.support.reports import (
     BASE,
     CRASHED,
     FAIL,
     FAILED,
+    HALF,
     HALF_FAILED,
     MERGED_NAN,
     NAN,
     OVERFLOW,
     PASS,
     PASSED,
+    RAN,
     WARNED,
     adapter,
     report,
@@ -52,6 +55,31 @@ def test_a_report_says_when_and_where_its_verdicts_were_reached(wording: Wording
     assert f"| judged | {said} |" in html.unescape(summary.render(run))
     assert f"<dt>judged</dt><dd>{said}</dd>" in html_report.render(run)
     assert f'<property name="judged" value="{said}" />' in junit.render(run)
+
+
+def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
+    """In each format for people. A share of bfloat16's largest value would tell nothing."""
+    half = adapter("half", base=HALF, forward=RAN)
+    wide = adapter("wide", forward=dataclasses.replace(RAN, largest_allowed=3.4e38))
+    broken = adapter("broken", forward=Forward(ran=True, nonfinite_module="model.norm"))
+    quiet = adapter("quiet", forward=Forward(why_not="the base is streamed"))
+    run = report(half, wide, broken, quiet, adapter("old"))
+    wording(*(words.forward(one) for one in (half, wide, broken, quiet, adapter("bare", forward=Forward(ran=True)))))
+    assert words.forward(adapter("old")) == ""
+    page = html.unescape(html_report.render(run).replace("<wbr>", ""))
+    text, markdown = terminal_text.render(run, "", width=400), summary.render(run)
+    for one in (half, wide, broken):
+        assert f"{one.name} ({words.precision(one.base)}) {words.forward(one)}\n" in text
+        assert words.forward(one) in page
+    assert page.count("models, on made-up inputs") == 4, "one that did not run says so on the page alone"
+    assert "the base is streamed" not in text + markdown
+    assert markdown.count("ran on 16 tokens") == 2
+
+
+def test_many_runs_of_models_are_in_files_alone() -> None:
+    many = [adapter(f"team-{number}", forward=RAN) for number in range(terminal_text.MAX_FORWARDS + 1)]
+    assert "ran on" in terminal_text.render(report(*many[1:]), "")
+    assert "ran on" not in terminal_text.render(report(*many), "")
 
 
 def test_the_cause_decides_not_the_first_symptom() -> None:

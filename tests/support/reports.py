@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from merge_gate.judging.verdict import with_decision
 from merge_gate.records.files import FileRecord
-from merge_gate.records.measured import TensorMerge, TensorStats
+from merge_gate.records.measured import Forward, TensorMerge, TensorStats
 from merge_gate.records.report import (
     TOOL,
     AdapterReport,
@@ -184,7 +184,20 @@ def tensors(
     )
 
 
-PASSED = adapter("support", tensors=tensors(2, no_effect="1.mlp.up_proj"))
+RAN = Forward(
+    ran=True,
+    inputs="16 tokens",
+    parameters_run=1.0,
+    largest=24_912.0,
+    largest_module="model.layers.11.mlp.down_proj",
+    largest_of_base=1_872.0,
+    largest_allowed=FLOAT16_MAX,
+    layers_compared=48,
+    largest_difference=2.5e-7,
+    effect=0.125,
+    rounding_change=0.08,
+)
+PASSED = adapter("support", tensors=tensors(2, no_effect="1.mlp.up_proj"), forward=RAN)
 WARNED = adapter(
     "legal",
     findings=(ROUNDING,),
@@ -236,7 +249,7 @@ def names_for_shared_words() -> Iterator[Report]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("verdict_line", "after_result", "headline", "advice"):
             patch.setattr(run_result, name, named(name.replace("_", " "), getattr(run_result, name)))
-        for name in ("cached", "judged", "title", "values", "marks"):
+        for name in ("cached", "judged", "title", "values", "marks", "forward"):
             patch.setattr(words, name, named(name, getattr(words, name)))
         patch.setattr(words, "ORIGINS", {origin: f"origin {origin}" for origin in Origin})
         yield replace(FAIL, adapters=tuple(replace(one) for one in FAIL.adapters))
@@ -297,11 +310,20 @@ def published_models() -> st.SearchStrategy[PublishedModel]:
     return st.builds(PublishedModel, directory=TEXTS, dtype=TEXTS, files=st.lists(files, max_size=2).map(tuple))
 
 
+def forwards() -> st.SearchStrategy[Forward]:
+    figure = st.none() | st.floats()
+    return st.builds(
+        Forward, ran=st.booleans(), why_not=_SOME, inputs=_SOME, largest=figure, largest_module=_SOME,
+        largest_allowed=figure, nonfinite_module=_SOME, nonfinite_origin=st.none() | st.sampled_from(Origin),
+        rounding_change=figure,
+    )  # fmt: skip
+
+
 def adapters() -> st.SearchStrategy[AdapterReport]:
     found = st.lists(findings(), max_size=3).map(tuple)
     base = st.builds(BaseKey, model=_SOME, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization))
     common = {"name": TEXTS, "source": TEXTS, "revision": _SOME, "base": base, "peft_type": _SOME, "findings": found,
-              "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9),
+              "seconds": st.floats(), "forward": forwards(), "line": st.integers(1, 9), "column": st.integers(1, 9),
               "tensors": st.lists(merges(), max_size=3).map(tuple),
               "published": st.none() | published_models()}  # fmt: skip
     passed = st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common)

@@ -28,6 +28,7 @@ from merge_gate.worker.protocol import (
     DeviceChosen,
     Event,
     Finished,
+    ForwardRunning,
     Group,
     Idle,
     InProgress,
@@ -286,6 +287,153 @@ def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(passes: Kill
 def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(passes: Killer) -> None:
     assert [passes.outcomes()[task] for task in (6, 7, 8)] == ["Merged", "Unjudged", "Merged"]
     assert started(passes, 6, 7, 8) == [(6, (7, 8)), (6, (8,)), (7, ())]
+
+
+# --- models that run -------------------------------------------------------------------------------------------------
+
+ACCIDENTS = """
+import merge_gate.worker.child as child
+def with_accidents(import_engine=child._import_engine):
+    import_engine()
+    import os, signal, time
+    from merge_gate.engine import adapter_evidence as engine
+    accidents = {
+        1: lambda: os.kill(os.getpid(), signal.SIGKILL), 2: lambda: time.sleep(600), 3: os.abort, 4: lambda: None,
+    }
+    def run(requests):
+        running = [one for one in requests if not one.no_forward]
+        for one in running:
+            one.on_forward(True)
+        for one in running:
+            accidents.get(one.members[0].config.lora_alpha, lambda: None)()
+        for one in running:
+            one.on_forward(False)
+    def alone(request, merge=engine.merge):
+        evidence = merge(request)
+        run([request])
+        return evidence
+    def together(requests, others=(), merge=engine.merge_together):
+        evidence = merge(requests, others)
+        run(requests)
+        return evidence
+    engine.merge, engine.merge_together = alone, together
+child._import_engine = with_accidents
+from merge_gate.worker.child import main
+"""
+"""After its merge, each adapter runs as a model, and has the accident of its lora_alpha."""
+
+
+@pytest.fixture(scope="module")
+def accidents(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    """A job whose models end in every way: alone (1 to 4), and in a pass of three, of which one is killed."""
+    place = tmp_path_factory.mktemp("accidents")
+    files = sound(7, shelf, place)
+    for number, alpha in enumerate((1, 2, 3, 4, 4, 1, 4)):
+        path = Path(files[number].directory, "adapter_config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))
+        files[number] = preflight(files[number].directory, allow_pickle=False)
+    other = shutil.copytree(shelf.base("llama"), place / "llama")
+    groups = group(shelf.base("llama"), files[:4]), one_pass(other, files[4:], first=4)
+    bootstrap = supervisor._BOOTSTRAP.replace("from merge_gate.worker.child import main\n", ACCIDENTS)
+    killer = Killer()
+    with pytest.MonkeyPatch.context() as patch, WorkerSlot() as worker:
+        patch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", bootstrap)
+        patch.setattr("merge_gate.worker.supervisor.FORWARD_SHARE", 600)  # a second
+        supervise(Job(groups=groups), killer, worker)
+    return killer
+
+
+def why_not_run(killer: Killer) -> dict[int, str | None]:
+    return {event.task: event.evidence.forward.why_not for event in killer.heard if isinstance(event, Merged)}
+
+
+def test_a_model_that_is_killed_or_hangs_costs_only_its_measurement(accidents: Killer, wording: Wording) -> None:
+    assert accidents.outcomes() == dict.fromkeys(range(7), "Merged")
+    why = why_not_run(accidents)
+    for task, how in ((0, "SIGKILL"), (1, "time limit"), (2, "SIGABRT")):
+        assert how in (why[task] or "")
+        assert started(accidents, task) == [(task, ())] * 2
+    wording(*((why[task] or "").partition(": ")[0] for task in (0, 1)))
+    assert why[3] is None
+    assert started(accidents, 3) == [(3, ())]
+
+
+def test_a_death_of_models_in_a_pass_is_followed_by_the_same_pass_without_them(accidents: Killer) -> None:
+    why = why_not_run(accidents)
+    assert all("SIGKILL" in (why[task] or "") for task in (4, 5, 6))
+    assert started(accidents, 4, 5, 6) == [(4, (5, 6))] * 2
+
+
+def test_a_task_that_is_not_to_be_run_is_not(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    """It says so, and no worker can take that back."""
+    killer, one = Killer(), group(shelf.base("llama"), adapters[:1])
+    tasks = (replace(one.tasks[0], no_forward="forward is off"),)
+    with WorkerSlot() as worker:
+        supervise(Job(groups=(replace(one, tasks=tasks),)), killer, worker)
+    assert why_not_run(killer) == {0: "forward is off"}
+    assert not [event for event in killer.heard if isinstance(event, ForwardRunning)]
+    attempt = Attempt(Job(groups=(replace(one, tasks=tasks),)), Killer())
+    attempt.receive(MergeStarted(task=0))
+    attempt.receive(ForwardRunning(task=0, is_running=True))
+    assert not attempt.is_at_a_forward
+
+
+def test_a_death_after_the_models_is_blamed_as_before(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
+    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    for is_running in (True, False):
+        for task in (0, 1):
+            attempt.receive(ForwardRunning(task=task, is_running=is_running))
+        assert attempt.is_at_a_forward is is_running
+        assert attempt.is_at_a_batch is not is_running
+    attempt.receive(ForwardRunning(task=1, is_running=True))
+    attempt.end_forward(NotJudged(message="killed"))
+    assert [bool(task.no_forward) for one in attempt.left().groups for task in one.tasks] == [False, True, False]
+    assert {task.most_together for one in attempt.left().groups for task in one.tasks} == {0}
+    attempt.receive(Unjudged(task=1, refusal=NotJudged(message="done")))
+    assert not attempt.is_at_a_forward
+
+
+def test_models_are_only_run_by_the_merge_that_is_in_progress(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    """A worker could name another task, to be blamed for nothing."""
+    killer = Killer()
+    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    for task in (0, 7):
+        attempt.receive(ForwardRunning(task=task, is_running=True))
+    attempt.receive(MergeStarted(task=1))
+    attempt.receive(ForwardRunning(task=0, is_running=True))
+    assert killer.heard == [MergeStarted(task=1)]
+    assert not attempt.is_at_a_forward
+    with pytest.raises(GarbledError):
+        attempt.receive(ForwardRunning(task=[1], is_running=True))  # type: ignore[arg-type]
+
+
+def test_starting_models_again_does_not_start_a_time_limit_again(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge and the models each have their own: however often a worker switches, both are used up."""
+    now = [0.0]
+    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
+    job = Job(groups=(limited(group(shelf.base("llama"), adapters), 0),))
+    for pace_s in (LIMIT_S / 8, LIMIT_S / 50):
+        attempt = Attempt(job, Killer())
+        attempt.receive(MergeStarted(task=0))
+        spent, is_running = {True: 0.0, False: 0.0}, False
+        while not attempt.is_overdue():
+            now[0] += pace_s
+            spent[is_running] += pace_s
+            is_running = not is_running
+            attempt.receive(ForwardRunning(task=0, is_running=is_running))
+            attempt.receive(ForwardRunning(task=0, is_running=is_running))
+        assert spent[True] == pytest.approx(LIMIT_S / supervisor.FORWARD_SHARE, abs=2 * pace_s)
+    attempt = Attempt(job, Killer())
+    attempt.receive(MergeStarted(task=0))
+    for is_running, pause_s in ((True, 0.4 * LIMIT_S), (False, 0.9 * LIMIT_S)):
+        attempt.receive(ForwardRunning(task=0, is_running=is_running))
+        now[0] += pause_s
+        assert not attempt.is_overdue(), "the time of the models does not count as the merge's"
+    now[0] += 0.2 * LIMIT_S
+    assert attempt.is_overdue()
 
 
 def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

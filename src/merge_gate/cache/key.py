@@ -75,6 +75,7 @@ def material(entry: Entry, base: BaseContent, device: str, trusts: tuple[str, ..
         "combine": _plain(spec.combine),  # with names, because a refusal names its adapters
         "checks": _plain(spec.checks),
         "expect": _plain(spec.expect),
+        "forward": [str(spec.forward), entry.no_forward],
     }
 
 

@@ -12,12 +12,13 @@ import re
 import shutil
 import sys
 import textwrap
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.text import NUMBER, one_of, unusable
-from merge_gate.records.terms import DTYPES, Quantization
+from merge_gate.records.terms import DTYPES, ForwardMode, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -283,6 +284,9 @@ def requested_config(arguments: argparse.Namespace) -> Config:
         )
     if arguments.unknown_variables and POLICIES[config.policy].needs_known_variables:
         raise UsageError("; ".join(arguments.unknown_variables), hint=f"policy: {config.policy} allows no unknown ones")
+    if forward := getattr(arguments, "forward", None):
+        specs = (replace(spec, forward=ForwardMode(forward)) for spec in config.adapters)
+        config = replace(config, adapters=tuple(specs))
     return config
 
 

@@ -24,7 +24,7 @@ from merge_gate.cli.arguments import (
 )
 from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
 from merge_gate.records.options import RunOptions, is_device
-from merge_gate.records.terms import Access, Read
+from merge_gate.records.terms import Access, ForwardMode, Read
 from merge_gate.run.streams import say
 
 
@@ -62,6 +62,12 @@ def add(commands: Commands[CommandParser]) -> None:
         help="read every tensor of a base (whole), or only the tensors that adapters touch (touched). The value "
         "touched needs the record of an earlier whole read in --cache. The value auto means touched for a base that is "
         "not memory-mapped (default: as in the config, or auto)",
+    )
+    run.add_argument(
+        "--forward",
+        choices=[one.value for one in ForwardMode],
+        help="run base and adapter on made-up inputs, and check what their modules return: if that is possible (auto), "
+        "never (off), or judge no adapter without it (required) (default: as in the config, or auto)",
     )
     published = run.add_argument_group("publish the merged models")
     published.add_argument(
@@ -210,7 +216,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
     more += ["--refresh"] if arguments.refresh else []
-    for name in ("access", "policy", "read"):
+    for name in ("access", "forward", "policy", "read"):
         more += [f"--{name}", value] if (value := getattr(arguments, name)) else []
     more += ["--max-shard-size", f"{arguments.max_shard_size / 1000:.3f}KB"] if arguments.max_shard_size else []
     if shard := _shard(arguments):

@@ -31,7 +31,7 @@ from merge_gate.records.config import (
     Expect,
     PublishSpec,
 )
-from merge_gate.records.terms import Access, Quantization, Read, Severity
+from merge_gate.records.terms import Access, ForwardMode, Quantization, Read, Severity
 
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
@@ -98,7 +98,8 @@ class _Build:
         self.document, self.report = document, document.report
         self.directory, self.output, self.policy = directory, output, policy
         self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
-        self.default = self._override((), file, replace(_DEFAULT_ADAPTER, checks=tuple(map(policy.setting, CHECKS))))
+        default = replace(_DEFAULT_ADAPTER, forward=ForwardMode(file.forward or _DEFAULT_ADAPTER.forward))
+        self.default = self._override((), file, replace(default, checks=tuple(map(policy.setting, CHECKS))))
 
     def adapters(self, entries: list[AdapterEntry]) -> tuple[AdapterSpec, ...]:
         """Build all entries in the order of the file. Combinations are resolved last, since they name other entries."""

@@ -23,7 +23,7 @@ from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES
 from merge_gate.records.config import ALL_WEIGHTS
-from merge_gate.records.terms import DTYPES, Access, Quantization, Read
+from merge_gate.records.terms import DTYPES, Access, ForwardMode, Quantization, Read
 
 
 class _IsRecord(Protocol):
@@ -165,6 +165,12 @@ Dtypes = Annotated[
 SeverityWord = Annotated[
     Literal["error", "warning", "off", "on"],
     BeforeValidator(lambda word: ("off", "on")[word] if isinstance(word, bool) else word),  # YAML reads both so
+]
+
+ForwardWord = Annotated[
+    Literal["auto", "off", "required"],
+    BeforeValidator(lambda word: ForwardMode.OFF.value if word is False else word),  # YAML reads off as false
+    WithJsonSchema({"enum": [*map(str, ForwardMode), False]}),
 ]
 
 
@@ -393,6 +399,12 @@ class FileEntry(Model):
         | None
     ) = None
     """Publish the merged model of each adapter that passes. Default: publish nothing."""
+    forward: ForwardWord | None = Field(
+        None,
+        description=f"Whether base and adapter are run on made-up inputs: {one_of(ForwardMode)}. With auto, they are "
+        "run if that is possible and the base is not streamed. With required, an adapter whose model was not run is "
+        "not judged. Default: auto.",
+    )
     allow_pickle: bool = Field(False, alias="allow-pickle")
     """Load pickled weights (.bin), with weights_only. Default: false, which refuses them."""
     trust_remote_code: bool = Field(False, alias="trust-remote-code")

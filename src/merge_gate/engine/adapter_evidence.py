@@ -5,16 +5,18 @@ that explains why there are none. This module imports nothing of judging.
 
 1. Read and measure every tensor of the adapter's file.                 peft_config.py, measure.py
 2. Load the adapter on a scratch copy, and find its tensors.            load_adapter.py, inject.py
-3. Refuse adapters that PEFT merges wrongly.                            known_defects.py, probes.py
+3. Refuse adapters that PEFT merges wrongly.                            known_defects.py
 4. Find out for each broken tensor of the file if a merge reads it.     probes.py
 5. Find layers that have no effect until they are merged.               probes.py, direct_reads.py
 6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
+   Prove PEFT's merges.                                                 proof.py
 7. Account for every parameter and persistent buffer.                   merged_tensors.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,12 +33,15 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.forward.merged_again import fits, merged_again
+from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
-from merge_gate.engine.merge.merged_tensors import TensorSink, WholeTensors
+from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
+from merge_gate.engine.merge.proof import MOST_ERROR_SHARE, difference
 from merge_gate.engine.merge.walk import Progress, Walk
-from merge_gate.engine.probes import mark_used, refuse_other_merges, unread_layers
+from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.config import Combine
@@ -65,7 +70,9 @@ class MergeRequest:
     that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
     if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
     Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
-    `no_forward` says why the model is not run; if it is empty, it is. `on_forward` is called before that, and after it.
+    `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
+    before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
+    that measurement.
     """
 
     base: Base
@@ -181,8 +188,8 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
 def _run_models(attempts: Sequence[_Attempt]) -> None:
     """Run each base together with its adapters. Whatever fails there costs only the measurement."""
     for base in {id(one.base): one.base for one in attempts}.values():
-        waiting = [(one, one.walk.loaded) for one in attempts if one.walk is not None and one.base is base]
-        running = [one for one in waiting if not one[0].request.no_forward]
+        of_base = (one for one in attempts if one.base is base and not one.request.no_forward)
+        running = [(one, one.walk.loaded) for one in of_base if one.walk is not None]
         if running:
             for one, _ in running:
                 one.request.on_forward(True)
@@ -194,9 +201,6 @@ def _run_models(attempts: Sequence[_Attempt]) -> None:
             for (one, _), forward in zip(running, found, strict=True):
                 one.tokens, one.evidence = tokens, replace(one.evidence, forward=forward)
                 one.request.on_forward(False)
-        for one, _ in waiting:
-            if one.request.no_forward:
-                one.evidence = replace(one.evidence, forward=Forward(why_not=one.request.no_forward))
 
 
 def _trained_tokens(model: Any) -> Iterator[int]:
@@ -207,33 +211,27 @@ def _trained_tokens(model: Any) -> Iterator[int]:
 
 
 def _run_again(attempt: _Attempt) -> Evidence:
-    """Run the merged model, if the activations of the adapter leave the dtype, or come close."""
+    """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much."""
     request, evidence = attempt.request, attempt.evidence
-    if not is_close(evidence.forward):
-        return evidence
-    merged = _merged_tensors(request, evidence)
-    if merged is None:
+    forward, base = evidence.forward, request.base
+    may_lose = evidence.loses_norm(request.measure_options.norm_limit)
+    if not forward.ran or not (may_lose or is_close(forward)) or not fits(base, evidence, request.free_bytes):
         return evidence
     request.on_forward(True)
-    with contextlib.suppress(Exception), torch.no_grad():
-        evidence = replace(evidence, forward=run_merged(request.base, merged, evidence.forward, attempt.tokens))
-    request.on_forward(False)
-    return evidence
-
-
-def _merged_tensors(request: MergeRequest, evidence: Evidence) -> dict[str, torch.Tensor] | None:
-    """The tensors that the merge changes, in their final dtypes, by another merge.
-
-    None if they do not fit in half of the free memory, or into the base: they have other shapes, or are not tied.
-    """
-    size = sum(one.stats.numel * getattr(torch, one.stats.dtype).itemsize for one in evidence.merges)
-    if request.free_bytes is not None and size > request.free_bytes // 2:
-        return None
-    kept: dict[str, torch.Tensor] = {}
-    merge(replace(request, sink=WholeTensors(kept.__setitem__), progress=None, no_forward=RAN_BEFORE))
-    tensors = request.base.tensors
-    fits = all(name in tensors and tensors[name].shape == one.shape for name, one in kept.items())
-    return kept if fits else None
+    try:
+        with _quiet(), torch.no_grad():
+            merged = merged_again(base, attempt.load(), safe_merge=request.safe_merge)
+            if merged is not None and is_close(forward):
+                forward = run_merged(base, merged, forward, attempt.tokens)
+            if merged is not None and may_lose:
+                unmerged = attempt.load()
+                forward = with_rounding(base, unmerged, merged, forward, attempt.tokens)
+                base.template = unmerged.template
+    except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
+        return evidence
+    finally:
+        request.on_forward(False)
+    return replace(evidence, forward=forward)
 
 
 class _Attempt:
@@ -250,7 +248,8 @@ class _Attempt:
         self.tokens: Sequence[int] = ()
         self.request, self._waits = request, waits
         facts, kind = request.base.facts, request.members[0].config.peft_type
-        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+        forward = Forward(why_not=request.no_forward or None)
+        self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters, forward=forward)
 
     @property
     def base(self) -> Base:
@@ -269,7 +268,7 @@ class _Attempt:
         self.seconds += time.perf_counter() - started
         self.evidence = replace(self.evidence, base=self.base.facts, seconds=self.seconds)
 
-    def _load(self) -> Loaded:
+    def load(self) -> Loaded:
         request = self.request
         if request.combine is not None:
             from merge_gate.engine.adapter.combine import combined  # noqa: PLC0415 - few adapters are combinations
@@ -285,11 +284,10 @@ class _Attempt:
         measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
         self.evidence = replace(self.evidence, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
         # 2.
-        loaded = self._load()
+        loaded = self.load()
         # 3. The defects depend on config and names only, which are those of the first adapter of a template.
         if loaded.is_first:
             refuse_wrong_merges(loaded.model, loaded.config)
-        refuse_other_merges(base, loaded)
         # The file may contain tensors of the base: parameters and buffers.
         parameters = base_tensors_in_file(loaded.model, loaded.slots, loaded.state)
         in_file = parameters | _base_buffers_in_file(base, loaded)
@@ -333,9 +331,10 @@ class _Attempt:
             return
         walk, base, differing = self.walk, self.base, tuple(self.walk.differing)
         if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
-            walk = self._planned_walk(self._load(), in_blocks=False)
+            walk = self._planned_walk(self.load(), in_blocks=False)
         walk.finish()
-        loaded, merges = walk.loaded, walk.merged.merges
+        loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
+        shares = [difference(one) for one in compared]
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self.request.measure_options.estimated_ratio
@@ -363,6 +362,12 @@ class _Attempt:
             initialized=tuple(sorted(self._enlarged | without_source)),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
+            forward=replace(
+                self.evidence.forward,
+                layers_compared=len(compared),
+                largest_difference=max((share for share in shares if share < math.inf), default=None),
+            ),
+            different=tuple(one for one, share in zip(compared, shares, strict=True) if share > MOST_ERROR_SHARE),
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,

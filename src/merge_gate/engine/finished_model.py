@@ -149,8 +149,9 @@ def compare(
             break
     others = tuple(_unloaded(files, base_files, base_map))
     if any(one.touched and not one.same for one in found.facts.values()):
-        again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None, no_forward=RAN_BEFORE)
-        adapter_evidence.merge(replace(again, measure_options=MeasureOptions(estimates=True)))  # only the sink counts
+        again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None)
+        only_sink = MeasureOptions(estimates=True)
+        adapter_evidence.merge(replace(again, measure_options=only_sink, no_forward=RAN_BEFORE))
         for name, blocks in groupby(adapter_evidence.exact_merge(request, found.unlike()), key=lambda one: one.name):
             found.fit(name, blocks)
     given = sink.names | (base.tensors.keys() - base.newly_initialized)

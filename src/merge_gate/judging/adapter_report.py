@@ -7,7 +7,8 @@ Imports no torch and opens no files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from merge_gate._internal.text import quoted
 from merge_gate.judging import all_checks, kinds, verdict
@@ -24,10 +25,10 @@ from merge_gate.judging.kinds import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
-from merge_gate.records.measured import BaseFacts, Evidence
+from merge_gate.records.measured import BaseFacts, Evidence, Forward
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
-from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
+from merge_gate.records.terms import BaseKey, FailureKind, Finding, ForwardMode, Origin, Severity, Verdict
 
 
 def blocked_report(entry: Entry) -> AdapterReport | None:
@@ -77,14 +78,26 @@ def _allows_loading(finding: Finding) -> bool:
 def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
     findings = all_checks.judge_merge(entry.spec, entry.files, evidence)
-    coverage = _coverage(evidence)
+    coverage, forward = _coverage(evidence), _bounded(evidence.forward)
+    if entry.spec.forward is ForwardMode.REQUIRED and not forward.ran and evidence.refusal is None:
+        why = f"the model was not run, which forward: required asks for: {forward.why_not or 'no reason is known'}"
+        hint = "set forward: auto if a verdict without this measurement is enough"
+        findings = (*bounded([not_judged(why, hint)]), *findings)
     return replace(
         _report(entry, coverage, *verdict.decide(findings, coverage)),
         base=evidence.base.key,
         seconds=evidence.seconds,
         seed=evidence.seed,
+        forward=forward,
         tensors=evidence.merges,
     )
+
+
+def _bounded(forward: Forward) -> Forward:
+    """A measurement whose texts are cut: they come from the base's names, and from what its code raised."""
+    values = ((field.name, getattr(forward, field.name)) for field in fields(forward))
+    texts: dict[str, Any] = {name: cut(value) for name, value in values if isinstance(value, str)}
+    return replace(forward, **texts)
 
 
 def not_judged_report(entry: Entry, refusal: Refusal | NotJudged) -> AdapterReport:

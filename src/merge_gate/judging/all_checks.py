@@ -6,7 +6,6 @@ and opens no files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -15,7 +14,7 @@ from merge_gate.judging import not_judged, peft_errors
 from merge_gate.judging.checks import table
 from merge_gate.judging.checks.check import Check, FileCase, MergeCase
 from merge_gate.judging.checks.delta_norm import delta_norm
-from merge_gate.judging.checks.rounding_loss import rounding_loss
+from merge_gate.judging.checks.rounding_loss import allowed_norm, rounding_loss
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import NOT_JUDGED, accident
@@ -40,11 +39,10 @@ def measure_options(spec: AdapterSpec) -> MeasureOptions:
     """What may be estimated: a warning may rest on an estimate, an error rests on a measurement."""
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
-    if math.isfinite(rounding_loss.limits(settings)[1]):
-        errors.add(rounding_loss.id)
     return MeasureOptions(
         estimates=not {rounding_loss.id, delta_norm.id} & errors,
         estimated_ratio=delta_norm.limits(settings)[1] * ESTIMATED_BELOW,
+        norm_limit=allowed_norm(settings),
     )
 
 

@@ -134,6 +134,7 @@ def manifest_of(
         trust_remote_code=facts.config.trust_remote_code,
         config=ConfigFile(path=facts.config.label, sha256=facts.config.sha256),
         versions=versions_of(facts.environment, adapter.base),
+        forward=spec.forward,
         checks=tuple(
             _written(setting) for setting in spec.checks if replace(setting, of_base=None) not in DEFAULT_SETTINGS
         ),

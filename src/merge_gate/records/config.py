@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantization, Read, Severity, record, reported
+from merge_gate.records.terms import (
+    Access,
+    BaseKey,
+    BaselineEntry,
+    ForwardMode,
+    Quantization,
+    Read,
+    Severity,
+    record,
+    reported,
+)
 
 COMMAND_LINE = "the command line"
 """What a configuration is called if the adapters are named on the command line."""
@@ -107,8 +117,8 @@ class AdapterSpec:
     """One entry of `adapters`. Exactly one of `path` (a directory, absolute), `hub_id` and `combine` is set.
 
     `source` is the path as written, or the Hub id, for the report. `checks` has a setting for every check: the entry's
-    own, or the file's. With `limit_seconds` None, the limit depends on the size of the base. `line` and `column` are
-    the entry's place in the YAML file.
+    own, or the file's. `forward` is the file's. With `limit_seconds` None, the limit depends on the size of the base.
+    `line` and `column` are the entry's place in the YAML file.
     """
 
     name: str
@@ -120,6 +130,7 @@ class AdapterSpec:
     base: BaseSpec
     checks: tuple[CheckSetting, ...]
     expect: Expect | None = None
+    forward: ForwardMode = ForwardMode.AUTO
     limit_seconds: float | None = None
     line: int
     column: int

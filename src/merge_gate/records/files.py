@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.terms import Finding, record, reported
+from merge_gate.records.terms import Finding, ForwardMode, record, reported
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """An adapter's files, as PEFT names them."""
@@ -242,6 +242,16 @@ class Entry:
     def base_files(self) -> BaseFiles | None:
         """What the base's files say; None if nothing has read them."""
         return self.base.base_files if self.base is not None else None
+
+    @property
+    def no_forward(self) -> str:
+        """Why base and adapter are not to be run, by the setting `forward`. Empty if they are."""
+        if self.spec.forward is ForwardMode.OFF:
+            return "forward is off"
+        is_streamed = self.base_files is not None and self.base_files.is_streamed
+        if is_streamed and self.spec.forward is ForwardMode.AUTO:
+            return "the base is streamed, so it is run only with forward: required"
+        return ""
 
     @property
     def files(self) -> AdapterFiles:

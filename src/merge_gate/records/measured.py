@@ -90,16 +90,22 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole
 
 
+NORM_LIMIT = 0.5
+"""Above this share of the delta's norm, what rounding takes may matter, so its effect on the outputs is measured."""
+
+
 @record
 class MeasureOptions:
     """Which figures may be estimated, because no check needs them exactly. By default none may.
 
     With `estimates`, norms and losses may come from a sample of the rows. If a ‖ΔW‖/‖W‖ is above `estimated_ratio`, all
-    rows are measured, and `Evidence.typical_rms` too.
+    rows are measured, and `Evidence.typical_rms` too. If rounding loses more than `norm_limit` of the delta's norm, its
+    change of the adapter's effect is measured.
     """
 
     estimates: bool = False
     estimated_ratio: float = math.inf
+    norm_limit: float = NORM_LIMIT
 
 
 MEASURE_ALL = MeasureOptions()
@@ -236,6 +242,10 @@ class Forward:
         "How much rounding to the dtype of the merged weights changes it: ‖merged - unmerged‖/‖unmerged - base‖.",
         default=None,
     )
+    choices_changed: int | None = reported(
+        "How many choices of experts that rounding would change. `rounding_change` is measured without these changes.",
+        default=None,
+    )
 
 
 @record
@@ -327,3 +337,8 @@ class Evidence:
             for norms in ([merge.lost_norm for merge in self.rounded], [merge.delta_norm for merge in self.rounded])
         )
         return lost / delta if delta else None
+
+    def loses_norm(self, limit: float) -> bool:
+        """Whether rounding lost more than this share of the delta's norm, over all `rounded` merges or in most."""
+        losing = [merge for merge in self.rounded if (merge.lost_share or 0.0) > limit]
+        return (self.lost_share or 0.0) > limit or len(losing) > len(self.rounded) / 2

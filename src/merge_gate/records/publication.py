@@ -5,7 +5,7 @@ from __future__ import annotations
 from merge_gate.records.config import Combine
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import ConfigFile, Tool
-from merge_gate.records.terms import Quantization, Verdict, record, reported
+from merge_gate.records.terms import ForwardMode, Quantization, Verdict, record, reported
 
 MANIFEST_VERSION = "1.0"
 CARD_NAME = "README.md"
@@ -78,6 +78,7 @@ class Manifest:
     trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
     config: ConfigFile = reported("The configuration file.")
     versions: Versions = reported("The versions that made the merge.")
+    forward: ForwardMode = reported("The setting `forward`, which decides some warnings.", default=ForwardMode.AUTO)
     checks: tuple[str, ...] = reported(
         "The checks that the configuration changed, with severity and limits: `keys-unexpected=off`.", default=()
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from merge_gate.records.files import FileRecord
-from merge_gate.records.measured import RecordedRun, TensorMerge
+from merge_gate.records.measured import Forward, RecordedRun, TensorMerge
 from merge_gate.records.terms import BaseKey, BaselineEntry, FailureKind, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
@@ -111,6 +111,10 @@ class AdapterReport:
     findings: tuple[Finding, ...] = reported("All findings, not only the cause.", default=())
     decided_by: int | None = None
     coverage: Coverage = reported("How much was checked.", default=Coverage())
+    forward: Forward = reported(
+        "What a run of base and adapter as models showed, and the comparison of merged and unmerged layers.",
+        default=Forward(),
+    )
     files: tuple[FileRecord, ...] = reported("The files that were read.", default=())
     seconds: float = reported("Seconds that the adapter took; null if they were not measured.", default=0.0)
     seed: int | None = reported(

@@ -122,6 +122,14 @@ class Read(SealedEnum):
     TOUCHED = "touched"
 
 
+class ForwardMode(SealedEnum):
+    """Whether base and adapter are run as models: if that is possible, never, or without it there is no verdict."""
+
+    AUTO = "auto"
+    OFF = "off"
+    REQUIRED = "required"
+
+
 QUANTIZED_BY = {Quantization.BNB_8BIT: "bitsandbytes", Quantization.BNB_4BIT: "bitsandbytes"}
 """The package that quantizes."""
 

@@ -70,6 +70,7 @@ def group_by_base(
             measure_options=all_checks.measure_options(entry.spec),
             limit_s=limit_s,
             publishes=(publishes or {}).get(index),
+            no_forward=entry.no_forward,
         )
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())

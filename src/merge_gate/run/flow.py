@@ -187,6 +187,7 @@ class Run:
         self._watch = BaseWatch(self._cache.seen_bases, is_plan=options.is_plan)
         self.tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
+        self._running: set[int] = set()  # tasks whose models run, or whose process died meanwhile
         self._fed = FedBases(self._watch, view.note, records=self._cache.base_records)
         how = Fetching(
             notify=view.note,
@@ -374,6 +375,8 @@ class Run:
             case protocol.MergeProgressed():
                 self._catch_up()
                 self._view.adapter_progress(event.done, event.total, event.module)
+            case protocol.ForwardRunning():
+                (self._running.add if event.is_running else self._running.discard)(event.task)
             case protocol.Merged():
                 self._judge(event.task, event.evidence)
             case protocol.Unjudged():
@@ -418,7 +421,7 @@ class Run:
         self._watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)
         base = adapter_report.base_report(evidence.base, entry.base_files)
-        if self._group_of(index).plain_dtype is None:
+        if self._group_of(index).plain_dtype is None and index not in self._running:
             self._unstored[index] = CachedVerdict(adapter=report, base=base)
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base

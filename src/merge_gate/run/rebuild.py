@@ -167,7 +167,8 @@ def _config(manifest: Manifest, base: str | None, adapters: Sequence[str]) -> Co
             hint="give it once for each adapter, in the order of merge-gate.json",
         )
     here = adapters or [adapter.source for adapter in manifest.adapters]
-    spec = partial(AdapterSpec, base=_base(manifest, base), checks=settings_of(manifest), line=1, column=1)
+    settings: dict[str, Any] = {"checks": settings_of(manifest), "forward": manifest.forward}
+    spec = partial(AdapterSpec, base=_base(manifest, base), **settings, line=1, column=1)
     specs = []
     for adapter, name in zip(manifest.adapters, here, strict=True):
         path, hub_id = _resolved(name, None if adapters else adapter.revision, is_base=False)

@@ -50,6 +50,8 @@ from merge_gate.worker.supervisor import WorkerSlot, supervise
 DEVICE = "cpu"
 """Other devices may round otherwise."""
 
+_NO_FORWARD = "merge-gate verify compares values, and runs no model"
+
 
 def verify_record(
     merged: str,
@@ -293,7 +295,13 @@ def _unless_swapped(report: AdapterReport, merged: Snapshot, before: tuple[FileI
 def _comparing(group: Group, merged: Snapshot, settings: SettingsFiles) -> Group:
     """The group with each of its adapters compared, one at a time. The files are compared with those of the first."""
     tasks = (
-        replace(task, compares=merged, most_together=1, settings=settings if task.index == 0 else None)
+        replace(
+            task,
+            compares=merged,
+            most_together=1,
+            settings=settings if task.index == 0 else None,
+            no_forward=_NO_FORWARD,
+        )
         for task in group.tasks
     )
     return replace(group, tasks=tuple(tasks))

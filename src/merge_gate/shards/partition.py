@@ -84,7 +84,7 @@ def part_of(
         "config": config.sha256,
         "baseline": repr(config.baseline),
         "shards": count,
-        "entries": [[spec.name, list(spec.base.dtypes), shards[spec.name]] for spec in specs],
+        "entries": [[spec.name, list(spec.base.dtypes), str(spec.forward), shards[spec.name]] for spec in specs],
     }
     shard = Shard(
         index=index,

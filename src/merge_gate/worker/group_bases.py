@@ -49,6 +49,7 @@ from merge_gate.worker.protocol import (
     BaseLoading,
     BaseMeasured,
     Event,
+    ForwardRunning,
     Group,
     InProgress,
     Job,
@@ -418,7 +419,7 @@ def _merge_together(
             on_work = functools.partial(_report_work, progress, task.index)
             on_work()
             with contextlib.suppress(Exception):
-                request = _request(task, base_of[task.index], pinned[number], functools.partial(add, number))
+                request = _request(task, base_of[task.index], pinned[number], functools.partial(add, number), progress)
                 requests[number] = replace(request, on_work=on_work)
         evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
         merged = dict(zip(requests, evidence, strict=True))
@@ -445,7 +446,11 @@ def _is_released(pinned: contextlib.ExitStack) -> bool:
 
 
 def _request(
-    task: Task, one: GroupBase, pinned: contextlib.ExitStack, progress: Callable[[int, int, str], None]
+    task: Task,
+    one: GroupBase,
+    pinned: contextlib.ExitStack,
+    progress: Callable[[int, int, str], None],
+    report: Listener,
 ) -> MergeRequest:
     """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
     files = tuple(pinned.enter_context(pinned_adapter(member)) for member in task.files)
@@ -463,6 +468,8 @@ def _request(
         progress=progress,
         free_bytes=MemoryGroup().left_bytes(),
         sink=sink,
+        no_forward=task.no_forward,
+        on_forward=lambda is_running: report(ForwardRunning(task=task.index, is_running=is_running)),
     )
 
 
@@ -484,7 +491,7 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
     try:
         with contextlib.ExitStack() as pinned:
             try:
-                request = _request(task, one, pinned, _paced(progress, task.index))
+                request = _request(task, one, pinned, _paced(progress, task.index), progress)
             except Refused as refused:  # by the trial of its regular expressions, before PEFT
                 adapter_evidence.measure_wholly(one.base)
                 kind, facts = task.files[0].config.peft_type, one.base.facts

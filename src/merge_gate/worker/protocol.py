@@ -36,6 +36,7 @@ class Task:
     for any number. 1 if it was in progress when a pass died, half of the pass if none was. `publishes`: the merged
     tensors are sent, too. It is `preserve`, or the dtype that all floating tensors are cast to.
     `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
+    `no_forward`: why base and adapter are not run as models; empty if they are.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Task:
     publishes: str | None = None
     compares: Snapshot | None = None
     settings: SettingsFiles | None = None
+    no_forward: str = ""
 
 
 @record
@@ -177,6 +179,14 @@ class MergeProgressed:
 
 
 @record
+class ForwardRunning:
+    """The task's adapter and its base begin to run as models, or have ended that. In a pass, each task has its own."""
+
+    task: int
+    is_running: bool
+
+
+@record
 class Merged:
     """A task and its measurements, and the comparison with a finished model if it asked for one."""
 
@@ -219,6 +229,7 @@ Event = (
     | MergeStarted
     | InProgress
     | MergeProgressed
+    | ForwardRunning
     | Merged
     | Unjudged
     | Finished

@@ -9,6 +9,7 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
 4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges those that
    were in progress one at a time, and the others in one pass as before. If none was, it merges them in two passes.
+5. If it dies or exceeds a time limit while adapters run as models, a new process merges again without running those.
 
 The process has no token and no network. The caller's directory is never on its `sys.path`, because a config that names
 an importable module must not find the checkout.
@@ -46,6 +47,7 @@ from merge_gate.worker.protocol import (
     DeviceChosen,
     Event,
     Finished,
+    ForwardRunning,
     Idle,
     InProgress,
     Job,
@@ -65,7 +67,11 @@ MOST_THREADS = 64
 FIRST_NOTE_S = 60.0
 """A note names an adapter or a loading base after so long without an event, and again after twice as long."""
 
+FORWARD_SHARE = 2
+"""Running the models of a pass may take half of the time limit of its merge."""
+
 _MERGING = "while it merged this adapter"
+_RUNNING = "while it ran the model"
 
 PASSED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"
@@ -185,6 +191,8 @@ def supervise(
             return
         if attempt.is_at_a_batch:
             pass  # 4: `left` has its suspects one at a time
+        elif attempt.is_at_a_forward:
+            attempt.end_forward(ending)  # 5
         elif attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
             attempt.report_death(ending)  # 2
         else:
@@ -201,6 +209,7 @@ class Attempt:
         self._reported: set[int] = set()
         self._task: int | None = None
         self._others: tuple[int, ...] = ()
+        self._no_forward: dict[int, str] = {}
         self._in_progress: dict[int | None, int] = {}  # by thread
         self._group: int | None = None
         self._progress = ""
@@ -210,8 +219,10 @@ class Attempt:
         self._limit_s = limit_s
         self._began_s = self._last_event_s = time.monotonic()
         self._next_note_s = FIRST_NOTE_S
+        self._running: set[int] = set()  # tasks whose models run
+        self._ran_s = self._runs_since_s = 0.0
 
-    def receive(self, event: Event) -> None:
+    def receive(self, event: Event) -> None:  # noqa: C901 - a case for each event
         """Record what the process does now, and pass the event on.
 
         An event about anything but an open task is dropped: code that comes with a base could send it.
@@ -235,6 +246,9 @@ class Attempt:
             case MergeProgressed():
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
+            case ForwardRunning():
+                self._ran_s, self._runs_since_s = self._forward_s(), time.monotonic()
+                (self._running.add if event.is_running else self._running.discard)(event.task)
             case Merged() | Unjudged():
                 self._reported.add(event.task)
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
@@ -262,6 +276,9 @@ class Attempt:
                     is_fit = event.task in tasks and isinstance(event.thread, int | None)
                 case MergeProgressed():
                     is_fit = event.task in tasks and isinstance(event.done, int) and isinstance(event.total, int)
+                case ForwardRunning():
+                    may_run = {task.index for task in self._tasks() if not task.no_forward}
+                    is_fit = event.task in may_run & tasks & {self._task, *self._others}
                 case Merged() | Unjudged():
                     is_fit = event.task in tasks
                 case _:
@@ -292,11 +309,20 @@ class Attempt:
         if (self._task is None and not base) or silent_s < self._next_note_s:
             return Idle()
         self._next_note_s *= 2
-        return Idle(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s)
+        return Idle(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_of_now())
+
+    def _forward_s(self) -> float:
+        """How long models have run since the merge began. A pause does not start their time limit again."""
+        return self._ran_s + (time.monotonic() - self._runs_since_s if self._running else 0.0)
+
+    def _limit_of_now(self) -> float:
+        return self._limit_s / FORWARD_SHARE if self._running else self._limit_s
 
     def is_overdue(self) -> bool:
-        """Whether what the process does now exceeds its time limit."""
-        return time.monotonic() - self._began_s > self._limit_s
+        """Whether what the process does now exceeds its time limit. A merge and its models have a limit each."""
+        forward_s = self._forward_s()
+        spent_s = forward_s if self._running else time.monotonic() - self._began_s - forward_s
+        return spent_s > self._limit_of_now()
 
     @property
     def is_at_a_batch(self) -> bool:
@@ -307,6 +333,17 @@ class Attempt:
     def is_at_an_adapter(self) -> bool:
         """Whether the process merges an adapter, which is then to blame for a death."""
         return self._task is not None
+
+    @property
+    def is_at_a_forward(self) -> bool:
+        """Whether adapters run as models. A death costs that measurement, and no adapter is to blame."""
+        return bool(self._running)
+
+    def end_forward(self, ending: NotJudged) -> None:
+        """Note why the next process does not run these adapters as models."""
+        is_late = self.is_overdue()
+        why = _late(_RUNNING, self._limit_of_now()) if is_late else _death(_RUNNING, ending)
+        self._no_forward = dict.fromkeys(self._running, why.message)
 
     @property
     def place(self) -> tuple[str, int]:
@@ -330,7 +367,11 @@ class Attempt:
             replace(
                 group,
                 tasks=tuple(
-                    replace(task, most_together=smaller.get(task.index, task.most_together))
+                    replace(
+                        task,
+                        most_together=smaller.get(task.index, task.most_together),
+                        no_forward=self._no_forward.get(task.index, task.no_forward),
+                    )
                     for task in group.tasks
                     if task.index not in self._reported
                 ),
@@ -345,7 +386,7 @@ class Attempt:
         Suspects are the adapters that were in progress, each alone, or else both halves of the pass.
         """
         batch = frozenset(self._others if self._task is None else (self._task, *self._others))
-        if len(batch) < 2:  # noqa: PLR2004 - a pass of several
+        if len(batch) < 2 or self._running:  # noqa: PLR2004 - a pass of several
             return {}
         in_progress = batch.intersection(self._in_progress.values())
         most = 1 if in_progress else (len(batch) + 1) // 2
@@ -379,7 +420,7 @@ class Attempt:
 
 
 def _death(what: str, ending: NotJudged) -> NotJudged:
-    again = "" if what == _MERGING else " twice"
+    again = "" if what in {_MERGING, _RUNNING} else " twice"
     return NotJudged(message=f"the gate's worker process died{again} {what}: {ending.message}", hint=ending.hint)
 
 

@@ -12,7 +12,7 @@ NORM = "model.norm.weight"
 
 class TestNotMergeable(EveryCheck):
     FIRES = (
-        refusing(reason("other_forward", module=MODULE, class_name="Odd", share=0.5), Origin.CONFIG, module=MODULE),
+        refusing(reason("layer_left_unmerged", module=MODULE), Origin.MERGE, module=MODULE),
         Fire(
             ("head.out_proj",),
             Origin.CONFIG,
@@ -62,7 +62,6 @@ class TestNotMergeable(EveryCheck):
         *(reason("known_defect", defect=one) for one in DEFECTS),
         reason("known_defect", defect="merged-twice", modules=("lm_head", "embed")),
         reason("loftq_without_gpu"),
-        reason("other_forward", module="model.layers.0", class_name="StandardizedConv2d", share=0.25),
         reason("layer_left_unmerged", module="model.layers.0"),
         reason("result_lacks_tensors", names=(NORM,), in_wrapper=False),
         reason("result_lacks_tensors", names=("a", "b", "c", "d"), in_wrapper=True),

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from merge_gate.judging.all_checks import measure_options
 from merge_gate.records.config import CheckSetting
+from merge_gate.records.measured import NORM_LIMIT, Evidence, Forward, TensorMerge
 from merge_gate.records.terms import Origin, Quantization, Severity
 from tests.support.judging.cases import (
     LARGE,
@@ -26,8 +28,15 @@ from tests.support.judging.cases import (
 from tests.support.judging.every_check import EveryCheck
 
 
+def run(change: float, *merges: TensorMerge, choices: int = 0) -> Evidence:
+    """An adapter whose effect was measured. Rounding loses 98 % of its norm by default."""
+    forward = Forward(ran=True, effect=0.02, rounding_change=change, choices_changed=choices)
+    return evidence(merges=merges or (lossy(0.98),), forward=forward)
+
+
 class TestRoundingLoss(EveryCheck):
     FIRES = (
+        Fire(("62.0%", "40%", "98.0%"), Origin.MERGE, run(0.62), places={"tensor": WEIGHT}),
         Fire(
             ("81.0%", "float16", "90.0%"),
             Origin.MERGE,
@@ -41,6 +50,8 @@ class TestRoundingLoss(EveryCheck):
         ),
     )
     SITUATIONS = (
+        ("most of the effect changes", (run(0.85), files())),
+        ("the effect of experts changes", (run(0.5, lossy(0.7, estimated=True), LARGE, choices=3), files())),
         (
             "rounding, estimated, in two tensors of different size",
             (
@@ -90,6 +101,8 @@ class TestRoundingLoss(EveryCheck):
         ),
     )
     QUIET = (
+        (run(0.4), files(), spec()),
+        (run(0.08), files(), spec()),
         (evidence(merges=(lossy(0.5),)), files(), spec()),
         (evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),
         (evidence(merges=(lossy(0.9), lossy(0.9), LARGE, LARGE)), files(), spec()),
@@ -98,13 +111,41 @@ class TestRoundingLoss(EveryCheck):
     )
 
 
+def configured(limit: float | None, error_limit: float | None = None) -> CheckSetting:
+    return CheckSetting(check="rounding-loss", severity=Severity.WARNING, limit=limit, error_limit=error_limit)
+
+
 @pytest.mark.parametrize(
-    ("error_limit", "severity"), [(None, Severity.WARNING), (0.9, Severity.ERROR), (0.99, Severity.WARNING)]
+    ("limit", "error_limit", "change", "severity"),
+    [
+        (0.4, None, 0.8, Severity.WARNING),
+        (0.4, None, 0.81, Severity.ERROR),
+        (0.4, 0.9, 0.85, Severity.WARNING),
+        (0.4, 0.6, 0.65, Severity.ERROR),
+        (0.9, None, 0.85, None),  # a limit above the default error-limit means what it says
+        (0.9, None, 0.95, Severity.WARNING),
+    ],
 )
-def test_rounding_fails_only_where_the_config_says_so(error_limit: float | None, severity: Severity) -> None:
-    chosen = with_settings(
-        spec(), CheckSetting(check="rounding-loss", severity=Severity.WARNING, limit=0.5, error_limit=error_limit)
-    )
-    (finding,) = of("rounding-loss", judge(chosen, files(), evidence(merges=(lossy(0.95),))))
-    assert finding.severity is severity
-    assert ("error_limit" in dict(finding.measured)) is (severity is Severity.ERROR)
+def test_the_effect_decides_if_it_was_measured(
+    limit: float, error_limit: float | None, change: float, severity: Severity | None
+) -> None:
+    findings = judge(with_settings(spec(), configured(limit, error_limit)), files(), run(change))
+    found = of("rounding-loss", findings)
+    assert [finding.severity for finding in found] == ([] if severity is None else [severity])
+    assert ["error_limit" in dict(finding.measured) for finding in found] == [severity is Severity.ERROR] * len(found)
+    assert all(dict(finding.measured)["rounding_change"] == change for finding in found)
+
+
+@pytest.mark.parametrize(("limit", "fires_above"), [(0.4, 0.5), (0.2, 0.2), (0.9, 0.9)])
+def test_the_norm_alone_only_warns(limit: float, fires_above: float) -> None:
+    chosen = with_settings(spec(), configured(limit, 0.95))
+    assert measure_options(chosen).norm_limit == fires_above  # above it, the engine measures the effect
+    for lost, severities in ((fires_above, []), (0.99, [Severity.WARNING])):
+        found = of("rounding-loss", judge(chosen, files(), evidence(merges=(lossy(lost),))))
+        assert [finding.severity for finding in found] == severities
+
+
+def test_the_effect_is_only_measured_if_the_check_can_use_it() -> None:
+    off = CheckSetting(check="rounding-loss", severity=Severity.OFF, limit=0.4)
+    assert measure_options(with_settings(spec(), off)).norm_limit == math.inf
+    assert measure_options(spec()).norm_limit == NORM_LIMIT

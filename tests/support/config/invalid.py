@@ -157,6 +157,9 @@ WRONG: dict[str, tuple[str, str]] = {
     "no pins": (LIST + "base: {model: acme/c, sha256: {}}\n", "3:31"),
     "short pin of a file": (LIST + "base: {model: acme/c, sha256: {config.json: ab}}\n", "3:45"),
     "pin outside": (LIST + f"base: {{model: acme/c, sha256: {{../x: {'a' * 64}}}}}\n", "3:32"),
+    # forward
+    "unknown forward": (LIST + "forward: always\n", "3:10"),
+    "forward as a switch": (LIST + "forward: on\n", "3:10"),
     # policy
     "unknown policy": (LIST + "policy: strict\n", "3:9"),
     "mistyped policy": (LIST + "policy: relase\n", "3:9"),

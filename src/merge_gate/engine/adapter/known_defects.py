@@ -85,15 +85,6 @@ def _arrow(_model: Any, config: Any) -> Iterator[str]:
         yield ""
 
 
-def _oft_convolution(model: Any, config: Any) -> Iterator[str]:
-    if config.peft_type != "OFT":
-        return
-    for name, _, base_layer in _layers(model):
-        kernel = getattr(base_layer, "kernel_size", ())
-        if any(size != 1 for size in kernel if isinstance(size, int)):
-            yield name
-
-
 def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
     kind = config.peft_type
     for name, _, base_layer in _layers(model):
@@ -131,14 +122,6 @@ def _merged_twice(model: Any, _config: Any) -> Iterator[str]:
         seen.add(id(weight))
 
 
-def _tokens_without_bias(model: Any, _config: Any) -> Iterator[str]:
-    """Trained tokens of a linear layer, which computes without its bias while they are trained: zeros are none."""
-    for name, layer, base_layer in _layers(model):
-        bias = base_layer._parameters.get("bias") if isinstance(base_layer, nn.Linear) else None
-        if isinstance(layer, TrainableTokensLayer) and bias is not None and bool(bias.any()):
-            yield name
-
-
 OF_CONFIG: Mapping[str, Places] = MappingProxyType(
     {"x-lora": _of_kind("XLORA"), "arrow": _arrow, "layer-replication": _replicated}
 )
@@ -148,8 +131,6 @@ OF_MODEL: Mapping[str, Places] = MappingProxyType(
     {
         "no-weights": _no_merge,
         "merged-twice": _merged_twice,
-        "tokens-without-bias": _tokens_without_bias,
-        "oft-convolution": _oft_convolution,
         "quantized-unknown": _quantized_unknown,
         "quantized-random-projection": _quantized_kinds,
         "quantized-lora-bias": _quantized_bias,

@@ -4,7 +4,7 @@ In: models, their inputs, and the hollow tensors (hollow.py). Out: a `Run` for e
 exception. Knows no adapter. A model without hollow tensors runs as it would alone.
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
-2. Before an operation reads a hollow tensor, its thread waits.
+2. Before an operation reads a hollow tensor, its thread waits. An operation that writes to one fails.
 3. When all threads wait, the tensors of the module that comes first in the model are filled, as far as a thread waits
    for them, and these threads go on. They are emptied when no thread waits for a tensor of this module any more.
 
@@ -169,6 +169,9 @@ class _Reads(TorchDispatchMode):
         if self._remaining < 0:
             raise RuntimeError(f"more than {MOST_OPERATIONS} operations")
         kwargs = kwargs or {}
+        written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in _written(function))
+        if any(map(self._place, _pytree.tree_leaves([*written]))):
+            raise RuntimeError(f"{function} writes to a weight")
         leaves = [] if _returns_views(function) else _pytree.tree_leaves((args, kwargs))
         if places := set(filter(None, map(self._place, leaves))):
             self._thread.wait_for(places)
@@ -187,6 +190,15 @@ class _Reads(TorchDispatchMode):
         if own is None:
             return value
         return own.as_strided(value.shape, value.stride(), own.storage_offset() + value.storage_offset())
+
+
+@functools.cache
+def _written(function: Any) -> tuple[tuple[int, str], ...]:
+    """The place and the name of each argument that an operation writes to."""
+    if function.overloadpacket is torch.ops.aten.set_:  # it changes the storage of a parameter, and no values
+        return ()
+    arguments = enumerate(function._schema.arguments)
+    return tuple((at, one.name) for at, one in arguments if one.alias_info is not None and one.alias_info.is_write)
 
 
 @functools.cache

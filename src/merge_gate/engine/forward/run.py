@@ -19,6 +19,7 @@ import copy
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from merge_gate.engine.forward.activations import Activations, tensors_of, watch
 from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.inputs import Inputs, candidates
 from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.forward.merged_again import MergedAgain
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
 from merge_gate.records.measured import Forward
@@ -67,10 +69,10 @@ def is_close(forward: Forward) -> bool:
     return forward.ran and (forward.nonfinite_origin is Origin.ADAPTER or largest > CLOSE * allowed)
 
 
-def run_merged(base: Base, merged: Mapping[str, torch.Tensor], forward: Forward, tokens: Collection[int]) -> Forward:
-    """Step 2. `merged` are the tensors that differ from the base, in their final dtypes and the base's shapes."""
+def run_merged(base: Base, merged: MergedAgain, forward: Forward, tokens: Collection[int]) -> Forward:
+    """Step 2, on the inputs of step 1."""
     inputs = next(inputs for name, inputs in candidates(base.model, tokens) if name == forward.inputs)
-    made = _forward(base, forward.inputs or "", *_run(base, [base.model, base.model], inputs, merged))
+    made = _forward(base, forward.inputs or "", *_run(base, [base.model, merged.model], inputs, merged.values))
     if not made.ran:
         return forward
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
@@ -87,14 +89,13 @@ _Seen = tuple[Run, Activations]
 
 
 def _run(
-    base: Base, models: Sequence[Any], inputs: Inputs, merged: Mapping[str, torch.Tensor] | None = None
+    base: Base, models: Sequence[Any], inputs: Inputs, values: Mapping[str, torch.Tensor] = MappingProxyType({})
 ) -> list[_Seen]:
-    """The runs of copies of these models. The last one has `merged` in place of the base's tensors."""
+    """The runs of copies of these models. The last one has `values` in place of the base's tensors."""
     dtype = _dtype(base)
     with contextlib.ExitStack() as stack:
         runs = [Run(model=_copy(model), inputs=_clones(inputs)) for model in models]
-        if merged is not None:
-            runs[-1].own = merged.get
+        runs[-1].own = values.get
         seen = [stack.enter_context(watched(run.model, dtype)) for run in runs]
         run_together(runs, base.tensors, base.filled)
     if base.hollow is not None and base.hollow.forget_touched():

@@ -10,7 +10,9 @@ layer of the scratch copy is wrapped. The wrapper has four steps:
 2. Let PEFT merge with `safe_merge=True`. If PEFT's finite check refuses, merge again from fresh copies without the
    check, so that broken values can be counted and later layers are still judged. Do the same if a value is the largest
    of its dtype: without the check PEFT rounds once instead of twice, and can end at Inf.
-3. Measure the layer's tensors in their final dtype.
+3. Measure the layer's tensors in their final dtype. Let PEFT merge into float32 copies too, without that rounding, and
+   prove that this merge computes what the unmerged layer computes (proof.py). For layers that go in blocks, the
+   cross-checked ones are proved.
 4. Put the base's tensors back, so that only one layer's copies exist at a time.
 
 Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
@@ -52,10 +54,11 @@ from merge_gate.engine.merge.merged_tensors import (
 )
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
+from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import dtype_max, measure
-from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
-from merge_gate.records.measured import MeasureOptions, TensorMerge
+from merge_gate.engine.tensors.quantized import dequantized, is_quantized
+from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
 
 Progress = Callable[[int, int, str], None]
@@ -88,6 +91,7 @@ class Walk:
     cross_checked: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     adapted: set[str] = field(default_factory=set)
+    compared: dict[str, LayerDifference] = field(default_factory=dict)
     layers_by_peft: int = 0
     layers: list[tuple[str, Any]] = field(init=False)
     planned: list[BlockLayer] = field(default_factory=list)
@@ -161,15 +165,19 @@ class Walk:
 
     def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
         """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
-        slots = slots_of(block.layer, self.loaded.slots)
-        with torch.no_grad(), private_copies(block.layer, slots, self.base, mapped=self.loaded.mapped):
+        layer, slots = block.layer, slots_of(block.layer, self.loaded.slots)
+        private = private_copies(layer, slots, self.base, mapped=self.loaded.mapped)
+        with torch.no_grad(), private, packed_sums(slots) as packed:
             try:
-                block.layer.merge(safe_merge=True)
+                layer.merge(safe_merge=True)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
                 return False  # PEFT gives the reason when it merges the whole adapter
-            return agrees(self.base, block, merged)
+            if not agrees(self.base, block, merged):
+                return False
+            self._proved(block.path, layer, slots, layer.merge, packed)
+        return True
 
     def finish(self) -> None:
         """PEFT's merge_and_unload with every layer's merge wrapped.
@@ -224,7 +232,7 @@ class Walk:
             return
         made = self._early.pop(id(layer), None)
         if made is None:
-            made = self._made(layer, by_peft)
+            made = self._made(path, layer, by_peft)
             self._progressed(path)
         else:
             layer.merged_adapters.append(ADAPTER_NAME)
@@ -236,7 +244,7 @@ class Walk:
             self.adapted.add(merge.stats.name)
         self.layers_by_peft += 1
 
-    def _made(self, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Made:
+    def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Made:
         """Steps 1 to 4."""
         slots = slots_of(layer, self.loaded.slots)
         for slot in slots:
@@ -253,7 +261,9 @@ class Walk:
                 packed.clear()
                 self._tried(by_peft, safe_merge=False)
             if layer.get_base_layer() is before:
-                merges = self._measured(layer, slots, by_peft, packed, share)  # 3.
+                with same_random_numbers():
+                    exact = self._proved(path, layer, slots, by_peft, packed)
+                merges = self._measured(layer, slots, exact, share)  # 3.
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)  # 4.
@@ -288,7 +298,7 @@ class Walk:
         try:
             with torch.no_grad():
                 by_peft = functools.partial(layer.merge, adapter_names=None)
-                self._early[id(layer)] = self._made(layer, by_peft, keep_marks=False)
+                self._early[id(layer)] = self._made(path, layer, by_peft, keep_marks=False)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:
@@ -339,42 +349,77 @@ class Walk:
     # --- step 3 ---
 
     def _measured(
-        self, layer: Any, slots: list[Slot], by_peft: Callable[..., None], packed: list[torch.Tensor], share: float
+        self, layer: Any, slots: list[Slot], exact: dict[str, torch.Tensor], share: float
     ) -> list[tuple[TensorMerge, Any]]:
         """Measure the layer's tensors. The sink gets what the layer changed, and again what one before it changed."""
-        held = [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
-        changed = [(slot, tensor) for slot, tensor in held if not is_the_bases(self.base, slot.name, tensor)]
-        if any(is_quantized(tensor) for _, tensor in changed):
-            exact = _exact_quantized(changed, packed)
-        else:
-            exact = self._exact(layer, slots, changed, by_peft)
         of_bias = min(share, ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
         merges: list[tuple[TensorMerge, Any]] = []
-        for slot, tensor in held:
-            is_changed = any(slot is one for one, _ in changed)
+        for slot in slots:
+            tensor = slot.tensor
+            if tensor is None:
+                continue
+            is_changed = not is_the_bases(self.base, slot.name, tensor)
             rounding = of_bias if slot.attribute == "bias" else share
-            values = exact.get(slot.name)
+            values = exact.get(slot.name) if is_changed else None
             merge = of_tensor(self.base, slot.module, slot.name, tensor, values, rounding_share=rounding)
             merges.append((merge, layer if is_changed else None))
             if is_changed or slot.name in self.merged.passed_on:
                 self.merged.pass_on(slot.module, slot.name, tensor)
         return merges
 
-    def _exact(
-        self, layer: Any, slots: list[Slot], changed: list[tuple[Slot, torch.Tensor]], by_peft: Callable[..., None]
+    def _proved(
+        self, path: str, layer: Any, slots: list[Slot], by_peft: Callable[..., None], packed: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The same merge into float32 copies: the merged tensors without the rounding of their dtype."""
-        rounded = [slot for slot, tensor in changed if tensor.dtype in ROUNDED]
-        if not rounded:
-            return {}
+        """Prove the layer's merge in float32. Returns the merged tensors without the rounding of their dtype, by name.
+
+        For a quantized weight, these are the values that PEFT has packed in the merge before.
+        """
+        packed_slots = [slot for slot in slots if is_quantized(slot.parameter)]
+        rounded = [slot for slot in slots if slot.tensor is not None and slot.tensor.dtype in ROUNDED]
         try:
+            if packed_slots:
+                return self._proved_unpacked(path, layer, slots, packed_slots, packed)
             with private_copies(layer, slots, self.base, dtype=torch.float32):
+                before = unmerged(layer, self.base.device)
+                if before is None and not rounded:
+                    return {}
                 by_peft(safe_merge=False)
+                self._compare(path, layer, before, layer)
                 return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:
-            return {}  # the loss by rounding is then not reported; it is only a warning
+            return {}  # the merge itself has succeeded, and was measured
+
+    def _proved_unpacked(
+        self, path: str, layer: Any, slots: list[Slot], of_packed: list[Slot], packed: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Plain layers take the place of a quantized one: one has its values, and one has the sum of PEFT's merge."""
+        slot, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
+        values = dequantized(slot.module, slot.parameter)
+        if len(of_packed) > 1 or module is not slot.module or not packed or packed[-1].numel() != values.numel():
+            return {}
+        exact = packed[-1].float().reshape(values.shape)
+        if packed[-1].dtype is not torch.float32:  # rounded: that would be more than the limits
+            return {slot.name: exact}
+        layer.merged_adapters.clear()
+        layer.base_layer = _linear(values, next((one.data for one in slots if one.attribute == "bias"), None))
+        try:
+            before = unmerged(layer, self.base.device)
+        finally:
+            layer.base_layer = module
+            layer.merged_adapters[:] = marks
+        self._compare(path, layer, before, _linear(exact, module.bias))
+        return {slot.name: exact}
+
+    def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module) -> None:
+        class_name = type(layer.get_base_layer()).__name__
+        found = before and before.compared(path.removesuffix(".token_adapter"), class_name, merged)
+        if found is not None:
+            self.compared[path] = found
+
+
+_PATCHED = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -387,7 +432,6 @@ def packed_sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
     found: list[torch.Tensor] = []
     packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
     kinds = [kind for kind in packed if "__new__" in vars(kind)]
-    own = [vars(kind)["__new__"] for kind in kinds]
 
     def made_by(make: Any) -> Any:
         def make_and_keep(kind: Any, data: Any = None, *given: Any, **named: Any) -> Any:
@@ -397,22 +441,26 @@ def packed_sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
 
         return staticmethod(make_and_keep)
 
-    for kind, one in zip(kinds, own, strict=True):
-        kind.__new__ = made_by(one.__func__)
-    try:
-        yield found
-    finally:
+    with _PATCHED if kinds else contextlib.nullcontext():
+        own = [vars(kind)["__new__"] for kind in kinds]
         for kind, one in zip(kinds, own, strict=True):
-            kind.__new__ = one
+            kind.__new__ = made_by(one.__func__)
+        try:
+            yield found
+        finally:
+            for kind, one in zip(kinds, own, strict=True):
+                kind.__new__ = one
 
 
-def _exact_quantized(changed: list[tuple[Slot, torch.Tensor]], found: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W + delta before it is quantized again, by the base's name: the last of these sums, if one weight is packed."""
-    packed = [(slot, tensor) for slot, tensor in changed if is_quantized(tensor)]
-    if len(packed) != 1 or not found or found[-1].numel() != elements(packed[0][1]):
-        return {}
-    slot, tensor = packed[0]
-    return {slot.name: found[-1].float().reshape(dequantized(slot.module, tensor).shape)}
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer of these values in float32."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    layer.bias = (
+        None if bias is None else nn.Parameter(bias.detach().to(weight.device, torch.float32), requires_grad=False)
+    )
+    return layer
 
 
 def _peft_bytes(layer: Any, names: Names) -> int:

@@ -91,7 +91,7 @@ class Check:
         """Its page without the heading."""
         limit = "no limit" if self.limit is None else f"limit {self.limit:g}"
         if self.error_limit is not None:
-            limit += f", `error-limit` {self.error_limit:,.0f}" if self.error_limit < math.inf else ", no `error-limit`"
+            limit += f", `error-limit` {self.error_limit:,g}" if self.error_limit < math.inf else ", no `error-limit`"
         default = f"Default `{self.severity}`, {limit}, {'can' if self.can_be_off else 'cannot'} be switched off."
         _, _, page = (self.page or "").partition("\n")
         return f"{default}\n{page.rstrip()}"

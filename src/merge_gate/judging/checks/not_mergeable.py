@@ -1,12 +1,10 @@
 """The method cannot be merged into weights, or its merge is known to be wrong.
 
-**Fires when** the adapter has no correct merge. There are four reasons:
+**Fires when** the adapter has no correct merge. There are three reasons:
 
 - The method has no weights to merge, such as prompt tuning.
 - PEFT refuses to merge it, or its merge is known to differ from the adapter's forward pass. [The page on
   methods](../reference/methods.md#what-cannot-be-merged) lists all cases.
-- A targeted layer [has a forward pass of its own](../reference/methods.md#layers-with-a-forward-of-their-own), and
-  PEFT's merge does not compute the same ("conv2 is a WeightStandardizedConv2d, …").
 - The model [reads the weight of a targeted layer without calling the
   layer](../reference/methods.md#layers-that-a-model-never-calls), and the method starts with a delta other than zero.
   The merge would add that untrained delta. The finding is a warning, or an error if the layer can hold only initial
@@ -123,20 +121,6 @@ DEFECTS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "two layers that share one weight carry an adapter each, and PEFT adds both deltas to that weight",
             "untie the base's embeddings before training and merging, or adapt other modules",
         ),
-        "tokens-without-bias": (
-            (
-                "while tokens are trained PEFT leaves out the bias of a linear layer that carries them, and the merged "
-                "model has it (peft/tuners/trainable_tokens/layer.py)"
-            ),
-            (
-                "serve it unmerged, as it was trained; or train the tokens again on a base whose head has no bias, or "
-                "is not tied to the embedding"
-            ),
-        ),
-        "oft-convolution": (
-            "OFT on a convolution with a kernel larger than 1 merges into weights that do not compute its forward",
-            "serve it unmerged, or adapt only 1x1 convolutions and linear layers",
-        ),
         "quantized-unknown": (
             "PEFT has no bitsandbytes layer for this method, and merges packed integers as if they were weights",
             _UNPACKED,
@@ -174,16 +158,6 @@ def loftq_without_gpu() -> Finding:
         "gate it on a machine with a GPU; if it was trained on a base that LoftQ had quantized and saved, name that "
         "base and set init_lora_weights to true in adapter_config.json",
         origin=Origin.CONFIG,
-    )
-
-
-def other_forward(module: str, class_name: str, share: float) -> Finding:
-    """Merged, the layer is off by `share` of the delta."""
-    return not_mergeable.finding(
-        f"{module} is a {class_name}, which does more than multiply by its weight or look up its rows: the outputs of "
-        f"the merged layer differ from the unmerged layer's by {share:.0%} of the adapter's change",
-        "serve the adapter unmerged, as it was trained; or exclude that layer (exclude_modules) and train again",
-        module=module,
     )
 
 
@@ -246,6 +220,6 @@ def modules_left_out(adapter: str, modules: tuple[str, ...]) -> Finding:
 
 
 REFUSALS = (
-    known_defect, loftq_without_gpu, other_forward, layer_left_unmerged, result_lacks_tensors, setting_lost,
+    known_defect, loftq_without_gpu, layer_left_unmerged, result_lacks_tensors, setting_lost,
     tensor_unweighted, two_vocabularies, modules_left_out,
 )  # fmt: skip

@@ -1,29 +1,38 @@
-"""More than this share of the delta's norm is lost in the base's dtype, over all tensors or in most of them.
+"""Rounding to the base's dtype changes more than this share of what the adapter does to the model's outputs.
 
-**Fires when** rounding to the dtype of the merged weights loses more than this share of the delta's norm: ‖merged −
-(W + ΔW)‖ / ‖ΔW‖. The check fires if the share is above the limit over all merged tensors together, or in more than half
-of them. So a large delta in a few tensors, such as rows of new tokens, cannot hide the loss in the others.
+**Fires when** rounding to the dtype of the merged weights changes more than this share of the adapter's effect:
+‖merged − unmerged‖ / ‖unmerged − base‖ of the model's outputs. The check is a warning above its limit and an error
+above its `error-limit`.
 
-The exact sum is the same merge into float32 copies. For quantized weights, it is the sum before quantizing again. For
-LoRA and DoRA on large weights, the gate estimates the share from a sample of rows, and the finding says so. It measures
-all rows if this check or `delta-norm` is an error, or if the sample holds too little of the delta's norm.
-
-Tensors that are trained whole (`modules_to_save`, biases, LN tuning) do not count. PEFT rounds them to the base's dtype
-when it loads them, so the merge loses nothing that the unmerged adapter had.
+The effect is measured if rounding loses more than half of the delta's norm, over all merged tensors or in most of them.
+Base, unmerged adapter, and merge run on the same made-up inputs, in float32 arithmetic. Only the merged weights are
+rounded. With a mixture of experts, the merged model uses the experts that the unmerged one chooses, and the finding
+counts the choices that would change.
 
 ```text
-98.1% of the delta's norm is lost in bfloat16 (limit 50%); 98.0% of the targeted weights are exactly those of the base
+rounding to float16 changes 85.0% of the adapter's effect (error-limit 80%); 98.0% of the delta's norm is lost
 ```
 
+**If the effect is not measured**, the share of the norm decides: ‖merged − (W + ΔW)‖ / ‖ΔW‖. The check is then a
+warning above 50 %. An `error-limit` does not apply, because the norm overstates the harm: rounding is noise, and a
+trained delta is not ([measurements](../evidence/rounding.md)). The effect is not measured with `forward: off`, with
+quantized bases, with code that comes with a base, if the model does not run on such inputs, if the merged weights take
+more than half of the free memory, or if the effect is so small that it is lost in the rounding of float32.
+
+A configured `limit` is the share of the effect, and the share of the norm above which the effect is measured or, if it
+cannot be, above which the check fires. A configured `error-limit` is a share of the effect.
+
+The exact sum of the norm is the same merge into float32 copies. For quantized weights, it is the sum before quantizing
+again. For LoRA and DoRA on large weights, the gate estimates the norm from a sample of rows, and the finding says so.
+It measures all rows if this check or `delta-norm` is an error, or if the sample holds too little of the delta's norm.
+Tensors that are trained whole (`modules_to_save`, biases, LN tuning) do not count for the norm. PEFT rounds them to
+the base's dtype when it loads them, so the merge loses nothing that the unmerged adapter had.
+
 **Why it matters.** bfloat16 has 8 bits of precision. A delta smaller than about 1/256 of a weight does not change it.
-The merged model is then the base, although the unmerged adapter works.
+If that takes most of the effect, the merged model is close to the base, although the unmerged adapter works.
 
 **What to do.** Merge into a float32 base and serve that, or serve the adapter unmerged. If the base is quantized, merge
 into the unquantized base and quantize the result.
-
-To fail adapters that lose nearly everything, set an `error-limit`, such as `rounding-loss: {error-limit: 0.95}`. There
-is no default. It should fail only adapters that no team would ship, and too few real adapters have been measured to
-choose it.
 
 **It happened.**
 
@@ -40,11 +49,13 @@ choose it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from merge_gate._internal.text import counted
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
-from merge_gate.records.terms import Finding, Origin, Quantization
+from merge_gate.records.config import CheckSetting
+from merge_gate.records.measured import NORM_LIMIT, Evidence, TensorMerge
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 
 _IN_FLOAT32 = (
     "merge into a float32 base and serve that model, or serve the adapter unmerged: in this dtype the merged model is "
@@ -64,46 +75,70 @@ _UNQUANTIZED = (
     Symptom.NO_EFFECT,
     blame=210,
     page=__doc__,
-    limit=0.5,
+    limit=0.4,
     limit_is_share=True,
-    error_limit=math.inf,
+    error_limit=0.8,
 ).on_merge
 def rounding_loss(case: MergeCase) -> Iterator[Finding]:
-    share = case.evidence.lost_share
-    if share is None:
+    evidence, (limit, error_limit) = case.evidence, rounding_loss.limits(case.settings)
+    change, norm_limit = evidence.forward.rounding_change, allowed_norm(case.settings)
+    if not evidence.rounded or (change <= limit if change is not None else not evidence.loses_norm(norm_limit)):
         return
-    merges, (limit, error_limit) = case.evidence.rounded, rounding_loss.limits(case.settings)
-    allowed = f"error-limit {error_limit:.0%}" if share > error_limit else f"limit {limit:.0%}"
-    compared = [merge for merge in merges if merge.unchanged_fraction is not None]
-    size = sum(merge.stats.numel for merge in compared)
-    unchanged = sum((merge.unchanged_fraction or 0.0) * merge.stats.numel for merge in compared)
-    unchanged_share = unchanged / size if size else math.nan
-    losing = [merge for merge in merges if (merge.lost_share or 0.0) > limit]
-    if share <= limit and len(losing) <= len(merges) / 2:
-        return
-    worst = max(merges, key=lambda merge: merge.lost_share or 0.0)
-    quantization = case.evidence.base.quantization
-    how_lost, instead = f"in {worst.stats.dtype}", _IN_FLOAT32
-    if quantization != Quantization.NONE:
-        how_lost, instead = f"by quantizing the merged weights to {quantization} again", _UNQUANTIZED
-    of_most = (
-        f"{len(losing):,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
-        f"{how_lost}; the worst is {worst.stats.name} ({worst.lost_share or 0.0:.1%}), and all of them lose {share:.1%}"
-    )
-    same = f"; {unchanged_share:.1%} of the targeted weights are exactly those of the base" if size else ""
-    estimated = any(merge.estimated for merge in merges)
-    sampled = "; estimated from a sample" if estimated else ""
+    is_error = change is not None and change > error_limit
+    worst = max(evidence.rounded, key=lambda merge: merge.lost_share or 0.0)
+    sampled = "; estimated from a sample" if any(merge.estimated for merge in evidence.rounded) else ""
+    if change is None:
+        what = _norm(evidence, worst, norm_limit)
+    else:
+        allowed = f"error-limit {error_limit:.0%}" if is_error else f"limit {limit:.0%}"
+        what = (
+            f"rounding to {worst.stats.dtype} changes {change:.1%} of the adapter's effect ({allowed}); "
+            f"{evidence.lost_share or 0.0:.1%} of the delta's norm is lost"
+        )
+        if choices := evidence.forward.choices_changed:
+            what += f", and {counted(choices, 'choice')} of experts would change too"
     yield rounding_loss.finding(
-        f"{share:.1%} of the delta's norm is lost {how_lost} ({allowed}){same}{sampled}"
-        if share > limit
-        else f"{of_most}{sampled}",
-        instead,
-        severity=ERROR if share > error_limit else None,
+        what + sampled,
+        _IN_FLOAT32 if evidence.base.quantization == Quantization.NONE else _UNQUANTIZED,
+        severity=ERROR if is_error else None,
         module=worst.module,
         tensor=worst.stats.name,
-        lost_share=share,
-        limit=limit,
-        error_limit=error_limit if share > error_limit else None,
-        unchanged_share=unchanged_share if size else None,
-        estimated=1 if estimated else None,
+        rounding_change=change,
+        lost_share=evidence.lost_share,
+        limit=norm_limit if change is None else limit,
+        error_limit=error_limit if is_error else None,
+        unchanged_share=_unchanged_share(evidence),
+        estimated=1 if sampled else None,
     )
+
+
+def allowed_norm(settings: Mapping[str, CheckSetting]) -> float:
+    """The share of the norm above which the effect is measured, and above which the check fires if it was not."""
+    setting, (limit, _) = settings.get(rounding_loss.id), rounding_loss.limits(settings)
+    if setting is not None and setting.severity is Severity.OFF:
+        return math.inf
+    return NORM_LIMIT if limit == rounding_loss.limit else limit
+
+
+def _norm(evidence: Evidence, worst: TensorMerge, limit: float) -> str:
+    """What rounding took of the norm."""
+    merges, share = evidence.rounded, evidence.lost_share or 0.0
+    how_lost = f"in {worst.stats.dtype}"
+    if evidence.base.quantization != Quantization.NONE:
+        how_lost = f"by quantizing the merged weights to {evidence.base.quantization} again"
+    if share <= limit:
+        losing = sum((merge.lost_share or 0.0) > limit for merge in merges)
+        return (
+            f"{losing:,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
+            f"{how_lost}; the worst is {worst.stats.name} ({worst.lost_share or 0.0:.1%}), and all of them lose "
+            f"{share:.1%}"
+        )
+    unchanged = _unchanged_share(evidence)
+    same = "" if unchanged is None else f"; {unchanged:.1%} of the targeted weights are exactly those of the base"
+    return f"{share:.1%} of the delta's norm is lost {how_lost} (limit {limit:.0%}){same}"
+
+
+def _unchanged_share(evidence: Evidence) -> float | None:
+    compared = [merge for merge in evidence.rounded if merge.unchanged_fraction is not None]
+    size = sum(merge.stats.numel for merge in compared)
+    return sum((merge.unchanged_fraction or 0.0) * merge.stats.numel for merge in compared) / size if size else None

@@ -31,6 +31,7 @@ _SECTIONS_BYTES = 32 * 1024
 _OTHERS_BYTES = 4 * 1024
 _WARNINGS_BYTES = 5 * 1024
 _BASES_BYTES = 2 * 1024
+_FORWARDS_BYTES = 1024
 _PUBLISHED_BYTES = 4 * 1024
 _FULL_LIST = "the full list is in `report.json`"
 
@@ -54,6 +55,7 @@ def render(report: Report) -> str:
         *_warnings(report),
         *_answers(report),
         *_base_findings(report),
+        *_forwards(report),
         *_folded(folded, _TABLE_BYTES - sum(len(block.encode()) for block in table)),
         _footer(report),
     ]
@@ -256,6 +258,13 @@ def _base_findings(report: Report) -> list[str]:
         return []
     title = f"{words.counted(sum(len(same[0].findings) for same in bases), 'finding')} in the base, before any merge"
     return _details(title, items, _BASES_BYTES)
+
+
+def _forwards(report: Report) -> list[str]:
+    """What the runs of base and adapter as models showed."""
+    ran = [adapter for adapter in report.adapters if adapter.forward.ran]
+    items = [f"- {code(one.name, 80)} ({plain(words.precision(one.base))}) {prose(words.forward(one))}" for one in ran]
+    return _details(f"{words.counted(len(ran), 'merge')} run as a model", items, _FORWARDS_BYTES) if ran else []
 
 
 def _footer(report: Report) -> str:

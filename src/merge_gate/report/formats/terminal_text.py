@@ -48,6 +48,8 @@ MAX_ROWS = 40
 """The most rows. If there are more merges, only those that failed, were not judged, or have warnings get a row."""
 MAX_PARAGRAPHS = 20
 """The most paragraphs about adapters that failed or were not judged. Warnings get half as many."""
+MAX_FORWARDS = 10
+"""With more runs of models, only the page and report.json show them."""
 
 _FULL_REPORTS = "report.html and report.json have all"
 _NARROW_WIDTH = 60
@@ -83,7 +85,7 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
         shown += [_BLANK, *_paragraph(groups, width, marks)]
     if len(most_urgent) < len(every):
         shown += [_BLANK, *_plain(_left_out(every, most_urgent), width)]
-    shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
+    shown += [*_base_findings(report, width), *_forwards(report, width), _BLANK, *_result(report, output_dir, width)]
     # `inert` depends on the start of a line, which is known only now.
     return [tuple((inert(part), style) for part, style in line) for line in shown]
 
@@ -284,6 +286,15 @@ def _base_findings(report: Report, width: int) -> list[Line]:
         shown += [_BLANK, *(((part, Style.STRONG),) for part in wrap(title, width))]
         shown += [line for finding, more in words.grouped(base.findings) for line in _also(finding, more, width)]
     return shown
+
+
+def _forwards(report: Report, width: int) -> list[Line]:
+    """What the runs of base and adapter as models showed, if they are few."""
+    ran = [adapter for adapter in report.adapters if adapter.forward.ran]
+    if not 0 < len(ran) <= MAX_FORWARDS:
+        return []
+    named = ((f"{one_line(one.name, words.NAME_LIMIT)} ({words.precision(one.base)})", one) for one in ran)
+    return [_BLANK, *(line for name, one in named for line in _plain(f"{name} {words.forward(one)}", width))]
 
 
 def _result(report: Report, output_dir: str, width: int) -> list[Line]:

@@ -261,7 +261,8 @@ def _inflected(phrase: str, named: dict[str, list[AdapterReport]]) -> str:
 
 
 def _is_hardly_changed(finding: Finding) -> bool:
-    return dict(finding.measured).get("lost_share", 0.0) > HARDLY_CHANGED
+    measured = dict(finding.measured)
+    return measured.get("rounding_change", measured.get("lost_share", 0.0)) > HARDLY_CHANGED
 
 
 # --- the advice ----------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
 
 _MOST_PRECISIONS = 6
+_LEAST_SHARE = 0.005
+"""The largest activation is shown as a share of its dtype's largest value from here on: never in bfloat16."""
 _MISSING = "keys-missing"
 """The check whose figure counts the tensors that are absent from the file."""
 
@@ -219,6 +221,25 @@ def coverage(adapter: AdapterReport) -> str:
     tensors = f"{found.applied:,} of {of_all} used"
     checked = f"{found.parameters_checked:,} of {counted(found.parameters_total, 'parameter')} checked"
     return f"{checked}; {tensors}, on {counted(found.modules_merged, 'module')}"
+
+
+def forward(adapter: AdapterReport) -> str:
+    """What the run of base and adapter as models showed, or why they were not run. Empty if neither is known."""
+    run, dtype = adapter.forward, one_line(adapter.base.dtype, NAME_LIMIT)
+    if not run.ran:
+        return f"not run: {one_line(run.why_not, MESSAGE_LIMIT)}" if run.why_not else ""
+    facts = []
+    if run.nonfinite_module is not None:
+        facts.append(f"{one_line(run.nonfinite_module, NAME_LIMIT)} returns NaN or an infinity")
+    if run.largest is not None:
+        share = run.largest / run.largest_allowed if run.largest_allowed else 0.0
+        of_dtype = f" ({share:.0%} of {dtype})" if share >= _LEAST_SHARE else ""
+        place = f" at {one_line(run.largest_module, NAME_LIMIT)}" if run.largest_module else ""
+        facts.append(f"largest activation {run.largest:,.5g}{of_dtype}{place}")
+    if run.rounding_change is not None:
+        facts.append(f"rounding to {dtype} changes {run.rounding_change:.0%} of the adapter's effect")
+    inputs = f" on {one_line(run.inputs, NAME_LIMIT)}" if run.inputs else ""
+    return f"ran{inputs}" + (f": {'; '.join(facts)}" if facts else "")
 
 
 def base_precisions(bases: Iterable[BaseReport]) -> str:

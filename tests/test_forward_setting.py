@@ -1,0 +1,119 @@
+"""`forward` in a configuration and `--forward`, as whole commands. The worker is played."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.cli.dispatch import main
+from merge_gate.records.measured import Forward
+from merge_gate.report.stored.stored_report import stored
+from merge_gate.run import flow
+from merge_gate.worker import protocol
+from tests.support.played_merges import lay, played
+from tests.support.reports import RAN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NOT_RUN = {"forward": Forward(why_not="the inputs of Odd are unknown")}
+BROKEN = {"unexpected": ("stray",)}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path, names=["one"])
+
+
+def gate(*words: str, changes: dict[str, Any], **config: Any) -> int:
+    Path("gate.yml").write_text(json.dumps({"version": 1, "base": "./base", "adapters": ["./one"]} | config))
+    with played(Path("base"), changes=changes):
+        return main(["run", "gate.yml", *words])
+
+
+def entry() -> dict[str, Any]:
+    (one,) = json.loads(Path("merge-gate-report/report.json").read_text())["adapters"]
+    assert isinstance(one, dict)
+    return one
+
+
+def test_a_model_that_was_not_run_is_an_error_only_if_that_is_required() -> None:
+    assert gate(changes=NOT_RUN) == 0
+    assert gate(changes=NOT_RUN, forward="required") == 3
+    assert entry()["cause"] == "not-judged"
+    assert "Odd" in entry()["findings"][0]["message"]
+    assert gate(changes=NOT_RUN | BROKEN, forward="required") == 1, "it is proven broken anyway"
+    assert gate(changes={"forward": RAN}, forward="required") == 0
+    assert gate("--forward", "required", changes=NOT_RUN) == 3, "the option replaces the key"
+    assert gate("--forward", "auto", changes=NOT_RUN, forward="required") == 0
+    with played(Path("base"), changes=NOT_RUN):
+        assert main(["run", "one", "--base", "base", "--forward", "required"]) == 3
+
+
+def test_what_the_run_showed_is_in_the_report() -> None:
+    assert gate(changes={"forward": RAN}) == 0
+    assert entry()["forward"]["largest_module"] == RAN.largest_module
+    report = stored("merge-gate-report")
+    assert report.adapters[0].forward == RAN
+
+
+def test_a_report_of_an_earlier_version_has_no_run() -> None:
+    assert gate(changes={"forward": RAN}) == 0
+    path = Path("merge-gate-report/report.json")
+    document = json.loads(path.read_text())
+    del document["adapters"][0]["forward"]
+    path.write_text(json.dumps(document))
+    assert stored("merge-gate-report").adapters[0].forward == Forward()
+    assert main(["report", "show", "merge-gate-report"]) == 0
+
+
+def tasks_of(monkeypatch: pytest.MonkeyPatch, *words: str, **config: Any) -> list[str]:
+    """Why the tasks of a run are not to be run as models."""
+    reasons: list[str] = []
+    with monkeypatch.context() as patch:
+        made = flow.group_by_base
+
+        def group_by_base(*arguments: Any, **options: Any) -> Any:
+            groups = made(*arguments, **options)
+            reasons.extend(task.no_forward for group in groups for task in group.tasks)
+            return groups
+
+        patch.setattr(flow, "group_by_base", group_by_base)
+        gate(*words, changes={}, **config)
+    return reasons
+
+
+def test_the_worker_is_told_whether_to_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tasks_of(monkeypatch) == [""]
+    assert tasks_of(monkeypatch, forward="required") == [""]
+    (why,) = tasks_of(monkeypatch, forward="off")
+    assert "forward" in why
+    assert tasks_of(monkeypatch, "--forward", "off", forward="required") == [why]
+
+
+def test_the_setting_counts_in_a_cached_verdict() -> None:
+    assert gate("--cache", "cache", changes=NOT_RUN) == 0
+    assert gate("--cache", "cache", changes=NOT_RUN, forward="required") == 3
+    assert gate("--cache", "cache", changes=NOT_RUN) == 0
+    assert entry()["cached"]
+
+
+def test_a_verdict_whose_model_died_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More memory, or a machine that is less busy, has the measurement next time."""
+
+    def dies(on_event: Callable[[protocol.Event], None], event: protocol.Event) -> None:
+        if isinstance(event, protocol.Merged):
+            on_event(protocol.ForwardRunning(task=event.task, is_running=True))
+        on_event(event)
+
+    heard = flow.Run._on_event
+    with monkeypatch.context() as patch:
+        patch.setattr(flow.Run, "_on_event", lambda run, event: dies(lambda one: heard(run, one), event))
+        assert gate("--cache", "cache", changes=NOT_RUN) == 0
+    for is_cached in (False, True):
+        assert gate("--cache", "cache", changes={"forward": RAN}) == 0
+        assert entry()["cached"] is is_cached
