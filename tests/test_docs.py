@@ -25,7 +25,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from packaging.version import Version
 
-from benchmarks import architectures
+from benchmarks import architectures, forward
 from merge_gate._internal.errors import ExitCode
 from merge_gate.cli import dispatch
 from merge_gate.cli.parser import commanded
@@ -412,6 +412,19 @@ def test_the_page_of_architectures_is_made_from_their_data() -> None:
     assert not [name for name, facts in answers["types"].items() if "wrong" in facts]
     assert architectures.stored(answers) == (ROOT / "benchmarks" / "architectures.json").read_text(encoding="utf-8")
     held(ROOT / "docs" / "evidence" / "sweeps.md", "architectures", architectures.document(answers))
+
+
+def test_the_page_of_forward_passes_is_made_from_their_data() -> None:
+    answers = json.loads((ROOT / "benchmarks" / "forward.json").read_text(encoding="utf-8"))
+    built = [facts for facts in answers["types"].values() if "model_class" in facts]
+    causal = [facts for facts in built if "is_causal" in facts]
+    ran = [facts for facts in built if "inputs" in facts]
+    assert len(built) >= LEAST_ARCHITECTURES
+    assert len(ran) >= 0.65 * len(built)
+    assert sum("inputs" in facts for facts in causal) >= 0.85 * len(causal)
+    assert sum("lockstep" not in facts for facts in ran) >= 0.97 * len(ran)
+    assert architectures.stored(answers) == (ROOT / "benchmarks" / "forward.json").read_text(encoding="utf-8")
+    held(ROOT / "docs" / "evidence" / "sweeps.md", "forward", forward.document(answers))
 
 
 LEAST_ARCHITECTURES = 400
