@@ -220,6 +220,9 @@ class Evidence:
         parameters_from_record: how many of the checked elements an earlier run measured, and not this one.
         instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
             loaded as.
+        other_names: targeted modules that the class in config.json's `architectures` has under another name, and that
+            name; empty if the base was loaded as that class.
+        architecture: that class.
     """
 
     base: BaseFacts
@@ -244,6 +247,8 @@ class Evidence:
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
+    other_names: tuple[tuple[str, str], ...] = ()
+    architecture: str = ""
     seed: int | None = None
     parameters_checked: int = 0
     parameters_total: int = 0
