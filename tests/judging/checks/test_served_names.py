@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from merge_gate.records.terms import Origin
+from tests.support.faults import Case
 from tests.support.judging.cases import MODULE, Fire, base, evidence, files, reason, spec
 from tests.support.judging.every_check import EveryCheck
 
@@ -29,6 +30,16 @@ class TestServedNames(EveryCheck):
             (evidence(**RENAMED | {"other_names": ((MODULE, WHOLE), ("model.a", "model.language_model.a"))}), files()),
         ),
     )
+    FAULTS = (
+        Case(
+            "text-class-as-error",
+            "text-class",
+            cause="served-names",
+            origin="adapter",
+            entry={"checks": {"served-names": "error"}},
+        ),
+    )
+    HEALTHY = (Case("text-class", "text-class"),)
     QUIET = (
         (evidence(), files(), spec()),
         (evidence(**RENAMED, missing=("a.lora_A.weight",)), files(), spec()),
