@@ -11,7 +11,9 @@ Its names then lack a part that the whole model's names have. A Qwen3.5, for exa
 - The finding is a `note`. If you serve adapters unmerged, make it an error: `checks: {served-names: error}`.
 
 ```text
-adapter_config.json is not valid
+the adapter's names of 2 modules are those of Qwen3_5ForCausalLM: model.layers.1.self_attn.q_proj, for example, is
+model.language_model.layers.1.self_attn.q_proj in Qwen3_5ForConditionalGeneration, which config.json of the base
+names; the merge is right, but a server that loads the adapter unmerged may apply nothing of it
 ```
 
 **Why it matters.** PEFT merges such an adapter into the text class, so the merged model is right. A server that loads
