@@ -33,6 +33,7 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.model_class import other_names
 from merge_gate.engine.forward.merged_again import fits, merged_again
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
@@ -343,6 +344,7 @@ class _Attempt:
         # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
         without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
         without_source -= merges.keys() - walk.adapted
+        renamed = other_names(base, loaded.targeted)
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
@@ -360,6 +362,8 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
+            other_names=renamed,
+            architecture=type(base.architecture).__name__ if renamed else "",
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
             forward=replace(

@@ -288,6 +288,9 @@ class Evidence:
             loaded as.
         forward: what a run of the model showed.
         different: layers whose merge computes something else.
+        other_names: targeted modules that the class in config.json's `architectures` has under another name, and that
+            name; empty if the base was loaded as that class.
+        architecture: that class.
     """
 
     base: BaseFacts
@@ -312,6 +315,8 @@ class Evidence:
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
+    other_names: tuple[tuple[str, str], ...] = ()
+    architecture: str = ""
     seed: int | None = None
     parameters_checked: int = 0
     parameters_total: int = 0

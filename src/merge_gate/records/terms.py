@@ -53,7 +53,7 @@ class FailureKind(SealedEnum):
 
 
 class Severity(SealedEnum):
-    """The severity of a finding. An error fails the adapter. A note changes nothing, and cannot be configured."""
+    """The severity of a finding. An error fails the adapter. A note changes nothing."""
 
     ERROR = "error"
     WARNING = "warning"
