@@ -197,6 +197,41 @@ def _is_plausible(stats: TensorStats) -> bool:
 
 
 @record
+class AdaptedModule:
+    """A module that an adapter changes: its name in the adapter's file, that in the served class, and the factor."""
+
+    name: str
+    served: str
+    scaling: float
+
+
+@record
+class ServedModule:
+    """A module of the served class. `sizes` are those of a linear layer's input and output."""
+
+    name: str
+    sizes: tuple[int, int] | None = None
+    sources: tuple[str, ...] = ()
+
+
+@record
+class ServedClass:
+    """The class that the base's config.json names, which servers load.
+
+    Attributes:
+        name: its name.
+        loaded: the class that the base was loaded as.
+        adapted: the modules of the adapter that the class has, too.
+        modules: all modules of the class. `sources` are the stored tensors that make a module's weight.
+    """
+
+    name: str
+    loaded: str
+    adapted: tuple[AdaptedModule, ...] = ()
+    modules: tuple[ServedModule, ...] = ()
+
+
+@record
 class Evidence:
     """Everything that was measured of one adapter on one base. The checks judge it.
 
@@ -220,6 +255,8 @@ class Evidence:
         parameters_from_record: how many of the checked elements an earlier run measured, and not this one.
         instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
             loaded as.
+        scalings: the factor of the delta of each layer of LoRA.
+        served: the class that servers load, if the run is an export.
     """
 
     base: BaseFacts
@@ -244,6 +281,8 @@ class Evidence:
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
+    scalings: tuple[tuple[str, float], ...] = ()
+    served: ServedClass | None = None
     seed: int | None = None
     parameters_checked: int = 0
     parameters_total: int = 0

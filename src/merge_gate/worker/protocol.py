@@ -36,6 +36,7 @@ class Task:
     for any number. 1 if it was in progress when a pass died, half of the pass if none was. `publishes`: the merged
     tensors are sent, too. It is `preserve`, or the dtype that all floating tensors are cast to.
     `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
+    `is_export`: `Evidence.served` is wanted.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Task:
     publishes: str | None = None
     compares: Snapshot | None = None
     settings: SettingsFiles | None = None
+    is_export: bool = False
 
 
 @record

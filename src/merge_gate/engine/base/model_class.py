@@ -122,7 +122,7 @@ def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: C
     if not first_parts or not _is_model_class(requested) or _has_usual_prefix(config, requested, first_parts):
         return requested
     skeleton = _skeleton(config, requested)
-    if (first_parts | _first_parts(_current_names(skeleton, names))) & _children(skeleton):
+    if (first_parts | _first_parts(current_names(skeleton, names))) & _children(skeleton):
         return requested
     others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
     fitting = (
@@ -137,7 +137,7 @@ def _is_stored(config: Any, class_name: str, stored: Sequence[str]) -> bool:
     if skeleton is None:
         return True
     class_names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."
-    file_names = {*stored, *_current_names(skeleton, stored)}
+    file_names = {*stored, *current_names(skeleton, stored)}
     return any({name, prefix + name, name.removeprefix(prefix)} & class_names for name in file_names)
 
 
@@ -158,7 +158,7 @@ def _children(skeleton: Any) -> set[str]:
     return {name for name, _ in skeleton.named_children()} if skeleton is not None else set()
 
 
-def _current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
+def current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
     """The names in this release of transformers for names of earlier releases. PEFT loads LoRA by the same list."""
     if skeleton is None:
         return []
