@@ -45,11 +45,10 @@ from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
 from merge_gate.publish.manifest import MOST_BYTES, is_regular, names_below, shared_fields, versions_of
 from merge_gate.publish.partial import PartialDirectory
 from merge_gate.records.config import Config
-from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, Entry, FileIdentity, FileRecord
+from merge_gate.records.files import CONFIG_NAME, EXPORT_NAME, WEIGHTS_NAME, Entry, FileIdentity, FileRecord
 from merge_gate.records.measured import Evidence, ServedClass
 from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import (
-    EXPORT_NAME,
     EXPORT_VERSION,
     ExportRecord,
     PublishedAdapter,
@@ -106,16 +105,9 @@ class Export:
 
 
 class _Judged(Run):
-    """A run that also asks the worker for the class that servers load."""
+    """A run that keeps what the worker knows of the class that servers load."""
 
     served: ServedClass | None = None
-
-    def _group(self, to_merge: dict[int, Entry], published: Mapping[int, str]) -> None:
-        super()._group(to_merge, published)
-        exported = (
-            replace(group, tasks=tuple(replace(task, is_export=True) for task in group.tasks)) for group in self.groups
-        )
-        self.groups = tuple(exported)
 
     def _judge(self, index: int, evidence: Evidence) -> None:
         self.served = evidence.served

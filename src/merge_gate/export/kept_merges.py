@@ -26,7 +26,7 @@ from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.publish.publications import Publications
 from merge_gate.records.files import Entry, StoredTensor
 from merge_gate.records.publication import MergeComparison
-from merge_gate.records.terms import PRESERVE
+from merge_gate.records.terms import AS_MERGED
 from merge_gate.worker.protocol import PublicationSent
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -66,7 +66,7 @@ class KeptMerges(Publications):
 
     def choose(self, entries: Mapping[int, Entry]) -> dict[int, str]:
         """All merges are sent."""
-        return dict.fromkeys(entries, PRESERVE)
+        return dict.fromkeys(entries, AS_MERGED)
 
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         self._merges[task] = _Merge({one.name: one for one in tensors})

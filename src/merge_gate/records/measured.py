@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import field
 
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, record, reported
@@ -197,38 +199,24 @@ def _is_plausible(stats: TensorStats) -> bool:
 
 
 @record
-class AdaptedModule:
-    """A module that an adapter changes: its name in the adapter's file, that in the served class, and the factor."""
-
-    name: str
-    served: str
-    scaling: float
-
-
-@record
-class ServedModule:
-    """A module of the served class. `sizes` are those of a linear layer's input and output."""
-
-    name: str
-    sizes: tuple[int, int] | None = None
-    sources: tuple[str, ...] = ()
-
-
-@record
 class ServedClass:
     """The class that the base's config.json names, which servers load.
 
     Attributes:
         name: its name.
         loaded: the class that the base was loaded as.
-        adapted: the modules of the adapter that the class has, too.
-        modules: all modules of the class. `sources` are the stored tensors that make a module's weight.
+        names: the modules of the adapter that it has, by their names in the adapter's file.
+        scalings: the factor of the delta of each of them.
+        sizes: the sizes of the input and output of each linear layer; None for other modules.
+        sources: the stored tensors that make the weight of a module.
     """
 
     name: str
     loaded: str
-    adapted: tuple[AdaptedModule, ...] = ()
-    modules: tuple[ServedModule, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @record

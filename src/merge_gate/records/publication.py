@@ -85,7 +85,6 @@ class Manifest:
 
 
 EXPORT_VERSION = "1.0"
-EXPORT_NAME = "merge-gate-export.json"
 
 
 @record

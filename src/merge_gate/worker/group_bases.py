@@ -40,7 +40,7 @@ from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import AS_MERGED, Quantization
 from merge_gate.sources.feed import Feed, LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient, ParentFeed
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
@@ -237,15 +237,15 @@ class GroupBases:
         return ParentFeed(self.client, position, is_aside=True) if position is not None else None
 
     def with_served_class(self, loaded: GroupBase, task: Task, evidence: Evidence) -> Evidence:
-        """The evidence, with the class that servers load if the task asks for it."""
-        if not task.is_export or evidence.refusal is not None:
+        """The evidence, with the class that servers load if the task is of an export."""
+        if task.publishes != AS_MERGED or evidence.refusal is not None:
             return evidence
         from merge_gate.engine.base.served_class import served_class  # noqa: PLC0415 - few runs export
 
         names = (one.name.removeprefix(ADAPTER_PREFIX) for one in task.files[0].tensors)
         modules = dict.fromkeys(module_of(name) for name in names if ".lora_" in name)
         stored, known = loaded.group.files.tensors, self.account(loaded).map
-        return replace(evidence, served=served_class(loaded.base, stored, known, modules, evidence.scalings))
+        return replace(evidence, served=served_class(loaded.base, stored, known, modules, dict(evidence.scalings)))
 
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""

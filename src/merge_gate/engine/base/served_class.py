@@ -7,7 +7,6 @@ is read: two modules are the same one if they are made of the same stored tensor
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import transformers
 from torch import nn
@@ -17,56 +16,52 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import current_names
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.measured import AdaptedModule, ServedClass, ServedModule
+from merge_gate.records.measured import ServedClass
 
 _WEIGHT = ".weight"
 
 
 def served_class(
-    base: Base, stored: Sequence[StoredTensor], loaded_map: TensorMap | None, modules: Iterable[str], scalings: Any
+    base: Base,
+    stored: Sequence[StoredTensor],
+    loaded_map: TensorMap | None,
+    modules: Iterable[str],
+    scalings: Mapping[str, float],
 ) -> ServedClass:
-    """The class that config.json names, and the modules of an adapter in it.
-
-    `modules` are the names in the adapter's file, and `scalings` the factor of each loaded layer's delta.
-    """
+    """The class that config.json names. `modules` are in the adapter's file, and `scalings` are of loaded layers."""
     model, loaded = base.model, type(base.model).__name__
-    named = model.config.architectures or ()
-    name = next((one for one in named if isinstance(one, str) and hasattr(transformers, one)), loaded)
-    own: Mapping[str, str] = {}
-    sources: Mapping[str, tuple[str, ...]] = loaded_map.sources if loaded_map is not None else {}
+    named = (one for one in model.config.architectures or () if isinstance(one, str) and hasattr(transformers, one))
+    name, sources = next(named, loaded), _of_modules(loaded_map)
+    own = {path: path for path, _ in model.named_modules()}
     if name != loaded:
         try:
             found = tensor_map(getattr(transformers, name), base.source.directory, stored)
         except NoMapError:
             return ServedClass(name=name, loaded=loaded)
-        places = {made: _module(target) for target, made in found.sources.items() if target.endswith(_WEIGHT)}
-        own = {_module(target): places[made] for target, made in sources.items() if made in places}
-        model, sources = found.model, found.sources
-    else:
-        own = {path: path for path, _ in model.named_modules()}
-    factors, adapted = dict(scalings), []
-    for module in modules:
-        path = module if module in factors else _module(*current_names(base.model, [module + _WEIGHT]))
-        scaling, served = factors.get(path), own.get(path)
-        if scaling is not None and served is not None:
-            adapted.append(AdaptedModule(name=module, served=served, scaling=scaling))
-    outlines = ((path, _sizes(module)) for path, module in model.named_modules())
+        places = {made: path for path, made in _of_modules(found).items()}
+        own = {path: places[made] for path, made in sources.items() if made in places}
+        model, sources = found.model, _of_modules(found)
+    current = {
+        one: one if one in scalings else current_names(base.model, [one + _WEIGHT])[0].removesuffix(_WEIGHT)
+        for one in modules
+    }
+    known = {one: path for one, path in current.items() if path in scalings and path in own}
     return ServedClass(
         name=name,
         loaded=loaded,
-        adapted=tuple(adapted),
-        modules=tuple(
-            ServedModule(name=path, sizes=sizes, sources=sources.get(path + _WEIGHT, ())) for path, sizes in outlines
-        ),
+        names={one: own[path] for one, path in known.items()},
+        scalings={own[path]: scalings[path] for path in known.values()},
+        sizes={path: _sizes(module) for path, module in model.named_modules()},
+        sources=sources,
     )
 
 
-def _module(tensor: str) -> str:
-    return tensor.removesuffix(_WEIGHT)
+def _of_modules(found: TensorMap | None) -> dict[str, tuple[str, ...]]:
+    made = found.sources.items() if found is not None else ()
+    return {name.removesuffix(_WEIGHT): sources for name, sources in made if name.endswith(_WEIGHT)}
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """The sizes of a layer's input and output."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return (int(module.weight.shape[0]), int(module.weight.shape[1])) if isinstance(module, Conv1D) else None
