@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from merge_gate._internal.errors import ExitCode
+from merge_gate._internal.text import counted
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, examples, exit_codes, given
 from merge_gate.cli.output import exit_code, view_of
 
@@ -46,7 +47,8 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.export.flow import export
+    from merge_gate.exporting.flow import export
+    from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.streams import tell
     from merge_gate.verify.exchanged import refuse_exchanged_base
 
@@ -62,6 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if made.record is None:
         return exit_code(made.report)
-    for sentence in made.sentences:
-        tell(sentence)
+    padded = f", with zeros in {counted(len(made.record.padding), 'module')}" if made.record.padding else ""
+    tell(f"{one_line(arguments.output)} is a plain LoRA with the names of {one_line(made.record.model_class)}{padded}")
+    for one in made.record.comparisons:
+        few = f"{one.differing:,} of {counted(one.values, 'merged value')} differ by a rounding (≤ {one.largest:.2g})"
+        tell(f"{one.dtype}: {few if one.differing else 'its merge has the same bits as that of the adapter'}")
     return ExitCode.PASS

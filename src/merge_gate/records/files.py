@@ -215,7 +215,8 @@ class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
     `tensors` is empty if only torch can list the tensors of pickled weights. `weights` is the file that PEFT will load,
-    relative to `directory`, or None. `padding` are the modules that an export has filled with zeros. `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
+    relative to `directory`, or None. `padding` are the modules that an export has filled with zeros.
+    `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
     """
 
     directory: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_gate.records.config import Combine
 from merge_gate.records.files import FileRecord
-from merge_gate.records.report import ConfigFile, Tool
+from merge_gate.records.report import ConfigFile, Report, Tool
 from merge_gate.records.terms import Quantization, Verdict, record, reported
 
 MANIFEST_VERSION = "1.0"
@@ -113,6 +113,14 @@ class ExportRecord:
     scale_in: str = reported("Where the scale is: `lora_alpha`, or `lora_B` (in float32).")
     comparisons: tuple[MergeComparison, ...] = reported("How the merges differ, for each dtype.", default=())
     files: tuple[FileRecord, ...] = reported("The other files of the directory.", default=())
+
+
+@record
+class Export:
+    """The report on an export, and its record. Without a record, the report is on what did not pass."""
+
+    report: Report
+    record: ExportRecord | None = None
 
 
 @record

@@ -7,6 +7,7 @@ is read: two modules are the same one if they are made of the same stored tensor
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import transformers
 from torch import nn
@@ -29,7 +30,8 @@ def served_class(
     scalings: Mapping[str, float],
 ) -> ServedClass:
     """The class that config.json names. `modules` are in the adapter's file, and `scalings` are of loaded layers."""
-    model, loaded = base.model, type(base.model).__name__
+    model: Any = base.model
+    loaded = type(model).__name__
     named = (one for one in model.config.architectures or () if isinstance(one, str) and hasattr(transformers, one))
     name, sources = next(named, loaded), _of_modules(loaded_map)
     own = {path: path for path, _ in model.named_modules()}
