@@ -92,9 +92,17 @@ def _requested_class(config: Any, files: AdapterFiles, *, trust_remote_code: boo
     return architecture
 
 
+def named_class(directory: str) -> str | None:
+    """The class of transformers that a base's config.json names."""
+    return _named(_read_config(directory, trust_remote_code=False))
+
+
+def _named(config: Any) -> str | None:
+    return next((name for name in config.architectures or () if hasattr(transformers, name)), None)
+
+
 def _architecture(config: Any) -> str:
-    named = (name for name in config.architectures or () if hasattr(transformers, name))
-    return next(named, None) or _concrete(config, "AutoModel") or "AutoModel"
+    return _named(config) or _concrete(config, "AutoModel") or "AutoModel"
 
 
 def _concrete(config: Any, auto_class: str) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import current_names
+from merge_gate.engine.base.model_class import current_names, named_class
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
@@ -32,8 +32,7 @@ def served_class(
     """The class that config.json names. `modules` are in the adapter's file, and `scalings` are of loaded layers."""
     model: Any = base.model
     loaded = type(model).__name__
-    named = (one for one in model.config.architectures or () if isinstance(one, str) and hasattr(transformers, one))
-    name, sources = next(named, loaded), _of_modules(loaded_map)
+    name, sources = named_class(base.source.directory) or loaded, _of_modules(loaded_map)
     own = {path: path for path, _ in model.named_modules()}
     if name != loaded:
         try:
