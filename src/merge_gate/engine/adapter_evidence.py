@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
@@ -352,6 +353,9 @@ class _Attempt:
             dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
             targeted=loaded.targeted,
+            scalings=tuple(
+                (path, float(one.scaling[ADAPTER_NAME])) for path, one in walk.layers if isinstance(one, LoraLayer)
+            ),
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
