@@ -31,6 +31,7 @@ class Engine:
         self.llm = LLM(
             model=base, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, enable_prefix_caching=False,
             enable_lora=True, max_loras=1, max_cpu_loras=2, max_lora_rank=128,
+            limit_mm_per_prompt={"image": 0, "video": 0},
             max_model_len=64, max_num_seqs=36, max_num_batched_tokens=512, max_logprobs=vocabulary,
         )  # fmt: skip
         # prompt_logprobs with LoRA ends the engine on CPUs, so each prefix of a prompt is a request
