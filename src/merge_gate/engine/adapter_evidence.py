@@ -22,13 +22,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
-from merge_gate.engine.adapter.load_adapter import Loaded, expected_tensors, load_adapter
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.merged_tensors import TensorSink
@@ -283,6 +284,9 @@ class _Attempt:
             dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
             targeted=loaded.targeted,
+            scalings=tuple(
+                (path, float(one.scaling[ADAPTER_NAME])) for path, one in walk.layers if isinstance(one, LoraLayer)
+            ),
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),

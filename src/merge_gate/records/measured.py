@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import field
 
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, record, reported
@@ -197,6 +199,27 @@ def _is_plausible(stats: TensorStats) -> bool:
 
 
 @record
+class ServedClass:
+    """The class that the base's config.json names, which servers load.
+
+    Attributes:
+        name: its name.
+        loaded: the class that the base was loaded as.
+        names: the modules of the adapter that it has, by their names in the adapter's file.
+        scalings: the factor of the delta of each of them.
+        sizes: the sizes of the input and output of each linear layer; None for other modules.
+        sources: the stored tensors that make the weight of a module.
+    """
+
+    name: str
+    loaded: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@record
 class Evidence:
     """Everything that was measured of one adapter on one base. The checks judge it.
 
@@ -220,6 +243,8 @@ class Evidence:
         parameters_from_record: how many of the checked elements an earlier run measured, and not this one.
         instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
             loaded as.
+        scalings: the factor of the delta of each layer of LoRA.
+        served: the class that servers load, if the run is an export.
     """
 
     base: BaseFacts
@@ -244,6 +269,8 @@ class Evidence:
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
+    scalings: tuple[tuple[str, float], ...] = ()
+    served: ServedClass | None = None
     seed: int | None = None
     parameters_checked: int = 0
     parameters_total: int = 0

@@ -92,9 +92,17 @@ def _requested_class(config: Any, files: AdapterFiles, *, trust_remote_code: boo
     return architecture
 
 
+def named_class(directory: str) -> str | None:
+    """The class of transformers that a base's config.json names."""
+    return _named(_read_config(directory, trust_remote_code=False))
+
+
+def _named(config: Any) -> str | None:
+    return next((name for name in config.architectures or () if hasattr(transformers, name)), None)
+
+
 def _architecture(config: Any) -> str:
-    named = (name for name in config.architectures or () if hasattr(transformers, name))
-    return next(named, None) or _concrete(config, "AutoModel") or "AutoModel"
+    return _named(config) or _concrete(config, "AutoModel") or "AutoModel"
 
 
 def _concrete(config: Any, auto_class: str) -> str | None:
@@ -122,7 +130,7 @@ def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: C
     if not first_parts or not _is_model_class(requested) or _has_usual_prefix(config, requested, first_parts):
         return requested
     skeleton = _skeleton(config, requested)
-    if (first_parts | _first_parts(_current_names(skeleton, names))) & _children(skeleton):
+    if (first_parts | _first_parts(current_names(skeleton, names))) & _children(skeleton):
         return requested
     others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
     fitting = (
@@ -137,7 +145,7 @@ def _is_stored(config: Any, class_name: str, stored: Sequence[str]) -> bool:
     if skeleton is None:
         return True
     class_names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."
-    file_names = {*stored, *_current_names(skeleton, stored)}
+    file_names = {*stored, *current_names(skeleton, stored)}
     return any({name, prefix + name, name.removeprefix(prefix)} & class_names for name in file_names)
 
 
@@ -158,7 +166,7 @@ def _children(skeleton: Any) -> set[str]:
     return {name for name, _ in skeleton.named_children()} if skeleton is not None else set()
 
 
-def _current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
+def current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
     """The names in this release of transformers for names of earlier releases. PEFT loads LoRA by the same list."""
     if skeleton is None:
         return []
