@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all attempts lint e2e bench fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps schemas pictures docs \
-	clean help
+.PHONY: demo test test-all attempts lint e2e bench fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps servers schemas pictures \
+	docs clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -22,6 +22,7 @@ help:
 	@echo "make publish-layouts a published change of every model type with converted tensors (ten minutes)"
 	@echo "make verify-changes 10,000 random changes of a published directory, which verify must name (half an hour)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
+	@echo "make servers what vLLM and llama.cpp apply of adapters and of their exports (half an hour)"
 	@echo "make schemas writes again what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
 	@echo "make docs    the documentation's site, in site/ (a minute)"
@@ -126,6 +127,11 @@ verify-changes: $(STAMPS)/test
 
 tensor-maps: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.tensor_maps --write
+
+# Serves adapters without merging them; the servers have an environment of their own in build/servers, of 4 GB.
+servers: $(STAMPS)/test
+	$(BIN)/python benchmarks/servers.py --work build/servers
+	$(BIN)/python benchmarks/servers.py --work build/servers --write
 
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test
