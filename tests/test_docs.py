@@ -25,7 +25,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from packaging.version import Version
 
-from benchmarks import architectures, forward
+from benchmarks import architectures, forward, servers
 from merge_gate._internal.errors import ExitCode
 from merge_gate.cli import dispatch
 from merge_gate.cli.parser import commanded
@@ -456,6 +456,37 @@ def test_the_comparison_with_peers_is_what_they_said() -> None:
 
 LEAST_PEER_CASES = 150
 """Fewer, and the comparison was not run to its end."""
+
+
+# --- docs/guides/serve-adapters.md -----------------------------------------------------------------------------------
+
+
+def test_the_page_of_servers_is_made_from_their_answers() -> None:
+    stored = (ROOT / "benchmarks" / "servers.json").read_text(encoding="utf-8")
+    answers = json.loads(stored)
+    assert servers.stored(answers) == stored
+    assert list(answers["kinds"]) == list(servers.KINDS)
+    held(ROOT / "docs" / "guides" / "serve-adapters.md", "servers", servers.document(answers))
+
+
+def test_every_export_that_a_server_got_is_exact() -> None:
+    kinds = json.loads((ROOT / "benchmarks" / "servers.json").read_text(encoding="utf-8"))["kinds"]
+    words = {
+        (name, server): servers.cell(facts, server, "export")
+        for name, facts in kinds.items()
+        for server in servers.SERVERS
+        if servers.exported(facts, server)
+    }
+    assert {name for name, _ in words} >= set(servers.PLAIN_FORM)
+    assert set(words.values()) == {"exact"}
+    assert (
+        sum(any(servers.better(facts, server) for server in servers.SERVERS) for facts in kinds.values())
+        >= LEAST_BETTER
+    )
+
+
+LEAST_BETTER = 12
+"""Kinds whose export is exact on a server that refused the original, or applied something else."""
 
 
 # --- docs/project/architecture.md ------------------------------------------------------------------------------------
