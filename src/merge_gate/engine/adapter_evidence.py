@@ -35,9 +35,9 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expecte
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import other_names
-from merge_gate.engine.forward.merged_again import fits, merged_again
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
+from merge_gate.engine.merge.merged_again import fits, merged_again
 from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
@@ -227,7 +227,7 @@ def _run_again(attempt: _Attempt) -> Evidence:
                 forward = run_merged(base, merged, forward, attempt.tokens)
             if merged is not None and may_lose:
                 unmerged = attempt.load()
-                forward = with_rounding(base, unmerged, merged, forward, attempt.tokens)
+                forward = with_rounding(base, unmerged.model.get_base_model(), merged, forward, attempt.tokens)
                 base.template = unmerged.template  # it is unchanged: the next adapter reuses it
     except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
         return evidence

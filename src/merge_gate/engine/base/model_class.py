@@ -224,7 +224,7 @@ def other_names(base: Base, modules: Sequence[str]) -> tuple[tuple[str, str], ..
     if whole is base.model:
         return ()
     names = {name for name, _ in whole.named_modules()}
-    current = _current_names(whole, [f"{module}.weight" for module in modules])
+    current = current_names(whole, [f"{module}.weight" for module in modules])
     lacking = [one for one, name in zip(modules, current, strict=True) if name.removesuffix(".weight") not in names]
     moves = list(_moves(base.model, whole))
     found = [(module, _moved(module, moves)) for module in lacking]
