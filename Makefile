@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all attempts lint e2e bench fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
+.PHONY: demo test test-all attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
 	clean help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
+	@echo "make rounding what rounding takes from trained adapters, next to a loss (an hour)"
 	@echo "make mutants small changes of the code that judges: does a test fail? (an hour)"
 	@echo "make coverage branches that the tests take (an hour)"
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
@@ -89,6 +90,10 @@ e2e: $(STAMPS)/e2e
 BENCH ?=
 bench: $(STAMPS)/test
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+# Trains adapters of two small bases of PyPI in .rounding/, and writes the table of docs/evidence/rounding.md.
+rounding: $(STAMPS)/test
+	$(BIN)/python benchmarks/rounding.py --write
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(STAMPS)/test

@@ -204,21 +204,23 @@ def run(work: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    date = datetime.now(UTC).date()
     lines = [
-        f"{date}, {packages}. {STEPS} steps each, on pydoc's topics.",
+        f"{datetime.now(UTC).date()}, {packages}. {STEPS} steps each; the learning rate is in the name.",
         "",
-        "| adapter | dtype | ‖ΔW‖/‖W‖ | norm lost | effect | **effect changed** | loss of base, unmerged, merged |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| adapter | dtype | ‖ΔW‖/‖W‖ | effect | norm lost | **effect changed** "
+        "| loss: base, unmerged, merged | gain lost |",
+        "|---|---|---:|---:|---:|---:|---|---:|",
     ]
-    for row in sorted(rows, key=lambda row: row["adapter"]):
-        norm, effect, change = (
-            "-" if row[key] is None else f"{row[key]:.2g}" if key == "effect" else f"{row[key]:.1%}"
-            for key in ("norm", "effect", "change")
-        )
+    order = {name: place for place, name in enumerate(ADAPTERS)}
+    for row in sorted(rows, key=lambda row: (order.get(row["adapter"], len(order)), row["dtype"])):
+        norm, change = ("not measured" if row[key] is None else f"{row[key]:.0%}" for key in ("norm", "change"))
+        effect = "not measured" if row["effect"] is None else f"{row['effect']:.1%}"
+        base, unmerged, merged = row["losses"]
         losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
+        lost = f"{(merged - unmerged) / (base - unmerged):.0%}"
         lines.append(
-            f"| {row['adapter']} | {row['dtype']} | {row['delta']:.1e} | {norm} | {effect} | {change} | {losses} |"
+            f"| {row['adapter']} | {row['dtype']} | {row['delta']:.1e} | {effect} | {norm} | {change} "
+            f"| {losses} | {lost} |"
         )
     return "\n".join(lines)
 

@@ -203,7 +203,7 @@ checks: {rounding-loss: {error-limit: 0.9}, delta-norm: {error-limit: 50}}
     (spec,) = load(place, text).adapters
     limits = {setting.check: (setting.limit, setting.error_limit) for setting in spec.checks}
     assert limits["delta-norm"] == (5.0, 50.0)
-    assert limits["rounding-loss"] == (0.5, 0.9)
+    assert limits["rounding-loss"] == (0.4, 0.9)
     assert limits["headroom"] == (0.5, None)
 
 
@@ -729,9 +729,9 @@ def test_the_tables_rules() -> None:
     page = " ".join(DOCS.read_text(encoding="utf-8").split())
     assert f"{always.replace(', `merged', ', and `merged')} are always errors" in page
     limits = {check: row.limit for check, row in CHECKS.items() if row.limit is not None}
-    assert limits == {"rounding-loss": 0.5, "headroom": 0.5, "delta-norm": 10.0}
+    assert limits == {"rounding-loss": 0.4, "activation-headroom": 0.5, "headroom": 0.5, "delta-norm": 10.0}
     error_limits = {check: row.error_limit for check, row in CHECKS.items() if row.error_limit is not None}
-    assert error_limits == {"rounding-loss": math.inf, "delta-norm": 1000.0}
+    assert error_limits == {"rounding-loss": 0.8, "delta-norm": 1000.0}
     assert all(row.summary.endswith(".") for row in CHECKS.values())
     with pytest.raises(TypeError):
         CHECKS["new"] = CHECKS["headroom"]  # type: ignore[index]
