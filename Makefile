@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps schemas pictures docs \
+.PHONY: demo test test-all attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
 	clean help
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo "make publish-layouts a published change of every model type with converted tensors (ten minutes)"
 	@echo "make verify-changes 10,000 random changes of a published directory, which verify must name (half an hour)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
+	@echo "make forward-sweep every model type on made-up inputs, alone, in lockstep and merged (half an hour)"
+	@echo "make servers what vLLM and llama.cpp apply of adapters and of their exports (half an hour)"
 	@echo "make schemas writes again what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
 	@echo "make docs    the documentation's site, in site/ (a minute)"
@@ -131,6 +133,15 @@ verify-changes: $(STAMPS)/test
 
 tensor-maps: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.tensor_maps --write
+
+forward-sweep: $(STAMPS)/test
+	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/forward.py --write
+
+# Serves adapters without merging them; the servers have an environment of their own in build/servers, of 4 GB.
+servers: $(STAMPS)/test
+	$(BIN)/python benchmarks/servers.py --work build/servers
+	$(BIN)/python benchmarks/servers.py --work build/servers --write
 
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test

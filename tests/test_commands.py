@@ -257,6 +257,7 @@ def test_what_cannot_be_had_together_is_wrong_usage(
         ((), ()),
         (("--shard", "2/4", "--refresh", "--only", "one"), ("--only", "one", "--refresh", "--shard", "2/4")),
         (("--refresh", "--access", "stream"), ("--refresh", "--access", "stream")),
+        (("--forward", "required"), ("--forward", "required")),
     ],
 )
 def test_a_run_in_a_container_is_told_what_this_one_was(

@@ -25,7 +25,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from packaging.version import Version
 
-from benchmarks import architectures
+from benchmarks import architectures, forward, servers
 from merge_gate._internal.errors import ExitCode
 from merge_gate.cli import dispatch
 from merge_gate.cli.parser import commanded
@@ -309,7 +309,9 @@ def test_the_table_of_checks_is_in_their_index() -> None:
         told = str(symptom)
         for row in (row for row in CHECKS.values() if row.symptom is symptom):
             golden = (GOLDENS / f"{row.id}.txt").read_text(encoding="utf-8")
-            origins = re.findall(rf"^== fires \d+\n\n(?:error|warning) {row.id}, (\w+)$", golden, re.MULTILINE)
+            origins = re.findall(
+                rf"^== fires \d+\n\n(?:error|warning|{row.severity}) {row.id}, (\w+)$", golden, re.MULTILINE
+            )
             limit = "" if row.limit is None else f" above {row.limit:g}"
             cells = (
                 told,
@@ -414,6 +416,19 @@ def test_the_page_of_architectures_is_made_from_their_data() -> None:
     held(ROOT / "docs" / "evidence" / "sweeps.md", "architectures", architectures.document(answers))
 
 
+def test_the_page_of_forward_passes_is_made_from_their_data() -> None:
+    answers = json.loads((ROOT / "benchmarks" / "forward.json").read_text(encoding="utf-8"))
+    built = [facts for facts in answers["types"].values() if "model_class" in facts]
+    causal = [facts for facts in built if "is_causal" in facts]
+    ran = [facts for facts in built if "inputs" in facts]
+    assert len(built) >= LEAST_ARCHITECTURES
+    assert len(ran) >= 0.65 * len(built)
+    assert sum("inputs" in facts for facts in causal) >= 0.85 * len(causal)
+    assert sum("lockstep" not in facts for facts in ran) >= 0.97 * len(ran)
+    assert architectures.stored(answers) == (ROOT / "benchmarks" / "forward.json").read_text(encoding="utf-8")
+    held(ROOT / "docs" / "evidence" / "sweeps.md", "forward", forward.document(answers))
+
+
 LEAST_ARCHITECTURES = 400
 """Fewer, and the sweep was not run to its end."""
 
@@ -441,6 +456,37 @@ def test_the_comparison_with_peers_is_what_they_said() -> None:
 
 LEAST_PEER_CASES = 150
 """Fewer, and the comparison was not run to its end."""
+
+
+# --- docs/guides/serve-adapters.md -----------------------------------------------------------------------------------
+
+
+def test_the_page_of_servers_is_made_from_their_answers() -> None:
+    stored = (ROOT / "benchmarks" / "servers.json").read_text(encoding="utf-8")
+    answers = json.loads(stored)
+    assert servers.stored(answers) == stored
+    assert list(answers["kinds"]) == list(servers.KINDS)
+    held(ROOT / "docs" / "guides" / "serve-adapters.md", "servers", servers.document(answers))
+
+
+def test_every_export_that_a_server_got_is_exact() -> None:
+    kinds = json.loads((ROOT / "benchmarks" / "servers.json").read_text(encoding="utf-8"))["kinds"]
+    words = {
+        (name, server): servers.cell(facts, server, "export")
+        for name, facts in kinds.items()
+        for server in servers.SERVERS
+        if servers.exported(facts, server)
+    }
+    assert {name for name, _ in words} >= set(servers.PLAIN_FORM)
+    assert set(words.values()) == {"exact"}
+    assert (
+        sum(any(servers.better(facts, server) for server in servers.SERVERS) for facts in kinds.values())
+        >= LEAST_BETTER
+    )
+
+
+LEAST_BETTER = 12
+"""Kinds whose export is exact on a server that refused the original, or applied something else."""
 
 
 # --- docs/project/architecture.md ------------------------------------------------------------------------------------

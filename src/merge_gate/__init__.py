@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from merge_gate._internal.errors import ConfigError, GateError, UsageError
-    from merge_gate.api import gate
+    from merge_gate.api import export, gate
+    from merge_gate.records.publication import Export, ExportRecord
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding, Result, Severity, Verdict
 
@@ -17,6 +18,8 @@ __all__ = [
     "AdapterReport",
     "BaseReport",
     "ConfigError",
+    "Export",
+    "ExportRecord",
     "Finding",
     "GateError",
     "Report",
@@ -25,12 +28,14 @@ __all__ = [
     "UsageError",
     "Verdict",
     "__version__",
+    "export",
     "gate",
 ]
 
 _MODULES = {
-    "merge_gate.api": ("gate",),
+    "merge_gate.api": ("export", "gate"),
     "merge_gate._internal.errors": ("ConfigError", "GateError", "UsageError"),
+    "merge_gate.records.publication": ("Export", "ExportRecord"),
     "merge_gate.records.report": ("AdapterReport", "BaseReport", "Report"),
     "merge_gate.records.terms": ("Finding", "Result", "Severity", "Verdict"),
 }

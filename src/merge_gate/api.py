@@ -18,6 +18,7 @@ from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import quoted, unusable
 from merge_gate.cache.verdict_cache import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.exporting.flow import export as exported
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
 from merge_gate.report.stored.report_files import FORMATS
@@ -26,6 +27,7 @@ from merge_gate.worker.supervisor import WorkerSlot
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
+    from merge_gate.records.publication import Export
     from merge_gate.records.report import Report
 
     Name = str | os.PathLike[str]
@@ -89,6 +91,35 @@ def gate(
         report = run_gate(config, options, worker=worker, begins=earlier.replace_previous)
         forget(folder)
         return report
+
+
+def export(
+    adapter: Name,
+    *,
+    output: Name,
+    base: Name | None = None,
+    revision: str | None = None,
+    fill: bool = True,
+) -> Export:
+    """Gate an adapter, and write it to `output` as a plain LoRA, as `merge-gate export` does.
+
+    Args:
+        adapter: a directory or a Hub id.
+        output: the directory of the export. It appears only if the adapter and its export pass, and merge alike.
+        base: a directory or a Hub id. If None, adapter_config.json names the base.
+        revision: a commit, tag or branch of the adapter, if it is on the Hub.
+        fill: add pairs of zeros for modules that servers expect next to the adapted ones.
+
+    Returns:
+        The report on the export, and its record. The record is None if the adapter or the export did not pass.
+
+    Raises:
+        UsageError: an argument or a name is wrong. Nothing was judged.
+        GateError: no plain LoRA has the effect of the adapter, or the merges cannot be compared.
+    """
+    given = _converted({"adapters": adapter, "output": output, "base": base, "device": "auto"})
+    (name,) = given["adapters"]
+    return exported(name, given["output"], base=given["base"], revision=revision, fill=fill)
 
 
 def refuse_options(**options: Any) -> None:

@@ -75,7 +75,8 @@ def test_the_recipes_of_the_documents_are_workflows(home: Path, tmp_path: Path) 
     folder = tmp_path / ".github" / "workflows"
     folder.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    text = (ROOT / "docs" / "guides/github-actions.md").read_text(encoding="utf-8")
+    pages = [ROOT / "docs" / "guides" / f"{name}.md" for name in ("github-actions", "serve-adapters")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = [
         block for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "\njobs:" in block
     ]

@@ -17,7 +17,7 @@ from merge_gate.files.identity import base_identity
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Fetched, Snapshot
 from merge_gate.records.measured import BaseRecord, TensorStats
-from merge_gate.records.terms import BaseKey, Quantization, Read
+from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
 from merge_gate.run import fed_bases
 from merge_gate.run.fed_bases import LIMIT_PER_GIB_S, FedBases, group_by_base, network_file_system
 from merge_gate.sources import hub_file
@@ -193,6 +193,20 @@ def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_pa
     groups = group_by_base(enumerate(entries))
     limits = {task.index: task.limit_s for group in groups for task in group.tasks}
     assert limits == {0: DEFAULT_LIMIT_S + 2 * LIMIT_PER_GIB_S, 1: 7.0, 2: DEFAULT_LIMIT_S}
+
+
+@pytest.mark.parametrize(
+    ("forward", "is_run", "is_run_if_streamed"),
+    [(ForwardMode.AUTO, True, False), (ForwardMode.OFF, False, False), (ForwardMode.REQUIRED, True, True)],
+)
+def test_the_models_of_a_streamed_base_are_run_only_if_that_is_required(
+    forward: ForwardMode, is_run: bool, is_run_if_streamed: bool, tmp_path: Path
+) -> None:
+    for is_streamed, expected in ((False, is_run), (True, is_run_if_streamed)):
+        one = entry(tmp_path)
+        base = replace(one.base, base_files=BaseFiles(directory=str(tmp_path), is_streamed=is_streamed))  # type: ignore[type-var]
+        (made,) = group_by_base([(0, replace(one, spec=replace(one.spec, forward=forward), base=base))])
+        assert (not made.tasks[0].no_forward) is expected
 
 
 def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None:

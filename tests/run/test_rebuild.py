@@ -16,8 +16,10 @@ from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
 from merge_gate.publish.manifest import MANIFEST_NAME, differences, parse_manifest, read_manifest, render
 from merge_gate.records.config import Combine
+from merge_gate.records.measured import Forward
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.refusals import NotJudged
+from merge_gate.records.terms import ForwardMode
 from merge_gate.worker.protocol import PublicationSent, Publisher
 from tests.support import published
 from tests.support.played_merges import MERGED, lay, play, played, send_all
@@ -265,6 +267,17 @@ def test_limits_are_repeated_too(place: Path) -> None:
     listed = read_manifest(place / "merged" / "one").checks
     assert set(listed) == {"headroom=error:0.123456789", "delta-norm=warning:7.0:9.0"}
     assert rebuild(place) == 0
+
+
+def test_whether_the_model_has_to_be_run_is_repeated_too(place: Path) -> None:
+    """A warning about activations is a fact of a model, and it depends on that."""
+    ran, not_run = {"forward": Forward(ran=True)}, {"forward": Forward(why_not="no memory")}
+    assert read_manifest(place / "merged" / "one").forward is ForwardMode.AUTO
+    shutil.rmtree(place / "merged")
+    assert play(place, "--publish", "merged", "--forward", "required", changes=ran) == 0
+    assert rebuild(place, changes=not_run) == 3
+    assert nothing_is_left(place)
+    assert rebuild(place, changes=ran) == 0
 
 
 def test_other_names_of_the_base_are_accepted_as_in_the_first_run(place: Path) -> None:

@@ -128,6 +128,7 @@ def test_a_streamed_base_has_the_verdicts_of_the_same_base_on_the_disk(place: Pl
     assert (local.code, answer.code) == (1, 1), answer.said
     assert [one["verdict"] for one in streamed["adapters"]] == ["passed", "failed"], answer.said
     assert compared(streamed) == compared(from_disk)
+    assert "streamed" in streamed["adapters"][0]["forward"]["why_not"]
     (of_disk,), (of_stream,) = from_disk["bases"], streamed["bases"]
     assert of_stream["sha256"] == of_disk["sha256"]
     assert of_stream["revision"] == place.commit

@@ -20,7 +20,7 @@ from merge_gate.config.load_config import load_config
 from merge_gate.files import identity
 from merge_gate.records.config import Combine
 from merge_gate.records.options import RunOptions
-from merge_gate.records.terms import Acceptance, BaselineEntry
+from merge_gate.records.terms import Acceptance, BaselineEntry, ForwardMode
 from merge_gate.shards import partition
 from merge_gate.shards.partition import LOAD_BYTES, MERGE_BYTES, Cost, Costs, assign, part_of, shard_of
 from tests.support.command import merge_gate
@@ -140,6 +140,8 @@ def test_the_plan_is_another_one_when_anything_of_it_is(config: Config, tmp_path
 
     others = [digest(config, 3), digest(config, most=5)]
     others.append(digest(replace(config, sha256="0" * 64)))
+    not_run = tuple(replace(spec, forward=ForwardMode.OFF) for spec in config.adapters)
+    others.append(digest(replace(config, adapters=not_run)))
     known = BaselineEntry(
         adapter="a" * 64,
         cause="no-effect",
@@ -152,7 +154,7 @@ def test_the_plan_is_another_one_when_anything_of_it_is(config: Config, tmp_path
     others.append(digest(replace(config, baseline=(known,))))
     (tmp_path / "adapters" / "a5" / "adapter_config.json").write_text("{}")  # a base that nobody knows
     others.append(digest(config, 3))
-    assert len({digest(config), *others}) == 6
+    assert len({digest(config), *others}) == 7
 
 
 def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:

@@ -35,6 +35,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
 if TYPE_CHECKING:
@@ -176,6 +178,33 @@ def _llama_loud() -> PreTrainedModel:
     return model
 
 
+def qwen3_5() -> PreTrainedModel:
+    """A text model inside of a larger one. `AutoModelForCausalLM` loads the text model alone, by other names."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text = {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    vision = {"depth": 1, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32, "num_position_embeddings": 16}
+    config = Qwen3_5Config(
+        text_config=text | sizes | heads,
+        vision_config=vision | sizes,
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return _randomised(Qwen3_5ForConditionalGeneration(config))
+
+
 def _with(build: Callable[[], PreTrainedModel], name: str, index: tuple[int, ...], value: float) -> PreTrainedModel:
     model = build()
     with torch.no_grad():
@@ -235,6 +264,7 @@ BASES: dict[str, BaseRecipe] = {
     "bert-classifier": BaseRecipe(bert_classifier),
     "opt": BaseRecipe(opt),
     "mixtral": BaseRecipe(mixtral),
+    "qwen3-5": BaseRecipe(qwen3_5),
 }
 
 
@@ -469,6 +499,7 @@ VARIANTS: dict[str, Variant] = {
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         base="mixtral",
     ),
+    "text-class": Variant(base="qwen3-5"),
     "prompt-tuning": Variant(build=_prompt_tuning),
 }
 

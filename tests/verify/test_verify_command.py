@@ -46,6 +46,7 @@ def test_the_merge_passes(scene: Scene, tmp_path: Path) -> None:
     found = entry(tmp_path)
     assert (found["verdict"], found["cause"], found["source"]) == ("passed", None, str(merged))
     assert found["compared_with"] == str(adapter)
+    assert (found["forward"]["ran"], "verify" in found["forward"]["why_not"]) == (False, True)
     assert answer.out.splitlines()[-1].startswith("Report: ")
 
 

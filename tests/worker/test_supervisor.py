@@ -440,8 +440,10 @@ def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: li
     job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
     attempt = Attempt(job, Killer())
     attempt.receive(MergeStarted(task=0, others=(1, 2)))
-    assert attempt._limit_s == sum(task.limit_s for task in job.groups[0].tasks)
+    assert attempt._limit_of_now() == sum(task.limit_s for task in job.groups[0].tasks)
     assert attempt.is_at_a_batch
+    attempt.receive(ForwardRunning(task=2, is_running=True))
+    assert attempt._limit_of_now() == job.groups[0].tasks[2].limit_s / supervisor.FORWARD_SHARE
     attempt.receive(MergeStarted(task=1))
     assert not attempt.is_at_a_batch
 

@@ -7,6 +7,7 @@ GateError                 the gate cannot go on; carries a message and a hint
 ├── ResolveError          a name cannot be resolved to files               verdict `error`
 ├── EngineError           this adapter or base could not be judged         verdict `error`
 ├── NotPublishedError     this merge passed and cannot be published        verdict `error`
+├── NoPlainLoraError      this adapter has no plain LoRA to export         exit 1
 └── LauncherError         the container could not be started, or was lost  exit 3
 ```
 
@@ -94,6 +95,12 @@ class EngineError(GateError):
 
 class NotPublishedError(GateError):
     """The adapter passed, and its merge cannot be published."""
+
+
+class NoPlainLoraError(GateError):
+    """No plain LoRA has the effect of this adapter, so it cannot be exported."""
+
+    exit_code = ExitCode.FAIL
 
 
 class LauncherError(GateError):

@@ -20,6 +20,7 @@ from merge_gate.cli import (
     attest_command,
     check_command,
     demo_command,
+    export_command,
     init_command,
     print_command,
     rebuild_command,
@@ -224,6 +225,7 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     "verify": (verify_command.add, verify_command.run),
     "attest": (attest_command.add, attest_command.run),
     "rebuild": (rebuild_command.add, rebuild_command.run),
+    "export": (export_command.add, export_command.run),
 }
 """What adds each command to the command line, and what runs it, in the order of the help."""
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
@@ -33,9 +34,10 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.forward.merged_again import fits, merged_again
+from merge_gate.engine.base.model_class import other_names
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
+from merge_gate.engine.merge.merged_again import fits, merged_again
 from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
@@ -225,7 +227,7 @@ def _run_again(attempt: _Attempt) -> Evidence:
                 forward = run_merged(base, merged, forward, attempt.tokens)
             if merged is not None and may_lose:
                 unmerged = attempt.load()
-                forward = with_rounding(base, unmerged, merged, forward, attempt.tokens)
+                forward = with_rounding(base, unmerged.model.get_base_model(), merged, forward, attempt.tokens)
                 base.template = unmerged.template  # it is unchanged: the next adapter reuses it
     except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
         return evidence
@@ -343,6 +345,7 @@ class _Attempt:
         # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
         without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
         without_source -= merges.keys() - walk.adapted
+        renamed = other_names(base, loaded.targeted)
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
@@ -350,6 +353,9 @@ class _Attempt:
             dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
             targeted=loaded.targeted,
+            scalings=tuple(
+                (path, float(one.scaling[ADAPTER_NAME])) for path, one in walk.layers if isinstance(one, LoraLayer)
+            ),
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
@@ -360,6 +366,8 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
+            other_names=renamed,
+            architecture=type(base.architecture).__name__ if renamed else "",
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
             forward=replace(

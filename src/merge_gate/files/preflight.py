@@ -38,6 +38,7 @@ from merge_gate.judging.checks.shape_mismatch import SHAPE_MISMATCH
 from merge_gate.judging.limits import bounded
 from merge_gate.records.files import (
     CONFIG_NAME,
+    EXPORT_NAME,
     PICKLE_NAME,
     WEIGHTS_NAME,
     AdapterConfig,
@@ -71,13 +72,16 @@ def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[st
     tensors = weights.content or ()
     judged = adapter_config.judge(config.content, tensors) if config.content is not None else ()
     recorded = adapter_config.recorded(config.content) if config.content is not None else AdapterConfig()
+    export = _read(snapshot_directory, EXPORT_NAME, _object_in) if EXPORT_NAME in listing.present else _File()
+    padding = (export.content or {}).get("padding")
     return AdapterFiles(
         directory=snapshot_directory,
         config=recorded,
         weights=weights.name,
         tensors=tensors,
-        files=(*config.files, *weights.files),
+        files=(*config.files, *weights.files, *export.files),
         findings=bounded(chain(config.findings, judged, weights.findings, _judge_tensors(recorded.peft_type, weights))),
+        padding=frozenset(one for one in padding if isinstance(one, str)) if isinstance(padding, list) else frozenset(),
     )
 
 

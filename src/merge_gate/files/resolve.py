@@ -27,6 +27,7 @@ from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id, is
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import (
     CONFIG_NAME,
+    EXPORT_NAME,
     PICKLE_NAME,
     WEIGHTS_NAME,
     AdapterFiles,
@@ -268,7 +269,7 @@ def resolve_adapter(spec: AdapterSpec, how: Fetching = _USUALLY) -> Snapshot:
             path_of(CONFIG_NAME)
         pickles = (PICKLE_NAME,) if how.allow_pickle and WEIGHTS_NAME not in names else ()
         more = companions(names) if how.with_companions else ()
-        return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles, *more) if name in names)
+        return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, EXPORT_NAME, *pickles, *more) if name in names)
 
     needs = (CONFIG_NAME, WEIGHTS_NAME)
     how = replace(how, access=Access.DOWNLOAD)

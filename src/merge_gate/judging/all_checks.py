@@ -85,11 +85,13 @@ def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting])
 def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:
     """Apply the configured severity.
 
-    A warning from a check itself stays a warning: it is the less serious case. A note stays a note. A warning above its
-    error limit stays an error.
+    A warning from a check itself stays a warning: it is the less serious case. A note stays a note, unless all findings
+    of its check are notes. A warning above its error limit stays an error.
     """
     check, setting = CHECKS.get(finding.check), settings.get(finding.check)
-    if check is None or setting is None or not check.can_be_off or finding.severity is Severity.NOTE:
+    if check is None or setting is None or not check.can_be_off:
+        return finding
+    if finding.severity is Severity.NOTE is not check.severity:
         return finding
     if setting.severity is Severity.OFF:
         return None

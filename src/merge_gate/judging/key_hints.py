@@ -41,7 +41,7 @@ def of_another_model(missing: Sequence[str], stray: Sequence[str]) -> str:
     )
 
 
-_WRAPPERS = {
+WRAPPERS = {
     "_orig_mod.": ("torch.compile", "model._orig_mod"),
     "module.": ("DataParallel, DDP or DeepSpeed", "model.module"),
     "_fsdp_wrapped_module.": ("FSDP", "accelerator.unwrap_model(model)"),
@@ -54,7 +54,7 @@ _WRAPPED_LAYER = re.compile(r"\w\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 
 def _wrapped(names: Sequence[str]) -> str:
     """The hint for names with a wrapper's prefix, before or after PEFT's own prefix."""
-    for prefix, (wrapper, inner) in _WRAPPERS.items():
+    for prefix, (wrapper, inner) in WRAPPERS.items():
         if names and all(name.startswith(f"{prefix}{ADAPTER_PREFIX}") for name in names):
             return (
                 f"every name in the file begins with {prefix}, which {wrapper} adds: save the inner model ({inner}) "

@@ -32,7 +32,7 @@ from merge_gate.files.identity import identity_of
 from merge_gate.judging.kinds import PUBLISHED_FILES, STOP_TOKENS, TOKENIZER_SIZE
 from merge_gate.publish.manifest import PublicationFacts
 from merge_gate.publish.weight_files import FLOATING_STORED
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
+from merge_gate.records.files import CONFIG_NAME, EXPORT_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
 
@@ -41,7 +41,7 @@ _POINTER = b"version https://git-lfs"
 _CODE = ("auto_map", "custom_pipelines")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATIONS = ("quantization_config", "compression_config")
-_ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
+_ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, EXPORT_NAME, PICKLE_NAME})
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LISTED = 8
 _MODULES = "modules.json"

@@ -11,6 +11,9 @@ from merge_gate.records.terms import Finding, ForwardMode, record, reported
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """An adapter's files, as PEFT names them."""
 
+EXPORT_NAME = "merge-gate-export.json"
+"""The file of an exported adapter that says what it was made of."""
+
 
 @record
 class FileIdentity:
@@ -212,7 +215,8 @@ class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
     `tensors` is empty if only torch can list the tensors of pickled weights. `weights` is the file that PEFT will load,
-    relative to `directory`, or None. `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
+    relative to `directory`, or None. `padding` are the modules that an export has filled with zeros.
+    `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
     """
 
     directory: str
@@ -221,6 +225,7 @@ class AdapterFiles:
     tensors: tuple[StoredTensor, ...] = ()
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
+    padding: frozenset[str] = frozenset()
     on_hub: Fetched | None = None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import field
 
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, Origin, record, reported
@@ -263,6 +265,27 @@ class LayerDifference:
 
 
 @record
+class ServedClass:
+    """The class that the base's config.json names, which servers load.
+
+    Attributes:
+        name: its name.
+        loaded: the class that the base was loaded as.
+        names: the modules of the adapter that it has, by their names in the adapter's file.
+        scalings: the factor of the delta of each of them.
+        sizes: the sizes of the input and output of each linear layer; None for other modules.
+        sources: the stored tensors that make the weight of a module.
+    """
+
+    name: str
+    loaded: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@record
 class Evidence:
     """Everything that was measured of one adapter on one base. The checks judge it.
 
@@ -288,6 +311,11 @@ class Evidence:
             loaded as.
         forward: what a run of the model showed.
         different: layers whose merge computes something else.
+        other_names: targeted modules that the class in config.json's `architectures` has under another name, and that
+            name; empty if the base was loaded as that class.
+        architecture: that class.
+        scalings: the factor of the delta of each layer of LoRA.
+        served: the class that servers load, if the run is an export.
     """
 
     base: BaseFacts
@@ -312,6 +340,10 @@ class Evidence:
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
+    other_names: tuple[tuple[str, str], ...] = ()
+    architecture: str = ""
+    scalings: tuple[tuple[str, float], ...] = ()
+    served: ServedClass | None = None
     seed: int | None = None
     parameters_checked: int = 0
     parameters_total: int = 0

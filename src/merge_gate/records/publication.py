@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_gate.records.config import Combine
 from merge_gate.records.files import FileRecord
-from merge_gate.records.report import ConfigFile, Tool
+from merge_gate.records.report import ConfigFile, Report, Tool
 from merge_gate.records.terms import ForwardMode, Quantization, Verdict, record, reported
 
 MANIFEST_VERSION = "1.0"
@@ -83,6 +83,45 @@ class Manifest:
         "The checks that the configuration changed, with severity and limits: `keys-unexpected=off`.", default=()
     )
     files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
+
+
+EXPORT_VERSION = "1.0"
+
+
+@record
+class MergeComparison:
+    """The merge of an export, compared with the merge of its adapter, in one dtype."""
+
+    dtype: str = reported("The dtype of the base in which both were merged.")
+    tensors: int = reported("How many stored tensors the adapter changes.")
+    values: int = reported("How many values these have.")
+    differing: int = reported("How many of the values differ, each by one rounding; 0 if both merges have equal bits.")
+    largest: float = reported("The largest difference.")
+
+
+@record
+class ExportRecord:
+    """merge-gate-export.json: what an exported adapter was made of. It has no time and no host name."""
+
+    schema_version: str = reported("Version of this format. Readers accept any 1.x.", default=EXPORT_VERSION)
+    tool: Tool = reported("The program that exported the adapter.")
+    adapter: PublishedAdapter = reported("The adapter.")
+    base: PublishedBase = reported("The base that both were merged into.")
+    versions: Versions = reported("The versions that merged both.")
+    model_class: str = reported("The class in the base's config.json, whose names the export has.")
+    renamed: tuple[str, ...] = reported("Tensors of the adapter whose names were repaired.", default=())
+    padding: tuple[str, ...] = reported("Modules that the adapter leaves alone: their factors are zeros.", default=())
+    scale_in: str = reported("Where the scale is: `lora_alpha`, or `lora_B` (in float32).")
+    comparisons: tuple[MergeComparison, ...] = reported("How the merges differ, for each dtype.", default=())
+    files: tuple[FileRecord, ...] = reported("The other files of the directory.", default=())
+
+
+@record
+class Export:
+    """The report on an export, and its record. Without a record, the report is on what did not pass."""
+
+    report: Report
+    record: ExportRecord | None = None
 
 
 @record

@@ -35,6 +35,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 PRESERVE = "preserve"
 """The dtype of a publication that keeps each tensor's stored dtype."""
 
+AS_MERGED = "as-merged"
+"""The dtype of merges that are only compared: each tensor has that of the merge."""
+
 
 class SealedEnum(StrEnum):
     """An enumeration whose members a pickle can name and not change: the worker sends pickles."""
@@ -53,7 +56,7 @@ class FailureKind(SealedEnum):
 
 
 class Severity(SealedEnum):
-    """The severity of a finding. An error fails the adapter. A note changes nothing, and cannot be configured."""
+    """The severity of a finding. An error fails the adapter. A note changes nothing."""
 
     ERROR = "error"
     WARNING = "warning"

@@ -173,6 +173,7 @@ class Run:
         options: RunOptions,
         view: View,
         worker: WorkerSlot | None = None,
+        publications: Publications | None = None,
     ) -> None:
         specs = select(config, options.only)
         _refuse_inputs(config, options)
@@ -180,7 +181,7 @@ class Run:
         self.specs, shard = part_of(config, specs, options)
         self._config, self.options, self._view = config, options, view
         within = os.environ.get(PUBLISH_WITHIN)
-        self.publications = Publications(
+        self.publications = publications or Publications(
             wanted, self.specs, inputs=_inputs(config), within=within, notify=view.note, is_plan=options.is_plan
         )
         self._cache = Cache(options, config.trusts, environ=os.environ, notify=view.note)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate._internal.errors import EngineError
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX, module_of
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
@@ -39,7 +40,7 @@ from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import AS_MERGED, Quantization
 from merge_gate.sources.feed import Feed, LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient, ParentFeed
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
@@ -236,6 +237,17 @@ class GroupBases:
         position = next(places, None)
         return ParentFeed(self.client, position, is_aside=True) if position is not None else None
 
+    def with_served_class(self, loaded: GroupBase, task: Task, evidence: Evidence) -> Evidence:
+        """The evidence, with the class that servers load if the task is of an export."""
+        if task.publishes != AS_MERGED or evidence.refusal is not None:
+            return evidence
+        from merge_gate.engine.base.served_class import served_class  # noqa: PLC0415 - few runs export
+
+        names = (one.name.removeprefix(ADAPTER_PREFIX) for one in task.files[0].tensors)
+        modules = dict.fromkeys(module_of(name) for name in names if ".lora_" in name)
+        stored, known = loaded.group.files.tensors, self.account(loaded).map
+        return replace(evidence, served=served_class(loaded.base, stored, known, modules, dict(evidence.scalings)))
+
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""
         self._figures = {**self._figures, **figures_by_span(base)}
@@ -388,7 +400,8 @@ def _judge_batch(
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
                 _finish_publication(task, evidence, base_of[task.index])
-                yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
+                known = bases.with_served_class(base_of[task.index], task, evidence)
+                yield Merged(task=task.index, evidence=replace(known, instead_of=instead_of))
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
@@ -504,6 +517,7 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
                 else:
                     evidence, comparison = bases.compare(one, task, request)
         _finish_publication(task, evidence, one)
+        evidence = bases.with_served_class(one, task, evidence)
     except Exception as error:
         (event,) = undecided([task], error)
         return event

@@ -17,7 +17,7 @@ from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snap
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import PRESERVE, BaseKey, record
+from merge_gate.records.terms import AS_MERGED, PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
 from merge_gate.sources.read_ahead import PassingBytes
 
@@ -34,7 +34,8 @@ class Task:
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
     of its merge, and of the load of its base. `most_together`: it is merged in a pass of at most so many adapters, 0
     for any number. 1 if it was in progress when a pass died, half of the pass if none was. `publishes`: the merged
-    tensors are sent, too. It is `preserve`, or the dtype that all floating tensors are cast to.
+    tensors are sent, too. It is `preserve`, the dtype that all floating tensors are cast to, or `as-merged`: then
+    `Evidence.served` is filled as well.
     `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
     `no_forward`: why base and adapter are not run as models; empty if they are.
     """
@@ -88,7 +89,7 @@ class Group:
         if len(dtypes) != 1 or not (self.base.is_quantized or is_stored_packed):
             return None
         (dtype,) = dtypes
-        return None if dtype == PRESERVE else dtype
+        return None if dtype in {PRESERVE, AS_MERGED} else dtype
 
 
 @record

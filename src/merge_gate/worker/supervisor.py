@@ -68,7 +68,7 @@ FIRST_NOTE_S = 60.0
 """A note names an adapter or a loading base after so long without an event, and again after twice as long."""
 
 FORWARD_SHARE = 2
-"""Running the models of a pass may take half of the time limit of its merge."""
+"""The models of a merge, or of a pass, may run for half of the time limit of one adapter."""
 
 _MERGING = "while it merged this adapter"
 _RUNNING = "while it ran the model"
@@ -316,7 +316,9 @@ class Attempt:
         return self._ran_s + (time.monotonic() - self._runs_since_s if self._running else 0.0)
 
     def _limit_of_now(self) -> float:
-        return self._limit_s / FORWARD_SHARE if self._running else self._limit_s
+        if not self._running:
+            return self._limit_s
+        return max(task.limit_s for task in self._tasks() if task.index in self._running) / FORWARD_SHARE
 
     def is_overdue(self) -> bool:
         """Whether what the process does now exceeds its time limit. A merge and its models have a limit each."""

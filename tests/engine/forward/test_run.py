@@ -16,8 +16,7 @@ from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_togeth
 from merge_gate.engine.base.loaded_base import ModelClass, Source
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.forward.inputs import candidates
-from merge_gate.engine.forward.merged_again import MergedAgain
-from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
+from merge_gate.engine.forward.run import MergedModel, is_close, run_adapters, run_merged
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Forward
 from merge_gate.records.terms import Origin, Quantization
@@ -55,8 +54,8 @@ def louder(shelf: Shelf, tmp_path: Path, factor: float) -> Path:
     return directory
 
 
-def merged(base: Base, values: dict[str, torch.Tensor]) -> MergedAgain:
-    return MergedAgain(model=base.model, values=values)
+def merged(base: Base, values: dict[str, torch.Tensor]) -> MergedModel:
+    return MergedModel(model=base.model, values=values)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it

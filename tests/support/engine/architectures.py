@@ -268,29 +268,52 @@ def _classes_beside(config_class: type[Any]) -> Iterator[type[Any]]:
             yield found
 
 
-def build(model_type: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Architecture:
-    """Save a small random model of the type.
+def models(model_type: str, dtype: torch.dtype) -> Iterator[tuple[Architecture, nn.Module]]:
+    """Small random models of the type: of its usual class first, and of each class the smallest first.
 
     Raises:
         CannotBuildError: none of its classes can be built from any small configuration.
     """
     first: Exception | None = None
+    made = 0
     for model_class, task_type in model_classes(model_type):
         for config in small_configs(model_type):
             try:
                 with quiet():
                     model = _model(model_class, config, dtype)
-                    model.save_pretrained(directory)
             except Exception as error:  # noqa: BLE001 - constructors fail in any way
                 first = first or error
                 continue
+            made += 1
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            return Architecture(
-                model_type=model_type, model_class=model_class, task_type=task_type, parameters=parameters
+            yield (
+                Architecture(
+                    model_type=model_type, model_class=model_class, task_type=task_type, parameters=parameters
+                ),
+                model,
             )
-    raise CannotBuildError(
-        f"{type(first).__name__}: {first}" if first else "transformers maps this configuration to no model class"
-    )
+    if not made:
+        raise CannotBuildError(
+            f"{type(first).__name__}: {first}" if first else "transformers maps this configuration to no model class"
+        )
+
+
+def build(model_type: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Architecture:
+    """Save a small random model of the type.
+
+    Raises:
+        CannotBuildError: none of its classes can be built from any small configuration, and saved.
+    """
+    first: Exception | None = None
+    for architecture, model in models(model_type, dtype):
+        try:
+            with quiet():
+                model.save_pretrained(directory)
+        except Exception as error:  # noqa: BLE001 - some cannot be saved
+            first = first or error
+            continue
+        return architecture
+    raise CannotBuildError(f"{type(first).__name__}: {first}")
 
 
 def _model(model_class: type[Any], config: Any, dtype: torch.dtype) -> nn.Module:
@@ -325,22 +348,28 @@ def load(architecture: Architecture, directory: Path) -> nn.Module:
 def save_lora(architecture: Architecture, base: Path, directory: Path) -> dict[str, torch.Tensor]:
     """LoRA on all linear layers, saved by PEFT. Returns what was trained, by the names of PEFT's model."""
     with quiet():
-        model = load(architecture, base)
-        config = LoraConfig(
-            r=2,
-            lora_alpha=4,
-            target_modules=_targets(model),
-            exclude_modules=["out_proj", "conv1d"] if _has_mamba(model) else None,
-            task_type=architecture.task_type,
-        )
-        model = get_peft_model(model, config)
-        generator = torch.Generator().manual_seed(1)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        with torch.no_grad():
-            for parameter in trained.values():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        model = with_lora(architecture, load(architecture, base))
         model.save_pretrained(directory)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def with_lora(architecture: Architecture, model: nn.Module) -> Any:
+    """PEFT's model with a random LoRA on all linear layers."""
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=_targets(model),
+        exclude_modules=["out_proj", "conv1d"] if _has_mamba(model) else None,
+        task_type=architecture.task_type,
+    )
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapted
 
 
 def _has_mamba(model: nn.Module) -> bool:

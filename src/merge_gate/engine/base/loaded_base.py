@@ -122,7 +122,8 @@ class Base:
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
     a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (probes.py). The tensors are in host memory, quantized ones on `device`.
+    layers, once it is traced (probes.py). `architecture` is the class that config.json names, without values, or
+    `model`, if that is no part of it (model_class.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
@@ -140,6 +141,7 @@ class Base:
     template: Any = None
     pattern: Any = None
     direct_reads: DirectReads | None = None
+    architecture: Any = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)

@@ -10,22 +10,27 @@ imports no PEFT: models on torch's meta device have names and shapes only.
 5. If the class has none of the names in the adapter's file: another class of the base that has all of them, and that
    the base's files have tensors of. This rule is for files without an `auto_mapping`. It is also for classes into which
    transformers loads no names of earlier releases.
-6. The head has as many labels as the head in the adapter's file.
+6. If the class is that of a part of the base (the text model of a multimodal one), and the names are not its own but
+   those that the base stores: the architecture.
+7. The head has as many labels as the head in the adapter's file.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
-from merge_gate.engine.base.loaded_base import ModelClass, caught
+from merge_gate.engine.base.loaded_base import Base, ModelClass, caught
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import CannotJudge
 
@@ -92,9 +97,17 @@ def _requested_class(config: Any, files: AdapterFiles, *, trust_remote_code: boo
     return architecture
 
 
+def named_class(directory: str) -> str | None:
+    """The class of transformers that a base's config.json names."""
+    return _named(_read_config(directory, trust_remote_code=False))
+
+
+def _named(config: Any) -> str | None:
+    return next((name for name in config.architectures or () if hasattr(transformers, name)), None)
+
+
 def _architecture(config: Any) -> str:
-    named = (name for name in config.architectures or () if hasattr(transformers, name))
-    return next(named, None) or _concrete(config, "AutoModel") or "AutoModel"
+    return _named(config) or _concrete(config, "AutoModel") or "AutoModel"
 
 
 def _concrete(config: Any, auto_class: str) -> str | None:
@@ -111,18 +124,22 @@ def _concrete(config: Any, auto_class: str) -> str | None:
 
 def _is_model_class(name: str) -> bool:
     transformers_class = getattr(transformers, name, None)
-    return isinstance(transformers_class, type) and issubclass(transformers_class, transformers.PreTrainedModel)
+    return isinstance(transformers_class, type) and issubclass(transformers_class, PreTrainedModel)
 
 
 def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: Collection[StoredTensor]) -> str:
-    """Rule 5. The first part of a name differs between the classes of one architecture (`bert.encoder`, `encoder`)."""
+    """Rules 5 and 6. Names of one architecture's classes differ in their first part (`bert.encoder`, `encoder`)."""
     headers = (header for header in files.tensors if header.name.startswith(ADAPTER_PREFIX))
     names = [header.name.removeprefix(ADAPTER_PREFIX) for header in headers]
     first_parts = _first_parts(names)
-    if not first_parts or not _is_model_class(requested) or _has_usual_prefix(config, requested, first_parts):
+    if not first_parts or not _is_model_class(requested):
+        return requested
+    if _part(config, getattr(transformers, requested)) is not config:
+        return _architecture(config) if _are_of_whole(config, requested, names, stored) else requested
+    if _has_usual_prefix(config, requested, first_parts):
         return requested
     skeleton = _skeleton(config, requested)
-    if (first_parts | _first_parts(_current_names(skeleton, names))) & _children(skeleton):
+    if (first_parts | _first_parts(current_names(skeleton, names))) & _children(skeleton):
         return requested
     others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
     fitting = (
@@ -131,13 +148,21 @@ def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: C
     return next((name for name in fitting if _is_stored(config, name, [one.name for one in stored])), requested)
 
 
+def _are_of_whole(config: Any, class_name: str, names: Iterable[str], stored: Collection[StoredTensor]) -> bool:
+    """Whether names of modules are stored names, and none is a name of this class of a part."""
+    modules = {one.name.rpartition(".")[0] for one in stored}
+    found = {path for name in names for path in accumulate(name.split("."), "{}.{}".format) if path in modules}
+    skeleton = _skeleton(config, class_name) if found else None
+    return skeleton is not None and found.isdisjoint(name for name, _ in skeleton.named_modules())
+
+
 def _is_stored(config: Any, class_name: str, stored: Sequence[str]) -> bool:
     """Whether the base's files have tensors of a class. True if their names are not known."""
     skeleton = _skeleton(config, class_name) if stored else None
     if skeleton is None:
         return True
     class_names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."
-    file_names = {*stored, *_current_names(skeleton, stored)}
+    file_names = {*stored, *current_names(skeleton, stored)}
     return any({name, prefix + name, name.removeprefix(prefix)} & class_names for name in file_names)
 
 
@@ -158,7 +183,7 @@ def _children(skeleton: Any) -> set[str]:
     return {name for name, _ in skeleton.named_children()} if skeleton is not None else set()
 
 
-def _current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
+def current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
     """The names in this release of transformers for names of earlier releases. PEFT loads LoRA by the same list."""
     if skeleton is None:
         return []
@@ -166,21 +191,77 @@ def _current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
     return [rename_source_key(name, renamings, [])[0] for name in names]
 
 
+def _part(config: Any, model_class: Any) -> Any:
+    """The part of a configuration that is for this class; the whole configuration if no part is."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return next((part for part in parts if type(part) is getattr(model_class, "config_class", None)), config)
+
+
 def _skeleton(config: Any, class_name: str) -> Any:
     """A model of the class on the meta device. None if the class needs more than names and shapes."""
     with torch.device("meta"):
         try:
             transformers_class = getattr(transformers, class_name)
-            return transformers_class(config) if _is_model_class(class_name) else transformers_class.from_config(config)
+            if not _is_model_class(class_name):
+                return transformers_class.from_config(config)
+            return transformers_class(_part(config, transformers_class))
         except Exception:  # a class may raise anything without values
             return None
+
+
+# --- the class that servers load -----------------------------------------------------------------------------------
+
+
+def other_names(base: Base, modules: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Modules of a base, each with its name in the class that config.json names, if that class lacks the first name.
+
+    Only the class of a part of a base has such modules: the text model of a multimodal one. A name that transformers
+    renames to that of the class is not lacking.
+    """
+    if base.architecture is None:
+        base.architecture = _whole(base) or base.model
+    whole = base.architecture
+    if whole is base.model:
+        return ()
+    names = {name for name, _ in whole.named_modules()}
+    current = current_names(whole, [f"{module}.weight" for module in modules])
+    lacking = [one for one, name in zip(modules, current, strict=True) if name.removesuffix(".weight") not in names]
+    moves = list(_moves(base.model, whole))
+    found = [(module, _moved(module, moves)) for module in lacking]
+    return tuple((module, name) for module, name in found if name in names)
+
+
+def _moves(part: nn.Module, whole: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where the models inside of a part are, and where they are in the whole, if it has one of their class only."""
+    places: dict[type, list[str]] = {}
+    for path, module in whole.named_modules():
+        places.setdefault(type(module), []).append(path)
+    for path, module in part.named_modules():
+        if isinstance(module, PreTrainedModel) and len(found := places.get(type(module), [])) == 1:
+            yield path, found[0]
+
+
+def _moved(module: str, moves: Iterable[tuple[str, str]]) -> str:
+    """The name of a part's module in the whole; empty if it is in none of the models that moved."""
+    for path, place in moves:
+        if not path or f"{module}.".startswith(f"{path}."):
+            return f"{place}.{module.removeprefix(path).lstrip('.')}"
+    return ""
+
+
+def _whole(base: Base) -> Any:
+    """The class that config.json names, on the meta device, if the base was loaded as the class of a part of it."""
+    config = _read_config(base.source.directory, trust_remote_code=base.source.trust_remote_code)
+    named = next((name for name in config.architectures or () if _is_model_class(name)), None)
+    is_part = _part(config, type(base.model)) is not config
+    return _skeleton(config, named) if named is not None and is_part else None
 
 
 # --- its head ------------------------------------------------------------------------------------------------------
 
 
 def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
-    """Rule 6: the number of labels of the head in the adapter's file. None if it is the base's own number."""
+    """Rule 7: the number of labels of the head in the adapter's file. None if it is the base's own number."""
     shapes_in_file = {
         header.name.removeprefix(ADAPTER_PREFIX): header.shape
         for header in files.tensors

@@ -5,16 +5,17 @@ exception. Knows no adapter. A model without hollow tensors runs as it would alo
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
 2. Before an operation reads a hollow tensor, its thread waits. An operation that writes to one fails.
-3. When all threads wait, the module that comes first in the model gets its tensors filled. Each thread that waits for
-   them goes on until it waits for those of another module. Then they are emptied.
+3. When all threads wait, the tensors of the module that comes first in the model are filled, as far as a thread waits
+   for them, and these threads go on. They are emptied when no thread waits for a tensor of this module any more.
 
 An operation reads its tensors, whichever module they belong to. So a model that reads a layer's weight without calling
-the layer runs like any other. All tensors of a module are filled together, because models may read them in turns, or in
-another order than each other.
+the layer runs like any other. The tensors of a module stay filled together, because models may read them in turns, or
+in another order than each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ MOST_OPERATIONS = 200_000
 
 Filled = Callable[[Iterable[str]], AbstractContextManager[None]]
 Own = Callable[[str], torch.Tensor | None]
+Place = tuple[int, str]
+"""The number of a module, and the name of one of its tensors."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,29 +56,29 @@ def run_together(runs: Sequence[Run], tensors: Mapping[str, torch.Tensor], fille
 
     Args:
         runs: the models. One that fails has its exception in `error`; the others go on.
-        tensors: the hollow tensors by name, in the model's order, which decides which module is next.
+        tensors: the hollow tensors by name. Their order decides which module is next.
         filled: gives the tensors of these names values for a `with` block. Its exceptions are raised.
     """
-    of_modules: dict[str, list[str]] = {}
-    for name in tensors:
-        of_modules.setdefault(name.rpartition(".")[0], []).append(name)
-    names = list(of_modules.values())
+    numbers: dict[str, int] = {}
     places = {
-        tensors[name].untyped_storage().data_ptr(): (number, name)
-        for number, of_module in enumerate(names)
-        for name in of_module
+        tensor.untyped_storage().data_ptr(): (numbers.setdefault(name.rpartition(".")[0], len(numbers)), name)
+        for name, tensor in tensors.items()
     }
     threads: list[_Thread] = []
     try:
         for run in runs:
             threads.append(_Thread(run, places))
-            threads[-1].go_on([])
+            threads[-1].go_on(set())
         while waiting := [thread for thread in threads if thread.wanted]:  # 3.
-            wanted = min(thread.wanted for thread in waiting)
-            with filled(name for number in wanted for name in names[number]):
-                for thread in waiting:
-                    if thread.wanted == wanted:
-                        thread.go_on(wanted)
+            modules = min(thread.modules for thread in waiting)
+            with contextlib.ExitStack() as stack:
+                is_open: set[Place] = set()
+                while ready := [thread for thread in threads if thread.wanted and thread.modules == modules]:
+                    wanted = {place for thread in ready for place in thread.wanted} - is_open
+                    stack.enter_context(filled(name for _, name in sorted(wanted)))
+                    is_open |= wanted
+                    for thread in ready:
+                        thread.go_on(is_open)
     finally:
         for thread in threads:
             thread.stop()
@@ -86,24 +89,29 @@ class _Stopped(BaseException):
 
 
 class _Thread:
-    """Steps 1 and 2. `wanted` are the numbers of the modules that it waits for, sorted; empty if it has ended."""
+    """Steps 1 and 2. `wanted` are the tensors that it waits for; empty if it has ended."""
 
-    def __init__(self, run: Run, places: Mapping[int, tuple[int, str]]) -> None:
-        self.wanted: list[int] = []
+    def __init__(self, run: Run, places: Mapping[int, Place]) -> None:
+        self.wanted: set[Place] = set()
         self._run, self.places = run, places
-        self._open: set[int] | None = None
+        self._open: set[Place] | None = None
         self._own: dict[str, torch.Tensor | None] = {}
-        self._turns: SimpleQueue[list[int] | None] = SimpleQueue()
-        self._pauses: SimpleQueue[list[int]] = SimpleQueue()
+        self._turns: SimpleQueue[set[Place] | None] = SimpleQueue()
+        self._pauses: SimpleQueue[set[Place]] = SimpleQueue()
         self._random = torch.Generator().manual_seed(0).get_state()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def go_on(self, modules: list[int]) -> None:
-        """Let the model run, with the tensors of these modules, until it waits for those of others, or ends."""
+    @property
+    def modules(self) -> list[int]:
+        """The numbers of the modules whose tensors it waits for."""
+        return sorted({number for number, _ in self.wanted})
+
+    def go_on(self, is_open: set[Place]) -> None:
+        """Let the model run, with these tensors, until it waits for another one, or ends."""
         before = torch.get_rng_state()
         torch.set_rng_state(self._random)
-        self._turns.put(modules)
+        self._turns.put(is_open)
         self.wanted = self._pauses.get()
         self._random = torch.get_rng_state()
         torch.set_rng_state(before)
@@ -113,12 +121,12 @@ class _Thread:
         self._turns.put(None)
         self._thread.join()
 
-    def wait_for(self, modules: set[int]) -> None:
-        """Called by the model's own thread before it reads tensors of these modules."""
+    def wait_for(self, places: set[Place]) -> None:
+        """Called by the model's own thread before it reads these tensors."""
         if self._open is None:  # the model's code has caught `_Stopped`
             raise _Stopped
-        if not modules <= self._open:
-            self._pauses.put(sorted(modules))
+        if not places <= self._open:
+            self._pauses.put(places)
             self._wait()
 
     def values(self, name: str) -> torch.Tensor | None:
@@ -129,11 +137,11 @@ class _Thread:
         return self._own.get(name)
 
     def _wait(self) -> None:
-        self._own.clear()
-        turn = self._turns.get()
-        self._open = None if turn is None else set(turn)
+        self._open = self._turns.get()
         if self._open is None:
             raise _Stopped
+        still_open = {name for _, name in self._open}
+        self._own = {name: own for name, own in self._own.items() if name in still_open}
 
     def _work(self) -> None:
         try:
@@ -146,7 +154,7 @@ class _Thread:
             self._run.error = error.with_traceback(None)  # which would keep all tensors of the run
         finally:
             self._own.clear()
-            self._pauses.put([])
+            self._pauses.put(set())
 
 
 class _Reads(TorchDispatchMode):
@@ -164,14 +172,13 @@ class _Reads(TorchDispatchMode):
         written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in _written(function))
         if any(map(self._place, _pytree.tree_leaves([*written]))):
             raise RuntimeError(f"{function} writes to a weight")
-        if not _returns_views(function):
-            places = filter(None, map(self._place, _pytree.tree_leaves((args, kwargs))))
-            if modules := {number for number, _ in places}:
-                self._thread.wait_for(modules)
-                args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
+        leaves = [] if _returns_views(function) else _pytree.tree_leaves((args, kwargs))
+        if places := set(filter(None, map(self._place, leaves))):
+            self._thread.wait_for(places)
+            args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
         return function(*args, **kwargs)
 
-    def _place(self, value: Any) -> tuple[int, str] | None:
+    def _place(self, value: Any) -> Place | None:
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or not value.numel():
             return None
         return self._thread.places.get(value.untyped_storage().data_ptr())

@@ -24,14 +24,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_gate.engine.adapter.load_adapter import Loaded
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
 from merge_gate.engine.forward.inputs import candidates
 from merge_gate.engine.forward.lockstep import Run, run_together
-from merge_gate.engine.forward.merged_again import MergedAgain
-from merge_gate.engine.merge.merged_tensors import shares_storage
+from merge_gate.engine.forward.run import MergedModel
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
+from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.records.measured import Forward
 
 LEAST_EFFECT = 40
@@ -41,14 +40,12 @@ merge in float32 and the unmerged adapter, which is 2 to 20 times smaller than t
 _Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
-def with_rounding(
-    base: Base, loaded: Loaded, merged: MergedAgain, forward: Forward, tokens: Collection[int]
-) -> Forward:
+def with_rounding(base: Base, adapted: Any, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
     """The `Forward` with the change by rounding, if it can be measured.
 
     Args:
         base: the base, which has run on the inputs that `forward` names.
-        loaded: the adapter, which is not merged.
+        adapted: the model with the adapter's layers, not merged.
         merged: the adapter merged.
         forward: what the run has shown.
         tokens: ids that are among the inputs.
@@ -59,7 +56,7 @@ def with_rounding(
         for name, tensor in base.tensors.items()
         if tensor.is_floating_point() and tensor.numel()
     )
-    trees = (base.model, base.model, loaded.model.get_base_model(), merged.model)
+    trees = (base.model, base.model, adapted, merged.model)
     plain, noisy, unmerged, rounded = (_in_float32(tree, base, hollow) for tree in trees)
 
     # 2. and 3.

@@ -18,7 +18,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +30,6 @@ from merge_gate.engine.forward.activations import Activations, tensors_of, watch
 from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.inputs import Inputs, candidates
 from merge_gate.engine.forward.lockstep import Run, run_together
-from merge_gate.engine.forward.merged_again import MergedAgain
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
 from merge_gate.records.measured import Forward
@@ -41,6 +40,17 @@ MOST_CANDIDATES = 6
 
 CLOSE = 0.9
 """The merged model is run if an activation is above this share of the dtype's largest value: it may round up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedModel:
+    """A merged model of transformers, as it would be published.
+
+    `values` are merged tensors in their final dtypes, by the base's names: in their places, `model` has the base's own.
+    """
+
+    model: Any
+    values: Mapping[str, torch.Tensor]
 
 
 def run_adapters(base: Base, models: Sequence[Any], tokens: Collection[int] = ()) -> list[Forward]:
@@ -69,7 +79,7 @@ def is_close(forward: Forward) -> bool:
     return forward.ran and (forward.nonfinite_origin is Origin.ADAPTER or largest > CLOSE * allowed)
 
 
-def run_merged(base: Base, merged: MergedAgain, forward: Forward, tokens: Collection[int]) -> Forward:
+def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
     """Step 2, on the inputs of step 1."""
     inputs = next(inputs for name, inputs in candidates(base.model, tokens) if name == forward.inputs)
     made = _forward(base, forward.inputs or "", *_run(base, [base.model, merged.model], inputs, merged.values))

@@ -19,7 +19,14 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
-from merge_gate.engine.tensors.measure import distance, dtype_max, same_bits, same_values, unchanged_fraction
+from merge_gate.engine.tensors.measure import (
+    distance,
+    dtype_max,
+    same_bits,
+    same_values,
+    shares_storage,
+    unchanged_fraction,
+)
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.refusals import Refused
@@ -163,11 +170,6 @@ def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
         return False
     with base.filled([base.first_name(name)]):
         return same_bits(known, tensor.to(known.device))
-
-
-def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is the base's own memory."""
-    return known.data_ptr() == tensor.data_ptr() and known.shape == tensor.shape and known.dtype == tensor.dtype
 
 
 @dataclass(slots=True)

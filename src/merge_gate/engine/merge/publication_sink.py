@@ -41,7 +41,7 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.terms import PRESERVE, Quantization
+from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
 from merge_gate.sources.feed import Feed
 
 ROWS_BYTES = 1 << 22
@@ -62,11 +62,15 @@ class Connection(Protocol):
 
 
 class PublicationSink:
-    """A sink for one adapter. `dtype` is `preserve`, or the dtype that the base was loaded in, for a cast."""
+    """A sink for one adapter.
+
+    `dtype` is `preserve`, `as-merged`, or the dtype that the base was loaded in, for a cast.
+    """
 
     def __init__(self, layout: StoredLayout, connection: Connection, task: int, dtype: str = PRESERVE) -> None:
         self._layout, self._connection, self._task = layout, connection, task
-        self._cast: torch.dtype | None = None if dtype == PRESERVE else getattr(torch, dtype)
+        self._cast: torch.dtype | None = None if dtype in {PRESERVE, AS_MERGED} else getattr(torch, dtype)
+        self._is_preserved = dtype == PRESERVE
         self._problem: GateError | None = None
         self._planned: dict[str, StoredTensor] = {}
         self._expected: frozenset[str] = frozenset()
@@ -107,7 +111,7 @@ class PublicationSink:
             for source in group.sources:
                 header = self._layout.outline(source)
                 written = stored_dtype(self._cast if self._cast is not None and dtype.is_floating_point else dtype)
-                if self._cast is None and header.dtype != written:
+                if self._is_preserved and header.dtype != written:
                     stored = dtype_name(self._layout.places[source].dtype)
                     raise NotPublishedError(
                         f"{source} is stored in {stored}, and was merged in {dtype_name(dtype)}: `preserve` writes "

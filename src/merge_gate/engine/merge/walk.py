@@ -50,13 +50,12 @@ from merge_gate.engine.merge.merged_tensors import (
     TensorSink,
     is_the_bases,
     of_tensor,
-    shares_storage,
 )
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
 from merge_gate.engine.merge.rounding_floor import rounding_share
-from merge_gate.engine.tensors.measure import dtype_max, measure
+from merge_gate.engine.tensors.measure import dtype_max, measure, shares_storage
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused

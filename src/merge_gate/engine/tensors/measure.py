@@ -118,6 +118,11 @@ def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
+def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is the base's own memory."""
+    return known.data_ptr() == tensor.data_ptr() and known.shape == tensor.shape and known.dtype == tensor.dtype
+
+
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two dense tensors hold the same bits (NaN equals NaN, 0.0 differs from −0.0)."""
     if left.dtype != right.dtype or left.shape != right.shape:

@@ -70,6 +70,17 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
     changed = with_sharers(evidence, altered)
     pruned = _pruned(evidence)
     unchanged = tuple(name for name in evidence.targeted if not is_inside(name, changed) and name not in pruned)
+    trained = {module_of(file.stats.name) for file in evidence.file_tensors if file.stats.name not in zeros}
+    padding = tuple(name for name in unchanged if name in case.files.padding and name not in trained)
+    if changed and padding:
+        yield no_effect.finding(
+            f"{counted(len(padding), 'module')} {are(padding)} padding of an export, with factors of zeros: "
+            f"{listing(padding)}",
+            severity=Severity.NOTE,
+            module=padding[0],
+            modules_unchanged=len(padding),
+        )
+        unchanged = tuple(name for name in unchanged if name not in padding)
     if not changed:
         reason = "the delta is zero, or smaller than the dtype can add"
         if missing:

@@ -1,36 +1,23 @@
 """Merges an adapter once more, and keeps the merged tensors, so that the merged model can run.
 
-In: a base, and an adapter loaded on a scratch copy. Out: `MergedAgain`. The base is not changed.
+In: a base, and an adapter loaded on a scratch copy. Out: `MergedModel`. The base is not changed.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from merge_gate.engine.adapter.load_adapter import Loaded
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.merged_tensors import WholeTensors, shares_storage
+from merge_gate.engine.forward.run import MergedModel
+from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Walk
+from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.records.measured import Evidence, MeasureOptions
 
 MEMORY_SHARE = 0.5
 """The merged tensors may take this share of the free memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergedAgain:
-    """A merged model of transformers, as it would be published.
-
-    `values` are merged tensors in their final dtypes, by the base's names: in their places, `model` has the base's own.
-    """
-
-    model: Any
-    values: Mapping[str, torch.Tensor]
 
 
 def fits(base: Base, evidence: Evidence, free_bytes: int | None) -> bool:
@@ -40,7 +27,7 @@ def fits(base: Base, evidence: Evidence, free_bytes: int | None) -> bool:
     return free_bytes is None or sum(sizes) + 2 * largest * torch.float32.itemsize <= free_bytes * MEMORY_SHARE
 
 
-def merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedAgain | None:
+def merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedModel | None:
     """The merge. None if PEFT has to repeat it without blocks."""
     received: dict[str, torch.Tensor] = {}
     walk = Walk(
@@ -62,4 +49,4 @@ def merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedAgain
         for name, values in received.items()
         if name in base.tensors and shares_storage(base.tensors[name], places[name])
     }
-    return MergedAgain(model=model, values=in_place)
+    return MergedModel(model=model, values=in_place)

@@ -1,0 +1,157 @@
+"""Every model type of the installed transformers on made-up inputs: which run, and do they run in lockstep.
+
+    python benchmarks/forward.py [TYPE ...]     # all, half an hour on one core; goes on where it was
+    python benchmarks/forward.py --write        # forward.json and docs/evidence/sweeps.md from it
+
+In: model types. Out: a line of JSON for each in the work directory, and with `--write` the data and the document.
+Each type has a process of its own, with a limit of time and memory, in which `forward_trials.trial`
+
+1. builds small random models, and takes the first that runs on inputs that its configuration gives;
+2. runs it again, and in the two 16-bit dtypes;
+3. puts LoRA on all linear layers, and runs base and adapter in lockstep, with NaN in each weight that is not filled;
+4. merges with PEFT, and compares the outputs, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+
+from benchmarks.architectures import DOCUMENT, LIMIT_BYTES, cell, head_of, opened, rows, stored
+from benchmarks.unread import in_process
+from tests.support.engine import architectures
+from tests.support.engine.forward_trials import sentence, trial
+from tests.support.generated import write_block
+
+DATA = Path(__file__).resolve().parent / "forward.json"
+
+
+def child(model_type: str, sender: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    try:
+        sender.send({"type": model_type, **asdict(trial(model_type))})
+    except Exception as error:  # noqa: BLE001 - nothing could be built, or a mistake of the trial: its type shows it
+        sender.send({"type": model_type, "reason": sentence(error)})
+
+
+def run(model_types: list[str], results: Path) -> None:
+    """Try each type that has no line yet."""
+    done = read(results)
+    for number, model_type in enumerate(model_types, start=1):
+        if model_type not in done:
+            line = in_process(child, model_type)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{number}/{len(model_types)} {model_type}: {line.get('inputs') or line.get('reason')}", flush=True)
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """The answers by model type, without what is empty. The last line of each type counts."""
+    lines = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()[1:])
+    return {line.pop("type"): {key: value for key, value in line.items() if value} for line in lines}
+
+
+# --- benchmarks/forward.json and docs/evidence/sweeps.md -------------------------------------------------------------
+
+TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge-gate {merge-gate}.
+
+| model types | number | of |
+|---|---:|---:|
+{counts}
+
+| first inputs that run | types |
+|---|---:|
+{inputs}
+
+| not alike | what |
+|---|---|
+{unlike}
+
+| merged and unmerged differ | layers |
+|---|---|
+{differs}"""
+
+
+def data(results: Path) -> dict[str, Any]:
+    """What benchmarks/forward.json stores: the date, the versions, and the answers by model type."""
+    head = head_of(results)
+    date = head.pop("date")
+    return {"date": date, "versions": head, "types": dict(sorted(read(results).items()))}
+
+
+def document(answers: dict[str, Any]) -> str:
+    """The block of the page, from what benchmarks/forward.json stores."""
+    types: dict[str, dict[str, Any]] = answers["types"]
+    built = {name: facts for name, facts in types.items() if "model_class" in facts}
+    ran = {name: facts for name, facts in built.items() if "inputs" in facts}
+    adapted = [facts for facts in ran.values() if "adapter" not in facts]
+    causal = [facts for facts in built.values() if "is_causal" in facts]
+    names = [facts["inputs"] for facts in ran.values()]
+    counts = [
+        ["built small", len(built), len(types)],
+        ["run whole", len(ran), len(built)],
+        ["causal LMs that run whole", sum("inputs" in facts for facts in causal), len(causal)],
+        ["same bits in a second run", sum("repeats" in facts for facts in ran.values()), len(ran)],
+        ["finite", sum("finite" in facts for facts in ran.values()), len(ran)],
+        ["run in bfloat16 and float16 too, finite", sum("unlike" not in facts for facts in ran.values()), len(ran)],
+        ["lockstep gives the bits of base and adapter", sum("lockstep" not in one for one in ran.values()), len(ran)],
+        ["each untied weight is filled once", sum("twice" not in facts for facts in ran.values()), len(ran)],
+        [
+            "at least 99 % of the parameters are read",
+            sum(one.get("share", 0) >= 0.99 for one in ran.values()),
+            len(ran),
+        ],
+        ["PEFT's merge computes what the adapter computes", sum("differs" not in one for one in adapted), len(adapted)],
+    ]
+    unlike = [[f"`{name}`", cell(facts["lockstep"])] for name, facts in ran.items() if "lockstep" in facts]
+    unlike += [
+        [f"`{name}`", f"filled twice: {cell(', '.join(one['twice']))}"] for name, one in ran.items() if "twice" in one
+    ]
+    unlike += [[f"`{name}`", "other bits in a second run"] for name, facts in ran.items() if "repeats" not in facts]
+    return TEXT.format(
+        date=answers["date"],
+        **answers["versions"],
+        counts=rows(counts),
+        inputs=rows([[name, names.count(name)] for name in sorted(set(names), key=names.count, reverse=True)]),
+        unlike=rows(unlike),
+        differs=rows(
+            [[f"`{name}`", "; ".join(map(cell, facts["differs"]))] for name, facts in ran.items() if "differs" in facts]
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="these model types only")
+    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-forward.jsonl")
+    parser.add_argument("--write", action="store_true", help="write the data and the page, and run nothing")
+    arguments = parser.parse_args()
+    if arguments.write:
+        if arguments.results.exists():
+            DATA.write_text(stored(data(arguments.results)), encoding="utf-8")
+        write_block(DOCUMENT, "forward", document(json.loads(DATA.read_text(encoding="utf-8"))))
+    else:
+        torch.set_num_threads(1)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        run(arguments.types or architectures.model_types(), opened(arguments.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The whole flow of `merge-gate export` on one page: an adapter and its base ▶ a directory with a plain LoRA.
+
+In: the names of adapter, base, and directory. Out: an `Export`. The directory appears whole, or not at all. Imports no
+torch: only the worker process does.
+
+1. Read the adapter's files, refuse what has no plain LoRA, and repair names.     exporting/plain_lora.py
+2. Gate the adapter, and keep its merges.                                         run/flow.py, exporting/kept_merges.py
+3. Make the plain LoRA.                                                           exporting/plain_lora.py
+4. Gate it as the class that servers load, and compare its merges with those.     run/flow.py, exporting/kept_merges.py
+5. Write the record, and give the directory its name.                             publish/partial.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from merge_gate import __version__
+from merge_gate._internal.errors import GateError, NoPlainLoraError, UsageError
+from merge_gate._internal.regular_file import read_all, read_regular_file
+from merge_gate._internal.text import quoted
+from merge_gate.config.from_arguments import config_of
+from merge_gate.exporting.kept_merges import KeptMerges
+from merge_gate.exporting.plain_lora import Array, array_of, plain_lora, refuse, repaired_names, weights_file
+from merge_gate.files import adapter_config, json_object
+from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
+from merge_gate.files.identity import directory_identity
+from merge_gate.files.resolve import Fetching, Inputs, digest_file
+from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
+from merge_gate.publish.manifest import MOST_BYTES, is_regular, names_below, shared_fields, versions_of
+from merge_gate.publish.partial import PartialDirectory
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import CONFIG_NAME, EXPORT_NAME, WEIGHTS_NAME, Entry, FileIdentity, FileRecord
+from merge_gate.records.measured import Evidence, ServedClass
+from merge_gate.records.options import RunOptions
+from merge_gate.records.publication import EXPORT_VERSION, Export, ExportRecord, PublishedAdapter, PublishedBase
+from merge_gate.records.report import TOOL, Report, Tool
+from merge_gate.records.terms import Result
+from merge_gate.report.formats.fields import UnreadableError, dump_record, load_document
+from merge_gate.report.stored.output_directory import explained, made_directory, refuse_input
+from merge_gate.run.fed_bases import headers_limit_s
+from merge_gate.run.flow import Run
+from merge_gate.run.view import View
+from merge_gate.worker.private_directory import private_directory
+
+DTYPES = ("auto", "float32")
+"""The dtypes in which merges are compared: the base's own, and float32."""
+
+OPTIONS = RunOptions(device="cpu")
+"""Other devices may round otherwise."""
+
+_SCRATCH = ".merge-gate-export-"
+
+
+class _Judged(Run):
+    """A run that keeps what the worker knows of the class that servers load."""
+
+    served: ServedClass | None = None
+
+    def _judge(self, index: int, evidence: Evidence) -> None:
+        self.served = evidence.served
+        super()._judge(index, evidence)
+
+    def passed(self) -> tuple[Report, ServedClass | None]:
+        """The report, and the class if every entry passed."""
+        with contextlib.closing(self):
+            report = self.run()
+        return report, self.served if report.result is Result.PASS else None
+
+
+def export(
+    adapter: str,
+    output: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    fill: bool = True,
+    view: View | None = None,
+) -> Export:
+    """Write a plain LoRA that merges as the adapter does. `fill`: add pairs of zeros where servers expect a module.
+
+    Raises:
+        UsageError: a name is wrong, or the directory cannot be used.
+        NoPlainLoraError: no plain LoRA has the effect of the adapter.
+        GateError: the merges cannot be compared, or differ.
+    """
+    view, target = view or View(), Path(output).absolute()
+    config = config_of([adapter], base=base, dtypes=DTYPES, revision=revision)
+    spec = config.adapters[0]
+    if len(config.adapters) > 1:
+        raise UsageError(f"{quoted(adapter, 200)} names {len(config.adapters)} adapters, expected one")
+    _refuse_inputs(target, [spec.path, spec.base.model])
+    earlier = _replaceable(target)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(made_directory(target.parent))
+        stack.enter_context(explained(f"cannot export to {target}"))
+        scratch = Path(stack.enter_context(private_directory(target.parent, _SCRATCH)))
+        partial = PartialDirectory(target)
+        stack.callback(partial.remove)
+        # 1.
+        entry = Inputs(config, Fetching(notify=view.note), limit_s=headers_limit_s).prepare(spec)
+        _refuse_inputs(target, [one.directory for one in entry.members])
+        _refuse_inputs(target, [entry.base.directory] if entry.base is not None else [])
+        content, renamed = _content(entry), {}
+        if content is not None:
+            renamed = _renamed(entry)
+            refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
+        if renamed:
+            for old, new in sorted(renamed.items()):
+                view.note(f"renamed: {old} -> {new}")
+            tensors = _tensors(entry.files.directory, entry.files.files)
+            _write(scratch / "repaired", content, {renamed.get(name, name): one for name, one in tensors.items()})
+            config = _config_of(scratch / "repaired", config, spec)
+        # 2.
+        (scratch / "merges").mkdir()
+        kept = KeptMerges(scratch / "merges")
+        report, served = _Judged(config, OPTIONS, view, publications=kept).passed()
+        if served is None or content is None:
+            return Export(report=report)
+        # 3.
+        tensors = _tensors(config.adapters[0].path or entry.files.directory, report.adapters[0].files)
+        made = plain_lora(content, tensors, served, fill=fill)
+        files = _write(partial.model, made.config, made.tensors)
+        facts = ExportRecord(
+            tool=Tool(name=TOOL, version=__version__),
+            adapter=PublishedAdapter(
+                name=spec.name, source=spec.source, revision=entry.revision, files=entry.files.files
+            ),
+            base=PublishedBase(**shared_fields(PublishedBase, report.bases[0])),
+            versions=versions_of(report.environment, report.adapters[0].base),
+            model_class=served.name,
+            renamed=tuple(sorted(renamed)),
+            padding=tuple(sorted({*made.padding, *entry.files.padding & made.unused})),
+            scale_in="lora_B" if made.is_folded else "lora_alpha",
+            files=files,
+        )
+        _write_record(partial.model, facts)
+        # 4.
+        bounds = {source: bound for module, bound in made.bounds.items() for source in served.sources.get(module, ())}
+        padding = {source for module in made.padding for source in served.sources.get(module, ())}
+        again = KeptMerges(scratch / "merges", kept, bounds, made.config["r"])
+        config = _config_of(partial.model, config, replace(spec, name=target.name, source=output))
+        report, served = _Judged(config, OPTIONS, view, publications=again).passed()
+        if served is None:
+            return Export(report=report)
+        if served.loaded != served.name:
+            raise GateError(f"the export was loaded as {served.loaded}, expected {served.name}")
+        compared = [again.comparison(task, one.base.dtype, padding) for task, one in enumerate(report.adapters)]
+        # 5.
+        facts = replace(facts, comparisons=tuple({one.dtype: one for one in compared}.values()))
+        _write_record(partial.model, facts)
+        partial.publish(replaces=earlier)
+        return Export(report=report, record=facts)
+
+
+# --- the directory ---------------------------------------------------------------------------------------------------
+
+
+def _refuse_inputs(target: Path, inputs: Iterable[str | None]) -> None:
+    """Refuse a directory that is an input, or is inside one."""
+    named = [(one, quoted(one, 200)) for one in inputs if one is not None]
+    for place in (target, *target.parents):
+        refuse_input(place, named)
+
+
+def _replaceable(target: Path) -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged earlier export in a directory; None if nothing is there.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    if not os.path.lexists(target):
+        return None
+    with contextlib.suppress(OSError, UnreadableError):
+        identity, data = directory_identity(target), read_regular_file(target / EXPORT_NAME, MOST_BYTES)
+        earlier: ExportRecord = load_document(ExportRecord, data, EXPORT_VERSION, TOOL)
+        is_listed = {*names_below(target)} == {EXPORT_NAME, *(file.path for file in earlier.files)}
+        places = [(target / file.path, file.sha256) for file in earlier.files] if is_listed else []
+        is_same = places and all(is_regular(place) and digest_file(place) == sha256 for place, sha256 in places)
+        if is_same and not target.is_symlink() and directory_identity(target) == identity:
+            return identity
+    raise UsageError(
+        f"{quoted(str(target), 200)} exists, and is not an unchanged export of merge-gate",
+        hint="move it away, or choose another directory with --output",
+    )
+
+
+def _write(directory: Path, config: Mapping[str, Any] | None, tensors: Mapping[str, Array]) -> tuple[FileRecord, ...]:
+    directory.mkdir(exist_ok=True)
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="ascii")
+    with (directory / WEIGHTS_NAME).open("wb") as file:
+        file.writelines(weights_file(tensors))
+        file.flush()
+        os.fsync(file.fileno())
+    places = [directory / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    return tuple(
+        FileRecord(path=place.name, size_bytes=place.stat().st_size, sha256=digest_file(place)) for place in places
+    )
+
+
+def _write_record(directory: Path, facts: ExportRecord) -> None:
+    text = json.dumps(dump_record(facts), allow_nan=False, indent=2) + "\n"
+    (directory / EXPORT_NAME).write_text(text, encoding="ascii")
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------------
+
+
+def _content(entry: Entry) -> dict[str, Any] | None:
+    """The adapter's config; None if its files are broken, which the gate reports."""
+    if PICKLE_REFUSED.id in {finding.check for member in entry.members for finding in member.findings}:
+        raise NoPlainLoraError(
+            "the adapter's weights are a Python pickle, which export does not read",
+            hint="save the adapter again as safetensors, PEFT's default",
+        )
+    if entry.problem is not None or entry.files.weights != WEIGHTS_NAME:
+        return None
+    try:
+        with open_regular(str(Path(entry.files.directory, CONFIG_NAME))) as file:
+            return json_object.parse(read_all(file, adapter_config.MAX_BYTES))
+    except (json_object.InvalidObjectError, CorruptFileError):
+        return None
+
+
+def _renamed(entry: Entry) -> dict[str, str]:
+    """The names of tensors that have to be repaired."""
+    names = [one.name for one in entry.files.tensors]
+    renamed = repaired_names(names, [one.name for one in entry.base_files.tensors] if entry.base_files else [])
+    if len({renamed.get(name, name) for name in names}) < len(names):
+        raise NoPlainLoraError(
+            "two of the adapter's tensors have the same name without what wrappers added",
+            hint="save the inner model with save_pretrained",
+        )
+    return renamed
+
+
+def _tensors(directory: str, files: Iterable[FileRecord]) -> dict[str, Array]:
+    """The tensors in an adapter's files, which have to be the same as before."""
+    try:
+        with open_regular(str(Path(directory, WEIGHTS_NAME))) as file:
+            read = [(one, file.seek(begin), file.read(end - begin)) for one, begin, end in parse_places(file)]
+            tensors = {one.name: array_of(one.dtype, one.shape, data) for one, _, data in read}
+    except (CorruptFileError, ValueError, KeyError):
+        tensors = {}
+    if not tensors or any(digest_file(Path(directory, file.path)) != file.sha256 for file in files):
+        raise GateError(
+            "the adapter's files changed during the export", hint="let nothing write to them, and try again"
+        )
+    return tensors
+
+
+def _config_of(directory: Path, config: Config, spec: AdapterSpec) -> Config:
+    """The configuration with another directory in the place of the adapter."""
+    return replace(config, adapters=(replace(spec, path=str(directory), hub_id=None, revision=None),))

@@ -1,0 +1,153 @@
+"""Names of the text class of a base that is more than a text model, and of the class that config.json names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from merge_gate.records.terms import Severity, Verdict
+from tests.support import methods
+from tests.support.engine import architectures
+from tests.support.engine.architectures import Architecture
+from tests.support.gating import Gate, Judgement
+from tests.support.models import read_config, read_tensors, write_config, write_tensors
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return tmp_path_factory.mktemp("bases")
+
+
+def built(bases: Path, model_type: str) -> Path:
+    """A tiny base of the type, by its class of images and text."""
+    if not (bases / model_type).exists():
+        architectures.build(model_type, bases / model_type)
+    return bases / model_type
+
+
+def trained(bases: Path, model_type: str, class_name: str, task_type: str | None, adapter: Path) -> Path:
+    """An adapter of this class on the base."""
+    model_class: Any = getattr(transformers, class_name)
+    architecture = Architecture(model_type=model_type, model_class=model_class, task_type=task_type, parameters=0)
+    architectures.save_lora(architecture, built(bases, model_type), adapter)
+    return adapter
+
+
+def served(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The tensors that PEFT applies if the base is loaded by the class that config.json names, by their names."""
+    config = transformers.AutoConfig.from_pretrained(base)
+    with methods.quiet():
+        whole = getattr(transformers, config.architectures[0]).from_pretrained(base, dtype="auto")
+        model = PeftModel.from_pretrained(whole, adapter)
+    loaded = {name.replace(".default", ""): one.detach() for name, one in model.named_parameters() if "lora_B" in name}
+    return {name: one for name, one in loaded.items() if one.any()}
+
+
+def noted(judgement: Judgement) -> list[Severity]:
+    return [finding.severity for finding in judgement.findings if finding.check == "served-names"]
+
+
+OF_THE_TEXT = [
+    ("qwen3_5", "AutoModelForCausalLM", "CAUSAL_LM"),
+    ("qwen2_5_vl", "Qwen2_5_VLTextModel", None),
+    pytest.param("qwen3_5", "Qwen3_5ForCausalLM", None, marks=pytest.mark.slow),
+    pytest.param("llama4", "AutoModelForCausalLM", "CAUSAL_LM", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("model_type", "class_name", "task_type"), OF_THE_TEXT)
+def test_an_adapter_of_the_text_class_is_noted(
+    model_type: str, class_name: str, task_type: str | None, bases: Path, tmp_path: Path
+) -> None:
+    """PEFT applies none of it to the whole model, and all of it by the names that the gate found."""
+    base = built(bases, model_type)
+    adapter = trained(bases, model_type, class_name, task_type, tmp_path / "a")
+    judgement = Gate().judge(adapter, base)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert noted(judgement) == [Severity.NOTE]
+    assert served(base, adapter) == {}
+    assert judgement.evidence is not None
+    names = dict(judgement.evidence.other_names)
+    tensors = {
+        f"{PREFIX}{names[module]}{name.removeprefix(PREFIX + module)}": tensor
+        for name, tensor in read_tensors(adapter).items()
+        for module in names
+        if name.startswith(f"{PREFIX}{module}.lora_")
+    }
+    assert len(tensors) == len(read_tensors(adapter)) == 2 * len(judgement.evidence.targeted)
+    write_tensors(adapter, tensors)
+    assert served(base, adapter).keys() == {name for name in tensors if "lora_B" in name}
+    write_config(adapter, read_config(adapter) | {"task_type": None, "auto_mapping": None})
+    renamed = Gate().judge(adapter, base)
+    assert (renamed.verdict, noted(renamed)) == (Verdict.PASSED, [])
+
+
+OF_THE_WHOLE = [
+    ("qwen3_5", "Qwen3_5ForConditionalGeneration", "CAUSAL_LM"),
+    ("gemma3", "AutoModelForCausalLM", "CAUSAL_LM"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("qwen3_5", "Qwen3_5ForConditionalGeneration", None),
+            ("llama4", "Llama4ForConditionalGeneration", "CAUSAL_LM"),
+            ("gemma3", "Gemma3ForConditionalGeneration", None),
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", None),
+            ("qwen3_vl", "Qwen3VLForConditionalGeneration", "CAUSAL_LM"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "class_name", "task_type"), OF_THE_WHOLE)
+def test_an_adapter_of_the_whole_is_not(
+    model_type: str, class_name: str, task_type: str | None, bases: Path, tmp_path: Path
+) -> None:
+    base = built(bases, model_type)
+    adapter = trained(bases, model_type, class_name, task_type, tmp_path / "a")
+    assert served(base, adapter).keys() == {name for name in read_tensors(adapter) if "lora_B" in name}
+    judgement = Gate().judge(adapter, base)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert noted(judgement) == []
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_text_class_that_does_not_load_the_base_fails(bases: Path, tmp_path: Path) -> None:
+    """Its merge is not right, so keys-missing says what is wrong."""
+    adapter = trained(bases, "gemma3", "Gemma3ForCausalLM", "CAUSAL_LM", tmp_path / "a")
+    judgement = Gate().judge(adapter, built(bases, "gemma3"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "keys-missing")
+    assert noted(judgement) == []
+
+
+SAMPLE = ("bert", "clip", "gpt2", "musicgen", "t5", "wav2vec2")
+
+
+@pytest.mark.parametrize("model_type", ["llava", *(pytest.param(one, marks=pytest.mark.slow) for one in SAMPLE)])
+def test_an_adapter_of_the_class_in_the_config_is_not(model_type: str, tmp_path: Path) -> None:
+    """A sample of the sweep of architectures. They differ in prefixes, layouts, and names that transformers renames."""
+    with methods.quiet():
+        architecture = architectures.build(model_type, tmp_path / "base")
+        architectures.save_lora(architecture, tmp_path / "base", tmp_path / "a")
+    assert noted(Gate().judge(tmp_path / "a", tmp_path / "base")) == []
+
+
+def test_an_adapter_of_the_bare_class_is_not(tmp_path: Path) -> None:
+    """Its names lack the prefix that transformers adds to those of a bare model."""
+    architecture = architectures.build("bert", tmp_path / "base")
+    bare = Architecture(
+        model_type="bert", model_class=transformers.BertModel, task_type="FEATURE_EXTRACTION", parameters=0
+    )
+    architectures.save_lora(bare, tmp_path / "base", tmp_path / "a")
+    assert architecture.model_class is not transformers.BertModel
+    judgement = Gate().judge(tmp_path / "a", tmp_path / "base")
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert noted(judgement) == []

@@ -1,0 +1,272 @@
+"""A model type on made-up inputs: which inputs run it, in lockstep or alone, and merged or not.
+
+In: a model type. Out: `Outcome`. The gate makes the inputs and the lockstep; transformers and PEFT are what both are
+held against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from merge_gate.engine.forward.activations import tensors_of
+from merge_gate.engine.forward.inputs import Inputs, candidates
+from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.tensors import module_copies
+from tests.support.engine import architectures
+from tests.support.methods import quiet, same_tensor
+
+MOST_CPU_S = 4
+"""No further configuration is tried after that."""
+
+LEAST_SHARE, LEAST_ERROR = 0.01, 1e-5
+"""A merge differs above this share of the adapter's effect, and of the outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came out for one type.
+
+    `inputs` and `number` are the first inputs that ran the whole model, and how many were tried; `failure` is why the
+    first ones did not. `share` is the share of parameters that were read, `unlike` the dtypes in which the model does
+    not run or is not finite. `twice` are the modules that lockstep filled more than once, although no weight of them is
+    tied and the model calls them once.
+    `differs` says which layers compute another thing once they are merged.
+    """
+
+    model_class: str
+    is_causal: bool
+    inputs: str | None = None
+    number: int = 0
+    failure: str | None = None
+    share: float = 0.0
+    repeats: bool = False
+    finite: bool = False
+    unlike: tuple[str, ...] = ()
+    adapter: str | None = None
+    lockstep: str | None = None
+    twice: tuple[str, ...] = ()
+    error: float = 0.0
+    differs: tuple[str, ...] = ()
+
+
+def trial(model_type: str) -> Outcome:
+    """Build, run, adapt, run in lockstep, merge.
+
+    Raises:
+        CannotBuildError: transformers builds no small model of this type.
+    """
+    started, outcome = time.process_time(), None
+    for architecture, model in architectures.models(model_type, torch.float32):
+        model_class, is_causal = architecture.model_class.__name__, architecture.task_type == "CAUSAL_LM"
+        if outcome is not None and outcome.model_class != model_class:
+            break
+        ran = first_that_runs(model.eval())
+        if isinstance(ran, str):
+            outcome = outcome or Outcome(model_class=model_class, is_causal=is_causal, failure=ran)
+        else:
+            name, number, inputs = ran
+            facts = _facts(architecture, model, inputs)
+            return Outcome(model_class=model_class, is_causal=is_causal, inputs=name, number=number, **facts)
+        if time.process_time() - started > MOST_CPU_S:
+            break
+    assert outcome is not None
+    return outcome
+
+
+def first_that_runs(model: Any) -> tuple[str, int, Inputs] | str:
+    """The first inputs that the model accepts, and their number; or why the first ones failed."""
+    failure = None
+    for number, (name, inputs) in enumerate(candidates(model), start=1):
+        try:
+            outputs(model, inputs)
+        except Exception as error:  # noqa: BLE001 - a model's own
+            failure = failure or sentence(error)
+            continue
+        return name, number, inputs
+    return failure or "no inputs are known"
+
+
+def outputs(model: Any, inputs: Inputs) -> list[torch.Tensor]:
+    """The floating tensors that the model returns, with seed 0."""
+    given = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(tensors_of(model(**given)))
+
+
+def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs) -> dict[str, Any]:
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: calls.update([path]))
+        for path, module in model.named_modules()
+    ]
+    of_base = outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    facts: dict[str, Any] = {
+        "repeats": alike(of_base, outputs(model, inputs)),
+        "finite": all(bool(torch.isfinite(one).all()) for one in of_base),
+        "unlike": tuple(_unlike(model, inputs)),
+    }
+    try:
+        with quiet():
+            adapted = architectures.with_lora(architecture, copy.deepcopy(model, module_copies.tensors_of(model)))
+        unmerged = adapted.get_base_model().eval()
+        of_adapter = outputs(unmerged, inputs)
+    except Exception as error:  # noqa: BLE001 - PEFT's own, or the model's with its layers
+        adapted, unmerged, of_adapter = None, None, []
+        facts["adapter"] = sentence(error)
+    models, expected = [model, *([unmerged] if unmerged else [])], [of_base, *([of_adapter] if unmerged else [])]
+    runs, filled = in_lockstep(models, inputs, model)
+    holders = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
+    again = {name.rpartition(".")[0] for name, one in model.named_parameters() if holders[id(one)] > 1}
+    again |= {path for path in calls if calls[path] > 1}
+    sizes = {name: one.numel() for name, one in model.named_parameters()}
+    facts["share"] = sum(sizes[name] for name in filled) / max(1, sum(sizes.values()))
+    facts["twice"] = tuple(sorted({name.rpartition(".")[0] for name in filled if filled[name] > 1} - again))
+    facts["lockstep"] = next(
+        (
+            f"{who}: {sentence(run.error) if run.error else 'other bits'}"
+            for who, run, plain in zip(("base", "adapter"), runs, expected, strict=False)
+            if run.error or not alike(plain, list(tensors_of(run.returned)))
+        ),
+        None,
+    )
+    if adapted is not None:
+        facts |= _merged(adapted, inputs, of_base, of_adapter)
+    return facts
+
+
+def _unlike(model: nn.Module, inputs: Inputs) -> Iterator[str]:
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        given = {
+            key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
+        try:
+            found = outputs(copy.deepcopy(model).to(dtype), given)
+        except Exception as error:  # noqa: BLE001 - a model's own
+            yield f"{name}: {sentence(error)}"
+        else:
+            if not all(bool(torch.isfinite(one).all()) for one in found):
+                yield f"{name}: not finite"
+
+
+def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[list[Run], Counter[str]]:
+    """Run them, with NaN in the base's tensors except while they are filled. How often each was filled."""
+    tensors = {name: one for name, one in base.named_parameters() if one.is_floating_point() and one.numel()}
+    values = {name: one.detach().clone() for name, one in tensors.items()}
+    fills: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def filled(names: Iterable[str]) -> Iterator[None]:
+        wanted = list(names)
+        fills.update(wanted)
+        _put({tensors[name]: values[name] for name in wanted})
+        yield
+        _put({tensors[name]: torch.tensor(torch.nan) for name in wanted})
+
+    given = [
+        {key: one.clone() if isinstance(one, torch.Tensor) else one for key, one in inputs.items()} for _ in models
+    ]
+    runs = [Run(model=model, inputs=own) for model, own in zip(models, given, strict=True)]
+    _put(dict.fromkeys(tensors.values(), torch.tensor(torch.nan)))
+    try:
+        with quiet():
+            run_together(runs, tensors, filled)
+    finally:
+        _put({tensors[name]: values[name] for name in tensors})
+    return runs, fills
+
+
+@torch.no_grad()
+def _put(values: dict[nn.Parameter, torch.Tensor]) -> None:
+    for tensor, value in values.items():
+        tensor.copy_(value)
+
+
+# --- merged ----------------------------------------------------------------------------------------------------------
+
+
+def _merged(
+    adapted: Any, inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
+) -> dict[str, Any]:
+    layers = {path: one for path, one in adapted.named_modules() if isinstance(one, LoraLayer)}
+    called: set[int] = set()
+    hooks = [one.register_forward_hook(lambda module, *_: called.add(id(module))) for one in layers.values()]
+    outputs(adapted.get_base_model(), inputs)
+    for hook in hooks:
+        hook.remove()
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for path, one in layers.items():
+        how = _how(adapted, one, id(one) in called)
+        kinds.setdefault((path.rpartition(".")[2], type(one.get_base_layer()).__name__, how), []).append(path)
+    error = _error(adapted, list(layers), inputs, of_base, of_adapter)
+    if isinstance(error, str):
+        return {"differs": (error,)}
+    differs = []
+    for (leaf, name, how), paths in kinds.items() if error > LEAST_SHARE else ():
+        of_kind = _error(adapted, paths, inputs, of_base, of_adapter)
+        if isinstance(of_kind, str) or of_kind > LEAST_SHARE:
+            differs.append(f"{leaf} ({name}) {how}")
+    return {
+        "error": float(f"{error:.1e}"),
+        "differs": tuple(differs or (["all together"] if error > LEAST_SHARE else ())),
+    }
+
+
+def _error(
+    adapted: Any, paths: list[str], inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
+) -> float | str:
+    """How far the outputs are from the unmerged ones once these layers are merged, as a share of the effect."""
+    merged = copy.deepcopy(adapted)
+    try:
+        with quiet():
+            for path in paths:
+                merged.get_submodule(path).merge()
+            found = outputs(merged.get_base_model(), inputs)
+    except Exception as error:  # noqa: BLE001 - PEFT's own
+        return sentence(error)
+    error = _norm(found, of_adapter)
+    is_far = error > LEAST_ERROR * _norm(of_adapter, [torch.zeros_like(one) for one in of_adapter])
+    return error / max(_norm(of_adapter, of_base), 1e-30) if is_far else 0.0
+
+
+def _norm(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    if [one.shape for one in tensors] != [one.shape for one in others]:
+        return float("inf")
+    return (
+        sum(float((one.double() - other.double()).norm()) ** 2 for one, other in zip(tensors, others, strict=True))
+        ** 0.5
+    )
+
+
+def _how(adapted: nn.Module, layer: Any, is_called: bool) -> str:
+    """What is special about a layer."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    holders = [one for one in adapted.modules() if any(weight is tensor for tensor in one._parameters.values())]
+    if len(holders) > 1:
+        return "shares its weight"
+    if not is_called:
+        return "is not called"
+    return "has a forward of its own" if not type(base).__module__.startswith("torch.") else "is called"
+
+
+def alike(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(tensors) == len(others) and all(map(same_tensor, tensors, others))
+
+
+def sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
