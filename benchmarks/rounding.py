@@ -207,8 +207,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{datetime.now(UTC).date()}, {packages}. {STEPS} steps each; the learning rate is in the name.",
         "",
-        "| adapter | dtype | ‖ΔW‖/‖W‖ | effect | norm lost | **effect changed** "
-        "| loss: base, unmerged, merged | gain lost |",
+        "| adapter | dtype | ‖ΔW‖/‖W‖ | effect | norm lost | **effect changed** | base, unmerged, merged | gain lost |",
         "|---|---|---:|---:|---:|---:|---|---:|",
     ]
     order = {name: place for place, name in enumerate(ADAPTERS)}
