@@ -37,7 +37,10 @@ FAIR_FACTOR = 1.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockLayer:
-    """One layer that is merged in blocks. The same code merges all layers of one `kind`, in the same shapes."""
+    """One layer that is merged in blocks. The same code merges all layers of one `kind`, in the same shapes.
+
+    They compute by the same code too, with the same settings: what proof.py shows for one of them holds for all.
+    """
 
     path: str
     layer: Any
@@ -69,6 +72,9 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
     if merged_blocks(weight, update, base.buffers(), row_scales=found) is None:
         return None
     variant = type(layer.lora_variant.get(ADAPTER_NAME))
+    base_layer = layer.get_base_layer()
+    settings = [one for one in vars(base_layer).values() if isinstance(one, bool | int | float | str)]
+    only_itself = id(base_layer) if base_layer._buffers or base_layer._modules else None  # its forward may use them
     shapes = (slot.data.shape, slot.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
     return BlockLayer(
         path=path,
@@ -76,7 +82,7 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
         slot=slot,
         update=update,
         row_scales=found,
-        kind=(type(layer), type(layer.get_base_layer()), variant, *shapes),
+        kind=(type(layer), type(base_layer), variant, *shapes, *settings, only_itself),
     )
 
 

@@ -27,6 +27,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -55,7 +57,7 @@ from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, pl
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
 from merge_gate.engine.merge.rounding_floor import rounding_share
-from merge_gate.engine.tensors.measure import dtype_max, measure, shares_storage
+from merge_gate.engine.tensors.measure import distance, dtype_max, measure, same_values, shares_storage
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
@@ -185,6 +187,8 @@ class Walk:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             CannotJudge: a measurement failed, which says nothing about the adapter.
         """
+        named = self.loaded.model.named_modules()
+        wrappers = [(path, one) for path, one in named if isinstance(one, ModulesToSaveWrapper) and one.active_adapters]
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
@@ -197,6 +201,8 @@ class Walk:
             for _, layer in self.layers:
                 layer.__dict__.pop("merge", None)
         self.merged.account_for(merged)
+        for path, wrapper in wrappers:
+            self._compare_trained(path.removeprefix(ADAPTER_PREFIX), wrapper, merged)
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
@@ -413,12 +419,31 @@ class Walk:
 
     def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module) -> None:
         class_name = type(layer.get_base_layer()).__name__
-        found = before and before.compared(path.removesuffix(".token_adapter"), class_name, merged)
+        found = before and before.compared(_INNER.sub("", path), class_name, merged)
         if found is not None:
             self.compared[path] = found
 
+    def _compare_trained(self, path: str, wrapper: Any, merged: nn.Module) -> None:
+        """A module that is trained whole has to be in PEFT's result with its values."""
+        kept, first = (dict(one.named_parameters()) for one in (merged.get_submodule(path), wrapper.original_module))
+        for name, trained in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
+            if name not in kept or kept[name] is trained or same_values(kept[name], trained):
+                continue
+            error = distance(kept[name], trained) if kept[name].shape == trained.shape else math.inf
+            norms = distance(trained, first[name]) if name in first else 0.0, distance(trained)
+            shares = [error / norm if norm else math.inf for norm in norms]
+            self.compared[path] = LayerDifference(
+                module=path,
+                class_name=type(wrapper.original_module).__name__,
+                change_share=shares[0],
+                output_share=shares[1],
+            )
+
 
 _PATCHED = threading.Lock()
+
+_INNER = re.compile(r"(\.(token_adapter|base_layer))+$")
+"""The end of a path that a layer of PEFT has inside of another one in the place of a module of the base."""
 
 
 @contextlib.contextmanager

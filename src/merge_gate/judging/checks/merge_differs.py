@@ -4,13 +4,14 @@
 gate merges the layer into a float32 copy and runs it on two made-up inputs, before and after. It fires if the outputs
 differ by more than 1 % of what the adapter changes, and by more than 1e-5 of the output, on both inputs.
 
-Every layer that PEFT merges is compared, and one of each kind of the layers that the gate merges in blocks. [The page
-on methods](../reference/methods.md#layers-that-are-compared) says which layers do not run alone. `coverage` counts
-parameters, and `forward.layers_compared` counts these layers.
+Every layer that PEFT merges is compared, and one of each kind of the layers that the gate merges in blocks. Modules
+that are trained whole (`modules_to_save`) have to be in PEFT's result with their values. [The page on
+methods](../reference/methods.md#layers-that-are-compared) says what is not compared. `forward.layers_compared` in the
+report counts the compared layers.
 
 ```text
-model.conv2 (a WeightStandardizedConv2d) does not compute the same after the merge: in float32, its outputs differ from
-the unmerged layer's by 88% of the adapter's change
+model.conv2 (a WeightStandardizedConv2d) does not compute the same after the merge: in float32, it differs from the
+unmerged layer by 88% of the adapter's change
 ```
 
 **Why it matters.** The merged model is another model than the one that was trained and evaluated. All of its values are
@@ -50,7 +51,7 @@ def merge_differs(case: MergeCase) -> Iterator[Finding]:
         return
     worst, *others = different
     runs = worst.change_share < math.inf
-    wrong = f"its outputs differ from the unmerged layer's by {worst.change_share:.0%} of the adapter's change"
+    wrong = f"it differs from the unmerged layer by {worst.change_share:.0%} of the adapter's change"
     also = f"; so do {listing(tuple(one.module for one in others))}" if others else ""
     yield merge_differs.finding(
         f"{worst.module} (a {worst.class_name}) does not compute the same after the merge: in float32, "
