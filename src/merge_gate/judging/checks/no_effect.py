@@ -1,7 +1,8 @@
 """The merge changes nothing.
 
 **Fires when** the merge leaves every targeted module with the values of the base, or changes them only by its own
-rounding. −0.0 equals 0.0. If only some modules are unchanged, the finding is a warning.
+rounding. −0.0 equals 0.0. If only some modules are unchanged, the finding is a warning. It is a note on modules that
+`merge-gate export` has filled with zeros.
 
 For most methods, an untrained delta is exactly zero, so every other delta counts as a change. These cases are
 different:
