@@ -77,6 +77,7 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
         yield no_effect.finding(
             f"{counted(len(padding), 'module')} {are(padding)} padding of an export, with factors of zeros: "
             f"{listing(padding)}",
+            "there is nothing to do: servers expect these modules",
             severity=Severity.NOTE,
             module=padding[0],
             modules_unchanged=len(padding),
