@@ -167,7 +167,7 @@ def test_a_model_that_was_not_run_costs_the_verdict_only_if_that_is_required(wor
         assert adapter_report.merged_report(asked, MEASURED).verdict is Verdict.PASSED
         broken = dataclasses.replace(not_run, unexpected=("stray",))
         assert adapter_report.merged_report(asked, broken).verdict is Verdict.FAILED, "it is proven broken anyway"
-        refused = dataclasses.replace(not_run, refusal=reason("other_forward", module="m", class_name="C", share=1.0))
+        refused = dataclasses.replace(not_run, refusal=reason("layer_left_unmerged", module="m"))
         assert NOT_JUDGED not in {one.check for one in adapter_report.merged_report(asked, refused).findings}
     required = dataclasses.replace(ENTRY, spec=dataclasses.replace(SPEC, forward=ForwardMode.REQUIRED))
     unknown = dataclasses.replace(MEASURED, forward=Forward(why_not="the inputs are unknown"))

@@ -27,6 +27,7 @@ from markupsafe import Markup, escape
 from merge_gate._internal.text import has_hidden
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.measured import NORM_LIMIT
 from merge_gate.records.terms import FailureKind, Origin, Severity
 from merge_gate.report.wording import explanations, run_result, words
 from merge_gate.report.wording.alike import earlier_entries, more_findings
@@ -334,11 +335,12 @@ _KIND_OF_CHECK = {"rounding-loss": "loss", "delta-norm": "ratio", "headroom": "h
 
 
 def _limits(adapter: AdapterReport) -> dict[str, float]:
-    """The limit of each map: the default, or the one that a finding states."""
-    limits = {kind: CHECKS[check].limit or math.inf for check, kind in _KIND_OF_CHECK.items()}
+    """The limit of each map: the default, or the one that a finding states of what the map shows."""
+    limits = {kind: CHECKS[check].limit or math.inf for check, kind in _KIND_OF_CHECK.items()} | {"loss": NORM_LIMIT}
     for finding in adapter.findings:
-        stated = dict(finding.measured).get("limit", math.nan)
-        if finding.check in _KIND_OF_CHECK and math.isfinite(stated):
+        figures = dict(finding.measured)
+        stated = figures.get("limit", math.nan)
+        if finding.check in _KIND_OF_CHECK and math.isfinite(stated) and "rounding_change" not in figures:
             limits[_KIND_OF_CHECK[finding.check]] = stated
     return limits
 
