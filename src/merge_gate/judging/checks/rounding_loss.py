@@ -15,12 +15,16 @@ rounding to bfloat16 changes 104.7% of the adapter's effect (error-limit 80%); 9
 
 **If the effect is not measured**, the share of the norm decides: ‖merged − (W + ΔW)‖ / ‖ΔW‖. The check is then a
 warning above 50 %. An `error-limit` does not apply, because the norm overstates the harm: rounding is noise, and a
-trained delta is not ([measurements](../evidence/rounding.md)). The effect is not measured with `forward: off`, with
-quantized bases, with code that comes with a base, if the model does not run on such inputs, if the merged weights take
-more than half of the free memory, or if the effect is so small that it is lost in the rounding of float32.
+trained delta is not ([measurements](../evidence/rounding.md)). If the configuration makes this check an error, the
+norm alone is an error, too. The effect is not measured in these cases:
 
-A configured `limit` is the share of the effect, and the share of the norm above which the effect is measured or, if it
-cannot be, above which the check fires. A configured `error-limit` is a share of the effect.
+- `forward: off`, quantized bases, and bases that bring their own code.
+- The model does not run on the made-up inputs, or does not return the same values twice.
+- The merged weights take more than half of the free memory.
+- The effect is so small that it is lost in the rounding of float32.
+
+A configured `limit` is a share of the effect. It is also the share of the norm above which the effect is measured. If
+the effect cannot be measured, the check fires above that share. An `error-limit` is always a share of the effect.
 
 The exact sum of the norm is the same merge into float32 copies. For quantized weights, it is the sum before quantizing
 again. For LoRA and DoRA on large weights, the gate estimates the norm from a sample of rows, and the finding says so.
