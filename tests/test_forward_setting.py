@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from merge_gate.cli.dispatch import main
-from merge_gate.records.measured import Forward
+from merge_gate.records.measured import BaseRecord, Forward
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.run import flow
 from merge_gate.worker import protocol
@@ -75,14 +76,13 @@ def tasks_of(monkeypatch: pytest.MonkeyPatch, *words: str, **config: Any) -> lis
     """Why the tasks of a run are not to be run as models."""
     reasons: list[str] = []
     with monkeypatch.context() as patch:
-        made = flow.group_by_base
+        merge = flow.Run._merge
 
-        def group_by_base(*arguments: Any, **options: Any) -> Any:
-            groups = made(*arguments, **options)
-            reasons.extend(task.no_forward for group in groups for task in group.tasks)
-            return groups
+        def noted(run: flow.Run) -> None:
+            reasons.extend(task.no_forward for group in run.groups for task in group.tasks)
+            merge(run)
 
-        patch.setattr(flow, "group_by_base", group_by_base)
+        patch.setattr(flow.Run, "_merge", noted)
         gate(*words, changes={}, **config)
     return reasons
 
@@ -93,6 +93,24 @@ def test_the_worker_is_told_whether_to_run_the_model(monkeypatch: pytest.MonkeyP
     (why,) = tasks_of(monkeypatch, forward="off")
     assert "forward" in why
     assert tasks_of(monkeypatch, "--forward", "off", forward="required") == [why]
+
+
+@pytest.mark.parametrize(
+    ("forward", "one_pass", "is_run"),
+    [("auto", True, False), ("auto", False, True), ("off", True, False), ("required", True, True)],
+)
+def test_a_base_of_which_a_part_is_read_is_run_only_if_that_is_required(
+    forward: str, one_pass: bool, is_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of an earlier run is used only in a pass; any other base is measured again, and read whole."""
+    records = (BaseRecord(model_class="Odd", figures=()),)
+    monkeypatch.setattr(
+        flow.FedBases,
+        "schedule",
+        lambda _, group, read: replace(group, one_pass=one_pass, records=records),
+    )
+    (why,) = tasks_of(monkeypatch, forward=forward)
+    assert (not why) is is_run
 
 
 def test_the_setting_counts_in_a_cached_verdict() -> None:

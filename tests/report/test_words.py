@@ -61,9 +61,13 @@ def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
     """In each format for people. A share of bfloat16's largest value would tell nothing."""
     half = adapter("half", base=HALF, forward=RAN)
     wide = adapter("wide", forward=dataclasses.replace(RAN, largest_allowed=3.4e38))
-    broken = adapter("broken", forward=Forward(ran=True, nonfinite_module="model.norm"))
+    broken = adapter(
+        "broken",
+        forward=Forward(ran=True, parameters_run=0.625, nonfinite_module="model.norm", nonfinite_origin=Origin.BASE),
+    )
+    failed = adapter("failed", Verdict.FAILED, cause="no-effect", findings=(NAN,), forward=RAN)
     quiet = adapter("quiet", forward=Forward(why_not="the base is streamed"))
-    run = report(half, wide, broken, quiet, adapter("old"))
+    run = report(half, wide, broken, quiet, failed, adapter("old"))
     wording(*(words.forward(one) for one in (half, wide, broken, quiet, adapter("bare", forward=Forward(ran=True)))))
     assert words.forward(adapter("old")) == ""
     page = html.unescape(html_report.render(run).replace("<wbr>", ""))
@@ -71,9 +75,9 @@ def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
     for one in (half, wide, broken):
         assert f"{one.name} ({words.precision(one.base)}) {words.forward(one)}\n" in text
         assert words.forward(one) in page
-    assert page.count("models, on made-up inputs") == 4, "one that did not run says so on the page alone"
+    assert page.count("models, on made-up inputs") == 5, "one that failed or did not run is on the page alone"
     assert "the base is streamed" not in text + markdown
-    assert markdown.count("ran on 16 tokens") == 2
+    assert text.count("ran on made-up inputs") == markdown.count("ran on made-up inputs") == 3
 
 
 def test_many_runs_of_models_are_in_files_alone() -> None:

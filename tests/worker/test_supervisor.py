@@ -436,6 +436,28 @@ def test_starting_models_again_does_not_start_a_time_limit_again(
     assert attempt.is_overdue()
 
 
+def test_each_model_of_a_pass_has_a_time_limit_of_its_own(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run one after another, or all together: then the first one that exceeds its limit ends all."""
+    now = [0.0]
+    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
+    attempt = Attempt(Job(groups=(limited(one_pass(shelf.base("llama"), adapters), 0, 1, 2),)), Killer())
+    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    for task in (0, 1, 2):
+        for is_running in (True, False):
+            attempt.receive(ForwardRunning(task=task, is_running=is_running))
+            assert not attempt.is_overdue()
+            now[0] += 0.4 * LIMIT_S if is_running else 0.0
+    attempt.receive(MergeProgressed(task=0, done=1, total=2, module="m"))
+    now[0] += 2.9 * LIMIT_S
+    assert not attempt.is_overdue(), "the merge of the pass has its limit for itself"
+    for task in (1, 2):
+        attempt.receive(ForwardRunning(task=task, is_running=True))
+    now[0] += 0.2 * LIMIT_S
+    assert attempt.is_overdue()
+
+
 def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
     attempt = Attempt(job, Killer())

@@ -402,8 +402,8 @@ class FileEntry(Model):
     forward: ForwardWord | None = Field(
         None,
         description=f"Whether base and adapter are run on made-up inputs: {one_of(ForwardMode)}. With auto, they are "
-        "run if that is possible and the base is not streamed. With required, an adapter whose model was not run is "
-        "not judged. Default: auto.",
+        "run if that is possible, and the base is neither streamed nor read in part. With required, an adapter whose "
+        "model was not run is not judged. Default: auto.",
     )
     allow_pickle: bool = Field(False, alias="allow-pickle")
     """Load pickled weights (.bin), with weights_only. Default: false, which refuses them."""

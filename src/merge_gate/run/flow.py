@@ -39,7 +39,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Report
-from merge_gate.records.terms import Origin, Read, Verdict
+from merge_gate.records.terms import ForwardMode, Origin, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -51,6 +51,8 @@ from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
+
+_PARTLY_READ = "only what adapters touch is read of the base, so it is run only with forward: required"
 
 WAIT_S = 1.0
 """While models are completed, the report is written so often if something changed."""
@@ -322,11 +324,23 @@ class Run:
 
     def _group(self, to_merge: dict[int, Entry], published: Mapping[int, str]) -> None:
         groups = group_by_base(to_merge.items(), publishes=published)
-        scheduled = [self._fed.schedule(group, self.read_of(group)) for group in groups]
+        scheduled = [self._run_if_whole(self._fed.schedule(group, self.read_of(group))) for group in groups]
         self.groups = tuple(
             replace(group, keeps_record=group.keeps_record and group.plain_dtype is None) for group in scheduled
         )
         self._hourly.merging_begins(len(self.tally.reports))
+
+    def _run_if_whole(self, group: Group) -> Group:
+        """Unless that is required, run no models if that would read more of a base than the merges do."""
+        if not group.records or not group.in_passes:
+            return group
+        tasks = (
+            task
+            if self.tally.entries[task.index].spec.forward is ForwardMode.REQUIRED
+            else replace(task, no_forward=task.no_forward or _PARTLY_READ)
+            for task in group.tasks
+        )
+        return replace(group, tasks=tuple(tasks))
 
     def read_of(self, group: Group) -> Read:
         """How much of a group's base is read: as much as any of its adapters asks for, and all of it to publish."""

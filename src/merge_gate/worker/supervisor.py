@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ FIRST_NOTE_S = 60.0
 """A note names an adapter or a loading base after so long without an event, and again after twice as long."""
 
 FORWARD_SHARE = 2
-"""The models of a merge, or of a pass, may run for half of the time limit of one adapter."""
+"""The model of an adapter may run for half of the time limit of its merge, also together with others."""
 
 _MERGING = "while it merged this adapter"
 _RUNNING = "while it ran the model"
@@ -219,8 +220,9 @@ class Attempt:
         self._limit_s = limit_s
         self._began_s = self._last_event_s = time.monotonic()
         self._next_note_s = FIRST_NOTE_S
-        self._running: set[int] = set()  # tasks whose models run
-        self._ran_s = self._runs_since_s = 0.0
+        self._running: dict[int, float] = {}  # tasks whose models run, and since when
+        self._ran_s = defaultdict[int, float](float)  # how long those of each task ran before
+        self._paused_s = self._paused_at_s = 0.0  # the time in which any ran does not count as the merge's
 
     def receive(self, event: Event) -> None:  # noqa: C901 - a case for each event
         """Record what the process does now, and pass the event on.
@@ -247,8 +249,7 @@ class Attempt:
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
             case ForwardRunning():
-                self._ran_s, self._runs_since_s = self._forward_s(), time.monotonic()
-                (self._running.add if event.is_running else self._running.discard)(event.task)
+                self._note_forward(event)
             case Merged() | Unjudged():
                 self._reported.add(event.task)
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
@@ -303,6 +304,16 @@ class Attempt:
         if event.thread in self._in_progress or len(self._in_progress) < MOST_THREADS:
             self._in_progress[event.thread] = event.task
 
+    def _note_forward(self, event: ForwardRunning) -> None:
+        now_s = time.monotonic()
+        self._paused_s, self._paused_at_s = self._pause_s(), now_s
+        self._ran_s[event.task] += now_s - self._running.pop(event.task, now_s)
+        if event.is_running:
+            self._running[event.task] = now_s
+
+    def _pause_s(self) -> float:
+        return self._paused_s + (time.monotonic() - self._paused_at_s if self._running else 0.0)
+
     def _silence(self) -> Idle:
         silent_s = time.monotonic() - self._last_event_s
         base = self._job.groups[self._group].base.name if self._group is not None else ""
@@ -311,20 +322,18 @@ class Attempt:
         self._next_note_s *= 2
         return Idle(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_of_now())
 
-    def _forward_s(self) -> float:
-        """How long models have run since the merge began. A pause does not start their time limit again."""
-        return self._ran_s + (time.monotonic() - self._runs_since_s if self._running else 0.0)
-
     def _limit_of_now(self) -> float:
         if not self._running:
             return self._limit_s
         return max(task.limit_s for task in self._tasks() if task.index in self._running) / FORWARD_SHARE
 
     def is_overdue(self) -> bool:
-        """Whether what the process does now exceeds its time limit. A merge and its models have a limit each."""
-        forward_s = self._forward_s()
-        spent_s = forward_s if self._running else time.monotonic() - self._began_s - forward_s
-        return spent_s > self._limit_of_now()
+        """Whether what the process does now exceeds its time limit. A merge and each of its models have their own."""
+        now_s = time.monotonic()
+        if not self._running:
+            return now_s - self._began_s - self._paused_s > self._limit_s
+        limits_s = {task.index: task.limit_s / FORWARD_SHARE for task in self._tasks() if task.index in self._running}
+        return any(self._ran_s[task] + now_s - self._running[task] > limit_s for task, limit_s in limits_s.items())
 
     @property
     def is_at_a_batch(self) -> bool:

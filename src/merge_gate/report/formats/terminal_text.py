@@ -289,8 +289,8 @@ def _base_findings(report: Report, width: int) -> list[Line]:
 
 
 def _forwards(report: Report, width: int) -> list[Line]:
-    """What the runs of base and adapter as models showed, if they are few."""
-    ran = [adapter for adapter in report.adapters if adapter.forward.ran]
+    """What the runs of base and adapter as models showed, of few adapters that passed: the others have findings."""
+    ran = [adapter for adapter in report.adapters if adapter.forward.ran and adapter.verdict is Verdict.PASSED]
     if not 0 < len(ran) <= MAX_FORWARDS:
         return []
     named = ((f"{one_line(one.name, words.NAME_LIMIT)} ({words.precision(one.base)})", one) for one in ran)

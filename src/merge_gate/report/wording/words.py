@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from merge_gate._internal.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
 from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import FOLLOWS
+from merge_gate.judging.checks.phrases import figure
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
 from merge_gate.judging.not_judged import NOT_JUDGED
@@ -33,6 +34,7 @@ MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
 
 _MOST_PRECISIONS = 6
+_NEARLY_ALL = 0.995
 _LEAST_SHARE = 0.005
 """The largest activation is shown as a share of its dtype's largest value from here on: never in bfloat16."""
 _MISSING = "keys-missing"
@@ -230,16 +232,18 @@ def forward(adapter: AdapterReport) -> str:
         return f"not run: {one_line(run.why_not, MESSAGE_LIMIT)}" if run.why_not else ""
     facts = []
     if run.nonfinite_module is not None:
-        facts.append(f"{one_line(run.nonfinite_module, NAME_LIMIT)} returns NaN or an infinity")
+        by_itself = ", also in the base by itself" if run.nonfinite_origin is Origin.BASE else ""
+        facts.append(f"{one_line(run.nonfinite_module, NAME_LIMIT)} returns NaN or an infinity{by_itself}")
     if run.largest is not None:
         share = run.largest / run.largest_allowed if run.largest_allowed else 0.0
         of_dtype = f" ({share:.0%} of {dtype})" if share >= _LEAST_SHARE else ""
         place = f" at {one_line(run.largest_module, NAME_LIMIT)}" if run.largest_module else ""
-        facts.append(f"largest activation {run.largest:,.5g}{of_dtype}{place}")
+        facts.append(f"largest activation {figure(run.largest)}{of_dtype}{place}")
     if run.rounding_change is not None:
         facts.append(f"rounding to {dtype} changes {run.rounding_change:.0%} of the adapter's effect")
-    inputs = f" on {one_line(run.inputs, NAME_LIMIT)}" if run.inputs else ""
-    return f"ran{inputs}" + (f": {'; '.join(facts)}" if facts else "")
+    is_part = run.parameters_run is not None and run.parameters_run < _NEARLY_ALL
+    part = f", with {run.parameters_run:.0%} of its parameters" if is_part else ""
+    return f"ran on made-up inputs{part}" + (f": {'; '.join(facts)}" if facts else "")
 
 
 def base_precisions(bases: Iterable[BaseReport]) -> str:
