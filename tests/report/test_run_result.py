@@ -150,6 +150,13 @@ def test_a_share_at_the_limit_is_not_hardly_changed() -> None:
     assert at != above
 
 
+def test_the_effect_counts_and_not_the_norm() -> None:
+    (norm,) = warned("a", "rounding-loss", lost=0.98).findings
+    measured = dataclasses.replace(norm, measured=(("rounding_change", 0.6), *norm.measured))
+    much_lost = run_result.verdict_line(RUNS["much-lost"])
+    assert run_result.verdict_line(report(adapter("a", findings=(measured,)))) == much_lost
+
+
 @pytest.mark.parametrize(
     ("entries", "state"),
     [

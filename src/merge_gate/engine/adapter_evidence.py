@@ -216,7 +216,7 @@ def _run_again(attempt: _Attempt) -> Evidence:
     """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much."""
     request, evidence = attempt.request, attempt.evidence
     forward, base = evidence.forward, request.base
-    may_lose = evidence.loses_norm(request.measure_options.norm_limit)
+    may_lose = (evidence.lost_share or 0.0) > request.measure_options.norm_limit
     if not forward.ran or not (may_lose or is_close(forward)) or not fits(base, evidence, request.free_bytes):
         return evidence
     request.on_forward(True)

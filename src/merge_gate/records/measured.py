@@ -369,8 +369,3 @@ class Evidence:
             for norms in ([merge.lost_norm for merge in self.rounded], [merge.delta_norm for merge in self.rounded])
         )
         return lost / delta if delta else None
-
-    def loses_norm(self, limit: float) -> bool:
-        """Whether rounding lost more than this share of the delta's norm, over all `rounded` merges or in most."""
-        losing = [merge for merge in self.rounded if (merge.lost_share or 0.0) > limit]
-        return (self.lost_share or 0.0) > limit or len(losing) > len(self.rounded) / 2

@@ -4,23 +4,29 @@
 ‖merged − unmerged‖ / ‖unmerged − base‖ of the model's outputs. The check is a warning above its limit and an error
 above its `error-limit`.
 
-The effect is measured if rounding loses more than half of the delta's norm, over all merged tensors or in most of them.
-Base, unmerged adapter, and merge run on the same made-up inputs, in float32 arithmetic. Only the merged weights are
-rounded. With a mixture of experts, the merged model uses the experts that the unmerged one chooses, and the finding
-counts the choices that would change.
+The effect is measured if rounding loses more than half of the delta's norm over all merged tensors together. Base,
+unmerged adapter, and merge run on the same made-up inputs, in float32 arithmetic. Only the merged weights are rounded.
+With a mixture of experts, the merged model uses the experts that the unmerged one chooses, and the finding counts the
+choices that would change.
 
 ```text
 rounding to bfloat16 changes 104.7% of the adapter's effect (error-limit 80%); 98.1% of the delta's norm is lost
 ```
 
 **If the effect is not measured**, the share of the norm decides: ‖merged − (W + ΔW)‖ / ‖ΔW‖. The check is then a
-warning above 50 %. An `error-limit` does not apply, because the norm overstates the harm: rounding is noise, and a
-trained delta is not ([measurements](../evidence/rounding.md)). The effect is not measured with `forward: off`, with
-quantized bases, with code that comes with a base, if the model does not run on such inputs, if the merged weights take
-more than half of the free memory, or if the effect is so small that it is lost in the rounding of float32.
+warning above 50 %, over all merged tensors or in most of them. An `error-limit` does not apply, because the norm
+overstates the harm: rounding is noise, and a trained delta is not ([measurements](../evidence/rounding.md)). If the
+configuration makes this check an error, the norm alone is an error, too. The effect is not measured in these cases:
 
-A configured `limit` is the share of the effect, and the share of the norm above which the effect is measured or, if it
-cannot be, above which the check fires. A configured `error-limit` is a share of the effect.
+- `forward: off`, quantized bases, and bases that bring their own code.
+- The model does not run on the made-up inputs, or does not return the same values twice.
+- The merged weights take more than half of the free memory.
+- The effect is so small that it is lost in the rounding of float32.
+- Most tensors lose more than half, but not all of them together. A few large deltas, such as rows of new tokens, then
+  make most of the effect, too. They must not hide the loss in the others.
+
+A configured `limit` is a share of the effect. It is also the share of the norm above which the effect is measured. If
+the effect cannot be measured, the check fires above that share. An `error-limit` is always a share of the effect.
 
 The exact sum of the norm is the same merge into float32 copies. For quantized weights, it is the sum before quantizing
 again. For LoRA and DoRA on large weights, the gate estimates the norm from a sample of rows, and the finding says so.
@@ -82,18 +88,22 @@ _UNQUANTIZED = (
 def rounding_loss(case: MergeCase) -> Iterator[Finding]:
     evidence, (limit, error_limit) = case.evidence, rounding_loss.limits(case.settings)
     change, norm_limit = evidence.forward.rounding_change, allowed_norm(case.settings)
-    if not evidence.rounded or (change <= limit if change is not None else not evidence.loses_norm(norm_limit)):
+    share = evidence.lost_share
+    if share is None:
+        return
+    losing = [merge for merge in evidence.rounded if (merge.lost_share or 0.0) > norm_limit]
+    if change <= limit if change is not None else share <= norm_limit and len(losing) <= len(evidence.rounded) / 2:
         return
     is_error = change is not None and change > error_limit
     worst = max(evidence.rounded, key=lambda merge: merge.lost_share or 0.0)
     sampled = "; estimated from a sample" if any(merge.estimated for merge in evidence.rounded) else ""
     if change is None:
-        what = _norm(evidence, worst, norm_limit)
+        what = _norm(evidence, worst, len(losing), norm_limit)
     else:
         allowed = f"error-limit {error_limit:.0%}" if is_error else f"limit {limit:.0%}"
         what = (
             f"rounding to {worst.stats.dtype} changes {change:.1%} of the adapter's effect ({allowed}); "
-            f"{evidence.lost_share or 0.0:.1%} of the delta's norm is lost"
+            f"{share:.1%} of the delta's norm is lost"
         )
         if choices := evidence.forward.choices_changed:
             what += f", and {counted(choices, 'choice')} of experts would change too"
@@ -104,7 +114,7 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
         module=worst.module,
         tensor=worst.stats.name,
         rounding_change=change,
-        lost_share=evidence.lost_share,
+        lost_share=share,
         limit=norm_limit if change is None else limit,
         error_limit=error_limit if is_error else None,
         unchanged_share=_unchanged_share(evidence),
@@ -120,14 +130,13 @@ def allowed_norm(settings: Mapping[str, CheckSetting]) -> float:
     return NORM_LIMIT if limit == rounding_loss.limit else limit
 
 
-def _norm(evidence: Evidence, worst: TensorMerge, limit: float) -> str:
+def _norm(evidence: Evidence, worst: TensorMerge, losing: int, limit: float) -> str:
     """What rounding took of the norm."""
     merges, share = evidence.rounded, evidence.lost_share or 0.0
     how_lost = f"in {worst.stats.dtype}"
     if evidence.base.quantization != Quantization.NONE:
         how_lost = f"by quantizing the merged weights to {evidence.base.quantization} again"
     if share <= limit:
-        losing = sum((merge.lost_share or 0.0) > limit for merge in merges)
         return (
             f"{losing:,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
             f"{how_lost}; the worst is {worst.stats.name} ({worst.lost_share or 0.0:.1%}), and all of them lose "
