@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners import ia3, lora
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from merge_gate.engine.merge import proof
 from merge_gate.records.terms import Quantization, Verdict
 from tests.support import methods
 from tests.support.gating import Bench, Judgement, one_thread
@@ -244,6 +246,15 @@ def test_attention_of_torch_is_compared(bench: Bench) -> None:
         evidence = judged(bench, methods.find(name), "float16").evidence
         assert evidence is not None
         assert (evidence.forward.layers_compared, evidence.different) == (1, ())
+
+
+def test_a_convolution_of_any_reach_takes_no_memory() -> None:
+    """A configuration can name a dilation that no memory holds an input for."""
+    far = nn.Conv2d(2, 2, 3, dilation=1 << 20, device="meta")
+    model = lora.layer.Conv2d(far, "default", config=LoraConfig(r=2), r=2)
+    assert proof._inputs(model, 0) == ()
+    near = lora.layer.Conv2d(nn.Conv2d(2, 2, 3, dilation=2), "default", config=LoraConfig(r=2), r=2)
+    assert [one.shape for one in proof._inputs(near, 0)] == [(1, 2, 15, 15)]
 
 
 def test_a_fault_in_a_layer_that_goes_in_blocks_unchecked_does_not_reach_the_result(bench: Bench) -> None:

@@ -37,6 +37,9 @@ LOST_SHARE = 1e-5
 MOST_ROWS = 64
 """The limit of an embedding's rows in an input, and the limit of trained tokens in addition."""
 
+MOST_VALUES = 1 << 26
+"""The limit of values that a convolution takes or returns: 256 MiB. Its configuration can name any reach."""
+
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -132,6 +135,8 @@ def _inputs(layer: Any, seed: int) -> tuple[Tensor, ...]:
         # PEFT pads its own part with zeros, whatever the layer pads with. Zeros at the border make all paddings alike.
         reach = [1 + step * (size - 1) for size, step in zip(base_layer.kernel_size, base_layer.dilation, strict=True)]
         border = [size for size in reversed(reach) for _ in range(2)]
+        if math.prod(3 * size for size in reach) * max(base_layer.weight.shape[:2]) > MOST_VALUES:
+            return ()
         return (nn.functional.pad(torch.randn(1, base_layer.in_channels, *reach, generator=generator), border),)
     if isinstance(base_layer, nn.MultiheadAttention):
         return (torch.randn(4, 1, base_layer.embed_dim, generator=generator),) * 3
