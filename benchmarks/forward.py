@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 
-from benchmarks.architectures import DOCUMENT, LIMIT_BYTES, cell, head_of, opened, rows, stored
+from benchmarks.architectures import DOCUMENT, LIMIT_BYTES, LIMIT_S, cell, head_of, opened, rows, stored
 from benchmarks.unread import in_process
 from tests.support.engine import architectures
 from tests.support.engine.forward_trials import sentence, trial
@@ -55,7 +55,7 @@ def run(model_types: list[str], results: Path) -> None:
     done = read(results)
     for number, model_type in enumerate(model_types, start=1):
         if model_type not in done:
-            line = in_process(child, model_type)
+            line = in_process(child, model_type, LIMIT_S)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{number}/{len(model_types)} {model_type}: {line.get('inputs') or line.get('reason')}", flush=True)

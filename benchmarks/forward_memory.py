@@ -31,6 +31,7 @@ from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.forward.run import run_adapters
+from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
@@ -44,7 +45,10 @@ def forward(base_directory: Path, adapters: list[Path]) -> dict[str, object]:
     stored = stored_tensors(base_directory)
     base = skeleton_of(source(base_directory), ModelClass(class_name="LlamaForCausalLM"), stored, feed)
     files = [preflight(str(adapter), allow_pickle=False) for adapter in adapters]
-    loaded = [load_adapter(base, one, read_weights(one)) for one in files]
+    loaded = []
+    for weights, one in ((read_weights(one), one) for one in files):
+        loaded.append(load_adapter(base, one, weights))
+        map_factors(loaded[-1].model, loaded[-1].arrivals[0], weights)  # as the gate does
     before, started, anon = len(feed.reads), time.process_time(), anon_bytes(os.getpid())
     sampler = _Sampler(os.getpid(), None)
     sampler.start()

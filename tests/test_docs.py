@@ -358,7 +358,7 @@ def test_a_section_states_the_default(check: str) -> None:
     row = CHECKS[check]
     limit = "no limit" if row.limit is None else f"limit {row.limit:g}"
     if row.error_limit is not None:
-        limit += ", no `error-limit`" if row.error_limit == math.inf else f", `error-limit` {row.error_limit:,.0f}"
+        limit += ", no `error-limit`" if row.error_limit == math.inf else f", `error-limit` {row.error_limit:,g}"
     can = "can" if row.can_be_off else "cannot"
     said = f"Default `{row.severity.value}`, {limit}, {can} be switched off."
     assert said in explained(check).splitlines()

@@ -32,6 +32,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MvpConfig,
+    MvpModel,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -155,6 +157,13 @@ def opt() -> PreTrainedModel:
     return _randomised(OPTForCausalLM(config))
 
 
+def mvp() -> PreTrainedModel:
+    """Its embeddings of positions shift the index."""
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    return _randomised(MvpModel(MvpConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **heads, **sizes)))
+
+
 def mixtral() -> PreTrainedModel:
     config = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -265,6 +274,7 @@ BASES: dict[str, BaseRecipe] = {
     "opt": BaseRecipe(opt),
     "mixtral": BaseRecipe(mixtral),
     "qwen3-5": BaseRecipe(qwen3_5),
+    "mvp": BaseRecipe(mvp),
 }
 
 
@@ -494,6 +504,8 @@ VARIANTS: dict[str, Variant] = {
     "six-labels": Variant(_SEQ_CLS, base="bert", save={"num_labels": 6}),
     "classifier": Variant(_SEQ_CLS | {"bias": "all"}, base="bert-classifier"),
     "opt": Variant({"bias": "lora_only"}, base="opt"),
+    "positions": Variant({"target_modules": ["embed_positions"], "task_type": None}, base="mvp"),
+    "beside-positions": Variant({"task_type": None}, base="mvp"),
     "per-expert": Variant(base="mixtral", build=_per_expert),
     "fused-experts": Variant(
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},

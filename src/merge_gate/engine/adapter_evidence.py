@@ -41,7 +41,7 @@ from merge_gate.engine.merge.merged_again import fits, merged_again
 from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
-from merge_gate.engine.merge.proof import MOST_ERROR_SHARE, difference
+from merge_gate.engine.merge.proof import difference, differs
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
@@ -332,11 +332,11 @@ class _Attempt:
         if self.walk is None:
             return
         walk, base, differing = self.walk, self.base, tuple(self.walk.differing)
-        if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
+        if differing or any(map(differs, walk.compared.values())):
+            # A cross-check failed, so PEFT itself merges every layer, on a new scratch copy.
             walk = self._planned_walk(self.load(), in_blocks=False)
         walk.finish()
         loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
-        shares = [difference(one) for one in compared]
         if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self.request.measure_options.estimated_ratio
@@ -373,9 +373,11 @@ class _Attempt:
             forward=replace(
                 self.evidence.forward,
                 layers_compared=len(compared),
-                largest_difference=max((share for share in shares if share < math.inf), default=None),
+                largest_difference=max(
+                    (share for one in compared if (share := difference(one)) < math.inf), default=None
+                ),
             ),
-            different=tuple(one for one, share in zip(compared, shares, strict=True) if share > MOST_ERROR_SHARE),
+            different=tuple(filter(differs, compared)),
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,

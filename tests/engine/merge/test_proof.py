@@ -18,9 +18,9 @@ import torch
 from peft.tuners import ia3, lora
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
-from merge_gate.records.terms import Verdict
+from merge_gate.records.terms import Quantization, Verdict
 from tests.support import methods
 from tests.support.gating import Bench, Judgement, one_thread
 
@@ -237,3 +237,75 @@ def test_a_trained_head_that_peft_leaves_out_is_found(bench: Bench, monkeypatch:
     judgement = judged(bench, methods.find("lora-modules-to-save"), "bfloat16")
     assert judgement.verdict is Verdict.FAILED, judgement
     assert (judgement.cause, judgement.findings[0].module) == ("merge-differs", "classifier"), judgement
+
+
+def test_attention_of_torch_is_compared(bench: Bench) -> None:
+    for name in ("lora-mha", "lora-mha-bias-term"):
+        evidence = judged(bench, methods.find(name), "float16").evidence
+        assert evidence is not None
+        assert (evidence.forward.layers_compared, evidence.different) == (1, ())
+
+
+def test_a_fault_in_a_layer_that_goes_in_blocks_unchecked_does_not_reach_the_result(bench: Bench) -> None:
+    """The blocks are the gate's own. PEFT merges one layer of a kind, and its fault would be in another one."""
+    base = bench.base("llama", "float32").state_dict()
+    case = methods.make_case("all", "llama", "LoraConfig", r=4, target_modules=ALL)
+    healthy = judged(bench, case, "float32").evidence
+    assert healthy is not None
+    (unchecked,) = {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"} - {*healthy.cross_checked}
+    key = key_of(base[f"{unchecked}.weight"])
+    fault = Fault(lambda merge: merge.before if key_of(merge.before) == key else merge.after)
+    with pytest.MonkeyPatch.context() as patched:
+        fault.patch(patched)
+        judgement = judged(bench, case, "float32")
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert judgement.evidence is not None
+    assert judgement.evidence.merges == healthy.merges
+
+
+class ScaledLinear(nn.Linear):
+    """A layer whose forward depends on a setting of its own."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(values * self.factor) if self.factor == 1 else super().forward(values) + self.weight[0]
+
+
+def test_layers_of_a_class_with_other_settings_are_compared_apart(bench: Bench) -> None:
+    """Both have the same class and shapes; one adds what its weight holds, which PEFT's forward does not know."""
+    case = methods.make_case("two", "llama", "LoraConfig", r=4, target_modules=["q_proj", "o_proj"])
+    assert judged(bench, case, "float32").verdict is Verdict.PASSED
+    (base,) = (base for key, base in bench.gate.loaded.items() if key[0].endswith("llama/float32"))
+    attention = base.model.model.layers[0].self_attn
+    changed = {attention.q_proj: 1, attention.o_proj: 2}
+    try:
+        for layer, factor in changed.items():
+            layer.__class__, layer.factor = ScaledLinear, factor
+        base.template = None
+        judgement = judged(bench, case, "float32")
+    finally:
+        for layer in changed:
+            layer.__class__ = nn.Linear
+            del layer.factor
+        base.template = None
+    assert judgement.cause == "merge-differs", judgement
+    assert judgement.evidence is not None
+    assert [one.module for one in judgement.evidence.different] == ["model.layers.0.self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("quantization", [Quantization.BNB_8BIT, Quantization.BNB_4BIT])
+def test_a_quantized_layer_is_compared_before_it_is_packed(
+    quantization: Quantization, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, base = bench.adapter(methods.find("lora-linear")), bench.base_directory("llama", "bfloat16")
+    judgement = bench.gate.judge(adapter, base, quantization=quantization)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert judgement.evidence is not None
+    assert judgement.evidence.forward.layers_compared > 0
+    assert judgement.evidence.forward.largest_difference < 1e-4
+    kind = lora.Linear8bitLt if quantization is Quantization.BNB_8BIT else lora.Linear4bit
+    real = kind.get_delta_weight
+    monkeypatch.setattr(kind, "get_delta_weight", lambda self, adapter: 1.1 * real(self, adapter))
+    judgement = bench.gate.judge(adapter, base, quantization=quantization)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), judgement
+    assert judgement.evidence is not None
+    assert len(judgement.evidence.different) == 2

@@ -1,6 +1,6 @@
 """When merge-differs fires, and what it says: its messages are in merge-differs.txt.
 
-Real adapters that it fails are in tests/engine/merge/test_proof.py and tests/engine/test_custom_forward.py.
+More real adapters that it fails are in tests/engine/merge/test_proof.py and tests/engine/test_custom_forward.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 
 from merge_gate.records.measured import Evidence, FileTensor, LayerDifference
 from merge_gate.records.terms import Origin
+from tests.support.faults import Case, healthy
 from tests.support.judging.cases import LORA_B, MODULE, Fire, broken, evidence, files, judge, merged, spec
 from tests.support.judging.every_check import EveryCheck
 
@@ -35,6 +36,8 @@ class TestMergeDiffers(EveryCheck):
         ("several layers", (different(*((f"layers.{number}", 1.0 + number) for number in range(9))), files())),
         ("a merged layer that does not run", (different((MODULE, math.inf)), files())),
     )
+    FAULTS = (Case("positions", "positions", cause="merge-differs", origin="merge"),)
+    HEALTHY = (healthy("beside-positions"),)
 
 
 def test_what_the_layer_computes_is_a_cause_before_the_values_that_it_holds() -> None:

@@ -10,6 +10,7 @@ from merge_gate.judging.all_checks import measure_options
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import NORM_LIMIT, Evidence, Forward, TensorMerge
 from merge_gate.records.terms import Origin, Quantization, Severity
+from tests.support.faults import Case, shrink
 from tests.support.judging.cases import (
     LARGE,
     WEIGHT,
@@ -98,6 +99,16 @@ class TestRoundingLoss(EveryCheck):
                 evidence(merges=(merged(base_norm=1.0, delta_norm=1.0, lost_norm=0.75),)),
                 files(),
             ),
+        ),
+    )
+    FAULTS = (
+        Case(
+            "rounded-away",
+            break_=shrink("lora_B", 1e-4),
+            dtype="bfloat16",
+            cause="rounding-loss",
+            origin="merge",
+            tensor="q_proj.weight",
         ),
     )
     QUIET = (

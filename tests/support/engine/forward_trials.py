@@ -238,9 +238,9 @@ def _error(
             found = outputs(merged.get_base_model(), inputs)
     except Exception as error:  # noqa: BLE001 - PEFT's own
         return sentence(error)
-    error = _norm(found, of_adapter)
-    is_far = error > LEAST_ERROR * _norm(of_adapter, [torch.zeros_like(one) for one in of_adapter])
-    return error / max(_norm(of_adapter, of_base), 1e-30) if is_far else 0.0
+    distance = _norm(found, of_adapter)
+    is_far = distance > LEAST_ERROR * _norm(of_adapter, [torch.zeros_like(one) for one in of_adapter])
+    return distance / max(_norm(of_adapter, of_base), 1e-30) if is_far else 0.0
 
 
 def _norm(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> float:

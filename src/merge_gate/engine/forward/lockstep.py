@@ -157,11 +157,11 @@ class _Thread:
             self._pauses.put(set())
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Waits before each operation that reads a hollow tensor, and gives the operation the model's own values of it."""
 
     def __init__(self, thread: _Thread) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._thread, self._remaining = thread, MOST_OPERATIONS
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

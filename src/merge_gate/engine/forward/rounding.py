@@ -161,11 +161,11 @@ def _run(model: Any, exchange: _Exchange, **inputs: Any) -> Any:
         return model(**inputs)
 
 
-class _Chooses(TorchDispatchMode):
+class _Chooses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Exchanges the indices that topk and argmax return. Routers of experts use them."""
 
     def __init__(self, exchange: _Exchange) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._exchange = exchange
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

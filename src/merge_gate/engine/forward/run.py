@@ -92,6 +92,8 @@ def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collec
 def _why_not(base: Base) -> str:
     if base.facts.quantization != Quantization.NONE:
         return "its base is quantized"
+    if base.facts.record is not None:
+        return "only the tensors that adapters change are read of its base"
     return "code that comes with a base is not run" if has_foreign_code(base.model) else ""
 
 

@@ -45,6 +45,10 @@ def difference(one: LayerDifference) -> float:
     return min(one.change_share, one.output_share * MOST_ERROR_SHARE / LOST_SHARE)
 
 
+def differs(one: LayerDifference) -> bool:
+    return difference(one) > MOST_ERROR_SHARE
+
+
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
     """The block draws from torch's generator, and later code does not notice."""

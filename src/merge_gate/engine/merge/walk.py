@@ -401,6 +401,7 @@ class Walk:
     ) -> dict[str, torch.Tensor]:
         """Plain layers take the place of a quantized one: one has its values, and one has the sum of PEFT's merge."""
         slot, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
+        bias = next((one for one in slots if one.attribute == "bias"), None)
         values = dequantized(slot.module, slot.parameter)
         if len(of_packed) > 1 or module is not slot.module or not packed or packed[-1].numel() != values.numel():
             return {}
@@ -408,18 +409,18 @@ class Walk:
         if packed[-1].dtype is not torch.float32:  # rounded: that would be more than the limits
             return {slot.name: exact}
         layer.merged_adapters.clear()
-        layer.base_layer = _linear(values, next((one.data for one in slots if one.attribute == "bias"), None))
+        layer.base_layer = _linear(values, None if bias is None else bias.data)
         try:
             before = unmerged(layer, self.base.device)
         finally:
             layer.base_layer = module
             layer.merged_adapters[:] = marks
-        self._compare(path, layer, before, _linear(exact, module.bias))
+        self._compare(path, layer, before, _linear(exact, None if bias is None else bias.tensor))
         return {slot.name: exact}
 
     def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module) -> None:
         class_name = type(layer.get_base_layer()).__name__
-        found = before and before.compared(_INNER.sub("", path), class_name, merged)
+        found = before.compared(_INNER.sub("", path), class_name, merged) if before is not None else None
         if found is not None:
             self.compared[path] = found
 
@@ -481,9 +482,8 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    layer.bias = (
-        None if bias is None else nn.Parameter(bias.detach().to(weight.device, torch.float32), requires_grad=False)
-    )
+    values = None if bias is None else bias.detach().to(weight.device, torch.float32)
+    layer.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
     return layer
 
 

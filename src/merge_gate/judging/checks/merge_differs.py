@@ -10,8 +10,8 @@ methods](../reference/methods.md#layers-that-are-compared) says what is not comp
 report counts the compared layers.
 
 ```text
-model.conv2 (a WeightStandardizedConv2d) does not compute the same after the merge: in float32, it differs from the
-unmerged layer by 88% of the adapter's change
+encoder.embed_positions (a MvpLearnedPositionalEmbedding) does not compute the same after the merge: in float32, it
+differs from the unmerged layer by 128% of the adapter's change; so does decoder.embed_positions
 ```
 
 **Why it matters.** The merged model is another model than the one that was trained and evaluated. All of its values are
@@ -52,7 +52,9 @@ def merge_differs(case: MergeCase) -> Iterator[Finding]:
     worst, *others = different
     runs = worst.change_share < math.inf
     wrong = f"it differs from the unmerged layer by {worst.change_share:.0%} of the adapter's change"
-    also = f"; so do {listing(tuple(one.module for one in others))}" if others else ""
+    also = (
+        f"; so {'do' if len(others) > 1 else 'does'} {listing(tuple(one.module for one in others))}" if others else ""
+    )
     yield merge_differs.finding(
         f"{worst.module} (a {worst.class_name}) does not compute the same after the merge: in float32, "
         f"{wrong if runs else 'it does not run on inputs of the unmerged layer'}{also}",
