@@ -297,30 +297,17 @@ def with_accidents(import_engine=child._import_engine):
     import_engine()
     import os, signal, time
     from merge_gate.engine import adapter_evidence as engine
-    accidents = {
-        1: lambda: os.kill(os.getpid(), signal.SIGKILL), 2: lambda: time.sleep(600), 3: os.abort, 4: lambda: None,
-    }
-    def run(requests):
-        running = [one for one in requests if not one.no_forward]
-        for one in running:
-            one.on_forward(True)
-        for one in running:
-            accidents.get(one.members[0].config.lora_alpha, lambda: None)()
-        for one in running:
-            one.on_forward(False)
-    def alone(request, merge=engine.merge):
-        evidence = merge(request)
-        run([request])
-        return evidence
-    def together(requests, others=(), merge=engine.merge_together):
-        evidence = merge(requests, others)
-        run(requests)
-        return evidence
-    engine.merge, engine.merge_together = alone, together
+    accidents = {1: lambda: os.kill(os.getpid(), signal.SIGKILL), 2: lambda: time.sleep(600), 3: os.abort}
+    def run_adapters(base, models, *others, run=engine.run_adapters):
+        for model in models:
+            alpha = next(layer.lora_alpha["default"] for layer in model.modules() if hasattr(layer, "lora_alpha"))
+            accidents.get(alpha, lambda: None)()
+        return run(base, models, *others)
+    engine.run_adapters = run_adapters
 child._import_engine = with_accidents
 from merge_gate.worker.child import main
 """
-"""After its merge, each adapter runs as a model, and has the accident of its lora_alpha."""
+"""When an adapter is run as a model, it has the accident of its lora_alpha."""
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +325,7 @@ def accidents(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
     killer = Killer()
     with pytest.MonkeyPatch.context() as patch, WorkerSlot() as worker:
         patch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", bootstrap)
-        patch.setattr("merge_gate.worker.supervisor.FORWARD_SHARE", 600)  # a second
+        patch.setattr("merge_gate.worker.supervisor.FORWARD_SHARE", 60)  # ten seconds
         supervise(Job(groups=groups), killer, worker)
     return killer
 
@@ -356,6 +343,10 @@ def test_a_model_that_is_killed_or_hangs_costs_only_its_measurement(accidents: K
     wording(*((why[task] or "").partition(": ")[0] for task in (0, 1)))
     assert why[3] is None
     assert started(accidents, 3) == [(3, ())]
+    assert [event for event in accidents.heard if isinstance(event, ForwardRunning) and event.task == 3] == [
+        ForwardRunning(task=3, is_running=True),
+        ForwardRunning(task=3, is_running=False),
+    ]
 
 
 def test_a_death_of_models_in_a_pass_is_followed_by_the_same_pass_without_them(accidents: Killer) -> None:
