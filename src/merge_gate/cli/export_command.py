@@ -47,7 +47,7 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.exporting.flow import export
+    from merge_gate.exporting.export_flow import export
     from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.streams import tell
     from merge_gate.verify.exchanged import refuse_exchanged_base

@@ -159,7 +159,8 @@ def plain_lora(
     rank = next((one for one in RANKS if one >= highest), 1 << (highest - 1).bit_length())
     # 3.
     alpha = _shared_alpha({served.scalings[module] for module, _ in pairs}, rank)
-    made, bounds = {}, {}
+    made: dict[str, Array] = {}
+    bounds: dict[str, float] = {}
     for (module, kind), sides in pairs.items():
         first, second = _padded(sides["A"], rank, axis=0), _padded(sides["B"], rank, axis=1)
         scaled = second.as_float64() * served.scalings[module]
