@@ -24,6 +24,7 @@ from merge_gate.sources.feed import LocalFeed
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.faults import blow_up
+from tests.support.models import make_adapter, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,6 +139,22 @@ def test_the_adapters_of_a_pass_run_together(shelf: Shelf) -> None:
 
 def _of_the_run(forward: Forward) -> Forward:
     return replace(forward, layers_compared=0, largest_difference=None)  # other layers are compared in a pass
+
+
+def test_every_trained_token_runs_whatever_runs_beside_it(shelf: Shelf, tmp_path: Path) -> None:
+    """Of 25 trained tokens, the last one's embedding is too large for float16 behind the next layers."""
+    ids = [*range(3, 27), 50]
+    for name, tokens in (("many", ids), ("few", [3, 4])):
+        make_adapter(shelf.base("llama"), tmp_path / name, trainable_token_indices={"embed_tokens": tokens})
+    tensors = read_tensors(tmp_path / "many")
+    (key,) = (name for name in tensors if "token" in name)
+    tensors[key][-1] = 60_000.0
+    write_tensors(tmp_path / "many", tensors)
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA, dtype="float16")
+    alone = [merge(request(base, tmp_path / name)).forward for name in ("many", "few")]
+    assert [one.nonfinite_origin or (one.largest or 0) > 50_000 for one in alone] == [True, False]
+    together = merge_together([request(base, tmp_path / name) for name in ("few", "many")])
+    assert [_of_the_run(one.forward) for one in together if one is not None] == [*map(_of_the_run, reversed(alone))]
 
 
 def test_a_run_changes_nothing_of_the_evidence(shelf: Shelf) -> None:

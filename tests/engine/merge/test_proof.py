@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners import ia3, lora
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -254,7 +254,42 @@ def test_a_convolution_of_any_reach_takes_no_memory() -> None:
     model = lora.layer.Conv2d(far, "default", config=LoraConfig(r=2), r=2)
     assert proof._inputs(model, 0) == ()
     near = lora.layer.Conv2d(nn.Conv2d(2, 2, 3, dilation=2), "default", config=LoraConfig(r=2), r=2)
-    assert [one.shape for one in proof._inputs(near, 0)] == [(1, 2, 15, 15)]
+    assert [one.shape for one in proof._inputs(near, 0)] == [(1, 2, 16, 16)]
+
+
+class _Doubled(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        return 2 * super().forward(input)
+
+
+class _DoubledLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as above
+        return 2 * super().forward(input)
+
+
+def difference_of(layer: nn.Module) -> float:
+    """How much the merge of a LoRA on this layer differs."""
+    config = LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
+    model: Any = get_peft_model(nn.Sequential(layer), config)
+    adapted = model.base_model.model[0]
+    with torch.no_grad():
+        before = proof.unmerged(adapted, torch.device("cpu"))
+        adapted.merge()
+        found = before.compared("0", "Doubled", adapted) if before is not None else None
+    return proof.difference(found) if found is not None else math.nan
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 2, 0), (1, 3, 1), (2, 4, 0), (3, 1, 1), (3, 7, 2)])
+def test_no_stride_steps_over_the_values_of_a_convolution(kernel: int, stride: int, padding: int) -> None:
+    assert difference_of(_Doubled(3, 8, kernel, stride=stride, padding=padding)) > proof.MOST_ERROR_SHARE
+    assert difference_of(nn.Conv2d(3, 8, kernel, stride=stride, padding=padding)) < proof.MOST_ERROR_SHARE
+
+
+def test_one_value_that_is_not_finite_hides_nothing() -> None:
+    layer = _DoubledLinear(8, 4)
+    with torch.no_grad():
+        layer.bias[1] = torch.inf
+    assert difference_of(layer) > proof.MOST_ERROR_SHARE
 
 
 def test_a_fault_in_a_layer_that_goes_in_blocks_unchecked_does_not_reach_the_result(bench: Bench) -> None:

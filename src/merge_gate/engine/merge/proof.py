@@ -3,8 +3,8 @@
 In: a tuner layer over float32 copies of its tensors, before its merge by PEFT and after it. Out: `LayerDifference`.
 
 1. Make two inputs from the shapes of the base's layer. Each class of `_inputs` has its own kind of input.
-2. Run the base's layer, and the layer with its adapter. What does not run alone, draws random numbers, or is not finite
-   is not compared.
+2. Run the base's layer, and the layer with its adapter. What does not run alone, or draws random numbers, is not
+   compared. Values that are not finite do not count.
 3. Run the merged layer, and compare. The input on which the two differ less counts.
 
 A merge that PEFT makes right differs by the rounding of float32, which is at most 4.4e-7 of the output. A wrong one
@@ -71,7 +71,10 @@ class Unmerged:
     adapted: list[Tensor]
 
     def compared(self, module: str, class_name: str, merged: nn.Module) -> LayerDifference | None:
-        """Step 3. None if what the merged layer returns is not finite: its values are measured anyway."""
+        """Step 3. None if the adapter changes nothing, or if only the merged layer returns NaN or an infinity.
+
+        Such a merge is measured anyway.
+        """
         try:
             outputs = [_run(merged, given) for given in self.inputs]
             shares = [_shares(*three) for three in zip(self.plain, self.adapted, outputs, strict=True)]
@@ -101,9 +104,8 @@ def unmerged(layer: Any, device: torch.device) -> Unmerged | None:
         raise
     except Exception:  # the layer needs other inputs
         return None
-    is_same = torch.allclose(adapted[0], again)  # PVeRA can draw random numbers on each call
-    is_finite = all(bool(one.isfinite().all()) for one in (*plain, *adapted))
-    return Unmerged(inputs=inputs, plain=plain, adapted=adapted) if is_same and is_finite else None
+    is_same = torch.allclose(adapted[0], again, equal_nan=True)  # PVeRA can draw random numbers on each call
+    return Unmerged(inputs=inputs, plain=plain, adapted=adapted) if is_same else None
 
 
 def _run(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
@@ -113,9 +115,17 @@ def _run(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shares(plain: Tensor, adapted: Tensor, merged: Tensor) -> tuple[float, float]:
-    """‖merged − adapted‖ as a share of the adapter's change, and of the output. NaN if it is not finite."""
+    """‖merged − adapted‖ as a share of the adapter's change, and of the output.
+
+    Values that are not finite without the merge do not count. NaN if none counts, if nothing changes, or if others are
+    not finite.
+    """
+    counts = plain.isfinite() & adapted.isfinite()
+    plain, adapted, merged = plain[counts], adapted[counts], merged[counts]
     error, change = _distance(merged, adapted), max(_distance(adapted, plain), _distance(merged, plain))
-    return error / max(change, TINY), error / max(_distance(adapted, torch.zeros_like(adapted)), TINY)
+    if change == 0:
+        return math.nan, math.nan
+    return error / change, error / max(_distance(adapted, torch.zeros_like(adapted)), TINY)
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
@@ -134,12 +144,7 @@ def _inputs(layer: Any, seed: int) -> tuple[Tensor, ...]:
         features = base_layer.nx if isinstance(base_layer, Conv1D) else base_layer.in_features
         return (torch.randn(1, 4, features, generator=generator),)
     if isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        # PEFT pads its own part with zeros, whatever the layer pads with. Zeros at the border make all paddings alike.
-        reach = [1 + step * (size - 1) for size, step in zip(base_layer.kernel_size, base_layer.dilation, strict=True)]
-        border = [size for size in reversed(reach) for _ in range(2)]
-        if math.prod(3 * size for size in reach) * max(base_layer.weight.shape[:2]) > MOST_VALUES:
-            return ()
-        return (nn.functional.pad(torch.randn(1, base_layer.in_channels, *reach, generator=generator), border),)
+        return _picture(base_layer, generator)
     if isinstance(base_layer, nn.MultiheadAttention):
         return (torch.randn(4, 1, base_layer.embed_dim, generator=generator),) * 3
     size = getattr(base_layer, "hidden_dim", None) or getattr(base_layer, "hidden_size", None)
@@ -148,3 +153,17 @@ def _inputs(layer: Any, seed: int) -> tuple[Tensor, ...]:
         states = torch.randn(count, size, generator=generator)
         return states, torch.arange(count)[:, None], torch.ones(count, 1)  # a token for each of them
     return ()
+
+
+def _picture(layer: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Random values inside a border of zeros. PEFT pads its own part with zeros, whatever the layer pads with.
+
+    One window of the kernel at least is inside, wherever the strides begin.
+    """
+    reach = [1 + step * (size - 1) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    inside = [size + stride for size, stride in zip(reach, layer.stride, strict=True)]
+    sizes = (2 * border + size for border, size in zip(reach, inside, strict=True))
+    if math.prod(sizes) * max(layer.weight.shape[:2]) > MOST_VALUES:
+        return ()
+    borders = [size for size in reversed(reach) for _ in range(2)]
+    return (nn.functional.pad(torch.randn(1, layer.in_channels, *inside, generator=generator), borders),)
