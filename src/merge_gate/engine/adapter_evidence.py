@@ -188,21 +188,27 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
 
 
 def _run_models(attempts: Sequence[_Attempt]) -> None:
-    """Run each base together with its adapters. Whatever fails there costs only the measurement."""
-    for base in {id(one.base): one.base for one in attempts}.values():
-        of_base = (one for one in attempts if one.base is base and not one.request.no_forward)
-        running = [(one, one.walk.loaded) for one in of_base if one.walk is not None]
-        if running:
-            for one, _ in running:
-                one.request.on_forward(True)
-            tokens = sorted({token for _, loaded in running for token in _trained_tokens(loaded.model)})
-            try:
-                found = run_adapters(base, [loaded.model.get_base_model() for _, loaded in running], tokens)
-            except Exception as error:
-                found = [Forward(why_not=f"{type(error).__name__}: {error}"[:200])] * len(running)
-            for (one, _), forward in zip(running, found, strict=True):
-                one.tokens, one.evidence = tokens, replace(one.evidence, forward=forward)
-                one.request.on_forward(False)
+    """Run each base together with its adapters. Whatever fails there costs only the measurement.
+
+    Adapters that train other tokens run apart, so that no adapter's figures depend on another one.
+    """
+    together: dict[tuple[int, tuple[int, ...]], list[tuple[_Attempt, Any]]] = {}
+    for one in attempts:
+        if one.walk is not None and not one.request.no_forward:
+            model = one.walk.loaded.model.get_base_model()
+            one.tokens = tuple(sorted(set(_trained_tokens(model))))
+            together.setdefault((id(one.base), one.tokens), []).append((one, model))
+    for running in together.values():
+        first = running[0][0]
+        for one, _ in running:
+            one.request.on_forward(True)
+        try:
+            found = run_adapters(first.base, [model for _, model in running], first.tokens)
+        except Exception as error:
+            found = [Forward(why_not=f"{type(error).__name__}: {error}"[:200], missing=True)] * len(running)
+        for (one, _), forward in zip(running, found, strict=True):
+            one.evidence = replace(one.evidence, forward=forward)
+            one.request.on_forward(False)
 
 
 def _trained_tokens(model: Any) -> Iterator[int]:
@@ -217,8 +223,10 @@ def _run_again(attempt: _Attempt) -> Evidence:
     request, evidence = attempt.request, attempt.evidence
     forward, base = evidence.forward, request.base
     may_lose = (evidence.lost_share or 0.0) > request.measure_options.norm_limit
-    if not forward.ran or not (may_lose or is_close(forward)) or not fits(base, evidence, request.free_bytes):
+    if not forward.ran or not (may_lose or is_close(forward)):
         return evidence
+    if not fits(base, evidence, request.free_bytes):
+        return replace(evidence, forward=replace(forward, missing=True))
     request.on_forward(True)
     try:
         with _quiet(), torch.no_grad():
@@ -229,8 +237,8 @@ def _run_again(attempt: _Attempt) -> Evidence:
                 unmerged = attempt.load()
                 forward = with_rounding(base, unmerged.model.get_base_model(), merged, forward, attempt.tokens)
                 base.template = unmerged.template  # it is unchanged: the next adapter reuses it
-    except Exception:  # PEFT's second merge, or a model's own code: the evidence is complete without it
-        return evidence
+    except Exception:  # PEFT's second merge, or a model's own code
+        return replace(evidence, forward=replace(forward, missing=True))
     finally:
         request.on_forward(False)
     return replace(evidence, forward=forward)
@@ -247,7 +255,7 @@ class _Attempt:
         self.walk: Walk | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
-        self.tokens: Sequence[int] = ()
+        self.tokens: tuple[int, ...] = ()
         self.request, self._waits = request, waits
         facts, kind = request.base.facts, request.members[0].config.peft_type
         forward = Forward(why_not=request.no_forward or None)

@@ -79,8 +79,10 @@ def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
     findings = all_checks.judge_merge(entry.spec, entry.files, evidence)
     coverage, forward = _coverage(evidence), _bounded(evidence.forward)
-    if entry.spec.forward is ForwardMode.REQUIRED and not forward.ran and evidence.refusal is None:
+    if entry.spec.forward is ForwardMode.REQUIRED and (forward.missing or not forward.ran) and evidence.refusal is None:
         why = f"the model was not run, which forward: required asks for: {forward.why_not or 'no reason is known'}"
+        if forward.ran:
+            why = "the merged model was not run, which forward: required asks for: memory did not suffice, or it failed"
         hint = "set forward: auto if a verdict without this measurement is enough"
         findings = (*bounded([not_judged(why, hint)]), *findings)
     return replace(

@@ -244,6 +244,10 @@ class Forward:
         "How much rounding to the dtype of the merged weights changes it: ‖merged - unmerged‖/‖unmerged - base‖.",
         default=None,
     )
+    missing: bool = reported(
+        "Whether another run can have a figure that is missing: memory did not suffice, or a library raised an error.",
+        default=False,
+    )
     choices_changed: int | None = reported(
         "How many choices of experts that rounding would change. `rounding_change` is measured without these changes.",
         default=None,

@@ -436,7 +436,7 @@ class Run:
         self._watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)
         base = adapter_report.base_report(evidence.base, entry.base_files)
-        if self._group_of(index).plain_dtype is None and index not in self._running:
+        if self._group_of(index).plain_dtype is None and not (evidence.forward.missing or index in self._running):
             self._unstored[index] = CachedVerdict(adapter=report, base=base)
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base

@@ -476,29 +476,27 @@ def by_a_broken_peft(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> 
     return {adapter["name"]: adapter | {"said": answer.said} for adapter in adapters}
 
 
-@pytest.mark.parametrize(("name", "verdict"), [("nan", "failed"), ("123", "passed")])
-def test_a_peft_that_merges_otherwise_decides(name: str, verdict: str, by_a_broken_peft: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "cause"), [("nan", "merged-nonfinite"), ("123", "merge-differs")])
+def test_a_peft_that_merges_otherwise_decides(name: str, cause: str, by_a_broken_peft: dict[str, Any]) -> None:
     """An installed PEFT whose Linear.merge writes a value of its own into each merged weight."""
     adapter = by_a_broken_peft[name]
-    assert adapter["verdict"] == verdict, adapter["said"]
+    assert (adapter["verdict"], adapter["cause"]) == ("failed", cause), adapter["said"]
     coverage = adapter["coverage"]
     assert coverage["layers_differing"]
     assert (coverage["layers_in_blocks"], coverage["layers_witnessed"]) == (0, 0)
     assert coverage["layers_by_peft"] == 2 * len(ALL_LINEAR)
-    if verdict == "failed":
-        assert adapter["cause"] == "merged-nonfinite"
 
 
 @pytest.mark.parametrize("name", ["a-row-lost", "a-row-lost-beside-saved-modules"])
 def test_what_was_measured_and_what_there_is_are_counted_apart(name: str, by_a_broken_peft: dict[str, Any]) -> None:
-    """A PEFT that loses a row of each weight while it merges: fewer elements were measured than the model has."""
+    """A PEFT that loses a row of each weight while it merges: fewer elements were measured than the model has.
+
+    That alone would be an error; what the layers compute fails.
+    """
     adapter = by_a_broken_peft[name]
     coverage = adapter["coverage"]
     assert coverage["parameters_checked"] < coverage["parameters_total"], adapter["said"]
-    assert (adapter["verdict"], adapter["cause"]) == ("error", "not-judged"), adapter["said"]
-    assert (
-        f"{coverage['parameters_checked']:,} of {coverage['parameters_total']:,}" in adapter["findings"][0]["message"]
-    )
+    assert (adapter["verdict"], adapter["cause"]) == ("failed", "merge-differs"), adapter["said"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from torch import nn
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
-from merge_gate.engine.forward.inputs import Inputs, candidates
+from merge_gate.engine.forward.inputs import POSITIONS, Inputs, candidates
 from merge_gate.engine.forward.lockstep import Run, run_together
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
@@ -37,6 +37,9 @@ from merge_gate.records.terms import Origin, Quantization
 
 MOST_CANDIDATES = 6
 """So many inputs are tried. A base that is not in memory may be read for each."""
+
+MOST_TEXTS = 16
+"""So many inputs are run, each with up to 15 of the tokens that an adapter trains. Further tokens are left out."""
 
 CLOSE = 0.9
 """The merged model is run if an activation is above this share of the dtype's largest value: it may round up."""
@@ -64,13 +67,13 @@ def run_adapters(base: Base, models: Sequence[Any], tokens: Collection[int] = ()
     why_not = _why_not(base)
     if why_not:
         return [Forward(why_not=why_not)] * len(models)
-    for name, inputs in itertools.islice(candidates(base.model, tokens), MOST_CANDIDATES):
-        of_base, *of_adapters = _run(base, [base.model, *models], inputs)
-        error = of_base[0].error
-        if error is None:
+    failed = Forward(why_not="its configuration names no inputs that are known here")
+    for name, _ in itertools.islice(candidates(base.model), MOST_CANDIDATES):
+        of_base, *of_adapters = _run(base, [base.model, *models], _named(base, name, tokens))
+        if of_base.error is None:
             return [_forward(base, name, of_base, one) for one in of_adapters]
-        why_not = why_not or f"its forward raised {_words(error)}"
-    return [Forward(why_not=why_not or "its configuration names no inputs that are known here")] * len(models)
+        failed = _failed("its forward", of_base.error)
+    return [failed] * len(models)
 
 
 def is_close(forward: Forward) -> bool:
@@ -81,9 +84,9 @@ def is_close(forward: Forward) -> bool:
 
 def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
     """Step 2, on the inputs of step 1."""
-    inputs = next(inputs for name, inputs in candidates(base.model, tokens) if name == forward.inputs)
-    made = _forward(base, forward.inputs or "", *_run(base, [base.model, merged.model], inputs, merged.values))
-    if not made.ran:
+    name = forward.inputs or ""
+    made = _forward(base, name, *_run(base, [base.model, merged.model], _named(base, name, tokens), merged.values))
+    if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
         return forward
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
     return replace(made, nonfinite_origin=Origin.MERGE) if is_only_merged else made
@@ -97,23 +100,45 @@ def _why_not(base: Base) -> str:
     return "code that comes with a base is not run" if has_foreign_code(base.model) else ""
 
 
-_Seen = tuple[Run, Activations]
+def _named(base: Base, name: str, tokens: Collection[int]) -> list[Inputs]:
+    """The inputs of this name, as many as the tokens need."""
+    step, ids = POSITIONS - 1, list(tokens)
+    texts = [ids[at : at + step] for at in range(0, len(ids), step)][:MOST_TEXTS] or [[]]
+    return [next(inputs for known, inputs in candidates(base.model, text) if known == name) for text in texts]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a model returned for all inputs, or why it returned nothing."""
+
+    activations: Activations
+    finite: bool = True
+    error: Exception | None = None
 
 
 def _run(
-    base: Base, models: Sequence[Any], inputs: Inputs, values: Mapping[str, torch.Tensor] = MappingProxyType({})
+    base: Base,
+    models: Sequence[Any],
+    every: Sequence[Inputs],
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[_Seen]:
-    """The runs of copies of these models. The last one has `values` in place of the base's tensors."""
-    dtype = _dtype(base)
+    """Run copies of these models on all inputs. The last one has `values` in place of the base's tensors.
+
+    If they read a weight without values, that shows as in a merge (`Base.was_misread`).
+    """
+    copies = [_copy(model) for model in models]
     with contextlib.ExitStack() as stack:
-        runs = [Run(model=_copy(model), inputs=_clones(inputs)) for model in models]
-        runs[-1].own = values.get
-        seen = [stack.enter_context(watched(run.model, dtype)) for run in runs]
-        run_together(runs, base.tensors, base.filled)
-    if base.hollow is not None and base.hollow.forget_touched():
-        for run in runs:
-            run.error = run.error or RuntimeError("it reads weights in a way that the gate does not follow")
-    return list(zip(runs, seen, strict=True))
+        seen = [_Seen(stack.enter_context(watched(model, _dtype(base)))) for model in copies]
+        for inputs in every:
+            runs = [Run(model=model, inputs=_clones(inputs)) for model in copies]
+            runs[-1].own = values.get
+            run_together(runs, base.tensors, base.filled)
+            for one, run in zip(seen, runs, strict=True):
+                one.error = one.error or run.error
+                one.finite &= all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(run.returned))
+            if seen[0].error is not None:
+                break
+    return seen
 
 
 def _dtype(base: Base) -> torch.dtype:
@@ -134,15 +159,15 @@ def _clones(inputs: Inputs) -> Inputs:
 
 def _forward(base: Base, name: str, of_base: _Seen, of_adapter: _Seen) -> Forward:
     """Step 3, and the figures."""
-    (plain, own), (run, seen) = of_base, of_adapter
-    for one in (plain, run):
+    for one in (of_base, of_adapter):
         if one.error is not None:
-            return Forward(why_not=f"the forward with the adapter raised {_words(one.error)}")
+            return _failed("the forward with the adapter", one.error)
+    own, seen = of_base.activations, of_adapter.activations
     common = [(path, seen.by_module[path], was) for path, was in own.by_module.items() if path in seen.by_module]
     origin, broken = None, next((path for path, now, was in common if was.finite and not now.finite), None)
     if broken is not None:
         origin = Origin.ADAPTER
-    elif not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(plain.returned)):
+    elif not of_base.finite:
         broken = next((path for path, one in own.by_module.items() if not one.finite), None)
         origin = Origin.BASE if broken is not None else None
     path, now, was = max(common, key=lambda one: one[1].largest, default=(None, None, None))
@@ -167,6 +192,7 @@ def _share_run(base: Base, own: Activations) -> float:
     return sum(ran) / max(1, sum(sizes.values()))
 
 
-def _words(error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+def _failed(what: str, error: Exception) -> Forward:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    is_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return Forward(why_not=f"{what} raised {type(error).__name__}: {first[:200]}", missing=is_of_memory)
