@@ -216,7 +216,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         effect = "not measured" if row["effect"] is None else f"{row['effect']:.1%}"
         base, unmerged, merged = row["losses"]
         losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
-        lost = f"{(merged - unmerged) / (base - unmerged):.0%}"
+        lost = f"{round((merged - unmerged) / (base - unmerged), 2) + 0.0:.0%}"  # no -0
         lines.append(
             f"| {row['adapter']} | {row['dtype']} | {row['delta']:.1e} | {effect} | {norm} | {change} "
             f"| {losses} | {lost} |"
