@@ -684,13 +684,18 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
 
 
 def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(meddled: dict[str, AdapterReport]) -> None:
-    """The kernel answers with SIGBUS, which kills the worker; what is said is said of the file, not of memory."""
+    """The kernel answers with SIGBUS, which kills the worker; what is said is said of the file, not of memory.
+
+    A model that ran then costs no verdict: the next worker finds the file cut.
+    """
     on_it = [meddled["cut-first"], meddled["cut-second"]]
     assert [one.verdict for one in on_it] == [Verdict.ERROR, Verdict.ERROR]
     for one in on_it:
         assert "memory" not in " ".join(finding.hint for finding in one.findings), told(one)
     reasons = " ".join(finding.message for one in on_it for finding in one.findings)
-    assert "SIGBUS" in reasons, f"an entry without a verdict keeps its reason: {reasons}"
+    assert "SIGBUS" in reasons or "not fully covered" in reasons, (
+        f"an entry without a verdict keeps its reason: {reasons}"
+    )
 
 
 @pytest.mark.slow
