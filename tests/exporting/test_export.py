@@ -114,6 +114,7 @@ def test_the_export_of_an_export_has_the_same_bytes(exported: Path, tmp_path: Pa
     assert all(one.differing == 0 for one in made.record.comparisons)
 
 
+@pytest.mark.slow
 def test_an_unchanged_export_is_replaced_and_a_changed_one_is_not(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
     place = lay(shelf, tmp_path)
     shutil.copytree(exported / "out", place / "out")
