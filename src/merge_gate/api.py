@@ -18,7 +18,6 @@ from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import quoted, unusable
 from merge_gate.cache.verdict_cache import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
-from merge_gate.exporting.flow import export as exported
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
 from merge_gate.report.stored.report_files import FORMATS
@@ -117,6 +116,8 @@ def export(
         UsageError: an argument or a name is wrong. Nothing was judged.
         GateError: no plain LoRA has the effect of the adapter, or the merges cannot be compared.
     """
+    from merge_gate.exporting.export_flow import export as exported  # noqa: PLC0415 - imports numpy
+
     given = _converted({"adapters": adapter, "output": output, "base": base, "device": "auto"})
     (name,) = given["adapters"]
     return exported(name, given["output"], base=given["base"], revision=revision, fill=fill)

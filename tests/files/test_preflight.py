@@ -27,6 +27,7 @@ from merge_gate.files.adapter_config import MAX_BYTES
 from merge_gate.files.headers import DTYPE_BITS, MAX_HEADER_BYTES, CorruptFileError, parse_file, parse_places
 from merge_gate.files.identity import identity_of
 from merge_gate.files.preflight import base_of
+from merge_gate.records.files import EXPORT_NAME
 from merge_gate.records.terms import Origin
 from tests.support import methods
 from tests.support.files.adapter_files import (
@@ -291,6 +292,26 @@ def test_weights_that_are_absent_or_no_file_are_named(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_NAME).unlink()
     (tmp_path / WEIGHTS_NAME).mkdir()
     assert look(tmp_path).weights == WEIGHTS_NAME
+
+
+@pytest.mark.parametrize(
+    ("content", "padding"),
+    [
+        ('{"padding": ["a.b", 3, null]}', {"a.b"}),
+        ('{"padding": "a.b"}', set()),
+        ("[]", set()),
+        ("{", set()),
+        ("version https://git-lfs.github.com/spec/v1\n", set()),
+    ],
+)
+def test_the_padding_of_an_export_is_read(content: str, padding: set[str], tmp_path: Path) -> None:
+    """A broken record is no fault of the adapter: only its padding is not known. Its digest counts as a file's."""
+    make(tmp_path)
+    (tmp_path / EXPORT_NAME).write_text(content)
+    found = look(tmp_path)
+    assert found.padding == padding
+    assert found.findings == ()
+    assert [file.path for file in found.files] == [CONFIG_NAME, WEIGHTS_NAME, EXPORT_NAME]
 
 
 def test_what_was_read_can_be_known_again(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ def add(commands: Commands[CommandParser]) -> None:
         help="write an adapter as a plain LoRA that every server applies the same way",
         description="Gate an adapter, and write it to DIR as a plain LoRA: one rank, one scale, and the names of the "
         "class in the base's config.json, which servers load. The command gates the export as well, and compares both "
-        "merges in float32 and in the base's dtype. It writes nothing unless both pass, and no value differs by more "
-        "than one rounding.",
+        "merges in float32 and in the base's dtype. It writes nothing unless both pass, and the merges have the same "
+        "values, except for rounding.",
         usage="%(prog)s ADAPTER [options]",
         epilog=examples("merge-gate export ./my-adapter --base ./my-base --output ./my-adapter-plain")
         + exit_codes(
@@ -47,7 +47,7 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.exporting.flow import export
+    from merge_gate.exporting.export_flow import export
     from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.streams import tell
     from merge_gate.verify.exchanged import refuse_exchanged_base
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     padded = f", with zeros in {counted(len(made.record.padding), 'module')}" if made.record.padding else ""
     tell(f"{one_line(arguments.output)} is a plain LoRA with the names of {one_line(made.record.model_class)}{padded}")
     for one in made.record.comparisons:
-        few = f"{one.differing:,} of {counted(one.values, 'merged value')} differ by a rounding (≤ {one.largest:.2g})"
+        few = (
+            f"{one.differing:,} of {counted(one.values, 'merged value')} differ by rounding (at most {one.largest:.2g})"
+        )
         tell(f"{one.dtype}: {few if one.differing else 'its merge has the same bits as that of the adapter'}")
     return ExitCode.PASS

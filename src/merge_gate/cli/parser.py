@@ -213,6 +213,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
 COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]] = {
     "run": (run_command.add, run_command.run),
     "check": (check_command.add, check_command.run),
+    "export": (export_command.add, export_command.run),
     "init": (init_command.add, init_command.run),
     "demo": (demo_command.add, demo_command.run),
     report_command.SHOW: (report_command.add_show, report_command.show),
@@ -225,7 +226,6 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     "verify": (verify_command.add, verify_command.run),
     "attest": (attest_command.add, attest_command.run),
     "rebuild": (rebuild_command.add, rebuild_command.run),
-    "export": (export_command.add, export_command.run),
 }
 """What adds each command to the command line, and what runs it, in the order of the help."""
 

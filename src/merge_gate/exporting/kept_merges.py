@@ -27,6 +27,7 @@ from merge_gate.publish.publications import Publications
 from merge_gate.records.files import Entry, StoredTensor
 from merge_gate.records.publication import MergeComparison
 from merge_gate.records.terms import AS_MERGED
+from merge_gate.report.stored.output_directory import explained
 from merge_gate.worker.protocol import PublicationSent
 
 _PRECISIONS = {"F32": (23, -149), "F16": (10, -24), "BF16": (7, -133)}
@@ -76,11 +77,9 @@ class KeptMerges(Publications):
         data, differing = bytes(content), (0, 0.0)
         path = self._folder / hashlib.sha256(f"{task} {name}".encode(errors="backslashreplace")).hexdigest()
         if self._earlier is None:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-            try:
-                os.pwrite(descriptor, data, offset)
-            finally:
-                os.close(descriptor)
+            with explained("cannot keep the merge"), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+                file.seek(offset)
+                file.write(data)
         elif path.exists():  # else it is a tensor that the adapter leaves alone
             with path.open("rb") as file:
                 file.seek(offset)

@@ -54,13 +54,13 @@ _REFUSED = {
 }
 """What has no plain LoRA, by the key of adapter_config.json."""
 
-_CARRIED = ("base_model_name_or_path", "fan_in_fan_out", "peft_version", "revision")
+_CARRIED = ("base_model_name_or_path", "peft_version", "revision")
 _OF_CLASS = ("auto_mapping", "task_type")
 _PLAIN_KEYS = frozenset({
     *_CARRIED, *_OF_CLASS, "alpha_pattern", "bias", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "qalora_group_size", "r", "rank_pattern", "runtime_config", "target_modules",
-    "use_rslora",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "qalora_group_size", "r", "rank_pattern", "runtime_config",
+    "target_modules", "use_rslora",
 })  # fmt: skip
 """Keys that a plain LoRA expresses. Any other key that is set has an effect that it may not have."""
 
@@ -159,7 +159,8 @@ def plain_lora(
     rank = next((one for one in RANKS if one >= highest), 1 << (highest - 1).bit_length())
     # 3.
     alpha = _shared_alpha({served.scalings[module] for module, _ in pairs}, rank)
-    made, bounds = {}, {}
+    made: dict[str, Array] = {}
+    bounds: dict[str, float] = {}
     for (module, kind), sides in pairs.items():
         first, second = _padded(sides["A"], rank, axis=0), _padded(sides["B"], rank, axis=1)
         scaled = second.as_float64() * served.scalings[module]
@@ -179,7 +180,10 @@ def plain_lora(
         | of_class
         | {"bias": "none", "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0, "peft_type": "LORA"}
         | {"lora_alpha": rank if alpha is None else alpha, "modules_to_save": None, "r": rank, "use_rslora": False}
-        | {"target_modules": _targets({*bounds, *padding}, served.sizes)},
+        | {
+            "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+            "target_modules": _targets({*bounds, *padding}, served.sizes),
+        },
         tensors=dict(sorted(made.items(), key=lambda pair: (-pair[1].values.itemsize, pair[0]))),  # aligned
         padding=tuple(padding),
         is_folded=alpha is None,

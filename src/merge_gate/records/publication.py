@@ -94,7 +94,7 @@ class MergeComparison:
     dtype: str = reported("The dtype of the base in which both were merged.")
     tensors: int = reported("How many stored tensors the adapter changes.")
     values: int = reported("How many values these have.")
-    differing: int = reported("How many of the values differ, each by one rounding; 0 if both merges have equal bits.")
+    differing: int = reported("How many of the values differ, by rounding; 0 if both merges have equal bits.")
     largest: float = reported("The largest difference.")
 
 

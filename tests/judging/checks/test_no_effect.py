@@ -43,6 +43,22 @@ def pruned(peft_type: str) -> Evidence:
     )
 
 
+def padded(value: float = 0.0) -> Evidence:
+    """One module is changed, and one has factors of this value, whose merge changes nothing."""
+    names = (f"base_model.model.{SECOND}.lora_{side}.weight" for side in "AB")
+    return evidence(
+        targeted=(MODULE, SECOND),
+        file_tensors=(
+            FileTensor(stats=tensor(LORA_A)),
+            *(FileTensor(stats=tensor(name, minimum=value, maximum=value)) for name in names),
+        ),
+        merges=(merged(), merged(module=SECOND, changed=False)),
+    )
+
+
+PADDING = files(padding=frozenset({SECOND}))
+
+
 class TestNoEffect(EveryCheck):
     FIRES = (
         Fire((), Origin.ADAPTER, evidence(merges=(merged(changed=False),))),
@@ -95,6 +111,9 @@ class TestNoEffect(EveryCheck):
             files(config={"kasa_config": {"beta": 1e-4}}),
             severity=Severity.WARNING,
         ),
+        Fire((SECOND,), Origin.ADAPTER, padded(), PADDING, severity=Severity.NOTE, places={"module": SECOND}),
+        Fire((SECOND,), Origin.ADAPTER, padded(), severity=Severity.WARNING, places={"module": SECOND}),
+        Fire((SECOND,), Origin.ADAPTER, padded(0.5), PADDING, severity=Severity.WARNING, places={"module": SECOND}),
     )
     SITUATIONS = (
         (

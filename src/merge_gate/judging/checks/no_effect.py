@@ -1,7 +1,8 @@
 """The merge changes nothing.
 
 **Fires when** the merge leaves every targeted module with the values of the base, or changes them only by its own
-rounding. −0.0 equals 0.0. If only some modules are unchanged, the finding is a warning.
+rounding. −0.0 equals 0.0. If only some modules are unchanged, the finding is a warning. It is a note on modules that
+`merge-gate export` has filled with zeros.
 
 For most methods, an untrained delta is exactly zero, so every other delta counts as a change. These cases are
 different:
@@ -76,6 +77,7 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
         yield no_effect.finding(
             f"{counted(len(padding), 'module')} {are(padding)} padding of an export, with factors of zeros: "
             f"{listing(padding)}",
+            "there is nothing to do: servers expect these modules",
             severity=Severity.NOTE,
             module=padding[0],
             modules_unchanged=len(padding),

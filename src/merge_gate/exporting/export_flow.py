@@ -103,9 +103,8 @@ def export(
         partial = PartialDirectory(target)
         stack.callback(partial.remove)
         # 1.
-        entry = Inputs(config, Fetching(notify=view.note), limit_s=headers_limit_s).prepare(spec)
+        entry = Inputs(config, Fetching(), limit_s=headers_limit_s).checked(spec)  # fetches no base
         _refuse_inputs(target, [one.directory for one in entry.members])
-        _refuse_inputs(target, [entry.base.directory] if entry.base is not None else [])
         content, renamed = _content(entry), {}
         if content is not None:
             renamed = _renamed(entry)
@@ -126,12 +125,13 @@ def export(
         tensors = _tensors(config.adapters[0].path or entry.files.directory, report.adapters[0].files)
         made = plain_lora(content, tensors, served, fill=fill)
         files = _write(partial.model, made.config, made.tensors)
+        base_report = replace(report.bases[0], sha256=report.bases[0].sha256 or "")
         facts = ExportRecord(
             tool=Tool(name=TOOL, version=__version__),
             adapter=PublishedAdapter(
                 name=spec.name, source=spec.source, revision=entry.revision, files=entry.files.files
             ),
-            base=PublishedBase(**shared_fields(PublishedBase, report.bases[0])),
+            base=PublishedBase(**shared_fields(PublishedBase, base_report)),
             versions=versions_of(report.environment, report.adapters[0].base),
             model_class=served.name,
             renamed=tuple(sorted(renamed)),
