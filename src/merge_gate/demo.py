@@ -58,6 +58,7 @@ EXPECTED: Mapping[tuple[str, str], tuple[Verdict, str | None]] = {
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, RANK = 256, 64, 128, 2, 4, 4
 TARGETS = ("q_proj", "v_proj")
 OVERFLOWING = f"model.layers.{LAYERS - 1}.self_attn.v_proj.weight"
+QUIETING = f"model.layers.{LAYERS - 1}.input_layernorm.weight"
 OUTLIER = 30_000.0
 """Less than half of 65,504, the largest value that float16 holds."""
 LFS_POINTER = (
@@ -172,7 +173,10 @@ ADAPTER_CONFIG: Mapping[str, object] = {
 
 
 def _base_tensors() -> Tensors:
-    """A Llama of 0.1 M parameters. Its weights have the spread of a trained model, and one row of outliers."""
+    """A Llama of 0.1 M parameters. Its weights have the spread of a trained model, and one row of outliers.
+
+    The norm before that row is so small that the model's activations are far from the limit of float16.
+    """
     import torch  # noqa: PLC0415 - takes a second, which `merge-gate --help` does not need
 
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +190,8 @@ def _base_tensors() -> Tensors:
         norms += [f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"]
     weights = {name: torch.randn(shape, generator=generator).mul(0.02).half() for name, shape in shapes.items()}
     weights[OVERFLOWING][0] = OUTLIER
-    return weights | {name: torch.ones(HIDDEN, dtype=torch.float16) for name in norms}
+    ones = {name: torch.ones(HIDDEN, dtype=torch.float16) for name in norms}
+    return weights | ones | {QUIETING: ones[QUIETING] * 1e-3}
 
 
 def _adapters() -> dict[str, Tensors]:
