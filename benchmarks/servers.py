@@ -315,7 +315,7 @@ def install(work: Path) -> tuple[Path, Path]:
         pip = [str(python), "-m", "pip", "--quiet"]
         subprocess.run([*pip, "install", *PACKAGES], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *BUILT_FOR_ANOTHER_TORCH], check=True)
-        only_source = ["--no-deps", "--no-binary", ":all:", "--dest", str(source)]
+        only_source = ["--no-deps", "--no-binary", CONVERTER.partition(">")[0], "--dest", str(source)]
         subprocess.run([*pip, "download", *only_source, CONVERTER], check=True)
         (archive,) = source.glob("*.tar.gz")
         subprocess.run(["tar", "--extract", "--strip-components", "1", "--file", archive.name], cwd=source, check=True)
