@@ -38,7 +38,7 @@ from torch import nn
 
 from merge_gate.engine.forward import direct_reads
 from merge_gate.engine.forward.activations import tensors_of
-from merge_gate.engine.forward.inputs import candidates
+from merge_gate.engine.forward.made_up_inputs import candidates
 from tests.support import methods
 from tests.support.engine import architectures
 

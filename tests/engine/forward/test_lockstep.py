@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from merge_gate.engine.forward import lockstep
-from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.forward.lockstep import ModelRun, run_together
 from tests.support.engine.forward_trials import in_lockstep, trial
 
 SAMPLE = ("llama", "gpt2", "t5", "mixtral", "gpt_oss", "mamba", "jamba", "whisper", "vilt")
@@ -83,7 +83,7 @@ def test_a_model_has_values_of_its_own_in_place_of_a_tensors() -> None:
         made.append(name)
         return base.block.left.detach().T * 2 if name == "block.left" else None  # with other strides
 
-    runs = [Run(model=base, inputs=INPUTS), Run(model=base, inputs=INPUTS, own=own)]
+    runs = [ModelRun(model=base, inputs=INPUTS), ModelRun(model=base, inputs=INPUTS, own=own)]
     run_together(runs, _tensors(base), _as_they_are)
     plain = base(**INPUTS)
     base.block.left.data = base.block.left.data.T.contiguous() * 2
@@ -94,7 +94,7 @@ def test_a_model_has_values_of_its_own_in_place_of_a_tensors() -> None:
 
 def test_a_model_that_fails_leaves_the_others_alone() -> None:
     base = _Layers()
-    runs = [Run(model=base, inputs={"inputs": torch.zeros(1, 3)}), Run(model=base, inputs=INPUTS)]
+    runs = [ModelRun(model=base, inputs={"inputs": torch.zeros(1, 3)}), ModelRun(model=base, inputs=INPUTS)]
     run_together(runs, _tensors(base), _as_they_are)
     assert isinstance(runs[0].error, RuntimeError)
     assert (runs[0].returned, runs[0].error.__traceback__, runs[1].error) == (None, None, None)
@@ -113,7 +113,7 @@ def test_a_failure_to_fill_is_raised_and_ends_all_threads(stops: bool) -> None:
 
     before = threading.active_count()
     with pytest.raises(OSError, match="the disk is gone"):
-        run_together([Run(model=base, inputs=INPUTS) for _ in range(3)], _tensors(base), filled)
+        run_together([ModelRun(model=base, inputs=INPUTS) for _ in range(3)], _tensors(base), filled)
     assert threading.active_count() == before
 
 
@@ -124,7 +124,7 @@ def test_code_that_loops_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
                 inputs = inputs + 1
 
     monkeypatch.setattr(lockstep, "MOST_OPERATIONS", 100)
-    runs = [Run(model=Endless(), inputs=INPUTS), Run(model=_Layers(), inputs=INPUTS)]
+    runs = [ModelRun(model=Endless(), inputs=INPUTS), ModelRun(model=_Layers(), inputs=INPUTS)]
     run_together(runs, {}, _as_they_are)
     assert (type(runs[0].error), runs[1].error) == (RuntimeError, None)
 
@@ -139,7 +139,7 @@ def test_random_numbers_are_those_of_seed_0_and_the_process_keeps_its_own() -> N
         torch.manual_seed(0)
         alone = base(**INPUTS)
     state = torch.get_rng_state()
-    runs = [Run(model=base, inputs=INPUTS), Run(model=base, inputs=INPUTS)]
+    runs = [ModelRun(model=base, inputs=INPUTS), ModelRun(model=base, inputs=INPUTS)]
     run_together(runs, _tensors(base), _as_they_are)
     assert all(torch.equal(run.returned, alone) for run in runs)
     assert torch.equal(torch.get_rng_state(), state)

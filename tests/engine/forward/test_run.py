@@ -15,7 +15,7 @@ from torch import nn
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import ModelClass, Source
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.forward.inputs import candidates
+from merge_gate.engine.forward.made_up_inputs import candidates
 from merge_gate.engine.forward.run import MergedModel, is_close, run_adapters, run_merged
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Forward

@@ -19,8 +19,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from merge_gate.engine.forward.activations import tensors_of
-from merge_gate.engine.forward.inputs import Inputs, candidates
-from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.forward.lockstep import ModelRun, run_together
+from merge_gate.engine.forward.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
 from tests.support.engine import architectures
 from tests.support.methods import quiet, same_tensor
@@ -163,7 +163,7 @@ def _unlike(model: nn.Module, inputs: Inputs) -> Iterator[str]:
                 yield f"{name}: not finite"
 
 
-def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[list[Run], Counter[str]]:
+def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[list[ModelRun], Counter[str]]:
     """Run them, with NaN in the base's tensors except while they are filled. How often each was filled."""
     tensors = {name: one for name, one in base.named_parameters() if one.is_floating_point() and one.numel()}
     values = {name: one.detach().clone() for name, one in tensors.items()}
@@ -180,7 +180,7 @@ def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[lis
     given = [
         {key: one.clone() if isinstance(one, torch.Tensor) else one for key, one in inputs.items()} for _ in models
     ]
-    runs = [Run(model=model, inputs=own) for model, own in zip(models, given, strict=True)]
+    runs = [ModelRun(model=model, inputs=own) for model, own in zip(models, given, strict=True)]
     _put(dict.fromkeys(tensors.values(), torch.tensor(torch.nan)))
     try:
         with quiet():

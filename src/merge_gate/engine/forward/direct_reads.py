@@ -4,8 +4,8 @@ In: a model. Out: `DirectReads`. The model is not changed, and this module impor
 
 1. Copy the model. Each parameter becomes a fake tensor, which has a shape, an autograd history, and no data.
 2. While a layer's forward runs, replace each of its parameters by another leaf of the autograd graph.
-3. Run the model, on the first inputs that it accepts (inputs.py). Then run those of its parts that are models and that
-   did not run.
+3. Run the model, on the first inputs that it accepts (made_up_inputs.py). Then run those of its parts that are models
+   and that did not run.
 4. A layer is read directly if the graph of the outputs contains its parameter, but not the leaf that replaced it.
 """
 
@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from merge_gate.engine.forward.inputs import candidates
+from merge_gate.engine.forward.made_up_inputs import candidates
 
 MOST_CALLS = 30_000
 """The limit of torch calls in all forward passes of a model. A Llama with 80 layers makes 5,345."""

@@ -1,6 +1,6 @@
 """Runs several models that share hollow tensors at the same time, so that each tensor is filled once for all of them.
 
-In: models, their inputs, and the hollow tensors (hollow.py). Out: a `Run` for each model: what it returned, or its
+In: models, their inputs, and the hollow tensors (hollow.py). Out: a `ModelRun` for each model: what it returned, or its
 exception. Knows no adapter. A model without hollow tensors runs as it would alone.
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
@@ -38,7 +38,7 @@ Place = tuple[int, str]
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class ModelRun:
     """One model's forward pass. `own` gives this model's values of a hollow tensor, or None for the tensor's own.
 
     `returned` is what the model returned. `error` is why it returned nothing.
@@ -51,7 +51,7 @@ class Run:
     error: Exception | None = None
 
 
-def run_together(runs: Sequence[Run], tensors: Mapping[str, torch.Tensor], filled: Filled) -> None:
+def run_together(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], filled: Filled) -> None:
     """Run all of them, each as if it ran alone, with seed 0.
 
     Args:
@@ -91,7 +91,7 @@ class _Stopped(BaseException):
 class _Thread:
     """Steps 1 and 2. `wanted` are the tensors that it waits for; empty if it has ended."""
 
-    def __init__(self, run: Run, places: Mapping[int, Place]) -> None:
+    def __init__(self, run: ModelRun, places: Mapping[int, Place]) -> None:
         self.wanted: set[Place] = set()
         self._run, self.places = run, places
         self._open: set[Place] | None = None

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
-from merge_gate.engine.forward.inputs import candidates
-from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.forward.lockstep import ModelRun, run_together
+from merge_gate.engine.forward.made_up_inputs import candidates
 from merge_gate.engine.forward.run import MergedModel
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import shares_storage
@@ -71,10 +71,10 @@ def with_rounding(base: Base, adapted: Any, merged: MergedModel, forward: Forwar
     inputs = next(inputs for name, inputs in candidates(plain, tokens) if name == forward.inputs)
     choices = _Choices()
     runs = (
-        Run(model=plain, inputs=inputs),
-        Run(model=noisy, inputs=inputs, own=off_by_one_unit),
-        Run(model=choices.of(unmerged), inputs=inputs),
-        Run(model=choices.given_to(rounded), inputs=inputs, own=of_merge),
+        ModelRun(model=plain, inputs=inputs),
+        ModelRun(model=noisy, inputs=inputs, own=off_by_one_unit),
+        ModelRun(model=choices.of(unmerged), inputs=inputs),
+        ModelRun(model=choices.given_to(rounded), inputs=inputs, own=of_merge),
     )
     run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
     if hollow.forget_touched() or any(run.error is not None for run in runs):

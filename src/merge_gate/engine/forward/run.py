@@ -4,7 +4,7 @@ In: a base, and adapters that are loaded on scratch copies and not merged yet; l
 for each adapter. Nothing that is passed in is changed. Judges nothing.
 
 1. Base and adapters run together (lockstep.py), so each weight is read once. The first inputs that the base accepts
-   count (inputs.py).
+   count (made_up_inputs.py).
 2. If an adapter's activations leave the dtype, or come close, the merged model is run, too: it is what will be served.
 3. A module of the base that is not finite by itself is no fault of an adapter. It counts as a fault of the base only if
    the model's outputs are not finite either: some models return the infinities of a mask.
@@ -28,8 +28,8 @@ from torch import nn
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
-from merge_gate.engine.forward.inputs import POSITIONS, Inputs, candidates
-from merge_gate.engine.forward.lockstep import Run, run_together
+from merge_gate.engine.forward.lockstep import ModelRun, run_together
+from merge_gate.engine.forward.made_up_inputs import POSITIONS, Inputs, candidates
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
 from merge_gate.records.measured import Forward
@@ -130,7 +130,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         seen = [_Seen(stack.enter_context(watched(model, _dtype(base)))) for model in copies]
         for inputs in every:
-            runs = [Run(model=model, inputs=_clones(inputs)) for model in copies]
+            runs = [ModelRun(model=model, inputs=_clones(inputs)) for model in copies]
             runs[-1].own = values.get
             run_together(runs, base.tensors, base.filled)
             for one, run in zip(seen, runs, strict=True):
