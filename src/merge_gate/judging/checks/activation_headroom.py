@@ -5,7 +5,8 @@ above this share of 65,504, and the adapter has raised it: the same module of th
 bfloat16 and float32, it never fires: they hold values up to 3.4e38.
 
 ```text
-run in float16, model.layers.1.self_attn.v_proj reaches 50,016; float16 holds up to 65,504 (76%, limit 50%); the base reaches 0.396 there
+run in float16, model.layers.1.self_attn.v_proj reaches 50,016; float16 holds up to 65,504 (76%, limit 50%); the base
+reaches 0.396 there
 ```
 
 **Why it matters.** The gate runs the model on a few fixed tokens. Other inputs, and other kernels, can reach a few

@@ -10,7 +10,8 @@ methods](../reference/methods.md#layers-that-are-compared) says what is not comp
 report counts the compared layers.
 
 ```text
-encoder.embed_positions (a MvpLearnedPositionalEmbedding) does not compute the same after the merge: in float32, it differs from the unmerged layer by 128% of the adapter's change; so does decoder.embed_positions
+encoder.embed_positions (a MvpLearnedPositionalEmbedding) does not compute the same after the merge: in float32, it
+differs from the unmerged layer by 128% of the adapter's change; so does decoder.embed_positions
 ```
 
 **Why it matters.** The merged model is another model than the one that was trained and evaluated. All of its values are
