@@ -1,4 +1,4 @@
-"""`merge-gate export`: write an adapter as a plain LoRA that every server applies the same way."""
+"""`merge-gate export`: write an adapter as a plain LoRA, in the form that servers apply alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merge_gate.cli.output import exit_code, view_of
 def add(commands: Commands[CommandParser]) -> None:
     export = commands.add_parser(
         "export",
-        help="write an adapter as a plain LoRA that every server applies the same way",
+        help="write an adapter as a plain LoRA, in the form that servers apply alike",
         description="Gate an adapter, and write it to DIR as a plain LoRA: one rank, one scale, and the names of the "
         "class in the base's config.json, which servers load. The command gates the export as well, and compares both "
         "merges in float32 and in the base's dtype. It writes nothing unless both pass, and the merges have the same "

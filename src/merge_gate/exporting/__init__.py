@@ -1,1 +1,1 @@
-"""Exports an adapter as a plain LoRA that every server applies the same way."""
+"""Exports an adapter as a plain LoRA, in the form that servers apply alike."""
