@@ -192,6 +192,11 @@ MISTAKES: dict[str, tuple[int, Callable[[Path], object], list[str]]] = {
     "output is the base": (2, lambda _: None, ["adapter", "--base", "base", "--output", "base"]),
     "output in the adapter": (2, lambda _: None, ["adapter", "--base", "base", "--output", "adapter/plain"]),
     "output in the base": (2, lambda _: None, ["adapter", "--base", "base", "--output", "base/a/b"]),
+    "output in the base that the adapter names": (
+        2,
+        lambda place: _configure(base_model_name_or_path=str(place / "base"))(place),
+        ["adapter", "--output", "base/plain"],
+    ),
     "output holds the inputs": (2, lambda _: None, ["adapter", "--base", "base", "--output", "."]),
     "output is a directory of someone's": (2, _write("out/notes.txt"), []),
     "output is an empty directory": (2, lambda place: (place / "out").mkdir(), []),

@@ -220,6 +220,11 @@ def test_names_are_repaired(name: str) -> None:
     assert repaired_names([name], ["model.layers.0.self_attn.q_proj.weight"]) == {name: ADAPTER_PREFIX + KEY}
 
 
+def test_a_prefix_may_come_any_number_of_times() -> None:
+    name = "module." * 400_000 + ADAPTER_PREFIX + KEY
+    assert repaired_names([name], []) == {name: ADAPTER_PREFIX + KEY}
+
+
 def test_names_of_the_base_itself_are_left_alone() -> None:
     right = ADAPTER_PREFIX + KEY
     assert repaired_names([right], []) == {}

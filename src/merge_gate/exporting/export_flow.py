@@ -54,6 +54,9 @@ DTYPES = ("auto", "float32")
 OPTIONS = RunOptions(device="cpu")
 """Other devices may round otherwise."""
 
+MOST_NOTES = 100
+"""So many renames are printed. The record lists all."""
+
 _SCRATCH = ".merge-gate-export-"
 
 
@@ -105,13 +108,16 @@ def export(
         # 1.
         entry = Inputs(config, Fetching(), limit_s=headers_limit_s).checked(spec)  # fetches no base
         _refuse_inputs(target, [one.directory for one in entry.members])
+        _refuse_inputs(target, [one.config.base_name for one in entry.members])
         content, renamed = _content(entry), {}
         if content is not None:
             renamed = _renamed(entry)
             refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
         if renamed:
-            for old, new in sorted(renamed.items()):
-                view.note(f"renamed: {old} -> {new}")
+            for old, new in sorted(renamed.items())[:MOST_NOTES]:
+                view.note(f"renamed: {quoted(old, 200)} -> {quoted(new, 200)}")
+            if len(renamed) > MOST_NOTES:
+                view.note(f"renamed: {len(renamed) - MOST_NOTES:,} more tensors, which {EXPORT_NAME} lists")
             tensors = _tensors(entry.files.directory, entry.files.files)
             _write(scratch / "repaired", content, {renamed.get(name, name): one for name, one in tensors.items()})
             config = _config_of(scratch / "repaired", config, spec)
@@ -164,7 +170,7 @@ def export(
 def _refuse_inputs(target: Path, inputs: Iterable[str | None]) -> None:
     """Refuse a directory that is an input, or is inside one."""
     named = [(one, quoted(one, 200)) for one in inputs if one is not None]
-    for place in (target, *target.parents):
+    for place in (target, *(target.parent.resolve() / target.name).parents):
         refuse_input(place, named)
 
 

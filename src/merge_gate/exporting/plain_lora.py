@@ -107,8 +107,8 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
     """
     if config.get("peft_type") != "LORA":
         _refuse(f"it is {quoted(str(config.get('peft_type')))}, and not LoRA")
-    for key in _REFUSED.keys() & {key for key, value in config.items() if value}:
-        _refuse(_REFUSED[key])
+    for why in (why for key, why in _REFUSED.items() if config.get(key)):
+        _refuse(why)
     if config.get("bias", "none") != "none":
         _refuse(f"it has biases of the base (bias: {quoted(str(config['bias']))})")
     init = config.get("init_lora_weights")
@@ -133,11 +133,9 @@ def repaired_names(names: Iterable[str], stored: Collection[str]) -> dict[str, s
     `stored` are the names of the base's tensors. A part of them is not one that a wrapper has added.
     """
     parts = [part for part in (ADAPTER_PREFIX, *WRAPPERS) if not any(f".{part}" in f".{name}" for name in stored)]
-    renamed = {}
+    prefixes, renamed = re.compile(f"(?:{'|'.join(map(re.escape, parts))})*"), {}
     for name in filter(_FACTOR.fullmatch, names):
-        rest = name
-        while prefix := next((part for part in parts if rest.startswith(part)), ""):
-            rest = rest.removeprefix(prefix)
+        rest = prefixes.sub("", name, count=1)
         for part in parts:  # of a layer that was wrapped by itself
             rest = rest.replace(f".{part}", ".") if part.startswith("_") else rest
         renamed[name] = ADAPTER_PREFIX + rest
