@@ -290,4 +290,9 @@ def test_a_module_that_the_served_class_lacks_is_refused(shelf: Shelf, tmp_path:
     from merge_gate.records.measured import ServedClass  # noqa: PLC0415
 
     with pytest.raises(NoPlainLoraError):
-        plain_lora(config, made.tensors, ServedClass(name="Other", loaded="Own"), fill=True)
+        plain_lora(
+            config,
+            made.tensors,
+            ServedClass(name="Other", loaded="Own", names={}, scalings={}, sizes={}, sources={}),
+            fill=True,
+        )

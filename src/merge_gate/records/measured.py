@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import field
 
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, Origin, record, reported
@@ -283,10 +282,10 @@ class ServedClass:
 
     name: str
     loaded: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    scalings: Mapping[str, float] = field(default_factory=dict)
-    sizes: Mapping[str, tuple[int, int] | None] = field(default_factory=dict)
-    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    names: Mapping[str, str]
+    scalings: Mapping[str, float]
+    sizes: Mapping[str, tuple[int, int] | None]
+    sources: Mapping[str, tuple[str, ...]]
 
 
 @record

@@ -45,7 +45,8 @@ def skeleton(directory: Path) -> tuple[Base, CountingFeed]:
 
 
 def merged(base: Base, adapter: Path) -> Evidence:
-    (evidence,) = merge_together([MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),))])
+    members = (preflight(str(adapter), allow_pickle=False),)
+    (evidence,) = merge_together([MergeRequest(base=base, members=members, no_forward="not of interest")])
     assert evidence is not None
     return evidence
 

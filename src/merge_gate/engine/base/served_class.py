@@ -38,7 +38,7 @@ def served_class(
         try:
             found = tensor_map(getattr(transformers, name), base.source.directory, stored)
         except NoMapError:
-            return ServedClass(name=name, loaded=loaded)
+            return ServedClass(name=name, loaded=loaded, names={}, scalings={}, sizes={}, sources={})
         places = {made: path for path, made in _of_modules(found).items()}
         own = {path: places[made] for path, made in sources.items() if made in places}
         model, sources = found.model, _of_modules(found)

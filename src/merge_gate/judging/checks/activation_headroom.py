@@ -16,8 +16,8 @@ times as much.
 
 **It happened.**
 
-- [llama.cpp#27016](https://github.com/ggml-org/llama.cpp/pull/27016): a down projection was finite in float32 and
-  infinite in float16, only from 64 tokens on.
+- [ggml-org/llama.cpp#27016](https://github.com/ggml-org/llama.cpp/pull/27016): a down projection was finite in float32
+  and infinite in float16, only from 64 tokens on.
 - [transformers#27179](https://github.com/huggingface/transformers/issues/27179): one left-padded input exceeds float16.
 """
 
