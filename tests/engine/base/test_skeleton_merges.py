@@ -199,9 +199,9 @@ def test_a_merge_that_draws_random_numbers_runs_in_the_order_of_its_walk(
     numbers: dict[str, float] = {}
     own = walk.Walk._made
 
-    def made(self: walk.Walk, layer: Any, *given: Any, **named: Any) -> walk.Made:
-        numbers[next(path for path, one in self.layers if one is layer)] = float(torch.rand(()))
-        return own(self, layer, *given, **named)
+    def made(self: walk.Walk, path: str, layer: Any, *given: Any, **named: Any) -> walk.Made:
+        numbers[path] = float(torch.rand(()))
+        return own(self, path, layer, *given, **named)
 
     monkeypatch.setattr(walk.Walk, "_made", made)
     drawn = []
