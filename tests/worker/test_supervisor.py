@@ -270,7 +270,12 @@ def test_adapters_are_merged_in_one_pass(passes: Killer, alone: Killer) -> None:
     assert started(passes, 0, 1, 2) == [(0, (1, 2))]
     evidence = [
         [
-            replace(event.evidence, seconds=0.0, cross_checked=())
+            replace(
+                event.evidence,
+                seconds=0.0,
+                cross_checked=(),
+                forward=replace(event.evidence.forward, largest_difference=None),
+            )
             for event in one.heard
             if isinstance(event, Merged) and event.task < 3
         ]
