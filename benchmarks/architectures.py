@@ -27,6 +27,7 @@ import resource
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -236,20 +237,33 @@ def cell(text: str, most: int = 110) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    command(__doc__, "architectures", DATA, read=data, write=document, sweep=run)
+
+
+def command(
+    page: str,
+    block: str,
+    stored_at: Path,
+    *,
+    read: Callable[[Path], dict[str, Any]],
+    write: Callable[[dict[str, Any]], str],
+    sweep: Callable[[list[str], Path], None],
+) -> None:
+    """The command line of a sweep over model types: it runs, or writes its data and its block of the page."""
+    parser = argparse.ArgumentParser(description=page.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="these model types only")
-    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-architectures.jsonl")
+    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / f"merge-gate-{block}.jsonl")
     parser.add_argument("--write", action="store_true", help="write the data and the page, and run nothing")
     arguments = parser.parse_args()
     if arguments.write:
         if arguments.results.exists():
-            DATA.write_text(stored(data(arguments.results)), encoding="utf-8")
-        write_block(DOCUMENT, "architectures", document(json.loads(DATA.read_text(encoding="utf-8"))))
+            stored_at.write_text(stored(read(arguments.results)), encoding="utf-8")
+        write_block(DOCUMENT, block, write(json.loads(stored_at.read_text(encoding="utf-8"))))
     else:
         torch.set_num_threads(1)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        run(arguments.types or architectures.model_types(), opened(arguments.results))
+        sweep(arguments.types or architectures.model_types(), opened(arguments.results))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ Each type has a process of its own, with a limit of time and memory, in which `f
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import sys
-import tempfile
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,14 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-import transformers
 
-from benchmarks.architectures import DOCUMENT, LIMIT_BYTES, LIMIT_S, cell, head_of, opened, rows, stored
+from benchmarks.architectures import LIMIT_BYTES, LIMIT_S, cell, command, head_of, rows
 from benchmarks.unread import in_process
-from tests.support.engine import architectures
 from tests.support.engine.forward_trials import sentence, trial
-from tests.support.generated import write_block
 
 DATA = Path(__file__).resolve().parent / "forward.json"
 
@@ -128,7 +122,9 @@ def document(answers: dict[str, Any]) -> str:
         date=answers["date"],
         **answers["versions"],
         counts=rows(counts),
-        inputs=rows([[name, names.count(name)] for name in sorted(set(names), key=names.count, reverse=True)]),
+        inputs=rows(
+            [[name, names.count(name)] for name in sorted(set(names), key=lambda name: (-names.count(name), name))]
+        ),
         unlike=rows(unlike),
         differs=rows(
             [[f"`{name}`", "; ".join(map(cell, facts["differs"]))] for name, facts in ran.items() if "differs" in facts]
@@ -137,20 +133,7 @@ def document(answers: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="these model types only")
-    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-forward.jsonl")
-    parser.add_argument("--write", action="store_true", help="write the data and the page, and run nothing")
-    arguments = parser.parse_args()
-    if arguments.write:
-        if arguments.results.exists():
-            DATA.write_text(stored(data(arguments.results)), encoding="utf-8")
-        write_block(DOCUMENT, "forward", document(json.loads(DATA.read_text(encoding="utf-8"))))
-    else:
-        torch.set_num_threads(1)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        run(arguments.types or architectures.model_types(), opened(arguments.results))
+    command(__doc__, "forward", DATA, read=data, write=document, sweep=run)
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ VARIANTS: dict[str, Variant] = {
     "classifier": Variant(_SEQ_CLS | {"bias": "all"}, base="bert-classifier"),
     "opt": Variant({"bias": "lora_only"}, base="opt"),
     "positions": Variant({"target_modules": ["embed_positions"], "task_type": None}, base="mvp"),
-    "beside-positions": Variant({"task_type": None}, base="mvp"),
+    "next-to-positions": Variant({"task_type": None}, base="mvp"),
     "per-expert": Variant(base="mixtral", build=_per_expert),
     "fused-experts": Variant(
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},

@@ -402,7 +402,7 @@ class FileEntry(Model):
     forward: ForwardWord | None = Field(
         None,
         description=f"Whether base and adapter are run on made-up inputs: {one_of(ForwardMode)}. With auto, they are "
-        "run if that is possible, and the base is neither streamed nor read in part. With required, an adapter whose "
+        "run if that is possible, and the base is read whole and not streamed. With required, an adapter whose "
         "model was not run is not judged. Default: auto.",
     )
     allow_pickle: bool = Field(False, alias="allow-pickle")

@@ -33,6 +33,9 @@ from merge_gate.worker.protocol import PublicationSent
 _PRECISIONS = {"F32": (23, -149), "F16": (10, -24), "BF16": (7, -133)}
 """The bits of a dtype's mantissa, and the exponent of its smallest number."""
 
+_MOST_ITEM_BYTES = 8
+"""The bytes of the largest dtype's values."""
+
 _BUG = "this is a bug of merge-gate: please report it; until then, publish the merge: merge-gate run --publish DIR"
 
 
@@ -46,6 +49,7 @@ class _Merge:
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     parts: dict[tuple[str, int], tuple[int, int, float]] = field(default_factory=dict)
     problem: str = "it was not sent"
+    is_garbled: bool = False
 
 
 class KeptMerges(Publications):
@@ -64,16 +68,23 @@ class KeptMerges(Publications):
         super().__init__(None, ())
         self._folder, self._earlier, self._bounds, self._rank = folder, earlier, bounds or {}, rank
         self.merges: dict[int, _Merge] = {}
+        self._most: dict[int, dict[str, int]] = {}
 
     def choose(self, entries: Mapping[int, Entry]) -> dict[int, str]:
         """All merges are sent."""
         self.merges = {index: _Merge() for index in entries}
+        for index, entry in entries.items():
+            stored = entry.base_files.tensors if entry.base_files is not None else ()
+            self._most[index] = {one.name: math.prod(one.shape) * _MOST_ITEM_BYTES for one in stored}
         return dict.fromkeys(entries, AS_MERGED)
 
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         self.merges[task] = _Merge({one.name: one for one in tensors})
 
     def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
+        if not 0 <= offset <= self._most[task].get(name, 0) - len(content):  # the worker is not trusted
+            self.merges[task].is_garbled = True
+            return
         data, differing = bytes(content), (0, 0.0)
         path = self._folder / hashlib.sha256(f"{task} {name}".encode(errors="backslashreplace")).hexdigest()
         if self._earlier is None:
@@ -118,6 +129,8 @@ class KeptMerges(Publications):
         lost = [
             one for one in merge.tensors.values() if sizes[one.name] != math.prod(one.shape) * DTYPE_BITS[one.dtype]
         ]
+        if merge.is_garbled:
+            raise GateError("the merge cannot be compared: a tensor of it is not one of the base", hint=_BUG)
         if problem := merge.problem or (f"not all of {quoted(lost[0].name, 200)} was sent" if lost else ""):
             raise GateError(f"the merge cannot be compared: {problem}", hint="publish it: merge-gate run --publish DIR")
         return merge

@@ -37,7 +37,7 @@ class TestMergeDiffers(EveryCheck):
         ("a merged layer that does not run", (different((MODULE, math.inf)), files())),
     )
     FAULTS = (Case("positions", "positions", cause="merge-differs", origin="merge"),)
-    HEALTHY = (healthy("beside-positions"),)
+    HEALTHY = (healthy("next-to-positions"),)
 
 
 def test_what_the_layer_computes_is_a_cause_before_the_values_that_it_holds() -> None:

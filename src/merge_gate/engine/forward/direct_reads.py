@@ -74,7 +74,7 @@ def trace(model: nn.Module) -> DirectReads:
 
 
 def has_foreign_code(model: nn.Module) -> bool:
-    """Whether some module is of a class that neither transformers nor torch defines."""
+    """Whether the class of some module is defined outside of transformers and torch."""
     libraries = ("transformers.", "torch.")
     return not all(type(module).__module__.startswith(libraries) for module in model.modules())
 

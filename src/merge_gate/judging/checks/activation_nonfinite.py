@@ -3,7 +3,7 @@
 **Fires when** the gate [runs the model](../concepts/forward.md) on made-up inputs, and a module returns a value that
 the dtype of the merged weights cannot hold:
 
-- **error** with origin `adapter`: the base returns finite values there, and the adapter does not, neither merged nor
+- **error** with origin `adapter`: the base returns finite values there, and the adapter does not, merged and
   unmerged. Origin `merge`: only the merged model does not.
 - **warning** with origin `base`: the base does it without any adapter.
 
