@@ -56,7 +56,7 @@ def louder(shelf: Shelf, tmp_path: Path, factor: float) -> Path:
 
 
 def merged(base: Base, values: dict[str, torch.Tensor]) -> MergedModel:
-    return MergedModel(model=base.model, values=values)
+    return MergedModel(model=base.scratch(), values=values)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
@@ -173,6 +173,32 @@ def _bare(evidence: Evidence) -> Evidence:
 EMPTY: dict[str, None] = dict.fromkeys(
     ("inputs", "parameters_run", "largest", "largest_module", "largest_of_base", "largest_allowed", "effect")
 )
+
+
+def test_what_a_forward_changes_in_its_model_is_undone(shelf: Shelf) -> None:
+    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    model: Any = base.scratch()
+    norm, head = model.model.norm, model.lm_head
+    norm.register_buffer("calls", torch.zeros(2))
+    norm.seen, calls = ["nothing"], norm.calls
+
+    def change(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        assert not model.training
+        norm.calls.add_(1)
+        norm.seen.append("a call")
+        norm.added, norm.eps = module, 1.0
+        head.weight.data = torch.zeros_like(head.weight)
+
+    norm.register_forward_hook(change)
+    before, weight = dict(vars(norm)), head.weight.data_ptr()
+    model.train()
+    (forward,) = run_adapters(base, [model])
+    assert forward.ran
+    assert vars(norm) == before | {"training": True}
+    assert norm.seen == ["nothing"]
+    assert norm.calls is calls
+    assert calls.sum() == 0
+    assert (head.weight.data_ptr(), model.training) == (weight, True)
 
 
 class _Foreign(nn.Linear):

@@ -123,7 +123,8 @@ class Base:
     a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
     layers, once it is traced (probes.py). `architecture` is the class that config.json names, without values, or
-    `model`, if that is no part of it (model_class.py). The tensors are in host memory, quantized ones on `device`.
+    `model`, if that is no part of it (model_class.py). `ran` has what it returned for made-up inputs (forward/run.py).
+    The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
@@ -142,6 +143,7 @@ class Base:
     pattern: Any = None
     direct_reads: DirectReads | None = None
     architecture: Any = None
+    ran: dict[object, Any] = field(default_factory=dict)
     hollow: Hollow | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -170,13 +170,20 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"more than {MOST_OPERATIONS} operations")
         kwargs = kwargs or {}
         written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in _written(function))
-        if any(map(self._place, _pytree.tree_leaves([*written]))):
+        if any(True for _ in self._places(written)):
             raise RuntimeError(f"{function} writes to a weight")
-        leaves = [] if _returns_views(function) else _pytree.tree_leaves((args, kwargs))
-        if places := set(filter(None, map(self._place, leaves))):
+        if not _returns_views(function) and (places := {*self._places(args), *self._places(kwargs.values())}):
             self._thread.wait_for(places)
             args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
         return function(*args, **kwargs)
+
+    def _places(self, arguments: Iterable[Any]) -> Iterator[Place]:
+        """The hollow tensors among arguments of an operation, which are values and lists of values."""
+        for one in arguments:
+            if isinstance(one, list | tuple):
+                yield from self._places(one)
+            elif (place := self._place(one)) is not None:
+                yield place
 
     def _place(self, value: Any) -> Place | None:
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or not value.numel():

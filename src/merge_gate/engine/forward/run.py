@@ -15,9 +15,8 @@ Code that comes with a base is never run here. Neither is a quantized base: bits
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -69,11 +68,28 @@ def run_adapters(base: Base, models: Sequence[Any], tokens: Collection[int] = ()
         return [Forward(why_not=why_not)] * len(models)
     failed = Forward(why_not="its configuration names no inputs that are known here")
     for name, _ in itertools.islice(candidates(base.model), MOST_CANDIDATES):
-        of_base, *of_adapters = _run(base, [base.model, *models], _named(base, name, tokens))
+        of_base, of_adapters = _run_with_base(base, models, name, tokens)
         if of_base.error is None:
             return [_forward(base, name, of_base, one) for one in of_adapters]
         failed = _failed("its forward", of_base.error)
     return [failed] * len(models)
+
+
+def _run_with_base(
+    base: Base,
+    models: Sequence[Any],
+    name: str,
+    tokens: Collection[int],
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> tuple[_Seen, list[_Seen]]:
+    """Run the base, and models with its weights, on the inputs of this name. A base in memory runs once for all."""
+    key, inputs = (name, tuple(tokens)), _named(base, name, tokens)
+    if (of_base := base.ran.get(key)) is not None:
+        return of_base, _run(base, models, inputs, values)
+    of_base, *others = _run(base, [base.model, *models], inputs, values)
+    if base.hollow is None and of_base.error is None:
+        base.ran[key] = of_base
+    return of_base, others
 
 
 def is_close(forward: Forward) -> bool:
@@ -85,7 +101,8 @@ def is_close(forward: Forward) -> bool:
 def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
     """Step 2, on the inputs of step 1."""
     name = forward.inputs or ""
-    made = _forward(base, name, *_run(base, [base.model, merged.model], _named(base, name, tokens), merged.values))
+    of_base, (of_merged,) = _run_with_base(base, [merged.model], name, tokens, merged.values)
+    made = _forward(base, name, of_base, of_merged)
     if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
         return forward
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
@@ -122,21 +139,22 @@ def _run(
     every: Sequence[Inputs],
     values: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[_Seen]:
-    """Run copies of these models on all inputs. The last one has `values` in place of the base's tensors.
+    """Run these models on all inputs. The last one has `values` in place of the base's tensors.
 
     If they read a weight without values, that shows as in a merge (`Base.was_misread`).
     """
-    copies = [_copy(model) for model in models]
     with contextlib.ExitStack() as stack:
-        seen = [_Seen(stack.enter_context(watched(model, _dtype(base)))) for model in copies]
+        for model in models:
+            stack.enter_context(_undone(model))
+        seen = [_Seen(stack.enter_context(watched(model, _dtype(base)))) for model in models]
         for inputs in every:
-            runs = [ModelRun(model=model, inputs=_clones(inputs)) for model in copies]
+            runs = [ModelRun(model=model, inputs=_clones(inputs)) for model in models]
             runs[-1].own = values.get
             run_together(runs, base.tensors, base.filled)
             for one, run in zip(seen, runs, strict=True):
                 one.error = one.error or run.error
                 one.finite &= all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(run.returned))
-            if seen[0].error is not None:
+            if all(one.error is not None for one in seen):
                 break
     return seen
 
@@ -146,11 +164,26 @@ def _dtype(base: Base) -> torch.dtype:
     return dtype
 
 
-def _copy(model: nn.Module) -> Any:
-    """The model with modules and buffers of its own, for evaluation."""
-    memo = module_copies.tensors_of(model)
-    memo |= {id(buffer): buffer.clone() for buffer in model.buffers()}
-    return copy.deepcopy(model, memo).eval()
+@contextlib.contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """A `with` block for the model's evaluation. What its forward changes in its modules and buffers is undone after it.
+
+    The modules have new parameters in the block, over the same storage: a forward may exchange the storage of one.
+    """
+    modules = [vars(module) for module in model.modules()]
+    places = [place for held in modules for place in (held, *held.values()) if isinstance(place, dict | list | set)]
+    before = [(place, (dict if isinstance(place, dict) else list)(place)) for place in places]
+    made = module_copies.tensors_of(model) | {id(buffer): buffer.clone() for buffer in model.buffers()}
+    for held in modules:
+        for tensors in (held["_parameters"], held["_buffers"]):
+            tensors.update({name: made[id(one)] for name, one in tensors.items() if one is not None})
+    try:
+        model.eval()
+        yield
+    finally:
+        for place, contents in before:
+            place.clear()
+            (place.extend if isinstance(place, list) else place.update)(contents)
 
 
 def _clones(inputs: Inputs) -> Inputs:
