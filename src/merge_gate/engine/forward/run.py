@@ -166,7 +166,7 @@ def _dtype(base: Base) -> torch.dtype:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    """A `with` block for the model's evaluation. What its forward changes in its modules and buffers is undone after it.
+    """A `with` block in which the model is evaluated. What its forward changes in its modules is undone after it.
 
     The modules have new parameters in the block, over the same storage: a forward may exchange the storage of one.
     """
