@@ -142,6 +142,7 @@ TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge
 | the gate is right | {right} |
 | the gate is wrong | {wrong} |
 | healthy adapters that pass | {passed} |
+{found_rows}
 | healthy adapters that fail | {failed} |
 | not built | {not_built} |
 
@@ -175,6 +176,7 @@ def answer(outcome: Outcome) -> dict[str, Any]:
         return {"reason": outcome.reason}
     facts = {"class": outcome.model_class, "tensors": outcome.tensors}
     facts |= {"healthy": outcome.healthy, "one_nan": outcome.one_nan}
+    facts |= {"findings": list(outcome.findings)} if outcome.findings else {}
     if outcome.dropped:
         facts |= {"not_loaded": len(outcome.dropped), "first_not_loaded": outcome.dropped[0]}
     elif outcome.complaint:
@@ -197,6 +199,7 @@ def document(answers: dict[str, Any]) -> str:
     built = {name: facts for name, facts in types.items() if "class" in facts}
     wrong = [name for name, facts in built.items() if "wrong" in facts]
     failed = {name: facts for name, facts in built.items() if facts["healthy"] != "passed"}
+    found = Counter(check for facts in built.values() for check in facts.get("findings", ()))
     alike: dict[tuple[str, str], list[str]] = {}
     for name, facts in failed.items():
         alike.setdefault((cell(facts["healthy"]), of_peft(facts)), []).append(f"`{name}`")
@@ -209,6 +212,7 @@ def document(answers: dict[str, Any]) -> str:
         right=len(built) - len(wrong),
         wrong=len(wrong),
         passed=len(built) - len(failed),
+        found_rows=rows([[f"of these, with a finding of `{check}`", found[check]] for check in sorted(found)]),
         failed=len(failed),
         not_built=reasons.total(),
         failed_rows=rows([[", ".join(names), *facts] for facts, names in alike.items()]),

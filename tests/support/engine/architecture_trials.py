@@ -63,7 +63,10 @@ class Merged:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came out for one type. `wrong` is empty where the gate agrees with the user's way in everything."""
+    """What came out for one type. `wrong` is empty where the gate agrees with the user's way in everything.
+
+    `findings` are the checks with a finding for the healthy adapter, if it passed.
+    """
 
     model_type: str
     built: bool = False
@@ -74,6 +77,7 @@ class Outcome:
     dropped: tuple[str, ...] = ()
     complaint: str | None = None
     healthy: str | None = None
+    findings: tuple[str, ...] = ()
     one_nan: str | None = None
     wrong: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -106,6 +110,7 @@ def trial(model_type: str, work: Path) -> Outcome:
         dropped=user.dropped,
         complaint=user.complaint,
         healthy=_word(healthy),
+        findings=tuple(sorted({one.check for one in healthy.findings} if healthy.verdict is Verdict.PASSED else ())),
         one_nan=_word(one_nan),
         wrong=tuple(wrong),
         seconds=_since(started),
