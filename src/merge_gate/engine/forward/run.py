@@ -89,7 +89,12 @@ def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collec
     if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
         return forward
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
-    return replace(made, nonfinite_origin=Origin.MERGE) if is_only_merged else made
+    return replace(
+        made,
+        nonfinite_origin=Origin.MERGE if is_only_merged else made.nonfinite_origin,
+        layers_compared=forward.layers_compared,
+        largest_difference=forward.largest_difference,
+    )
 
 
 def _why_not(base: Base) -> str:
