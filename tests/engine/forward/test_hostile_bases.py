@@ -118,6 +118,7 @@ def test_the_reason_is_reported(runs: Any) -> None:
         forward = entries[name]["forward"]
         assert forward["ran"] is (reason == RAN), (name, forward)
         assert reason in (forward["why_not"] or ""), (name, forward)
+        assert "0x" not in (forward["why_not"] or ""), "two runs have the same report"
         assert forward["missing"] is (name in {"petabytes", "allocate"}), (name, forward)
 
 

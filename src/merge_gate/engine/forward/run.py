@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
@@ -198,6 +198,5 @@ def _share_run(base: Base, own: Activations) -> float:
 
 
 def _failed(what: str, error: Exception) -> Forward:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     is_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-    return Forward(why_not=f"{what} raised {type(error).__name__}: {first[:200]}", missing=is_of_memory)
+    return Forward(why_not=f"{what} raised {type(error).__name__}: {first_line(error)[:200]}", missing=is_of_memory)
