@@ -34,6 +34,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 DEEDS = {
     "own": "code that comes with a base",
     "fork": "PermissionError",
+    "leave": "SystemExit",
     "allocate": "MemoryError",
     "print": RAN,
 }
@@ -51,6 +52,8 @@ def changed(self, *positional, **named):
         deed = self.config.deed
         if deed == "fork":
             os.fork()
+        elif deed == "leave":
+            raise SystemExit(0)
         elif deed == "allocate":
             bytearray(100 << 30)
         elif deed == "print":

@@ -118,7 +118,7 @@ class _Seen:
 
     activations: Activations
     finite: bool = True
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def _run(
@@ -197,6 +197,6 @@ def _share_run(base: Base, own: Activations) -> float:
     return sum(ran) / max(1, sum(sizes.values()))
 
 
-def _failed(what: str, error: Exception) -> Forward:
+def _failed(what: str, error: BaseException) -> Forward:
     is_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
     return Forward(why_not=f"{what} raised {type(error).__name__}: {first_line(error)[:200]}", missing=is_of_memory)
