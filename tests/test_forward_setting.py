@@ -135,3 +135,13 @@ def test_a_verdict_whose_model_died_is_not_stored(monkeypatch: pytest.MonkeyPatc
     for is_cached in (False, True):
         assert gate("--cache", "cache", changes={"forward": RAN}) == 0
         assert entry()["cached"] is is_cached
+
+
+@pytest.mark.parametrize("forward", [replace(RAN, missing=True), Forward(why_not="no memory", missing=True)])
+def test_a_verdict_for_which_memory_did_not_suffice_is_not_stored(forward: Forward) -> None:
+    for _ in range(2):
+        assert gate("--cache", "cache", changes={"forward": forward}) == 0
+        assert not entry()["cached"]
+    for is_cached in (False, True):
+        assert gate("--cache", "cache", changes={"forward": replace(forward, missing=False)}) == 0
+        assert entry()["cached"] is is_cached

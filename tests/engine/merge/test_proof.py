@@ -6,6 +6,7 @@ the gate, and PEFT merges one of each kind, so a fault of PEFT on another layer 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -231,14 +232,57 @@ def test_without_a_fault_nothing_differs(dtype: str, bench: Bench) -> None:
         assert judgement.evidence.forward.largest_difference < 1e-4
 
 
-def test_a_trained_head_that_peft_leaves_out_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judged(bench, methods.find("lora-modules-to-save"), "bfloat16").verdict is Verdict.PASSED
-    monkeypatch.setattr(
-        ModulesToSaveWrapper, "unload_and_optionally_merge_module", lambda self, **_: self.original_module
-    )
-    judgement = judged(bench, methods.find("lora-modules-to-save"), "bfloat16")
-    assert judgement.verdict is Verdict.FAILED, judgement
-    assert (judgement.cause, judgement.findings[0].module) == ("merge-differs", "classifier"), judgement
+SAVED = {
+    "llama": "lm_head", "t5": "lm_head", "bert": "pooler.dense", "xlm-roberta": "LayerNorm", "qwen2-moe": "lm_head",
+    "siglip": "post_layernorm", "wav2vec2": "encoder.layer_norm", "resnet": "normalization", "mixtral": "embed_tokens",
+    "gpt2": "ln_f", "bert-classifier": "classifier",
+}  # fmt: skip
+"""A module of each base that can be trained whole: heads, embeddings, and normalizations."""
+
+
+def saved_case(base: str) -> methods.Case:
+    settings = {"r": 4, "target_modules": TARGETS.get(base, ["query"])}
+    return methods.make_case(f"{base}-saved", base, "LoraConfig", modules_to_save=[SAVED[base]], **settings)
+
+
+def saved_wrongly(way: Way, *, in_place: bool) -> Callable[..., nn.Module]:
+    """What a broken PEFT returns for a module that is trained whole."""
+    numbers = itertools.count()
+
+    def unload(wrapper: Any, **_: Any) -> nn.Module:
+        trained = wrapper.modules_to_save["default"]
+        returned, number = trained if in_place else copy.deepcopy(trained), next(numbers)
+        for name, after in returned.named_parameters():
+            before = wrapper.original_module.get_parameter(name).data
+            wrong = way(Merge(trained, before, after.data, number, after.data - before))
+            if wrong is not None:
+                after.data.copy_(wrong)
+        return returned
+
+    return unload
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+@pytest.mark.parametrize("base", ["bert-classifier", *(pytest.param(one, marks=pytest.mark.slow) for one in TARGETS)])
+def test_each_way_of_a_wrong_trained_module_is_found(base: str, dtype: str, bench: Bench) -> None:
+    """It has no factors. Only some modules are square."""
+    assert judged(bench, saved_case(base), dtype).verdict is Verdict.PASSED
+    missed = set()
+    for number, (name, way) in enumerate(WAYS.items()):
+        with pytest.MonkeyPatch.context() as patched:
+            unload = saved_wrongly(way, in_place=number % 2 == 0)
+            patched.setattr(ModulesToSaveWrapper, "unload_and_optionally_merge_module", unload)
+            judgement = judged(bench, saved_case(base), dtype)
+        if judgement.verdict is Verdict.PASSED:
+            missed.add(name)
+            continue
+        check = "merged-nonfinite" if name == "one NaN" else "merge-differs"
+        modules = {one.module for one in judgement.findings if one.check == check}
+        assert judgement.cause == check, (name, judgement)
+        assert modules, (name, judgement)
+        assert all(f".{one}".endswith(f".{SAVED[base]}") for one in modules), (name, judgement)
+    of_factors, of_squares = {"smallest rank dropped", "DoRA as LoRA"}, {"transposed", "one layer transposed"}
+    assert missed == of_factors | (set() if base == "bert" else of_squares)
 
 
 def test_attention_of_torch_is_compared(bench: Bench) -> None:

@@ -54,8 +54,8 @@ from merge_gate.sources.feed import FileSpan, SourceError
 if TYPE_CHECKING:
     from merge_gate.engine.forward.direct_reads import DirectReads
 
-_REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
-"""transformers' errors refer to a table in its log, which the reader of a message does not see."""
+_OF_ONE_RUN = re.compile(r"\s*For details look at [^.!]*above report!?| at 0x[0-9a-f]+")
+"""transformers' errors refer to a table in its log, which the reader of a message does not see, and to addresses."""
 
 SPARE_BYTES = 4 << 30
 """Memory of a card that stays free of weights, for the products and deltas of the largest module."""
@@ -535,7 +535,7 @@ def first_line(error: BaseException) -> str:
 
     If it ends with a colon, the next line follows it.
     """
-    text = _REFERENCE_TO_LOG.sub("", str(error))
+    text = _OF_ONE_RUN.sub("", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith(":") else 1
     return (" ".join(lines[:count]) or type(error).__name__)[:400]

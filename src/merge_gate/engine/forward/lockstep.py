@@ -48,7 +48,7 @@ class ModelRun:
     inputs: Mapping[str, Any]
     own: Own | None = None
     returned: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def run_together(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], filled: Filled) -> None:
@@ -150,7 +150,7 @@ class _Thread:
                 self._run.returned = self._run.model(**self._run.inputs)
         except _Stopped:
             pass
-        except Exception as error:  # a model's own code
+        except BaseException as error:  # a model's own code, which may call `sys.exit`
             self._run.error = error.with_traceback(None)  # which would keep all tensors of the run
         finally:
             self._own.clear()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
@@ -106,7 +106,12 @@ def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collec
     if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
         return forward
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
-    return replace(made, nonfinite_origin=Origin.MERGE) if is_only_merged else made
+    return replace(
+        made,
+        nonfinite_origin=Origin.MERGE if is_only_merged else made.nonfinite_origin,
+        layers_compared=forward.layers_compared,
+        largest_difference=forward.largest_difference,
+    )
 
 
 def _why_not(base: Base) -> str:
@@ -130,7 +135,7 @@ class _Seen:
 
     activations: Activations
     finite: bool = True
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def _run(
@@ -225,7 +230,6 @@ def _share_run(base: Base, own: Activations) -> float:
     return sum(ran) / max(1, sum(sizes.values()))
 
 
-def _failed(what: str, error: Exception) -> Forward:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+def _failed(what: str, error: BaseException) -> Forward:
     is_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-    return Forward(why_not=f"{what} raised {type(error).__name__}: {first[:200]}", missing=is_of_memory)
+    return Forward(why_not=f"{what} raised {type(error).__name__}: {first_line(error)[:200]}", missing=is_of_memory)

@@ -425,10 +425,13 @@ class Walk:
             self.compared[path] = found
 
     def _compare_trained(self, path: str, wrapper: Any, merged: nn.Module) -> None:
-        """A module that is trained whole has to be in PEFT's result with its values."""
+        """A module that is trained whole has to be in PEFT's result with the values that PEFT loaded from the file."""
         kept, first = (dict(one.named_parameters()) for one in (merged.get_submodule(path), wrapper.original_module))
         for name, trained in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
-            if name not in kept or kept[name] is trained or same_values(kept[name], trained):
+            key = f"{ADAPTER_PREFIX}{path}.modules_to_save.{wrapper.active_adapter}.{name}"
+            if key in self.loaded.state and not is_quantized(trained):
+                trained = self.loaded.state[key].to(trained)  # noqa: PLW2901 - PEFT could change its own copy
+            if name not in kept or same_values(kept[name], trained):
                 continue
             error = distance(kept[name], trained) if kept[name].shape == trained.shape else math.inf
             norms = distance(trained, first[name]) if name in first else 0.0, distance(trained)
