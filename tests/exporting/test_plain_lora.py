@@ -16,16 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from merge_gate._internal.errors import NoPlainLoraError
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX, module_of
-from merge_gate.engine.base import accounting
-from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.base.served_class import served_class
 from merge_gate.exporting.plain_lora import RANKS, PlainLora, array_of, plain_lora, refuse, repaired_names, weights_file
 from merge_gate.files.headers import open_regular, parse_places
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.terms import Verdict
 from tests.support import methods
-from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import Gate
 from tests.support.models import (
     ADAPTER_CONFIG,
@@ -50,13 +46,10 @@ def plain(base: Path, adapter: Path, out: Path, *, fill: bool = True) -> PlainLo
     files = preflight(str(adapter), allow_pickle=False)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     refuse(config, files.tensors)
-    judgement = GATE.judge(adapter, base)
+    judgement = GATE.judge(adapter, base, is_export=True)
     assert judgement.verdict is Verdict.PASSED and judgement.evidence is not None, judgement  # noqa: PT018 - narrows
-    stored = stored_tensors(base)
-    account = accounting.account_for(str(base), model_class_for(str(base), files, stored), "base", stored)
-    modules = dict.fromkeys(module_of(one.name) for one in files.tensors if ".lora_" in one.name)
-    loaded = GATE.base(base, files, dtype="auto")
-    served = served_class(loaded, stored, account.map, modules, dict(judgement.evidence.scalings))
+    served = judgement.evidence.served
+    assert served is not None
     with open_regular(str(adapter / ADAPTER_WEIGHTS)) as file:
         read = [(one, file.seek(begin), file.read(end - begin)) for one, begin, end in parse_places(file)]
     made = plain_lora(

@@ -75,8 +75,8 @@ def test_an_adapter_of_the_text_class_is_noted(
     assert judgement.verdict is Verdict.PASSED, judgement
     assert noted(judgement) == [Severity.NOTE]
     assert served(base, adapter) == {}
-    assert judgement.evidence is not None
-    names = dict(judgement.evidence.other_names)
+    assert judgement.evidence is not None and judgement.evidence.served is not None  # noqa: PT018 - narrows
+    names = {module: judgement.evidence.served.names[module] for module in judgement.evidence.served.lacking}
     tensors = {
         f"{PREFIX}{names[module]}{name.removeprefix(PREFIX + module)}": tensor
         for name, tensor in read_tensors(adapter).items()
