@@ -28,16 +28,19 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
 from merge_gate.records.terms import record
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)
-"""The ranks that servers have kernels for."""
+LEAST_RANK = 8
+"""Servers have kernels for this rank, and for its double, and so on."""
 
 _FACTOR = re.compile(r".*\.lora_(?P<kind>(?:embedding_)?)(?P<side>[AB])(\.default)?(\.weight)?")
 _COPY = ".base_layer.weight"
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that servers fuse, so that they expect the factors of all of them."""
 
-_NUMPY: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 """numpy has no bfloat16: its bits are those of an integer."""
+
+_OF_FACTORS = ("F32", "F16", "BF16")
+"""Folded factors are float32, which must not be less exact."""
 
 _OFFER = "merge it, and serve the merged model: merge-gate run --publish DIR"
 _CONVERT = (
@@ -93,11 +96,6 @@ class PlainLora:
     is_folded: bool
     bounds: Mapping[str, float]
 
-    @property
-    def unused(self) -> frozenset[str]:
-        """Modules whose delta is zero."""
-        return frozenset(module for module, bound in self.bounds.items() if not bound)
-
 
 def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
     """Refuse a config or tensors that a plain LoRA cannot have.
@@ -119,8 +117,8 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
     for one in tensors:
         if not (_FACTOR.fullmatch(one.name) or one.name.endswith(_COPY)):
             _refuse(f"it has the tensor {quoted(one.name, 200)}, expected lora_A and lora_B only")
-        if one.dtype not in _NUMPY:
-            _refuse(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_NUMPY)}")
+        if one.dtype not in _OF_FACTORS:
+            _refuse(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_OF_FACTORS)}")
 
 
 def _refuse(why: str, hint: str = _OFFER) -> NoReturn:
@@ -154,7 +152,7 @@ def plain_lora(
     pairs = _pairs(tensors, served)
     # 2.
     highest = max(sides["A"].values.shape[0] for sides in pairs.values())
-    rank = next((one for one in RANKS if one >= highest), 1 << (highest - 1).bit_length())
+    rank = max(LEAST_RANK, 1 << (highest - 1).bit_length())
     # 3.
     alpha = _shared_alpha({served.scalings[module] for module, _ in pairs}, rank)
     made: dict[str, Array] = {}
@@ -182,7 +180,7 @@ def plain_lora(
             "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
             "target_modules": _targets({*bounds, *padding}, served.sizes),
         },
-        tensors=dict(sorted(made.items(), key=lambda pair: (-pair[1].values.itemsize, pair[0]))),  # aligned
+        tensors=dict(sorted(made.items())),
         padding=tuple(padding),
         is_folded=alpha is None,
         bounds=bounds,
@@ -196,7 +194,7 @@ def _pairs(tensors: Mapping[str, Array], served: ServedClass) -> dict[tuple[str,
         if (factor := _FACTOR.fullmatch(name)) is None:
             continue
         own = module_of(name)
-        if (module := served.names.get(own)) is None:
+        if (module := served.names.get(own, "")) not in served.scalings:
             what = f"{served.name}, which the base's config.json names"
             _refuse(f"{what}, has no module with the stored tensors of {quoted(own, 200)}")
         sides = pairs[module, factor["kind"]]
@@ -249,29 +247,12 @@ def _type(module: str) -> str:
 
 
 def _targets(adapted: Collection[str], modules: Iterable[str]) -> list[str]:
-    """The shortest ends of names that select exactly these modules."""
-    others = {end for module in modules if module not in adapted for end in _ends(module)}
-    return sorted({next((end for end in _ends(module) if end not in others), module) for module in adapted})
-
-
-def _ends(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    """The last parts of these names, as PEFT's own defaults, if they select no other module; else the names."""
+    ends = {module.rpartition(".")[2] for module in adapted}
+    is_exact = all(module in adapted or module.rpartition(".")[2] not in ends for module in modules)
+    return sorted(ends if is_exact else adapted)
 
 
 def array_of(dtype: str, shape: tuple[int, ...], data: bytes) -> Array:
     """A tensor of a weights file."""
     return Array(dtype=dtype, values=np.frombuffer(data, _NUMPY[dtype]).reshape(shape))
-
-
-def weights_file(tensors: Mapping[str, Array]) -> Iterator[bytes]:
-    """The bytes of a safetensors file. They depend on the tensors only."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.values.nbytes
-        header[name] = {"dtype": array.dtype, "shape": array.values.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    yield from (array.values.tobytes() for array in tensors.values())
