@@ -80,7 +80,8 @@ def test_a_value_may_differ_by_a_unit_in_the_last_place(dtype: str, units: int, 
     made = PlainLora(config={"r": 8}, tensors={}, padding=(), is_folded=False, bounds={"w": 0.0})
     served = ServedClass(name="A", loaded="A", names={}, scalings={}, sizes={}, sources={"w": ("w",)})
     before = planned(tmp_path)
-    after = ComparedMerges(before, made, served)
+    before.served = served
+    after = ComparedMerges(before, made)
     after.choose({0: ENTRY})
     for merges, last in (before, 1.0), (after, 1 + units * UNITS[dtype]):
         merges.planned(0, tensors)

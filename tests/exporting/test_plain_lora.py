@@ -211,6 +211,10 @@ def test_names_are_repaired(name: str) -> None:
     assert repaired_names([name], ["model.layers.0.self_attn.q_proj.weight"]) == {name: ADAPTER_PREFIX + KEY}
 
 
+def test_no_name_is_repaired_if_two_tensors_would_have_it() -> None:
+    assert repaired_names([ADAPTER_PREFIX + KEY, f"{ADAPTER_PREFIX}module.{KEY}"], []) == {}
+
+
 def test_a_prefix_may_come_any_number_of_times() -> None:
     name = "module." * 400_000 + ADAPTER_PREFIX + KEY
     assert repaired_names([name], []) == {name: ADAPTER_PREFIX + KEY}

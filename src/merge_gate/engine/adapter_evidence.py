@@ -355,7 +355,9 @@ class _Attempt:
         # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
         without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
         without_source -= merges.keys() - walk.adapted
-        in_file = (one.stats.name for one in self.evidence.file_tensors if ".lora_" in one.stats.name)
+        adapted = {path: path for path in loaded.targeted}
+        for arrival in loaded.arrivals:
+            adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
         lora = {path: float(one.scaling[ADAPTER_NAME]) for path, one in walk.layers if isinstance(one, LoraLayer)}
         self.evidence = replace(
             self.evidence,
@@ -374,13 +376,7 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
-            served=served_class(
-                base,
-                loaded.targeted,
-                dict.fromkeys(map(module_of, in_file)),
-                lora,
-                is_export=self.request.is_export,
-            ),
+            served=served_class(base, adapted, lora, is_export=self.request.is_export),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
             forward=replace(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate import __version__
-from merge_gate._internal.errors import GateError, NoPlainLoraError, UsageError
+from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.regular_file import read_all
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import whole_file
@@ -31,7 +31,6 @@ from merge_gate.exporting.plain_lora import Array, array_of, plain_lora, refuse,
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
 from merge_gate.files.resolve import Fetching, Inputs, digest_file
-from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
 from merge_gate.publish.manifest import shared_fields, versions_of
 from merge_gate.publish.partial import PartialDirectory, unchanged
 from merge_gate.publish.weight_files import ModelLayout, ModelWriter, new_file
@@ -45,7 +44,6 @@ from merge_gate.records.files import (
     FileRecord,
     StoredTensor,
 )
-from merge_gate.records.measured import Evidence, ServedClass
 from merge_gate.records.options import RunOptions
 from merge_gate.records.publication import Export, ExportRecord, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, Report, Tool
@@ -67,22 +65,6 @@ MOST_NOTES = 100
 """So many renames are printed. The record lists all."""
 
 _SCRATCH = ".merge-gate-export-"
-
-
-class _Judged(Run):
-    """A run that keeps what the worker knows of the class that servers load."""
-
-    served: ServedClass | None = None
-
-    def _judge(self, index: int, evidence: Evidence) -> None:
-        self.served = evidence.served
-        super()._judge(index, evidence)
-
-    def passed(self) -> tuple[Report, ServedClass | None]:
-        """The report, and the class if every entry passed."""
-        with contextlib.closing(self):
-            report = self.run()
-        return report, self.served if report.result is Result.PASS else None
 
 
 def export(
@@ -130,12 +112,12 @@ def export(
         # 2.
         (scratch / "merges").mkdir()
         kept = KeptMerges(scratch / "merges")
-        report, served = _Judged(config, OPTIONS, view, publications=kept).passed()
-        if served is None or content is None:
+        report = _gated(config, view, kept)
+        if report.result is not Result.PASS or kept.served is None or content is None:
             return Export(report=report)
         # 3.
         tensors = _tensors(config.adapters[0].path or entry.files.directory, report.adapters[0].files)
-        made = plain_lora(content, tensors, served, fill=fill)
+        made = plain_lora(content, tensors, kept.served, fill=fill)
         base_report = replace(report.bases[0], sha256=report.bases[0].sha256 or "")
         facts = ExportRecord(
             tool=Tool(name=TOOL, version=__version__),
@@ -144,7 +126,7 @@ def export(
             ),
             base=PublishedBase(**shared_fields(PublishedBase, base_report)),
             versions=versions_of(report.environment, report.adapters[0].base),
-            model_class=served.name,
+            model_class=kept.served.name,
             renamed=tuple(sorted(renamed)),
             padding=tuple(sorted({*made.padding, *(one for one in entry.files.padding if made.bounds.get(one) == 0)})),
             scale_in="lora_B" if made.is_folded else "lora_alpha",
@@ -152,19 +134,24 @@ def export(
         )
         _write_record(partial.model, facts)
         # 4.
-        again = ComparedMerges(kept, made, served)
+        again = ComparedMerges(kept, made)
         config = _config_of(partial.model, config, replace(spec, name=target.name, source=output))
-        report, served = _Judged(config, OPTIONS, view, publications=again).passed()
-        if served is None:
+        report = _gated(config, view, again)
+        if report.result is not Result.PASS:
             return Export(report=report)
-        if served.loaded != served.name:
-            raise GateError(f"the export was loaded as {served.loaded}, expected {served.name}")
+        if again.served is None or again.served.loaded != facts.model_class:
+            raise GateError(f"the export was not loaded as {facts.model_class}")
         compared = [again.comparison(task, one.base.dtype) for task, one in enumerate(report.adapters)]
         # 5.
         facts = replace(facts, comparisons=tuple({one.dtype: one for one in compared}.values()))
         _write_record(partial.model, facts)
         partial.publish(replaces=earlier)
         return Export(report=report, record=facts)
+
+
+def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
+    with contextlib.closing(Run(config, OPTIONS, view, publications=merges)) as run:
+        return run.run()
 
 
 # --- the directory ---------------------------------------------------------------------------------------------------
@@ -219,12 +206,7 @@ def _write_record(directory: Path, facts: ExportRecord) -> None:
 
 
 def _content(entry: Entry) -> dict[str, Any] | None:
-    """The adapter's config; None if its files are broken, which the gate reports."""
-    if PICKLE_REFUSED.id in {finding.check for member in entry.members for finding in member.findings}:
-        raise NoPlainLoraError(
-            "the adapter's weights are a Python pickle, which export does not read",
-            hint="save the adapter again as safetensors, PEFT's default",
-        )
+    """The adapter's config; None if its files are broken, or a pickle, which the gate reports."""
     if entry.problem is not None or entry.files.weights != WEIGHTS_NAME:
         return None
     try:
@@ -236,13 +218,8 @@ def _content(entry: Entry) -> dict[str, Any] | None:
 
 def _renamed(entry: Entry, content: Mapping[str, Any], view: View) -> dict[str, str]:
     """The names of tensors that have to be repaired. Refuses what has no plain LoRA."""
-    names = [one.name for one in entry.files.tensors]
-    renamed = repaired_names(names, [one.name for one in entry.base_files.tensors] if entry.base_files else [])
-    if len({renamed.get(name, name) for name in names}) < len(names):
-        raise NoPlainLoraError(
-            "two of the adapter's tensors have the same name without what wrappers added",
-            hint="save the inner model with save_pretrained",
-        )
+    names, stored = ([one.name for one in files.tensors] if files else [] for files in (entry.files, entry.base_files))
+    renamed = repaired_names(names, stored)
     refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
     for old, new in sorted(renamed.items())[:MOST_NOTES]:
         view.note(f"renamed: {quoted(old, 200)} -> {quoted(new, 200)}")

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from merge_gate._internal.errors import GateError
 from merge_gate._internal.text import counted
 from merge_gate.exporting.plain_lora import PlainLora, array_of
 from merge_gate.files.headers import shown
+from merge_gate.publish.one_publication import BaseReader
 from merge_gate.publish.publications import Publications, refuse_small_disk
 from merge_gate.publish.weight_files import tensor_bytes
 from merge_gate.records.files import Entry, StoredTensor
-from merge_gate.records.measured import ServedClass
+from merge_gate.records.measured import Evidence, ServedClass
 from merge_gate.records.publication import MergeComparison
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED
@@ -55,7 +56,9 @@ class _Merge:
 
 
 class KeptMerges(Publications):
-    """The merges of a run, in files of `folder`."""
+    """The merges of a run, in files of `folder`. `served` is what the worker knows of the class that servers load."""
+
+    served: ServedClass | None = None
 
     def __init__(self, folder: Path) -> None:
         super().__init__(None, ())
@@ -104,6 +107,9 @@ class KeptMerges(Publications):
         merge.tensors = {one.name: one for one in message.tensors}
         merge.problem = message.refusal
 
+    def passed(self, index: int, base: Callable[[], BaseReader], evidence: Evidence) -> None:  # noqa: ARG002 - of models
+        self.served = evidence.served
+
     def passing(self, directory: str, file: str, start: int, content: memoryview) -> None:
         """Bytes of the base, which no merge changes."""
 
@@ -126,14 +132,15 @@ class KeptMerges(Publications):
 class ComparedMerges(KeptMerges):
     """The merges of an export, which are compared with the `earlier` ones of its adapter, and not kept."""
 
-    def __init__(self, earlier: KeptMerges, made: PlainLora, served: ServedClass) -> None:
+    def __init__(self, earlier: KeptMerges, made: PlainLora) -> None:
         super().__init__(Path())
         self._earlier, self._rank = earlier, made.config["r"]
-        self._padding = {source for module in made.padding for source in served.sources.get(module, ())}
+        sources = earlier.served.sources if earlier.served is not None else {}
+        self._padding = {source for module in made.padding for source in sources.get(module, ())}
         self._bounds: dict[str, float] = {}
         """No value of the delta of a stored tensor exceeds this number."""
         for module, bound in made.bounds.items():
-            for source in served.sources.get(module, ()):
+            for source in sources.get(module, ()):
                 self._bounds[source] = max(bound, self._bounds.get(source, 0.0))
 
     def _refuse_small_disk(self) -> None:

@@ -128,8 +128,10 @@ def _refuse(why: str, hint: str = _OFFER) -> NoReturn:
 def repaired_names(names: Iterable[str], stored: Collection[str]) -> dict[str, str]:
     """The names of factors that differ from PEFT's by what a wrapper or a second prefix adds, each with PEFT's name.
 
-    `stored` are the names of the base's tensors. A part of them is not one that a wrapper has added.
+    `stored` are the names of the base's tensors. A part of them is not one that a wrapper has added. If two tensors
+    would have one name, none is repaired, and the gate says what is wrong.
     """
+    names = list(names)
     parts = [part for part in (ADAPTER_PREFIX, *WRAPPERS) if not any(f".{part}" in f".{name}" for name in stored)]
     prefixes, renamed = re.compile(f"(?:{'|'.join(map(re.escape, parts))})*"), {}
     for name in filter(_FACTOR.fullmatch, names):
@@ -137,7 +139,8 @@ def repaired_names(names: Iterable[str], stored: Collection[str]) -> dict[str, s
         for part in parts:  # of a layer that was wrapped by itself
             rest = rest.replace(f".{part}", ".") if part.startswith("_") else rest
         renamed[name] = ADAPTER_PREFIX + rest
-    return {old: new for old, new in renamed.items() if old != new}
+    is_clear = len({renamed.get(name, name) for name in names}) == len(names)
+    return {old: new for old, new in renamed.items() if old != new and is_clear}
 
 
 def plain_lora(

@@ -30,6 +30,7 @@ from merge_gate.publish.partial import PartialDirectory, partial_name, remove_le
 from merge_gate.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
+from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.report.stored.output_directory import explained
@@ -158,7 +159,7 @@ class Publications:
 
     # --- 3 and 4: the verdict --------------------------------------------------------------------------------------
 
-    def passed(self, index: int, base: Callable[[], BaseReader]) -> None:
+    def passed(self, index: int, base: Callable[[], BaseReader], evidence: Evidence) -> None:  # noqa: ARG002 - a subclass keeps it
         """The adapter passed: complete its model. `base` opens the base's own files."""
         if (model := self._models.get(index)) is not None:
             model.accept()

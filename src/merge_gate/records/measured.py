@@ -275,7 +275,7 @@ class ServedClass:
         name: its name.
         loaded: the class that the base was loaded as.
         names: the modules of the adapter that it has, by their names in the loaded class and in the adapter's file.
-        lacking: names in the loaded class that it lacks, and that transformers does not rename to its own.
+        lacking: those of these names that it lacks, and that transformers does not rename to its own.
         scalings: the factor of the delta of each module, by its own names.
         sizes: the sizes of the input and output of each linear layer; None for other modules.
         sources: the stored tensors that make the weight of a module.

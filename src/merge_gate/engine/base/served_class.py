@@ -7,7 +7,7 @@ two modules are the same one if they are made of the same stored tensors, and th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -21,12 +21,12 @@ from merge_gate.records.measured import ServedClass
 
 
 def served_class(
-    base: Base, targeted: Sequence[str], in_file: Iterable[str], scalings: Mapping[str, float], *, is_export: bool
+    base: Base, adapted: Mapping[str, str], scalings: Mapping[str, float], *, is_export: bool
 ) -> ServedClass | None:
     """The class that config.json names. Without `is_export`, None unless it lacks names of the loaded class.
 
-    Only the class of a part of a base has such names: the text model of a multimodal one. `targeted` are an adapter's
-    modules in the loaded class, `in_file` those in its file, and `scalings` belong to those of LoRA.
+    Only the class of a part of a base has such names: the text model of a multimodal one. `adapted` are an adapter's
+    modules by any of their names, with those in the loaded class. `scalings` has those of LoRA, by the latter.
     """
     loaded = type(base.model).__name__
     if base.named is None:
@@ -40,16 +40,15 @@ def served_class(
         places = {(_last(path), made): path for path, made in sources.items()}
         keys = {path: (_last(path), made) for path, made in _sources(base.map).items()}
         own = {path: places[key] for path, key in keys.items() if key in places}
-    known = [path for path in targeted if path in own]
-    lacking = [path for path, new in zip(known, _current(model, known), strict=True) if own[path] not in {path, new}]
+    names = {one: own[path] for one, path in adapted.items() if path in own}
+    current = current_names(model, [f"{one}.weight" for one in names])
+    lacking = [one for one, new in zip(names, current, strict=True) if names[one] not in {one, new[: -len(".weight")]}]
     if not is_export and not lacking:
         return None
-    older = [one for one in in_file if one not in scalings]
-    current = {path: path for path in targeted} | dict(zip(older, _current(base.model, older), strict=True))
     return ServedClass(
         name=name,
         loaded=loaded,
-        names={one: own[path] for one, path in current.items() if path in own},
+        names=names,
         lacking=tuple(lacking),
         scalings={own[path]: scaling for path, scaling in scalings.items() if path in own},
         sizes={path: _sizes(module) for path, module in model.named_modules()},
@@ -79,11 +78,6 @@ def _sources(found: TensorMap | None) -> dict[str, tuple[str, ...]]:
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _current(model: Any, modules: Iterable[str]) -> list[str]:
-    names = current_names(model, [f"{module}.weight" for module in modules])
-    return [name.removesuffix(".weight") for name in names]
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
