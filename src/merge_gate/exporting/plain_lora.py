@@ -46,17 +46,6 @@ _OFFER = "merge it, and serve the merged model: merge-gate run --publish DIR"
 _CONVERT = (
     "convert it as PEFT does: save_pretrained with path_initial_model_for_weight_conversion; or publish its merge"
 )
-_REFUSED = {
-    "use_dora": "DoRA normalizes each weight",
-    "modules_to_save": "it has whole modules (modules_to_save)",
-    "trainable_token_indices": "it has trained tokens (trainable_token_indices)",
-    "lora_bias": "it has biases of its own (lora_bias)",
-    "alora_invocation_tokens": "it acts only after its invocation tokens (aLoRA)",
-    "layer_replication": "it repeats layers of the base (layer_replication)",
-    "target_parameters": "it changes experts or other parameters directly (target_parameters)",
-}
-"""What has no plain LoRA, by the key of adapter_config.json."""
-
 _CARRIED = ("base_model_name_or_path", "peft_version", "revision")
 _OF_CLASS = ("auto_mapping", "task_type")
 _PLAIN_KEYS = frozenset({
@@ -65,7 +54,8 @@ _PLAIN_KEYS = frozenset({
     "lora_dropout", "megatron_core", "peft_type", "qalora_group_size", "r", "rank_pattern", "runtime_config",
     "target_modules", "use_rslora",
 })  # fmt: skip
-"""Keys that a plain LoRA expresses. Any other key that is set has an effect that it may not have."""
+"""Keys that a plain LoRA expresses. Any other key that is set has an effect that it may not have: `use_dora`,
+`modules_to_save`, `layer_replication`, and those of later releases."""
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which PEFT leaves the base's weights as they are."""
@@ -105,15 +95,13 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
     """
     if config.get("peft_type") != "LORA":
         _refuse(f"it is {quoted(str(config.get('peft_type')))}, and not LoRA")
-    for why in (why for key, why in _REFUSED.items() if config.get(key)):
-        _refuse(why)
     if config.get("bias", "none") != "none":
         _refuse(f"it has biases of the base (bias: {quoted(str(config['bias']))})")
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
         _refuse(f"its base is not the one on disk (init_lora_weights: {quoted(str(init))})", _CONVERT)
     for key in sorted(key for key, value in config.items() if value and key not in _PLAIN_KEYS):
-        _refuse(f"{quoted(key)} is {quoted(json.dumps(config[key]))}, which a plain LoRA cannot express")
+        _refuse(f"{quoted(key)} is {quoted(json.dumps(config[key]), 200, '')}, which a plain LoRA cannot express")
     for one in tensors:
         if not (_FACTOR.fullmatch(one.name) or one.name.endswith(_COPY)):
             _refuse(f"it has the tensor {quoted(one.name, 200)}, expected lora_A and lora_B only")
