@@ -231,6 +231,8 @@ MISTAKES: dict[str, tuple[int, Callable[[Path], object], list[str]]] = {
     "output is a directory of someone's": (2, _write("out/notes.txt"), []),
     "output is an empty directory": (2, lambda place: (place / "out").mkdir(), []),
     "output is a file": (2, _write("out"), []),
+    "output is the root": (2, lambda _: None, ["adapter", "--base", "base", "--output", "/"]),
+    "output is the parent": (2, lambda _: None, ["adapter", "--base", "base", "--output", ".."]),
     "output is in a file": (2, _write("file"), ["adapter", "--base", "base", "--output", "file/out"]),
     "output is a link": (2, _link, []),
     "output is a dangling link": (2, lambda place: (place / "out").symlink_to(place / "nowhere"), []),

@@ -89,13 +89,14 @@ def export(
     if len(config.adapters) > 1:
         raise UsageError(f"{quoted(adapter, 200)} names {len(config.adapters)} adapters, expected one")
     _refuse_inputs(target, [spec.path, spec.base.model])
+    _replaceable(target)
     with contextlib.ExitStack() as stack:
         stack.enter_context(made_directory(target.parent))
         stack.enter_context(explained(f"cannot export to {target}"))
         scratch = Path(stack.enter_context(private_directory(target.parent, _SCRATCH)))
         partial = PartialDirectory(target)
         stack.callback(partial.remove)
-        earlier = _replaceable(target)
+        earlier = _replaceable(target)  # again: a killed run may have taken it away
         # 1.
         entry = Inputs(config, Fetching(), limit_s=headers_limit_s).checked(spec)  # fetches no base
         _refuse_inputs(target, [name for one in entry.members for name in (one.directory, one.config.base_name)])
