@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import save_file
 
 import merge_gate
 from merge_gate.cli.dispatch import main
@@ -71,7 +72,12 @@ def exported(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         place / "adapter", {name.replace(PREFIX, f"{PREFIX}_orig_mod."): one for name, one in tensors.items()}
     )
     before = digests(place)
-    assert export(place) == 0
+    synced, own = set[str](), os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda one: own(one) or synced.add(Path(f"/proc/self/fd/{one}").readlink().name))
+        assert export(place) == 0
+    assert synced > {ADAPTER_CONFIG, ADAPTER_WEIGHTS}  # so that a crash of the machine leaves all files or none
+    assert any(EXPORT_NAME in name for name in synced)
     assert digests(place / "base", place / "adapter") == {
         path: digest for path, digest in before.items() if "/out/" not in str(path)
     }
@@ -126,6 +132,29 @@ def test_an_unchanged_export_is_replaced_and_a_changed_one_is_not(exported: Path
     assert digests(place) == before
 
 
+@pytest.mark.slow
+def test_an_export_that_a_kill_took_away_is_put_back_and_replaced(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
+    """On a file system that cannot exchange directories, a kill between two renames leaves this."""
+    lay(shelf, tmp_path)
+    shutil.copytree(exported / "out", tmp_path / ".out.partial" / "replaced")
+    (tmp_path / ".out.partial" / "model").mkdir()
+    (tmp_path / ".out.partial" / "written-by-merge-gate").touch()
+    assert export(tmp_path) == 0
+    assert record(tmp_path)["scale_in"] == "lora_alpha"
+    assert is_clean(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_base_in_float64_is_compared_in_float64_and_float32(shelf: Shelf, tmp_path: Path) -> None:
+    lay(shelf, tmp_path, base="llama", alpha_pattern={"v_proj": 13})
+    tensors = read_tensors(tmp_path / "base", "model.safetensors")
+    save_file({name: one.double() for name, one in tensors.items()}, tmp_path / "base" / "model.safetensors")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"dtype": "float64"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert export(tmp_path) == 0
+    assert [one["dtype"] for one in record(tmp_path)["comparisons"]] == ["float64", "float32"]
+
+
 # --- the class that servers load -------------------------------------------------------------------------------------
 
 WRAPPED = [
@@ -133,6 +162,7 @@ WRAPPED = [
     pytest.param("gemma3", "AutoModelForCausalLM", "CAUSAL_LM", marks=pytest.mark.slow),
     pytest.param("qwen2_5_vl", "Qwen2_5_VLTextModel", None, marks=pytest.mark.slow),
     pytest.param("qwen3_5", "Qwen3_5ForConditionalGeneration", None, marks=pytest.mark.slow),
+    pytest.param("hrm_text", "HrmTextModel", "FEATURE_EXTRACTION", marks=pytest.mark.slow),  # two modules of one tensor
 ]
 
 
@@ -201,6 +231,8 @@ MISTAKES: dict[str, tuple[int, Callable[[Path], object], list[str]]] = {
     "output is a directory of someone's": (2, _write("out/notes.txt"), []),
     "output is an empty directory": (2, lambda place: (place / "out").mkdir(), []),
     "output is a file": (2, _write("out"), []),
+    "output is the root": (2, lambda _: None, ["adapter", "--base", "base", "--output", "/"]),
+    "output is the parent": (2, lambda _: None, ["adapter", "--base", "base", "--output", ".."]),
     "output is in a file": (2, _write("file"), ["adapter", "--base", "base", "--output", "file/out"]),
     "output is a link": (2, _link, []),
     "output is a dangling link": (2, lambda place: (place / "out").symlink_to(place / "nowhere"), []),
@@ -266,10 +298,14 @@ def test_an_adapter_that_fails_is_not_exported(laid: Path, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_merges_in_another_way_is_not_written(shelf: Shelf, tmp_path: Path) -> None:
+def test_an_export_that_merges_in_another_way_is_not_written(
+    shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is in float32, so one merge of each adapter is compared."""
     lay(shelf, tmp_path, base="llama", target_modules=["embed_tokens"])
     _other_embedding(tmp_path)
     assert export(tmp_path) == 3
+    assert capsys.readouterr().err.count("[1/1]") == 2
     assert is_clean(tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +20,10 @@ from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
 from merge_gate.publish.publications import replaceable
-from merge_gate.records.files import FileIdentity
+from merge_gate.records.files import EXPORT_NAME, FileIdentity, FileRecord
+from merge_gate.records.publication import ExportRecord, PublishedAdapter, PublishedBase, Versions
+from merge_gate.records.report import TOOL, Tool
+from merge_gate.report.formats.fields import dump_record
 from tests.support import published
 
 
@@ -251,6 +256,28 @@ def test_a_kill_before_the_look_leaves_an_earlier_model_that_is_removed(tmp_path
     subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
     assert names(tmp_path / ".one.partial" / "model") > set(published.FILES) - {"additional_chat_templates/x.jinja"}
     remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"one"}
+    assert names(tmp_path / "one") == {"model.safetensors"}
+
+
+def test_a_kill_before_the_look_leaves_an_earlier_export_that_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "adapter_config.json").write_bytes(b"{}")
+    tool, base = Tool(name=TOOL, version="1"), PublishedBase(model="b", dtype="float32", quantization="none", sha256="")
+    facts = ExportRecord(
+        tool=tool,
+        adapter=PublishedAdapter(name="a", source="a", files=()),
+        base=base,
+        versions=Versions(python="3"),
+        model_class="A",
+        scale_in="lora_B",
+        files=(FileRecord(path="adapter_config.json", size_bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),),
+    )
+    (tmp_path / "one" / EXPORT_NAME).write_text(json.dumps(dump_record(facts)))
+    untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")
+    subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
+    assert names(tmp_path / ".one.partial" / "model") == {"adapter_config.json", EXPORT_NAME}
+    PartialDirectory(tmp_path / "one").remove()
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == {"model.safetensors"}
 

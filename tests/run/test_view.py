@@ -295,6 +295,20 @@ def test_the_bar_counts_what_it_says(merges: int, unit: str) -> None:
     view.close()
 
 
+def test_a_second_run_counts_from_the_start() -> None:
+    out, err = Stream(tty=True), Stream(tty=True)
+    for view in PlainView(out, err), RichView(out, err):
+        for _ in range(2):
+            view.start(COMMAND_LINE, 1, 1)
+            view.adapter_started("one", 1, 1, "float32")
+            assert view._label == "[1/1]"
+            view.adapter_done(adapter("one"))
+            assert view._label == "[1/1]"
+        if isinstance(view, RichView):
+            assert len(view._foot._done) == 1
+        view.close()
+
+
 def test_what_is_waited_for_stays_when_a_file_is_refused_meanwhile() -> None:
     view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
     view.base_loading("./models/base", "bfloat16")

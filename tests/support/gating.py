@@ -82,12 +82,13 @@ class Gate:
         dtype: str = "auto",
         quantization: Quantization = Quantization.NONE,
         allow_pickle: bool = False,
+        is_export: bool = False,
     ) -> Judgement:
         files = preflight(str(adapter), allow_pickle=allow_pickle)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL))
+        evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL), is_export=is_export)
         return self._decide(
             (files,), replace(evidence, instead_of=model_class_for(str(base), files, stored_tensors(base)).instead_of)
         )

@@ -28,13 +28,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
-from merge_gate._internal.tensor_names import ADAPTER_PREFIX
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX, module_of
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import other_names
+from merge_gate.engine.base.served_class import served_class
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.engine.merge.merged_again import fits, merged_again
@@ -72,6 +72,7 @@ class MergeRequest:
     that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
     if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
     Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
+    With `is_export`, `Evidence.served` is always filled.
     `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
     before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
     that measurement.
@@ -86,6 +87,7 @@ class MergeRequest:
     sink: TensorSink | None = None
     free_bytes: int | None = None
     safe_merge: bool = True
+    is_export: bool = False
     no_forward: str = ""
     on_forward: Callable[[bool], None] = lambda _: None
 
@@ -353,7 +355,10 @@ class _Attempt:
         # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
         without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
         without_source -= merges.keys() - walk.adapted
-        renamed = other_names(base, loaded.targeted)
+        adapted = {path: path for path in loaded.targeted}
+        for arrival in loaded.arrivals:
+            adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
+        lora = {path: float(one.scaling[ADAPTER_NAME]) for path, one in walk.layers if isinstance(one, LoraLayer)}
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
@@ -361,9 +366,6 @@ class _Attempt:
             dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
             targeted=loaded.targeted,
-            scalings=tuple(
-                (path, float(one.scaling[ADAPTER_NAME])) for path, one in walk.layers if isinstance(one, LoraLayer)
-            ),
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
@@ -374,8 +376,7 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
-            other_names=renamed,
-            architecture=type(base.architecture).__name__ if renamed else "",
+            served=served_class(base, adapted, lora, is_export=self.request.is_export),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
             forward=replace(

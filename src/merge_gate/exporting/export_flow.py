@@ -21,27 +21,34 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate import __version__
-from merge_gate._internal.errors import GateError, NoPlainLoraError, UsageError
-from merge_gate._internal.regular_file import read_all, read_regular_file
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.regular_file import read_all
 from merge_gate._internal.text import quoted
+from merge_gate._internal.whole_file import whole_file
 from merge_gate.config.from_arguments import config_of
-from merge_gate.exporting.kept_merges import KeptMerges
-from merge_gate.exporting.plain_lora import Array, array_of, plain_lora, refuse, repaired_names, weights_file
+from merge_gate.exporting.kept_merges import ComparedMerges, KeptMerges
+from merge_gate.exporting.plain_lora import Array, array_of, plain_lora, refuse, repaired_names
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
-from merge_gate.files.identity import directory_identity
 from merge_gate.files.resolve import Fetching, Inputs, digest_file
-from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
-from merge_gate.publish.manifest import MOST_BYTES, is_regular, names_below, shared_fields, versions_of
-from merge_gate.publish.partial import PartialDirectory
+from merge_gate.publish.manifest import shared_fields, versions_of
+from merge_gate.publish.partial import PartialDirectory, unchanged
+from merge_gate.publish.weight_files import ModelLayout, ModelWriter, new_file
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.files import CONFIG_NAME, EXPORT_NAME, WEIGHTS_NAME, Entry, FileIdentity, FileRecord
-from merge_gate.records.measured import Evidence, ServedClass
+from merge_gate.records.files import (
+    CONFIG_NAME,
+    EXPORT_NAME,
+    WEIGHTS_NAME,
+    Entry,
+    FileIdentity,
+    FileRecord,
+    StoredTensor,
+)
 from merge_gate.records.options import RunOptions
-from merge_gate.records.publication import EXPORT_VERSION, Export, ExportRecord, PublishedAdapter, PublishedBase
+from merge_gate.records.publication import Export, ExportRecord, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, Report, Tool
 from merge_gate.records.terms import Result
-from merge_gate.report.formats.fields import UnreadableError, dump_record, load_document
+from merge_gate.report.formats.fields import dump_record
 from merge_gate.report.stored.output_directory import explained, made_directory, refuse_input
 from merge_gate.run.fed_bases import headers_limit_s
 from merge_gate.run.flow import Run
@@ -58,22 +65,6 @@ MOST_NOTES = 100
 """So many renames are printed. The record lists all."""
 
 _SCRATCH = ".merge-gate-export-"
-
-
-class _Judged(Run):
-    """A run that keeps what the worker knows of the class that servers load."""
-
-    served: ServedClass | None = None
-
-    def _judge(self, index: int, evidence: Evidence) -> None:
-        self.served = evidence.served
-        super()._judge(index, evidence)
-
-    def passed(self) -> tuple[Report, ServedClass | None]:
-        """The report, and the class if every entry passed."""
-        with contextlib.closing(self):
-            report = self.run()
-        return report, self.served if report.result is Result.PASS else None
 
 
 def export(
@@ -98,39 +89,36 @@ def export(
     if len(config.adapters) > 1:
         raise UsageError(f"{quoted(adapter, 200)} names {len(config.adapters)} adapters, expected one")
     _refuse_inputs(target, [spec.path, spec.base.model])
-    earlier = _replaceable(target)
+    _replaceable(target)
     with contextlib.ExitStack() as stack:
         stack.enter_context(made_directory(target.parent))
         stack.enter_context(explained(f"cannot export to {target}"))
         scratch = Path(stack.enter_context(private_directory(target.parent, _SCRATCH)))
         partial = PartialDirectory(target)
         stack.callback(partial.remove)
+        earlier = _replaceable(target)  # again: a killed run may have taken it away
         # 1.
         entry = Inputs(config, Fetching(), limit_s=headers_limit_s).checked(spec)  # fetches no base
-        _refuse_inputs(target, [one.directory for one in entry.members])
-        _refuse_inputs(target, [one.config.base_name for one in entry.members])
-        content, renamed = _content(entry), {}
-        if content is not None:
-            renamed = _renamed(entry)
-            refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
+        _refuse_inputs(target, [name for one in entry.members for name in (one.directory, one.config.base_name)])
+        if entry.base_files is not None and entry.base_files.is_float32:
+            spec = replace(spec, base=replace(spec.base, dtypes=("float32",)))
+            config = replace(config, adapters=(spec,))
+        content = _content(entry)
+        renamed = _renamed(entry, content, view) if content is not None else {}
         if renamed:
-            for old, new in sorted(renamed.items())[:MOST_NOTES]:
-                view.note(f"renamed: {quoted(old, 200)} -> {quoted(new, 200)}")
-            if len(renamed) > MOST_NOTES:
-                view.note(f"renamed: {len(renamed) - MOST_NOTES:,} more tensors, which {EXPORT_NAME} lists")
             tensors = _tensors(entry.files.directory, entry.files.files)
-            _write(scratch / "repaired", content, {renamed.get(name, name): one for name, one in tensors.items()})
+            tensors = {renamed.get(name, name): one for name, one in tensors.items()}
+            write_adapter(scratch / "repaired", content, tensors)
             config = _config_of(scratch / "repaired", config, spec)
         # 2.
         (scratch / "merges").mkdir()
         kept = KeptMerges(scratch / "merges")
-        report, served = _Judged(config, OPTIONS, view, publications=kept).passed()
-        if served is None or content is None:
+        report = _gated(config, view, kept)
+        if report.result is not Result.PASS or kept.served is None or content is None:
             return Export(report=report)
         # 3.
         tensors = _tensors(config.adapters[0].path or entry.files.directory, report.adapters[0].files)
-        made = plain_lora(content, tensors, served, fill=fill)
-        files = _write(partial.model, made.config, made.tensors)
+        made = plain_lora(content, tensors, kept.served, fill=fill)
         base_report = replace(report.bases[0], sha256=report.bases[0].sha256 or "")
         facts = ExportRecord(
             tool=Tool(name=TOOL, version=__version__),
@@ -139,29 +127,32 @@ def export(
             ),
             base=PublishedBase(**shared_fields(PublishedBase, base_report)),
             versions=versions_of(report.environment, report.adapters[0].base),
-            model_class=served.name,
+            model_class=kept.served.name,
             renamed=tuple(sorted(renamed)),
-            padding=tuple(sorted({*made.padding, *entry.files.padding & made.unused})),
+            padding=tuple(sorted({*made.padding, *(one for one in entry.files.padding if made.bounds.get(one) == 0)})),
             scale_in="lora_B" if made.is_folded else "lora_alpha",
-            files=files,
+            files=write_adapter(partial.model, made.config, made.tensors),
         )
         _write_record(partial.model, facts)
         # 4.
-        bounds = {source: bound for module, bound in made.bounds.items() for source in served.sources.get(module, ())}
-        padding = {source for module in made.padding for source in served.sources.get(module, ())}
-        again = KeptMerges(scratch / "merges", kept, bounds, made.config["r"])
+        again = ComparedMerges(kept, made)
         config = _config_of(partial.model, config, replace(spec, name=target.name, source=output))
-        report, served = _Judged(config, OPTIONS, view, publications=again).passed()
-        if served is None:
+        report = _gated(config, view, again)
+        if report.result is not Result.PASS:
             return Export(report=report)
-        if served.loaded != served.name:
-            raise GateError(f"the export was loaded as {served.loaded}, expected {served.name}")
-        compared = [again.comparison(task, one.base.dtype, padding) for task, one in enumerate(report.adapters)]
+        if again.served is None or again.served.loaded != facts.model_class:
+            raise GateError(f"the export was not loaded as {facts.model_class}")
+        compared = [again.comparison(task, one.base.dtype) for task, one in enumerate(report.adapters)]
         # 5.
         facts = replace(facts, comparisons=tuple({one.dtype: one for one in compared}.values()))
         _write_record(partial.model, facts)
         partial.publish(replaces=earlier)
         return Export(report=report, record=facts)
+
+
+def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
+    with contextlib.closing(Run(config, OPTIONS, view, publications=merges)) as run:
+        return run.run()
 
 
 # --- the directory ---------------------------------------------------------------------------------------------------
@@ -182,48 +173,41 @@ def _replaceable(target: Path) -> tuple[FileIdentity, ...] | None:
     """
     if not os.path.lexists(target):
         return None
-    with contextlib.suppress(OSError, UnreadableError):
-        identity, data = directory_identity(target), read_regular_file(target / EXPORT_NAME, MOST_BYTES)
-        earlier: ExportRecord = load_document(ExportRecord, data, EXPORT_VERSION, TOOL)
-        is_listed = {*names_below(target)} == {EXPORT_NAME, *(file.path for file in earlier.files)}
-        places = [(target / file.path, file.sha256) for file in earlier.files] if is_listed else []
-        is_same = places and all(is_regular(place) and digest_file(place) == sha256 for place, sha256 in places)
-        if is_same and not target.is_symlink() and directory_identity(target) == identity:
-            return identity
-    raise UsageError(
-        f"{quoted(str(target), 200)} exists, and is not an unchanged export of merge-gate",
-        hint="move it away, or choose another directory with --output",
-    )
+    if (identity := unchanged(target, is_export=True)) is None:
+        raise UsageError(
+            f"{quoted(str(target), 200)} exists, and is not an unchanged export of merge-gate",
+            hint="move it away, or choose another directory with --output",
+        )
+    return identity
 
 
-def _write(directory: Path, config: Mapping[str, Any] | None, tensors: Mapping[str, Array]) -> tuple[FileRecord, ...]:
+def write_adapter(
+    directory: Path, config: Mapping[str, Any] | None, tensors: Mapping[str, Array]
+) -> tuple[FileRecord, ...]:
+    """Write both files of an adapter, and read them back. Their bytes depend on the config and the tensors only."""
     directory.mkdir(exist_ok=True)
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="ascii")
-    with (directory / WEIGHTS_NAME).open("wb") as file:
-        file.writelines(weights_file(tensors))
-        file.flush()
-        os.fsync(file.fileno())
-    places = [directory / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    return tuple(
-        FileRecord(path=place.name, size_bytes=place.stat().st_size, sha256=digest_file(place)) for place in places
-    )
+    stored = [
+        StoredTensor(name=name, dtype=one.dtype, shape=one.values.shape, file=WEIGHTS_NAME)
+        for name, one in tensors.items()
+    ]
+    writer = ModelWriter(directory, ModelLayout(files=(new_file(WEIGHTS_NAME, stored, {"format": "pt"}),)))
+    for name, one in tensors.items():
+        writer.write(name, 0, memoryview(one.values.tobytes()))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return writer.add_file(CONFIG_NAME, text.encode("ascii")), *writer.read_back()
 
 
 def _write_record(directory: Path, facts: ExportRecord) -> None:
     text = json.dumps(dump_record(facts), allow_nan=False, indent=2) + "\n"
-    (directory / EXPORT_NAME).write_text(text, encoding="ascii")
+    with whole_file(directory / EXPORT_NAME, lasts=True) as file:
+        file.write(text.encode("ascii"))
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
 
 
 def _content(entry: Entry) -> dict[str, Any] | None:
-    """The adapter's config; None if its files are broken, which the gate reports."""
-    if PICKLE_REFUSED.id in {finding.check for member in entry.members for finding in member.findings}:
-        raise NoPlainLoraError(
-            "the adapter's weights are a Python pickle, which export does not read",
-            hint="save the adapter again as safetensors, PEFT's default",
-        )
+    """The adapter's config; None if its files are broken, or a pickle, which the gate reports."""
     if entry.problem is not None or entry.files.weights != WEIGHTS_NAME:
         return None
     try:
@@ -233,15 +217,15 @@ def _content(entry: Entry) -> dict[str, Any] | None:
         return None
 
 
-def _renamed(entry: Entry) -> dict[str, str]:
-    """The names of tensors that have to be repaired."""
-    names = [one.name for one in entry.files.tensors]
-    renamed = repaired_names(names, [one.name for one in entry.base_files.tensors] if entry.base_files else [])
-    if len({renamed.get(name, name) for name in names}) < len(names):
-        raise NoPlainLoraError(
-            "two of the adapter's tensors have the same name without what wrappers added",
-            hint="save the inner model with save_pretrained",
-        )
+def _renamed(entry: Entry, content: Mapping[str, Any], view: View) -> dict[str, str]:
+    """The names of tensors that have to be repaired. Refuses what has no plain LoRA."""
+    names, stored = ([one.name for one in files.tensors] if files else [] for files in (entry.files, entry.base_files))
+    renamed = repaired_names(names, stored)
+    refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
+    for old, new in sorted(renamed.items())[:MOST_NOTES]:
+        view.note(f"renamed: {quoted(old, 200)} -> {quoted(new, 200)}")
+    if len(renamed) > MOST_NOTES:
+        view.note(f"renamed: {len(renamed) - MOST_NOTES:,} more tensors, which {EXPORT_NAME} lists")
     return renamed
 
 

@@ -28,32 +28,24 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
 from merge_gate.records.terms import record
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)
-"""The ranks that servers have kernels for."""
+LEAST_RANK = 8
+"""Servers have kernels for this rank, and for its double, and so on."""
 
 _FACTOR = re.compile(r".*\.lora_(?P<kind>(?:embedding_)?)(?P<side>[AB])(\.default)?(\.weight)?")
 _COPY = ".base_layer.weight"
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that servers fuse, so that they expect the factors of all of them."""
 
-_NUMPY: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 """numpy has no bfloat16: its bits are those of an integer."""
+
+_OF_FACTORS = ("F32", "F16", "BF16")
+"""Folded factors are float32, which must not be less exact."""
 
 _OFFER = "merge it, and serve the merged model: merge-gate run --publish DIR"
 _CONVERT = (
     "convert it as PEFT does: save_pretrained with path_initial_model_for_weight_conversion; or publish its merge"
 )
-_REFUSED = {
-    "use_dora": "DoRA normalizes each weight",
-    "modules_to_save": "it has whole modules (modules_to_save)",
-    "trainable_token_indices": "it has trained tokens (trainable_token_indices)",
-    "lora_bias": "it has biases of its own (lora_bias)",
-    "alora_invocation_tokens": "it acts only after its invocation tokens (aLoRA)",
-    "layer_replication": "it repeats layers of the base (layer_replication)",
-    "target_parameters": "it changes experts or other parameters directly (target_parameters)",
-}
-"""What has no plain LoRA, by the key of adapter_config.json."""
-
 _CARRIED = ("base_model_name_or_path", "peft_version", "revision")
 _OF_CLASS = ("auto_mapping", "task_type")
 _PLAIN_KEYS = frozenset({
@@ -62,7 +54,8 @@ _PLAIN_KEYS = frozenset({
     "lora_dropout", "megatron_core", "peft_type", "qalora_group_size", "r", "rank_pattern", "runtime_config",
     "target_modules", "use_rslora",
 })  # fmt: skip
-"""Keys that a plain LoRA expresses. Any other key that is set has an effect that it may not have."""
+"""Keys that a plain LoRA expresses. Any other key that is set has an effect that it may not have: `use_dora`,
+`modules_to_save`, `layer_replication`, and those of later releases."""
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which PEFT leaves the base's weights as they are."""
@@ -93,11 +86,6 @@ class PlainLora:
     is_folded: bool
     bounds: Mapping[str, float]
 
-    @property
-    def unused(self) -> frozenset[str]:
-        """Modules whose delta is zero."""
-        return frozenset(module for module, bound in self.bounds.items() if not bound)
-
 
 def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
     """Refuse a config or tensors that a plain LoRA cannot have.
@@ -107,20 +95,18 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
     """
     if config.get("peft_type") != "LORA":
         _refuse(f"it is {quoted(str(config.get('peft_type')))}, and not LoRA")
-    for why in (why for key, why in _REFUSED.items() if config.get(key)):
-        _refuse(why)
     if config.get("bias", "none") != "none":
         _refuse(f"it has biases of the base (bias: {quoted(str(config['bias']))})")
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
         _refuse(f"its base is not the one on disk (init_lora_weights: {quoted(str(init))})", _CONVERT)
     for key in sorted(key for key, value in config.items() if value and key not in _PLAIN_KEYS):
-        _refuse(f"{quoted(key)} is {quoted(json.dumps(config[key]))}, which a plain LoRA cannot express")
+        _refuse(f"{quoted(key)} is {quoted(json.dumps(config[key]), 200, '')}, which a plain LoRA cannot express")
     for one in tensors:
         if not (_FACTOR.fullmatch(one.name) or one.name.endswith(_COPY)):
             _refuse(f"it has the tensor {quoted(one.name, 200)}, expected lora_A and lora_B only")
-        if one.dtype not in _NUMPY:
-            _refuse(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_NUMPY)}")
+        if one.dtype not in _OF_FACTORS:
+            _refuse(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_OF_FACTORS)}")
 
 
 def _refuse(why: str, hint: str = _OFFER) -> NoReturn:
@@ -130,8 +116,10 @@ def _refuse(why: str, hint: str = _OFFER) -> NoReturn:
 def repaired_names(names: Iterable[str], stored: Collection[str]) -> dict[str, str]:
     """The names of factors that differ from PEFT's by what a wrapper or a second prefix adds, each with PEFT's name.
 
-    `stored` are the names of the base's tensors. A part of them is not one that a wrapper has added.
+    `stored` are the names of the base's tensors. A part of them is not one that a wrapper has added. If two tensors
+    would have one name, none is repaired, and the gate says what is wrong.
     """
+    names = list(names)
     parts = [part for part in (ADAPTER_PREFIX, *WRAPPERS) if not any(f".{part}" in f".{name}" for name in stored)]
     prefixes, renamed = re.compile(f"(?:{'|'.join(map(re.escape, parts))})*"), {}
     for name in filter(_FACTOR.fullmatch, names):
@@ -139,7 +127,8 @@ def repaired_names(names: Iterable[str], stored: Collection[str]) -> dict[str, s
         for part in parts:  # of a layer that was wrapped by itself
             rest = rest.replace(f".{part}", ".") if part.startswith("_") else rest
         renamed[name] = ADAPTER_PREFIX + rest
-    return {old: new for old, new in renamed.items() if old != new}
+    is_clear = len({renamed.get(name, name) for name in names}) == len(names)
+    return {old: new for old, new in renamed.items() if old != new and is_clear}
 
 
 def plain_lora(
@@ -154,7 +143,7 @@ def plain_lora(
     pairs = _pairs(tensors, served)
     # 2.
     highest = max(sides["A"].values.shape[0] for sides in pairs.values())
-    rank = next((one for one in RANKS if one >= highest), 1 << (highest - 1).bit_length())
+    rank = max(LEAST_RANK, 1 << (highest - 1).bit_length())
     # 3.
     alpha = _shared_alpha({served.scalings[module] for module, _ in pairs}, rank)
     made: dict[str, Array] = {}
@@ -182,7 +171,7 @@ def plain_lora(
             "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
             "target_modules": _targets({*bounds, *padding}, served.sizes),
         },
-        tensors=dict(sorted(made.items(), key=lambda pair: (-pair[1].values.itemsize, pair[0]))),  # aligned
+        tensors=dict(sorted(made.items())),
         padding=tuple(padding),
         is_folded=alpha is None,
         bounds=bounds,
@@ -196,7 +185,7 @@ def _pairs(tensors: Mapping[str, Array], served: ServedClass) -> dict[tuple[str,
         if (factor := _FACTOR.fullmatch(name)) is None:
             continue
         own = module_of(name)
-        if (module := served.names.get(own)) is None:
+        if (module := served.names.get(own, "")) not in served.scalings:
             what = f"{served.name}, which the base's config.json names"
             _refuse(f"{what}, has no module with the stored tensors of {quoted(own, 200)}")
         sides = pairs[module, factor["kind"]]
@@ -249,29 +238,12 @@ def _type(module: str) -> str:
 
 
 def _targets(adapted: Collection[str], modules: Iterable[str]) -> list[str]:
-    """The shortest ends of names that select exactly these modules."""
-    others = {end for module in modules if module not in adapted for end in _ends(module)}
-    return sorted({next((end for end in _ends(module) if end not in others), module) for module in adapted})
-
-
-def _ends(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    """The last parts of these names, as PEFT's own defaults, if they select no other module; else the names."""
+    ends = {module.rpartition(".")[2] for module in adapted}
+    is_exact = all(module in adapted or module.rpartition(".")[2] not in ends for module in modules)
+    return sorted(ends if is_exact else adapted)
 
 
 def array_of(dtype: str, shape: tuple[int, ...], data: bytes) -> Array:
     """A tensor of a weights file."""
     return Array(dtype=dtype, values=np.frombuffer(data, _NUMPY[dtype]).reshape(shape))
-
-
-def weights_file(tensors: Mapping[str, Array]) -> Iterator[bytes]:
-    """The bytes of a safetensors file. They depend on the tensors only."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.values.nbytes
-        header[name] = {"dtype": array.dtype, "shape": array.values.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    yield from (array.values.tobytes() for array in tensors.values())

@@ -167,6 +167,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
         quantization=declared,
         original=original,
         auto_dtype=_auto_dtype(config, name),
+        is_float32=(config.get("dtype") or config.get("torch_dtype")) == "float32",
         findings=(*different, *of_formats),
         notes=tuple(note.findings),
         is_streamed=not has_values,

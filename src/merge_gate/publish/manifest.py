@@ -24,10 +24,12 @@ from merge_gate._internal.text import NUMBER, counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
 from merge_gate.records.config import CheckSetting, Config, PublishSpec
-from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.files import EXPORT_NAME, Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.publication import (
     CARD_NAME,
+    EXPORT_VERSION,
     MANIFEST_VERSION,
+    ExportRecord,
     Manifest,
     PublishedAdapter,
     PublishedBase,
@@ -329,12 +331,30 @@ def differences(directory: str | Path, manifest: Manifest, *, weights: bool = Tr
 
     Without `weights`, only the size of a safetensors file is compared.
     """
-    return dict(sorted(_compared(Path(directory), manifest, weights=weights)))
+    folder = Path(directory)
+    found = dict(_compared(folder, manifest.files, MANIFEST_NAME, weights=weights))
+    has_card = CARD_NAME in {file.path for file in manifest.files}
+    if not has_card or (CARD_NAME not in found and not _is_on_card(folder)):
+        found[MANIFEST_NAME] = Difference.NOT_ON_CARD
+    return dict(sorted(found.items()))
 
 
-def _compared(folder: Path, manifest: Manifest, *, weights: bool) -> Iterator[tuple[str, Difference]]:
-    found = set(names_below(folder)) - {MANIFEST_NAME}
-    listed = {file.path: file for file in manifest.files}
+def is_unchanged_export(folder: Path) -> bool:
+    """Whether a directory holds what its merge-gate-export.json lists, and nothing else.
+
+    Raises:
+        OSError, UnreadableError: it has no such file, or another one.
+    """
+    data = read_regular_file(folder / EXPORT_NAME, MOST_BYTES)
+    record: ExportRecord = load_document(ExportRecord, data, EXPORT_VERSION, TOOL)
+    return not dict(_compared(folder, record.files, EXPORT_NAME))
+
+
+def _compared(
+    folder: Path, files: Iterable[FileRecord], record: str, *, weights: bool = True
+) -> Iterator[tuple[str, Difference]]:
+    found = set(names_below(folder)) - {record}
+    listed = {file.path: file for file in files}
     yield from ((name, Difference.ADDED) for name in found - set(listed))
     for name, file in listed.items():
         if name not in found:
@@ -345,10 +365,6 @@ def _compared(folder: Path, manifest: Manifest, *, weights: bool) -> Iterator[tu
             (weights or not name.endswith(".safetensors")) and digest_file(folder / name) != file.sha256
         ):
             yield name, Difference.CHANGED
-        elif name == CARD_NAME and not _is_on_card(folder):
-            yield MANIFEST_NAME, Difference.NOT_ON_CARD
-    if CARD_NAME not in listed:
-        yield MANIFEST_NAME, Difference.NOT_ON_CARD
 
 
 def _is_on_card(folder: Path) -> bool:

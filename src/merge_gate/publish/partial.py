@@ -1,4 +1,4 @@
-"""A directory of a model that is being written, and that has no name yet.
+"""A directory of a model or of an export that is being written, and that has no name yet.
 
 In: a directory and the name that the model will have. Out: `DIR/.NAME.partial`, locked, with the model's files in
 `model/`. It gets its name whole, or is removed. The system ends the lock with the process, so that a later run removes
@@ -23,8 +23,9 @@ from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import sync_directory
 from merge_gate.files.identity import directory_identity
-from merge_gate.publish.manifest import differences, read_manifest
+from merge_gate.publish.manifest import differences, is_unchanged_export, read_manifest
 from merge_gate.records.files import FileIdentity
+from merge_gate.report.formats.fields import UnreadableError
 
 _ENDING = ".partial"
 _MARKER = "written-by-merge-gate"
@@ -32,7 +33,7 @@ _MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
 _LOOK = "an exchange began: look at `model` before it is removed"
-_ABANDONED = f"if there is no other run, move its `{_REPLACED}` (the earlier model) back if it has one, and remove it"
+_ABANDONED = f"if there is no other run, move its `{_REPLACED}` (what had its name) back if it has one, and remove it"
 
 
 def partial_name(name: str) -> str:
@@ -43,7 +44,7 @@ def partial_name(name: str) -> str:
 def waiting(place: Path) -> str:
     """The end of a hint: where an earlier model waits for its name, if it does in this partial directory."""
     earlier = place / _REPLACED
-    return f"; the earlier model is in {quoted(str(earlier), 200)}" if os.path.lexists(earlier) else ""
+    return f"; what had its name is in {quoted(str(earlier), 200)}" if os.path.lexists(earlier) else ""
 
 
 class PartialDirectory:
@@ -63,7 +64,7 @@ class PartialDirectory:
             if not _is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
                     f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
-                    hint=f"move that directory away, or publish to another one{waiting(self._place)}",
+                    hint=f"move that directory away, or choose another one{waiting(self._place)}",
                 )
             try:
                 for own in (_MODEL, _REPLACED, _MARKER):
@@ -84,9 +85,8 @@ class PartialDirectory:
                 continue
             except AlreadyLockedError:
                 raise NotPublishedError(
-                    f"another run of merge-gate is writing the model {quoted(self._target.name, 200)} to "
-                    f"{quoted(str(self._target.parent), 200)}",
-                    hint="wait for it, or choose another directory with --publish",
+                    f"another run of merge-gate is writing {quoted(str(self._target), 200)}",
+                    hint="wait for it, or choose another directory",
                 ) from None
             if not lock.is_held and os.listdir(self._place):  # noqa: PTH208 - names are all that is wanted
                 raise NotPublishedError(
@@ -186,7 +186,7 @@ def _put_back(place: Path) -> bool:
         except OSError:
             return False
     is_looked_at = not os.path.lexists(place / _MODEL) or not (place / _MARKER).stat().st_size
-    return is_looked_at or unchanged(place / _MODEL) is not None
+    return is_looked_at or any(unchanged(place / _MODEL, is_export=kind) is not None for kind in (False, True))
 
 
 def _remove(directory: Path) -> None:
@@ -197,15 +197,20 @@ def _remove(directory: Path) -> None:
             directory.unlink()
 
 
-def unchanged(place: Path, *, weights: bool = True) -> tuple[FileIdentity, ...] | None:
-    """The identity of an unchanged publication; None for anything else. Without `weights`, only their sizes count."""
+def unchanged(place: Path, *, weights: bool = True, is_export: bool = False) -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged publication, or of an unchanged export if `is_export`; None for anything else.
+
+    Without `weights`, only the sizes of a publication's weights count.
+    """
     if place.is_symlink() or not place.is_dir():
         return None
     try:
         identity = directory_identity(place)
-        is_other = differences(place, read_manifest(place), weights=weights)
-        return None if is_other or directory_identity(place) != identity else identity
-    except (OSError, GateError):
+        is_own = (
+            is_unchanged_export(place) if is_export else not differences(place, read_manifest(place), weights=weights)
+        )
+        return identity if is_own and directory_identity(place) == identity else None
+    except (OSError, GateError, UnreadableError):
         return None
 
 
@@ -219,7 +224,7 @@ def _content(directory: Path) -> tuple[FileIdentity, ...]:
 
 def _taken(target: Path) -> NotPublishedError:
     return NotPublishedError(
-        f"{quoted(str(target), 200)} appeared or changed while the model was being written",
+        f"{quoted(str(target), 200)} appeared or changed during this run",
         hint="let only one program write to that directory",
     )
 

@@ -30,6 +30,7 @@ from merge_gate.publish.partial import PartialDirectory, partial_name, remove_le
 from merge_gate.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
+from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.report.stored.output_directory import explained
@@ -116,7 +117,12 @@ class Publications:
         for index, entry in self._chosen.items():
             self._add(index, entry, self.spec)
         _refuse_over((model.directory for model in self._models.values()), inputs)
-        _refuse_small_disk(self._parent, sum(model.expected.size_bytes for model in self._models.values()))
+        refuse_small_disk(
+            self._parent,
+            sum(model.expected.size_bytes for model in self._models.values()),
+            "the models to publish",
+            "free some space, choose another disk with --publish, or publish fewer adapters with --only",
+        )
         return dict.fromkeys(self._models, self.spec.dtype)
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
@@ -153,7 +159,7 @@ class Publications:
 
     # --- 3 and 4: the verdict --------------------------------------------------------------------------------------
 
-    def passed(self, index: int, base: Callable[[], BaseReader]) -> None:
+    def passed(self, index: int, base: Callable[[], BaseReader], evidence: Evidence) -> None:  # noqa: ARG002 - a subclass keeps it
         """The adapter passed: complete its model. `base` opens the base's own files."""
         if (model := self._models.get(index)) is not None:
             model.accept()
@@ -367,16 +373,16 @@ def _refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> N
                 )
 
 
-def _refuse_small_disk(target: Path, needed_bytes: int) -> None:
-    """Refuse a disk that cannot hold the models, by a `GateError`."""
-    with explained(f"cannot publish to {quoted(str(target), 200)}", chosen_by=_CHOSEN_BY):
+def refuse_small_disk(target: Path, needed_bytes: int, what: str, hint: str) -> None:
+    """Refuse a disk that cannot hold so many bytes, by a `GateError`. `what` needs them."""
+    with explained(f"cannot write to {quoted(str(target), 200)}", hint=hint):
         disk = os.statvfs(target)
     free_bytes = disk.f_bavail * disk.f_frsize
     if free_bytes < needed_bytes:
         raise GateError(
-            f"the models to publish need {needed_bytes / _GIB:,.1f} GiB in {quoted(str(target), 200)}, and "
-            f"{free_bytes / _GIB:,.1f} GiB are free",
-            hint="free some space, choose another disk with --publish, or publish fewer adapters with --only",
+            f"{what} need {needed_bytes / _GIB:,.1f} GiB in {quoted(str(target), 200)}, and {free_bytes / _GIB:,.1f} "
+            "GiB are free",
+            hint=hint,
         )
 
 

@@ -197,7 +197,7 @@ def _changed_files(
         if number == len(base.files) - 1:
             tensors += [replace(tensor, file=file.name) for tensor in added]
         is_same = tensors == [one.tensor for one in file.places]
-        yield file if is_same else _new_file(file.name, tensors, _metadata(file))
+        yield file if is_same else new_file(file.name, tensors, _metadata(file))
 
 
 def _resharded(
@@ -217,7 +217,7 @@ def _resharded(
     metadata = _metadata(base.files[0])
     for number, shard in enumerate(shards, 1):
         name = _shard_name(base, number, len(shards))
-        yield _new_file(name, [replace(tensor, file=name) for tensor in shard], metadata)
+        yield new_file(name, [replace(tensor, file=name) for tensor in shard], metadata)
 
 
 def _shard_name(base: ModelLayout, number: int, count: int) -> str:
@@ -234,7 +234,7 @@ def _shard_name(base: ModelLayout, number: int, count: int) -> str:
     return f"{first.removesuffix(SAFETENSORS_ENDING)}-{number:05}-of-{count:05}{SAFETENSORS_ENDING}"
 
 
-def _new_file(name: str, tensors: Iterable[StoredTensor], metadata: Mapping[str, str] | None) -> FileLayout:
+def new_file(name: str, tensors: Iterable[StoredTensor], metadata: Mapping[str, str] | None) -> FileLayout:
     """A file of these tensors. Wider dtypes come first: each tensor then begins at a multiple of its element size."""
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     offsets = [*itertools.pairwise(itertools.accumulate(map(tensor_bytes, ordered), initial=0))]

@@ -129,6 +129,7 @@ class BaseFiles:
         quantization: what the files declare; None for a plain base.
         original: the unquantized base that the files name, if they name one.
         auto_dtype: what keeps the base from being loaded with dtype `auto`; None if nothing does.
+        is_float32: whether dtype `auto` is float32, because config.json says so.
         findings: what keeps adapters from being judged on this base: `base-inconsistent`, `base-incomplete`,
             `base-format`. The first one is the cause.
         notes: what is worth reporting if every parameter of the loaded model has a source.
@@ -145,6 +146,7 @@ class BaseFiles:
     quantization: DeclaredQuantization | None = None
     original: str | None = None
     auto_dtype: Finding | None = None
+    is_float32: bool = False
     findings: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     is_streamed: bool = False

@@ -274,8 +274,9 @@ class ServedClass:
     Attributes:
         name: its name.
         loaded: the class that the base was loaded as.
-        names: the modules of the adapter that it has, by their names in the adapter's file.
-        scalings: the factor of the delta of each of them.
+        names: the modules of the adapter that it has, by their names in the loaded class and in the adapter's file.
+        lacking: those of these names that it lacks, and that transformers does not rename to its own.
+        scalings: the factor of the delta of each module, by its own names.
         sizes: the sizes of the input and output of each linear layer; None for other modules.
         sources: the stored tensors that make the weight of a module.
     """
@@ -283,6 +284,7 @@ class ServedClass:
     name: str
     loaded: str
     names: Mapping[str, str]
+    lacking: tuple[str, ...] = ()
     scalings: Mapping[str, float]
     sizes: Mapping[str, tuple[int, int] | None]
     sources: Mapping[str, tuple[str, ...]]
@@ -314,11 +316,7 @@ class Evidence:
             loaded as.
         forward: what a run of the model showed.
         different: layers whose merge computes something else.
-        other_names: targeted modules that the class in config.json's `architectures` has under another name, and that
-            name; empty if the base was loaded as that class.
-        architecture: that class.
-        scalings: the factor of the delta of each layer of LoRA.
-        served: the class that servers load, if the run is an export.
+        served: the class that servers load, if the run is an export, or if that class lacks the adapter's names.
     """
 
     base: BaseFacts
@@ -343,9 +341,6 @@ class Evidence:
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
-    other_names: tuple[tuple[str, str], ...] = ()
-    architecture: str = ""
-    scalings: tuple[tuple[str, float], ...] = ()
     served: ServedClass | None = None
     seed: int | None = None
     parameters_checked: int = 0

@@ -440,7 +440,7 @@ class Run:
             self._unstored[index] = CachedVerdict(adapter=report, base=base)
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base
-            self.publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)))
+            self.publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)), evidence)
         else:
             self.publications.discard(index)
         self._report(index, report)

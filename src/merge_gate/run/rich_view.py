@@ -58,10 +58,12 @@ class RichView(TextView):
             stdout, stderr, colors_result=color and stdout.isatty() if colors_result is None else colors_result
         )
         self._console = Console(file=stderr, no_color=not color, highlight=False, markup=False)
+        self._clock = clock
         self._foot = _Foot(self._console, clock)
 
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         super().start(config_path, adapter_count, merge_count)
+        self._foot = _Foot(self._console, self._clock)
         if merge_count != adapter_count:
             self._foot.count_merges()
         self._foot.wait_for(_READING)

@@ -93,7 +93,7 @@ class TextView(View):
         return f"[{self._index}/{self.total}]"
 
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
-        self.total = merge_count
+        self.total, self._done = merge_count, 0  # an export is a second run of one view
         merges = f", {words.counted(merge_count, 'merge')}" if merge_count != adapter_count else ""
         listed = f"on {COMMAND_LINE}" if config_path == COMMAND_LINE else f"in {one_line(config_path)}"
         self._say(f"merge-gate: {words.counted(adapter_count, 'adapter')} {listed}{merges}", Style.STRONG)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate._internal.errors import EngineError
-from merge_gate._internal.tensor_names import ADAPTER_PREFIX, module_of
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
@@ -237,17 +236,6 @@ class GroupBases:
         position = next(places, None)
         return ParentFeed(self.client, position, is_aside=True) if position is not None else None
 
-    def with_served_class(self, loaded: GroupBase, task: Task, evidence: Evidence) -> Evidence:
-        """The evidence, with the class that servers load if the task is of an export."""
-        if task.publishes != AS_MERGED or evidence.refusal is not None:
-            return evidence
-        from merge_gate.engine.base.served_class import served_class  # noqa: PLC0415 - few runs export
-
-        names = (one.name.removeprefix(ADAPTER_PREFIX) for one in task.files[0].tensors)
-        modules = dict.fromkeys(module_of(name) for name in names if ".lora_" in name)
-        stored, known = loaded.group.files.tensors, self.account(loaded).map
-        return replace(evidence, served=served_class(loaded.base, stored, known, modules, dict(evidence.scalings)))
-
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""
         self._figures = {**self._figures, **figures_by_span(base)}
@@ -400,8 +388,7 @@ def _judge_batch(
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
                 _finish_publication(task, evidence, base_of[task.index])
-                known = bases.with_served_class(base_of[task.index], task, evidence)
-                yield Merged(task=task.index, evidence=replace(known, instead_of=instead_of))
+                yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
@@ -481,6 +468,7 @@ def _request(
         progress=progress,
         free_bytes=MemoryGroup().left_bytes(),
         sink=sink,
+        is_export=task.publishes == AS_MERGED,
         no_forward=task.no_forward,
         on_forward=lambda is_running: report(ForwardRunning(task=task.index, is_running=is_running)),
     )
@@ -517,7 +505,6 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
                 else:
                     evidence, comparison = bases.compare(one, task, request)
         _finish_publication(task, evidence, one)
-        evidence = bases.with_served_class(one, task, evidence)
     except Exception as error:
         (event,) = undecided([task], error)
         return event

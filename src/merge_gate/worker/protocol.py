@@ -344,7 +344,7 @@ class Answer:
 
 
 class Publisher(PassingBytes, Protocol):
-    """Gets the tensors of each task. Its methods are called by several threads, and raise nothing."""
+    """Gets the tensors of each task. Its methods are called by several threads. The worker gets what they raise."""
 
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
         """A merge begins, perhaps again: what was sent before does not count."""

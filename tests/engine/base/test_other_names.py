@@ -15,7 +15,7 @@ from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.architectures import Architecture
 from tests.support.gating import Gate, Judgement
-from tests.support.models import read_config, read_tensors, write_config, write_tensors
+from tests.support.models import Shelf, make_adapter, read_config, read_tensors, write_config, write_tensors
 
 PREFIX = "base_model.model."
 
@@ -75,8 +75,8 @@ def test_an_adapter_of_the_text_class_is_noted(
     assert judgement.verdict is Verdict.PASSED, judgement
     assert noted(judgement) == [Severity.NOTE]
     assert served(base, adapter) == {}
-    assert judgement.evidence is not None
-    names = dict(judgement.evidence.other_names)
+    assert judgement.evidence is not None and judgement.evidence.served is not None  # noqa: PT018 - narrows
+    names = {module: judgement.evidence.served.names[module] for module in judgement.evidence.served.lacking}
     tensors = {
         f"{PREFIX}{names[module]}{name.removeprefix(PREFIX + module)}": tensor
         for name, tensor in read_tensors(adapter).items()
@@ -152,3 +152,15 @@ def test_an_adapter_of_the_bare_class_is_not(tmp_path: Path) -> None:
     judgement = Gate().judge(tmp_path / "a", tmp_path / "base")
     assert judgement.verdict is Verdict.PASSED, judgement
     assert noted(judgement) == []
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_base_that_is_no_part_has_no_second_map(task_type: str, shelf: Shelf, tmp_path: Path) -> None:
+    """A run of a usual adapter builds no other class."""
+    make_adapter(shelf.base("llama"), tmp_path / "a", task_type=task_type)
+    gate = Gate()
+    judgement = gate.judge(tmp_path / "a", shelf.base("llama"))
+    (base,) = gate.loaded.values()
+    assert judgement.evidence is not None
+    assert judgement.evidence.served is None
+    assert base.named == ("LlamaForCausalLM", base.map if task_type == "CAUSAL_LM" else None)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from merge_gate.records.measured import ServedClass
 from merge_gate.records.terms import Origin
 from tests.support.faults import Case
-from tests.support.judging.cases import MODULE, Fire, base, evidence, files, reason, spec
+from tests.support.judging.cases import MODULE, Fire, evidence, files, reason, spec
 from tests.support.judging.every_check import EveryCheck
 
 WHOLE = "model.language_model.layers.5.self_attn.q_proj"
-RENAMED = {
-    "base": base(loaded_as="Qwen3_5ForCausalLM"),
-    "other_names": ((MODULE, WHOLE),),
-    "architecture": "Qwen3_5ForConditionalGeneration",
-}
+
+
+def served(**names: str) -> ServedClass:
+    return ServedClass(
+        name="Qwen3_5ForConditionalGeneration",
+        loaded="Qwen3_5ForCausalLM",
+        names=names,
+        lacking=tuple(names),
+        scalings={},
+        sizes={},
+        sources={},
+    )
+
+
+RENAMED = {"served": served(**{MODULE: WHOLE})}
 
 
 class TestServedNames(EveryCheck):
@@ -27,7 +40,7 @@ class TestServedNames(EveryCheck):
     SITUATIONS = (
         (
             "several modules",
-            (evidence(**RENAMED | {"other_names": ((MODULE, WHOLE), ("model.a", "model.language_model.a"))}), files()),
+            (evidence(served=served(**{MODULE: WHOLE, "model.a": "model.language_model.a"})), files()),
         ),
     )
     FAULTS = (
@@ -42,6 +55,7 @@ class TestServedNames(EveryCheck):
     HEALTHY = (Case("text-class", "text-class"),)
     QUIET = (
         (evidence(), files(), spec()),
+        (evidence(served=replace(served(**{MODULE: WHOLE}), lacking=())), files(), spec()),
         (evidence(**RENAMED, missing=("a.lora_A.weight",)), files(), spec()),
         (evidence(**RENAMED, refusal=reason("targets_not_found")), files(), spec()),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.walk import Progress
@@ -16,13 +18,15 @@ def merge_adapter(
     *,
     measure_options: MeasureOptions = MEASURE_ALL,
     progress: Progress | None = None,
+    is_export: bool = False,
 ) -> Evidence:
     """Merge one adapter into a scratch copy of the base, and measure everything.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
-    return merge(MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress))
+    request = MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress)
+    return merge(replace(request, is_export=is_export))
 
 
 def merge_combination(

@@ -103,7 +103,7 @@ def account_for(directory: str, model_class: ModelClass, label: str, stored: Seq
 
 
 def add_file_facts(base: Base, account: Account, directory: str) -> None:
-    """Add the facts about a base's files to the facts of the loaded base.
+    """Add what is known of a base's files to the loaded base.
 
     Raises:
         CannotJudge: the load has shown what the headers could not: its files contradict each other.
@@ -114,7 +114,7 @@ def add_file_facts(base: Base, account: Account, directory: str) -> None:
         unloaded = tuple(name for name in sorted(base.unexpected) if not _STALE.search(name))
     missing = base.newly_initialized - set(base.facts.replaced)
     incomplete = tuple(sorted({*incomplete, *own_missing(missing, base.model, directory)}))
-    base.facts = replace(base.facts, incomplete=incomplete, unloaded=unloaded)
+    base.map, base.facts = account.map, replace(base.facts, incomplete=incomplete, unloaded=unloaded)
 
 
 def _partly_stacked(found: TensorMap) -> frozenset[str]:

@@ -52,6 +52,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import FileSpan, SourceError
 
 if TYPE_CHECKING:
+    from merge_gate.engine.base.tensor_map import TensorMap
     from merge_gate.engine.forward.direct_reads import DirectReads
 
 _OF_ONE_RUN = re.compile(r"\s*For details look at [^.!]*above report!?| at 0x[0-9a-f]+")
@@ -122,9 +123,9 @@ class Base:
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
     a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (probes.py). `architecture` is the class that config.json names, without values, or
-    `model`, if that is no part of it (model_class.py). `ran` has what it returned for made-up inputs (forward/run.py).
-    The tensors are in host memory, quantized ones on `device`.
+    layers, once it is traced (probes.py). `ran` is what it returned for made-up inputs (forward/run.py). `map` is known
+    if its headers allow one, and `named` is the class that config.json names, with its own map (served_class.py). The
+    tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
@@ -142,8 +143,9 @@ class Base:
     template: Any = None
     pattern: Any = None
     direct_reads: DirectReads | None = None
-    architecture: Any = None
     ran: dict[object, Any] = field(default_factory=dict)
+    map: TensorMap | None = None
+    named: tuple[str, TensorMap | None] | None = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)

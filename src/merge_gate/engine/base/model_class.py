@@ -18,19 +18,18 @@ imports no PEFT: models on torch's meta device have names and shapes only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
-from merge_gate.engine.base.loaded_base import Base, ModelClass, caught
+from merge_gate.engine.base.loaded_base import ModelClass, caught
 from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import CannotJudge
 
@@ -97,9 +96,13 @@ def _requested_class(config: Any, files: AdapterFiles, *, trust_remote_code: boo
     return architecture
 
 
-def named_class(directory: str) -> str | None:
-    """The class of transformers that a base's config.json names."""
-    return _named(_read_config(directory, trust_remote_code=False))
+def named_class(directory: str, loaded: type, *, trust_remote_code: bool) -> tuple[str, bool]:
+    """The class that a base's config.json names, and whether `loaded` is that of a part of it.
+
+    If transformers has no such class, it is `loaded`.
+    """
+    config = _read_config(directory, trust_remote_code=trust_remote_code)
+    return _named(config) or loaded.__name__, _part(config, loaded) is not config
 
 
 def _named(config: Any) -> str | None:
@@ -207,54 +210,6 @@ def _skeleton(config: Any, class_name: str) -> Any:
             return transformers_class(_part(config, transformers_class))
         except Exception:  # a class may raise anything without values
             return None
-
-
-# --- the class that servers load -----------------------------------------------------------------------------------
-
-
-def other_names(base: Base, modules: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Modules of a base, each with its name in the class that config.json names, if that class lacks the first name.
-
-    Only the class of a part of a base has such modules: the text model of a multimodal one. A name that transformers
-    renames to that of the class is not lacking.
-    """
-    if base.architecture is None:
-        base.architecture = _whole(base) or base.model
-    whole = base.architecture
-    if whole is base.model:
-        return ()
-    names = {name for name, _ in whole.named_modules()}
-    current = current_names(whole, [f"{module}.weight" for module in modules])
-    lacking = [one for one, name in zip(modules, current, strict=True) if name.removesuffix(".weight") not in names]
-    moves = list(_moves(base.model, whole))
-    found = [(module, _moved(module, moves)) for module in lacking]
-    return tuple((module, name) for module, name in found if name in names)
-
-
-def _moves(part: nn.Module, whole: nn.Module) -> Iterator[tuple[str, str]]:
-    """Where the models inside of a part are, and where they are in the whole, if it has one of their class only."""
-    places: dict[type, list[str]] = {}
-    for path, module in whole.named_modules():
-        places.setdefault(type(module), []).append(path)
-    for path, module in part.named_modules():
-        if isinstance(module, PreTrainedModel) and len(found := places.get(type(module), [])) == 1:
-            yield path, found[0]
-
-
-def _moved(module: str, moves: Iterable[tuple[str, str]]) -> str:
-    """The name of a part's module in the whole; empty if it is in none of the models that moved."""
-    for path, place in moves:
-        if not path or f"{module}.".startswith(f"{path}."):
-            return f"{place}.{module.removeprefix(path).lstrip('.')}"
-    return ""
-
-
-def _whole(base: Base) -> Any:
-    """The class that config.json names, on the meta device, if the base was loaded as the class of a part of it."""
-    config = _read_config(base.source.directory, trust_remote_code=base.source.trust_remote_code)
-    named = next((name for name in config.architectures or () if _is_model_class(name)), None)
-    is_part = _part(config, type(base.model)) is not config
-    return _skeleton(config, named) if named is not None and is_part else None
 
 
 # --- its head ------------------------------------------------------------------------------------------------------

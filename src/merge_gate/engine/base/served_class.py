@@ -1,12 +1,13 @@
 """The class that a base's config.json names, which servers load, and an adapter's modules by the names of that class.
 
-In: a loaded base, its tensor map, and the names in an adapter's file. Out: `ServedClass`. Knows no PEFT, and no weight
-is read: two modules are the same one if they are made of the same stored tensors.
+In: a loaded base with its tensor map, and names of modules. Out: `ServedClass`. Knows no PEFT, and no weight is read:
+two modules are the same one if they are made of the same stored tensors, and their last names are equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -16,50 +17,67 @@ from transformers.pytorch_utils import Conv1D
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import current_names, named_class
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
-from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
-
-_WEIGHT = ".weight"
 
 
 def served_class(
-    base: Base,
-    stored: Sequence[StoredTensor],
-    loaded_map: TensorMap | None,
-    modules: Iterable[str],
-    scalings: Mapping[str, float],
-) -> ServedClass:
-    """The class that config.json names. `modules` are in the adapter's file, and `scalings` are of loaded layers."""
-    model: Any = base.model
-    loaded = type(model).__name__
-    name, sources = named_class(base.source.directory) or loaded, _of_modules(loaded_map)
-    own = {path: path for path, _ in model.named_modules()}
+    base: Base, adapted: Mapping[str, str], scalings: Mapping[str, float], *, is_export: bool
+) -> ServedClass | None:
+    """The class that config.json names. Without `is_export`, None unless it lacks names of the loaded class.
+
+    Only the class of a part of a base has such names: the text model of a multimodal one. `adapted` are an adapter's
+    modules by any of their names, with those in the loaded class. `scalings` has those of LoRA, by the latter.
+    """
+    loaded = type(base.model).__name__
+    if base.named is None:
+        base.named = _named(base, loaded, is_export=is_export)
+    name, found = base.named
+    if not is_export and (found is None or name == loaded):
+        return None
+    model: Any = found.model if found is not None else base.model
+    own, sources = {path: path for path, _ in base.model.named_modules()}, _sources(found)
     if name != loaded:
-        try:
-            found = tensor_map(getattr(transformers, name), base.source.directory, stored)
-        except NoMapError:
-            return ServedClass(name=name, loaded=loaded, names={}, scalings={}, sizes={}, sources={})
-        places = {made: path for path, made in _of_modules(found).items()}
-        own = {path: places[made] for path, made in sources.items() if made in places}
-        model, sources = found.model, _of_modules(found)
-    current = {
-        one: one if one in scalings else current_names(base.model, [one + _WEIGHT])[0].removesuffix(_WEIGHT)
-        for one in modules
-    }
-    known = {one: path for one, path in current.items() if path in scalings and path in own}
+        places = {(_last(path), made): path for path, made in sources.items()}
+        keys = {path: (_last(path), made) for path, made in _sources(base.map).items()}
+        own = {path: places[key] for path, key in keys.items() if key in places}
+    names = {one: own[path] for one, path in adapted.items() if path in own}
+    current = current_names(model, [f"{one}.weight" for one in names])
+    lacking = [one for one, new in zip(names, current, strict=True) if names[one] not in {one, new[: -len(".weight")]}]
+    if not is_export and not lacking:
+        return None
     return ServedClass(
         name=name,
         loaded=loaded,
-        names={one: own[path] for one, path in known.items()},
-        scalings={own[path]: scalings[path] for path in known.values()},
+        names=names,
+        lacking=tuple(lacking),
+        scalings={own[path]: scaling for path, scaling in scalings.items() if path in own},
         sizes={path: _sizes(module) for path, module in model.named_modules()},
         sources=sources,
     )
 
 
-def _of_modules(found: TensorMap | None) -> dict[str, tuple[str, ...]]:
-    made = found.sources.items() if found is not None else ()
-    return {name.removesuffix(_WEIGHT): sources for name, sources in made if name.endswith(_WEIGHT)}
+def _named(base: Base, loaded: str, *, is_export: bool) -> tuple[str, TensorMap | None]:
+    """The class that config.json names, and its map if it is wanted: without one, `served_class` finds no names."""
+    source, found = base.source, base.map
+    name, is_part = named_class(source.directory, type(base.model), trust_remote_code=source.trust_remote_code)
+    if name != loaded and found is not None:
+        stored, found = tuple(found.stored.values()), None
+        with contextlib.suppress(NoMapError):
+            if is_part or is_export:
+                found = tensor_map(getattr(transformers, name), source.directory, stored)
+    return name, found
+
+
+def _sources(found: TensorMap | None) -> dict[str, tuple[str, ...]]:
+    """The stored tensors that make each module."""
+    made: dict[str, set[str]] = {}
+    for name, sources in found.sources.items() if found is not None else ():
+        made.setdefault(name.rpartition(".")[0], set()).update(sources)
+    return {path: tuple(sorted(sources)) for path, sources in made.items()}
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

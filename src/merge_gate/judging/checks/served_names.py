@@ -43,13 +43,13 @@ from merge_gate.records.terms import Finding, Origin
 
 @Check("served-names", NOTE, Origin.ADAPTER, Symptom.TENSORS_LOST, blame=280, page=__doc__).on_merge
 def served_names(case: MergeCase) -> Iterator[Finding]:
-    evidence = case.evidence
-    if evidence.other_names and evidence.refusal is None and not evidence.missing:
-        (module, name), count = evidence.other_names[0], len(evidence.other_names)
+    evidence, served = case.evidence, case.evidence.served
+    if served is not None and served.lacking and evidence.refusal is None and not evidence.missing:
+        module, count = served.lacking[0], len(served.lacking)
         yield served_names.finding(
-            f"the adapter's names of {counted(count, 'module')} are those of {evidence.base.loaded_as}: {module}, for "
-            f"example, is {name} in {evidence.architecture}, which config.json of the base names; the merge is right, "
-            "but a server that loads the adapter unmerged may apply nothing of it",
+            f"the adapter's names of {counted(count, 'module')} are those of {served.loaded}: {module}, for "
+            f"example, is {served.names[module]} in {served.name}, which config.json of the base names; the merge is "
+            "right, but a server that loads the adapter unmerged may apply nothing of it",
             "to serve it unmerged, write it with the names of that class: `merge-gate export ADAPTER --base BASE "
             "--output DIR`; or serve the merged model (`--publish DIR`)",
             module=module,
