@@ -181,7 +181,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
     made = module_copies.tensors_of(model) | {id(buffer): buffer.clone() for buffer in model.buffers()}
     for held in modules:
         for tensors in (held["_parameters"], held["_buffers"]):
-            tensors.update({name: made[id(one)] for name, one in tensors.items() if one is not None})
+            tensors.update({name: made.get(id(one), one) for name, one in tensors.items()})  # two may share theirs
     try:
         model.eval()
         yield
