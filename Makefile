@@ -56,6 +56,11 @@ $(STAMPS)/e2e: $(STAMPS)/test $(STAMPS)/docs
 	$(BIN)/python -m pip install --quiet --editable '.[test,e2e]'
 	touch $@
 
+# What all of them need, at once: pip takes as long for each.
+$(STAMPS)/all: $(STAMPS)/run
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint,docs,e2e]'
+	for one in test lint docs e2e all; do touch $(STAMPS)/$$one; done
+
 demo: $(STAMPS)/run
 	$(BIN)/merge-gate demo merge-gate-demo
 
