@@ -70,9 +70,10 @@ TRIAL = replace(SPEC, checks=ANY_DELTA)
 
 @dataclass
 class Gate:
-    """Judges adapters; keeps the bases it has loaded."""
+    """Judges adapters; keeps the bases it has loaded. `no_forward`: why no model is run."""
 
     loaded: dict[tuple[str, str, Quantization, ModelClass], Base] = field(default_factory=dict)
+    no_forward: str = ""
 
     def judge(
         self,
@@ -88,7 +89,7 @@ class Gate:
             return self._decide((files,), None)
         model_class = model_class_for(str(base), files, stored_tensors(base))
         loaded = self._base(base, model_class, dtype, quantization)
-        evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL))
+        evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL), no_forward=self.no_forward)
         return self._decide((files,), replace(evidence, instead_of=model_class.instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
