@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
 	@echo "make test    the tests, with a sample of each sweep (8 minutes on 2 cores)"
-	@echo "make test-all the sweeps in full: all methods and bases, Ray, kills (10 minutes on 2 cores)"
+	@echo "make test-all all tests, with the sweeps in full: all methods and bases, Ray, kills (15 minutes on 2 cores)"
 	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
 	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
@@ -56,6 +56,11 @@ $(STAMPS)/e2e: $(STAMPS)/test $(STAMPS)/docs
 	$(BIN)/python -m pip install --quiet --editable '.[test,e2e]'
 	touch $@
 
+# What all of them need, at once: pip takes as long for each.
+$(STAMPS)/all: $(STAMPS)/run
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint,docs,e2e]'
+	for one in test lint docs e2e all; do touch $(STAMPS)/$$one; done
+
 demo: $(STAMPS)/run
 	$(BIN)/merge-gate demo merge-gate-demo
 
@@ -69,9 +74,9 @@ PYTEST = $(BIN)/python -m pytest --ignore=tests/e2e --numprocesses $(WORKERS) --
 test: $(STAMPS)/test
 	$(PYTEST) -m "not slow" --hypothesis-profile fast
 
-# What `make test` leaves out, and its properties with more examples.
+# All tests in one run: what `make test` leaves out shares the fixtures of the other tests of its file.
 test-all: $(STAMPS)/test
-	$(PYTEST) -m "slow or hypothesis"
+	$(PYTEST)
 
 # The table of what outsiders tried, from the tests that repeat it.
 attempts: $(STAMPS)/test

@@ -23,7 +23,7 @@ from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
 from merge_gate.run.flow import run_gate
 from tests.support import faults_methods, methods
-from tests.support.engine.merges import merge_adapter
+from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.gating import Bench, mistake, one_thread, told
 from tests.support.merged import kept
 
@@ -90,7 +90,7 @@ def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench)
     expected = methods.merge(bench.base(case.base, dtype), adapter, safe=True)
     files = preflight(str(adapter), allow_pickle=False)
     with kept() as seen:
-        merge_adapter(bench.gate.base(directory, files, dtype="auto"), files)
+        merge_adapter(bench.gate.base(directory, files, dtype="auto"), files, no_forward=NOT_RUN)
     original = methods.values(bench.base(case.base, dtype))
     assert methods.same({name: expected[name] for name in seen}, seen)
     untouched = expected.keys() - seen.keys() - _tied(bench.base(case.base, dtype))

@@ -6,9 +6,7 @@ The clusters are real, of two workers on this machine. tests/on_ray/test_run_on_
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +19,6 @@ import pytest
 
 from merge_gate.report.formats.json_report import read
 from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
-from tests.support.faults import configure
 from tests.support.small_fleet import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
@@ -30,25 +27,17 @@ if TYPE_CHECKING:
     from merge_gate.records.report import Report
     from tests.support.models import Shelf
 
-ENDLESS = "(([a-z0-9_.])+)+!"
 NO_AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="module")
 def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fleet with one adapter that takes ten seconds, judged on this machine."""
+    """A fleet, judged on this machine."""
     place = tmp_path_factory.mktemp("fleet")
-    path = lay_fleet(shelf, place)
-    shutil.copytree(shelf.adapter("plain"), place / "adapters" / "slow")
-    configure(target_modules=ENDLESS)(place / "adapters" / "slow")
-    config = json.loads(path.read_text())
-    config["adapters"].append({"path": "./adapters/slow", "base": {"model": "./llama"}})
-    path.write_text(json.dumps(config))
+    lay_fleet(shelf, place)
     answer = merge_gate("run", "fleet.yml", "--output", "whole", cwd=place)
     assert answer.code == 1, answer.said
-    assert {one.name: one.cause for one in stored(place / "whole").adapters if one.cause} == BROKEN | {
-        "slow": "config-invalid"
-    }
+    assert {one.name: one.cause for one in stored(place / "whole").adapters if one.cause} == BROKEN
     return place
 
 
@@ -87,10 +76,10 @@ def tasks_of(marker: str) -> list[int]:
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> None:
-    """Both are killed: the one with the adapter that takes its time is in the middle of it."""
+    """All that work are killed, in the middle of their shards."""
     marker = str(fleet)
     with running(fleet, "--output", "killed", "--ray", MARKER=marker) as process:
-        wait_until(lambda: judged(fleet) > 4, process)
+        wait_until(lambda: judged(fleet) > 0, process)
         tasks = tasks_of(marker)
         assert tasks
         for task in tasks:

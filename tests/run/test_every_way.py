@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from typing import TYPE_CHECKING
@@ -23,8 +24,12 @@ ADAPTERS = 240
 
 @pytest.mark.slow
 def test_a_fleet_has_one_report_however_it_is_judged(shelf: Shelf, tmp_path: Path) -> None:
-    """Cold, warm, in four shards, and resumed after a kill -9; tests/on_ray/test_ray.py has Ray."""
-    lay_fleet(shelf, tmp_path, each=ADAPTERS // len(VARIANTS))
+    """Cold, warm, in four shards, and resumed after a kill -9; tests/on_ray/test_ray.py has Ray.
+
+    Of many adapters, no model is run. test_shards.py, test_cache.py, and test_ray.py do that with a small fleet.
+    """
+    path = lay_fleet(shelf, tmp_path, each=ADAPTERS // len(VARIANTS))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"forward": "off"}))
     reports: dict[str, Report] = {}
     for way in ways(with_ray=False):
         with (

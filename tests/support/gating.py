@@ -70,9 +70,10 @@ TRIAL = replace(SPEC, checks=ANY_DELTA)
 
 @dataclass
 class Gate:
-    """Judges adapters; keeps the bases it has loaded."""
+    """Judges adapters; keeps the bases it has loaded. `no_forward`: why no model is run."""
 
     loaded: dict[tuple[str, str, Quantization, ModelClass], Base] = field(default_factory=dict)
+    no_forward: str = ""
 
     def judge(
         self,
@@ -87,11 +88,16 @@ class Gate:
         files = preflight(str(adapter), allow_pickle=allow_pickle)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
-        loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = merge_adapter(loaded, files, measure_options=measure_options(TRIAL), is_export=is_export)
-        return self._decide(
-            (files,), replace(evidence, instead_of=model_class_for(str(base), files, stored_tensors(base)).instead_of)
+        model_class = model_class_for(str(base), files, stored_tensors(base))
+        loaded = self._base(base, model_class, dtype, quantization)
+        evidence = merge_adapter(
+            loaded,
+            files,
+            measure_options=measure_options(TRIAL),
+            is_export=is_export,
+            no_forward=self.no_forward,
         )
+        return self._decide((files,), replace(evidence, instead_of=model_class.instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
@@ -104,7 +110,11 @@ class Gate:
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE
     ) -> Base:
-        model_class = model_class_for(str(directory), files, stored_tensors(directory))
+        return self._base(
+            directory, model_class_for(str(directory), files, stored_tensors(directory)), dtype, quantization
+        )
+
+    def _base(self, directory: Path, model_class: ModelClass, dtype: str, quantization: Quantization) -> Base:
         key = (str(directory), dtype, quantization, model_class)
         if key not in self.loaded:
             account = accounting.account_for(str(directory), model_class, directory.name, stored_tensors(directory))

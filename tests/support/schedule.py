@@ -33,7 +33,20 @@ ONE_BY_ONE = {
 """Files of many long tests: each test goes to whichever process is free."""
 
 
-FIRST = ("judged", "fleet", "tests/test_cli.py", "tests/run/test_flow.py", "tests/worker/test_supervisor.py")
+FIRST = (
+    "tests/on_ray/test_ray.py",
+    "judged",
+    "tests/run/test_every_way.py",
+    "fleet",
+    "tests/worker/test_supervisor.py",
+    "tests/exporting/test_export.py",
+    "tests/run/test_flow.py",
+    "tests/test_cli.py",
+    "tests/run/test_streamed_bases.py",
+    "tests/verify/test_verify_command.py",
+    "tests/test_quickstart_page.py",
+    "tests/publish/test_kills.py",
+)
 """Units of work that take long though they have few tests."""
 
 

@@ -221,11 +221,15 @@ def _trained_tokens(model: Any) -> Iterator[int]:
 
 
 def _run_again(attempt: _Attempt) -> Evidence:
-    """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much."""
+    """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much.
+
+    A model with a weight that is not finite fails, and what it returns follows from that.
+    """
     request, evidence = attempt.request, attempt.evidence
     forward, base = evidence.forward, request.base
     may_lose = (evidence.lost_share or 0.0) > request.measure_options.norm_limit
-    if not forward.ran or not (may_lose or is_close(forward)):
+    is_finite = all(merge.stats.finite for merge in evidence.merges)
+    if not forward.ran or not is_finite or not (may_lose or is_close(forward)):
         return evidence
     if not fits(base, evidence, request.free_bytes):
         return replace(evidence, forward=replace(forward, missing=True))

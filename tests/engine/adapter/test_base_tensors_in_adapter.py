@@ -11,7 +11,8 @@ import transformers
 
 from merge_gate.records.terms import Verdict
 from tests.support import methods
-from tests.support.gating import Bench, one_thread
+from tests.support.engine.merges import NOT_RUN
+from tests.support.gating import Bench, Gate, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ BIAS = "encoder.layer.0.attention.output.dense.bias"
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with one_thread():
-        yield Bench(tmp_path_factory.mktemp("unnamed"))
+        yield Bench(tmp_path_factory.mktemp("unnamed"), Gate(no_forward=NOT_RUN))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,17 @@ def test_close_to_the_limit_the_merged_model_counts(loud: Base, shelf: Shelf, tm
     assert not is_close(replace(forward, largest=0.8 * LIMIT))
 
 
+@pytest.mark.parametrize(("factor", "runs"), [(3.0, 2), (torch.nan, 1)])
+def test_a_merged_model_with_a_broken_weight_is_not_run(
+    factor: float, runs: int, loud: Base, shelf: Shelf, tmp_path: Path
+) -> None:
+    """The adapter ran, and its activations are not finite either. They are no fault of their own."""
+    heard: list[bool] = []
+    evidence = merge(request(loud, louder(shelf, tmp_path, factor), on_forward=heard.append))
+    assert evidence.forward.nonfinite_origin is Origin.ADAPTER
+    assert heard == [True, False] * runs
+
+
 @pytest.mark.parametrize("adapter", ["plain", "modules-to-save", "dora-all-linear", "token-rows"])
 def test_a_base_that_is_not_in_memory_runs_alike(shelf: Shelf, adapter: str) -> None:
     directory = str(shelf.base("llama"))

@@ -18,7 +18,7 @@ from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
-from tests.support.engine.merges import merge_adapter
+from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import Case
 from tests.support.merged import kept
@@ -68,7 +68,7 @@ def passed_on(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     seen: Tensors = {}
     sink = WholeTensors(seen.__setitem__)
     evidence = adapter_evidence.merge(
-        MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True),), sink=sink)
+        MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True),), sink=sink, no_forward=NOT_RUN)
     )
     assert sink.names <= seen.keys()
     return {name: tensor for name, tensor in seen.items() if name in sink.names}, evidence
@@ -76,7 +76,7 @@ def passed_on(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
 
 def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     with kept() as seen:
-        evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True))
+        evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True), no_forward=NOT_RUN)
     assert evidence.refusal is None, evidence.refusal
     return seen, evidence
 

@@ -22,11 +22,10 @@ from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.judging.verdict import decide_files
 from merge_gate.records.config import AdapterSpec, CheckSetting
-from merge_gate.records.measured import Forward
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
-from tests.support.engine.merges import merge_adapter
+from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
@@ -67,9 +66,9 @@ class Trial:
             self.gate.base(self.base, files, dtype="auto"),
             files,
             measure_options=measure_options(with_rounding_loss(severity)),
+            no_forward=NOT_RUN,
         )
-        by_norm = dataclasses.replace(evidence, forward=Forward())
-        verdict, _ = decide_files(judge_merge(with_rounding_loss(severity), files, by_norm))
+        verdict, _ = decide_files(judge_merge(with_rounding_loss(severity), files, evidence))
         return verdict, any(merge.estimated for merge in evidence.merges), evidence.lost_share
 
     def with_rows(self, rows: torch.Tensor) -> Trial:

@@ -26,7 +26,7 @@ from tests.support import methods
 from tests.support.command import merge_gate, strict_json
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
-from tests.support.engine.merges import merge_adapter
+from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.faults import configure, edit
 from tests.support.gating import Bench
 from tests.support.models import ALL_LINEAR, VARIANTS, Shelf
@@ -58,7 +58,7 @@ def evidence_of(
     base: Path, adapter: Path, dtype: str = "auto", *, measure_options: MeasureOptions = SAMPLED
 ) -> Evidence:
     files = preflight(str(adapter), allow_pickle=False)
-    return merge_adapter(loaded(base, adapter, dtype), files, measure_options=measure_options)
+    return merge_adapter(loaded(base, adapter, dtype), files, measure_options=measure_options, no_forward=NOT_RUN)
 
 
 # --- an untrained adapter has no effect ----------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from merge_gate.engine.merge import proof
 from merge_gate.records.terms import Quantization, Verdict
 from tests.support import methods
-from tests.support.gating import Bench, Judgement, one_thread
+from tests.support.engine.merges import NOT_RUN
+from tests.support.gating import Bench, Gate, Judgement, one_thread
 
 MERGING = (
     lora.layer.Linear, lora.layer.ParamWrapper, lora.layer._ConvNd, ia3.layer.Linear, ia3.layer._ConvNd, LycorisLayer,
@@ -167,7 +168,7 @@ def case_of(base: str, method: str) -> methods.Case:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with one_thread():
-        yield Bench(tmp_path_factory.mktemp("proof"))
+        yield Bench(tmp_path_factory.mktemp("proof"), Gate(no_forward=NOT_RUN))
 
 
 def judged(bench: Bench, case: methods.Case, dtype: str) -> Judgement:

@@ -23,7 +23,7 @@ from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.architectures import Architecture
-from tests.support.engine.merges import merge_adapter
+from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.gating import Gate, Judgement
 from tests.support.merged import kept
 
@@ -216,7 +216,7 @@ def gate_merge(gate: Gate, base: Path, adapter: Path) -> dict[str, Tensor]:
     """The merged tensors of the gate, by the base's names. The base is loaded by now."""
     files = preflight(str(adapter), allow_pickle=False)
     with kept() as found:
-        merge_adapter(gate.base(base, files, dtype="auto"), files)
+        merge_adapter(gate.base(base, files, dtype="auto"), files, no_forward=NOT_RUN)
     return found
 
 

@@ -11,6 +11,9 @@ from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, MeasureOptions
 
+NOT_RUN = "only the merge is of interest"
+"""A reason for `no_forward`: a run takes as long as the merge of a tiny adapter."""
+
 
 def merge_adapter(
     base: Base,
@@ -19,6 +22,7 @@ def merge_adapter(
     measure_options: MeasureOptions = MEASURE_ALL,
     progress: Progress | None = None,
     is_export: bool = False,
+    no_forward: str = "",
 ) -> Evidence:
     """Merge one adapter into a scratch copy of the base, and measure everything.
 
@@ -26,7 +30,7 @@ def merge_adapter(
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
     request = MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress)
-    return merge(replace(request, is_export=is_export))
+    return merge(replace(request, is_export=is_export, no_forward=no_forward))
 
 
 def merge_combination(
