@@ -142,8 +142,7 @@ TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge
 | the gate is right | {right} |
 | the gate is wrong | {wrong} |
 | healthy adapters that pass | {passed} |
-{found_rows}
-| healthy adapters that fail | {failed} |
+{found_rows}| healthy adapters that fail | {failed} |
 | not built | {not_built} |
 
 | healthy adapter fails on | verdict | PEFT |
@@ -212,7 +211,7 @@ def document(answers: dict[str, Any]) -> str:
         right=len(built) - len(wrong),
         wrong=len(wrong),
         passed=len(built) - len(failed),
-        found_rows=rows([[f"of these, with a finding of `{check}`", found[check]] for check in sorted(found)]),
+        found_rows="".join(f"| of these, with a finding of `{check}` | {found[check]} |\n" for check in sorted(found)),
         failed=len(failed),
         not_built=reasons.total(),
         failed_rows=rows([[", ".join(names), *facts] for facts, names in alike.items()]),
