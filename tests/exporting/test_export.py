@@ -275,6 +275,16 @@ def test_a_mistake_has_a_sentence_and_loses_nothing(
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
+def test_an_adapter_in_what_a_killed_run_left_is_not_removed(laid: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    shutil.copytree(laid / "adapter", left / "model")
+    (left / "written-by-merge-gate").touch()
+    before = digests(tmp_path)
+    words = [str(left / "model"), "--base", str(laid / "base"), "--output", str(tmp_path / "out")]
+    assert main(["export", *words]) == 2
+    assert digests(tmp_path) == before
+
+
 def _nan(place: Path) -> None:
     tensors = read_tensors(place / "adapter")
     next(iter(tensors.values()))[0, 0] = torch.nan

@@ -32,7 +32,7 @@ from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
 from merge_gate.files.resolve import Fetching, Inputs, digest_file
 from merge_gate.publish.manifest import shared_fields, versions_of
-from merge_gate.publish.partial import PartialDirectory, unchanged
+from merge_gate.publish.partial import PartialDirectory, partial_name, unchanged
 from merge_gate.publish.weight_files import ModelLayout, ModelWriter, new_file
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import (
@@ -159,8 +159,10 @@ def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
 
 
 def _refuse_inputs(target: Path, inputs: Iterable[str | None]) -> None:
-    """Refuse a directory that is an input, or is inside one."""
+    """Refuse a directory that is an input, or is inside one, and one whose leftover, which is removed, has an input."""
     named = [(one, quoted(one, 200)) for one in inputs if one is not None]
+    above = [(str(folder), owner) for one, owner in named for folder in Path(one).absolute().parents]
+    refuse_input(target.parent / partial_name(target.name), above)
     for place in (target, *(target.parent.resolve() / target.name).parents):
         refuse_input(place, named)
 

@@ -23,8 +23,8 @@ from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import sync_directory
 from merge_gate.files.identity import directory_identity
-from merge_gate.publish.manifest import differences, is_unchanged_export, read_manifest
-from merge_gate.records.files import FileIdentity
+from merge_gate.publish.manifest import MANIFEST_NAME, differences, is_unchanged_export, read_manifest
+from merge_gate.records.files import EXPORT_NAME, FileIdentity
 from merge_gate.report.formats.fields import UnreadableError
 
 _ENDING = ".partial"
@@ -202,9 +202,9 @@ def unchanged(place: Path, *, weights: bool = True, is_export: bool = False) -> 
 
     Without `weights`, only the sizes of a publication's weights count.
     """
-    if place.is_symlink() or not place.is_dir():
-        return None
     try:
+        if place.is_symlink() or not (place / (EXPORT_NAME if is_export else MANIFEST_NAME)).is_file():
+            return None  # before all of it is listed: it may be a whole disk
         identity = directory_identity(place)
         is_own = (
             is_unchanged_export(place) if is_export else not differences(place, read_manifest(place), weights=weights)

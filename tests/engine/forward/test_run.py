@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
@@ -21,10 +21,11 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Forward
 from merge_gate.records.terms import Origin, Quantization
 from merge_gate.sources.feed import LocalFeed
+from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.faults import blow_up
-from tests.support.models import make_adapter, read_tensors, write_tensors
+from tests.support.models import make_adapter, read_tensors, save_adapter, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,6 +199,7 @@ def test_what_a_forward_changes_in_its_model_is_undone(shelf: Shelf) -> None:
         norm.calls.add_(1)
         norm.seen.append("a call")
         norm.added, norm.eps = module, 1.0
+        model.config.num_buckets = 8  # as Reformer
         head.weight.data = torch.zeros_like(head.weight)
 
     norm.register_forward_hook(change)
@@ -207,9 +209,36 @@ def test_what_a_forward_changes_in_its_model_is_undone(shelf: Shelf) -> None:
     assert forward.ran
     assert vars(norm) == before | {"training": True}
     assert norm.seen == ["nothing"]
+    assert not hasattr(model.config, "num_buckets")
     assert norm.calls is calls
     assert calls.sum() == 0
     assert (head.weight.data_ptr(), model.training) == (weight, True)
+
+
+def test_a_model_that_writes_to_its_weights_changes_no_adapter(tmp_path: Path) -> None:
+    """RWKV divides the weights of later layers before it runs. Here the adapter has all of these."""
+    config = transformers.RwkvConfig(
+        vocab_size=24, hidden_size=16, attention_hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        context_length=32, rescale_every=1,
+    )  # fmt: skip
+    transformers.RwkvForCausalLM(config).save_pretrained(tmp_path / "base")
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["receptance"], modules_to_save=["output", "value"])
+    save_adapter(tmp_path / "base", tmp_path / "adapter", settings)
+    base = load_local(str(tmp_path / "base"), label="base", model_class=ModelClass(class_name="RwkvForCausalLM"))
+    ran, not_run = (merge(request(base, tmp_path / "adapter", no_forward=why)) for why in ("", "not wanted"))
+    assert "writes to a weight" in (ran.forward.why_not or "")
+    assert ran.different == ()
+    assert ran.merges == not_run.merges
+
+
+def test_an_attention_of_torch_runs(tmp_path: Path) -> None:
+    """PEFT exchanges its parameters whenever the modules of the model are listed."""
+    directory = methods.save_base("siglip", tmp_path / "base")
+    adapter = methods.save_adapter(methods.find("lora-mha"), methods.load_base("siglip", directory), tmp_path / "a")
+    base = load_local(str(directory), label="base", model_class=ModelClass(class_name="SiglipVisionModel"))
+    ran, not_run = (merge(request(base, adapter, no_forward=why)) for why in ("", "not wanted"))
+    assert ran.forward.ran, ran.forward
+    assert ran.merges == not_run.merges
 
 
 class _Foreign(nn.Linear):

@@ -286,6 +286,14 @@ def test_each_way_of_a_wrong_trained_module_is_found(base: str, dtype: str, benc
     assert missed == of_factors | (set() if base == "bert" else of_squares)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_trained_module_with_two_names_for_a_parameter_does_not_differ(dtype: str, bench: Bench) -> None:
+    """The file has other values under each name, and PEFT loads one of them."""
+    settings = {"r": 4, "target_modules": ["query"], "modules_to_save": ["lm_head"]}
+    judgement = judged(bench, methods.make_case("two-names", "xlm-roberta", "LoraConfig", **settings), dtype)
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
 def test_attention_of_torch_is_compared(bench: Bench) -> None:
     for name in ("lora-mha", "lora-mha-bias-term"):
         evidence = judged(bench, methods.find(name), "float16").evidence

@@ -4,7 +4,8 @@ In: models, their inputs, and the hollow tensors (hollow.py). Out: a `ModelRun` 
 exception. Knows no adapter. A model without hollow tensors runs as it would alone.
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
-2. Before an operation reads a hollow tensor, its thread waits. An operation that writes to one fails.
+2. Before an operation reads a hollow tensor, its thread waits. An operation that writes to one, or to another parameter
+   of its model, fails.
 3. When all threads wait, the tensors of the module that comes first in the model are filled, as far as a thread waits
    for them, and these threads go on. They are emptied when no thread waits for a tensor of this module any more.
 
@@ -25,6 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,8 +63,9 @@ def run_together(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], 
     """
     numbers: dict[str, int] = {}
     places = {
-        tensor.untyped_storage().data_ptr(): (numbers.setdefault(name.rpartition(".")[0], len(numbers)), name)
+        address: (numbers.setdefault(name.rpartition(".")[0], len(numbers)), name)
         for name, tensor in tensors.items()
+        if (address := _address(tensor))
     }
     threads: list[_Thread] = []
     try:
@@ -94,6 +97,8 @@ class _Thread:
     def __init__(self, run: ModelRun, places: Mapping[int, Place]) -> None:
         self.wanted: set[Place] = set()
         self._run, self.places = run, places
+        parameters = run.model.parameters() if isinstance(run.model, nn.Module) else ()
+        self.weights = {*places, *filter(None, map(_address, parameters))}
         self._open: set[Place] | None = None
         self._own: dict[str, torch.Tensor | None] = {}
         self._turns: SimpleQueue[set[Place] | None] = SimpleQueue()
@@ -145,6 +150,7 @@ class _Thread:
 
     def _work(self) -> None:
         try:
+            torch.set_num_threads(1)  # of this thread: torch's own would spin between the turns
             self._wait()
             with torch.no_grad(), _Reads(self):
                 self._run.returned = self._run.model(**self._run.inputs)
@@ -170,25 +176,17 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"more than {MOST_OPERATIONS} operations")
         kwargs = kwargs or {}
         written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in _written(function))
-        if any(True for _ in self._places(written)):
+        if any(_address(one) in self._thread.weights for one in _tensors(written)):
             raise RuntimeError(f"{function} writes to a weight")
-        if not _returns_views(function) and (places := {*self._places(args), *self._places(kwargs.values())}):
-            self._thread.wait_for(places)
-            args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
+        if not _returns_views(function):
+            places = {*filter(None, map(self._place, (*_tensors(args), *_tensors(kwargs.values()))))}
+            if places:
+                self._thread.wait_for(places)
+                args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
         return function(*args, **kwargs)
 
-    def _places(self, arguments: Iterable[Any]) -> Iterator[Place]:
-        """The hollow tensors among arguments of an operation, which are values and lists of values."""
-        for one in arguments:
-            if isinstance(one, list | tuple):
-                yield from self._places(one)
-            elif (place := self._place(one)) is not None:
-                yield place
-
     def _place(self, value: Any) -> Place | None:
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or not value.numel():
-            return None
-        return self._thread.places.get(value.untyped_storage().data_ptr())
+        return self._thread.places.get(_address(value)) if isinstance(value, torch.Tensor) else None
 
     def _replaced(self, value: Any) -> Any:
         """The same view of the model's own values, if it has some."""
@@ -197,6 +195,20 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if own is None:
             return value
         return own.as_strided(value.shape, value.stride(), own.storage_offset() + value.storage_offset())
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments of an operation, which are values and lists of values."""
+    for one in arguments:
+        if isinstance(one, list | tuple):
+            yield from _tensors(one)
+        elif isinstance(one, torch.Tensor):
+            yield one
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """That of the tensor's storage; 0 if it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and tensor.numel() else 0
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
@@ -171,17 +172,19 @@ def _dtype(base: Base) -> torch.dtype:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    """A `with` block in which the model is evaluated. What its forward changes in its modules is undone after it.
+    """A `with` block in which the model is evaluated. What its forward changes in modules and configs is undone.
 
     The modules have new parameters in the block, over the same storage: a forward may exchange the storage of one.
     """
     modules = [vars(module) for module in model.modules()]
-    places = [place for held in modules for place in (held, *held.values()) if isinstance(place, dict | list | set)]
+    every = [one for held in modules for one in (held, *held.values())]
+    every += [vars(one) for one in every if isinstance(one, PreTrainedConfig)]
+    places = {id(place): place for place in every if isinstance(place, dict | list | set)}.values()
     before = [(place, (dict if isinstance(place, dict) else list)(place)) for place in places]
     made = module_copies.tensors_of(model) | {id(buffer): buffer.clone() for buffer in model.buffers()}
     for held in modules:
-        for tensors in (held["_parameters"], held["_buffers"]):
-            tensors.update({name: made.get(id(one), one) for name, one in tensors.items()})  # two may share theirs
+        for tensors in (held["_parameters"], held["_buffers"]):  # PEFT exchanges an attention's on each `modules()`
+            tensors.update({name: made.get(id(one), one) for name, one in tensors.items()})
     try:
         model.eval()
         yield

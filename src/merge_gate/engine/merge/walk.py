@@ -30,7 +30,7 @@ import inspect
 import math
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,6 +189,11 @@ class Walk:
         """
         named = self.loaded.model.named_modules()
         wrappers = [(path, one) for path, one in named if isinstance(one, ModulesToSaveWrapper) and one.active_adapters]
+        in_file: dict[nn.Parameter, list[torch.Tensor]] = {}
+        for path, wrapper in wrappers:
+            for name, one in wrapper.modules_to_save.named_parameters(remove_duplicate=False):
+                if (key := f"{path}.modules_to_save.{name}") in self.loaded.state:
+                    in_file.setdefault(one, []).append(self.loaded.state[key])
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
@@ -202,7 +207,7 @@ class Walk:
                 layer.__dict__.pop("merge", None)
         self.merged.account_for(merged)
         for path, wrapper in wrappers:
-            self._compare_trained(path.removeprefix(ADAPTER_PREFIX), wrapper, merged)
+            self._compare_trained(path.removeprefix(ADAPTER_PREFIX), wrapper, merged, in_file)
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
@@ -424,15 +429,19 @@ class Walk:
         if found is not None:
             self.compared[path] = found
 
-    def _compare_trained(self, path: str, wrapper: Any, merged: nn.Module) -> None:
-        """A module that is trained whole has to be in PEFT's result with the values that PEFT loaded from the file."""
+    def _compare_trained(
+        self, path: str, wrapper: Any, merged: nn.Module, in_file: Mapping[nn.Parameter, Sequence[torch.Tensor]]
+    ) -> None:
+        """A module that is trained whole has to be in PEFT's result with the values that PEFT loaded from the file.
+
+        PEFT could change its own copy. Of several names in the file for one parameter, PEFT loads one.
+        """
         kept, first = (dict(one.named_parameters()) for one in (merged.get_submodule(path), wrapper.original_module))
-        for name, trained in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
-            key = f"{ADAPTER_PREFIX}{path}.modules_to_save.{wrapper.active_adapter}.{name}"
-            if key in self.loaded.state and not is_quantized(trained):
-                trained = self.loaded.state[key].to(trained)  # noqa: PLW2901 - PEFT could change its own copy
-            if name not in kept or same_values(kept[name], trained):
+        for name, own in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
+            values = [one.to(own) for one in in_file.get(own, ()) if not is_quantized(own)] or [own]
+            if name not in kept or any(same_values(kept[name], one) for one in values):
                 continue
+            trained = values[-1]
             error = distance(kept[name], trained) if kept[name].shape == trained.shape else math.inf
             norms = distance(trained, first[name]) if name in first else 0.0, distance(trained)
             shares = [error / norm if norm else math.inf for norm in norms]
