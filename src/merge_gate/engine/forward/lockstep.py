@@ -150,7 +150,6 @@ class _Thread:
 
     def _work(self) -> None:
         try:
-            torch.set_num_threads(1)  # of this thread: torch's own would spin between the turns
             self._wait()
             with torch.no_grad(), _Reads(self):
                 self._run.returned = self._run.model(**self._run.inputs)
