@@ -20,6 +20,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -61,6 +62,12 @@ def run_together(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], 
         tensors: the hollow tensors by name. Their order decides which module is next.
         filled: gives the tensors of these names values for a `with` block. Its exceptions are raised.
     """
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as alone:  # threads.py says why
+        alone.submit(_take_turns, runs, tensors, filled).result()
+
+
+@torch.no_grad()
+def _take_turns(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], filled: Filled) -> None:
     numbers: dict[str, int] = {}
     places = {
         address: (numbers.setdefault(name.rpartition(".")[0], len(numbers)), name)
