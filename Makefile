@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
 	@echo "make test    the tests, with a sample of each sweep (8 minutes on 2 cores)"
-	@echo "make test-all all tests, with the sweeps in full: all methods and bases, Ray, kills (15 minutes on 2 cores)"
+	@echo "make test-all all tests, with the sweeps in full: all methods and bases, Ray, kills (40 minutes on 2 cores)"
 	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
 	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
