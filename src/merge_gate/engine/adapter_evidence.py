@@ -33,7 +33,7 @@ from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
-from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.base.served_class import served_class
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
@@ -207,7 +207,7 @@ def _run_models(attempts: Sequence[_Attempt]) -> None:
         try:
             found = run_adapters(first.base, [model for _, model in running], first.tokens)
         except Exception as error:
-            found = [Forward(why_not=f"{type(error).__name__}: {error}"[:200], missing=True)] * len(running)
+            found = [Forward(why_not=f"{type(error).__name__}: {first_line(error)}"[:200], missing=True)] * len(running)
         for (one, _), forward in zip(running, found, strict=True):
             one.evidence = replace(one.evidence, forward=forward)
             one.request.on_forward(False)
