@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
+.PHONY: demo test sweeps test-all attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
 	clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
 	@echo "make test    the tests, with a sample of each sweep (8 minutes on 2 cores)"
-	@echo "make test-all all tests, with the sweeps in full: all methods and bases, Ray, kills (40 minutes on 2 cores)"
+	@echo "make sweeps  what make test leaves out: the sweeps in full, and all examples of the properties (half an hour)"
+	@echo "make test-all both in one run: all methods and bases, Ray, kills (40 minutes on 2 cores)"
 	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
 	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
@@ -74,7 +75,11 @@ PYTEST = $(BIN)/python -m pytest --ignore=tests/e2e --numprocesses $(WORKERS) --
 test: $(STAMPS)/test
 	$(PYTEST) -m "not slow" --hypothesis-profile fast
 
-# All tests in one run: what `make test` leaves out shares the fixtures of the other tests of its file.
+# What `make test` leaves out. It tries properties with few examples, and here they have all of them.
+sweeps: $(STAMPS)/test
+	$(PYTEST) -m "slow or hypothesis"
+
+# All tests in one run, which is shorter: the sweeps share the fixtures of the other tests of their file.
 test-all: $(STAMPS)/test
 	$(PYTEST)
 

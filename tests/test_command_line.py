@@ -208,9 +208,22 @@ def test_a_command_with_few_options_has_one_help(command: str, capsys: pytest.Ca
     assert printed([*command.split(), "-h"], capsys) == printed([*command.split(), "--help"], capsys)
 
 
-def test_the_commands_for_published_models_are_a_group(capsys: pytest.CaptureFixture[str]) -> None:
-    group = printed(["-h"], capsys).partition("published models:\n")[2].partition("\n\n")[0]
-    assert [line.split()[0] for line in group.splitlines()] == ["verify", "attest", "rebuild"]
+@pytest.mark.parametrize(
+    ("heading", "names"),
+    [("published models", ["verify", "rebuild"]), ("more commands", ["attest", "schema", "completion"])],
+)
+def test_commands_that_few_need_are_groups(heading: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    group = printed(["-h"], capsys).partition(f"  {heading}:\n")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in group.splitlines()] == names
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("rank", "sha256:FILE, base-sha256)"), ("base-sha25", 'did you mean "base-sha256"?')]
+)
+def test_the_keys_of_expect_are_listed(key: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parsed(["run", "one", "--expect", f"{key}=8"])
+    assert hint in capsys.readouterr().err
 
 
 def test_every_example_can_be_typed() -> None:

@@ -126,7 +126,7 @@ def test_the_readme_names_the_two_commands_of_a_newcomer() -> None:
         ["merge-gate", "demo"],
     ]
     assert [line.split()[:2] for line in own.splitlines()] == [["merge-gate", "check"], ["merge-gate", "run"]]
-    assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test-all"]
+    assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
 
 
 def test_every_target_is_told_to_contributors() -> None:

@@ -256,7 +256,7 @@ MISTAKES = (
     typo("options that contradict each other: `--resume --refresh`", *RUN, "--resume", "--refresh"),
     typo("an option that needs another one: `--gpus 0`", *RUN, "--gpus", "0"),
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
-    typo("`--cache` names a file", *RUN, "--cache", "base/config.json", says="base/config.json"),
+    typo("`--cache` names a file", *RUN, "--cache", "gate.yml", says="gate.yml"),
     typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="--container"),
     Mistake("the same mistake twice", MARKED, (("run", "absent.yml"), ("run", "absent.yml"))),
     Mistake(
@@ -275,6 +275,7 @@ MISTAKES = (
     output("`--output` is a link", both(folder("real"), link("out", "real")), *RUN, "--output", "out"),
     output("`--output` is an adapter's directory", nothing, *RUN, "--output", "one", says="one"),
     output("`--output` is a base's directory", nothing, "run", "./one", "--base", "base", "--output", "base"),
+    output("`--output` is the base that the adapter names", nothing, *RUN, "--output", "base", says="base"),
     output("`--cache` is an adapter's directory", nothing, *RUN, "--cache", "one", says="one"),
     output("`--cache` is inside of a base's directory", nothing, "run", "./one", "--base", "base", "--cache", "base/c"),
     output("`--output` does not exist, and the config does not either", nothing, "run", "absent.yml", "--output", "o"),

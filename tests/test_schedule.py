@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.support.schedule import FIRST, ONE_BY_ONE, TOGETHER
@@ -24,3 +26,20 @@ def test_every_file_that_needs_the_judged_cases_is_in_their_group() -> None:
         if re.search(r"\bjudged: Judged\b", path.read_text(encoding="utf-8"))
     }
     assert users == {file for file, group in TOGETHER.items() if group == "judged"}
+
+
+def test_the_sweeps_have_what_the_other_target_leaves_out_or_shortens() -> None:
+    """Tests that are marked `slow`, and properties, which pytest's plugin of hypothesis marks."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    left_out, swept = (
+        re.search(rf"^{name}:.*\n.*-m \"([^\"]+)\"", makefile, re.MULTILINE) for name in ("test", "sweeps")
+    )
+    assert left_out is not None
+    assert swept is not None
+    assert left_out[1] == "not slow"
+    file = ROOT / "tests" / "internal" / "test_strict_json.py"
+    properties = re.findall(r"^@given\(.*\n(?:@.*\n)*def (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--collect-only", "-m", swept[1], str(file)]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert sorted(re.findall(r"::(\w+)$", listed, re.MULTILINE)) == sorted(properties) != []
+    assert swept[1].startswith("slow or ")

@@ -16,11 +16,12 @@ import pytest
 import yaml
 
 from merge_gate._internal.errors import ConfigError, UsageError
-from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
 from merge_gate.config.init_file import first_config
 from merge_gate.config.load_config import load_config
 from merge_gate.files.preflight import base_of
 from merge_gate.records.config import ALL_WEIGHTS, COMMAND_LINE, Config
+from merge_gate.records.files import WEIGHTS_NAME
 from merge_gate.records.terms import Quantization
 from tests.support.wording import Wording
 
@@ -144,6 +145,7 @@ def test_the_files_of_an_adapter_in_the_current_directory(here: Path, monkeypatc
 def test_directories_of_one_name_are_told_apart(here: Path) -> None:
     for place in ("a/lora/final", "b/lora/final", "c/other/final", "single"):
         (here / place).mkdir(parents=True)
+        (here / place / WEIGHTS_NAME).touch()
     names = ["a/lora/final", "b/lora/final", "c/other/final", "single"]
     found = [adapter.name for adapter in config_of(names, base="base").adapters]
     assert found == ["a-lora-final", "b-lora-final", "other-final", "single"]
@@ -193,6 +195,14 @@ def test_a_config_is_told_from_adapters(here: Path, wording: Wording) -> None:
     wording(caught.value)
 
 
+def test_an_empty_directory_is_no_adapter(here: Path, wording: Wording) -> None:
+    """A glob may match one: then it is judged, and fails."""
+    (here / "empty").mkdir()
+    with pytest.raises(UsageError) as caught:
+        refuse_empty(["support", "empty", "nowhere", "*"])
+    wording(caught.value)
+
+
 @pytest.mark.usefixtures("here")
 def test_a_name_that_is_not_utf_8_is_refused() -> None:
     """A glob finds such a directory (tests/test_cli.py)."""
@@ -222,7 +232,7 @@ def test_a_glob_skips_where_reports_are(here: Path) -> None:
     assert named(config_of(["./*"], output="support")) == sorted([*gated, "now"])
     (here / "merge-gate.yml").write_text('version: 1\nadapters: ["./*"]\n')
     assert named(load_config("merge-gate.yml", output=str(here / "now"))) == gated
-    assert named(config_of(["now", "once"], output="now")) == ["now", "once"]
+    assert named(config_of(["foreign", "twice"], output="twice")) == ["foreign", "twice"]
 
 
 def test_a_glob_that_matches_only_reports_is_an_error(here: Path) -> None:

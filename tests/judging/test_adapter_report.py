@@ -10,9 +10,10 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import MOST_CHARACTERS
-from merge_gate.judging.not_judged import NOT_JUDGED
+from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import (
+    AdapterConfig,
     BaseFiles,
     DeclaredQuantization,
     Entry,
@@ -51,6 +52,28 @@ def test_what_the_load_finds_again_may_be_loaded_where_it_is_no_error(check: str
     report = adapter_report.blocked_report(entry(check, Severity.ERROR))
     assert report is not None
     assert (report.verdict, report.cause) == (Verdict.FAILED, check)
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "severity", "expected"),
+    [
+        (AdapterConfig(), None, Severity.ERROR, ["config-invalid"]),
+        (AdapterConfig(), None, Severity.WARNING, ["not-judged", "config-invalid"]),
+        (AdapterConfig(), "/models/base", Severity.ERROR, ["config-invalid", "not-judged"]),
+        (AdapterConfig(digest="0" * 64), None, Severity.ERROR, ["config-invalid", "not-judged"]),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_not_blamed_for_its_base(
+    config: AdapterConfig, base: str | None, severity: Severity, expected: list[str]
+) -> None:
+    bad = entry("config-invalid", severity)
+    bad = dataclasses.replace(
+        bad,
+        spec=dataclasses.replace(bad.spec, base=BaseSpec(model=base)),
+        members=(dataclasses.replace(bad.files, config=config),),
+        problem=not_judged("no base to merge into", "name it"),
+    )
+    assert sorted(finding.check for finding in adapter_report.files_report(bad).findings) == sorted(expected)
 
 
 def test_a_method_without_weights_is_named_before_a_base_is_loaded() -> None:

@@ -18,11 +18,13 @@ from merge_gate.judging.all_checks import REFUSALS, refused
 from merge_gate.judging.checks import table
 from merge_gate.judging.checks.not_mergeable import DEFECTS
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.limits import MOST_OF_LOG
 from merge_gate.judging.not_judged import NOT_JUDGED, accident
 from merge_gate.judging.peft_errors import DOCUMENTED_ON_PACKED
 from merge_gate.records.files import Entry, Pattern
 from merge_gate.records.refusals import Caught, NotJudged, Refusal
 from merge_gate.records.terms import Origin, Verdict
+from merge_gate.worker.protocol import refusal_of
 from tests.support.judging.cases import evidence, files, reason, spec
 from tests.support.judging.every_check import GOLDENS
 
@@ -241,6 +243,18 @@ def test_what_they_say(wording: Wording) -> None:
 
 def test_what_an_accident_says(wording: Wording) -> None:
     wording(*(accident("x", error) for error in (MemoryError(), ValueError("v" * 300))))
+
+
+def test_an_unexpected_exception_has_its_traceback() -> None:
+    """Also from the worker, whose exceptions arrive as facts. Of a long one, the end counts."""
+    with pytest.raises(ValueError, match="the end") as raised:
+        float("v" * 9_000 + "the end")
+    of_worker, of_gate = refused(refusal_of(raised.value)), accident("x", raised.value)
+    for finding in (of_worker, of_gate):
+        assert "--verbose" in finding.hint
+        assert (finding.log or "").endswith("the end'\n")
+        assert len(finding.log or "") == MOST_OF_LOG
+    assert refused(refusal_of(OSError("no disk"))).log is None, "it is no bug"
 
 
 def test_facts_travel() -> None:

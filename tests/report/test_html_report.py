@@ -24,6 +24,7 @@ from merge_gate.report.formats.html_report import chain, render
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,
+    BASE,
     CRASHED,
     EMPTY,
     FAIL,
@@ -257,6 +258,13 @@ def test_the_coverage_counts_tensors_that_are_absent() -> None:
     forged = dataclasses.replace(missing, measured=(("missing", float("nan")),))
     assert "96 of 96 adapter tensors used" in render(report(dataclasses.replace(PASS.adapters[0], findings=(forged,))))
     assert "nothing was merged" in render(report(adapter("a", Verdict.FAILED, coverage=Coverage())))
+
+
+def test_a_long_path_breaks_between_its_parts() -> None:
+    base = dataclasses.replace(BASE, model="/srv/models/llama_3-8b/2.5")
+    page = render(report(adapter("a", base=base, source="/srv/adapters/support")))
+    assert page.count("/srv/<wbr>models/<wbr>llama_3-8b/<wbr>2.5</code>") == 2, "in the table, and in the row's facts"
+    assert "/srv/<wbr>adapters/<wbr>support</code>" in page
 
 
 def test_a_base_in_two_dtypes_is_listed_once() -> None:

@@ -69,6 +69,8 @@ def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
     quiet = adapter("quiet", forward=Forward(why_not="the base is streamed"))
     run = report(half, wide, broken, quiet, failed, adapter("old"))
     wording(*(words.forward(one) for one in (half, wide, broken, quiet, adapter("bare", forward=Forward(ran=True)))))
+    itself = adapter("itself", forward=Forward(ran=True, nonfinite_module="", largest=390.0, largest_module=""))
+    assert words.forward(itself).count("the model itself") == 2
     assert words.forward(adapter("old")) == ""
     page = html.unescape(html_report.render(run).replace("<wbr>", ""))
     text, markdown = terminal_text.render(run, "", width=400), summary.render(run)
@@ -115,6 +117,19 @@ def test_values_and_place(wording: Wording) -> None:
     assert words.place(NAN) == NAN.tensor
     assert words.place(bare, unless_in="in m") == words.place(bare)
     assert words.place(bare, unless_in="t is bad") == ""
+
+
+def test_an_activation_is_not_in_the_adapters_tensors() -> None:
+    """The message names the module already; in the terminal, `where` names it again."""
+    louder = Finding(
+        check="activation-nonfinite", severity=Severity.ERROR, message="lm_head returns NaN", origin=Origin.ADAPTER,
+        module="lm_head",
+    )  # fmt: skip
+    assert words.origin(louder) == "in what this module returns"
+    assert words.origin(dataclasses.replace(louder, module="")) == "in what the model itself returns"
+    assert words.origin(dataclasses.replace(louder, origin=Origin.BASE)) == words.ORIGINS[Origin.BASE]
+    shown = terminal_text.render(report(adapter("loud", Verdict.FAILED, cause=louder.check, findings=(louder,))), "")
+    assert "  where   lm_head\n          in what this module returns\n" in shown
 
 
 def test_every_origin_has_its_words(wording: Wording) -> None:

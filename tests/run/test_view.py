@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_gate.cli.output import make_view
+from merge_gate.judging.not_judged import NOT_JUDGED, accident
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.report import Report
@@ -124,6 +125,22 @@ def test_a_verbose_run_names_each_merge_that_starts() -> None:
     more = [line for line in err.text.splitlines() if line not in usual.text.splitlines()]
     assert more
     assert all(line.endswith(": merging") for line in more)
+
+
+@pytest.mark.parametrize(
+    ("verbose", "env", "is_shown"), [(True, {}, True), (False, {"MERGE_GATE_DEBUG": "1"}, True), (False, {}, False)]
+)
+def test_what_the_report_of_a_bug_needs_is_shown(verbose: bool, env: dict[str, str], is_shown: bool) -> None:
+    err = Stream()
+    with pytest.raises(ValueError, match="line") as raised:
+        int("::error::the second line")
+    findings = (accident("it broke", raised.value),)
+    view = make_view(Stream(), err, env=env, verbose=verbose)
+    view.adapter_done(adapter("odd", Verdict.ERROR, cause=NOT_JUDGED, findings=findings))
+    shown = err.text.partition("odd: log, also in report.json:\nTraceback (most recent call last):\n")
+    assert bool(shown[1]) == is_shown
+    assert ("in test_what_the_report_of_a_bug_needs_is_shown" in shown[2]) == is_shown
+    assert not any(map(runner_obeys, err.text.splitlines()))
 
 
 def test_plain_does_without_rich() -> None:

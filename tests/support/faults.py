@@ -166,6 +166,11 @@ def empty_tensors(tensors: Tensors) -> Tensors:
     return {name: torch.empty(0) for name in tensors}
 
 
+def cast_one(part: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    """What a conversion leaves that casts a tensor to whole numbers."""
+    return edit(lambda tensors: tensors | {(name := one_key(tensors, part)): (tensors[name] * 100).to(dtype)})
+
+
 def complex_factors(tensors: Tensors) -> Tensors:
     return {name: torch.complex(tensor, tensor) if "lora_A" in name else tensor for name, tensor in tensors.items()}
 

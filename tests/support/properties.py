@@ -1,4 +1,4 @@
-"""How many examples a property is tried with: few in `make test`, all of them in `make test-all`."""
+"""How many examples a property is tried with: few in `make test`, all of them in `make sweeps`."""
 
 from __future__ import annotations
 

@@ -117,6 +117,7 @@ def test_how_a_child_ended_is_said(
         file.write(output)
         ending = describe_exit(code, file, out_of_memory=memory)
     assert len(ending.message) < 1000
+    assert (ending.log is None) == (output == b"")
     wording(f"{ending.message}\n> {ending.hint}")
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.text import NUMBER, one_of, unusable
+from merge_gate._internal.text import NUMBER, one_of, quoted, unusable
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.terms import DTYPES, ForwardMode, Quantization
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class HelpText(argparse.HelpFormatter):
     """Wraps the description, and each line of the epilog for itself, to the width of the terminal."""
 
     _HANGING = 3
-    _HEADINGS: Mapping[str, str] = {"verify": "published models"}
+    _HEADINGS: Mapping[str, str] = {"verify": "published models", "attest": "more commands"}
     """The commands that begin a group of commands."""
 
     def __init__(self, prog: str, **options: Any) -> None:
@@ -212,6 +213,7 @@ def given(text: str) -> str:
 # --- adapters on the command line ------------------------------------------------------------------------------------
 
 _OPTIONS = ("base", "dtype", "quantization", "revision", "set", "expect", "allow_pickle")
+_EXPECTED = ("peft_type", "r", "lora_alpha", "base", "sha256:FILE", "base-sha256")
 
 
 def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) -> None:
@@ -240,8 +242,8 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
         action="append",
         type=_expectation,
         metavar="KEY=VALUE",
-        help="fail an adapter if a value differs. KEY is peft_type, r, lora_alpha, base, "
-        "sha256:FILE, or base-sha256, the digest that a report has of the base; repeatable",
+        help=f"fail an adapter if a value differs. KEY is {one_of(_EXPECTED)}, the digest that a report has of the "
+        "base; repeatable",
     )
     group.add_argument(
         "--allow-pickle", action="store_true", help="load pickled adapter weights (.bin), with weights_only=True"
@@ -250,7 +252,7 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
 
 def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
-    from merge_gate.config.from_arguments import config_of, names_a_file
+    from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
     from merge_gate.config.load_config import load_config
     from merge_gate.judging.policies import POLICIES
     from merge_gate.verify.exchanged import refuse_exchanged_base
@@ -269,6 +271,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     else:
         if getattr(arguments, "container", False):
             raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
+        refuse_empty(arguments.names)
         refuse_exchanged_base(arguments.command, values["base"], arguments.names)
         config = config_of(
             arguments.names,
@@ -302,6 +305,9 @@ def _expectation(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key not in _EXPECTED and not key.startswith("sha256:"):
+        hint = nearest(key, _EXPECTED) or f"known keys: {', '.join(_EXPECTED)}"
+        raise argparse.ArgumentTypeError(f"unknown key {quoted(key)} ({hint})")
     return key, _number(value) if key in {"r", "lora_alpha"} and NUMBER.fullmatch(value) else value
 
 

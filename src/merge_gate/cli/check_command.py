@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     with view_of(arguments) as (view, stream):
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
             adapters.append(adapter)
+            view.show_logs(adapter)
             if arguments.quiet and not adapter.findings:
                 continue
             for line in file_lines(adapter, of=len(config.adapters), width=result_width(stream)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
-from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
+from merge_gate.cli.output import DEBUG, EXIT_CODE_OF, claimed_output
 from merge_gate.cli.parser import COMMANDS, output_of, parsed
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
@@ -83,9 +83,11 @@ def _crashed(error: Exception, *, verbose: bool) -> int:
         say("  install merge-gate again in an environment of its own")
     else:
         say(f"merge-gate: unexpected {type(error).__name__}: {error}")
-        say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
-        if verbose or os.environ.get("MERGE_GATE_DEBUG"):
-            say("".join(traceback.format_exception(error)).rstrip())  # raised, it would end with 1: an adapter failed
+        if not verbose and not os.environ.get(DEBUG):
+            say(f"  this is a bug of merge-gate: please report it, with the traceback that {DEBUG}=1 prints")
+            return ExitCode.ERROR
+        say("  this is a bug of merge-gate: please report it, with this traceback:")
+        say("".join(traceback.format_exception(error)).rstrip())  # raised, it would end with 1: an adapter failed
     return ExitCode.ERROR
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 EXIT_CODE_OF = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
 
+DEBUG = "MERGE_GATE_DEBUG"
+"""The variable that asks for the details of `--verbose`."""
 _DUMB = ("dumb", "unknown")
 """Values of TERM of terminals without colors."""
 
@@ -73,6 +75,7 @@ def make_view(
     """Return the view that suits the streams, the environment (TERM, CI, GITHUB_ACTIONS), and the user's options."""
     from merge_gate.run.view import PlainView
 
+    verbose = verbose or bool(env.get(DEBUG))
     in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
     colors_result = _uses_color(stdout, env, color)
     if in_ci or env.get("TERM") in _DUMB or quiet or verbose or not stderr.isatty():

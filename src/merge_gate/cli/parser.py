@@ -221,11 +221,11 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     report_command.COMBINE: (report_command.add_combine, report_command.combine),
     report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
     "explain": (print_command.add_explain, print_command.explain),
+    "verify": (verify_command.add, verify_command.run),
+    "rebuild": (rebuild_command.add, rebuild_command.run),
+    "attest": (attest_command.add, attest_command.run),
     "schema": (print_command.add_schema, print_command.schema),
     "completion": (print_command.add_completion, lambda shell: print_command.completion(shell, parser_of_words())),
-    "verify": (verify_command.add, verify_command.run),
-    "attest": (attest_command.add, attest_command.run),
-    "rebuild": (rebuild_command.add, rebuild_command.run),
 }
 """What adds each command to the command line, and what runs it, in the order of the help."""
 

@@ -148,9 +148,15 @@ def _locate_base(name: str, adapter: str, models: set[str]) -> _Base:
 def _head(bases: Mapping[str, _Base], digests: Mapping[str, str]) -> list[str]:
     lines = ["# What to merge and check before a release. Try it: merge-gate run merge-gate.yml", "version: 1", ""]
     common = set(bases.values())
-    if len(common) != 1:
-        why = "each adapter names its own base" if bases else "no adapter names its base: name it here"
-        return [*lines, f"# base:   # {why}", "#   model: ./path/to/base", *_dtype("# ")]
+    if not common:
+        return [
+            *lines,
+            "# base:   # no adapter names its base: name it here",
+            "#   model: ./path/to/base",
+            *_dtype("# "),
+        ]
+    if len(common) > 1:
+        return [*lines, "# Each adapter names its own base.", f"# base: {{{_DTYPES}}}   # {_SERVED}", ""]
     ((named, path),) = common
     comment = "as the adapters name it; a directory or a Hub id"
     if path != named:
@@ -160,8 +166,12 @@ def _head(bases: Mapping[str, _Base], digests: Mapping[str, str]) -> list[str]:
     return [*lines, "base:", f"  model: {_scalar(path or named)}   # {comment}", *pin, *_dtype("")]
 
 
+_DTYPES = "dtype: [bfloat16, float16]"
+_SERVED = "what you serve in; each is checked (default: as stored)"
+
+
 def _dtype(comment: str) -> list[str]:
-    return [f"{comment}  # dtype: [bfloat16, float16]   # what you serve in; each is checked (default: as stored)", ""]
+    return [f"{comment}  # {_DTYPES}   # {_SERVED}", ""]
 
 
 def _entries(places: Sequence[str], bases: Mapping[str, _Base], digests: Mapping[str, str]) -> Iterator[str]:

@@ -193,7 +193,10 @@ def _file_findings(entry: Entry) -> tuple[Finding, ...]:
     if entry.problem is not None and not entry.members:
         return (entry.problem,)
     judged = all_checks.judge_files(entry.spec, entry.files)
+    is_read = entry.spec.base.model or entry.files.config.digest
     problems = () if entry.problem is None else (entry.problem,)
+    if not is_read and any(finding.severity is Severity.ERROR for finding in judged):
+        problems = ()  # a file that cannot be read does not name a base either
     of_base = base_findings(entry)
     if problems or any(finding.severity is Severity.ERROR for finding in of_base):
         # The question is not whether a base that cannot be read has the right name.

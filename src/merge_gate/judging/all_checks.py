@@ -115,7 +115,7 @@ def refused(refusal: Refusal | NotJudged) -> Finding:
     """The finding that says why an adapter was not loaded, merged, or judged."""
     try:
         if isinstance(refusal, NotJudged):
-            finding = not_judged.not_judged(refusal.message, refusal.hint, origin=refusal.origin)
+            finding = not_judged.not_judged(refusal.message, refusal.hint, origin=refusal.origin, log=refusal.log)
         else:
             finding = REFUSALS[refusal.kind](**refusal.fields)
         return bounded([finding])[0]

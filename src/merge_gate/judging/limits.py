@@ -15,6 +15,9 @@ from merge_gate.records.terms import Finding, Severity
 MOST_FINDINGS = 100
 """The findings of one check and one severity that are kept."""
 
+MOST_OF_LOG = 8_000
+"""The last characters of a traceback that are kept."""
+
 MOST_CHARACTERS = 2_000
 """The characters of one message, hint, or name that are kept."""
 
@@ -51,6 +54,7 @@ def _cut(finding: Finding) -> Finding:
         hint=cut(finding.hint),
         module=cut(finding.module) if finding.module else finding.module,
         tensor=cut(finding.tensor) if finding.tensor else finding.tensor,
+        log=finding.log and finding.log[-MOST_OF_LOG:],
     )
 
 

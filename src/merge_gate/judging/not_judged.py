@@ -5,19 +5,22 @@ In: a sentence, an exception, or the facts of a refusal. Out: a `Finding` of `no
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 
+from merge_gate.judging.limits import MOST_OF_LOG
 from merge_gate.records.config import A_FILE
 from merge_gate.records.refusals import Caught
 from merge_gate.records.terms import Finding, Origin, Severity
 
 NOT_JUDGED = "not-judged"
+_EVIDENCE = "the adapter's config if you can, and the traceback, which --verbose prints and report.json has"
 INSTALL = "install the package that the message names in the environment that runs the gate"
 
 
-def not_judged(message: str, hint: str = "", *, origin: Origin = Origin.RUNTIME) -> Finding:
+def not_judged(message: str, hint: str = "", *, origin: Origin = Origin.RUNTIME, log: str | None = None) -> Finding:
     """The finding of an adapter that could not be judged: it did not pass, and it did not fail."""
-    return Finding(check=NOT_JUDGED, severity=Severity.ERROR, message=message, hint=hint, origin=origin)
+    return Finding(check=NOT_JUDGED, severity=Severity.ERROR, message=message, hint=hint, origin=origin, log=log)
 
 
 def accident(what: str, error: Exception) -> Finding:
@@ -26,7 +29,8 @@ def accident(what: str, error: Exception) -> Finding:
         return not_judged(f"{what}: out of memory", "use a larger runner, or gate this adapter alone")
     return not_judged(
         f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
-        "this is a bug of merge-gate: please report it, with the adapter's config if you can",
+        f"this is a bug of merge-gate: please report it, with {_EVIDENCE}",
+        log="".join(traceback.format_exception(error))[-MOST_OF_LOG:],
     )
 
 
@@ -108,7 +112,9 @@ def worker_raised(error: Caught, in_import: bool = False) -> Finding:
         )
     return not_judged(
         f"the gate could not judge this adapter: {error}",
-        "if the adapter loads and merges with PEFT itself, please report this as a bug of merge-gate",
+        "if the adapter loads and merges with PEFT itself, this is a bug of merge-gate: please report it, with "
+        f"{_EVIDENCE}",
+        log=error.log,
     )
 
 

@@ -17,12 +17,14 @@ from merge_gate.records.terms import Origin, record
 class Caught:
     """An exception of a library. `kinds` are the names of its class and of those that it inherits from.
 
-    `text` is the line of its message that says most, and `detail` more of the message, for telling errors apart.
+    `text` is the line of its message that says most, and `detail` more of the message, for telling errors apart. `log`
+    is its traceback, if the exception may be a bug of the gate.
     """
 
     kinds: tuple[str, ...]
     text: str
     detail: str = ""
+    log: str | None = None
 
     def is_a(self, *kinds: str) -> bool:
         return not set(kinds).isdisjoint(self.kinds)
@@ -44,11 +46,12 @@ class Refusal:
 
 @record
 class NotJudged:
-    """An error of the gate itself, in its own words."""
+    """An error of the gate itself, in its own words. `log` is the end of what a process printed that died."""
 
     message: str
     hint: str = ""
     origin: Origin = Origin.RUNTIME
+    log: str | None = None
 
 
 class _CarriesRefusal(Exception):  # noqa: N818 - not an error of the gate: it carries facts

@@ -195,6 +195,10 @@ class Finding:
         'JSON has no infinities; they are written as the strings `"Infinity"`, `"-Infinity"` and `"NaN"`.',
         default=(),
     )
+    log: str | None = reported(
+        "The traceback of an unexpected exception, or the end of what a process printed that died; null otherwise.",
+        default=None,
+    )
 
 
 @record

@@ -27,6 +27,7 @@ from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.cache.verdict_cache import Cache, CachedVerdict
 from merge_gate.files.base_watch import BaseWatch, base_directory
+from merge_gate.files.preflight import base_of
 from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
@@ -101,12 +102,13 @@ def planned_run(config: Config, options: RunOptions, view: View) -> Run:
 
 def _refuse_inputs(config: Config, options: RunOptions) -> None:
     """Refuse to write a report or a cache into an adapter or a base."""
+    inputs = [*_inputs(config)]
     if options.output is not None:
-        refuse_input(options.output, _inputs(config))
+        refuse_input(options.output, inputs)
     if options.cache is not None:
         folder = Path(options.cache).absolute()
         for place in (folder, *folder.parents):
-            refuse_input(place, _inputs(config), "--cache")
+            refuse_input(place, inputs, "--cache")
 
 
 def _publish_spec(config: Config, options: RunOptions, specs: tuple[AdapterSpec, ...]) -> PublishSpec | None:
@@ -133,6 +135,8 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
             yield spec.path, f"the adapter {quoted(spec.name, 200)}"
         if spec.base.model:
             yield spec.base.model, f"the base {quoted(spec.base.label or spec.base.model, 200)}"
+        elif spec.path and (named := base_of(spec.path)):
+            yield str(Path(config.directory, named)), f"the base {quoted(named, 200)}"
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:

@@ -71,6 +71,9 @@ class View:
 
     def adapter_progress(self, done: int, total: int, module: str) -> None: ...
     def adapter_done(self, adapter: AdapterReport) -> None: ...
+    def show_logs(self, adapter: AdapterReport) -> None:
+        """Show the tracebacks for the report of a bug, if such details are wanted."""
+
     def note(self, message: str) -> None: ...
     def finish(self, report: Report, output_dir: str) -> None: ...
     def close(self) -> None: ...
@@ -173,6 +176,13 @@ class PlainView(TextView):
         super().adapter_done(adapter)
         verdict, why = outcome(adapter)
         self._say(f"{self._label} {name_of(adapter.name)} ({words.precision(adapter.base)}): {verdict}{why}")
+        self.show_logs(adapter)
+
+    def show_logs(self, adapter: AdapterReport) -> None:
+        for log in (finding.log for finding in adapter.findings if finding.log and self._verbose):
+            self._say(f"{name_of(adapter.name)}: log, also in report.json:")
+            for line in safe_text(log).splitlines():
+                self._say(line)
 
     def _say(self, line: str, style: Style = Style.PLAIN, *, is_note: bool = False) -> None:  # noqa: ARG002 - it has no colors
         self._written_at = self._clock()

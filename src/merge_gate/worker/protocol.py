@@ -260,7 +260,7 @@ def refusal_of(error: Exception, group: Group | None = None) -> Refusal | NotJud
         return NotJudged(message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     kinds = tuple(one.__name__ for one in type(error).__mro__)
-    caught = Caught(kinds=kinds, text=text[:400])
+    caught = Caught(kinds=kinds, text=text[:400], log="".join(traceback.format_exception(error)))
     return CannotJudge("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 
 

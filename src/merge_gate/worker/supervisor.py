@@ -432,7 +432,8 @@ class Attempt:
 
 def _death(what: str, ending: NotJudged) -> NotJudged:
     again = "" if what in {_MERGING, _RUNNING} else " twice"
-    return NotJudged(message=f"the gate's worker process died{again} {what}: {ending.message}", hint=ending.hint)
+    message = f"the gate's worker process died{again} {what}: {ending.message}"
+    return NotJudged(message=message, hint=ending.hint, log=ending.log)
 
 
 def _late(what: str, limit_s: float) -> NotJudged:
@@ -616,14 +617,15 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
     """How a process ended, and what to do about it. `output` is what it printed; see `_memory_ran_out`."""
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - TAIL_BYTES))
-    lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    text = output.read().decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     last_line = f"; its last line: {lines[-1][:300]}" if lines else ""
     if code >= 0:
         hint = _MEMORY if any(word in last_line for word in _NO_MEMORY) else _BUG
-        return NotJudged(message=f"exit code {code}{last_line}", hint=hint)
+        return NotJudged(message=f"exit code {code}{last_line}", hint=hint, log=text or None)
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if -code != signal.SIGKILL:
-        return NotJudged(message=f"killed by {name}{last_line}", hint=_HINTS.get(name, _BUG))
+        return NotJudged(message=f"killed by {name}{last_line}", hint=_HINTS.get(name, _BUG), log=text or None)
     how, hint = " from outside: the kernel reports no out-of-memory kill", _KILLED
     if out_of_memory is None:
         how, hint = ", most likely because the machine is out of memory", _MEMORY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from merge_gate.records.measured import Evidence, Forward
@@ -17,6 +18,9 @@ def reaching(largest: float | None, **changes: Any) -> Evidence:
     return evidence(forward=forward, **changes)
 
 
+REACHED = reaching(45056.0)
+
+
 class TestActivationHeadroom(EveryCheck):
     HEALTHY = (
         healthy(
@@ -30,8 +34,14 @@ class TestActivationHeadroom(EveryCheck):
         Fire(
             (MODULE, "45,056", "65,504", "69%", "24,912"), Origin.ADAPTER, reaching(45056.0), places={"module": MODULE}
         ),
+        Fire(
+            ("the model itself", "45,056"),
+            Origin.ADAPTER,
+            evidence(forward=replace(REACHED.forward, largest_module="")),
+        ),
     )
     QUIET = (
+        (evidence(forward=replace(REACHED.forward, nonfinite_module=MODULE)), files(), spec()),
         (reaching(HALF_MAX / 2), files(), spec()),
         (reaching(None), files(), spec()),
         (reaching(45056.0, base=base(dtype="bfloat16")), files(), spec()),

@@ -31,6 +31,7 @@ class TestActivationNonfinite(EveryCheck):
     HEALTHY = (healthy("products-fit", "loud-base", break_=LOUDER, dtype="bfloat16"),)
     FIRES = (
         Fire((MODULE, "float16", "24,912"), Origin.ADAPTER, run(Origin.ADAPTER), places={"module": MODULE}),
+        Fire(("the model itself returns", "24,912"), Origin.ADAPTER, run(Origin.ADAPTER, nonfinite_module="")),
         Fire((MODULE, "merged model", "24,912"), Origin.MERGE, run(Origin.MERGE), places={"module": MODULE}),
         Fire(
             (MODULE, "without any adapter"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from merge_gate.judging.all_checks import refused
 from merge_gate.judging.checks.table import CHECKS
@@ -10,10 +11,13 @@ from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.files import Pattern
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Origin
+from tests.support.faults import Case, cast_one
 from tests.support.judging.cases import found_in_files, reason, refusing
 from tests.support.judging.every_check import EveryCheck
 
 EXPRESSION = Pattern(place="target_modules", text="(a+)+b", expression="(a+)+b")
+TENSOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+NOT_FLOATING = reason("dtype_clash", name=TENSOR, got="int32", expected="float32")
 
 
 def misspelled(*settings: str) -> Refusal:
@@ -24,6 +28,7 @@ class TestConfigInvalid(EveryCheck):
     FIRES = (
         found_in_files(CHECKS["config-invalid"]),
         refusing(reason("pattern_refused", pattern=None, names=9, seconds=1.0), Origin.CONFIG),
+        refusing(NOT_FLOATING, Origin.ADAPTER),
     )
     REFUSED = (
         reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0),
@@ -36,7 +41,16 @@ class TestConfigInvalid(EveryCheck):
         reason("ignored_settings", settings=("odd=1",), peft="9.0.0", saved_by="9.0.1.dev0"),
         misspelled("alfa=1"),
         misspelled("alfa=1", "odd=1"),
+        NOT_FLOATING,
     )
+    FAULTS = (
+        Case("integer-factor", break_=cast_one("lora_A", torch.int32), cause="config-invalid", tensor="v_proj.lora_A"),
+        Case("boolean-factor", "dora", cast_one("lora_B", torch.bool), cause="config-invalid", tensor="v_proj.lora_B"),
+        Case(
+            "integer-embedding", "saved-embedding", cast_one("embed_tokens", torch.int8),
+            cause="config-invalid", tensor="embed_tokens.weight",
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("saved_by", ["0.²", "0." + "9" * 5_000, "٩.٩", ".", ""])

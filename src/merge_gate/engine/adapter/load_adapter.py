@@ -536,6 +536,7 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
     def check_and_copy(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         _refuse_shapes(incoming, own, adapter_name)
+        _refuse_integers(incoming, own, adapter_name)
         for key in incoming:
             tensor = own.get(key)
             if tensor is not None and tensor.data_ptr() in base_storage:
@@ -554,6 +555,15 @@ def _overwritten(base: Base, tensor: torch.Tensor) -> torch.Tensor:
     if base.hollow is None or not base.hollow.holds(tensor) or not tensor.is_floating_point():
         return tensor.data.clone()
     return torch.full_like(tensor.data, torch.nan)
+
+
+def _refuse_integers(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuse integers and booleans for a tensor that is floating in PEFT's own model. Its indices are not."""
+    for key, tensor in incoming.items():
+        is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+        if is_whole and key in own and own[key].is_floating_point():
+            got, expected = (str(each.dtype).removeprefix("torch.") for each in (tensor, own[key]))
+            raise Refused("dtype_clash", name=file_name(key, adapter_name), got=got, expected=expected)
 
 
 _MODULES_TO_SAVE = ".modules_to_save."

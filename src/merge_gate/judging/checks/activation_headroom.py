@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import WARNING, Check, MergeCase, Symptom
-from merge_gate.judging.checks.phrases import figure
+from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.records.terms import Finding, Origin
 
 RAISED = 1.05
@@ -49,9 +49,11 @@ def activation_headroom(case: MergeCase) -> Iterator[Finding]:
     largest, of_base, allowed = forward.largest, forward.largest_of_base, forward.largest_allowed
     if dtype != "float16" or largest is None or of_base is None or allowed is None:
         return
+    if forward.nonfinite_module == forward.largest_module:  # activation-nonfinite reports it
+        return
     if limit * allowed < largest and largest > RAISED * of_base:
         yield activation_headroom.finding(
-            f"run in {dtype}, {forward.largest_module} reaches {figure(largest)}; {dtype} holds up to "
+            f"run in {dtype}, {named(forward.largest_module)} reaches {figure(largest)}; {dtype} holds up to "
             f"{figure(allowed)} ({largest / allowed:.0%}, limit {limit:.0%}); the base reaches {figure(of_base)} there",
             "other inputs can reach a few times as much: serve in bfloat16, or lower the adapter's scale",
             module=forward.largest_module,

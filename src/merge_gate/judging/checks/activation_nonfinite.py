@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
-from merge_gate.judging.checks.phrases import figure
+from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.records.terms import Finding, Origin
 
 _LOWER = "lower the adapter's scale, and train again"
@@ -45,8 +45,8 @@ def activation_nonfinite(case: MergeCase) -> Iterator[Finding]:
     weights = (*evidence.base.nonfinite, *(merge.stats for merge in evidence.merges))
     if forward.nonfinite_origin is None or not all(stats.finite for stats in weights):
         return
-    dtype, module = evidence.base.dtype, forward.nonfinite_module or ""
-    where = f"run in {dtype}, {module} returns values that are not finite"
+    dtype, module = evidence.base.dtype, forward.nonfinite_module
+    where = f"run in {dtype}, {named(module)} returns values that are not finite"
     if forward.nonfinite_origin is Origin.BASE:
         yield activation_nonfinite.finding(
             f"{where}, in the base without any adapter",

@@ -5,6 +5,7 @@
 - it is not strict JSON, for example because of NaN or a duplicate key;
 - it has no `peft_type`, or a value of the wrong type;
 - its rank differs from that of every tensor;
+- a tensor holds integers or booleans, and the same tensor of PEFT's own model does not;
 - it sets a key that this version of PEFT would ignore silently. Only `run` finds such keys: `check` does not load PEFT.
 
 ```text
@@ -29,6 +30,7 @@ a newer PEFT, the verdict is `error` and not `failed`.
 
 from __future__ import annotations
 
+from merge_gate._internal.tensor_names import module_of
 from merge_gate._internal.text import quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.judging.checks.phrases import describe_pattern
@@ -87,10 +89,21 @@ def ignored_settings(
     return CONFIG_INVALID.finding(message, "; ".join(hints))
 
 
+def dtype_clash(name: str, got: str, expected: str) -> Finding:
+    """A tensor has no floating dtype, and PEFT would cast it to `expected`."""
+    return CONFIG_INVALID.finding(
+        f"{name} has the dtype {got}, expected a floating one: it is {expected} in PEFT's own model",
+        "a conversion has cast it, so its fractions are lost: save the adapter again with save_pretrained",
+        module=module_of(name),
+        tensor=name,
+        origin=Origin.ADAPTER,
+    )
+
+
 def _release(text: str) -> tuple[int, ...]:
     """The numbers of a release, none for other text. The adapter states it, and `int` raises on "²" or many digits."""
     parts = text.split(".")[:3]
     return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < _MOST_DIGITS for part in parts) else ()
 
 
-REFUSALS = (pattern_refused, ignored_settings)
+REFUSALS = (pattern_refused, ignored_settings, dtype_clash)

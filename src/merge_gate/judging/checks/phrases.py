@@ -56,6 +56,11 @@ def describe_pattern(pattern: Pattern) -> str:
     return f"{pattern.place} in adapter_config.json is {quoted(pattern.text, 200)}"
 
 
+def named(module: str | None) -> str:
+    """A module by its name, which the model itself does not have."""
+    return module or "the model itself"
+
+
 def with_sharers(evidence: Evidence, modules: set[str]) -> set[str]:
     """These modules, and those that share a tensor with one of them."""
     return modules | {other for other, first in evidence.shared if first in modules}

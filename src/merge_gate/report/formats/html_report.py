@@ -112,8 +112,8 @@ def _explained(report: Report) -> list[str]:
     return list(dict.fromkeys(finding.check for finding in findings if finding.check in known))
 
 
-_IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])", re.ASCII)
-"""After a dot or an underscore in a name, and not in a number."""
+_IN_NAME = re.compile(r"(?<=\w[._])(?=[A-Za-z])|(?<=\w/)(?=\w)", re.ASCII)
+"""After a dot or an underscore in a name, and not in a number; and after a slash in a path."""
 
 
 @cache
@@ -147,7 +147,7 @@ def _spaced(text: str) -> Markup:
 
 
 def _breakable(text: str) -> Markup:
-    """Visible text, which a narrow page breaks after the dots and underscores of names."""
+    """Visible text, which a narrow page breaks between the parts of names and paths."""
     return Markup(_IN_NAME.sub("<wbr>", _escaped(text)))  # noqa: S704 - it is escaped
 
 

@@ -239,7 +239,8 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
 def _wrong(finding: Finding, width: int) -> list[Line]:
     message = one_line(finding.message, words.MESSAGE_LIMIT)
     shown = _labelled("wrong", message, width)
-    parts = filter(None, (words.place(finding, unless_in=message), words.values(finding), words.origin(finding)))
+    place = words.place(finding, unless_in="" if words.is_of_activations(finding) else message)
+    parts = filter(None, (place, words.values(finding), words.origin(finding)))
     for index, part in enumerate(parts):
         shown += _labelled("where" if index == 0 else "", part, width)
     return shown + _to_do(finding, width) + _more(finding, width)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from merge_gate._internal.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
 from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import FOLLOWS
-from merge_gate.judging.checks.phrases import figure
+from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
 from merge_gate.judging.not_judged import NOT_JUDGED
@@ -52,12 +52,21 @@ ORIGINS = {
 """What each origin means to the person who fixes the problem."""
 
 _FOLLOWING = "in the merged model"
+_ACTIVATIONS = ("activation-nonfinite", "activation-headroom")
+"""The checks of what a module returns. The adapter may have no tensor in that module."""
 
 _ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
 
 
+def is_of_activations(finding: Finding) -> bool:
+    """Whether it blames an adapter for what a module returns."""
+    return finding.check in _ACTIVATIONS and finding.origin is Origin.ADAPTER
+
+
 def origin(finding: Finding) -> str:
     """Where the cause is. For a merge that is broken because its adapter is, only where it shows."""
+    if is_of_activations(finding):
+        return f"in what {'this module' if finding.module else named(None)} returns"
     follows = finding.origin is Origin.MERGE and finding.hint.startswith(FOLLOWS)
     return _FOLLOWING if follows else ORIGINS[finding.origin]
 
@@ -233,12 +242,12 @@ def forward(adapter: AdapterReport) -> str:
     facts = []
     if run.nonfinite_module is not None:
         by_itself = ", also in the base by itself" if run.nonfinite_origin is Origin.BASE else ""
-        facts.append(f"{one_line(run.nonfinite_module, NAME_LIMIT)} returns NaN or an infinity{by_itself}")
+        facts.append(f"{one_line(named(run.nonfinite_module), NAME_LIMIT)} returns NaN or an infinity{by_itself}")
     if run.largest is not None:
         share = run.largest / run.largest_allowed if run.largest_allowed else 0.0
         of_dtype = f" ({share:.0%} of {dtype})" if share >= _LEAST_SHARE else ""
-        place = f" at {one_line(run.largest_module, NAME_LIMIT)}" if run.largest_module else ""
-        facts.append(f"largest activation {figure(run.largest)}{of_dtype}{place}")
+        place = one_line(named(run.largest_module), NAME_LIMIT)
+        facts.append(f"largest activation {figure(run.largest)}{of_dtype} at {place}")
     if run.rounding_change is not None:
         facts.append(f"rounding to {dtype} changes {run.rounding_change:.0%} of the adapter's effect")
     is_part = run.parameters_run is not None and run.parameters_run < _NEARLY_ALL
