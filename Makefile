@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test sweeps test-all attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
+.PHONY: demo test sweeps test-all card card-real attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
 	clean help
 
 help:
@@ -12,6 +12,8 @@ help:
 	@echo "make test    the tests, with a sample of each sweep (8 minutes on 2 cores)"
 	@echo "make sweeps  what make test leaves out: the sweeps in full, and all examples of the properties (half an hour)"
 	@echo "make test-all both in one run: all methods and bases, Ray, kills (40 minutes on 2 cores)"
+	@echo "make card    a simulated GPU against the CPU: a fifth of the cases, or all with CARD=all (needs g++; four minutes)"
+	@echo "make card-real the same on a real GPU, and the benchmarks there; prints a table (needs CUDA; two hours)"
 	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
 	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
@@ -69,7 +71,8 @@ demo: $(STAMPS)/run
 # ORDER=random shuffles the files, and the tests in each; pytest prints the seed, and ORDER=SEED repeats that order.
 WORKERS ?= logical
 ORDER ?=
-PYTEST = $(BIN)/python -m pytest --ignore=tests/e2e --numprocesses $(WORKERS) --maxprocesses 8 --durations 10 \
+IN_PROCESSES = --numprocesses $(WORKERS) --maxprocesses 8 --durations 10
+PYTEST = $(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/card $(IN_PROCESSES) \
 	$(if $(ORDER),-p randomly $(if $(filter random,$(ORDER)),,--randomly-seed $(ORDER)))
 
 test: $(STAMPS)/test
@@ -82,6 +85,17 @@ sweeps: $(STAMPS)/test
 # All tests in one run, which is shorter: the sweeps share the fixtures of the other tests of their file.
 test-all: $(STAMPS)/test
 	$(PYTEST)
+
+# The library is built first, so that a missing compiler is an error.
+CARD ?= fifth
+card: $(STAMPS)/test
+	$(BIN)/python -m tests.support.card.build
+	CARD=$(CARD) $(BIN)/python -m pytest tests/card $(IN_PROCESSES)
+
+# All fleets and the benchmarks on the GPU that torch sees. Other cases and parts: CARD_REAL="--fleets methods-float32"
+CARD_REAL ?=
+card-real: $(STAMPS)/test
+	$(BIN)/python -m tests.tools.card_real $(CARD_REAL)
 
 # The table of what outsiders tried, from the tests that repeat it.
 attempts: $(STAMPS)/test
@@ -124,7 +138,7 @@ $(STAMPS)/coverage: $(STAMPS)/test
 
 # Branches of all that imports no torch; what the tests start is measured too, except Ray's own processes, whose tests
 # have no branch to themselves.
-WITH_TORCH := tests/e2e tests/engine tests/test_methods.py tests/__pycache__
+WITH_TORCH := tests/card tests/e2e tests/engine tests/test_methods.py tests/__pycache__
 MEASURED := $(filter-out $(WITH_TORCH),$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
 coverage: $(STAMPS)/coverage
 	$(BIN)/coverage erase

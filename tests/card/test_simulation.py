@@ -26,7 +26,7 @@ def process(card: Path, *words: str, **settings: object) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def failures(card: Path) -> dict[str, str]:
     """What each check reports; empty if it passed."""
-    answer = process(card, "-m", "tests.support.card.checks", cards=2)
+    answer = process(card, "-m", "tests.support.card.checks", memory_mib=(1024, 1024))
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 

@@ -24,6 +24,8 @@ TOGETHER = {
     "tests/shards/test_shards.py": "fleet",
 }
 ONE_BY_ONE = {
+    "tests/card/test_commands.py",
+    "tests/card/test_fleets.py",
     "tests/engine/merge/test_bitsandbytes.py",
     "tests/worker/test_quick_imports.py",
     "tests/fuzz/test_fuzz.py",

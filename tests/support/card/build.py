@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,18 +71,23 @@ def _command(output: Path) -> list[str]:
 def environment(
     built: Path,
     *,
-    cards: int = 1,
-    memory_mib: int = 80 * 1024,
+    memory_mib: Sequence[int] = (80 * 1024,),
     failures: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """The variables of a process that has simulated cards. Its working directory may not be a parent of this folder.
 
     Args:
         built: what `library` made.
-        cards: how many cards there are, at most 8.
-        memory_mib: the memory of each card.
+        memory_mib: the memory of each card, at most 8 of them.
         failures: operators that fail, such as `aten::linalg_qr`: with `lost` the context is lost, with `cublas` a
             library reports an error, with `memory` the card is full.
     """
-    settings = {"library": str(built), "cards": cards, "memory_mib": memory_mib, "failures": failures or {}}
+    settings = {"library": str(built), "memory_mib": list(memory_mib), "failures": failures or {}}
     return {"PYTHONPATH": str(HOOK), SETTINGS: json.dumps(settings)}
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{library()}\n")
+    except NoCompilerError as error:
+        sys.exit(str(error))

@@ -47,11 +47,11 @@ TORCH_LIBRARY_IMPL(aten, SparseCUDA, m) {
 
 PYBIND11_MODULE(simulated_card, m) {
   m.doc() = "Simulated CUDA cards; see tests/support/card.";
-  m.def("begin", [](int cards, size_t memory_bytes, const std::vector<std::string>& unchecked,
+  m.def("begin", [](const std::vector<size_t>& memory_bytes, const std::vector<std::string>& unchecked,
                     const std::unordered_map<std::string, std::string>& failures) {
-    TORCH_CHECK(cards <= kMostCards, "at most ", kMostCards, " simulated cards");
-    g_cards = cards;
-    for (Usage& usage : g_usage) usage.total = memory_bytes;
+    TORCH_CHECK(memory_bytes.size() <= kMostCards, "at most ", kMostCards, " simulated cards");
+    g_cards = static_cast<int>(memory_bytes.size());
+    for (int card = 0; card < g_cards; ++card) g_usage[card].total = memory_bytes[card];
     g_unchecked.insert(unchecked.begin(), unchecked.end());
     g_failures = failures;
     c10::SetAllocator(at::kCUDA, &g_allocator, 255);

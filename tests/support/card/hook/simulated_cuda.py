@@ -28,8 +28,9 @@ def import_torch(execute: Callable[[ModuleType], None], torch: ModuleType) -> No
     card = importlib.util.module_from_spec(spec)
     sys.modules[card.__name__] = card
     spec.loader.exec_module(card)
-    card.begin(settings["cards"], settings["memory_mib"] << 20, list(_unchecked(torch)), settings["failures"])
-    _replace_cuda(torch, card, settings["cards"])
+    memory_bytes = [mib << 20 for mib in settings["memory_mib"]]
+    card.begin(memory_bytes, list(_unchecked(torch)), settings["failures"])
+    _replace_cuda(torch, card, len(memory_bytes))
     _replace_storage_copies(torch)
     _replace_histc(torch)
 

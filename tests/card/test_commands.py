@@ -1,0 +1,119 @@
+"""What users run on a card, from a published model to a card that fails: the simulated card has each of these states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import methods
+from tests.support.card import build, compare
+from tests.support.card.fleets import Workshop
+from tests.support.card.runs import CPU, Device, Judged, judge, judge_on_both
+from tests.support.command import merge_gate
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what PEFT and transformers write
+PASSED = ("passed", None)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("adapters"))
+
+
+def config(directory: Path, workshop: Workshop, *names: str, dtype: str = "float32") -> Path:
+    """A configuration of adapters of tests/support/methods.py."""
+    entries = [{"name": name} | workshop.entry(methods.find(name), dtype) for name in names]
+    path = directory / "gate.yml"
+    path.write_text(json.dumps({"version": 1, "adapters": entries}))
+    return path
+
+
+def finding(judged: Judged, name: str) -> str:
+    """The message of an adapter's first finding."""
+    (entry,) = (entry for entry in judged.report["adapters"] if entry["name"] == name)
+    return entry["findings"][0]["message"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_a_card_published_is_verified(dtype: str, card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    device = Device(name="cuda", environment=build.environment(card))
+    path = config(tmp_path, workshop, "lora-linear", dtype=dtype)
+    judged = judge(path, device, publishes=True)
+    assert judged.answer.code == 0, judged.answer.said
+    (entry,) = json.loads(path.read_text())["adapters"]
+    merged = judged.published / "lora-linear"
+    inputs = ("--base", entry["base"]["model"], "--adapter", entry["path"])
+    for environment in (device.environment, CPU.environment):
+        answer = merge_gate("verify", merged, *inputs, cwd=tmp_path, **environment)
+        assert answer.code == 0, answer.said
+
+
+def test_an_export_next_to_a_card_is_the_cpus(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    (entry,) = json.loads(config(tmp_path, workshop, "lora-patterns").read_text())["adapters"]
+    for name, environment in (("cpu", {}), ("card", build.environment(card))):
+        words = ("export", entry["path"], "--base", entry["base"]["model"], "--output", name)
+        answer = merge_gate(*words, cwd=tmp_path, **environment)
+        assert answer.code == 0, answer.said
+    assert [*compare.of_models("export", tmp_path / "cpu", tmp_path / "card")] == []
+
+
+def test_the_second_card_merges_alone(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    """The first card has no memory: a tensor that lands there fails."""
+    path = config(tmp_path, workshop, "lora-linear", "lora-dora", "lora-mha", "lora-experts", "adalora-linear")
+    device = Device(name="cuda:1", environment=build.environment(card, memory_mib=(0, 1024)))
+    cpu, on_card = judge_on_both(path, device)
+    assert on_card.report["environment"]["device"] == "cuda:1"
+    assert compare.of_reports(cpu.report, on_card.report) == []
+
+
+def test_a_card_that_is_not_there_is_refused(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    device = Device(name="cuda:2", environment=build.environment(card, memory_mib=(1024, 1024)))
+    judged = judge(config(tmp_path, workshop, "lora-linear"), device)
+    assert judged.answer.code == 3
+    assert "2 CUDA devices" in finding(judged, "lora-linear")
+
+
+def test_a_full_card_costs_the_adapter_that_fills_it(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    path = config(tmp_path, workshop, "lora-linear", "lora-tall", "lora-dora")
+    judged = judge(path, Device(name="cuda", environment=build.environment(card, memory_mib=(3,))))
+    assert judged.verdicts() == {"lora-linear": PASSED, "lora-tall": ("error", "not-judged"), "lora-dora": PASSED}
+    assert "out of memory" in finding(judged, "lora-tall")
+
+
+@pytest.mark.parametrize("kind", ["lost", "cublas"])
+def test_an_error_of_the_card_costs_the_adapter_in_progress(
+    kind: str, card: Path, workshop: Workshop, tmp_path: Path
+) -> None:
+    path = config(tmp_path, workshop, "lora-linear", "c3a-linear", "lora-dora")
+    device = Device(name="cuda", environment=build.environment(card, failures={"aten::_fft_r2c": kind}))
+    judged = judge(path, device)
+    assert judged.verdicts() == {"lora-linear": PASSED, "c3a-linear": ("error", "not-judged"), "lora-dora": PASSED}
+    assert "CUDA error" in finding(judged, "c3a-linear")
+
+
+def test_an_index_out_of_range_is_the_adapters_fault(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    """On a card, it would end the context, and the verdicts of the adapters after it."""
+    path = config(tmp_path, workshop, "lora-linear", "supertuning-linear", "lora-dora")
+    document = json.loads(path.read_text())
+    broken = tmp_path / "broken"
+    tensors = methods.load_file(Path(document["adapters"][1]["path"]) / methods.WEIGHTS)
+    for tensor in tensors.values():
+        if not tensor.is_floating_point():
+            tensor.view(-1)[-1] = 100_000
+    methods.write_variant(Path(document["adapters"][1]["path"]), broken, tensors)
+    document["adapters"][1]["path"] = str(broken)
+    path.write_text(json.dumps(document))
+    cpu, on_card = judge_on_both(path, Device(name="cuda", environment=build.environment(card)))
+    assert on_card.verdicts()["supertuning-linear"] == ("failed", "shape-mismatch")
+    assert compare.of_reports(cpu.report, on_card.report) == []
+
+
+def test_no_setting_of_the_caller_rounds_to_tf32(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    path = config(tmp_path, workshop, "lora-linear", "lora-conv2d", "lora-conv1d")
+    override = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "NVIDIA_TF32_OVERRIDE": "1"}
+    device = Device(name="cuda", environment=build.environment(card) | override)
+    cpu, on_card = judge_on_both(path, device, publishes=True)
+    assert compare.of_reports(cpu.report, on_card.report) == []
+    assert compare.of_published(cpu.published, on_card.published) == []

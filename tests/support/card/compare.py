@@ -1,0 +1,138 @@
+"""Two reports of one fleet, and two sets of published models: what differs between a CPU and a card.
+
+In: reports as JSON, and directories. Out: `Difference`s. Everything but times has to be equal, except figures that come
+from a convolution: a card computes it by another algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.support import methods
+
+TOLERANCE = 1e-4
+"""The relative difference that a figure of a convolution may have."""
+
+NOISE = 2e-5
+"""The proof's differences below this are rounding in float32: they are compared with this, not with each other."""
+
+LAST_BITS = 4
+"""How far two values of a convolution's published tensor may be apart, in steps of the tensor's largest value."""
+
+NOT_COMPARED = {"seconds", "judged", "published"}
+"""Times, and the files of a published model, whose manifest names the device: `of_published` compares its tensors."""
+
+CONVOLUTIONS = ("conv", "waveft")
+"""In the names of adapters whose merge, or whose layer, computes a convolution. WaveFT's inverse wavelet is one."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field of one adapter, or of one base. `kind` is `verdict`, `finding`, `coverage`, `figure`, or `bits`."""
+
+    name: str
+    field: str
+    cpu: Any
+    card: Any
+
+    @property
+    def kind(self) -> str:
+        kinds = {
+            "verdict": "verdict",
+            "cause": "verdict",
+            "findings": "finding",
+            "coverage": "coverage",
+            "bits": "bits",
+        }
+        return kinds.get(re.split(r"[.\[]", self.field, maxsplit=1)[0], "figure")
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.name}, {self.field}: {str(self.cpu)[:160]} -> {str(self.card)[:400]}"
+
+
+def of_reports(cpu: Mapping[str, Any], card: Mapping[str, Any]) -> list[Difference]:
+    """What differs in what the reports state of each adapter and base."""
+    found = []
+    for name, (left, right) in _paired(_entries(cpu), _entries(card)).items():
+        found += [
+            Difference(name, *differing) for differing in _fields(left, right, "", close=_is_of_convolution(name))
+        ]
+    return found
+
+
+def _entries(report: Mapping[str, Any]) -> dict[str, Any]:
+    bases = {f"base {base['model']} {base['dtype']} {base['quantization']}": base for base in report["bases"]}
+    return {f"{entry['name']} {entry['base']['dtype']}": entry for entry in report["adapters"]} | bases
+
+
+def _paired(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (left.get(name), right.get(name)) for name in (*left, *(right.keys() - left.keys()))}
+
+
+def _is_of_convolution(name: str) -> bool:
+    return any(word in name for word in CONVOLUTIONS)
+
+
+def _fields(cpu: Any, card: Any, path: str, *, close: bool) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(cpu, dict) and isinstance(card, dict):
+        for key, (left, right) in _paired(cpu, card).items():
+            if key not in NOT_COMPARED:
+                yield from _fields(left, right, f"{path}.{key}".lstrip("."), close=close)
+    elif isinstance(cpu, list) and isinstance(card, list) and len(cpu) == len(card):
+        for number, (left, right) in enumerate(zip(cpu, card, strict=True)):
+            yield from _fields(left, right, f"{path}[{number}]", close=close)
+    elif cpu != card and not _is_allowed(cpu, card, path, close=close):
+        yield path, cpu, card
+
+
+def _is_allowed(cpu: Any, card: Any, path: str, *, close: bool) -> bool:
+    if not (isinstance(cpu, float) and isinstance(card, float)):
+        return False
+    if path.endswith("largest_difference"):
+        return max(cpu, card) < NOISE
+    return close and math.isclose(cpu, card, rel_tol=TOLERANCE)
+
+
+# --- published models -------------------------------------------------------------------------------------------------
+
+
+def of_published(cpu: Path, card: Path) -> list[Difference]:
+    """Tensors that differ between models of one name, below two directories."""
+    names = sorted({path.name for root in (cpu, card) for path in root.iterdir() if path.is_dir()})
+    return [difference for name in names for difference in of_models(name, cpu / name, card / name)]
+
+
+def of_models(name: str, cpu: Path, card: Path) -> Iterator[Difference]:
+    """Tensors that differ between two directories of one model."""
+    if not (cpu.is_dir() and card.is_dir()):
+        yield Difference(name, "bits", cpu.is_dir(), card.is_dir())
+        return
+    for tensor, (left, right) in _paired(_tensors(cpu), _tensors(card)).items():
+        if left is None or right is None or left.dtype is not right.dtype or left.shape != right.shape:
+            yield Difference(name, f"bits of {tensor}", left, right)
+            continue
+        if not methods.same_tensor(left, right) and not (_is_of_convolution(name) and _steps(left, right) <= LAST_BITS):
+            share = float((left != right).float().mean())
+            yield Difference(
+                name, f"bits of {tensor}", "", f"{share:.0%} of the values, by {_steps(left, right):.1f} steps"
+            )
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def _steps(left: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest difference, in units of the last bit of the largest value."""
+    step = torch.finfo(left.dtype).eps * float(left.abs().max()) if left.is_floating_point() else 1.0
+    return float((left.double() - right.double()).abs().max()) / step
