@@ -7,6 +7,7 @@ the adapters into one. Out: exit code 1 if a merged parameter is not finite.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import torch
@@ -19,20 +20,23 @@ QUANTIZATIONS = {
 }
 
 
+DEVICE = os.environ.get("MERGE_GATE_DEVICE", "cpu")
+
+
 def load(base: str, dtype: str, quantization: str):
     if quantization == "none":
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(DEVICE)
     config = BitsAndBytesConfig(**QUANTIZATIONS[quantization])
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config, device_map={"": "cpu"})
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config, device_map={"": DEVICE})
 
 
 def adapt(model, adapters: list[str], combine: str | None) -> PeftModel:
     """The one adapter, or all of them combined with equal weights."""
-    peft_model = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
+    peft_model = PeftModel.from_pretrained(model, adapters[0], adapter_name="0", torch_device=DEVICE)
     if combine is not None:
         names = [str(number) for number in range(len(adapters))]
         for name, adapter in zip(names[1:], adapters[1:], strict=True):
-            peft_model.load_adapter(adapter, adapter_name=name)
+            peft_model.load_adapter(adapter, adapter_name=name, torch_device=DEVICE)
         weights = [1 / len(names)] * len(names)
         peft_model.add_weighted_adapter(names, weights, "combined", combination_type=combine, density=0.5)
         peft_model.set_adapter("combined")

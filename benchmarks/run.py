@@ -210,11 +210,14 @@ def main() -> None:
         "--only", nargs="+", choices=[*GROUPS, *PARTS], metavar="PART", help=f"of {', '.join([*GROUPS, *PARTS])}"
     )
     parser.add_argument("--resume", action="store_true", help="leave out what results.json has already")
+    parser.add_argument("--device", default="cpu", help="where the gate and (a) merge; not cpu: README.md stays")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-bench")
     arguments = parser.parse_args()
     plan = plan_of(arguments)
+    os.environ["MERGE_GATE_DEVICE"] = arguments.device
     smoke = plan.size == "tiny"
-    results_file = plan.work / "results.json" if smoke else HERE / "results.json"
+    is_apart = smoke or arguments.device != "cpu"
+    results_file = plan.work / "results.json" if is_apart else HERE / "results.json"
     keep = (arguments.only or arguments.resume) and results_file.exists()
     results = json.loads(results_file.read_text(encoding="utf-8")) if keep else {}
     wanted = [part for name in arguments.only or PARTS for part in GROUPS.get(name, [name])]
@@ -225,7 +228,7 @@ def main() -> None:
         results[name] = {**PARTS[name](plan), "machine": machine()}
         results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"figures: {results_file}")
-    if not smoke:
+    if not is_apart:
         subprocess.run([PYTHON, str(HERE / "tables.py")], check=True)
         subprocess.run([PYTHON, str(HERE / "plot.py")], check=True)
 

@@ -1,4 +1,4 @@
-"""What users run on a card, from a published model to a card that fails: the simulated card has each of these states."""
+"""What users run on a card, from a published model to a card that fails."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Fleets of adapters that a CPU and a card judge, written to disk.
 
-In: a directory, and which cases to take. Out: `FLEETS`, and from `Fleet.write` the configurations of its runs. The cases
+In: a directory, and which cases to take. Out: `FLEETS`; `Fleet.write` returns the configuration of each run. The cases
 are those of the CPU's own tests.
 
 1. Every method, in each dtype.                                    `methods-DTYPE`

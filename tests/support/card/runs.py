@@ -5,6 +5,10 @@ In: a fleet and where it is written. Out: `Outcome`, with all that differs.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,15 +17,18 @@ from typing import Any
 
 from tests.support.card import compare
 from tests.support.card.fleets import Chosen, Fleet
-from tests.support.command import Answer, merge_gate, strict_json
+from tests.support.command import Answer, environment, merge_gate, strict_json
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What `--device` names, and the variables of a process that has it."""
+    """What `--device` names, and the variables of a process that has it. A real card has its own numbers."""
 
     name: str
     environment: Mapping[str, str]
+    is_real: bool = False
 
 
 CPU = Device(name="cpu", environment={})
@@ -81,13 +88,32 @@ def judge_on_both(config: Path, card: Device, *, publishes: bool = False) -> tup
     return cpu, on_card
 
 
-def run_fleet(fleet: Fleet, directory: Path, chosen: Chosen, card: Device) -> Outcome:
-    """Write a fleet, judge it on both devices, and compare."""
+def run_fleet(fleet: Fleet, directory: Path, chosen: Chosen, card: Device, *, against_peft: bool = False) -> Outcome:
+    """Write a fleet, judge it on both devices, and compare: the reports, and published models with the CPU's or PEFT's.
+
+    The CPU's published bits are compared with those of a simulated card only.
+    """
     adapters, differences = 0, []
     for config in fleet.write(directory, chosen):
         cpu, on_card = judge_on_both(config, card, publishes=fleet.publishes)
         adapters += len(cpu.report["adapters"])
-        differences += compare.of_reports(cpu.report, on_card.report)
-        if fleet.publishes:
+        differences += compare.of_reports(cpu.report, on_card.report, is_real=card.is_real)
+        if fleet.publishes and not card.is_real:
             differences += compare.of_published(cpu.published, on_card.published)
+        if fleet.publishes and against_peft:
+            differences += of_pefts_merges(config, on_card.published, card)
     return Outcome(fleet=fleet.name, adapters=adapters, differences=differences)
+
+
+def of_pefts_merges(config: Path, published: Path, device: Device) -> list[compare.Difference]:
+    """Tensors of published models that are not what PEFT's own merge on the same device gives."""
+    words = [sys.executable, "-m", "tests.support.card.peft_merges", config, published, device.name]
+    env = environment(**device.environment)
+    env["PYTHONPATH"] = os.pathsep.join([*env.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]).lstrip(os.pathsep)
+    answer = subprocess.run([*map(str, words)], env=env, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return [
+        compare.Difference(name, f"bits of {tensor}", "PEFT's", "others")
+        for name, tensors in json.loads(answer.stdout).items()
+        for tensor in tensors
+    ]
