@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tests.support.command import merge_gate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what PEFT and transformers write
 PASSED = ("passed", None)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +120,10 @@ def test_no_setting_of_the_caller_rounds_to_tf32(card: Path, workshop: Workshop,
     cpu, on_card = judge_on_both(path, device, publishes=True)
     assert compare.of_reports(cpu.report, on_card.report) == []
     assert compare.of_published(cpu.published, on_card.published) == []
+
+
+def test_the_table_of_a_real_card_says_if_there_was_none(card: Path) -> None:
+    words = [sys.executable, "-m", "tests.tools.card_real", "--fleets", "--no-benchmarks"]
+    simulated = subprocess.run([*words, "--simulated"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert simulated.returncode == 0, simulated.stderr
+    assert simulated.stdout.count("NO REAL CARD WAS USED") == 2

@@ -101,7 +101,7 @@ def _fleet(name: str, work: Path, sample: str, card: Device) -> Row:
     directory = work / name
     directory.mkdir()
     began_s = time.monotonic()
-    outcome: Outcome = run_fleet(FLEETS[name], directory, SAMPLES[sample], card, against_peft=True)
+    outcome: Outcome = run_fleet(FLEETS[name], directory, SAMPLES[sample], card)
     for difference in outcome.differences:
         print(f"  {difference}")
     counts = [str(outcome.count(kind)) for kind in ("verdict", "finding", "coverage", "figure", "bits")]

@@ -61,13 +61,13 @@ class Difference:
         return f"{self.kind} of {self.name}, {self.field}: {str(self.cpu)[:160]} -> {str(self.card)[:400]}"
 
 
-def of_reports(cpu: Mapping[str, Any], card: Mapping[str, Any]) -> list[Difference]:
-    """What differs in what the reports state of each adapter and base."""
+def of_reports(cpu: Mapping[str, Any], card: Mapping[str, Any], *, is_real: bool = False) -> list[Difference]:
+    """What differs in what the reports state of each adapter and base. A real card computes all figures otherwise."""
     found = []
     for name, (left, right) in _paired(_entries(cpu), _entries(card)).items():
-        found += [
-            Difference(name, *differing) for differing in _fields(left, right, "", close=_is_of_convolution(name))
-        ]
+        convolution = (TOLERANCE, 0.0) if _is_of_convolution(name) else None
+        allowed = (CARD_TOLERANCE, CARD_SHARE) if is_real else convolution
+        found += [Difference(name, *differing) for differing in _fields(left, right, "", allowed)]
     return found
 
 
