@@ -48,7 +48,7 @@ def changed(field: str, value: object, name: str) -> tuple[dict[str, Any], dict[
         ("findings", [], "finding"),
         ("findings.0.message", "0.52 of 65,504", "finding"),
         ("coverage.layers_in_blocks", 3, "coverage"),
-        ("forward.largest", 2.0000001, "figure"),
+        ("forward.largest", 2.000001, "figure"),
         ("forward.largest_difference", 1e-3, "figure"),
     ],
 )
@@ -61,6 +61,7 @@ def test_a_changed_field_is_a_difference(field: str, value: object, kind: str) -
     [
         ("seconds", 9.0, "support", False),
         ("forward.largest_difference", 2e-6, "support", False),
+        ("forward.largest", 2.00000001, "support", False),
         ("forward.largest", 2.0001, "lora-conv2d", False),
         ("forward.largest", 2.01, "support", True),
         ("findings.0.message", "0.52 of 65,504", "support", True),
