@@ -12,7 +12,7 @@ import pytest
 from tests.support import methods
 from tests.support.card import build, compare
 from tests.support.card.fleets import Workshop
-from tests.support.card.runs import CPU, Device, Judged, judge, judge_on_both
+from tests.support.card.runs import CPU, Device, Run, judge, judge_on_both
 from tests.support.command import merge_gate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what PEFT and transformers write
@@ -33,9 +33,9 @@ def config(directory: Path, workshop: Workshop, *names: str, dtype: str = "float
     return path
 
 
-def finding(judged: Judged, name: str) -> str:
+def finding(run: Run, name: str) -> str:
     """The message of an adapter's first finding."""
-    (entry,) = (entry for entry in judged.report["adapters"] if entry["name"] == name)
+    (entry,) = (entry for entry in run.report["adapters"] if entry["name"] == name)
     return entry["findings"][0]["message"]
 
 

@@ -58,7 +58,7 @@ class Difference:
             "coverage": "coverage",
             "bits": "bits",
         }
-        return kinds.get(re.split(r"[.\[]", self.field, maxsplit=1)[0], "figure")
+        return kinds.get(re.split(r"[.\[ ]", self.field, maxsplit=1)[0], "figure")
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.name}, {self.field}: {str(self.cpu)[:160]} -> {str(self.card)[:400]}"

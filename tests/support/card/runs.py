@@ -35,7 +35,7 @@ CPU = Device(name="cpu", environment={})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Run:
     """A run: the command's answer, its report, and where it published."""
 
     answer: Answer
@@ -59,7 +59,7 @@ class Outcome:
         return len({difference.name for difference in self.differences if difference.kind in kinds})
 
 
-def judge(config: Path, device: Device, *, publishes: bool = False) -> Judged:
+def judge(config: Path, device: Device, *, publishes: bool = False) -> Run:
     """Run the gate on one configuration."""
     output = config.with_suffix(f".{device.name.replace(':', '-')}")
     publish = ("--publish", output / "published") if publishes else ()
@@ -75,10 +75,10 @@ def judge(config: Path, device: Device, *, publishes: bool = False) -> Judged:
         **device.environment,
     )
     assert (output / "report.json").exists(), answer.said
-    return Judged(answer=answer, report=strict_json(output / "report.json"), published=output / "published")
+    return Run(answer=answer, report=strict_json(output / "report.json"), published=output / "published")
 
 
-def judge_on_both(config: Path, card: Device, *, publishes: bool = False) -> tuple[Judged, Judged]:
+def judge_on_both(config: Path, card: Device, *, publishes: bool = False) -> tuple[Run, Run]:
     """The same configuration on the CPU and on a card."""
     with ThreadPoolExecutor(2) as pool:
         cpu, on_card = pool.map(lambda device: judge(config, device, publishes=publishes), (CPU, card))
