@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import logging
+
 from tests.support.card import build
 from tests.support.card.fleets import FLEETS, SAMPLES
 from tests.support.card.runs import Device, Outcome, run_fleet
@@ -48,6 +50,8 @@ class Row:
 
 def main() -> int:
     arguments = _parser().parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     card = Device(name=arguments.device, environment={}, is_real=True)
     if arguments.simulated:
         card = Device(name=arguments.device, environment=build.environment(build.library()))
