@@ -18,11 +18,14 @@ import transformers
 from packaging import version
 
 from merge_gate.config.load_config import load_config
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
 from merge_gate.run.flow import run_gate
 from tests.support import faults_methods, methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.gating import Bench, mistake, one_thread, told
 from tests.support.merged import kept
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+
+    from merge_gate.engine.base.loaded_base import Base
 
 FAST = {"lora-linear", "oft-linear"}
 """LoRA, and a method that multiplies the whole weight."""
@@ -87,13 +92,34 @@ def trials(case: methods.Case, state: dict[str, torch.Tensor]) -> list[faults_me
 def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench) -> None:
     """Those of `safe_merge=True`, which rounds the delta before it adds it, and so differs from `safe_merge=False`."""
     adapter, directory = bench.adapter(case), bench.base_directory(case.base, dtype)
-    expected = methods.merge(bench.base(case.base, dtype), adapter, safe=True)
     files = preflight(str(adapter), allow_pickle=False)
+    check_bits(bench.base(case.base, dtype), adapter, bench.gate.base(directory, files, dtype="auto"))
+
+
+@CASES
+@pytest.mark.parametrize(("dtype", "is_mapped"), [("bfloat16", True), ("auto", False)], ids=["other-dtype", "fed"])
+def test_the_merged_bits_of_a_base_that_is_read_in_a_pass_are_pefts(
+    case: methods.Case, dtype: str, is_mapped: bool, bench: Bench
+) -> None:
+    """Such a base has values only while its tensors are merged: in another dtype than the stored one, or if fed."""
+    adapter, directory = bench.adapter(case), bench.base_directory(case.base, "float32")
+    model_class = model_class_for(
+        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
+    )
+    base = load_local(str(directory), model_class=model_class, label=case.base, dtype=dtype, is_mapped=is_mapped)
+    check_bits(methods.load_base(case.base, directory, dtype=dtype), adapter, base)
+
+
+def check_bits(model: nn.Module, adapter: Path, base: Base) -> None:
+    """The gate's merge into `base` is PEFT's merge into the same `model`."""
+    expected, original = methods.merge(model, adapter, safe=True), methods.values(model)
     with kept() as seen:
-        merge_adapter(bench.gate.base(directory, files, dtype="auto"), files, no_forward=NOT_RUN)
-    original = methods.values(bench.base(case.base, dtype))
+        evidence = merge_adapter(
+            base, preflight(str(adapter), allow_pickle=False), no_forward=NOT_RUN, free_bytes=1 << 40
+        )
+    assert evidence.refusal is None
     assert methods.same({name: expected[name] for name in seen}, seen)
-    untouched = expected.keys() - seen.keys() - _tied(bench.base(case.base, dtype))
+    untouched = expected.keys() - seen.keys() - _tied(model)
     assert methods.same({name: expected[name] for name in untouched}, {name: original[name] for name in untouched})
 
 

@@ -106,6 +106,19 @@ def test_a_base_names_the_first_adapter_of_each_class(shelf: Shelf, tmp_path: Pa
     }
 
 
+@pytest.mark.parametrize(("device", "is_noted"), [("auto", True), ("cpu", False)])
+def test_a_card_that_torch_does_not_see_is_noted(
+    device: str, is_noted: bool, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "has_card", lambda: True)
+    monkeypatch.setattr(flow, "why_no_card", lambda _: "load its driver")
+    notes: list[str] = []
+    config = write(tmp_path, {"path": str(shelf.adapter("plain"))}, base={"model": str(shelf.base("llama"))})
+    found = run_gate(load_config(config), RunOptions(device=device), view=Watcher(note=notes.append))
+    assert found.environment.device == "cpu"
+    assert any("load its driver" in note for note in notes) is is_noted
+
+
 NO_BASES = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")
 """Names of bases that no system takes."""
 

@@ -192,9 +192,9 @@ QUANTIZATIONS = {
 }
 
 
-def load_base(name: str, directory: Path, quantization: str | None = None) -> nn.Module:
-    """The saved base as a user loads it, in the dtype it was saved in; quantised on loading where that is asked for."""
-    options: dict[str, Any] = {"dtype": "auto"}
+def load_base(name: str, directory: Path, quantization: str | None = None, *, dtype: str = "auto") -> nn.Module:
+    """The saved base as a user loads it. By default it has the dtype that it was saved in, and is not quantized."""
+    options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**QUANTIZATIONS[quantization])
     with quiet():

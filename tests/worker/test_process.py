@@ -92,6 +92,11 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
     assert strict_json(place / "merge-gate-report" / "report.json")["counts"] == {"passed": 1, "failed": 0, "error": 0}
 
 
+def test_the_caller_cannot_make_a_card_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
+    assert not child_environment(dict.fromkeys(names, "1")).keys() & set(names)
+
+
 # --- how it ended ----------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +113,7 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
         (1, b"ImportError: x.so: failed to map segment from shared object", None),
         (1, b"MemoryError\n", None),
         (3, b"\xff\xfe" * 5000, None),
+        (1, b"the GPU failed: CUDA error: device-side assert triggered\n", None),
     ],
 )
 def test_how_a_child_ended_is_said(

@@ -103,5 +103,9 @@ class NoPlainLoraError(GateError):
     exit_code = ExitCode.FAIL
 
 
+class CardError(BaseException):
+    """A GPU, its driver, or one of its libraries failed. The process ends, so `except Exception` does not catch it."""
+
+
 class LauncherError(GateError):
     """The container engine, the image, or a mount is missing, or the container was lost."""

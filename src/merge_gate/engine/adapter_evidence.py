@@ -45,6 +45,7 @@ from merge_gate.engine.merge.proof import difference, differs
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
+from merge_gate.engine.tensors.placement import confirm_card
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
@@ -178,6 +179,7 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
         try:
             merge_planned(walks, bases)
         except Exception as error:
+            confirm_card(bases[0].source.device)
             of_pass = error
         seconds = (time.perf_counter() - started) / max(1, len(walks))
         for attempt in attempts:
@@ -186,6 +188,10 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
                 attempt.error = of_pass
             if attempt.error is None:
                 attempt.do(attempt.finish)
+    is_full = any(isinstance(one.error, torch.OutOfMemoryError) for one in attempts)
+    if is_full and True in [base.weights.drop() for base in bases]:
+        del attempts, attempt, walks, of_pass  # their errors hold tensors of the card
+        return _attempts(requests, bases)
     return attempts
 
 
@@ -280,6 +286,7 @@ class _Attempt:
         except Refused as refused:
             self.evidence = replace(self.evidence, refusal=refused.refusal)
         except Exception as error:
+            confirm_card(self.base.source.device)
             self.error = error
         self.seconds += time.perf_counter() - started
         self.evidence = replace(self.evidence, base=self.base.facts, seconds=self.seconds)

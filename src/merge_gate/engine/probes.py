@@ -24,6 +24,7 @@ from merge_gate.engine.merge.private_copies import Slot, private_copies, slots_o
 from merge_gate.engine.merge.proof import same_random_numbers
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import distance, same_bits
+from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 from merge_gate.records.measured import FileTensor, TensorStats, UnreadLayer
 from merge_gate.records.terms import Quantization
@@ -87,14 +88,13 @@ def _delta_share(base: Base, loaded: Loaded, layer: Any) -> float:
     slots = slots_of(layer, loaded.slots)
     try:
         with same_random_numbers(), private_copies(layer, slots, base, dtype=torch.float32):
-            unmerged = [slot.data.to(base.device, torch.float32, copy=True) for slot in slots]
+            unmerged = [slot.data.to(device_of(layer, base.device), torch.float32, copy=True) for slot in slots]
             layer.merge(safe_merge=False)
             pairs = [(slot.tensor, old) for slot, old in zip(slots, unmerged, strict=True) if slot.tensor is not None]
             delta = math.hypot(*(distance(tensor.data, old) for tensor, old in pairs))
             norm = math.hypot(*(distance(old) for _, old in pairs))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:
+    except Exception as error:
+        raise_if_of_the_run(error)
         return 0.0
     return delta / norm if norm and math.isfinite(delta) else 0.0
 
@@ -135,7 +135,8 @@ def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
         for tensor in (finite[key], finite[key] * 2 + noise, loaded.state[key]):  # 1. and 2.
             loaded.model.load_state_dict({**finite, key: tensor}, strict=False)
             results.append([merged_once(base, loaded, layer) for layer in layers])
-    except Exception:
+    except Exception as error:
+        raise_if_of_the_run(error)
         return True
     finally:
         loaded.model.load_state_dict(loaded.state, strict=False)

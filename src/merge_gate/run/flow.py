@@ -49,6 +49,7 @@ from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import HourlyLog, View
 from merge_gate.shards.partition import part_of
 from merge_gate.worker import protocol
+from merge_gate.worker.device import has_card, why_no_card
 from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
@@ -427,6 +428,8 @@ class Run:
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self.tally.environment.sandbox.missing:
             self._view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
+        if event.device == "cpu" and self.tally.environment.device == "auto" and has_card():
+            self._view.note(f"the CPU merges: there is a GPU, but torch sees none; {why_no_card(os.environ)}")
         self._cache.set_device(event)
         self.tally.merged_on(event.device, event.device_name, event.sandbox)
 

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import CardError, EngineError
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.channel import Channel, Line
-from merge_gate.worker.device import cpu_name
+from merge_gate.worker.device import cpu_name, why_no_card
 from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import (
     BaseLoading,
@@ -55,8 +55,12 @@ def main(descriptor: int, *of_lines: int) -> None:
     _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
     client = CallClient([Line.of(*pair) for pair in zip(of_lines[::2], of_lines[1::2], strict=True)])
-    for event in judge_job(job, channel.send, sandbox, client):
-        channel.send(event)
+    try:
+        for event in judge_job(job, channel.send, sandbox, client):
+            channel.send(event)
+    except CardError as error:  # the last line of the output
+        sys.stderr.write(f"{error}\n")
+        os._exit(1)
     channel.send(Finished())
     channel.close()
     sys.stdout.flush()
@@ -140,15 +144,15 @@ def _choose_device(wanted: str) -> DeviceChosen:
         if not torch.cuda.is_available():
             raise EngineError(
                 f"device {wanted} was asked for, but torch {torch.__version__} sees no CUDA device here",
-                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, torch for CUDA)",
+                hint=why_no_card(os.environ),
             )
         count = torch.cuda.device_count()
-        index = int(wanted.partition(":")[2] or 0)
+        index = int(wanted.partition(":")[2] or torch.cuda.current_device())
         if index >= count:
             raise EngineError(
                 f"device {wanted} was asked for, but there are only {count} CUDA devices (cuda:0 is first)"
             )
-        return DeviceChosen(device=wanted, device_name=torch.cuda.get_device_name(index))
+        return DeviceChosen(device=f"cuda:{index}", device_name=torch.cuda.get_device_name(index))
     return DeviceChosen(device="cpu", device_name=cpu_name())
 
 

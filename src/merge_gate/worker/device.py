@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
-_CARDS = ("nvidia", "nvhost", "nvmap", "nvgpu", "dxg", "kfd")
-"""Prefixes of device files that torch may use as CUDA: of NVIDIA, Tegra, the Windows subsystem for Linux, and AMD."""
+CARDS = ("nvidia*", "nvhost*", "nvmap*", "nvgpu*", "dxg", "kfd")
+"""Device files that torch may use as CUDA: of NVIDIA, Tegra, the Windows subsystem for Linux, and AMD."""
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
@@ -21,6 +22,16 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
 def has_card(devices: Path = Path("/dev")) -> bool:
     """Whether there may be a GPU that torch can use."""
     try:
-        return any(path.name.startswith(_CARDS) for path in devices.iterdir())
+        return any(path.match(pattern) for path in devices.iterdir() for pattern in CARDS)
     except OSError:
         return True
+
+
+def why_no_card(environ: Mapping[str, str], devices: Path = Path("/dev")) -> str:
+    """What may keep the confined worker from a card, and what to do about it."""
+    if (devices / "nvidiactl").exists() and not (devices / "nvidia-uvm").exists():
+        return f"{devices}/nvidia-uvm does not exist until CUDA is used once: run `nvidia-modprobe -u -c 0` first"
+    pipes = Path(environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))  # noqa: S108 - CUDA's own default
+    if (pipes / "control").exists():
+        return f"the sandbox keeps CUDA from the MPS server ({pipes}): stop that server, or set MERGE_GATE_SANDBOX=off"
+    return "use --device cpu, or run where the GPU is visible (driver, container runtime, torch for CUDA)"

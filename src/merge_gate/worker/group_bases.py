@@ -34,6 +34,7 @@ from merge_gate.engine.base.skeleton import (
     skeleton_of,
 )
 from merge_gate.engine.base.stored_spans import SharedReads
+from merge_gate.engine.tensors.placement import compute_in_full_precision, confirm_card
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot
@@ -269,6 +270,7 @@ def refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
 
 def judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases: GroupBases) -> Iterator[Event]:
     """Load the base of these groups once for each class, and merge each task into it."""
+    compute_in_full_precision()
     to_load, unknown = _by_class(groups, job)
     yield from unknown
     announced = next(iter(groups)) if not unknown else None
@@ -287,6 +289,7 @@ def judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases: 
                 continue
             bases.load(one, account)
         except Exception as error:
+            confirm_card(bases.job.device)
             one.loaded = None
             yield from undecided((task for task, _ in one.tasks), error, one.group)
             continue
@@ -358,8 +361,12 @@ def _judge_tasks(loaded: list[GroupBase], bases: GroupBases, progress: Listener)
     tasks = [classed for one in loaded for classed in one.tasks]
     for one in loaded:
         one.sinks = bases.sinks(one)
-    for batch in batches(tasks, one_pass=loaded[0].group.in_passes):
+    passes = list(batches(tasks, one_pass=loaded[0].group.in_passes))
+    for batch in passes:
+        for one in loaded:
+            one.base.weights.keeps &= batch is not passes[-1]
         for event in _judge_batch(batch, base_of, bases, progress):
+            confirm_card(bases.job.device)
             if isinstance(event, Merged) and not (one := base_of[event.task]).is_measured:
                 one.is_measured = True
                 yield BaseMeasured(group=one.position, task=event.task, facts=one.base.facts, record=one.record())

@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_gate.records.report import Sandbox
+from merge_gate.worker.device import CARDS
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.protocol import Job
 
@@ -40,7 +41,7 @@ CACHES = {
 }
 """Variables for directories that libraries write to, each with its name in the worker's own directory."""
 
-_DEVICES = ("nvidia*", "nvidia-caps/*", "dxg", "kfd", "dri/*")
+_DEVICES = (*CARDS, "dri/*")
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 _SPARE_FILE_BYTES = 1 << 30

@@ -80,10 +80,10 @@ PASSED = re.compile(
     r"|(LC|LD|DYLD|MALLOC|GLIBC|OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|DNNL|ONEDNN|ATEN|CUDA|CUDNN|CUBLAS|NVIDIA|HIP|HSA|ROCR|ROCM"
     r"|MIOPEN|BNB|TRITON|COVERAGE)_\w+|(PYTHON|TORCH|PYTORCH)\w+)"
 )
-"""The variables that the process gets, if their names hold none of `SECRETS`: for the system, Python, and the libraries
-that compute. All files that it reads are on disk when it gets its job."""
+"""The variables that the process gets, if none of `WITHHELD` is in their names: for the system, Python, and the
+libraries that compute. All files that it reads are on disk when it gets its job."""
 
-SECRETS = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH")
+WITHHELD = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|TF32")  # TF32 rounds what a card multiplies
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -558,7 +558,7 @@ def _start(descriptors: Sequence[int], output: IO[bytes], directory: str) -> sub
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What the process needs of the caller's environment, without relative import paths, and offline."""
-    env = {name: value for name, value in environ.items() if PASSED.fullmatch(name) and not SECRETS.search(name)}
+    env = {name: value for name, value in environ.items() if PASSED.fullmatch(name) and not WITHHELD.search(name)}
     here = Path.cwd()
     entries = [entry for entry in env.pop("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry).is_absolute()]
     kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]
@@ -621,7 +621,7 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last_line = f"; its last line: {lines[-1][:300]}" if lines else ""
     if code >= 0:
-        hint = _MEMORY if any(word in last_line for word in _NO_MEMORY) else _BUG
+        hint = _MEMORY if any(word in last_line for word in _NO_MEMORY) else _GPU if "GPU failed" in last_line else _BUG
         return NotJudged(message=f"exit code {code}{last_line}", hint=hint, log=text or None)
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if -code != signal.SIGKILL:
@@ -635,6 +635,7 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
 
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
+_GPU = "run `nvidia-smi`, and look for `Xid` in the kernel's log (dmesg); if the GPU is sound, gate with --device cpu"
 _NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "MemoryError", "std::bad_alloc")
 """The last lines of a process that a limit on memory (ulimit -v) ended contain one of these."""
 _KILLED = "find out what sent the signal (a limit of the runner, a canceled job), and run the gate again"

@@ -19,10 +19,10 @@ def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Bas
     return loaded_base.load_base(Source(directory=directory, **options), model_class)
 
 
-def load_local(directory: str, *, model_class: ModelClass, **options: Any) -> Base:
-    """The skeleton over the mapped files; by `from_pretrained` if there is none."""
+def load_local(directory: str, *, model_class: ModelClass, is_mapped: bool = True, **options: Any) -> Base:
+    """The skeleton over the files, which are mapped, or fed; by `from_pretrained` if there is none."""
     source = Source(directory=directory, **options)
     try:
-        return skeleton_of(source, model_class, stored_tensors(directory), LocalFeed(directory), is_mapped=True)
+        return skeleton_of(source, model_class, stored_tensors(directory), LocalFeed(directory), is_mapped=is_mapped)
     except NoSkeletonError:
         return loaded_base.load_base(source, model_class)

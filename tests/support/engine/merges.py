@@ -23,6 +23,7 @@ def merge_adapter(
     progress: Progress | None = None,
     is_export: bool = False,
     no_forward: str = "",
+    free_bytes: int | None = None,
 ) -> Evidence:
     """Merge one adapter into a scratch copy of the base, and measure everything.
 
@@ -30,7 +31,7 @@ def merge_adapter(
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
     request = MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress)
-    return merge(replace(request, is_export=is_export, no_forward=no_forward))
+    return merge(replace(request, is_export=is_export, no_forward=no_forward, free_bytes=free_bytes))
 
 
 def merge_combination(

@@ -59,6 +59,7 @@ from merge_gate.engine.adapter.inject import (
 from merge_gate.engine.adapter.peft_config import can_start_blank, initialization_writes_to_base, read_config
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
+from merge_gate.engine.tensors.placement import raise_if_of_the_run
 from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
 from merge_gate.records.refusals import Refused
 
@@ -379,7 +380,8 @@ def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     is_embedding = bool(getattr(layer, "lora_embedding_A", None))
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
     all_a, all_b = (getattr(layer, name, {}) for name in names)  # by the adapter's name
-    if ADAPTER_NAME not in all_a or ADAPTER_NAME not in all_b:
+    is_modules = is_embedding or isinstance(all_a, nn.ModuleDict)  # AdaLoRA has parameters of the same names
+    if not is_modules or ADAPTER_NAME not in all_a or ADAPTER_NAME not in all_b:
         return None
     a, b = (
         factors[ADAPTER_NAME] if is_embedding else factors[ADAPTER_NAME].weight  # an embedding has no modules for them
@@ -491,9 +493,8 @@ def load_weights(
             _load(model, files.directory, adapter_name)
         except Refused:
             raise
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # PEFT, safetensors, or pickle: the file did not load
+            raise_if_of_the_run(error)
             raise _load_failed(error) from error
 
     def load_tagged(tagged: Tensors) -> Tensors:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from merge_gate.engine.adapter.known_defects import refuse_by_config
 from merge_gate.engine.base.loaded_base import Base, caught, first_line
+from merge_gate.engine.tensors.placement import raise_if_of_the_run
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Fact, Refused
 
@@ -113,7 +114,8 @@ def read_config(files: AdapterFiles) -> Any:
 
 
 def raised(error: Exception, config: Any, base: Base) -> dict[str, Fact]:
-    """An exception that PEFT raised on a base, with what decides whose fault it is."""
+    """An exception that PEFT raised on a base, with what decides whose fault it is. One of the run is raised again."""
+    raise_if_of_the_run(error)
     return {
         "error": caught(error),
         "method": config.peft_type.value,

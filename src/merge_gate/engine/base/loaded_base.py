@@ -31,6 +31,7 @@ from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure
 from merge_gate.engine.tensors.module_copies import tensors_of
+from merge_gate.engine.tensors.placement import WeightsOnDevice
 from merge_gate.engine.tensors.quantized import (
     QUANTIZED_AS,
     dequantized,
@@ -57,9 +58,6 @@ if TYPE_CHECKING:
 
 _OF_ONE_RUN = re.compile(r"\s*For details look at [^.!]*above report!?| at 0x[0-9a-f]+")
 """transformers' errors refer to a table in its log, which the reader of a message does not see, and to addresses."""
-
-SPARE_BYTES = 4 << 30
-"""Memory of a card that stays free of weights, for the products and deltas of the largest module."""
 
 MOST_TYPICAL = 9
 """So many matrices are read for the typical RMS, because a streamed base may have to send them again."""
@@ -151,7 +149,7 @@ class Base:
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(init=False)
-    _on_device: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: WeightsOnDevice = field(default_factory=WeightsOnDevice)
     _buffers: threading.local = field(default_factory=threading.local)
     _typical_rms: float | None = None
 
@@ -172,13 +170,8 @@ class Base:
         return torch.device(self.source.device)
 
     def on_device(self, name: str) -> torch.Tensor:
-        """A weight on `device`, which computes. On a card it stays for other adapters, if it fits."""
-        weight = self._on_device.get(name)
-        if weight is None:
-            weight = self.tensors[name].detach().to(self.device)
-            if weight.is_cuda and torch.cuda.mem_get_info(self.device)[0] - SPARE_BYTES > weight.nbytes:
-                self._on_device[name] = weight
-        return weight
+        """A weight on `device`, which computes."""
+        return self.weights.take(name, self.tensors[name], self.device)
 
     def buffers(self) -> Buffers:
         """This thread's buffers for merges in blocks."""

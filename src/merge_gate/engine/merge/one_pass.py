@@ -29,6 +29,7 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.plan import BlockLayer
 from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.hollow import Cell
+from merge_gate.engine.tensors.placement import random_states, restore_random
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.measured import TensorMerge
 from merge_gate.sources.feed import FileSpan
@@ -140,15 +141,15 @@ class _Pass:
         feed = self._bases[0].feed
         if feed is not None:
             feed.expect([span for stop in stops for span in stop.spans], whole=_is_whole(self._bases))
-        drawn = torch.get_rng_state()
+        drawn = random_states()
         with self._peft:
             for _ in (spread if self._on_cpu else map)(self._visit, stops):
                 pass
         for base in self._bases:
             base.complete_facts()
         self._checks.finish()
-        if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of each walk
-            torch.set_rng_state(drawn)
+        if not all(map(torch.equal, drawn, random_states())):  # random merges have to run in the order of each walk
+            restore_random(drawn)
             for walk in self._walks:
                 walk.forget_early()
 

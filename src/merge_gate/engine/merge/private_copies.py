@@ -16,10 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from merge_gate.engine.adapter.inject import parameters_of
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Tensors
+from merge_gate.engine.adapter.load_adapter import Arrival, Tensors
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.module_copies import wrap
+from merge_gate.engine.tensors.placement import device_of, placed
 from merge_gate.engine.tensors.quantized import is_quantized
 
 Names = Mapping[tuple[int, str], str]
@@ -98,7 +99,7 @@ def private_copies(
     keep_marks: bool = False,
     mapped: Collection[int] = (),
 ) -> Iterator[Callable[[], None]]:
-    """A tuner layer over copies of the base's tensors, on the device that computes. Yields what makes fresh copies.
+    """A tuner layer over copies of the base's tensors, on the device that merges it. Yields what makes fresh copies.
 
     Inside of the block, hollow tensors of the base have values (hollow.py). A quantized weight needs only a wrapper,
     because PEFT puts a new parameter in its place. It marks the old one, though.
@@ -106,13 +107,14 @@ def private_copies(
     Args:
         layer: PEFT's layer.
         slots: the tensors of the layer.
-        base: the base that they belong to. The copies are on its device.
+        base: the base that they belong to.
         dtype: the dtype of the copies. None keeps each tensor's own.
         keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
         mapped: the ids of factors that are views of the adapter's file. Inside of the block, they are copies.
     """
     found = [(slot.tensor, slot.parameter.data) for slot in slots]
     marks = {id(inner): list(inner.merged_adapters) for inner in _tuners(layer)}
+    device, of_base = device_of(layer, base.device), {id(slot.parameter) for slot in slots}
 
     def renew() -> None:
         """Make fresh copies and clear PEFT's marks, as before the merge."""
@@ -120,13 +122,12 @@ def private_copies(
             if is_quantized(slot.parameter):
                 slot.put(wrap(slot.parameter))
             else:
-                slot.put(slot.parameter, slot.data.to(base.device, dtype, copy=True))
+                slot.put(slot.parameter, slot.data.to(device, dtype, copy=True))
         for inner in _tuners(layer):
             inner.merged_adapters.clear()
-        if base.device.type != "cpu":
-            layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
 
-    with base.filled(slot.name for slot in slots), factors_in_memory(layer, mapped):
+    in_memory = factors_in_memory(layer, mapped)
+    with base.filled(slot.name for slot in slots), in_memory, placed(layer, device, apart=of_base):
         try:
             renew()
             yield renew

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
+from merge_gate.engine.tensors.placement import raise_if_of_the_run, random_states, restore_random
 from merge_gate.records.measured import LayerDifference
 
 MOST_ERROR_SHARE = 0.01
@@ -54,12 +55,12 @@ def differs(one: LayerDifference) -> bool:
 
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """The block draws from torch's generator, and later code does not notice."""
-    state = torch.get_rng_state()
+    """The block draws from torch's generators, and later code does not notice."""
+    states = random_states()
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        restore_random(states)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +79,8 @@ class Unmerged:
         try:
             outputs = [_run(merged, given) for given in self.inputs]
             shares = [_shares(*three) for three in zip(self.plain, self.adapted, outputs, strict=True)]
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
+            raise_if_of_the_run(error)
             if "DefaultCPUAllocator" in str(error):  # what torch raises if there is no memory
                 raise
             shares = [(math.inf, math.inf)]
@@ -100,9 +100,8 @@ def unmerged(layer: Any, device: torch.device) -> Unmerged | None:
             return None
         plain = [_run(layer.get_base_layer(), given) for given in inputs]
         *adapted, again = [_run(layer, given) for given in (*inputs, inputs[0])]
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # the layer needs other inputs
+    except Exception as error:  # the layer needs other inputs
+        raise_if_of_the_run(error)
         return None
     is_same = torch.allclose(adapted[0], again, equal_nan=True)  # PVeRA can draw random numbers on each call
     return Unmerged(inputs=inputs, plain=plain, adapted=adapted) if is_same else None

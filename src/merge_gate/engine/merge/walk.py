@@ -58,6 +58,7 @@ from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_c
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import distance, dtype_max, measure, same_values, shares_storage
+from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
@@ -171,9 +172,8 @@ class Walk:
         with torch.no_grad(), private, packed_sums(slots) as packed:
             try:
                 layer.merge(safe_merge=True)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:
+            except Exception as error:
+                raise_if_of_the_run(error)
                 return False  # PEFT gives the reason when it merges the whole adapter
             if not agrees(self.base, block, merged):
                 return False
@@ -309,9 +309,8 @@ class Walk:
             with torch.no_grad():
                 by_peft = functools.partial(layer.merge, adapter_names=None)
                 self._early[id(layer)] = self._made(path, layer, by_peft, keep_marks=False)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:
+        except Exception as error:
+            raise_if_of_the_run(error)
             return
         self._progressed(path)
 
@@ -340,8 +339,6 @@ class Walk:
         """Step 2. False if PEFT's finite check refuses. Any other exception refuses the adapter."""
         try:
             by_peft(safe_merge=safe_merge)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # PEFT refuses with six kinds of exception
             if safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
                 return False
@@ -390,15 +387,14 @@ class Walk:
             if packed_slots:
                 return self._proved_unpacked(path, layer, slots, packed_slots, packed)
             with private_copies(layer, slots, self.base, dtype=torch.float32):
-                before = unmerged(layer, self.base.device)
+                before = unmerged(layer, device_of(layer, self.base.device))
                 if before is None and not rounded:
                     return {}
                 by_peft(safe_merge=False)
                 self._compare(path, layer, before, layer)
                 return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:
+        except Exception as error:
+            raise_if_of_the_run(error)
             return {}  # the merge itself has succeeded, and was measured
 
     def _proved_unpacked(
@@ -410,7 +406,7 @@ class Walk:
         values = dequantized(slot.module, slot.parameter)
         if len(of_packed) > 1 or module is not slot.module or not packed or packed[-1].numel() != values.numel():
             return {}
-        exact = packed[-1].float().reshape(values.shape)
+        exact = packed[-1].to(values.device, torch.float32).reshape(values.shape)
         if packed[-1].dtype is not torch.float32:  # rounded: that would be more than the limits
             return {slot.name: exact}
         layer.merged_adapters.clear()
