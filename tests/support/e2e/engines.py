@@ -31,7 +31,7 @@ HUB_NAME = "hub.company.invalid"
 def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> Iterator[subprocess.Popen]:
     """podman's Docker-compatible API at `socket`; `before` is a command that starts it."""
     words = [*before, "podman", "system", "service", "--time=0", f"unix://{socket}"]
-    service = subprocess.Popen(words, env=podman_environment)
+    service = subprocess.Popen(words, env=podman_environment, cwd="/")  # another user may not enter this directory
     try:
         end = time.monotonic() + PATIENCE_S
         while unreachable(Address(f"unix://{socket}", "the tests")):
