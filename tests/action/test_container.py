@@ -102,7 +102,8 @@ def test_a_runner_that_debugs_debugs_the_gate_inside(
     [
         ({"podman": True}, "0", "void"),
         ({"cdi_gpus": True}, "all", "void"),
-        ({"nvidia_runtime": True}, "all", None),
+        ({"nvidia_runtime": True}, "all", "all"),
+        ({"nvidia_runtime": True}, "0,1", "0,1"),
         ({"nvidia_runtime": True}, "", "void"),
     ],
 )

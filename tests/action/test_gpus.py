@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from merge_gate._internal.errors import UsageError
-from merge_gate.action.docker.docker_api import Engine
-from merge_gate.action.docker.gpus import device_requests, requested_gpus
+from merge_gate.action.docker.gpus import requested_gpus
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-PLAIN = Engine(podman=False, rootless=False, remapped=False, selinux=False, nvidia_runtime=False, cdi_gpus=False)
 
 
 @pytest.fixture
@@ -48,6 +44,12 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("none", "auto", "2,3", "", ""),
         ("all", "auto", "", "all", "all"),
         ("all", "auto", "GPU-5f1c", "GPU-5f1c", "GPU-5f1c"),
+        ("all", "auto", "nvidia.com/gpu=all", "all", "all"),
+        ("auto", "auto", "nvidia.com/gpu=0", "nvidia.com/gpu=0", "nvidia.com/gpu=0"),
+        ("nvidia.com/gpu=1", "auto", "0,1", "nvidia.com/gpu=1", "nvidia.com/gpu=1"),
+        ("nvidia.com/gpu=all", "auto", "", "nvidia.com/gpu=all", "nvidia.com/gpu=all"),
+        ("nvidia.com/gpu=all", "auto", "0,1", "0,1", "0,1"),
+        ("1", "auto", "nvidia.com/gpu=0,nvidia.com/gpu=1", "1", "1"),
         ("all", "auto", "void", "all", "all"),
         ("3", "auto", "2,3", "3", "3"),
         ("auto", "cuda", "2,3", "2,3", "2,3"),
@@ -73,6 +75,9 @@ def test_what_is_wanted(gpus, device, visible, here, elsewhere, with_gpu: Path, 
         ("1", "auto", "2,3"),
         ("2,4", "auto", "2,3"),
         ("0", "auto", "GPU-5f1c"),
+        ("nvidia.com/gpu=2", "auto", "0,1"),
+        ("nvidia.com/gpu=", "auto", ""),
+        ("amd.com/gpu=0", "auto", ""),
         ("0 1", "auto", ""),
         ("0,", "auto", ""),
         ("--gpus", "auto", ""),
@@ -95,6 +100,7 @@ def test_what_contradicts_itself_is_refused(gpus: str, device: str, visible: str
         ("auto", "cuda", "1", None, "1"),
         ("all", "auto", "1", None, "1"),
         ("1", "auto", "0,1", None, "1"),
+        ("all", "auto", "1", "nvidia.com/gpu=0,nvidia.com/gpu=1", "nvidia.com/gpu=1"),
     ],
 )
 def test_cudas_own_variable_is_a_ceiling_too(gpus, device, cuda, nvidia, wanted, with_gpu: Path) -> None:
@@ -109,31 +115,3 @@ def test_more_than_cudas_own_variable_allots_is_refused(
     with pytest.raises(UsageError) as caught:
         requested_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
     wording(caught.value)
-
-
-CDI = [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]}]
-NVIDIA = [{"Driver": "", "DeviceIDs": ["0", "1"], "Capabilities": [["gpu"]]}]
-
-
-@pytest.mark.parametrize(
-    ("podman", "nvidia_runtime", "cdi_gpus", "words"),
-    [
-        (True, False, False, CDI),  # podman lists no devices over its API, and ignores all other words
-        (True, True, True, CDI),
-        (False, True, True, NVIDIA),
-        (False, False, True, CDI),
-        (False, False, False, NVIDIA),  # Docker refuses with a reason where its toolkit is missing
-    ],
-)
-def test_each_engine_is_asked_in_its_own_words(podman, nvidia_runtime, cdi_gpus, words) -> None:
-    engine = replace(PLAIN, podman=podman, nvidia_runtime=nvidia_runtime, cdi_gpus=cdi_gpus)
-    assert device_requests("0,1", engine) == words
-    assert device_requests("", engine) == []
-
-
-def test_all_gpus() -> None:
-    docker = device_requests("all", replace(PLAIN, nvidia_runtime=True))
-    assert docker == [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
-    assert device_requests("all", replace(PLAIN, podman=True)) == [
-        {"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}
-    ]

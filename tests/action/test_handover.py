@@ -93,6 +93,8 @@ def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str, wording: Wording) -
         ("0,1", ["nvidia0", "nvidia1", "nvidiactl"], True),
         ("GPU-1,GPU-2", ["nvidia3", "nvidiactl"], False),
         ("all", ["nvidia0"], True),
+        ("nvidia.com/gpu=all", ["nvidia0"], True),
+        ("nvidia.com/gpu=0,nvidia.com/gpu=1", ["nvidia0"], False),
         ("MIG-1,MIG-2", ["nvidia0"], True),
         ("0,1", ["nvhost-gpu"], True),
     ],

@@ -206,6 +206,11 @@ def test_a_model_is_verified_or_adapters_are_gated(environ: dict[str, str], word
         wording(raised.value)
 
 
+@pytest.mark.parametrize("gpus", ["0,1", "GPU-5f1c", "MIG-5f1c", "0:1", "nvidia.com/gpu=0,nvidia.com/gpu=1"])
+def test_gpus_have_indices_uuids_and_cdi_names(environ: dict[str, str], gpus: str) -> None:
+    assert action.read_inputs({**environ, **words(gpus=gpus)}).run.gpus == gpus
+
+
 def test_all_wrong_inputs_are_named_at_once(environ: dict[str, str]) -> None:
     with pytest.raises(UsageError) as raised:
         action.read_inputs({**environ, **words(runtime="x", device="x", args="--output x")})

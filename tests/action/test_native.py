@@ -63,6 +63,8 @@ def vars_of(run: ContainerRun) -> dict:
         ("all", "auto", None, "cuda"),
         ("0,1", "auto", "0,1", "cuda"),
         ("1", "cuda:0", "1", "cuda:0"),
+        ("nvidia.com/gpu=0,nvidia.com/gpu=1", "auto", "0,1", "cuda"),
+        ("nvidia.com/gpu=all", "auto", None, "cuda"),
         ("auto", "cpu", None, "cpu"),
     ],
 )

@@ -50,7 +50,7 @@ RULES: tuple[_Rule, ...] = (
     ),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
     ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
-    ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
+    ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,./=-]*", "auto, none, all, or a list such as 0,1"),
     ("image", r"[A-Za-z0-9][A-Za-z0-9._/:@-]*|", "the name of an image"),
     ("pull", r"missing|always|never", "missing, always or never"),
     ("mounts", r"[^\0]*", "directories, one on each line"),

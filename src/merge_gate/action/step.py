@@ -26,7 +26,7 @@ from merge_gate.action import caches, outcome, workflow
 from merge_gate.action.docker import collect
 from merge_gate.action.docker.container import ContainerRun, config_word, gate_words
 from merge_gate.action.docker.docker_api import answers, vendored_sdk
-from merge_gate.action.docker.gpus import refuse_contradiction
+from merge_gate.action.docker.gpus import CDI_KIND, refuse_contradiction
 from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
@@ -233,11 +233,12 @@ def gpus_and_device(run: ContainerRun) -> tuple[dict[str, str], str]:
         environ = {name: value for name, value in token.items() if name not in _HUB_CACHES}
         environ["HF_HOME"] = str(run.hf_cache)
     refuse_contradiction(run.gpus, run.device)
-    requested = run.gpus not in {"auto", "none"}
-    if run.gpus == "none":
+    gpus = run.gpus.replace(CDI_KIND, "")  # CUDA does not know CDI names
+    requested = gpus not in {"auto", "none"}
+    if gpus == "none":
         environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif requested and run.gpus != "all":
-        environ["CUDA_VISIBLE_DEVICES"] = run.gpus
+    elif requested and gpus != "all":
+        environ["CUDA_VISIBLE_DEVICES"] = gpus
     return environ, "cuda" if requested and run.device == "auto" else run.device
 
 

@@ -52,7 +52,8 @@ class ContainerRun:
         image: the image; empty for the one released with this version.
         pull: when the image is fetched: `missing`, `always` or `never`.
         device: the device that merges.
-        gpus: `auto`, `none`, `all`, or a list of indices or UUIDs; empty for none once the launcher has resolved it.
+        gpus: `auto`, `none`, `all`, or a list of indices, UUIDs or CDI names; empty for none once the launcher has
+            resolved it.
         arguments: more arguments of `merge-gate run`.
         hf_cache: the Hub's cache; None for a cache of this run only.
         cache: the directory of cached verdicts, writable inside.
@@ -136,10 +137,10 @@ def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str
     expected = handover.expectations({**_file_of_workspace(run), **prepared.canaries}, run.gpus)
     promised = {handover.MARKER: "1"} if handed_over(run) else {}
     authorities = dict.fromkeys(_AUTHORITIES, AUTHORITIES_INSIDE) if authorities_file(run.environ) else {}
-    # If NVIDIA's runtime is the default, it reads this variable, and the image sets `all`. With GPUs by CDI, or without
-    # GPUs, it must not add any.
+    # If NVIDIA's runtime is the default, it reads this variable, and the image sets `all`. It must not add GPUs: with
+    # CDI or without GPUs none, else none but the requested ones, because newer releases of Docker do not set it.
     by_runtime = any(request["Driver"] != "cdi" for request in device_requests(run.gpus, prepared.engine))
-    no_more_gpus = {} if by_runtime else {"NVIDIA_VISIBLE_DEVICES": "void"}
+    no_more_gpus = {"NVIDIA_VISIBLE_DEVICES": run.gpus if by_runtime else "void"}
     return {
         **passed_on, **debug, **expected, **promised, **authorities, "HF_HOME": str(prepared.cache), **no_more_gpus,
     }  # fmt: skip

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
     from merge_gate.action.docker.docker_api import Engine
 
-_GPU_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_-]*(,[A-Za-z0-9][A-Za-z0-9:_-]*)*")
+CDI_KIND = "nvidia.com/gpu="
+"""The start of the CDI name of a GPU, such as `nvidia.com/gpu=0`."""
+_GPU = rf"({re.escape(CDI_KIND)})?[A-Za-z0-9][A-Za-z0-9:_-]*"
+_GPU_LIST = re.compile(rf"{_GPU}(,{_GPU})*")
 
 
 def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: Path = Path("/dev")) -> str:
-    """Return the GPUs to request: empty for none, `all`, or a list of indices or UUIDs.
+    """Return the GPUs to request: empty for none, `all`, or a list of indices, UUIDs, or CDI names.
 
     `auto` requests the GPUs of this machine. If the runner's operator allots GPUs to the job, `auto` and `all` mean the
     allotted GPUs, and a request for any other GPU is refused.
@@ -38,8 +41,8 @@ def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: 
         return ",".join(allotted) if allotted is not None else "all" if gpu_devices(devices) else ""
     if allotted is None:
         return "all" if gpus == "auto" else gpus
-    requested = [gpu for gpu in gpus.split(",") if gpu not in {"auto", "all"}]
-    if not allotted or not set(requested) <= set(allotted):
+    requested = [gpu for gpu in gpus.split(",") if _name(gpu) not in {"auto", "all"}]
+    if not allotted or not {_name(gpu) for gpu in requested} <= {_name(gpu) for gpu in allotted}:
         raise UsageError(
             f"gpus: {gpus} and device: {device} request more than this runner allots to the job: "
             f"{','.join(allotted) or 'no GPU'} ({_variables(environ)})",
@@ -63,12 +66,18 @@ def allotment(environ: Mapping[str, str]) -> tuple[str, ...] | None:
     runtime = environ.get("NVIDIA_VISIBLE_DEVICES", "")
     cuda = environ.get("CUDA_VISIBLE_DEVICES")
     shares = []
-    if runtime not in {"", "all", "void"}:
+    if _name(runtime) not in {"", "all", "void"}:
         shares.append(() if runtime == "none" else _listed(runtime))
     if cuda is not None:
         shares.append(() if cuda.strip() in {"", "-1", "NoDevFiles"} else _listed(cuda))
     lists = [share for share in shares if share is not None]
-    return tuple(gpu for gpu in lists[0] if all(gpu in share for share in lists)) if lists else None
+    names = [{_name(gpu) for gpu in share} for share in lists]
+    return tuple(gpu for gpu in lists[0] if all(_name(gpu) in share for share in names)) if lists else None
+
+
+def _name(gpu: str) -> str:
+    """The GPU's index, UUID, or `all`, without the kind of a CDI name."""
+    return gpu.removeprefix(CDI_KIND)
 
 
 def _listed(text: str) -> tuple[str, ...] | None:
@@ -86,12 +95,12 @@ def device_requests(gpus: str, engine: Engine) -> list[dict[str, Any]]:
     """Return the device request for `gpus` in the form that the engine takes.
 
     podman's Docker-compatible API ignores any request but CDI without an error. Docker takes its own form of request if
-    NVIDIA's runtime is registered, and CDI if it lists CDI devices.
+    NVIDIA's runtime is registered, and CDI if it lists CDI devices (from 28.2 on) or if a GPU has its CDI name.
     """
     if not gpus:
         return []
-    if engine.podman or (engine.cdi_gpus and not engine.nvidia_runtime):
-        return [{"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={gpu}" for gpu in gpus.split(",")]}]
+    if engine.podman or (engine.cdi_gpus and not engine.nvidia_runtime) or CDI_KIND in gpus:
+        return [{"Driver": "cdi", "DeviceIDs": [CDI_KIND + _name(gpu) for gpu in gpus.split(",")]}]
     if gpus == "all":
         return [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
     return [{"Driver": "", "DeviceIDs": gpus.split(","), "Capabilities": [["gpu"]]}]
