@@ -23,6 +23,7 @@ from merge_gate.action.docker import docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.report.formats import json_report
+from tests.support.action import engine_spec
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
 from tests.support.reports import EMPTY
 from tests.support.wording import Wording
@@ -116,6 +117,7 @@ def test_a_run_gives_exit_code_log_and_report_and_leaves_nothing(run, engine: En
     assert asked["WorkingDir"] == str(run.workspace)
     host = asked["HostConfig"]
     assert (host["CapDrop"], host["SecurityOpt"], host["ReadonlyRootfs"]) == (["ALL"], ["no-new-privileges"], True)
+    assert engine_spec.devices(asked) == []
     assert not [request for request in engine.asked if request.endswith("/attach")], "there is nothing to hand over"
     nothing_is_left(run, engine)
 
@@ -216,6 +218,74 @@ def test_a_release_runs_its_own_image(run, engine: Engine, heard: Heard, monkeyp
     engine.images = {"gate:cpu": {"Id": "gate:cpu"}, "gate:cuda": {"Id": "gate:cuda"}}
     heard.run(replace(run, image="", gpus=gpus))
     assert heard.images == [engine.container.asked["Image"]] == [image]
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+RUNTIME = {"Runtimes": {"runc": {}, "nvidia": {}}}
+CDI = {"DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}]}
+ENGINES = [
+    ("Docker", {}, "docker"),  # refuses with a reason if it has no toolkit
+    ("Docker", RUNTIME, "docker"),
+    ("Docker", RUNTIME | CDI, "docker"),
+    ("Docker", CDI, "cdi"),
+    ("podman", {}, "cdi"),  # lists no devices over its API, and ignores any other form
+    ("podman", RUNTIME | CDI, "cdi"),
+]
+UUID = "GPU-fef8089b-4820-abfc-e83e-94318197576e"
+BY_COUNT = {"Count": -1, "Capabilities": [["gpu"]]}
+
+
+def by_name(*names: str) -> dict:
+    return {"DeviceIDs": list(names), "Capabilities": [["gpu"]]}
+
+
+def by_cdi(*names: str) -> dict:
+    return {"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={name}" for name in names]}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "docker", "cdi", "visible"),
+    [
+        ("all", BY_COUNT, by_cdi("all"), "all"),
+        ("0", by_name("0"), by_cdi("0"), "0"),
+        ("0,1", by_name("0", "1"), by_cdi("0", "1"), "0,1"),
+        (UUID, by_name(UUID), by_cdi(UUID), UUID),
+        ("0:1", by_name("0:1"), by_cdi("0:1"), "0:1"),
+        ("nvidia.com/gpu=all", by_cdi("all"), by_cdi("all"), "void"),
+        ("nvidia.com/gpu=0,nvidia.com/gpu=1", by_cdi("0", "1"), by_cdi("0", "1"), "void"),
+    ],
+)
+@pytest.mark.parametrize(("name", "info", "form"), ENGINES)
+def test_each_engine_gets_a_request_of_its_own_specification(
+    run, engine: Engine, heard: Heard, name: str, info: dict, form: str, gpus: str, docker, cdi, visible: str
+) -> None:
+    engine.info |= info
+    engine.version["Components"] = [{"Name": f"{name} Engine"}]
+    assert heard.run(replace(run, gpus=gpus)) == 1
+    container = engine.container
+    assert engine_spec.devices(container.asked) == [docker if form == "docker" else cdi]
+    assert container.environ["NVIDIA_VISIBLE_DEVICES"] == (visible if form == "docker" else "void")
+    assert container.environ["MERGE_GATE_GPUS"] == gpus
+    host = container.asked["HostConfig"]
+    assert (host["CapDrop"], host["SecurityOpt"], host["ReadonlyRootfs"]) == (["ALL"], ["no-new-privileges"], True)
+    assert (host.get("Devices"), host.get("Privileged"), host.get("Runtime")) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"Driver": "", "Count": -1, "DeviceIDs": ["0"], "Capabilities": [["gpu"]]},
+        {"Driver": "", "Count": -1},
+        {"Driver": "", "DeviceIDs": "0,1", "Capabilities": [["gpu"]]},
+        {"Driver": "", "Count": "all", "Capabilities": [["gpu"]]},
+        {"Driver": "cdi", "DeviceIDs": ["0"]},
+        {"Driver": "cdi", "Count": -1},
+        {"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0"], "Device": 0},
+    ],
+)
+def test_a_request_that_docker_does_not_take_is_seen(request_: dict) -> None:
+    assert engine_spec.problems({"HostConfig": {"DeviceRequests": [request_]}})
 
 
 # --- what an engine refuses ------------------------------------------------------------------------------------------

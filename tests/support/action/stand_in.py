@@ -1,6 +1,7 @@
 """A container engine at a socket file that answers as Docker's does; what runs in its containers is a function.
 
-In: that function, and answers that are to be wrong. Out: what the launcher asked for. Real engines run in tests/e2e.
+In: that function, and answers that are to be wrong. Out: what the launcher asked for. A request to create a container
+must be one of Docker's own specification. Real engines run in tests/e2e.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.action import engine_spec
 
 STDOUT = 1
 PATIENCE_S = 30.0
@@ -173,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
                     if {f"{name}={value}" for name, value in one.labels.items()} >= set(wanted)
                 ]
                 self._json(200, listed)
+            case ("POST", "containers", "create") if wrong := engine_spec.problems(self.body):
+                self._json(400, {"message": "; ".join(wrong)})
             case ("POST", "containers", "create"):
                 number = str(len(self.engine.made) + 1) * 12
                 made = Container(number, self.query["name"], self.body)
