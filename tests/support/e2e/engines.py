@@ -31,12 +31,19 @@ HUB_NAME = "hub.company.invalid"
 def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> Iterator[subprocess.Popen]:
     """podman's Docker-compatible API at `socket`; `before` is a command that starts it."""
     words = [*before, "podman", "system", "service", "--time=0", f"unix://{socket}"]
-    service = subprocess.Popen(words, env=podman_environment, cwd="/")  # another user may not enter this directory
+    with answering(words, podman_environment, socket) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def answering(words: list[str], environ: dict[str, str], socket: Path) -> Iterator[subprocess.Popen]:
+    """A program that serves an engine's API at `socket`, once it answers."""
+    service = subprocess.Popen(words, env=environ, cwd="/")  # another user may not enter this directory
     try:
         end = time.monotonic() + PATIENCE_S
         while unreachable(Address(f"unix://{socket}", "the tests")):
-            assert service.poll() is None, "podman's service ended"
-            assert time.monotonic() < end, "podman's service does not answer"
+            assert service.poll() is None, f"{words} ended"
+            assert time.monotonic() < end, f"{words} does not answer"
             time.sleep(0.1)
         yield service
     finally:
