@@ -49,6 +49,8 @@ RUN pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels .
 
 # --- both together: the image itself needs no pip ---------------------------------------------------------------------
 FROM environment AS installed
+# podman's build cache does not notice another wheel in the mount: it reuses this step unless the revision changes.
+ARG REVISION=unknown
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip --python /opt/merge-gate/bin/python install --no-deps --no-index --no-cache-dir /wheels/*.whl
 COPY entrypoint.py /opt/merge-gate/entrypoint.py

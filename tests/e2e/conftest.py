@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -163,11 +164,14 @@ def image(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directories = {"/etc/ssl/certs", *links}
     # buildah caps a build's limits below this machine's otherwise, and RUN fails.
     limits = [f"--ulimit={name}={_hard(flag)}:{_hard(flag)}" for name, flag in (("nofile", "n"), ("nproc", "u"))]
+    files = sorted(path for path in (ROOT / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    revision = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     podman(
         "build", "--network=host", "--pull=never", *limits,
         *(f"--volume={directory}:{directory}:ro" for directory in sorted(directories)),
         f"--secret=id=pip-conf,src={secret}",
         f"--build-arg=BASE_IMAGE={BASE_IMAGE}", "--build-arg=TORCH_INDEX=", "--build-arg=VERSION=0.0.1",
+        f"--build-arg=REVISION={revision}",
         f"--tag={IMAGE}", ROOT,
     )  # fmt: skip
     yield IMAGE
