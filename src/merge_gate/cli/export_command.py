@@ -15,7 +15,7 @@ def add(commands: Commands[CommandParser]) -> None:
         "export",
         help="write an adapter as a plain LoRA, in the form that servers apply alike",
         description="Gate an adapter, and write it to DIR as a plain LoRA: one rank, one scale, and the names of the "
-        "class in the base's config.json, which servers load. The command gates the export as well, and compares both "
+        "class that its users load. The command gates the export as well, and compares both "
         "merges in float32 and in the base's dtype. It writes nothing unless both pass, and the merges have the same "
         "values, except for rounding.",
         usage="%(prog)s ADAPTER [options]",

@@ -387,7 +387,7 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
-            served=served_class(base, adapted, lora, is_export=self.request.is_export),
+            served=served_class(base, self.request.members[0], adapted, lora, is_export=self.request.is_export),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
             forward=replace(

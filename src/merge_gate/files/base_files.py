@@ -143,7 +143,8 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     first: dict[str, _Place] = {}
     again = [place for place in places if first.setdefault(place[0].name, place) is not place]
     # 2. Index and headers.
-    ghosts = tuple((n, file) for n, file in (chosen.listed or {}).items() if n not in first)
+    held = {(tensor.name, tensor.file) for tensor, _, _ in places}
+    ghosts = tuple(one for one in (chosen.listed or {}).items() if one not in held)
     note = _Notes(directory, name, has_values=has_values)
     different = note.compare(first, again)
     # 3. Formats.
@@ -160,6 +161,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     return BaseFiles(
         directory=directory,
         weights=chosen.files,
+        index=chosen.index,
         weight_bytes=weight_bytes,
         tensors=tuple(tensor for tensor, _, _ in places),
         ghosts=ghosts,

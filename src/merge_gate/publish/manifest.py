@@ -177,6 +177,12 @@ def render(manifest: Manifest) -> bytes:
     return _rendered(dump_record(manifest))
 
 
+def render_export(facts: ExportRecord) -> bytes:
+    """The bytes of merge-gate-export.json. Its `sha256` is the digest of these bytes with an empty one in its place."""
+    empty = _rendered(dump_record(replace(facts, sha256="")))
+    return _rendered(dump_record(replace(facts, sha256=hashlib.sha256(empty).hexdigest())))
+
+
 def _rendered(document: object) -> bytes:
     return (json.dumps(document, allow_nan=False, indent=2) + "\n").encode("ascii")
 
@@ -347,7 +353,7 @@ def is_unchanged_export(folder: Path) -> bool:
     """
     data = read_regular_file(folder / EXPORT_NAME, MOST_BYTES)
     record: ExportRecord = load_document(ExportRecord, data, EXPORT_VERSION, TOOL)
-    return not dict(_compared(folder, record.files, EXPORT_NAME))
+    return data == render_export(record) and not dict(_compared(folder, record.files, EXPORT_NAME))
 
 
 def _compared(

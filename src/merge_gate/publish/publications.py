@@ -33,7 +33,7 @@ from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
-from merge_gate.report.stored.output_directory import explained
+from merge_gate.report.stored.output_directory import explained, made_directory
 from merge_gate.worker.protocol import PublicationSent
 
 _NONE_FITS = 10
@@ -44,7 +44,7 @@ END_LIMIT_S = 10.0
 
 _CHOSEN_BY = " with --publish"
 _MOST_NAME_BYTES = 255
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
 
 
 def model_name(adapter: str, dtype: str) -> str:
@@ -70,11 +70,11 @@ class Publications:
         is_plan: bool = False,
     ) -> None:
         self.spec, specs, self._notify, self._is_plan = wanted, tuple(specs), notify, is_plan
-        self._parent = Path()
+        self._parent, self._made = Path(), contextlib.ExitStack()
         if wanted is not None:
             _refuse_inside(Path(wanted.directory).resolve(), inputs)
             names = [model_name(spec.name, wanted.dtype) for spec in specs]
-            self._parent = _prepared(wanted.directory, names, within, is_plan=is_plan)
+            self._parent = _prepared(wanted.directory, names, within, self._made, is_plan=is_plan)
         self._specs = tuple(spec.name for spec in specs)
         self._chosen: dict[int, Entry] = {}
         self._models: dict[int, Publication] = {}
@@ -93,6 +93,7 @@ class Publications:
         self.wait(END_LIMIT_S)
         for model in self._models.values():
             model.discard()
+        self._made.close()
 
     # --- 1 ---------------------------------------------------------------------------------------------------------
 
@@ -302,10 +303,12 @@ def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
 # --- the directory, before anything is merged ------------------------------------------------------------------------
 
 
-def _prepared(directory: str, names: Collection[str], within: str | None = None, *, is_plan: bool = False) -> Path:
+def _prepared(
+    directory: str, names: Collection[str], within: str | None, made: contextlib.ExitStack, *, is_plan: bool
+) -> Path:
     """Create the directory, and remove what killed runs left in it. With `within`, it must be in that directory.
 
-    For a plan, nothing is created or removed.
+    If it is empty in the end, `made` removes it. For a plan, nothing is created or removed.
 
     Raises:
         UsageError: the directory cannot be used, or one of the names cannot be a directory in it.
@@ -322,7 +325,7 @@ def _prepared(directory: str, names: Collection[str], within: str | None = None,
     if is_plan:
         return target
     with explained(f"cannot publish to {quoted(directory, 200)}", chosen_by=_CHOSEN_BY):
-        target.mkdir(parents=True, exist_ok=True)
+        made.enter_context(made_directory(target, lambda folder: folder.mkdir(parents=True, exist_ok=True)))
         if not os.access(target, os.W_OK | os.X_OK):
             raise UsageError(
                 f"cannot publish to {quoted(directory, 200)}: it is not writable",
@@ -380,10 +383,13 @@ def refuse_small_disk(target: Path, needed_bytes: int, what: str, hint: str) -> 
     free_bytes = disk.f_bavail * disk.f_frsize
     if free_bytes < needed_bytes:
         raise GateError(
-            f"{what} need {needed_bytes / _GIB:,.1f} GiB in {quoted(str(target), 200)}, and {free_bytes / _GIB:,.1f} "
-            "GiB are free",
+            f"{what} need {_size(needed_bytes)} in {quoted(str(target), 200)}, and {_size(free_bytes)} are free",
             hint=hint,
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / _MIB:,.1f} MiB"
 
 
 def _refuse_name(name: str) -> None:

@@ -124,7 +124,8 @@ class BaseFiles:
         weights: the weight files that transformers loads, in its order, relative to the directory.
         weight_bytes: the size of these files together.
         tensors: every tensor in those files, in that order. The last of several with one name is the one that counts.
-        ghosts: names that the index lists and the files do not hold, with the file that the index names.
+        index: the index that names these files.
+        ghosts: names that the index lists, with the file that it names, which does not hold the tensor.
         unlisted: tensors in those files that the index does not list.
         quantization: what the files declare; None for a plain base.
         original: the unquantized base that the files name, if they name one.
@@ -141,6 +142,7 @@ class BaseFiles:
     weights: tuple[str, ...] = ()
     weight_bytes: int = 0
     tensors: tuple[StoredTensor, ...] = ()
+    index: str | None = None
     ghosts: tuple[tuple[str, str], ...] = ()
     unlisted: tuple[str, ...] = ()
     quantization: DeclaredQuantization | None = None

@@ -269,11 +269,12 @@ class LayerDifference:
 
 @record
 class ServedClass:
-    """The class that the base's config.json names, which servers load.
+    """The class that users of the adapter load.
 
     Attributes:
         name: its name.
         loaded: the class that the base was loaded as.
+        is_whole: whether `loaded` is that of a part of the base, and this one that of the whole, which servers load.
         names: the modules of the adapter that it has, by their names in the loaded class and in the adapter's file.
         lacking: those of these names that it lacks, and that transformers does not rename to its own.
         scalings: the factor of the delta of each module, by its own names.
@@ -283,6 +284,7 @@ class ServedClass:
 
     name: str
     loaded: str
+    is_whole: bool = False
     names: Mapping[str, str]
     lacking: tuple[str, ...] = ()
     scalings: Mapping[str, float]

@@ -108,12 +108,13 @@ class ExportRecord:
     adapter: PublishedAdapter = reported("The adapter.")
     base: PublishedBase = reported("The base that both were merged into.")
     versions: Versions = reported("The versions that merged both.")
-    model_class: str = reported("The class in the base's config.json, whose names the export has.")
+    model_class: str = reported("The class that users of the adapter load, whose names the export has.")
     renamed: tuple[str, ...] = reported("Tensors of the adapter whose names were repaired.", default=())
     padding: tuple[str, ...] = reported("Modules that the adapter leaves alone: their factors are zeros.", default=())
     scale_in: str = reported("Where the scale is: `lora_alpha`, or `lora_B` (in float32).")
     comparisons: tuple[MergeComparison, ...] = reported("How the merges differ, for each dtype.", default=())
     files: tuple[FileRecord, ...] = reported("The other files of the directory.", default=())
+    sha256: str = reported("The SHA-256 of this file with an empty text in this place.", default="")
 
 
 @record

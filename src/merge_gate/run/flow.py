@@ -213,8 +213,9 @@ class Run:
         self.groups: tuple[Group, ...] = ()
 
     def close(self) -> None:
-        """Release the cache directory."""
+        """Release the cache directory, and what is not published."""
         self._cache.close()
+        self.publications.close()
 
     def preserve_resumed(self) -> None:
         """Save the verdicts that `--resume` found, because this run replaces their reports."""

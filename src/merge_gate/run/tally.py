@@ -34,6 +34,7 @@ from merge_gate.records.report import (
     Shard,
     Tool,
 )
+from merge_gate.records.terms import Result
 from merge_gate.report.formats.json_report import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.report.wording.explanations import linked
@@ -208,7 +209,8 @@ class ReportWriter:
             self._view.finish(report, "")  # the terminal is all that is left
             raise GateError(f"the report is lost: {error.message}", hint=error.hint) from error
         self._is_finished = True
-        self._view.finish(report, self._directory or "")
+        if not self._view.more_follows or report.result is not Result.PASS:
+            self._view.finish(report, self._directory or "")
         return report
 
     def changed(self) -> None:

@@ -28,6 +28,7 @@ from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.names.hub_names import HUB, close_directory
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Config
@@ -167,6 +168,9 @@ class Verification:
     def _merged(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
         label, path, hub_id = resolve_argument(self._name, is_base=True)
+        if hub_id == self._name and (close := close_directory(hub_id, Path.cwd(), is_base=False)):
+            hint = f"did you mean {quoted(close, 200)}? If it is on the Hub, write {quoted(HUB + hub_id, 200)}"
+            raise UsageError(f"no such directory: {quoted(hub_id, 200)}", hint=hint)
         try:
             how = replace(self._how, access=Access.STREAM)
             return resolve.resolve_base(path or hub_id or label, None, how, label=label)

@@ -57,6 +57,8 @@ class View:
 
     report_made: Callable[[Report], None] | None = None
     """Gets the provisional and the last report of a run without an output directory."""
+    more_follows = False
+    """Whether a result is not shown if it passed, because the result of another run follows."""
 
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         """`merge_count` is larger than `adapter_count` if adapters are merged in several dtypes."""

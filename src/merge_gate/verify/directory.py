@@ -24,6 +24,7 @@ from merge_gate._internal.companion_names import Companion, companion_kind, is_c
 from merge_gate._internal.regular_file import RefusedFileError, chunks, open_regular_file, read_all
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted, listing, quoted
+from merge_gate.files.base_files import MODEL_INDEX
 from merge_gate.judging.kinds import finding, note
 from merge_gate.publish.companions import replaced
 from merge_gate.publish.manifest import MANIFEST_NAME
@@ -133,14 +134,13 @@ class _Account:
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
 
     def _weights(self) -> set[str]:
-        """The files that transformers loads, with the index. mlx-lm writes a complete index of a single file, too."""
+        """The files that transformers loads, with the index. mlx-lm writes a right index of a single file, too."""
         own = self._merged.base_files or BaseFiles(directory="")
-        files, tensors = {*map(os.path.normpath, own.weights)}, {one.name for one in own.tensors}
-        for name, path in self._places.items():
-            listed = _object(path).get("weight_map") if name.endswith(".safetensors.index.json") else None
-            if isinstance(listed, dict) and {os.path.normpath(str(one)) for one in listed.values()} <= files:
-                files |= {name} if len(own.weights) > 1 or {*listed} == tensors else set()
-        return files
+        is_right = _object(self._places.get(MODEL_INDEX)).get("weight_map") == {
+            one.name: one.file for one in own.tensors
+        }
+        indices = {own.index, MODEL_INDEX} if is_right else {own.index}
+        return {*map(os.path.normpath, (*own.weights, *filter(None, indices)))}
 
     def _companion(self, name: str, path: Path) -> None:
         expected = self._expected.get(name)

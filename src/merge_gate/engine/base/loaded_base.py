@@ -122,7 +122,7 @@ class Base:
     a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
     layers, once it is traced (probes.py). `ran` is what it returned for made-up inputs (forward/run.py). `map` is known
-    if its headers allow one, and `named` is the class that config.json names, with its own map (served_class.py). The
+    if its headers allow one, and `named` is the class that users load, with its own map (served_class.py). The
     tensors are in host memory, quantized ones on `device`.
 
     Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
@@ -143,7 +143,7 @@ class Base:
     direct_reads: DirectReads | None = None
     ran: dict[object, Any] = field(default_factory=dict)
     map: TensorMap | None = None
-    named: tuple[str, TensorMap | None] | None = None
+    named: tuple[str, bool, TensorMap | None] | None = None
     hollow: Hollow | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)

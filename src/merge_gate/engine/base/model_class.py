@@ -96,13 +96,16 @@ def _requested_class(config: Any, files: AdapterFiles, *, trust_remote_code: boo
     return architecture
 
 
-def named_class(directory: str, loaded: type, *, trust_remote_code: bool) -> tuple[str, bool]:
-    """The class that a base's config.json names, and whether `loaded` is that of a part of it.
+def users_class(directory: str, loaded: type, files: AdapterFiles, *, trust_remote_code: bool) -> tuple[str, bool]:
+    """The class that an adapter's users load, and whether `loaded` is that of a part of the base.
 
-    If transformers has no such class, it is `loaded`.
+    Servers load the whole base, by the class in config.json. Otherwise, rules 1 to 4 give the class: PEFT loads none of
+    the adapter's tensors into a class with other names.
     """
     config = _read_config(directory, trust_remote_code=trust_remote_code)
-    return _named(config) or loaded.__name__, _part(config, loaded) is not config
+    is_part = _part(config, loaded) is not config
+    name = _named(config) if is_part else _requested_class(config, files, trust_remote_code=trust_remote_code)
+    return name if name and _is_model_class(name) else loaded.__name__, is_part
 
 
 def _named(config: Any) -> str | None:

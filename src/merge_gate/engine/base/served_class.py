@@ -1,4 +1,4 @@
-"""The class that a base's config.json names, which servers load, and an adapter's modules by the names of that class.
+"""The class that an adapter's users load (model_class.py), and the adapter's modules by the names of that class.
 
 In: a loaded base with its tensor map, and names of modules. Out: `ServedClass`. Knows no PEFT, and no weight is read:
 two modules are the same one if they are made of the same stored tensors, and their last names are equal.
@@ -15,24 +15,25 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import current_names, named_class
+from merge_gate.engine.base.model_class import current_names, users_class
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
+from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import ServedClass
 
 
 def served_class(
-    base: Base, adapted: Mapping[str, str], scalings: Mapping[str, float], *, is_export: bool
+    base: Base, files: AdapterFiles, adapted: Mapping[str, str], scalings: Mapping[str, float], *, is_export: bool
 ) -> ServedClass | None:
-    """The class that config.json names. Without `is_export`, None unless it lacks names of the loaded class.
+    """The class that users of an adapter load. Without `is_export`, None unless it lacks names of the loaded class.
 
-    Only the class of a part of a base has such names: the text model of a multimodal one. `adapted` are an adapter's
+    Then the loaded class is that of a part of the base: the text model of a multimodal one. `adapted` are an adapter's
     modules by any of their names, with those in the loaded class. `scalings` has those of LoRA, by the latter.
     """
     loaded = type(base.model).__name__
     if base.named is None:
-        base.named = _named(base, loaded, is_export=is_export)
-    name, found = base.named
-    if not is_export and (found is None or name == loaded):
+        base.named = _named(base, loaded, files, is_export=is_export)
+    name, is_whole, found = base.named
+    if not is_export and (not is_whole or found is None):
         return None
     model: Any = found.model if found is not None else base.model
     own, sources = {path: path for path, _ in base.model.named_modules()}, _sources(found)
@@ -48,6 +49,7 @@ def served_class(
     return ServedClass(
         name=name,
         loaded=loaded,
+        is_whole=is_whole,
         names=names,
         lacking=tuple(lacking),
         scalings={own[path]: scaling for path, scaling in scalings.items() if path in own},
@@ -56,16 +58,17 @@ def served_class(
     )
 
 
-def _named(base: Base, loaded: str, *, is_export: bool) -> tuple[str, TensorMap | None]:
-    """The class that config.json names, and its map if it is wanted: without one, `served_class` finds no names."""
+def _named(base: Base, loaded: str, files: AdapterFiles, *, is_export: bool) -> tuple[str, bool, TensorMap | None]:
+    """The class, whether only it is that of the whole base, and its map, without which it has no names."""
     source, found = base.source, base.map
-    name, is_part = named_class(source.directory, type(base.model), trust_remote_code=source.trust_remote_code)
+    code = source.trust_remote_code
+    name, is_part = users_class(source.directory, type(base.model), files, trust_remote_code=code)
     if name != loaded and found is not None:
         stored, found = tuple(found.stored.values()), None
         with contextlib.suppress(NoMapError):
             if is_part or is_export:
                 found = tensor_map(getattr(transformers, name), source.directory, stored)
-    return name, found
+    return name, is_part and name != loaded, found
 
 
 def _sources(found: TensorMap | None) -> dict[str, tuple[str, ...]]:

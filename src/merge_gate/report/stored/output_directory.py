@@ -22,7 +22,7 @@ from merge_gate._internal.text import quoted
 from merge_gate.records.terms import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
@@ -50,10 +50,10 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
 
 
 @contextlib.contextmanager
-def made_directory(folder: Path) -> Iterator[None]:
-    """Create a directory if it is missing, and remove it at the end if it is empty."""
+def made_directory(folder: Path, make: Callable[[Path], None] | None = None) -> Iterator[None]:
+    """Create a directory if it is missing (`make`: how), and remove it at the end if it is empty."""
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    make_directory(folder)
+    (make or make_directory)(folder)
     try:
         yield
     finally:
