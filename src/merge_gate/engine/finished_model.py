@@ -22,6 +22,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
@@ -140,6 +141,8 @@ def compare(
     evidence = adapter_evidence.merge(replace(request, sink=sink))
     if evidence.refusal is not None:
         return evidence, Comparison()
+    for name, first in sink.untied:
+        found.untie(name, first)
     merged_names = {name for name, _ in found.facts}
     names = [name for name in base.tensors if name not in merged_names]
     for _ in range(MOST_PASSES):
@@ -158,13 +161,15 @@ def compare(
     order = {name: number for number, name in enumerate(merged.tensors)}
     facts = [found.facts[key] for key in sorted(found.facts, key=lambda key: order[key[1]])]
     tensors = [one for one in (*facts, *others) if one.touched or not one.same or one.shape != one.expected_shape]
+    is_other_class = type(base.model).__name__ not in (_config(base).architectures or ())
     return evidence, Comparison(
         tensors=tuple(tensors),
         compared=len(found.facts) + len(others),
         absent=tuple(sorted(name for name in given if not found.partners(name))),
         base_keys=_keys(base, base_map),
         merged_keys=_keys(merged, _map_of(merged, files)),
-        is_other_class=type(base.model).__name__ not in (_config(base).architectures or ()),
+        is_other_class=is_other_class,
+        lacked=tuple(base_map.unloaded) if base_map is not None and is_other_class and _is_whole(base) else (),
         untied=tuple(name for name, _ in sink.untied),
         settings=_settings(base, merged, files, base_files, is_untied=bool(sink.untied)),
     )
@@ -202,6 +207,14 @@ class _Found:
         if name not in self.base.tensors:
             self._untied.add(name)
         self._compare(name, tensor, touched=True)
+
+    def untie(self, name: str, first: str) -> None:
+        """The merge separates a tensor from the first one. If it was not put, it has the base's values."""
+        self._untied.add(name)
+        self.facts.pop((first, name), None)
+        if all(merged != name for merged, _ in self.facts):
+            with torch.no_grad(), self.base.filled([first]):
+                self._compare(name, self.base.tensors[first].detach(), touched=False)
 
     def put_again(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the merge in PEFT's other order of rounding."""
@@ -270,10 +283,11 @@ class _Found:
         if actual.dim() != expected.dim():
             return facts
         actual, expected = in_common(actual, expected)
-        own = self.base.tensors.get(name)
+        first = self.base.first_name(name)
+        own = self.base.tensors.get(first)
         if own is not None:
             own = in_common(own.detach(), actual)[0] if own.dim() == actual.dim() else None
-        with self.base.filled([name]):
+        with self.base.filled([first]):
             own = own if own is not None and own.shape == actual.shape else None
             return self._requantized(figures(facts, actual, expected, own), actual, expected, own)
 
@@ -373,6 +387,8 @@ def _settings(base: Base, merged: Base, files: Files, base_files: Files, *, is_u
     expected, name = deepcopy(_config(base)), type(base.model).__name__
     if name not in (expected.architectures or ()):
         expected.architectures = [name]
+    if is_untied and not merged.aliases:
+        expected.tie_word_embeddings = False
     before, after = ({one.name: one.shape for one in part.stored} for part in (base_files, files))
     pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
     facts = Expectation(
@@ -381,6 +397,12 @@ def _settings(base: Base, merged: Base, files: Files, base_files: Files, *, is_u
         has_base_tensors_only=after.keys() <= before.keys(),
     )
     return read_settings(files.settings, files.directory, expected, _config(merged), facts)
+
+
+def _is_whole(base: Base) -> bool:
+    """Whether the model is not only a part of the base, such as the text model of a multimodal one."""
+    kind = PretrainedConfig.get_config_dict(base.source.directory, local_files_only=True)[0].get("model_type")
+    return bool(kind == _config(base).model_type)
 
 
 def _config(base: Base) -> Any:

@@ -298,6 +298,7 @@ def _config(data: bytes | None, facts: PublicationFacts) -> bytes:
         )
     rows = _resized_rows(facts, config)
     with _as_json("config.json", "base"):
+        config |= facts.settings
         if rows is not None:
             for section in _vocabulary_sections(config, rows[0]):
                 section["vocab_size"] = rows[1]
@@ -320,14 +321,14 @@ def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[i
     base_shapes = {one.name: one.shape for one in facts.base_tensors if is_plain or one.dtype in FLOATING_STORED}
     shapes = {one.name: one.shape for one in facts.tensors if is_plain or one.name in base_shapes}
     added = [name for name in shapes if name not in base_shapes]
-    if added:
+    if added and facts.settings.get("model_type", config.get("model_type")) != config.get("model_type"):
         raise NotPublishedError(
             f"the merge has {counted(len(added), 'tensor')} that the base does not store "
             f"({listing(map(shown, added), _LISTED)}), so the base's config.json describes another model "
             f"(architectures: {shown(str(config.get('architectures')))})",
             hint="use a base that has this head, saved by transformers with the labels of the adapter",
         )
-    changed = {name: (base_shapes[name], shape) for name, shape in shapes.items() if shape != base_shapes[name]}
+    changed = {name: (old, shapes[name]) for name, old in base_shapes.items() if old != shapes.get(name, old)}
     if not changed:
         return None
     rows = {(old[:1], new[:1]) for old, new in changed.values()}

@@ -42,7 +42,7 @@ from merge_gate.report.wording.markdown import code
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 MANIFEST_NAME = "merge-gate.json"
 MOST_BYTES = 16 * 1024 * 1024
@@ -73,6 +73,7 @@ class PublicationFacts:
         spec: how it is published.
         tensors: every tensor as it is written.
         base_tensors: every tensor of the base's own files.
+        settings: keys of config.json that other tensors than the base's change.
     """
 
     entry: Entry
@@ -84,6 +85,7 @@ class PublicationFacts:
     spec: PublishSpec
     tensors: tuple[StoredTensor, ...]
     base_tensors: tuple[StoredTensor, ...]
+    settings: Mapping[str, Any]
 
     @property
     def is_dequantized(self) -> bool:

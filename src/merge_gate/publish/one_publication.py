@@ -19,6 +19,7 @@ import bisect
 import functools
 import hashlib
 import itertools
+import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,9 @@ from merge_gate.worker.protocol import PublicationSent
 _MORE_BYTES = 1 << 30
 """A plan may need twice the size of the base, and so much more."""
 
+_SETTINGS = frozenset({"tie_word_embeddings", "model_type", "architectures", "id2label", "label2id"})
+"""Keys of config.json that the tensors of a merge can change."""
+
 _FOREIGN = "please report this: the gate's worker sent data that does not fit the base"
 
 
@@ -82,6 +86,7 @@ class Publication:
         self._weights: tuple[FileRecord, ...] = ()
         self._error: NotPublishedError | None = None
         self._changes: frozenset[str] = frozenset()
+        self.settings: dict[str, object] = {}
         self._written: set[str] = set()
         self._is_sent = self._is_accepted = self._is_closed = self._is_canceled = False
 
@@ -190,13 +195,14 @@ class Publication:
             if message.refusal is not None:
                 self._fail(NotPublishedError(message.refusal.message, hint=message.refusal.hint))
             elif self._error is None:
-                self._attempt(lambda: self._count(message.tensors))
+                self._attempt(lambda: self._count(message.tensors, message.settings))
             self._is_sent = True
 
-    def _count(self, tensors: Iterable[StoredTensor]) -> None:
+    def _count(self, tensors: Iterable[StoredTensor], settings: str) -> None:
         """The tensors that count must have arrived whole. Of all others, the base's bytes are published."""
         if self._writer is None:
             raise NotPublishedError("the gate's worker sent no plan of the merged model", hint=_FOREIGN)
+        self.settings = {key: value for key, value in json.loads(settings).items() if key in _SETTINGS}
         final = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
         layout = self._writer.layout
         for tensor in layout.tensors:

@@ -159,6 +159,7 @@ class Comparison:
         unloadable: why the finished model cannot be loaded as the base's class; nothing was compared then.
         base_keys, merged_keys: what transformers makes of both directories.
         is_other_class: whether the adapter's task needs another class than the base's own, with other stored names.
+        lacked: stored tensors of the base that the class of the adapter's task does not have.
         untied: names of tensors that the merge itself unties.
         settings: the differences of the files next to the weights.
     """
@@ -170,5 +171,6 @@ class Comparison:
     base_keys: LoadedKeys = LoadedKeys()
     merged_keys: LoadedKeys = LoadedKeys()
     is_other_class: bool = False
+    lacked: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     settings: ReadSettings = ReadSettings()

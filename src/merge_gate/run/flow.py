@@ -549,6 +549,7 @@ class Run:
             spec=model.spec,
             tensors=model.tensors,
             base_tensors=model.base_tensors,
+            settings=model.settings,
         )
 
     def _finish(self) -> None:

@@ -366,7 +366,8 @@ def _stored(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Itera
     of_base, of_merged = dict(before.targets), dict(after.targets)
     ties = dict(before.ties) | dict(after.ties)
     stored, own = ({one.name: None for one in files.tensors} for files in (base, merged))
-    lacking = [name for name in stored if name not in own and name not in before.stale_buffers]
+    expected_absent = {*before.stale_buffers, *comparison.lacked}
+    lacking = [name for name in stored if name not in own and name not in expected_absent]
     extra = [name for name in own if name not in stored]
     renamed = [name for name in lacking if _makes(of_base.get(name), _made(after))]
     gone = [name for name in lacking if not _makes(of_base.get(name), _with_tied(_made(after), ties))]

@@ -84,9 +84,9 @@ class CallClient:
             part = values[done : done + PIECE_BYTES]
             self._call(TensorPart(task=task, name=name, offset=offset + done, size_bytes=len(part)), part)
 
-    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
+    def finish(self, task: int, tensors: Sequence[StoredTensor], settings: str, refusal: NotJudged | None) -> None:
         """Say which tensors count."""
-        self._call(PublicationSent(task=task, tensors=tuple(tensors), refusal=refusal))
+        self._call(PublicationSent(task=task, tensors=tuple(tensors), settings=settings, refusal=refusal))
 
     # --- calls -----------------------------------------------------------------------------------------------------
 

@@ -328,11 +328,13 @@ class TensorPart:
 class PublicationSent:
     """All tensors of a task were sent, or `refusal` says why they must not be published.
 
-    `tensors` are all that were sent, with their final dtypes and shapes. The answer comes before the task's `Merged`.
+    `tensors` are all that were sent, with their final dtypes and shapes. `settings` are the keys of config.json that
+    they change, in JSON. The answer comes before the task's `Merged`.
     """
 
     task: int
     tensors: tuple[StoredTensor, ...] = ()
+    settings: str = "{}"
     refusal: NotJudged | None = None
 
 

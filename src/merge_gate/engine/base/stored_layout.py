@@ -12,6 +12,7 @@ as a plain one. Knows no PEFT, and writes no files.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import threading
@@ -24,7 +25,9 @@ import torch
 from transformers import core_model_loading
 
 from merge_gate._internal.errors import NotPublishedError
+from merge_gate._internal.text import listing
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.model_class import current_names
 from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
@@ -219,6 +222,37 @@ def layout_of(
         plain = found.stored[name]
         places[name] = replace(places[name], dtype=getattr(torch, DTYPES[plain.dtype]), shape=plain.shape)
     return StoredLayout(map=found, base=base, feed=feed, places=places, packed=frozenset(packed))
+
+
+def extended(layout: StoredLayout, names: Iterable[str]) -> StoredLayout:
+    """The layout with what a merge adds: tensors that it separates from their first ones, and heads without a file.
+
+    They are stored under their own names. `names` are all tensors that the merge can change.
+
+    Raises:
+        NotPublishedError: other tensors stay tied, or transformers renames one of these names.
+    """
+    base, found, names = copy.copy(layout.base), layout.map, set(names)
+    made = {target for group in found.groups for target in group.targets}
+    untied = {name: first for name, first in base.aliases.items() if name in names}
+    heads = (base.newly_initialized & names) - made
+    added = sorted({*untied, *untied.values(), *heads} - made)
+    if left := sorted(base.aliases.keys() - untied.keys()) if untied else []:
+        raise NotPublishedError(
+            f"the merge separates {min(untied)} from {untied[min(untied)]}, and {left[0]} stays tied", hint=_AT_RUN_TIME
+        )
+    if current_names(found.model, added) != added:
+        raise NotPublishedError(f"transformers renames {listing(added)}, which the merge adds", hint=_AT_RUN_TIME)
+    base.aliases = {} if untied else base.aliases
+    base.tensors = base.tensors | {name: base.tensors[first] for name, first in untied.items()}
+    base.newly_initialized -= heads
+    stored, places = dict(found.stored), dict(layout.places)
+    for name in added:
+        dtype, shape = base.tensors[name].dtype, tuple(base.tensors[name].shape)
+        places[name] = replace(next(iter(layout.places.values())), name=name, dtype=dtype, shape=shape)
+        stored[name] = StoredTensor(name=name, dtype=stored_dtype(dtype), shape=shape)
+    groups = (*found.groups, *(TensorGroup(sources=(name,), targets=(name,)) for name in added))
+    return replace(layout, map=replace(found, stored=stored, groups=groups), base=base, places=places)
 
 
 def stored_dtype(dtype: torch.dtype) -> str:

@@ -13,19 +13,22 @@ nothing, and writes no files.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
 
 from merge_gate._internal.errors import GateError, NotPublishedError
+from merge_gate._internal.text import listing
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
 from merge_gate.engine.base.stored_layout import (
     STORED_DTYPES,
     StoredLayout,
+    extended,
     is_renamed,
     layout_of,
     plain_headers,
@@ -57,8 +60,8 @@ class Connection(Protocol):
     def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
         """Bytes of a stored tensor, from `offset` of the tensor on."""
 
-    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
-        """All tensors of a task were sent, or it must not be published."""
+    def finish(self, task: int, tensors: Sequence[StoredTensor], settings: str, refusal: NotJudged | None) -> None:
+        """All tensors of a task were sent, and config.json gets these keys; or it must not be published."""
 
 
 class PublicationSink:
@@ -68,7 +71,7 @@ class PublicationSink:
     """
 
     def __init__(self, layout: StoredLayout, connection: Connection, task: int, dtype: str = PRESERVE) -> None:
-        self._layout, self._connection, self._task = layout, connection, task
+        self._own, self._layout, self._connection, self._task = layout, layout, connection, task
         self._cast: torch.dtype | None = None if dtype in {PRESERVE, AS_MERGED} else getattr(torch, dtype)
         self._is_preserved = dtype == PRESERVE
         self._problem: GateError | None = None
@@ -90,6 +93,7 @@ class PublicationSink:
         self._expected = frozenset(outlines)
         with self._attempt("the plan"):
             self._refuse_other_dtype()
+            self._layout = extended(self._own, outlines)
             planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
@@ -166,11 +170,10 @@ class PublicationSink:
                         self._collect(group, name, values.detach())
 
     def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
-        for name, first in untied:
-            self._problem = NotPublishedError(
-                f"the merge separates {name} from {first}, and they are one tensor in the base",
-                hint="train both, or set tie_word_embeddings to false in a copy of the base that stores both tensors",
-            )
+        planned = self._own.base.aliases.keys() - self._layout.base.aliases.keys()
+        if self._problem is None and (odd := {name for name, _ in untied} ^ planned):
+            hint = "load the adapter on its base at run time"
+            self._problem = NotPublishedError(f"the merge does not untie {listing(sorted(odd))} as planned", hint=hint)
         unsent = [name for name in names if self._problem is None and not self._is_sent(name)]
         if unsent:
             self._problem = NotPublishedError(f"{unsent[0]} was merged, and its values were not handed out")
@@ -300,6 +303,17 @@ class PublicationSink:
             raise self._problem
         return tuple(self._sent.values())
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of config.json that what the merge adds changes, as PEFT's merged model has them."""
+        own, layout = self._own.base, self._layout.base
+        model: Any = own.model
+        found: dict[str, Any] = {} if own.aliases == layout.aliases else {"tie_word_embeddings": False}
+        if own.newly_initialized != layout.newly_initialized:
+            found |= {key: getattr(model.config, key) for key in ("model_type", "id2label", "label2id")}
+            found["architectures"] = [type(model).__name__]
+        return found
+
     def _finish(self) -> None:
         for group in self._layout.map.groups:
             first = group.sources[0]
@@ -364,16 +378,17 @@ class PublicationSinks:
         """Send the remaining tensors of a task, and the list of its tensors."""
         publication, problem = self._open.pop(task, None), self._problems.pop(task, None)
         tensors: Sequence[StoredTensor] = ()
+        settings = ""
         try:
             if evidence.refusal is not None:
                 problem = NotPublishedError("the adapter was not merged")
             elif publication is not None:
-                tensors = publication.finish()
+                tensors, settings = publication.finish(), json.dumps(publication.settings)
         except GateError as error:
             problem = error
         refusal = NotJudged(message=problem.message, hint=problem.hint) if problem is not None else None
         with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
-            self.connection.finish(task, tensors, refusal)
+            self.connection.finish(task, tensors, settings, refusal)
 
     def _map(self, headers: tuple[StoredTensor, ...], *, is_plain: bool) -> TensorMap:
         source = self.base.source

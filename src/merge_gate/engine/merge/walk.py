@@ -120,7 +120,8 @@ class Walk:
     def can_change(self, in_file: Collection[str]) -> dict[str, Outline]:
         """The base's tensors that the merge can change, and their shapes and dtypes afterwards.
 
-        They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized.
+        They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized. A
+        tied tensor is there by its own name if the merge unties it: only one of both has a trained copy, or each.
         """
         in_blocks = {id(block.layer): [block.slot] for block in self.planned}
         slots = [in_blocks.get(id(layer)) or slots_of(layer, self.loaded.slots) for _, layer in self.layers]
@@ -136,6 +137,15 @@ class Walk:
                     continue
                 if name in below or id(module) in copied or tensor.shape != known.shape:
                     outlines[name] = tensor.shape, known.dtype
+        named = self.loaded.model.get_base_model().named_modules()
+        paths = {id(wrapper): wrapper.modules_to_save for wrapper in wrappers}
+        copies = {path: paths[id(one)][ADAPTER_NAME] for path, one in named if ADAPTER_NAME in paths.get(id(one), ())}
+        for name, first in self.base.aliases.items():
+            parts = [one.rpartition(".") for one in (name, first)]
+            own, other = (getattr(copies.get(path), attribute, None) for path, _, attribute in parts)
+            if own is not other:
+                known = self.base.tensors[first]
+                outlines[name] = known.shape if own is None else own.shape, known.dtype
         return outlines
 
     def refuse_too_large(self, free_bytes: int) -> None:
