@@ -318,6 +318,8 @@ class _Attempt:
         self._enlarged = _enlarged_tensors(base, loaded) - self._parameters_in_file
         self._token_owners = _token_owners(loaded) if loaded.tied_modules else {}
         self._unnamed = _unnamed(base, loaded, in_file) if in_file else ()
+        copies = in_file.items() if self.request.is_export else ()
+        self._changed = tuple(name for key, name in copies if _differs(base, name, loaded.state[key]))
         # 4. and 5.
         self.evidence = replace(self.evidence, file_tensors=mark_used(base, loaded, measured))
         self.evidence = replace(self.evidence, unread=unread_layers(base, loaded))
@@ -370,6 +372,7 @@ class _Attempt:
         for arrival in loaded.arrivals:
             adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
         lora = {path: float(one.scaling[ADAPTER_NAME]) for path, one in walk.layers if isinstance(one, LoraLayer)}
+        served = served_class(base, self.request.members[0], adapted, lora, is_export=self.request.is_export)
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
@@ -387,7 +390,8 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
-            served=served_class(base, self.request.members[0], adapted, lora, is_export=self.request.is_export),
+            resized=next(_resized(base, merges), None),
+            served=served and replace(served, changed=self._changed),
             cross_checked=tuple(walk.cross_checked),
             differing=differing,
             forward=replace(
@@ -491,6 +495,16 @@ def _enlarged_tensors(base: Base, loaded: Loaded) -> set[str]:
         and tensor.dim() == base.tensors[name].dim()
         and tensor.shape[:1] > base.tensors[name].shape[:1]  # slices, because a tensor may have no dimension
     }
+
+
+def _resized(base: Base, merges: Mapping[str, TensorMerge]) -> Iterator[tuple[int, int]]:
+    """The rows of each tensor with a larger or smaller vocabulary, before and after the merge."""
+    for name, merge in merges.items():
+        known = (
+            base.figures(base.first_name(name)).shape if base.first_name(name) in base.tensors else merge.stats.shape
+        )
+        if known != merge.stats.shape:
+            yield known[0], merge.stats.shape[0]
 
 
 def _used_if_copied(tensor: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:

@@ -22,7 +22,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
@@ -162,6 +161,7 @@ def compare(
     facts = [found.facts[key] for key in sorted(found.facts, key=lambda key: order[key[1]])]
     tensors = [one for one in (*facts, *others) if one.touched or not one.same or one.shape != one.expected_shape]
     is_other_class = type(base.model).__name__ not in (_config(base).architectures or ())
+    is_other_task = is_other_class and base.named is not None and not base.named[1]  # and no part of a multimodal base
     return evidence, Comparison(
         tensors=tuple(tensors),
         compared=len(found.facts) + len(others),
@@ -169,7 +169,7 @@ def compare(
         base_keys=_keys(base, base_map),
         merged_keys=_keys(merged, _map_of(merged, files)),
         is_other_class=is_other_class,
-        lacked=tuple(base_map.unloaded) if base_map is not None and is_other_class and _is_whole(base) else (),
+        lacked=tuple(base_map.unloaded) if base_map is not None and is_other_task else (),
         untied=tuple(name for name, _ in sink.untied),
         settings=_settings(base, merged, files, base_files, is_untied=bool(sink.untied)),
     )
@@ -397,12 +397,6 @@ def _settings(base: Base, merged: Base, files: Files, base_files: Files, *, is_u
         has_base_tensors_only=after.keys() <= before.keys(),
     )
     return read_settings(files.settings, files.directory, expected, _config(merged), facts)
-
-
-def _is_whole(base: Base) -> bool:
-    """Whether the model is not only a part of the base, such as the text model of a multimodal one."""
-    kind = PretrainedConfig.get_config_dict(base.source.directory, local_files_only=True)[0].get("model_type")
-    return bool(kind == _config(base).model_type)
 
 
 def _config(base: Base) -> Any:

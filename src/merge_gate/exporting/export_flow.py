@@ -20,23 +20,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from merge_gate import __version__
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.regular_file import read_all
-from merge_gate._internal.tensor_names import module_of
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import whole_file
 from merge_gate.config.from_arguments import config_of
 from merge_gate.exporting.kept_merges import ComparedMerges, KeptMerges
-from merge_gate.exporting.plain_lora import COPY, Array, array_of, no_plain_lora, plain_lora, refuse, repaired_names
+from merge_gate.exporting.plain_lora import Array, array_of, plain_lora, refuse, repaired_names
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
 from merge_gate.files.resolve import Fetching, Inputs, digest_file
 from merge_gate.publish.manifest import render_export, shared_fields, versions_of
 from merge_gate.publish.partial import PartialDirectory, partial_name, unchanged
-from merge_gate.publish.weight_files import FLOATING_STORED, ModelLayout, ModelWriter, new_file, tensor_bytes
+from merge_gate.publish.weight_files import ModelLayout, ModelWriter, new_file
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import (
     CONFIG_NAME,
@@ -67,8 +64,6 @@ MOST_NOTES = 100
 """So many renames are printed. The record lists all."""
 
 _SCRATCH = ".merge-gate-export-"
-_BLOCK = 1 << 20
-"""So many values of a copy are compared at a time."""
 
 
 def export(
@@ -227,39 +222,11 @@ def _renamed(entry: Entry, content: Mapping[str, Any], view: View) -> dict[str, 
     names, stored = ([one.name for one in files.tensors] if files else [] for files in (entry.files, entry.base_files))
     renamed = repaired_names(names, stored)
     refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
-    _refuse_changed_copies(entry)
     for old, new in sorted(renamed.items())[:MOST_NOTES]:
         view.note(f"renamed: {quoted(old, 200)} -> {quoted(new, 200)}")
     if len(renamed) > MOST_NOTES:
         view.note(f"renamed: {len(renamed) - MOST_NOTES:,} more tensors, which {EXPORT_NAME} lists")
     return renamed
-
-
-def _refuse_changed_copies(entry: Entry) -> None:
-    """Refuse a copy of a base weight with other values, as far as the base is here: a plain LoRA has no such copy."""
-    copies = {f"{module_of(one.name)}.weight": one.name for one in entry.files.tensors if one.name.endswith(COPY)}
-    base = entry.base_files if copies else None
-    if base is None:
-        return
-    tensors = _tensors(entry.files.directory, ())
-    for own in base.tensors:
-        name = copies.get(own.name, "")
-        if name and own.dtype in FLOATING_STORED and _differs(tensors[name], own, Path(base.directory, own.file)):
-            no_plain_lora(f"{quoted(name, 200)} has other values than the base's {quoted(own.name, 200)}")
-
-
-def _differs(copy: Array, own: StoredTensor, path: Path) -> bool:
-    """Whether a copy of a stored tensor has other values, or another shape."""
-    if copy.values.shape != own.shape:
-        return True
-    with open_regular(str(path)) as file:
-        file.seek(next(begin for one, begin, _ in parse_places(file) if one.name == own.name))
-        for start in range(0, copy.values.size, _BLOCK):
-            ours = Array(dtype=copy.dtype, values=copy.values.reshape(-1)[start : start + _BLOCK])
-            data = file.read(tensor_bytes(replace(own, shape=ours.values.shape)))
-            if not np.array_equal(ours.as_float64(), array_of(own.dtype, (-1,), data).as_float64()):
-                return True
-    return False
 
 
 def _tensors(directory: str, files: Iterable[FileRecord]) -> dict[str, Array]:

@@ -32,7 +32,7 @@ LEAST_RANK = 8
 """Servers have kernels for this rank, and for its double, and so on."""
 
 _FACTOR = re.compile(r".*\.lora_(?P<kind>(?:embedding_)?)(?P<side>[AB])(\.default)?(\.weight)?")
-COPY = ".base_layer.weight"
+_COPY = ".base_layer.weight"
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that servers fuse, so that they expect the factors of all of them."""
 
@@ -94,22 +94,22 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
         NoPlainLoraError: with the reason.
     """
     if config.get("peft_type") != "LORA":
-        no_plain_lora(f"it is {quoted(str(config.get('peft_type')))}, and not LoRA")
+        _refuse(f"it is {quoted(str(config.get('peft_type')))}, and not LoRA")
     if config.get("bias", "none") != "none":
-        no_plain_lora(f"it has biases of the base (bias: {quoted(str(config['bias']))})")
+        _refuse(f"it has biases of the base (bias: {quoted(str(config['bias']))})")
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
-        no_plain_lora(f"its base is not the one on disk (init_lora_weights: {quoted(str(init))})", _CONVERT)
+        _refuse(f"its base is not the one on disk (init_lora_weights: {quoted(str(init))})", _CONVERT)
     for key in sorted(key for key, value in config.items() if value and key not in _PLAIN_KEYS):
-        no_plain_lora(f"{quoted(key)} is {quoted(json.dumps(config[key]), 200, '')}, which a plain LoRA cannot express")
+        _refuse(f"{quoted(key)} is {quoted(json.dumps(config[key]), 200, '')}, which a plain LoRA cannot express")
     for one in tensors:
-        if not (_FACTOR.fullmatch(one.name) or one.name.endswith(COPY)):
-            no_plain_lora(f"it has the tensor {quoted(one.name, 200)}, expected lora_A and lora_B only")
+        if not (_FACTOR.fullmatch(one.name) or one.name.endswith(_COPY)):
+            _refuse(f"it has the tensor {quoted(one.name, 200)}, expected lora_A and lora_B only")
         if one.dtype not in _OF_FACTORS:
-            no_plain_lora(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_OF_FACTORS)}")
+            _refuse(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_OF_FACTORS)}")
 
 
-def no_plain_lora(why: str, hint: str = _OFFER) -> NoReturn:
+def _refuse(why: str, hint: str = _OFFER) -> NoReturn:
     raise NoPlainLoraError(f"no plain LoRA has the effect of this adapter: {why}", hint=hint)
 
 
@@ -137,9 +137,11 @@ def plain_lora(
     """The plain LoRA of an adapter that passed.
 
     Raises:
-        NoPlainLoraError: the served class has no such module, or the adapter has it twice.
+        NoPlainLoraError: the served class has no such module, the adapter has it twice, or changes the base as well.
     """
     # 1.
+    if served.changed:
+        _refuse(f"its copy of the base's {quoted(served.changed[0], 200)} has other values than the base")
     pairs = _pairs(tensors, served)
     # 2.
     highest = max(sides["A"].values.shape[0] for sides in pairs.values())
@@ -187,10 +189,10 @@ def _pairs(tensors: Mapping[str, Array], served: ServedClass) -> dict[tuple[str,
         own = module_of(name)
         if (module := served.names.get(own, "")) not in served.scalings:
             what = f"{served.name}, which users of the adapter load"
-            no_plain_lora(f"{what}, has no module with the stored tensors of {quoted(own, 200)}")
+            _refuse(f"{what}, has no module with the stored tensors of {quoted(own, 200)}")
         sides = pairs[module, factor["kind"]]
         if factor["side"] in sides:
-            no_plain_lora(f"it has two tensors for lora_{factor['side']} of {quoted(module, 200)}")
+            _refuse(f"it has two tensors for lora_{factor['side']} of {quoted(module, 200)}")
         sides[factor["side"]] = array
     return dict(pairs)
 

@@ -280,6 +280,7 @@ class ServedClass:
         scalings: the factor of the delta of each module, by its own names.
         sizes: the sizes of the input and output of each linear layer; None for other modules.
         sources: the stored tensors that make the weight of a module.
+        changed: tensors of the base that the adapter's file has with other values.
     """
 
     name: str
@@ -290,6 +291,7 @@ class ServedClass:
     scalings: Mapping[str, float]
     sizes: Mapping[str, tuple[int, int] | None]
     sources: Mapping[str, tuple[str, ...]]
+    changed: tuple[str, ...] = ()
 
 
 @record
@@ -307,6 +309,7 @@ class Evidence:
         refused_by_safe_merge: modules that PEFT's `safe_merge=True` refuses although the merged tensor is finite.
         unnamed: tensors of the base that the file replaces, although the config names them nowhere.
         initialized: tensors of the merged model that are absent from the base's files and from the adapter's.
+        resized: rows of the vocabulary in the base and after the merge, if it has another size.
         unread: layers that do nothing until they are merged.
         replaced_nonfinite: non-finite tensors of the base that the merged model replaces by finite ones.
         layers_in_blocks: how many layers were merged a block of rows at a time.
@@ -335,6 +338,7 @@ class Evidence:
     refused_by_safe_merge: tuple[str, ...] = ()
     unnamed: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+    resized: tuple[int, int] | None = None
     unread: tuple[UnreadLayer, ...] = ()
     replaced_nonfinite: tuple[str, ...] = ()
     layers_in_blocks: int = 0

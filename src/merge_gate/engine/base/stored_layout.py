@@ -224,26 +224,28 @@ def layout_of(
     return StoredLayout(map=found, base=base, feed=feed, places=places, packed=frozenset(packed))
 
 
-def extended(layout: StoredLayout, names: Iterable[str]) -> StoredLayout:
+def extended(layout: StoredLayout, names: Iterable[str]) -> tuple[StoredLayout, dict[str, Any]]:
     """The layout with what a merge adds: tensors that it separates from their first ones, and heads without a file.
 
-    They are stored under their own names. `names` are all tensors that the merge can change.
+    They are stored under their own names. `names` are all tensors that the merge can change. Also returns the keys of
+    config.json that this changes, as PEFT's merged model has them.
 
     Raises:
-        NotPublishedError: other tensors stay tied, or transformers renames one of these names.
+        NotPublishedError: other tensors stay tied, or transformers renames an added one.
     """
-    base, found, names = copy.copy(layout.base), layout.map, set(names)
+    base, found, names, settings = copy.copy(layout.base), layout.map, {*names}, dict[str, Any]()
     made = {target for group in found.groups for target in group.targets}
     untied = {name: first for name, first in base.aliases.items() if name in names}
     heads = (base.newly_initialized & names) - made
     added = sorted({*untied, *untied.values(), *heads} - made)
-    if left := sorted(base.aliases.keys() - untied.keys()) if untied else []:
-        raise NotPublishedError(
-            f"the merge separates {min(untied)} from {untied[min(untied)]}, and {left[0]} stays tied", hint=_AT_RUN_TIME
-        )
-    if current_names(found.model, added) != added:
-        raise NotPublishedError(f"transformers renames {listing(added)}, which the merge adds", hint=_AT_RUN_TIME)
-    base.aliases = {} if untied else base.aliases
+    if (untied and untied != base.aliases) or current_names(found.model, added) != added:
+        problem = f"the merge adds {listing(added)}, and transformers would tie or rename such a tensor"
+        raise NotPublishedError(problem, hint=_AT_RUN_TIME)
+    if untied:
+        base.aliases, settings = {}, {"tie_word_embeddings": False}
+    if heads:
+        settings |= {key: getattr(found.model.config, key) for key in ("model_type", "id2label", "label2id")}
+        settings["architectures"] = [type(found.model).__name__]
     base.tensors = base.tensors | {name: base.tensors[first] for name, first in untied.items()}
     base.newly_initialized -= heads
     stored, places = dict(found.stored), dict(layout.places)
@@ -252,7 +254,7 @@ def extended(layout: StoredLayout, names: Iterable[str]) -> StoredLayout:
         places[name] = replace(next(iter(layout.places.values())), name=name, dtype=dtype, shape=shape)
         stored[name] = StoredTensor(name=name, dtype=stored_dtype(dtype), shape=shape)
     groups = (*found.groups, *(TensorGroup(sources=(name,), targets=(name,)) for name in added))
-    return replace(layout, map=replace(found, stored=stored, groups=groups), base=base, places=places)
+    return replace(layout, map=replace(found, stored=stored, groups=groups), base=base, places=places), settings
 
 
 def stored_dtype(dtype: torch.dtype) -> str:

@@ -74,6 +74,7 @@ class PublicationSink:
         self._own, self._layout, self._connection, self._task = layout, layout, connection, task
         self._cast: torch.dtype | None = None if dtype in {PRESERVE, AS_MERGED} else getattr(torch, dtype)
         self._is_preserved = dtype == PRESERVE
+        self.settings: dict[str, Any] = {}
         self._problem: GateError | None = None
         self._planned: dict[str, StoredTensor] = {}
         self._expected: frozenset[str] = frozenset()
@@ -93,7 +94,8 @@ class PublicationSink:
         self._expected = frozenset(outlines)
         with self._attempt("the plan"):
             self._refuse_other_dtype()
-            self._layout = extended(self._own, outlines)
+            if not self._own.base.aliases.keys().isdisjoint(outlines) or self._own.base.newly_initialized:
+                self._layout, self.settings = extended(self._own, outlines)
             planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
@@ -302,17 +304,6 @@ class PublicationSink:
         if self._problem is not None:
             raise self._problem
         return tuple(self._sent.values())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The keys of config.json that what the merge adds changes, as PEFT's merged model has them."""
-        own, layout = self._own.base, self._layout.base
-        model: Any = own.model
-        found: dict[str, Any] = {} if own.aliases == layout.aliases else {"tie_word_embeddings": False}
-        if own.newly_initialized != layout.newly_initialized:
-            found |= {key: getattr(model.config, key) for key in ("model_type", "id2label", "label2id")}
-            found["architectures"] = [type(model).__name__]
-        return found
 
     def _finish(self) -> None:
         for group in self._layout.map.groups:

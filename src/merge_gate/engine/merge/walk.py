@@ -138,8 +138,7 @@ class Walk:
                 if name in below or id(module) in copied or tensor.shape != known.shape:
                     outlines[name] = tensor.shape, known.dtype
         named = self.loaded.model.get_base_model().named_modules()
-        paths = {id(wrapper): wrapper.modules_to_save for wrapper in wrappers}
-        copies = {path: paths[id(one)][ADAPTER_NAME] for path, one in named if ADAPTER_NAME in paths.get(id(one), ())}
+        copies = {path: getattr(one.modules_to_save, ADAPTER_NAME, None) for path, one in named if one in wrappers}
         for name, first in self.base.aliases.items():
             parts = [one.rpartition(".") for one in (name, first)]
             own, other = (getattr(copies.get(path), attribute, None) for path, _, attribute in parts)

@@ -51,6 +51,14 @@ from merge_gate.records.terms import FailureKind, Finding, Origin
 ).on_merge
 def base_mismatch(case: MergeCase) -> Iterator[Finding]:
     yield from _class_mismatch(case)
+    if case.evidence.resized is not None:
+        before, after = case.evidence.resized
+        yield base_mismatch.finding(
+            f"the adapter has {after:,} rows of the vocabulary, and the base has {before:,}: PEFT and servers load the "
+            "unmerged adapter only on a base with as many rows",
+            f"to serve it unmerged, resize the base to {after:,} rows first (resize_token_embeddings)",
+            severity=NOTE,
+        )
     yield from _names_another_base(case, case.evidence.base.revision)
 
 
