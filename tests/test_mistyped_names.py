@@ -110,6 +110,7 @@ HEALTHY = ("--base", "models/base")
         given("run", "wrong/healthy", *HEALTHY, meant="adapters/healthy", tried="Y54d"),
         given("run", "adapters/healthy", "--base", "output/base", meant="models/base", tried="Y54e"),
         given("verify", "model/merged", meant="models/merged", tried="s"),
+        given("verify", "adaptors/healthy", *HEALTHY, "--adapter", "adapters/healthy", meant="adapters/", tried="s2"),
         given("verify", "model/merged", *HEALTHY, "--adapter", "adapters/healthy", meant="models/merged", tried="t"),
         given("verify", "models/mergd", *HEALTHY, "--adapter", "adapters/healthy", meant="models/merged", tried="u"),
         given(

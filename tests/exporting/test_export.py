@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 import merge_gate
 from merge_gate.cli.dispatch import main
+from merge_gate.engine.base.model_class import TASK_CLASSES
+from merge_gate.publish.partial import unchanged
 from merge_gate.records.files import EXPORT_NAME
 from merge_gate.records.terms import Result
 from tests.support import methods
@@ -162,7 +164,6 @@ WRAPPED = [
     pytest.param("gemma3", "AutoModelForCausalLM", "CAUSAL_LM", marks=pytest.mark.slow),
     pytest.param("qwen2_5_vl", "Qwen2_5_VLTextModel", None, marks=pytest.mark.slow),
     pytest.param("qwen3_5", "Qwen3_5ForConditionalGeneration", None, marks=pytest.mark.slow),
-    pytest.param("hrm_text", "HrmTextModel", "FEATURE_EXTRACTION", marks=pytest.mark.slow),  # two modules of one tensor
 ]
 
 
@@ -185,6 +186,42 @@ def test_the_class_of_config_json_applies_every_module(
     trained = [one for name, one in read_tensors(tmp_path / "adapter").items() if "lora_B" in name]
     assert sum(bool(one.any()) for one in applied) == sum(bool(one.any()) for one in trained) > 0
     assert len(applied) == len(trained) + len(record(tmp_path)["padding"])
+
+
+# --- the class of the adapter's task ---------------------------------------------------------------------------------
+
+TASKS = [
+    pytest.param("FEATURE_EXTRACTION", "FEATURE_EXTRACTION", "LlamaModel", id="embeddings"),
+    pytest.param("CAUSAL_LM", "CAUSAL_LM", "LlamaForCausalLM", id="language"),
+    pytest.param("FEATURE_EXTRACTION", "CAUSAL_LM", "LlamaForCausalLM", id="names-of-another-class"),
+]
+
+
+@pytest.mark.parametrize(("trained", "task_type", "class_name"), TASKS)
+def test_the_class_of_the_task_applies_every_tensor(
+    trained: str, task_type: str, class_name: str, shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.json names LlamaForCausalLM. PEFT drops tensors with the names of another class than the loaded one."""
+    lay(shelf, tmp_path, base="llama", task_type=trained)
+    write_config(tmp_path / "adapter", read_config(tmp_path / "adapter") | {"task_type": task_type})
+    assert export(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("VERDICT") == 1
+    assert f"the names of {class_name}" in said
+    assert record(tmp_path)["model_class"] == class_name
+    assert read_config(tmp_path / "out")["task_type"] == task_type
+    loaders = [getattr(transformers, TASK_CLASSES[task]) for task in (trained, task_type)]
+    names = ("adapter", "out")
+    with methods.quiet():
+        models = [
+            PeftModel.from_pretrained(one.from_pretrained(tmp_path / "base"), tmp_path / name).merge_and_unload()
+            for one, name in zip(loaders, names, strict=True)
+        ]
+    own, exported = (getattr(model, "model", model).state_dict() for model in models)
+    base = read_tensors(tmp_path / "base", "model.safetensors")
+    key = "layers.1.self_attn.v_proj.weight"
+    assert not torch.equal(exported[key], base[f"model.{key}"])
+    assert all(torch.equal(one, exported[name]) for name, one in own.items())
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -242,6 +279,7 @@ MISTAKES: dict[str, tuple[int, Callable[[Path], object], list[str]]] = {
     "DoRA": (1, _configure(use_dora=True), []),
     "PiSSA": (1, _configure(init_lora_weights="pissa"), []),
     "not LoRA": (1, _configure(peft_type="LOHA"), []),
+    "no config": (1, lambda place: (place / "adapter" / ADAPTER_CONFIG).unlink(), []),
     "a pickle": (1, lambda place: to_pickle(place / "adapter"), []),
 }
 
@@ -308,16 +346,29 @@ def test_an_adapter_that_fails_is_not_exported(laid: Path, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_merges_in_another_way_is_not_written(
+def test_a_changed_copy_of_a_base_weight_is_refused_before_the_second_gate(
     shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The base is in float32, so one merge of each adapter is compared."""
     lay(shelf, tmp_path, base="llama", target_modules=["embed_tokens"])
     _other_embedding(tmp_path)
-    assert export(tmp_path) == 3
-    assert capsys.readouterr().err.count("[1/1]") == 2
+    assert export(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.count("[1/1]") == 1
+    assert "model.embed_tokens.weight" in said
     assert is_clean(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("edit", ["a blank", "a note", "another value"])
+def test_an_export_whose_record_was_edited_is_a_users(edit: str, exported: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(exported / "out", tmp_path / "out"))
+    assert unchanged(out, is_export=True) is not None
+    text = (out / EXPORT_NAME).read_text()
+    edits = {"a blank": text + " ", "a note": text.replace("{", '{"note": "mine",', 1), "another value": text}
+    edits["another value"] = text.replace('"source": "', '"source": "mine, ', 1)
+    assert edits[edit] != text
+    (out / EXPORT_NAME).write_text(edits[edit])
+    assert unchanged(out, is_export=True) is None
 
 
 @pytest.mark.slow

@@ -176,6 +176,13 @@ def test_ghosts_and_unlisted_tensors_are_notes(tmp_path: Path) -> None:
     assert SECOND[0] in unlisted.message
 
 
+def test_a_tensor_in_another_file_than_the_index_names_is_a_ghost(tmp_path: Path) -> None:
+    shards = {"x.safetensors": HALVES[0], "y.safetensors": HALVES[1]}
+    base = read(tmp_path, {INDEX: index(x__safetensors=SECOND, y__safetensors=FIRST), **shards})
+    assert {*base.ghosts} == {(name, "y.safetensors") for name in FIRST} | {(name, "x.safetensors") for name in SECOND}
+    assert base.unlisted == ()
+
+
 def test_a_second_set_is_a_note(tmp_path: Path) -> None:
     half = {INDEX: index(x__safetensors=list(PLAIN)), "x.safetensors": safetensors(PLAIN), MODEL: HALVES[0]}
     base = read(tmp_path, half)

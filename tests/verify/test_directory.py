@@ -419,6 +419,15 @@ ATTEMPTS = [
         added("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "model.safetensors"}}'),
         U,
     ),
+    attempt(
+        "V81b",
+        "a further index that names the right file",
+        added(
+            "model.fp16.safetensors.index.json",
+            json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}}),
+        ),
+        U,
+    ),
     attempt("Z15", "a chat template in a list, without a name", edited(SETTINGS, chat_template=["evil"]), X),
     attempt("X03", "generation_config.json of 300 MB", _huge, S, G),
 ]
