@@ -193,7 +193,7 @@ def test_the_class_of_config_json_applies_every_module(
 TASKS = [
     pytest.param("FEATURE_EXTRACTION", "FEATURE_EXTRACTION", "LlamaModel", id="embeddings"),
     pytest.param("CAUSAL_LM", "CAUSAL_LM", "LlamaForCausalLM", id="language"),
-    pytest.param("FEATURE_EXTRACTION", "CAUSAL_LM", "LlamaForCausalLM", id="names-of-another-class"),
+    pytest.param("CAUSAL_LM", "FEATURE_EXTRACTION", "LlamaModel", id="names-of-another-class"),
 ]
 
 

@@ -117,7 +117,7 @@ def test_the_verdict_on_a_dequantized_base_is_not_reused(quantization: str, is_c
 
 
 def nothing_published(place: Path) -> bool:
-    return not any((place / "merged").iterdir())
+    return not (place / "merged").exists()
 
 
 @pytest.mark.attempt("P18", "two adapters in several dtypes", "one model each")
@@ -746,13 +746,14 @@ def test_a_name_that_is_no_directory_is_refused(place: Path, name: str) -> None:
 
 @pytest.mark.attempt("F12", "a disk that is too small", "exit 3 before the first merge")
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = os.statvfs(place)
     full = os.statvfs_result((*real[:4], 0, *real[5:]))
     monkeypatch.setattr(publications.os, "statvfs", lambda _: full)
-    assert play(place, "--publish", "merged", send=lambda *_: pytest.fail("nothing is merged")) == 3
-    assert nothing_published(place)
+    assert play(place, "--publish", "outer/merged", send=lambda *_: pytest.fail("nothing is merged")) == 3
+    assert not (place / "outer").exists()
+    assert "and 0.0 MiB are free" in capfd.readouterr().err
 
 
 def test_a_model_is_not_published_of_a_base_that_is_read_in_part(place: Path) -> None:

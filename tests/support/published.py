@@ -58,6 +58,7 @@ def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFa
         "spec": PublishSpec(directory="published", label="published", **wanted),  # type: ignore[arg-type]
         "tensors": (),
         "base_tensors": (),
+        "settings": {},
     }
     return PublicationFacts(**(values | more))  # type: ignore[arg-type]
 

@@ -401,7 +401,7 @@ def test_all_bytes_arrive_before_the_end(ends: Ends) -> None:
         client.plan(task, [TENSOR])
         for start in range(0, len(data[task]), 3 * PAGE + 1):
             client.send(task, "a", start, memoryview(data[task])[start : start + 3 * PAGE + 1])
-        client.finish(task, [TENSOR], None)
+        client.finish(task, [TENSOR], "{}", None)
         assert ends.publisher.sent_bytes[task, "a"] == data[task]
 
     with ThreadPoolExecutor(4) as pool:
@@ -419,7 +419,7 @@ def sent(task: int) -> PublicationSent:
 
 def test_a_refusal_arrives(ends: Ends) -> None:
     refusal = NotJudged(message="no")
-    ends.client.finish(3, (), refusal)
+    ends.client.finish(3, (), "", refusal)
     assert ends.publisher.calls == [PublicationSent(task=3, refusal=refusal)]
 
 
@@ -429,7 +429,7 @@ def test_a_service_that_is_gone_is_an_error_for_every_sender(ends: Ends) -> None
     for call in (
         lambda: ends.client.send(0, "a", 0, memoryview(bytes(6 * PAGE))),
         lambda: ends.client.plan(0, [TENSOR]),
-        lambda: ends.client.finish(0, [TENSOR], None),
+        lambda: ends.client.finish(0, [TENSOR], "{}", None),
     ):
         with pytest.raises(EngineError):
             call()

@@ -143,7 +143,7 @@ def compare(
     for name, first in sink.untied:
         found.untie(name, first)
     merged_names = {name for name, _ in found.facts}
-    names = [name for name in base.tensors if name not in merged_names]
+    names = [name for name in base.tensors if name not in merged_names | base.newly_initialized]
     for _ in range(MOST_PASSES):
         for _ in spread(found.compare_untouched, names):
             pass

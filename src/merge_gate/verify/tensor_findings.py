@@ -373,7 +373,8 @@ def _stored(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Itera
     gone = [name for name in lacking if not _makes(of_base.get(name), _with_tied(_made(after), ties))]
     made = {target for name in gone for target in of_base.get(name, ())}
     gone += [name for name in comparison.absent if name not in made and name not in gone and name not in stored]
-    expected = _with_tied(_made(before), ties) | {one.name for one in comparison.tensors if one.touched}
+    expected = _with_tied(_made(before) | {*before.without_source}, ties)
+    expected |= {one.name for one in comparison.tensors if one.touched}
     expected -= {target for name in own if name in stored for target in of_merged.get(name, ())}  # made already
     added = [name for name in extra if not _makes(of_merged.get(name), expected)]
     if gone:

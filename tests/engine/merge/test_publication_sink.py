@@ -301,7 +301,7 @@ class Connection:
     def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
         self.tasks[task].send(0, name, offset, values)
 
-    def finish(self, task: int, tensors: Any, refusal: NotJudged | None) -> None:
+    def finish(self, task: int, tensors: Any, settings: str, refusal: NotJudged | None) -> None:
         sent = self.tasks.setdefault(task, Sent())
         sent.tensors, sent.refusal = tuple(tensors), refusal
         self.order.append(("sent", task))

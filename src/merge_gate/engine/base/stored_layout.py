@@ -231,15 +231,19 @@ def extended(layout: StoredLayout, names: Iterable[str]) -> tuple[StoredLayout, 
     config.json that this changes, as PEFT's merged model has them.
 
     Raises:
-        NotPublishedError: other tensors stay tied, or transformers renames an added one.
+        NotPublishedError: transformers would tie, initialize, or rename a tensor of the published model.
     """
     base, found, names, settings = copy.copy(layout.base), layout.map, {*names}, dict[str, Any]()
     made = {target for group in found.groups for target in group.targets}
     untied = {name: first for name, first in base.aliases.items() if name in names}
     heads = (base.newly_initialized & names) - made
     added = sorted({*untied, *untied.values(), *heads} - made)
-    if (untied and untied != base.aliases) or current_names(found.model, added) != added:
-        problem = f"the merge adds {listing(added)}, and transformers would tie or rename such a tensor"
+    left = {name for name, new in zip(added, current_names(found.model, added), strict=True) if name != new}
+    left |= (base.aliases.keys() - untied if untied else set()) | (base.newly_initialized - heads if heads else set())
+    if left:
+        problem = (
+            f"the merge adds {listing(added)}, and transformers would load other values for {listing(sorted(left))}"
+        )
         raise NotPublishedError(problem, hint=_AT_RUN_TIME)
     if untied:
         base.aliases, settings = {}, {"tie_word_embeddings": False}
