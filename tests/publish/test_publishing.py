@@ -174,7 +174,7 @@ def test_a_dtype_that_cannot_be_published_is_refused_before_the_first_merge(
     (place / "gate.yml").write_text(json.dumps(config | {"publish": publish}))
     assert play(place, adapters=["gate.yml"]) == 2
     assert words in capfd.readouterr().err
-    assert not list((place / "merged").iterdir())
+    assert nothing_published(place)
     assert main(["run", "gate.yml", "--plan"]) == 2
     assert words in capfd.readouterr().err
 

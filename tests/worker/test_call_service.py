@@ -419,7 +419,7 @@ def sent(task: int) -> PublicationSent:
 
 def test_a_refusal_arrives(ends: Ends) -> None:
     refusal = NotJudged(message="no")
-    ends.client.finish(3, (), "", refusal)
+    ends.client.finish(3, (), "{}", refusal)
     assert ends.publisher.calls == [PublicationSent(task=3, refusal=refusal)]
 
 

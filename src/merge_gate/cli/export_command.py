@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if made.record is None:
         return exit_code(made.report)
     padded = f", with zeros in {counted(len(made.record.padding), 'module')}" if made.record.padding else ""
-    tell(f"{one_line(arguments.output)} is a plain LoRA with the names of {one_line(made.record.model_class)}{padded}")
+    name = one_line(made.record.model_class)
+    tell(f"{one_line(arguments.output)} is a plain LoRA with the names of {name}{padded}: load the base as this class")
     for one in made.record.comparisons:
         few = (
             f"{one.differing:,} of {counted(one.values, 'merged value')} differ by rounding (at most {one.largest:.2g})"

@@ -321,7 +321,7 @@ def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[i
     base_shapes = {one.name: one.shape for one in facts.base_tensors if is_plain or one.dtype in FLOATING_STORED}
     shapes = {one.name: one.shape for one in facts.tensors if is_plain or one.name in base_shapes}
     added = [name for name in shapes if name not in base_shapes]
-    if added and facts.settings.get("model_type", config.get("model_type")) != config.get("model_type"):
+    if added and (not facts.settings or {**config, **facts.settings}.get("model_type") != config.get("model_type")):
         raise NotPublishedError(
             f"the merge has {counted(len(added), 'tensor')} that the base does not store "
             f"({listing(map(shown, added), _LISTED)}), so the base's config.json describes another model "

@@ -237,8 +237,6 @@ def test_a_tensor_that_is_not_loaded_is_cast_too(tmp_path: Path) -> None:
     [
         ("bfloat16-base", {"dtype": "float32"}, ("q_proj.weight", "bfloat16", "float32")),
         ("plain", {"publish": "bfloat16"}, ("float32", "bfloat16")),
-        ("six-labels", {}, ("classifier",)),
-        ("saved-tied-embedding", {}, ("lm_head.weight", "model.embed_tokens.weight")),
     ],
 )
 def test_what_cannot_be_published_is_refused(

@@ -57,7 +57,7 @@ class Sent:
         whole.extend(bytes(max(0, offset + len(values) - len(whole))))
         whole[offset : offset + len(values)] = values
 
-    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
+    def finish(self, task: int, tensors: Sequence[StoredTensor], settings: str, refusal: NotJudged | None) -> None:
         assert task == 0
         self.tensors, self.refusal = tuple(tensors), refusal
 

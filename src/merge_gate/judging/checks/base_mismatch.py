@@ -10,6 +10,8 @@ the last part of the names counts: `acme/base-1b` and `./models/base-1b` are the
 - If the base cannot be read, there is no warning.
 - The check also fires if the tensors have the names of another model class than the one for the adapter's `task_type`.
   The gate then merges into the class that they fit.
+- If the adapter has another number of rows in the vocabulary than the base, a `note` says how many a base for the
+  unmerged adapter needs.
 - The check needs no merge. An adapter whose files are refused has this finding too, so you can fix both at once.
 
 ```text
