@@ -44,6 +44,8 @@ def place(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
             model: Any = PeftModel.from_pretrained(load_for_training(base, task, **settings), adapter)
             model.merge_and_unload(safe_merge=True).save_pretrained(place / "saved" / name)
         adapters.append({"name": name, "path": str(adapter), "base": str(base)})
+    resized = {"name": "resized", "path": str(shelf.adapter("resized-vocabulary")), "base": str(shelf.base("llama"))}
+    adapters.append(resized)
     (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": adapters, "publish": "merged"}))
     answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=place)
     assert answer.code == 0, answer.said
@@ -83,6 +85,14 @@ def test_two_tensors_that_config_json_ties_are_an_error(place: Path, shelf: Shel
     (merged / "config.json").write_text(json.dumps(config))
     report = Verifier().report(merged, shelf.base("llama-tied"), place / "adapters" / "both")
     assert (report.verdict, report.cause) == (Verdict.FAILED, "tied")
+
+
+def test_a_note_says_how_many_rows_the_base_of_the_unmerged_adapter_needs(place: Path) -> None:
+    report = json.loads((place / "merge-gate-report" / "report.json").read_text())
+    notes = {one["name"]: [note["hint"] for note in one["findings"]] for one in report["adapters"]}
+    (hint,) = notes["resized"]
+    assert "resize the base to 70 rows" in hint
+    assert not any(notes[name] for name in ADAPTERS)
 
 
 def test_the_note_on_the_head_names_it(place: Path) -> None:

@@ -39,6 +39,7 @@ class TestBaseMismatch(EveryCheck):
             files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
             spec(base=NAMED),
         ),
+        Fire(("260", "256"), Origin.CONFIG, evidence(resized=(256, 260)), severity=Severity.NOTE),
     )
     SITUATIONS = (
         (
