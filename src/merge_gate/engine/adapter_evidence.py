@@ -246,8 +246,9 @@ def _run_again(attempt: _Attempt) -> Evidence:
             if merged is not None and is_close(forward):
                 forward = run_merged(base, merged, forward, attempt.tokens)
             if merged is not None and may_lose:
-                unmerged = attempt.load()
-                forward = with_rounding(base, unmerged.model.get_base_model(), merged, forward, attempt.tokens)
+                unmerged, limit = attempt.load(), request.measure_options.error_limit
+                model = unmerged.model.get_base_model()
+                forward = with_rounding(base, model, merged, forward, attempt.tokens, error_limit=limit)
                 base.template = unmerged.template  # it is unchanged: the next adapter reuses it
     except Exception:  # PEFT's second merge, or a model's own code
         return replace(evidence, forward=replace(forward, missing=True))

@@ -43,6 +43,7 @@ def measure_options(spec: AdapterSpec) -> MeasureOptions:
         estimates=not {rounding_loss.id, delta_norm.id} & errors,
         estimated_ratio=delta_norm.limits(settings)[1] * ESTIMATED_BELOW,
         norm_limit=allowed_norm(settings),
+        error_limit=rounding_loss.limits(settings)[1],
     )
 
 

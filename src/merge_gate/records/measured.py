@@ -101,12 +101,13 @@ class MeasureOptions:
 
     With `estimates`, norms and losses may come from a sample of the rows. If a ‖ΔW‖/‖W‖ is above `estimated_ratio`, all
     rows are measured, and `Evidence.typical_rms` too. If rounding loses more than `norm_limit` of the delta's norm, its
-    change of the adapter's effect is measured.
+    change of the adapter's effect is measured, and above `error_limit` of that, the typical effect.
     """
 
     estimates: bool = False
     estimated_ratio: float = math.inf
     norm_limit: float = NORM_LIMIT
+    error_limit: float = 0.0
 
 
 MEASURE_ALL = MeasureOptions()
@@ -222,6 +223,9 @@ class Forward:
     largest_module: str | None = reported("The module that returned it.", default=None)
     largest_of_base: float | None = reported("The largest that the same module returned in the base.", default=None)
     largest_allowed: float | None = reported("Largest finite value of that dtype.", default=None)
+    raised: float | None = reported("The largest value in a module that returns less in the base.", default=None)
+    raised_module: str | None = reported("That module.", default=None)
+    raised_of_base: float | None = reported("The largest that it returned in the base.", default=None)
     nonfinite_module: str | None = reported(
         "The first module that returned NaN or an infinity; null if all values were finite.", default=None
     )
@@ -230,6 +234,11 @@ class Forward:
     )
     nonfinite_origin: Origin | None = reported(
         "Whether the base returns it by itself, the adapter, or only the merged model.", default=None
+    )
+    output_error: float | None = reported(
+        "How far the outputs of a model with a module that is not finite are from those in float32, as a share of what "
+        "is allowed: three times the base's own difference, or half of the adapter's effect.",
+        default=None,
     )
     layers_compared: int = reported("How many layers PEFT merged and computed with, on the same input.", default=0)
     largest_difference: float | None = reported(
@@ -241,6 +250,11 @@ class Forward:
     )
     rounding_change: float | None = reported(
         "How much rounding to the dtype of the merged weights changes it: ‖merged - unmerged‖/‖unmerged - base‖.",
+        default=None,
+    )
+    typical_effect: float | None = reported(
+        "The effect of the same delta with random signs of its input columns: the median of three. Measured if "
+        "`rounding_change` is above the error limit of rounding-loss.",
         default=None,
     )
     missing: bool = reported(

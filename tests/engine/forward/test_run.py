@@ -16,7 +16,8 @@ from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_togeth
 from merge_gate.engine.base.loaded_base import ModelClass, Source
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.forward.made_up_inputs import candidates
-from merge_gate.engine.forward.run import MergedModel, is_close, run_adapters, run_merged
+from merge_gate.engine.forward.rounding import MergedModel
+from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Forward
 from merge_gate.records.terms import Origin, Quantization
@@ -116,6 +117,22 @@ def test_close_to_the_limit_the_merged_model_counts(loud: Base, shelf: Shelf, tm
     assert not is_close(replace(forward, largest=0.8 * LIMIT))
 
 
+def test_the_largest_module_that_the_adapter_raises_is_known(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
+    """The base's own head returns more."""
+    directory = tmp_path / "raising"
+    shutil.copytree(shelf.adapter("loud-base"), directory)
+    tensors = read_tensors(directory)
+    factor = next(name for name in tensors if "1.self_attn.v_proj.lora_B" in name)
+    tensors[factor] *= 100.0
+    write_tensors(directory, tensors)
+    forward = merge(request(loud, directory)).forward
+    assert (forward.largest_module, forward.raised_module) == ("lm_head", "model.layers.1.self_attn.v_proj")
+    assert forward.raised is not None
+    assert forward.raised_of_base is not None
+    assert forward.largest is not None
+    assert forward.raised_of_base < forward.raised < forward.largest
+
+
 @pytest.mark.parametrize(("factor", "runs"), [(3.0, 2), (torch.nan, 1)])
 def test_a_merged_model_with_a_broken_weight_is_not_run(
     factor: float, runs: int, loud: Base, shelf: Shelf, tmp_path: Path
@@ -183,7 +200,18 @@ def _bare(evidence: Evidence) -> Evidence:
 
 
 EMPTY: dict[str, None] = dict.fromkeys(
-    ("inputs", "parameters_run", "largest", "largest_module", "largest_of_base", "largest_allowed", "effect")
+    [
+        "inputs",
+        "parameters_run",
+        "largest",
+        "largest_module",
+        "largest_of_base",
+        "largest_allowed",
+        "effect",
+        "raised",
+        "raised_module",
+        "raised_of_base",
+    ]
 )
 
 

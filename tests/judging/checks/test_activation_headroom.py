@@ -13,8 +13,10 @@ from tests.support.judging.every_check import EveryCheck
 
 
 def reaching(largest: float | None, **changes: Any) -> Evidence:
-    usual: dict[str, Any] = {"ran": True, "largest_module": MODULE, "largest_of_base": 24912.0}
-    forward = Forward(**(usual | {"largest": largest, "largest_allowed": HALF_MAX}))
+    """An adapter that raises a module to this value, in a base with a larger one."""
+    usual: dict[str, Any] = {"ran": True, "largest": 60_000.0, "largest_module": "lm_head", "largest_of_base": 60_000.0}
+    raised = {"raised": largest, "raised_module": MODULE, "raised_of_base": 24912.0, "largest_allowed": HALF_MAX}
+    forward = Forward(**(usual | raised))
     return evidence(forward=forward, **changes)
 
 

@@ -33,6 +33,14 @@ class TestActivationNonfinite(EveryCheck):
         Fire((MODULE, "float16", "24,912"), Origin.ADAPTER, run(Origin.ADAPTER), places={"module": MODULE}),
         Fire(("the model itself returns", "24,912"), Origin.ADAPTER, run(Origin.ADAPTER, nonfinite_module="")),
         Fire((MODULE, "merged model", "24,912"), Origin.MERGE, run(Origin.MERGE), places={"module": MODULE}),
+        Fire((MODULE, "float16"), Origin.ADAPTER, run(Origin.ADAPTER, output_error=1.01), places={"module": MODULE}),
+        Fire(
+            (MODULE, "clamps"),
+            Origin.MERGE,
+            run(Origin.MERGE, output_error=1.0),
+            places={"module": MODULE},
+            severity=Severity.WARNING,
+        ),
         Fire(
             (MODULE, "without any adapter"),
             Origin.BASE,

@@ -29,9 +29,9 @@ from tests.support.judging.cases import (
 from tests.support.judging.every_check import EveryCheck
 
 
-def run(change: float, *merges: TensorMerge, choices: int = 0) -> Evidence:
+def run(change: float, *merges: TensorMerge, choices: int = 0, typical: float | None = None) -> Evidence:
     """An adapter whose effect was measured. Rounding loses 98 % of its norm by default."""
-    forward = Forward(ran=True, effect=0.02, rounding_change=change, choices_changed=choices)
+    forward = Forward(ran=True, effect=0.02, rounding_change=change, choices_changed=choices, typical_effect=typical)
     return evidence(merges=merges or (lossy(0.98),), forward=forward)
 
 
@@ -52,6 +52,7 @@ class TestRoundingLoss(EveryCheck):
     )
     SITUATIONS = (
         ("most of the effect changes", (run(0.85), files())),
+        ("the effect seems to change, and is small on these inputs", (run(1.61, typical=0.061), files())),
         ("the effect of experts changes", (run(0.5, lossy(0.7, estimated=True), LARGE, choices=3), files())),
         (
             "rounding, estimated, in two tensors of different size",
@@ -154,6 +155,15 @@ def test_the_norm_alone_only_warns(limit: float, fires_above: float) -> None:
     for lost, severities in ((fires_above, []), (0.99, [Severity.WARNING])):
         found = of("rounding-loss", judge(chosen, files(), evidence(merges=(lossy(lost),))))
         assert [finding.severity for finding in found] == severities
+
+
+@pytest.mark.parametrize(
+    ("typical", "severity"), [(None, Severity.ERROR), (0.059, Severity.ERROR), (0.061, Severity.WARNING)]
+)
+def test_an_effect_that_is_small_on_these_inputs_only_warns(typical: float | None, severity: Severity) -> None:
+    (found,) = of("rounding-loss", judge(spec(), files(), run(1.61, typical=typical)))
+    assert found.severity is severity
+    assert ("rounding_change" in dict(found.measured)) is (severity is Severity.ERROR)
 
 
 def test_the_effect_is_only_measured_if_the_check_can_use_it() -> None:

@@ -1,6 +1,7 @@
 """Measures how much of an adapter's effect on the outputs changes by rounding the merge to its final dtype.
 
-In: a base, an adapter, and its merge. Out: `Forward` with `effect` and `rounding_change`, or without them.
+In: a base, an adapter, and its merge. Out: `Forward` with `effect` and `rounding_change`, or without them. And what the
+arithmetic of that dtype changes, with `output_error`.
 
 1. Base, unmerged adapter, and merge become models with float32 tensors. The base's tensors are hollow (hollow.py), so
    only what an operation reads is float32 in memory.
@@ -8,6 +9,8 @@ In: a base, an adapter, and its merge. Out: `Forward` with `effect` and `roundin
    that changes is noise, and a small effect is lost in it.
 3. A mixture of experts may send a token to another expert for the smallest difference. So the merged model makes the
    choices of the unmerged one, and those that it would have changed are counted.
+4. An effect that rounding seems to change much may be small only on these inputs. So the same delta also runs with
+   random signs of its input columns, which an adapter for such inputs would exceed.
 """
 
 from __future__ import annotations
@@ -15,20 +18,23 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import statistics
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
-from merge_gate.engine.forward.made_up_inputs import candidates
-from merge_gate.engine.forward.run import MergedModel
+from merge_gate.engine.forward.made_up_inputs import Inputs, candidates
+from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.records.measured import Forward
@@ -37,10 +43,34 @@ LEAST_EFFECT = 40
 """The effect has to be so many times as large as the noise. That is about 100 times as large as the difference of a
 merge in float32 and the unmerged adapter, which is 2 to 20 times smaller than the noise (tiny models, SmolLM2)."""
 
+MOST_OF_BASE, MOST_OF_EFFECT = 3, 0.5
+"""The merged model's outputs may differ from those in float32 by so many times what the base's do, or by this share of
+the adapter's effect."""
+
+DRAWS = 3
+"""So often are the signs of a delta's input columns drawn. The median effect counts."""
+
 _Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 
-def with_rounding(base: Base, adapted: Any, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedModel:
+    """A merged model of transformers, as it would be published.
+
+    `values` are merged tensors in their final dtypes, by the base's names: in their places, `model` has the base's own.
+    """
+
+    model: Any
+    values: Mapping[str, torch.Tensor]
+
+    def in_float32(self, name: str) -> torch.Tensor | None:
+        """One of the values."""
+        return self.values[name].float() if name in self.values else None
+
+
+def with_rounding(
+    base: Base, adapted: Any, merged: MergedModel, forward: Forward, tokens: Collection[int], *, error_limit: float
+) -> Forward:
     """The `Forward` with the change by rounding, if it can be measured.
 
     Args:
@@ -49,24 +79,17 @@ def with_rounding(base: Base, adapted: Any, merged: MergedModel, forward: Forwar
         merged: the adapter merged.
         forward: what the run has shown.
         tokens: ids that are among the inputs.
+        error_limit: the change above which step 4 is needed.
     """
     # 1.
-    hollow = Hollow(
-        _cell(base, name, tensor)
-        for name, tensor in base.tensors.items()
-        if tensor.is_floating_point() and tensor.numel()
-    )
-    trees = (base.model, base.model, adapted, merged.model)
-    plain, noisy, unmerged, rounded = (_in_float32(tree, base, hollow) for tree in trees)
+    exact = _InFloat32(base)
+    plain, noisy, unmerged, rounded = map(exact.copy, (base.model, base.model, adapted, merged.model))
 
     # 2. and 3.
     def off_by_one_unit(name: str) -> torch.Tensor:
-        values = hollow.tensors[name]
-        signs = torch.randint(2, values.shape[-1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
+        values = exact.hollow.tensors[name]
+        signs = _signs(values.shape[-1] if values.dim() else 1, 0)
         return values * (1 + signs * torch.finfo(torch.float32).eps)
-
-    def of_merge(name: str) -> torch.Tensor | None:
-        return merged.values[name].float() if name in merged.values else None
 
     inputs = next(inputs for name, inputs in candidates(plain, tokens) if name == forward.inputs)
     choices = _Choices()
@@ -74,59 +97,121 @@ def with_rounding(base: Base, adapted: Any, merged: MergedModel, forward: Forwar
         ModelRun(model=plain, inputs=inputs),
         ModelRun(model=noisy, inputs=inputs, own=off_by_one_unit),
         ModelRun(model=choices.of(unmerged), inputs=inputs),
-        ModelRun(model=choices.given_to(rounded), inputs=inputs, own=of_merge),
+        ModelRun(model=choices.given_to(rounded), inputs=inputs, own=merged.in_float32),
     )
-    run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
-    if hollow.forget_touched() or any(run.error is not None for run in runs):
+    if not exact.run(runs):
         return forward
-    size, noise, effect, change = _norms([run.returned for run in runs])
+    pairs = ((0, -1), (1, 0), (2, 0), (3, 2))
+    size, noise, effect, change = _distances([run.returned for run in runs], pairs)
     if not (size and effect and effect >= LEAST_EFFECT * noise and math.isfinite(change)):  # NaN, too
         return forward
-    return replace(forward, effect=effect / size, rounding_change=change / effect, choices_changed=choices.changed)
+    forward = replace(forward, effect=effect / size, rounding_change=change / effect, choices_changed=choices.changed)
+    return forward if change <= error_limit * effect else _with_typical_effect(exact, adapted, runs[0], forward, size)
 
 
-def _cell(base: Base, name: str, tensor: torch.Tensor) -> Cell:
-    def fill(tensors: Tensors) -> None:
-        with base.filled([name]):
-            tensors[name].copy_(tensor)
-
-    return Cell(outlines={name: (tensor.shape, torch.float32)}, fill=fill)
-
-
-def _in_float32(model: nn.Module, base: Base, hollow: Hollow) -> Any:
-    """A copy of a model. Tensors that are the base's own become the hollow ones."""
-    names = {base.tensors[name].data_ptr(): name for name in hollow.tensors}
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is None or id(tensor) in made:
-                    continue
-                name = names.get(tensor.data_ptr())
-                values = tensor.detach()
-                if name is not None and shares_storage(base.tensors[name], tensor):
-                    values = hollow.tensors[name]
-                elif tensor.is_floating_point():
-                    values = values.float()
-                made[id(tensor)] = (
-                    nn.Parameter(values, requires_grad=False) if tensors is module._parameters else values
-                )
-    return copy.deepcopy(model, made).eval()
+def _with_typical_effect(exact: _InFloat32, adapted: Any, plain: ModelRun, forward: Forward, size: float) -> Forward:
+    """Step 4. `plain` is the base's run, and `size` the norm of its outputs."""
+    runs = [ModelRun(model=_redrawn(exact.copy(adapted), seed), inputs=plain.inputs) for seed in range(DRAWS)]
+    if not exact.run(runs):
+        return forward
+    effects = [_distances((plain.returned, run.returned), [(1, 0)])[0] for run in runs]
+    return replace(forward, typical_effect=statistics.median(effects) / size)
 
 
-def _norms(outputs: Sequence[Any]) -> tuple[float, ...]:
-    """‖base‖, ‖noisy − base‖, ‖unmerged − base‖, and ‖merged − unmerged‖, over all tensors of the outputs.
+def _redrawn(model: nn.Module, seed: int) -> nn.Module:
+    """The model, with the columns of each layer's delta in random signs, or the rows of an embedding's in random order.
 
-    Values that a mask has set do not count. A larger vocabulary counts as far as the base has it.
+    A layer gives x @ W + x' @ delta: x' has these signs. Convolutions, and experts in one tensor, keep their delta.
     """
-    squares = [0.0] * 4
+    inside: set[nn.Module] = set()
+    for number, layer in enumerate(list(model.modules())):
+        if hasattr(layer, "get_base_layer") and layer not in inside:  # an adapter's
+            inner = layer.get_base_layer()  # type: ignore[operator]
+            inside.update(layer.modules())
+            if isinstance(inner, nn.Linear | Conv1D | nn.Embedding):
+                layer.forward = functools.partial(_with_delta_of, layer.forward, inner, DRAWS * number + seed)
+    return model
+
+
+def _with_delta_of(forward: Callable[..., Any], inner: Any, seed: int, inputs: torch.Tensor, *others: Any) -> Any:
+    """What a layer returns, with the delta's share of it from other inputs."""
+    if isinstance(inner, nn.Embedding):
+        exchanged = torch.randperm(inner.num_embeddings, generator=torch.Generator().manual_seed(seed))[inputs]
+    else:
+        exchanged = inputs * _signs(inputs.shape[-1], seed)
+    return inner(inputs) + forward(exchanged, *others) - inner(exchanged)
+
+
+def _signs(size: int, seed: int) -> torch.Tensor:
+    return torch.randint(2, (size,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def with_output_error(
+    base: Base, merged: MergedModel, every: Sequence[Inputs], seen: Sequence[Sequence[Any]], forward: Forward
+) -> Forward:
+    """The `Forward` with `output_error`. `seen` are the outputs of base and merged model in the dtype."""
+    exact, squares = _InFloat32(base), [0.0] * 3
+    plain, rounded = exact.copy(base.model), exact.copy(merged.model)
+    for inputs, *in_dtype in zip(every, *seen, strict=True):
+        given = _pytree.tree_map_only(torch.Tensor, lambda one: one.float() if one.is_floating_point() else one, inputs)
+        runs = (ModelRun(model=plain, inputs=given), ModelRun(model=rounded, inputs=given, own=merged.in_float32))
+        if not exact.run(runs):
+            return forward
+        norms = _distances([*(run.returned for run in runs), *in_dtype], ((1, 0), (2, 0), (3, 1)))
+        squares = [square + norm**2 for square, norm in zip(squares, norms, strict=True)]
+    effect, of_base, of_merged = map(math.sqrt, squares)
+    allowed = max(MOST_OF_BASE * of_base, MOST_OF_EFFECT * effect)
+    return replace(forward, output_error=of_merged / allowed) if allowed and math.isfinite(allowed) else forward
+
+
+class _InFloat32:
+    """Step 1: copies of models over `base`."""
+
+    def __init__(self, base: Base) -> None:
+        floating = {name: one for name, one in base.tensors.items() if one.is_floating_point() and one.numel()}
+        self._base, self.hollow = base, Hollow(self._cell(name, one) for name, one in floating.items())
+
+    def _cell(self, name: str, tensor: torch.Tensor) -> Cell:
+        def fill(tensors: Tensors) -> None:
+            with self._base.filled([name]):
+                tensors[name].copy_(tensor)
+
+        return Cell(outlines={name: (tensor.shape, torch.float32)}, fill=fill)
+
+    def copy(self, model: nn.Module) -> Any:
+        """A copy of a model. Tensors that are the base's own become the hollow ones."""
+        of_base = self._base.tensors
+        names = {of_base[name].data_ptr(): name for name in self.hollow.tensors}
+        copied: Any = copy.deepcopy(model, module_copies.tensors_of(model))
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            name = names.get(tensor.data_ptr())
+            if name is not None and shares_storage(of_base[name], tensor):
+                tensor.data = self.hollow.tensors[name]
+            elif tensor.is_floating_point():
+                tensor.data = tensor.float()
+        return copied.eval()
+
+    def run(self, runs: Sequence[ModelRun]) -> bool:
+        """Run copies together. False if one failed, or read a tensor without values."""
+        hollow = self.hollow
+        run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
+        return not hollow.forget_touched() and all(run.error is None for run in runs)
+
+
+def _distances(outputs: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """The norm of the difference of two outputs, for each pair of their positions. Position -1 has zeros.
+
+    Values that a mask has set in the first outputs do not count. A larger vocabulary counts as far as all have it.
+    """
+    squares = [0.0] * len(pairs)
     for given in zip(*map(tensors_of, outputs), strict=True):
         common = tuple(slice(min(sizes)) for sizes in zip(*(one.shape for one in given), strict=True))
-        base, noisy, unmerged, merged = (one[common].double() for one in given)
-        counted = base.abs() < torch.finfo(torch.float32).max
-        for number, difference in enumerate((base, noisy - base, unmerged - base, merged - unmerged)):
-            squares[number] += float(torch.where(counted, difference, 0.0).square().sum())
-    return tuple(map(math.sqrt, squares))
+        values = [one[common].double() for one in given]
+        counted = values[0].abs() < torch.finfo(torch.float32).max
+        values.append(torch.zeros_like(values[0]))
+        for number, (one, other) in enumerate(pairs):
+            squares[number] += float(torch.where(counted, values[one] - values[other], 0.0).square().sum())
+    return [math.sqrt(square) for square in squares]
 
 
 class _Choices:

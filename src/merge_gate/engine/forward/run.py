@@ -8,6 +8,8 @@ for each adapter. Nothing that is passed in is changed. Judges nothing.
 2. If an adapter's activations leave the dtype, or come close, the merged model is run, too: it is what will be served.
 3. A module of the base that is not finite by itself is no fault of an adapter. It counts as a fault of the base only if
    the model's outputs are not finite either: some models return the infinities of a mask.
+4. Some models clamp what is not finite. So if the adapter causes it, the outputs are compared with those of the same
+   weights in float32 (rounding.py), next to the same difference of the base.
 
 Code that comes with a base is never run here. Neither is a quantized base: bitsandbytes repacks weights when they run.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +32,7 @@ from merge_gate.engine.forward.activations import Activations, tensors_of, watch
 from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
 from merge_gate.engine.forward.made_up_inputs import POSITIONS, Inputs, candidates
+from merge_gate.engine.forward.rounding import MergedModel, with_output_error
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
 from merge_gate.records.measured import Forward
@@ -41,19 +44,11 @@ MOST_CANDIDATES = 6
 MOST_TEXTS = 16
 """So many inputs are run, each with up to 15 of the tokens that an adapter trains. Further tokens are left out."""
 
+RAISED = 1.05
+"""A module whose largest value the adapter changes by less returns the base's own."""
+
 CLOSE = 0.9
 """The merged model is run if an activation is above this share of the dtype's largest value: it may round up."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergedModel:
-    """A merged model of transformers, as it would be published.
-
-    `values` are merged tensors in their final dtypes, by the base's names: in their places, `model` has the base's own.
-    """
-
-    model: Any
-    values: Mapping[str, torch.Tensor]
 
 
 def run_adapters(base: Base, models: Sequence[Any], tokens: Collection[int] = ()) -> list[Forward]:
@@ -81,13 +76,12 @@ def _run_with_base(
     models: Sequence[Any],
     name: str,
     tokens: Collection[int],
-    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> tuple[_Seen, list[_Seen]]:
     """Run the base, and models with its weights, on the inputs of this name. A base in memory runs once for all."""
     key, inputs = (name, tuple(tokens)), _named(base, name, tokens)
     if (of_base := base.ran.get(key)) is not None:
-        return of_base, _run(base, models, inputs, values)
-    of_base, *others = _run(base, [base.model, *models], inputs, values)
+        return of_base, _run(base, models, inputs)
+    of_base, *others = _run(base, [base.model, *models], inputs)
     if base.hollow is None and of_base.error is None:
         base.ran[key] = of_base
     return of_base, others
@@ -100,12 +94,15 @@ def is_close(forward: Forward) -> bool:
 
 
 def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
-    """Step 2, on the inputs of step 1."""
+    """Steps 2 and 4, on the inputs of step 1."""
     name = forward.inputs or ""
-    of_base, (of_merged,) = _run_with_base(base, [merged.model], name, tokens, merged.values)
+    inputs = _named(base, name, tokens)
+    of_base, of_merged = _run(base, [base.model, merged.model], inputs, merged.values, keeps=True)
     made = _forward(base, name, of_base, of_merged)
     if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
         return forward
+    if made.nonfinite_origin is Origin.ADAPTER and of_base.finite and of_merged.finite:
+        made = with_output_error(base, merged, inputs, (of_base.returned, of_merged.returned), made)
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
     return replace(
         made,
@@ -132,11 +129,12 @@ def _named(base: Base, name: str, tokens: Collection[int]) -> list[Inputs]:
 
 @dataclass(slots=True)
 class _Seen:
-    """What a model returned for all inputs, or why it returned nothing."""
+    """What a model returned for all inputs, or why it returned nothing. `returned` has it if it is kept."""
 
     activations: Activations
     finite: bool = True
     error: BaseException | None = None
+    returned: list[Any] = field(default_factory=list)
 
 
 def _run(
@@ -144,6 +142,8 @@ def _run(
     models: Sequence[Any],
     every: Sequence[Inputs],
     values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    *,
+    keeps: bool = False,
 ) -> list[_Seen]:
     """Run these models on all inputs. The last one has `values` in place of the base's tensors.
 
@@ -160,6 +160,7 @@ def _run(
             for one, run in zip(seen, runs, strict=True):
                 one.error = one.error or run.error
                 one.finite &= all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(run.returned))
+                one.returned += [run.returned] if keeps else []
             if all(one.error is not None for one in seen):
                 break
     return seen
@@ -211,15 +212,20 @@ def _forward(base: Base, name: str, of_base: _Seen, of_adapter: _Seen) -> Forwar
     elif not of_base.finite:
         broken = next((path for path, one in own.by_module.items() if not one.finite), None)
         origin = Origin.BASE if broken is not None else None
-    path, now, was = max(common, key=lambda one: one[1].largest, default=(None, None, None))
+    values = [(now.largest, path, was.largest) for path, now, was in common]
+    larger = [one for one in values if one[0] > RAISED * one[2]]
+    largest, raised = (max(each, key=lambda one: one[0], default=(None, None, None)) for each in (values, larger))
     return Forward(
         ran=True,
         inputs=name,
         parameters_run=_share_run(base, own),
-        largest=None if now is None else now.largest,
-        largest_module=path,
-        largest_of_base=None if was is None else was.largest,
+        largest=largest[0],
+        largest_module=largest[1],
+        largest_of_base=largest[2],
         largest_allowed=dtype_max(_dtype(base)),
+        raised=raised[0],
+        raised_module=raised[1],
+        raised_of_base=raised[2],
         nonfinite_module=broken,
         nonfinite_of_base=own.by_module[broken].largest if origin is Origin.ADAPTER and broken is not None else None,
         nonfinite_origin=origin,

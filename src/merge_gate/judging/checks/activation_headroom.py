@@ -1,8 +1,8 @@
 """An adapter raises the largest activation above this share of the largest finite value of float16.
 
-**Fires when** the gate [runs the model](../concepts/forward.md) in float16, the largest value that a module returns is
-above this share of 65,504, and the adapter has raised it: the same module of the base returns a smaller value. For
-bfloat16 and float32, it never fires: they hold values up to 3.4e38.
+**Fires when** the gate [runs the model](../concepts/forward.md) in float16, and the largest value that the adapter
+raises is above this share of 65,504. Only modules count that return a smaller value in the base. For bfloat16 and
+float32, it never fires: they hold values up to 3.4e38.
 
 ```text
 run in float16, model.layers.1.self_attn.v_proj reaches 50,016; float16 holds up to 65,504 (76%, limit 50%); the base
@@ -29,9 +29,6 @@ from merge_gate.judging.checks.check import WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.records.terms import Finding, Origin
 
-RAISED = 1.05
-"""An activation that the adapter changes by less is the base's own."""
-
 
 @Check(
     "activation-headroom",
@@ -46,17 +43,17 @@ RAISED = 1.05
 def activation_headroom(case: MergeCase) -> Iterator[Finding]:
     forward, dtype = case.evidence.forward, case.evidence.base.dtype
     limit, _ = activation_headroom.limits(case.settings)
-    largest, of_base, allowed = forward.largest, forward.largest_of_base, forward.largest_allowed
+    largest, of_base, allowed = forward.raised, forward.raised_of_base, forward.largest_allowed
     if dtype != "float16" or largest is None or of_base is None or allowed is None:
         return
-    if forward.nonfinite_module == forward.largest_module:  # activation-nonfinite reports it
+    if forward.nonfinite_module == forward.raised_module:  # activation-nonfinite reports it
         return
-    if limit * allowed < largest and largest > RAISED * of_base:
+    if limit * allowed < largest:
         yield activation_headroom.finding(
-            f"run in {dtype}, {named(forward.largest_module)} reaches {figure(largest)}; {dtype} holds up to "
+            f"run in {dtype}, {named(forward.raised_module)} reaches {figure(largest)}; {dtype} holds up to "
             f"{figure(allowed)} ({largest / allowed:.0%}, limit {limit:.0%}); the base reaches {figure(of_base)} there",
             "other inputs can reach a few times as much: serve in bfloat16, or lower the adapter's scale",
-            module=forward.largest_module,
+            module=forward.raised_module,
             largest=largest,
             largest_of_base=of_base,
             limit=limit,

@@ -5,6 +5,9 @@ the dtype of the merged weights cannot hold:
 
 - **error** with origin `adapter`: the base returns finite values there, and the adapter does not, merged and
   unmerged. Origin `merge`: only the merged model does not.
+- **warning** with one of these origins, if the model clamps such values, as Whisper and T5 do in float16. Its outputs
+  are then finite. They differ from those of the same weights in float32 by at most three times what the base's do, or
+  by at most half of the adapter's effect.
 - **warning** with origin `base`: the base does it without any adapter.
 
 ```text
@@ -57,11 +60,15 @@ def activation_nonfinite(case: MergeCase) -> Iterator[Finding]:
         )
         return
     only = " in the merged model; unmerged, the adapter's are" if forward.nonfinite_origin is Origin.MERGE else ""
-    largest = forward.nonfinite_of_base
+    largest, is_clamped = forward.nonfinite_of_base, forward.output_error is not None and forward.output_error <= 1
+    clamps = "; the model clamps them, and its outputs are about those of float32" if is_clamped else ""
     yield activation_nonfinite.finding(
-        f"{where}{only}; the base's are finite" + (f", up to {figure(largest)}" if largest is not None else ""),
+        f"{where}{only}; the base's are finite"
+        + (f", up to {figure(largest)}" if largest is not None else "")
+        + clamps,
         f"{_WIDER}; or {_LOWER}" if dtype == "float16" else _LOWER,
         origin=forward.nonfinite_origin,
+        severity=WARNING if is_clamped else None,
         module=module,
         largest_of_base=largest,
     )
