@@ -315,6 +315,12 @@ from merge_gate.worker.child import main
 """When an adapter is run as a model, it has the accident of its lora_alpha."""
 
 
+HANGING_BASE = supervisor._BOOTSTRAP.replace(
+    "from merge_gate.worker.child import main\n",
+    ACCIDENTS.replace("for model in models:", "time.sleep(600)\n        for model in models:"),
+)
+
+
 @pytest.fixture(scope="module")
 def accidents(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
     """A job whose models end in every way: alone (1 to 4), and in a pass of three, of which one is killed."""
@@ -344,7 +350,7 @@ def test_a_model_that_is_killed_or_hangs_costs_only_its_measurement(accidents: K
     why = why_not_run(accidents)
     for task, how in ((0, "SIGKILL"), (1, "time limit"), (2, "SIGABRT")):
         assert how in (why[task] or "")
-        assert started(accidents, task) == [(task, ())] * 2
+        assert started(accidents, task) == [(task, ())] * (3 if task == 0 else 2), "the base runs alone once"
     wording(*((why[task] or "").partition(": ")[0] for task in (0, 1)))
     assert why[3] is None
     assert started(accidents, 3) == [(3, ())]
@@ -354,10 +360,33 @@ def test_a_model_that_is_killed_or_hangs_costs_only_its_measurement(accidents: K
     ]
 
 
-def test_a_death_of_models_in_a_pass_is_followed_by_the_same_pass_without_them(accidents: Killer) -> None:
+def test_after_a_death_of_models_in_a_pass_each_runs_alone(accidents: Killer) -> None:
     why = why_not_run(accidents)
-    assert all("SIGKILL" in (why[task] or "") for task in (4, 5, 6))
-    assert started(accidents, 4, 5, 6) == [(4, (5, 6))] * 2
+    assert "SIGKILL" in (why[5] or "")
+    assert why[4] is why[6] is None
+    assert started(accidents, 4, 5, 6) == [(4, (5, 6)), (4, ()), (5, ()), (5, ()), (6, ())]
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_a_base_that_hangs_is_not_run_again(
+    passes: bool, shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", HANGING_BASE)
+    monkeypatch.setattr("merge_gate.worker.supervisor.FORWARD_SHARE", 300)  # two seconds
+    killer, one = Killer(), (one_pass if passes else group)(shelf.base("llama"), adapters)
+    off = replace(one.tasks[2], no_forward="forward is off")
+    with WorkerSlot() as worker:
+        supervise(Job(groups=(replace(one, tasks=(*one.tasks[:2], off)),)), killer, worker)
+    assert killer.outcomes() == dict.fromkeys(range(3), "Merged")
+    why = why_not_run(killer)
+    assert why[0] == why[1]
+    assert "the base" in (why[0] or "")
+    assert why[2] == "forward is off"
+    assert sum(isinstance(event, BaseLoading) for event in killer.heard) == 3, "two processes died"
+    ran = [event for event in killer.heard if isinstance(event, ForwardRunning)]
+    assert {event.task for event in ran if event.is_running} == {0, 1}, "so no verdict is stored"
+    assert all(event.is_running for event in ran)
+    wording((why[0] or "").partition(": ")[0])
 
 
 def test_a_task_that_is_not_to_be_run_is_not(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

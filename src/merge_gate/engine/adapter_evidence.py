@@ -76,7 +76,7 @@ class MergeRequest:
     With `is_export`, `Evidence.served` is always filled.
     `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
     before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
-    that measurement.
+    that measurement. With `tries_base`, the base runs alone before, and `on_forward` is called in between.
     """
 
     base: Base
@@ -90,6 +90,7 @@ class MergeRequest:
     safe_merge: bool = True
     is_export: bool = False
     no_forward: str = ""
+    tries_base: bool = False
     on_forward: Callable[[bool], None] = lambda _: None
 
 
@@ -211,6 +212,10 @@ def _run_models(attempts: Sequence[_Attempt]) -> None:
         for one, _ in running:
             one.request.on_forward(True)
         try:
+            if first.request.tries_base:
+                run_adapters(first.base, [], first.tokens)
+                for is_running in (False, True):
+                    first.request.on_forward(is_running)
             found = run_adapters(first.base, [model for _, model in running], first.tokens)
         except Exception as error:
             found = [Forward(why_not=f"{type(error).__name__}: {first_line(error)}"[:200], missing=True)] * len(running)

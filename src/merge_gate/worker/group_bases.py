@@ -477,6 +477,7 @@ def _request(
         sink=sink,
         is_export=task.publishes == AS_MERGED,
         no_forward=task.no_forward,
+        tries_base=one.group.base_run == "alone",
         on_forward=lambda is_running: report(ForwardRunning(task=task.index, is_running=is_running)),
     )
 

@@ -59,7 +59,8 @@ class Group:
     `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
     only where adapters touch it. `fed`: the parent reads its weight files (call_service.py). `records` are what earlier
     runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the parent keeps the
-    figures of a base that is read whole.
+    figures of a base that is read whole. `base_run`: what is known of the base as a model, after a process died that
+    ran it with adapters. It is `alone` if it has to run without them first, and `ran` if it can.
     """
 
     base: BaseKey
@@ -69,6 +70,7 @@ class Group:
     fed: bool = False
     records: tuple[BaseRecord, ...] = ()
     keeps_record: bool = False
+    base_run: str = ""
     tasks: tuple[Task, ...]
 
     @property

@@ -9,7 +9,8 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
 4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges those that
    were in progress one at a time, and the others in one pass as before. If none was, it merges them in two passes.
-5. If it dies or exceeds a time limit while adapters run as models, a new process merges again without running those.
+5. If it dies or exceeds a time limit while adapters run as models, a new process runs their base alone, and then each
+   of them. A base that dies alone is not run any more, and neither is an adapter.
 
 The process has no token and no network. The caller's directory is never on its `sys.path`, because a config that names
 an importable module must not find the checkout.
@@ -73,6 +74,7 @@ FORWARD_SHARE = 2
 
 _MERGING = "while it merged this adapter"
 _RUNNING = "while it ran the model"
+_RUNNING_BASE = "while it ran the base, without an adapter"
 
 PASSED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"
@@ -211,6 +213,8 @@ class Attempt:
         self._task: int | None = None
         self._others: tuple[int, ...] = ()
         self._no_forward: dict[int, str] = {}
+        self._alone: dict[int, int] = {}  # tasks that run alone now
+        self._base_runs = {number: group.base_run for number, group in enumerate(job.groups)}
         self._in_progress: dict[int | None, int] = {}  # by thread
         self._group: int | None = None
         self._progress = ""
@@ -310,6 +314,8 @@ class Attempt:
         self._ran_s[event.task] += now_s - self._running.pop(event.task, now_s)
         if event.is_running:
             self._running[event.task] = now_s
+        else:
+            self._base_runs[self._group_of(event.task)] = "ran"
 
     def _pause_s(self) -> float:
         return self._paused_s + (time.monotonic() - self._paused_at_s if self._running else 0.0)
@@ -351,10 +357,21 @@ class Attempt:
         return bool(self._running)
 
     def end_forward(self, ending: NotJudged) -> None:
-        """Note why the next process does not run these adapters as models."""
+        """Note what the next process does not run as a model, and what it runs alone."""
         is_late = self.is_overdue()
-        why = _late(_RUNNING, self._limit_of_now()) if is_late else _death(_RUNNING, ending)
-        self._no_forward = dict.fromkeys(self._running, why.message)
+        number = self._group_of(next(iter(self._running)))
+        base_run, lost = self._base_runs[number], list(self._running)
+        what = _RUNNING_BASE if base_run == "alone" else _RUNNING
+        if base_run == "alone":
+            lost = [one.index for one in self._job.groups[number].tasks if not one.no_forward]
+            for index in lost:
+                self._listen(ForwardRunning(task=index, is_running=True))
+        elif not base_run or len(lost) > 1:
+            self._base_runs[number] = base_run or "alone"
+            self._alone = dict.fromkeys(lost, 1)
+            return
+        why = _late(what, self._limit_of_now()) if is_late else _death(what, ending)
+        self._no_forward = dict.fromkeys(lost, why.message)
 
     @property
     def place(self) -> tuple[str, int]:
@@ -373,10 +390,11 @@ class Attempt:
 
     def left(self) -> Job:
         """The job without the tasks that are reported. After the death of a pass, its suspects are in smaller ones."""
-        smaller = self._smaller_passes()
+        smaller = self._alone or self._smaller_passes()
         groups = tuple(
             replace(
                 group,
+                base_run=self._base_runs[number],
                 tasks=tuple(
                     replace(
                         task,
@@ -387,7 +405,7 @@ class Attempt:
                     if task.index not in self._reported
                 ),
             )
-            for group in self._job.groups
+            for number, group in enumerate(self._job.groups)
         )
         return replace(self._job, groups=groups)
 
@@ -417,6 +435,11 @@ class Attempt:
     def _tasks(self) -> list[Task]:
         return [task for group in self._job.groups for task in group.tasks]
 
+    def _group_of(self, index: int) -> int:
+        return next(
+            number for number, one in enumerate(self._job.groups) if index in {task.index for task in one.tasks}
+        )
+
     def _open(self) -> list[int]:
         return [task.index for task in self._tasks() if task.index not in self._reported]
 
@@ -431,7 +454,7 @@ class Attempt:
 
 
 def _death(what: str, ending: NotJudged) -> NotJudged:
-    again = "" if what in {_MERGING, _RUNNING} else " twice"
+    again = "" if what in {_MERGING, _RUNNING, _RUNNING_BASE} else " twice"
     message = f"the gate's worker process died{again} {what}: {ending.message}"
     return NotJudged(message=message, hint=ending.hint, log=ending.log)
 
