@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.engine.forward.made_up_inputs import MOST_VALUES, POSITIONS, candidates
+from merge_gate.engine.forward.made_up_inputs import MOST_VALUES, POSITIONS, candidates, missing_inputs
 from tests.support.engine import architectures
 from tests.support.engine.forward_trials import first_that_runs
 from tests.support.methods import TEXT
@@ -83,6 +83,43 @@ def test_a_text_has_places_for_a_picture_of_any_size() -> None:
         module.register_forward_hook(lambda *_, path=path: ran.add(path))
     assert first_that_runs(model)[:2] == ("all inputs", 1)
     assert {"model.visual.blocks.0.attn.proj", "model.language_model.layers.0.mlp"} <= ran
+
+
+def _llava() -> nn.Module:
+    vision = {**TEXT, "image_size": 8, "patch_size": 4}
+    text = transformers.LlamaConfig(**TEXT, **IDS)
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=transformers.CLIPVisionConfig(**vision), image_token_id=23
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def _voxtral() -> nn.Module:
+    audio = {
+        "model_type": "voxtral_encoder", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 64, "num_mel_bins": 8, "max_source_positions": 8,
+    }  # fmt: skip
+    text = transformers.LlamaConfig(**TEXT, **IDS).to_dict()
+    config = transformers.VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=23)
+    return transformers.VoxtralForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(("build", "places"), [(_llava, 4), (_voxtral, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_text_has_places_for_what_the_model_makes_of_a_picture_or_a_sound(
+    build: Callable[[], Any], places: int, dtype: torch.dtype
+) -> None:
+    name, number, inputs = first_that_runs(build().to(dtype))
+    assert (name, number) == ("all inputs", 1)
+    assert (inputs["input_ids"] == 23).sum() == places
+
+
+def test_inputs_that_were_not_made_are_known() -> None:
+    model = _clip()
+    assert missing_inputs(model, ["input_ids"]) == ["pixel_values"]
+    assert missing_inputs(model, ["input_ids", "pixel_values"]) == []
+    assert missing_inputs(_qwen_vl(), ["input_ids", "pixel_values"]) == ["pixel_values_videos"]
+    assert missing_inputs(nn.ModuleList(), []) == []
 
 
 def test_ids_are_those_that_an_adapter_trains_and_no_placeholders() -> None:

@@ -18,7 +18,6 @@ In: a model. Out: `DirectReads`. The model is not changed, and this module impor
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -32,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from merge_gate.engine.forward.made_up_inputs import candidates
+from merge_gate.engine.forward.made_up_inputs import candidates, fake_copy
 
 MOST_CALLS = 30_000
 """The limit of torch calls in all forward passes of a model. A Llama with 80 layers makes 5,345."""
@@ -65,7 +64,7 @@ def trace(model: nn.Module) -> DirectReads:
             torch.compiler.set_stance("force_eager"),  # compiling would cost more than the pass
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
-            return _trace_fake(_fake_copy(model))
+            return _trace_fake(fake_copy(model))
     except Exception:  # the model cannot be copied this way
         return DirectReads()
     finally:
@@ -77,24 +76,6 @@ def has_foreign_code(model: nn.Module) -> bool:
     """Whether the class of some module is defined outside of transformers and torch."""
     libraries = ("transformers.", "torch.")
     return not all(type(module).__module__.startswith(libraries) for module in model.modules())
-
-
-def _fake_copy(model: nn.Module) -> Any:
-    """Step 1."""
-    fake_by_id: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None and id(tensor) not in fake_by_id:
-                    fake: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if tensors is module._parameters:
-                        fake = nn.Parameter(fake, requires_grad=fake.is_floating_point())
-                    fake_by_id[id(tensor)] = fake
-    # deepcopy takes its memo's objects for copies that exist, so it copies no tensor
-    copied: Any = copy.deepcopy(model, fake_by_id).eval()
-    with contextlib.suppress(Exception):  # the default implementation groups tokens by expert, which depends on values
-        copied.set_experts_implementation("batched_mm")
-    return copied
 
 
 def _trace_fake(model: Any) -> DirectReads:

@@ -7,14 +7,19 @@ gets the same values. Knows no adapter, no tokenizer and no processor.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 import random
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
 
 POSITIONS = 16
 """Tokens of a text. With 4, 16 and 64, SmolLM2-135M has the same largest activation."""
@@ -34,6 +39,11 @@ MOST_VALUES = 1 << 23
 TEXT = ("input_ids", "decoder_input_ids", "bbox")
 VISION = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
 AUDIO = ("input_features", "input_features_mask", "input_values")
+
+_DATA = re.compile(
+    r"(^|_)(input_(ids|features|values|points|boxes)|pixel_values|patches|codes|image|bbox)(_videos|_local)?$"
+)
+"""The names of inputs that have data, and no setting, mask or size."""
 
 Inputs = dict[str, Any]
 
@@ -55,7 +65,7 @@ def candidates(model: Any, tokens: Collection[int] = ()) -> Iterator[tuple[str, 
     for what, inputs in list(variants):
         few = {name: value[:, :FEW_POSITIONS] if name in TEXT else value for name, value in inputs.items()}
         variants.append((f"{what}, {FEW_POSITIONS} tokens", few))
-    like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+    like = _like(model)
     tried: list[dict[str, torch.Size]] = [{}]
     for what, inputs in variants:
         shapes = {name: value.shape for name, value in inputs.items()}
@@ -66,6 +76,17 @@ def candidates(model: Any, tokens: Collection[int] = ()) -> Iterator[tuple[str, 
                 for name, value in inputs.items()
             }
             yield what, arguments | ({"use_cache": False} if "use_cache" in parameters else {})
+
+
+def missing_inputs(module: Any, made: Collection[str]) -> list[str]:
+    """The texts, pictures and sounds that a module's forward takes, and that are not among those that were made."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return [name for name in parameters if _DATA.search(name) and name not in made]
+
+
+def _like(model: Any) -> torch.Tensor:
+    """A tensor that has the dtype and the device of the inputs."""
+    return next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
 
 
 def _known_inputs(
@@ -105,13 +126,46 @@ def _known_inputs(
 def _with_placeholders(
     model: Any, parameters: Mapping[str, inspect.Parameter], inputs: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The same, with a text in which the picture has its tokens, if their number is known."""
-    token = _size(model.config, "image_token_id", "image_token_index")
-    if "image_grid_thw" not in inputs or "input_ids" not in inputs or token is None or token >= _rows(model):
-        return inputs
-    ids = torch.cat([inputs["input_ids"], torch.full((1, MERGED_PATCHES**2), token)], dim=1)
-    types = {"mm_token_type_ids": (ids == token).int()} if "mm_token_type_ids" in parameters else {}
-    return inputs | {"input_ids": ids} | types
+    """The same, with a text that has a token for each place of the picture and the sound, if their number is known."""
+    for kind, names in (("image", VISION), ("audio", AUDIO)) if "input_ids" in inputs else ():
+        token = _size(model.config, f"{kind}_token_id", f"{kind}_token_index")
+        places = 0 if token is None or token >= _rows(model) else _places(model, f"get_{kind}_features", names, inputs)
+        if token is not None and places:
+            ids = torch.cat([inputs["input_ids"], torch.full((1, places), token)], dim=1)
+            types = {"mm_token_type_ids": (ids == token).int()} if "mm_token_type_ids" in parameters else {}
+            inputs = inputs | {"input_ids": ids} | types
+    return inputs
+
+
+def _places(model: Any, getter: str, names: Collection[str], inputs: dict[str, torch.Tensor]) -> int:
+    """How many tokens the features of these inputs take: what the model computes from tensors without data."""
+    if "image_grid_thw" in inputs:  # its values decide
+        return MERGED_PATCHES**2
+    with contextlib.suppress(Exception), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        dtype = _like(model).dtype
+        given = {name: one.to(dtype) for name, one in inputs.items() if name in names and one.is_floating_point()}
+        found = getattr(fake_copy(model), getter)(**given)
+        features = _pytree.tree_leaves(getattr(found, "pooler_output", found))
+        return sum(one.numel() // one.shape[-1] for one in features)
+    return 0
+
+
+def fake_copy(model: nn.Module) -> Any:
+    """A copy on fake tensors, for a `with` block of `FakeTensorMode`."""
+    fake_by_id: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and id(tensor) not in fake_by_id:
+                    fake: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if tensors is module._parameters:
+                        fake = nn.Parameter(fake, requires_grad=fake.is_floating_point())
+                    fake_by_id[id(tensor)] = fake
+    # deepcopy takes its memo's objects for copies that exist, so it copies no tensor
+    copied: Any = copy.deepcopy(model, fake_by_id).eval()
+    with contextlib.suppress(Exception):  # the default implementation groups tokens by expert, which depends on values
+        copied.set_experts_implementation("batched_mm")
+    return copied
 
 
 def _other_shapes(config: Any, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
