@@ -63,7 +63,14 @@ def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
     wide = adapter("wide", forward=dataclasses.replace(RAN, largest_allowed=3.4e38))
     broken = adapter(
         "broken",
-        forward=Forward(ran=True, parameters_run=0.625, nonfinite_module="model.norm", nonfinite_origin=Origin.BASE),
+        forward=Forward(
+            ran=True,
+            modules=8,
+            modules_run=5,
+            not_run=("vision.q_proj",),
+            nonfinite_module="model.norm",
+            nonfinite_origin=Origin.BASE,
+        ),
     )
     failed = adapter("failed", Verdict.FAILED, cause="no-effect", findings=(NAN,), forward=RAN)
     quiet = adapter("quiet", forward=Forward(why_not="the base is streamed"))

@@ -216,7 +216,8 @@ def _run_models(attempts: Sequence[_Attempt]) -> None:
                 run_adapters(first.base, [], first.tokens)
                 for is_running in (False, True):
                     first.request.on_forward(is_running)
-            found = run_adapters(first.base, [model for _, model in running], first.tokens)
+            targeted = [one.walk.loaded.targeted for one, _ in running if one.walk is not None]
+            found = run_adapters(first.base, [model for _, model in running], first.tokens, targeted)
         except Exception as error:
             found = [Forward(why_not=f"{type(error).__name__}: {first_line(error)}"[:200], missing=True)] * len(running)
         for (one, _), forward in zip(running, found, strict=True):

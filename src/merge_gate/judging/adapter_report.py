@@ -79,10 +79,17 @@ def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
     findings = all_checks.judge_merge(entry.spec, entry.files, evidence)
     coverage, forward = _coverage(evidence), _bounded(evidence.forward)
-    if entry.spec.forward is ForwardMode.REQUIRED and (forward.missing or not forward.ran) and evidence.refusal is None:
+    is_whole = forward.ran and not (forward.missing or forward.not_run)
+    if entry.spec.forward is ForwardMode.REQUIRED and not is_whole and evidence.refusal is None:
         why = f"the model was not run, which forward: required asks for: {forward.why_not or 'no reason is known'}"
         if forward.ran:
             why = "the merged model was not run, which forward: required asks for: memory did not suffice, or it failed"
+        if forward.not_run:
+            ran, names = (
+                f"{forward.modules_run} of the adapter's {forward.modules} modules ran",
+                ", ".join(forward.not_run),
+            )
+            why = f"{ran}, and forward: required asks for all: not {names}; {forward.why_not}"
         hint = "set forward: auto if a verdict without this measurement is enough"
         findings = (*bounded([not_judged(why, hint)]), *findings)
     return replace(
@@ -99,6 +106,7 @@ def _bounded(forward: Forward) -> Forward:
     """A measurement whose texts are cut: they come from the base's names, and from what its code raised."""
     values = ((field.name, getattr(forward, field.name)) for field in fields(forward))
     texts: dict[str, Any] = {name: cut(value) for name, value in values if isinstance(value, str)}
+    texts |= {name: tuple(map(cut, getattr(forward, name))) for name in ("not_run", "not_counted")}
     return replace(forward, **texts)
 
 

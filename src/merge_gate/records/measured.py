@@ -213,9 +213,17 @@ class Forward:
     """
 
     ran: bool = reported("Whether base and adapter were run.", default=False)
-    why_not: str | None = reported("Why they were not run; null if they were.", default=None)
+    why_not: str | None = reported(
+        "Why they were not run, or which inputs of the model were not made; null if all were.", default=None
+    )
     inputs: str | None = reported("The inputs that they were run on.", default=None)
     parameters_run: float | None = reported("Share of the parameters whose modules ran.", default=None)
+    modules: int | None = reported("How many of the adapter's modules these inputs should reach.", default=None)
+    modules_run: int | None = reported("How many of them ran.", default=None)
+    not_run: tuple[str, ...] = reported("The first of the others, for lack of an input that was not made.", default=())
+    not_counted: tuple[str, ...] = reported(
+        "The first modules that did not run for another reason, such as experts without a token.", default=()
+    )
     largest: float | None = reported(
         "The largest finite value, in absolute terms, that a module returned in the dtype of the merged weights.",
         default=None,

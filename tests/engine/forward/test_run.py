@@ -200,18 +200,20 @@ def _bare(evidence: Evidence) -> Evidence:
 
 
 EMPTY: dict[str, None] = dict.fromkeys(
-    [
+    (
         "inputs",
         "parameters_run",
+        "modules",
+        "modules_run",
         "largest",
         "largest_module",
         "largest_of_base",
         "largest_allowed",
-        "effect",
         "raised",
         "raised_module",
         "raised_of_base",
-    ]
+        "effect",
+    )
 )
 
 

@@ -10,6 +10,7 @@ for each adapter. Nothing that is passed in is changed. Judges nothing.
    the model's outputs are not finite either: some models return the infinities of a mask.
 4. Some models clamp what is not finite. So if the adapter causes it, the outputs are compared with those of the same
    weights in float32 (rounding.py), next to the same difference of the base.
+5. A layer of the adapter that did not run counts if a module around it takes an input that was not made.
 
 Code that comes with a base is never run here. Neither is a quantized base: bitsandbytes repacks weights when they run.
 """
@@ -31,7 +32,7 @@ from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
-from merge_gate.engine.forward.made_up_inputs import POSITIONS, Inputs, candidates
+from merge_gate.engine.forward.made_up_inputs import POSITIONS, Inputs, candidates, missing_inputs
 from merge_gate.engine.forward.rounding import MergedModel, with_output_error
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
@@ -47,28 +48,74 @@ MOST_TEXTS = 16
 RAISED = 1.05
 """A module whose largest value the adapter changes by less returns the base's own."""
 
+MOST_NAMED = 20
+"""So many modules are named that did not run."""
+
+OF_UNMERGED = ("why_not", "modules", "modules_run", "not_run", "not_counted", "layers_compared", "largest_difference")
+"""Figures that a run of the merged model leaves."""
+
 CLOSE = 0.9
 """The merged model is run if an activation is above this share of the dtype's largest value: it may round up."""
 
 
-def run_adapters(base: Base, models: Sequence[Any], tokens: Collection[int] = ()) -> list[Forward]:
+def run_adapters(
+    base: Base, models: Sequence[Any], tokens: Collection[int] = (), targeted: Sequence[Sequence[str]] = ()
+) -> list[Forward]:
     """Step 1. Run the base, and each of its adapters.
 
     Args:
         base: the base, which is loaded or a skeleton.
         models: the models of transformers with an adapter's layers in place.
         tokens: ids that should be among the inputs.
+        targeted: the modules of each model that carry the adapter.
     """
     why_not = _why_not(base)
     if why_not:
         return [Forward(why_not=why_not)] * len(models)
-    failed = Forward(why_not="its configuration names no inputs that are known here")
-    for name, _ in itertools.islice(candidates(base.model), MOST_CANDIDATES):
-        of_base, of_adapters = _run_with_base(base, models, name, tokens)
-        if of_base.error is None:
-            return [_forward(base, name, of_base, one) for one in of_adapters]
-        failed = _failed("its forward", of_base.error)
-    return [failed] * len(models)
+    failures = [Forward(why_not="its configuration names no inputs that are known here")]
+    for name, inputs in itertools.islice(candidates(base.model), MOST_CANDIDATES):
+        of_base, seen = _run_with_base(base, models, name, tokens)
+        if of_base.error is not None:
+            failures.append(_failed("its forward", of_base.error))
+            continue
+        missing = ", ".join(missing_inputs(base.model, inputs))
+        lacking = f"the model takes {missing} too" + "".join(f"; {one.why_not}" for one in failures[1:2])
+        forwards = [
+            _with_coverage(_forward(base, name, of_base, one), one.activations.ran, model, paths, inputs)
+            for one, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
+        ]
+        return [replace(one, why_not=one.why_not or (lacking if missing else None)) for one in forwards]
+    return [failures[-1]] * len(models)
+
+
+def _with_coverage(
+    forward: Forward, ran: Collection[str], model: nn.Module, targeted: Sequence[str], inputs: Inputs
+) -> Forward:
+    """Step 5. `ran` are the modules that ran."""
+    left_out = [path for path in targeted if path not in ran]
+    not_run = [path for path in left_out if _lacks_input(path, model, ran, inputs)]
+    count = len(targeted) - len(left_out)
+    not_counted = tuple(path for path in left_out if path not in set(not_run))
+    if not forward.ran:
+        return forward
+    return replace(
+        forward,
+        modules=count + len(not_run),
+        modules_run=count,
+        not_run=tuple(not_run[:MOST_NAMED]),
+        not_counted=not_counted[:MOST_NAMED],
+    )
+
+
+def _lacks_input(path: str, model: nn.Module, ran: Collection[str], inputs: Inputs) -> bool:
+    """Whether a module around a layer takes an input that was not made, up to the first that ran."""
+    while path:
+        path = path.rpartition(".")[0]
+        if missing_inputs(model.get_submodule(path), inputs):
+            return True
+        if path in ran:
+            return False
+    return False
 
 
 def _run_with_base(
@@ -104,12 +151,8 @@ def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collec
     if made.nonfinite_origin is Origin.ADAPTER and of_base.finite and of_merged.finite:
         made = with_output_error(base, merged, inputs, (of_base.returned, of_merged.returned), made)
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
-    return replace(
-        made,
-        nonfinite_origin=Origin.MERGE if is_only_merged else made.nonfinite_origin,
-        layers_compared=forward.layers_compared,
-        largest_difference=forward.largest_difference,
-    )
+    kept = {name: getattr(forward, name) for name in OF_UNMERGED}
+    return replace(made, nonfinite_origin=Origin.MERGE if is_only_merged else made.nonfinite_origin, **kept)
 
 
 def _why_not(base: Base) -> str:

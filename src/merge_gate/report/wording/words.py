@@ -34,7 +34,6 @@ MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
 
 _MOST_PRECISIONS = 6
-_NEARLY_ALL = 0.995
 _LEAST_SHARE = 0.005
 """The largest activation is shown as a share of its dtype's largest value from here on: never in bfloat16."""
 _MISSING = "keys-missing"
@@ -250,8 +249,9 @@ def forward(adapter: AdapterReport) -> str:
         facts.append(f"largest activation {figure(run.largest)}{of_dtype} at {place}")
     if run.rounding_change is not None:
         facts.append(f"rounding to {dtype} changes {run.rounding_change:.0%} of the adapter's effect")
-    is_part = run.parameters_run is not None and run.parameters_run < _NEARLY_ALL
-    part = f", with {run.parameters_run:.0%} of its parameters" if is_part else ""
+    part = (
+        f", with {run.modules_run or 0:,} of the adapter's {counted(run.modules or 0, 'module')}" if run.not_run else ""
+    )
     return f"ran on made-up inputs{part}" + (f": {'; '.join(facts)}" if facts else "")
 
 
