@@ -39,7 +39,7 @@ class TestActivationHeadroom(EveryCheck):
         Fire(
             ("the model itself", "45,056"),
             Origin.ADAPTER,
-            evidence(forward=replace(REACHED.forward, largest_module="")),
+            evidence(forward=replace(REACHED.forward, raised_module="")),
         ),
     )
     QUIET = (
