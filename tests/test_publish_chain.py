@@ -6,8 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from tests.support.command import merge_gate
 
@@ -20,26 +18,18 @@ if TYPE_CHECKING:
 @pytest.mark.slow
 def test_what_is_published_is_attested_verified_and_built_again(shelf: Shelf, tmp_path: Path) -> None:
     base, adapter = shelf.base("llama"), shelf.adapter("plain")
-    key = ed25519.Ed25519PrivateKey.generate()
-    pem, info = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    (tmp_path / "key.pem").write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    (tmp_path / "key.pub").write_bytes(key.public_key().public_bytes(pem, info))
     names = ("--base", base, "--adapter", adapter)
     # 1. Publish, and attest what was published.
     done = merge_gate("run", adapter, "--base", base, "--publish", "merged", cwd=tmp_path)
     assert done.code == 0, done.said
     model = tmp_path / "merged" / "plain"
-    attested = merge_gate("attest", model, "--key", "key.pem", cwd=tmp_path)
+    attested = merge_gate("attest", model, cwd=tmp_path)
     assert attested.code == 0, attested.said
-    (tmp_path / "attestation.json").write_text(attested.out)
-    # 2. Verify it against base, adapter, and attestation.
-    signed = ("--attestation", "attestation.json", "--key", "key.pub", "--max-age", "1")
-    verified = merge_gate("verify", model, *names, *signed, cwd=tmp_path)
+    # 2. Verify it against base and adapter.
+    verified = merge_gate("verify", model, *names, cwd=tmp_path)
     assert verified.code == 0, verified.said
     (entry,) = json.loads((tmp_path / "merge-gate-verify" / "report.json").read_text())["adapters"]
-    assert {"exact", "attested"} <= {found["check"] for found in entry["findings"]}
+    assert "exact" in {found["check"] for found in entry["findings"]}
     # 3. Build it again.
     rebuilt = merge_gate("rebuild", model, "--output", "again", cwd=tmp_path)
     assert rebuilt.code == 0, rebuilt.said
@@ -47,7 +37,7 @@ def test_what_is_published_is_attested_verified_and_built_again(shelf: Shelf, tm
     # 4. One bit less, and nothing of this holds.
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    assert merge_gate("verify", model, *names, *signed, cwd=tmp_path).code == 1
+    assert merge_gate("verify", model, *names, cwd=tmp_path).code == 1
     assert merge_gate("attest", model, cwd=tmp_path).code == 2
 
 

@@ -123,7 +123,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify --adapter": ("verify", "model", "--base", "base", "--adapter", "NAME"),
     "verify --candidate": ("verify", "model", "--base", "base", "--adapter", "one", "--candidate", "NAME"),
     "verify --output": ("verify", "model", "--output", "NAME"),
-    "verify --attestation": ("verify", "model", "--attestation", "NAME", "--key", "model/config.json"),
     "rebuild FILE": ("rebuild", "NAME", "--output", "again"),
     "rebuild --base": ("rebuild", "model", "--output", "again", "--base", "NAME"),
     "attest DIR": ("attest", "NAME"),
@@ -133,7 +132,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", tried("X09", "a name in 12 places of the command line", "exit 2", NAMES))
+@pytest.mark.parametrize("name", tried("X09", "a name in a place of the command line", "exit 2", NAMES))
 def test_an_odd_name_is_a_usage_error(place: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     for where, words in COMMANDS.items():
         try:
@@ -154,6 +153,28 @@ def test_an_odd_model_is_a_usage_error(place: Path, kind: str) -> None:
     (place / "empty").mkdir()
     (place / "dangling").symlink_to("absent")
     assert code_of(kind) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, marks=pytest.mark.attempt(f"Y59{row}", f"verify {' '.join(words)}", "earlier report stale"))
+        for row, words in zip(
+            "fgh",
+            (
+                ("model", "--base", "model"),
+                ("merge-gate-verify",),
+                ("adapter", "--base", "model", "--adapter", "model"),
+            ),
+            strict=True,
+        )
+    ],
+)
+def test_a_mistake_is_refused_and_marks_the_earlier_report(place: Path, words: tuple[str, ...]) -> None:
+    (place / "one").rename(place / "adapter")
+    assert code_of("model") == 0
+    assert code_of(*words) == 2
+    assert json.loads((place / "merge-gate-verify" / "report.json").read_text())["stale"] == "pass"
 
 
 # --- its own record --------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""In-toto statements about an adapter's verdict: made from a report or a published directory, and read back.
+"""Makes in-toto statements about the verdicts of a report, or about a published directory. Other tools sign them.
 
-In: the path of a report or of a directory with merge-gate.json, or bytes of unknown origin. Out: the bytes of
-statements, or a `Statement`. A directory is attested only if every file is as its merge-gate.json lists it. This module
-knows no signatures.
+In: the path of a report or of a directory with merge-gate.json. Out: the bytes of statements. A directory is attested
+only if every file is as its merge-gate.json lists it.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_gate import __version__
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.regular_file import read_regular_file
-from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
-from merge_gate._internal.text import is_inside, listing, quoted
+from merge_gate._internal.text import listing, quoted
 from merge_gate.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,
@@ -32,7 +29,7 @@ from merge_gate.publish.manifest import (
 from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
 from merge_gate.records.terms import record
-from merge_gate.report.formats.fields import UnreadableError, dump_record, load
+from merge_gate.report.formats.fields import dump_record
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.report.wording.untrusted import one_line
@@ -47,13 +44,7 @@ PREDICATE_TYPE = "urn:merge-gate:verdict:1"
 MOST_SUBJECTS = 1024
 """What actions/attest allows, as well as the limit on the size (`MOST_BYTES`)."""
 
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _LISTED = 5
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class InvalidStatementError(Exception):
-    """Bytes that are not a statement of merge-gate. The message continues a sentence that begins with their name."""
 
 
 @record
@@ -196,49 +187,9 @@ def render(statement: Statement) -> bytes:
     return data
 
 
-def read(data: bytes) -> Statement:
-    """The statement in these bytes.
-
-    Raises:
-        InvalidStatementError: they are not a statement of merge-gate, or it has no subjects.
-    """
-    try:
-        if len(data) > MOST_BYTES:
-            raise InvalidStatementError(f"has {len(data):,} bytes, expected at most {MOST_BYTES:,}")
-        document = parse_strictly(data)
-        if not isinstance(document, dict):
-            raise InvalidStatementError("is not a JSON object")
-        for key, expected in (("_type", STATEMENT_TYPE), ("predicateType", PREDICATE_TYPE)):
-            if document.get(key) != expected:
-                raise InvalidStatementError(f"has {key} {one_line(str(document.get(key)), 80)}, expected {expected}")
-        subjects = _subjects(document.get("subject"))
-        return Statement(subjects=subjects, predicate=load(Predicate, document.get("predicate"), "predicate"))
-    except (InvalidJsonError, UnreadableError) as error:
-        raise InvalidStatementError(str(error)) from error
-
-
-def _subjects(listed: Any) -> dict[str, str]:
-    if not isinstance(listed, list) or not listed:
-        raise InvalidStatementError("has no subjects")
-    if len(listed) > MOST_SUBJECTS:
-        raise InvalidStatementError(f"has {len(listed):,} subjects, expected at most {MOST_SUBJECTS:,}")
-    subjects: dict[str, str] = {}
-    for value in listed:
-        name, digest = (value.get("name"), value.get("digest")) if isinstance(value, dict) else (None, None)
-        sha256 = digest.get("sha256") if isinstance(digest, dict) else None
-        if not isinstance(name, str) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise InvalidStatementError("has a subject without a name or a SHA-256")
-        if not is_inside(name):
-            raise InvalidStatementError(f"has the subject {one_line(name, 120)!r}, which is outside of the directory")
-        if name in subjects:
-            raise InvalidStatementError("has two subjects of one name")
-        subjects[name] = sha256
-    return subjects
-
-
 def _digests(files: Iterable[FileRecord]) -> dict[str, str]:
     return {file.path: file.sha256 for file in files}
 
 
 def _time(now: datetime) -> str:
-    return now.astimezone(UTC).strftime(TIME_FORMAT)
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

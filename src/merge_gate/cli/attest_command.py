@@ -13,8 +13,8 @@ def add(commands: Commands[CommandParser]) -> None:
         "attest",
         help="write an in-toto statement",
         description="Print an in-toto statement about a directory from `merge-gate run --publish`, or about each "
-        "adapter in a report. Each line has one statement. With --key, each line is a signed DSSE envelope.",
-        epilog=examples("merge-gate attest merge-gate-report --key gate.pem")
+        "adapter in a report. Each line has one statement. It is not signed: `cosign` or `actions/attest` sign it.",
+        epilog=examples("merge-gate attest ./published/my-adapter > statement.json")
         + exit_codes(
             "0  the statements were printed",
             "2  usage error, or the directory does not match its merge-gate.json: nothing was printed",
@@ -26,18 +26,12 @@ def add(commands: Commands[CommandParser]) -> None:
     attest.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="attest only this adapter of the report; repeatable"
     )
-    attest.add_argument(
-        "--key", metavar="FILE", help="sign with this private key (PEM; ed25519 or ECDSA); needs the extra `attest`"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from datetime import UTC, datetime
 
-    from merge_gate.attest.envelope import read_key, signed
     from merge_gate.attest.statement import statements_of
 
-    key = None if arguments.key is None else read_key(arguments.key)
     statements = statements_of(arguments.source, arguments.only, datetime.now(UTC))
-    lines = statements if key is None else [signed(statement, key) for statement in statements]
-    return print_document("".join(line.decode("ascii") + "\n" for line in lines))
+    return print_document("".join(statement.decode("ascii") + "\n" for statement in statements))

@@ -35,10 +35,14 @@ from merge_gate.names.suggestions import closest, nearest
 PREFIX = "MERGE_GATE_"
 WITHOUT_VARIABLE = frozenset((
     "--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus", "--plan", "--ray", "--shard",
-    "--attestation", "--key",
 ))  # fmt: skip
-"""A variable of these could keep a job from merging, or choose who is trusted. `MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS`
-tell a gate in a container about the container."""
+"""A variable of these could keep a job from merging, or make the gate trust more. `MERGE_GATE_IMAGE` and
+`MERGE_GATE_GPUS` tell a gate in a container about the container."""
+_SIGN = (
+    "merge-gate signs nothing and checks no signature; use `cosign attest-blob` and `cosign verify-blob-attestation`"
+)
+GONE = {"--key": _SIGN, "--attestation": _SIGN, "--max-age": _SIGN}
+"""What to use instead of a command or an option that is gone."""
 _OTHERS = frozenset((
     "CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX", "PLACE",
     "PUBLISH_WITHIN", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS",
@@ -76,6 +80,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.choices[values.command]
         option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
         if option:
+            if option in GONE:
+                command.error(GONE[option])
             if option in _options(commands.choices["run"]):
                 command.error(
                     f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"

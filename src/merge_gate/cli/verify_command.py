@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.judging.kinds import ALLOWED, ANSWERS
-
-if TYPE_CHECKING:
-    from merge_gate.verify.attestation import Attestation
 
 EXIT_CODES_OF_VERIFY = exit_codes(
     "0  the model is the merge (bit for bit, or in another order of rounding), or it matches its merge-gate.json",
@@ -58,12 +54,6 @@ def add(commands: Commands[CommandParser]) -> None:
         metavar="KIND",
         help=f"accept this kind of difference; repeatable. Kinds: {', '.join(ALLOWED)}",
     )
-    signed = verify.add_argument_group("a signed attestation", "needs the extra `attest`")
-    signed.add_argument(
-        "--attestation", type=given, metavar="FILE", help="the attestation to check the directory against"
-    )
-    signed.add_argument("--key", type=given, metavar="FILE", help="the public key of the signer (PEM)")
-    signed.add_argument("--max-age", type=_days, metavar="DAYS", help="the maximum age of the attestation")
     add_output(verify, "merge-gate-verify")
     add_appearance(verify)
 
@@ -89,8 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
         inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
         refuse_report(arguments.output, FORMATS, filter(None, inputs))
-        asked: dict[str, Any] = {"allowed": tuple(arguments.allow), "output": arguments.output}
-        asked |= {"attestation": _attestation(arguments), "begins": earlier.replace_previous}
+        asked: dict[str, Any] = {
+            "allowed": tuple(arguments.allow), "output": arguments.output, "begins": earlier.replace_previous
+        }  # fmt: skip
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
                 return exit_code(verify_record(arguments.merged, view=view, **asked))
@@ -99,27 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
             return exit_code(Verification(config, arguments.merged, view=view, worker=worker, **asked).run())
 
 
-def _attestation(arguments: argparse.Namespace) -> Attestation | None:
-    from merge_gate.verify.attestation import read_attestation
-
-    if arguments.attestation is None and (arguments.key is not None or arguments.max_age is not None):
-        raise UsageError("--key and --max-age belong to --attestation", hint="add --attestation FILE")
-    if arguments.attestation is None:
-        return None
-    if arguments.key is None:
-        raise UsageError("--attestation needs --key", hint="give the public key of the signer that you trust")
-    return read_attestation(arguments.attestation, arguments.key, arguments.max_age)
-
-
 def _kind(text: str) -> str:
     if text in ANSWERS and text not in ALLOWED and not ANSWERS[text].is_good:
         raise argparse.ArgumentTypeError(
             f"{text!r} is never accepted: the merge was then not compared, or every value may differ from it"
         )
     return text
-
-
-def _days(text: str) -> float:
-    if re.fullmatch(r"\d{1,5}(\.\d{1,3})?", text, re.ASCII) and float(text):
-        return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of days above 0")

@@ -43,7 +43,6 @@ class FindingKind:
 NOT_PUBLISHED = "not-published"
 STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
 PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
-ATTESTATION, ATTESTED = "attestation", "attested"
 BROKEN_FILES, OTHER_ARCHITECTURE = "broken-files", "other-architecture"
 
 
@@ -58,9 +57,9 @@ def _rows(*, is_answer: bool) -> Iterator[tuple[str, FindingKind]]:
 WITHOUT_SETTING: Mapping[str, FindingKind] = MappingProxyType(dict(_rows(is_answer=False)))
 ANSWERS: Mapping[str, FindingKind] = MappingProxyType(dict(_rows(is_answer=True)))
 
-_NEVER_ALLOWED = {ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, "wrong-base"}
+_NEVER_ALLOWED = {BROKEN_FILES, OTHER_ARCHITECTURE, "wrong-base"}
 ALLOWED = tuple(row.id for row in ANSWERS.values() if not row.is_good and row.id not in _NEVER_ALLOWED)
-"""The kinds that `--allow` accepts. A bad attestation is not accepted, and no model whose tensors were not compared.
+"""The kinds that `--allow` accepts. No model is accepted whose tensors were not compared.
 
 With another base, every value may differ, so nothing would be compared either."""
 

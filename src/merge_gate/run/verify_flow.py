@@ -41,7 +41,6 @@ from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import View
 from merge_gate.verify import answer
-from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
 from merge_gate.verify.directory import settings_files
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
@@ -60,7 +59,6 @@ def verify_record(
     view: View,
     allowed: tuple[str, ...] = (),
     output: str | None = None,
-    attestation: Attestation | None = None,
     begins: Callable[[], object] = lambda: None,
 ) -> Report:
     """Compare a published directory with its own merge-gate.json. Nothing is merged.
@@ -81,8 +79,6 @@ def verify_record(
         content = read_regular_file(Path(name, MANIFEST_NAME), MOST_BYTES)
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
-    if attestation is not None:
-        found = attested_report(found, name, attestation, None)
     found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
     begins()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
@@ -99,7 +95,6 @@ class Verification:
         merged: the directory or Hub id of the finished model.
         allowed: kinds that do not fail it.
         output: the directory that the reports go to; None writes none.
-        attestation: a signed attestation that must be of this directory; None for none.
         view: shows the progress.
         worker: may hold a process that was started before.
         begins: called before the first report is written.
@@ -114,11 +109,10 @@ class Verification:
         worker: WorkerSlot,
         allowed: tuple[str, ...] = (),
         output: str | None = None,
-        attestation: Attestation | None = None,
         begins: Callable[[], object] = lambda: None,
     ) -> None:
         self._config, self._name, self._allowed, self._output = config, merged, allowed, output
-        self._attestation, self._view, self._worker, self._begins = attestation, view, worker, begins
+        self._view, self._worker, self._begins = view, worker, begins
         self._watch = BaseWatch()
         self._tally = Tally(config, None, device=DEVICE, watch=self._watch)
         self._fed = FedBases(self._watch, view.note)
@@ -148,20 +142,12 @@ class Verification:
             self._view.start_comparison(self._name)
             report = self._judged(merged)
             self._watch.wait()
-            report = self._attested(self._unless_changed(report))
+            report = self._unless_changed(report)
             if isinstance(merged, Snapshot):
                 report = _unless_swapped(report, merged, before)
         self._view.adapter_done(report)
         self._tally.set_report(0, report)
         return self._writer.finish(replace(self._tally.report(complete=True), is_comparison=True))
-
-    def _attested(self, report: AdapterReport) -> AdapterReport:
-        """The report, with what the attestation says. It must be about the base that was given."""
-        if self._attestation is None:
-            return report
-        base = self._entries[0].base
-        digest = self._watch.digest(base.directory) if base is not None else None
-        return attested_report(report, self._name, self._attestation, digest or UNKNOWN)
 
     # --- 1. ----------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
-from merge_gate.judging.kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, OTHER_ARCHITECTURE, finding
+from merge_gate.judging.kinds import ALLOWED, ANSWERS, BROKEN_FILES, OTHER_ARCHITECTURE, finding
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.publish.manifest import MANIFEST_NAME, Difference, differences, read_manifest
@@ -31,8 +31,8 @@ from merge_gate.verify.directory import directory_findings, expected_files
 from merge_gate.verify.exchanged import command
 from merge_gate.verify.tensor_findings import stored_findings, value_findings
 
-_ORDER = {kind: number for number, kind in enumerate(ANSWERS)} | {ATTESTATION: -2}
-"""The order in which findings decide. Those of the gate are -1: only a bad attestation comes before them."""
+_ORDER = {kind: number for number, kind in enumerate(ANSWERS)}
+"""The order in which findings decide. Those of the gate are -1."""
 
 _MOST_CONFIG_BYTES = 20_000_000
 SHARE_OF_ANOTHER = 0.5
@@ -247,7 +247,7 @@ def _other_sizes(base: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator
 def recorded_report(name: str, directory: str, allowed: Collection[str]) -> AdapterReport:
     """The report on a published directory that is compared with its merge-gate.json: every file, by its digest.
 
-    It is not signed, and anyone who can write the files can write it, too. An attestation proves who wrote it.
+    It is not signed, and anyone who can write the files can write it, too. A signature proves who wrote it.
 
     Raises:
         UsageError: there is no record, or it is none of merge-gate.

@@ -14,7 +14,7 @@ from merge_gate._internal.text import counted, listing
 from merge_gate.judging.checks.base_nonfinite import base_nonfinite
 from merge_gate.judging.checks.delta_norm import delta_norm
 from merge_gate.judging.checks.rounding_loss import rounding_loss
-from merge_gate.judging.kinds import ANSWERS, ATTESTED, NOT_PUBLISHED
+from merge_gate.judging.kinds import ANSWERS, NOT_PUBLISHED
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -287,9 +287,10 @@ def _of_compared(report: Report) -> str:
     if report.result is Result.FAIL:
         return "Do not serve this model before this is explained."
     if any(adapter.compared_with is None for adapter in report.adapters):
-        signed = any(finding.check == ATTESTED for adapter in report.adapters for finding in adapter.findings)
-        listed = "the signed attestation and merge-gate.json" if signed else "merge-gate.json, which is not signed"
-        return f"Only digests were compared, with those in {listed}. No tensor was compared with base and adapter."
+        return (
+            "Only digests were compared, with those in merge-gate.json, which is not signed. No tensor was compared "
+            "with base and adapter."
+        )
     return "Its tensors, settings, and tokenizer were compared with those that base and adapter give."
 
 
