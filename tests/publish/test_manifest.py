@@ -141,6 +141,16 @@ def test_what_a_run_cannot_have_written_is_refused(tmp_path: Path, key: str) -> 
     assert parse_manifest(json.dumps(document | {"a later key": 1, "schema_version": "1.9"}).encode(), "x")
 
 
+@pytest.mark.attempt("T12d", "an adapter has the combination's name", "exit 2")
+def test_a_member_with_the_name_of_the_combination_is_refused(tmp_path: Path) -> None:
+    combine = Combine(method="linear", adapters=("a", "b"), weights=(1.0, 1.0))
+    document = json.loads(render(published.publish(tmp_path, combine=combine)))
+    assert parse_manifest(json.dumps(document).encode(), "x").combination
+    document["adapters"][0]["name"] = document["name"]
+    with pytest.raises(UsageError, match="adapters"):
+        parse_manifest(json.dumps(document).encode(), "x")
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"a": NaN}', b"\xff"])
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(UsageError):

@@ -16,6 +16,7 @@ from merge_gate._internal.errors import NotPublishedError
 from merge_gate.cli.dispatch import main
 from merge_gate.files.identity import identity_of
 from merge_gate.publish import one_publication, publications
+from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.publish.one_publication import CanceledError, Publication
 from merge_gate.publish.weight_files import ModelLayout, base_layout
 from merge_gate.records.config import PublishSpec
@@ -71,6 +72,23 @@ def test_a_published_model_is_the_base_with_the_merged_tensors(place: Path) -> N
     (adapter,) = adapters_of(place)
     assert (adapter["published"]["directory"], adapter["published"]["dtype"]) == ("merged/one", "preserve")
     assert {file["path"]: file["sha256"] for file in adapter["published"]["files"]} == state(model)
+
+
+def test_a_published_model_lists_every_input_and_every_setting(place: Path) -> None:
+    (place / "one" / "tokenizer.json").write_text("{}")
+    (place / "base" / "quantize_config.json").write_text("{}")
+    checks = {"headroom": {"severity": "error", "limit": 0.125}, "keys-unexpected": "off"}
+    config = {"version": 1, "base": "./base", "adapters": ["./one"], "checks": checks, "forward": "off"}
+    (place / "gate.yml").write_text(json.dumps(config))
+    assert play(place, "--publish", "merged", adapters=["gate.yml"]) == 0
+    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
+    for folder, files in (("base", document["base"]["files"]), ("one", document["adapters"][0]["files"])):
+        assert {file["path"]: file["sha256"] for file in files} == state(place / folder)
+    assert set(document["checks"]) == {"headroom=error:0.125", "keys-unexpected=off"}
+    assert document["forward"] == "off"
+    assert main(["verify", "merged/one"]) == 0
+    (entry,) = json.loads((place / "merge-gate-verify" / "report.json").read_text())["adapters"]
+    assert "keys-unexpected=off" in entry["findings"][0]["message"]
 
 
 def test_the_configuration_can_ask_for_it_and_for_smaller_files(place: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from merge_gate.publish.manifest import (
@@ -12,14 +11,12 @@ from merge_gate.publish.manifest import (
     manifest_of,
     model_card,
     names_below,
-    parse_manifest,
     render,
 )
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.files import AdapterFiles, Entry, FileRecord
 from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.report import AdapterReport
-from merge_gate.report.formats.fields import dump_record
 from tests.support import reports
 
 if TYPE_CHECKING:
@@ -79,19 +76,6 @@ def publish(folder: Path, **more: object) -> Manifest:
     written = manifest(of_merge, records(folder))
     (folder / MANIFEST_NAME).write_bytes(render(written))
     return written
-
-
-def rewrite(folder: Path, **changes: object) -> None:
-    """Write other facts into merge-gate.json, and make the card fit, as someone who knows the gate would."""
-    document = json.loads((folder / MANIFEST_NAME).read_text()) | changes
-    document["files"] = [file for file in document["files"] if file["path"] != CARD_NAME]
-
-    def data() -> bytes:
-        return (json.dumps(document, indent=2) + "\n").encode()
-
-    (folder / CARD_NAME).write_bytes(model_card(parse_manifest(data(), MANIFEST_NAME)))
-    document["files"] = [dump_record(file) for file in records(folder)]
-    (folder / MANIFEST_NAME).write_bytes(data())
 
 
 def records(folder: Path) -> tuple[FileRecord, ...]:

@@ -123,8 +123,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify --adapter": ("verify", "model", "--base", "base", "--adapter", "NAME"),
     "verify --candidate": ("verify", "model", "--base", "base", "--adapter", "one", "--candidate", "NAME"),
     "verify --output": ("verify", "model", "--output", "NAME"),
-    "rebuild FILE": ("rebuild", "NAME", "--output", "again"),
-    "rebuild --base": ("rebuild", "model", "--output", "again", "--base", "NAME"),
     "attest DIR": ("attest", "NAME"),
     "run ADAPTER": ("run", "NAME", "--base", "base"),
     "run --base": ("run", "one", "--base", "NAME"),

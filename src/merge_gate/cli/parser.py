@@ -23,7 +23,6 @@ from merge_gate.cli import (
     export_command,
     init_command,
     print_command,
-    rebuild_command,
     report_command,
     run_command,
     verify_command,
@@ -41,7 +40,12 @@ WITHOUT_VARIABLE = frozenset((
 _SIGN = (
     "merge-gate signs nothing and checks no signature; use `cosign attest-blob` and `cosign verify-blob-attestation`"
 )
-GONE = {"--key": _SIGN, "--attestation": _SIGN, "--max-age": _SIGN}
+GONE = {
+    "rebuild": "use `merge-gate verify`, which merges again and compares",
+    "--key": _SIGN,
+    "--attestation": _SIGN,
+    "--max-age": _SIGN,
+}
 """What to use instead of a command or an option that is gone."""
 _OTHERS = frozenset((
     "CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX", "PLACE",
@@ -113,6 +117,8 @@ def _explain_word(top: argparse.ArgumentParser, words: Sequence[str], known: Seq
     if _is_place(words[0]):
         meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
         top.error(f"the command is missing; did you mean {meant}?")
+    if words[0] in GONE:
+        top.error(GONE[words[0]])
     options = _options(top)
     if words[0] not in options:
         kind, names = ("option", options) if words[0].startswith("-") else ("command", known)
@@ -228,7 +234,6 @@ COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[a
     report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
     "explain": (print_command.add_explain, print_command.explain),
     "verify": (verify_command.add, verify_command.run),
-    "rebuild": (rebuild_command.add, rebuild_command.run),
     "attest": (attest_command.add, attest_command.run),
     "schema": (print_command.add_schema, print_command.schema),
     "completion": (print_command.add_completion, lambda shell: print_command.completion(shell, parser_of_words())),

@@ -2,7 +2,7 @@
 
 In: the facts of a publication, or a directory of unknown origin. Out: a `Manifest`, its bytes, the model card, and the
 differences between the manifest and the files. The manifest lists every file except itself, and the card has its
-digest. Everything on the card follows from the manifest, so that a rebuild makes the same bytes.
+digest. Everything on the card follows from the manifest.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from merge_gate import __version__
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
-from merge_gate._internal.text import NUMBER, counted, is_inside, one_of
+from merge_gate._internal.text import counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
-from merge_gate.judging.checks.table import CHECKS, DEFAULT_SETTINGS
+from merge_gate.judging.checks.table import DEFAULT_SETTINGS
 from merge_gate.records.config import CheckSetting, Config, PublishSpec
 from merge_gate.records.files import EXPORT_NAME, Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.publication import (
@@ -246,7 +246,7 @@ checked. All other tensors are copies of the base's.
 {table}
 
 `merge-gate.json` has the digests of all files, of the base, and of the adapter. `merge-gate verify` compares this
-directory with them, and `merge-gate rebuild merge-gate.json --output DIR` makes the same files again.
+directory with them.
 
 The SHA-256 of `merge-gate.json` without the entry of this card is `{digest_on_card(render(manifest))}`.
 """
@@ -309,26 +309,11 @@ def _refuse_contradictions(manifest: Manifest) -> None:
     ):
         if is_wrong:
             raise UnreadableError(sentence)
-    settings_of(manifest)
 
 
 def _written(setting: CheckSetting) -> str:
     limits = [repr(limit) for limit in (setting.limit, setting.error_limit) if limit is not None]
     return f"{setting.check}={':'.join([setting.severity, *limits])}"
-
-
-def settings_of(manifest: Manifest) -> tuple[CheckSetting, ...]:
-    """The settings of all checks."""
-    settings = {setting.check: setting for setting in DEFAULT_SETTINGS}
-    for text in manifest.checks:
-        check, _, value = text.partition("=")
-        (severity, *limits), row = value.split(":"), CHECKS.get(check)
-        allowed = () if row is None else tuple(Severity) if row.can_be_off else (row.severity,)
-        if severity not in allowed or not all(map(NUMBER.fullmatch, limits)):
-            raise UnreadableError(f"checks has {one_line(text, 80)!r}, expected a setting such as keys-unexpected=off")
-        limit, error_limit, *_ = [*map(float, limits), None, None]
-        settings[check] = CheckSetting(check=check, severity=Severity(severity), limit=limit, error_limit=error_limit)
-    return tuple(settings.values())
 
 
 # --- compared with the files -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from merge_gate._internal.text import quoted
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
-from merge_gate.publish.companions import CompanionFiles, Identities, companions_of, read_companions, read_inputs
+from merge_gate.publish.companions import CompanionFiles, Identities, companions_of, read_inputs
 from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts, manifest_of, model_card, render
 from merge_gate.publish.partial import PartialDirectory
 from merge_gate.publish.weight_files import (
@@ -393,19 +393,6 @@ def input_files(
         _sorted((*known.values(), *_digests(directory, settings))),
         *(_sorted(files.values()) for files in of_adapters),
     ]
-
-
-def inputs_of(entry: Entry) -> list[tuple[FileRecord, ...]]:
-    """Read the files of an entry: every byte of the base's weights, too.
-
-    Raises:
-        NotPublishedError: a file that would be copied cannot be.
-        OSError: a file cannot be read.
-    """
-    directory = base_directory(entry)
-    weights = tuple(_digests(directory, resolve.base_weight_files(directory)))
-    adapters = (read_companions(member.directory, "the adapter") for member in entry.members)
-    return input_files(entry, weights, read_companions(directory, "the base"), *adapters)
 
 
 def _records(files: Mapping[str, bytes]) -> Iterator[FileRecord]:
