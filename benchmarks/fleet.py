@@ -6,7 +6,7 @@
     python benchmarks/fleet.py --only-changed     # cold, then warm, ten changed and those ten alone
 
 In: how many adapters. Out: a table of whole processes, imports and all, in the order in which they run: cold (an empty
-cache), warm, in four shards and their combination, killed (-9) in the middle and resumed; then, in turn, as often as
+cache), warm, in four shards and their combination, killed (-9) in the middle and run again; then, in turn, as often as
 `--repeat` says, warm, ten changed, and those ten alone without a cache, with their medians. Each report of the whole
 fleet must be the cold one but for times and marks; exit code 1 where one is not. The tests do the same with adapters
 of their own (tests/run/test_every_way.py).
@@ -41,7 +41,7 @@ CHANGED = 10
 
 
 def main() -> int:
-    words = argparse.ArgumentParser(description="1,000 adapters: cold, warm, in shards, resumed, ten changed")
+    words = argparse.ArgumentParser(description="1,000 adapters: cold, warm, in shards, after a kill, ten changed")
     words.add_argument("--count", type=int, default=1000)
     words.add_argument("--repeat", type=int, default=3, help="rounds of what is measured in turn (default 3)")
     words.add_argument("--work", type=Path, help="where the fleet is made (default: a temporary directory)")

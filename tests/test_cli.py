@@ -248,6 +248,7 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "option-of-run": (nothing, ("check", "adapters/good", "--dtype", "float16"),
                       '"--dtype"'),
     "gone-rebuild": (nothing, ("rebuild", "merged/good", "--output", "again"), "`merge-gate verify`"),
+    "gone-resume": (nothing, ("run", "gate.yml", "--resume"), "--cache"),
     "gone-keys": (nothing, ("attest", "out", "--key", "key.pem"), "`cosign attest-blob`"),
     "list-with-a-blank": (nothing, ("run", "adapters/good", "--dtype", "float16,", "float32"),
                           '"float32"'),
@@ -311,6 +312,7 @@ WORDED = {
     "empty-base",
     "option-of-run",
     "gone-rebuild",
+    "gone-resume",
     "gone-keys",
     "list-with-a-blank",
     "bad-device",
@@ -733,7 +735,7 @@ def test_a_signal_ends_a_run_in_order(
     assert [file.name for file in (place / "merge-gate-report").iterdir() if file.suffix == ".tmp"] == []
     log = (place / "log").read_text()
     assert number.name in log.splitlines()[-2]
-    assert "--resume" in log.splitlines()[-1]
+    assert "--cache" in log.splitlines()[-1]
     stopped, next_step = log.splitlines()[-2:]
     wording(stopped.partition("; ")[2], next_step)
     assert "Traceback" not in log

@@ -41,12 +41,12 @@ def usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_variable_stands_for_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGE_GATE_DEVICE", "cuda:1")
-    monkeypatch.setenv("MERGE_GATE_RESUME", "true")
+    monkeypatch.setenv("MERGE_GATE_QUIET", "true")
     monkeypatch.setenv("MERGE_GATE_REFRESH", "0")
     monkeypatch.setenv("MERGE_GATE_CACHE", "")
     values = parsed(["run", "gate.yml"])
-    assert (values.device, values.resume, values.refresh, values.cache) == ("cuda:1", True, False, None)
-    assert values.variables == {"--device": "MERGE_GATE_DEVICE", "--resume": "MERGE_GATE_RESUME"}
+    assert (values.device, values.quiet, values.refresh, values.cache) == ("cuda:1", True, False, None)
+    assert values.variables == {"--device": "MERGE_GATE_DEVICE", "--quiet": "MERGE_GATE_QUIET"}
 
 
 @pytest.mark.parametrize("words", [["--output", "b"], ["--output=b"], ["-o", "b"], ["-ob"]])
@@ -272,7 +272,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([""], {name.split()[0] for name in commands()}),
         (["report", ""], {"show", "diff", "combine", "baseline"}),
-        (["run", "--re"], {"--read", "--refresh", "--report", "--resume", "--revision"}),
+        (["run", "--re"], {"--read", "--refresh", "--report", "--revision"}),
         (["report", "show", "--format", ""], {"terminal", "json", "markdown", "html", "junit", "sarif"}),
     ],
 )

@@ -25,13 +25,12 @@ from merge_gate._internal.earlier_reports import is_own
 from merge_gate._internal.errors import UsageError
 from merge_gate.cache.store import ABANDONED_S
 from merge_gate.cli.dispatch import main
-from merge_gate.records.report import Judged, Shard
-from merge_gate.report.formats.json_report import render
+from merge_gate.records.report import Shard
 from merge_gate.report.stored.output_directory import claimed, stored_result
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
 from merge_gate.worker import supervisor
-from tests.support.reports import FAIL, PASS, SHA256, adapter, report
+from tests.support.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
@@ -84,16 +83,6 @@ def earlier(place: Path) -> None:
 
 def nothing(_: Path) -> None:
     """No run has been there."""
-
-
-def verdicts(name: str) -> Report:
-    judged = Judged(key=name * 64, at="2026-03-01T12:00:00Z", place="a machine", seconds=0.5, seal=SHA256)
-    return report(adapter(name, judged=judged), complete=False)
-
-
-def killed(place: Path) -> None:
-    """The report of a run that was killed."""
-    write_report(verdicts("a"), place / OUTPUT)
 
 
 def both(*arrangements: Arrange) -> Arrange:
@@ -229,12 +218,6 @@ def output(mistake: str, arrange: Arrange, *words: str, now_in: str = "", **more
     return Mistake(mistake, UNTOUCHED, (words,), arrange, now_in=now_in, **more)  # type: ignore[arg-type]
 
 
-def resumed(mistake: str, *steps: tuple[str, ...], arrange: Arrange = killed, where: str = OUTPUT) -> Mistake:
-    left = "the verdicts of the killed run; `--resume` finds them"
-    return Mistake(mistake, left, (*steps, RESUME), arrange, code=1, now_in="", says=where)
-
-
-RESUME = ("run", "gate.yml", "--resume")
 RUN = ("run", "gate.yml")
 MISTAKES = (
     # the command line is wrong; an earlier report must not pass for the report of this run
@@ -253,7 +236,7 @@ MISTAKES = (
     typo("a config with an unknown key", *RUN, arrange=both(earlier, text("gate.yml", "version: 1\nadaptors: []\n"))),
     typo("a config that lists nothing", *RUN, arrange=both(earlier, text("gate.yml", "version: 1\nadapters: []\n"))),
     typo("`--only` with a name that the config does not list", *RUN, "--only", "tow", says="--only tow"),
-    typo("options that contradict each other: `--resume --refresh`", *RUN, "--resume", "--refresh"),
+    typo("an option that is gone: `--resume`", *RUN, "--resume", says="--cache"),
     typo("an option that needs another one: `--gpus 0`", *RUN, "--gpus", "0"),
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
     typo("`--cache` names a file", *RUN, "--cache", "gate.yml", says="gate.yml"),
@@ -358,34 +341,6 @@ MISTAKES = (
         code=1,
         now_in=PREVIOUS,
     ),
-    # a run was killed, and the next command is wrong
-    resumed("after a kill: `--resumee`", (*RUN, "--resumee")),
-    resumed("after a kill: a wrong path", ("run", "gat.yml", "--resume")),
-    resumed("after a kill: no path", ("run", "--resume")),
-    resumed("after a kill: all three, one after the other", (*RUN, "--resumee"), ("run", "gat.yml"), ("run",)),
-    resumed("after a kill: a run without `--resume`, to its end", RUN, where=PREVIOUS),
-    resumed("after a kill: a wrong path, then a run without `--resume`", ("run", "gat.yml"), RUN, where=PREVIOUS),
-    resumed(
-        "after two kills with a wrong path in between",
-        arrange=both(written(PREVIOUS, verdicts("b")), killed),
-        where=f"{OUTPUT}, {PREVIOUS}",
-    ),
-    resumed(
-        "after a kill, the report was damaged; an older one is whole",
-        arrange=both(
-            written(PREVIOUS, verdicts("b")), text(f"{OUTPUT}/report.json", render(verdicts("a")).rpartition("}")[0])
-        ),
-        where=PREVIOUS,
-    ),
-    Mistake(
-        "`--resume` with another `--output`",
-        "the killed run's report, as it was",
-        ((*RUN, "--resume", "--output", "new"),),
-        killed,
-        code=1,
-        now_in=OUTPUT,
-        says="resume",
-    ),
     # other commands
     output("`init` with a config that is there", text("merge-gate.yml"), "init", "one", says="merge-gate.yml"),
     output("`demo` in a directory with other files", text("mine/thesis.tex"), "demo", "mine", says="mine"),
@@ -449,7 +404,6 @@ WORDED_ELSEWHERE = {
     "`--container` with adapters in place of a config",
     "`init` with a config that is there",
     "`--cache` names a file",
-    "`--resume` with another `--output`",
     "a wrong path of a base",
     "Ctrl-C before anything is judged",
     "a directory has the name of a report",
@@ -519,11 +473,8 @@ def test_a_mistake_loses_nothing(
     with mistake.accident(monkeypatch, place):
         before = state(place)
         own = {name for name in before if is_own(place / name)}
-        after, codes = before, []
-        for words in mistake.steps:
-            codes.append(run(words))
-            if words != RESUME:  # a run that resumes has the verdicts in its own report
-                after = state(place)
+        codes = [run(words) for words in mistake.steps]
+        after = state(place)
     said = capfd.readouterr().err
     assert codes[-1] == mistake.code, said
     assert "Traceback" not in said
@@ -531,7 +482,7 @@ def test_a_mistake_loses_nothing(
     assert mistake.says in said
     if mistake.says and mistake.mistake not in WORDED_ELSEWHERE:
         lines = [line for line in said.splitlines() if mistake.says in line]
-        wording(max(lines, key=lambda line: line.startswith("--resume")).partition(", expected")[0])
+        wording(lines[0].partition(", expected")[0])
     if mistake.now_in == STALE:
         there = {path.name for path in (place / OUTPUT).iterdir() if not path.name.startswith(".")}
         assert there.isdisjoint(set(FORMATS) - {"report.json"}), "an earlier report passes for the report of this run"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import quoted, unusable
-from merge_gate.cache.verdict_cache import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
@@ -87,9 +86,7 @@ def gate(
         if earlier is None:
             return run_gate(config, options, worker=worker)
         refuse_report(folder, FORMATS, names)
-        report = run_gate(config, options, worker=worker, begins=earlier.replace_previous)
-        forget(folder)
-        return report
+        return run_gate(config, options, worker=worker, begins=earlier.replace_previous)
 
 
 def export(

@@ -167,7 +167,6 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
         "--plan",
         "--policy",
         "--refresh",
-        "--resume",
         "--access",
         "--read",
         "--forward",

@@ -1,4 +1,4 @@
-"""Verdicts that are kept, by the real command: cold, warm, changed, resumed after kill -9: one report but for marks."""
+"""Verdicts that are kept, by the real command: cold, warm, changed, and after kill -9: one report but for marks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate._internal.earlier_reports import PREVIOUS, RESUMED
 from merge_gate.cache import remembered
 from merge_gate.config.load_config import load_config
 from merge_gate.records.options import RunOptions
@@ -294,7 +293,7 @@ def test_two_runs_share_a_directory_and_with_refresh_keep_new_verdicts(copy: Pat
         assert one.judged != before[one.name]
 
 
-# --- resumed -------------------------------------------------------------------------------------------------------
+# --- killed --------------------------------------------------------------------------------------------------------
 
 
 def provisional(directory: Path) -> Any:
@@ -303,9 +302,12 @@ def provisional(directory: Path) -> Any:
     return None
 
 
-def kill_after(place: Path, count: int, *words: str) -> None:
+KILLED = ("fleet.yml", "--output", "killed", "--cache", "killed-cache")
+
+
+def kill_after(place: Path, count: int) -> None:
     """Start a run, and kill it once so many entries have been judged in it."""
-    process = start("run", "fleet.yml", "--output", "killed", *words, cwd=place)
+    process = start("run", *KILLED, cwd=place)
 
     def enough() -> bool:
         report = provisional(place / "killed")
@@ -317,51 +319,12 @@ def kill_after(place: Path, count: int, *words: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_is_the_whole_run_but_for_marks(fleet: Path) -> None:
+def test_killed_twice_with_a_cache_is_the_whole_run_but_for_marks(fleet: Path) -> None:
     kill_after(fleet, 3)
-    left = provisional(fleet / "killed")
-    assert left["complete"] is False
-    for mistake in (["fleet.yml", "--resumee"], ["flet.yml", "--resume"], ["--resume"]):
-        assert merge_gate("run", *mistake, "--output", "killed", cwd=fleet).code == 2
-        marked = provisional(fleet / "killed")
-        assert marked["stale"] == "incomplete", "the report of a killed run passes for the report of this one"
-    kill_after(fleet, 6, "--resume")
-    assert (fleet / "killed" / RESUMED).exists()
-    answer = merge_gate("run", "fleet.yml", "--output", "killed", "--resume", cwd=fleet)
+    assert provisional(fleet / "killed")["complete"] is False
+    kill_after(fleet, 6)
+    answer = merge_gate("run", *KILLED, cwd=fleet)
     assert answer.code == 1, answer.said
     report = stored(fleet / "killed")
     assert same(report) == same(stored(fleet / "cold"))
     assert len([one for one in report.adapters if one.cached]) >= 6
-    assert {path.name for path in (fleet / "killed").iterdir()} == {*FORMATS, PREVIOUS}
-
-
-@pytest.mark.slow
-@pytest.mark.attempt("C06", "--resume from an edited report, with a secret", "judged again")
-def test_a_report_that_was_edited_is_judged_again(copy: Path) -> None:
-    document = json.loads((copy / "cold" / "report.json").read_bytes())
-    for one in document["adapters"]:
-        if one["name"] == "plain-1":
-            one |= {"verdict": "passed", "cause": None, "findings": []}
-    document["complete"] = False
-    document["counts"] = {"passed": document["counts"]["passed"] + 1, "failed": 1, "error": 0}
-    (copy / "cold" / "report.json").write_text(json.dumps(document))
-    answer = merge_gate("run", "fleet.yml", "--output", "cold", "--resume", cwd=copy)
-    assert answer.code == 1, answer.said
-    report = stored(copy / "cold")
-    assert judged(report) == {"plain-1"}
-    assert {one.name: one.cause for one in report.adapters if one.cause} == BROKEN
-
-
-def test_nothing_to_resume_and_what_contradicts(fleet: Path, tmp_path: Path) -> None:
-    words = ("run", fleet / "fleet.yml", "--only", "plain-0", "--resume", "--output", "new", "--cache", fleet / "cache")
-    answer = merge_gate(*words, cwd=tmp_path)
-    assert answer.code == 0, answer.said
-    assert "resume" in answer.err
-    (tmp_path / "new" / "report.json").write_text("{}")
-    answer = merge_gate(*words, cwd=tmp_path)
-    assert answer.code == 2
-    assert "report.json" in answer.err
-    assert (tmp_path / "new" / "report.json").read_text() == "{}"
-    answer = merge_gate("run", str(fleet / "fleet.yml"), "--resume", "--refresh", cwd=tmp_path)
-    assert answer.code == 2
-    assert "--refresh" in answer.err

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.cache.store import Seal
+from merge_gate.cache.key import key_of
 from merge_gate.cache.verdict_cache import (
     CachedVerdict,
     can_be_stored,
@@ -18,36 +18,28 @@ from merge_gate.cache.verdict_cache import (
     document_of,
     for_entry,
     from_document,
-    is_sealed,
-    sealed,
 )
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import Entry
-from merge_gate.records.report import Coverage
+from merge_gate.records.report import Coverage, Judged
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import dump
 from tests.support.cache.verdicts import entry, judged, material_of, other
 
 PLACE = "acme/adapters run 7"
-SEAL = Seal("s" * 32)
 
 
 def stored(verdict: CachedVerdict, one: Entry) -> tuple[CachedVerdict, Any]:
-    """The sealed verdict, and its document."""
-    found = sealed(verdict, material_of(one), PLACE, SEAL)
-    assert found.adapter.judged is not None
-    return found, document_of(found, material_of(one), found.adapter.judged)
+    """The verdict with its time and place, and its document."""
+    reached = Judged(key=key_of(material_of(one)), at="2026-03-01T12:00:00Z", place=PLACE, seconds=0.84)
+    found = replace(verdict, adapter=replace(verdict.adapter, judged=reached))
+    return found, document_of(found, material_of(one), reached)
 
 
-def restored(document: Any, one: Entry, seal: str = "0" * 64) -> CachedVerdict | None:
-    """What comes of a document that is found with this seal."""
-    found = from_document(document, seal, material_of(one))
+def restored(document: Any, one: Entry) -> CachedVerdict | None:
+    """What comes of a document."""
+    found = from_document(document, material_of(one))
     return for_entry(found, one) if found is not None else None
-
-
-def seal_of(verdict: CachedVerdict) -> str:
-    assert verdict.adapter.judged is not None
-    return verdict.adapter.judged.seal
 
 
 @pytest.mark.parametrize("verdict", [Verdict.PASSED, Verdict.FAILED])
@@ -55,7 +47,7 @@ def test_a_verdict_comes_back_with_its_time_and_place(tmp_path: Path, verdict: V
     one = entry(tmp_path)
     fresh = judged(one, verdict)
     before, document = stored(fresh, one)
-    back = restored(document, one, seal_of(before))
+    back = restored(document, one)
     assert back is not None
     assert back.adapter.cached
     assert back.adapter.judged == before.adapter.judged
@@ -155,32 +147,9 @@ def test_the_document_of_another_adapter_is_a_miss(tmp_path: Path) -> None:
     assert for_entry(found, replace(one, base=None)) is None
 
 
-def test_a_line_without_a_seal_is_a_miss(tmp_path: Path) -> None:
+def test_a_line_without_a_time_and_place_is_a_miss(tmp_path: Path) -> None:
     one = entry(tmp_path)
     assert for_entry(judged(one), one) is None
-
-
-def test_a_seal_fits_one_verdict_and_one_secret(tmp_path: Path) -> None:
-    one = entry(tmp_path)
-    found, _ = stored(judged(one, Verdict.FAILED), one)
-    assert is_sealed(found, material_of(one), SEAL)
-    of_report = replace(found.base, sha256="f" * 64, first_adapter="another")  # as the report of a run lists it
-    assert is_sealed(replace(found, base=of_report), material_of(one), SEAL)
-    assert for_entry(found, one) is not None
-    edited = replace(found, adapter=replace(found.adapter, verdict=Verdict.PASSED, cause=None, findings=()))
-    assert not is_sealed(edited, material_of(one), SEAL)
-    assert not is_sealed(found, material_of(one), Seal()), "a seal without the secret passed for one with it"
-    assert not is_sealed(replace(found, base=replace(found.base, parameters=1)), material_of(one), SEAL)
-    assert not is_sealed(judged(one), material_of(one), SEAL)
-
-
-def test_a_verdict_that_comes_back_has_the_same_seal(tmp_path: Path) -> None:
-    one = entry(tmp_path)
-    found, document = stored(judged(one), one)
-    back = restored(document, one, seal_of(found))
-    assert back is not None
-    assert is_sealed(back, material_of(one), SEAL), "a run that is resumed twice would lose it"
-    assert found.adapter.judged == back.adapter.judged
 
 
 @pytest.mark.parametrize(

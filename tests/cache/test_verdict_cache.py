@@ -16,12 +16,9 @@ from merge_gate.cache.verdict_cache import Cache
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import Entry
-from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
-from merge_gate.report.formats.json_report import render
 from tests.support.cache.caches import CARD, CPU, is_hit, open_cache, store
-from tests.support.cache.verdicts import BASE, based_entry, entry, judged
-from tests.support.reports import report
+from tests.support.cache.verdicts import BASE, based_entry
 
 SECRET = "a secret of this test"
 OPEN_FILES = Path("/proc/self/fd")
@@ -31,22 +28,6 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture
 def one(tmp_path: Path) -> Entry:
     return based_entry(tmp_path)
-
-
-@pytest.fixture
-def output(one: Entry, tmp_path: Path) -> Path:
-    """The output directory of a killed run that judged one adapter."""
-    with closing(open_cache(one, directory=False)) as cache:
-        adapter = store(cache, one)
-    return killed(tmp_path / "killed", adapter, one)
-
-
-def killed(output: Path, adapter: AdapterReport | None, one: Entry) -> Path:
-    assert adapter is not None
-    output.mkdir()
-    base = replace(judged(one).base, revision=adapter.base.revision)
-    (output / "report.json").write_text(render(report(adapter, complete=False, bases=(base,))))
-    return output
 
 
 def test_a_stored_verdict_is_a_hit(one: Entry) -> None:
@@ -73,7 +54,7 @@ def test_another_base_is_a_miss(one: Entry) -> None:
             assert cache.lookup(one, other) is None
 
 
-def test_without_a_directory_a_verdict_is_sealed_and_not_a_hit(one: Entry) -> None:
+def test_without_a_directory_a_verdict_has_a_time_and_is_not_a_hit(one: Entry) -> None:
     with closing(open_cache(one, directory=False)) as cache:
         stored = store(cache, one)
         assert not is_hit(cache, one)
@@ -90,52 +71,6 @@ def test_closing_releases_the_directory_and_removes_old_unfinished_files(one: En
         open_files = len([*OPEN_FILES.iterdir()])
     assert not unfinished.exists()
     assert len([*OPEN_FILES.iterdir()]) == open_files - len(KINDS)
-
-
-# --- earlier reports -------------------------------------------------------------------------------------------------
-
-
-def test_a_verdict_in_an_earlier_report_is_a_hit_without_a_cache_directory(
-    one: Entry, output: Path, tmp_path: Path
-) -> None:
-    notes: list[str] = []
-    with closing(open_cache(one, directory=False, resume=str(output), notify=notes.append)) as cache:
-        assert cache.may_hit
-        assert is_hit(cache, one)
-        other = entry(tmp_path / "other", data=b"other")
-        assert not is_hit(cache, replace(other, base=one.base))
-    with closing(
-        open_cache(one, directory=False, resume=str(output), secret=SECRET, notify=notes.append)
-    ) as distrustful:
-        assert not is_hit(distrustful, one)
-    assert len(notes) == 2
-    assert all(str(output) in note for note in notes)
-
-
-def test_an_earlier_report_is_used_next_to_a_cache_directory(one: Entry, output: Path) -> None:
-    with closing(open_cache(one, resume=str(output), notify=[].append)) as cache:
-        assert is_hit(cache, one)
-    with closing(open_cache(one, refresh=True, resume=str(output), notify=[].append)) as cache:
-        assert is_hit(cache, one)
-
-
-def test_a_verdict_on_another_commit_of_the_base_is_a_miss(one: Entry, tmp_path: Path) -> None:
-    """The seal fits whatever the line says; it must name this run's base."""
-    with closing(open_cache(one, directory=False)) as cache:
-        verdict = judged(one)
-        of_main = replace(verdict.adapter.base, revision="main")
-        moved = replace(
-            verdict,
-            adapter=replace(verdict.adapter, base=of_main),
-            base=replace(verdict.base, revision="main"),
-        )
-        output = killed(tmp_path / "killed", cache.store(one, moved, BASE), one)
-    with closing(open_cache(one, directory=False, resume=str(output), notify=[].append)) as cache:
-        assert cache.may_hit
-        assert not is_hit(cache, one)
-    with closing(open_cache(one, resume=str(output), notify=[].append)) as cache:
-        assert store(cache, one) is not None
-        assert is_hit(cache, one), "the earlier report hid the verdict in the directory"
 
 
 def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) -> None:

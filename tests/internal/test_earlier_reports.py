@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate._internal import earlier_reports
-from merge_gate._internal.earlier_reports import RESUMED, is_own, mark_stale
+from merge_gate._internal.earlier_reports import is_own, mark_stale
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.output_files import TAG_WITHIN_BYTES
 from merge_gate.records.terms import Result
@@ -37,7 +37,7 @@ def texts(report: Report) -> set[bytes]:
 # --- recognized ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FORMATS, RESUMED])
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("report", [PASS, FAIL, EMPTY], ids=["pass", "fail", "provisional"])
 def test_a_file_of_the_gate_is_recognized_also_in_part(name: str, report: Report, tmp_path: Path) -> None:
     path = tmp_path / name
@@ -99,14 +99,6 @@ def test_any_other_file_is_refused_and_nothing_moves(kind: str, name: str, tmp_p
     assert before == sorted((str(path), os.lstat(path)[:3]) for path in tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=name):
         write_text(tmp_path / name, OWN)
-
-
-def test_a_file_with_the_name_of_the_resumed_verdicts_is_only_replaced_if_it_is_the_gates(tmp_path: Path) -> None:
-    (tmp_path / RESUMED).write_text("mine")
-    assert mark_stale(tmp_path).place is None
-    with pytest.raises(UsageError, match=RESUMED):
-        write_text(tmp_path / RESUMED, OWN)
-    assert (tmp_path / RESUMED).read_text() == "mine"
 
 
 # --- marked ---------------------------------------------------------------------------------------------------------
@@ -191,7 +183,7 @@ def test_a_place_with_a_file_of_the_user_is_left_alone(mine: str, tmp_path: Path
 
 
 def test_only_the_gates_own_unfinished_files_are_removed(tmp_path: Path) -> None:
-    own = [".report.json.0123456789abcdef.tmp", f".{RESUMED}.0123456789abcdef.tmp"]
+    own = [".report.json.0123456789abcdef.tmp", ".junit.xml.0123456789abcdef.tmp"]
     users = [".report.json.backup.tmp", ".notes.md.0123456789abcdef.tmp", "report.json.tmp", ".report.json.0123.tmp"]
     for name in own + users:
         (tmp_path / name).write_text("half")

@@ -151,7 +151,7 @@ def test_report_models_and_cached_verdicts_are_those_of_one_machine(place: Path)
     assert [one.cached for one in again.adapters] == [True, True, True]
 
 
-def test_a_run_that_was_interrupted_has_a_true_report_and_is_resumed(place: Path) -> None:
+def test_a_run_that_was_interrupted_has_a_true_report_and_its_verdicts_in_the_cache(place: Path) -> None:
     class Interrupts(Shown):
         def adapter_done(self, adapter: AdapterReport) -> None:
             super().adapter_done(adapter)
@@ -160,16 +160,16 @@ def test_a_run_that_was_interrupted_has_a_true_report_and_is_resumed(place: Path
 
     ray = Ray({"CPU": 1.0})
     with pytest.raises(KeyboardInterrupt):
-        judged(ray, Interrupts(), output="report")
+        judged(ray, Interrupts(), output="report", cache="cache")
     assert ray.cancelled == 2
     report = stored()
     assert not report.complete
     assert report.adapters
     assert not report.problems
-    resumed = judged(Ray({"CPU": 1.0}), output="report", resume="report")
-    sealed = {one.name for one in report.adapters if one.judged}
-    assert sealed
-    assert {one.name for one in resumed.adapters if one.cached} >= sealed
+    again = judged(Ray({"CPU": 1.0}), output="report", cache="cache")
+    stored_ones = {one.name for one in report.adapters if one.judged}
+    assert stored_ones
+    assert {one.name for one in again.adapters if one.cached} >= stored_ones
 
 
 @pytest.mark.parametrize(

@@ -210,18 +210,6 @@ def test_the_dtype_that_is_only_checked_is_named(place: Path, capfd: pytest.Capt
     assert note in " ".join(capfd.readouterr().out.split())
 
 
-@pytest.mark.attempt("D7", "--resume with --publish", "says that publishing merges again")
-def test_a_resumed_run_says_that_publishing_merges_again(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert play(place) == 0
-    capfd.readouterr()
-    assert play(place, "--resume") == 0
-    error = capfd.readouterr().err
-    assert "--resume reuses" in error
-    assert "publishing merges" not in error
-    assert play(place, "--resume", "--publish", "merged") == 0
-    assert "publishing merges each adapter again" in capfd.readouterr().err
-
-
 def plan_of(tensors: Mapping[str, bytes], dtype: str = "BF16", columns: int = 8) -> tuple[StoredTensor, ...]:
     return tuple(StoredTensor(name=name, dtype=dtype, shape=(8, columns)) for name in NAMES)
 

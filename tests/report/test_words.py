@@ -41,7 +41,7 @@ def test_what_stands_beside_a_verdict(wording: Wording) -> None:
 
 
 def at(time: str, place: str = "acme/adapters run 7") -> Judged:
-    return Judged(key="0" * 64, at=time, place=place, seconds=0.84, seal="")
+    return Judged(key="0" * 64, at=time, place=place, seconds=0.84)
 
 
 def test_a_report_says_when_and_where_its_verdicts_were_reached(wording: Wording) -> None:

@@ -24,7 +24,7 @@ ADAPTERS = 240
 
 @pytest.mark.slow
 def test_a_fleet_has_one_report_however_it_is_judged(shelf: Shelf, tmp_path: Path) -> None:
-    """Cold, warm, in four shards, and resumed after a kill -9; tests/on_ray/test_ray.py has Ray.
+    """Cold, warm, in four shards, and again after a kill -9; tests/on_ray/test_ray.py has Ray.
 
     Of many adapters, no model is run. test_shards.py, test_cache.py, and test_ray.py do that with a small fleet.
     """
@@ -56,8 +56,8 @@ def test_a_fleet_has_one_report_however_it_is_judged(shelf: Shelf, tmp_path: Pat
     assert broken == BROKEN
     assert len({one.name for one in whole.adapters}) == ADAPTERS + 1, "and a combination of two"
     taken = {name: sum(one.cached for one in report.adapters) for name, report in reports.items()}
-    assert list(taken) == ["cold", "warm", "their combination", "resumed"]
+    assert list(taken) == ["cold", "warm", "their combination", "run again"]
     files_alone = 1
     assert taken["warm"] == len(whole.adapters) - files_alone
-    assert 0 < taken["resumed"] < taken["warm"]
+    assert 0 < taken["run again"] < taken["warm"]
     assert taken["cold"] == taken["their combination"] == 0

@@ -107,8 +107,9 @@ def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(WorkerSlot, name, lambda *_, **__: pytest.fail("a worker was started"))
     hashed: list[object] = []
     monkeypatch.setattr(resolve, "digest_file", lambda path, *_: hashed.append(path))
-    places = {"cache": str(place / "verdicts"), "resume": str(place / "report")}
-    options = RunOptions(device="cuda", output=str(place / "report"), publish=str(place / "models"), **places)
+    options = RunOptions(
+        device="cuda", output=str(place / "report"), publish=str(place / "models"), cache=str(place / "verdicts")
+    )
     earlier = set(threading.enumerate())
     assert "2 merges" in planned(place, options)
     for thread in set(threading.enumerate()) - earlier:
@@ -178,7 +179,7 @@ def test_what_earlier_runs_stored_is_in_the_plan(place: Path, wording: Wording) 
 WITHOUT_TORCH = """
 import sys
 from merge_gate.cli.dispatch import main
-code = main(["run", "gate.yml", "--plan", "--cache", "verdicts", "--publish", "models", "--resume"])
+code = main(["run", "gate.yml", "--plan", "--cache", "verdicts", "--publish", "models"])
 print(code, "torch" in sys.modules, "transformers" in sys.modules)
 """
 

@@ -197,7 +197,7 @@ def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_pass_that_a_signal_ends_is_continued(number: signal.Signals, shelf: Shelf, place: Place) -> None:
+def test_a_pass_that_a_signal_ends_leaves_a_true_report(number: signal.Signals, shelf: Shelf, place: Place) -> None:
     """It leaves the verdict that was reached before. The others need the whole pass."""
     pointer = place.directory / "pointer" / "lfs"
     if not pointer.exists():
@@ -223,7 +223,7 @@ def test_a_pass_that_a_signal_ends_is_continued(number: signal.Signals, shelf: S
 
     place.hub.damages.clear()
     place.hub.on_request = lambda path: path
-    answer = merge_gate("run", "gate.yml", "--resume", cwd=place.directory, **place.variables)
+    answer = merge_gate("run", "gate.yml", cwd=place.directory, **place.variables)
     report = strict_json(place.directory / REPORT)
     assert report["complete"] is True, answer.said
     assert [(one["name"], one["verdict"]) for one in report["adapters"]] == [

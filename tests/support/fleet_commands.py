@@ -10,7 +10,7 @@ import json
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from merge_gate.report.formats.json_report import read
@@ -36,7 +36,7 @@ class Way:
 
 
 def ways(*, with_ray: bool) -> Iterator[Way]:
-    """Cold, warm, in shards, combined, over a local Ray cluster, killed and resumed."""
+    """Cold, warm, in shards, combined, over a local Ray cluster, killed and run again."""
     yield _run("cold", FIRST, "--cache", "cache")
     yield _run("warm", "warm", "--cache", "cache")
     for number in range(1, SHARDS + 1):
@@ -50,9 +50,9 @@ def ways(*, with_ray: bool) -> Iterator[Way]:
     )
     if with_ray:
         yield _run("on a local Ray cluster", "ray", "--ray")
-    killed = _run("killed", "killed")
-    yield Way(name=killed.name, words=killed.words, killed=True)
-    yield _run("resumed", "killed", "--resume")
+    killed = _run("killed", "killed", "--cache", "killed-cache")
+    yield replace(killed, report=None, killed=True)
+    yield replace(killed, name="run again", killed=False)
 
 
 def _run(name: str, output: str, *more: str) -> Way:

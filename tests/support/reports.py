@@ -204,7 +204,7 @@ WARNED = adapter(
     line=7,
     seconds=0.0,
     cached=True,
-    judged=Judged(key=SHA256, at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84, seal=SHA256),
+    judged=Judged(key=SHA256, at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84),
 )
 FAILED = adapter(
     "billing",

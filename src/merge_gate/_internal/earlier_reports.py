@@ -24,9 +24,6 @@ from merge_gate._internal.whole_file import whole_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RESUMED = "resumed.json"
-"""The verdicts of killed runs, while another run goes on from them. It has the format of report.json."""
-
 REPORTS = tuple(row.name for row in OUTPUT_FILES)
 PREVIOUS = "previous"
 
@@ -36,8 +33,7 @@ _HIDDEN = {name: f".{name}.stale" for name in _RENDERED}
 
 _TAGS = {row.name: row.tag for row in OUTPUT_FILES}
 _TAGS.update({hidden: _TAGS[name] for name, hidden in _HIDDEN.items()})
-_TAGS[RESUMED] = _TAGS[_REPORT]
-_UNFINISHED = re.compile(rf"\.(?:{'|'.join(map(re.escape, (*REPORTS, RESUMED)))})\.[0-9a-f]{{16}}\.tmp")
+_UNFINISHED = re.compile(rf"\.(?:{'|'.join(map(re.escape, REPORTS))})\.[0-9a-f]{{16}}\.tmp")
 """The names that `whole_file` writes to; a killed run may leave one."""
 
 _SLOT = re.compile(rf"{PREVIOUS}(?:-([2-9]|[1-9][0-9]{{1,8}}))?")

@@ -1,1 +1,1 @@
-"""Verdicts of earlier runs: their key, the sealed store, and the reports that `--resume` reads."""
+"""Verdicts of earlier runs: their key, and the sealed store."""

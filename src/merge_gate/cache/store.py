@@ -127,19 +127,15 @@ class Store:
 
     def get(self, kind: str, name: str) -> Json | None:
         """The document, or None."""
-        return self.get_sealed(kind, name)[1]
-
-    def get_sealed(self, kind: str, name: str) -> tuple[str, Json | None]:
-        """The seal of a document, and the document, or None."""
         folder = self._folders.get(kind)
         if folder is None or not _NAME.fullmatch(name):
-            return "", None
+            return None
         try:
             line, _, body = read_regular_file(name, LONGEST_BYTES, folder=folder).partition(b"\n")
             seal = line.decode("ascii")
-            return seal, parse_strictly(body) if self._seal.fits(seal, kind, name, body) else None
+            return parse_strictly(body) if self._seal.fits(seal, kind, name, body) else None
         except (OSError, UnicodeDecodeError, InvalidJsonError):
-            return "", None
+            return None
 
     def put(self, kind: str, name: str, document: Json) -> None:
         """Write or replace a document, whole or not at all. It needs no sync: a damaged file has no seal that fits."""

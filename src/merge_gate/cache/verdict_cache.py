@@ -1,10 +1,9 @@
 """The cache of verdicts: looks up the verdicts of earlier runs with the same key, and stores the verdicts of this run.
 
-A verdict read back must be the one that this run would report. It is sealed: a document, or the entry of an earlier
-report, becomes today's entry of the report, or None if the verdict does not apply to it.
+A verdict read back must be the one that this run would report: a sealed document becomes today's entry of the report,
+or None if the verdict does not apply to it.
 
-In: entries, the digests of their bases, and what the run merges on; and an output directory, for the verdicts in its
-reports and in those of `previous/`, `previous-2/`, and so on (`--resume`). Out: cached verdicts, and files in the cache
+In: entries, the digests of their bases, and what the run merges on. Out: cached verdicts, and files in the cache
 directory. Judges nothing, hashes nothing, and starts no worker.
 """
 
@@ -15,28 +14,20 @@ import os
 import platform
 import re
 import time
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate._internal.earlier_reports import RESUMED, is_own, places
-from merge_gate._internal.errors import UsageError
-from merge_gate._internal.regular_file import open_regular_file
-from merge_gate._internal.text import listing
-from merge_gate.cache.key import canonical, key_of, material
+from merge_gate.cache.key import key_of, material
 from merge_gate.cache.remembered import BaseRecords, KnownDevices, SeenBases
-from merge_gate.cache.store import Seal, Store, from_environment
+from merge_gate.cache.store import Store, from_environment
 from merge_gate.files.identity import identity_of
 from merge_gate.judging import verdict
-from merge_gate.records.report import AdapterReport, BaseReport, Judged, Report
+from merge_gate.records.report import AdapterReport, BaseReport, Judged
 from merge_gate.records.terms import Verdict, record
-from merge_gate.report.formats import json_report
 from merge_gate.report.formats.fields import UnreadableError, dump, load
-from merge_gate.report.stored.report_files import read_report, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from merge_gate.records.files import BaseContent, Entry
     from merge_gate.records.options import RunOptions
@@ -44,7 +35,6 @@ if TYPE_CHECKING:
 
 Json = Any
 
-_NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so every adapter is judged"
 KIND = "verdicts"
 _KEYS = {"material", "at", "place", "seconds", "adapter", "base"}
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -64,7 +54,6 @@ class Cache:
     """The verdicts of earlier runs, for one run. What the run `trusts` is part of every key (`Config.trusts`).
 
     Attributes:
-        resumed: the verdicts in earlier reports; None without `--resume`.
         seen_bases: digests of bases that earlier runs stored; None without a cache directory.
         base_records: figures of whole bases that earlier runs measured; None without a cache directory.
 
@@ -82,17 +71,14 @@ class Cache:
     ) -> None:
         self._trusts, self._fresh = trusts, options.refresh
         self._device: str | None = None
-        self._seal = from_environment(environ)
+        seal = from_environment(environ)
         self._place = current_place(environ)
         self._store, self.seen_bases, self.base_records = None, None, None
         if options.cache is not None:
-            self._store = Store(options.cache, self._seal, notify, read_only=options.is_plan)
+            self._store = Store(options.cache, seal, notify, read_only=options.is_plan)
             self.seen_bases = SeenBases(self._store, fresh=self._fresh)
             self.base_records = BaseRecords(self._store, self._place, fresh=self._fresh, trusts=trusts)
         self._devices = KnownDevices(options.device, self._store, environ)
-        self.resumed = ResumedVerdicts(options.resume, self._seal) if options.resume is not None else None
-        for note in self.resumed.notes if self.resumed else ():
-            notify(note)
 
     def close(self) -> None:
         """Release the cache directory."""
@@ -103,8 +89,7 @@ class Cache:
     @property
     def may_hit(self) -> bool:
         """Whether there is any verdict to reuse."""
-        is_stored = self._store is not None and not self._fresh and not self._store.is_empty(KIND)
-        return is_stored or (self.resumed is not None and not self.resumed.is_empty)
+        return self._store is not None and not self._fresh and not self._store.is_empty(KIND)
 
     def known_device(self) -> DeviceChosen | None:
         """What this run would merge on; None if only a worker can tell."""
@@ -118,32 +103,26 @@ class Cache:
     def lookup(self, entry: Entry, base: BaseContent) -> CachedVerdict | None:
         """The verdict of an earlier run on the same bytes, as today's entry of the report; None is a miss."""
         rests_on = self._material(entry, base)
-        if rests_on is None:
+        if rests_on is None or self._store is None or self._fresh:
             return None
-        for judged in self._found(key_of(rests_on), rests_on):
-            hit = for_entry(judged, entry)
-            if hit is not None and _is_unchanged(entry):
-                return hit
-        return None
-
-    def _found(self, key: str, rests_on: Json) -> Iterator[CachedVerdict]:
-        """The verdicts with this key and material whose seals fit: in earlier reports, and in the directory."""
-        if self.resumed is not None:
-            yield from self.resumed.find(key, rests_on)
-        if self._store is not None and not self._fresh:
-            seal, document = self._store.get_sealed(KIND, key)
-            if (judged := from_document(document, seal, rests_on)) is not None:
-                yield judged
+        judged = from_document(self._store.get(KIND, key_of(rests_on)), rests_on)
+        hit = None if judged is None else for_entry(judged, entry)
+        return hit if hit is not None and _is_unchanged(entry) else None
 
     def store(self, entry: Entry, judged: CachedVerdict, base: BaseContent) -> AdapterReport | None:
-        """Seal a verdict, and write it to the cache directory if there is one. None if no later run may reuse it."""
+        """Write a verdict to the cache directory if there is one. None if no later run may reuse it."""
         rests_on = self._material(entry, base)
         if rests_on is None or not can_be_stored(judged.adapter) or not _is_unchanged(entry):
             return None
-        adapter = sealed(judged, rests_on, self._place, self._seal).adapter
-        if self._store is not None and adapter.judged is not None:
-            self._store.put(KIND, adapter.judged.key, document_of(judged, rests_on, adapter.judged))
-        return adapter
+        reached = Judged(
+            key=key_of(rests_on),
+            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            place=self._place,
+            seconds=judged.adapter.seconds,
+        )
+        if self._store is not None:
+            self._store.put(KIND, reached.key, document_of(judged, rests_on, reached))
+        return replace(judged.adapter, judged=reached)
 
     def _material(self, entry: Entry, base: BaseContent) -> Json | None:
         return material(entry, base, self._device, self._trusts) if self._device is not None else None
@@ -159,87 +138,6 @@ def _is_unchanged(entry: Entry) -> bool:
             except OSError:
                 return False
     return True
-
-
-# --- earlier reports -------------------------------------------------------------------------------------------------
-
-
-class ResumedVerdicts:
-    """The verdicts in the earlier reports of one output directory, as killed runs have left them.
-
-    While the new run continues, they are also in one file next to its report, so that a second kill loses nothing. An
-    entry of a report names its base, and several bases can have one name. The seal shows which of them is meant.
-    """
-
-    def __init__(self, directory: str, seal: Seal) -> None:
-        self._directory, self._seal = Path(directory), seal
-        self._reports: list[Report] = []
-        self._verdicts: dict[str, list[CachedVerdict]] = {}
-        used: list[Path] = []
-        damaged: list[Path] = []
-        folders = (place for place in places(self._directory) if place == self._directory or not place.is_symlink())
-        for path in (folder / name for folder in folders for name in ("report.json", RESUMED)):
-            if not is_own(path):
-                continue
-            report = _read(path)
-            if report is None:
-                damaged.append(path)
-            elif self._add(report):
-                used.append(path.parent)
-        self.notes = [f"{path} is damaged, so none of its verdicts are reused" for path in damaged]
-        places_used = listing(str(place) for place in dict.fromkeys(used))
-        self.notes.append(_NOTHING if self.is_empty else f"--resume reuses the verdicts in {places_used}")
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._verdicts
-
-    def find(self, key: str, material: Json) -> Iterator[CachedVerdict]:
-        """The verdicts with this key whose seal fits."""
-        return (judged for judged in self._verdicts.get(key, ()) if is_sealed(judged, material, self._seal))
-
-    def preserve(self) -> None:
-        """Write all verdicts to one file in the output directory, because a new run replaces their reports.
-
-        Raises:
-            UsageError: the file cannot be written.
-        """
-        if self.is_empty:
-            return
-        adapters = dict.fromkeys(
-            adapter for report in self._reports for adapter in report.adapters if adapter.judged is not None
-        )
-        bases = dict.fromkeys(base for report in self._reports for base in report.bases)
-        union = replace(self._reports[0], complete=False, adapters=tuple(adapters), bases=tuple(bases))
-        write_text(self._directory / RESUMED, json_report.render(union))
-
-    def _add(self, report: Report) -> bool:
-        """Whether the report contains a verdict that can be reused."""
-        adapters = [adapter for adapter in report.adapters if adapter.judged is not None]
-        for adapter in adapters:
-            if adapter.judged is not None:
-                on = [CachedVerdict(adapter=adapter, base=base) for base in report.bases if adapter.base == base.key]
-                self._verdicts.setdefault(adapter.judged.key, []).extend(on)
-        if adapters:
-            self._reports.append(report)
-        return bool(adapters)
-
-
-def forget(directory: str) -> None:
-    """Remove the file that `ResumedVerdicts.preserve` wrote, because the run is complete."""
-    path = Path(directory, RESUMED)
-    with suppress(OSError):
-        if is_own(path):
-            path.unlink()
-
-
-def _read(path: Path) -> Report | None:
-    """The report in a file; None if it is damaged, too large, or not a regular file."""
-    try:
-        with open_regular_file(path) as file:
-            return read_report(file, path.name)
-    except (OSError, UsageError):
-        return None
 
 
 # --- one verdict -----------------------------------------------------------------------------------------------------
@@ -272,29 +170,8 @@ def current_place(environ: Mapping[str, str]) -> str:
     return platform.node()[:LONGEST_PLACE] or "unknown"
 
 
-def sealed(judged: CachedVerdict, material: Json, place: str, seal: Seal) -> CachedVerdict:
-    """The verdict with the record of when and where it was reached, and a seal over all of it."""
-    unsealed = Judged(
-        key=key_of(material),
-        at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        place=place,
-        seconds=judged.adapter.seconds,
-        seal="",
-    )
-    body = canonical(document_of(judged, material, unsealed))
-    return _with(judged, replace(unsealed, seal=seal.of(KIND, unsealed.key, body)))
-
-
-def is_sealed(judged: CachedVerdict, material: Json, seal: Seal) -> bool:
-    """Whether the seal of a verdict fits, so that a run with this secret reached exactly it, on this material."""
-    reached = judged.adapter.judged
-    if reached is None:
-        return False
-    return seal.fits(reached.seal, KIND, reached.key, canonical(document_of(judged, material, reached)))
-
-
 def document_of(judged: CachedVerdict, material: Json, reached: Judged) -> Json:
-    """What the seal covers, and what the store holds. Names and places in the config are left out."""
+    """What the store holds. Names and places in the config are left out."""
     adapter = replace(
         judged.adapter,
         name="",
@@ -317,8 +194,8 @@ def document_of(judged: CachedVerdict, material: Json, reached: Judged) -> Json:
     }
 
 
-def from_document(document: Json, seal: str, material: Json) -> CachedVerdict | None:
-    """The verdict in a document whose seal fits; None if it is not a verdict on this material."""
+def from_document(document: Json, material: Json) -> CachedVerdict | None:
+    """The verdict in a document of the store; None if it is not a verdict on this material."""
     try:
         if not isinstance(document, dict) or document.keys() != _KEYS or document["material"] != material:
             return None
@@ -327,11 +204,10 @@ def from_document(document: Json, seal: str, material: Json) -> CachedVerdict | 
             at=load(str, document["at"], "at"),
             place=load(str, document["place"], "place"),
             seconds=load(float, document["seconds"], "seconds"),
-            seal=seal,
         )
         adapter = verdict.with_decision(load(AdapterReport, document["adapter"], "adapter"))
         base = load(BaseReport, document["base"], "base")
-        return _with(CachedVerdict(adapter=adapter, base=base), reached)
+        return CachedVerdict(adapter=replace(adapter, judged=reached), base=base)
     except (UnreadableError, RecursionError):
         return None
 
@@ -354,10 +230,6 @@ def for_entry(judged: CachedVerdict, entry: Entry) -> CachedVerdict | None:
         accepted=None,
     )
     return CachedVerdict(adapter=adapter, base=judged.base.bare)
-
-
-def _with(judged: CachedVerdict, reached: Judged) -> CachedVerdict:
-    return replace(judged, adapter=replace(judged.adapter, judged=reached))
 
 
 def _is_plausible(adapter: AdapterReport) -> bool:

@@ -103,6 +103,7 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
         return EXIT_CODE_OF[result]
     partial = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
     say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{partial}")
-    if partial and arguments.command == "run" and not arguments.container:
-        say("  to continue from there, add --resume to the same command")
+    if partial and arguments.command == "run":
+        without = "add --cache DIR to the next run: if that is stopped, the same command continues from there"
+        say(f"  {'the same command continues from there' if arguments.cache else without}")
     return ExitCode.ERROR

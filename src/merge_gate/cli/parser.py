@@ -42,6 +42,7 @@ _SIGN = (
 )
 GONE = {
     "rebuild": "use `merge-gate verify`, which merges again and compares",
+    "--resume": "use --cache DIR, also in the run that may be killed; it does the same",
     "--key": _SIGN,
     "--attestation": _SIGN,
     "--max-age": _SIGN,

@@ -110,9 +110,6 @@ def add(commands: Commands[CommandParser]) -> None:
         action="store_true",
         help="ignore stored verdicts and check everything again; --cache stores the new verdicts",
     )
-    reused.add_argument(
-        "--resume", action="store_true", help="continue a run that was killed, from its report in --output"
-    )
     cluster = run.add_argument_group("on a Ray cluster", "needs the extra `ray`")
     cluster.add_argument(
         "--ray",
@@ -144,7 +141,6 @@ def run(arguments: argparse.Namespace) -> int:
     with WorkerSlot() as worker:
         if _starts_early(arguments):
             worker.start_early()
-        from merge_gate.cache.verdict_cache import forget
         from merge_gate.report.stored.output_directory import refuse_report
         from merge_gate.report.stored.report_files import FORMATS, withdraw
 
@@ -159,7 +155,6 @@ def run(arguments: argparse.Namespace) -> int:
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
             options, ray = _options(arguments), _ray(arguments)
             report = gate_adapters(config, options, arguments, worker=worker, begins=earlier.replace_previous, ray=ray)
-            forget(arguments.output)
             return deliver(report, arguments.report)
 
 
@@ -179,9 +174,8 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
     """
     if arguments.container or arguments.ray is not None:
         return False
-    may_hit = arguments.resume or (arguments.cache and not arguments.refresh)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # not on macOS
-    return not may_hit or len(cores) > 1
+    return not arguments.cache or arguments.refresh or len(cores) > 1
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
@@ -208,10 +202,6 @@ def _in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.report_files import is_any_printed
 
     requested_config(arguments)
-    if arguments.resume:
-        raise UsageError(
-            "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
-        )
     if arguments.ray is not None:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
@@ -243,8 +233,6 @@ def _in_container(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> RunOptions:
-    if arguments.resume and arguments.refresh:
-        raise UsageError("--refresh reuses no verdict, and --resume does", hint="give one of them")
     return RunOptions(
         device=arguments.device,
         output=arguments.output,
@@ -256,7 +244,6 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         shard=_shard(arguments),
         cache=arguments.cache,
         refresh=arguments.refresh,
-        resume=arguments.output if arguments.resume else None,
     )
 
 

@@ -78,7 +78,6 @@ def run_on_ray(
         GateError: there is no such cluster, a node does not fit, or the report cannot be written.
     """
     with closing(Run(config, options, view)) as run:
-        run.preserve_resumed()
         begins()
         checked = replace(config, publish=run.publications.spec)
         return RayRun(checked, run.specs, options, view).run(address)
@@ -125,7 +124,7 @@ def _refuse_node(work: Work) -> None:
     if versions_digest() != work.versions_sha256:
         problem = f"{node} has other versions of the libraries, or other code of merge-gate"
         raise GateError(problem, hint="install the same versions on every node")
-    if (work.options.cache, work.options.resume) != (None, None) and _seal() != work.seal:
+    if work.options.cache is not None and _seal() != work.seal:
         raise GateError(f"{node} has another {SECRET}", hint="set the same secret on every node, or on none")
     if work.mark is not None and not Path(work.mark).is_dir():
         problem = f"{node} does not see the directory to publish to, {Path(work.mark).parent}, of this machine"
@@ -173,10 +172,10 @@ class RayRun:
         self._merges, self._judged = sum(len(spec.base.dtypes) for spec in specs), 0
         self._writer = ReportWriter(options.output, view)
         self._empty = Tally(config, None, device=options.device, watch=BaseWatch()).report()
-        cache, resume = _absolute(options.cache), _absolute(options.resume)  # on a node, relative names start elsewhere
+        cache = _absolute(options.cache)  # on a node, relative names start elsewhere
         publish = config.publish
         publish = publish and replace(publish, directory=_absolute(publish.directory) or "")
-        self._options = replace(options, output=None, publish=None, max_shard_bytes=None, cache=cache, resume=resume)
+        self._options = replace(options, output=None, publish=None, max_shard_bytes=None, cache=cache)
         self._config = replace(config, publish=publish)
         self._shards: list[_Shard] = []
         self._notes = set[str]()

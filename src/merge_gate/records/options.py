@@ -23,7 +23,6 @@ class RunOptions:
             says, or as the base's files are.
         cache: The directory in which verdicts are stored and found (`--cache`); None for none.
         refresh: Whether it is only written to (`--refresh`).
-        resume: An output directory whose earlier reports are another source of verdicts (`--resume`); None for none.
         is_plan: Whether the run stops before it merges, and writes nothing (`--plan`).
     """
 
@@ -38,7 +37,6 @@ class RunOptions:
     max_shard_bytes: int | None = None
     cache: str | None = None
     refresh: bool = False
-    resume: str | None = None
     is_plan: bool = False
 
 

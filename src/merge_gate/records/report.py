@@ -48,10 +48,6 @@ class Judged:
     at: str = reported("Time of the verdict, in UTC.")
     place: str = reported("The CI run, or the name of the machine.")
     seconds: float = reported("Seconds that the adapter took; null if they were not measured.")
-    seal: str = reported(
-        "Seal of the verdict, by which a later run recognizes it: an HMAC with `MERGE_GATE_CACHE_KEY` if that is set, "
-        "else a digest."
-    )
 
 
 @record
@@ -133,7 +129,7 @@ class AdapterReport:
         default=None,
     )
     cached: bool = reported(
-        "Whether the verdict of an earlier run was reused (`--cache`, `--resume`); `seconds` is then 0.",
+        "Whether the verdict of an earlier run was reused (`--cache`); `seconds` is then 0.",
         default=False,
     )
     published: PublishedModel | None = reported(

@@ -82,7 +82,6 @@ def run_gate(
         GateError: the report cannot be written.
     """
     with contextlib.closing(Run(config, options, view or View(), worker)) as run:
-        run.preserve_resumed()
         begins()
         return run.run()
 
@@ -216,13 +215,6 @@ class Run:
         """Release the cache directory, and what is not published."""
         self._cache.close()
         self.publications.close()
-
-    def preserve_resumed(self) -> None:
-        """Save the verdicts that `--resume` found, because this run replaces their reports."""
-        if self._cache.resumed is not None and self.options.output is not None:
-            self._cache.resumed.preserve()
-            if self.publications.spec is not None and not self._cache.resumed.is_empty:
-                self._view.note("publishing merges each adapter again: a reused verdict comes without its model")
 
     def prepare(self) -> None:
         """Stages 1 to 3."""
