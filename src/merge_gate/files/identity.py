@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from merge_gate._internal.text import is_inside
 from merge_gate.files.json_object import read_as_transformers
-from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import FileIdentity
 
 if TYPE_CHECKING:
@@ -56,17 +55,6 @@ def directory_identity(directory: str | Path) -> tuple[FileIdentity, ...]:
         identity_of(str(place.relative_to(directory)), place.stat(follow_symlinks=place.exists()))
         for place in sorted(places)
     )
-
-
-def base_bytes(directory: str) -> int | None:
-    """The size of the files that make a base; None if they cannot be read, which the worker reports.
-
-    A mount that does not answer in time counts as one that cannot be read.
-    """
-    try:
-        return sum(file.size_bytes for file in within(ANSWER_LIMIT_S, lambda: base_identity(directory)))
-    except OSError:
-        return None
 
 
 def _base_files(directory: str) -> Iterator[FileIdentity]:

@@ -1,13 +1,13 @@
 """Cuts a run into shards: completely, without overlap, and in the same way on every machine.
 
-In: a configuration, its adapters, and I of N. Out: the adapters of shard I, and the `Shard` for its report. It reads
-the sizes of files, and the base's name in adapter_config.json.
+In: a configuration, its adapters, and I of N. Out: the adapters of shard I, and the `Shard` for its report. It reads no
+file.
 
-1. Adapters of one base stay together. A base is cut only if it costs more than the even share of a machine, or if
-   machines would have no work.
-2. A base is cut into parts of equal cost.
-3. The largest part goes first, and each part to the machine with the least work. Names break ties, so that the order of
-   files and of the configuration does not matter.
+1. Adapters of one base stay together. A base is cut only if it has more adapters than the even share of a machine, or
+   if machines would have no work.
+2. A base is cut into parts with equal numbers of adapters.
+3. The largest part goes first, and each part to the machine with the fewest adapters. Names break ties, so that the
+   order of the configuration does not matter.
 """
 
 from __future__ import annotations
@@ -15,26 +15,19 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
 
 from merge_gate import __version__
 from merge_gate._internal.errors import UsageError
 from merge_gate.cache.key import key_of, versions_digest
-from merge_gate.files.identity import base_bytes
-from merge_gate.files.json_object import read_as_transformers
-from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
-from merge_gate.records.terms import record
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""
 
-PLAN_VERSION = 1
-"""Raise it if the same configuration and files are cut differently."""
+PLAN_VERSION = 2
+"""Raise it if the same configuration is cut differently."""
 
 
 def shard_of(text: str, environ: Mapping[str, str]) -> tuple[int, int]:
@@ -68,8 +61,7 @@ def part_of(
     if options.shard is None:
         return tuple(specs), None
     index, count = options.shard
-    costs = Costs(config)
-    shards = assign({spec.name: costs.of(spec) for spec in specs}, count)
+    shards = assign({spec.name: _base_of(spec, config.directory) for spec in specs}, count)
     ours: list[AdapterSpec] = []
     positions: list[int] = []
     entries = 0
@@ -97,118 +89,33 @@ def part_of(
     return tuple(ours), shard
 
 
-def assign(costs: Mapping[str, Cost], count: int) -> dict[str, int]:
-    """The shard of each name, counted from 0."""
+def assign(bases: Mapping[str, tuple[str, str]], count: int) -> dict[str, int]:
+    """The shard of each adapter, counted from 0, by the base of each adapter."""
     load = [(0, shard) for shard in range(count)]
     assigned: dict[str, int] = {}
-    for negative_cost, _, names in sorted(_parts(costs, count)):  # 3
+    for names in sorted(_parts(bases, count), key=lambda names: (-len(names), names)):  # 3
         busy, shard = heapq.heappop(load)
-        heapq.heappush(load, (busy - negative_cost, shard))
+        heapq.heappush(load, (busy + len(names), shard))
         assigned |= dict.fromkeys(names, shard)
     return assigned
 
 
-def _parts(costs: Mapping[str, Cost], count: int) -> Iterator[tuple[int, tuple[str, str], list[str]]]:
-    """Steps 1 and 2: the parts, whose number is at least that of the machines if there are enough adapters.
-
-    A part is its negative cost, its base, and the names of its adapters.
-    """
-    bases: dict[tuple[str, str], list[str]] = {}
-    for name in sorted(costs):
-        bases.setdefault(costs[name].base, []).append(name)
-    whole = {base: _cost(names, costs) for base, names in bases.items()}
-    even = max(sum(whole.values()) // count, 1)
-    cuts = {base: min(max((2 * cost + even) // (2 * even), 1), len(bases[base])) for base, cost in whole.items()}
-    waiting = [(-whole[base] // cuts[base], base) for base in sorted(bases)]
-    heapq.heapify(waiting)
-    left = count - sum(cuts.values())
-    while left > 0 and waiting:  # a machine without work takes a piece of the largest part
-        _, base = heapq.heappop(waiting)
-        if cuts[base] < len(bases[base]):
-            cuts[base] += 1
-            left -= 1
-            heapq.heappush(waiting, (-whole[base] // cuts[base], base))
-    for base, names in bases.items():
-        yield from ((-_cost(piece, costs), base, piece) for piece in _cut(names, costs, cuts[base]))
+def _parts(bases: Mapping[str, tuple[str, str]], count: int) -> Iterator[list[str]]:
+    """Steps 1 and 2: the names in each part. There is a part for each machine if there are enough adapters."""
+    adapters: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(bases):
+        adapters.setdefault(bases[name], []).append(name)
+    shares = {base: (2 * len(names) * count + len(bases)) // (2 * len(bases)) for base, names in adapters.items()}
+    cuts = {base: min(max(shares[base], 1), len(names)) for base, names in adapters.items()}
+    while sum(cuts.values()) < min(count, len(bases)):  # a machine without work takes a piece of the largest part
+        cuts[max(cuts, key=lambda base: (len(adapters[base]) / cuts[base], base))] += 1
+    for base, names in adapters.items():
+        yield from (names[piece :: cuts[base]] for piece in range(cuts[base]))
 
 
-def _cost(names: Sequence[str], costs: Mapping[str, Cost]) -> int:
-    return max(costs[name].read_bytes for name in names) + sum(costs[name].merge_bytes for name in names)
-
-
-def _cut(names: Sequence[str], costs: Mapping[str, Cost], pieces: int) -> list[list[str]]:
-    """Pieces of a base, as even as whole adapters allow."""
-    load = [(0, piece) for piece in range(pieces)]
-    cut: list[list[str]] = [[] for _ in range(pieces)]
-    for name in sorted(names, key=lambda name: (-costs[name].merge_bytes, name)):
-        busy, piece = heapq.heappop(load)
-        cut[piece].append(name)
-        heapq.heappush(load, (busy + costs[name].merge_bytes, piece))
-    return cut
-
-
-# --- costs -----------------------------------------------------------------------------------------------------------
-
-MERGE_BYTES = 64 << 20
-LOAD_BYTES = 256 << 20
-"""The fixed cost of a merge and of a load, in bytes. With tiny bases it is the whole cost."""
-
-_LONGEST_CONFIG_BYTES = 1 << 20
-
-
-@record
-class Cost:
-    """The base of an adapter, what it costs to read the base once, and what the adapter's own merges cost."""
-
-    base: tuple[str, str]
-    read_bytes: int
-    merge_bytes: int
-
-
-class Costs:
-    """The costs of one config's entries, by names and sizes on disk: the same on every machine.
-
-    Files on the Hub have no size here, because one machine may have them in its cache and another not.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._home = Path(config.directory)
-        self._specs = {spec.name: spec for spec in config.adapters}
-        self._bytes_of = cache(lambda directory: base_bytes(directory) or 0)
-
-    def of(self, spec: AdapterSpec) -> Cost:
-        """A merge reads the weights of the base and of the adapter, once for each dtype."""
-        members = [self._specs[name] for name in spec.combine.adapters] if spec.combine is not None else [spec]
-        model = spec.base.model or _named_base(members[0], self._home)
-        base, size_bytes = model, 0
-        if Path(model).is_absolute():
-            base = os.path.relpath(model, self._home)  # a checkout may be elsewhere on another machine
-            size_bytes = self._bytes_of(model)
-        own_bytes = sum(_weight_bytes(member.path) for member in members if member.path)
-        dtypes = len(spec.base.dtypes)
-        return Cost(
-            base=(base, spec.base.revision or ""),
-            read_bytes=dtypes * (LOAD_BYTES + size_bytes),
-            merge_bytes=dtypes * (MERGE_BYTES + size_bytes + own_bytes),
-        )
-
-
-def _named_base(spec: AdapterSpec, home: Path) -> str:
-    """The base that adapter_config.json names, resolved as in `files/resolve.py`; empty if it names none."""
-    config = read_as_transformers(Path(spec.path, CONFIG_NAME), _LONGEST_CONFIG_BYTES) if spec.path else None
-    named = (config or {}).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        return ""
-    try:
-        return str(home / named) if within(ANSWER_LIMIT_S, (home / named).is_dir) else named
-    except (OSError, ValueError):  # a mount that does not answer, or a name that no file system allows
-        return named
-
-
-def _weight_bytes(directory: str) -> int:
-    """The size of the weights alone, because other files may differ from machine to machine."""
-    try:
-        with os.scandir(directory) as entries:
-            return sum(entry.stat().st_size for entry in entries if entry.name.startswith("adapter_model."))
-    except OSError:
-        return 0
+def _base_of(spec: AdapterSpec, home: str) -> tuple[str, str]:
+    """The base in the configuration; empty if only adapter_config.json names it."""
+    model = spec.base.model or ""
+    if os.path.isabs(model):  # noqa: PTH117 - a Hub id is no path
+        model = os.path.relpath(model, home)  # a checkout may be elsewhere on another machine
+    return model, spec.base.revision or ""
