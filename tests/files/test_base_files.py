@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate.files.base_files import read_base
 from merge_gate.files.base_formats import JUDGED, KNOWN_NAMES
 from merge_gate.files.resolve import base_weight_files, resolve_base
 from tests.support.files.base_directories import GPTQ, INDEX, LAYER, MODEL, PLAIN, Shape, index, lay, plus, safetensors
+from tests.support.files.pickles import read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,21 +133,27 @@ def test_files_that_cannot_be_loaded(files: dict[str, bytes], check: str, noun: 
     assert raised.value.hint
 
 
-@pytest.mark.parametrize(
-    ("content", "check"),
-    [
-        (b"", INCOMPLETE),
-        (bytes(64), INCOMPLETE),
-        (b"PK\x03\x04" + bytes(60), INCOMPLETE),
-        (b"<!doctype html>", INCONSISTENT),
-        (b"\x80\x02cos\nis truncated\nq\x00.", INCONSISTENT),
-    ],
-)
-def test_a_pickled_file_without_its_end_is_incomplete(content: bytes, check: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", bytes(64), b"PK\x03\x04" + bytes(60), b"\x80\x02cos\nis truncated\nq\x00."])
+def test_a_pickled_file_that_torch_refuses_is_inconsistent(content: bytes, tmp_path: Path) -> None:
     directory = lay(tmp_path, {"pytorch_model.bin": content})
     with pytest.raises(ResolveError) as raised:
-        read_base(str(directory), name="b", allow_pickle=True)
-    assert raised.value.check == check
+        read_base(str(directory), name="b", allow_pickle=True, read_pickle=read_pickle)
+    assert raised.value.check == INCONSISTENT
+    assert read_base(str(directory), name="b", allow_pickle=True).tensors == ()
+
+
+def test_a_pickled_shard_is_listed_where_torch_is(tmp_path: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "x.bin", "ghost": "x.bin"}}
+    directory = lay(tmp_path, {"pytorch_model.bin.index.json": json.dumps(index).encode()})
+    torch.save({"a": torch.zeros(2, 3), "b": torch.zeros(1)}, directory / "x.bin")
+    base = read_base(str(directory), name="b", allow_pickle=True, read_pickle=read_pickle)
+    assert [(one.name, one.dtype, one.shape, one.file) for one in base.tensors] == [
+        ("a", "F32", (2, 3), "x.bin"),
+        ("b", "F32", (1,), "x.bin"),
+    ]
+    assert (base.ghosts, base.unlisted) == ((("ghost", "x.bin"),), ("b",))
+    unread = read_base(str(directory), name="b", allow_pickle=True)
+    assert (unread.tensors, unread.ghosts, unread.unlisted, unread.weights) == ((), (), (), ("x.bin",))
 
 
 def test_a_config_with_infinity_is_as_good_as_transformers_takes_it(tmp_path: Path) -> None:

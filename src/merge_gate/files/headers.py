@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.regular_file import NotRegularFileError, open_regular_file
@@ -21,6 +22,9 @@ from merge_gate.records.files import StoredTensor
 
 if TYPE_CHECKING:
     from io import BufferedReader
+
+PickleReader = Callable[[str], tuple[StoredTensor, ...]]
+"""Lists the tensors of a pickled file, by its path. Raises `Refused` if torch's restricted unpickler refuses it."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""

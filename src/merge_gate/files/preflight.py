@@ -25,11 +25,10 @@ from merge_gate._internal.errors import EngineError
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate._internal.text import listing as in_a_sentence
 from merge_gate.files import adapter_config, json_object
-from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
+from merge_gate.files.headers import CorruptFileError, PickleReader, lfs_pointer, open_regular, parse_file, shown
 from merge_gate.files.identity import identity_of
-from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
 from merge_gate.judging import foreign_formats
-from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
+from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT, pickle_unreadable
 from merge_gate.judging.checks.file_lfs_pointer import FILE_LFS_POINTER
 from merge_gate.judging.checks.file_missing import FILE_MISSING
 from merge_gate.judging.checks.keys_missing import keys_missing
@@ -46,6 +45,7 @@ from merge_gate.records.files import (
     FileRecord,
     StoredTensor,
 )
+from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Finding
 
 if TYPE_CHECKING:
@@ -60,15 +60,22 @@ _MAX_FOLDERS = 200  # searched in a directory that is not itself an adapter
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
-def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[str, ...] = ()) -> AdapterFiles:
+def preflight(
+    snapshot_directory: str,
+    *,
+    allow_pickle: bool,
+    read_pickle: PickleReader | None = None,
+    withheld: tuple[str, ...] = (),
+) -> AdapterFiles:
     """Read and judge the files of one adapter.
 
-    `withheld` names files of the adapter's repository that were not downloaded. Raises `EngineError` if a file cannot
+    `read_pickle` lists the tensors of pickled weights; without it, they are not known. `withheld` names files of the
+    adapter's repository that were not downloaded. Raises `EngineError` if a file cannot
     be read at all (permissions, a failing disk), which says nothing about the adapter.
     """
     listing = _list(snapshot_directory, withheld)
     config = _read_config(snapshot_directory, listing)
-    weights = _read_weights(snapshot_directory, listing, allow_pickle=allow_pickle)
+    weights = _read_weights(snapshot_directory, listing, read_pickle, allow_pickle=allow_pickle)
     tensors = weights.content or ()
     judged = adapter_config.judge(config.content, tensors) if config.content is not None else ()
     recorded = adapter_config.recorded(config.content) if config.content is not None else AdapterConfig()
@@ -130,6 +137,8 @@ def _read(directory: str, name: str, parse: Callable[[BufferedReader, int], Any]
             finding = _lfs(name, size_bytes, target)
     except CorruptFileError as error:
         finding = _corrupt(name, error)
+    except Refused as error:
+        finding = pickle_unreadable(**error.refusal.fields)  # type: ignore[arg-type] # the facts of that kind
     except json_object.InvalidObjectError as error:
         finding = adapter_config.invalid(f"{name} {error}", error.hint)
     except FileNotFoundError:
@@ -241,13 +250,15 @@ def _object_in(file: BufferedReader, size_bytes: int) -> dict[str, Any]:
 # --- 3. the weights ------------------------------------------------------------------------------------------------
 
 
-def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _File:
+def _read_weights(directory: str, listing: _Listing, read_pickle: PickleReader | None, *, allow_pickle: bool) -> _File:
     name = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in listing.present), None)
     is_pickle_only = name == PICKLE_NAME or (name is None and PICKLE_NAME in listing.withheld)
     if is_pickle_only and not allow_pickle:
         return _File(findings=_refuse_pickle(directory, name))
+    if name == PICKLE_NAME:
+        return _read(directory, name, lambda *_: read_pickle and read_pickle(str(Path(directory, name))))
     if name is not None:
-        return _read(directory, name, read_pickled if name == PICKLE_NAME else lambda file, _: parse_file(file))
+        return _read(directory, name, lambda file, _: parse_file(file))
     if CONFIG_NAME not in listing.present:  # _read_config has reported that
         return _File()
     hint = _misnamed_weights(directory, listing)
@@ -262,28 +273,19 @@ def _record(name: str, file: BufferedReader) -> FileRecord:
 
 
 def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
-    """The findings on a pickle. It may be absent (`name` is None), an LFS pointer, or one that calls unsafe code."""
+    """The findings on a pickle. It may be absent (`name` is None), or an LFS pointer."""
     target = None
-    try:
-        if name is not None:
-            with open_regular(str(Path(directory, name))) as file:
-                size_bytes = os.fstat(file.fileno()).st_size
-                target = lfs_pointer(file)
-                read_pickled(file, size_bytes)
-    except UnsafePickleError as error:
-        return (_pickle_refused(f"which {error}", error.hint),)
-    except (CorruptFileError, OSError):
-        pass
-    refused = _pickle_refused(
-        f"which can run code when it is loaded; expected {WEIGHTS_NAME}",
+    if name is not None:
+        with suppress(CorruptFileError, OSError), open_regular(str(Path(directory, name))) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            target = lfs_pointer(file)
+    refused = PICKLE_REFUSED.finding(
+        f"the only weights are {PICKLE_NAME}, a Python pickle, which can run code when it is loaded; expected "
+        f"{WEIGHTS_NAME}",
         "save the adapter again as safetensors (PEFT's default); if you trust its author, allow the pickle with "
         "allow-pickle: true in merge-gate.yml, or with --allow-pickle",
     )
     return (_lfs(PICKLE_NAME, size_bytes, target), refused) if target is not None else (refused,)
-
-
-def _pickle_refused(does: str, hint: str) -> Finding:
-    return PICKLE_REFUSED.finding(f"the only weights are {PICKLE_NAME}, a Python pickle, {does}", hint)
 
 
 def _lfs(name: str, size_bytes: int, target: str) -> Finding:

@@ -18,7 +18,7 @@ from merge_gate._internal.companion_names import Companion, companion_kind, is_c
 from merge_gate._internal.errors import GateError, ResolveError
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.files import base_files
-from merge_gate.files.headers import shown
+from merge_gate.files.headers import PickleReader, shown
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.judging.policies import POLICIES
@@ -58,6 +58,7 @@ class Fetching:
         lay_out: makes a directory with stubs of the weight files of a base, if `access` leaves them on the Hub. Without
             it, they are downloaded.
         allow_pickle: whether pickled weights are fetched if there are no other ones.
+        read_pickle: lists the tensors of pickled weights. Without it, they are not known.
         trust_remote_code: whether the code of a base is fetched.
         with_companions: whether the files that a published model has next to its weights are fetched too.
         with_copies: whether the files that a model may copy from its base, such as code, are fetched too.
@@ -68,6 +69,7 @@ class Fetching:
     access: Access | None = None
     lay_out: Callable[[Fetched], str] | None = None
     allow_pickle: bool = False
+    read_pickle: PickleReader | None = None
     trust_remote_code: bool = False
     with_companions: bool = False
     with_copies: bool = False
@@ -133,8 +135,14 @@ class Inputs:
 
     def _read_adapter(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
         snapshot = resolve_adapter(spec, self._how)
-        allow = self._config.allow_pickle
-        files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
+        files = preflight(
+            snapshot.directory,
+            allow_pickle=self._how.allow_pickle,
+            read_pickle=self._how.read_pickle,
+            withheld=snapshot.withheld,
+        )
+        if files.weights == PICKLE_NAME and self._how.read_pickle is None:
+            self._how.notify(f"{spec.name}: {PICKLE_NAME} is a pickle, so its tensors are not read here")
         if snapshot.fetched is not None and snapshot.fetched.absent:  # for a plan: the weights are not here
             files = AdapterFiles(directory=files.directory, config=files.config, on_hub=snapshot.fetched)
         return files, snapshot.revision
@@ -306,7 +314,13 @@ def resolve_base(
     has_values = fetched is None or not fetched.streamable
     if fetched is not None and fetched.streamable and how.lay_out is not None:
         snapshot = replace(snapshot, directory=how.lay_out(fetched))
-    files = base_files.read_base(snapshot.directory, name=name, allow_pickle=how.allow_pickle, has_values=has_values)
+    files = base_files.read_base(
+        snapshot.directory,
+        name=name,
+        allow_pickle=how.allow_pickle,
+        read_pickle=how.read_pickle,
+        has_values=has_values,
+    )
     return replace(snapshot, base_files=files)
 
 

@@ -196,15 +196,16 @@ class Run:
         self._unstored: dict[int, CachedVerdict] = {}
         self._running: set[int] = set()  # tasks whose models run, or whose process died meanwhile
         self._fed = FedBases(self._watch, view.note, records=self._cache.base_records)
+        self._worker = worker or WorkerSlot()
         how = Fetching(
             notify=view.note,
             access=options.access,
             lay_out=self._fed.lay_out,
             with_companions=wanted is not None,
             is_plan=options.is_plan,
+            read_pickle=None if options.is_plan else self._worker.read_pickle,
         )
         self._inputs = Inputs(config, how, limit_s=headers_limit_s)
-        self._worker = worker or WorkerSlot()
         self._given_up = dict(options.given_up)
         self._loaded: dict[int, BaseReport] = {}
         self._writer = ReportWriter(None if options.is_plan else options.output, view)
@@ -241,10 +242,11 @@ class Run:
     def _start_worker(self) -> None:
         """Start the worker, which imports while the names become files.
 
-        If the cache may hold every verdict, a worker that was not started early waits for the first miss.
+        If the cache may hold every verdict, a worker that was not started early waits for the first miss. If pickles
+        are allowed, it reads them, and this thread starts it: a worker ends with the thread that started it.
         """
         is_needed = any(spec.name not in self._given_up for spec in self.specs)
-        if is_needed and (self._worker.is_started or not self._cache.may_hit):
+        if is_needed and (self._config.allow_pickle or self._worker.is_started or not self._cache.may_hit):
             self._worker.start()
 
     # --- 1: files ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The worker process from inside: it confines itself, imports the engine, and judges the groups of a job.
 
-In: a `Job` from the channel. Out: events. supervisor.py starts it as an interpreter of its own. It imports torch, the
-engine and group_bases.py last, when it is confined.
+In: names of pickled files, and then a `Job`, from the channel. Out: the tensors of the files, and events. supervisor.py
+starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when it is confined.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_gate._internal.errors import CardError, EngineError
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient
@@ -33,6 +34,8 @@ from merge_gate.worker.protocol import (
     Group,
     Job,
     Listener,
+    PickleListed,
+    PickleNamed,
     undecided,
 )
 from merge_gate.worker.quick_imports import quick_imports
@@ -42,13 +45,14 @@ _ENGINE = "merge_gate.engine.adapter_evidence"
 
 
 def main(descriptor: int, *of_lines: int) -> None:
-    """Entry point of the process: confine itself, import, read a job, send events, exit with 0."""
+    """Entry point of the process: confine itself, import, list pickles, read a job, send events, exit with 0."""
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     _import_engine()
     try:
-        job = channel.receive(None)
+        while isinstance(job := channel.receive(None), PickleNamed):
+            channel.send(_listed(job))
     except (EOFError, OSError):
         os._exit(0)  # there is nothing to merge
     assert isinstance(job, Job)  # noqa: S101 - the parent is ours
@@ -78,6 +82,15 @@ def _import_engine() -> None:
             importlib.import_module(_ENGINE)
     gc.freeze()
     gc.enable()
+
+
+def _listed(pickled: PickleNamed) -> PickleListed:
+    """The tensors of a pickled file."""
+    try:
+        from merge_gate.worker.group_bases import listed_pickle  # noqa: PLC0415 - imports torch and PEFT
+    except Exception as error:
+        return PickleListed(refusal=NotJudged(message=f"{type(error).__name__}: {error}"[:400]))
+    return listed_pickle(pickled.path)
 
 
 def _forget_output() -> None:

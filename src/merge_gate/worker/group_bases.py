@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
+from merge_gate.engine.adapter.peft_config import pickled_headers
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
@@ -58,6 +60,7 @@ from merge_gate.worker.protocol import (
     Merged,
     MergeProgressed,
     MergeStarted,
+    PickleListed,
     Task,
     Unjudged,
     undecided,
@@ -263,6 +266,14 @@ def refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
             f"itself{reason}, from {stored} of files, and {free} of memory are free",
             hint=f"set access: download for this base, on a runner whose disk has room for {stored}",
         )
+
+
+def listed_pickle(path: str) -> PickleListed:
+    """The tensors of a pickled file, as torch's restricted unpickler reads them."""
+    try:
+        return PickleListed(tensors=pickled_headers(Path(path)))
+    except Refused as error:
+        return PickleListed(refusal=error.refusal)
 
 
 # --- the groups' tasks -----------------------------------------------------------------------------------------------

@@ -104,6 +104,24 @@ class Job:
     trust_remote_code: bool = False
 
 
+# --- before the job --------------------------------------------------------------------------------------------------
+
+
+@record
+class PickleNamed:
+    """To the worker: list the tensors of this pickled file. It answers with `PickleListed`."""
+
+    path: str
+
+
+@record
+class PickleListed:
+    """The tensors of a pickled file, or why it has none."""
+
+    tensors: tuple[StoredTensor, ...] = ()
+    refusal: Refusal | NotJudged | None = None
+
+
 # --- events --------------------------------------------------------------------------------------------------------
 
 

@@ -34,9 +34,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self, assert_never
 
-from merge_gate._internal.errors import GateError
-from merge_gate._internal.text import counted
-from merge_gate.records.refusals import NotJudged
+from merge_gate._internal.errors import EngineError, GateError
+from merge_gate._internal.text import counted, quoted
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.refusals import NotJudged, Refused
 from merge_gate.worker.call_service import LINES, CallService, Feeds
 from merge_gate.worker.channel import Channel, GarbledError, Line
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
@@ -57,6 +58,8 @@ from merge_gate.worker.protocol import (
     Merged,
     MergeProgressed,
     MergeStarted,
+    PickleListed,
+    PickleNamed,
     Publisher,
     Task,
     Unjudged,
@@ -156,6 +159,24 @@ class WorkerSlot:
             )
         finally:
             self.end()
+
+    def read_pickle(self, path: str) -> tuple[StoredTensor, ...]:
+        """The tensors of a pickled file, as torch's restricted unpickler lists them in the process.
+
+        Raises:
+            Refused: the restricted unpickler refuses the file.
+            EngineError: the process died, or took too long.
+        """
+        self.start()
+        assert self._process is not None  # noqa: S101 - `start` made one
+        listed = self._process.read_pickle(path)
+        if isinstance(listed.refusal, NotJudged):
+            self.end()
+            message = f"{quoted(Path(path).name, 120)} could not be read: {listed.refusal.message}"
+            raise EngineError(message, hint=listed.refusal.hint)
+        if listed.refusal is not None:
+            raise Refused(listed.refusal.kind, **listed.refusal.fields)
+        return listed.tensors
 
     def choose_device(self, requested: str) -> DeviceChosen | None:
         """The device that torch would choose for `requested`, and its name. None if the process fails."""
@@ -500,6 +521,21 @@ class WorkerProcess:
     def end(self) -> None:
         """End the process, whatever it does. May be called more than once."""
         self._stack.close()
+
+    def read_pickle(self, path: str) -> PickleListed:
+        """Ask for the tensors of a pickled file. Without an answer, the refusal is how the process ended."""
+        try:
+            self._channel.send(PickleNamed(path=path))
+            answer = self._channel.receive(DEFAULT_LIMIT_S)
+        except (EOFError, OSError):
+            return PickleListed(refusal=describe_exit(_exit_code(self._process), self._output))
+        except GarbledError as error:
+            return PickleListed(
+                refusal=NotJudged(message=f"the worker sent no list of tensors ({error})", hint=_GARBLED)
+            )
+        if isinstance(answer, PickleListed):
+            return answer
+        return PickleListed(refusal=_late("while it listed pickled weights", DEFAULT_LIMIT_S))
 
     def run(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity
+from tests.support.files.pickles import read_pickle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ def make(directory: Path, config: Any = None, shapes: dict[str, list[int]] | Non
 
 
 def look(directory: Path, *, allow_pickle: bool = False, withheld: tuple[str, ...] = ()) -> AdapterFiles:
-    files = preflight(str(directory), allow_pickle=allow_pickle, withheld=withheld)
+    files = preflight(str(directory), allow_pickle=allow_pickle, read_pickle=read_pickle, withheld=withheld)
     for finding in files.findings:
         assert finding.severity is Severity.ERROR
         assert finding.message

@@ -1,10 +1,14 @@
-"""Pickled weights, and a pickle that calls a function."""
+"""Pickled weights, a pickle that calls a function, and the reader of pickles in this process."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merge_gate.records.files import StoredTensor
 
 
 def packed(pickled: bytes) -> bytes:
@@ -17,6 +21,13 @@ def packed(pickled: bytes) -> bytes:
         for name in range(2):
             archive.writestr(f"archive/data/{name}", bytes(4 * 12))
     return buffer.getvalue()
+
+
+def read_pickle(path: str) -> tuple[StoredTensor, ...]:
+    """The tensors of a pickled file, as the worker lists them."""
+    from merge_gate.engine.adapter.peft_config import pickled_headers  # noqa: PLC0415 - imports torch and PEFT
+
+    return pickled_headers(Path(path))
 
 
 class Call:

@@ -1,7 +1,7 @@
 """Changes of an input that a parser does not refuse at its first byte.
 
-In: bytes, and dice. Out: other bytes. Half of the changes are made in the tree of a JSON text (every target but the
-pickles reads JSON; YAML takes it as it is), the others by whatever changes single bytes.
+In: bytes, and dice. Out: other bytes. Half of the changes are made in the tree of a JSON text (every target reads
+JSON; YAML takes it as it is), the others by whatever changes single bytes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ TEXTS = (
 TOKENS = (
     b"\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\t", b"1e999", b"NaN", b"-", b"&a ", b"*a",
     b"<<: ", b"!!python/object:os.system ", b"!!binary ", b"? ", b"- ", b": ", b"|\n", b"---\n", b"...\n",
-    b"%YAML 1.2\n", b"{", b"}", b"[", b"]", b'"', b"'", b"\\ud800", b"PK\x03\x04", b"\x80\x02", b"}", b"(", b"t",
-    b"R", b"u", b".", b"\x85", b"\x93", b"q\x00", b"h\x00", b"Q", b"ctorch._utils\n_rebuild_tensor_v2\n",
-    b"ctorch\nFloatStorage\n", b"cos\nsystem\n", b"X\x07\x00\x00\x00storage", b"ccollections\nOrderedDict\n",
-    b"\x8c\x05torch",
+    b"%YAML 1.2\n", b"{", b"}", b"[", b"]", b'"', b"'", b"\\ud800", b"PK\x03\x04", b"\x80\x02",
 )  # fmt: skip
 _MOST_CHANGES, _DEEPEST = 4, 40
 

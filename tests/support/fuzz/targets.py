@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import json
 import os
 import pickle
 import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -28,7 +26,6 @@ from merge_gate._internal.text import has_hidden
 from merge_gate.config.load_config import load_config
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
-from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.judging import limits
 from merge_gate.records.files import StoredTensor
 from merge_gate.report.formats import json_report, terminal_text
@@ -103,22 +100,6 @@ def headers(data: bytes) -> None:
     assert known == {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
-def pickled(data: bytes) -> None:
-    """A file of torch.save, read without unpickling."""
-    if data.startswith(FRAMED):
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as parts:
-            parts.writestr(zipfile.ZipInfo("archive/data.pkl"), data[1:])
-        data = archive.getvalue()
-    with _opened(data) as file:
-        try:
-            tensors = read_pickled(file, len(data))
-        except CorruptFileError as error:
-            assert not has_hidden(str(error)), error
-            return
-    _sound(tensors or ())
-
-
 def config_of_adapter(data: bytes) -> None:
     """adapter_config.json. What is taken means what it means to any JSON parser; what is found is short."""
     try:
@@ -184,7 +165,6 @@ def report(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "headers": headers,
-    "pickled": pickled,
     "adapter-config": config_of_adapter,
     "config": config,
     "report": report,

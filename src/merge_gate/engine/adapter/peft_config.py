@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 
 from merge_gate.engine.adapter.known_defects import refuse_by_config
 from merge_gate.engine.base.loaded_base import Base, caught, first_line
+from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.tensors.placement import raise_if_of_the_run
-from merge_gate.records.files import AdapterFiles
+from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.refusals import Fact, Refused
 
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
@@ -48,14 +50,37 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:  # the preflight has read the header: this torch lacks the dtype
             raise Refused("tensor_unreadable", text=first_line(error)) from error
+    return _unpickled(path)
+
+
+def pickled_headers(path: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of a pickled file, in its order. Their values stay on the disk, if torch can map the file.
+
+    Empty if safetensors has no name for the dtype of a tensor.
+
+    Raises:
+        Refused: the restricted unpickler refuses the file, or it has no tensors by name.
+    """
+    names = {getattr(torch, own, None): name for name, own in DTYPES.items()}
+    unpickled = _unpickled(path, mmap=zipfile.is_zipfile(path))
+    state = {name: tensor for name, tensor in unpickled.items() if type(name) is str}
+    if any(tensor.dtype not in names for tensor in state.values()):
+        return ()
+    return tuple(
+        StoredTensor(name=name, dtype=names[tensor.dtype], shape=tuple(tensor.shape)) for name, tensor in state.items()
+    )
+
+
+def _unpickled(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler's own errors: not tensors only, or not a pickle
-        foreign = re.search(r"GLOBAL (\S+)", str(error))  # what the preflight leaves to torch, which has no list of it
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
         names = foreign[1] if foreign else None
         raise Refused("pickle_unreadable", error=type(error).__name__, names=names) from error
-    items = state.items() if isinstance(state, dict) else ()
-    return {name: tensor for name, tensor in items if isinstance(tensor, torch.Tensor)}
+    if not isinstance(state, dict):
+        raise Refused("pickle_unreadable", error=f"they hold a {type(state).__name__} in place of tensors by name")
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:

@@ -3,9 +3,8 @@
 **Fires when** a weights file is empty, truncated, or not in the format of its name. This includes:
 
 - a safetensors header with repeated names or unknown fields. The gate is stricter here than the library;
-- with `allow-pickle: true`, a pickle with anything other than tensors in it. The gate runs nothing in it. If the pickle
-  would call or import a function, the message names it (`adapter_model.bin would call 'posix.system' when it is
-  loaded`);
+- with `allow-pickle: true`, a pickle with anything other than tensors in it. torch's restricted unpickler runs nothing
+  in it. If the pickle would import a function, the message names it (`torch refuses "posix.system" in them`);
 - a tensor that torch cannot turn into numbers: values of 4 or 6 bits, quantized values, or no values at all (meta
   device).
 

@@ -1,7 +1,6 @@
 """There are only pickled weights (.bin), and allow-pickle is false.
 
-**Fires when** the only weights are `adapter_model.bin`, and `allow-pickle` is false. If the file would call a
-function when it is loaded, the message names the function, and the hint does not suggest `allow-pickle`.
+**Fires when** the only weights are `adapter_model.bin`, and `allow-pickle` is false.
 
 ```text
 the only weights are adapter_model.bin, a Python pickle, which can run code when it is loaded; expected
@@ -11,7 +10,8 @@ adapter_model.safetensors
 **Why it matters.** A pickle is a program, and an adapter comes from outside.
 
 **What to do.** Save the adapter as safetensors, which is PEFT's default. If you trust the author, `allow-pickle: true`
-loads the file with torch's restricted unpickler (`weights_only`). If both files exist, PEFT and the gate read only the
+reads the file with torch's restricted unpickler (`weights_only`), in the worker process. `merge-gate check` imports no
+torch, so it only says that the file is a pickle. If both files exist, PEFT and the gate read only the
 safetensors file. [Five lines](../guides/trainers.md#bin-files) convert a pickled
 adapter.
 
