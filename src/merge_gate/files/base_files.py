@@ -36,10 +36,10 @@ from merge_gate.files.headers import (
     parse_places,
     shown,
 )
+from merge_gate.judging.all_checks import refused
 from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
-from merge_gate.judging.checks.file_corrupt import pickle_unreadable
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
-from merge_gate.records.refusals import Refused
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Severity
 
 MODEL, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -255,15 +255,15 @@ def _read_weights(directory: str, file: str, name: str, read_pickle: PickleReade
                 held = parse_places(opened)
             else:
                 listed = read_pickle(str(Path(directory, file))) if read_pickle else ()
+                if isinstance(listed, Refusal):
+                    words = refused(listed)
+                    raise _broken(f"{shown(file)}: {words.message}", name, words.hint, check=INCONSISTENT)
                 held = tuple((tensor, 0, 0) for tensor in listed)
             places += ((replace(tensor, file=file), begin, end) for tensor, begin, end in held)
             return size_bytes
     except CorruptFileError as error:
         check = INCOMPLETE if isinstance(error, TruncatedFileError) else INCONSISTENT
         raise _broken(f"{shown(file)} {error}", name, check=check) from error
-    except Refused as error:
-        words = pickle_unreadable(**error.refusal.fields)  # type: ignore[arg-type] # the facts of that kind
-        raise _broken(f"{shown(file)}: {words.message}", name, words.hint, check=INCONSISTENT) from error
     except OSError as error:
         raise _unreadable(directory, file, name, error) from error
 

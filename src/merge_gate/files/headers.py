@@ -19,12 +19,13 @@ from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted, quoted
 from merge_gate.judging.foreign_formats import by_files
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.refusals import Refusal
 
 if TYPE_CHECKING:
     from io import BufferedReader
 
-PickleReader = Callable[[str], tuple[StoredTensor, ...]]
-"""Lists the tensors of a pickled file, by its path. Raises `Refused` if torch's restricted unpickler refuses it."""
+PickleReader = Callable[[str], tuple[StoredTensor, ...] | Refusal]
+"""Lists the tensors of a pickled file, by its path, or says why torch's restricted unpickler refuses it."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""

@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, PickleReader, lfs_pointer, open_regular, parse_file, shown
 from merge_gate.files.identity import identity_of
 from merge_gate.judging import foreign_formats
-from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT, pickle_unreadable
+from merge_gate.judging.all_checks import refused
+from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
 from merge_gate.judging.checks.file_lfs_pointer import FILE_LFS_POINTER
 from merge_gate.judging.checks.file_missing import FILE_MISSING
 from merge_gate.judging.checks.keys_missing import keys_missing
@@ -45,7 +46,7 @@ from merge_gate.records.files import (
     FileRecord,
     StoredTensor,
 )
-from merge_gate.records.refusals import Refused
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding
 
 if TYPE_CHECKING:
@@ -137,8 +138,6 @@ def _read(directory: str, name: str, parse: Callable[[BufferedReader, int], Any]
             finding = _lfs(name, size_bytes, target)
     except CorruptFileError as error:
         finding = _corrupt(name, error)
-    except Refused as error:
-        finding = pickle_unreadable(**error.refusal.fields)  # type: ignore[arg-type] # the facts of that kind
     except json_object.InvalidObjectError as error:
         finding = adapter_config.invalid(f"{name} {error}", error.hint)
     except FileNotFoundError:
@@ -256,7 +255,9 @@ def _read_weights(directory: str, listing: _Listing, read_pickle: PickleReader |
     if is_pickle_only and not allow_pickle:
         return _File(findings=_refuse_pickle(directory, name))
     if name == PICKLE_NAME:
-        return _read(directory, name, lambda *_: read_pickle and read_pickle(str(Path(directory, name))))
+        pickled = _read(directory, name, lambda *_: read_pickle and read_pickle(str(Path(directory, name))))
+        is_refused = isinstance(pickled.content, Refusal)
+        return replace(pickled, content=None, findings=(refused(pickled.content),)) if is_refused else pickled
     if name is not None:
         return _read(directory, name, lambda file, _: parse_file(file))
     if CONFIG_NAME not in listing.present:  # _read_config has reported that

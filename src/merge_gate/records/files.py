@@ -218,8 +218,8 @@ class AdapterConfig:
 class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
-    `tensors` is empty if only torch can list the tensors of pickled weights. `weights` is the file that PEFT will load,
-    relative to `directory`, or None. `padding` are the modules that an export has filled with zeros.
+    `tensors` is empty if nothing has read pickled weights, as in a check or a plan. `weights` is the file that PEFT
+    will load, relative to `directory`, or None. `padding` are the modules that an export has filled with zeros.
     `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
     """
 

@@ -37,7 +37,7 @@ from typing import IO, Self, assert_never
 from merge_gate._internal.errors import EngineError, GateError
 from merge_gate._internal.text import counted, quoted
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.refusals import NotJudged, Refused
+from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.worker.call_service import LINES, CallService, Feeds
 from merge_gate.worker.channel import Channel, GarbledError, Line
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
@@ -160,11 +160,10 @@ class WorkerSlot:
         finally:
             self.end()
 
-    def read_pickle(self, path: str) -> tuple[StoredTensor, ...]:
-        """The tensors of a pickled file, as torch's restricted unpickler lists them in the process.
+    def read_pickle(self, path: str) -> tuple[StoredTensor, ...] | Refusal:
+        """The tensors of a pickled file, as torch's restricted unpickler lists them in the process, or why it refuses.
 
         Raises:
-            Refused: the restricted unpickler refuses the file.
             EngineError: the process died, or took too long.
         """
         self.start()
@@ -174,9 +173,7 @@ class WorkerSlot:
             self.end()
             message = f"{quoted(Path(path).name, 120)} could not be read: {listed.refusal.message}"
             raise EngineError(message, hint=listed.refusal.hint)
-        if listed.refusal is not None:
-            raise Refused(listed.refusal.kind, **listed.refusal.fields)
-        return listed.tensors
+        return listed.refusal or listed.tensors
 
     def choose_device(self, requested: str) -> DeviceChosen | None:
         """The device that torch would choose for `requested`, and its name. None if the process fails."""

@@ -27,6 +27,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
 from tests.support.engine.local_bases import load_local
+from tests.support.files.pickles import read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +82,7 @@ def sent_by(
     **load: Any,
 ) -> Sent:
     """Merge an adapter into a base in this process, and publish it."""
-    files = preflight(str(adapter), allow_pickle=True)
+    files = preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle)
     model_class = model_class_for(str(directory), files, stored_tensors(directory))
     feed, stored = LocalFeed(str(directory)), stored_tensors(directory)
     with methods.quiet():

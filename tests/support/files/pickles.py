@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from merge_gate.records.refusals import NotJudged, Refusal
 
 if TYPE_CHECKING:
     from merge_gate.records.files import StoredTensor
@@ -23,11 +24,13 @@ def packed(pickled: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def read_pickle(path: str) -> tuple[StoredTensor, ...]:
+def read_pickle(path: str) -> tuple[StoredTensor, ...] | Refusal:
     """The tensors of a pickled file, as the worker lists them."""
-    from merge_gate.engine.adapter.peft_config import pickled_headers  # noqa: PLC0415 - imports torch and PEFT
+    from merge_gate.worker.group_bases import listed_pickle  # noqa: PLC0415 - imports torch and PEFT
 
-    return pickled_headers(Path(path))
+    listed = listed_pickle(path)
+    assert not isinstance(listed.refusal, NotJudged)
+    return listed.refusal or listed.tensors
 
 
 class Call:
