@@ -170,6 +170,8 @@ def test_the_command_prints_a_line_for_each_statement(model: Path, capfdbinary: 
         ({"verdict": "failed"}, ("verdict",)),
         ({"base": {"sha256": "0" * 64}}, ("base",)),
         ({"attested_at": "2026-01-01T00:00:00Z"}, ("attested_at",)),
+        ({"attested_at": "2999-01-01T00:00:00Z"}, ("attested_at",)),
+        ({"attested_at": "yesterday"}, ("attested_at",)),
     ],
 )
 def test_the_guide_checks_verdict_base_and_age_in_a_bundle(
