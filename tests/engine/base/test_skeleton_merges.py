@@ -53,6 +53,7 @@ from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.local_bases import load_base
 from tests.support.faults import configure
+from tests.support.files.pickles import read_pickle
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, read_tensors, write_tensors
 
@@ -84,7 +85,9 @@ def bases(directory: Path, model_class: ModelClass, dtype: str, *, is_mapped: bo
 def outcome(base: Base, adapter: Path) -> tuple[str, dict[str, torch.Tensor]]:
     """The evidence as text, because NaN is not NaN, and the merged tensors."""
     with kept() as tensors:
-        evidence = merge(MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True),)))
+        evidence = merge(
+            MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),))
+        )
     names = [merge.stats.name for merge in evidence.merges]  # an attempt that did not count has others
     return comparable(evidence), {name: tensors[name] for name in names if name in tensors}
 
@@ -108,7 +111,9 @@ def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
 @pytest.mark.parametrize("name", VARIANTS_IN_SLICE)
 def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: Shelf) -> None:
     directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
-    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=True), stored_tensors(directory))
+    model_class = model_class_for(
+        str(directory), preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), stored_tensors(directory)
+    )
     assert_same(*bases(directory, model_class, "bfloat16", is_mapped=is_mapped), adapter)
 
 
@@ -119,7 +124,9 @@ def test_a_method_comes_to_the_same(name: str, dtype: str, is_mapped: bool, tmp_
     case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "a"
     methods.save_base(case.base, base)
     methods.save_adapter(case, methods.load_base(case.base, base), adapter, base_directory=base)
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True), stored_tensors(base))
+    model_class = model_class_for(
+        str(base), preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), stored_tensors(base)
+    )
     assert_same(*bases(base, model_class, dtype, is_mapped=is_mapped), adapter)
 
 

@@ -21,6 +21,7 @@ from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import Case
+from tests.support.files.pickles import read_pickle
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, Shelf
 
@@ -54,7 +55,9 @@ def load() -> Callable[[Path, Path, str], Base]:
     loaded: dict[Any, Base] = {}
 
     def get(base: Path, adapter: Path, dtype: str) -> Base:
-        model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True), stored_tensors(base))
+        model_class = model_class_for(
+            str(base), preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), stored_tensors(base)
+        )
         key = (base, dtype, model_class)
         if key not in loaded:
             loaded[key] = load_local(str(base), model_class=model_class, label=base.name, dtype=dtype)
@@ -68,7 +71,12 @@ def passed_on(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     seen: Tensors = {}
     sink = WholeTensors(seen.__setitem__)
     evidence = adapter_evidence.merge(
-        MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True),), sink=sink, no_forward=NOT_RUN)
+        MergeRequest(
+            base=base,
+            members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),),
+            sink=sink,
+            no_forward=NOT_RUN,
+        )
     )
     assert sink.names <= seen.keys()
     return {name: tensor for name, tensor in seen.items() if name in sink.names}, evidence
@@ -76,7 +84,9 @@ def passed_on(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
 
 def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     with kept() as seen:
-        evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True), no_forward=NOT_RUN)
+        evidence = merge_adapter(
+            base, preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), no_forward=NOT_RUN
+        )
     assert evidence.refusal is None, evidence.refusal
     return seen, evidence
 

@@ -17,6 +17,7 @@ from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.faults import Case
+from tests.support.files.pickles import read_pickle
 from tests.support.models import BASES, VARIANTS, Shelf
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def test_no_tensor_of_the_base_changes_under_any_case(key: str, dtype: str, shel
     merged = 0
     for case in cases_on(key, dtype):
         lay_out(case, shelf, tmp_path / case.name)
-        files = preflight(str(tmp_path / case.name), allow_pickle=True)
+        files = preflight(str(tmp_path / case.name), allow_pickle=True, read_pickle=read_pickle)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             continue
         model_class = model_class_for(str(directory), files, stored_tensors(directory))
