@@ -183,7 +183,7 @@ def test_a_place_with_a_file_of_the_user_is_left_alone(mine: str, tmp_path: Path
 
 
 def test_only_the_gates_own_unfinished_files_are_removed(tmp_path: Path) -> None:
-    own = [".report.json.0123456789abcdef.tmp", ".junit.xml.0123456789abcdef.tmp"]
+    own = [".report.json.0123456789abcdef.tmp", ".summary.md.0123456789abcdef.tmp"]
     users = [".report.json.backup.tmp", ".notes.md.0123456789abcdef.tmp", "report.json.tmp", ".report.json.0123.tmp"]
     for name in own + users:
         (tmp_path / name).write_text("half")
