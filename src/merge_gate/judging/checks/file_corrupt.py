@@ -47,9 +47,12 @@ def tensor_unreadable(name: str | None = None, is_meta: bool = False, dtype: str
 def pickle_unreadable(error: str, names: str | None = None) -> Finding:
     """The restricted unpickler of torch refuses the weights; `names` is what they would import, if it says so."""
     what = f"torch refuses {quoted(names)} in them" if names else error
+    again = (
+        "copy or download the file again and compare its size; if that is right, have the adapter saved as safetensors"
+    )
     return FILE_CORRUPT.finding(
         f"the pickled weights are damaged, or hold something other than tensors ({what})",
-        "do not load this file; ask who made it, and have the adapter saved as safetensors",
+        "do not load this file; ask who made it, and have the adapter saved as safetensors" if names else again,
     )
 
 
