@@ -71,10 +71,11 @@ TRIAL = replace(SPEC, checks=ANY_DELTA)
 
 @dataclass
 class Gate:
-    """Judges adapters; keeps the bases it has loaded. `no_forward`: why no model is run."""
+    """Judges adapters; keeps the bases it has loaded. `no_forward`: why no model is run. `safe_merge` ships."""
 
     loaded: dict[tuple[str, str, Quantization, ModelClass], Base] = field(default_factory=dict)
     no_forward: str = ""
+    safe_merge: bool = True
 
     def judge(
         self,
@@ -97,6 +98,7 @@ class Gate:
             measure_options=measure_options(TRIAL),
             is_export=is_export,
             no_forward=self.no_forward,
+            safe_merge=self.safe_merge,
         )
         return self._decide((files,), replace(evidence, instead_of=model_class.instead_of))
 

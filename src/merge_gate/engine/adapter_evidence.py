@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -362,7 +363,7 @@ class _Attempt:
         if self.walk is None:
             return
         walk, base, differing = self.walk, self.base, tuple(self.walk.differing)
-        if differing or any(map(differs, walk.compared.values())):
+        if differing or walk.wrong or any(map(differs, walk.compared.values())):
             # A cross-check failed, so PEFT itself merges every layer, on a new scratch copy.
             walk = self._planned_walk(self.load(), in_blocks=False)
         walk.finish()
@@ -409,6 +410,9 @@ class _Attempt:
                 ),
             ),
             different=tuple(filter(differs, compared)),
+            wrong=tuple(walk.wrong.values()),
+            not_compared=tuple(walk.not_compared.items()),
+            versions=f"torch {torch.__version__}, PEFT {peft.__version__}",
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,

@@ -290,6 +290,23 @@ class LayerDifference:
 
 
 @record
+class TensorDifference:
+    """A tensor of the final model that is not what it must be, or a layer that was not merged.
+
+    Attributes:
+        tensor: its name; the layer's, if that was not merged.
+        fault: `before`, `in` or `after` PEFT's merge of the layer; `packed`, `written` or `not merged`.
+        values: how many values the roundings of PEFT's merge do not explain.
+        factor: which multiple of the merge's change the tensor has.
+    """
+
+    tensor: str
+    fault: str
+    values: int | None = None
+    factor: float | None = None
+
+
+@record
 class ServedClass:
     """The class that users of the adapter load.
 
@@ -343,6 +360,9 @@ class Evidence:
             loaded as.
         forward: what a run of the model showed.
         different: layers whose merge computes something else.
+        wrong: tensors of the final model that are not what they must be.
+        not_compared: layers that PEFT merged, or cross-checked, and whose merge is not proved; each with the reason.
+        versions: those of torch and PEFT.
         served: the class that servers load, if the run is an export, or if that class lacks the adapter's names.
     """
 
@@ -377,6 +397,9 @@ class Evidence:
     seconds: float = 0.0
     forward: Forward = Forward()
     different: tuple[LayerDifference, ...] = ()
+    wrong: tuple[TensorDifference, ...] = ()
+    not_compared: tuple[tuple[str, str], ...] = ()
+    versions: str = ""
 
     @property
     def rounded(self) -> tuple[TensorMerge, ...]:

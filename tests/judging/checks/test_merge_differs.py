@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import math
 
-from merge_gate.records.measured import Evidence, FileTensor, LayerDifference
+from merge_gate.records.measured import Evidence, FileTensor, LayerDifference, TensorDifference
 from merge_gate.records.terms import Origin
 from tests.support.faults import Case, healthy
-from tests.support.judging.cases import LORA_B, MODULE, Fire, broken, evidence, files, judge, merged, spec
+from tests.support.judging.cases import (
+    LORA_B,
+    MODULE,
+    Fire,
+    broken,
+    evidence,
+    files,
+    judge,
+    merged,
+    reason,
+    spec,
+)
 from tests.support.judging.every_check import EveryCheck
 
 
@@ -23,6 +34,16 @@ def different(*layers: tuple[str, float]) -> Evidence:
     )
 
 
+TENSOR = f"{MODULE}.weight"
+
+
+def wrong(*tensors: TensorDifference) -> Evidence:
+    return evidence(wrong=tensors, versions="torch 2.13.0, PEFT 0.21.2")
+
+
+IN = TensorDifference(tensor=TENSOR, fault="in", values=256, factor=-1.0)
+
+
 class TestMergeDiffers(EveryCheck):
     FIRES = (
         Fire(("StandardizedConv2d", "25%"), Origin.MERGE, different((MODULE, 0.25)), places={"module": MODULE}),
@@ -30,12 +51,28 @@ class TestMergeDiffers(EveryCheck):
             ("a.b", "50%"), Origin.MERGE, different((MODULE, 0.25), ("a.b", 0.5), ("c", 0.1)), places={"module": "a.b"}
         ),
         Fire((), Origin.MERGE, different((MODULE, math.inf)), places={"module": MODULE}),
+        Fire((TENSOR, "256", "-1.00"), Origin.MERGE, wrong(IN), places={"module": MODULE, "tensor": TENSOR}),
+        Fire(
+            ("not merge",),
+            Origin.MERGE,
+            wrong(TensorDifference(tensor=MODULE, fault="not merged")),
+            places={"module": MODULE},
+        ),
     )
     SITUATIONS = (
         ("one layer", (different((MODULE, 0.123)), files())),
         ("several layers", (different(*((f"layers.{number}", 1.0 + number) for number in range(9))), files())),
+        *(
+            (f"a tensor: {fault}", (wrong(TensorDifference(tensor="a.weight", fault=fault), IN), files()))
+            for fault in ("before", "after", "packed")
+        ),
+        (
+            "PEFT merges other bits, and is right",
+            (evidence(differing=(MODULE,), versions="torch 2.13.0, PEFT 0.21.2"), files()),
+        ),
         ("a merged layer that does not run", (different((MODULE, math.inf)), files())),
     )
+    REFUSED = (reason("base_written", tensor=TENSOR, operation="mul_"),)
     FAULTS = (Case("positions", "positions", cause="merge-differs", origin="merge"),)
     HEALTHY = (healthy("next-to-positions"),)
 

@@ -24,6 +24,7 @@ def merge_adapter(
     is_export: bool = False,
     no_forward: str = "",
     free_bytes: int | None = None,
+    safe_merge: bool = True,
 ) -> Evidence:
     """Merge one adapter into a scratch copy of the base, and measure everything.
 
@@ -31,7 +32,8 @@ def merge_adapter(
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
     request = MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress)
-    return merge(replace(request, is_export=is_export, no_forward=no_forward, free_bytes=free_bytes))
+    request = replace(request, is_export=is_export, no_forward=no_forward, free_bytes=free_bytes)
+    return merge(replace(request, safe_merge=safe_merge))
 
 
 def merge_combination(

@@ -19,6 +19,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
+from merge_gate.engine.merge.account import Places
 from merge_gate.engine.tensors.measure import (
     distance,
     dtype_max,
@@ -195,8 +196,10 @@ class MergedTensors:
         if layer is not None:
             self.layers.setdefault(merge.stats.name, []).append(layer)
 
-    def account_for(self, merged: nn.Module) -> None:
+    def account_for(self, merged: nn.Module, places: Places) -> tuple[str, ...]:
         """Account for PEFT's result, and measure what has no measurement yet (replaced modules, overwritten tensors).
+
+        Returns the names of tensors that are not the ones that have to be there.
 
         Raises:
             Refused: PEFT left a tuner layer in the model, or tensors of the base out of it.
@@ -222,6 +225,7 @@ class MergedTensors:
                 self.nonfinite.add(self.base.first_name(name))
         if self.sink is not None:
             self.sink.complete(frozenset(self.passed_on), tuple(self._untied(named)))
+        return tuple(places.wrong(named))
 
     def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Hand a merged tensor to the sink. A quantized one is dequantized."""

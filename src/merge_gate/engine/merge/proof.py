@@ -2,10 +2,12 @@
 
 In: a tuner layer over float32 copies of its tensors, before its merge by PEFT and after it. Out: `LayerDifference`.
 
-1. Make two inputs from the shapes of the base's layer. Each class of `_inputs` has its own kind of input.
+1. Make two inputs from the shapes of the base's layer. Each class of `_inputs` has its own kind of input. An embedding
+   has one input instead, of all its rows in random order, and a few rows only if its class does not take all of them.
 2. Run the base's layer, and the layer with its adapter. What does not run alone, or draws random numbers, is not
    compared. Values that are not finite do not count.
-3. Run the merged layer, and compare. The input on which the two differ less counts.
+3. Run the merged layer, and compare. The input on which the two differ less counts. Of an embedding, and of experts,
+   the output that differs most counts: a row, or what one expert returns.
 
 A merge that PEFT makes right differs by the rounding of float32, which is at most 4.4e-7 of the output. A wrong one
 differs by a part of what the adapter changes: 10 % for a scale that is 10 % off. So a layer differs if it exceeds both
@@ -65,11 +67,15 @@ def same_random_numbers() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unmerged:
-    """The `inputs` of a layer, and what it returned for them: without its adapter, and with it."""
+    """The `inputs` of each call of a layer, what it returned with its adapter, and the norms of its changes.
+
+    `is_apart`: each row of an output counts. Else each output of a batch is one of the inputs, and the best counts.
+    """
 
     inputs: list[tuple[Tensor, ...]]
-    plain: list[Tensor]
     adapted: list[Tensor]
+    changes: list[Tensor]
+    is_apart: bool
 
     def compared(self, module: str, class_name: str, merged: nn.Module) -> LayerDifference | None:
         """Step 3. None if the adapter changes nothing, or if only the merged layer returns NaN or an infinity.
@@ -77,34 +83,64 @@ class Unmerged:
         Such a merge is measured anyway.
         """
         try:
-            outputs = [_run(merged, given) for given in self.inputs]
-            shares = [_shares(*three) for three in zip(self.plain, self.adapted, outputs, strict=True)]
+            change, output = self._shares(merged)
         except Exception as error:
             raise_if_of_the_run(error)
             if "DefaultCPUAllocator" in str(error):  # what torch raises if there is no memory
                 raise
-            shares = [(math.inf, math.inf)]
-        found = [
-            LayerDifference(module=module, class_name=class_name, change_share=change, output_share=output)
-            for change, output in shares
-        ]
-        return None if any(math.isnan(difference(one)) for one in found) else min(found, key=difference)
+            change = output = math.inf
+        if math.isnan(change):
+            return None
+        return LayerDifference(module=module, class_name=class_name, change_share=change, output_share=output)
+
+    def _shares(self, merged: nn.Module) -> tuple[float, float]:
+        """The error as a share of the adapter's change, and of the output. NaN as `compared` returns None."""
+        calls = zip(self.inputs, self.adapted, strict=True)
+        errors = [_norms(_run(merged, given) - adapted, adapted.isfinite(), self.is_apart) for given, adapted in calls]
+        sizes = [_norms(adapted, adapted.isfinite(), self.is_apart) for adapted in self.adapted]
+        error, change, size = map(torch.cat, (errors, self.changes, sizes))
+        most = torch.maximum(change, error - change)
+        shares = torch.stack((error / most, error / size.clamp(min=TINY)))
+        shares = shares[:, most != 0] if self.is_apart else shares
+        if not shares.numel() or shares.isnan().any():
+            return math.nan, math.nan
+        differences = torch.minimum(shares[0], shares[1] * (MOST_ERROR_SHARE / LOST_SHARE))
+        counted = differences.argmax() if self.is_apart else differences.argmin()
+        return float(shares[0, counted]), float(shares[1, counted])
 
 
 def unmerged(layer: Any, device: torch.device) -> Unmerged | None:
     """Steps 1 and 2. None if the layer cannot be compared."""
-    try:
-        layer.eval()  # PEFT leaves a combined adapter in training mode, in which dropout is random
-        inputs = [tuple(one.to(device) for one in _inputs(layer, seed)) for seed in (0, 1)]
-        if not all(inputs):
-            return None
-        plain = [_run(layer.get_base_layer(), given) for given in inputs]
-        *adapted, again = [_run(layer, given) for given in (*inputs, inputs[0])]
-    except Exception as error:  # the layer needs other inputs
-        raise_if_of_the_run(error)
-        return None
-    is_same = torch.allclose(adapted[0], again, equal_nan=True)  # PVeRA can draw random numbers on each call
-    return Unmerged(inputs=inputs, plain=plain, adapted=adapted) if is_same else None
+    layer.eval()  # PEFT leaves a combined adapter in training mode, in which dropout is random
+    for inputs in _all_inputs(layer):
+        try:
+            return _unmerged(layer, [tuple(one.to(device) for one in given) for given in inputs])
+        except Exception as error:  # the layer needs other inputs
+            raise_if_of_the_run(error)
+    return None
+
+
+def _unmerged(layer: Any, inputs: list[tuple[Tensor, ...]]) -> Unmerged | None:
+    base_layer = layer.get_base_layer()
+    is_apart = not isinstance(base_layer, nn.Linear | Conv1D | nn.MultiheadAttention | _CONVOLUTIONS)
+    adapted, changes = list[Tensor](), list[Tensor]()
+    drawn = _drawn(inputs[0][0].device)
+    for given in inputs:
+        plain, output = _run(base_layer, given), _run(layer, given)
+        counts = plain.isfinite() & output.isfinite()
+        changes.append(_norms(output - plain, counts, is_apart))
+        adapted.append(output.masked_fill_(~counts, math.nan))
+    if not torch.equal(drawn, _drawn(inputs[0][0].device)):
+        return None  # PVeRA can draw random numbers on each call
+    return Unmerged(inputs=inputs, adapted=adapted, changes=changes, is_apart=is_apart)
+
+
+def _drawn(device: torch.device) -> Tensor:
+    """The state of the generator of random numbers."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def _run(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
@@ -113,27 +149,28 @@ def _run(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
     return values.clone()  # of 4 bits, it may be a view of what the layer still uses
 
 
-def _shares(plain: Tensor, adapted: Tensor, merged: Tensor) -> tuple[float, float]:
-    """‖merged − adapted‖ as a share of the adapter's change, and of the output.
-
-    Values that are not finite without the merge do not count. NaN if none counts, if nothing changes, or if others are
-    not finite.
-    """
-    counts = plain.isfinite() & adapted.isfinite()
-    plain, adapted, merged = plain[counts], adapted[counts], merged[counts]
-    error, change = _distance(merged, adapted), max(_distance(adapted, plain), _distance(merged, plain))
-    if change == 0:
-        return math.nan, math.nan
-    return error / change, error / max(_distance(adapted, torch.zeros_like(adapted)), TINY)
+def _norms(values: Tensor, counts: Tensor, is_apart: bool) -> Tensor:
+    """The norm of what counts of each output of a batch, or of each row."""
+    rows = values.masked_fill(~counts, 0.0)
+    rows = rows.reshape(-1, values.shape[-1]) if is_apart else rows.reshape(len(values), -1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
 
 
-def _distance(left: Tensor, right: Tensor) -> float:
-    return float(torch.linalg.vector_norm(left - right, dtype=torch.float64))
+def _all_inputs(layer: Any) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Step 1: the arguments of each call. The next ones are tried if the layer does not take these."""
+    base_layer, generator = layer.get_base_layer(), torch.Generator().manual_seed(0)
+    if isinstance(base_layer, nn.Embedding):
+        rows = torch.randperm(base_layer.num_embeddings, generator=generator)
+        most = max(1, MOST_VALUES // 16 // base_layer.embedding_dim)
+        yield [(rows[None, start : start + most],) for start in range(0, len(rows), most)]
+    if given := _inputs(layer, generator):
+        yield [given]
 
 
-def _inputs(layer: Any, seed: int) -> tuple[Tensor, ...]:
-    """Step 1: the positional arguments of the layer's forward; () if they are unknown."""
-    base_layer, generator = layer.get_base_layer(), torch.Generator().manual_seed(seed)
+def _inputs(layer: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The positional arguments of the layer's forward, for a batch of two; () if they are unknown."""
+    base_layer = layer.get_base_layer()
     if isinstance(base_layer, nn.Embedding):
         # Rows of the first half only: some classes shift the index, or compute it.
         rows = torch.randperm(max(1, base_layer.num_embeddings // 2), generator=generator)[:MOST_ROWS]
@@ -141,8 +178,8 @@ def _inputs(layer: Any, seed: int) -> tuple[Tensor, ...]:
         return (torch.cat((rows, torch.tensor(tokens[:MOST_ROWS], dtype=rows.dtype)))[None],)
     if isinstance(base_layer, nn.Linear | Conv1D):
         features = base_layer.nx if isinstance(base_layer, Conv1D) else base_layer.in_features
-        return (torch.randn(1, 4, features, generator=generator),)
-    if isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return (torch.randn(2, 4, features, generator=generator),)
+    if isinstance(base_layer, _CONVOLUTIONS):
         return _picture(base_layer, generator)
     if isinstance(base_layer, nn.MultiheadAttention):
         return (torch.randn(4, 1, base_layer.embed_dim, generator=generator),) * 3
@@ -162,7 +199,7 @@ def _picture(layer: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
     reach = [1 + step * (size - 1) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     inside = [size + stride for size, stride in zip(reach, layer.stride, strict=True)]
     sizes = (2 * border + size for border, size in zip(reach, inside, strict=True))
-    if math.prod(sizes) * max(layer.weight.shape[:2]) > MOST_VALUES:
+    if 2 * math.prod(sizes) * max(layer.weight.shape[:2]) > MOST_VALUES:
         return ()
     borders = [size for size in reversed(reach) for _ in range(2)]
-    return (nn.functional.pad(torch.randn(1, layer.in_channels, *inside, generator=generator), borders),)
+    return (nn.functional.pad(torch.randn(2, layer.in_channels, *inside, generator=generator), borders),)

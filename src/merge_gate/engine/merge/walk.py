@@ -10,16 +10,17 @@ layer of the scratch copy is wrapped. The wrapper has four steps:
 2. Let PEFT merge with `safe_merge=True`. If PEFT's finite check refuses, merge again from fresh copies without the
    check, so that broken values can be counted and later layers are still judged. Do the same if a value is the largest
    of its dtype: without the check PEFT rounds once instead of twice, and can end at Inf.
-3. Measure the layer's tensors in their final dtype. Let PEFT merge into float32 copies too, without that rounding, and
-   prove that this merge computes what the unmerged layer computes (proof.py). For layers that go in blocks, the
-   cross-checked ones are proved.
+3. Prove that this merge computes what the unmerged layer computes (proof.py), and measure its tensors. If they are not
+   float32, PEFT merges float32 copies too, in the same way. That merge is proved, and the tensors may differ from it
+   only by rounding (rounded_merge.py). For layers that go in blocks, the cross-checked ones are proved.
 4. Put the base's tensors back, so that only one layer's copies exist at a time.
 
 Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
 once. If a cross-check differs, no result of the blocks counts, and PEFT merges the whole adapter. If a base is read for
 that pass, PEFT merges other layers then, too, as far as they share nothing with any layer.
 
-After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (merged_tensors.py).
+After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (account.py,
+merged_tensors.py).
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -44,6 +44,7 @@ from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
+from merge_gate.engine.merge.account import Memory, Places, Watch
 from merge_gate.engine.merge.merged_tensors import (
     ROUNDED,
     ROUNDING_SHARE,
@@ -56,18 +57,19 @@ from merge_gate.engine.merge.merged_tensors import (
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
+from merge_gate.engine.merge.rounded_merge import unexplained
 from merge_gate.engine.merge.rounding_floor import rounding_share
-from merge_gate.engine.tensors.measure import distance, dtype_max, measure, same_values, shares_storage
+from merge_gate.engine.tensors.measure import dtype_max, measure, same_bits, shares_storage
 from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run
-from merge_gate.engine.tensors.quantized import dequantized, is_quantized
-from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorMerge
+from merge_gate.engine.tensors.quantized import dequantized, is_quantized, scales
+from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorDifference, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of merged layers, the number of all layers, and the layer's name."""
 
 
-Made = tuple[bool, list[tuple[TensorMerge, Any]]]
+Measured = tuple[bool, list[tuple[TensorMerge, Any]]]
 """PEFT's merge of a layer: whether safe_merge accepted it, and figures, each with the layer if that changed them."""
 
 
@@ -77,7 +79,8 @@ class Walk:
 
     `cross_checked` has the layers that PEFT confirmed. `differing` has those whose merge in blocks is not PEFT's: the
     walk then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
-    in their place. `sink` gets every tensor that the merge gives a value of its own.
+    in their place. `sink` gets every tensor that the merge gives a value of its own. `wrong` has the tensors of the
+    final model that are not what they must be, and `not_compared` the layers whose merge is not proved, and why.
     """
 
     base: Base
@@ -94,12 +97,17 @@ class Walk:
     differing: list[str] = field(default_factory=list)
     adapted: set[str] = field(default_factory=set)
     compared: dict[str, LayerDifference] = field(default_factory=dict)
+    not_compared: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, TensorDifference] = field(default_factory=dict)
     layers_by_peft: int = 0
     layers: list[tuple[str, Any]] = field(init=False)
     planned: list[BlockLayer] = field(default_factory=list)
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
-    _early: dict[int, Made] = field(default_factory=dict)
+    _early: dict[int, Measured] = field(default_factory=dict)
     _turns: Turns = field(init=False)
+    _memory: Memory = field(init=False)
+    _places: Places = field(init=False)
+    _called: set[int] = field(default_factory=set)
     _total: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: int = 0
@@ -114,6 +122,8 @@ class Walk:
         layers = [(path.removeprefix(ADAPTER_PREFIX), one) for path, one in named if isinstance(one, BaseTunerLayer)]
         self.layers, self._total = layers, len(layers)
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
+        self._places = Places(self.base, self.loaded.model.get_base_model())
+        self._memory = Memory((*self._places.tensors(), *self.base.tensors.items()))
         if self.in_blocks:
             self.planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
 
@@ -179,14 +189,16 @@ class Walk:
         layer, slots = block.layer, slots_of(block.layer, self.loaded.slots)
         private = private_copies(layer, slots, self.base, mapped=self.loaded.mapped)
         with torch.no_grad(), private, packed_sums(slots) as packed:
+            # The float32 merge links the unmerged layer with this one. It is faster without PEFT's finite check.
+            made = _Made(safe_merge=False, before=self._unmerged(layer, slots), packed=packed)
             try:
-                layer.merge(safe_merge=True)
+                made.is_sum = self._watched(layer.merge, safe_merge=True)
             except Exception as error:
                 raise_if_of_the_run(error)
                 return False  # PEFT gives the reason when it merges the whole adapter
             if not agrees(self.base, block, merged):
                 return False
-            self._proved(block.path, layer, slots, layer.merge, packed)
+            self._proved(block.path, layer, slots, layer.merge, made)
         return True
 
     def finish(self) -> None:
@@ -196,17 +208,12 @@ class Walk:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             CannotJudge: a measurement failed, which says nothing about the adapter.
         """
-        named = self.loaded.model.named_modules()
-        wrappers = [(path, one) for path, one in named if isinstance(one, ModulesToSaveWrapper) and one.active_adapters]
-        in_file: dict[nn.Parameter, list[torch.Tensor]] = {}
-        for path, wrapper in wrappers:
-            for name, one in wrapper.modules_to_save.named_parameters(remove_duplicate=False):
-                if (key := f"{path}.modules_to_save.{name}") in self.loaded.state:
-                    in_file.setdefault(one, []).append(self.loaded.state[key])
+        watch = Watch(self._memory)
         for path, layer in self.layers:
-            layer.merge = self._wrapped(path, layer, layer.merge)
+            layer.merge = self._wrapped(path, layer, layer.merge, watch)
         try:
-            merged = self.loaded.model.merge_and_unload(safe_merge=True)
+            with watch:
+                merged = self.loaded.model.merge_and_unload(safe_merge=True)
         except (Refused, CannotJudge, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
@@ -214,18 +221,26 @@ class Walk:
         finally:
             for _, layer in self.layers:
                 layer.__dict__.pop("merge", None)
-        self.merged.account_for(merged)
-        for path, wrapper in wrappers:
-            self._compare_trained(path.removeprefix(ADAPTER_PREFIX), wrapper, merged, in_file)
+        for name in self.merged.account_for(merged, self._places):
+            self._differs(name, "after")
+        for path, layer in self._places.layers:
+            if id(layer) not in self._called:
+                self._differs(path, "not merged")
 
-    def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
+    def _differs(self, tensor: str, fault: str, values: int | None = None, factor: float | None = None) -> None:
+        """The first fault of a tensor counts."""
+        self.wrong.setdefault(tensor, TensorDifference(tensor=tensor, fault=fault, values=values, factor=factor))
+
+    def _wrapped(self, path: str, layer: Any, original: Callable[..., None], watch: Watch) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
+            self._called.add(id(layer))
             if self._depth:  # PEFT merges an inner layer for the outer one
                 original(*positional, **named)
                 return
             names = inspect.signature(original).bind(*positional, **named).arguments.get("adapter_names")
             by_peft = functools.partial(original, adapter_names=names)
             self._depth += 1
+            watch.is_on = False  # the gate fills tensors of the base; a merge by PEFT has its own watch
             try:
                 self._merge_layer(path, layer, by_peft)
             except (Refused, MemoryError, torch.OutOfMemoryError):
@@ -234,6 +249,7 @@ class Walk:
                 raise CannotJudge("not_measured", module=path, error=caught(error)) from error
             finally:
                 self._depth -= 1
+                watch.is_on = True
 
         return merge
 
@@ -246,6 +262,9 @@ class Walk:
     # --- one layer ---
 
     def _merge_layer(self, path: str, layer: Any, by_peft: Callable[..., None]) -> None:
+        for slot in slots_of(layer, self.loaded.slots):
+            if self._places.is_moved(slot):
+                self._differs(slot.name, "before")
         if id(layer) in self.blocks:
             self._enter_block(*self.blocks[id(layer)])
             return
@@ -263,7 +282,7 @@ class Walk:
             self.adapted.add(merge.stats.name)
         self.layers_by_peft += 1
 
-    def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Made:
+    def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Measured:
         """Steps 1 to 4."""
         slots = slots_of(layer, self.loaded.slots)
         for slot in slots:
@@ -274,18 +293,27 @@ class Walk:
             for slot in slots:
                 self.base.confirm(slot.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
-            is_safe = self._tried(by_peft, safe_merge=self.safe_merge)  # 2.
+            drawn, before_merge = torch.get_rng_state(), self._unmerged(layer, slots)
+            made = _Made(safe_merge=self.safe_merge, before=before_merge, packed=packed, drawn=drawn)
+            trained = {id(one): name for name, one in layer.named_parameters()}
+            is_safe = self._tried(by_peft, made)  # 2.
             if not is_safe or _at_the_edge(slots):
                 renew()
                 packed.clear()
-                self._tried(by_peft, safe_merge=False)
+                made.safe_merge = False
+                self._tried(by_peft, made)
             if layer.get_base_layer() is before:
                 with same_random_numbers():
-                    exact = self._proved(path, layer, slots, by_peft, packed)
+                    exact = self._proved(path, layer, slots, by_peft, made)
                 merges = self._measured(layer, slots, exact, share)  # 3.
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)  # 4.
+            after = layer.get_base_layer()
+            in_place = slot.tensor if after is before else getattr(after, slot.attribute, None)
+            is_made = after is before or trained.get(id(in_place), "").endswith(f".{slot.attribute}")
+            if in_place is not None and is_made:
+                self._places.leave(slot, in_place)
         return is_safe, merges
 
     def apart(self) -> dict[str, list[tuple[str, Any]]]:
@@ -344,15 +372,23 @@ class Walk:
     def _refused(self, error: Exception) -> Refused:
         return Refused("merge_raised", **raised(error, self.loaded.config, self.base))
 
-    def _tried(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
+    def _tried(self, by_peft: Callable[..., None], made: _Made) -> bool:
         """Step 2. False if PEFT's finite check refuses. Any other exception refuses the adapter."""
         try:
-            by_peft(safe_merge=safe_merge)
+            made.is_sum = self._watched(by_peft, safe_merge=made.safe_merge)
+        except Refused:
+            raise
         except Exception as error:  # PEFT refuses with six kinds of exception
-            if safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
+            if made.safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
                 return False
             raise self._refused(error) from error
         return True
+
+    def _watched(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
+        """Let PEFT merge. Returns `Watch.is_sum`."""
+        with Watch(self._memory) as watch:
+            by_peft(safe_merge=safe_merge)
+        return bool(watch.is_sum)
 
     def _enter_block(self, block: BlockLayer, merge: TensorMerge) -> None:
         """Enter a layer that was merged in blocks, and mark it as merged for PEFT."""
@@ -383,40 +419,68 @@ class Walk:
                 self.merged.pass_on(slot.module, slot.name, tensor)
         return merges
 
+    def _unmerged(self, layer: Any, slots: list[Slot]) -> Unmerged | None:
+        """What the layer computes before its merge, if the merge itself is proved: it is in float32."""
+        if any(is_quantized(slot.parameter) or slot.data.dtype is not torch.float32 for slot in slots):
+            return None
+        with same_random_numbers():
+            return unmerged(layer, device_of(layer, self.base.device))
+
     def _proved(
-        self, path: str, layer: Any, slots: list[Slot], by_peft: Callable[..., None], packed: list[torch.Tensor]
+        self, path: str, layer: Any, slots: list[Slot], by_peft: Callable[..., None], made: _Made
     ) -> dict[str, torch.Tensor]:
-        """Prove the layer's merge in float32. Returns the merged tensors without the rounding of their dtype, by name.
+        """Prove the layer's merge. Returns the merged tensors without the rounding of their dtype, by name.
 
         For a quantized weight, these are the values that PEFT has packed in the merge before.
         """
         packed_slots = [slot for slot in slots if is_quantized(slot.parameter)]
-        rounded = [slot for slot in slots if slot.tensor is not None and slot.tensor.dtype in ROUNDED]
+        final = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
+        if all(one.dtype is torch.float32 for one in final.values()) and not packed_slots:
+            self._compare(path, layer, made.before, layer)
+            return {}
         try:
             if packed_slots:
-                return self._proved_unpacked(path, layer, slots, packed_slots, packed)
+                return self._proved_unpacked(path, layer, slots, packed_slots, made.packed)
             with private_copies(layer, slots, self.base, dtype=torch.float32):
                 before = unmerged(layer, device_of(layer, self.base.device))
-                if before is None and not rounded:
-                    return {}
-                by_peft(safe_merge=False)
+                if made.drawn is not None:
+                    torch.set_rng_state(made.drawn)
+                self._watched(by_peft, safe_merge=made.safe_merge)
                 self._compare(path, layer, before, layer)
-                return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
-        except Exception as error:
+                exact = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
+        except Exception as error:  # the merge itself has succeeded, and was measured
             raise_if_of_the_run(error)
-            return {}  # the merge itself has succeeded, and was measured
+            self.not_compared[path] = "PEFT does not merge it in float32"
+            return {}
+        for slot in slots:
+            if slot.name in exact and final[slot.name].is_floating_point():
+                self._explain(slot, final[slot.name], exact[slot.name], is_sum=made.is_sum)
+        return {name: values for name, values in exact.items() if final[name].dtype in ROUNDED}
+
+    def _explain(self, slot: Slot, final: torch.Tensor, exact: torch.Tensor, *, is_sum: bool) -> None:
+        """The tensor may differ from its merge in float32 only by rounding."""
+        found: tuple[int | None, float | None] | None = (None, None)
+        if final.shape == exact.shape == slot.data.shape:
+            found = unexplained(final, exact, slot.data.to(final.device), is_sum=is_sum)
+        if found is not None:
+            self._differs(slot.name, "in", *found)
 
     def _proved_unpacked(
-        self, path: str, layer: Any, slots: list[Slot], of_packed: list[Slot], packed: list[torch.Tensor]
+        self, path: str, layer: Any, slots: list[Slot], of_packed: list[Slot], sums: list[Packed]
     ) -> dict[str, torch.Tensor]:
         """Plain layers take the place of a quantized one: one has its values, and one has the sum of PEFT's merge."""
+        packed = [one.values for one in sums]
         slot, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
         bias = next((one for one in slots if one.attribute == "bias"), None)
         values = dequantized(slot.module, slot.parameter)
         if len(of_packed) > 1 or module is not slot.module or not packed or packed[-1].numel() != values.numel():
+            self.not_compared[path] = "its code needs the packed weight"
             return {}
+        if not _is_packed_from(slot, sums[-1]):
+            self._differs(slot.name, "packed")
         exact = packed[-1].to(values.device, torch.float32).reshape(values.shape)
         if packed[-1].dtype is not torch.float32:  # rounded: that would be more than the limits
+            self.not_compared[path] = "PEFT rounds its sum to 16 bits before it packs it"
             return {slot.name: exact}
         layer.merged_adapters.clear()
         layer.base_layer = _linear(values, None if bias is None else bias.data)
@@ -429,33 +493,42 @@ class Walk:
         return {slot.name: exact}
 
     def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module) -> None:
-        class_name = type(layer.get_base_layer()).__name__
-        found = before.compared(_INNER.sub("", path), class_name, merged) if before is not None else None
+        if before is None:
+            self.not_compared[path] = "it does not run alone, or draws random numbers"
+            return
+        found = before.compared(_INNER.sub("", path), type(layer.get_base_layer()).__name__, merged)
         if found is not None:
             self.compared[path] = found
 
-    def _compare_trained(
-        self, path: str, wrapper: Any, merged: nn.Module, in_file: Mapping[nn.Parameter, Sequence[torch.Tensor]]
-    ) -> None:
-        """A module that is trained whole has to be in PEFT's result with the values that PEFT loaded from the file.
 
-        PEFT could change its own copy. Of several names in the file for one parameter, PEFT loads one.
-        """
-        kept, first = (dict(one.named_parameters()) for one in (merged.get_submodule(path), wrapper.original_module))
-        for name, own in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
-            values = [one.to(own) for one in in_file.get(own, ()) if not is_quantized(own)] or [own]
-            if name not in kept or any(same_values(kept[name], one) for one in values):
-                continue
-            trained = values[-1]
-            error = distance(kept[name], trained) if kept[name].shape == trained.shape else math.inf
-            norms = distance(trained, first[name]) if name in first else 0.0, distance(trained)
-            shares = [error / norm if norm else math.inf for norm in norms]
-            self.compared[path] = LayerDifference(
-                module=path,
-                class_name=type(wrapper.original_module).__name__,
-                change_share=shares[0],
-                output_share=shares[1],
-            )
+@dataclass(slots=True, kw_only=True)
+class _Made:
+    """How PEFT made a merge. `before` is what the layer computed, if the merge itself is proved.
+
+    A merge in float32 gets this `safe_merge`. `drawn` is the state of torch's generator before a merge that may draw.
+    `is_sum`: see `Watch`.
+    """
+
+    safe_merge: bool
+    before: Unmerged | None
+    packed: list[Packed]
+    is_sum: bool = False
+    drawn: torch.Tensor | None = None
+
+
+class Packed(NamedTuple):
+    """Values that PEFT packs, and what packs them again."""
+
+    values: torch.Tensor
+    again: Callable[[], Any]
+
+
+def _is_packed_from(slot: Slot, packed: Packed) -> bool:
+    """Whether the merged tensor has the bits that the quantizer makes of the values."""
+    merged: Any = slot.tensor
+    again = packed.again().to(merged.device)
+    pairs = zip(scales(slot.module, again), scales(slot.module, merged), strict=True)
+    return same_bits(again.data, merged.data) and all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
 
 _PATCHED = threading.Lock()
@@ -465,20 +538,20 @@ _INNER = re.compile(r"(\.(token_adapter|base_layer))+$")
 
 
 @contextlib.contextmanager
-def packed_sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
+def packed_sums(slots: list[Slot]) -> Iterator[list[Packed]]:
     """Yields the values that PEFT packs inside of the block, in its order: W + delta before it is quantized again.
 
     Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), but all end with a new parameter of the
     packed class. For one layer at a time, because the class is patched for all.
     """
-    found: list[torch.Tensor] = []
+    found: list[Packed] = []
     packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
     kinds = [kind for kind in packed if "__new__" in vars(kind)]
 
     def made_by(make: Any) -> Any:
         def make_and_keep(kind: Any, data: Any = None, *given: Any, **named: Any) -> Any:
             if isinstance(data, torch.Tensor) and data.is_floating_point():
-                found.append(data)
+                found.append(Packed(data, lambda: make(kind, data, *given, **named)))
             return make(kind, data, *given, **named)
 
         return staticmethod(make_and_keep)

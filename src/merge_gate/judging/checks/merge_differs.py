@@ -1,13 +1,21 @@
-"""A merged layer does not compute what the unmerged one computes, on the same input in float32.
+"""A tensor of the final model is not what it must be, or a merged layer computes something else than unmerged.
 
-**Fires when** PEFT's merge of a layer gives weights that compute something else than the layer with its adapter. The
-gate merges the layer into a float32 copy and runs it on two made-up inputs, before and after. It fires if the outputs
-differ by more than 1 % of what the adapter changes, and by more than 1e-5 of the output, on both inputs.
+**Fires when** one of these is not so:
 
-Every layer that PEFT merges is compared, and one of each kind of the layers that the gate merges in blocks. Modules
-that are trained whole (`modules_to_save`) have to be in PEFT's result with their values. [The page on
-methods](../reference/methods.md#layers-that-are-compared) says what is not compared. `forward.layers_compared` in the
-report counts the compared layers.
+- A merged layer computes what the layer with its adapter computes. PEFT merges the layer in float32, and the gate runs
+  it on made-up inputs, before and after. It fires if the outputs differ by more than 1 % of what the adapter changes,
+  and by more than 1e-5 of the output. All rows of an embedding and all experts count.
+- A merged tensor in another dtype is that merge, within the roundings that PEFT makes. A quantized weight has the bits
+  that its quantizer makes of PEFT's sum.
+- Every other tensor is the one that the base or the adapter's file has for that place.
+- Every layer of the adapter was merged, and nothing was written to the base.
+
+Every layer that PEFT merges is compared, and one of each kind of the layers that the gate merges in blocks. [The page
+on methods](../reference/methods.md#layers-that-are-compared) says what is not compared. `coverage` in the report counts
+the layers that are proved and those that are not compared.
+
+If PEFT merges a layer to other bits than the gate, PEFT merges all layers. If these merges are right, they count, and a
+note names the layers.
 
 ```text
 encoder.embed_positions (a MvpLearnedPositionalEmbedding) does not compute the same after the merge: in float32, it
@@ -18,6 +26,7 @@ differs from the unmerged layer by 128% of the adapter's change; so does decoder
 finite, so nothing else shows it.
 
 **What to do.** Serve the adapter unmerged, as it was trained. Or exclude the layer (`exclude_modules`) and train again.
+If the finding names a tensor, PEFT or torch is broken: try other versions of them.
 
 **It happened.**
 
@@ -29,10 +38,12 @@ finite, so nothing else shows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
-from merge_gate._internal.text import listing
-from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
+from merge_gate._internal.tensor_names import module_of
+from merge_gate._internal.text import counted, listing
+from merge_gate.judging.checks.check import ERROR, NOTE, Check, MergeCase, Symptom
 from merge_gate.records.terms import FailureKind, Finding, Origin
 
 
@@ -46,6 +57,21 @@ from merge_gate.records.terms import FailureKind, Finding, Origin
     failure=FailureKind.NOT_MERGEABLE,
 ).on_merge
 def merge_differs(case: MergeCase) -> Iterator[Finding]:
+    yield from _of_layers(case)
+    yield from _of_tensors(case)
+    evidence = case.evidence
+    if evidence.differing and not evidence.different and not evidence.wrong:
+        yield merge_differs.finding(
+            f"{evidence.versions} merged {listing(evidence.differing)} to other bits than the gate, so PEFT merged all "
+            "layers. Its merge is the unmerged layers, within rounding",
+            "there is nothing to do for this adapter; please report the versions to merge-gate",
+            severity=NOTE,
+            module=evidence.differing[0],
+            layers=len(evidence.differing),
+        )
+
+
+def _of_layers(case: MergeCase) -> Iterator[Finding]:
     different = sorted(case.evidence.different, key=lambda layer: -layer.change_share)
     if not different:
         return
@@ -63,3 +89,48 @@ def merge_differs(case: MergeCase) -> Iterator[Finding]:
         layers=len(different),
         share=float(f"{worst.change_share:.2g}") if runs else None,  # rounded, so that all dtypes have the same
     )
+
+
+_FAULTS: Mapping[str, str] = MappingProxyType(
+    {
+        "before": "PEFT replaced it before its layer was merged",
+        "in": "PEFT's merge in the final dtype is not its merge in float32, within rounding",
+        "after": "it is not the tensor that the base, the adapter's file, or the merge of its layer has for this place",
+        "not merged": "PEFT did not merge this layer",
+        "packed": "the packed weight is not what the quantizer makes of PEFT's sum",
+    }
+)
+
+
+def _of_tensors(case: MergeCase) -> Iterator[Finding]:
+    wrong = case.evidence.wrong
+    if not wrong:
+        return
+    worst, *others = wrong
+    also = f"; {listing(tuple(one.tensor for one in others))} {'are' if len(others) > 1 else 'is'} wrong, too"
+    values = "" if worst.values is None else f": {counted(worst.values, 'value')} differ"
+    factor = "" if worst.factor is None else f", and it has {worst.factor:.2f} times the change"
+    yield merge_differs.finding(
+        f"{worst.tensor} is wrong in the merged model: {_FAULTS[worst.fault]}{values}{factor}{also if others else ''}",
+        _BROKEN.format(versions=f" ({case.evidence.versions})"),
+        module=worst.tensor if worst.fault == "not merged" else module_of(worst.tensor),
+        tensor=None if worst.fault == "not merged" else worst.tensor,
+        tensors=len(wrong),
+        values=worst.values,
+        factor=worst.factor,
+    )
+
+
+_BROKEN = "PEFT or torch is broken{versions}: install other versions, or serve the adapter unmerged"
+
+
+def base_written(tensor: str, operation: str) -> Finding:
+    return merge_differs.finding(
+        f"PEFT's merge writes into {tensor} in the memory of the base ({operation}): the merge was stopped before that",
+        _BROKEN.format(versions=""),
+        module=module_of(tensor),
+        tensor=tensor,
+    )
+
+
+REFUSALS = (base_written,)

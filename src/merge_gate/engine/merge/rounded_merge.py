@@ -1,0 +1,77 @@
+"""Whether the roundings of PEFT's merge explain a merged tensor, given the proven merge in float32.
+
+In: a tensor in its final dtype, its layer's merge in float32, and the base's values. Out: what they do not explain.
+
+1. PEFT rounds a sum at most twice: the change, and the sum. So a value is explained if it lies between the rounded ends
+   of merged ± half a unit of the change.
+2. Some methods (RoAd, GLoRA, HiRA, FRoD, attention of torch) make intermediate values in 16 bits. If step 1 leaves
+   values over, each value has to be within `MOST_UNITS` of the largest value of its row. That alone would let a change
+   pass that is smaller, so the tensor also has to have the merge's change as a whole: the errors have random signs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+MOST_UNITS = 8.0
+"""Half units of a row's largest value. PEFT's own methods differ by 2.7 at most."""
+
+DEVIATIONS = 6.0
+"""One in 500 million sums of errors with random signs is larger than so many standard deviations."""
+
+MOST_SHARE = 0.02
+"""The share of the change that may be missing or added, too. A rounded factor changes many values alike."""
+
+ELEMENTS = 1 << 16
+"""Values that are compared at a time: they stay in the processor's cache."""
+
+FLOAT32 = 2.0**-20
+"""The error of the merge in float32, as a share of a value and of its change."""
+
+
+def unexplained(
+    final: torch.Tensor, exact: torch.Tensor, base: torch.Tensor, *, is_sum: bool
+) -> tuple[int, float | None] | None:
+    """Compare a merged tensor, of at most 32 bits, with its merge in float32.
+
+    Returns how many values are not explained, and the factor of the merge's change that the tensor has. Values that are
+    not finite do not count: they are measured. `is_sum`: PEFT has rounded nothing in 16 bits except the change and the
+    sum, so step 2 does not apply.
+    """
+    places = _odd(final.flatten(), exact.flatten(), base.flatten())
+    got, merged, was = (one.flatten().index_select(0, places).float() for one in (final, exact, base))
+    limits, change = torch.finfo(final.dtype), merged - was
+    room = change.abs() * (limits.eps / 2 + FLOAT32) + merged.abs() * FLOAT32 + limits.tiny * limits.eps
+    low, high = ((merged + one).to(final.dtype).float() for one in (-room, room))  # 1.
+    outside = (got < low) | (got > high)
+    if not outside.any():
+        return None
+    counts = got.isfinite() & merged.isfinite()
+    values = int((outside & counts).sum())
+    rows = torch.maximum(exact.abs(), base.abs().float()).reshape(exact.shape[:1].numel(), -1)  # 2.
+    most = (rows.amax(1) * (MOST_UNITS * limits.eps / 2)).repeat_interleave(rows.shape[1])[places]
+    is_near = not bool((counts & ((got - merged).abs() > most)).any())
+    errors = ((got - merged.to(final.dtype)).double() * change)[counts]
+    delta = (exact - base).double()
+    whole = float(delta.square().sum())
+    allowed = DEVIATIONS * float(errors.square().sum().sqrt()) + MOST_SHARE * whole
+    if not values or (not is_sum and is_near and abs(float(errors.sum())) <= allowed):
+        return None
+    moved = float(((final.double() - base) * delta).sum())
+    return values, moved / whole if whole and math.isfinite(moved) else None
+
+
+def _odd(final: torch.Tensor, exact: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """The places of values that are neither the merge rounded once, nor the sum of the base and its rounded change."""
+    bits = torch.int16 if final.itemsize == 2 else torch.int32  # noqa: PLR2004 - bytes
+    places = []
+    for start in range(0, len(final), ELEMENTS):
+        some = slice(start, start + ELEMENTS)
+        got, once = final[some].view(bits), exact[some].to(final.dtype).view(bits)
+        if not torch.equal(got, once):
+            twice = (base[some] + (exact[some] - base[some]).to(final.dtype)).to(final.dtype).view(bits)
+            if not torch.equal(got, twice):
+                places.append(((got != twice) & (got != once)).nonzero()[:, 0] + start)
+    return torch.cat(places) if places else torch.empty(0, dtype=torch.int64, device=final.device)

@@ -1,0 +1,301 @@
+"""Every tensor of the final model is accounted for: faults before, in, and after PEFT's merges of its layers.
+
+| stage | what is wrong | test |
+|---|---|---|
+| in, only the merge that ships | the fifteen ways of wrong_merges.py | `test_a_fault_of_the_merge_…` |
+| before and after | the fifteen ways, made of the base's weights | `test_each_way_…` |
+| before and after | layers exchanged, an embedding or a norm changed, a trained copy or a layer left out | `OTHERS` |
+
+In 16 bits, and with either value of `safe_merge`. A fault that changes what PEFT's forward computes in the same way is
+not found: the scaling, or the factors, before the merge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from merge_gate.engine.merge.rounded_merge import unexplained
+from merge_gate.records.terms import Verdict
+from tests.support import methods
+from tests.support.engine.merges import NOT_RUN
+from tests.support.engine.wrong_merges import METHODS, TARGETS, WAYS, Fault, Merge, case_of, key_of
+from tests.support.gating import Bench, Gate, Judgement, one_thread
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with one_thread():
+        yield Bench(tmp_path_factory.mktemp("account"), Gate(no_forward=NOT_RUN))
+
+
+def judged(bench: Bench, case: methods.Case, dtype: str, *, safe_merge: bool = True) -> Judgement:
+    bench.gate.safe_merge = safe_merge
+    return bench.gate.judge(bench.adapter(case), bench.base_directory(case.base, dtype))
+
+
+def assert_differs(judgement: Judgement, tensors: set[str], where: object) -> None:
+    """The cause is merge-differs, and what it names is in `tensors` (or a module of one of these)."""
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), (where, judgement)
+    first = next(one for one in judgement.findings if one.check == "merge-differs")
+    modules = {name.rpartition(".")[0] for name in tensors}
+    assert first.tensor in tensors if first.tensor else first.module in modules | tensors, (where, judgement)
+
+
+# --- in ------------------------------------------------------------------------------------------------------------
+
+
+def found(bench: Bench, base: str, method: str, way: str, dtype: str, *, safe_merge: bool) -> bool:
+    """Whether the fault was made in the merge that ships, and in no other; then it was found."""
+    final = methods.DTYPES[dtype]
+    fault = Fault(WAYS[way], lambda made, safe: (made, safe) == (final, safe_merge))
+    with pytest.MonkeyPatch.context() as patched:
+        fault.patch(patched)
+        judgement = judged(bench, case_of(base, method), dtype, safe_merge=safe_merge)
+    if not fault.broken:
+        return False
+    if way == "one NaN":
+        assert judgement.cause == "merged-nonfinite", (way, dtype, judgement)
+        return True
+    state = bench.base(base, dtype).state_dict()
+    broken = {name for name, values in state.items() if key_of(values) in fault.broken}
+    assert_differs(judgement, broken, (base, method, way, dtype, safe_merge))
+    return True
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fault_of_the_merge_that_ships_is_found(method: str, bench: Bench) -> None:
+    """Each way in one of three dtypes. Without safe_merge, LoRA in blocks has no merge by PEFT that ships."""
+    made = set()
+    for number, way in enumerate(WAYS):
+        dtype, safe = list(methods.DTYPES)[number % 3], method in ("lora", "dora") or number % 2 == 0
+        if found(bench, "llama", method, way, dtype, safe_merge=safe):
+            made.add(way)
+    assert len(made) > 10, made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "method"), [(base, one) for base in TARGETS for one in METHODS if (base, one) != ("gpt2", "lokr")]
+)
+def test_each_fault_of_the_merge_that_ships_is_found(base: str, method: str, bench: Bench) -> None:
+    for way, dtype, safe in itertools.product(WAYS, methods.DTYPES, (True, False)):
+        if safe or method not in ("lora", "dora"):
+            found(bench, base, method, way, dtype, safe_merge=safe)
+
+
+# --- before and after ----------------------------------------------------------------------------------------------
+
+Change = Callable[[nn.Module], set[str]]
+"""Changes a model, and returns the names of the tensors that are wrong then."""
+
+
+@contextlib.contextmanager
+def changed(change: Change, stage: str) -> Iterator[set[str]]:
+    """PEFT changes the model before or after it merges its layers. Yields the names of what it has changed."""
+    names: set[str] = set()
+    merge_all = BaseTuner._unload_and_optionally_merge
+
+    def with_change(tuner: Any, *given: Any, **named: Any) -> Any:
+        if stage == "before":
+            names.update(change(tuner.model))
+        merge_all(tuner, *given, **named)
+        if stage == "after":
+            names.update(change(tuner.model))
+        return tuner.model
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BaseTuner, "_unload_and_optionally_merge", with_change)
+        yield names
+
+
+def place_of(path: str) -> str:
+    return path.replace("base_layer.", "").replace("original_module.", "")
+
+
+def replaced(end: str, change: Callable[[Tensor], Tensor], *, in_place: bool) -> Change:
+    """Give other values to the parameter that ends so."""
+
+    def apply(model: nn.Module) -> set[str]:
+        path, parameter = next((path, one) for path, one in model.named_parameters() if place_of(path).endswith(end))
+        wrong = change(parameter.data)
+        if in_place:
+            parameter.data.copy_(wrong)
+        else:
+            parameter.data = wrong
+        return {place_of(path)}
+
+    return apply
+
+
+def exchanged(model: nn.Module) -> set[str]:
+    """The memory of two layers."""
+    ends = ("q_proj.weight", "k_proj.weight")
+    (one, first), (other, second) = (
+        next((path, one) for path, one in model.named_parameters() if place_of(path).endswith(end)) for end in ends
+    )
+    first.data, second.data = second.data, first.data
+    return {place_of(one), place_of(other)}
+
+
+def one_layer_left_out(model: nn.Module) -> set[str]:
+    """PEFT never merges it."""
+    *_, (path, layer) = ((path, one) for path, one in model.named_modules() if isinstance(one, BaseTunerLayer))
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer.get_base_layer())
+    return {path}
+
+
+def trained_module_left_out(model: nn.Module) -> set[str]:
+    path, wrapper = next((path, one) for path, one in model.named_modules() if isinstance(one, ModulesToSaveWrapper))
+    wrapper.modules_to_save["default"] = wrapper.original_module
+    return {f"{path}.weight"}
+
+
+OTHERS: dict[str, tuple[tuple[str, ...], Change]] = {
+    "layers exchanged": (("before", "after"), exchanged),
+    "embedding reversed": (("before", "after"), replaced("embed_tokens.weight", lambda w: w.flip(0), in_place=False)),
+    "embedding reversed in place": (
+        ("before", "after"),
+        replaced("embed_tokens.weight", lambda w: w.flip(0), in_place=True),
+    ),
+    "norm times 1.1": (("before", "after"), replaced("input_layernorm.weight", lambda w: w * 1.1, in_place=False)),
+    "norm times 1.1 in place": (
+        ("before", "after"),
+        replaced("input_layernorm.weight", lambda w: w * 1.1, in_place=True),
+    ),
+    "trained copy times 1.1": (("after",), replaced("lm_head.weight", lambda w: w * 1.1, in_place=False)),
+    "trained copy times 1.1 in place": (("after",), replaced("lm_head.weight", lambda w: w * 1.1, in_place=True)),
+    "layer left out": (("before",), one_layer_left_out),
+    "trained module left out": (("before",), trained_module_left_out),
+}
+
+SAVED: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "k_proj"], "modules_to_save": ["lm_head"]}
+BY_METHOD = {
+    "lora": methods.make_case("saved-lora", "llama", "LoraConfig", **SAVED),
+    "loha": methods.make_case("saved-loha", "llama", "LoHaConfig", **SAVED),
+}
+
+
+@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize("way", OTHERS)
+def test_what_peft_does_around_its_layers_is_found(way: str, method: str, bench: Bench) -> None:
+    stages, change = OTHERS[way]
+    for stage, dtype in itertools.product(stages, methods.DTYPES):
+        before = bench.base("llama", dtype).state_dict()
+        with changed(change, stage) as names:
+            judgement = judged(bench, BY_METHOD[method], dtype)
+        assert_differs(judgement, names or set(before), (way, stage, dtype))
+        assert judged(bench, BY_METHOD[method], dtype).verdict is Verdict.PASSED, "another adapter does not notice"
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_each_way_around_the_layers_is_found(stage: str, bench: Bench) -> None:
+    """The change of a layer is that of another one, as good as any."""
+    case = BY_METHOD["lora"]
+    for number, (name, way) in enumerate(WAYS.items()):
+        dtype = list(methods.DTYPES)[number % 3]
+
+        def wrong(weight: Tensor, way: Any = way) -> Tensor:
+            delta = 0.1 * weight.roll(3, 0)
+            merge = Merge(nn.Module(), weight.clone(), weight + delta, 0, delta)
+            return way(merge)
+
+        if name in OF_FACTORS:
+            continue
+        with changed(replaced("v_proj.weight", wrong, in_place=False), stage) as names:
+            judgement = judged(bench, case, dtype)
+        if "not merged" in name:  # these are the base's values
+            assert judgement.verdict is Verdict.PASSED, (name, judgement)
+        else:
+            assert {one.check for one in judgement.findings} >= {"merge-differs"}, (name, judgement)
+            assert_differs(judgement, names, (name, stage))
+
+
+OF_FACTORS = {"smallest rank dropped", "DoRA as LoRA"}
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+def test_a_write_in_the_merge_of_a_layer_reaches_no_other_adapter(dtype: str, bench: Bench) -> None:
+    case = methods.find("loha-linear")
+    healthy = judged(bench, case, dtype)
+    (base,) = (one for key, one in bench.gate.loaded.items() if key[0].endswith(f"llama/{dtype}"))
+    norm = base.tensors["model.norm.weight"]
+    kept = norm.clone()
+    merge = LycorisLayer.merge
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LycorisLayer, "merge", lambda *given, **named: (norm.mul_(1.1), merge(*given, **named)))
+        judgement = judged(bench, case, dtype)
+    assert_differs(judgement, {"model.norm.weight"}, dtype)
+    assert torch.equal(norm, kept)
+    assert judged(bench, case, dtype).evidence.merges == healthy.evidence.merges
+
+
+def test_a_write_that_peft_ignores_is_found(bench: Bench) -> None:
+    def apply(model: nn.Module) -> set[str]:
+        with contextlib.suppress(Exception):
+            cast("Any", model).model.norm.weight.data.mul_(1.1)
+        return {"model.norm.weight"}
+
+    with changed(apply, "after") as names:
+        judgement = judged(bench, BY_METHOD["lora"], "float32")
+    assert_differs(judgement, names, "ignored")
+
+
+# --- the proof of a part of a tensor -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+@pytest.mark.parametrize("rows", [slice(12, 24), slice(23, 24)])
+def test_each_row_of_an_embedding_is_compared(rows: slice, dtype: str, bench: Bench) -> None:
+    case = methods.find("lora-embedding")
+    fault = Fault(lambda merge: torch.cat((merge.after[: rows.start], merge.by(-1)[rows])))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Embedding, "merge", fault._wrapped(Embedding.merge))
+        judgement = judged(bench, case, dtype)
+    assert_differs(judgement, {"model.embed_tokens.weight"}, (rows, dtype))
+
+
+def test_peft_counts_where_its_bits_are_not_those_of_the_blocks(bench: Bench) -> None:
+    """A release of PEFT, or of torch, that rounds in another order is right, and a note says so."""
+    case, merge = methods.find("lora-linear"), Linear.merge
+
+    def once(layer: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        merge(layer, False, adapter_names)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Linear, "merge", once)
+        judgement = judged(bench, case, "bfloat16")
+    assert judgement.verdict is Verdict.PASSED, judgement
+    (note,) = (one for one in judgement.findings if one.check == "merge-differs")
+    assert "torch" in note.message
+    assert "PEFT" in note.message
+
+
+# --- rounding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+def test_roundings_explain_a_sum_and_nothing_else(dtype: torch.dtype, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, 256, generator=generator).to(dtype)
+    delta = size * torch.randn(64, 256, generator=generator)
+    exact = base.float() + delta
+    for right in (exact.to(dtype), base + delta.to(dtype)):
+        assert unexplained(right, exact, base, is_sum=True) is None
+    for factor in (-1.0, 0.0, 1.1, 1.3, 2.0):
+        for is_sum in (True, False):
+            wrong = unexplained((base.float() + factor * delta).to(dtype), exact, base, is_sum=is_sum)
+            assert wrong is not None, (factor, is_sum)
+            assert wrong[1] == pytest.approx(factor, abs=0.05)
