@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft.tuners import road
 from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -26,7 +27,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from merge_gate.engine.merge.rounded_merge import unexplained
-from merge_gate.records.terms import Verdict
+from merge_gate.records.terms import Quantization, Verdict
 from tests.support import methods
 from tests.support.engine.merges import NOT_RUN
 from tests.support.engine.wrong_merges import METHODS, TARGETS, WAYS, Fault, Merge, case_of, key_of
@@ -280,6 +281,21 @@ def test_peft_counts_where_its_bits_are_not_those_of_the_blocks(bench: Bench) ->
     (note,) = (one for one in judgement.findings if one.check == "merge-differs")
     assert "torch" in note.message
     assert "PEFT" in note.message
+
+
+def test_a_packed_weight_that_is_not_made_of_the_sum_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, merge = methods.find("road-4"), road.Linear4bit.merge
+
+    def wrong(layer: Any, *given: Any, **named: Any) -> None:
+        merge(layer, *given, **named)
+        layer.get_base_layer().weight.data[0] ^= 1
+
+    adapter, base = bench.adapter(case), bench.base_directory(case.base, "bfloat16")
+    bench.gate.safe_merge = True
+    assert bench.gate.judge(adapter, base, quantization=Quantization.BNB_4BIT).verdict is Verdict.PASSED
+    monkeypatch.setattr(road.Linear4bit, "merge", wrong)
+    judgement = bench.gate.judge(adapter, base, quantization=Quantization.BNB_4BIT)
+    assert_differs(judgement, {"model.layers.0.self_attn.q_proj.weight"}, "packed")
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def unexplained(
 
 
 def _odd(final: torch.Tensor, exact: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """The places of values that are neither the merge rounded once, nor the sum of the base and its rounded change."""
+    """The places of values, except for the merge rounded once, and for the sum of the base and its rounded change."""
     bits = torch.int16 if final.itemsize == 2 else torch.int32  # noqa: PLR2004 - bytes
     places = []
     for start in range(0, len(final), ELEMENTS):
