@@ -96,6 +96,22 @@ def test_an_error_of_the_card_costs_the_adapter_in_progress(
     assert "CUDA error" in finding(judged, "c3a-linear")
 
 
+@pytest.mark.parametrize("kind", ["memory", "cublas"])
+def test_an_error_of_the_card_does_not_refuse_a_combination(
+    kind: str, card: Path, workshop: Workshop, tmp_path: Path
+) -> None:
+    """On a quantized base, the factors are on the card while PEFT combines them."""
+    member = workshop.entry(methods.find("lora-linear"), "bfloat16", quantization="bnb-8bit")
+    combine = {"method": "svd", "adapters": ["first", "second"], "weights": [0.6, 0.4]}
+    entries = [member | {"name": name} for name in combine["adapters"]]
+    path = tmp_path / "gate.yml"
+    path.write_text(
+        json.dumps({"version": 1, "adapters": [*entries, {"name": "both", "combine": combine, "base": member["base"]}]})
+    )
+    judged = judge(path, Device(name="cuda", environment=build.environment(card, failures={"aten::_linalg_svd": kind})))
+    assert judged.verdicts() == {"first": PASSED, "second": PASSED, "both": ("error", "not-judged")}
+
+
 def test_an_index_out_of_range_is_the_adapters_fault(card: Path, workshop: Workshop, tmp_path: Path) -> None:
     """On a card, it would end the context, and the verdicts of the adapters after it."""
     path = config(tmp_path, workshop, "lora-linear", "supertuning-linear", "lora-dora")

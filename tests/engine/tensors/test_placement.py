@@ -139,6 +139,11 @@ def test_another_error_is_the_adapters(text: str) -> None:
     raise_if_of_the_run(RuntimeError(text))
 
 
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
+def test_a_setting_that_peft_quotes_is_no_error_of_a_card(kind: type[Exception]) -> None:
+    raise_if_of_the_run(kind("Unknown initialization init_lora_weights='CUDA error'"))
+
+
 def failing(kind: type[Exception], text: str) -> Callable[..., None]:
     def merge(*_: Any, **__: Any) -> None:
         raise kind(text)

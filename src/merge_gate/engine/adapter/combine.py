@@ -19,6 +19,7 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
+from merge_gate.engine.tensors.placement import raise_if_of_the_run
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
@@ -46,6 +47,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
             try:
                 model.add_adapter(name, config)
             except Exception as error:  # as below
+                raise_if_of_the_run(error)
                 raise Refused("add_raised", error=caught(error)) from error
         inject_again = partial(_injected, base, members, config, name)
         loaded, arrival = load_weights(
@@ -71,6 +73,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         )
         model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
     except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
+        raise_if_of_the_run(error)
         raise Refused("combine_raised", error=caught(error), members=combine.adapters, method=combine.method) from error
     _refuse_left_out(model, names, combine)
     return Loaded(

@@ -105,7 +105,8 @@ def raise_if_of_the_run(error: Exception) -> None:
     """Raise an error that says nothing about an adapter: a lack of memory as it is, and `CardError` for a card's."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         raise error
-    if _OF_A_CARD.search(str(error)):
+    is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)  # PEFT quotes configs
+    if is_of_torch and _OF_A_CARD.search(str(error)):
         raise CardError(f"the GPU failed: {str(error).splitlines()[0]}") from error
 
 
