@@ -147,14 +147,15 @@ class Walk:
                     continue
                 if name in below or id(module) in copied or tensor.shape != known.shape:
                     outlines[name] = tensor.shape, known.dtype
-        named = self.loaded.model.get_base_model().named_modules()
-        copies = {path: getattr(one.modules_to_save, ADAPTER_NAME, None) for path, one in named if one in wrappers}
+        named = dict(self.loaded.model.get_base_model().named_modules())
+        copied_at = [path for path, one in named.items() if one in wrappers]
+        copies = {path: getattr(named[path].modules_to_save, ADAPTER_NAME, None) for path in copied_at}
         for name, first in self.base.aliases.items():
             parts = [one.rpartition(".") for one in (name, first)]
             own, other = (getattr(copies.get(path), attribute, None) for path, _, attribute in parts)
             if own is not other:
-                known = self.base.tensors[first]
-                outlines[name] = known.shape if own is None else own.shape, known.dtype
+                (path, _, attribute), known = parts[0], self.base.tensors[first]
+                outlines[name] = getattr(copies.get(path) or named[path], attribute).shape, known.dtype
         return outlines
 
     def refuse_too_large(self, free_bytes: int) -> None:
