@@ -511,10 +511,8 @@ def _enlarged_tensors(base: Base, loaded: Loaded) -> set[str]:
 def _resized(base: Base, merges: Mapping[str, TensorMerge]) -> Iterator[tuple[int, int]]:
     """The rows of each tensor with a larger or smaller vocabulary, before and after the merge."""
     for name, merge in merges.items():
-        known = (
-            base.figures(base.first_name(name)).shape if base.first_name(name) in base.tensors else merge.stats.shape
-        )
-        if known != merge.stats.shape:
+        first = base.first_name(name)
+        if first in base.tensors and (known := base.figures(first).shape) != merge.stats.shape:
             yield known[0], merge.stats.shape[0]
 
 

@@ -437,7 +437,7 @@ def _files(merged: BaseFiles) -> Iterator[Finding]:
     for one in merged.findings:
         yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
     for names, has, lacks in (
-        ([name for name, _ in merged.ghosts], "the index names", "the weight files do not have"),
+        ([name for name, _ in merged.ghosts], "the index names", "the files that it names do not have"),
         ([*merged.unlisted], "the weight files have", "the index does not name"),
     ):
         if names:
