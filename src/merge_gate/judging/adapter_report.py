@@ -85,11 +85,8 @@ def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
         if forward.ran:
             why = "the merged model was not run, which forward: required asks for: memory did not suffice, or it failed"
         if forward.not_run:
-            ran, names = (
-                f"{forward.modules_run} of the adapter's {forward.modules} modules ran",
-                ", ".join(forward.not_run),
-            )
-            why = f"{ran}, and forward: required asks for all: not {names}; {forward.why_not}"
+            ran = f"{forward.modules_run} of the adapter's {forward.modules} modules ran"
+            why = f"{ran}, and forward: required asks for all: not {', '.join(forward.not_run)}; {forward.why_not}"
         hint = "set forward: auto if a verdict without this measurement is enough"
         findings = (*bounded([not_judged(why, hint)]), *findings)
     return replace(

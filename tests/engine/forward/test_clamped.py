@@ -43,10 +43,13 @@ MODELS: dict[str, Any] = {
 FC2, OUTPUT = "encoder.layers.0.fc2", "encoder.block.0.layer.0.SelfAttention.o"
 
 
-def judged(name: str, root: Path, *, factor: torch.Tensor | None = None) -> tuple[Forward, dict[str, Severity]]:
+def judged(
+    name: str, root: Path, *, factor: torch.Tensor | None = None, changes_logits: bool = False
+) -> tuple[Forward, dict[str, Severity]]:
     """A base that reaches 46,000 in one channel of a layer, and an adapter that exceeds float16 there.
 
-    `factor` is what the adapter does to each channel; by default it changes only this one much.
+    `factor` is what the adapter does to each channel; by default it changes only this one much. With `changes_logits`,
+    the adapter also changes the logits, by far more, and they do not depend on the clamped layer.
     """
     torch.manual_seed(0)
     factor = torch.tensor([60.0] + [0.01] * 31) if factor is None else factor
@@ -62,8 +65,16 @@ def judged(name: str, root: Path, *, factor: torch.Tensor | None = None) -> tupl
         model(**next(candidates(model))[1])
         hook.remove()
         layer.weight[0] *= 46_000 / returned[0][..., 0].abs().max()
+        if changes_logits:
+            model.get_decoder().layer_norm.weight.fill_(1_000.0)
+            for decoder_layer in model.get_decoder().layers:
+                decoder_layer.encoder_attn.out_proj.weight.zero_()
+        targets = f".*({place}|decoder.layers.1.fc2)" if changes_logits else f".*{place}"
         model.half().save_pretrained(root / "base")
-        adapted: Any = get_peft_model(model.float(), LoraConfig(r=1, lora_alpha=1, target_modules=f".*{place}"))
+        adapted: Any = get_peft_model(model.float(), LoraConfig(r=1, lora_alpha=1, target_modules=targets))
+        for path_of_factor, parameter in adapted.named_parameters():
+            if "lora_B" in path_of_factor:
+                parameter.normal_(0, 100)
         adapter = adapted.get_submodule(f"base_model.model.{path}")
         adapter.lora_A["default"].weight[:] = layer.weight[:1] * 0.01
         adapter.lora_B["default"].weight[:, 0] = factor
@@ -76,6 +87,7 @@ def judged(name: str, root: Path, *, factor: torch.Tensor | None = None) -> tupl
 
 WHISPER = "WhisperForConditionalGeneration"
 CLAMPED = ("activation-nonfinite", Severity.WARNING)
+SPREAD = torch.randn(32, generator=torch.Generator().manual_seed(1)).pow(5) * 60.0
 
 
 @pytest.mark.parametrize("name", [WHISPER, "T5ForConditionalGeneration", "UMT5ForConditionalGeneration"])
@@ -96,8 +108,15 @@ def test_a_model_whose_logits_are_nan_fails(tmp_path: Path) -> None:
 
 def test_a_model_that_clamps_and_returns_other_values_fails(tmp_path: Path) -> None:
     """Every channel is clamped, so that only the signs of a layer's values are left."""
-    spread = torch.randn(32, generator=torch.Generator().manual_seed(1)).pow(5) * 60.0
-    forward, found = judged(WHISPER, tmp_path, factor=spread)
+    forward, found = judged(WHISPER, tmp_path, factor=SPREAD)
+    assert forward.output_error is not None
+    assert forward.output_error > 1
+    assert found["activation-nonfinite"] is Severity.ERROR
+
+
+def test_a_large_effect_on_one_output_hides_no_error_of_another(tmp_path: Path) -> None:
+    """The logits are right, and the encoder's states, which are returned too, are not."""
+    forward, found = judged(WHISPER, tmp_path, factor=SPREAD, changes_logits=True)
     assert forward.output_error is not None
     assert forward.output_error > 1
     assert found["activation-nonfinite"] is Severity.ERROR

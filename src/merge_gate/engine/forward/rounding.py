@@ -106,16 +106,14 @@ def with_rounding(
     if not (size and effect and effect >= LEAST_EFFECT * noise and math.isfinite(change)):  # NaN, too
         return forward
     forward = replace(forward, effect=effect / size, rounding_change=change / effect, choices_changed=choices.changed)
-    return forward if change <= error_limit * effect else _with_typical_effect(exact, adapted, runs[0], forward, size)
 
-
-def _with_typical_effect(exact: _InFloat32, adapted: Any, plain: ModelRun, forward: Forward, size: float) -> Forward:
-    """Step 4. `plain` is the base's run, and `size` the norm of its outputs."""
-    runs = [ModelRun(model=_redrawn(exact.copy(adapted), seed), inputs=plain.inputs) for seed in range(DRAWS)]
-    if not exact.run(runs):
-        return forward
-    effects = [_distances((plain.returned, run.returned), [(1, 0)])[0] for run in runs]
-    return replace(forward, typical_effect=statistics.median(effects) / size)
+    # 4.
+    if change > error_limit * effect:
+        redrawn = [ModelRun(model=_redrawn(exact.copy(adapted), seed), inputs=inputs) for seed in range(DRAWS)]
+        if exact.run(redrawn):
+            effects = [_distances((runs[0].returned, run.returned), [(1, 0)])[0] for run in redrawn]
+            forward = replace(forward, typical_effect=statistics.median(effects) / size)
+    return forward
 
 
 def _redrawn(model: nn.Module, seed: int) -> nn.Module:
@@ -149,19 +147,21 @@ def _signs(size: int, seed: int) -> torch.Tensor:
 def with_output_error(
     base: Base, merged: MergedModel, every: Sequence[Inputs], seen: Sequence[Sequence[Any]], forward: Forward
 ) -> Forward:
-    """The `Forward` with `output_error`. `seen` are the outputs of base and merged model in the dtype."""
-    exact, squares = _InFloat32(base), [0.0] * 3
+    """The `Forward` with `output_error`, the worst of all outputs. `seen` has those of base and merged model."""
+    exact, errors = _InFloat32(base), [0.0]
     plain, rounded = exact.copy(base.model), exact.copy(merged.model)
     for inputs, *in_dtype in zip(every, *seen, strict=True):
         given = _pytree.tree_map_only(torch.Tensor, lambda one: one.float() if one.is_floating_point() else one, inputs)
         runs = (ModelRun(model=plain, inputs=given), ModelRun(model=rounded, inputs=given, own=merged.in_float32))
         if not exact.run(runs):
             return forward
-        norms = _distances([*(run.returned for run in runs), *in_dtype], ((1, 0), (2, 0), (3, 1)))
-        squares = [square + norm**2 for square, norm in zip(squares, norms, strict=True)]
-    effect, of_base, of_merged = map(math.sqrt, squares)
-    allowed = max(MOST_OF_BASE * of_base, MOST_OF_EFFECT * effect)
-    return replace(forward, output_error=of_merged / allowed) if allowed and math.isfinite(allowed) else forward
+        for output in zip(*map(tensors_of, (*(run.returned for run in runs), *in_dtype)), strict=True):
+            effect, of_base, of_merged = _distances(output, ((1, 0), (2, 0), (3, 1)))
+            allowed = max(MOST_OF_BASE * of_base, MOST_OF_EFFECT * effect)
+            if not math.isfinite(effect + of_base) or of_merged > allowed == 0:
+                return forward
+            errors.append(of_merged / allowed if allowed else 0.0)
+    return replace(forward, output_error=max(errors))
 
 
 class _InFloat32:

@@ -51,9 +51,6 @@ RAISED = 1.05
 MOST_NAMED = 20
 """So many modules are named that did not run."""
 
-OF_UNMERGED = ("why_not", "modules", "modules_run", "not_run", "not_counted", "layers_compared", "largest_difference")
-"""Figures that a run of the merged model leaves."""
-
 CLOSE = 0.9
 """The merged model is run if an activation is above this share of the dtype's largest value: it may round up."""
 
@@ -80,11 +77,11 @@ def run_adapters(
             continue
         missing = ", ".join(missing_inputs(base.model, inputs))
         lacking = f"the model takes {missing} too" + "".join(f"; {one.why_not}" for one in failures[1:2])
-        forwards = [
-            _with_coverage(_forward(base, name, of_base, one), one.activations.ran, model, paths, inputs)
+        known = Forward(inputs=name, why_not=lacking if missing else None)
+        return [
+            _forward(base, _with_coverage(known, one.activations.ran, model, paths, inputs), of_base, one)
             for one, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
         ]
-        return [replace(one, why_not=one.why_not or (lacking if missing else None)) for one in forwards]
     return [failures[-1]] * len(models)
 
 
@@ -92,17 +89,13 @@ def _with_coverage(
     forward: Forward, ran: Collection[str], model: nn.Module, targeted: Sequence[str], inputs: Inputs
 ) -> Forward:
     """Step 5. `ran` are the modules that ran."""
-    left_out = [path for path in targeted if path not in ran]
-    not_run = [path for path in left_out if _lacks_input(path, model, ran, inputs)]
-    count = len(targeted) - len(left_out)
-    not_counted = tuple(path for path in left_out if path not in set(not_run))
-    if not forward.ran:
-        return forward
+    lacks = {path: _lacks_input(path, model, ran, inputs) for path in targeted if path not in ran}
+    not_run, not_counted = (tuple(path for path in lacks if lacks[path] is kind) for kind in (True, False))
     return replace(
         forward,
-        modules=count + len(not_run),
-        modules_run=count,
-        not_run=tuple(not_run[:MOST_NAMED]),
+        modules=len(targeted) - len(not_counted),
+        modules_run=len(targeted) - len(lacks),
+        not_run=not_run[:MOST_NAMED],
         not_counted=not_counted[:MOST_NAMED],
     )
 
@@ -118,12 +111,7 @@ def _lacks_input(path: str, model: nn.Module, ran: Collection[str], inputs: Inpu
     return False
 
 
-def _run_with_base(
-    base: Base,
-    models: Sequence[Any],
-    name: str,
-    tokens: Collection[int],
-) -> tuple[_Seen, list[_Seen]]:
+def _run_with_base(base: Base, models: Sequence[Any], name: str, tokens: Collection[int]) -> tuple[_Seen, list[_Seen]]:
     """Run the base, and models with its weights, on the inputs of this name. A base in memory runs once for all."""
     key, inputs = (name, tuple(tokens)), _named(base, name, tokens)
     if (of_base := base.ran.get(key)) is not None:
@@ -142,17 +130,15 @@ def is_close(forward: Forward) -> bool:
 
 def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
     """Steps 2 and 4, on the inputs of step 1."""
-    name = forward.inputs or ""
-    inputs = _named(base, name, tokens)
+    inputs = _named(base, forward.inputs or "", tokens)
     of_base, of_merged = _run(base, [base.model, merged.model], inputs, merged.values, keeps=True)
-    made = _forward(base, name, of_base, of_merged)
+    made = _forward(base, forward, of_base, of_merged)
     if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
         return forward
     if made.nonfinite_origin is Origin.ADAPTER and of_base.finite and of_merged.finite:
         made = with_output_error(base, merged, inputs, (of_base.returned, of_merged.returned), made)
     is_only_merged = made.nonfinite_origin is Origin.ADAPTER and forward.nonfinite_origin is not Origin.ADAPTER
-    kept = {name: getattr(forward, name) for name in OF_UNMERGED}
-    return replace(made, nonfinite_origin=Origin.MERGE if is_only_merged else made.nonfinite_origin, **kept)
+    return replace(made, nonfinite_origin=Origin.MERGE) if is_only_merged else made
 
 
 def _why_not(base: Base) -> str:
@@ -242,8 +228,8 @@ def _clones(inputs: Inputs) -> Inputs:
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
-def _forward(base: Base, name: str, of_base: _Seen, of_adapter: _Seen) -> Forward:
-    """Step 3, and the figures."""
+def _forward(base: Base, forward: Forward, of_base: _Seen, of_adapter: _Seen) -> Forward:
+    """Step 3: `forward` with the figures of this run."""
     for one in (of_base, of_adapter):
         if one.error is not None:
             return _failed("the forward with the adapter", one.error)
@@ -258,9 +244,9 @@ def _forward(base: Base, name: str, of_base: _Seen, of_adapter: _Seen) -> Forwar
     values = [(now.largest, path, was.largest) for path, now, was in common]
     larger = [one for one in values if one[0] > RAISED * one[2]]
     largest, raised = (max(each, key=lambda one: one[0], default=(None, None, None)) for each in (values, larger))
-    return Forward(
+    return replace(
+        forward,
         ran=True,
-        inputs=name,
         parameters_run=_share_run(base, own),
         largest=largest[0],
         largest_module=largest[1],

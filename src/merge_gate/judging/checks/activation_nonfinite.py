@@ -6,8 +6,8 @@ the dtype of the merged weights cannot hold:
 - **error** with origin `adapter`: the base returns finite values there, and the adapter does not, merged and
   unmerged. Origin `merge`: only the merged model does not.
 - **warning** with one of these origins, if the model clamps such values, as Whisper and T5 do in float16. Its outputs
-  are then finite. They differ from those of the same weights in float32 by at most three times what the base's do, or
-  by at most half of the adapter's effect.
+  are then finite. Each differs from that of the same weights in float32 by at most three times what the base's does, or
+  by at most half of the adapter's effect on it.
 - **warning** with origin `base`: the base does it without any adapter.
 
 ```text
