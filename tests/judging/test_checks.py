@@ -211,19 +211,25 @@ def test_running_out_of_memory_is_no_bug() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ((), MeasureOptions(estimates=True, estimated_ratio=250.0)),
-        ((setting("rounding-loss", Severity.ERROR),), MeasureOptions(estimated_ratio=250.0)),
-        ((setting("delta-norm", Severity.ERROR),), MeasureOptions(estimated_ratio=250.0)),
-        ((setting("delta-norm", Severity.WARNING),), MeasureOptions(estimates=True, estimated_ratio=250.0)),
+        ((), MeasureOptions(estimates=True, estimated_ratio=250.0, error_limit=0.8)),
+        ((setting("rounding-loss", Severity.ERROR),), MeasureOptions(estimated_ratio=250.0, error_limit=0.8)),
+        ((setting("delta-norm", Severity.ERROR),), MeasureOptions(estimated_ratio=250.0, error_limit=0.8)),
+        (
+            (setting("delta-norm", Severity.WARNING),),
+            MeasureOptions(estimates=True, estimated_ratio=250.0, error_limit=0.8),
+        ),
         (
             (CheckSetting(check="rounding-loss", severity=Severity.WARNING, limit=0.4, error_limit=0.9),),
-            MeasureOptions(estimates=True, estimated_ratio=250.0),  # the norm is no error
+            MeasureOptions(estimates=True, estimated_ratio=250.0, error_limit=0.9),  # the norm is no error
         ),
         (
             (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=10.0, error_limit=40.0),),
-            MeasureOptions(estimates=True, estimated_ratio=10.0),
+            MeasureOptions(estimates=True, estimated_ratio=10.0, error_limit=0.8),
         ),
-        ((setting("headroom", Severity.ERROR),), MeasureOptions(estimates=True, estimated_ratio=250.0)),
+        (
+            (setting("headroom", Severity.ERROR),),
+            MeasureOptions(estimates=True, estimated_ratio=250.0, error_limit=0.8),
+        ),
     ],
 )
 def test_an_error_rests_on_a_measurement(settings: tuple[CheckSetting, ...], expected: MeasureOptions) -> None:

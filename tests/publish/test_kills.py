@@ -44,7 +44,7 @@ def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_without_an_earlier_publication_leaves_no_name(runs: KilledRuns) -> None:
-    shutil.rmtree(runs.target)
+    shutil.rmtree(runs.target, ignore_errors=True)
     process = runs.start()
     runs.wait_for_partial(process)
     process.kill()
@@ -57,7 +57,7 @@ def test_a_killed_run_without_an_earlier_publication_leaves_no_name(runs: Killed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.attempt("F03b", "SIGINT, SIGTERM, SIGHUP while publishing", "no model and no leftover")
 def test_an_interrupted_run_leaves_nothing(runs: KilledRuns, number: signal.Signals) -> None:
-    shutil.rmtree(runs.target)
+    shutil.rmtree(runs.target, ignore_errors=True)
     process = runs.start()
     runs.wait_for_partial(process)
     process.send_signal(number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -18,12 +17,12 @@ from merge_gate._internal.claimed_directory import DirectoryLock, locked_directo
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
+from merge_gate.publish.manifest import render_export
 from merge_gate.publish.partial import PartialDirectory, remove_leftovers
 from merge_gate.publish.publications import replaceable
 from merge_gate.records.files import EXPORT_NAME, FileIdentity, FileRecord
 from merge_gate.records.publication import ExportRecord, PublishedAdapter, PublishedBase, Versions
 from merge_gate.records.report import TOOL, Tool
-from merge_gate.report.formats.fields import dump_record
 from tests.support import published
 
 
@@ -273,7 +272,7 @@ def test_a_kill_before_the_look_leaves_an_earlier_export_that_is_removed(tmp_pat
         scale_in="lora_B",
         files=(FileRecord(path="adapter_config.json", size_bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),),
     )
-    (tmp_path / "one" / EXPORT_NAME).write_text(json.dumps(dump_record(facts)))
+    (tmp_path / "one" / EXPORT_NAME).write_bytes(render_export(facts))
     untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")
     subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
     assert names(tmp_path / ".one.partial" / "model") == {"adapter_config.json", EXPORT_NAME}

@@ -54,12 +54,10 @@ class KilledRuns:
             )
 
     def partials(self) -> list[str]:
-        return (
-            [path.name for path in self.target.iterdir() if path.name.startswith(".")] if self.target.exists() else []
-        )
+        return [path.name for path in self.target.glob(".*")]
 
     def named(self) -> list[str]:
-        return [path.name for path in self.target.iterdir() if not path.name.startswith(".")]
+        return [path.name for path in self.target.glob("[!.]*")]
 
     def wait_for_partial(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until the run writes a model. What an earlier run left does not count: it is removed first."""

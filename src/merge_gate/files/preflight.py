@@ -255,7 +255,7 @@ def _read_weights(directory: str, listing: _Listing, read_pickle: PickleReader |
     if is_pickle_only and not allow_pickle:
         return _File(findings=_refuse_pickle(directory, name))
     if name == PICKLE_NAME:
-        pickled = _read(directory, name, lambda *_: read_pickle and read_pickle(str(Path(directory, name))))
+        pickled = _read(directory, name, lambda file, _: _pickled(file, str(Path(directory, name)), read_pickle))
         is_refused = isinstance(pickled.content, Refusal)
         return replace(pickled, content=None, findings=(refused(pickled.content),)) if is_refused else pickled
     if name is not None:
@@ -264,6 +264,14 @@ def _read_weights(directory: str, listing: _Listing, read_pickle: PickleReader |
         return _File()
     hint = _misnamed_weights(directory, listing)
     return _File(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})", hint),))
+
+
+def _pickled(file: BufferedReader, path: str, read_pickle: PickleReader | None) -> Any:
+    """What `read_pickle` says of the file."""
+    file.seek(8)  # the length of a safetensors header
+    if file.read(1) == b"{":
+        raise CorruptFileError("is not torch's format but safetensors", f"give it the name {WEIGHTS_NAME}")
+    return read_pickle and read_pickle(path)
 
 
 def _record(name: str, file: BufferedReader) -> FileRecord:

@@ -163,4 +163,4 @@ def test_a_base_that_is_no_part_has_no_second_map(task_type: str, shelf: Shelf, 
     (base,) = gate.loaded.values()
     assert judgement.evidence is not None
     assert judgement.evidence.served is None
-    assert base.named == ("LlamaForCausalLM", base.map if task_type == "CAUSAL_LM" else None)
+    assert base.named == (type(base.model).__name__, False, base.map)

@@ -131,7 +131,7 @@ def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent)
     for name, values in changed.items():
         sink.put(name, values)
     sink.complete(changed, ())
-    sent.finish(0, sink.finish(), None)
+    sent.finish(0, sink.finish(), "{}", None)
 
 
 def _wrong(base: Base, changed: dict[str, torch.Tensor], model_class: Any, published: Path) -> Iterator[str]:
