@@ -5,8 +5,9 @@ In: a tensor in its final dtype, its layer's merge in float32, and the base's va
 1. PEFT rounds a sum at most twice: the change, and the sum. So a value is explained if it lies between the rounded ends
    of merged ± half a unit of the change.
 2. Some methods (RoAd, GLoRA, HiRA, FRoD, attention of torch) make intermediate values in 16 bits. If step 1 leaves
-   values over, each value has to be within `MOST_UNITS` of the largest value of its row. That alone would let a change
-   pass that is smaller, so the tensor also has to have the merge's change as a whole: the errors have random signs.
+   values over, each value has to be within `MOST_UNITS` of the largest value. That alone would let a change pass that
+   is smaller, so the tensor also has to have the merge's change as a whole. A rounded factor (a cosine of RoAd) changes
+   many values alike, so the errors may add up, but to no more than two roundings of each value.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ import math
 import torch
 
 MOST_UNITS = 8.0
-"""Half units of a row's largest value. PEFT's own methods differ by 2.7 at most."""
-
-DEVIATIONS = 6.0
-"""One in 500 million sums of errors with random signs is larger than so many standard deviations."""
+"""Half units of the largest value. PEFT's own methods differ by 3 at most."""
 
 MOST_SHARE = 0.02
-"""The share of the change that may be missing or added, too. A rounded factor changes many values alike."""
+"""The share of the change that may be missing or added, in addition."""
 
 ELEMENTS = 1 << 16
 """Values that are compared at a time: they stay in the processor's cache."""
@@ -50,13 +48,14 @@ def unexplained(
         return None
     counts = got.isfinite() & merged.isfinite()
     values = int((outside & counts).sum())
-    rows = torch.maximum(exact.abs(), base.abs().float()).reshape(exact.shape[:1].numel(), -1)  # 2.
-    most = (rows.amax(1) * (MOST_UNITS * limits.eps / 2)).repeat_interleave(rows.shape[1])[places]
+    sizes = torch.maximum(exact.abs(), base.abs().float())  # 2.
+    most = float(sizes.max()) * MOST_UNITS * limits.eps / 2
     is_near = not bool((counts & ((got - merged).abs() > most)).any())
-    errors = ((got - merged.to(final.dtype)).double() * change)[counts]
+    once = merged.clamp(limits.min, limits.max).to(final.dtype)
+    errors = ((got - once).double() * change)[counts]
     delta = (exact - base).double()
     whole = float(delta.square().sum())
-    allowed = DEVIATIONS * float(errors.square().sum().sqrt()) + MOST_SHARE * whole
+    allowed = limits.eps * float((delta.abs() * sizes).sum()) + MOST_SHARE * whole
     if not values or (not is_sum and is_near and abs(float(errors.sum())) <= allowed):
         return None
     moved = float(((final.double() - base) * delta).sum())

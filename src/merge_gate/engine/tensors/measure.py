@@ -120,7 +120,8 @@ def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
     """Whether a tensor is the base's own memory."""
-    return known.data_ptr() == tensor.data_ptr() and known.shape == tensor.shape and known.dtype == tensor.dtype
+    places = [(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in (known, tensor)]
+    return places[0] == places[1]
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
