@@ -257,6 +257,37 @@ def test_a_write_that_peft_ignores_is_found(bench: Bench) -> None:
     assert_differs(judgement, names, "ignored")
 
 
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+def test_a_write_into_what_a_merge_has_left_is_found(dtype: str, bench: Bench) -> None:
+    """The initialization of PiSSA has rewritten the weight, so its merge is not put back."""
+    with changed(replaced("q_proj.weight", lambda w: w * 1.1, in_place=True), "after") as names:
+        judgement = judged(bench, methods.find("lora-pissa"), dtype)
+    assert_differs(judgement, names or {"model.layers.0.self_attn.q_proj.weight"}, dtype)
+
+
+def test_a_transposed_view_is_another_tensor(bench: Bench) -> None:
+    with changed(replaced("q_proj.weight", lambda w: w.T, in_place=False), "after") as names:
+        judgement = judged(bench, BY_METHOD["lora"], "float32")
+    assert_differs(judgement, names, "transposed")
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+@pytest.mark.parametrize("name", ["lora-linear", "lora-dora", "lora-embedding"])
+def test_a_merge_that_changes_its_layer_is_found(name: str, dtype: str, bench: Bench) -> None:
+    """What the layer computes is asked before: afterwards it would agree with the wrong merge."""
+    with pytest.MonkeyPatch.context() as patched:
+        for kind in (Linear, Embedding):
+
+            def wrong(layer: Any, *given: Any, merge: Any = kind.merge, **named: Any) -> None:
+                if layer.get_base_layer().weight.dtype is methods.DTYPES[dtype]:
+                    layer.scaling["default"] = -abs(layer.scaling["default"])
+                merge(layer, *given, **named)
+
+            patched.setattr(kind, "merge", wrong)
+        judgement = judged(bench, methods.find(name), dtype)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), judgement
+
+
 # --- the proof of a part of a tensor -------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -30,29 +30,93 @@ _EXACT = ("_to_copy", "abs", "clone", "copy_", "neg", "zeros_like")
 """What these operations make of 16-bit values is not rounded."""
 
 
-class Memory:
-    """The memory of named tensors."""
+class Places:
+    """The places of the model that PEFT's unloading makes, before the merge, and the memory that must not change.
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._spans = sorted({one.data_ptr(): (one.data_ptr(), one.nbytes, name) for name, one in tensors}.values())
+    That is the base's, and what the load and merged layers have left in these places. `layers` are PEFT's layers on the
+    way to these places, by path.
+    """
+
+    def __init__(self, base: Base, model: nn.Module) -> None:
+        self._base = base
+        self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers: list[tuple[str, Any]] = []
+        self._visit(model, "")
+        self._held = {id(parameter): data for parameter, data in self._before.values()}
+        self._spans: list[tuple[int, str, torch.Tensor]] = []
+        for name, tensor in (*base.tensors.items(), *((name, data) for name, (_, data) in self._before.items())):
+            self._protect(name, tensor)
+
+    def _visit(self, module: Any, path: str) -> None:
+        if isinstance(module, ModulesToSaveWrapper):
+            inner = module.modules_to_save[module.active_adapter] if module.active_adapters else module.original_module
+            self._visit(inner, path)
+        elif isinstance(module, TrainableTokensWrapper):
+            self._visit(module.token_adapter, path)
+        elif isinstance(module, BaseTunerLayer):
+            self.layers.append((path.removesuffix("."), module))
+            self._visit(module.base_layer, path)
+        else:
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._before[path + name] = tensor, tensor.data
+            for name, child in module._modules.items():
+                if child is not None:
+                    self._visit(child, f"{path}{name}.")
+
+    def _protect(self, name: str, tensor: torch.Tensor) -> None:
+        """Nothing may write into its memory, which stays in use."""
+        bisect.insort(self._spans, (tensor.data_ptr(), name, tensor), key=lambda span: span[0])
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
-        """The name of the tensor whose memory it lies in."""
-        place = bisect.bisect(self._spans, (tensor.data_ptr(), 1 << 63, "")) - 1
-        start, size, name = self._spans[place] if place >= 0 else (0, 0, "")
-        return name if start <= tensor.data_ptr() < start + size else None
+        """The name of the tensor in whose memory this one lies."""
+        place = bisect.bisect(self._spans, tensor.data_ptr(), key=lambda span: span[0]) - 1
+        if place < 0:
+            return None
+        start, name, known = self._spans[place]
+        return name if tensor.data_ptr() < start + known.nbytes else None
+
+    def is_moved(self, slot: Slot) -> bool:
+        """Whether a layer would merge into another tensor than into the one that was there, or was left there."""
+        known = self._held.get(self._key(slot))
+        return known is None or not shares_storage(known, slot.data)
+
+    def leave(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """The layer's merge has left this tensor in the place of the slot, and in all that share the slot's."""
+        self._held[self._key(slot)] = tensor.data
+        self._protect(slot.name, tensor.data)
+
+    def _key(self, slot: Slot) -> int:
+        """PEFT's attention makes new parameters over the same memory, so their name counts then."""
+        known, _ = self._before.get(slot.name, (slot.parameter, None))
+        return id(slot.parameter) if id(slot.parameter) in self._held else id(known)
+
+    def wrong(self, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        """The names of PEFT's result that hold another tensor than they have to."""
+        for name, tensor in named.items():
+            parameter, _ = self._before.get(name, (tensor, None))
+            known = self._held.get(id(parameter))
+            if known is None or not (shares_storage(known, tensor) or self._is_copy(name, known, tensor)):
+                yield name
+
+    def _is_copy(self, name: str, known: torch.Tensor, tensor: torch.Tensor) -> bool:
+        if is_quantized(known) or is_quantized(tensor):
+            return False
+        first = self._base.first_name(name)
+        with self._base.filled([first] if first in self._base.tensors else []):
+            return same_bits(known, tensor.to(known.device))
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside of the `with` block, refuse what writes into `memory`. Only operations of this thread are seen.
+    """Inside of the `with` block, refuse what writes into the memory of `places`. Only operations of this thread are seen.
 
     `is_on` can be set to False for a while. `is_sum`: values in 16 bits were converted, and added once for each shape,
     and nothing else has rounded them.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, places: Places) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._memory, self._refused, self.is_on = memory, list[Refused](), True
+        self._places, self._refused, self.is_on = places, list[Refused](), True
         self.is_sum, self._added = True, set[torch.Size]()
 
     def __exit__(
@@ -76,7 +140,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _refuse(self, func: Any, tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_meta:
-            name = self._memory.name_of(tensor)
+            name = self._places.name_of(tensor)
             if name is not None:
                 self._refused.append(Refused("base_written", tensor=name, operation=func.overloadpacket.__name__))
                 raise self._refused[-1]
@@ -95,66 +159,3 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple(
         (place, one.name) for place, one in arguments if one.alias_info is not None and one.alias_info.is_write
     )
-
-
-class Places:
-    """The places of the model that PEFT's unloading makes, before the merge.
-
-    `layers` are PEFT's layers on the way to these places, by path.
-    """
-
-    def __init__(self, base: Base, model: nn.Module) -> None:
-        self._base = base
-        self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.layers: list[tuple[str, Any]] = []
-        self._visit(model, "")
-        self._held = {id(parameter): data for parameter, data in self._before.values()}
-
-    def _visit(self, module: Any, path: str) -> None:
-        if isinstance(module, ModulesToSaveWrapper):
-            inner = module.modules_to_save[module.active_adapter] if module.active_adapters else module.original_module
-            self._visit(inner, path)
-        elif isinstance(module, TrainableTokensWrapper):
-            self._visit(module.token_adapter, path)
-        elif isinstance(module, BaseTunerLayer):
-            self.layers.append((path.removesuffix("."), module))
-            self._visit(module.base_layer, path)
-        else:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    self._before[path + name] = tensor, tensor.data
-            for name, child in module._modules.items():
-                if child is not None:
-                    self._visit(child, f"{path}{name}.")
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, data) for name, (_, data) in self._before.items())
-
-    def is_moved(self, slot: Slot) -> bool:
-        """Whether a layer would merge into another tensor than into the one that was there, or was left there."""
-        known = self._held.get(self._key(slot))
-        return known is None or not shares_storage(known, slot.data)
-
-    def leave(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """The layer's merge has left this tensor in the place of the slot, and in all that share the slot's."""
-        self._held[self._key(slot)] = tensor.data
-
-    def _key(self, slot: Slot) -> int:
-        """PEFT's attention makes new parameters over the same memory, so their name counts then."""
-        known, _ = self._before.get(slot.name, (slot.parameter, None))
-        return id(slot.parameter) if id(slot.parameter) in self._held else id(known)
-
-    def wrong(self, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        """The names of PEFT's result that hold another tensor than they have to."""
-        for name, tensor in named.items():
-            parameter, _ = self._before.get(name, (tensor, None))
-            known = self._held.get(id(parameter))
-            if known is None or not (shares_storage(known, tensor) or self._is_copy(name, known, tensor)):
-                yield name
-
-    def _is_copy(self, name: str, known: torch.Tensor, tensor: torch.Tensor) -> bool:
-        if is_quantized(known) or is_quantized(tensor):
-            return False
-        first = self._base.first_name(name)
-        with self._base.filled([first] if first in self._base.tensors else []):
-            return same_bits(known, tensor.to(known.device))

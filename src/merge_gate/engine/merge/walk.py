@@ -44,7 +44,7 @@ from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
-from merge_gate.engine.merge.account import Memory, Places, Watch
+from merge_gate.engine.merge.account import Places, Watch
 from merge_gate.engine.merge.merged_tensors import (
     ROUNDED,
     ROUNDING_SHARE,
@@ -105,7 +105,6 @@ class Walk:
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
     _early: dict[int, Measured] = field(default_factory=dict)
     _turns: Turns = field(init=False)
-    _memory: Memory = field(init=False)
     _places: Places = field(init=False)
     _called: set[int] = field(default_factory=set)
     _total: int = 0
@@ -123,7 +122,6 @@ class Walk:
         self.layers, self._total = layers, len(layers)
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
         self._places = Places(self.base, self.loaded.model.get_base_model())
-        self._memory = Memory((*self._places.tensors(), *self.base.tensors.items()))
         if self.in_blocks:
             self.planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
 
@@ -209,7 +207,7 @@ class Walk:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             CannotJudge: a measurement failed, which says nothing about the adapter.
         """
-        watch = Watch(self._memory)
+        watch = Watch(self._places)
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge, watch)
         try:
@@ -387,7 +385,7 @@ class Walk:
 
     def _watched(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
         """Let PEFT merge. Returns `Watch.is_sum`."""
-        with Watch(self._memory) as watch:
+        with Watch(self._places) as watch:
             by_peft(safe_merge=safe_merge)
         return bool(watch.is_sum)
 
@@ -421,11 +419,16 @@ class Walk:
         return merges
 
     def _unmerged(self, layer: Any, slots: list[Slot]) -> Unmerged | None:
-        """What the layer computes before its merge, if the merge itself is proved: it is in float32."""
-        if any(is_quantized(slot.parameter) or slot.data.dtype is not torch.float32 for slot in slots):
+        """What the layer computes in float32, before PEFT merges it: that may change the layer."""
+        if any(is_quantized(slot.parameter) for slot in slots):
             return None
-        with same_random_numbers():
+        is_float32 = all(slot.data.dtype is torch.float32 for slot in slots)
+        copies = contextlib.nullcontext() if is_float32 else self._in_float32(layer, slots)
+        with same_random_numbers(), copies:
             return unmerged(layer, device_of(layer, self.base.device))
+
+    def _in_float32(self, layer: Any, slots: list[Slot]) -> contextlib.AbstractContextManager[Any]:
+        return private_copies(layer, slots, self.base, dtype=torch.float32)
 
     def _proved(
         self, path: str, layer: Any, slots: list[Slot], by_peft: Callable[..., None], made: _Made
@@ -442,12 +445,11 @@ class Walk:
         try:
             if packed_slots:
                 return self._proved_unpacked(path, layer, slots, packed_slots, made.packed)
-            with private_copies(layer, slots, self.base, dtype=torch.float32):
-                before = unmerged(layer, device_of(layer, self.base.device))
+            with self._in_float32(layer, slots):
                 if made.drawn is not None:
                     torch.set_rng_state(made.drawn)
                 self._watched(by_peft, safe_merge=made.safe_merge)
-                self._compare(path, layer, before, layer)
+                self._compare(path, layer, made.before, layer)
                 exact = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
         except Exception as error:  # the merge itself has succeeded, and was measured
             raise_if_of_the_run(error)
@@ -504,7 +506,7 @@ class Walk:
 
 @dataclass(slots=True, kw_only=True)
 class _Made:
-    """How PEFT made a merge. `before` is what the layer computed, if the merge itself is proved.
+    """How PEFT made a merge. `before` is what the layer computed in float32, unless its weight is quantized.
 
     A merge in float32 gets this `safe_merge`. `drawn` is the state of torch's generator before a merge that may draw.
     `is_sum`: see `Watch`.
