@@ -23,7 +23,7 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.blocks.delta import HALVES
 from merge_gate.engine.merge.private_copies import Slot
 from merge_gate.engine.tensors.measure import same_bits, shares_storage
-from merge_gate.engine.tensors.quantized import is_quantized
+from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.records.refusals import Refused
 
 _EXACT = ("_to_copy", "abs", "clone", "copy_", "neg", "zeros_like")
@@ -40,11 +40,11 @@ class Places:
     def __init__(self, base: Base, model: nn.Module) -> None:
         self._base = base
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._spans: list[tuple[int, str, torch.Tensor]] = []
         self.layers: list[tuple[str, Any]] = []
         self._visit(model, "")
         self._held = {id(parameter): data for parameter, data in self._before.values()}
-        self._spans: list[tuple[int, str, torch.Tensor]] = []
-        for name, tensor in (*base.tensors.items(), *((name, data) for name, (_, data) in self._before.items())):
+        for name, tensor in base.tensors.items():
             self._protect(name, tensor)
 
     def _visit(self, module: Any, path: str) -> None:
@@ -60,13 +60,15 @@ class Places:
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self._before[path + name] = tensor, tensor.data
+                    self._protect(path + name, tensor.data, *_scales(module, tensor))
             for name, child in module._modules.items():
                 if child is not None:
                     self._visit(child, f"{path}{name}.")
 
-    def _protect(self, name: str, tensor: torch.Tensor) -> None:
-        """Nothing may write into its memory, which stays in use."""
-        bisect.insort(self._spans, (tensor.data_ptr(), name, tensor), key=lambda span: span[0])
+    def _protect(self, name: str, *tensors: torch.Tensor) -> None:
+        """Nothing may write into their memory, which stays in use."""
+        for tensor in tensors:
+            bisect.insort(self._spans, (tensor.data_ptr(), name, tensor), key=lambda span: span[0])
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
         """The name of the tensor in whose memory this one lies."""
@@ -84,19 +86,21 @@ class Places:
     def leave(self, slot: Slot, tensor: torch.Tensor) -> None:
         """The layer's merge has left this tensor in the place of the slot, and in all that share the slot's."""
         self._held[self._key(slot)] = tensor.data
-        self._protect(slot.name, tensor.data)
+        self._protect(slot.name, tensor.data, *_scales(slot.module, tensor))
 
     def _key(self, slot: Slot) -> int:
         """PEFT's attention makes new parameters over the same memory, so their name counts then."""
         known, _ = self._before.get(slot.name, (slot.parameter, None))
         return id(slot.parameter) if id(slot.parameter) in self._held else id(known)
 
-    def wrong(self, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        """The names of PEFT's result that hold another tensor than they have to."""
+    def wrong(self, merged: nn.Module, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        """The names of PEFT's result that hold another tensor, or other scales, than they have to."""
         for name, tensor in named.items():
             parameter, _ = self._before.get(name, (tensor, None))
             known = self._held.get(id(parameter))
-            if known is None or not (shares_storage(known, tensor) or self._is_copy(name, known, tensor)):
+            found = _scales(merged.get_submodule(name.rpartition(".")[0]), tensor)
+            is_left = known is not None and (shares_storage(known, tensor) or self._is_copy(name, known, tensor))
+            if not is_left or any(self.name_of(scale) != name for scale in found):
                 yield name
 
     def _is_copy(self, name: str, known: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -107,8 +111,12 @@ class Places:
             return same_bits(known, tensor.to(known.device))
 
 
+def _scales(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [scale for _, scale in scales(module, tensor)] if is_quantized(tensor) else []
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside of the `with` block, refuse what writes into the memory of `places`. Only operations of this thread are seen.
+    """Inside of the `with` block, refuse what this thread writes into the memory of `places`.
 
     `is_on` can be set to False for a while. `is_sum`: values in 16 bits were converted, and added once for each shape,
     and nothing else has rounded them.

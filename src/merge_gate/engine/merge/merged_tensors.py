@@ -225,7 +225,7 @@ class MergedTensors:
                 self.nonfinite.add(self.base.first_name(name))
         if self.sink is not None:
             self.sink.complete(frozenset(self.passed_on), tuple(self._untied(named)))
-        return tuple(places.wrong(named))
+        return tuple(places.wrong(merged, named))
 
     def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Hand a merged tensor to the sink. A quantized one is dequantized."""
