@@ -34,7 +34,7 @@ from merge_gate.engine.merge.rounded_merge import unexplained
 from merge_gate.records.terms import Quantization, Verdict
 from tests.support import methods
 from tests.support.engine.merges import NOT_RUN
-from tests.support.engine.wrong_merges import METHODS, TARGETS, WAYS, Fault, Merge, case_of, key_of
+from tests.support.engine.wrong_merges import METHODS, TARGETS, WAYS, Fault, Merge, case_of, key_of, one_value
 from tests.support.gating import Bench, Gate, Judgement, one_thread
 
 
@@ -333,6 +333,21 @@ def test_a_packed_weight_that_is_not_made_of_the_sum_is_found(bench: Bench, monk
     assert_differs(judgement, {"model.layers.0.self_attn.q_proj.weight"}, "packed")
 
 
+def test_other_scales_of_a_packed_weight_are_found(bench: Bench) -> None:
+    def apply(model: nn.Module) -> set[str]:
+        path, weight = next((path, one) for path, one in model.named_parameters() if path.endswith("o_proj.weight"))
+        state = cast("Any", weight).quant_state
+        state.absmax = state.absmax * 1.1
+        return {path}
+
+    case = methods.find("road-4")
+    base = bench.base_directory(case.base, "bfloat16")
+    with changed(apply, "after") as names:
+        judgement = bench.gate.judge(bench.adapter(case), base, quantization=Quantization.BNB_4BIT)
+    bench.gate.loaded.clear()  # the state is that of the base
+    assert_differs(judgement, names, "scales")
+
+
 # --- rounding ------------------------------------------------------------------------------------------------------
 
 
@@ -372,3 +387,21 @@ def test_rounded_intermediate_values_explain_a_small_change(name: str, size: flo
     adapter = methods.write_variant(start, bench.root / "small" / name / f"{size}", moved)
     judgement = bench.gate.judge(adapter, bench.base_directory(case.base, dtype))
     assert "merge-differs" not in {one.check for one in judgement.findings}, judgement
+
+
+def test_a_value_far_off_is_not_rounding() -> None:
+    base = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = base.float() * 1.5
+    final = exact.bfloat16()
+    final[3, 5] += 0.5
+    assert unexplained(final, exact, base, is_sum=False) == (1, pytest.approx(1, abs=0.01))
+
+
+def test_a_sum_has_no_other_roundings(bench: Bench) -> None:
+    """A value of DoRA that is a few units off."""
+    fault = Fault(lambda merge: one_value(merge, 1.03 * float(merge.after.flatten()[merge.after.numel() // 3])))
+    with pytest.MonkeyPatch.context() as patched:
+        fault.patch(patched)
+        fault.hits = lambda made, _safe: made is torch.bfloat16
+        judgement = judged(bench, methods.find("lora-dora"), "bfloat16")
+    assert_differs(judgement, {"model.layers.0.self_attn.q_proj.weight"}, "3 % off")
