@@ -461,9 +461,10 @@ class Walk:
         return {name: values for name, values in exact.items() if final[name].dtype in ROUNDED}
 
     def _explain(self, slot: Slot, final: torch.Tensor, exact: torch.Tensor, *, is_sum: bool) -> None:
-        """The tensor may differ from its merge in float32 only by rounding."""
+        """The tensor may differ from its merge in float32 only by rounding. One in float64 is compared in float32."""
         found: tuple[int | None, float | None] | None = (None, None)
         if final.shape == exact.shape == slot.data.shape:
+            final = final.float() if final.dtype is torch.float64 else final
             found = unexplained(final, exact, slot.data.to(final.device), is_sum=is_sum)
         if found is not None:
             self._differs(slot.name, "in", *found)
