@@ -118,7 +118,7 @@ def saved_wrongly(way: Way, *, in_place: bool) -> Callable[..., nn.Module]:
         for name, after in returned.named_parameters():
             before = wrapper.original_module.get_parameter(name).data
             wrong = way(Merge(trained, before, after.data, number, after.data - before))
-            if wrong is not None:
+            if wrong is not None and not torch.equal(wrong, after.data):  # any write is found
                 after.data.copy_(wrong)
         return returned
 

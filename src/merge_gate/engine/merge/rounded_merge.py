@@ -34,9 +34,9 @@ def unexplained(
 ) -> tuple[int, float | None] | None:
     """Compare a merged tensor, of at most 32 bits, with its merge in float32.
 
-    Returns how many values are not explained, and the factor of the merge's change that the tensor has. Values that are
-    not finite do not count: they are measured. `is_sum`: PEFT has rounded nothing in 16 bits except the change and the
-    sum, so step 2 does not apply.
+    Returns how many values are not explained, and the factor of the merge's change that the tensor has. None for a
+    tensor that is not finite, too: it fails by its measurement. `is_sum`: PEFT has rounded nothing in 16 bits except
+    the change and the sum, so step 2 does not apply.
     """
     places = _odd(final.flatten(), exact.flatten(), base.flatten())
     got, merged, was = (one.flatten().index_select(0, places).float() for one in (final, exact, base))
@@ -44,9 +44,9 @@ def unexplained(
     room = change.abs() * (limits.eps / 2 + FLOAT32) + merged.abs() * FLOAT32 + limits.tiny * limits.eps
     low, high = ((merged + one).to(final.dtype).float() for one in (-room, room))  # 1.
     outside = (got < low) | (got > high)
-    if not outside.any():
+    if not outside.any() or not final.isfinite().all():
         return None
-    counts = got.isfinite() & merged.isfinite()
+    counts = merged.isfinite()
     values = int((outside & counts).sum())
     sizes = torch.maximum(exact.abs(), base.abs().float())  # 2.
     most = float(sizes.max()) * MOST_UNITS * limits.eps / 2
