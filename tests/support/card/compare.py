@@ -27,8 +27,9 @@ TOLERANCE = 1e-4
 CARD_TOLERANCE, CARD_SHARE = 1e-2, 1e-3
 """The relative and the absolute difference that a real card's figures may have: 16-bit values lie as far apart."""
 
-NOISE = 2e-5
-"""The proof's differences below this are rounding in float32: they are compared with this, not with each other."""
+NOISE = 2e-4
+"""The proof's differences below this are rounding in float32: they are compared with this, not with each other. PEFT's
+own layers have 1.5e-4 at most on a CPU, and a merge differs above 1e-2."""
 
 LAST_BITS = 4
 """How far two values of a convolution's published tensor may be apart, in steps of the tensor's largest value."""

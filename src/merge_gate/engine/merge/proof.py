@@ -17,9 +17,10 @@ limits.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,9 +164,23 @@ def _all_inputs(layer: Any) -> Iterator[list[tuple[Tensor, ...]]]:
     if isinstance(base_layer, nn.Embedding):
         rows = torch.randperm(base_layer.num_embeddings, generator=generator)
         most = max(1, MOST_VALUES // 16 // base_layer.embedding_dim)
-        yield [(rows[None, start : start + most],) for start in range(0, len(rows), most)]
-    if given := _inputs(layer, generator):
-        yield [given]
+        given: list[tuple[Tensor, ...]] = [(part[None],) for part in rows.split(most)]
+        if _takes(base_layer, given):
+            yield given
+    if some := _inputs(layer, generator):
+        yield [some]
+
+
+def _takes(layer: nn.Embedding, inputs: Iterable[tuple[Tensor, ...]]) -> bool:
+    """Whether it takes these rows. A class may shift them, and on a card a wrong index ends the process."""
+    narrow = copy.copy(layer)
+    narrow._parameters = {"weight": nn.Parameter(torch.zeros(layer.num_embeddings, 1), requires_grad=False)}
+    try:
+        for given in inputs:
+            narrow(*given)
+    except Exception:
+        return False
+    return True
 
 
 def _inputs(layer: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
