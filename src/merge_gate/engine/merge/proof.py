@@ -164,7 +164,7 @@ def _all_inputs(layer: Any) -> Iterator[list[tuple[Tensor, ...]]]:
     if isinstance(base_layer, nn.Embedding):
         rows = torch.randperm(base_layer.num_embeddings, generator=generator)
         most = max(1, MOST_VALUES // 16 // base_layer.embedding_dim)
-        given: list[tuple[Tensor, ...]] = [(part[None],) for part in rows.split(most)]
+        given: list[tuple[Tensor, ...]] = [(part[None],) for part in torch.split(rows, most)]
         if _takes(base_layer, given):
             yield given
     if some := _inputs(layer, generator):
