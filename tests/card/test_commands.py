@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,22 @@ def test_the_table_of_a_real_card_says_if_there_was_none(card: Path) -> None:
     simulated = subprocess.run([*words, "--simulated"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert simulated.returncode == 0, simulated.stderr
     assert simulated.stdout.count("NO REAL CARD WAS USED") == 2
+
+
+def test_a_token_out_of_range_is_the_adapters_fault(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+    """The embedding of a quantized base is on the card when PEFT reads the tokens' rows."""
+    entry = workshop.entry(methods.find("lora-tokens"), "bfloat16", quantization="bnb-8bit")
+    broken = tmp_path / "broken"
+    shutil.copytree(entry["path"], broken)
+    settings = json.loads((broken / "adapter_config.json").read_text())
+    settings["trainable_token_indices"][-1] = 9_999
+    (broken / "adapter_config.json").write_text(json.dumps(settings))
+    path = tmp_path / "gate.yml"
+    path.write_text(
+        json.dumps(
+            {"version": 1, "adapters": [entry | {"name": "broken", "path": str(broken)}, entry | {"name": "good"}]}
+        )
+    )
+    cpu, on_card = judge_on_both(path, Device(name="cuda", environment=build.environment(card)))
+    assert cpu.verdicts() == {"broken": ("failed", "shape-mismatch"), "good": PASSED}
+    assert on_card.verdicts() == cpu.verdicts()

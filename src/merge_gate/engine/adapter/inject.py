@@ -264,6 +264,8 @@ def inject(
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
+        if base.device.type != "cpu":
+            _refuse_far_tokens(config, scratch)
         tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         is_read, private = filled and initialization_reads_base(config), initialization_writes_to_base(config)
         with (
@@ -284,6 +286,16 @@ def inject(
         raise _injection_failed(error, config, scratch, base) from error
     except (ImportError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError, IndexError) as error:
         raise _injection_failed(error, config, scratch, base) from error
+
+
+def _refuse_far_tokens(config: Any, scratch: nn.Module) -> None:
+    """Raise what a CPU raises for a token that no embedding has. On a card, PEFT's read of it would end the process."""
+    given = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    tokens = [token for some in given.values() for token in some] if isinstance(given, dict) else given
+    rows = max((one.num_embeddings for one in scratch.modules() if isinstance(one, nn.Embedding)), default=0)
+    far = next((token for token in tokens if not -rows <= token < rows), None)
+    if far is not None:
+        raise IndexError(f"index {far} is out of bounds for dimension 0 with size {rows}")
 
 
 @contextlib.contextmanager
