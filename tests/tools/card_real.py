@@ -118,7 +118,7 @@ def _benchmarks(work: Path, size: str, card: Device) -> Iterator[Row]:
     folder = work / "benchmarks"
     words = ["--device", card.name, "--size", size, "--only", "rows", "methods", "--work", str(folder)]
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *words]
-    subprocess.run(command, env=environment(**card.environment), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=work, env=environment(**card.environment), check=True, stdout=subprocess.DEVNULL)
     for name, figures in json.loads((folder / "results.json").read_text(encoding="utf-8")).items():
         gate_s, script_s = (figures[program]["wall_s"] for program in ("gate", "script"))
         cells = (name, f"{gate_s:.1f}", f"{script_s:.1f}", f"{gate_s / script_s:.2f}")
