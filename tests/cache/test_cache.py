@@ -1,4 +1,4 @@
-"""Verdicts that are kept, by the real command: cold, warm, changed, and after kill -9: one report but for marks."""
+"""Verdicts that are kept, by the real command: cold, warm, changed, and after kill -9: one report except for marks."""
 
 from __future__ import annotations
 

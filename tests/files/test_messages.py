@@ -34,7 +34,7 @@ from tests.support.wording import Wording
 
 GOLDEN = Path(__file__).with_name("messages.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}
-REFUSED = ("a pickle", "a pointer for a pickle that nobody allowed")
+REFUSED = ("a pickle", "a pointer in place of a pickle that is not allowed")
 Files = dict[str, bytes]
 
 
@@ -103,7 +103,7 @@ SITUATIONS: dict[str, Files] = {
     "a full model": {"model-00001-of-00002.safetensors": b"", "config.json": b""},
     "kohya": {"my-style.safetensors": b""},
     "a pickle": pickled(packed(b"\x80\x02}.")),
-    "a pointer for a pickle that nobody allowed": pickled(LFS),
+    "a pointer in place of a pickle that is not allowed": pickled(LFS),
     "a pointer for a config": raw_config(LFS),
     "a pointer for weights": SOUND | {WEIGHTS_NAME: LFS},
     "a pointer that has lost its size": SOUND | {WEIGHTS_NAME: LFS.partition(b"size")[0]},

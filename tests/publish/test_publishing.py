@@ -278,7 +278,15 @@ def plans_a_name_that_is_no_text(publisher: Publisher, task: int, tensors: Mappi
     publisher.sent(PublicationSent(task=task))
 
 
+def sends_settings_that_are_no_object(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, plan_of(tensors))
+    for name in NAMES:
+        publisher.part(task, name, 0, memoryview(tensors[name]))
+    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors), settings="[NaN]"))
+
+
 SENDERS = [
+    sends_settings_that_are_no_object,
     sends_an_end_without_a_plan,
     plans_a_name_that_is_no_text,
     refuses,

@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.judging.all_checks import refused
-from merge_gate.records.refusals import NotJudged
+from merge_gate.records.refusals import MOST_OF_LOG, NotJudged
 from merge_gate.worker.protocol import refusal_of
 
 if TYPE_CHECKING:
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 BUG = refused(refusal_of(ValueError("x"))).hint
 """What is to be done about an exception that nothing explains. The sentences are in the golden of tests/judging."""
+
+
+def test_the_log_of_an_exception_is_bounded_in_the_worker() -> None:
+    """A message can name every tensor of a file, and the log goes through the channel."""
+    error = refusal_of(ValueError("x" * 1_000_000)).fields["error"]
+    assert len(error.log) == MOST_OF_LOG
 
 
 def test_an_exception_becomes_a_sentence() -> None:

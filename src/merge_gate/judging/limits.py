@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from merge_gate.records.refusals import MOST_OF_LOG
 from merge_gate.records.terms import Finding, Severity
 
 MOST_FINDINGS = 100
 """The findings of one check and one severity that are kept."""
-
-MOST_OF_LOG = 8_000
-"""The last characters of a traceback that are kept."""
 
 MOST_CHARACTERS = 2_000
 """The characters of one message, hint, or name that are kept."""

@@ -5,12 +5,10 @@ In: a sentence, an exception, or the facts of a refusal. Out: a `Finding` of `no
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 
-from merge_gate.judging.limits import MOST_OF_LOG
 from merge_gate.records.config import A_FILE
-from merge_gate.records.refusals import Caught
+from merge_gate.records.refusals import Caught, log_of
 from merge_gate.records.terms import Finding, Origin, Severity
 
 NOT_JUDGED = "not-judged"
@@ -30,7 +28,7 @@ def accident(what: str, error: Exception) -> Finding:
     return not_judged(
         f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
         f"this is a bug of merge-gate: please report it, with {_EVIDENCE}",
-        log="".join(traceback.format_exception(error))[-MOST_OF_LOG:],
+        log=log_of(error),
     )
 
 

@@ -19,7 +19,6 @@ import bisect
 import functools
 import hashlib
 import itertools
-import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from typing import Protocol
 
 from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.text import quoted
-from merge_gate.files import resolve
+from merge_gate.files import json_object, resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companions import CompanionFiles, Identities, companions_of, read_inputs
@@ -202,7 +201,11 @@ class Publication:
         """The tensors that count must have arrived whole. Of all others, the base's bytes are published."""
         if self._writer is None:
             raise NotPublishedError("the gate's worker sent no plan of the merged model", hint=_FOREIGN)
-        self.settings = {key: value for key, value in json.loads(settings).items() if key in _SETTINGS}
+        try:
+            given = json_object.parse(settings.encode())
+        except json_object.InvalidObjectError as error:
+            raise NotPublishedError(f"what the gate's worker sent for config.json {error}", hint=_FOREIGN) from None
+        self.settings = {key: value for key, value in given.items() if key in _SETTINGS}
         final = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
         layout = self._writer.layout
         for tensor in layout.tensors:

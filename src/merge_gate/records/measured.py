@@ -295,7 +295,7 @@ class TensorDifference:
 
     Attributes:
         tensor: its name; the layer's, if that was not merged.
-        fault: `before`, `in` or `after` PEFT's merge of the layer; `packed`, `written` or `not merged`.
+        fault: `before`, `in` or `after` PEFT's merge of the layer; `packed` or `not merged`.
         values: how many values the roundings of PEFT's merge do not explain.
         factor: which multiple of the merge's change the tensor has.
     """

@@ -6,11 +6,20 @@ function in `REFUSALS` of a file of `judging/`, which makes the finding; the fac
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import field
 
 from merge_gate.records.files import Pattern
 from merge_gate.records.terms import Origin, record
+
+MOST_OF_LOG = 8_000
+"""The last characters of a traceback, or of what a process printed, that are kept."""
+
+
+def log_of(error: Exception) -> str:
+    """The end of an exception's traceback. Names from a file can make its message as long as the file."""
+    return "".join(traceback.format_exception(error))[-MOST_OF_LOG:]
 
 
 @record

@@ -15,7 +15,7 @@ from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
-from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal
+from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import AS_MERGED, PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
@@ -280,7 +280,7 @@ def refusal_of(error: Exception, group: Group | None = None) -> Refusal | NotJud
         return NotJudged(message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     kinds = tuple(one.__name__ for one in type(error).__mro__)
-    caught = Caught(kinds=kinds, text=text[:400], log="".join(traceback.format_exception(error)))
+    caught = Caught(kinds=kinds, text=text[:400], log=log_of(error))
     return CannotJudge("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 
 

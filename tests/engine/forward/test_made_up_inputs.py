@@ -85,8 +85,8 @@ def test_a_text_has_places_for_a_picture_of_any_size() -> None:
     assert {"model.visual.blocks.0.attn.proj", "model.language_model.layers.0.mlp"} <= ran
 
 
-def _llava() -> nn.Module:
-    vision = {**TEXT, "image_size": 8, "patch_size": 4}
+def _llava(size: int = 8) -> nn.Module:
+    vision = {**TEXT, "image_size": size, "patch_size": 4}
     text = transformers.LlamaConfig(**TEXT, **IDS)
     config = transformers.LlavaConfig(
         text_config=text, vision_config=transformers.CLIPVisionConfig(**vision), image_token_id=23
@@ -112,6 +112,13 @@ def test_a_text_has_places_for_what_the_model_makes_of_a_picture_or_a_sound(
     name, number, inputs = first_that_runs(build().to(dtype))
     assert (name, number) == ("all inputs", 1)
     assert (inputs["input_ids"] == 23).sum() == places
+
+
+def test_a_picture_with_too_many_places_gets_none() -> None:
+    """A configuration from outside decides how long the text would be."""
+    _, inputs = next(candidates(_llava(4 * 65)))
+    assert "pixel_values" in inputs
+    assert inputs["input_ids"].shape == (1, POSITIONS)
 
 
 def test_inputs_that_were_not_made_are_known() -> None:

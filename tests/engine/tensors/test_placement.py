@@ -134,7 +134,10 @@ def test_a_lack_of_memory_stays_what_it_is(error: Exception) -> None:
         raise_if_of_the_run(error)
 
 
-@pytest.mark.parametrize("text", ["LoftQ needs CUDA or XPU", "index 7 is out of bounds", "mat1 and mat2"])
+@pytest.mark.parametrize(
+    "text",
+    ["LoftQ needs CUDA or XPU", "index 7 is out of bounds", "mat1 and mat2", "Error(s): missing key 'CUDA error: x'"],
+)
 def test_another_error_is_the_adapters(text: str) -> None:
     raise_if_of_the_run(RuntimeError(text))
 

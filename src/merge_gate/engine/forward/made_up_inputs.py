@@ -7,7 +7,6 @@ gets the same values. Knows no adapter, no tokenizer and no processor.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import math
 import random
@@ -17,9 +16,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
+
+from merge_gate.engine.tensors.module_copies import fake_copy
 
 POSITIONS = 16
 """Tokens of a text. With 4, 16 and 64, SmolLM2-135M has the same largest activation."""
@@ -35,6 +35,9 @@ MERGED_PATCHES = 2
 
 MOST_VALUES = 1 << 23
 """An input with more values is left out: anyone can write a configuration. A picture of 1,600 pixels has fewer."""
+
+MOST_PLACES = 4_096
+"""A text has at most so many tokens for a picture or a sound. A picture of 1,024 pixels takes 4,096 of Pixtral's."""
 
 TEXT = ("input_ids", "decoder_input_ids", "bbox")
 VISION = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
@@ -130,7 +133,7 @@ def _with_placeholders(
     for kind, names in (("image", VISION), ("audio", AUDIO)) if "input_ids" in inputs else ():
         token = _size(model.config, f"{kind}_token_id", f"{kind}_token_index")
         places = 0 if token is None or token >= _rows(model) else _places(model, f"get_{kind}_features", names, inputs)
-        if token is not None and places:
+        if token is not None and 0 < places <= MOST_PLACES:
             ids = torch.cat([inputs["input_ids"], torch.full((1, places), token)], dim=1)
             types = {"mm_token_type_ids": (ids == token).int()} if "mm_token_type_ids" in parameters else {}
             inputs = inputs | {"input_ids": ids} | types
@@ -148,24 +151,6 @@ def _places(model: Any, getter: str, names: Collection[str], inputs: dict[str, t
         features = _pytree.tree_leaves(getattr(found, "pooler_output", found))
         return sum(one.numel() // one.shape[-1] for one in features)
     return 0
-
-
-def fake_copy(model: nn.Module) -> Any:
-    """A copy on fake tensors, for a `with` block of `FakeTensorMode`."""
-    fake_by_id: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None and id(tensor) not in fake_by_id:
-                    fake: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if tensors is module._parameters:
-                        fake = nn.Parameter(fake, requires_grad=fake.is_floating_point())
-                    fake_by_id[id(tensor)] = fake
-    # deepcopy takes its memo's objects for copies that exist, so it copies no tensor
-    copied: Any = copy.deepcopy(model, fake_by_id).eval()
-    with contextlib.suppress(Exception):  # the default implementation groups tokens by expert, which depends on values
-        copied.set_experts_implementation("batched_mm")
-    return copied
 
 
 def _other_shapes(config: Any, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

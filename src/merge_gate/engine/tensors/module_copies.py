@@ -1,10 +1,13 @@
 """New tensor objects for a copy of a tree of modules, over the same storage or over copies of it.
 
-In: modules. Out: what `copy.deepcopy` gets as its memo, so that it copies no tensor. Knows no PEFT.
+In: modules. Out: what `copy.deepcopy` gets as its memo, so that it copies no tensor; or a copy on fake tensors. Knows
+no PEFT.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
 import torch
@@ -35,3 +38,21 @@ def wrap(parameter: torch.Tensor, *, private: bool = False) -> torch.Tensor:
     wrapped = torch.Tensor._make_subclass(type(parameter), data.clone() if private else data, False)
     wrapped.__dict__.update(parameter.__dict__)
     return wrapped
+
+
+def fake_copy(model: nn.Module) -> Any:
+    """A copy on fake tensors, for a `with` block of `FakeTensorMode`."""
+    fake_by_id: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and id(tensor) not in fake_by_id:
+                    fake: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if tensors is module._parameters:
+                        fake = nn.Parameter(fake, requires_grad=fake.is_floating_point())
+                    fake_by_id[id(tensor)] = fake
+    # deepcopy takes its memo's objects for copies that exist, so it copies no tensor
+    copied: Any = copy.deepcopy(model, fake_by_id).eval()
+    with contextlib.suppress(Exception):  # the default implementation groups tokens by expert, which depends on values
+        copied.set_experts_implementation("batched_mm")
+    return copied

@@ -16,7 +16,7 @@ from merge_gate.engine.tensors.quantized import is_quantized
 SPARE_BYTES = 4 << 30
 """Memory of a card that stays free of weights, for the products and deltas of the largest module."""
 
-_OF_A_CARD = re.compile(r"(?i)\b(cuda|hip|miopen|(cu|hip)(blas|dnn|solver|sparse|fft))( driver)? error\b")
+_OF_A_CARD = re.compile(r"(?i)(cuda|hip|miopen|(cu|hip)(blas|dnn|solver|sparse|fft))( driver)? error\b")
 
 
 def device_of(layer: Any, device: torch.device) -> torch.device:
@@ -106,7 +106,7 @@ def raise_if_of_the_run(error: Exception) -> None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         raise error
     is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)  # PEFT quotes configs
-    if is_of_torch and _OF_A_CARD.search(str(error)):
+    if is_of_torch and _OF_A_CARD.match(str(error)):
         raise CardError(f"the GPU failed: {str(error).splitlines()[0]}") from error
 
 
