@@ -21,7 +21,7 @@ from merge_gate.records.files import (
     Snapshot,
     StoredTensor,
 )
-from merge_gate.records.measured import BaseFacts, Forward, TensorStats
+from merge_gate.records.measured import BaseFacts, Forward, LayerDifference, TensorStats
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, ForwardMode, Origin, Quantization, Severity, Verdict
@@ -205,6 +205,14 @@ def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() ->
     assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
     refused = dataclasses.replace(MEASURED, refusal=reason("layer_left_unmerged", module="m"), merges=())
     assert adapter_report.merged_report(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
+
+
+def test_a_layer_that_differs_is_not_proved() -> None:
+    different = (LayerDifference(module="m", class_name="Linear", change_share=2.0, output_share=0.1),)
+    compared = dataclasses.replace(MEASURED, forward=dataclasses.replace(MEASURED.forward, layers_compared=3))
+    assert adapter_report.merged_report(ENTRY, compared).coverage.layers_proved == 3
+    wrong = dataclasses.replace(compared, different=different)
+    assert adapter_report.merged_report(ENTRY, wrong).coverage.layers_proved == 2
 
 
 def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:

@@ -266,7 +266,7 @@ def _coverage(evidence: Evidence) -> Coverage:
         layers_by_peft=evidence.layers_by_peft,
         layers_witnessed=len(evidence.cross_checked),
         layers_differing=evidence.differing[:10],
-        layers_proved=evidence.forward.layers_compared,
+        layers_proved=evidence.forward.layers_compared - len(evidence.different),
         layers_not_proved=len(evidence.not_compared),
         reasons_not_proved=tuple(sorted({reason for _, reason in evidence.not_compared})),
         parameters_from_record=evidence.parameters_from_record,

@@ -30,7 +30,7 @@ class Coverage:
         "The first ten layers with other bits than PEFT's. If there is one, PEFT has merged all layers.", default=()
     )
     layers_proved: int = reported(
-        "Layers whose merge was compared with the unmerged layer, and whose tensors are that merge.", default=0
+        "Layers whose merge was compared with the unmerged layer, and computes the same.", default=0
     )
     layers_not_proved: int = reported("Layers that PEFT merged, and that were not compared.", default=0)
     reasons_not_proved: tuple[str, ...] = reported("Why they were not compared.", default=())

@@ -125,20 +125,15 @@ def _unmerged(layer: Any, inputs: list[tuple[Tensor, ...]]) -> Unmerged | None:
     base_layer = layer.get_base_layer()
     is_apart = not isinstance(base_layer, nn.Linear | Conv1D | nn.MultiheadAttention | _CONVOLUTIONS)
     adapted, changes = list[Tensor](), list[Tensor]()
-    drawn = _drawn(inputs[0][0].device)
+    drawn = random_states()
     for given in inputs:
         plain, output = _run(base_layer, given), _run(layer, given)
         counts = plain.isfinite() & output.isfinite()
         changes.append(_norms(output - plain, counts, is_apart))
         adapted.append(output.masked_fill_(~counts, math.nan))
-    if not torch.equal(drawn, _drawn(inputs[0][0].device)):
+    if not all(map(torch.equal, drawn, random_states())):
         return None  # PVeRA can draw random numbers on each call
     return Unmerged(inputs=inputs, adapted=adapted, changes=changes, is_apart=is_apart)
-
-
-def _drawn(device: torch.device) -> Tensor:
-    """The state of the generator of random numbers."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
 
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d

@@ -60,7 +60,7 @@ from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerge
 from merge_gate.engine.merge.rounded_merge import unexplained
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import dtype_max, measure, same_bits, shares_storage
-from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run
+from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run, random_states, restore_random
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, scales
 from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorDifference, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
@@ -69,7 +69,7 @@ Progress = Callable[[int, int, str], None]
 """Called with the number of merged layers, the number of all layers, and the layer's name."""
 
 
-Measured = tuple[bool, list[tuple[TensorMerge, Any]]]
+LayerMerge = tuple[bool, list[tuple[TensorMerge, Any]]]
 """PEFT's merge of a layer: whether safe_merge accepted it, and figures, each with the layer if that changed them."""
 
 
@@ -103,7 +103,7 @@ class Walk:
     layers: list[tuple[str, Any]] = field(init=False)
     planned: list[BlockLayer] = field(default_factory=list)
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
-    _early: dict[int, Measured] = field(default_factory=dict)
+    _early: dict[int, LayerMerge] = field(default_factory=dict)
     _turns: Turns = field(init=False)
     _places: Places = field(init=False)
     _called: set[int] = field(default_factory=set)
@@ -281,7 +281,7 @@ class Walk:
             self.adapted.add(merge.stats.name)
         self.layers_by_peft += 1
 
-    def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Measured:
+    def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> LayerMerge:
         """Steps 1 to 4."""
         slots = slots_of(layer, self.loaded.slots)
         for slot in slots:
@@ -292,7 +292,7 @@ class Walk:
             for slot in slots:
                 self.base.confirm(slot.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
-            drawn, before_merge = torch.get_rng_state(), self._unmerged(layer, slots)
+            drawn, before_merge = random_states(), self._unmerged(layer, slots)
             made = _Made(safe_merge=self.safe_merge, before=before_merge, packed=packed, drawn=drawn)
             trained = {id(one): name for name, one in layer.named_parameters()}
             is_safe = self._tried(by_peft, made)  # 2.
@@ -308,7 +308,7 @@ class Walk:
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)  # 4.
-            after = layer.get_base_layer()
+            after = layer.get_base_layer()  # LN tuning exchanges the module, and its trained tensors stay in the place
             in_place = slot.tensor if after is before else getattr(after, slot.attribute, None)
             is_made = after is before or trained.get(id(in_place), "").endswith(f".{slot.attribute}")
             if in_place is not None and is_made:
@@ -447,7 +447,7 @@ class Walk:
                 return self._proved_unpacked(path, layer, slots, packed_slots, made.packed)
             with self._in_float32(layer, slots):
                 if made.drawn is not None:
-                    torch.set_rng_state(made.drawn)
+                    restore_random(made.drawn)
                 self._watched(by_peft, safe_merge=made.safe_merge)
                 self._compare(path, layer, made.before, layer)
                 exact = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
@@ -509,7 +509,7 @@ class Walk:
 class _Made:
     """How PEFT made a merge. `before` is what the layer computed in float32, unless its weight is quantized.
 
-    A merge in float32 gets this `safe_merge`. `drawn` is the state of torch's generator before a merge that may draw.
+    A merge in float32 gets this `safe_merge`. `drawn` has the generators' states before a merge that may draw.
     `is_sum`: see `Watch`.
     """
 
@@ -517,7 +517,7 @@ class _Made:
     before: Unmerged | None
     packed: list[Packed]
     is_sum: bool = False
-    drawn: torch.Tensor | None = None
+    drawn: list[torch.Tensor] | None = None
 
 
 class Packed(NamedTuple):
