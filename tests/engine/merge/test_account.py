@@ -25,6 +25,7 @@ from peft import get_peft_model
 from peft.tuners import road
 from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -286,6 +287,25 @@ def test_a_merge_that_changes_its_layer_is_found(name: str, dtype: str, bench: B
             patched.setattr(kind, "merge", wrong)
         judgement = judged(bench, methods.find(name), dtype)
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), judgement
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+@pytest.mark.parametrize("name", ["lora-all-linear", "lora-dora", "loha-linear", "lora-embedding", "lora-tokens"])
+def test_a_merge_that_does_nothing_is_found(name: str, dtype: str, bench: Bench) -> None:
+    """PEFT does not even mark the layer as merged. Asked itself, the layer would still add its adapter."""
+    kinds = {"loha-linear": LycorisLayer, "lora-embedding": Embedding, "lora-tokens": TrainableTokensLayer}
+    kind = kinds.get(name, Linear)
+    with pytest.MonkeyPatch.context() as patched:
+
+        def some(layer: Any, *given: Any, merge: Any = kind.merge, **named: Any) -> None:
+            if name != "lora-all-linear" or layer.get_base_layer().weight.shape[0] == methods.TEXT["intermediate_size"]:
+                return
+            merge(layer, *given, **named)
+
+        patched.setattr(kind, "merge", some)
+        judgement = judged(bench, methods.find(name), dtype)
+    assert judgement.verdict is Verdict.FAILED, judgement
+    assert "merge-differs" in {one.check for one in judgement.findings}, judgement
 
 
 # --- the proof of a part of a tensor -------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ class Walk:
         packed_slots = [slot for slot in slots if is_quantized(slot.parameter)]
         final = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
         if all(one.dtype is torch.float32 for one in final.values()) and not packed_slots:
-            self._compare(path, layer, made.before, layer)
+            self._compare(path, layer, made.before)
             return {}
         try:
             if packed_slots:
@@ -449,7 +449,7 @@ class Walk:
                 if made.drawn is not None:
                     restore_random(made.drawn)
                 self._watched(by_peft, safe_merge=made.safe_merge)
-                self._compare(path, layer, made.before, layer)
+                self._compare(path, layer, made.before)
                 exact = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
         except Exception as error:  # the merge itself has succeeded, and was measured
             raise_if_of_the_run(error)
@@ -496,11 +496,12 @@ class Walk:
         self._compare(path, layer, before, _linear(exact, None if bias is None else bias.tensor))
         return {slot.name: exact}
 
-    def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module) -> None:
+    def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module | None = None) -> None:
+        """`merged` is what unloading leaves: the layer itself would add the adapter if PEFT has not merged it."""
         if before is None:
             self.not_compared[path] = "it does not run alone, or draws random numbers"
             return
-        found = before.compared(_INNER.sub("", path), type(layer.get_base_layer()).__name__, merged)
+        found = before.compared(_INNER.sub("", path), type(layer.get_base_layer()).__name__, merged or layer.base_layer)
         if found is not None:
             self.compared[path] = found
 
