@@ -22,7 +22,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import get_peft_model
-from peft.tuners import road
+from peft.tuners import lora, road
 from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -351,6 +351,18 @@ def test_a_packed_weight_that_is_not_made_of_the_sum_is_found(bench: Bench, monk
     monkeypatch.setattr(road.Linear4bit, "merge", wrong)
     judgement = bench.gate.judge(adapter, base, quantization=Quantization.BNB_4BIT)
     assert_differs(judgement, {"model.layers.0.self_attn.q_proj.weight"}, "packed")
+
+
+@pytest.mark.parametrize("quantization", [Quantization.BNB_8BIT, Quantization.BNB_4BIT])
+def test_a_merge_that_packs_nothing_is_found(
+    quantization: Quantization, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = methods.find("lora-linear")
+    adapter, base = bench.adapter(case), bench.base_directory(case.base, "bfloat16")
+    for kind in (lora.Linear8bitLt, lora.Linear4bit):
+        monkeypatch.setattr(kind, "merge", lambda layer, *given, **named: None)
+    judgement = bench.gate.judge(adapter, base, quantization=quantization)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), judgement
 
 
 def test_other_scales_of_a_packed_weight_are_found(bench: Bench) -> None:

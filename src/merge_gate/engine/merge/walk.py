@@ -473,17 +473,17 @@ class Walk:
         self, path: str, layer: Any, slots: list[Slot], of_packed: list[Slot], sums: list[Packed]
     ) -> dict[str, torch.Tensor]:
         """Plain layers take the place of a quantized one: one has its values, and one has the sum of PEFT's merge."""
-        packed = [one.values for one in sums]
         slot, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
         bias = next((one for one in slots if one.attribute == "bias"), None)
         values = dequantized(slot.module, slot.parameter)
-        if len(of_packed) > 1 or module is not slot.module or not packed or packed[-1].numel() != values.numel():
+        merged = sums[-1].values if sums else values  # a merge into the bias alone packs nothing
+        if len(of_packed) > 1 or module is not slot.module or merged.numel() != values.numel():
             self.not_compared[path] = "its code needs the packed weight"
             return {}
-        if not _is_packed_from(slot, sums[-1]):
+        if not _has_the_bits_of(slot, sums[-1].again() if sums else slot.parameter):
             self._differs(slot.name, "packed")
-        exact = packed[-1].to(values.device, torch.float32).reshape(values.shape)
-        if packed[-1].dtype is not torch.float32:  # rounded: that would be more than the limits
+        exact = merged.to(values.device, torch.float32).reshape(values.shape)
+        if sums and merged.dtype is not torch.float32:  # rounded: that would be more than the limits
             self.not_compared[path] = "PEFT rounds its sum to 16 bits before it packs it"
             return {slot.name: exact}
         layer.merged_adapters.clear()
@@ -528,12 +528,12 @@ class Packed(NamedTuple):
     again: Callable[[], Any]
 
 
-def _is_packed_from(slot: Slot, packed: Packed) -> bool:
-    """Whether the merged tensor has the bits that the quantizer makes of the values."""
+def _has_the_bits_of(slot: Slot, packed: Any) -> bool:
+    """Whether the merged tensor has the integers and the scales of `packed`."""
     merged: Any = slot.tensor
-    again = packed.again().to(merged.device)
-    pairs = zip(scales(slot.module, again), scales(slot.module, merged), strict=True)
-    return same_bits(again.data, merged.data) and all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
+    packed = packed.to(merged.device)
+    pairs = zip(scales(slot.module, packed), scales(slot.module, merged), strict=True)
+    return same_bits(packed.data, merged.data) and all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
 
 _PATCHED = threading.Lock()
