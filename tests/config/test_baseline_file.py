@@ -35,7 +35,7 @@ def test_one_that_is_empty_accepts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (None, "known.yml: no such file"),
+        (None, "known.yml: the file cannot be read"),
         ("version: 1\n", '"accept"'),
         (GOOD.replace("a stub", '""'), "5:13"),
         (GOOD.replace("    owner: team-a\n", ""), '"owner"'),

@@ -15,7 +15,7 @@ from pydantic_core import core_schema
 
 import merge_gate
 from merge_gate.config.load_config import BaselineFile
-from merge_gate.config.model import NEEDED, FileEntry, Model
+from merge_gate.config.model import FileEntry, Model
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding, Verdict
 from merge_gate.report.formats.fields import (
@@ -67,15 +67,12 @@ class _Schema(GenerateJsonSchema):
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        if schema["default"] in (None, NEEDED):
+        if schema["default"] is None:
             return self.generate_inner(schema["schema"])
         return super().default_schema(schema)
 
-    def field_is_required(self, field: Any, total: bool) -> bool:
-        return field["schema"].get("default") is NEEDED
-
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
-        needs_some = {"minProperties": 1} if schema["cls"].if_empty else {}
+        needs_some = {"minProperties": 1} if schema["cls"].needs_keys else {}
         return super().model_schema(schema) | {"additionalProperties": False} | needs_some
 
     def field_title_should_be_set(self, schema: Any) -> bool:

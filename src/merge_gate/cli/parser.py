@@ -86,7 +86,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
         if option:
             if option in GONE:
-                command.error(GONE[option])
+                command.error(f"{option} is gone: {GONE[option]}")
             if option in _options(commands.choices["run"]):
                 command.error(
                     f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"
@@ -119,7 +119,7 @@ def _explain_word(top: argparse.ArgumentParser, words: Sequence[str], known: Seq
         meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
         top.error(f"the command is missing; did you mean {meant}?")
     if words[0] in GONE:
-        top.error(GONE[words[0]])
+        top.error(f"{words[0]} is gone: {GONE[words[0]]}")
     options = _options(top)
     if words[0] not in options:
         kind, names = ("option", options) if words[0].startswith("-") else ("command", known)

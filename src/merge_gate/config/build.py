@@ -1,46 +1,31 @@
 """Builds a `Config` from a validated document: resolves names, directories, globs, and defaults.
 
-A document goes in; a `Config` or a `ConfigError` with every problem comes out. If a model has a hole, the rest is still
-built, so that all problems are reported at once.
+A document goes in; a `Config` or a `ConfigError` with every problem comes out. The valid parts of an invalid file are
+built, too, so that all problems are reported at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge_gate._internal.text import counted, has_hidden, is_inside, listing, quoted, size_bytes
+from merge_gate._internal.text import counted, has_hidden, listing, quoted, size_bytes
 from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
-from merge_gate.config.yaml_document import Loc, YamlDocument
+from merge_gate.config.yaml_document import KEY, Loc, YamlDocument
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
 from merge_gate.names.hub_names import is_commit
 from merge_gate.names.suggestions import nearest
-from merge_gate.records.config import (
-    COMMAND_LINE,
-    AdapterSpec,
-    BaseSpec,
-    CheckSetting,
-    Combine,
-    Config,
-    Expect,
-    PublishSpec,
-)
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
 from merge_gate.records.terms import Access, ForwardMode, Quantization, Read, Severity
 
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
-_LEAST_PERCENT, _PERCENT = 2, 100
-_LIMITED = {
-    "limit": [check for check, row in CHECKS.items() if row.limit is not None],
-    "error-limit": [check for check, row in CHECKS.items() if row.error_limit is not None],
-}
-"""The checks that have a limit, by its key."""
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 
@@ -55,13 +40,7 @@ def build_config(
 ) -> Config:
     """Validate the values of a file and build its configuration.
 
-    Args:
-        document: the file's content.
-        sha256: the digest of the file's bytes, or of the named adapters and their options.
-        path: the file as the user named it; None if the adapters are named on the command line.
-        directory: where relative names start.
-        output: the output directory of the run, which globs skip.
-        policy: the name of a policy, instead of the file's.
+    The arguments are those of `Config`, and those of `load_config`.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
@@ -72,12 +51,9 @@ def build_config(
     document.raise_problems()
     publish = None
     if entry := file.publish:
-        publish = PublishSpec(
-            directory=str(directory / (entry.directory or "")),
-            label=entry.directory or "",
-            dtype=entry.dtype or PublishSpec.dtype,
-            max_shard_bytes=size_bytes(entry.max_shard_size) if entry.max_shard_size else None,
-        )
+        largest = size_bytes(entry.max_shard_size) if entry.max_shard_size else None
+        place = str(directory / entry.directory)
+        publish = entry.record(PublishSpec, directory=place, label=entry.directory, max_shard_bytes=largest)
     return file.record(
         Config,
         path=path,
@@ -97,7 +73,7 @@ class _Build:
     ) -> None:
         self.document, self.report = document, document.report
         self.directory, self.output, self.policy = directory, output, policy
-        self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
+        self.sources: dict[str, str] = {}  # by the adapter's name
         default = replace(_DEFAULT_ADAPTER, forward=ForwardMode(file.forward or _DEFAULT_ADAPTER.forward))
         self.default = self._override((), file, replace(default, checks=tuple(map(policy.setting, CHECKS))))
 
@@ -125,37 +101,35 @@ class _Build:
     def _entry(self, loc: Loc, entry: AdapterEntry) -> Iterator[AdapterSpec]:
         """Yield the entry's adapters: one, or one per directory of a glob. Yield none if its source is invalid."""
         given = entry.model_fields_set
-        place = self.document.value_at(loc)
-        draft = replace(self._override(loc, entry, self.default), line=place.line, column=place.column)
+        line, column = self.document.place(loc)
+        draft = replace(self._override(loc, entry, self.default), line=line, column=column)
         draft = replace(draft, name=entry.name or "", revision=entry.revision or None)
         if entry.expect:
-            self._refuse_outside((*loc, "expect", "sha256"), entry.expect.sha256 or (), "adapter")
             draft = replace(draft, expect=entry.expect.record(Expect))
         if given >= {"path", "combine"}:
-            self.report(loc, 'an entry cannot have both "path" and "combine"', "remove one of them", key="combine")
+            self.report((*loc, "combine", KEY), 'an entry cannot have both "path" and "combine"', "remove one of them")
         elif "combine" in given:
             yield from self._from_combine(loc, entry, draft)
         elif entry.path:
             yield from self._from_path(loc, draft, entry.path)
-        elif "path" not in given and not entry.model_extra:
+        elif "path" not in given:
             self.report(loc, 'an adapter needs "path" or "combine"', "a path is a directory or a Hub id")
 
     def _from_path(self, loc: Loc, draft: AdapterSpec, written: str) -> Iterator[AdapterSpec]:
         globbed = is_glob(written, self.directory)
         if globbed and draft.name:
             hint = "remove it: each adapter is named after its directory"
-            self.report(loc, f'the glob {quoted(written)} cannot have a "name"', hint, key="name")
+            self.report((*loc, "name", KEY), f'the glob {quoted(written)} cannot have a "name"', hint)
         naming = (*loc, "name" if draft.name else "path")
         for source, path, hub_id in self._resolved((*loc, "path"), written, on_hub=bool(draft.revision)):
             if path and draft.revision:
-                self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
+                self.report((*loc, "revision", KEY), *_REVISION_OF_DIRECTORY)
             self._refuse_unpinned((*loc, "path"), "adapter", hub_id, draft.revision)
             name = (not globbed and draft.name) or (path or source).rsplit("/", 1)[-1]
-            if reason := _bad_name(name):
-                message = f"the adapter's name would be {quoted(name)}, which {reason}", 'add a "name"'
-                if globbed:
-                    message = f"the directory {quoted(source)} has a name that {reason}", "rename it"
-                self.report((*loc, "path"), *message)
+            if not _can_be_name(name):
+                message = f"{quoted(source)} gives the adapter the name {quoted(name)}, expected"
+                hint = 'rename the directory, or add a "name" if this is no glob'
+                self.report((*loc, "path"), f"{message} up to {MAX_NAME} visible characters", hint)
             yield self._with_unique_name(naming, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
 
     def _from_combine(self, loc: Loc, entry: AdapterEntry, draft: AdapterSpec) -> Iterator[AdapterSpec]:
@@ -165,9 +139,9 @@ class _Build:
             ("expect", "move it to the members"),
         ):
             if key in entry.model_fields_set:
-                self.report(loc, f'a combination cannot have "{key}"', hint, key=key)
+                self.report((*loc, key, KEY), f'a combination cannot have "{key}"', hint)
         if "name" not in entry.model_fields_set:
-            self.report(loc, 'a combination needs a "name"', "the report uses it", key="combine")
+            self.report((*loc, "combine", KEY), 'a combination needs a "name"', "the report uses it")
         if entry.combine:
             self._check_combine((*loc, "combine"), entry.combine)
         if entry.combine and entry.combine.adapters and draft.name:
@@ -182,13 +156,11 @@ class _Build:
         if entry.method in METHODS_WITH["density"] and "density" not in entry.model_fields_set:
             hint = "the share of values that pruning keeps, such as 0.5"
             self.report((*loc, "method"), f'the method {entry.method} needs "density"', hint)
+        self._refuse_repeated((*loc, "adapters"), entry.adapters)
         for key, methods in METHODS_WITH.items():
             if key in entry.model_fields_set and entry.method and entry.method not in methods:
                 hint = f"methods that take it: {', '.join(methods)}"
-                self.report(loc, f'the method {entry.method} does not take "{key}"', hint, key=key)
-        for index in _repeated(entry.adapters):
-            message = f"{quoted(entry.adapters[index])} is listed twice"
-            self.report((*loc, "adapters", index), message, "list it once, with the sum of its weights")
+                self.report((*loc, key, KEY), f'the method {entry.method} does not take "{key}"', hint)
 
     def _combination(
         self, loc: Loc, entry: AdapterEntry, spec: AdapterSpec, named: Mapping[str, AdapterSpec], *, complete: bool
@@ -221,17 +193,11 @@ class _Build:
 
     def _with_unique_name(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
         """Return the adapter, and report a problem if its name is taken. `loc` is the place of the name."""
-        line = self.document.value_at(loc).line
-        if spec.name not in self.names:
-            self.names[spec.name] = (line, spec.source)
-            return spec
-        first, source = self.names[spec.name]
-        lines = f", in line {line}" if line == first else f", in line {first} and in line {line}"
-        hint = 'names must be unique: give one of them another "name"'
-        if self.document.path == COMMAND_LINE:
-            lines, hint = "", "list each adapter once; use a config file to give adapters different names"
-        message = f"the name {quoted(spec.name)} is used twice{lines}: for {quoted(source)} and {quoted(spec.source)}"
-        self.report(loc, message, hint)
+        if spec.name in self.sources:
+            both = f"{quoted(self.sources[spec.name])} and {quoted(spec.source)}"
+            hint = 'list each adapter once, or give one of them another "name" in a configuration file'
+            self.report(loc, f"the name {quoted(spec.name)} is used twice: for {both}", hint)
+        self.sources.setdefault(spec.name, spec.source)
         return spec
 
     # --- base, checks, expect --------------------------------------------------------------------------------------
@@ -248,16 +214,14 @@ class _Build:
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
-                self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
+                self.report((*loc, "revision", KEY), *_REVISION_OF_DIRECTORY)
             elif spec.model is None and "model" not in entry.model_fields_set:
-                self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
+                hint = "name the base that has this revision"
+                self.report((*loc, "revision", KEY), '"revision" needs "model"', hint)
         is_on_hub = spec.model is not None and not Path(spec.model).is_absolute()
         self._refuse_unpinned(loc, "base", spec.label if is_on_hub else None, spec.revision)
-        for index in _repeated(entry.dtype):
-            self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is listed twice", "remove one")
-        for index in _repeated(entry.names):
-            self.report((*loc, "names", index), f"{quoted((entry.names or ())[index])} is listed twice", "remove one")
-        self._refuse_outside((*loc, "sha256"), entry.sha256 or (), "base")
+        self._refuse_repeated((*loc, "dtype"), entry.dtype)
+        self._refuse_repeated((*loc, "names"), entry.names)
         return replace(
             spec,
             sha256=tuple((entry.sha256 or {}).items()) or spec.sha256,
@@ -267,6 +231,12 @@ class _Build:
             read=Read(entry.read or spec.read),
             names=tuple(entry.names or spec.names),
         )
+
+    def _refuse_repeated(self, loc: Loc, values: list[Any] | None) -> None:
+        first: dict[str, int] = {}
+        for index, value in enumerate(values or []):
+            if first.setdefault(value, index) != index:
+                self.report((*loc, index), f"{quoted(value)} is listed twice", "list it once")
 
     def _refuse_unpinned(self, loc: Loc, what: str, hub_id: str | None, revision: str | None) -> None:
         """Report what is on the Hub without a full commit, if the policy asks for one. A branch or tag may move."""
@@ -278,41 +248,18 @@ class _Build:
         entry: CheckEntry | None = getattr(checks, default.check)
         if not entry:
             return default
-        row = CHECKS[default.check]
         if entry.severity == "on":
-            default = replace(self.policy.setting(row.id), limit=default.limit, error_limit=default.error_limit)
+            on = self.policy.setting(default.check)
+            default = replace(on, limit=default.limit, error_limit=default.error_limit)
         elif entry.severity:
             default = replace(default, severity=Severity(entry.severity), of_base=None)
-        severity = default.severity
-        if not row.can_be_off and severity is not row.severity:
-            change = "switched off" if severity is Severity.OFF else f"lowered to {severity}"
-            hint = (
-                "it gives the verdict error, not failed: a merge into such a base cannot be judged"
-                if row.is_of_base
-                else "a model with NaN or infinity never passes"
-            )
-            self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {change}", hint)
-        for key, value in (("limit", entry.limit), ("error-limit", entry.error_limit)):
-            if value and row.id not in _LIMITED[key]:
-                hint = f"checks with {'an' if key[0] == 'e' else 'a'} {key}: {', '.join(_LIMITED[key])}"
-                self.report(loc, f"{quoted(row.id)} has no {key}", hint, key=key)
-            elif value and value > 1 and row.limit_is_share:  # it would switch the check off
-                is_percent = _LEAST_PERCENT <= value <= _PERCENT
-                hint = f"did you mean {value / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
-                message = f"{quoted(key)} must be a share between 0 and 1, got the number {value:g}"
-                self.report((*loc, key), message, hint)
-        limit, error_limit = entry.limit or default.limit, entry.error_limit or default.error_limit
-        if entry.error_limit and limit and entry.error_limit < limit:
-            message = f"the error-limit {entry.error_limit:g} is below the limit {limit:g}"
+        limit = getattr(entry, "limit", None) or default.limit
+        own_error_limit = getattr(entry, "error_limit", None)
+        if own_error_limit and limit and own_error_limit < limit:
+            message = f"the error-limit {own_error_limit:g} is below the limit {limit:g}"
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
-            self.report(loc, message, hint, key="error-limit")
-        return replace(default, limit=limit, error_limit=error_limit)
-
-    def _refuse_outside(self, loc: Loc, names: Iterable[str], owner: str) -> None:
-        for name in names:
-            if not is_inside(name):
-                hint = f"write it relative to the {owner}'s directory, with /"
-                self.report(loc, f"{quoted(name)} is not a file inside the {owner}", hint, key=name)
+            self.report((*loc, "error-limit", KEY), message, hint)
+        return replace(default, limit=limit, error_limit=own_error_limit or default.error_limit)
 
 
 def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:
@@ -320,20 +267,9 @@ def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:
     return nearest(name, known) or f"the listed adapters are {listing(map(quoted, known))}"
 
 
-def _repeated(values: list[Any] | None) -> list[int]:
-    """The indices of values that repeat an earlier one."""
-    first = dict[Any, int]()
-    return [index for index, value in enumerate(values or []) if first.setdefault(value, index) != index]
-
-
-def _bad_name(name: str) -> str:
-    """Say why a derived name is invalid; empty if it is valid."""
-    if not name.strip():
-        return "is empty"
-    if len(name) > MAX_NAME:
-        return f"is longer than {MAX_NAME} characters"
+def _can_be_name(name: str) -> bool:
     readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a name on disk may be any bytes
-    return "holds a control character" if has_hidden(readable) else ""
+    return 0 < len(name.strip()) <= len(name) <= MAX_NAME and not has_hidden(readable)
 
 
 def _shown(base: BaseSpec) -> str:

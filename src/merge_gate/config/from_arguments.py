@@ -144,9 +144,10 @@ def config_of(
         **_given({"base": _given(options), "checks": checks}),
         **({} if allow_pickle is False else {"allow-pickle": allow_pickle}),
     }
-    digest = hashlib.sha256(json.dumps(file).encode()).hexdigest()
-    document = document_of(file, COMMAND_LINE)
+    written = json.dumps(file)
+    digest = hashlib.sha256(written.encode()).hexdigest()
     try:
+        document = document_of(json.loads(written), COMMAND_LINE)
         return build_config(document, digest, path=None, directory=Path.cwd(), output=output, policy=policy)
     except FileNotFoundError:
         raise current_directory_gone() from None

@@ -24,13 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, WrapValidator
+from pydantic import Field
 
-from merge_gate._internal.text import listing, quoted
+from merge_gate._internal.text import quoted
 from merge_gate.config.build import build_config
-from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole
+from merge_gate.config.model import DATE, OR_NONE, Digest, Model, Text, Version
+from merge_gate.config.paths import suggest_name
 from merge_gate.config.problems import read_models
-from merge_gate.config.yaml_document import Loc, YamlDocument, end_of, read_yaml, refuse
+from merge_gate.config.yaml_document import KEY, Loc, YamlDocument, end_of, read_yaml, refuse
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import Config
@@ -66,16 +67,9 @@ def _read_bytes(path: str) -> bytes:
             refuse(path, "this is a named pipe, expected a YAML file", "write the configuration to a file", line=0)
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        if os.path.islink(path):  # noqa: PTH114 (as below)
-            target = quoted(os.readlink(path), 200)  # noqa: PTH115 (as below)
-            refuse(path, f"this is a broken symbolic link to {target}", "fix the link, or name the file", line=0)
-        refuse(path, "no such file", _suggest_file(path), line=0)
-    except IsADirectoryError:
-        refuse(path, "this is a directory, expected a YAML file", _suggest_file(path), line=0)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        refuse(path, f"the file cannot be read: {reason}", "check its name and permissions")
+        refuse(path, f"the file cannot be read: {reason}", _suggest_file(path), line=0)
     if len(raw) > MAX_BYTES:
         refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "check that this is the configuration")
     return raw
@@ -83,16 +77,10 @@ def _read_bytes(path: str) -> bytes:
 
 def _suggest_file(path: str) -> str:
     """Name the YAML file that the user may have meant, or the YAML files of the directory."""
-    is_directory = os.path.isdir(path)  # noqa: PTH112 (False where pathlib raises, such as a name too long)
-    directory, asked = (Path(path), "") if is_directory else (Path(path).parent, Path(path).name)
-    try:
-        names = sorted(file.name for file in directory.iterdir() if file.suffix in {".yml", ".yaml"})
-    except PermissionError:
-        return f"{quoted(str(directory))} may not be read"
-    except OSError:
-        return f"the directory {quoted(str(directory))} does not exist"
-    contents = listing(map(quoted, names)) or "no YAML file"
-    return nearest(asked, names) or f"{quoted(str(directory))} holds {contents}"
+    if os.path.islink(path):  # noqa: PTH114 (False where pathlib raises, such as a name too long)
+        return f"fix the symbolic link to {quoted(os.readlink(path), 200)}"  # noqa: PTH115 (as above)
+    place, written = (Path(path), "") if os.path.isdir(path) else (Path(path).parent, Path(path).name)  # noqa: PTH112 (as above)
+    return suggest_name(place, written, "YAML file", lambda entry: entry.name.endswith((".yml", ".yaml")))
 
 
 def _text(raw: bytes, path: str) -> str:
@@ -109,22 +97,22 @@ def _text(raw: bytes, path: str) -> str:
 class AcceptEntry(Model):
     """One known failure."""
 
-    adapter: Digest = NEEDED
-    cause: Text = NEEDED
+    adapter: Digest
+    cause: Text
     also: list[Text] | None = None
-    reason: Text = NEEDED
-    owner: Text = NEEDED
-    until: Annotated[str, Field(pattern=DATE)] = NEEDED
+    reason: Text
+    owner: Text
+    until: Annotated[str, Field(pattern=DATE)]
 
 
-Accept = Annotated[AcceptEntry, WrapValidator(or_hole)]
+Accept = Annotated[AcceptEntry, OR_NONE]
 
 
 class BaselineFile(Model):
     """Known failures of a fleet."""
 
-    version: Version = NEEDED
-    accept: list[Accept] = NEEDED
+    version: Version
+    accept: list[Accept]
 
 
 def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:
@@ -139,15 +127,16 @@ def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:
         loc: Loc = ("accept", index)
         if not (entry and entry.adapter and entry.cause and entry.until):
             continue
-        for check in (entry.cause, *filter(None, entry.also or [])):
+        for check in (entry.cause, *(entry.also or [])):
             if check not in CHECKS:
-                document.report(loc, f"unknown check {quoted(check)}", partial(nearest, check, CHECKS), key="cause")
+                hint = partial(nearest, check, CHECKS)
+                document.report((*loc, "cause", KEY), f"unknown check {quoted(check)}", hint)
         try:
             until = dt.date.fromisoformat(entry.until)
         except ValueError:
             document.report((*loc, "until"), f"{quoted(entry.until)} is not a date", "write a date such as 2026-12-31")
             continue
-        line = document.value_at(loc).line
+        line, _ = document.place(loc)
         known_failure = entry.record(BaselineEntry, until=until.isoformat(), outcome=Acceptance.UNMATCHED, line=line)
         if (first := known.setdefault((entry.adapter, entry.cause), known_failure)) is not known_failure:
             document.report(loc, "this adapter and cause are already accepted", f"first in line {first.line}")

@@ -1,36 +1,38 @@
 """Declares the keys of a configuration: one strict model per mapping, from which the JSON Schema is made.
 
-Plain data of the YAML file goes in; models come out, with a hole for each invalid value, so that the rest can still be
-checked (`problems.py` words the errors). The docstring of a field appears in editors and in the document.
+Plain data of the YAML file goes in; models come out. `problems.py` words pydantic's errors. The docstring of a field
+appears in editors and in the document.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model
 from pydantic.config import JsonDict
-from pydantic.functional_validators import BeforeValidator, WrapValidator, field_validator
+from pydantic.functional_validators import (
+    AfterValidator,
+    BeforeValidator,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue, WithJsonSchema
 from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 from typing_extensions import TypeAliasType
 
-from merge_gate._internal.text import SIZE, one_of
+from merge_gate._internal.text import SIZE, is_inside, one_of
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES
 from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.terms import DTYPES, Access, ForwardMode, Quantization, Read
 
-
-class _IsRecord(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-_Record = TypeVar("_Record", bound=_IsRecord)
+_Record = TypeVar("_Record")
 
 MAX_NAME = 200
 MAX_TEXT = 4096
@@ -41,15 +43,6 @@ TEXT = r"\S"
 HEX_64 = r"^[0-9a-fA-F]{64}$"
 DATE = r"^\d{4}-\d\d-\d\d$"
 PEFT_TYPE = r"^[A-Za-z][A-Za-z0-9_]*$"
-PATTERNS = {
-    TEXT: "some text",
-    HEX_64: "64 hexadecimal digits, as sha256sum prints them",
-    DATE: "a date such as 2026-12-31",
-    PEFT_TYPE: "a PEFT type such as LORA",
-    SIZE: "a size such as 5GB or 500MiB",
-}
-"""The patterns of the models, and each one in words."""
-
 Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
@@ -67,47 +60,43 @@ ReadWord: TypeAlias = Literal[tuple(map(str, Read))]  # type: ignore[valid-type]
 AccessWord: TypeAlias = Literal[tuple(map(str, Access))]  # type: ignore[valid-type] # as above
 
 
-# --- models with holes ---------------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------------------------
+
+VALID_PARTS = "valid parts"
+"""The context of a validation that puts None in place of each invalid value, so that the rest can still be checked."""
 
 
-class Hole:
-    """Replaces an invalid value in a model, and is false. `errors` are pydantic's."""
-
-    def __init__(self, errors: list[Any]) -> None:
-        self.errors = errors
-
-    def __bool__(self) -> bool:
-        return False
-
-
-NEEDED: Any = Hole([])
-"""The default of a required key."""
-
-
-def or_hole(value: Any, handler: Any) -> Any:
-    """The validated value, or a hole."""
+def _or_none(value: Any, handler: Any, info: ValidationInfo) -> Any:
     try:
         return handler(value)
-    except ValidationError as error:
-        return Hole(error.errors(include_url=False))
+    except ValidationError:
+        if info.context == VALID_PARTS:
+            return None
+        raise
+
+
+OR_NONE = WrapValidator(_or_none)
 
 
 class Model(BaseModel):
-    """A mapping, without conversions. Invalid, missing, and unknown keys are not raised: problems.py reports them."""
+    """A mapping, without conversions and unknown keys."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    kind: ClassVar[str] = "key"
-    """What messages call its keys."""
-    if_empty: ClassVar[str] = ""
-    """The hint if the mapping is empty; empty if an empty mapping is allowed."""
+    needs_keys: ClassVar[bool] = False
 
-    _keep_errors = field_validator("*", mode="wrap")(or_hole)
+    _keep_valid_parts = field_validator("*", mode="wrap")(_or_none)
+
+    @model_validator(mode="after")
+    def _refuse_empty(self) -> Self:
+        if self.needs_keys and not self.model_fields_set:
+            raise PydanticCustomError("empty", "Input should have a key")
+        return self
 
     def record(self, cls: type[_Record], **more: Any) -> _Record:
         """Make a record of the fields that both have, and `more`. Keys that are not given have the record's default."""
-        values = {name: getattr(self, name, None) for name in cls.__dataclass_fields__}
-        return cls(**{name: _hashable(value) for name, value in values.items() if value is not None} | more)
+        names = self.model_fields_set & {field.name for field in fields(cls)}  # type: ignore[arg-type] # it is a record
+        return cls(**{name: _hashable(getattr(self, name)) for name in names} | more)
 
 
 def _hashable(value: Any) -> Any:
@@ -132,7 +121,7 @@ class ShortForm:
             return [data] if self.key is None else {self.key: data}
         if isinstance(data, list if self.key is None else dict):
             return data
-        raise PydanticCustomError("kind", "{wanted}", {"wanted": self.expected})
+        raise PydanticCustomError("kind", "Input should be {wanted}", {"wanted": self.expected})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self._long, handler(source))
@@ -149,8 +138,17 @@ Name = Annotated[str, Field(pattern=TEXT, max_length=MAX_NAME)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Digest = Annotated[str, StringConstraints(pattern=HEX_64, to_lower=True), Field(description="64 hexadecimal digits.")]
+
+
+def _inside(name: str) -> str:
+    if is_inside(name):
+        return name
+    raise PydanticCustomError("outside", "Input should be a file inside the directory, relative to it, written with /")
+
+
+Digests = Annotated[dict[Annotated[Text, AfterValidator(_inside)], Digest], Field(min_length=1)]
 BaseDigests = Annotated[
-    Annotated[dict[Text, Digest], Field(min_length=1)],
+    Digests,
     ShortForm(
         ALL_WEIGHTS,
         "64 hexadecimal digits, or a mapping of files to digests",
@@ -162,10 +160,8 @@ Dtypes = Annotated[
     Annotated[list[Dtype], Field(min_length=1), UNIQUE],
     ShortForm(None, "a dtype or a list of dtypes", {"enum": list(get_args(Dtype))}),
 ]
-SeverityWord = Annotated[
-    Literal["error", "warning", "off", "on"],
-    BeforeValidator(lambda word: ("off", "on")[word] if isinstance(word, bool) else word),  # YAML reads both so
-]
+_WORD = BeforeValidator(lambda word: ("off", "on")[word] if isinstance(word, bool) else word)  # as YAML reads both
+SeverityWord = Annotated[Literal["error", "warning", "off", "on"], _WORD]
 
 ForwardWord = Annotated[
     Literal["auto", "off", "required"],
@@ -222,16 +218,20 @@ Base = Annotated[BaseEntry, _source("model", "A directory or a Hub id.")]
 
 
 class CheckEntry(Model):
-    """One check, with its limit."""
+    """One check, with its severity."""
 
-    if_empty = "give it a severity or a limit"
+    needs_keys = True
 
     severity: SeverityWord | None = None
-    limit: Positive | None = None
-    error_limit: Positive | None = Field(None, alias="error-limit")
 
 
-def _setting(limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
+class FixedCheckEntry(CheckEntry):
+    """One check that cannot be off."""
+
+    severity: Annotated[Literal["error", "on"], _WORD] | None = None
+
+
+def _setting(model: type[CheckEntry], limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
     """The type of a check's value: its severity alone, or a mapping, with a limit if the check has one."""
     words = ["error", "warning", "off", "on", False, True] if can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
@@ -239,12 +239,12 @@ def _setting(limits: Mapping[str, JsonSchemaValue], *, can_be_off: bool) -> Any:
     long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": properties}
     expected = "error, warning or off, or a mapping with severity and limit"
     short = ShortForm("severity", expected, {}, str, bool)
-    return Annotated[CheckEntry, short, WithJsonSchema({"anyOf": [{"enum": words}, long]})]
+    return Annotated[model, short, WithJsonSchema({"anyOf": [{"enum": words}, long]})]
 
 
 _WITHOUT_LIMIT = {
-    True: TypeAliasType("Severity", _setting({}, can_be_off=True)),
-    False: TypeAliasType("FixedSeverity", _setting({}, can_be_off=False)),
+    True: TypeAliasType("Severity", _setting(CheckEntry, {}, can_be_off=True)),
+    False: TypeAliasType("FixedSeverity", _setting(FixedCheckEntry, {}, can_be_off=False)),
 }
 """The types of checks without a limit. They are named, so that the JSON Schema has each once."""
 
@@ -252,23 +252,26 @@ _WITHOUT_LIMIT = {
 def _check_field(row: Check) -> Any:
     setting: Any = _WITHOUT_LIMIT[row.can_be_off]
     if row.limit is not None:
-        number = {"type": "number", "exclusiveMinimum": 0} | ({"maximum": 1} if row.limit_is_share else {})
-        limits = {"limit": number | {"description": f"Fires above this. Default: {row.limit}."}}
+        number: Any = Annotated[Positive, Field(le=1)] if row.limit_is_share else Positive
+        schema = {"type": "number", "exclusiveMinimum": 0} | ({"maximum": 1} if row.limit_is_share else {})
+        keys: Any = {"limit": (number | None, None)}
+        limits = {"limit": schema | {"description": f"Fires above this. Default: {row.limit}."}}
         if row.error_limit is not None:
             default = "none" if row.error_limit == math.inf else f"{row.error_limit:g}"
-            limits["error-limit"] = number | {"description": f"A warning above this is an error. Default: {default}."}
-        setting = _setting(limits, can_be_off=row.can_be_off)
+            keys["error_limit"] = (number | None, Field(None, alias="error-limit"))
+            limits["error-limit"] = schema | {"description": f"A warning above this is an error. Default: {default}."}
+        model = create_model("LimitedCheckEntry", __base__=CheckEntry, **keys)
+        setting = _setting(model, limits, can_be_off=row.can_be_off)
     return (setting | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
 
 
 Checks: Any = create_model("Checks", __base__=Model, **{name: _check_field(row) for name, row in CHECKS.items()})
-Checks.kind = "check"
 
 
 class LimitsEntry(Model):
     """Limits on the judging of one adapter."""
 
-    if_empty = "give it seconds, or remove it"
+    needs_keys = True
 
     seconds: Positive | None = None
     """How many seconds the worker may spend on one adapter. An adapter that needs longer is not judged. Default: a
@@ -278,7 +281,7 @@ class LimitsEntry(Model):
 class ExpectEntry(Model):
     """Facts that the adapter must match."""
 
-    if_empty = "state a fact, or remove it"
+    needs_keys = True
 
     peft_type: Annotated[str, StringConstraints(pattern=PEFT_TYPE, max_length=MAX_NAME, to_upper=True)] | None = None
     """The PEFT type, such as LORA; upper and lower case are the same."""
@@ -288,7 +291,7 @@ class ExpectEntry(Model):
     """The adapter's alpha."""
     base: Text | None = None
     """The base that adapter_config.json names."""
-    sha256: Annotated[dict[Text, Digest], Field(min_length=1)] | None = None
+    sha256: Digests | None = None
     """SHA-256 digests of files, by name relative to the adapter's directory."""
 
 
@@ -308,11 +311,11 @@ class CombineEntry(Model):
         }
     )
 
-    method: Method = Field(NEEDED, description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
-    adapters: Annotated[list[Name], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] = NEEDED
+    method: Method = Field(description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
+    adapters: Annotated[list[Name], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE]
     """The names of the adapters to combine, at most 100. Each is listed under adapters, has the same base, and is not
     a combination."""
-    weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)] = NEEDED
+    weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)]
     """One weight per adapter, in their order."""
     density: Annotated[Positive, Field(le=1)] | None = None
     """The share of values that pruning keeps, above 0 and at most 1. The methods ties, dare and magnitude_prune need
@@ -354,13 +357,13 @@ class AdapterEntry(Model):
     """Facts that this adapter must match; otherwise expectation-failed fires. Not with combine."""
 
 
-Adapter = Annotated[AdapterEntry, _source("path", "A directory, a glob or a Hub id."), WrapValidator(or_hole)]
+Adapter = Annotated[AdapterEntry, _source("path", "A directory, a glob or a Hub id."), OR_NONE]
 
 
 class PublishEntry(Model):
     """Where merged models are published, and how."""
 
-    directory: Text = NEEDED
+    directory: Text
     """The directory of all models (relative to this file). Each adapter that passes gets a directory in it."""
     dtype: Literal[("preserve", *DTYPES)] = "preserve"  # type: ignore[valid-type] # as above
     """preserve keeps the dtype of each stored tensor. With a dtype, every floating tensor is cast to it, and
@@ -374,11 +377,11 @@ class FileEntry(Model):
 
     model_config = ConfigDict(title="merge-gate configuration")
 
-    version: Version = NEEDED
+    version: Version
     """Version of this format: 1."""
     base: Base | None = None
     """The base of all adapters that do not name their own."""
-    adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)] = NEEDED
+    adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)]
     """The adapters to judge, at most 10,000 entries. A glob is one entry."""
     policy: Literal[tuple(POLICIES)] = DEFAULT  # type: ignore[valid-type] # as above
     """A preset of strictness: default or release, which makes warnings errors and refuses what is not pinned. The keys
@@ -412,18 +415,3 @@ class FileEntry(Model):
     baseline: Text | None = None
     """A YAML file (relative to this file) of known failures that do not fail the run until their last day.
     `merge-gate report baseline` writes a first version. Default: none."""
-
-
-_INSIDE = {
-    "base": BaseEntry,
-    "publish": PublishEntry,
-    "checks": Checks,
-    "limits": LimitsEntry,
-    "expect": ExpectEntry,
-    "combine": CombineEntry,
-}
-
-
-def place_of_key(key: str, known: Container[str]) -> str:
-    """The known key whose mapping allows `key`; empty if none does."""
-    return next((outer for outer, inside in _INSIDE.items() if outer in known and key in inside.model_fields), "")

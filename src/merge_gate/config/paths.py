@@ -32,6 +32,13 @@ class InvalidName(Exception):  # noqa: N818 (not an error of the program: the ca
 
 _PATH_LIKE = re.compile(r"\.{1,2}(?:$|[/\\])|[/~\\]|[A-Za-z]:[/\\]")
 _GLOB = re.compile(r"[*?\[]")
+_SPELLINGS = (
+    (re.compile(r"\$"), "variables in names are not expanded: write the full name"),
+    (re.compile(r"://"), "a URL is no name: write a Hub id as owner/name"),
+    (re.compile(r"^(?![A-Za-z]:).*\\"), "write paths with /"),
+    (re.compile(r"^[^./][^/]*/[^/]+@"), "give the revision under its own key, in a configuration file"),
+)
+"""The hint for a name that is written as for a shell, another tool, or another system."""
 
 
 def is_glob(written: str, directory: Path) -> bool:
@@ -70,7 +77,7 @@ def resolve_name(
     if not directories:
         files = " (only files)" if matches else ""
         files = " (only directories with reports)" if found else files
-        hint = partial(_suggest_directory, _literal_part(written, directory))
+        hint = partial(suggest_name, _literal_part(written, directory))
         raise InvalidName(f"no directory matches {quoted(written)}{files}", hint)
     return [(name, os.path.normpath(directory / name), None) for name in directories]
 
@@ -121,36 +128,20 @@ def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) 
     close = close_directory(written, directory, is_base=is_base) if could_be_hub and not on_hub else ""
     if could_be_hub and not close:
         return written, None, written
-    if "://" in written:
-        raise InvalidName(
-            f"{quoted(written)} is a URL, expected a directory or a Hub id", "write a Hub id as owner/name"
-        )
-    hint: str | Callable[[], str]
+    hint: str | Callable[[], str] = next((hint for pattern, hint in _SPELLINGS if pattern.search(written)), "")
     if close:
         hint = partial(_suggest_close, written, directory, close, "" if is_base else " or add a revision (--revision)")
-    else:
-        more = "" if _PATH_LIKE.match(written) else "a Hub id looks like owner/name"
-        hint = _spelling_hint(written) or partial(_suggest_directory, Path(place).parent, written, more)
+    elif not hint:
+        more = "" if _PATH_LIKE.match(written) else "; a Hub id looks like owner/name"
+        hint = partial(suggest_name, Path(place).parent, written, more=more)
     raise InvalidName(f"no such directory: {quoted(written)}", hint)
 
 
 def _suggest_close(written: str, directory: Path, close: str, or_so: str) -> str:
     """Name what is close here. Of a path whose last part is close to nothing, name what its directory holds."""
     is_part = close.endswith("/") and os.path.isdir(directory / close)
-    here = f"{_suggest_directory(directory / close)}; if" if is_part else f"did you mean {quoted(close)}? If"
+    here = f"{suggest_name(directory / close)}; if" if is_part else f"did you mean {quoted(close)}? If"
     return f"{here} it is on the Hub, write {quoted(HUB + written)}{or_so}"
-
-
-def _spelling_hint(written: str) -> str:
-    """The hint for a name written for a shell, another tool, or another system."""
-    if "$" in written:
-        return "variables in names are not expanded: write the full name"
-    if "\\" in written and not re.match(r"[A-Za-z]:", written):
-        return "write paths with /"
-    hub_id, at, revision = written.partition("@")
-    if at and could_be_hub_id(hub_id, is_base=False):
-        return f"give the revision under its own key, in a config: revision: {quoted(revision)}"
-    return ""
 
 
 def _absolute(written: str, directory: Path) -> str:
@@ -158,19 +149,23 @@ def _absolute(written: str, directory: Path) -> str:
     return os.path.join(directory, os.path.expanduser(on_disk))
 
 
-def _suggest_directory(parent: Path, written: str = "", more: str = "") -> str:
-    """Name the directory that the user may have meant, or all directories in `parent`; then `more`."""
+def suggest_name(
+    parent: Path,
+    written: str = "",
+    what: str = "directory",
+    is_wanted: Callable[[os.DirEntry[str]], bool] = os.DirEntry.is_dir,
+    more: str = "",
+) -> str:
+    """Name the entry of `parent` that the user may have meant, or all of its entries; then `more`."""
     try:
-        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())[:200]
+        names = sorted(entry.name for entry in os.scandir(parent) if is_wanted(entry))[:200]
     except PermissionError as error:
-        hint = f"{quoted(str(error.filename))} may not be read"
+        return f"{quoted(str(error.filename))} may not be read{more}"
     except (OSError, ValueError):
-        hint = f"the directory {quoted(str(parent))} does not exist either"
-    else:
-        head, slash, tail = written.rstrip("/").rpartition("/")
-        near = nearest(tail, names, before=head + slash) if tail else ""
-        hint = near or f"{quoted(str(parent))} holds {listing(quoted(n) for n in names) or 'no directories'}"
-    return f"{hint}; {more}" if more else hint
+        return f"the directory {quoted(str(parent))} does not exist either{more}"
+    head, slash, tail = written.rstrip("/").rpartition("/")
+    near = nearest(tail, names, before=head + slash) if tail else ""
+    return (near or f"{quoted(str(parent))} holds {listing(map(quoted, names)) or f'no {what}'}") + more
 
 
 def _literal_part(pattern: str, directory: Path) -> Path:

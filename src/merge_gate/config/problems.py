@@ -1,166 +1,127 @@
 """Validates a document against the models, and reports each of pydantic's errors in plain words with its place.
 
-The result is a model with a hole for each invalid value. Text from the file is escaped here.
+Text from the file is escaped here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from functools import partial, reduce
+from operator import getitem
+from typing import Any, TypeVar, get_args
 
-from merge_gate._internal.text import NUMBER, quoted
-from merge_gate.config.model import NEEDED, PATTERNS, Hole, Model, place_of_key
-from merge_gate.config.yaml_document import Hint, Loc, NoValue, Value, YamlDocument
-from merge_gate.names.suggestions import closest, nearest
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from merge_gate._internal.text import SIZE, one_of, quoted
+from merge_gate.config.model import DATE, HEX_64, PEFT_TYPE, TEXT, VALID_PARTS, Model
+from merge_gate.config.yaml_document import KEY, Hint, Loc, NoValue, YamlDocument, described
+from merge_gate.names.suggestions import nearest
 
 _File = TypeVar("_File", bound=Model)
 
-_MOST_MISTYPED = 20
-"""How many unknown keys of a mapping are compared with the known ones."""
 _EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "kind": "{wanted}",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than_equal": "at most {le:.0f}",
-    "finite_number": "a finite number",
-    "too_long": "at most {max_length:,} entries long",
-    "string_too_long": "at most {max_length} characters long",
+    "string_type": "be text",
+    "bool_type": "be true or false",
+    "dict_type": "be a mapping",
+    "model_type": "be a mapping",
+    TEXT: "be some text",
+    HEX_64: "be 64 hexadecimal digits, as sha256sum prints them",
+    DATE: "be a date such as 2026-12-31",
+    PEFT_TYPE: "be a PEFT type such as LORA",
+    SIZE: "be a size such as 5GB or 500MiB",
 }
-"""What the value must be, by the type of pydantic's error."""
-_MISSING = {"version": "write version: 1", "adapters": "list the adapters to judge"}
-_WITHOUT_QUOTES = {"int_type": NUMBER, "float_type": NUMBER, "bool_type": re.compile("true|false|yes|no|on|off")}
-"""What is a value of the type if it is not quoted."""
-_EMPTY = {"adapters": "list at least one adapter: a gate without adapters proves nothing"}
+"""What a value must be, by the type of pydantic's error or by the pattern, if pydantic's own words are less clear."""
+_HINTS = {
+    "": "start with version: 1",
+    "version": "write version: 1",
+    "adapters": "list the adapters to judge",
+    "string_type": "put it in quotes",
+    "int_type": "a value in quotes is text",
+    "float_type": "a value in quotes is text",
+    "bool_type": "a value in quotes is text",
+    "list_type": 'write "- " before each entry',
+    "too_short": "list at least one",
+    "empty": "give it a key, or remove it",
+    "'error' or 'on'": "this check cannot be switched off or lowered",
+    "1.0": "write a share, such as 0.5",
+}
+"""What to do next, by the words or the limit that are expected, the type of pydantic's error, or the place."""
+_MOST_PLACES = 3
 
 
 def read_models(document: YamlDocument, model: type[_File]) -> _File:
     """Validate the document, and report every value of the wrong type, missing key, and unknown key.
 
+    Returns:
+        the model. If there are problems, it has only the valid parts, so that these can still be checked.
+
     Raises:
         ConfigError: the document is not a mapping.
     """
+    try:
+        return model.model_validate(document.data)
+    except ValidationError as error:
+        for row in error.errors(include_url=False):
+            _report(document, model, row)
     if not isinstance(document.data, dict):
-        if document.data is not NoValue.REFUSED:
-            message = f"the file must be a mapping, got {described(document.root)}"
-            document.report((), message, 'start with "version: 1"')
         document.raise_problems()
-    file = model.model_validate(document.data)
-    _report_all(document, file, ())
-    return file
+    return model.model_validate(document.data, context=VALID_PARTS)
 
 
-def _report_all(document: YamlDocument, value: Any, loc: Loc) -> None:
-    """Report every problem in a value of the models, which is at `loc`."""
-    if isinstance(value, Hole):
-        for error in value.errors:
-            _report(document, (*loc, *error["loc"]), error)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _report_all(document, item, (*loc, index))
-    elif isinstance(value, Model):
-        _report_keys(document, value, loc)
-        if value.if_empty and not value.model_fields_set:
-            document.report(loc, f"{label(loc)} is empty", value.if_empty)
+def _report(document: YamlDocument, model: type[Model], row: Mapping[str, Any]) -> None:
+    """Report one of pydantic's errors. Remove an unknown key from the data, and give a missing one a refused value."""
+    loc, kind, facts = row["loc"], row["type"], row.get("ctx", {})
+    place, node = document.find(loc)
+    mapping = reduce(getitem, loc[:-1], document.data) if kind in {"extra_forbidden", "missing"} else {}
+    if kind == "extra_forbidden":
+        mapping.pop(loc[-1], None)
+        document.report((*loc, KEY), f"unknown key {quoted(loc[-1])}", partial(_suggest_key, model, loc))
+    elif kind == "missing":
+        mapping[loc[-1]] = NoValue.REFUSED
+        parent = f" in {_label(place)}" if place else ""
+        document.report(loc, f"{quoted(loc[-1])} is missing{parent}", _HINTS.get(".".join(map(str, loc)), "add it"))
+    elif row["input"] is NoValue.NULL:
+        document.report(loc, f"{_label(place)} has no value", "give it a value, or remove it")
+    elif row["input"] is not NoValue.REFUSED:
+        words = facts.get("expected", "")
+        plain = row["msg"].partition(" should ")[2].partition(" after ")[0]
+        expected = _EXPECTED.get(facts.get("pattern", kind), plain)
+        keys = (words or str(facts.get("le")), ".".join(map(str, place)), kind)
+        hint: Hint = next((_HINTS[key] for key in keys if key in _HINTS), "")
+        if isinstance(row["input"], str) and words and not hint:
+            hint = partial(nearest, row["input"], re.findall("'([^']+)'", words))
+        document.report(loc, f"{_label(place)} must {expected}, got {described(node)}", hint)
 
 
-def _report_keys(document: YamlDocument, value: Model, loc: Loc) -> None:
-    names = {field.alias or name: name for name, field in type(value).model_fields.items()}
-    for number, (key, extra) in enumerate((value.model_extra or {}).items()):
-        document.report(loc, f"unknown {value.kind} {quoted(key)}", partial(_suggest_key, key, names), key=key)
-        if meant := closest(key, names) if number < _MOST_MISTYPED else "":
-            _report_all(document, getattr(type(value).model_validate({meant: extra}), names[meant]), (*loc, key))
-    for key, name in names.items():
-        if (inner := getattr(value, name)) is NEEDED:
-            parent = f" in {label(loc)}" if loc else ""
-            document.report(loc, f"{quoted(key)} is missing{parent}", _MISSING.get(key, ""))
-        else:
-            _report_all(document, inner, (*loc, key))
-
-
-def _report(document: YamlDocument, loc: Loc, error: Mapping[str, Any]) -> None:
-    """Report one of pydantic's errors."""
-    place, _, value = document.deepest_at(loc)
-    if loc[-1] == "[key]" and place != loc:
-        name = str(loc[-2])
-        document.report(loc[:-2], f"{quoted(name)} cannot be a key here", "write a name", key=name)
-    elif value.data is NoValue.NULL:
-        document.report(place, f"{label(place)} has no value", "give it a value, or remove it")
-    elif value.data is not NoValue.REFUSED:
-        document.report(place, *_wrong_value(error["type"], error.get("ctx", {}), place, value))
-
-
-# --- words ---------------------------------------------------------------------------------------------------------
-
-
-def _suggest_key(key: str, known: Collection[str]) -> str:
+def _suggest_key(model: type[Model], loc: Loc) -> str:
     """Name the mapping that the key belongs to, or else the closest known key, or else all known keys."""
-    if place := place_of_key(key, known):
-        return f"it belongs under {quoted(place)}"
+    for part in loc[:-1]:
+        if isinstance(part, str):
+            model = next(_models(_fields(model)[part].annotation))
+    known, key = _fields(model), str(loc[-1])
+    places = [outer for outer, field in known.items() for inner in _models(field.annotation) if key in _fields(inner)]
+    if 0 < len(places) <= _MOST_PLACES:
+        return f"it belongs under {one_of(map(quoted, places))}"
     return nearest(key, known) or f"known keys: {', '.join(known)}"
 
 
-def _suggest_word(word: str, known: Collection[str]) -> str:
-    """Name the closest known word. float8 is close to float32 only in spelling."""
-    if "float16" in known and word.lower().removeprefix("torch.").startswith(("float8", "fp8", "f8")):
-        return "no adapter is merged in float8: name the dtype that the float8 weights are made from, such as bfloat16"
-    return nearest(word, known)
+def _fields(model: type[Model]) -> dict[str, FieldInfo]:
+    """The fields of a model, by their keys."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def label(loc: Loc) -> str:
+def _models(annotation: Any) -> Iterator[type[Model]]:
+    """The models that a type names."""
+    if isinstance(annotation, type(Model)):
+        yield annotation
+    for inner in get_args(getattr(annotation, "__value__", annotation)):
+        yield from _models(inner)
+
+
+def _label(loc: Loc) -> str:
     """The last part of a place: its key, or its number in a list."""
-    if isinstance(loc[-1], int):
-        return f"entry {loc[-1] + 1} of {label(loc[:-1])}"
-    return quoted(loc[-1])
-
-
-def described(value: Value) -> str:
-    """The value in words: `the number 12`, `the text "x"`, `a list of 3`."""
-    data = value.data
-    if isinstance(data, bool):
-        return f"{value.written} (which YAML reads as {str(data).lower()})"
-    if isinstance(data, int | float):
-        return f"the number {quoted(value.written, mark='')}"
-    if isinstance(data, str):
-        return f"the text {quoted(data)}"
-    if isinstance(data, list):
-        return f"a list of {len(data)}" if data else "an empty list"
-    return "a mapping" if isinstance(data, dict) else "nothing"
-
-
-def _wrong_value(kind: str, facts: Mapping[str, Any], place: Loc, value: Value) -> tuple[str, Hint]:
-    """Message and hint for one of pydantic's errors about the value at `place`."""
-    name, got, data = label(place), described(value), value.data
-    pattern = PATTERNS.get(facts.get("pattern", ""), "")
-    if place == ("version",):
-        return f"{name} must be the number 1, got {got}", "version 1 is the only version of the format"
-    if kind == "literal_error":
-        words = [word.strip("' ") for word in facts["expected"].replace(" or ", ", ").split(", ")]
-        hint = partial(_suggest_word, data, words) if isinstance(data, str) else ""
-        return f"{name} must be one of {', '.join(words)}; got {got}", hint
-    if kind == "too_short":
-        return f"{name} is empty", _EMPTY.get(str(place[-1]), "name at least one")
-    if pattern and not data.strip():
-        return f"{name} is empty", f"write {pattern}"
-    expected = pattern or _EXPECTED.get(kind, "something else").format(**facts)
-    return f"{name} must be {expected}, got {got}", _notation_hint(kind, data, value.written)
-
-
-def _notation_hint(kind: str, value: Any, written: str) -> str:
-    """The correct notation, if only quotes or a dash are wrong."""
-    if kind == "string_type" and isinstance(value, int | float):
-        return f'put it in quotes: "{written[:60]}"'
-    pattern = _WITHOUT_QUOTES.get(kind)
-    if pattern is not None and isinstance(value, str) and pattern.fullmatch(value):
-        return "remove the quotes: a quoted value is text"
-    if kind == "list_type" and isinstance(value, str):
-        return f'put it in a list: "- {quoted(value, mark="")}"'
-    return ""
+    if not loc:
+        return "the file"
+    return f"entry {loc[-1] + 1} of {_label(loc[:-1])}" if isinstance(loc[-1], int) else quoted(loc[-1])

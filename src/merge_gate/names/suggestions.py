@@ -12,7 +12,8 @@ MAX_COMPARED = 200
 _OTHER_NAMES = {
     "fp16": "float16", "f16": "float16", "half": "float16", "torch.float16": "float16",
     "fp32": "float32", "f32": "float32", "float": "float32", "full": "float32", "torch.float32": "float32",
-    "torch.bfloat16": "bfloat16", "8bit": "bnb-8bit", "int8": "bnb-8bit", "4bit": "bnb-4bit", "nf4": "bnb-4bit",
+    "torch.bfloat16": "bfloat16", "fp8": "bfloat16", "float8": "bfloat16", "float8_e4m3fn": "bfloat16",
+    "8bit": "bnb-8bit", "int8": "bnb-8bit", "4bit": "bnb-4bit", "nf4": "bnb-4bit",
     "warn": "warning", "err": "error", "fail": "error", "ignore": "off", "skip": "off", "disabled": "off",
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "bidi override": (ENTRY + 'name: "a\\u202Eb"\n', "4:11"),
     "bell": (ENTRY + 'name: "a\\ab"\n', "4:11"),
     "line break": (ENTRY + 'name: "a\\nb"\n', "4:11"),
-    "lone surrogate": (ENTRY + 'name: "\\uD800"\n', "4:11"),
+    "lone surrogate": (ENTRY + 'name: "\\uD800"\n', "4:14"),
     "control character in a key": (LIST + '"a\\e": 1\n', "3:1"),
     "too deep": ("version: 1\nadapters: " + "[" * 40 + "]" * 40, "2:42"),
     # keys and kinds
