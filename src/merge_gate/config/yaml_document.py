@@ -29,8 +29,9 @@ KEY = "[key]"
 """The last part of the place of a key, as in pydantic's errors."""
 
 _TAG = "tag:yaml.org,2002:"
+_KINDS = ("str", "bool", "int", "float", "null")
 _LIST, _MAPPING, _MERGE = f"{_TAG}seq", f"{_TAG}map", f"{_TAG}merge"
-_SCALARS = {f"{_TAG}{kind}" for kind in ("str", "bool", "int", "float", "null")}
+_SCALARS = {f"{_TAG}{kind}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{kind}"] for kind in _KINDS}
 _TAGS = {yaml.MappingNode: {_MAPPING}, yaml.SequenceNode: {_LIST}, yaml.ScalarNode: _SCALARS}
 _NUMBERS = {
     f"{_TAG}int": re.compile(r"(?:[-+]?(?:0|[1-9][0-9]{0,299})|0x[0-9a-fA-F]{1,200}|0o[0-7]{1,200})\Z"),
@@ -123,7 +124,7 @@ class YamlDocument:
             hint = "remove line breaks, tabs, and invisible characters"
             return self.add(node, f"{quoted(node.value)} contains a control character", hint)
         try:
-            value = yaml.SafeLoader.yaml_constructors[node.tag](yaml.constructor.SafeConstructor(), node)
+            value = _SCALARS[node.tag](yaml.constructor.SafeConstructor(), node)
         except (ValueError, LookupError):
             return self._refuse_tag(node)
         return NoValue.NULL if value is None else value

@@ -37,6 +37,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "local tag": (LIST + "base: !secret x\n", "3:7"),
     "binary": (LIST + "base: !!binary aGk=\n", "3:7"),
     "tag that does not fit": (LIST + "base: !!int abc\n", "3:7"),
+    "tag of a key": (LIST + "!!binary a: b\n", "3:1"),
     "tag of another kind": (LIST + "base: !!map [a]\n", "3:7"),
     "list as key": (LIST + "? [a]\n: b\n", "3:3"),
     "contains itself": ("version: 1\nadapters: &a [*a]\n", "2:11"),
@@ -45,6 +46,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "bell": (ENTRY + 'name: "a\\ab"\n', "4:11"),
     "line break": (ENTRY + 'name: "a\\nb"\n', "4:11"),
     "lone surrogate": (ENTRY + 'name: "\\uD800"\n', "4:14"),
+    "escape beyond Unicode": (ENTRY + 'name: "\\UFFFFFFFF"\n', "4:14"),
     "control character in a key": (LIST + '"a\\e": 1\n', "3:1"),
     "too deep": ("version: 1\nadapters: " + "[" * 40 + "]" * 40, "2:42"),
     # keys and kinds
