@@ -104,30 +104,28 @@ def _hashable(value: Any) -> Any:
 
 
 class ShortForm:
-    """Allows a short form of a value: the value of the mapping's `key` alone, or the item of a list of one.
+    """Allows the value of a mapping's `key` alone, instead of the mapping; or an item alone, if `key` is None.
 
-    Args:
-        key: the key whose value may replace the mapping; None for a list.
-        expected: what the value must be, in words.
-        schema: the JSON Schema of the short form.
-        kinds: the types of the short form.
+    `schema` is the JSON Schema of the short form.
     """
 
-    def __init__(self, key: str | None, expected: str, schema: JsonSchemaValue, *kinds: type) -> None:
-        self.key, self.expected, self.schema, self.kinds = key, expected, schema, kinds or (str,)
+    def __init__(self, key: str | None, schema: JsonSchemaValue) -> None:
+        self.key, self.schema = key, schema
 
     def _long(self, data: Any) -> Any:
-        if isinstance(data, self.kinds):
-            return [data] if self.key is None else {self.key: data}
-        if isinstance(data, list if self.key is None else dict):
-            return data
-        raise PydanticCustomError("kind", "Input should be {wanted}", {"wanted": self.expected})
+        if self.key is None:
+            return data if isinstance(data, list) else [data]
+        return data if isinstance(data, dict) else {self.key: data}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self._long, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> JsonSchemaValue:
         return {"anyOf": [self.schema, handler(schema)]}
+
+
+def _short_text(key: str, description: str, pattern: str = TEXT) -> ShortForm:
+    return ShortForm(key, {"type": "string", "pattern": pattern, "description": description})
 
 
 # --- types ---------------------------------------------------------------------------------------------------------
@@ -147,32 +145,17 @@ def _inside(name: str) -> str:
 
 
 Digests = Annotated[dict[Annotated[Text, AfterValidator(_inside)], Digest], Field(min_length=1)]
-BaseDigests = Annotated[
-    Digests,
-    ShortForm(
-        ALL_WEIGHTS,
-        "64 hexadecimal digits, or a mapping of files to digests",
-        {"type": "string", "pattern": HEX_64, "description": "The digest of all weight files."},
-    ),
-]
+BaseDigests = Annotated[Digests, _short_text(ALL_WEIGHTS, "The digest of all weight files.", HEX_64)]
 UNIQUE = Field(json_schema_extra={"uniqueItems": True})
 Dtypes = Annotated[
     Annotated[list[Dtype], Field(min_length=1), UNIQUE],
-    ShortForm(None, "a dtype or a list of dtypes", {"enum": list(get_args(Dtype))}),
+    ShortForm(None, {"enum": list(get_args(Dtype))}),
 ]
 _WORD = BeforeValidator(lambda word: ("off", "on")[word] if isinstance(word, bool) else word)  # as YAML reads both
 SeverityWord = Annotated[Literal["error", "warning", "off", "on"], _WORD]
-
 ForwardWord = Annotated[
-    Literal["auto", "off", "required"],
-    BeforeValidator(lambda word: ForwardMode.OFF.value if word is False else word),  # YAML reads off as false
-    WithJsonSchema({"enum": [*map(str, ForwardMode), False]}),
+    Literal["auto", "off", "required"], _WORD, WithJsonSchema({"enum": [*map(str, ForwardMode), False]})
 ]
-
-
-def _source(key: str, description: str) -> ShortForm:
-    schema = {"type": "string", "pattern": TEXT, "description": description}
-    return ShortForm(key, "text (a directory or a Hub id) or a mapping", schema)
 
 
 # --- the mappings, from the inside out -----------------------------------------------------------------------------
@@ -214,7 +197,7 @@ class BaseEntry(Model):
     does not fire base-mismatch."""
 
 
-Base = Annotated[BaseEntry, _source("model", "A directory or a Hub id.")]
+Base = Annotated[BaseEntry, _short_text("model", "A directory or a Hub id.")]
 
 
 class CheckEntry(Model):
@@ -237,9 +220,7 @@ def _setting(model: type[CheckEntry], limits: Mapping[str, JsonSchemaValue], *, 
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
     properties = {"severity": severity, **limits}
     long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": properties}
-    expected = "error, warning or off, or a mapping with severity and limit"
-    short = ShortForm("severity", expected, {}, str, bool)
-    return Annotated[model, short, WithJsonSchema({"anyOf": [{"enum": words}, long]})]
+    return Annotated[model, ShortForm("severity", {}), WithJsonSchema({"anyOf": [{"enum": words}, long]})]
 
 
 _WITHOUT_LIMIT = {
@@ -357,7 +338,7 @@ class AdapterEntry(Model):
     """Facts that this adapter must match; otherwise expectation-failed fires. Not with combine."""
 
 
-Adapter = Annotated[AdapterEntry, _source("path", "A directory, a glob or a Hub id."), OR_NONE]
+Adapter = Annotated[AdapterEntry, _short_text("path", "A directory, a glob or a Hub id."), OR_NONE]
 
 
 class PublishEntry(Model):
@@ -390,17 +371,7 @@ class FileEntry(Model):
     """Severity of each check (error, warning or off), or a mapping with severity and limit."""
     limits: LimitsEntry | None = None
     """Limits on the judging of each adapter."""
-    publish: (
-        Annotated[
-            PublishEntry,
-            ShortForm(
-                "directory",
-                "a directory or a mapping",
-                {"type": "string", "pattern": TEXT, "description": "A directory."},
-            ),
-        ]
-        | None
-    ) = None
+    publish: Annotated[PublishEntry, _short_text("directory", "A directory.")] | None = None
     """Publish the merged model of each adapter that passes. Default: publish nothing."""
     forward: ForwardWord | None = Field(
         None,
