@@ -46,15 +46,9 @@ def first_config(
     adapters, models, unreadable = _search(directories)
     if not adapters:
         places = f"in {listing(map(quoted, directories))} or up to {MAX_DEPTH} levels below"
-        if unreadable:
-            raise UsageError(
-                f"no {CONFIG_NAME} found {places}: {listing(map(quoted, unreadable))} cannot be read",
-                hint="give the user who runs the gate permission to read it",
-            )
-        raise UsageError(
-            f"no {CONFIG_NAME} {places}",
-            hint="name the directories that save_pretrained wrote, or a directory above them",
-        )
+        closed = f": {listing(map(quoted, unreadable))} cannot be read" if unreadable else ""
+        hint = "name readable directories that save_pretrained wrote, or a directory above them"
+        raise UsageError(f"no {CONFIG_NAME} found {places}{closed}", hint=hint)
     listed, earlier = _without_checkpoints(adapters)
     bases = {place: _locate_base(name, place, models) for place in listed if (name := base_of(place))}
     common = set(bases.values())
@@ -72,10 +66,9 @@ def _search(directories: Sequence[str]) -> tuple[set[str], set[str], list[str]]:
     adapters, models, unreadable = set[str](), set[str](), dict[str, None]()
 
     def on_error(error: OSError) -> None:
-        if isinstance(error, NotADirectoryError) and os.path.exists(error.filename):  # noqa: PTH110 (False if pathlib raises)
-            raise UsageError(f"{quoted(error.filename)} is a file, expected a directory", hint=_NAME_A_DIRECTORY)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UsageError(f"no such directory: {quoted(error.filename)}", hint=_NAME_A_DIRECTORY)
+            message = f"{quoted(error.filename)} cannot be searched: {error.strerror}"
+            raise UsageError(message, hint="name a directory with adapters")
         unreadable[error.filename] = None
 
     for top in map(Path, directories):
@@ -87,9 +80,6 @@ def _search(directories: Sequence[str]) -> tuple[set[str], set[str], list[str]]:
             elif "config.json" in files and any(map(_MODEL_WEIGHTS.fullmatch, files)):
                 models.add(_path_for_config(place))
     return adapters, models, list(unreadable)
-
-
-_NAME_A_DIRECTORY = "name a directory with adapters"
 
 
 def _path_for_config(place: str) -> str:
