@@ -35,6 +35,7 @@ MORE = {
     "a merge of a list with text": LIST + "base: {<<: [x], model: acme/b}\n",
     "a list of mappings as a key": LIST + "? {a: b}\n: b\n",
     "an anchor twice": "version: 1\nadapters: [&a acme/x, &a acme/y]\n",
+    "a problem in the value of a duplicate key": LIST + "version: !x 1\n",
     "a null key": LIST + "~: 1\n",
     "a quoted << is a key": LIST + "'<<': {}\n",
     "a key that is too long to compare": LIST + f"{'a' * 201}: 1\n",

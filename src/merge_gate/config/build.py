@@ -112,7 +112,7 @@ class _Build:
             yield from self._from_combine(loc, entry, draft)
         elif entry.path:
             yield from self._from_path(loc, draft, entry.path)
-        elif "path" not in given:
+        elif "path" not in given and loc not in self.document.has_unknown_keys:
             self.report(loc, 'an adapter needs "path" or "combine"', "a path is a directory or a Hub id")
 
     def _from_path(self, loc: Loc, draft: AdapterSpec, written: str) -> Iterator[AdapterSpec]:

@@ -77,6 +77,7 @@ def _report(document: YamlDocument, model: type[Model], row: Mapping[str, Any]) 
     mapping = reduce(getitem, loc[:-1], document.data) if kind in {"extra_forbidden", "missing"} else {}
     if kind == "extra_forbidden":
         mapping.pop(loc[-1], None)
+        document.has_unknown_keys.add(loc[:-1])
         document.report((*loc, KEY), f"unknown key {quoted(loc[-1])}", partial(_suggest_key, model, loc))
     elif kind == "missing":
         mapping[loc[-1]] = NoValue.REFUSED

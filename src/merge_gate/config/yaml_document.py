@@ -65,6 +65,7 @@ class YamlDocument:
     def __init__(self, path: str, root: yaml.Node) -> None:
         self.path, self.root = path, root
         self.problems = dict[tuple[int, int, str], Hint]()
+        self.has_unknown_keys = set[Loc]()
         self._items = dict[yaml.Node, Pairs]()
         self._values = 0
         self.data = self._plain(root, 1)
@@ -144,6 +145,7 @@ class YamlDocument:
             elif key.value in own:
                 hint = f"first in line {_place(own[key.value][0].start_mark)[0]}"
                 self.add(key, f"duplicate key {quoted(key.value)}", hint)
+                self._plain(item, depth + 1)  # for its problems
             elif self._scalar(key) is not NoValue.REFUSED:
                 own[key.value] = (key, item)
         return merged | own

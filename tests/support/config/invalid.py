@@ -64,6 +64,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "key of the base": (LIST + "dtype: float16\n", "3:1"),
     "key of the checks": (LIST + "no-effect: off\n", "3:1"),
     "key of expect": (ENTRY + "lora_alpha: 16\n", "4:5"),
+    "mistyped path": (HEAD + "  - pth: ./adapters/support\n", "3:5"),
     "unlike any key": (LIST + "zzz: 1\n", "3:1"),
     "number as key": (LIST + "7: 1\n", "3:1"),
     "empty list": ("version: 1\nadapters: []\n", "2:11"),
