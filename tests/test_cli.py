@@ -25,7 +25,7 @@ from merge_gate.cli.check_command import EXIT_CODES_OF_CHECK
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import parsers
 from merge_gate.judging.all_checks import refused
-from merge_gate.report.stored.report_files import FORMATS, write_report
+from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.worker.protocol import refusal_of
 from tests.support.command import (
     COMMAND,
@@ -40,7 +40,6 @@ from tests.support.command import (
     strict_json,
     wait_until,
 )
-from tests.support.reports import PASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -790,28 +789,6 @@ def test_3_when_killed_workers_are_all_that_went_wrong(place: Path) -> None:
         killed.add(worker)
     assert process.wait(PATIENCE_S) == 3
     assert {one["verdict"] for one in report_of(place)["adapters"]} == {"error"}
-
-
-NO_VERDICT: dict[str, Callable[[Path], tuple[str, ...]]] = {
-    "a mistyped option": lambda _: ("run", "gate.yml", "--devise", "cpu"),
-    "a mistyped option after the output": lambda _: ("run", "gate.yml", "--output=merge-gate-report", "--devise"),
-    "a config that is not there": lambda _: ("run", "absent.yml"),
-    "a config that is wrong": lambda place: ("run", str(configure(place, unknown="key"))),
-    "a name that is not listed": lambda place: ("run", str(configure(place, "good")), "--only", "godo"),
-    "a wrong pair of options": lambda place: ("run", str(configure(place, "good")), "--gpus", "0"),
-}
-
-
-@pytest.mark.parametrize("name", NO_VERDICT)
-def test_an_earlier_pass_does_not_survive_a_run_without_a_verdict(name: str, place: Path) -> None:
-    output = place / "merge-gate-report"
-    write_report(PASS, output)
-    answer = merge_gate(*NO_VERDICT[name](place), cwd=place)
-    assert answer.code == 2, answer.said
-    assert [path.name for path in output.iterdir() if not path.name.startswith(".")] == ["report.json"]
-    document = json.loads((output / "report.json").read_text())
-    assert (document["complete"], document["stale"], document["result"]) == (False, "pass", "error")
-    assert answer.err.count("merge-gate-report/report.json") == 1
 
 
 @pytest.mark.parametrize("delay_s", [0.03, 0.06, 0.1, 0.2, 0.4, 0.8])

@@ -17,7 +17,7 @@ import pytest
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import requested_config
 from merge_gate.cli.dispatch import main
-from merge_gate.cli.parser import WITHOUT_VARIABLE, output_of, parsed, parsers, unknown_variables
+from merge_gate.cli.parser import WITHOUT_VARIABLE, parsed, parsers, unknown_variables
 
 if TYPE_CHECKING:
     from tests.support.wording import Wording
@@ -150,18 +150,6 @@ def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPat
     unknown = unknown_variables(commands().values(), os.environ)
     assert len(names) > 60
     assert unknown == ()
-
-
-@pytest.mark.parametrize(
-    ("command", "output"), [("run", "merge-gate-report"), ("verify", None), ("rnu", "merge-gate-report")]
-)
-def test_a_directory_named_as_a_command_changes_no_command(
-    command: str, output: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mistake after `verify` does not mark the report of a run as stale."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / command).mkdir()
-    assert output_of([command, "--devise"]) == output
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

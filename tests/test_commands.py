@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from merge_gate import __main__, demo
-from merge_gate._internal.earlier_reports import mark_stale
+from merge_gate._internal.errors import GateError
 from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
@@ -409,14 +409,23 @@ def test_a_run_writes_the_copies_of_its_report(place: Path, capsys: pytest.Captu
     assert "could not be judged" in said.err
 
 
-def test_a_run_without_a_verdict_leaves_no_old_copy(place: Path) -> None:
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_run_that_ends_early_leaves_no_old_copy_and_a_usage_error_every_one(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_report(PASS, place / "old")
-    shutil.copy(place / "old" / "junit.xml", place / "tests.xml")
-    cut(place)
-    (place / "gate.yml").write_text("version: 1\n")
-    assert main(["run", "gate.yml", "--report", "junit=tests.xml"]) == 2
+    old = shutil.copy(place / "old" / "junit.xml", place / "tests.xml").read_bytes()
+    words = [command, "gate.yml", "--report", "junit=tests.xml"]
+    assert main([*words, "--only", "absent"]) == 2
+    assert (place / "tests.xml").read_bytes() == old
+
+    def end(*_: object, **__: object) -> NoReturn:
+        raise GateError("the run ends")
+
+    monkeypatch.setattr("merge_gate.run.flow.Run.run", end)
+    monkeypatch.setattr("merge_gate.judging.adapter_report.files_report", end)
+    assert main(words) == 3
     assert not (place / "tests.xml").exists()
-    assert (place / ".tests.xml.stale").read_bytes() == (place / "old" / "junit.xml").read_bytes(), "nor loses one"
 
 
 @pytest.mark.usefixtures("worker")
@@ -430,14 +439,12 @@ def test_a_new_copy_replaces_the_old_one(place: Path) -> None:
     "held",
     [
         pytest.param(held, marks=pytest.mark.attempt(f"Y52{row}", f"--report json={held}/report.json", "exit 2, kept"))
-        for row, held in zip("abc", ("other", "other/previous", "stale"), strict=True)
+        for row, held in zip("ab", ("other", "other/previous"), strict=True)
     ],
 )
 @pytest.mark.parametrize("names", ["gate.yml", "gate.yaml"])
 def test_a_copy_replaces_no_report_of_another_run(names: str, held: str, place: Path) -> None:
     write_report(PASS, place / held)
-    if held == "stale":
-        mark_stale(place / held)
     kept = {path: path.read_bytes() for path in (place / held).iterdir()}
     for command in ("run", "check"):
         assert main([command, names, "--report", f"json={held}/report.json"]) == 2
@@ -448,7 +455,7 @@ def test_a_copy_replaces_no_report_of_another_run(names: str, held: str, place: 
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(words, marks=pytest.mark.attempt(f"Y53{row}", f"run {' '.join(words)}", "earlier report stale"))
+        pytest.param(words, marks=pytest.mark.attempt(f"Y53{row}", f"run {' '.join(words)}", "exit 2, nothing changes"))
         for row, words in zip(
             "abcd",
             (
@@ -461,11 +468,12 @@ def test_a_copy_replaces_no_report_of_another_run(names: str, held: str, place: 
         )
     ],
 )
-def test_a_mistake_with_a_copy_marks_the_report(words: tuple[str, ...], place: Path) -> None:
+def test_a_mistake_with_a_copy_touches_nothing(words: tuple[str, ...], place: Path) -> None:
     (place / "foreign.txt").write_text("mine")
     write_report(PASS, place / "merge-gate-report")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     assert main(["run", "gate.yml", *words]) == 2
-    assert json.loads((place / "merge-gate-report" / "report.json").read_text())["stale"] == "pass"
+    assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 REFUSED_COPIES = {
@@ -519,21 +527,22 @@ def test_a_check_has_a_report_that_claims_no_merge(place: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["adapters"][0]["cause"] == "file-corrupt"
 
 
-@pytest.mark.parametrize("is_report_there", [True, False])
+@pytest.mark.parametrize("has_begun", [True, False])
 def test_copies_are_made_of_the_report_that_came_out_of_a_container(
-    is_report_there: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    has_begun: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def run(_: ContainerRun, log: Callable[[bytes], None]) -> int:
+    def run(asked: ContainerRun, log: Callable[[bytes], None]) -> int:
         log(b"from the inside\n")
-        if is_report_there:
-            write_report(FAIL, place / "merge-gate-report")
+        if has_begun:
+            asked.begins()
+        write_report(FAIL, place / "merge-gate-report")
         return 1
 
     monkeypatch.setattr(launcher, "run_in_container", run)
     assert main(["run", "gate.yml", "--container", "--report", "junit=-"]) == 1
     said = capfd.readouterr()
     assert said.err == "from the inside\n"
-    assert said.out == ((place / "merge-gate-report" / "junit.xml").read_text() if is_report_there else "")
+    assert said.out == ((place / "merge-gate-report" / "junit.xml").read_text() if has_begun else "")
 
 
 # --- check, init, demo ---------------------------------------------------------------------------------------------
@@ -667,15 +676,6 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wordi
     for unknown in ("no-efect", "zzz"):
         assert main(["explain", unknown]) == 2
         wording(capsys.readouterr().err)
-
-
-@pytest.mark.attempt("Y64", "report baseline on a stale report", "exit 2")
-def test_a_stale_report_is_no_baseline(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_report(FAIL, place / "out")
-    mark_stale(place / "out")
-    assert main(["report", "baseline", "out"]) == 2
-    said = capsys.readouterr()
-    assert (said.out, "earlier run" in said.err) == ("", True)
 
 
 @pytest.mark.attempt("Y65", "check --expect base-sha256=…", "exit 2")

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -22,11 +22,10 @@ import pytest
 from merge_gate import demo
 from merge_gate._internal import whole_file
 from merge_gate._internal.earlier_reports import is_own
-from merge_gate._internal.errors import UsageError
 from merge_gate.cache.store import ABANDONED_S
 from merge_gate.cli.dispatch import main
 from merge_gate.records.report import Shard
-from merge_gate.report.stored.output_directory import claimed, stored_result
+from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
 from merge_gate.worker import supervisor
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence/reliability.md"
 OUTPUT = "merge-gate-report"
 PREVIOUS = f"{OUTPUT}/previous"
-STALE = "in its place, marked as stale"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 
 Arrange = Callable[[Path], object]
@@ -167,7 +165,7 @@ def no_room(monkeypatch: pytest.MonkeyPatch, place: Path) -> AbstractContextMana
 
 
 def another_run(_: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
-    held = claimed(place / OUTPUT)
+    held = begun_run(str(place / OUTPUT))
     held.__enter__()
     write_report(FAIL, place / OUTPUT)
 
@@ -200,27 +198,26 @@ class Mistake:
     steps: tuple[tuple[str, ...], ...]
     arrange: Arrange = earlier
     code: int = 2
-    now_in: str = STALE
+    now_in: str = ""
     says: str = ""
     accident: Accident = none
 
 
-MARKED = "the earlier report, marked as stale"
 MOVED = "the earlier report, in `previous/`"
 UNTOUCHED = "everything as it was"
 
 
-def typo(mistake: str, *words: str, left: str = MARKED, **more: object) -> Mistake:
+def typo(mistake: str, *words: str, left: str = UNTOUCHED, **more: object) -> Mistake:
     return Mistake(mistake, left, (words,), **more)  # type: ignore[arg-type]
 
 
-def output(mistake: str, arrange: Arrange, *words: str, now_in: str = "", **more: object) -> Mistake:
-    return Mistake(mistake, UNTOUCHED, (words,), arrange, now_in=now_in, **more)  # type: ignore[arg-type]
+def output(mistake: str, arrange: Arrange, *words: str, **more: object) -> Mistake:
+    return Mistake(mistake, UNTOUCHED, (words,), arrange, **more)  # type: ignore[arg-type]
 
 
 RUN = ("run", "gate.yml")
 MISTAKES = (
-    # the command line is wrong; an earlier report must not pass for the report of this run
+    # the command line is wrong
     typo("a mistyped option: `--devise cpu`", *RUN, "--devise", "cpu", says="--devise"),
     typo("a mistyped option after the right output", *RUN, "--output", OUTPUT, "--devise"),
     typo("an option without its value: `--device`", *RUN, "--device"),
@@ -241,21 +238,24 @@ MISTAKES = (
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
     typo("`--cache` names a file", *RUN, "--cache", "gate.yml", says="gate.yml"),
     typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="--container"),
-    Mistake("the same mistake twice", MARKED, (("run", "absent.yml"), ("run", "absent.yml"))),
+    Mistake("the same mistake twice", UNTOUCHED, (("run", "absent.yml"), ("run", "absent.yml"))),
     Mistake(
         "the mistake, a good run, the mistake again",
-        "the first report in `previous/`, the second marked as stale",
+        "the earlier report, in `previous/`; the new one",
         (("run", "absent.yml"), RUN, ("run", "absent.yml")),
         now_in=PREVIOUS,
-        says=f"now in {PREVIOUS}",
     ),
     # --output is wrong
-    output("`--output` mistyped: `--ouptut notes`", earlier, *RUN, "--ouptut", "notes", now_in=OUTPUT),
-    output("`--output` as another tool calls it: `--outdir notes`", earlier, *RUN, "--outdir", "notes", now_in=OUTPUT),
-    output("`--output` without a directory", earlier, *RUN, "--output", now_in=OUTPUT),
-    output('`--output "$DIR"` with a variable that is not set', earlier, *RUN, "--output", "", now_in=OUTPUT),
+    output("`--output` mistyped: `--ouptut notes`", earlier, *RUN, "--ouptut", "notes"),
+    output("`--output` as another tool calls it: `--outdir notes`", earlier, *RUN, "--outdir", "notes"),
+    output("`--output` without a directory", earlier, *RUN, "--output"),
+    output('`--output "$DIR"` with a variable that is not set', earlier, *RUN, "--output", ""),
     output("`--output` names a file", text("out"), *RUN, "--output", "out"),
     output("`--output` is a link", both(folder("real"), link("out", "real")), *RUN, "--output", "out"),
+    output(
+        "`--output` is a link, with `--container`", both(folder("real"), link("out", "real")),
+        *(*RUN, "--container", "--image", "x:y", "--output", "out"), says="link",
+    ),
     output("`--output` is an adapter's directory", nothing, *RUN, "--output", "one", says="one"),
     output("`--output` is a base's directory", nothing, "run", "./one", "--base", "base", "--output", "base"),
     output("`--output` is the base that the adapter names", nothing, *RUN, "--output", "base", says="base"),
@@ -266,7 +266,7 @@ MISTAKES = (
         "`--output` holds `summary.md` and `report.html` of the user, and the adapter is mistyped",
         both(text("notes/summary.md"), text("notes/report.html")),
         *("run", "./my-adaptr", "--base", "./base", "--output", "notes"),
-        says="notes/summary.md",
+        says="my-adaptr",
     ),
     output(
         "`--output` holds the `junit.xml` of a test runner",
@@ -278,7 +278,6 @@ MISTAKES = (
         "one of the five files is another tool's, four are the gate's",
         both(earlier, text(f"{OUTPUT}/junit.xml", "<testsuites/>")),
         *RUN,
-        now_in=OUTPUT,
     ),
     output(
         "`--output` holds a `report.json` of another tool", text("reports/report.json", '{"tool": {"name": "x"}}'),
@@ -288,20 +287,18 @@ MISTAKES = (
         "a link has the name of a report",
         both(written("own", PASS), link(f"{OUTPUT}/report.json", "../own/report.json")),
         *RUN,
-        now_in="own",
     ),
     output("a directory has the name of a report", text(f"{OUTPUT}/report.html/mine.html"), *RUN, says="report.html"),
-    output("a report is named as the config", earlier, "run", f"{OUTPUT}/report.json", now_in=OUTPUT),
-    output("the output directory is named as an adapter", earlier, "run", OUTPUT, now_in=OUTPUT),
+    output("a report is named as the config", earlier, "run", f"{OUTPUT}/report.json"),
+    output("the output directory is named as an adapter", earlier, "run", OUTPUT),
     Mistake(
         "a directory that other tools use too",
         "their files; the new report next to them",
         ((*RUN, "--output", "reports"),),
         both(text("reports/coverage.xml"), text("reports/.report.json.backup.tmp")),
         code=1,
-        now_in="",
     ),
-    Mistake("`--output .`", "all files; the report next to them", ((*RUN, "--output", "."),), nothing, 1, now_in=""),
+    Mistake("`--output .`", "all files; the report next to them", ((*RUN, "--output", "."),), nothing, 1),
     Mistake(
         "`--output` is the directory of another project's reports",
         "its reports, in `previous/`",
@@ -312,20 +309,15 @@ MISTAKES = (
     ),
     Mistake(
         "`previous/` is a directory of the user",
-        "their files; the earlier report, in `previous-2/`",
+        "their files; the earlier report next to them, in `previous/`",
         (RUN,),
         both(earlier, text(f"{PREVIOUS}/thesis.tex")),
         code=1,
-        now_in=f"{OUTPUT}/previous-2",
+        now_in=PREVIOUS,
     ),
-    Mistake(
-        "`previous` is a file of the user",
-        "the file; the earlier report, in `previous-2/`",
-        (RUN,),
-        both(earlier, text(PREVIOUS)),
-        code=1,
-        now_in=f"{OUTPUT}/previous-2",
-    ),
+    output("`previous` is a file of the user", both(earlier, text(PREVIOUS)), *RUN, says=PREVIOUS),
+    output("`previous/` holds a `junit.xml` of the user", both(earlier, text(f"{PREVIOUS}/junit.xml")), *RUN),
+    output("`previous` is a link", both(earlier, folder("real"), link(PREVIOUS, "../real")), *RUN),
     Mistake(
         "a second run with the same output",
         "the earlier report, in `previous/`; the new one",
@@ -349,7 +341,6 @@ MISTAKES = (
         "the edited config, as `merge-gate.yml.old`",
         (("demo", "d"),),
         both(text("d/.merge-gate-demo"), text("d/kept.txt")),
-        now_in="",
         accident=small_demo,
     ),
     output(
@@ -380,10 +371,9 @@ MISTAKES = (
         ((*RUN, "--cache", "."),),
         cache_of_a_checkout,
         code=1,
-        now_in="",
     ),
     # not the user's mistake
-    output("two runs at once", nothing, *RUN, now_in=OUTPUT, says=OUTPUT, accident=another_run),
+    output("two runs at once", nothing, *RUN, says=OUTPUT, accident=another_run),
     typo(
         "the disk is full when the report is written",
         *RUN,
@@ -396,7 +386,6 @@ MISTAKES = (
     typo("the disk has no room for `previous/`", *RUN, code=3, says="No space left", accident=no_room),
     typo("Ctrl-C before anything is judged", *RUN, code=3, says="SIGINT", accident=interrupt),
     Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), 1, PREVIOUS),
-    Mistake("a clock that went back: the earlier report is of 1980", MARKED, (("run", "absent.yml"),), clock(1980)),
 )  # fmt: skip
 
 
@@ -426,14 +415,6 @@ def state(place: Path) -> dict[str, bytes]:
     }
 
 
-def after_the_next_run(place: Path) -> dict[str, bytes]:
-    """The files once a run judges, which moves the report of the output directory to `previous/`."""
-    if (place / OUTPUT).is_dir():
-        with suppress(UsageError), claimed(place / OUTPUT) as earlier_reports:
-            earlier_reports.replace_previous()
-    return state(place)
-
-
 def run(words: tuple[str, ...]) -> int:
     try:
         return main(list(words))
@@ -444,10 +425,10 @@ def run(words: tuple[str, ...]) -> int:
 ATTEMPTS = {
     "`--cache` is an adapter's directory": ("X07a", "exit 2"),
     "`--cache` is inside of a base's directory": ("X07b", "exit 2"),
-    "the same mistake twice": ("D8a", "the report stays in its place, marked as stale"),
+    "the same mistake twice": ("D8a", "the report stays as it is"),
     "the mistake, a good run, the mistake again": ("D8b", "no report is lost"),
     "`previous/` is a directory of the user": ("C10a", "nothing is lost"),
-    "`previous` is a file of the user": ("C10b", "nothing is lost"),
+    "`previous` is a file of the user": ("C10b", "exit 2"),
     "`--output` is a link": ("C10c", "exit 2"),
     "a link has the name of a report": ("C10d", "exit 2"),
     "a directory has the name of a report": ("C10e", "exit 2"),
@@ -483,24 +464,14 @@ def test_a_mistake_loses_nothing(
     if mistake.says and mistake.mistake not in WORDED_ELSEWHERE:
         lines = [line for line in said.splitlines() if mistake.says in line]
         wording(lines[0].partition(", expected")[0])
-    if mistake.now_in == STALE:
-        there = {path.name for path in (place / OUTPUT).iterdir() if not path.name.startswith(".")}
-        assert there.isdisjoint(set(FORMATS) - {"report.json"}), "an earlier report passes for the report of this run"
-        document = json.loads(after[f"{OUTPUT}/report.json"])
-        assert (document["complete"], document["stale"]) == (False, "fail")
-        assert stored_result(place / OUTPUT) is None
-        assert f"{OUTPUT}/report.json" in said
-        assert not (place / PREVIOUS).exists(), "a mistake moves nothing"
-    monkeypatch.undo()
-    kept = [*after.values(), *state(place).values(), *after_the_next_run(place).values()]
     for name, content in before.items():
         if name in own:
-            assert content in kept, f"{name} is lost"
+            assert content in after.values(), f"{name} is lost"
         else:
             assert after.get(name, b"") == content, f"{name} is not as it was"
     if mistake.left == UNTOUCHED:
         assert after == before
-    if mistake.now_in not in {"", STALE}:
+    if mistake.now_in:
         assert after[f"{mistake.now_in}/report.json"] in {before[name] for name in own if name.endswith(".json")}
 
 

@@ -5,7 +5,6 @@ In: names, and the options of a run. Out: a `Report`. torch is imported by the w
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
@@ -18,7 +17,7 @@ from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import quoted, unusable
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.records.options import RunOptions, is_device
-from merge_gate.report.stored.output_directory import claimed, refuse_report
+from merge_gate.report.stored.output_directory import refuse_report
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
 from merge_gate.worker.supervisor import WorkerSlot
@@ -74,19 +73,13 @@ def gate(
         ConfigError: the configuration file is wrong. Nothing was judged.
         GateError: the gate cannot go on, such as on a full disk.
     """
-    given = locals()
-    folder = _converted({"output": output, "device": "auto"})["output"]
-    with contextlib.ExitStack() as stack:
-        worker = stack.enter_context(WorkerSlot())
-        earlier = stack.enter_context(claimed(folder)) if folder is not None else None
-        given = _converted(given)
-        names = given["adapters"]
-        options = RunOptions(device=device, output=folder, cache=given["cache"])
+    given = _converted(locals())
+    names, folder = given["adapters"], given["output"]
+    with WorkerSlot() as worker:
         config = _config(names, {name: given[name] for name in _IN_CONFIG}, folder)
-        if earlier is None:
-            return run_gate(config, options, worker=worker)
-        refuse_report(folder, FORMATS, names)
-        return run_gate(config, options, worker=worker, begins=earlier.replace_previous)
+        if folder is not None:
+            refuse_report(folder, FORMATS, names)
+        return run_gate(config, RunOptions(device=device, output=folder, cache=given["cache"]), worker=worker)
 
 
 def export(

@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal.errors import UsageError
-from merge_gate.action import outcome
 from merge_gate.action.docker import collect
-from merge_gate.report.stored.report_files import FORMATS, write_report
-from tests.support.reports import PASS
-from tests.support.wording import Wording
+from merge_gate.report.stored.report_files import FORMATS
 
 
 @pytest.fixture
@@ -103,24 +99,6 @@ def test_a_link_at_the_target_is_replaced_and_not_written_through(source: Path, 
     assert collect.take(source, target) == []
     assert (tmp_path / "secret").read_text() == "of the host"
     assert not (target / "report.json").is_symlink()
-
-
-def test_an_earlier_report_is_marked_as_stale(target: Path, wording: Wording) -> None:
-    write_report(PASS, target)
-    (target / "mine.txt").touch()
-    with collect.claimed(target), pytest.raises(UsageError) as caught, collect.claimed(target):
-        pytest.fail("two runs at once")
-    wording(caught.value)
-    visible = {path.name for path in target.iterdir() if not path.name.startswith(".")}
-    assert visible == {"mine.txt", "report.json"}
-    assert outcome.read_report(target / "report.json") == (None, "wrote no report"), "it is never taken for this run's"
-
-
-def test_a_file_of_another_tool_is_not_replaced(target: Path) -> None:
-    (target / "junit.xml").write_text("<testsuites/>", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"junit\.xml") as caught, collect.claimed(target):
-        pytest.fail("it is not the gate's")
-    assert "`output`" in caught.value.hint
 
 
 def test_a_directory_made_to_stay_goes(tmp_path: Path) -> None:

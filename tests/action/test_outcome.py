@@ -81,6 +81,12 @@ def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> N
     assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
 
 
+def test_a_report_next_to_a_usage_error_is_of_another_run(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report("pass")), encoding="utf-8")
+    said = outcome.decide(2, tmp_path / "report.json")
+    assert (said.result, said.report) == ("error", None)
+
+
 @pytest.mark.parametrize(
     "change",
     [

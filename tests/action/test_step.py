@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from merge_gate._internal.errors import UsageError
+from merge_gate._internal.locked_directory import locked_directory
 from merge_gate.action import step as action
-from merge_gate.action.docker import collect, leftovers
+from merge_gate.action.docker import leftovers
 from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
@@ -258,8 +259,8 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert outputs(environ)["result"] == "error"
     assert outputs(environ)["upload-path"] == ""
-    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["report.json"]
-    assert json.loads((out / "report.json").read_text())["stale"] == "pass"
+    assert {path.name for path in out.iterdir()} == {"previous"}
+    assert (out / "previous" / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert "wrote no report" in log
 
 
@@ -311,7 +312,7 @@ def test_a_run_in_a_container_replaces_the_previous_report(environ: dict[str, st
 def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, str]) -> None:
     output = Path(environ["GITHUB_WORKSPACE"], "out")
     output.mkdir()
-    with collect.claimed(output):
+    with locked_directory(output):
         (output / "report.json").write_text("of the other run", encoding="utf-8")
         process = step(environ, runtime="native", output="out")
         log, _ = process.communicate(timeout=PATIENCE_S)

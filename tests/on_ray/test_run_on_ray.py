@@ -385,7 +385,7 @@ def test_a_cluster_is_reached_after_the_first_report(quick: Path, monkeypatch: p
     with pytest.raises(GateError, match="there is none"):
         run_on_ray(
             "head:6379", load_config("gate.yml"), RunOptions(output="report"), view=View(),
-            begins=lambda: begun.append(Path("report").exists()),
+            begins=lambda: begun.append(Path("report", "report.json").exists()),
         )  # fmt: skip
     assert begun == [False]
     assert not stored().complete

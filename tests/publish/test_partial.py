@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal.claimed_directory import DirectoryLock, locked_directory
 from merge_gate._internal.errors import NotPublishedError
+from merge_gate._internal.locked_directory import DirectoryLock, locked_directory
 from merge_gate.files.identity import directory_identity
 from merge_gate.publish import partial as partial_module
 from merge_gate.publish.manifest import render_export

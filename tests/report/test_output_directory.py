@@ -1,4 +1,4 @@
-"""The output directory belongs to one run at a time, and an earlier report in it is stale."""
+"""The output directory belongs to one run at a time, which moves the report of an earlier run."""
 
 from __future__ import annotations
 
@@ -7,44 +7,41 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal import claimed_directory
+from merge_gate._internal import locked_directory
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.records.terms import Result
-from merge_gate.report.stored.output_directory import claimed, explained, stored_result
+from merge_gate.report.stored.output_directory import begun_run, explained, stored_result
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import PASS
 from tests.support.wording import Wording
 
 
-def test_an_earlier_report_is_moved_once_a_run_judges_and_other_files_stay(tmp_path: Path) -> None:
+def test_an_earlier_report_is_moved_when_a_run_begins_and_other_files_stay(tmp_path: Path) -> None:
     write_report(PASS, tmp_path)
     for name in (".report.json.0123456789abcdef.tmp", "notes.txt"):
         (tmp_path / name).write_text("old")
-    with claimed(tmp_path) as earlier:
-        assert stored_result(tmp_path) is None, "a killed run leaves no earlier verdict"
-        earlier.replace_previous()
+    with begun_run(str(tmp_path)):
         assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "previous"}
-        assert earlier.place == tmp_path / "previous"
-        assert {file.name for file in earlier.place.iterdir()} == set(FORMATS)
+        assert {file.name for file in (tmp_path / "previous").iterdir()} == set(FORMATS)
 
 
 def test_a_second_run_is_told_of_the_first_and_leaves_its_report_alone(tmp_path: Path, wording: Wording) -> None:
-    with claimed(tmp_path):
+    with begun_run(str(tmp_path)):
         write_report(PASS, tmp_path)
-        with pytest.raises(UsageError) as caught, claimed(tmp_path):
+        with pytest.raises(UsageError) as caught, begun_run(str(tmp_path)):
             pass
         wording(caught.value)
         assert (tmp_path / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert caught.value.hint
-    with claimed(tmp_path):
+    with begun_run(str(tmp_path)):
         assert stored_result(tmp_path) is None
 
 
 def test_a_directory_of_which_nothing_came_is_taken_away_again(tmp_path: Path) -> None:
-    with claimed(tmp_path / "a" / "b"):
+    with begun_run(str(tmp_path / "a" / "b")):
         assert (tmp_path / "a" / "b").is_dir()
     assert list(tmp_path.iterdir()) == []
-    with claimed(tmp_path / "a" / "b"):
+    with begun_run(str(tmp_path / "a" / "b")):
         (tmp_path / "a" / "b" / "report.json").write_text("{}")
     assert (tmp_path / "a" / "b" / "report.json").exists()
 
@@ -53,9 +50,9 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claimed_directory.fcntl, "flock", refuse)
+    monkeypatch.setattr(locked_directory.fcntl, "flock", refuse)
     write_report(PASS, tmp_path)
-    with claimed(tmp_path):
+    with begun_run(str(tmp_path)):
         assert stored_result(tmp_path) is None
 
 
@@ -63,7 +60,7 @@ def test_a_link_is_not_followed(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "report.json").write_text("old")
     (tmp_path / "out").symlink_to("elsewhere")
-    with pytest.raises(UsageError) as caught, claimed(tmp_path / "out"):
+    with pytest.raises(UsageError) as caught, begun_run(str(tmp_path / "out")):
         pass
     wording(caught.value)
     assert (tmp_path / "elsewhere" / "report.json").exists()

@@ -20,10 +20,13 @@ TIME_LIMIT_S = 6 * 60 * 60.0
 
 
 class Interrupted(BaseException):
-    """A signal arrived, or the time limit is over: a request to stop, not an error, like KeyboardInterrupt."""
+    """A signal arrived, or the time limit is over: a request to stop, not an error, like KeyboardInterrupt.
+
+    `output` is the directory with the report of the run that it stopped; empty if no run had begun.
+    """
 
     def __init__(self, number: int, time_limit_s: float | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        self.signal_name, self.output = signal.Signals(number).name, ""
         over = f"the time limit of {(time_limit_s or 0) / 60:g} min is over"
         super().__init__(over if number == signal.SIGALRM else f"received {self.signal_name}")
 

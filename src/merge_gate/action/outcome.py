@@ -54,7 +54,7 @@ def decide(code: int, path: Path, last_lines: Sequence[str] = (), refused: Seque
         refused: a sentence for each report file that was refused. If there is one, other code has written to the
             directory, so no file there counts as a verdict.
     """
-    report, problem = read_report(path)
+    report, problem = (None, "wrote no report") if code == ExitCode.USAGE else read_report(path)
     if refused:
         return StepOutcome("error", report, "\n".join(["there is no verdict: the report was tampered with", *refused]))
     if report is None:
@@ -196,8 +196,6 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
 def _problem_of(report: Any) -> str:
     if not _is_known(report):
         return "wrote a report that this version of the action does not support"
-    if report.get("stale"):
-        return "wrote no report"
     if report["complete"] and not report["adapters"] and not _is_empty_shard(report):
         return "judged nothing"
     contradiction = _contradiction(report)

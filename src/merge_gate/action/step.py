@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate._internal.earlier_reports import refuse_run
+from merge_gate._internal.earlier_reports import locked_for_run, refuse_run
 from merge_gate._internal.errors import ExitCode, GateError, LauncherError, UsageError
 from merge_gate._internal.interrupts import STOP_GRACE_S, Interrupted, interruptible
 from merge_gate._internal.output_files import PUBLISH_WITHIN
@@ -106,12 +106,12 @@ def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _Messages
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
     if run.verifies:
         refuse_run(run.output, chosen_by="`output`")
-    with collect.claimed(run.output):  # an earlier report must not be mistaken for the report of this run
+    with locked_for_run(run.output, chosen_by="`output`"):  # what is there afterwards is the report of this run
         runtime = choose_runtime(inputs.runtime, environ)
     _say(f"merge-gate: runtime {runtime}, report in {run.output}")
     log.open()
     try:
-        code = _run(runtime, run, log.write, messages)  # the run claims the directory itself
+        code = _run(runtime, run, log.write, messages)  # the run locks the directory itself
     except GateError as error:
         return outcome.interrupted_by(error, path)
     finally:

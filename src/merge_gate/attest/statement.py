@@ -89,10 +89,9 @@ def _of_directory(folder: Path, now: datetime) -> bytes:
 
 def _of_report(source: str, only: Collection[str], now: datetime) -> list[bytes]:
     report = stored(source)
-    why = "a later command judged nothing" if report.stale else "its run did not finish"
     of_run = "the report of `merge-gate run`"
     for is_so, problem, hint in (
-        (not report.complete, f"is not complete: {why}", "run the gate again"),
+        (not report.complete, "is not complete: its run did not finish", "run the gate again"),
         (report.files_only, "is from `merge-gate check`, which merges nothing", f"attest {of_run}"),
         (
             report.is_comparison,

@@ -48,19 +48,21 @@ def add(commands: Commands[CommandParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.formats.terminal_text import file_lines
-    from merge_gate.report.stored.report_files import withdraw
+    from merge_gate.report.stored.report_files import refuse_copies, remove_copies
     from merge_gate.report.wording.columns import wrap
     from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files
     from merge_gate.run.tally import report_on_files
 
-    withdraw(arguments.report)
+    refuse_copies(arguments.report)
     if any(key == "base-sha256" for key, _ in arguments.expect or ()):
         raise UsageError("check reads no weights of a base, so --expect base-sha256 is for `run`", hint="omit it here")
     config = requested_config(arguments)
     adapters = []
     with view_of(arguments) as (view, stream):
-        for adapter in check_files(config, view=view, only=tuple(arguments.only)):
+        checked = check_files(config, view=view, only=tuple(arguments.only))
+        remove_copies(arguments.report)
+        for adapter in checked:
             adapters.append(adapter)
             view.show_logs(adapter)
             if arguments.quiet and not adapter.findings:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_gate._internal.errors import ExitCode, GateError
 from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands, add_appearance, examples
-from merge_gate.cli.output import claimed_output, exit_code, gate_adapters, result_width
+from merge_gate.cli.output import exit_code, gate_adapters, result_width
 from merge_gate.records.options import RunOptions
 from merge_gate.run.streams import tell
 
@@ -41,10 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = str(Path(arguments.directory, DEFAULT_OUTPUT))
     config = load_config(make_demo(arguments.directory))
-    with claimed_output(output) as earlier:
-        report = gate_adapters(
-            config, RunOptions(device="cpu", output=output), arguments, begins=earlier.replace_previous
-        )
+    report = gate_adapters(config, RunOptions(device="cpu", output=output), arguments)
     if wrong := misjudged(report):
         raise GateError(
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",

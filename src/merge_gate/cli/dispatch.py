@@ -11,14 +11,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
-from merge_gate.cli.output import DEBUG, EXIT_CODE_OF, claimed_output
-from merge_gate.cli.parser import COMMANDS, output_of, parsed
+from merge_gate.cli.output import DEBUG, EXIT_CODE_OF
+from merge_gate.cli.parser import COMMANDS, parsed
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
 
@@ -36,15 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments. If they are wrong, an earlier report is marked as stale: it is not the report of this run."""
-    try:
-        arguments = parsed(argv)
-    except SystemExit as leaving:
-        output = output_of(argv) if leaving.code == ExitCode.USAGE else None
-        if output is not None and Path(output).is_dir():
-            with suppress(GateError), claimed_output(output):
-                pass
-        raise
+    arguments = parsed(argv)
     if arguments.variables:
         say(f"merge-gate: options from the environment: {', '.join(arguments.variables.values())}")
     for line in arguments.unknown_variables:
@@ -95,13 +86,13 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     """The exit code after a signal: no verdict, unless the whole report was on disk when it arrived."""
     from merge_gate.report.stored.output_directory import stored_result
 
-    output = getattr(arguments, "output", None)
+    output = stop.output
     report = stored_result(output) if output else None
     is_complete, result = report or (False, None)
     if is_complete and result is not None:
         say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
         return EXIT_CODE_OF[result]
-    partial = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
+    partial = f"; {Path(output, 'report.json')} holds what was judged until then" if report else ""
     say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{partial}")
     if partial and arguments.command == "run":
         without = "add --cache DIR to the next run: if that is stopped, the same command continues from there"

@@ -10,12 +10,10 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from merge_gate._internal.errors import ExitCode, GateError
-from merge_gate.run.streams import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from merge_gate._internal.earlier_reports import EarlierReports
     from merge_gate.records.config import Config
     from merge_gate.records.options import RunOptions
     from merge_gate.records.report import Report
@@ -92,23 +90,6 @@ def _uses_color(stream: TextIO, env: Mapping[str, str], asked: str) -> bool:
     if env.get("NO_COLOR"):
         return False
     return bool(env.get("FORCE_COLOR")) or (stream.isatty() and env.get("TERM") not in _DUMB)
-
-
-@contextmanager
-def claimed_output(output: str) -> Iterator[EarlierReports]:
-    """Hold the output directory. At the end, say where the report of an earlier run is."""
-    from merge_gate.report.stored.output_directory import claimed
-
-    with claimed(output) as earlier:
-        try:
-            yield earlier
-        finally:
-            say_place(earlier)
-
-
-def say_place(earlier: EarlierReports) -> None:
-    if earlier.line:
-        say(f"merge-gate: {earlier.line}")
 
 
 def result_width(stream: TextIO | None = None) -> int:

@@ -27,8 +27,8 @@ from merge_gate.cli import (
     run_command,
     verify_command,
 )
-from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
-from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
+from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, examples
+from merge_gate.cli.report_command import REPORT, REPORT_COMMANDS
 from merge_gate.names.suggestions import closest, nearest
 
 PREFIX = "MERGE_GATE_"
@@ -140,29 +140,6 @@ def _refuse_report(top: argparse.ArgumentParser, words: Sequence[str]) -> NoRetu
         (sys.stdout if second else sys.stderr).write(text)
         sys.exit(0 if second else 2)
     top.error(f"there is no command {quoted(f'{REPORT} {second}')}{_meant(second, known)}")
-
-
-def output_of(argv: Sequence[str]) -> str | None:
-    """The output directory that a command line with a mistake names.
-
-    None if the command has no output directory, or if the mistake may be in `--output` itself.
-    """
-    words, commands = commanded(argv) or [""], parsers()[1].choices
-    is_left_out = words[0] not in commands and _is_place(words[0])
-    command = "run" if is_left_out else closest(words[0], commands)
-    if command not in {"run", COMBINE}:
-        return None
-    known = _options(commands[command])
-    names = [name for word in words if (name := word.partition("=")[0]).startswith("--") and name not in known]
-    if any(name.startswith("--o") or closest(name, known) == "--output" for name in names):
-        return None
-    output = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    add_output(output)
-    more, _ = words_of(output, words[1:], os.environ)
-    try:
-        return str(output.parse_known_args([*words[1:], *more])[0].output)
-    except argparse.ArgumentError:
-        return None
 
 
 def _options(command: argparse.ArgumentParser) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from merge_gate._internal.errors import UsageError
-from merge_gate._internal.text import one_of, quoted
+from merge_gate._internal.text import one_of
 from merge_gate.cli.arguments import (
     DEFAULT_OUTPUT,
     EXIT_CODES,
@@ -16,7 +15,7 @@ from merge_gate.cli.arguments import (
     add_output,
     examples,
 )
-from merge_gate.cli.output import claimed_output, exit_code, print_document, result_width, view_of
+from merge_gate.cli.output import exit_code, print_document, result_width, view_of
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
@@ -108,18 +107,17 @@ def diff(arguments: argparse.Namespace) -> int:
 
 
 def combine(arguments: argparse.Namespace) -> int:
-    """The shards are read before earlier reports in the output directory are moved aside."""
+    """The shards are read before the report of an earlier run is moved."""
+    from merge_gate.report.stored.output_directory import begun_run
     from merge_gate.report.stored.report_files import write_report
     from merge_gate.shards.combined import combined, found_in, refuse_overwriting
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)
-    with claimed_output(arguments.output) as earlier:
-        report = combined(found)
-        earlier.replace_previous()
-        with view_of(arguments) as (view, _):
-            write_report(report, arguments.output)
-            view.finish(report, arguments.output)
+    report = combined(found)
+    with begun_run(arguments.output), view_of(arguments) as (view, _):
+        write_report(report, arguments.output)
+        view.finish(report, arguments.output)
     return exit_code(report)
 
 
@@ -128,10 +126,4 @@ def baseline(arguments: argparse.Namespace) -> int:
 
     from merge_gate.report.stored.stored_report import first_baseline, stored
 
-    report = stored(arguments.report)
-    if report.stale:
-        raise UsageError(
-            f"the report in {quoted(arguments.report, 200)} is of an earlier run, and the last one judged nothing",
-            hint="run again, then write the baseline",
-        )
-    return print_document(first_baseline(report, datetime.now(UTC).date()))
+    return print_document(first_baseline(stored(arguments.report), datetime.now(UTC).date()))

@@ -6,6 +6,9 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import size_bytes
@@ -22,7 +25,7 @@ from merge_gate.cli.arguments import (
     given,
     requested_config,
 )
-from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, result_width, say_place
+from merge_gate.cli.output import deliver, gate_adapters, print_document, result_width
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.records.terms import Access, ForwardMode, Read
 from merge_gate.run.streams import say
@@ -142,20 +145,20 @@ def run(arguments: argparse.Namespace) -> int:
         if _starts_early(arguments):
             worker.start_early()
         from merge_gate.report.stored.output_directory import refuse_report
-        from merge_gate.report.stored.report_files import FORMATS, withdraw
+        from merge_gate.report.stored.report_files import FORMATS, refuse_copies, remove_copies
 
         refuse_report(arguments.output, FORMATS, arguments.names)
+        refuse_copies(arguments.report, arguments.output)
         if arguments.container:
             return _run_in_container(arguments)
-        with claimed_output(arguments.output) as earlier:
-            withdraw(arguments.report, arguments.output)
-            config = requested_config(arguments)
-            if arguments.image or arguments.gpus != "auto":
-                hint = "add --container, or use --device"
-                raise UsageError("--image and --gpus belong to --container", hint=hint)
-            options, ray = _options(arguments), _ray(arguments)
-            report = gate_adapters(config, options, arguments, worker=worker, begins=earlier.replace_previous, ray=ray)
-            return deliver(report, arguments.report)
+        config = requested_config(arguments)
+        if arguments.image or arguments.gpus != "auto":
+            hint = "add --container, or use --device"
+            raise UsageError("--image and --gpus belong to --container", hint=hint)
+        options, ray = _options(arguments), _ray(arguments)
+        begins = partial(remove_copies, arguments.report)
+        report = gate_adapters(config, options, arguments, worker=worker, begins=begins, ray=ray)
+        return deliver(report, arguments.report)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -179,25 +182,25 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
-    """Run in a container. The launcher claims the output directory itself, so this claim ends before it starts."""
-    from merge_gate.report.stored.output_directory import claimed, stored_result
-    from merge_gate.report.stored.report_files import withdraw
+    from merge_gate.report.stored.output_directory import refuse_other_kinds, stored_result
+    from merge_gate.report.stored.report_files import remove_copies
     from merge_gate.report.stored.stored_report import stored
 
-    with claimed(arguments.output) as earlier:
-        pass  # from here on, an earlier report is stale
-    try:
-        withdraw(arguments.report, arguments.output)
-        code = _in_container(arguments)
-        if arguments.report and stored_result(arguments.output) is not None:
-            deliver(stored(arguments.output), arguments.report)
-        return code
-    finally:
-        if stored_result(arguments.output) is None:
-            say_place(earlier)
+    refuse_other_kinds(Path(arguments.output))
+    has_begun = False
+
+    def begins() -> None:
+        nonlocal has_begun
+        remove_copies(arguments.report)
+        has_begun = True
+
+    code = _in_container(arguments, begins)
+    if arguments.report and has_begun and stored_result(arguments.output) is not None:
+        deliver(stored(arguments.output), arguments.report)
+    return code
 
 
-def _in_container(arguments: argparse.Namespace) -> int:
+def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -> int:
     from merge_gate.action.docker.launcher import local_run, run_in_container
     from merge_gate.report.stored.report_files import is_any_printed
 
@@ -221,6 +224,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
         cache=arguments.cache,
         publish=arguments.publish,
         environ=os.environ,
+        begins=begins,
     )
 
     stream = sys.stderr if is_any_printed(arguments.report) else sys.stdout

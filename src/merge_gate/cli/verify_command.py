@@ -7,7 +7,7 @@ from typing import Any
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
-from merge_gate.cli.output import claimed_output, exit_code, view_of
+from merge_gate.cli.output import exit_code, view_of
 from merge_gate.judging.kinds import ALLOWED, ANSWERS
 
 EXIT_CODES_OF_VERIFY = exit_codes(
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.worker.supervisor import WorkerSlot
 
     refuse_run(Path(arguments.output))
-    with WorkerSlot() as worker, claimed_output(arguments.output) as earlier:
+    with WorkerSlot() as worker:
         refuse_exchanged(arguments.merged, arguments.base, arguments.adapter, arguments.candidate)
         if arguments.adapter is None and (arguments.base or arguments.candidate):
             raise UsageError(
@@ -79,9 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
         refuse_report(arguments.output, FORMATS, filter(None, inputs))
-        asked: dict[str, Any] = {
-            "allowed": tuple(arguments.allow), "output": arguments.output, "begins": earlier.replace_previous
-        }  # fmt: skip
+        asked: dict[str, Any] = {"allowed": tuple(arguments.allow), "output": arguments.output}
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
                 return exit_code(verify_record(arguments.merged, view=view, **asked))

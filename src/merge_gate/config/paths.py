@@ -18,7 +18,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from merge_gate._internal.earlier_reports import REPORTS, is_own, places
+from merge_gate._internal.earlier_reports import PREVIOUS, REPORTS, is_own
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import listing, quoted
 from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id
@@ -105,7 +105,7 @@ def _is_for_reports(place: Path, output: str | None) -> bool:
     with suppress(OSError, ValueError):  # the output directory does not exist yet, or cannot
         if output is not None and os.path.samefile(place, output):
             return True
-    return any(is_own(folder / name) for folder in places(place) for name in REPORTS)
+    return any(is_own(folder / name) for folder in (place, place / PREVIOUS) for name in REPORTS)
 
 
 def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> ResolvedName:

@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.text import quoted
 from merge_gate.api import gate, refuse_options
-from merge_gate.report.stored.output_directory import claimed
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.untrusted import one_line
 
@@ -96,8 +95,7 @@ class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is ski
     def _gate(self, args: TrainingArguments, model: Any) -> None:
         place, self.report = Path(args.output_dir, FOLDER), None
         output = place / "report"
-        with claimed(output):  # an earlier report is stale, also if there is nothing to gate
-            adapter = _saved(model, args, place / "adapter" / (Path(args.output_dir).resolve().name or "adapter"))
+        adapter = _saved(model, args, place / "adapter" / (Path(args.output_dir).resolve().name or "adapter"))
         self.report = gate(adapter, output=output, **self._options)
         page = output / "report.html"
         if not self.report.passed:

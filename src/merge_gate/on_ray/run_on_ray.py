@@ -40,6 +40,7 @@ from merge_gate.records.files import FileRecord
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
+from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.run.flow import Run, run_gate
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.shards.combined import combined
@@ -77,8 +78,7 @@ def run_on_ray(
         UsageError: as `run_gate`, here or on a node.
         GateError: there is no such cluster, a node does not fit, or the report cannot be written.
     """
-    with closing(Run(config, options, view)) as run:
-        begins()
+    with closing(Run(config, options, view)) as run, begun_run(options.output, begins):
         checked = replace(config, publish=run.publications.spec)
         return RayRun(checked, run.specs, options, view).run(address)
 

@@ -18,8 +18,8 @@ import shutil
 import stat
 from pathlib import Path
 
-from merge_gate._internal.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate._internal.errors import GateError, NotPublishedError
+from merge_gate._internal.locked_directory import AlreadyLockedError, locked_directory
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import sync_directory
 from merge_gate.files.identity import directory_identity

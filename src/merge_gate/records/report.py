@@ -291,11 +291,6 @@ class Report:
 
     schema_version: str = reported("Version of this format. Readers accept any 1.x.", init=False)
     complete: bool = reported("False during the run, and forever if it was killed.")
-    stale: str | None = reported(
-        "The `result` before a later command in this directory judged nothing, or `incomplete`: this is not that "
-        "command's report. Then `complete` is false, until the next run moves the report to `previous/`. Else null.",
-        default=None,
-    )
     result: Result = reported(
         "The run's result. An unfinished run, or one that judged nothing, never passes.", init=False
     )

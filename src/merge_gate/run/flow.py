@@ -41,7 +41,7 @@ from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import ForwardMode, Origin, Read, Verdict
-from merge_gate.report.stored.output_directory import refuse_input
+from merge_gate.report.stored.output_directory import begun_run, refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
@@ -75,14 +75,13 @@ def run_gate(
         options: What the run is asked for. By default every element of every touched tensor is merged and measured.
         view: Shows progress and the result. None shows nothing.
         worker: May hold a process that was started before the configuration was read.
-        begins: Called before the first report is written, when no usage error can follow.
+        begins: Called when no usage error can follow.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
         GateError: the report cannot be written.
     """
-    with contextlib.closing(Run(config, options, view or View(), worker)) as run:
-        begins()
+    with contextlib.closing(Run(config, options, view or View(), worker)) as run, begun_run(options.output, begins):
         return run.run()
 
 
@@ -141,9 +140,9 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
+    specs = select(config, only)
     inputs = Inputs(config, Fetching(notify=(view or View()).note), limit_s=headers_limit_s)
-    for spec in select(config, only):
-        yield adapter_report.files_report(inputs.checked(spec))
+    return (adapter_report.files_report(inputs.checked(spec)) for spec in specs)
 
 
 def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read
+from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import View
@@ -59,7 +59,6 @@ def verify_record(
     view: View,
     allowed: tuple[str, ...] = (),
     output: str | None = None,
-    begins: Callable[[], object] = lambda: None,
 ) -> Report:
     """Compare a published directory with its own merge-gate.json. Nothing is merged.
 
@@ -80,11 +79,11 @@ def verify_record(
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
     found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
-    begins()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
     tally = Tally(config, None, device=DEVICE, watch=BaseWatch())
     tally.set_report(0, found)
-    return ReportWriter(output, view).finish(replace(tally.report(complete=True), is_comparison=True))
+    with begun_run(output):
+        return ReportWriter(output, view).finish(replace(tally.report(complete=True), is_comparison=True))
 
 
 class Verification:
@@ -97,7 +96,6 @@ class Verification:
         output: the directory that the reports go to; None writes none.
         view: shows the progress.
         worker: may hold a process that was started before.
-        begins: called before the first report is written.
     """
 
     def __init__(
@@ -109,10 +107,9 @@ class Verification:
         worker: WorkerSlot,
         allowed: tuple[str, ...] = (),
         output: str | None = None,
-        begins: Callable[[], object] = lambda: None,
     ) -> None:
         self._config, self._name, self._allowed, self._output = config, merged, allowed, output
-        self._view, self._worker, self._begins = view, worker, begins
+        self._view, self._worker = view, worker
         self._watch = BaseWatch()
         self._tally = Tally(config, None, device=DEVICE, watch=self._watch)
         self._fed = FedBases(self._watch, view.note)
@@ -137,17 +134,17 @@ class Verification:
             merged = self._merged()
             if before is None and isinstance(merged, Snapshot):  # a model on the Hub
                 before = _identity(merged.directory)
-            self._begins()
-            self._writer.write_first(replace(self._tally.report(), is_comparison=True))
-            self._view.start_comparison(self._name)
-            report = self._judged(merged)
-            self._watch.wait()
-            report = self._unless_changed(report)
-            if isinstance(merged, Snapshot):
-                report = _unless_swapped(report, merged, before)
-        self._view.adapter_done(report)
-        self._tally.set_report(0, report)
-        return self._writer.finish(replace(self._tally.report(complete=True), is_comparison=True))
+            with begun_run(self._output):
+                self._writer.write_first(replace(self._tally.report(), is_comparison=True))
+                self._view.start_comparison(self._name)
+                report = self._judged(merged)
+                self._watch.wait()
+                report = self._unless_changed(report)
+                if isinstance(merged, Snapshot):
+                    report = _unless_swapped(report, merged, before)
+                self._view.adapter_done(report)
+                self._tally.set_report(0, report)
+                return self._writer.finish(replace(self._tally.report(complete=True), is_comparison=True))
 
     # --- 1. ----------------------------------------------------------------------------------------------------------
 

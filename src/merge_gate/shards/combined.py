@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate._internal.earlier_reports import is_previous
+from merge_gate._internal.earlier_reports import PREVIOUS
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.regular_file import open_regular_file
 from merge_gate._internal.text import counted, listing
@@ -80,9 +80,7 @@ def _in(directory: Path, seen: set[tuple[int, int]]) -> Iterator[FoundReport]:
         return
     places = [directory] if any(entry.name == REPORT for entry in inside) else []
     links = [entry.path for entry in inside if entry.is_symlink() and entry.name != REPORT]
-    below = [
-        Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False) and not is_previous(entry.name)
-    ]
+    below = [Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False) and entry.name != PREVIOUS]
     if not places and not below and not links:
         yield str(directory), f"has no {REPORT}, and no directory with one"
     yield from ((link, _LINK) for link in links[:MOST_DIRECTORIES])

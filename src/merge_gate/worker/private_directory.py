@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from merge_gate._internal.claimed_directory import AlreadyLockedError, locked_directory
+from merge_gate._internal.locked_directory import AlreadyLockedError, locked_directory
 
 PREFIX = "merge-gate-worker-"
 _ENDING = re.compile(r"[a-z0-9_]{8}")

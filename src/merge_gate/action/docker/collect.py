@@ -10,32 +10,13 @@ import contextlib
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from merge_gate._internal.claimed_directory import claimed_directory
-from merge_gate._internal.earlier_reports import EarlierReports, mark_stale
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.regular_file import chunks, open_regular_file
 from merge_gate._internal.whole_file import whole_file
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 LIMITS_BYTES = {file.name: file.limit_bytes for file in OUTPUT_FILES}
 """The files of a report, each with its largest size."""
-
-
-@contextlib.contextmanager
-def claimed(target: Path) -> Iterator[EarlierReports]:
-    """Create and lock the directory of the report for one run, and mark the report of an earlier run as stale.
-
-    Raises:
-        UsageError: another run uses the directory, or a file that merge-gate did not write has the name of a report.
-        OSError: the directory cannot be used.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    with claimed_directory(target, chosen_by="`output`"):
-        yield mark_stale(target, chosen_by="`output`")
 
 
 def take(source: Path, target: Path) -> list[str]:

@@ -62,6 +62,7 @@ class ContainerRun:
         memory, shm_size, cpus: limits of the container, in the engine's notation; empty for the engine's default.
         verifies: whether `merge-gate verify` runs, on the model in `config`, and not `merge-gate run`.
         environ: the caller's environment.
+        begins: called when no usage error of this machine can follow, before the report of an earlier run is moved.
         time_limit_s: seconds until the run is stopped.
     """
 
@@ -84,6 +85,7 @@ class ContainerRun:
     cpus: str = ""
     verifies: bool = False
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+    begins: Callable[[], object] = lambda: None
     time_limit_s: float = TIME_LIMIT_S
 
 

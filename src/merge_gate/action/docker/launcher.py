@@ -6,7 +6,8 @@ come.
 1. Find the engine, and remove the containers of killed launchers             docker_api, leftovers
 2. Pull the image by its digest if it is missing                              docker_api
 3. Request GPUs in the form that the engine takes                             gpus
-4. Make the directories: the cache, and a temporary one for the output;
+4. Move the report of an earlier run to `previous/`. Make the
+   directories: the cache, and a temporary one for the output;
    plant canaries in them, which the container looks for                      handover
 5. Run as the caller, without capabilities; pass the token; pass on the log;
    stop on SIGINT, SIGTERM, or at the time limit                              container, handover
@@ -27,7 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate._internal.errors import ExitCode, GateError, LauncherError, UsageError
+from merge_gate._internal.earlier_reports import locked_for_run
+from merge_gate._internal.errors import ExitCode, LauncherError, UsageError
 from merge_gate._internal.interrupts import Interrupted, deferred_signals
 from merge_gate.action.docker import collect, container, docker_api, handover, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
@@ -35,8 +37,6 @@ from merge_gate.action.docker.gpus import requested_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from merge_gate._internal.earlier_reports import EarlierReports
 
 _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/merge-gate", "/proc", "/sbin", "/sys", "/usr")
 
@@ -91,6 +91,7 @@ def local_run(
     cache: str | None = None,
     publish: str | None = None,
     environ: Mapping[str, str],
+    begins: Callable[[], object] = lambda: None,
 ) -> ContainerRun:
     """Return the run for `merge-gate run --container CONFIG` on a user's own machine.
 
@@ -111,6 +112,7 @@ def local_run(
         cache=Path(cache).resolve() if cache else None,
         publish=Path(publish).resolve() if publish else None,
         environ=environ,
+        begins=begins,
     )
 
 
@@ -221,9 +223,9 @@ def _directories(
     Return the cache, the directory for the report, and the files: their paths inside, and outside.
     """
     try:
-        earlier = clearing.enter_context(collect.claimed(run.output))
+        clearing.enter_context(locked_for_run(run.output, run.begins, chosen_by="`output`"))
         written = _scratch(run.environ, "report", clearing)
-        clearing.callback(_take, written, run.output, refuse, earlier)
+        clearing.callback(_take, written, run.output, refuse)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
         same_inside = (path for path in (cache, run.cache, run.publish) if path)
         canaries: dict[Path, Path] = {}
@@ -251,12 +253,10 @@ def _scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.Exit
     return folder
 
 
-def _take(written: Path, output: Path, refuse: Callable[[str], None], earlier: EarlierReports) -> None:
+def _take(written: Path, output: Path, refuse: Callable[[str], None]) -> None:
     try:
-        if os.path.lexists(written / "report.json"):
-            earlier.replace_previous()
         refused = collect.take(written, output)
-    except (OSError, GateError) as error:
-        refused = [f"the report cannot be copied from {written}: {getattr(error, 'strerror', error)}"]
+    except OSError as error:
+        refused = [f"the report cannot be copied from {written}: {error.strerror}"]
     for sentence in refused:
         refuse(sentence)

@@ -1,4 +1,4 @@
-"""Creates and locks the output directory for one run, and moves earlier reports aside.
+"""Creates and locks the output directory for one run, and moves the report of an earlier run to `previous/`.
 
 Errors of the system become sentences.
 """
@@ -12,9 +12,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate._internal.claimed_directory import claimed_directory
-from merge_gate._internal.earlier_reports import EarlierReports, mark_stale
+from merge_gate._internal.earlier_reports import locked_for_run
 from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.interrupts import Interrupted
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
@@ -30,23 +30,31 @@ _DISK = frozenset(
 
 
 @contextlib.contextmanager
-def claimed(directory: str | Path) -> Iterator[EarlierReports]:
-    """Lock `directory` for one run, and mark the report of an earlier run as stale.
+def begun_run(directory: str | None, begins: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Lock `directory` for one run that judges, and move the report of an earlier run to `previous/`.
 
-    The directory is created if it is missing, and removed again if the run wrote nothing.
+    The directory is created if it is missing, and removed again if the run wrote nothing. None is a run without files.
+    `begins` is called before anything is moved, when no usage error can follow.
 
     Raises:
         UsageError: the directory cannot be used, holds another tool's file under the name of a report, or is in use by
-            another run.
+            another run. Nothing was changed.
+        GateError: the disk fails.
     """
+    if directory is None:
+        begins()
+        yield
+        return
     folder = Path(directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(made_directory(folder))
         with explained(f"cannot use the output directory {folder}"):
-            stack.enter_context(claimed_directory(folder))
-        with explained(f"cannot mark the report of an earlier run in {folder}"):
-            earlier = mark_stale(folder)
-        yield earlier
+            stack.enter_context(locked_for_run(folder, begins))
+        try:
+            yield
+        except Interrupted as stop:
+            stop.output = directory
+            raise
 
 
 @contextlib.contextmanager
@@ -64,6 +72,13 @@ def made_directory(folder: Path, make: Callable[[Path], None] | None = None) -> 
 
 def make_directory(folder: Path) -> None:
     """Create the output directory if it is missing. A link is refused."""
+    refuse_other_kinds(folder)
+    with explained(f"cannot create the output directory {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_other_kinds(folder: Path) -> None:
+    """Refuse an output directory that is a link or a file."""
     with explained(f"cannot create the output directory {folder}"):
         if folder.is_symlink():
             raise UsageError(
@@ -75,7 +90,6 @@ def make_directory(folder: Path) -> None:
                 f"the output directory {folder} is a file, expected a directory",
                 hint="choose a directory that you may write to with --output",
             )
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]], option: str = "--output") -> None:
@@ -107,12 +121,11 @@ def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str
 
 
 def stored_result(directory: str | Path) -> tuple[bool, Result] | None:
-    """Whether the report in `directory` is complete, and its result; None if no report is readable, or it is stale."""
+    """Whether the report in `directory` is complete, and its result; None if no report is readable."""
     try:
         row = OUTPUT_FILES[0]
         document = parse_strictly(read_regular_file(Path(directory, row.name), row.limit_bytes))
-        stored = document["complete"] is True, Result(document["result"])
-        return None if document.get("stale") else stored
+        return document["complete"] is True, Result(document["result"])
     except (OSError, InvalidJsonError, ValueError, KeyError, TypeError):
         return None
 

@@ -6,7 +6,6 @@ Also reads a report.json of unknown origin, and writes the copies of a report ou
 
 from __future__ import annotations
 
-import contextlib
 import os
 from importlib import import_module
 from pathlib import Path
@@ -86,8 +85,8 @@ def read_report(file: BufferedReader, name: str) -> Report:
 
 # --- copies: --report FORMAT=FILE ------------------------------------------------------------------------------------
 
-# A copy is written once, at the end. Its earlier file is hidden at the start and removed at the end: a killed run
-# leaves no old verdict, and a mistake loses none.
+# A copy is written once, at the end. Its earlier file is removed when a run begins: a killed run leaves no old verdict,
+# and a mistake removes none.
 
 STANDARD_OUTPUT = "-"
 
@@ -107,16 +106,16 @@ def is_any_printed(copies: Iterable[ReportCopy]) -> bool:
     return any(copy.is_printed for copy in copies)
 
 
-def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
-    """Check that every copy can be written, and hide the files that earlier runs wrote.
+def refuse_copies(copies: Sequence[ReportCopy], output: str | None = None) -> None:
+    """Refuse copies that would replace a file of someone else, or of another run.
 
     Args:
         copies: the requested copies.
         output: the output directory, whose files are written without being asked for.
 
     Raises:
-        UsageError: merge-gate did not write a file, another run's output directory holds it, or two
-            reports would have one place. Nothing was changed.
+        UsageError: merge-gate did not write a file, another run's output directory holds it, or two reports would
+            have one place.
     """
     places = [STANDARD_OUTPUT if copy.is_printed else os.path.realpath(copy.place) for copy in copies]
     taken = {os.path.realpath(Path(output, file.name)) for file in OUTPUT_FILES} if output is not None else set()
@@ -130,11 +129,10 @@ def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
                 f"--report names {quoted(copy.place)}, which is a file of the output directory",
                 hint="name another file; the output directory has every format anyway",
             )
-    files = [(Path(copy.place), WORDS[copy.word]) for copy in copies if not copy.is_printed]
-    for path, name in [*files, *((_hidden(path), name) for path, name in files)]:
-        if os.path.lexists(path) and not is_own(path, name):
+    for path, name in _files(copies):
+        if os.path.lexists(path) and (kind := kind_of(path, name)):
             raise UsageError(
-                f"--report names {quoted(str(path), 200)}, {kind_of(path)}, expected a report of that format or "
+                f"--report names {quoted(str(path), 200)}, {kind}, expected a report of that format or "
                 "nothing; it was not changed",
                 hint="name another file, or move that one elsewhere",
             )
@@ -144,11 +142,27 @@ def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
                 "changed",
                 hint="name a file elsewhere",
             )
-    for path, _ in files:
+
+
+def remove_copies(copies: Sequence[ReportCopy]) -> None:
+    """Remove the copies that an earlier run wrote, and make the directories of the new ones.
+
+    Raises:
+        UsageError: a directory cannot be written to. Nothing was removed.
+        GateError: the disk fails.
+    """
+    for path, _ in _files(copies):
         with explained(f"cannot write {path}", chosen_by=" with --report"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                path.replace(_hidden(path))
+    for path, name in _files(copies):
+        if is_own(path, name):
+            with explained(f"cannot write {path}", chosen_by=" with --report"):
+                path.unlink()
+
+
+def _files(copies: Iterable[ReportCopy]) -> list[tuple[Path, str]]:
+    """The copies that are not printed: the file of each, and the name of its format."""
+    return [(Path(copy.place), WORDS[copy.word]) for copy in copies if not copy.is_printed]
 
 
 def write_copies(report: Report, copies: Iterable[ReportCopy]) -> str:
@@ -167,10 +181,4 @@ def write_copies(report: Report, copies: Iterable[ReportCopy]) -> str:
         cannot = f"cannot write {copy.place}"
         with explained(cannot, chosen_by=" with --report"), whole_file(Path(copy.place), lasts=True) as file:
             file.write(text.encode("utf-8"))
-        _hidden(Path(copy.place)).unlink(missing_ok=True)
     return printed
-
-
-def _hidden(path: Path) -> Path:
-    """The name of an earlier copy while there is no new one."""
-    return path.with_name(f".{path.name}.stale")

@@ -147,7 +147,7 @@ def _more(count: int, what: str) -> str:
 
 
 def _result(report: Report) -> str:
-    unfinished = "" if report.complete else "this report is stale" if report.stale else "the run did not finish"
+    unfinished = "" if report.complete else "the run did not finish"
     unfinished = "the shards are not one whole run" if report.problems else unfinished
     if not report.adapters:
         return f"{unfinished} and no adapter was judged" if unfinished else "no adapter was judged"
@@ -300,8 +300,7 @@ def _of_gated(report: Report) -> str:
     if report.problems and report.result is not Result.FAIL:
         return "This report clears no adapter for release: the shards are not one whole run."
     if not report.complete and report.result is not Result.FAIL:
-        why = "a later command in its directory judged nothing" if report.stale else "the run did not finish"
-        return f"This report clears no adapter for release: {why}. Run it again."
+        return "This report clears no adapter for release: the run did not finish. Run it again."
     if report.result is Result.FAIL:
         return _of_failed(adapters_of(report))
     return _of_undecided(adapters_of(report)) if report.result is Result.ERROR else _of_passed(report)

@@ -11,8 +11,6 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from merge_gate._internal.errors import UsageError
-
 with contextlib.suppress(ImportError):  # not on Windows, where the action ends before it needs a lock
     import fcntl
 
@@ -63,26 +61,3 @@ def _is_locked(descriptor: int) -> bool:
             raise AlreadyLockedError from error
         return False
     return True
-
-
-@contextlib.contextmanager
-def claimed_directory(folder: Path, *, chosen_by: str = "--output") -> Iterator[None]:
-    """Hold a directory for one run. On a file system without locks the caller has to prevent a second run.
-
-    Args:
-        folder: a directory for reports.
-        chosen_by: the option or input that named it, for the hint.
-
-    Raises:
-        UsageError: a run that has not ended holds it.
-        OSError: it cannot be opened.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked_directory(folder))
-        except AlreadyLockedError as error:
-            raise UsageError(
-                f"another run of merge-gate writes to {folder} and has not ended",
-                hint=f"wait for it, or choose another directory with {chosen_by}",
-            ) from error
-        yield

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal import claimed_directory
-from merge_gate._internal.claimed_directory import AlreadyLockedError, locked_directory
-from merge_gate._internal.errors import UsageError
+from merge_gate._internal import locked_directory as module
+from merge_gate._internal.locked_directory import AlreadyLockedError, locked_directory
 
 HOLD = (
-    "import sys; from merge_gate._internal.claimed_directory import locked_directory\n"
+    "import sys; from merge_gate._internal.locked_directory import locked_directory\n"
     "with locked_directory(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
 )
 
@@ -28,9 +27,6 @@ def test_the_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> No
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(AlreadyLockedError), locked_directory(tmp_path):
             pass
-        with pytest.raises(UsageError) as caught, claimed_directory.claimed_directory(tmp_path, chosen_by="`output`"):
-            pass
-        assert "`output`" in caught.value.hint
         holder.send_signal(signal.SIGKILL)
     with locked_directory(tmp_path) as lock:
         assert lock.is_held
@@ -41,7 +37,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claimed_directory.fcntl, "flock", refuse)
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
     with locked_directory(tmp_path) as lock:
         assert not lock.is_held
         assert os.path.samestat(os.fstat(lock.descriptor), tmp_path.stat())
