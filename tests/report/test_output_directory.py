@@ -9,8 +9,7 @@ import pytest
 
 from merge_gate._internal import locked_directory
 from merge_gate._internal.errors import GateError, UsageError
-from merge_gate.records.terms import Result
-from merge_gate.report.stored.output_directory import begun_run, explained, stored_result
+from merge_gate.report.stored.output_directory import begun_run, explained
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import PASS
 from tests.support.wording import Wording
@@ -34,7 +33,7 @@ def test_a_second_run_is_told_of_the_first_and_leaves_its_report_alone(tmp_path:
         assert (tmp_path / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert caught.value.hint
     with begun_run(str(tmp_path)):
-        assert stored_result(tmp_path) is None
+        assert not (tmp_path / "report.json").exists()
 
 
 def test_a_directory_of_which_nothing_came_is_taken_away_again(tmp_path: Path) -> None:
@@ -53,7 +52,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
     monkeypatch.setattr(locked_directory.fcntl, "flock", refuse)
     write_report(PASS, tmp_path)
     with begun_run(str(tmp_path)):
-        assert stored_result(tmp_path) is None
+        assert not (tmp_path / "report.json").exists()
 
 
 def test_a_link_is_not_followed(tmp_path: Path, wording: Wording) -> None:
@@ -70,26 +69,3 @@ def test_a_limit_on_the_size_of_files_is_the_disks_fault_not_the_callers() -> No
     with pytest.raises(GateError) as caught, explained("cannot write x"):
         raise OSError(27, "File too large")
     assert not isinstance(caught.value, UsageError)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        None,
-        "",
-        "[]",
-        "{",
-        '{"complete": true}',
-        '{"complete": true, "complete": true, "result": "pass"}',
-        '{"complete": true, "result": "maybe"}',
-    ],
-)
-def test_what_is_not_a_report_says_nothing(text: str | None, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "report.json").write_text(text)
-    assert stored_result(tmp_path) is None
-
-
-def test_a_report_says_whether_it_is_complete(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text('{"complete": false, "result": "error"}')
-    assert stored_result(tmp_path) == (False, Result.ERROR)

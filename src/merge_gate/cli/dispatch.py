@@ -16,7 +16,7 @@ from pathlib import Path
 from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
-from merge_gate.cli.output import DEBUG, EXIT_CODE_OF
+from merge_gate.cli.output import DEBUG, exit_code
 from merge_gate.cli.parser import COMMANDS, parsed
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
@@ -84,14 +84,13 @@ def _crashed(error: Exception, *, verbose: bool) -> int:
 
 def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     """The exit code after a signal: no verdict, unless the whole report was on disk when it arrived."""
-    from merge_gate.report.stored.output_directory import stored_result
+    from merge_gate.report.stored.stored_report import stored_if_any
 
     output = stop.output
-    report = stored_result(output) if output else None
-    is_complete, result = report or (False, None)
-    if is_complete and result is not None:
+    report = stored_if_any(output) if output else None
+    if report is not None and report.complete:
         say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
-        return EXIT_CODE_OF[result]
+        return exit_code(report)
     partial = f"; {Path(output, 'report.json')} holds what was judged until then" if report else ""
     say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{partial}")
     if partial and arguments.command == "run":

@@ -182,9 +182,9 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
-    from merge_gate.report.stored.output_directory import refuse_other_kinds, stored_result
+    from merge_gate.report.stored.output_directory import refuse_other_kinds
     from merge_gate.report.stored.report_files import remove_copies
-    from merge_gate.report.stored.stored_report import stored
+    from merge_gate.report.stored.stored_report import stored_if_any
 
     refuse_other_kinds(Path(arguments.output))
     has_begun = False
@@ -195,8 +195,8 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
         has_begun = True
 
     code = _in_container(arguments, begins)
-    if arguments.report and has_begun and stored_result(arguments.output) is not None:
-        deliver(stored(arguments.output), arguments.report)
+    if has_begun and (report := stored_if_any(arguments.output)) is not None:
+        deliver(report, arguments.report)
     return code
 
 

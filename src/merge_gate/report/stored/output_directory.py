@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING
 from merge_gate._internal.earlier_reports import locked_for_run
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.interrupts import Interrupted
-from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.regular_file import read_regular_file
-from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import quoted
-from merge_gate.records.terms import Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -118,16 +114,6 @@ def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str
                     hint="name a configuration or adapters; to show a report: merge-gate report show "
                     f"{shlex.quote(str(folder))}",
                 )
-
-
-def stored_result(directory: str | Path) -> tuple[bool, Result] | None:
-    """Whether the report in `directory` is complete, and its result; None if no report is readable."""
-    try:
-        row = OUTPUT_FILES[0]
-        document = parse_strictly(read_regular_file(Path(directory, row.name), row.limit_bytes))
-        return document["complete"] is True, Result(document["result"])
-    except (OSError, InvalidJsonError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextlib.contextmanager

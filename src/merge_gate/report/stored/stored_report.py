@@ -5,6 +5,7 @@ It loads no model and does not import torch. `UsageError` is raised for a file t
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -66,6 +67,13 @@ def stored(name: str) -> Report:
         raise UsageError(
             f"{quoted(str(path), 200)} cannot be read: {error.strerror or error}", hint=_NAME_IT
         ) from error
+
+
+def stored_if_any(directory: str) -> Report | None:
+    """The report in a run's output directory; None if there is none that can be read."""
+    with contextlib.suppress(UsageError):
+        return stored(directory)
+    return None
 
 
 # --- the changes from one report to another --------------------------------------------------------------------------
