@@ -1,4 +1,4 @@
-"""Whole runs over eight adapters that are merged in one pass, of which one ends the worker: seven verdicts, one error.
+"""Whole runs over 20 adapters that are merged in one pass, of which one ends the worker: 19 verdicts, one error.
 
 The adapter at fault has a regular expression whose trial takes ten seconds. So the worker is at that adapter when it
 gets a signal, or when the memory of its cgroup is used up.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tests.support.models import Shelf
 
-ADAPTERS, AT_FAULT = 8, 5
+ADAPTERS, AT_FAULT = 20, 5
 ENDLESS = "(([a-z0-9_.])+)+!"
 LIMIT_BYTES = 512 << 20
 
@@ -53,8 +53,8 @@ while events.read_text() == before:
 def place(shelf: Shelf, tmp_path: Path) -> Path:
     shutil.copytree(shelf.base("llama"), tmp_path / "base")
     for number in range(ADAPTERS):
-        shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / f"adapter-{number}")
-    configure(target_modules=ENDLESS)(tmp_path / "adapters" / f"adapter-{AT_FAULT}")
+        shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / f"adapter-{number:02}")
+    configure(target_modules=ENDLESS)(tmp_path / "adapters" / f"adapter-{AT_FAULT:02}")
     config = {"version": 1, "base": "./base", "adapters": ["./adapters/*"], "checks": {"base-mismatch": "off"}}
     (tmp_path / "gate.yml").write_text(json.dumps(config))
     return tmp_path
@@ -85,7 +85,7 @@ def is_at_fault(event: Event) -> bool:
 def check(report: Report, events: list[Event], words: str) -> None:
     verdicts = {one.name: one.verdict for one in report.adapters}
     assert verdicts == {
-        f"adapter-{number}": Verdict.ERROR if number == AT_FAULT else Verdict.PASSED for number in range(ADAPTERS)
+        f"adapter-{number:02}": Verdict.ERROR if number == AT_FAULT else Verdict.PASSED for number in range(ADAPTERS)
     }
     assert any(words in finding.message for finding in report.adapters[AT_FAULT].findings)
     passes = [len(event.others) + 1 for event in events if isinstance(event, MergeStarted)]

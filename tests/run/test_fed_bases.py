@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -126,7 +126,7 @@ def test_the_worker_gets_the_records_of_a_base_that_need_not_be_read_whole(
         assert fed.schedule(group(base), Read.WHOLE).keeps_record
         watch.wait()
         watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
-        fed.measured(asked(base), 0, BaseRecord(model_class="A", figures=(FIGURES,)))
+        fed.measured(asked(base), BaseRecord(model_class="A", figures=(FIGURES,)))
         fed.store_records()
         scheduled = fed.schedule(group(base), read)
     assert [one.model_class for one in scheduled.records] == (["A"] if is_used else [])
@@ -137,28 +137,9 @@ def test_the_worker_gets_the_records_of_a_base_that_need_not_be_read_whole(
 def test_a_base_without_a_digest_leaves_no_record(base: str, tmp_path: Path) -> None:
     records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
     with FedBases(BaseWatch(), pytest.fail, records=records) as fed:
-        fed.measured(asked(base), 0, BaseRecord(model_class="A", figures=(FIGURES,)))
+        fed.measured(asked(base), BaseRecord(model_class="A", figures=(FIGURES,)))
         fed.store_records()
     assert not list((tmp_path / "cache").rglob("*.*"))
-    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
-
-
-@pytest.mark.parametrize(
-    ("task", "keeps_record", "figures"),
-    [(7, True, (FIGURES,)), (0, False, (FIGURES,)), (0, True, (FIGURES, FIGURES)), (0, True, 5), (0, True, (1,))],
-)
-def test_a_record_that_the_worker_was_not_asked_for_is_not_stored(
-    task: int, keeps_record: bool, figures: Any, base: str, tmp_path: Path
-) -> None:
-    """Code of a base runs in the worker, and can send any."""
-    records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
-    watch = BaseWatch()
-    watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
-    with FedBases(watch, pytest.fail, records=records) as fed:
-        fed.measured(
-            replace(asked(base), keeps_record=keeps_record), task, BaseRecord(model_class="A", figures=figures)
-        )
-        fed.store_records()
     assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
 
 

@@ -468,10 +468,7 @@ def part(**changes: object) -> TensorPart:
         request_("../secret", 0, 1),
         request_("0.safetensors", 0, SIZES[0] + 1),
         request_("0.safetensors", -1, 1),
-        request_("large", 0, PIECE_BYTES + 1),
-        BytesRequested(group=0, span="0.safetensors"),  # type: ignore[arg-type]
         expectation(SPAN, FileSpan(file="x", start=0, end=1)),
-        expectation("0.safetensors"),
         PublicationPlanned(task=4, tensors=()),
         PublicationPlanned(task=3, tensors=("a",)),  # type: ignore[arg-type]
         PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(-1,)),)),
@@ -489,7 +486,6 @@ def part(**changes: object) -> TensorPart:
     ids=lambda message: str(message)[:60],
 )
 def test_a_call_that_the_gate_never_makes_ends_the_service(ends: Ends, message: object) -> None:
-    ends.base.files.sizes = {**ends.base.files.sizes, "large": 1 << 40}  # type: ignore[misc]
     assert ends.call(PublicationPlanned(task=3, tensors=(TENSOR,))) == Answer()
     with pytest.raises((EOFError, OSError)):
         ends.call(message)

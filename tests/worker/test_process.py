@@ -16,10 +16,11 @@ import pytest
 from merge_gate.demo import make_demo
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import supervisor
+from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.memory import REUSE, MemoryGroup
 from merge_gate.worker.private_directory import PREFIX, private_directory
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
-from merge_gate.worker.supervisor import SLEEPING_THREADS, WorkerProcess, child_environment, describe_exit
+from merge_gate.worker.supervisor import SLEEPING_THREADS, Attempt, WorkerProcess, child_environment, describe_exit
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
 from tests.support.wording import Wording
 
@@ -136,7 +137,7 @@ def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], N
         patch.setenv("PYTHONPATH", str(place))
         with WorkerProcess() as child:
             wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
-            assert child.run(Job(groups=(), device="cpu"), events.append, is_overdue=lambda: False) is None
+            assert child.run(Attempt(Job(groups=(), device="cpu"), events.append), Feeds()) is None
             return events, describe_exit(-signal.SIGABRT, child._output)
 
 
@@ -177,7 +178,7 @@ def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotJudged]:
         with WorkerProcess() as child:
             for name, value in counters.items():
                 setattr(child, f"_{name}", value)
-            ending = child.run(Job(groups=()), lambda _event: None, is_overdue=lambda: False)
+            ending = child.run(Attempt(Job(groups=()), lambda _event: None), Feeds())
         assert ending is not None
         assert not alive(child._process.pid)
         return ending

@@ -11,9 +11,9 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -24,6 +24,9 @@ from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.memory import batches
 from merge_gate.worker.protocol import (
+    ALONE,
+    SUSPECTED,
+    TOGETHER,
     BaseLoading,
     DeviceChosen,
     Event,
@@ -390,73 +393,48 @@ def test_a_base_that_hangs_is_not_run_again(
 
 
 def test_a_task_that_is_not_to_be_run_is_not(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    """It says so, and no worker can take that back."""
+    """It says so."""
     killer, one = Killer(), group(shelf.base("llama"), adapters[:1])
     tasks = (replace(one.tasks[0], no_forward="forward is off"),)
     with WorkerSlot() as worker:
         supervise(Job(groups=(replace(one, tasks=tasks),)), killer, worker)
     assert why_not_run(killer) == {0: "forward is off"}
     assert not [event for event in killer.heard if isinstance(event, ForwardRunning)]
-    attempt = Attempt(Job(groups=(replace(one, tasks=tasks),)), Killer())
-    attempt.receive(MergeStarted(task=0))
-    attempt.receive(ForwardRunning(task=0, is_running=True))
-    assert not attempt.is_at_a_forward
 
 
-def test_a_death_after_the_models_is_blamed_as_before(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
-    attempt.receive(MergeStarted(task=0, others=(1, 2)))
-    for is_running in (True, False):
-        for task in (0, 1):
-            attempt.receive(ForwardRunning(task=task, is_running=is_running))
-        assert attempt.is_at_a_forward is is_running
-        assert attempt.is_at_a_batch is not is_running
-    attempt.receive(ForwardRunning(task=1, is_running=True))
-    attempt.end_forward(NotJudged(message="killed"))
-    assert [bool(task.no_forward) for one in attempt.left().groups for task in one.tasks] == [False, True, False]
-    assert {task.most_together for one in attempt.left().groups for task in one.tasks} == {0}
-    attempt.receive(Unjudged(task=1, refusal=NotJudged(message="done")))
-    assert not attempt.is_at_a_forward
+def begun(job: Job, *events: Event) -> Attempt:
+    """A process that loaded the first base, and then sent these events."""
+    attempt = Attempt(job, Killer())
+    for event in (BaseLoading(group=0), *events):
+        attempt.receive(event)
+    return attempt
 
 
-def test_models_are_only_run_by_the_merge_that_is_in_progress(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    """A worker could name another task, to be blamed for nothing."""
-    killer = Killer()
-    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
-    for task in (0, 7):
-        attempt.receive(ForwardRunning(task=task, is_running=True))
-    attempt.receive(MergeStarted(task=1))
-    attempt.receive(ForwardRunning(task=0, is_running=True))
-    assert killer.heard == [MergeStarted(task=1)]
-    assert not attempt.is_at_a_forward
-    with pytest.raises(GarbledError):
-        attempt.receive(ForwardRunning(task=[1], is_running=True))  # type: ignore[arg-type]
+DEATH = NotJudged(message="killed", hint="hint")
 
 
-def test_starting_models_again_does_not_start_a_time_limit_again(
+def test_a_death_of_models_is_blamed_on_no_merge(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
+    running = [ForwardRunning(task=task, is_running=True) for task in (0, 1)]
+    ended = [replace(event, is_running=False) for event in running]
+    merging = MergeStarted(task=0, others=(1, 2))
+    assert turns(begun(job, merging, *running)) == {0: ALONE, 1: ALONE, 2: TOGETHER}
+    assert turns(begun(job, merging, *running, *ended, InProgress(task=2))) == {0: TOGETHER, 1: TOGETHER, 2: SUSPECTED}
+    left = begun(job, merging, *running, *ended, running[1]).left(DEATH, set())
+    assert [bool(task.no_forward) for task in left.groups[0].tasks] == [False, True, False]
+    assert {task.turn for task in left.groups[0].tasks} == {TOGETHER}
+
+
+def test_the_time_of_the_models_does_not_count_as_the_merges(
     shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The merge and the models each have their own: however often a worker switches, both are used up."""
     now = [0.0]
     monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
-    job = Job(groups=(limited(group(shelf.base("llama"), adapters), 0),))
-    for pace_s in (LIMIT_S / 8, LIMIT_S / 50):
-        attempt = Attempt(job, Killer())
-        attempt.receive(MergeStarted(task=0))
-        spent, is_running = {True: 0.0, False: 0.0}, False
-        while not attempt.is_overdue():
-            now[0] += pace_s
-            spent[is_running] += pace_s
-            is_running = not is_running
-            attempt.receive(ForwardRunning(task=0, is_running=is_running))
-            attempt.receive(ForwardRunning(task=0, is_running=is_running))
-        assert spent[True] == pytest.approx(LIMIT_S / supervisor.FORWARD_SHARE, abs=2 * pace_s)
-    attempt = Attempt(job, Killer())
-    attempt.receive(MergeStarted(task=0))
+    attempt = begun(Job(groups=(limited(group(shelf.base("llama"), adapters), 0),)), MergeStarted(task=0))
     for is_running, pause_s in ((True, 0.4 * LIMIT_S), (False, 0.9 * LIMIT_S)):
         attempt.receive(ForwardRunning(task=0, is_running=is_running))
         now[0] += pause_s
-        assert not attempt.is_overdue(), "the time of the models does not count as the merge's"
+        assert not attempt.is_overdue()
     now[0] += 0.2 * LIMIT_S
     assert attempt.is_overdue()
 
@@ -467,8 +445,8 @@ def test_each_model_of_a_pass_has_a_time_limit_of_its_own(
     """They run one after another, or all together: then the first one that exceeds its limit ends all."""
     now = [0.0]
     monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
-    attempt = Attempt(Job(groups=(limited(one_pass(shelf.base("llama"), adapters), 0, 1, 2),)), Killer())
-    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    job = Job(groups=(limited(one_pass(shelf.base("llama"), adapters), 0, 1, 2),))
+    attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
     for task in (0, 1, 2):
         for is_running in (True, False):
             attempt.receive(ForwardRunning(task=task, is_running=is_running))
@@ -479,20 +457,16 @@ def test_each_model_of_a_pass_has_a_time_limit_of_its_own(
     assert not attempt.is_overdue(), "the merge of the pass has its limit for itself"
     for task in (1, 2):
         attempt.receive(ForwardRunning(task=task, is_running=True))
-    now[0] += 0.2 * LIMIT_S
+    now[0] += 0.6 * LIMIT_S
     assert attempt.is_overdue()
 
 
 def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
-    attempt = Attempt(job, Killer())
-    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
     assert attempt._limit_of_now() == sum(task.limit_s for task in job.groups[0].tasks)
-    assert attempt.is_at_a_batch
     attempt.receive(ForwardRunning(task=2, is_running=True))
     assert attempt._limit_of_now() == job.groups[0].tasks[2].limit_s / supervisor.FORWARD_SHARE
-    attempt.receive(MergeStarted(task=1))
-    assert not attempt.is_at_a_batch
 
 
 def test_children_that_die_at_once_are_not_started_forever(
@@ -549,144 +523,152 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
     wording(killer.refusal(1))
 
 
-def test_saying_it_again_does_not_start_the_time_limit_again(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+REFUSED = NotJudged(message="m")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Unjudged(task=0, refusal=REFUSED),
+        Unjudged(task=3, refusal=REFUSED),
+        Unjudged(task=7, refusal=REFUSED),
+        MergeStarted(task=1, others=(3,)),
+        MergeStarted(task=0),
+        InProgress(task=3),
+        ForwardRunning(task=3, is_running=True),
+        BaseLoading(group=2),
+        BaseLoading(group=3),
+        DeviceChosen(device="cuda", device_name="another"),
+    ],
+    ids=repr,
+)
+def test_an_event_about_anything_but_open_tasks_of_the_base_in_progress_is_refused(
+    event: Event, shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
-    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
-    for event in (BaseLoading(group=0), MergeStarted(task=0, others=(1,))):
-        attempt.receive(event)
-        now[0] += 1e6
-        attempt.receive(event)
-        assert attempt.is_overdue()
-
-
-def test_events_of_other_types_than_the_gates_are_dropped(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    killer = Killer()
-    groups = group(shelf.base("llama"), adapters), group(shelf.base("llama"), [])
-    attempt = Attempt(Job(groups=groups), killer)
-    wrong: Any = ["x", 0.5]
-    for event in (
-        BaseLoading(group=wrong[0]),
-        BaseLoading(group=wrong[1]),
-        BaseLoading(group=1),
-        MergeProgressed(task=0, done=wrong[0], total=1, module="m"),
-    ):
-        attempt.receive(event)
-    assert killer.heard == []
-
-
-def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    """Code that comes with a base runs in the worker, and could send them."""
-    killer = Killer()
-    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
-    refusal = NotJudged(message="m")
-    attempt.receive(Unjudged(task=0, refusal=refusal))
-    for task in (0, 7, -1):
-        attempt.receive(MergeStarted(task=task))
-        attempt.receive(Unjudged(task=task, refusal=refusal))
-    attempt.receive(MergeStarted(task=1, others=(2, 7)))
-    attempt.receive(BaseLoading(group=4))
-    assert killer.heard == [Unjudged(task=0, refusal=refusal)]
-    assert not attempt.is_at_an_adapter
-    assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
-
-
-def alone_after(attempt: Attempt) -> set[int]:
-    return {task.index for one in attempt.left().groups for task in one.tasks if task.most_together == 1}
-
-
-def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_alone(
-    shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
-    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
-    attempt.receive(MergeStarted(task=0, others=(1, 2)))
-    together = [task.most_together for one in attempt.left().groups for task in one.tasks]
-    assert together == [2, 2, 2], "before any of them was begun, all of them are suspects"
-    attempt.receive(InProgress(task=0))
-    assert alone_after(attempt) == {0}
-    attempt.receive(InProgress(task=1, thread=11))
-    attempt.receive(InProgress(task=2, thread=12))
-    assert alone_after(attempt) == {1, 2}
-    attempt.receive(InProgress(task=0, thread=12))
-    assert alone_after(attempt) == {0, 1}
-    attempt.receive(InProgress(task=2))
-    assert alone_after(attempt) == {2}
-    attempt.receive(InProgress(task=7, thread=13))
-    attempt.receive(InProgress(task=0, thread=[]))  # type: ignore[arg-type]
-    assert alone_after(attempt) == {2}, "there is no such task"
-    attempt.receive(MergeStarted(task=1))
-    assert alone_after(attempt) == set()
-
-
-@pytest.mark.parametrize(("count", "culprit", "passes"), [(8, 5, 7), (7, 0, 7), (3, 2, 5), (2, 1, 3)])
-def test_a_death_that_names_no_adapter_halves_the_pass(
-    count: int, culprit: int, passes: int, shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
-    """Each pass reads the base again, so that one pass for each adapter would cost more."""
-    job = Job(groups=(one_pass(shelf.base("llama"), [adapters[0]] * count),))
-    started, undecided = 0, set()
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Unjudged):
-            undecided.add(event.task)
-
-    while job.groups[0].tasks:
-        attempt = Attempt(job, listen)
-        for batch in batches([(task, None) for task in job.groups[0].tasks], one_pass=True):
-            started += 1
-            first, *others = (task.index for task, _ in batch)
-            attempt.receive(MergeStarted(task=first, others=tuple(others)))
-            if culprit in {first, *others}:
-                break
-            for index in (first, *others):
-                attempt.receive(Unjudged(task=index, refusal=NotJudged(message="done")))
-        if not attempt.is_at_a_batch and attempt.is_at_an_adapter:
-            assert attempt._task == culprit
-            attempt.report_death(NotJudged(message="killed", hint="hint"))
-        job = attempt.left()
-    assert undecided == set(range(count))
-    assert started <= passes
-
-
-def test_a_pass_of_adapters_that_are_merged_alone_is_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    """A worker could name one again and again, and die each time."""
-    only = one_pass(shelf.base("llama"), adapters[:1])
-    attempt = Attempt(Job(groups=(replace(only, tasks=(replace(only.tasks[0], most_together=1),)),)), Killer())
-    attempt.receive(MergeStarted(task=0, others=(0,)))
-    assert not attempt.is_at_a_batch
-    assert attempt.is_at_an_adapter
-
-
-def test_an_event_of_odd_types_is_garbled(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
+    """Task 0 is reported, tasks 1 and 2 are open, and 3 to 5 are on another base. Group 2 has no tasks."""
+    other = shutil.copytree(shelf.base("llama"), tmp_path / "other")
+    groups = group(shelf.base("llama"), adapters), group(other, adapters, first=3), group(other, [])
+    attempt = begun(Job(groups=groups), Unjudged(task=0, refusal=REFUSED), MergeStarted(task=1))
     with pytest.raises(GarbledError):
-        attempt.receive(MergeStarted(task=[0]))  # type: ignore[arg-type]
+        attempt.receive(event)
+    left = attempt.left(DEATH, set())
+    assert [task.index for one in left.groups for task in one.tasks] == [2, 3, 4, 5]
 
 
-def test_the_threads_of_a_pass_are_bounded(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
-    attempt.receive(MergeStarted(task=0, others=(1, 2)))
-    for thread in range(2 * supervisor.MOST_THREADS):
-        attempt.receive(InProgress(task=0 if thread < supervisor.MOST_THREADS else 1, thread=thread))
-    assert alone_after(attempt) == {0}
+def turns(attempt: Attempt) -> dict[int, int]:
+    """After a death, whom each task is merged with."""
+    return {task.index: task.turn for one in attempt.left(DEATH, set()).groups for task in one.tasks}
+
+
+@pytest.mark.parametrize(
+    ("events", "suspects"),
+    [
+        ([InProgress(task=0)], {0}),
+        ([InProgress(task=0), InProgress(task=1, thread=11), InProgress(task=2, thread=12)], {1, 2}),
+        ([InProgress(task=1, thread=11), InProgress(task=2, thread=12), InProgress(task=0, thread=12)], {0, 1}),
+        ([InProgress(task=1, thread=11), InProgress(task=2)], {2}),
+    ],
+)
+def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_apart(
+    events: list[Event], suspects: set[int], shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    attempt = begun(
+        Job(groups=(one_pass(shelf.base("llama"), adapters),)), MergeStarted(task=0, others=(1, 2)), *events
+    )
+    assert {index for index, turn in turns(attempt).items() if turn == SUSPECTED} == suspects
+
+
+@dataclass
+class SimulatedPasses:
+    """A job of adapters that are merged in passes, of which some end the process. `reads` are the passes."""
+
+    job: Job
+    culprits: set[int]
+    in_progress: int
+    most_deaths: int
+    reads: list[list[int]] = field(default_factory=list)
+    deaths: list[int] = field(default_factory=list)
+    merged: set[int] = field(default_factory=set)
+    errors: set[int] = field(default_factory=set)
+
+    def listen(self, event: Event) -> None:
+        if isinstance(event, Unjudged):
+            (self.errors if event.refusal.hint == DEATH.hint else self.merged).add(event.task)
+
+    def run(self) -> None:
+        job, tried = self.job, set[tuple[str, object]]()
+        while job.groups[0].tasks:
+            attempt = Attempt(job, self.listen)
+            attempt.receive(BaseLoading(group=0))
+            for batch in batches([(task, None) for task in job.groups[0].tasks], one_pass=True):
+                if self.dies([task.index for task, _ in batch], attempt):
+                    break
+            job = attempt.left(DEATH, tried)
+
+    def dies(self, batch: list[int], attempt: Attempt) -> bool:
+        """Read the base once. At the death, the culprit and as many others as there are threads are in progress."""
+        self.reads.append(batch)
+        attempt.receive(MergeStarted(task=batch[0], others=tuple(batch[1:])))
+        guilty = [index for index in batch if index in self.culprits]
+        if guilty and len(self.deaths) < self.most_deaths:
+            self.deaths.append(len(self.reads))
+            for thread, index in enumerate([*dict.fromkeys(guilty + batch)][: self.in_progress]):
+                attempt.receive(InProgress(task=index, thread=thread))
+            return True
+        for index in batch:
+            attempt.receive(Unjudged(task=index, refusal=NotJudged(message="merged")))
+        return False
+
+
+TWENTY = 20
+
+
+def simulated(base: Path, adapter: AdapterFiles, culprits: set[int], in_progress: int, most: int) -> SimulatedPasses:
+    simulation = SimulatedPasses(Job(groups=(one_pass(base, [adapter] * TWENTY),)), culprits, in_progress, most)
+    simulation.run()
+    return simulation
+
+
+@pytest.mark.parametrize("in_progress", [0, 1, 2, 16])
+@pytest.mark.parametrize("culprit", [0, 7, 19])
+def test_one_death_costs_at_most_two_more_reads_of_the_base(
+    culprit: int, in_progress: int, shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    """Of 20 adapters, some of which were in progress."""
+    done = simulated(shelf.base("llama"), adapters[0], {culprit}, in_progress, most=1)
+    assert (done.merged, done.errors) == (set(range(TWENTY)), set())
+    after = (TWENTY - in_progress, in_progress) if in_progress else (1, TWENTY - 1)
+    assert [len(batch) for batch in done.reads] == [TWENTY, *after]
+
+
+@pytest.mark.parametrize(
+    ("culprits", "in_progress", "reads"),
+    [
+        ({7}, 0, [20, 1, 19, *[1] * 19]),  # after the second death, each alone
+        ({0}, 0, [20, 1, 19]),
+        ({7}, 1, [20, 19, 1]),
+        ({7}, 2, [20, 18, 2, 1, 1]),
+        ({7, 12}, 1, [20, 19, 18, 2, 1, 1]),
+    ],
+)
+def test_an_adapter_that_ends_every_process_costs_its_own_verdict(
+    culprits: set[int], in_progress: int, reads: list[int], shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    done = simulated(shelf.base("llama"), adapters[0], culprits, in_progress, most=100)
+    assert (done.merged, done.errors) == (set(range(TWENTY)) - culprits, culprits)
+    assert [len(batch) for batch in done.reads] == reads
 
 
 def test_a_death_in_a_pass_leaves_the_passes_of_other_groups(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     groups = one_pass(shelf.base("llama"), adapters[:2]), one_pass(shelf.base("llama"), adapters[2:], first=2)
-    attempt = Attempt(Job(groups=groups), Killer())
-    attempt.receive(MergeStarted(task=0, others=(1,)))
-    assert alone_after(attempt) == {0, 1}
-    assert all(one.one_pass for one in attempt.left().groups)
+    attempt = begun(Job(groups=groups), MergeStarted(task=0, others=(1,)))
+    assert turns(attempt) == {0: ALONE, 1: TOGETHER, 2: TOGETHER}
 
 
 def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
-    attempt.receive(MergeStarted(task=0))
-    attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
-    assert not attempt.is_at_an_adapter
-    assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
+    job = Job(groups=(group(shelf.base("llama"), adapters),))
+    attempt = begun(job, MergeStarted(task=0), Unjudged(task=0, refusal=REFUSED))
+    assert turns(attempt) == {1: TOGETHER, 2: TOGETHER}
 
 
 def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

@@ -182,7 +182,7 @@ class BaseRecords:
             found: tuple[BaseRecord, ...] = load(tuple[BaseRecord, ...], document.get("records"), "records")
         except (UnreadableError, RecursionError):
             return ()
-        return tuple(one for one in found if one.run is not None and one.is_plausible)
+        return tuple(one for one in found if one.run is not None)
 
     def _material(self, base: BaseKey, content: BaseContent) -> Json:
         """Everything that the figures depend on. The base's name is not part of it: a base may move."""

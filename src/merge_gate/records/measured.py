@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, Origin, record, reported
 
-MOST_DIMENSIONS = 64
-"""torch's own limit."""
-
 
 @record
 class TensorStats:
@@ -185,23 +182,6 @@ class BaseRecord:
     model_class: str = reported("The class of transformers that the base was loaded as, and the size of its head.")
     figures: tuple[TensorStats, ...] = reported("The figures of each tensor.")
     run: RecordedRun | None = reported("The run that measured them.", default=None)
-
-    @property
-    def is_plausible(self) -> bool:
-        """Whether each tensor comes once, and its figures do not contradict its size."""
-        names = [one.name for one in self.figures]
-        return len(names) == len(set(names)) and all(_is_plausible(one) for one in self.figures)
-
-
-def _is_plausible(stats: TensorStats) -> bool:
-    if len(stats.shape) > MOST_DIMENSIONS:
-        return False
-    broken = stats.nan + stats.posinf + stats.neginf
-    if min(stats.nan, stats.posinf, stats.neginf, *stats.shape, 0) < 0 or stats.numel != math.prod(stats.shape):
-        return False
-    if stats.minimum is None or stats.maximum is None:
-        return stats.minimum is stats.maximum and broken == stats.numel
-    return stats.minimum <= stats.maximum and broken < stats.numel
 
 
 @record

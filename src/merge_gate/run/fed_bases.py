@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 
 LIMIT_PER_GIB_S = 180.0
-LONGEST_CLASS = 200
-"""Characters of the name of a model class."""
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = re.compile(r"fuse(\..*)?|nfs4?|cifs|smb3|smbfs|9p|ceph|lustre|afs|gfs2|ocfs2|beegfs|gpfs|glusterfs")
@@ -168,15 +166,9 @@ class FedBases(contextlib.ExitStack):
             )
         return found
 
-    def measured(self, group: Group, task: int, record: BaseRecord) -> None:
-        """This run has measured the whole base of a group.
-
-        The first record of a class counts, if the worker was asked for it: code of a base could send others.
-        """
-        is_asked_for = group.keeps_record and any(one.index == task for one in group.tasks)
-        with contextlib.suppress(Exception):  # its fields may have any type
-            if is_asked_for and record.is_plausible and len(record.model_class) <= LONGEST_CLASS:
-                self._measured.setdefault((group.directory, group.base, record.model_class), (group, record))
+    def measured(self, group: Group, record: BaseRecord) -> None:
+        """This run has measured the whole base of a group."""
+        self._measured[group.directory, group.base, record.model_class] = group, record
 
     def store_records(self) -> None:
         """Store what this run measured of bases whose bytes have a digest."""

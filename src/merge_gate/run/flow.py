@@ -378,7 +378,7 @@ class Run:
             case protocol.BaseMeasured():
                 group = self.groups[event.group]
                 if event.record is not None:
-                    self._fed.measured(group, event.task, event.record)
+                    self._fed.measured(group, event.record)
                 self.tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
             case protocol.MergeStarted():
                 self._catch_up()

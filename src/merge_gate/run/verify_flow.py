@@ -44,7 +44,7 @@ from merge_gate.verify import answer
 from merge_gate.verify.directory import settings_files
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
-from merge_gate.worker.protocol import Event, Group, Job
+from merge_gate.worker.protocol import ALONE, Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 DEVICE = "cpu"
@@ -285,7 +285,7 @@ def _comparing(group: Group, merged: Snapshot, settings: SettingsFiles) -> Group
         replace(
             task,
             compares=merged,
-            most_together=1,
+            turn=ALONE,
             settings=settings if task.index == 0 else None,
             no_forward=_NO_FORWARD,
         )

@@ -41,7 +41,7 @@ LINES = 4
 DRAIN_LIMIT_S = 120.0
 """How long the disk may take for the last parts of a process."""
 
-MOST_SPANS = MOST_TENSORS = 1 << 20
+MOST_TENSORS = 1 << 20
 """A worker that lists more is not the gate's own code."""
 
 MOST_DIMENSIONS, MOST_SIZE = 64, 1 << 48
@@ -157,13 +157,13 @@ class CallService:
 
     def _carry_out(self, call: object, memory: memoryview) -> None:
         match call:
-            case SpansExpected(group=int(), spans=tuple(), whole=bool(), is_due=bool()):
+            case SpansExpected():
                 self._expect(call)
-            case BytesRequested(group=int(group), span=FileSpan(start=int(start), end=int(end)) as span):
+            case BytesRequested(group=group, span=span):
                 base = self._open_base(group)
-                if end - start > PIECE_BYTES or not _is_in(span, base):
+                if not _is_in(span, base):
                     raise _UnfitError
-                self._read(base, span, memory[: end - start])
+                self._read(base, span, memory[: span.end - span.start])
             case PublicationPlanned(task=int(task), tensors=tuple(tensors)):
                 self._publisher_of(task, tensors).planned(task, tensors)
             case TensorPart(task=int(task), name=str(name), offset=int(offset), size_bytes=int(count)):
@@ -177,7 +177,7 @@ class CallService:
 
     def _expect(self, call: SpansExpected) -> None:
         base = self._open_base(call.group)
-        if len(call.spans) > MOST_SPANS or not all(_is_in(span, base) for span in call.spans):
+        if not all(_is_in(span, base) for span in call.spans):
             raise _UnfitError
         with self._expecting:
             if self._is_closed:
@@ -215,12 +215,9 @@ class _UnfitError(Exception):
     """A call that the gate's own code in the worker never makes. The service ends."""
 
 
-def _is_in(span: object, base: FedBase) -> bool:
-    """Whether these are bytes of the base's files. The worker may run code of the base, and ask for anything."""
-    match span:
-        case FileSpan(file=str(file), start=int(start), end=int(end)):
-            return 0 <= start < end <= base.files.sizes.get(file, 0)
-    return False
+def _is_in(span: FileSpan, base: FedBase) -> bool:
+    """Whether these are bytes of the base's files. A worker may ask for others, which this process can read."""
+    return 0 <= span.start < span.end <= base.files.sizes.get(span.file, 0)
 
 
 def _is_tensor(value: object) -> bool:

@@ -34,8 +34,10 @@ from merge_gate.worker.protocol import (
     Group,
     Job,
     Listener,
+    Merged,
     PickleListed,
     PickleNamed,
+    Unjudged,
     undecided,
 )
 from merge_gate.worker.quick_imports import quick_imports
@@ -172,12 +174,12 @@ def _choose_device(wanted: str) -> DeviceChosen:
 def _judge_groups(positions: list[int], job: Job, progress: Listener, client: CallClient | None) -> Iterator[Event]:
     """Judge the groups at these positions, which have one base, in several dtypes."""
     first = job.groups[positions[0]]
-    tasks = [task for position in positions for task in job.groups[position].tasks]
+    open_tasks = {task.index: task for position in positions for task in job.groups[position].tasks}
     yield BaseLoading(group=positions[0])  # from the first file on, the time limit is that of the base
     try:
         from merge_gate.worker.group_bases import GroupBases, judge_pinned  # noqa: PLC0415 - imports torch and PEFT
     except Exception as error:
-        yield from undecided(tasks, error)
+        yield from undecided(open_tasks.values(), error)
         return
     try:
         with (
@@ -187,6 +189,9 @@ def _judge_groups(positions: list[int], job: Job, progress: Listener, client: Ca
             source = client.feed(positions[0]) if first.fed and client is not None else local
             bases = GroupBases(job=job, feed=source, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
-            yield from judge_pinned(groups, job, progress, bases)
+            for event in judge_pinned(groups, job, progress, bases):
+                if isinstance(event, Merged | Unjudged):
+                    del open_tasks[event.task]
+                yield event
     except (OSError, SourceError) as error:
-        yield from undecided(tasks, error)
+        yield from undecided(open_tasks.values(), error)

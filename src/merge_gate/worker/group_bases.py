@@ -48,6 +48,7 @@ from merge_gate.worker.call_client import CallClient, ParentFeed
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.worker.protocol import (
+    ALONE,
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
@@ -393,7 +394,7 @@ def _judge_batch(
 ) -> Iterator[Event]:
     """Merge these tasks, in one pass if they are several. Such a pass measures the skeletons of other tasks as well."""
     others = list({id(one.base): one.base for one in base_of.values() if one.is_skeleton}.values())
-    if len(batch) > 1 or (len(others) > 1 and batch[0][0].most_together != 1):
+    if len(batch) > 1 or (len(others) > 1 and batch[0][0].turn != ALONE):
         first, *further = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(further))
         try:

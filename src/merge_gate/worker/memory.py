@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from merge_gate.worker.protocol import Task
+from merge_gate.worker.protocol import ALONE, Task
 
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(5 << 26)}
 """Environment variables for glibc: pieces of every size come from one heap, which keeps at most 320 MiB of free memory
@@ -139,20 +139,16 @@ _LOADED_BYTES, _MAPPED_BYTES = 4, 1
 
 
 def batches(tasks: Sequence[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many as a third of the free memory holds.
-
-    The smaller the passes that an adapter may be in, the later it comes.
-    """
+    """Adapters that are merged together: one, or with `one_pass` as many of a turn as a third of the memory holds."""
     room = room_bytes() if one_pass else 0
     batch: list[ClassedTask] = []
-    held = most = 0
-    for one in sorted(tasks, key=lambda one: -(one[0].most_together or len(tasks) + 1)):
+    held = 0
+    for one in sorted(tasks, key=lambda one: one[0].turn):
         size_bytes = factor_bytes(one[0])
-        is_other = one[0].most_together != most
-        if batch and (is_other or held + size_bytes > room or len(batch) == most):
+        is_apart = one[0].turn == ALONE or (batch and one[0].turn != batch[-1][0].turn)
+        if batch and (is_apart or held + size_bytes > room):
             yield batch
             batch, held = [], 0
-        most = one[0].most_together
         batch.append(one)
         held += size_bytes
     if batch:

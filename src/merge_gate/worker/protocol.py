@@ -24,6 +24,10 @@ from merge_gate.sources.read_ahead import PassingBytes
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
 
+ALONE, TOGETHER, SUSPECTED = range(3)
+"""Whom a pass merges an adapter with: no other one, the others, or those that were in progress with it when a pass
+died. The passes have this order."""
+
 _PACKED_BY_BITSANDBYTES = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
 
 
@@ -32,8 +36,7 @@ class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
-    of its merge, and of the load of its base. `most_together`: it is merged in a pass of at most so many adapters, 0
-    for any number. 1 if it was in progress when a pass died, half of the pass if none was. `publishes`: the merged
+    of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `publishes`: the merged
     tensors are sent, too. It is `preserve`, the dtype that all floating tensors are cast to, or `as-merged`: then
     `Evidence.served` is filled as well.
     `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
@@ -45,7 +48,7 @@ class Task:
     combine: Combine | None = None
     measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
-    most_together: int = 0
+    turn: int = TOGETHER
     publishes: str | None = None
     compares: Snapshot | None = None
     settings: SettingsFiles | None = None

@@ -3,17 +3,20 @@
 In: a `Job`, with one group for each base. Out: events, in order. Every task gets exactly one `Merged` or `Unjudged`.
 
 1. A process gets the job, and sends events until `Finished`. It runs child.py in its own interpreter, so a crash in a
-   native library does not reach this one.
+   native library does not reach this one. If a base's code may run, each base has a process of its own.
 2. If it dies or exceeds a time limit while it merges an adapter, that adapter is `error`. A new process continues.
 3. If it dies elsewhere (imports, the load of a base, between two adapters), a new process tries the same again, once.
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
-4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges those that
-   were in progress one at a time, and the others in one pass as before. If none was, it merges them in two passes.
+4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges them in two
+   passes: the adapters that were not in progress, and then those that were. If none was, the first pass has one
+   adapter, and the second one the others. After a second such death, each adapter of the pass gets one of its own. So
+   one death costs at most two more reads of the base.
 5. If it dies or exceeds a time limit while adapters run as models, a new process runs their base alone, and then each
    of them. A base that dies alone is not run any more, and neither is an adapter.
 
-The process has no token and no network. The caller's directory is never on its `sys.path`, because a config that names
-an importable module must not find the checkout.
+The process may be in the hands of a base's own code, or of a defect in a library. It has no token and no network. It
+can lie about its base: an event counts only for tasks of the base in progress, and nothing else defends a verdict. The
+caller's directory is never on its `sys.path`: a config that names a module must not find the checkout.
 """
 
 from __future__ import annotations
@@ -28,56 +31,28 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Self, assert_never
+from typing import IO, Any, Self, assert_never
 
 from merge_gate._internal.errors import EngineError, GateError
 from merge_gate._internal.text import counted, quoted
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.worker import protocol
 from merge_gate.worker.call_service import LINES, CallService, Feeds
 from merge_gate.worker.channel import Channel, GarbledError, Line
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.private_directory import private_directory
-from merge_gate.worker.protocol import (
-    DEFAULT_LIMIT_S,
-    BaseLoaded,
-    BaseLoading,
-    BaseMeasured,
-    DeviceChosen,
-    Event,
-    Finished,
-    ForwardRunning,
-    Idle,
-    InProgress,
-    Job,
-    Listener,
-    Merged,
-    MergeProgressed,
-    MergeStarted,
-    PickleListed,
-    PickleNamed,
-    Publisher,
-    Task,
-    Unjudged,
-)
+from merge_gate.worker.protocol import ALONE, DEFAULT_LIMIT_S, SUSPECTED, Event, Job, Listener, Publisher, Task
 from merge_gate.worker.sandbox import caches
-
-MOST_THREADS = 64
-"""A worker that names more threads than this is not the gate's own code; the others are ignored."""
 
 FIRST_NOTE_S = 60.0
 """A note names an adapter or a loading base after so long without an event, and again after twice as long."""
 
 FORWARD_SHARE = 2
 """The model of an adapter may run for half of the time limit of its merge, also together with others."""
-
-_MERGING = "while it merged this adapter"
-_RUNNING = "while it ran the model"
-_RUNNING_BASE = "while it ran the base, without an adapter"
 
 PASSED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG(UAGE)?|TZ|TERM|CC|CXX|VIRTUAL_ENV|CONDA_PREFIX|HF_(HOME|HUB_CACHE)|HF_HUB_DISABLE_\w+"
@@ -142,21 +117,16 @@ class WorkerSlot:
         with contextlib.suppress(GateError, OSError):
             self.start()
 
-    def start(self) -> None:
+    def start(self) -> WorkerProcess:
         """Start the process, unless there is one."""
         if self._process is None:
             self._process = WorkerProcess()
+        return self._process
 
-    def run(
-        self, job: Job, attempt: Attempt, feeds: Feeds | None = None, publisher: Publisher | None = None
-    ) -> NotJudged | None:
+    def run(self, attempt: Attempt, feeds: Feeds, publisher: Publisher | None = None) -> NotJudged | None:
         """Run a job in the process. None if it finished, or how the process ended."""
-        self.start()
-        assert self._process is not None  # noqa: S101 - `start` made one
         try:
-            return self._process.run(
-                job, attempt.receive, is_overdue=attempt.is_overdue, feeds=feeds, publisher=publisher
-            )
+            return self.start().run(attempt, feeds, publisher)
         finally:
             self.end()
 
@@ -166,31 +136,23 @@ class WorkerSlot:
         Raises:
             EngineError: the process died, or took too long.
         """
-        self.start()
-        assert self._process is not None  # noqa: S101 - `start` made one
-        listed = self._process.read_pickle(path)
+        listed = self.start().read_pickle(path)
         if isinstance(listed.refusal, NotJudged):
             self.end()
             message = f"{quoted(Path(path).name, 120)} could not be read: {listed.refusal.message}"
             raise EngineError(message, hint=listed.refusal.hint)
         return listed.refusal or listed.tensors
 
-    def choose_device(self, requested: str) -> DeviceChosen | None:
+    def choose_device(self, requested: str) -> protocol.DeviceChosen | None:
         """The device that torch would choose for `requested`, and its name. None if the process fails."""
-        chosen: list[DeviceChosen] = []
-
-        def listen(event: Event) -> None:
-            if isinstance(event, DeviceChosen):
-                chosen.append(event)
-
-        job = Job(groups=(), device=requested)
-        self.run(job, Attempt(job, listen))
-        return chosen[-1] if chosen else None
+        events: list[Event] = []
+        self.run(Attempt(Job(groups=(), device=requested), events.append), Feeds())
+        return next((event for event in events if isinstance(event, protocol.DeviceChosen)), None)
 
     def end(self) -> None:
         """End the process, whatever it does. May be called more than once."""
         if self._process is not None:
-            self._process.end()
+            self._process.close()
         self._process = None
 
 
@@ -203,278 +165,220 @@ def supervise(
     reads for the worker; without it, they are local. `publisher` gets the tensors of the merges that are published.
     """
     feeds = feeds or Feeds()
-    tried: set[tuple[str, int]] = set()
-    while any(group.tasks for group in job.groups):
-        attempt = Attempt(job, listen)
-        ending = worker.run(job, attempt, feeds, publisher)  # 1
-        if ending is None:
-            attempt.report_rest()
-            return
-        if attempt.is_at_a_batch:
-            pass  # 4: `left` has its suspects one at a time
-        elif attempt.is_at_a_forward:
-            attempt.end_forward(ending)  # 5
-        elif attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
-            attempt.report_death(ending)  # 2
-        else:
-            tried.add(attempt.place)  # 3
-        job = attempt.left()
+    for part in _parts(job):
+        left, tried = part, set[tuple[str, object]]()
+        while any(group.tasks for group in left.groups):
+            attempt = Attempt(left, listen)
+            ending = worker.run(attempt, feeds, publisher)
+            if ending is None:
+                attempt.report_rest()
+                break
+            left = attempt.left(ending, tried)
+
+
+def _parts(job: Job) -> Iterator[Job]:
+    """What one process may do of a job: if a base's code may run, the tasks of one base."""
+    if not job.trust_remote_code:
+        yield job
+        return
+    for directory in dict.fromkeys(group.directory for group in job.groups):
+        groups = (group if group.directory == directory else replace(group, tasks=()) for group in job.groups)
+        yield replace(job, groups=tuple(groups))
 
 
 class Attempt:
     """The events of one process on a job, which say what its death costs."""
 
     def __init__(self, job: Job, listen: Listener) -> None:
-        self._job = job
-        self._listen = listen
-        self._reported: set[int] = set()
-        self._task: int | None = None
-        self._others: tuple[int, ...] = ()
-        self._no_forward: dict[int, str] = {}
-        self._alone: dict[int, int] = {}  # tasks that run alone now
-        self._base_runs = {number: group.base_run for number, group in enumerate(job.groups)}
+        self.job, self._listen = job, listen
+        self._open = {task.index: (number, task) for number, group in enumerate(job.groups) for task in group.tasks}
+        self._base_runs = [group.base_run for group in job.groups]
+        self._directory: str | None = None  # of the base in progress
+        self._loading: int | None = None
+        self._merging: tuple[int, ...] = ()
         self._in_progress: dict[int | None, int] = {}  # by thread
-        self._group: int | None = None
-        self._progress = ""
         self._begin(DEFAULT_LIMIT_S)
 
     def _begin(self, limit_s: float) -> None:
-        self._limit_s = limit_s
+        self._limit_s, self._progress = limit_s, ""
         self._began_s = self._last_event_s = time.monotonic()
         self._next_note_s = FIRST_NOTE_S
-        self._running: dict[int, float] = {}  # tasks whose models run, and since when
-        self._ran_s = defaultdict[int, float](float)  # how long those of each task ran before
-        self._paused_s = self._paused_at_s = 0.0  # the time in which any ran does not count as the merge's
+        self._running: set[int] = set()  # tasks whose models run
+        self._running_since_s = 0.0
 
     def receive(self, event: Event) -> None:  # noqa: C901 - a case for each event
         """Record what the process does now, and pass the event on.
 
-        An event about anything but an open task is dropped: code that comes with a base could send it.
+        Raises:
+            GarbledError: the event is not about open tasks of the base in progress.
         """
-        if not self._concerns(event) or self._is_repeated(event):
-            return
+        if not self._is_fit(event):
+            raise GarbledError(f"{type(event).__name__} of an adapter that is not in progress")
         match event:
-            case BaseLoading():
-                self._group, self._task, self._progress = event.group, None, ""
-                self._begin(max(task.limit_s for task in self._job.groups[event.group].tasks))
-            case BaseLoaded():
-                self._group = None
+            case protocol.BaseLoading():
+                self._directory = self.job.groups[event.group].directory
+                self._loading, self._merging = event.group, ()
+                self._begin(max(task.limit_s for task in self.job.groups[event.group].tasks))
+            case protocol.BaseLoaded():
+                self._loading = None
                 self._begin(DEFAULT_LIMIT_S)
-            case MergeStarted():
-                self._task, self._others, self._progress = event.task, event.others, ""
-                self._in_progress = {}
-                merging = {event.task, *event.others}
-                self._begin(sum(task.limit_s for task in self._tasks() if task.index in merging))
-            case InProgress():
-                self._note_in_progress(event)
-            case MergeProgressed():
+            case protocol.MergeStarted():
+                self._merging, self._in_progress = (event.task, *event.others), {}
+                self._begin(sum(self._open[index][1].limit_s for index in self._merging))
+            case protocol.InProgress():
+                if event.thread is None:
+                    self._in_progress.clear()
+                self._in_progress.pop(None, None)
+                self._in_progress[event.thread] = event.task
+            case protocol.MergeProgressed():
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
-            case ForwardRunning():
+            case protocol.ForwardRunning():
                 self._note_forward(event)
-            case Merged() | Unjudged():
-                self._reported.add(event.task)
-                self._group, self._task, self._others = None, None, ()  # no base is loading any more
+            case protocol.Merged() | protocol.Unjudged():
+                del self._open[event.task]
+                self._loading, self._merging = None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
-            case Idle():
+            case protocol.Idle():
                 event = self._silence()
-            case DeviceChosen() | BaseMeasured() | Finished():
+            case protocol.DeviceChosen() | protocol.BaseMeasured() | protocol.Finished():
                 pass
             case _:
                 assert_never(event)
         self._listen(event)
 
-    def _concerns(self, event: Event) -> bool:
-        """Whether an event is about tasks that are open, and about one of the job's groups."""
-        groups, tasks = dict(enumerate(self._job.groups)), set(self._open())
-        try:
-            match event:
-                case BaseLoading():
-                    is_fit = event.group in groups and bool(groups[event.group].tasks)
-                case BaseLoaded() | BaseMeasured():
-                    is_fit = event.group in groups and event.task in tasks
-                case MergeStarted():
-                    is_fit = {event.task, *event.others} <= tasks
-                case InProgress():
-                    is_fit = event.task in tasks and isinstance(event.thread, int | None)
-                case MergeProgressed():
-                    is_fit = event.task in tasks and isinstance(event.done, int) and isinstance(event.total, int)
-                case ForwardRunning():
-                    may_run = {task.index for task in self._tasks() if not task.no_forward}
-                    is_fit = event.task in may_run & tasks & {self._task, *self._others}
-                case Merged() | Unjudged():
-                    is_fit = event.task in tasks
-                case _:
-                    is_fit = True
-        except TypeError as error:  # its fields have other types
-            raise GarbledError(str(error)[:200]) from error
+    def _is_fit(self, event: Event) -> bool:
+        """Whether an event is about open tasks of the base in progress, or about no task."""
+        match event:
+            case protocol.Finished() | protocol.Idle():
+                is_fit = True
+            case protocol.DeviceChosen():
+                is_fit = self._directory is None  # afterwards, code of a base may run
+            case protocol.BaseLoading():
+                is_fit = bool(self._tasks_of(event.group))
+            case protocol.BaseLoaded() | protocol.BaseMeasured():
+                is_fit = self._is_of_base(event.task) and event.group == self._open[event.task][0]
+            case protocol.MergeStarted():
+                is_fit = all(map(self._is_of_base, (event.task, *event.others)))
+            case protocol.Unjudged() if self._directory is None:  # without a device, no base is loaded
+                is_fit = event.task in self._open
+            case _:
+                is_fit = self._is_of_base(event.task)
         return is_fit
 
-    def _is_repeated(self, event: Event) -> bool:
-        """Whether an event says again what the process does. It would start the time limit again."""
-        match event:
-            case BaseLoading():
-                return event.group == self._group
-            case MergeStarted():
-                return (event.task, event.others) == (self._task, self._others)
-        return False
+    def _is_of_base(self, index: int) -> bool:
+        return index in self._open and self.job.groups[self._open[index][0]].directory == self._directory
 
-    def _note_in_progress(self, event: InProgress) -> None:
-        if event.thread is None:
-            self._in_progress.clear()
-        self._in_progress.pop(None, None)
-        if event.thread in self._in_progress or len(self._in_progress) < MOST_THREADS:
-            self._in_progress[event.thread] = event.task
-
-    def _note_forward(self, event: ForwardRunning) -> None:
+    def _note_forward(self, event: protocol.ForwardRunning) -> None:
+        """The time of the models does not count as the merge's."""
         now_s = time.monotonic()
-        self._paused_s, self._paused_at_s = self._pause_s(), now_s
-        self._ran_s[event.task] += now_s - self._running.pop(event.task, now_s)
         if event.is_running:
-            self._running[event.task] = now_s
-        else:
-            self._base_runs[self._group_of(event.task)] = "ran"
+            self._running_since_s = self._running_since_s if self._running else now_s
+            self._running.add(event.task)
+            self._progress = ""
+            return
+        self._base_runs[self._open[event.task][0]] = "ran"
+        self._running.discard(event.task)
+        if not self._running:
+            self._began_s += now_s - self._running_since_s
 
-    def _pause_s(self) -> float:
-        return self._paused_s + (time.monotonic() - self._paused_at_s if self._running else 0.0)
-
-    def _silence(self) -> Idle:
+    def _silence(self) -> protocol.Idle:
         silent_s = time.monotonic() - self._last_event_s
-        base = self._job.groups[self._group].base.name if self._group is not None else ""
-        if (self._task is None and not base) or silent_s < self._next_note_s:
-            return Idle()
+        base = self.job.groups[self._loading].base.name if self._loading is not None else ""
+        task = self._merging[0] if self._merging else None
+        if (task is None and not base) or silent_s < self._next_note_s:
+            return protocol.Idle()
         self._next_note_s *= 2
-        return Idle(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_of_now())
+        return protocol.Idle(task=task, base=base, seconds=silent_s, limit_s=self._limit_of_now())
 
     def _limit_of_now(self) -> float:
-        if not self._running:
-            return self._limit_s
-        return max(task.limit_s for task in self._tasks() if task.index in self._running) / FORWARD_SHARE
+        return min((self._open[index][1].limit_s / FORWARD_SHARE for index in self._running), default=self._limit_s)
 
     def is_overdue(self) -> bool:
-        """Whether what the process does now exceeds its time limit. A merge and each of its models have their own."""
-        now_s = time.monotonic()
-        if not self._running:
-            return now_s - self._began_s - self._paused_s > self._limit_s
-        limits_s = {task.index: task.limit_s / FORWARD_SHARE for task in self._tasks() if task.index in self._running}
-        return any(self._ran_s[task] + now_s - self._running[task] > limit_s for task, limit_s in limits_s.items())
+        """Whether what the process does now exceeds its time limit. A merge and the models have limits of their own."""
+        began_s = self._running_since_s if self._running else self._began_s
+        return time.monotonic() - began_s > self._limit_of_now()
 
-    @property
-    def is_at_a_batch(self) -> bool:
-        """Whether several adapters are being merged together, and fewer of them would make a difference."""
-        return bool(self._smaller_passes())
-
-    @property
-    def is_at_an_adapter(self) -> bool:
-        """Whether the process merges an adapter, which is then to blame for a death."""
-        return self._task is not None
-
-    @property
-    def is_at_a_forward(self) -> bool:
-        """Whether adapters run as models. A death costs that measurement, and no adapter is to blame."""
-        return bool(self._running)
-
-    def end_forward(self, ending: NotJudged) -> None:
-        """Note what the next process does not run as a model, and what it runs alone."""
-        is_late = self.is_overdue()
-        number = self._group_of(next(iter(self._running)))
-        base_run, lost = self._base_runs[number], list(self._running)
-        what = _RUNNING_BASE if base_run == "alone" else _RUNNING
-        if base_run == "alone":
-            lost = [one.index for one in self._job.groups[number].tasks if not one.no_forward]
-            for index in lost:
-                self._listen(ForwardRunning(task=index, is_running=True))
-        elif not base_run or len(lost) > 1:
-            self._base_runs[number] = base_run or "alone"
-            self._alone = dict.fromkeys(lost, 1)
-            return
-        why = _late(what, self._limit_of_now()) if is_late else _death(what, ending)
-        self._no_forward = dict.fromkeys(lost, why.message)
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """Where in the job the process is. A second death at the same place is no accident."""
-        if self._group is not None:
-            return "base", self._group
-        return "between", len(self._open())
-
-    def report_death(self, ending: NotJudged) -> None:
-        """Report that the tasks that the death costs could not be judged."""
-        late_s = self._limit_s if self.is_overdue() else None
-        for index, what in self._lost():
-            self._reported.add(index)
-            refusal = _death(what, ending) if late_s is None else _late(f"{what}{self._progress}", late_s)
-            self._listen(Unjudged(task=index, refusal=refusal))
-
-    def left(self) -> Job:
-        """The job without the tasks that are reported. After the death of a pass, its suspects are in smaller ones."""
-        smaller = self._alone or self._smaller_passes()
-        groups = tuple(
-            replace(
-                group,
-                base_run=self._base_runs[number],
-                tasks=tuple(
-                    replace(
-                        task,
-                        most_together=smaller.get(task.index, task.most_together),
-                        no_forward=self._no_forward.get(task.index, task.no_forward),
-                    )
-                    for task in group.tasks
-                    if task.index not in self._reported
-                ),
-            )
-            for number, group in enumerate(self._job.groups)
-        )
-        return replace(self._job, groups=groups)
-
-    def _smaller_passes(self) -> dict[int, int]:
-        """How many adapters the next passes of the suspects may have, if that is fewer than before.
-
-        Suspects are the adapters that were in progress, each alone, or else both halves of the pass.
-        """
-        batch = frozenset(self._others if self._task is None else (self._task, *self._others))
-        if len(batch) < 2 or self._running:  # noqa: PLR2004 - a pass of several
-            return {}
-        in_progress = batch.intersection(self._in_progress.values())
-        most = 1 if in_progress else (len(batch) + 1) // 2
-        suspects = in_progress or batch
-        return {
-            task.index: most
-            for task in self._tasks()
-            if task.index in suspects and (most < task.most_together or not task.most_together)
-        }
+    # --- the end of the process --------------------------------------------------------------------------------------
 
     def report_rest(self) -> None:
         """Report that tasks without a result could not be judged, so that none is missing in the report."""
-        for index in self._open():
-            why = "the gate's worker process finished without a result for this adapter"
-            self._listen(Unjudged(task=index, refusal=NotJudged(message=why, hint="please report this")))
+        why = "the gate's worker process finished without a result for this adapter"
+        self._report(list(self._open), NotJudged(message=why, hint="please report this"))
 
-    def _tasks(self) -> list[Task]:
-        return [task for group in self._job.groups for task in group.tasks]
-
-    def _group_of(self, index: int) -> int:
-        return next(
-            number for number, one in enumerate(self._job.groups) if index in {task.index for task in one.tasks}
+    def left(self, ending: NotJudged, tried: set[tuple[str, object]]) -> Job:
+        """The job for the next process. This one died so. `tried` are the places where a process died before."""
+        place = ("base", self._loading) if self._loading is not None else ("between", len(self._open))
+        if self._running:
+            self._end_forward(ending)  # 5
+        elif len(self._merging) > 1:
+            self._divide_pass(tried)  # 4
+        elif self._merging or place in tried or self.is_overdue():
+            self._report_death(ending)  # 2
+        else:
+            tried.add(place)  # 3
+        groups = (
+            replace(group, base_run=self._base_runs[number], tasks=self._tasks_of(number))
+            for number, group in enumerate(self.job.groups)
         )
+        return replace(self.job, groups=tuple(groups))
 
-    def _open(self) -> list[int]:
-        return [task.index for task in self._tasks() if task.index not in self._reported]
+    def _tasks_of(self, number: int) -> tuple[Task, ...]:
+        return tuple(task for position, task in self._open.values() if position == number)
 
-    def _lost(self) -> list[tuple[int, str]]:
-        if self._task is not None:
-            return [(self._task, _MERGING)]
-        if self._group is not None:
-            group = self._job.groups[self._group]
-            what = f"while it loaded base {group.base.name}"
-            return [(task.index, what) for task in group.tasks if task.index not in self._reported]
-        return [(index, "before it came to this adapter") for index in self._open()]
+    def _change(self, indices: Iterable[int], **changes: Any) -> None:
+        for index in indices:
+            number, task = self._open[index]
+            self._open[index] = number, replace(task, **changes)
 
+    def _end_forward(self, ending: NotJudged) -> None:
+        """Note what the next process does not run as a model, and what it runs alone."""
+        lost, what = list(self._running), "while it ran the model"
+        number = self._open[lost[0]][0]
+        base_run = self._base_runs[number]
+        if base_run == "alone":
+            lost = [task.index for task in self._tasks_of(number) if not task.no_forward]
+            what = "while it ran the base, without an adapter"
+            for index in lost:
+                self._listen(protocol.ForwardRunning(task=index, is_running=True))
+        elif not base_run or len(lost) > 1:
+            self._base_runs[number] = base_run or "alone"
+            self._change(lost, turn=ALONE)
+            return
+        self._change(lost, no_forward=self._why(what, ending).message)
 
-def _death(what: str, ending: NotJudged) -> NotJudged:
-    again = "" if what in {_MERGING, _RUNNING, _RUNNING_BASE} else " twice"
-    message = f"the gate's worker process died{again} {what}: {ending.message}"
-    return NotJudged(message=message, hint=ending.hint, log=ending.log)
+    def _divide_pass(self, tried: set[tuple[str, object]]) -> None:
+        """Divide a pass that died in two, or the second time in passes of one adapter."""
+        suspects = set(self._in_progress.values()).intersection(self._merging)
+        place = ("pass", self._directory)
+        if self._open[self._merging[0]][1].turn == SUSPECTED or (not suspects and place in tried):
+            self._change(self._merging, turn=ALONE)
+        elif suspects:
+            self._change(suspects, turn=SUSPECTED)
+        else:
+            self._change(self._merging[:1], turn=ALONE)
+            tried.add(place)
+
+    def _report_death(self, ending: NotJudged) -> None:
+        """Report that the tasks that the death costs could not be judged."""
+        lost, what = list(self._open), "before it came to this adapter"
+        if self._merging:
+            lost, what = list(self._merging), "while it merged this adapter"
+        elif self._loading is not None:
+            lost = [task.index for task in self._tasks_of(self._loading)]
+            what = f"while it loaded base {self.job.groups[self._loading].base.name}"
+        self._report(lost, self._why(what, ending))
+
+    def _report(self, indices: Sequence[int], refusal: NotJudged) -> None:
+        for index in indices:
+            del self._open[index]
+            self._listen(protocol.Unjudged(task=index, refusal=refusal))
+
+    def _why(self, what: str, ending: NotJudged) -> NotJudged:
+        if self.is_overdue():
+            return _late(what + self._progress, self._limit_of_now())
+        again = "" if self._merging else " twice"
+        return replace(ending, message=f"the gate's worker process died{again} {what}: {ending.message}")
 
 
 def _late(what: str, limit_s: float) -> NotJudged:
@@ -487,79 +391,59 @@ def _late(what: str, limit_s: float) -> NotJudged:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-class WorkerProcess:
-    """One process. It imports what it needs while it waits for its job. Leaving the `with` block ends it."""
+class WorkerProcess(contextlib.ExitStack):
+    """One process. It imports what it needs while it waits for its job. `close` ends it, whatever it does."""
 
     def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._output = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
-        directory = self._stack.enter_context(private_directory())
+        super().__init__()
+        self._output = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        directory = self.enter_context(private_directory())
         self._memory = MemoryGroup()
         self._kills_before = self._memory.kills()
         own_socket, child_socket = socket.socketpair()
         self._channel = Channel(own_socket)
-        self._stack.callback(self._channel.close)
+        self.callback(self._channel.close)
         self._lines, of_child = zip(*(Line.pair() for _ in range(LINES)), strict=True)
         for line in self._lines:
-            self._stack.callback(line.close)
+            self.callback(line.close)
         descriptors = [child_socket.fileno(), *(one for line in of_child for one in line.descriptors)]
         self._process = _start(descriptors, self._output, directory)
         child_socket.close()
         for line in of_child:
             line.close()
-        self._stack.callback(_stop, self._process)
+        self.callback(_stop, self._process)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """End the process, whatever it does. May be called more than once."""
-        self._stack.close()
-
-    def read_pickle(self, path: str) -> PickleListed:
+    def read_pickle(self, path: str) -> protocol.PickleListed:
         """Ask for the tensors of a pickled file. Without an answer, the refusal is how the process ended."""
         try:
-            self._channel.send(PickleNamed(path=path))
+            self._channel.send(protocol.PickleNamed(path=path))
             answer = self._channel.receive(DEFAULT_LIMIT_S)
         except (EOFError, OSError):
-            return PickleListed(refusal=describe_exit(_exit_code(self._process), self._output))
+            return protocol.PickleListed(refusal=describe_exit(_exit_code(self._process), self._output))
         except GarbledError as error:
-            return PickleListed(
+            return protocol.PickleListed(
                 refusal=NotJudged(message=f"the worker sent no list of tensors ({error})", hint=_GARBLED)
             )
-        if isinstance(answer, PickleListed):
+        if isinstance(answer, protocol.PickleListed):
             return answer
-        return PickleListed(refusal=_late("while it listed pickled weights", DEFAULT_LIMIT_S))
+        return protocol.PickleListed(refusal=_late("while it listed pickled weights", DEFAULT_LIMIT_S))
 
-    def run(
-        self,
-        job: Job,
-        listen: Listener,
-        *,
-        is_overdue: Callable[[], bool],
-        feeds: Feeds | None = None,
-        publisher: Publisher | None = None,
-    ) -> NotJudged | None:
+    def run(self, attempt: Attempt, feeds: Feeds, publisher: Publisher | None = None) -> NotJudged | None:
         """Send the job and pass on its events. None if the process finished, or how it ended.
 
-        `is_overdue` is called after each event. If it returns true, the process is ended. `feeds` opens the bases that
-        this process reads for it. `publisher` gets the tensors of the merges that are published.
+        `feeds` opens the bases that this process reads for it. `publisher` gets the tensors of published merges.
         """
-        published = [task.index for group in job.groups for task in group.tasks if task.publishes is not None]
-        service = CallService(
-            self._lines, lambda position: (feeds or Feeds()).open(job.groups[position]), publisher, published
-        )
+        groups = attempt.job.groups
+        published = [task.index for group in groups for task in group.tasks if task.publishes is not None]
+        service = CallService(self._lines, lambda position: feeds.open(groups[position]), publisher, published)
         service.start()
-        self._stack.callback(service.close)
+        self.callback(service.close)
         try:
-            finished = _converse(self._channel, job, listen, is_overdue)
+            finished = _converse(self._channel, attempt)
         except GarbledError as error:
             _stop(self._process)
             return NotJudged(message=f"it sent something that is not an event of the gate ({error})", hint=_GARBLED)
-        if is_overdue() and not finished:
+        if attempt.is_overdue() and not finished:
             _stop(self._process)
         code = _exit_code(self._process)
         if published:
@@ -623,26 +507,24 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return SLEEPING_THREADS | REUSE | env | OFFLINE
 
 
-def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
+def _converse(channel: Channel, attempt: Attempt) -> bool:
     """Pass on every event. False if the process ended before its last one, or is overdue.
-
-    Exceptions of `listen` go to the caller.
 
     Raises:
         GarbledError: the process sent something else.
     """
-    threading.Thread(target=_send, args=(channel, job), daemon=True).start()  # a stopped process does not read
+    threading.Thread(target=_send, args=(channel, attempt.job), daemon=True).start()  # a stopped process does not read
     patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
-    while not is_overdue():
+    while not attempt.is_overdue():
         try:
-            event = channel.receive(patience_s) or Idle()
+            event = channel.receive(patience_s) or protocol.Idle()
         except (EOFError, OSError):  # OSError: the process died within a message
             return False
         patience_s = IDLE_S
         if not isinstance(event, Event):
             raise GarbledError(type(event).__name__)
-        listen(event)
-        if isinstance(event, Finished):
+        attempt.receive(event)
+        if isinstance(event, protocol.Finished):
             return True
     return False
 
