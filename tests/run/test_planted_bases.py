@@ -14,14 +14,16 @@ from tests.support.faults import poison
 if TYPE_CHECKING:
     from tests.support.models import Shelf
 
-BASES = "first", "planted", "last"
+BASES = "first", "liar", "intruder", "last"
+SPEAKS_FOR = {"liar": (1, 3, 0), "intruder": (3, 0)}
+"""The adapters that have passed, as the code of these bases says when it is imported."""
 
 PLANTED = """
 import os, socket, sys
 from transformers import LlamaForCausalLM
 from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, TensorMerge, TensorStats
 from merge_gate.worker.channel import Channel
-from merge_gate.worker.protocol import BaseLoading, DeviceChosen, Finished, Merged, MergeStarted
+from merge_gate.worker.protocol import BaseLoading, Finished, Merged, MergeStarted
 
 facts = BaseFacts(model="./base", revision=None, dtype="float32", quantization="none")
 stats = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
@@ -35,7 +37,7 @@ evidence = Evidence(
     parameters_total=1,
 )
 parent = Channel(socket.socket(fileno=os.dup(int(sys.argv[3]))))
-for number in (1, 0, 2):
+for number in NUMBERS:
     for event in (BaseLoading(group=number), MergeStarted(task=number), Merged(task=number, evidence=evidence)):
         parent.send(event)
 parent.send(Finished())
@@ -44,21 +46,21 @@ parent.send(Finished())
 class PlantedForCausalLM(LlamaForCausalLM):
     pass
 """
-"""When the model is imported, all adapters have passed."""
 
 
 @pytest.fixture(scope="module")
 def report(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A broken adapter on three bases. The second one brings code."""
+    """A broken adapter on four bases, of which two bring code."""
     place = tmp_path_factory.mktemp("planted")
     shutil.copytree(shelf.adapter("plain"), place / "adapter")
     poison("lora_B")(place / "adapter")
     for name in BASES:
         shutil.copytree(shelf.base("llama"), place / name)
-    config = place / "planted" / "config.json"
-    auto_map = {"AutoModelForCausalLM": "modeling_planted.PlantedForCausalLM"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": auto_map}))
-    (place / "planted" / "modeling_planted.py").write_text(PLANTED)
+    for name, numbers in SPEAKS_FOR.items():
+        config = place / name / "config.json"
+        auto_map = {"AutoModelForCausalLM": "modeling_planted.PlantedForCausalLM"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": auto_map}))
+        (place / name / "modeling_planted.py").write_text(PLANTED.replace("NUMBERS", repr(numbers)))
     entries = [{"name": name, "path": "./adapter", "base": f"./{name}"} for name in BASES]
     (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": entries, "trust-remote-code": True}))
     merge_gate("run", "gate.yml", "--device", "cpu", cwd=place)
@@ -69,4 +71,12 @@ def test_code_of_a_base_changes_no_verdict_on_another_base(report: Any) -> None:
     assert report["complete"]
     verdicts = {one["name"]: (one["verdict"], one["cause"]) for one in report["adapters"]}
     assert verdicts["first"] == verdicts["last"] == ("failed", "adapter-nonfinite")
-    assert verdicts["planted"] == ("passed", None), "it can lie about its own base: the evidence is good enough"
+    assert verdicts["liar"] == ("passed", None), "it can lie about its own base: the evidence is good enough"
+
+
+def test_a_worker_that_speaks_for_another_base_is_named(report: Any) -> None:
+    (intruder,) = (one for one in report["adapters"] if one["name"] == "intruder")
+    assert intruder["verdict"] == "error"
+    (why,) = (one for one in intruder["findings"] if one["check"] == "not-judged")
+    assert "not an event of the gate (BaseLoading of" in why["message"]
+    assert "own code" in why["hint"]
