@@ -1,8 +1,10 @@
-"""What a worker must not load, the stubs of a streamed base, and the trial of regular expressions before PEFT."""
+"""What a worker must not load, the stubs of a streamed base, one answer for each task, and the trial of expressions."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ import pytest
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.records.files import BaseFiles, Pattern
-from merge_gate.records.refusals import Refused
+from merge_gate.records.refusals import NotJudged, Refused
+from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
+from merge_gate.sources.feed import SourceError
 from merge_gate.worker import group_bases
+from merge_gate.worker.child import judge_job
 from merge_gate.worker.memory import MemoryGroup
-from merge_gate.worker.protocol import Group
+from merge_gate.worker.protocol import Event, Group, Job, Task, Unjudged
+from merge_gate.worker.sandbox import SWITCH
 from tests.support.wording import Wording
 
 
@@ -33,6 +39,27 @@ def test_no_stub_is_loaded_and_the_error_names_class_reason_and_size(
         group_bases.refuse_stubs(group(str(tmp_path), is_streamed=True), model_class, "it is odd")
     wording(refused.value)
     group_bases.refuse_stubs(group(str(tmp_path), is_streamed=False), model_class, "it is odd")
+
+
+def test_a_base_that_is_lost_answers_only_tasks_without_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent ends a worker that answers twice."""
+    answer = Unjudged(task=0, refusal=NotJudged(message="m"))
+
+    def lose_base(*_: object) -> Iterator[Event]:
+        yield answer
+        raise SourceError("the mount is gone")
+
+    monkeypatch.setenv(SWITCH, "off")
+    monkeypatch.setattr(group_bases, "judge_pinned", lose_base)
+    lost = replace(
+        group(str(tmp_path), is_streamed=False), tasks=tuple(Task(index=index, files=()) for index in (0, 1))
+    )
+    events = list(judge_job(Job(groups=(lost,), device="cpu"), lambda _: None, Sandbox()))
+    answers = [event for event in events if isinstance(event, Unjudged)]
+    assert answers[0] == answer
+    assert [event.task for event in answers] == [0, 1]
 
 
 # --- regular expressions ----------------------------------------------------------------------------------------------
