@@ -35,7 +35,7 @@ run, compared = report(failed), report(linked(twice), is_comparison=True)
 print(json.dumps({
     "html": html_report.render(run), "sarif": sarif.render(run), "summary": summary.render(run),
     "junit": junit.render(run), "annotations": "\\n".join(annotate(json.loads(json_report.render(run)), "")),
-    "files": "\\n".join(terminal_text.file_lines(failed)), "terminal": terminal_text.render(run, "", width=40),
+    "terminal": terminal_text.render(run, "", width=40),
     "base": html_report.render(report(bases=(base,))),
     "comparison": terminal_text.render(compared, ""), "compared": sarif.render(compared),
     "urls": [each.url for judged in (failed, base) for each in judged.findings],
@@ -70,7 +70,6 @@ def test_the_address_is_empty_or_a_repository_on_github() -> None:
 def test_every_format_links_a_check_to_its_page(tmp_path: Path) -> None:
     linked = rendered_with(ADDRESS, tmp_path)
     assert f"  more    {PAGE}\n" in linked["terminal"], "an address is never wrapped"
-    assert f"    more: {PAGE}\n" in linked["files"]
     assert f"- **More:** [adapter-nonfinite]({PAGE})\n" in linked["summary"]
     assert f"\nmore: {PAGE}\n" in linked["junit"]
     assert linked["annotations"].endswith(f"%0AMore: {PAGE}")
@@ -81,7 +80,7 @@ def test_every_format_links_a_check_to_its_page(tmp_path: Path) -> None:
     driver = json.loads(linked["sarif"])["runs"][0]["tool"]["driver"]
     assert driver["informationUri"] == ADDRESS
     assert {rule["id"]: rule["helpUri"] for rule in driver["rules"]}["adapter-nonfinite"] == PAGE
-    assert not any("merge-gate explain" in linked[kind] for kind in ("terminal", "files", "summary", "junit"))
+    assert not any("merge-gate explain" in linked[kind] for kind in ("terminal", "summary", "junit"))
 
 
 def test_an_answer_of_verify_is_a_section_of_one_page(tmp_path: Path) -> None:
@@ -98,10 +97,10 @@ def test_without_an_address_nothing_is_linked_and_the_command_explains(tmp_path:
     without = rendered_with("", tmp_path)
     assert {*without["urls"], without["answer"]} == {None}
     named = "merge-gate explain adapter-nonfinite"
-    for kind in ("html", "sarif", "summary", "terminal", "files", "junit", "annotations", "base"):
+    for kind in ("html", "sarif", "summary", "terminal", "junit", "annotations", "base"):
         assert "github.io" not in without[kind]
         assert "helpUri" not in without[kind]
-    for kind in ("summary", "files", "junit", "annotations"):
+    for kind in ("summary", "junit", "annotations"):
         assert without[kind].count(named) == 1
     assert " ".join(without["terminal"].split()).count(named) == 1
     assert without["comparison"].count("merge-gate explain applied-twice") == 1

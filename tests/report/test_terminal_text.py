@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import BaseKey, Quantization, Verdict
-from merge_gate.report.formats.terminal_text import Style, file_lines, lines, render
+from merge_gate.report.formats.terminal_text import render
 from merge_gate.report.wording import run_result, words
-from merge_gate.report.wording.columns import cells
 from tests.support.reports import (
     EMPTY,
     FAIL,
@@ -66,7 +66,7 @@ def test_what_was_reached_elsewhere_is_not_said_of_others() -> None:
 def test_what_was_reached_at_several_times_is_said_once_with_the_oldest() -> None:
     many = [cached_at(f"2026-03-01T12:00:0{second}Z", f"team-{place}") for place, second in enumerate((3, 2, 3))]
     elsewhere = cached_at("2026-03-01T12:00:02Z", "elsewhere", place="laptop")
-    text = render(report(*many, elsewhere), "")
+    text = render(report(*many, elsewhere), "", width=100)
     assert [line for line in text.splitlines() if " passed (" in line or line.startswith("  mark")] == [
         "✓ team-0, team-1, team-2 passed (bfloat16)",
         "  mark    cached, judged 2026-03-01T12:00:02Z (the oldest) at acme/adapters run 7",
@@ -93,11 +93,17 @@ def test_the_table_of_a_fleet_has_what_somebody_must_look_at(wording: Wording) -
 
 
 def test_the_table_says_which_layer_as_far_as_there_is_room() -> None:
-    where = "model.layers.5.self_attn.q_proj"
-    rows = {width: render(FAIL, "out", width=width).splitlines()[2] for width in (100, 80, 64)}
-    assert rows[100].endswith(f"failed          adapter-nonfinite in {where}")
-    assert rows[80].endswith("failed          adapter-nonfinite ….5.self_attn.q_proj")
-    assert rows[64].endswith("failed          adapter-nonfinite")
+    rows = {width: render(FAIL, "out", width=width).splitlines()[2] for width in (120, 80, 64)}
+    assert rows[120].endswith("failed          adapter-nonfinite in model.layers.5.self_attn.q_proj")
+    assert rows[80].endswith("failed          adapter-nonfinite in model.layers.5.…")
+    assert rows[64].endswith("failed          adapter-nonfinite in…")
+
+
+def test_a_name_is_never_cut() -> None:
+    name = "customer-support-" * 8 + "v12"
+    table = render(report(adapter(name), adapter("other")), "").split("\n\n")[0]
+    assert "".join(line[3:].split("  ")[0] for line in table.splitlines()[2:-1]).strip() == name
+    assert table.splitlines()[-1].split() == ["✓", "other", "bfloat16", "passed"]
 
 
 def test_a_tensor_that_the_message_names_is_not_named_again() -> None:
@@ -121,12 +127,12 @@ def test_what_is_wrong_with_a_broken_fleet_stays_on_a_few_screens(wording: Wordi
     assert text.count(" failed: adapter-nonfinite (") == 20
     assert "\n40 of 400 rows " in text
     after = text.rpartition("no. ")[2].partition("\n\n")[2]
-    assert after.index("280") < after.index("\n\nFAIL: ")
+    assert after.index("370") < after.index("\n\nFAIL: ")
     wording(after.partition("\n\nFAIL: ")[0].rpartition("\n\n")[2], re.findall("^Causes: .*", after, re.MULTILINE)[0])
 
 
 def test_what_breaks_many_alike_is_said_once() -> None:
-    text = render(report(*(failed(f"team-{number}") for number in range(7)), failed("other", "another")), "")
+    text = render(report(*(failed(f"team-{number}") for number in range(7)), failed("other", "another")), "", width=100)
     assert [line for line in text.splitlines() if " failed: " in line] == [
         "✗ team-0, team-1, team-2, team-3, team-4 and 2 more failed: adapter-nonfinite (bfloat16)",
         "✗ other failed: adapter-nonfinite (bfloat16)",
@@ -144,7 +150,7 @@ def test_causes_count_adapters_and_not_their_dtypes() -> None:
     assert "\nCauses: adapter-nonfinite 30.\n" in text
 
 
-@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("width", [64, 80])
 def test_golden(width: int) -> None:
     with names_for_shared_words() as run:
         text = render(run, "merge-gate-report", width=width)
@@ -155,8 +161,10 @@ def test_golden(width: int) -> None:
 
 
 def test_the_result_is_the_last_thing_on_the_screen() -> None:
-    for run, place in ((PASS, -4), (FAIL, -4), (EMPTY, -3)):
-        assert render(run, "out").splitlines()[place].startswith(run_result.verdict_line(run)[:20])
+    for run in (PASS, FAIL, EMPTY):
+        result = render(run, "out").split("\n\n")[-1].lstrip("\n")
+        assert result.startswith(run_result.verdict_line(run)[:20])
+        assert len(result.splitlines()) <= 6
 
 
 def test_without_files_no_report_is_named() -> None:
@@ -171,9 +179,22 @@ def test_several_bases_are_named() -> None:
     assert "./models/base" not in render(PASS, "out").split("legal passed")[0]
 
 
-def test_verdicts_have_their_colours() -> None:
-    styles = {text.strip(): style for line in lines(FAIL, "out") for text, style in line}
-    assert (styles["✓"], styles["✗"], styles["!"]) == (Style.GOOD, Style.BAD, Style.DOUBT)
+def test_verdicts_have_their_colors() -> None:
+    text = render(FAIL, "out", color=True)
+    for mark, color in (("✓", 32), ("✗", 31), ("!", 33)):
+        assert f"\n\x1b[1;{color}m{mark}" in text
+    assert re.sub(r"\x1b\[[0-9;]*m", "", text).split() == render(FAIL, "out").split()
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_markup_in_a_name_is_shown_as_it_is(color: bool) -> None:
+    text = render(report(adapter("[bold]:boom:[link=http://e]x[/]"), adapter("y")), "[red]out", color=color)
+    assert "[bold]:boom:[link=http://e]x[/]" in text
+    assert "Report: [red]out/report.html" in text
+
+
+def test_what_a_terminal_opens_is_never_wrapped() -> None:
+    assert f"\nReport: {'long/' * 50}out/report.html\n" in render(PASS, "long/" * 50 + "out", width=60)
 
 
 def test_ascii_marks() -> None:
@@ -188,7 +209,7 @@ def test_any_report_at_any_width(run: Report, width: int) -> None:
     for line in lines_of(text):
         assert line.isprintable()
         assert not runner_obeys(line)
-        assert cells(line) <= max(width, 24) + line.count("# ") + line.count(": ")
+        assert cell_len(line) <= max(width, 24) + line.count("# ") + line.count(": ")
 
 
 def test_what_keeps_shards_from_being_one_run_follows_the_result() -> None:
@@ -197,28 +218,9 @@ def test_what_keeps_shards_from_being_one_run_follows_the_result() -> None:
     assert "- shard 2 of 3 is missing\n- shard 1 was given twice\n" in result
 
 
-def test_what_files_alone_say() -> None:
-    assert [*file_lines(adapter("support"))] == ["sound       support (./adapters/support)"]
-    worse = adapter("billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint="")))
-    assert [*file_lines(worse, width=300)] == [
-        "failed      billing (./adapters/billing)",
-        f"    adapter-nonfinite: {NAN.message}",
-        f"    to do: {NAN.hint}",
-        "    more: merge-gate explain adapter-nonfinite",
-        f"    warning: rounding-loss: {ROUNDING.message}",
-    ]
-    assert [*file_lines(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"
-    assert [*file_lines(worse, of=41)] == [*file_lines(worse, of=40)]
-    warned, *_ = file_lines(adapter("support", findings=(ROUNDING,)), of=41)
-    assert warned.startswith("sound       support")
-    twice = adapter(
-        "billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint=NAN.hint))
-    )
-    assert sum("to do" in line for line in file_lines(twice)) == 1, "a hint is shown once"
-    narrow = [*file_lines(worse, width=50)]
-    assert max(map(len, narrow)) <= 50
-    assert "".join(narrow).replace(" ", "") == "".join(file_lines(worse)).replace(" ", "")
-    (unsure,) = file_lines(adapter("b", Verdict.ERROR, cause="not-judged"))
-    assert unsure.startswith("not judged  b")
-    (line,) = file_lines(adapter("a\n::error::b"))
-    assert line == "sound       a ::error::b (./adapters/a ::error::b)"
+def test_a_check_of_files_alone_gives_no_verdict() -> None:
+    text = render(report(adapter("support"), files_only=True), "")
+    assert text.splitlines()[1].split() == ["ADAPTER", "DTYPE", "FILES", "CAUSE", "AND", "PLACE"]
+    assert "VERDICT" in render(report(adapter("support")), "")
+    many = [failed(f"broken-{number}", f"no. {number}") for number in range(50)]
+    assert render(report(*many, files_only=True), "").count("`--report html=FILE` writes all.") == 2

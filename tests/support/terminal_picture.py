@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS = 100
+COLUMNS = 80
 
 
 def drawn(printed: str, title: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 
 _MOST_PATH_BYTES, _MOST_NAME_BYTES = 4095, 255  # of Linux
+
+WIDEST = 80
+"""The most columns of text for people, however wide their terminal is."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A full commit of the Hub. huggingface_hub asks the server again for the commit of any other name."""
@@ -59,6 +63,14 @@ def listing(names: Iterable[str], most: int = 5) -> str:
 def counted(count: int, singular: str, plural: str = "") -> str:
     """(1, "adapter") → 1 adapter, (2, "adapter") → 2 adapters. `plural` is needed if it is not `singular` and an s."""
     return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
+
+
+def wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """The lines of a text, with these indents. A name stays whole, so that it can be copied."""
+    wrapper = textwrap.TextWrapper(
+        width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+    return wrapper.wrap(" ".join(text.split()))
 
 
 def unusable(name: str) -> str:

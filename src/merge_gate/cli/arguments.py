@@ -11,13 +11,12 @@ import copy
 import re
 import shutil
 import sys
-import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.text import NUMBER, one_of, quoted, unusable
+from merge_gate._internal.text import NUMBER, one_of, quoted, unusable, wrapped
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.terms import DTYPES, ForwardMode, Quantization
 
@@ -84,19 +83,11 @@ class HelpText(argparse.HelpFormatter):
         for line in text.splitlines():
             first = indent + " " * (len(line) - len(line.lstrip()))
             rest = first + " " * (self._HANGING if first else 0)
-            lines += _wrapped(line, width, first, rest) or [""]
+            lines += wrapped(line, width, first, rest) or [""]
         return "\n".join(lines)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return _wrapped(text, width)
-
-
-def _wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
-    """The lines of a text, with these indents. A name stays whole, so that it can be copied."""
-    wrapper = textwrap.TextWrapper(
-        width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
-    )
-    return wrapper.wrap(" ".join(text.split()))
+        return wrapped(text, width)
 
 
 class _ShortHelp(argparse.Action):

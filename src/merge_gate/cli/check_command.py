@@ -16,8 +16,7 @@ from merge_gate.cli.arguments import (
     exit_codes,
     requested_config,
 )
-from merge_gate.cli.output import deliver, result_width, view_of
-from merge_gate.run.streams import tell
+from merge_gate.cli.output import deliver, view_of
 
 EXIT_CODES_OF_CHECK = exit_codes(
     "0  the files of every adapter are valid. Nothing was merged",
@@ -47,10 +46,7 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.report.formats.terminal_text import file_lines
     from merge_gate.report.stored.report_files import refuse_copies, remove_copies
-    from merge_gate.report.wording.columns import wrap
-    from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files
     from merge_gate.run.tally import report_on_files
 
@@ -59,22 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("check reads no weights of a base, so --expect base-sha256 is for `run`", hint="omit it here")
     config = requested_config(arguments)
     adapters = []
-    with view_of(arguments) as (view, stream):
+    with view_of(arguments) as view:
         checked = check_files(config, view=view, only=tuple(arguments.only))
         remove_copies(arguments.report)
         for adapter in checked:
             adapters.append(adapter)
             view.show_logs(adapter)
-            if arguments.quiet and not adapter.findings:
-                continue
-            for line in file_lines(adapter, of=len(config.adapters), width=result_width(stream)):
-                tell(line, stream)
-    report = report_on_files(config, adapters)
-    counts = report.counts
-    result = (
-        f"{counted(len(adapters), 'adapter')}: the files of {counts.passed:,} are sound, {counts.failed:,} failed, "
-        f"{counts.error:,} could not be judged. Nothing was merged: `merge-gate run` does that."
-    )
-    for line in wrap(result, result_width(stream)):
-        tell(line, stream)
+        report = report_on_files(config, adapters)
+        view.finish(report, "")
     return deliver(report, arguments.report)

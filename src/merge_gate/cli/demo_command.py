@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 from merge_gate._internal.errors import ExitCode, GateError
+from merge_gate._internal.text import wrapped
 from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands, add_appearance, examples
-from merge_gate.cli.output import exit_code, gate_adapters, result_width
+from merge_gate.cli.output import exit_code, gate_adapters
 from merge_gate.records.options import RunOptions
-from merge_gate.run.streams import tell
+from merge_gate.run.streams import tell, width_of
 
 DEFAULT_DIRECTORY = "merge-gate-demo"
 
@@ -37,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.load_config import load_config
     from merge_gate.demo import make_demo, misjudged
     from merge_gate.report.formats.terminal_text import page_to_open
-    from merge_gate.report.wording.columns import wrap
 
     output = str(Path(arguments.directory, DEFAULT_OUTPUT))
     config = load_config(make_demo(arguments.directory))
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"The gate judged all {len(report.adapters)} merges of the demo as it should. Its own exit code is "
         f"{int(exit_code(report))}: in a workflow, this release would stop here."
     )
-    tell("\n" + "\n".join(wrap(closing, result_width())))
+    tell("\n".join(["", *wrapped(closing, width_of(sys.stdout))]))
     tell(f"Change its files and run it again: merge-gate run {shlex.quote(config.label)}")
     tell("Now yours: merge-gate run ./my-adapter --base ./my-base")
     tell(page_to_open(output))

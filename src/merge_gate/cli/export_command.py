@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.verify.exchanged import refuse_exchanged_base
 
     refuse_exchanged_base("export", arguments.base, [arguments.adapter])
-    with view_of(arguments) as (view, _):
+    with view_of(arguments) as view:
         made = export(
             arguments.adapter,
             arguments.output,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -31,14 +30,14 @@ _DUMB = ("dumb", "unknown")
 
 
 @contextmanager
-def view_of(arguments: argparse.Namespace) -> Iterator[tuple[View, TextIO]]:
-    """The view that the options ask for, and the stream of its result: standard error if a report is printed."""
+def view_of(arguments: argparse.Namespace) -> Iterator[View]:
+    """The view that the options ask for. Its result goes to standard error if a report is printed."""
     from merge_gate.report.stored.report_files import is_any_printed
 
     stream = sys.stderr if is_any_printed(getattr(arguments, "report", ())) else sys.stdout
     asked = {"quiet": arguments.quiet, "verbose": arguments.verbose, "color": arguments.color}
     with closing(make_view(stream, sys.stderr, env=os.environ, **asked)) as view:
-        yield view, stream
+        yield view
 
 
 def gate_adapters(
@@ -53,7 +52,7 @@ def gate_adapters(
     """Gate adapters with the view that the options ask for, here or on the Ray cluster at an address."""
     from merge_gate.run.flow import run_gate
 
-    with view_of(arguments) as (view, _):
+    with view_of(arguments) as view:
         if ray is not None:
             from merge_gate.on_ray.run_on_ray import run_on_ray
 
@@ -90,15 +89,6 @@ def _uses_color(stream: TextIO, env: Mapping[str, str], asked: str) -> bool:
     if env.get("NO_COLOR"):
         return False
     return bool(env.get("FORCE_COLOR")) or (stream.isatty() and env.get("TERM") not in _DUMB)
-
-
-def result_width(stream: TextIO | None = None) -> int:
-    """The columns of a result on `stream`, by default standard output: those of a terminal, within limits."""
-    from merge_gate.run.view import PLAIN_WIDTH, WIDEST
-
-    if not (stream or sys.stdout).isatty():
-        return PLAIN_WIDTH
-    return min(shutil.get_terminal_size((PLAIN_WIDTH, 0)).columns, WIDEST)
 
 
 def exit_code(report: Report) -> ExitCode:

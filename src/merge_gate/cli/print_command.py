@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import CommandParser, Commands, examples
-from merge_gate.cli.output import print_document, result_width
+from merge_gate.cli.output import print_document
+from merge_gate.run.streams import width_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -50,34 +56,30 @@ def explain(arguments: argparse.Namespace) -> int:
     from merge_gate.report.wording.explanations import explanation, explanations
 
     if arguments.check is None:
-        return print_document(_checks(result_width()))
+        return print_document(_checks(width_of(sys.stdout)))
     if arguments.check not in explanations():
         hint = nearest(arguments.check, explanations()) or "`merge-gate explain` lists all checks"
         raise UsageError(f"there is no check or finding {quoted(arguments.check)}", hint=hint)
-    return print_document(explanation(arguments.check, result_width()))
+    return print_document(explanation(arguments.check, width_of(sys.stdout)))
 
 
 def _checks(width: int) -> str:
+    from rich.text import Text
+
     from merge_gate.judging.checks.table import CHECKS
     from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
-    from merge_gate.report.wording.columns import wrap
-
-    indent = max(map(len, (*CHECKS, *WITHOUT_SETTING, *ANSWERS))) + 2
-
-    def lines(name: str, summary: str) -> list[str]:
-        first, *rest = wrap(summary, max(width - indent, indent))
-        return [f"{name:<{indent}}{first}", *(" " * indent + line for line in rest)]
+    from merge_gate.report.wording.layout import labeled, laid_out
 
     tables = {
-        "Checks:": {name: row.summary for name, row in CHECKS.items()},
-        "Findings without a setting:": {name: row.summary for name, row in WITHOUT_SETTING.items()},
-        "Answers of `merge-gate verify`:": {name: row.summary for name, row in ANSWERS.items()},
+        "Checks:": [(name, row.summary) for name, row in CHECKS.items()],
+        "Findings without a setting:": [(name, row.summary) for name, row in WITHOUT_SETTING.items()],
+        "Answers of `merge-gate verify`:": [(name, row.summary) for name, row in ANSWERS.items()],
     }
-    sections = [
-        "\n".join([title, *(line for name, summary in table.items() for line in lines(name, summary))])
-        for title, table in tables.items()
-    ]
-    return "\n\n".join([*sections, "For one of them: merge-gate explain NAME"]) + "\n"
+    label_width = max(len(name) for rows in tables.values() for name, _ in rows) + 2
+    parts: list[RenderableType] = []
+    for title, rows in tables.items():
+        parts += [Text(title), labeled(rows, label_width), Text()]
+    return laid_out([*parts, Text("For one of them: merge-gate explain NAME")], width)
 
 
 def schema(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from merge_gate._internal.text import one_of
 from merge_gate.cli.arguments import (
@@ -15,7 +16,8 @@ from merge_gate.cli.arguments import (
     add_output,
     examples,
 )
-from merge_gate.cli.output import exit_code, print_document, result_width, view_of
+from merge_gate.cli.output import exit_code, print_document, view_of
+from merge_gate.run.streams import width_of
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
@@ -97,13 +99,13 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
 def show(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import shown
 
-    return print_document(shown(arguments.report, arguments.format, width=result_width()))
+    return print_document(shown(arguments.report, arguments.format, width=width_of(sys.stdout)))
 
 
 def diff(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import compared
 
-    return print_document(*compared(arguments.old, arguments.new, arguments.format, width=result_width()))
+    return print_document(*compared(arguments.old, arguments.new, arguments.format, width=width_of(sys.stdout)))
 
 
 def combine(arguments: argparse.Namespace) -> int:
@@ -115,7 +117,7 @@ def combine(arguments: argparse.Namespace) -> int:
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)
     report = combined(found)
-    with begun_run(arguments.output), view_of(arguments) as (view, _):
+    with begun_run(arguments.output), view_of(arguments) as view:
         write_report(report, arguments.output)
         view.finish(report, arguments.output)
     return exit_code(report)

@@ -25,10 +25,10 @@ from merge_gate.cli.arguments import (
     given,
     requested_config,
 )
-from merge_gate.cli.output import deliver, gate_adapters, print_document, result_width
+from merge_gate.cli.output import deliver, gate_adapters, print_document
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.records.terms import Access, ForwardMode, Read
-from merge_gate.run.streams import say
+from merge_gate.run.streams import say, width_of
 
 
 def add(commands: Commands[CommandParser]) -> None:
@@ -167,7 +167,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.container:
         raise UsageError("--plan is for a run that is not in a container", hint="omit --container: nothing is loaded")
     config, options = requested_config(arguments), _options(arguments)
-    return print_document(plan_run(config, options, lambda line: say(f"  {line}"), width=result_width()))
+    return print_document(plan_run(config, options, lambda line: say(f"  {line}"), width=width_of(sys.stdout)))
 
 
 def _starts_early(arguments: argparse.Namespace) -> bool:

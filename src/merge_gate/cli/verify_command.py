@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         inputs = [arguments.merged, arguments.base, arguments.adapter, *arguments.candidate]
         refuse_report(arguments.output, FORMATS, filter(None, inputs))
         asked: dict[str, Any] = {"allowed": tuple(arguments.allow), "output": arguments.output}
-        with view_of(arguments) as (view, _):
+        with view_of(arguments) as view:
             if arguments.adapter is None:
                 return exit_code(verify_record(arguments.merged, view=view, **asked))
             worker.start_early()

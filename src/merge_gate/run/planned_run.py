@@ -8,20 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.text import counted, listing
+from merge_gate._internal.text import WIDEST, counted, listing
 from merge_gate.publish.publications import unpublished_dtypes
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Quantization, Read
 from merge_gate.report.wording import words
-from merge_gate.report.wording.columns import wrap
-from merge_gate.report.wording.untrusted import inert, one_line
+from merge_gate.report.wording.layout import labeled, laid_out
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import planned_run
-from merge_gate.run.view import PLAIN_WIDTH, View
+from merge_gate.run.view import View
 from merge_gate.worker.call_service import window_bytes
 from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
     from merge_gate.records.config import Config
     from merge_gate.records.files import AdapterFiles, Fetched
     from merge_gate.records.options import RunOptions
@@ -30,8 +35,7 @@ if TYPE_CHECKING:
 
 _NAME_CHARACTERS = 120
 _MOST_NAMES = 8
-_LABEL_WIDTH = 10
-_LEAST_WIDTH = 40
+_LABEL_WIDTH = len("  publish   ")
 _WHOLE_OR_TOUCHED = "whole, or what adapters touch if --cache has its record"
 
 
@@ -45,35 +49,37 @@ class _Notes(View):
         self._notify(message)
 
 
-def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None], *, width: int = PLAIN_WIDTH) -> str:
+def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None], *, width: int = WIDEST) -> str:
     """The plan of a run, as lines of text of at most `width` columns.
 
     Raises:
         UsageError: what `run_gate` refuses.
     """
-    rows = _lines(planned_run(config, options, _Notes(notify)), config)
-    return "".join(f"{inert(line)}\n" for row in rows for line in _wrapped(row, max(width, _LEAST_WIDTH)))
+    return laid_out(_parts(planned_run(config, options, _Notes(notify)), config), width)
 
 
-def _lines(run: Run, config: Config) -> Iterator[str]:
+def _parts(run: Run, config: Config) -> Iterator[RenderableType]:
     in_same_passes = words.by(run.groups, lambda group: (group.directory, group.base.quantization))
     bases = [_Base(run, groups) for groups in in_same_passes.values()]  # of all dtypes
     adapters = counted(len({entry.spec.name for entry in run.tally.entries}), "adapter")
     merges = counted(sum(len(group.tasks) for group in run.groups), "merge")
-    yield f"plan for {_shown(config.label)}: {adapters}, {merges}, on {counted(len(bases), 'base')}"
+    yield Text(f"plan for {_shown(config.label)}: {adapters}, {merges}, on {counted(len(bases), 'base')}")
     for base in bases:
-        yield ""
+        yield Text()
         yield from base.lines()
-    yield from ["", "in all", *_lines_of_bytes(run, bases), *_lines_of_output(run)]
+    yield Text("\nin all")
+    yield from _lines_of_bytes(run, bases)
+    yield from _lines_of_output(run)
     decided = run.tally.report().adapters
     for is_cached, reason in ((True, "a stored verdict is reused"), (False, "the files alone decide the verdict")):
         reports = [report for report in decided if report.cached is is_cached]
         if reports:
-            yield ""
-            yield f"{counted(len(reports), 'entry', 'entries')} without a merge, because {reason}:"
+            yield Text()
+            yield Text(f"{counted(len(reports), 'entry', 'entries')} without a merge, because {reason}:")
         for report in reports:
             cause = f", {report.cause}" if report.cause else ""
-            yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {words.title(report)}{cause}"
+            line = f"{_shown(report.name)} ({_shown(report.base.dtype)}): {words.title(report)}{cause}"
+            yield labeled([("  ", line)])
 
 
 class _Base:
@@ -90,12 +96,12 @@ class _Base:
         self.passes = sum(1 for _ in passes)
         self.read_bytes = self._files.weight_bytes * self.passes
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[RenderableType]:
         base, fetch = self._base, self._files.on_hub
         revision = f" at {base.revision[:12]}" if base.revision else ""
         quantization = [] if base.quantization is Quantization.NONE else [base.quantization]
         how = ", ".join([*(one.base.dtype for one in self._groups), *quantization])
-        yield f"base {_shown(base.name)}{revision} ({_shown(how)})"
+        yield Text(f"base {_shown(base.name)}{revision} ({_shown(how)})")
         size, count = _shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
         place = "on this machine"
         if fetch is not None:
@@ -136,7 +142,7 @@ def _left_on_hub(adapter: AdapterFiles) -> int:
     return sum(adapter.on_hub.sizes.values()) if adapter.on_hub is not None else 0
 
 
-def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[str]:
+def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[Table]:
     members = {one.directory: one for group in run.groups for task in group.tasks for one in task.files}
     of_adapters = sum(_left_on_hub(one) + sum(file.size_bytes for file in one.files) for one in members.values())
     word = "at most " if any(base.passes > 1 for base in bases) else ""  # a later pass reads only what it merges
@@ -159,7 +165,7 @@ def _download_bytes(fetch: Fetched | None) -> int:
     return 0 if fetch is None else sum(fetch.sizes[name] for name in fetch.absent if name not in fetch.streamable)
 
 
-def _lines_of_output(run: Run) -> Iterator[str]:
+def _lines_of_output(run: Run) -> Iterator[Table]:
     options, publish = run.options, run.publications.spec
     if options.output is not None:
         names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
@@ -188,18 +194,8 @@ def _access_of(fetch: Fetched) -> str:
     return f"download: {_shown_bytes(size)} to the Hub's cache{rest}"
 
 
-def _row(label: str, text: str) -> str:
-    return f"{label}\t{text}"
-
-
-def _wrapped(row: str, width: int) -> Iterator[str]:
-    """The lines of a row, with all of its text to the right of its label."""
-    label, tab, text = row.partition("\t")
-    head = f"  {label:<{_LABEL_WIDTH}}" if tab else " " * (len(row) - len(row.lstrip()))
-    indent = head if tab else f"{head}  "
-    first, *rest = wrap(text if tab else row, width - len(indent))
-    yield head + first
-    yield from (f"{'':<{len(indent)}}{line}" for line in rest)
+def _row(label: str, text: str) -> Table:
+    return labeled([(f"  {label}", text)], _LABEL_WIDTH)
 
 
 def _shown(text: str) -> str:

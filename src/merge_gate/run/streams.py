@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from typing import IO
 
+from merge_gate._internal.text import WIDEST
 from merge_gate.report.wording.untrusted import inert, safe_text
 
 
@@ -62,6 +64,11 @@ def encodable(message: str, stream: IO[str]) -> str:
     """Replace what the stream's encoding cannot say: a log in the C locale must not end the run."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return message.encode(encoding, "replace").decode(encoding)
+
+
+def width_of(stream: IO[str]) -> int:
+    """The columns of text for people: those of a terminal, and no more than are good to read."""
+    return min(shutil.get_terminal_size((WIDEST, 0)).columns, WIDEST) if stream.isatty() else WIDEST
 
 
 def is_ascii(stream: IO[str]) -> bool:

@@ -14,35 +14,18 @@ from typing import TYPE_CHECKING, TextIO
 from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
-from merge_gate.report.formats import terminal_text
-from merge_gate.report.formats.terminal_text import Style
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import inert, one_line, safe_text
-from merge_gate.run.streams import encodable, is_ascii, write
+from merge_gate.run.streams import is_ascii, width_of, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import IO
-
-    from rich.text import Text
+    from collections.abc import Callable
 
     from merge_gate.records.measured import BaseFacts
     from merge_gate.records.report import AdapterReport, Report
-    from merge_gate.report.formats.terminal_text import Line
 
     Clock = Callable[[], float]
 
-PLAIN_WIDTH = 100
-WIDEST = 110
-"""Lines longer than this are hard to read, however wide the terminal is."""
-COLORS = {
-    Style.PLAIN: "",
-    Style.STRONG: "bold",
-    Style.FAINT: "dim",
-    Style.GOOD: "bold green",
-    Style.BAD: "bold red",
-    Style.DOUBT: "bold yellow",
-}
 QUIET_S = 30.0
 """How long `PlainView` writes nothing during a merge."""
 EVERY_S = 3600.0
@@ -90,8 +73,8 @@ class TextView(View):
         self._name = self._dtype = ""
 
     @abstractmethod
-    def _say(self, line: str, style: Style = Style.PLAIN, *, is_note: bool = False) -> None:
-        """Show a line."""
+    def _say(self, line: str, style: str = "", *, is_note: bool = False) -> None:
+        """Show a line, in a style of rich if there are colors."""
 
     @property
     def _label(self) -> str:
@@ -101,11 +84,11 @@ class TextView(View):
         self.total, self._done = merge_count, 0  # an export is a second run of one view
         merges = f", {words.counted(merge_count, 'merge')}" if merge_count != adapter_count else ""
         listed = f"on {COMMAND_LINE}" if config_path == COMMAND_LINE else f"in {one_line(config_path)}"
-        self._say(f"merge-gate: {words.counted(adapter_count, 'adapter')} {listed}{merges}", Style.STRONG)
+        self._say(f"merge-gate: {words.counted(adapter_count, 'adapter')} {listed}{merges}", "bold")
 
     def start_comparison(self, model: str) -> None:
         self.total = 1
-        self._say(f"merge-gate: comparing the model {name_of(model)}", Style.STRONG)
+        self._say(f"merge-gate: comparing the model {name_of(model)}", "bold")
 
     def base_loading(self, model: str, dtype: str) -> None:
         self._say(loading(model, dtype))
@@ -115,30 +98,29 @@ class TextView(View):
         state = state if measured else "to be measured as they are merged"
         parameters = f"{words.counted(facts.parameters, 'parameter')}, {state}"
         base = f"base {name_of(facts.model)} ({name_of(facts.dtype)})"
-        self._say(f"{base}: {parameters}, {words.duration(seconds)}", Style.FAINT)
+        self._say(f"{base}: {parameters}, {words.duration(seconds)}", "dim")
 
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
         self._name, self._dtype = name_of(name), name_of(dtype)
         self._index, self.total = index, max(total, index)
 
-    def adapter_done(self, adapter: AdapterReport) -> None:  # noqa: ARG002 - a subclass shows it
-        """Count it. One whose files were refused ends without a start."""
+    def adapter_done(self, adapter: AdapterReport) -> None:
+        """Count it, and show it. One whose files were refused ends without a start."""
         self._done += 1
         self._index, self.total = self._done, max(self.total, self._done)
+        line = f"{self._label} {name_of(adapter.name)} ({words.precision(adapter.base)}): {_outcome(adapter)}"
+        self._say(line, words.STYLES[adapter.verdict])
 
     def note(self, message: str) -> None:
         for line in safe_text(message).split("\n"):
-            self._say(line, Style.FAINT, is_note=True)
+            self._say(line, "dim", is_note=True)
 
     def finish(self, report: Report, output_dir: str) -> None:
-        self._write_result(report, output_dir, PLAIN_WIDTH)
+        from merge_gate.report.formats.terminal_text import render  # noqa: PLC0415 - only the table needs rich
 
-    def _write_result(self, report: Report, output_dir: str, width: int) -> None:
-        lines = terminal_text.lines(report, output_dir, width=width, ascii_only=is_ascii(self._stdout))
-        if self._colors_result:
-            _print_colored(lines, self._stdout)
-        else:
-            write(self._stdout, terminal_text.joined(lines))
+        stream = self._stdout
+        width, ascii_only = width_of(stream), is_ascii(stream)
+        write(stream, render(report, output_dir, width=width, color=self._colors_result, ascii_only=ascii_only))
 
 
 class PlainView(TextView):
@@ -176,8 +158,6 @@ class PlainView(TextView):
 
     def adapter_done(self, adapter: AdapterReport) -> None:
         super().adapter_done(adapter)
-        verdict, why = outcome(adapter)
-        self._say(f"{self._label} {name_of(adapter.name)} ({words.precision(adapter.base)}): {verdict}{why}")
         self.show_logs(adapter)
 
     def show_logs(self, adapter: AdapterReport) -> None:
@@ -186,7 +166,7 @@ class PlainView(TextView):
             for line in safe_text(log).splitlines():
                 self._say(line)
 
-    def _say(self, line: str, style: Style = Style.PLAIN, *, is_note: bool = False) -> None:  # noqa: ARG002 - it has no colors
+    def _say(self, line: str, style: str = "", *, is_note: bool = False) -> None:  # noqa: ARG002 - it has no colors
         self._written_at = self._clock()
         if is_note or not self._quiet:
             write(self._stderr, inert(line) + "\n")
@@ -241,41 +221,19 @@ def loading(model: str, dtype: str) -> str:
     return f"loading base {name_of(model)} ({name_of(dtype)})"
 
 
-def outcome(adapter: AdapterReport) -> tuple[str, str]:
-    """The verdict, and the text that follows it."""
-    now = not adapter.cached and adapter.accepted is None
-    notes = (*words.marks(adapter), words.duration(adapter.seconds) if now else "")
-    took = "".join(f", {note}" for note in notes if note)
-    why = terminal_text.reason(adapter)
+def _outcome(adapter: AdapterReport) -> str:
+    """`failed, adapter-nonfinite in model.layers.5.self_attn.q_proj, 0.84 s`."""
+    verdict, why, module = words.verdict(adapter), words.reason(adapter), words.deciding_module(adapter)
+    took = [*words.marks(adapter), "" if adapter.cached or adapter.accepted else words.duration(adapter.seconds)]
     if adapter.verdict is Verdict.PASSED:
         merged = adapter.coverage.modules_merged
-        modules = f", {words.counted(merged, 'module')}" if merged or not words.answers(adapter) else ""
-        return words.verdict(adapter), modules + took + (f", {why}" if why else "")
-    module = words.deciding_module(adapter)
-    place = f" in {module}" if module else ""
-    cause = "" if why == NOT_JUDGED else f", {why}"
-    return words.verdict(adapter), f"{cause}{place}{took}"
+        modules = words.counted(merged, "module") if merged or not words.answers(adapter) else ""
+        parts = [verdict, modules, *took, why]
+    else:
+        cause = verdict if why == NOT_JUDGED else f"{verdict}, {why}"
+        parts = [f"{cause} in {module}" if module else cause, *took]
+    return ", ".join(filter(None, parts))
 
 
 def name_of(name: str) -> str:
     return one_line(name, words.NAME_LIMIT)
-
-
-def styled(line: Line, stream: IO[str]) -> Text:
-    """A line in colors, in characters that the stream can encode."""
-    from rich.text import Text  # noqa: PLC0415 - a plain log does without rich
-
-    text = Text()
-    for part, style in line:
-        text.append(encodable(part, stream), style=COLORS[style])
-    return text
-
-
-def _print_colored(lines: Iterable[Line], stream: TextIO) -> None:
-    from rich.console import Console  # noqa: PLC0415 - as above
-
-    console = Console(
-        file=stream, force_terminal=True, color_system="standard", no_color=False, highlight=False, markup=False
-    )
-    for line in lines:
-        console.print(styled(line, stream), soft_wrap=True)

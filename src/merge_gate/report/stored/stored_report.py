@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING
 from merge_gate._internal.earlier_reports import PREVIOUS, is_own
 from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate._internal.regular_file import open_regular_file
-from merge_gate._internal.text import quoted
+from merge_gate._internal.text import WIDEST, quoted
 from merge_gate.judging.baseline import adapter_digest, failing_checks
 from merge_gate.records.report import AdapterReport, Environment, Report
 from merge_gate.records.terms import BaseKey, Severity, Verdict, record
-from merge_gate.report.formats import terminal_text
 from merge_gate.report.stored.report_files import FORMATS, WORDS, read_report
 from merge_gate.report.wording import words
-from merge_gate.report.wording.columns import wrap
 from merge_gate.report.wording.markdown import code, plain
-from merge_gate.report.wording.untrusted import inert, one_line
+from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,13 +34,17 @@ if TYPE_CHECKING:
 _NAME_IT = "name the report.json that a run wrote, or its directory"
 
 
-def shown(name: str, word: str, *, width: int = 100) -> str:
+def shown(name: str, word: str, *, width: int = WIDEST) -> str:
     """The report in another format. `width`: columns of the format `terminal`."""
     report = stored(name)
-    return terminal_text.render(report, "", width=width) if word == "terminal" else FORMATS[WORDS[word]](report)
+    if word != "terminal":
+        return FORMATS[WORDS[word]](report)
+    from merge_gate.report.formats.terminal_text import render  # noqa: PLC0415 - only a table needs rich
+
+    return render(report, "", width=width)
 
 
-def compared(old: str, new: str, word: str, *, width: int = 100) -> tuple[str, ExitCode]:
+def compared(old: str, new: str, word: str, *, width: int = WIDEST) -> tuple[str, ExitCode]:
     """The changes from one report to another, and the exit code that they ask for. `width`: as in `shown`."""
     changes = compare(stored(old), stored(new))
     text = render_text(changes, width=width) if word == "terminal" else render_markdown(changes)
@@ -94,8 +96,7 @@ class Kind(StrEnum):
     NEW = "new"
 
 
-_LABEL_WIDTH = 10
-_MIN_WIDTH = 24
+_LABEL_WIDTH = len("got better ")
 
 
 @record
@@ -186,21 +187,19 @@ def _version(version: str | None) -> str:
     return one_line(version, words.NAME_LIMIT) if version else "absent"
 
 
-def render_text(changes: Changes, *, width: int = 100) -> str:
+def render_text(changes: Changes, *, width: int = WIDEST) -> str:
     """Return lines for a terminal, at most `width` columns wide."""
-    shown: list[str] = []
+    from rich.text import Text  # noqa: PLC0415 - as above
+
+    from merge_gate.report.wording.layout import labeled, laid_out  # noqa: PLC0415 - as above
+
+    rows = []
     for change in changes.changes:
         name = f"{one_line(change.adapter.name, words.NAME_LIMIT)} ({words.precision(change.adapter.base)})"
-        shown += _labelled(change.kind, f"{name}: {_verdict(change.old)} → {_verdict(change.new)}", width)
-        shown += [line for part in _why(change) for line in _labelled("", part, width)]
-    shown += [line for version in changes.versions for line in _labelled("version", version, width)]
-    shown += wrap(f"{headline(changes)}.", max(width, _MIN_WIDTH))
-    return "\n".join(map(inert, shown)) + "\n"
-
-
-def _labelled(label: str, text: str, width: int) -> list[str]:
-    lines = wrap(text, max(width - _LABEL_WIDTH - 1, _MIN_WIDTH))
-    return [f"{label if index == 0 else '':<{_LABEL_WIDTH}} {line}" for index, line in enumerate(lines)]
+        rows.append((str(change.kind), f"{name}: {_verdict(change.old)} → {_verdict(change.new)}"))
+        rows += [("", part) for part in _why(change)]
+    rows += [("version", version) for version in changes.versions]
+    return laid_out([labeled(rows, _LABEL_WIDTH), Text(f"{headline(changes)}.")], width)
 
 
 def render_markdown(changes: Changes) -> str:

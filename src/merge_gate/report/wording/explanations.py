@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from merge_gate import __version__
+from merge_gate._internal.text import wrapped
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
 from merge_gate.records.project import check_url, kind_url
 from merge_gate.records.report import AdapterReport, BaseReport
-from merge_gate.report.wording.columns import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,19 +53,14 @@ def blocks(check: str) -> Iterator[tuple[list[str], str, list[str]]]:
 
 
 def explanation(check: str, width: int) -> str:
-    """The explanation of a check as text, at most `width` columns wide except for examples."""
+    """The explanation of a check as text, at most `width` columns wide except for examples and addresses."""
     lines = [check, ""]
     for example, paragraph, items in blocks(check):
         lines += [f"    {line}" for line in example]
-        lines += wrap(_plain(paragraph), width) if paragraph else []
-        lines += [line for item in items for line in _item(_plain(item), width)]
+        lines += wrapped(_plain(paragraph), width)
+        lines += [line for item in items for line in wrapped(_plain(item), width, "- ", "  ")]
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
-
-
-def _item(text: str, width: int) -> list[str]:
-    first, *rest = wrap(text, width - 2)
-    return [f"- {first}", *(f"  {line}" for line in rest)]
 
 
 def _plain(text: str) -> str:

@@ -273,11 +273,13 @@ _ADVICE = {
     FailureKind.NOT_MERGEABLE: "An adapter that cannot be merged may be served unmerged: leave it out of this gate.",
     FailureKind.UNEXPECTED: "An adapter that is not what was expected may be the wrong one: find out before a release.",
 }
+_FILES_ONLY = "Nothing was merged, so the values are unknown: `merge-gate run` checks them."
 
 
 def advice(report: Report) -> str:
     """What the result means for a release, in a few sentences."""
-    return _of_compared(report) if report.is_comparison and report.complete else _of_gated(report)
+    sentences = _of_compared(report) if report.is_comparison and report.complete else _of_gated(report)
+    return f"{sentences} {_FILES_ONLY}" if report.files_only else sentences
 
 
 def _of_compared(report: Report) -> str:
@@ -322,7 +324,7 @@ def _of_undecided(adapters: list[Adapter]) -> str:
 def _of_passed(report: Report) -> str:
     """What a pass proves."""
     if report.files_only:
-        return "The files are sound. Nothing was merged, so the values are unknown: `merge-gate run` checks them."
+        return "The files are sound."
     whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")
     accepted = "The baseline accepts the known failures until their last day. " if report.accepted else ""
     return f"{accepted}Every parameter of every merged model{whose} is finite."

@@ -56,6 +56,9 @@ _ACTIVATIONS = ("activation-nonfinite", "activation-headroom")
 
 _ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
 
+STYLES = {Verdict.PASSED: "bold green", Verdict.FAILED: "bold red", Verdict.ERROR: "bold yellow"}
+"""The colors of a verdict on a terminal, as rich names them."""
+
 
 def is_of_activations(finding: Finding) -> bool:
     """Whether it blames an adapter for what a module returns."""
@@ -148,6 +151,15 @@ def cause(adapter: AdapterReport) -> str:
     if adapter.verdict is Verdict.PASSED:
         return ""
     return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
+
+
+def reason(adapter: AdapterReport) -> str:
+    """The deciding check, the warnings of a passed adapter, or what a compared model is."""
+    if adapter.verdict is not Verdict.PASSED:
+        return cause(adapter)
+    checks = list(dict.fromkeys(one_line(finding.check, NAME_LIMIT) for finding in warnings(adapter)))
+    compared = [f"{finding.check}{' (allowed)' if level(finding) == 'allowed' else ''}" for finding in answers(adapter)]
+    return f"warning: {', '.join(checks)}" if checks else ", ".join(compared)
 
 
 def page(finding: Finding) -> str | None:
