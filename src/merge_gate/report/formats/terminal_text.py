@@ -32,8 +32,6 @@ MAX_ROWS = 40
 """The most rows. If there are more merges, only those that failed, were not judged, or have warnings get a row."""
 MAX_PARAGRAPHS = 20
 """The most paragraphs about adapters that failed or were not judged. Warnings get half as many."""
-MAX_FORWARDS = 10
-"""With more runs of models, only the page and report.json show them."""
 
 _LABEL_WIDTH = len("  warning ")
 _CAUSE_WIDTH = len("adapter-nonfinite")
@@ -190,13 +188,13 @@ def _base_findings(report: Report) -> Iterator[RenderableType]:
 
 
 def _forwards(report: Report) -> Iterator[RenderableType]:
-    """What the runs of base and adapter as models showed, of few adapters that passed: the others have findings."""
+    """What the run of base and adapter showed: of those that passed, the one that comes closest to its limit."""
     ran = [adapter for adapter in report.adapters if adapter.forward.ran and adapter.verdict is Verdict.PASSED]
-    if 0 < len(ran) <= MAX_FORWARDS:
-        yield _BLANK
-        for one in ran:
-            name = one_line(one.name, words.NAME_LIMIT)
-            yield Text(f"{name} ({words.precision(one.base)}) {words.forward(one)}")
+    if ran:
+        one = max(ran, key=lambda one: (one.forward.nonfinite_module is not None, words.share_of_dtype(one.forward)))
+        name = f"{one_line(one.name, words.NAME_LIMIT)} ({words.precision(one.base)})"
+        rest = f" ({words.counted(len(ran) - 1, 'other run')} stayed further from the limit)" if len(ran) > 1 else ""
+        yield from (_BLANK, Text(f"{name} {words.forward(one)}{rest}"))
 
 
 def _result(report: Report, output_dir: str) -> Iterator[RenderableType]:

@@ -23,6 +23,7 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from merge_gate.records.measured import Forward
     from merge_gate.records.report import AdapterReport, BaseReport, Environment, PublishedModel, Report
     from merge_gate.records.terms import BaseKey, Finding
 
@@ -245,6 +246,11 @@ def coverage(adapter: AdapterReport) -> str:
     return f"{checked}; {tensors}, on {counted(found.modules_merged, 'module')}"
 
 
+def share_of_dtype(run: Forward) -> float:
+    """The largest activation of a run, as a share of its dtype's largest value."""
+    return (run.largest or 0.0) / (run.largest_allowed or math.inf)
+
+
 def forward(adapter: AdapterReport) -> str:
     """What the run of base and adapter as models showed, or why they were not run. Empty if neither is known."""
     run, dtype = adapter.forward, one_line(adapter.base.dtype, NAME_LIMIT)
@@ -255,7 +261,7 @@ def forward(adapter: AdapterReport) -> str:
         by_itself = ", also in the base by itself" if run.nonfinite_origin is Origin.BASE else ""
         facts.append(f"{one_line(named(run.nonfinite_module), NAME_LIMIT)} returns NaN or an infinity{by_itself}")
     if run.largest is not None:
-        share = run.largest / run.largest_allowed if run.largest_allowed else 0.0
+        share = share_of_dtype(run)
         of_dtype = f" ({share:.0%} of {dtype})" if share >= _LEAST_SHARE else ""
         place = one_line(named(run.largest_module), NAME_LIMIT)
         facts.append(f"largest activation {figure(run.largest)}{of_dtype} at {place}")
