@@ -21,7 +21,7 @@ from merge_gate.records.measured import (
     TensorStats,
 )
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, ForwardMode, Origin, Severity
 from tests.support.judging.cases import (
     LORA_A,
     LORA_B,
@@ -233,4 +233,9 @@ def test_running_out_of_memory_is_no_bug() -> None:
     ],
 )
 def test_an_error_rests_on_a_measurement(settings: tuple[CheckSetting, ...], expected: MeasureOptions) -> None:
-    assert measure_options(with_settings(spec(), *settings)) == expected
+    assert measure_options(with_settings(dataclasses.replace(spec(), forward=ForwardMode.OFF), *settings)) == expected
+
+
+def test_rows_are_measured_if_they_decide_whether_a_model_is_run() -> None:
+    found = {mode: measure_options(dataclasses.replace(spec(), forward=mode)).rows for mode in ForwardMode}
+    assert found == {ForwardMode.AUTO: True, ForwardMode.OFF: False, ForwardMode.REQUIRED: False}

@@ -69,8 +69,8 @@ def add(commands: Commands[CommandParser]) -> None:
     run.add_argument(
         "--forward",
         choices=[one.value for one in ForwardMode],
-        help="run base and adapter on made-up inputs, and check what their modules return: if that is possible (auto), "
-        "never (off), or judge no adapter without it (required) (default: as in the config, or auto)",
+        help="run base and adapter on made-up inputs, and check what their modules return: if activations can leave "
+        "the dtype (auto), never (off), or judge no adapter without it (required) (default: as in the config, or auto)",
     )
     published = run.add_argument_group("publish the merged models")
     published.add_argument(

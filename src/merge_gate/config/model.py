@@ -376,8 +376,8 @@ class FileEntry(Model):
     forward: ForwardWord | None = Field(
         None,
         description=f"Whether base and adapter are run on made-up inputs: {one_of(ForwardMode)}. With auto, they are "
-        "run if that is possible, and the base is read whole and not streamed. With required, an adapter whose "
-        "model was not run is not judged. Default: auto.",
+        "run if activations can leave the dtype, and the base is read whole and not streamed. With required, they are "
+        "run in each dtype, and an adapter whose model was not run is not judged. Default: auto.",
     )
     allow_pickle: bool = Field(False, alias="allow-pickle")
     """Load pickled weights (.bin), with weights_only. Default: false, which refuses them."""

@@ -36,6 +36,7 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expecte
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.base.served_class import served_class
+from merge_gate.engine.forward.growth import may_stay, why_left_out
 from merge_gate.engine.forward.rounding import with_rounding
 from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.engine.merge.merged_again import fits, merged_again
@@ -190,6 +191,7 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
                 attempt.error = of_pass
             if attempt.error is None:
                 attempt.do(attempt.finish)
+        _run_models(attempts)
     is_full = any(isinstance(one.error, torch.OutOfMemoryError) for one in attempts)
     if is_full and True in [base.weights.drop() for base in bases]:
         del attempts, attempt, walks, of_pass  # their errors hold tensors of the card
@@ -198,31 +200,34 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
 
 
 def _run_models(attempts: Sequence[_Attempt]) -> None:
-    """Run each base together with its adapters. Whatever fails there costs only the measurement.
+    """Run each base together with its adapters that are due. Whatever fails there costs only the measurement.
 
     Adapters that train other tokens run apart, so that no adapter's figures depend on another one.
     """
-    together: dict[tuple[int, tuple[int, ...]], list[tuple[_Attempt, Any]]] = {}
+    together: dict[tuple[int, tuple[int, ...]], list[_Attempt]] = {}
     for one in attempts:
-        if one.walk is not None and not one.request.no_forward:
-            model = one.walk.loaded.model.get_base_model()
-            one.tokens = tuple(sorted(set(_trained_tokens(model))))
-            together.setdefault((id(one.base), one.tokens), []).append((one, model))
+        if one.is_due:
+            together.setdefault((id(one.base), one.tokens), []).append(one)
     for running in together.values():
-        first = running[0][0]
-        for one, _ in running:
+        first = running[0]
+        for one in running:
             one.request.on_forward(True)
         try:
             if first.request.tries_base:
                 run_adapters(first.base, [], first.tokens)
                 for is_running in (False, True):
                     first.request.on_forward(is_running)
-            targeted = [one.walk.loaded.targeted for one, _ in running if one.walk is not None]
-            found = run_adapters(first.base, [model for _, model in running], first.tokens, targeted)
+            loaded = [one.unmerged() for one in running]
+            models, targeted = [one.model.get_base_model() for one in loaded], [one.targeted for one in loaded]
+            found = run_adapters(first.base, models, first.tokens, targeted)
+            if first.runs_late:
+                first.base.template = loaded[-1].template  # it is unchanged: the next adapter reuses it
         except Exception as error:
             found = [Forward(why_not=f"{type(error).__name__}: {first_line(error)}"[:200], missing=True)] * len(running)
-        for (one, _), forward in zip(running, found, strict=True):
-            one.evidence = replace(one.evidence, forward=forward)
+        for one, ran in zip(running, found, strict=True):
+            layers, most = one.evidence.forward.layers_compared, one.evidence.forward.largest_difference
+            forward = replace(ran, layers_compared=layers, largest_difference=most)
+            one.evidence, one.is_due = replace(one.evidence, forward=forward), False
             one.request.on_forward(False)
 
 
@@ -267,7 +272,8 @@ def _run_again(attempt: _Attempt) -> Evidence:
 class _Attempt:
     """One adapter on its way to `evidence`: `plan`, the pass together with other adapters, and `finish`.
 
-    Without a `walk` there is nothing to merge: the adapter is refused, or has raised the `error`.
+    Without a `walk` there is nothing to merge: the adapter is refused, or has raised the `error`. `is_due`: its model
+    is run next. With `runs_late`, that is decided after the merge, by its figures.
     """
 
     def __init__(self, request: MergeRequest, *, waits: bool) -> None:
@@ -276,6 +282,7 @@ class _Attempt:
         self.error: Exception | None = None
         self.seconds = 0.0
         self.tokens: tuple[int, ...] = ()
+        self.is_due = self.runs_late = False
         self.request, self._waits = request, waits
         facts, kind = request.base.facts, request.members[0].config.peft_type
         forward = Forward(why_not=request.no_forward or None)
@@ -307,6 +314,10 @@ class _Attempt:
             return combined(request.base, request.members, self._weights, request.combine)
         return load_adapter(request.base, request.members[0], self._weights[0])
 
+    def unmerged(self) -> Loaded:
+        """The adapter before its merge. PEFT unloads it in `finish`, so it is loaded again for a late run."""
+        return self.walk.loaded if self.walk is not None and not self.runs_late else self.load()
+
     def plan(self) -> None:
         """Steps 1 to 5, and the plan of step 6."""
         base = self.base
@@ -333,17 +344,20 @@ class _Attempt:
         self.evidence = replace(self.evidence, unread=unread_layers(base, loaded))
         if (self._waits or base.feed is not None) and len(loaded.arrivals) == 1:
             loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
+        self.tokens = tuple(sorted(set(_trained_tokens(loaded.model))))
+        runs, is_merge = not self.request.no_forward, not (in_file or self.tokens or self.evidence.unread)
+        self.runs_late = runs and is_merge and self.request.measure_options.rows and may_stay(base)
         walk = self._planned_walk(loaded)
         if self._waits and loaded.template is not None:
             base.pattern = loaded.template  # not before: another adapter of its kind skips what was checked here
-        self.walk = walk
+        self.walk, self.is_due = walk, runs and not self.runs_late
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self.request
         walk = Walk(
             base=request.base,
             loaded=loaded,
-            measure_options=request.measure_options,
+            measure_options=replace(request.measure_options, rows=self.runs_late),
             progress=request.progress,
             on_work=request.on_work,
             in_blocks=in_blocks,
@@ -420,6 +434,10 @@ class _Attempt:
             parameters_total=walk.merged.total,
             parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )
+        if self.runs_late:
+            why_not = why_left_out(base, self.evidence, self.request.measure_options.norm_limit)
+            self.evidence = replace(self.evidence, forward=replace(self.evidence.forward, why_not=why_not or None))
+            self.is_due = not why_not
 
 
 def _unnamed(base: Base, loaded: Loaded, in_file: Mapping[str, str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import NotJudged, Refusal
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, ForwardMode, Origin, Severity
 
 WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
@@ -44,6 +44,7 @@ def measure_options(spec: AdapterSpec) -> MeasureOptions:
         estimated_ratio=delta_norm.limits(settings)[1] * ESTIMATED_BELOW,
         norm_limit=allowed_norm(settings),
         error_limit=rounding_loss.limits(settings)[1],
+        rows=spec.forward is ForwardMode.AUTO,
     )
 
 

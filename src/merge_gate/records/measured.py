@@ -53,6 +53,8 @@ class TensorMerge:
 
     `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm`
     are estimates from a sample of the rows (engine/merge/plan.py).
+
+    `keeps_rows`: no row's norm grew or shrank by more than 4 times (engine/forward/growth.py); False if not measured.
     """
 
     module: str = reported("Module of the base.")
@@ -69,6 +71,7 @@ class TensorMerge:
         "Whether `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm` are estimated from a sample.",
         default=False,
     )
+    keeps_rows: bool = False
 
     @property
     def delta_ratio(self) -> float | None:
@@ -94,17 +97,19 @@ NORM_LIMIT = 0.5
 
 @record
 class MeasureOptions:
-    """Which figures may be estimated, because no check needs them exactly. By default none may.
+    """Which figures may be estimated, because no check needs them exactly, and which are measured. By default none may.
 
     With `estimates`, norms and losses may come from a sample of the rows. If a ‖ΔW‖/‖W‖ is above `estimated_ratio`, all
     rows are measured, and `Evidence.typical_rms` too. If rounding loses more than `norm_limit` of the delta's norm, its
-    change of the adapter's effect is measured, and above `error_limit` of that, the typical effect.
+    change of the adapter's effect is measured, and above `error_limit` of that, the typical effect. With `rows`,
+    `TensorMerge.keeps_rows` is measured, and the model is not run if activations cannot leave the dtype.
     """
 
     estimates: bool = False
     estimated_ratio: float = math.inf
     norm_limit: float = NORM_LIMIT
     error_limit: float = 0.0
+    rows: bool = False
 
 
 MEASURE_ALL = MeasureOptions()

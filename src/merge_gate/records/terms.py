@@ -126,7 +126,7 @@ class Read(SealedEnum):
 
 
 class ForwardMode(SealedEnum):
-    """Whether base and adapter are run as models: if that is possible, never, or without it there is no verdict."""
+    """Whether base and adapter are run as models: if it can matter, never, or without it there is no verdict."""
 
     AUTO = "auto"
     OFF = "off"

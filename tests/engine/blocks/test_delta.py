@@ -95,16 +95,30 @@ def test_the_norm_needs_no_pass_over_the_delta(rows, columns, rank, seed) -> Non
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
     exact = float((b.double() @ a.double() * 0.7).norm())
-    assert LowRankUpdate(lora_a=a, lora_b=b, scaling=-0.7).delta_norm() == pytest.approx(exact, rel=1e-9)
+    assert LowRankUpdate(lora_a=a, lora_b=b, scaling=-0.7).delta_norms()[0] == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_norms_of_rows_are_bounded_closely(transposed) -> None:
+    """As the weight stores them. The third rank cancels the first two in half of the outputs."""
+    a, b = torch.randn(3, 70), torch.randn(50, 3) * 1e-20
+    a[2], b[::2, 2] = a[0] + a[1], b[::2, 0]
+    b[::2, :2] = -b[::2, :1]
+    update = LowRankUpdate(lora_a=a, lora_b=b, scaling=-1e30, transposed=transposed)
+    exact = (b.double() @ a.double() * 1e30).norm(dim=0 if transposed else 1)
+    _, rows = update.delta_norms()
+    assert rows.shape == exact.shape
+    assert (rows >= exact).all()
+    assert (rows <= exact * 1.001 + exact.max() * 1e-5).all()
 
 
 def test_the_norm_of_nothing_is_zero_of_nan_is_nan_and_of_too_much_is_infinite() -> None:
     a, b = torch.randn(4, 30), torch.zeros(50, 4)
-    assert LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0).delta_norm() == 0.0
+    assert LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0).delta_norms()[0] == 0.0
     b[3, 1] = math.nan
-    assert math.isnan(LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0).delta_norm())
-    assert LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1.7e308).delta_norm() == math.inf
-    assert 1e200 < LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1e200).delta_norm() < math.inf
+    assert math.isnan(LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0).delta_norms()[0])
+    assert LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1.7e308).delta_norms()[0] == math.inf
+    assert 1e200 < LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1e200).delta_norms()[0] < math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,7 +126,8 @@ def test_the_norm_of_factors_that_cancel_is_zero(dtype: torch.dtype) -> None:
     a, b = torch.randn(4, 30).to(dtype), torch.randn(50, 4).to(dtype)
 
     def norm(second: float) -> float:
-        return LowRankUpdate(lora_a=torch.cat((a, a * second)), lora_b=torch.cat((b, b), 1), scaling=3.0).delta_norm()
+        factors = {"lora_a": torch.cat((a, a * second)), "lora_b": torch.cat((b, b), 1)}
+        return LowRankUpdate(**factors, scaling=3.0).delta_norms()[0]
 
     assert norm(-1.0) == 0.0
     left = (torch.ones((), dtype=dtype) - torch.finfo(dtype).eps * 8).item()
@@ -123,7 +138,7 @@ def test_the_norm_of_factors_that_cancel_is_zero(dtype: torch.dtype) -> None:
 def test_a_rank_that_does_nothing_hides_no_other() -> None:
     a, b = torch.randn(4, 30), torch.randn(50, 4)
     a[0], b[:, 0], b[:, 1], a[1] = 1e9, 0.0, 1e9, 0.0
-    norm = LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norm()
+    norm = LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norms()[0]
     assert norm == pytest.approx(float((b.double() @ a.double()).norm()), rel=1e-6)
 
 

@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.hollow import Hollow
-from merge_gate.engine.tensors.measure import distance, dtype_name, measure
+from merge_gate.engine.tensors.measure import distance, dtype_name, measure, row_norms
 from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.engine.tensors.placement import WeightsOnDevice
 from merge_gate.engine.tensors.quantized import (
@@ -151,6 +151,7 @@ class Base:
     aliases: dict[str, str] = field(init=False)
     weights: WeightsOnDevice = field(default_factory=WeightsOnDevice)
     _buffers: threading.local = field(default_factory=threading.local)
+    _row_norms: dict[str, torch.Tensor] = field(default_factory=dict)
     _typical_rms: float | None = None
 
     def __post_init__(self) -> None:
@@ -193,6 +194,12 @@ class Base:
             with self.filled([name]):
                 found = self.stats[name] = measure(self.tensors[name], name)
         return found
+
+    def row_norms(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The norms of the rows of a tensor, by its first name. They are measured once; `weight` has its values."""
+        if name not in self._row_norms:
+            self._row_norms[name] = row_norms(weight)
+        return self._row_norms[name]
 
     def typical_rms(self) -> float:
         """The median RMS of the files' matrices and kernels that are not zero; 0.0 if there are none.

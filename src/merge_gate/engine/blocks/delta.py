@@ -84,20 +84,24 @@ class LowRankUpdate:
         return LowRankUpdate(lora_a=a, lora_b=b, scaling=self.scaling, transposed=self.transposed, magnitude=m)
 
     @torch.no_grad()
-    def delta_norm(self) -> float:
-        """‖scaling · B @ A‖, Frobenius, in float64, from r-by-r matrices only: √tr((BᵀB)(AAᵀ)) · |scaling|.
+    def delta_norms(self) -> tuple[float, torch.Tensor]:
+        """‖scaling · B @ A‖, Frobenius, and at least that of each row as it is stored: |scaling| · √(b (AAᵀ) bᵀ).
 
-        DoRA's magnitude does not count. Infinite if the norm is too large for a float. Zero if B @ A cancels, as for an
-        adapter that is combined with itself, with weights 1 and -1: a merge finds only rounding then. That rounding is
-        a share of Σ ‖b_k‖ ‖a_k‖ over the ranks k.
+        In float64. DoRA's magnitude does not count. Infinite if the norm is too large for a float. Zero if B @ A
+        cancels, as for an adapter that is combined with itself, with weights 1 and -1: a merge finds only rounding
+        then. That rounding is a share of Σ ‖b_k‖ ‖a_k‖ over the ranks k.
         """
         a, b = self.lora_a.detach().double(), self.lora_b.detach().double()
-        left, right = b.T @ b, a @ a.T
-        square, parts = float((left * right).sum()), float((left.diagonal() * right.diagonal()).sqrt().sum()) ** 2
+        vectors, others = (a.T, b.T) if self.transposed else (b, a)
+        gram = others @ others.T
+        squares, sizes = (vectors @ gram).mul_(vectors).sum(1), vectors.square().sum(0)
+        lost = sum(others.shape) * torch.finfo(gram.dtype).eps * sizes.sum() * gram.trace()  # more than sums can lose
+        rows = (squares.clamp(min=0.0) + lost).sqrt_().mul_(abs(self.scaling))
+        square, parts = float(squares.sum()), float((sizes * gram.diagonal()).sqrt().sum()) ** 2
         rounding = min(torch.finfo(dtype).eps for dtype in (torch.float32, self.lora_a.dtype)) / 2
         if math.isfinite(parts) and square <= rounding**2 * parts:
-            return 0.0
-        return math.sqrt(max(square, 0.0)) * abs(self.scaling)
+            return 0.0, rows
+        return math.sqrt(max(square, 0.0)) * abs(self.scaling), rows
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

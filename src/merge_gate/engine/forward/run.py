@@ -66,7 +66,7 @@ def run_adapters(
         tokens: ids that should be among the inputs.
         targeted: the modules of each model that carry the adapter.
     """
-    why_not = _why_not(base)
+    why_not = why_not_run(base)
     if why_not:
         return [Forward(why_not=why_not)] * len(models)
     failures = [Forward(why_not="its configuration names no inputs that are known here")]
@@ -141,7 +141,8 @@ def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collec
     return replace(made, nonfinite_origin=Origin.MERGE) if is_only_merged else made
 
 
-def _why_not(base: Base) -> str:
+def why_not_run(base: Base) -> str:
+    """Why no model with this base can be run. Empty if that is not known."""
     if base.facts.quantization != Quantization.NONE:
         return "its base is quantized"
     if base.recorded:

@@ -19,10 +19,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
+from merge_gate.engine.forward.growth import has_rows, is_alike
 from merge_gate.engine.merge.account import Places
 from merge_gate.engine.tensors.measure import (
     distance,
     dtype_max,
+    row_norms,
     same_bits,
     same_values,
     shares_storage,
@@ -107,6 +109,7 @@ def of_tensor(
     exact: torch.Tensor | None = None,
     *,
     rounding_share: float = ROUNDING_SHARE,
+    rows: bool = False,
 ) -> TensorMerge:
     """Measure a merged tensor, and compare it with the base's of that name.
 
@@ -117,9 +120,10 @@ def of_tensor(
         tensor: the merged tensor in its final form.
         exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
         rounding_share: a delta that is at most this share of the weight is only rounding.
+        rows: compare the norms of the rows of a weight (forward/growth.py).
     """
     with base.filled([base.first_name(name)]):
-        return _compared(base, module, name, tensor, exact, rounding_share=rounding_share)
+        return _compared(base, module, name, tensor, exact, rounding_share=rounding_share, rows=rows)
 
 
 def _compared(
@@ -130,11 +134,13 @@ def _compared(
     exact: torch.Tensor | None,
     *,
     rounding_share: float,
+    rows: bool,
 ) -> TensorMerge:
     place = name.rpartition(".")[0]
     if is_the_bases(base, name, tensor):
         stats = replace(base.figures(base.first_name(name)), name=name)
-        return TensorMerge(module=place, stats=stats, dtype_max=dtype_max(tensor.dtype), changed=False)
+        ceiling = dtype_max(tensor.dtype)
+        return TensorMerge(module=place, stats=stats, dtype_max=ceiling, changed=False, keeps_rows=True)
     stats, *scales = measure_in(module, tensor, name)
     broken = next((scale for scale in scales if not scale.finite), None)
     if stats.finite and broken is not None:
@@ -161,6 +167,9 @@ def _compared(
         delta_norm=delta_norm,
         lost_norm=None if exact is None else distance(values, exact),
         unchanged_fraction=unchanged_fraction(was, values) if comparable else None,
+        keeps_rows=rows
+        and has_rows(module, values)
+        and is_alike(row_norms(values), base.row_norms(base.first_name(name), was)),
     )
 
 

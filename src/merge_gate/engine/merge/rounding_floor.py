@@ -117,7 +117,7 @@ def _cancels(layer: Any) -> bool:
     if factors is None:
         return False
     a, b = (factor.flatten(1) for factor in factors)
-    return LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norm() == 0 or is_start(a, b)
+    return LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norms()[0] == 0 or is_start(a, b)
 
 
 def _is_still(layer: Any, first_a: torch.Tensor, first_b: torch.Tensor) -> bool:
@@ -131,7 +131,7 @@ def _is_still(layer: Any, first_a: torch.Tensor, first_b: torch.Tensor) -> bool:
         scaling=1.0,
     )
     first = LowRankUpdate(lora_a=first_a, lora_b=first_b, scaling=1.0)
-    return apart.delta_norm() <= ROUNDING_SHARE * first.delta_norm()
+    return apart.delta_norms()[0] <= ROUNDING_SHARE * first.delta_norms()[0]
 
 
 # --- methods that take the weight apart and put it together again --------------------------------------------------

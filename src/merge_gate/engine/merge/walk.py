@@ -404,7 +404,7 @@ class Walk:
     ) -> list[tuple[TensorMerge, Any]]:
         """Measure the layer's tensors. The sink gets what the layer changed, and again what one before it changed."""
         of_bias = min(share, ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
-        merges: list[tuple[TensorMerge, Any]] = []
+        merges, rows = list[tuple[TensorMerge, Any]](), self.measure_options.rows
         for slot in slots:
             tensor = slot.tensor
             if tensor is None:
@@ -412,7 +412,7 @@ class Walk:
             is_changed = not is_the_bases(self.base, slot.name, tensor)
             rounding = of_bias if slot.attribute == "bias" else share
             values = exact.get(slot.name) if is_changed else None
-            merge = of_tensor(self.base, slot.module, slot.name, tensor, values, rounding_share=rounding)
+            merge = of_tensor(self.base, slot.module, slot.name, tensor, values, rounding_share=rounding, rows=rows)
             merges.append((merge, layer if is_changed else None))
             if is_changed or slot.name in self.merged.passed_on:
                 self.merged.pass_on(slot.module, slot.name, tensor)

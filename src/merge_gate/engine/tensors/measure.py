@@ -165,6 +165,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return values.contiguous().view(_INTEGERS[values.element_size()])
 
 
+def row_norms(weight: torch.Tensor) -> torch.Tensor:
+    """The norm of each row (all values with one first index), on the CPU in float64. NaN if squares leave float32."""
+    norms: torch.Tensor = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1).cpu().double()
+    return norms.where(norms.isfinite(), torch.nan)
+
+
 def distance(left: torch.Tensor, right: torch.Tensor | None = None) -> float:
     """‖left − right‖ (‖left‖ without `right`), Frobenius; float32 differences summed in float64, NaN if undefined."""
     total = 0.0

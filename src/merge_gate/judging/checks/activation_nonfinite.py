@@ -20,8 +20,8 @@ attention scores, fused kernels, or other inputs. It is quiet if a weight is not
 **Why it matters.** All weights can be small, and their products still exceed 65,504 in float16. Every later layer then
 returns NaN.
 
-**What to do.** Serve in bfloat16 or float32: add that dtype to the entry, and the gate runs the model in it. Or lower
-the adapter's scale and train again. If the base does it by itself, this base cannot be served in this dtype.
+**What to do.** Serve in bfloat16 or float32, and add that dtype to the entry. Or lower the adapter's scale and train
+again. If the base does it by itself, this base cannot be served in this dtype.
 
 **It happened.**
 
@@ -39,7 +39,7 @@ from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.records.terms import Finding, Origin
 
 _LOWER = "lower the adapter's scale, and train again"
-_WIDER = "serve in bfloat16 or float32, and list that dtype for this adapter, so that the gate runs the model in it"
+_WIDER = "serve in bfloat16 or float32, and list that dtype for this adapter, so that the gate checks it, too"
 
 
 @Check("activation-nonfinite", ERROR, Origin.ADAPTER, Symptom.NONFINITE, blame=192, page=__doc__).on_merge
