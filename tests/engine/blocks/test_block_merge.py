@@ -135,6 +135,14 @@ def test_the_bits_are_pefts_at_the_block_size_in_use(rows, columns, rank, dtype,
         holds(layer, block_elements=Buffers().block_elements)
 
 
+@pytest.mark.parametrize("kind", ["conv1d", "embedding"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_product_whose_bits_depend_on_the_order_of_its_values_is_made_whole(kind, dora) -> None:
+    """Four columns: MKL gives a row-major block other bits than a column-major one."""
+    with threads(1):
+        holds(tuner_layer(kind, 4, 128, 32, dora=dora, dtype=torch.float32), block_elements=1)
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
 def test_factors_off_their_alignment_merge_as_peft_would_have_loaded_them(conv1d, factor_dtype) -> None:
