@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
+from merge_gate.engine.forward.dora import with_norms_in_blocks
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
 from merge_gate.engine.forward.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
@@ -189,7 +190,8 @@ class _InFloat32:
                 tensor.data = self.hollow.tensors[name]
             elif tensor.is_floating_point():
                 tensor.data = tensor.float()
-        return copied.eval()
+        with_norms_in_blocks(copied.eval())
+        return copied
 
     def run(self, runs: Sequence[ModelRun]) -> bool:
         """Run copies together. False if one failed, or read a tensor without values."""

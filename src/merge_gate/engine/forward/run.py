@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
+from merge_gate.engine.forward.dora import with_norms_in_blocks
 from merge_gate.engine.forward.lockstep import ModelRun, run_together
 from merge_gate.engine.forward.made_up_inputs import POSITIONS, Inputs, candidates, missing_inputs
 from merge_gate.engine.forward.rounding import MergedModel, with_output_error
@@ -211,17 +212,18 @@ def _undone(model: nn.Module) -> Iterator[None]:
     every = [one for held in modules for one in (held, *held.values())]
     every += [vars(one) for one in every if isinstance(one, PreTrainedConfig)]
     places = {id(place): place for place in every if isinstance(place, dict | list | set)}.values()
-    before = [(place, (dict if isinstance(place, dict) else list)(place)) for place in places]
+    before = [(place, (dict if isinstance(place, dict) else list)(place)) for place in places if place]
     made = module_copies.tensors_of(model) | {id(buffer): buffer.clone() for buffer in model.buffers()}
     for held in modules:
         for tensors in (held["_parameters"], held["_buffers"]):  # PEFT exchanges an attention's on each `modules()`
             tensors.update({name: made.get(id(one), one) for name, one in tensors.items()})
     try:
-        model.eval()
+        with_norms_in_blocks(model.eval())
         yield
     finally:
-        for place, contents in before:
+        for place in places:
             place.clear()
+        for place, contents in before:
             (place.extend if isinstance(place, list) else place.update)(contents)
 
 
