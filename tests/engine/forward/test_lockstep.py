@@ -143,3 +143,20 @@ def test_random_numbers_are_those_of_seed_0_and_the_process_keeps_its_own() -> N
     run_together(runs, _tensors(base), _as_they_are)
     assert all(torch.equal(run.returned, alone) for run in runs)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("elements", [1 << 19, 200])
+def test_products_in_float16_are_summed_in_float32(bias: bool, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "PRODUCT_ELEMENTS", elements)
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(100, 300, bias=bias).half(), torch.randn(16, 100).half()
+    wide = [one.float() for one in (inputs, *layer.parameters())]
+    expected = nn.functional.linear(*wide).half()
+    run = ModelRun(model=layer, inputs={"input": inputs})
+    run_together([run], _tensors(layer), lambda _: contextlib.nullcontext())
+    assert run.error is None
+    assert run.returned.dtype is torch.float16
+    assert (run.returned == expected).float().mean() > 0.99
+    assert not torch.equal(run.returned, layer(inputs))

@@ -76,4 +76,4 @@ def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     """The floating-point tensors that a module returned, except those of a cache."""
     for value in _pytree.tree_leaves(output):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-            yield value.detach()
+            yield value

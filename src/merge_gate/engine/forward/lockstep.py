@@ -9,6 +9,9 @@ exception. Knows no adapter. A model without hollow tensors runs as it would alo
 3. When all threads wait, the tensors of the module that comes first in the model are filled, as far as a thread waits
    for them, and these threads go on. They are emptied when no thread waits for a tensor of this module any more.
 
+4. Products of float16 matrices are summed in float32 and rounded once, as on a card. torch takes twice the time for
+   them on a CPU, and may differ in the last bit.
+
 An operation reads its tensors, whichever module they belong to. So a model that reads a layer's weight without calling
 the layer runs like any other. The tensors of a module stay filled together, because models may read them in turns, or
 in another order than each other.
@@ -34,10 +37,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 MOST_OPERATIONS = 200_000
 """The limit of one model's operations, for code that loops. A Llama with 80 layers needs about 10,000."""
 
+PRODUCT_ELEMENTS = 1 << 19
+"""Elements of a float16 matrix that are in float32 at the same time: 2 MiB, which stay in the processor's cache."""
+
 Filled = Callable[[Iterable[str]], AbstractContextManager[None]]
 Own = Callable[[str], torch.Tensor | None]
 Place = tuple[int, str]
 """The number of a module, and the name of one of its tensors."""
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,7 +63,7 @@ class ModelRun:
 
 
 def run_together(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], filled: Filled) -> None:
-    """Run all of them, each as if it ran alone, with seed 0.
+    """Run all of them, each as if it ran alone, with seed 0, except for step 4.
 
     Args:
         runs: the models. One that fails has its exception in `error`; the others go on.
@@ -189,6 +197,8 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if places:
                 self._thread.wait_for(places)
                 args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
+        if function in _PRODUCTS and not kwargs and args[-1].dtype == torch.float16:
+            return _in_float32(*args)
         return function(*args, **kwargs)
 
     def _place(self, value: Any) -> Place | None:
@@ -201,6 +211,14 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if own is None:
             return value
         return own.as_strided(value.shape, value.stride(), own.storage_offset() + value.storage_offset())
+
+
+def _in_float32(*args: torch.Tensor) -> torch.Tensor:
+    """Step 4, for `mm` and `addmm`."""
+    *bias, left, right = args
+    parts = torch.split(right, max(1, PRODUCT_ELEMENTS // len(right)), dim=1)
+    product = torch.cat([left.float() @ part.float() for part in parts], 1)
+    return sum(bias, product).half()
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
