@@ -158,6 +158,29 @@ def test_a_base_that_is_not_in_memory_runs_alike(shelf: Shelf, adapter: str) -> 
     assert not hollow.was_misread()
 
 
+@pytest.mark.parametrize("is_hollow", [False, True])
+def test_the_base_runs_once_for_all_adapters(shelf: Shelf, is_hollow: bool) -> None:
+    directory, calls = str(shelf.base("llama")), list[bool]()
+    with LocalFeed(directory) as feed:
+        base = load_local(directory, label="base", model_class=LLAMA)
+        if is_hollow:
+            base = skeleton_of(base.source, LLAMA, stored_tensors(directory), feed)
+        head = base.model.lm_head
+        head.register_forward_hook(lambda module, *_: calls.append(module is head))  # scratch copies have it, too
+        first, other, again = (
+            merge(request(base, shelf.adapter(name), tries_base=True)) for name in ("plain", "modules-to-save", "plain")
+        )
+        assert first.forward.ran
+        assert other.forward.ran
+        assert again.forward == first.forward
+        assert sum(calls) == 1
+        if is_hollow:  # what it returned then counts no more
+            float(base.tensors["lm_head.weight"][0, 0])
+            assert base.was_misread()
+            assert merge(request(base, shelf.adapter("plain"))).forward == first.forward
+            assert sum(calls) == 2
+
+
 def test_the_adapters_of_a_pass_run_together(shelf: Shelf) -> None:
     base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
     names = ("plain", "modules-to-save", "dora-all-linear")

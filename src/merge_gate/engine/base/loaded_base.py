@@ -282,6 +282,7 @@ class Base:
         if self.hollow is None or not self.hollow.fill_touched():
             return False
         self.template = self.pattern = None
+        self.ran.clear()
         return True
 
     def scratch(self, *, private: bool = False) -> nn.Module:

@@ -3,8 +3,8 @@
 In: a base, and adapters that are loaded on scratch copies and not merged yet; later, merged tensors. Out: a `Forward`
 for each adapter. Nothing that is passed in is changed. Judges nothing.
 
-1. Base and adapters run together (lockstep.py), so each weight is read once. The first inputs that the base accepts
-   count (made_up_inputs.py).
+1. Base and adapters run together (lockstep.py), so each weight is read once. The base runs only with the first ones.
+   The first inputs that it accepts count (made_up_inputs.py).
 2. If an adapter's activations leave the dtype, or come close, the merged model is run, too: it is what will be served.
 3. A module of the base that is not finite by itself is no fault of an adapter. It counts as a fault of the base only if
    the model's outputs are not finite either: some models return the infinities of a mask.
@@ -113,12 +113,12 @@ def _lacks_input(path: str, model: nn.Module, ran: Collection[str], inputs: Inpu
 
 
 def _run_with_base(base: Base, models: Sequence[Any], name: str, tokens: Collection[int]) -> tuple[_Seen, list[_Seen]]:
-    """Run the base, and models with its weights, on the inputs of this name. A base in memory runs once for all."""
+    """Run the base, and models with its weights, on the inputs of this name. The base runs once for all adapters."""
     key, inputs = (name, tuple(tokens)), _named(base, name, tokens)
     if (of_base := base.ran.get(key)) is not None:
-        return of_base, _run(base, models, inputs)
+        return of_base, _run(base, models, inputs) if models else []
     of_base, *others = _run(base, [base.model, *models], inputs)
-    if base.hollow is None and of_base.error is None:
+    if of_base.error is None:
         base.ran[key] = of_base
     return of_base, others
 
