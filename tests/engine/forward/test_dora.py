@@ -10,8 +10,8 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_gate.engine.forward import dora
-from merge_gate.engine.forward.dora import with_norms_in_blocks
+from merge_gate.engine.forward import lockstep
+from merge_gate.engine.forward.lockstep import with_norms_in_blocks
 from tests.support.engine.blocks_layers import tuner_layer
 
 INPUTS = {
@@ -55,7 +55,7 @@ class Sizes(TorchDispatchMode):
 def test_a_layer_returns_what_pefts_returns_without_a_product_of_its_size(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dora, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(lockstep, "PRODUCT_ELEMENTS", 256)
     layer, inputs = layer_of(kind, dtype), INPUTS[kind]
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     of_peft = layer(inputs)

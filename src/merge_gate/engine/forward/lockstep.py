@@ -1,7 +1,7 @@
 """Runs several models that share hollow tensors at the same time, so that each tensor is filled once for all of them.
 
 In: models, their inputs, and the hollow tensors (hollow.py). Out: a `ModelRun` for each model: what it returned, or its
-exception. Knows no adapter. A model without hollow tensors runs as it would alone.
+exception. Knows no adapter but DoRA. A model without hollow tensors runs as it would alone.
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
 2. Before an operation reads a hollow tensor, its thread waits. An operation that writes to one, or to another parameter
@@ -11,6 +11,8 @@ exception. Knows no adapter. A model without hollow tensors runs as it would alo
 
 4. Products of float16 matrices are summed in float32 and rounded once, as on a card. torch takes twice the time for
    them on a CPU, and may differ in the last bit.
+5. PEFT makes the norms of a DoRA's layer from a product as large as its weight, in each forward. `with_norms_in_blocks`
+   makes them from W + scaling · B @ A, a few rows at a time.
 
 An operation reads its tensors, whichever module they belong to. So a model that reads a layer's weight without calling
 the layer runs like any other. The tensors of a module stay filled together, because models may read them in turns, or
@@ -27,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,14 +41,12 @@ MOST_OPERATIONS = 200_000
 """The limit of one model's operations, for code that loops. A Llama with 80 layers needs about 10,000."""
 
 PRODUCT_ELEMENTS = 1 << 19
-"""Elements of a float16 matrix that are in float32 at the same time: 2 MiB, which stay in the processor's cache."""
+"""Elements of a matrix that are in float32 at the same time: 2 MiB, which stay in the processor's cache."""
 
 Filled = Callable[[Iterable[str]], AbstractContextManager[None]]
 Own = Callable[[str], torch.Tensor | None]
 Place = tuple[int, str]
 """The number of a module, and the name of one of its tensors."""
-
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -197,7 +198,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if places:
                 self._thread.wait_for(places)
                 args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
-        if function in _PRODUCTS and not kwargs and args[-1].dtype == torch.float16:
+        if function.name() in {"aten::mm", "aten::addmm"} and not kwargs and args[-1].dtype == torch.float16:
             return _in_float32(*args)
         return function(*args, **kwargs)
 
@@ -219,6 +220,34 @@ def _in_float32(*args: torch.Tensor) -> torch.Tensor:
     parts = torch.split(right, max(1, PRODUCT_ELEMENTS // len(right)), dim=1)
     product = torch.cat([left.float() @ part.float() for part in parts], 1)
     return sum(bias, product).half()
+
+
+def with_norms_in_blocks(model: nn.Module) -> None:
+    """Step 5, for all layers of a model."""
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "get_weight_norm"):
+            layer.forward = functools.partial(_forward_of_dora, layer)
+
+
+def _forward_of_dora(layer: Any, x: torch.Tensor, *, base_layer: Any, **given: Any) -> Any:
+    """PEFT's forward. It needs the weights for their norms alone, so it gets one number in their shape."""
+    norms = _norms(layer, base_layer.weight, given["lora_A"], given["lora_B"], given["scaling"])
+    outline = norms.new_empty(()).expand(base_layer.weight.shape)
+    layer.get_lora_weight, layer.get_weight_norm = (lambda **_: outline), (lambda **_: norms)
+    inner = SimpleNamespace(weight=outline, bias=getattr(base_layer, "bias", None))
+    return type(layer).forward(layer, x, base_layer=inner, **given)
+
+
+def _norms(layer: Any, weight: torch.Tensor, lora_a: Any, lora_b: Any, scaling: float) -> torch.Tensor:
+    """A norm for each output, with further dimensions for a convolution. An embedding has Aᵀ and Bᵀ, and no modules."""
+    a, b = (one.weight.flatten(1) if hasattr(one, "weight") else one.T for one in (lora_a, lora_b))
+    left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+    rows, dim = weight.flatten(1), 0 if layer.fan_in_fan_out else 1
+    parts = zip(*(torch.split(one, max(1, PRODUCT_ELEMENTS // rows.shape[1])) for one in (rows, left)), strict=True)
+    norms = [part.to(a.dtype, copy=True).addmm_(of_part, right, alpha=scaling).norm(dim=dim) for part, of_part in parts]
+    joined: torch.Tensor = torch.cat(norms) if dim else torch.stack(norms).norm(dim=0)
+    return joined.view(1, -1, *[1] * (weight.dim() - 2))
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -32,8 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.activations import tensors_of
-from merge_gate.engine.forward.dora import with_norms_in_blocks
-from merge_gate.engine.forward.lockstep import ModelRun, run_together
+from merge_gate.engine.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
 from merge_gate.engine.forward.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors

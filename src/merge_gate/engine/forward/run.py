@@ -31,8 +31,7 @@ from transformers import PreTrainedConfig
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.forward.activations import Activations, tensors_of, watched
 from merge_gate.engine.forward.direct_reads import has_foreign_code
-from merge_gate.engine.forward.dora import with_norms_in_blocks
-from merge_gate.engine.forward.lockstep import ModelRun, run_together
+from merge_gate.engine.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
 from merge_gate.engine.forward.made_up_inputs import POSITIONS, Inputs, candidates, missing_inputs
 from merge_gate.engine.forward.rounding import MergedModel, with_output_error
 from merge_gate.engine.tensors import module_copies
