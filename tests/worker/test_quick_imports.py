@@ -17,9 +17,10 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import quick_imports, sandbox
+from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
-from merge_gate.worker.supervisor import OFFLINE, WorkerProcess
+from merge_gate.worker.supervisor import OFFLINE, Attempt, WorkerProcess
 from tests.support.command import environment
 from tests.support.engine.base_headers import base_files
 
@@ -174,7 +175,7 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytes
     job = Job(groups=(group,), device="cpu")
     heard: list[Event] = []
     with WorkerProcess() as child:
-        assert child.run(job, heard.append, is_overdue=lambda: False) is None
+        assert child.run(Attempt(job, heard.append), Feeds()) is None
     monkeypatch.setenv(sandbox.SWITCH, "off")  # its limits would hold for the tests after this one
     here = [one for one in judge_job(job, heard.append, Sandbox()) if isinstance(one, Merged)]
     there = [one for one in heard if isinstance(one, Merged)]
