@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ from merge_gate.engine.base.stored_layout import plain_headers
 from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.weight_files import base_layout
 from merge_gate.records.config import PublishSpec
-from merge_gate.records.files import StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.sources.feed import LocalFeed
-from merge_gate.worker.protocol import PublicationSent
+from merge_gate.sources.planned_files import PlannedFiles
+from merge_gate.worker.protocol import PublicationWritten
 from tests.support import bases, bases_broken, bases_good, methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.published import sent_by
@@ -44,7 +45,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def publication(base: Path, max_shard_bytes: int | None = None) -> Publication:
     spec = PublishSpec(directory="", label="", dtype="bfloat16", max_shard_bytes=max_shard_bytes)
-    return Publication(base.parent / "one", spec, base_layout(str(base)))
+    return Publication(base.parent / "one", spec, base_layout(str(base)), str(base))
 
 
 def dequantized_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -61,11 +62,11 @@ def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> 
     is_resharded = packed_weights(stored_tensors(base)).states == {}
     model = publication(base, max_shard_bytes=20_000 if is_resharded else None)
     expected_bytes = model.expected.size_bytes
-    model.plan(sent.planned)
-    for name, content in sent.data.items():
-        model.write(name, 0, memoryview(content))
-    model.sent(PublicationSent(task=0, tensors=sent.planned))
-    model.complete(LocalFeed(str(base)))
+    with contextlib.closing(PlannedFiles(model.plan(sent.planned))) as written:
+        for name, content in sent.data.items():
+            written.write(name, 0, memoryview(content))
+    model.written(PublicationWritten(task=0, checksums=tuple(sent.checksums.items())))
+    model.complete()
     files = [*(base.parent / ".one.partial" / "model").glob("*.safetensors")]
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert len(files) > 1 or not is_resharded
@@ -76,23 +77,12 @@ def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> 
     model.discard()
 
 
-def test_the_worker_may_send_nothing_else(base: Path) -> None:
-    weight = "model.layers.0.self_attn.q_proj.weight"
-    state = next(iter(packed_weights(stored_tensors(base)).others))
-    for name, dtype, shape in [(weight, "BF16", (3, 5)), (weight, "F32", (1, 1)), (state, "BF16", (1,))]:
-        model = publication(base)
-        model.plan((StoredTensor(name=name, dtype=dtype, shape=shape),))
-        model.sent(PublicationSent(task=0))
-        with pytest.raises(NotPublishedError):
-            model.complete(LocalFeed(str(base)))
-
-
-def test_packed_weights_must_all_arrive(base: Path) -> None:
+def test_packed_weights_must_all_be_written(base: Path) -> None:
     model = publication(base)
-    model.plan(())
-    model.sent(PublicationSent(task=0))
+    PlannedFiles(model.plan(())).close()
     with pytest.raises(NotPublishedError):
-        model.complete(LocalFeed(str(base)))
+        model.written(PublicationWritten(task=0))
+    model.discard()
 
 
 def test_preserve_is_refused_with_the_reason(base: Path) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ import pytest
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate.cli.dispatch import main
 from merge_gate.files.identity import identity_of
-from merge_gate.publish import one_publication, publications
+from merge_gate.publish import one_publication, publications, weight_files
 from merge_gate.publish.manifest import MANIFEST_NAME
-from merge_gate.publish.one_publication import CanceledError, Publication
-from merge_gate.publish.weight_files import ModelLayout, base_layout
+from merge_gate.publish.one_publication import Publication
+from merge_gate.publish.publications import Publications
+from merge_gate.publish.weight_files import base_layout
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
-from merge_gate.sources.feed import LocalFeed, SourceError
-from merge_gate.worker import call_service
-from merge_gate.worker.protocol import PublicationSent, Publisher
-from tests.support.judging.cases import broken
+from merge_gate.sources.feed import SourceError
+from merge_gate.sources.planned_files import PlannedFiles
+from merge_gate.worker.protocol import PublicationWritten, Publisher, Publishing
+from tests.support.judging.cases import broken, evidence
 from tests.support.judging.cases import merged as merged_tensor
-from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, send_all, stored
+from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, stored, write, write_all
 
 PRESERVED = PublishSpec(directory="", label="")
 NAMES = [MERGED.format(layer) for layer in range(LAYERS)]
@@ -210,59 +212,68 @@ def test_the_dtype_that_is_only_checked_is_named(place: Path, capfd: pytest.Capt
     assert note in " ".join(capfd.readouterr().out.split())
 
 
-def plan_of(tensors: Mapping[str, bytes], dtype: str = "BF16", columns: int = 8) -> tuple[StoredTensor, ...]:
-    return tuple(StoredTensor(name=name, dtype=dtype, shape=(8, columns)) for name in NAMES)
+def plan_of(dtype: str = "BF16") -> tuple[StoredTensor, ...]:
+    return tuple(StoredTensor(name=name, dtype=dtype, shape=(8, 8)) for name in NAMES)
+
+
+def of_layers(tensors: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: tensors[name] for name in NAMES}
 
 
 def refuses(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    send_all(publisher, task, tensors)
-    publisher.planned(task, plan_of(tensors))
-    publisher.sent(PublicationSent(task=task, refusal=NotJudged(message="no way back", hint="none")))
+    write_all(publisher, task, tensors)
+    refusal = NotJudged(message="no way back", hint="none")
+    write(publisher, task, plan_of(), of_layers(tensors), refusal=refusal)
 
 
-def sends_half(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, plan_of(tensors))
-    for name in NAMES:
-        publisher.part(task, name, 0, memoryview(tensors[name])[:64])
-    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors)))
+def writes_another_tensor_than_it_reports(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    write(publisher, task, plan_of(), of_layers(tensors), checksums=((NAMES[0], 1),))
+
+
+def writes_over_its_neighbor(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    write(publisher, task, plan_of(), dict(reversed(of_layers(tensors).items())) | {NAMES[0]: bytes(130)})
+
+
+def writes_after_the_end_of_a_file(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    write(publisher, task, plan_of(), {"mtp.weight": bytes(130)})
+
+
+def overwrites_a_header(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    with opened(publisher.planned(task, plan_of())) as descriptors:
+        os.pwrite(descriptors[0], b"x", 9)
+    publisher.written(PublicationWritten(task=task))
+
+
+def cuts_a_file(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    with opened(publisher.planned(task, plan_of())) as descriptors:
+        os.ftruncate(descriptors[1], 20)
+    publisher.written(PublicationWritten(task=task))
+
+
+@contextmanager
+def opened(descriptors: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    try:
+        yield descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def plans_another_dtype(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, plan_of(tensors, "F32"))
-    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors, "F32")))
-
-
-def sends_another_shape_than_planned(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    send_all(publisher, task, tensors)
-    publisher.planned(task, plan_of(tensors))
-    for name in NAMES:
-        publisher.part(task, name, 0, memoryview(tensors[name]))
-    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors, columns=4)))
-
-
-def sends_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, plan_of(tensors))
-    publisher.part(task, NAMES[0], 120, memoryview(bytes(16)))
-    publisher.sent(PublicationSent(task=task))
+    write(publisher, task, plan_of("F32"), {})
 
 
 def plans_far_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, (StoredTensor(name="new", dtype="F32", shape=(1 << 40,)),))
-    publisher.sent(PublicationSent(task=task))
+    write(publisher, task, (StoredTensor(name="new", dtype="F32", shape=(1 << 40,)),), {})
 
 
-def names_what_it_did_not_plan(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, ())
-    publisher.sent(PublicationSent(task=task, tensors=(StoredTensor(name="new", dtype="F32", shape=(1,)),)))
-
-
-def plans_a_shape_and_sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, (StoredTensor(name="embed.weight", dtype="BF16", shape=(9, 8)),))
-    publisher.sent(PublicationSent(task=task))
+def plans_a_shape_and_writes_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    write(publisher, task, (StoredTensor(name="embed.weight", dtype="BF16", shape=(9, 8)),), {})
 
 
 def sends_no_end(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, plan_of(tensors))
+    with opened(publisher.planned(task, plan_of())):
+        pass
 
 
 def sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
@@ -270,19 +281,15 @@ def sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes])
 
 
 def sends_an_end_without_a_plan(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.sent(PublicationSent(task=task))
+    publisher.written(PublicationWritten(task=task))
 
 
 def plans_a_name_that_is_no_text(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, (StoredTensor(name="\ud800", dtype="F32", shape=(1,)),))
-    publisher.sent(PublicationSent(task=task))
+    write(publisher, task, (StoredTensor(name="\ud800", dtype="F32", shape=(1,)),), {})
 
 
 def sends_settings_that_are_no_object(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    publisher.planned(task, plan_of(tensors))
-    for name in NAMES:
-        publisher.part(task, name, 0, memoryview(tensors[name]))
-    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors), settings="[NaN]"))
+    write(publisher, task, plan_of(), of_layers(tensors), settings="[NaN]")
 
 
 SENDERS = [
@@ -290,13 +297,14 @@ SENDERS = [
     sends_an_end_without_a_plan,
     plans_a_name_that_is_no_text,
     refuses,
-    sends_half,
+    writes_another_tensor_than_it_reports,
+    writes_over_its_neighbor,
+    writes_after_the_end_of_a_file,
+    overwrites_a_header,
+    cuts_a_file,
     plans_another_dtype,
-    sends_another_shape_than_planned,
-    sends_too_much,
     plans_far_too_much,
-    names_what_it_did_not_plan,
-    plans_a_shape_and_sends_nothing,
+    plans_a_shape_and_writes_nothing,
     sends_no_end,
     sends_nothing,
 ]
@@ -315,39 +323,29 @@ def test_what_the_worker_sends_after_its_verdict_is_ignored(place: Path) -> None
     later: list[Any] = []
 
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        send_all(publisher, task, tensors)
+        write_all(publisher, task, tensors)
         later.append(publisher)
 
     assert play(place, "--publish", "merged", send=send) == 0
     before = state(place / "merged")
-    sends_half(later[0], 0, stored(place / "base"))
+    with pytest.raises(NotPublishedError):
+        later[0].planned(0, plan_of())
+    later[0].written(PublicationWritten(task=0))
     assert state(place / "merged") == before
-
-
-def test_what_the_worker_sends_after_the_end_of_a_model_is_ignored(place: Path) -> None:
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        send_all(publisher, task, tensors)
-        publisher.part(task, NAMES[0], 0, memoryview(bytes(128)))
-
-    assert play(place, "--publish", "merged", send=send) == 0
-    assert stored(place / "merged" / "one") == expected(stored(place / "base"))
 
 
 def test_a_second_attempt_replaces_the_first(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        publisher.planned(task, plan_of(tensors))
-        publisher.part(task, NAMES[0], 0, memoryview(bytes(128)))
-        send_all(publisher, task, tensors)
+        write(publisher, task, plan_of(), dict.fromkeys(NAMES, bytes(128)))
+        write_all(publisher, task, tensors)
 
     assert play(place, "--publish", "merged", send=send) == 0
     assert stored(place / "merged" / "one") == expected(stored(place / "base"))
 
 
-def test_a_planned_tensor_that_does_not_count_has_the_bases_bytes(place: Path) -> None:
+def test_a_planned_tensor_without_a_checksum_has_the_bases_bytes(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        publisher.planned(task, plan_of(tensors))
-        publisher.part(task, NAMES[0], 0, memoryview(bytes(128)))
-        publisher.sent(PublicationSent(task=task))
+        write(publisher, task, plan_of(), {NAMES[0]: bytes(128)}, checksums=())
 
     assert play(place, "--publish", "merged", send=send) == 0
     assert stored(place / "merged" / "one") == stored(place / "base")
@@ -356,10 +354,7 @@ def test_a_planned_tensor_that_does_not_count_has_the_bases_bytes(place: Path) -
 def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
         planned = tuple(StoredTensor(name=name, dtype="F32", shape=(8, 8)) for name in tensors)
-        publisher.planned(task, planned)
-        for name in tensors:
-            publisher.part(task, name, 0, memoryview(tensors[name] * 2))
-        publisher.sent(PublicationSent(task=task, tensors=planned))
+        write(publisher, task, planned, {name: tensors[name] * 2 for name in tensors})
 
     config = {"version": 1, "base": {"model": "base", "dtype": "float32"}, "adapters": ["one"]}
     (place / "gate.yml").write_text(json.dumps(config | {"publish": {"directory": "merged", "dtype": "float32"}}))
@@ -369,15 +364,14 @@ def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) ->
 
 
 @pytest.mark.parametrize("error", [SourceError("the base is gone"), ZeroDivisionError("a bug")])
-@pytest.mark.parametrize("when", ["read", "open"])
 @pytest.mark.attempt("F13", "the base cannot be read again for the copy", "not published")
 def test_a_base_that_cannot_be_read_again_is_not_published(
-    place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, when: str
+    place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(*((call_service.FedBase, "read") if when == "read" else (call_service.Feeds, "open")), fail)
+    monkeypatch.setattr(weight_files.LocalFeed, "read", fail)
     assert play(place, "--publish", "merged") == 3
     assert nothing_published(place)
     assert adapters_of(place)[0]["cause"] == "not-published"
@@ -385,7 +379,7 @@ def test_a_base_that_cannot_be_read_again_is_not_published(
 
 @pytest.mark.parametrize("why", ["pickles", "shards"])
 def test_a_base_whose_files_cannot_be_published(place: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise NotPublishedError("no such files")
 
     monkeypatch.setattr(publications, "base_layout" if why == "pickles" else "Publication", refuse)
@@ -398,7 +392,7 @@ def test_a_base_whose_files_cannot_be_published(place: Path, monkeypatch: pytest
 @pytest.mark.attempt("F11b", "an empty directory takes DIR/NAME during the run", "not published, and it stays")
 def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        send_all(publisher, task, tensors)
+        write_all(publisher, task, tensors)
         (place / "merged" / "one").mkdir()
 
     assert play(place, "--publish", "merged", send=send) == 3
@@ -406,97 +400,92 @@ def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None
     assert [path.name for path in (place / "merged").iterdir()] == ["one"]
 
 
-def test_a_model_that_was_not_completed_has_no_name(tmp_path: Path) -> None:
+def model_of(place: Path, name: str = "one", *, is_streamed: bool = False) -> Publication:
+    base = place / "base"
+    return Publication(place / name, PRESERVED, base_layout(str(base)), str(base), is_streamed=is_streamed)
+
+
+def test_a_model_that_was_not_completed_has_no_name(place: Path) -> None:
     with pytest.raises(AssertionError):
-        Publication(tmp_path / "one", PRESERVED, ModelLayout(files=())).publish(None, {}, replaces=None)  # type: ignore[arg-type]
+        model_of(place).publish(None, {}, replaces=None)  # type: ignore[arg-type]
 
 
-def test_a_canceled_model_is_not_read_back(place: Path) -> None:
-    model = Publication(place / "one", PRESERVED, base_layout(str(place / "base")))
-    model.plan(())
-    model.sent(PublicationSent(task=0))
-    model.cancel()
-    with pytest.raises(CanceledError):
-        model.complete(LocalFeed(str(place / "base")))
-    model.plan(())
+@pytest.mark.parametrize(("more_bytes", "is_in"), [(-200, True), (0, False)])
+def test_a_file_of_a_plan_may_be_twice_as_large_as_the_largest(
+    place: Path, monkeypatch: pytest.MonkeyPatch, more_bytes: int, is_in: bool
+) -> None:
+    """The worker cannot let a file grow beyond that."""
+    monkeypatch.setattr(one_publication, "_MORE_BYTES", 0)
+    model = model_of(place)
+    largest = model.expected.largest_bytes
+    assert model.publishing == Publishing(dtype="preserve", files=2, most_bytes=2 * largest)
+    spare = 2 * largest - model.expected.files[-1].size_bytes
+    new = (StoredTensor(name="new", dtype="U8", shape=(spare + more_bytes,)),)
+    with nullcontext() if is_in else pytest.raises(NotPublishedError), opened(model.plan(new)):
+        assert model.tensors
     model.discard()
-    assert not (place / ".one.partial").exists()
 
 
-class GoneBase:
-    """A base that cannot be read any more."""
-
-    def read(self, file: str, start: int, into: memoryview) -> None:
-        raise SourceError(f"{file} is gone")
-
-
-def planned_model(place: Path, name: str) -> Publication:
-    model = Publication(place / name, PRESERVED, base_layout(str(place / "base")))
-    model.plan(plan_of(stored(place / "base")))
-    return model
-
-
-def pass_by(model: Publication, base: Path, piece_bytes: int = 100) -> None:
-    for path in sorted(base.glob("*.safetensors")):
-        content = memoryview(path.read_bytes())
-        for start in range(0, len(content), piece_bytes):
-            model.take(path.name, start, content[start : start + piece_bytes])
-
-
-def send_merged(model: Publication, base: Path) -> None:
-    for name, content in stored(base).items():
-        if name in NAMES:
-            model.write(name, 0, memoryview(merged(content)))
-    model.sent(PublicationSent(task=0, tensors=plan_of(stored(base))))
-
-
-def test_what_passes_by_and_what_another_model_has_is_not_read_again(place: Path) -> None:
-    base = place / "base"
-    first, second, third = (planned_model(place, name) for name in ("first", "second", "third"))
-    pass_by(first, base)
-    for model in (first, second, third):
-        send_merged(model, base)
+def test_a_model_is_not_completed_after_the_run_was_ended(place: Path) -> None:
+    model = model_of(place)
+    with opened(model.plan(())):
+        model.written(PublicationWritten(task=0))
+    model.stop()
     with pytest.raises(NotPublishedError):
-        third.complete(GoneBase(), [second])
-    first.complete(GoneBase())
-    second.complete(GoneBase(), [third, first])
-    for model in (first, second):
-        assert stored(place / f".{model.directory.name}.partial" / "model") == expected(stored(base))
-    for model in (first, second, third):
-        model.discard()
+        model.complete()
+    model.discard()
+    model.stop()
 
 
-def test_what_the_worker_has_sent_in_the_place_of_the_base_does_not_count(place: Path) -> None:
-    base = place / "base"
-    other = next(name for name in stored(base) if name not in NAMES)
-    for when in ("before", "after"):
-        model = planned_model(place, when)
-        for step in (pass_by, None) if when == "after" else (None, pass_by):
-            if step is None:
-                model.write(other, 0, memoryview(bytes(len(stored(base)[other]))))
-            else:
-                step(model, base)
-        send_merged(model, base)
-        model.complete(LocalFeed(str(base)))
-        assert stored(place / f".{when}.partial" / "model") == expected(stored(base))
-        model.discard()
+def test_a_model_that_is_not_complete_when_its_worker_dies_is_removed(place: Path) -> None:
+    models = Publications(PublishSpec(directory="merged", label="merged"), ())
+    models._models = {0: model_of(place, "passed"), 1: model_of(place, "written")}
+    for model in models._models.values():
+        with opened(model.plan(plan_of())):
+            model.written(PublicationWritten(task=0))
+    models.passed(0, evidence())
+    models.ended()
+    assert (place / ".passed.partial").exists()
+    assert not (place / ".written.partial").exists()
+    models.close()
+
+
+@pytest.mark.parametrize("lost", [None, "embed.weight", NAMES[1]])
+def test_a_tensor_of_a_streamed_base_needs_a_checksum(place: Path, lost: str | None) -> None:
+    model, tensors = model_of(place, is_streamed=True), stored(place / "base")
+    with opened(model.plan(plan_of())) as descriptors:
+        files = PlannedFiles(descriptors)
+        for name, content in tensors.items():
+            if name != lost:
+                files.write(name, 0, memoryview(content))
+        message = PublicationWritten(task=0, checksums=tuple(files.checksums.items()))
+    if lost is None:
+        model.written(message)
+        model.complete()
+        assert stored(place / ".one.partial" / "model") == tensors
+    else:
+        with pytest.raises(NotPublishedError, match=lost):
+            model.written(message)
+        with pytest.raises(NotPublishedError):
+            model.complete()
+    model.discard()
 
 
 @pytest.mark.attempt("F01", "ENOSPC while the model is written", "not published, and no leftover")
-def test_a_disk_that_is_full_while_the_base_passes_prevents_publishing(
+def test_a_disk_that_is_full_while_the_base_is_copied_prevents_publishing(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = planned_model(place, "one")
+    own = weight_files._write_all
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(descriptor: int, start: int, content: memoryview) -> None:
+        if start:  # not a header
+            raise OSError(28, "No space left on device")
+        own(descriptor, start, content)
 
-    monkeypatch.setattr(one_publication.ModelWriter, "write", fail)
-    pass_by(model, place / "base")
-    model.sent(PublicationSent(task=0))
-    with pytest.raises(NotPublishedError):
-        model.complete(LocalFeed(str(place / "base")))
-    assert not (place / ".one.partial").exists()
+    monkeypatch.setattr(weight_files, "_write_all", fail)
+    assert play(place, "--publish", "merged") == 3
+    assert nothing_published(place)
+    assert "No space left on device" in adapters_of(place)[0]["findings"][0]["message"]
 
 
 def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,7 +496,7 @@ def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: p
 @pytest.mark.attempt("F09", "weights of the base are replaced while it is merged", "withdrawn")
 def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        send_all(publisher, task, tensors)
+        write_all(publisher, task, tensors)
         path = place / "base" / "model-00002-of-00002.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"x")
 
@@ -648,7 +637,7 @@ def test_a_file_that_is_swapped_during_the_run_is_not_published(
         (place / "new").rename(place / name)
 
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-        send_all(publisher, task, tensors)
+        write_all(publisher, task, tensors)
         if when == "while it is merged":
             swap()
 

@@ -1,15 +1,18 @@
 """The weight files of a published model.
 
-The layout has the base's own bytes where nothing changes, and true headers and index elsewhere. The writer takes any
-order of parts, accounts for every byte, and passes nothing that the disk has otherwise.
+The layout has the base's own bytes where nothing changes, and true headers and index elsewhere. The writer accounts for
+every tensor, and passes nothing that the disk has otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +27,11 @@ from merge_gate.publish.weight_files import (
     Place,
     base_layout,
     cast,
-    compare_written,
     merged_layout,
+    refuse_other_files,
 )
 from merge_gate.records.files import StoredTensor
+from merge_gate.sources.planned_files import PlannedFiles
 from tests.support.publish import SHARDS, lay_base, lay_shards
 
 
@@ -127,14 +131,13 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         base_layout(str(tmp_path))
 
 
-def test_written_files_are_compared_with_the_plan(base: ModelLayout, tmp_path: Path) -> None:
-    compare_written(tmp_path, base)
+def test_a_model_is_refused_if_other_files_of_it_would_be_loaded(base: ModelLayout, tmp_path: Path) -> None:
+    refuse_other_files(tmp_path, base)
     with pytest.raises(NotPublishedError):
-        compare_written(tmp_path, merged_layout(base, changed("embed.weight", "BF16", 12, 4)))
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_text(path.read_text().replace("mtp.weight", "ghost"))
+        refuse_other_files(tmp_path, merged_layout(base, {}, 1))
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(NotPublishedError):
-        compare_written(tmp_path, base)
+        refuse_other_files(tmp_path, base)
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -168,17 +171,26 @@ def written(tmp_path: Path) -> dict[str, bytes]:
     return lay_shards(tmp_path / "base")
 
 
-def new_writer(place: Path) -> ModelWriter:
-    return ModelWriter(place / "model", base_layout(str(place / "base")))
+def new_writer(place: Path, layout: ModelLayout | None = None) -> ModelWriter:
+    return ModelWriter(place / "model", layout or base_layout(str(place / "base")))
+
+
+def write(writer: ModelWriter, tensors: Mapping[str, bytes]) -> None:
+    """Write tensors as a worker does, each in two parts."""
+    with contextlib.closing(PlannedFiles(writer.make_files())) as files:
+        for name, content in tensors.items():
+            middle = len(content) // 2
+            files.write(name, 0, memoryview(content)[:middle])
+            assert files.lacks(name)
+            files.write(name, middle, memoryview(content)[middle:])
+            assert not files.lacks(name)
+        assert not files.lacks("unknown")
+        writer.checksums = files.checksums
 
 
 def test_the_bytes_of_the_base_give_its_files(written: dict[str, bytes], tmp_path: Path) -> None:
     writer = new_writer(tmp_path)
-    for name, content in reversed(written.items()):
-        middle = len(content) // 2
-        writer.write(name, middle, memoryview(content)[middle:])
-        assert name in {place.tensor.name for place in writer.missing()}
-        writer.write(name, 0, memoryview(content)[:middle])
+    write(writer, written)
     assert list(writer.missing()) == []
     for record in writer.read_back():
         own = (tmp_path / "base" / record.path).read_bytes()
@@ -186,35 +198,32 @@ def test_the_bytes_of_the_base_give_its_files(written: dict[str, bytes], tmp_pat
         assert (record.size_bytes, record.sha256) == (len(own), hashlib.sha256(own).hexdigest())
 
 
-def test_what_is_written_again_replaces_every_part_that_it_overlaps(written: dict[str, bytes], tmp_path: Path) -> None:
+def test_what_was_not_written_is_copied(written: dict[str, bytes], tmp_path: Path) -> None:
     writer = new_writer(tmp_path)
-    content = memoryview(written["layer.weight"])
-    for start, end in ((0, 8), (8, 32), (4, 12)):
-        writer.write("layer.weight", start, content[start:end])
-    (place,) = writer.places("layer.weight")
-    assert not writer.is_written(place)
-    writer.write("layer.weight", 0, content)
-    assert writer.is_written(place)
-    writer.forget(place)
-    assert not writer.is_written(place)
+    write(writer, {"layer.weight": bytes(32)})
+    assert {place.tensor.name for place in writer.missing()} == written.keys() - {"layer.weight"}
+    writer.copy(base_layout(str(tmp_path / "base")), str(tmp_path / "base"))
+    assert list(writer.missing()) == []
+    writer.read_back()
+    first = writer.layout.files[0].name
+    assert (tmp_path / "model" / first).read_bytes() == (tmp_path / "base" / first).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "offset", "size"), [("unknown", 0, 4), ("embed.weight", 76, 8), ("embed.weight", -4, 4)]
-)
-def test_bytes_outside_of_the_layout_are_refused(
-    written: dict[str, bytes], tmp_path: Path, name: str, offset: int, size: int
-) -> None:
-    with pytest.raises(ValueError, match=name):
-        new_writer(tmp_path).write(name, offset, memoryview(bytes(size)))
+def test_what_is_written_again_replaces_what_was_there(written: dict[str, bytes], tmp_path: Path) -> None:
+    writer, content = new_writer(tmp_path), memoryview(written["layer.weight"])
+    with contextlib.closing(PlannedFiles(writer.make_files())) as files:
+        files.write("layer.weight", 0, memoryview(bytes(32)))
+        files.write("layer.weight", 0, content[:8])
+        assert "layer.weight" not in files.checksums
+        files.write("layer.weight", 8, content[8:])
+        assert files.checksums == {"layer.weight": zlib.crc32(content)}
 
 
 @pytest.mark.parametrize("place", [3, -1, "short", "long"])
 @pytest.mark.attempt("F02b", "the disk gives other bytes back", "not published")
 def test_a_disk_with_other_bytes_is_found(written: dict[str, bytes], tmp_path: Path, place: int | str) -> None:
     writer = new_writer(tmp_path)
-    for name, content in written.items():
-        writer.write(name, 0, memoryview(content))
+    write(writer, written)
     path = tmp_path / "model" / "model-00001-of-00002.safetensors"
     content = bytearray(path.read_bytes())
     if isinstance(place, int):
@@ -226,14 +235,12 @@ def test_a_disk_with_other_bytes_is_found(written: dict[str, bytes], tmp_path: P
 
 @pytest.mark.attempt("F02", "ENOSPC in a write", "an error, and nothing has a name")
 def test_a_full_disk_is_an_error(written: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = new_writer(tmp_path)
-
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(weight_files.os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
-        writer.write("layer.weight", 0, memoryview(written["layer.weight"]))
+        new_writer(tmp_path).make_files()
 
 
 def test_other_files_are_written_once_and_read_back(written: dict[str, bytes], tmp_path: Path) -> None:
@@ -248,42 +255,19 @@ def test_other_files_are_written_once_and_read_back(written: dict[str, bytes], t
         writer.add_file("link", b"{}")
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_found(written: dict[str, bytes], tmp_path: Path) -> None:
-    writer = new_writer(tmp_path)
-    for name, content in written.items():
-        writer.write(name, 0, memoryview(content))
-    read: list[None] = []
-
-    def cut() -> None:
-        read.append(None)
-        if len(read) == len(writer.layout.files) + 1:  # the first piece
-            os.truncate(tmp_path / "model" / "model-00001-of-00002.safetensors", 8)
-
-    with pytest.raises(NotPublishedError):
-        writer.read_back(cut)
-
-
 def test_a_file_without_tensors_is_written(tmp_path: Path) -> None:
     header = b"{}      "
     layout = ModelLayout(files=(FileLayout(name="a.safetensors", head=(8).to_bytes(8, "little") + header, places=()),))
-    (record,) = ModelWriter(tmp_path, layout).read_back()
+    writer = ModelWriter(tmp_path, layout)
+    write(writer, {})
+    (record,) = writer.read_back()
     assert record.size_bytes == 16
-
-
-def test_more_parts_than_a_tensor_can_have_are_refused(
-    written: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weight_files, "MOST_PARTS", 1)
-    writer = new_writer(tmp_path)
-    writer.write("layer.weight", 0, memoryview(bytes(4)))
-    with pytest.raises(ValueError, match="parts"):
-        writer.write("layer.weight", 4, memoryview(bytes(4)))
 
 
 def test_another_file_that_the_disk_has_otherwise_is_found(
     written: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_files, "_read_whole", lambda *_: b"other")
+    monkeypatch.setattr(weight_files, "_read", lambda *_: b"other")
     with pytest.raises(NotPublishedError):
         new_writer(tmp_path).add_file("config.json", b"{}")
 
@@ -294,12 +278,12 @@ def test_a_name_in_two_files_is_written_to_both(written: dict[str, bytes], tmp_p
     again = replace(
         first, name="again.safetensors", places=tuple(in_file(place, "again.safetensors") for place in first.places)
     )
-    writer = ModelWriter(tmp_path / "model", ModelLayout(files=(*layout.files, again)))
-    for name, content in written.items():
-        writer.write(name, 0, memoryview(content))
-    assert list(writer.missing()) == []
+    writer = new_writer(tmp_path, ModelLayout(files=(*layout.files, again)))
+    write(writer, {name: content for name, content in written.items() if name != "steps"})
+    writer.copy(layout, str(tmp_path / "base"))
+    writer.read_back()
     one, again_written = (tmp_path / "model" / name for name in (first.name, "again.safetensors"))
-    assert again_written.read_bytes() == one.read_bytes()
+    assert again_written.read_bytes() == one.read_bytes() == (tmp_path / "base" / first.name).read_bytes()
 
 
 def in_file(place: Place, file: str) -> Place:

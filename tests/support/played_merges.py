@@ -11,18 +11,20 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from merge_gate._internal.errors import GateError
 from merge_gate.cli.dispatch import main
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import StoredTensor
 from merge_gate.run import flow
+from merge_gate.sources.planned_files import PlannedFiles
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.device import cpu_name
-from merge_gate.worker.protocol import Event, Group, Job, PublicationPlanned, PublicationSent, Publisher
+from merge_gate.worker.protocol import Event, Group, Job, PublicationWritten, Publisher
 from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
 from tests.support.publish import Shapes, lay_base
@@ -93,23 +95,29 @@ def played(
 ) -> Iterator[None]:
     """Commands in this block have a played worker, which merges into the base in this directory.
 
-    `send` sends the tensors of a task instead of `send_all`. `changes` are fields of each adapter's evidence.
+    `send` writes the tensors of a task instead of `write_all`. `changes` are fields of each adapter's evidence.
     """
     tensors = stored(base)
-    sends = send or send_all
+    sends = send or write_all
 
     def supervise(
         job: Job, on_event: Callable[[Event], None], _worker: object, _feeds: object, publisher: Publisher
     ) -> None:
         on_event(protocol.DeviceChosen(device="cpu", device_name=cpu_name()))
         for number, group in enumerate(job.groups):
-            _play_group(number, group, on_event, lambda task: sends(publisher, task, tensors), changes or {})
+            _play_group(number, group, on_event, lambda task: _played(sends, publisher, task, tensors), changes or {})
+        publisher.ended()
 
     with (
         mock.patch.object(flow, "supervise", supervise),
         mock.patch.object(supervisor.WorkerSlot, "start", return_value=None),
     ):
         yield
+
+
+def _played(send: Callable[..., None], publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    with suppress(GateError):  # the worker gets what the parent raises
+        send(publisher, task, tensors)
 
 
 def stored(base: Path) -> dict[str, bytes]:
@@ -145,18 +153,28 @@ def _play_group(
         on_event(protocol.Merged(task=task.index, evidence=evidence(**({"base": facts} | changes))))
 
 
-def send_all(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
-    """What a worker sends of a merge that changes the layers."""
+def write_all(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    """What a worker writes of a merge that changes the layers."""
     names = [MERGED.format(layer) for layer in range(LAYERS)]
     planned = tuple(StoredTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in names)
-    plan = PublicationPlanned(task=task, tensors=planned)
-    publisher.planned(plan.task, plan.tensors)
-    for name in names:
-        content = memoryview(merged(tensors[name]))
-        half = len(content) // 2
-        publisher.part(task, name, half, content[half:])
-        publisher.part(task, name, 0, content[:half])
-    publisher.sent(PublicationSent(task=task, tensors=planned))
+    write(publisher, task, planned, {name: merged(tensors[name]) for name in names})
+
+
+def write(
+    publisher: Publisher,
+    task: int,
+    planned: Sequence[StoredTensor],
+    tensors: Mapping[str, bytes],
+    **message: Any,
+) -> None:
+    """Plan a model, write these tensors in two parts, and send the message."""
+    with closing(PlannedFiles(publisher.planned(task, tuple(planned)))) as files:
+        for name, content in tensors.items():
+            half = len(content) // 2
+            files.write(name, 0, memoryview(content)[:half])
+            files.write(name, half, memoryview(content)[half:])
+        checksums = tuple(files.checksums.items())
+    publisher.written(PublicationWritten(**{"task": task, "checksums": checksums} | message))
 
 
 if __name__ == "__main__":

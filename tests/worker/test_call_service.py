@@ -7,9 +7,9 @@ import itertools
 import mmap
 import os
 import random
-import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, NotPublishedError
+from merge_gate.publish.weight_files import ModelLayout, ModelWriter, new_file
 from merge_gate.records.files import BaseFiles, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
@@ -34,9 +35,8 @@ from merge_gate.worker.protocol import (
     Group,
     Idle,
     PublicationPlanned,
-    PublicationSent,
+    PublicationWritten,
     SpansExpected,
-    TensorPart,
 )
 
 PAGE = mmap.PAGESIZE
@@ -62,36 +62,31 @@ def content(tmp_path: Path) -> dict[str, bytes]:
 
 
 class Recorder:
-    """Gets what is published of tasks 0 to 3."""
+    """Makes the files of tasks 0 to 3: each plan has one, or as many as `names` has."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         self.calls: list[object] = []
-        self.sent_bytes: dict[tuple[int, str], bytearray] = {}
-        self.passed: dict[str, bytes] = {}
+        self.directory, self.names = directory, ("model.safetensors",)
 
-    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
         self.calls.append((task, tensors))
+        if self.names == ("refused",):
+            raise NotPublishedError("the disk is full")
+        files = tuple(new_file(f"{task} {name}", tensors, None) for name in self.names)
+        return ModelWriter(self.directory, ModelLayout(files=files)).make_files()
 
-    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
-        whole = self.sent_bytes.setdefault((task, name), bytearray())
-        whole.extend(bytes(max(0, offset + len(content) - len(whole))))
-        whole[offset : offset + len(content)] = content
-
-    def sent(self, message: PublicationSent) -> None:
+    def written(self, message: PublicationWritten) -> None:
         self.calls.append(message)
 
-    def passing(self, directory: str, file: str, start: int, content: memoryview) -> None:
-        assert directory == "base"
-        assert len(self.passed.get(file, b"")) == start, "in order"
-        self.passed[file] = self.passed.get(file, b"") + bytes(content)
-        raise ValueError("it may fail")
+    def ended(self) -> None:
+        """Nothing is left."""
 
 
 class Ends:
     """Both ends: `base` is what the parent reads, as each group of the job."""
 
-    def __init__(self, base: FedBase) -> None:
-        self.base, self.publisher = base, Recorder()
+    def __init__(self, base: FedBase, directory: Path) -> None:
+        self.base, self.publisher = base, Recorder(directory)
         self.own, self.of_worker = zip(*(Line.pair() for _ in range(LINES)), strict=True)
         self.service = CallService(self.own, lambda _: self.base, self.publisher, range(4))
         self.service.start()
@@ -112,7 +107,7 @@ class Ends:
 def ends(tmp_path: Path, content: dict[str, bytes]) -> Iterator[Ends]:
     files = LocalFiles(str(tmp_path), list(content))
     files.sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    both = Ends(FedBase(files, "base"))
+    both = Ends(FedBase(files), tmp_path / "models")
     yield both
     both.close()
 
@@ -381,67 +376,82 @@ def test_a_directory_aside_is_read_next_to_a_base(ends: Ends, content: dict[str,
     assert ends.base.are_complete, "what was expected of the base was not replaced"
 
 
-def test_a_publication_gets_the_bytes_that_pass(ends: Ends, content: dict[str, bytes]) -> None:
-    client, spans = ends.client.feed(0), spans_of(content)
-    client.expect(spans, whole=True)
-    read_all(client, spans)
-    assert ends.publisher.passed == content
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
 
-TENSOR = StoredTensor(name="a", dtype="BF16", shape=(2, 3), file="model.safetensors")
+TENSOR = StoredTensor(name="a", dtype="BF16", shape=(2, 3))
 
 
-def test_all_bytes_arrive_before_the_end(ends: Ends) -> None:
-    data = {task: random.Random(task).randbytes(7 * PAGE + 5) for task in range(4)}
+def test_a_plan_gets_the_files_and_what_is_written_is_in_them(ends: Ends) -> None:
     client = ends.client
 
-    def send(task: int) -> None:
-        client.plan(task, [TENSOR])
-        for start in range(0, len(data[task]), 3 * PAGE + 1):
-            client.send(task, "a", start, memoryview(data[task])[start : start + 3 * PAGE + 1])
-        client.finish(task, [TENSOR], "{}", None)
-        assert ends.publisher.sent_bytes[task, "a"] == data[task]
+    def write(task: int) -> None:
+        files = client.plan(task, [TENSOR])
+        files.write("a", 0, memoryview(bytes([task]) * 12))
+        client.finish(task, files.checksums, "{}", None)
+        files.close()
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(send, data))
+        list(pool.map(write, range(4)))
+    wait_until(lambda: not open_files(ends.publisher.directory))
     calls = ends.publisher.calls
-    assert {task: calls.index((task, (TENSOR,))) < calls.index(sent(task)) for task in data} == dict.fromkeys(
-        data, True
-    )
+    for task in range(4):
+        content = bytes([task]) * 12
+        assert (ends.publisher.directory / f"{task} model.safetensors").read_bytes().endswith(content)
+        message = PublicationWritten(task=task, checksums=(("a", zlib.crc32(content)),))
+        assert calls.index((task, (TENSOR,))) < calls.index(message)
     assert len(calls) == 8
 
 
-def sent(task: int) -> PublicationSent:
-    return PublicationSent(task=task, tensors=(TENSOR,))
+def open_files(directory: Path) -> int:
+    """How many files in a directory this process, which has both ends, has open."""
+    links = (os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+    return sum(link.startswith(str(directory)) for link in links)
+
+
+def test_more_files_come_than_fit_into_one_message(ends: Ends) -> None:
+    ends.publisher.names = tuple(map(str, range(300)))
+    files = ends.client.plan(0, [TENSOR])
+    wait_until(lambda: open_files(ends.publisher.directory) == 300)
+    files.write("a", 0, memoryview(b"x" * 12))
+    files.close()
+    assert not open_files(ends.publisher.directory)
+    assert all(path.read_bytes().endswith(b"x" * 12) for path in ends.publisher.directory.iterdir())
+
+
+def test_files_that_do_not_all_arrive_are_an_error(ends: Ends) -> None:
+    """As if the process may not open as many."""
+    ends.publisher.names = ("0", "1", "2")
+    for line in ends.of_worker:
+        line._most_files = 1
+    with pytest.raises(SourceError, match="3 more files"):
+        ends.client.plan(0, [TENSOR])
+    wait_until(lambda: not open_files(ends.publisher.directory))
 
 
 def test_a_refusal_arrives(ends: Ends) -> None:
     refusal = NotJudged(message="no")
-    ends.client.finish(3, (), "{}", refusal)
-    assert ends.publisher.calls == [PublicationSent(task=3, refusal=refusal)]
+    ends.client.finish(3, {}, "{}", refusal)
+    assert ends.publisher.calls == [PublicationWritten(task=3, refusal=refusal)]
+    ends.publisher.names = ("refused",)
+    with pytest.raises(SourceError, match="full"):
+        ends.client.plan(3, [TENSOR])
 
 
-def test_a_service_that_is_gone_is_an_error_for_every_sender(ends: Ends) -> None:
-    ends.client.plan(0, [TENSOR])
+def test_a_service_that_is_gone_is_an_error(ends: Ends) -> None:
+    ends.client.plan(0, [TENSOR]).close()
     ends.service.close()
-    for call in (
-        lambda: ends.client.send(0, "a", 0, memoryview(bytes(6 * PAGE))),
-        lambda: ends.client.plan(0, [TENSOR]),
-        lambda: ends.client.finish(0, [TENSOR], "{}", None),
-    ):
+    for call in (lambda: ends.client.plan(0, [TENSOR]), lambda: ends.client.finish(0, {}, "{}", None)):
         with pytest.raises(EngineError):
             call()
 
 
-def test_what_was_sent_before_the_end_of_the_process_is_written(ends: Ends) -> None:
-    ends.of_worker[0].put(memoryview(b"abcd"))
-    ends.of_worker[0].send(part())
-    for line in ends.of_worker:
-        line.socket.shutdown(socket.SHUT_WR)
-    ends.service.drain()
-    assert ends.publisher.sent_bytes == {(3, "a"): b"abcd"}
+@pytest.mark.attempt("F15", "the worker passes open files to the run", "they are closed")
+def test_the_parent_takes_no_files(ends: Ends, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with other.open("wb") as file:
+        ends.of_worker[0].send(PublicationWritten(task=0), [file.fileno()] * 300)
+    assert ends.of_worker[0].receive() == Answer()
+    assert not open_files(other)
 
 
 # --- a worker that is not the gate's ---------------------------------------------------------------------------------
@@ -457,11 +467,6 @@ def expectation(*spans: object) -> SpansExpected:
     return SpansExpected(group=0, spans=spans, whole=True)  # type: ignore[arg-type]
 
 
-def part(**changes: object) -> TensorPart:
-    fields = {"task": 3, "name": "a", "offset": 0, "size_bytes": 4} | changes
-    return TensorPart(**fields)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     "message",
     [
@@ -475,29 +480,28 @@ def part(**changes: object) -> TensorPart:
         PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(1,) * 65),)),
         PublicationPlanned(task=3, tensors=(StoredTensor(name="a", dtype="BF16", shape=(1 << 48,)),)),
         PublicationPlanned(task=3, tensors=(TENSOR,) * (MOST_TENSORS + 1)),
-        PublicationSent(task=4),
-        part(task=4),
-        part(size_bytes=0),
-        part(size_bytes=PIECE_BYTES + 1),
-        part(name=b"a"),
+        PublicationWritten(task=4),
+        PublicationWritten(task=3, checksums=("a",)),  # type: ignore[arg-type]
+        PublicationWritten(task=3, checksums=(("a", "b"),)),  # type: ignore[arg-type]
+        PublicationWritten(task=3, checksums=(("a", 1),) * (MOST_TENSORS + 1)),
+        PublicationWritten(task=3, settings=b"{}"),  # type: ignore[arg-type]
         Answer(),
         Idle(),
     ],
     ids=lambda message: str(message)[:60],
 )
 def test_a_call_that_the_gate_never_makes_ends_the_service(ends: Ends, message: object) -> None:
-    assert ends.call(PublicationPlanned(task=3, tensors=(TENSOR,))) == Answer()
+    assert ends.call(PublicationPlanned(task=3, tensors=(TENSOR,))) == Answer(files=1)
     with pytest.raises((EOFError, OSError)):
         ends.call(message)
-    ends.service.drain()
+    ends.service.close()
     assert ends.publisher.calls == [(3, (TENSOR,))]
-    assert not ends.publisher.sent_bytes
 
 
 def test_a_run_that_publishes_nothing_takes_no_tensors(ends: Ends) -> None:
     ends.service._publisher = None
     with pytest.raises((EOFError, OSError)):
-        ends.call(part())
+        ends.call(PublicationWritten(task=3))
 
 
 def test_the_memory_of_a_line_keeps_its_size(ends: Ends) -> None:
@@ -565,8 +569,7 @@ def test_a_base_is_opened_once_and_reported_when_it_has_passed(tmp_path: Path, c
     feeds = Feeds(on_complete=lambda directory, _, known: seen.append((directory, dict(known))))
     base = feeds.open(group(tmp_path, weights=tuple(content)))
     assert feeds.open(group(tmp_path)) is base
-    both = Ends(base)
-    both.publisher.passing = lambda *_: None  # type: ignore[method-assign]
+    both = Ends(base, tmp_path)
     client, spans = both.client.feed(0), spans_of(content)
     client.expect(spans, whole=True)
     read_all(client, spans)

@@ -231,6 +231,35 @@ def test_a_card_has_no_limit_of_memory(tmp_path: Path, wording: Wording) -> None
     wording(json.loads(done.stdout)[2][-1])
 
 
+LIMITED = """
+import os
+from merge_gate.records.files import BaseFiles
+from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey
+from merge_gate.worker.protocol import Group, Job, Publishing, Task
+from merge_gate.worker.sandbox import limit
+
+most = 5 << 30
+task = Task(index=0, files=(), publishes=Publishing(dtype="preserve", most_bytes=most))
+key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
+group = Group(base=key, directory="", files=BaseFiles(directory=""), tasks=(task,))
+limit(Sandbox(), Job(groups=(group,)), "cpu")
+file = os.open("model", os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, most)
+for grow in (lambda: os.ftruncate(file, most + 1), lambda: os.pwrite(file, b"xx", most)):
+    try:
+        grow()
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_a_file_may_be_as_large_as_the_largest_of_a_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", LIMITED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True)
+    assert done.stdout.split(b"\n")[:2] == [b"File too large"] * 2
+
+
 # --- in a thread of this process, of which alone it holds ------------------------------------------------------------
 
 
@@ -272,6 +301,34 @@ def test_what_is_given_up_is_given_up(tmp_path: Path) -> None:
 
     in_a_thread(give_up)
     assert list(other.iterdir()) == []
+
+
+@pytest.mark.attempt("F16", "the worker opens, links, cuts, or renames a model's file", "it can only write to it")
+def test_a_file_that_was_passed_open_can_be_written_to_and_no_more(tmp_path: Path) -> None:
+    own, models = tmp_path / "own", tmp_path / "models"
+    own.mkdir()
+    models.mkdir()
+    descriptor = os.open(models / "model", os.O_RDWR | os.O_CREAT)
+    path = f"/proc/self/fd/{descriptor}"
+
+    def give_up() -> None:
+        confine(own)
+        os.pwrite(descriptor, b"x", 3)
+        for attempt in (
+            lambda: os.open(path, os.O_RDWR),
+            lambda: os.truncate(path, 0),
+            lambda: os.link(path, own / "link", follow_symlinks=True),
+            lambda: os.link(models / "model", own / "link"),
+            lambda: (models / "model").rename(models / "other"),
+            (models / "model").unlink,
+            lambda: (models / "new").write_bytes(b""),
+        ):
+            with pytest.raises(OSError, match=r"."):
+                attempt()
+
+    in_a_thread(give_up)
+    os.close(descriptor)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()] == [("model", b"\0\0\0x")]
 
 
 def test_a_cards_driver_may_write_where_it_has_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from merge_gate._internal.regular_file import read_all
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import whole_file
 from merge_gate.config.from_arguments import config_of
-from merge_gate.exporting.kept_merges import ComparedMerges, KeptMerges
+from merge_gate.exporting.kept_merges import KeptMerges, compared
 from merge_gate.exporting.plain_lora import Array, array_of, plain_lora, refuse, repaired_names
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
@@ -52,6 +52,7 @@ from merge_gate.report.stored.output_directory import explained, made_directory,
 from merge_gate.run.fed_bases import headers_limit_s
 from merge_gate.run.flow import Run
 from merge_gate.run.view import View
+from merge_gate.sources.planned_files import PlannedFiles
 from merge_gate.worker.private_directory import private_directory
 
 DTYPES = ("auto", "float32")
@@ -110,7 +111,6 @@ def export(
             write_adapter(scratch / "repaired", content, tensors)
             config = _config_of(scratch / "repaired", config, spec)
         # 2.
-        (scratch / "merges").mkdir()
         kept, view.more_follows = KeptMerges(scratch / "merges"), True
         report = _gated(config, view, kept)
         if report.result is not Result.PASS or kept.served is None or content is None:
@@ -134,16 +134,16 @@ def export(
         )
         _write_record(partial.model, facts)
         # 4.
-        again, view.more_follows = ComparedMerges(kept, made), False
+        again, view.more_follows = KeptMerges(scratch / "again"), False
         config = _config_of(partial.model, config, replace(spec, name=target.name, source=output))
         report = _gated(config, view, again)
         if report.result is not Result.PASS:
             return Export(report=report)
         if again.served is None or again.served.loaded != facts.model_class:
             raise GateError(f"the export was not loaded as {facts.model_class}")
-        compared = [again.comparison(task, one.base.dtype) for task, one in enumerate(report.adapters)]
+        comparisons = [compared(task, one.base.dtype, kept, again, made) for task, one in enumerate(report.adapters)]
         # 5.
-        facts = replace(facts, comparisons=tuple({one.dtype: one for one in compared}.values()))
+        facts = replace(facts, comparisons=tuple({one.dtype: one for one in comparisons}.values()))
         _write_record(partial.model, facts)
         partial.publish(replaces=earlier)
         return Export(report=report, record=facts)
@@ -192,8 +192,10 @@ def write_adapter(
         for name, one in tensors.items()
     ]
     writer = ModelWriter(directory, ModelLayout(files=(new_file(WEIGHTS_NAME, stored, {"format": "pt"}),)))
-    for name, one in tensors.items():
-        writer.write(name, 0, memoryview(one.values.tobytes()))
+    with contextlib.closing(PlannedFiles(writer.make_files())) as files:
+        for name, one in tensors.items():
+            files.write(name, 0, memoryview(one.values.tobytes()))
+        writer.checksums = files.checksums
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return writer.add_file(CONFIG_NAME, text.encode("ascii")), *writer.read_back()
 

@@ -1,11 +1,11 @@
 """Publishes the models of one run, one for each adapter, from the plan of the run to the directories.
 
-In: the entries of a run, and what the worker sends about them. Out: directories of models, or why there is none. It is
-the `Publisher` of the worker's tensors (worker/call_service.py).
+In: the entries of a run, and what the worker says about them. Out: directories of models, or why there is none. It is
+the `Publisher` of the worker (worker/call_service.py).
 
 1. `choose` decides which entries are published, and checks directory and disk before the first merge.
-2. Tensors arrive on a thread of the service. If the base is streamed, so do those that no merge changes.
-3. `passed` copies the rest and reads everything back, on a separate thread, while the next adapter is merged.
+2. `planned` makes the files of a model, and passes them to the worker open. `written` gets the checksums.
+3. `complete` copies the rest and reads everything back, when the last worker has ended.
 4. `publish` gives a model its name. The caller knows by then that the base has not changed.
 """
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
@@ -25,7 +25,7 @@ from merge_gate._internal.text import has_hidden, listing, quoted
 from merge_gate.files.base_watch import base_directory
 from merge_gate.publish.companions import companion_identities
 from merge_gate.publish.manifest import MANIFEST_NAME, PublicationFacts
-from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication
+from merge_gate.publish.one_publication import Publication
 from merge_gate.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
 from merge_gate.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
@@ -34,13 +34,13 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.report.stored.output_directory import explained, made_directory
-from merge_gate.worker.protocol import PublicationSent
+from merge_gate.worker.protocol import PublicationWritten, Publishing
 
 _NONE_FITS = 10
 """More than there are dtypes."""
 
-END_LIMIT_S = 10.0
-"""How long a disk may take for the piece that is being written when the run is interrupted."""
+MODELS_AT_A_TIME = 4
+"""So many are copied and read back at a time, when the worker has ended and its cores are free."""
 
 _CHOSEN_BY = " with --publish"
 _MOST_NAME_BYTES = 255
@@ -72,7 +72,7 @@ class Publications:
         self.spec, specs, self._notify, self._is_plan = wanted, tuple(specs), notify, is_plan
         self._parent, self._made = Path(), contextlib.ExitStack()
         if wanted is not None:
-            _refuse_inside(Path(wanted.directory).resolve(), inputs)
+            _refuse_inputs(Path(wanted.directory).resolve(), inputs)
             names = [model_name(spec.name, wanted.dtype) for spec in specs]
             self._parent = _prepared(wanted.directory, names, within, self._made, is_plan=is_plan)
         self._specs = tuple(spec.name for spec in specs)
@@ -80,25 +80,18 @@ class Publications:
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
         self._bases: dict[str, ModelLayout] = {}
-        self._of_base: dict[str, list[Publication]] = {}
         self._seen: dict[str, dict[str, FileIdentity]] = {}
-        self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
-        self._pending: set[int] = set()
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # threads of the service plan models, and this one discards them
 
     def close(self) -> None:
-        """Stop writing."""
-        for model in self._models.values():
-            model.cancel()
-        self.wait(END_LIMIT_S)
-        for model in self._models.values():
-            model.discard()
+        for index in self._models:
+            self.discard(index)
         self._made.close()
 
     # --- 1 ---------------------------------------------------------------------------------------------------------
 
-    def choose(self, entries: Mapping[int, Entry]) -> dict[int, str]:
-        """Decide which of the entries to merge are published, and in which dtype.
+    def choose(self, entries: Mapping[int, Entry]) -> dict[int, Publishing]:
+        """Decide which of the entries to merge are published, and how.
 
         An adapter has one model. If it is merged in several dtypes, the one that is published is the named one, or the
         one that the base is stored in.
@@ -110,21 +103,19 @@ class Publications:
         """
         if self.spec is None:
             return {}
-        inputs = [*_inputs(entries.values())]
-        _refuse_inside(self._parent, inputs)
         self._chosen = one_of_each(entries, self.spec.dtype)
-        if self._is_plan:
-            return dict.fromkeys(self._chosen, self.spec.dtype)
-        for index, entry in self._chosen.items():
+        for index, entry in () if self._is_plan else self._chosen.items():
             self._add(index, entry, self.spec)
-        _refuse_over((model.directory for model in self._models.values()), inputs)
+        _refuse_inputs(self._parent, _inputs(entries.values()), {model.directory for model in self._models.values()})
+        if self._is_plan:
+            return dict.fromkeys(self._chosen, Publishing(dtype=self.spec.dtype))
         refuse_small_disk(
             self._parent,
             sum(model.expected.size_bytes for model in self._models.values()),
             "the models to publish",
             "free some space, choose another disk with --publish, or publish fewer adapters with --only",
         )
-        return dict.fromkeys(self._models, self.spec.dtype)
+        return {index: model.publishing for index, model in self._models.items()}
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
         directory = base_directory(entry)
@@ -134,69 +125,68 @@ class Publications:
             for seen in (directory, *(member.directory for member in entry.members)):
                 self._seen.setdefault(seen, companion_identities(seen))
             target = self._parent / model_name(entry.spec.name, wanted.dtype)
-            model = Publication(target, wanted, self._bases[directory])
-            model.expected  # noqa: B018 - raises if the shards cannot be so small
+            is_streamed = entry.base_files is not None and entry.base_files.is_streamed
+            layout = self._bases[directory]
+            self._models[index] = Publication(target, wanted, layout, directory, is_streamed=is_streamed)
         except NotPublishedError as error:
             self._refused[index] = error
-        else:
-            self._models[index] = model
-            self._of_base.setdefault(directory, []).append(model)
 
     # --- 2: the worker ---------------------------------------------------------------------------------------------
 
-    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
-        self._models[task].plan(tensors)
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
+        if self._models[task].is_accepted:
+            raise NotPublishedError("the merge was judged before")
+        self._refused.pop(task, None)
+        with self._lock, self._one(task) as model:
+            return model.plan(tensors)
 
-    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
-        self._models[task].write(name, offset, content)
+    def written(self, message: PublicationWritten) -> None:
+        if not self._models[message.task].is_accepted:
+            with self._lock, self._one(message.task) as model:
+                model.written(message)
 
-    def sent(self, message: PublicationSent) -> None:
-        self._models[message.task].sent(message)
+    def ended(self) -> None:
+        for index, model in self._models.items():
+            if not model.is_accepted:
+                self.discard(index)
 
-    def passing(self, directory: str, file: str, start: int, content: memoryview) -> None:
-        """Bytes of a base's file, which the worker gets now. What no merge changes in them is written at once."""
-        for model in self._of_base.get(directory, ()):
-            model.take(file, start, content)
+    @contextlib.contextmanager
+    def _one(self, index: int) -> Iterator[Publication]:
+        """Whatever goes wrong in the block costs this model, and not the run: the first error counts."""
+        model = self._models[index]
+        try:
+            yield model
+        except Exception as error:
+            model.discard()
+            raise self._refused.setdefault(index, _explained(error, model.directory)) from error
 
     # --- 3 and 4: the verdict --------------------------------------------------------------------------------------
 
-    def passed(self, index: int, base: Callable[[], BaseReader], evidence: Evidence) -> None:  # noqa: ARG002 - a subclass keeps it
-        """The adapter passed: complete its model. `base` opens the base's own files."""
-        if (model := self._models.get(index)) is not None:
-            model.accept()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._complete, daemon=True)
-                self._thread.start()
-            self._pending.add(index)
-            self._to_complete.put((index, base))
+    def passed(self, index: int, evidence: Evidence) -> None:  # noqa: ARG002 - a subclass keeps it
+        """The adapter passed: what the worker plans or writes from now on does not count."""
+        if index in self._models:
+            self._models[index].is_accepted = True
 
     def discard(self, index: int) -> None:
         """The adapter did not pass."""
-        if (model := self._models.get(index)) is not None:
-            model.discard()
+        if index in self._models:
+            with self._lock:
+                self._models[index].discard()
 
-    def _complete(self) -> None:
-        for index, base in iter(self._to_complete.get, None):
-            with contextlib.suppress(CanceledError):
-                try:
-                    model = self._models[index]
-                    together = next(models for models in self._of_base.values() if model in models)
-                    with _this_model_only():
-                        model.complete(base(), [other for other in together if other is not model])
-                except NotPublishedError as error:
-                    self._refused[index] = error
-            self._pending.discard(index)
+    def complete(self) -> None:
+        """Complete the models of the adapters that passed. No worker may be alive."""
+        passed = [index for index, one in self._models.items() if one.is_accepted and index not in self._refused]
+        with ThreadPoolExecutor(MODELS_AT_A_TIME) as pool:
+            try:
+                for _ in pool.map(self._complete, passed):
+                    pass
+            finally:  # a signal ends the run
+                for index in passed:
+                    self._models[index].stop()
 
-    @property
-    def is_completing(self) -> bool:
-        """Whether a model is being completed."""
-        return self._thread is not None and self._thread.is_alive() and bool(self._pending)
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait until every model is completed, or for so long."""
-        if self._thread is not None:
-            self._to_complete.put(None)
-            self._thread.join(timeout_s)
+    def _complete(self, index: int) -> None:
+        with contextlib.suppress(NotPublishedError), self._one(index) as model:
+            model.complete()
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -210,14 +200,9 @@ class Publications:
         assert self.spec is not None  # noqa: S101 - there is an entry to publish
         if index in self._refused:
             raise self._refused[index]
-        model = self._models[index]
-        try:
-            with _this_model_only():
-                earlier = replaceable(model.directory, self._notify)
-                files, findings = model.publish(facts_of(model), self._seen, replaces=earlier)
-        except NotPublishedError:
-            model.discard()
-            raise
+        with self._one(index) as model:
+            earlier = replaceable(model.directory, self._notify)
+            files, findings = model.publish(facts_of(model), self._seen, replaces=earlier)
         directory = str(Path(self.spec.label, model.directory.name))
         return PublishedModel(directory=directory, dtype=self.spec.dtype, files=files), findings
 
@@ -233,20 +218,18 @@ class Publications:
                     yield adapter, str(Path(self.spec.label, name))
 
 
-@contextlib.contextmanager
-def _this_model_only() -> Iterator[None]:
-    """Whatever goes wrong in this block costs one model, and not the run."""
-    try:
-        yield
-    except (NotPublishedError, CanceledError):
-        raise
-    except GateError as error:
-        raise NotPublishedError(error.message, hint=error.hint) from error
-    except Exception as error:
-        raise NotPublishedError(
-            f"the model could not be written: unexpected {type(error).__name__}: {str(error)[:200]}",
-            hint="this is a bug of merge-gate: please report it",
-        ) from error
+def _explained(error: Exception, target: Path) -> NotPublishedError:
+    if isinstance(error, GateError):
+        return NotPublishedError(error.message, hint=error.hint)
+    if isinstance(error, OSError):
+        return NotPublishedError(
+            f"the model cannot be written to {quoted(str(target), 200)}: {error.strerror or error}",
+            hint="free some space there, or publish to another disk",
+        )
+    return NotPublishedError(
+        f"the model could not be written: unexpected {type(error).__name__}: {str(error)[:200]}",
+        hint="this is a bug of merge-gate: please report it",
+    )
 
 
 def one_of_each(entries: Mapping[int, Entry], wanted: str) -> dict[int, Entry]:
@@ -350,30 +333,26 @@ def _without_link(directory: str) -> Path:
     return place.resolve()
 
 
-def _refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to."""
+def _refuse_inputs(target: Path, inputs: Iterable[tuple[str, str]], models: Collection[Path] = ()) -> None:
+    """Refuse to publish inside of an input, or to put a model in the place of one, or of a directory that holds one.
+
+    `inputs` pairs directories and what they belong to.
+    """
     for directory, owner in inputs:
         if not os.path.isdir(directory):  # noqa: PTH112 - a name with a zero byte is no directory
             continue
         own = Path(directory).resolve()
         weights = {path.resolve().parent for path in own.glob("*.safetensors")}  # a snapshot has links to its files
-        if any(target == place or place in target.parents for place in {own, *weights}):
+        if not {target, *target.parents}.isdisjoint({own, *weights}):
             raise UsageError(
                 f"the directory to publish to, {quoted(str(target), 200)}, is inside {owner}",
                 hint=f"choose a directory elsewhere{_CHOSEN_BY}",
             )
-
-
-def _refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse to publish a model in the place of an input, or of a directory that holds one."""
-    owners = [(Path(directory).resolve(), owner) for directory, owner in inputs if os.path.isdir(directory)]  # noqa: PTH112 - as above
-    for place in places:
-        for directory, owner in owners:
-            if place == directory or place in directory.parents:
-                raise UsageError(
-                    f"{owner} is in {quoted(str(place), 200)}, and this run would publish a model there",
-                    hint=f"choose another directory{_CHOSEN_BY}",
-                )
+        for place in {own, *own.parents}.intersection(models):
+            raise UsageError(
+                f"{owner} is in {quoted(str(place), 200)}, and this run would publish a model there",
+                hint=f"choose another directory{_CHOSEN_BY}",
+            )
 
 
 def refuse_small_disk(target: Path, needed_bytes: int, what: str, hint: str) -> None:

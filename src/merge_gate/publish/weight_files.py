@@ -1,30 +1,28 @@
 """The weight files of a published model: where each tensor is stored, and proof that the disk has what was written.
 
-In: the headers of a base, the dtypes and shapes that the merge changes, and the bytes of tensors in parts. Out: a
-`ModelLayout` (file names, header bytes, places of tensors, the index), and the files with their SHA-256. The meaning of
-values does not matter here.
+In: the headers of a base, the dtypes and shapes that the merge changes, and checksums of tensors. Out: a `ModelLayout`
+(file names, header bytes, places of tensors, the index), and the files with their SHA-256. The meaning of values does
+not matter here.
 
 1. A file keeps its name, its order, and its header bytes if all its tensors keep their dtypes and shapes.
 2. If one changes, the file has a new header, and the same order of tensors.
 3. With a limit on the size of a shard, the tensors go into new files, in the order of the base.
-4. Each file is created with its final size and its header.                                              `ModelWriter`
-5. Each part gets a checksum and is written at its place. A later part replaces an earlier one there.    `write`
-6. Every byte of every tensor must have been written.                                                    `missing`
-7. The files go to disk and are read back: each part must have its checksum.                             `read_back`
+4. Each file is created with its final size and its header.                       `ModelWriter.make_files`
+5. The worker writes tensors at their places, and reports their checksums.        sources/planned_files.py
+6. All other tensors are copied from the base.                                    `copy`
+7. The files go to disk and are read back: each tensor must have its checksum.    `read_back`
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular,
 from merge_gate.records.files import FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.terms import record
+from merge_gate.sources.feed import LocalFeed
 
 FLOATING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """The dtypes that a model can be cast to, and their names in a header."""
@@ -48,12 +47,9 @@ _PREFIX_BYTES = 8
 _ALIGNMENT = 8
 
 CHUNK_BYTES = 16 << 20
-MOST_PARTS = 1 << 16
-"""Enough for a merged tensor of 256 GiB, which arrives in parts of 4 MiB."""
 
 _EXISTING = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = _EXISTING | os.O_CREAT | os.O_EXCL
-_LIBC, _SYNC_FILE_RANGE_WRITE = ctypes.CDLL(None), 2
 _REREAD = "the disk or its driver loses data: publish to another disk"
 
 
@@ -93,6 +89,10 @@ class ModelLayout:
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files) + (self.index.size_bytes if self.index else 0)
+
+    @property
+    def largest_bytes(self) -> int:
+        return max((file.size_bytes for file in self.files), default=0)
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -307,90 +307,71 @@ def _is_true(index: Mapping[str, Any], files: Iterable[FileLayout]) -> bool:
     )
 
 
-def compare_written(directory: Path, layout: ModelLayout) -> None:
-    """Compare the headers and the index on disk with the layout, both ways.
-
-    Raises:
-        NotPublishedError: they differ, or transformers would load other files.
-    """
-    written = base_layout(str(directory))
-    if written.files != layout.files:
-        raise NotPublishedError("the written headers differ from the planned ones", hint="please report this")
-    if written.index is not None and not _is_true(_parsed(written.index.head), written.files):
-        raise NotPublishedError("the written index differs from the headers", hint="please report this")
+def refuse_other_files(directory: Path, layout: ModelLayout) -> None:
+    """Refuse a model if transformers would load other files of it than the layout has, which were read back."""
+    chosen = loaded_files(str(directory))
+    index = layout.index.name if layout.index is not None else None
+    if (sorted(chosen.files), chosen.index) != (sorted(file.name for file in layout.files), index):
+        raise NotPublishedError("transformers would not load the written files", hint="please report this")
 
 
 # --- written, and read back ------------------------------------------------------------------------------------------
 
 
 class ModelWriter:
-    """The weight files of one model. One thread at a time may use it. No file stays open between two calls."""
+    """The weight files of one model. `checksums` has the CRC-32 of each tensor that was written."""
 
     def __init__(self, directory: Path, layout: ModelLayout) -> None:
         self.layout = layout
         self._directory = directory
-        self._places = layout.places()
-        self._parts: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
-        """Of each place, the parts by their start: size and checksum."""
-        for file in layout.files:
-            path = directory / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _opened(path, _NEW) as descriptor:
-                os.ftruncate(descriptor, file.size_bytes)
-                _write_all(descriptor, 0, memoryview(file.head))
+        self.checksums: dict[str, int] = {}
+        self.is_stopped = False
 
-    def places(self, name: str) -> tuple[Place, ...]:
-        """Where a tensor is stored; empty if it is not."""
-        return self._places.get(name, ())
-
-    def write(self, name: str, offset: int, content: memoryview) -> None:
-        """Write bytes of a tensor, from `offset` of the tensor on, to each of its places.
+    def make_files(self) -> tuple[int, ...]:
+        """Create each file with its header and its size. Returns the files, open; the caller closes them.
 
         Raises:
-            ValueError: the tensor has no such bytes.
             OSError: the disk is full, or fails.
         """
-        places = self.places(name)
-        if not places or not 0 <= offset < offset + len(content) <= places[0].size_bytes:
-            raise ValueError(f"{name}: {len(content)} bytes at {offset}")
-        checksum = zlib.crc32(content)
-        for place in places:
-            with _opened(self._directory / place.tensor.file) as descriptor:
-                _write_all(descriptor, place.start + offset, content)
-                _begin_to_store(descriptor, place.start + offset, len(content))
-            parts = self._parts.setdefault((place.tensor.file, place.start), {})
-            end = offset + len(content)
-            if offset not in parts or parts[offset][0] != len(content):
-                for start in [one for one, (size_bytes, _) in parts.items() if one < end and offset < one + size_bytes]:
-                    del parts[start]
-            if len(parts) >= MOST_PARTS:
-                raise ValueError(f"{name}: more than {MOST_PARTS} parts")
-            parts[offset] = (len(content), checksum)
-
-    def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` with bytes of a tensor from `offset` on, as they are in the first file that has it.
-
-        Raises:
-            NotPublishedError: the file ends before.
-            OSError: the disk fails.
-        """
-        place = self.places(name)[0]
-        with _opened(self._directory / place.tensor.file) as descriptor:
-            _read_all(descriptor, place.start + offset, into, place.tensor.file)
-
-    def forget(self, place: Place) -> None:
-        """Parts of this tensor that were written do not count."""
-        self._parts.pop((place.tensor.file, place.start), None)
-
-    def is_written(self, place: Place) -> bool:
-        """Whether every byte of a tensor was written."""
-        parts = self._parts.get((place.tensor.file, place.start), {})
-        return sum(size_bytes for size_bytes, _ in parts.values()) == place.size_bytes  # they do not overlap
+        with contextlib.ExitStack() as stack:
+            made = []
+            for file in self.layout.files:
+                made.append(_open(self._directory / file.name, _NEW))
+                stack.callback(os.close, made[-1])
+                os.ftruncate(made[-1], file.size_bytes)
+                _write_all(made[-1], 0, memoryview(file.head))
+            stack.pop_all()
+        return tuple(made)
 
     def missing(self) -> Iterator[Place]:
-        """The places of tensors that were not written whole."""
-        for file in self.layout.files:
-            yield from (place for place in file.places if not self.is_written(place))
+        """The places of tensors that were not written."""
+        return (one for file in self.layout.files for one in file.places if one.tensor.name not in self.checksums)
+
+    def copy(self, base: ModelLayout, directory: str) -> None:
+        """Write the tensors that were not written as the base in this directory has them.
+
+        Raises:
+            SourceError: the base cannot be read.
+            OSError: the disk is full, or fails.
+        """
+        sources, buffer = base.places(), memoryview(bytearray(CHUNK_BYTES))
+        with LocalFeed(directory) as feed:
+            for place in tuple(self.missing()):
+                source, checksum = sources[place.tensor.name][-1], 0
+                with _opened(self._directory / place.tensor.file) as descriptor:
+                    for offset, size_bytes in self._pieces(place):
+                        piece = buffer[:size_bytes]
+                        feed.read(source.tensor.file, source.start + offset, piece)
+                        checksum = zlib.crc32(piece, checksum)
+                        _write_all(descriptor, place.start + offset, piece)
+                self.checksums[place.tensor.name] = checksum
+
+    def _pieces(self, place: Place) -> Iterator[tuple[int, int]]:
+        """The parts of a tensor that are read at a time: the offset and the size of each."""
+        for offset in range(0, place.size_bytes, CHUNK_BYTES):
+            if self.is_stopped:
+                raise NotPublishedError("the run was ended")
+            yield offset, min(CHUNK_BYTES, place.size_bytes - offset)
 
     def add_file(self, name: str, content: bytes) -> FileRecord:
         """Write another file of the model, whole.
@@ -399,68 +380,47 @@ class ModelWriter:
             FileExistsError: there is one of that name.
             OSError: the disk is full, or fails.
         """
-        path = self._directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(path, _NEW) as descriptor:
+        with _opened(self._directory / name, _NEW) as descriptor:
             _write_all(descriptor, 0, memoryview(content))
             os.fsync(descriptor)
-            read = _read_whole(descriptor, len(content) + 1)
-        if read != content:
-            raise _other_bytes(name)
+            if _read(descriptor) != content:
+                raise _other_bytes(name)
         return FileRecord(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
-    def read_back(self, go_on: Callable[[], None] = lambda: None) -> tuple[FileRecord, ...]:
-        """Send the files to disk, read them again, and compare every part. Returns their digests.
-
-        `go_on` is called for each piece, and may raise to end the reading.
+    def read_back(self) -> tuple[FileRecord, ...]:
+        """Send the files to disk, and read each once: for its digest, and to compare each tensor with its checksum.
 
         Raises:
             NotPublishedError: the disk has other bytes than were written.
             OSError: the disk fails.
         """
-        for file in self.layout.files:
-            go_on()
-            with _opened(self._directory / file.name) as descriptor:
-                os.fsync(descriptor)
-        with ThreadPoolExecutor(1) as pool:
-            return tuple(self._read_file(file, pool, go_on) for file in self.layout.files)
+        return tuple(map(self._read_file, self.layout.files))
 
-    def _read_file(self, file: FileLayout, pool: ThreadPoolExecutor, go_on: Callable[[], None]) -> FileRecord:
-        with _opened(self._directory / file.name) as descriptor:
-            return self._read_opened(descriptor, file, pool, go_on)
-
-    def _read_opened(
-        self, descriptor: int, file: FileLayout, pool: ThreadPoolExecutor, go_on: Callable[[], None]
-    ) -> FileRecord:
-        """Another thread hashes the file, while this one compares checksums."""
-        if os.fstat(descriptor).st_size != file.size_bytes or _read_whole(descriptor, len(file.head)) != file.head:
-            raise _other_bytes(file.name)
-        whole = hashlib.sha256(file.head)
-        buffers = [memoryview(bytearray(CHUNK_BYTES)), memoryview(bytearray(CHUNK_BYTES))]
-        hashing = None
-        for place in file.places:
-            parts = self._parts.get((file.name, place.start), {})
-            for offset, (size_bytes, expected) in sorted(parts.items()):
+    def _read_file(self, file: FileLayout) -> FileRecord:
+        whole, buffer = hashlib.sha256(file.head), memoryview(bytearray(CHUNK_BYTES))
+        with _opened(self._directory / file.name) as descriptor, open(descriptor, "rb", closefd=False) as opened:
+            os.fsync(descriptor)
+            if os.fstat(descriptor).st_size != file.size_bytes or opened.read(len(file.head)) != file.head:
+                raise _other_bytes(file.name)
+            for place in file.places:  # in their order, without holes
                 checksum = 0
-                for start in range(offset, offset + size_bytes, CHUNK_BYTES):
-                    go_on()
-                    buffers.reverse()
-                    piece = buffers[0][: min(CHUNK_BYTES, offset + size_bytes - start)]
-                    _read_all(descriptor, place.start + start, piece, file.name)
-                    if hashing is not None:
-                        hashing.result()
-                    hashing = pool.submit(whole.update, piece)
+                for _, size_bytes in self._pieces(place):
+                    piece = buffer[: opened.readinto(buffer[:size_bytes])]
+                    whole.update(piece)
                     checksum = zlib.crc32(piece, checksum)
-                if checksum != expected:
+                if checksum != self.checksums[place.tensor.name]:
                     raise _other_bytes(file.name, place.tensor.name)
-        if hashing is not None:
-            hashing.result()
         return FileRecord(path=file.name, size_bytes=file.size_bytes, sha256=whole.hexdigest())
+
+
+def _open(path: Path, flags: int) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, flags, 0o666)
 
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int = _EXISTING) -> Iterator[int]:
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = _open(path, flags)
     try:
         yield descriptor
     finally:
@@ -473,26 +433,10 @@ def _write_all(descriptor: int, start: int, content: memoryview) -> None:
         done += os.pwrite(descriptor, content[done:], start + done)
 
 
-def _read_all(descriptor: int, start: int, into: memoryview, file: str) -> None:
-    done = 0
-    while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], start + done)
-        if not count:
-            raise _other_bytes(file)
-        done += count
-
-
-def _read_whole(descriptor: int, size_bytes: int) -> bytes:
-    content = bytearray()
-    while len(content) < size_bytes and (piece := os.pread(descriptor, size_bytes - len(content), len(content))):
-        content += piece
-    return bytes(content)
-
-
-def _begin_to_store(descriptor: int, start: int, size_bytes: int) -> None:
-    """Let the disk begin to write these bytes, so that fsync waits for few. The call returns at once."""
-    with contextlib.suppress(AttributeError):  # not Linux with glibc or musl
-        _LIBC.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE)
+def _read(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        return file.read()
 
 
 def _other_bytes(file: str, tensor: str | None = None) -> NotPublishedError:

@@ -24,7 +24,7 @@ from merge_gate.records.terms import BaseKey, Read
 from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.private_directory import private_directory
-from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Publishing, Task
 
 if TYPE_CHECKING:
     from merge_gate.cache.remembered import BaseRecords
@@ -44,11 +44,11 @@ HEADERS_LIMIT_S = 60.0
 
 
 def group_by_base(
-    entries: Iterable[tuple[int, Entry]], *, publishes: Mapping[int, str] | None = None
+    entries: Iterable[tuple[int, Entry]], *, publishes: Mapping[int, Publishing] | None = None
 ) -> tuple[Group, ...]:
     """Group entries by the key of their base. Each comes with the index of its task.
 
-    `publishes` has the dtype of each entry that is published.
+    `publishes` has the entries that are published.
     """
     groups: dict[BaseKey, Group] = {}
     for index, entry in entries:

@@ -51,13 +51,10 @@ from merge_gate.shards.partition import part_of
 from merge_gate.worker import protocol
 from merge_gate.worker.device import has_card, why_no_card
 from merge_gate.worker.pinned import base_changed, base_silent
-from merge_gate.worker.protocol import Event, Group, Job
+from merge_gate.worker.protocol import Event, Group, Job, Publishing
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 _PARTLY_READ = "only what adapters touch is read of the base, so it is run only with forward: required"
-
-WAIT_S = 1.0
-"""While models are completed, the report is written so often if something changed."""
 
 
 def run_gate(
@@ -321,7 +318,7 @@ class Run:
 
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
-    def _group(self, to_merge: dict[int, Entry], published: Mapping[int, str]) -> None:
+    def _group(self, to_merge: dict[int, Entry], published: Mapping[int, Publishing]) -> None:
         groups = group_by_base(to_merge.items(), publishes=published)
         scheduled = [self._run_if_whole(self._fed.schedule(group, self.read_of(group))) for group in groups]
         self.groups = tuple(
@@ -441,7 +438,7 @@ class Run:
             self._unstored[index] = CachedVerdict(adapter=report, base=base)
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base
-            self.publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)), evidence)
+            self.publications.passed(index, evidence)
         else:
             self.publications.discard(index)
         self._report(index, report)
@@ -546,12 +543,10 @@ class Run:
         )
 
     def _finish(self) -> None:
-        if self._watch.is_hashing:
-            self._catch_up(at_once=True)  # a large base may take minutes
+        if self._watch.is_hashing or self.publications.wanted:
+            self._catch_up(at_once=True)  # a large base may take minutes, and so may models
             self._watch.wait()
-        while self.publications.is_completing:
-            self._catch_up(at_once=True)
-            self.publications.wait(WAIT_S)
+        self.publications.complete()
         self._store_verdicts()
         self._withdraw_void()
         self._publish()

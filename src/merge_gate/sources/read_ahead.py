@@ -4,14 +4,13 @@ In: the files of a base, wherever they are, and the spans that will be read. Out
 
 1. The files are cut into pieces, in the order in which they are used.                            `plan`
 2. Several threads read pieces into the free slots of the window. The due one has a slot first.
-3. One thread hashes the pieces in order. A published model takes from them what no merge changes.
+3. One thread hashes the pieces in order.
 4. A piece is copied out when it was hashed. Its slot is free again after the last expected byte.  `ReadAhead.read`
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import mmap
 import threading
@@ -55,13 +54,6 @@ class BaseBytes(Protocol):
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the file's bytes from `start` on, or raise a `SourceError`."""
-
-
-class PassingBytes(Protocol):
-    """Gets the bytes of bases that are read ahead, in order. It may fail, and reads again what it did not get."""
-
-    def passing(self, directory: str, file: str, start: int, content: memoryview) -> None:
-        """Bytes of a base's file, which change after the call."""
 
 
 class LocalFiles(LocalFeed):
@@ -111,10 +103,8 @@ class FedBase:
     is called with the digest of each file when all bytes have passed, by a thread of the pass.
     """
 
-    def __init__(
-        self, files: BaseBytes, directory: str = "", on_complete: Callable[[Mapping[str, str]], None] = lambda _: None
-    ) -> None:
-        self.files, self.directory, self.on_complete = files, directory, on_complete
+    def __init__(self, files: BaseBytes, on_complete: Callable[[Mapping[str, str]], None] = lambda _: None) -> None:
+        self.files, self.on_complete = files, on_complete
         self._adding = threading.Lock()
         self._chunks: dict[tuple[str, int], bytes] = {}
         self.known: dict[str, str] = {}
@@ -229,13 +219,12 @@ class ReadAhead:
         base: FedBase,
         spans: Sequence[FileSpan],
         window: Window,
-        passing: PassingBytes | None = None,
         *,
         whole: bool,
         is_due: bool = True,
     ) -> None:
         self.base, self.spans, self.whole, self.is_due = base, spans, whole, is_due
-        self._window, self._changed, self._passing = window, window.changed, passing
+        self._window, self._changed = window, window.changed
         sizes = base.files.sizes
         self._pieces = [_Piece(span) for span in plan(spans, sizes, base.known if whole else sizes)]
         self._of_file: dict[str, list[_Piece]] = {}
@@ -339,9 +328,6 @@ class ReadAhead:
             if not piece.has_arrived or self._is_over:
                 return False
         self.base.add(piece.span.file, piece.span.start, piece.content)
-        if self._passing is not None:
-            with contextlib.suppress(Exception):
-                self._passing.passing(self.base.directory, piece.span.file, piece.span.start, piece.content)
         with self._changed:
             piece.has_passed = True
             if piece.left <= 0 or self._is_over:

@@ -1,26 +1,28 @@
-"""The worker's calls of its parent process (call_service.py), which alone reads bases from afar and writes files.
+"""The worker's calls of its parent process (call_service.py), which alone reads bases from afar and creates files.
 
-In: spans that will be read, reads, and stored tensors of merged models. Out: the bytes of a base. A call has a line for
-itself until it is answered.
+In: spans that will be read, reads, and plans of merged models. Out: the bytes of a base, and open files. A call has a
+line for itself until it is answered.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.feed import PIECE_BYTES, Feed, FileSpan, SourceError
+from merge_gate.sources.planned_files import PlannedFiles
 from merge_gate.worker.channel import GarbledError, Line
+from merge_gate.worker.memory import MORE_FILES
 from merge_gate.worker.protocol import (
     Answer,
     BytesRequested,
     PublicationPlanned,
-    PublicationSent,
+    PublicationWritten,
     SpansExpected,
-    TensorPart,
 )
 
 
@@ -69,34 +71,35 @@ class CallClient:
 
     # --- models: the connection of a publication's sinks -------------------------------------------------------------
 
-    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
-        """Begin to send the tensors of a task, perhaps again.
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> PlannedFiles:
+        """Begin to write the tensors of a task, perhaps again. Returns the files of its model.
 
         Raises:
-            SourceError: the parent is gone. The other methods raise it, too.
+            SourceError: the parent is gone, as for the other methods, or the model cannot be published.
         """
-        self._call(PublicationPlanned(task=task, tensors=tuple(tensors)))
+        return PlannedFiles(self._call(PublicationPlanned(task=task, tensors=tuple(tensors))))
 
-    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
-        """Send bytes of a stored tensor, from `offset` of the tensor on. `values` may be changed afterwards."""
-        values = values.cast("B")
-        for done in range(0, len(values), PIECE_BYTES):
-            part = values[done : done + PIECE_BYTES]
-            self._call(TensorPart(task=task, name=name, offset=offset + done, size_bytes=len(part)), part)
-
-    def finish(self, task: int, tensors: Sequence[StoredTensor], settings: str, refusal: NotJudged | None) -> None:
-        """Say which tensors count."""
-        self._call(PublicationSent(task=task, tensors=tuple(tensors), settings=settings, refusal=refusal))
+    def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
+        """Say which tensors were written."""
+        self._call(
+            PublicationWritten(task=task, checksums=tuple(checksums.items()), settings=settings, refusal=refusal)
+        )
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
-    def _call(self, message: object, content: memoryview = memoryview(b"")) -> None:  # noqa: B008 - it is empty
+    def _call(self, message: object) -> list[int]:
+        """Returns the open files that come with the answer."""
         line = self._free.get()
         try:
-            self._ask(line, message, content)
-            self._take_answer(line)
+            self._ask(line, message)
+            answer, files = self._take_answer(line), line.taken_files()
         finally:
             self._free.put(line)
+        if len(files) != answer.files:
+            for descriptor in files:
+                os.close(descriptor)
+            raise SourceError(f"{answer.files:,} more files cannot be open in this process", hint=MORE_FILES)
+        return files
 
     def _line(self, *, may_wait: bool) -> Line | None:
         try:
@@ -104,17 +107,16 @@ class CallClient:
         except queue.Empty:
             return None
 
-    def _ask(self, line: Line, message: object, content: memoryview = memoryview(b"")) -> None:  # noqa: B008 - as above
+    def _ask(self, line: Line, message: object) -> None:
         try:
             if line in self._owed:
                 line.receive()
-            line.put(content)
             line.send(message)
             self._owed.add(line)
         except (EOFError, OSError, GarbledError) as error:
             raise _lost() from error
 
-    def _take_answer(self, line: Line) -> None:
+    def _take_answer(self, line: Line) -> Answer:
         self._owed.discard(line)
         try:
             answer = line.receive()
@@ -124,6 +126,7 @@ class CallClient:
             raise _lost()
         if answer.refusal is not None:
             raise SourceError(answer.refusal.message, hint=answer.refusal.hint)
+        return answer
 
 
 class ParentFeed(Feed):

@@ -1,18 +1,18 @@
-"""Answers the calls of the worker, which has no network and no token, and cannot write files.
+"""Answers the calls of the worker, which has no network and no token, and cannot create or open files.
 
 In: calls of the worker, which is not trusted, over several lines. Out: bytes of bases, with the digests of the files
 that passed whole, and calls of a `Publisher`.
 
 1. The worker lists what it will need of a base: that is read ahead, in order, and hashed.          `SpansExpected`
 2. It reads: what was read ahead, or other bytes.                                                   `BytesRequested`
-3. It plans a publication, sends tensors, and says which of them count. It may change their bytes while they are
-   written, and gains nothing: it could have sent the other bytes. The digests of a model are those of its files, which
-   are read again.                                      `PublicationPlanned`, `TensorPart`, `PublicationSent`
+3. It plans a publication, and gets the files open, with their headers and sizes. It may write anything to them until
+   it ends. Only then they are read, and compared with its checksums.     `PublicationPlanned`, `PublicationWritten`
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,17 +29,16 @@ from merge_gate.worker.protocol import (
     BytesRequested,
     Group,
     PublicationPlanned,
-    PublicationSent,
+    PublicationWritten,
     Publisher,
     SpansExpected,
-    TensorPart,
 )
 
 LINES = 4
 """Calls that are answered at a time."""
 
-DRAIN_LIMIT_S = 120.0
-"""How long the disk may take for the last parts of a process."""
+END_LIMIT_S = 1.0
+"""How long the end of the service waits for a read or a disk."""
 
 MOST_TENSORS = 1 << 20
 """A worker that lists more is not the gate's own code."""
@@ -80,7 +79,7 @@ class Feeds:
             files = self._files.get(directory)
             files = files or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
             identity = files.identity
-            made = FedBase(files, directory, lambda known: self._on_complete(directory, identity, known))
+            made = FedBase(files, lambda known: self._on_complete(directory, identity, known))
             # Several threads open bases. No lock: files on a mount that hangs must not keep others from theirs.
             self._bases.setdefault(directory, made)
         return self._bases[directory]
@@ -112,22 +111,15 @@ class CallService:
         for thread in self._threads:
             thread.start()
 
-    def drain(self) -> None:
-        """Wait until everything that the process sent before its end is written."""
-        self._end(DRAIN_LIMIT_S)
-
     def close(self) -> None:
         """End the service. A read or a disk that hangs keeps its thread."""
         for line in self._lines:
             line.hang_up()
-        self._end(1.0)
-
-    def _end(self, limit_s: float) -> None:
         with self._expecting:
             self._is_closed = True
             if self._ahead is not None:
                 self._ahead.cancel(SourceError("the base is not needed any more"))
-        until = time.monotonic() + limit_s
+        until = time.monotonic() + END_LIMIT_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
@@ -135,27 +127,31 @@ class CallService:
         try:
             memory = memoryview(mmap.mmap(line.window, PIECE_BYTES))
             while True:
-                line.send(Answer(refusal=self._refusal(line.receive(), memory)))
+                refusal, files = self._answered(line.receive(), memory)
+                try:
+                    line.send(Answer(refusal=refusal, files=len(files)), files)
+                finally:
+                    for descriptor in files:
+                        os.close(descriptor)
         except (EOFError, OSError, GarbledError, _UnfitError):
             pass
         finally:  # the worker has to know
             for one in self._lines:
                 one.hang_up()
 
-    def _refusal(self, call: object, memory: memoryview) -> NotJudged | None:
-        """Carry out a call. Returns why that was not possible."""
+    def _answered(self, call: object, memory: memoryview) -> tuple[NotJudged | None, tuple[int, ...]]:
+        """Carry out a call. Returns why that was not possible, and the open files that the worker gets."""
         try:
-            self._carry_out(call, memory)
+            return None, self._carried_out(call, memory)
         except _UnfitError:
             raise
         except GateError as error:
-            return NotJudged(message=error.message, hint=error.hint)
+            return NotJudged(message=error.message, hint=error.hint), ()
         except Exception as error:  # noqa: BLE001 - the worker gets it
             why = f"{type(error).__name__}: {str(error)[:200]}"
-            return NotJudged(message=f"the base's bytes could not be read: {why}")
-        return None
+            return NotJudged(message=f"the base's bytes could not be read: {why}"), ()
 
-    def _carry_out(self, call: object, memory: memoryview) -> None:
+    def _carried_out(self, call: object, memory: memoryview) -> tuple[int, ...]:
         match call:
             case SpansExpected():
                 self._expect(call)
@@ -165,15 +161,12 @@ class CallService:
                     raise _UnfitError
                 self._read(base, span, memory[: span.end - span.start])
             case PublicationPlanned(task=int(task), tensors=tuple(tensors)):
-                self._publisher_of(task, tensors).planned(task, tensors)
-            case TensorPart(task=int(task), name=str(name), offset=int(offset), size_bytes=int(count)):
-                if not 0 < count <= PIECE_BYTES:
-                    raise _UnfitError
-                self._publisher_of(task).part(task, name, offset, memory[:count])
-            case PublicationSent(task=int(task), tensors=tuple(tensors)):
-                self._publisher_of(task, tensors).sent(call)
+                return self._publisher_of(task, tensors, _is_tensor).planned(task, tensors)
+            case PublicationWritten(task=int(task), checksums=tuple(checksums), settings=str()):
+                self._publisher_of(task, checksums, _is_checksum).written(call)
             case _:
                 raise _UnfitError
+        return ()
 
     def _expect(self, call: SpansExpected) -> None:
         base = self._open_base(call.group)
@@ -189,9 +182,7 @@ class CallService:
                     return
                 ahead.cancel()
             self._window = self._window or Window(_slots())
-            self._ahead = ReadAhead(
-                base, call.spans, self._window, self._publisher, whole=call.whole, is_due=call.is_due
-            )
+            self._ahead = ReadAhead(base, call.spans, self._window, whole=call.whole, is_due=call.is_due)
             if call.spans:
                 self._ahead.start()
 
@@ -204,8 +195,8 @@ class CallService:
         while done < len(into):
             done += ahead.read(span.file, span.start + done, into[done:])
 
-    def _publisher_of(self, task: int, tensors: Sequence[object] = ()) -> Publisher:
-        is_fit = task in self._tasks and len(tensors) <= MOST_TENSORS and all(map(_is_tensor, tensors))
+    def _publisher_of(self, task: int, listed: Sequence[object], is_one: Callable[[object], bool]) -> Publisher:
+        is_fit = task in self._tasks and len(listed) <= MOST_TENSORS and all(map(is_one, listed))
         if self._publisher is None or not is_fit:
             raise _UnfitError
         return self._publisher
@@ -224,6 +215,13 @@ def _is_tensor(value: object) -> bool:
     match value:
         case StoredTensor(name=str(), dtype=str(), shape=tuple(shape)):
             return len(shape) <= MOST_DIMENSIONS and all(type(size) is int and 0 <= size < MOST_SIZE for size in shape)
+    return False
+
+
+def _is_checksum(value: object) -> bool:
+    match value:
+        case (str(), int()):
+            return True
     return False
 
 

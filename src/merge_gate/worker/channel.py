@@ -1,4 +1,4 @@
-"""Sends and receives whole messages between the run and its worker, over pairs of sockets, also with bytes.
+"""Sends and receives whole messages between the run and its worker, over pairs of sockets, also with bytes and files.
 
 A base's own code may write to the worker's end. So only records and their enumerations are unpickled, whose
 `__setstate__` keeps a pickle from changing the classes. One that names another class, or is too large, is refused.
@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 
 from merge_gate.records import comparison, config, files, measured, refusals, report, terms
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan
@@ -23,6 +24,7 @@ from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 20
+_MOST_FILES = 253  # the kernel's limit (SCM_MAX_FD)
 
 MAX_BYTES = 1 << 28
 """Messages that declare a larger size are refused."""
@@ -41,25 +43,29 @@ class GarbledError(Exception):
 
 
 class Channel:
-    """One end of the connection."""
+    """One end of the connection, which takes at most so many open files with a message: the parent takes none."""
 
-    def __init__(self, end: socket.socket) -> None:
-        self._socket = end
-        self._received = bytearray()
+    def __init__(self, end: socket.socket, most_files: int = 0) -> None:
+        self._socket, self._most_files = end, most_files
+        self._received, self._files = bytearray(), list[int]()
         self._sending = threading.Lock()
 
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, message: object) -> None:
-        """Send a record, and wait until the other side has read enough of it.
+    def send(self, message: object, files: Sequence[int] = ()) -> None:
+        """Send a record, and wait until the other side has read enough of it. Open `files` come with it.
 
         Raises:
             OSError: the other side is gone.
         """
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        data = _LENGTH.pack(len(data)) + data
         with self._sending:  # several threads report what they work on
-            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+            for start in range(0, len(files), _MOST_FILES):  # each with a byte of the message
+                socket.send_fds(self._socket, [data[:1]], files[start : start + _MOST_FILES])
+                data = data[1:]
+            self._socket.sendall(data)
 
     def receive(self, patience_s: float | None = None) -> object | None:
         """Return the next message, or None if it is not complete in time (None: no limit). A partial message is kept.
@@ -74,11 +80,17 @@ class Channel:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._wait(left_s):
                 return None
-            part = self._socket.recv(_CHUNK_BYTES)
+            part, files, *_ = socket.recv_fds(self._socket, _CHUNK_BYTES, self._most_files)
+            self._files += files
             if not part:
                 raise EOFError
             self._received += part
         return message
+
+    def taken_files(self) -> list[int]:
+        """The open files that came since the last call. They are the caller's."""
+        files, self._files = self._files, []
+        return files
 
     def wait_for_end(self) -> None:
         """Return when the other side sends anything more, or is gone."""
@@ -104,13 +116,13 @@ class Channel:
 
 
 class Line(Channel):
-    """One end of a connection for calls of the worker: messages and answers, each with up to `PIECE_BYTES` of bytes.
+    """One end of a connection for calls of the worker, whose answers come with up to `PIECE_BYTES` of bytes, or files.
 
-    The bytes are in memory that both ends share. The end that is to speak next owns it.
+    The bytes are in memory that both ends share.
     """
 
-    def __init__(self, end: socket.socket, window: int) -> None:
-        super().__init__(end)
+    def __init__(self, end: socket.socket, window: int, most_files: int = 0) -> None:
+        super().__init__(end, most_files)
         self.socket, self.window = end, window
 
     @classmethod
@@ -120,25 +132,19 @@ class Line(Channel):
         os.ftruncate(window, PIECE_BYTES)
         fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         own, other = socket.socketpair()
-        return cls(own, window), cls(other, os.dup(window))
+        return cls(own, window), cls(other, os.dup(window), _MOST_FILES)
 
     @classmethod
     def of(cls, socket_descriptor: int, window: int) -> Line:
         """The end that a process inherited as these `descriptors`."""
-        return cls(socket.socket(fileno=socket_descriptor), window)
+        return cls(socket.socket(fileno=socket_descriptor), window, _MOST_FILES)
 
     @property
     def descriptors(self) -> tuple[int, int]:
         return self.socket.fileno(), self.window
 
-    def put(self, content: memoryview) -> None:
-        """Copy into the memory. A system call, unlike a mapping, lets other threads run meanwhile."""
-        done = 0
-        while done < len(content):
-            done += os.pwrite(self.window, content[done:], done)
-
     def take(self, into: memoryview) -> None:
-        """Copy out of the memory."""
+        """Copy out of the memory. A system call, unlike a mapping, lets other threads run meanwhile."""
         done = 0
         while done < len(into):
             done += os.preadv(self.window, [into[done:]], done)

@@ -117,7 +117,7 @@ def judge_job(
 ) -> Iterator[Event]:
     """Load each base once for each class, and merge each task. An exception costs its own task only.
 
-    `client` gets the bytes of bases that the parent reads, and takes the merged models that are published.
+    `client` gets the bytes of bases that the parent reads, and makes the files of models that are published.
     """
     try:
         chosen = _choose_device(job.device)

@@ -120,7 +120,7 @@ class GroupBase:
 class GroupBases:
     """Loads bases from the files of one directory, which `feed` reads: all skeletons are filled in one pass.
 
-    It keeps the figures of tensors for the next class. `client` takes the merged models that are published.
+    It keeps the figures of tensors for the next class. `client` makes the files of models that are published.
     """
 
     def __init__(self, job: Job, feed: Feed, client: CallClient | None = None) -> None:
@@ -197,6 +197,7 @@ class GroupBases:
             stored=group.files.tensors,
             feed=self.feed,
             connection=self.client,
+            is_fed=group.fed,
         )
 
     def compare(self, loaded: GroupBase, task: Task, request: MergeRequest) -> tuple[Evidence, Comparison]:
@@ -415,7 +416,7 @@ def _judge_batch(
 
 
 def _finish_publication(task: Task, evidence: Evidence, one: GroupBase) -> None:
-    """Send the remaining tensors of a merged model, before its evidence."""
+    """Write the remaining tensors of a merged model, before its evidence."""
     if task.publishes is not None and one.sinks is not None:
         one.sinks.finish(task.index, evidence)
 
@@ -478,7 +479,7 @@ def _request(
         try_patterns(member.config.patterns, names)
     sink = None
     if task.publishes is not None and one.sinks is not None:
-        sink = one.sinks.sink(task.index, task.publishes)
+        sink = one.sinks.sink(task.index, task.publishes.dtype)
     return MergeRequest(
         base=one.base,
         members=files,
@@ -487,7 +488,7 @@ def _request(
         progress=progress,
         free_bytes=MemoryGroup().left_bytes(),
         sink=sink,
-        is_export=task.publishes == AS_MERGED,
+        is_export=task.publishes is not None and task.publishes.dtype == AS_MERGED,
         no_forward=task.no_forward,
         tries_base=one.group.base_run == "alone",
         on_forward=lambda is_running: report(ForwardRunning(task=task.index, is_running=is_running)),
@@ -526,6 +527,8 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
                     evidence, comparison = bases.compare(one, task, request)
         _finish_publication(task, evidence, one)
     except Exception as error:
+        if one.sinks is not None:
+            one.sinks.close(task.index)
         (event,) = undecided([task], error)
         return event
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of), comparison=comparison)

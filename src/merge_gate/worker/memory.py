@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -138,19 +139,30 @@ _LOADED_BYTES, _MAPPED_BYTES = 4, 1
 """What PEFT's float32 factors take of memory, for each value. Those that the file has in float32 are mapped from it."""
 
 
+FILES_SHARE = 2
+"""The files of models may be half of those that the process may have open. The others are of bases and adapters."""
+
+MORE_FILES = "raise the limit of open files (ulimit -n), or the size of the files with --max-shard-size"
+
+
+def most_model_files() -> int:
+    """How many files of models the process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FILES_SHARE
+
+
 def batches(tasks: Sequence[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many of a turn as a third of the memory holds."""
+    """Adapters that are merged together: one, or with `one_pass` as many of a turn as memory and open files allow."""
     room = room_bytes() if one_pass else 0
     batch: list[ClassedTask] = []
-    held = 0
+    held = files = 0
     for one in sorted(tasks, key=lambda one: one[0].turn):
-        size_bytes = factor_bytes(one[0])
+        size_bytes, of_model = factor_bytes(one[0]), one[0].publishes.files if one[0].publishes is not None else 0
         is_apart = one[0].turn == ALONE or (batch and one[0].turn != batch[-1][0].turn)
-        if batch and (is_apart or held + size_bytes > room):
+        if batch and (is_apart or held + size_bytes > room or files + of_model > most_model_files()):
             yield batch
-            batch, held = [], 0
+            batch, held, files = [], 0, 0
         batch.append(one)
-        held += size_bytes
+        held, files = held + size_bytes, files + of_model
     if batch:
         yield batch
 

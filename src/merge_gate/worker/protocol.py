@@ -19,7 +19,6 @@ from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal,
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import AS_MERGED, PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
-from merge_gate.sources.read_ahead import PassingBytes
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
@@ -32,13 +31,25 @@ _PACKED_BY_BITSANDBYTES = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
 
 
 @record
+class Publishing:
+    """How a merge is published: in about so many open `files`. No file may have more than `most_bytes`.
+
+    `dtype` is `preserve`, the dtype that all floating tensors are cast to, or `as-merged`: then only what the merge
+    changes is written, and `Evidence.served` is filled.
+    """
+
+    dtype: str
+    files: int = 1
+    most_bytes: int = 0
+
+
+@record
 class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
     of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `publishes`: the merged
-    tensors are sent, too. It is `preserve`, the dtype that all floating tensors are cast to, or `as-merged`: then
-    `Evidence.served` is filled as well.
+    tensors are written, too.
     `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
     `no_forward`: why base and adapter are not run as models; empty if they are.
     """
@@ -49,7 +60,7 @@ class Task:
     measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
     turn: int = TOGETHER
-    publishes: str | None = None
+    publishes: Publishing | None = None
     compares: Snapshot | None = None
     settings: SettingsFiles | None = None
     no_forward: str = ""
@@ -90,7 +101,7 @@ class Group:
         """
         declared = self.files.quantization
         is_stored_packed = declared is not None and declared.method in _PACKED_BY_BITSANDBYTES
-        dtypes = {task.publishes for task in self.tasks}
+        dtypes = {None if task.publishes is None else task.publishes.dtype for task in self.tasks}
         if len(dtypes) != 1 or not (self.base.is_quantized or is_stored_packed):
             return None
         (dtype,) = dtypes
@@ -296,7 +307,7 @@ def _with_label(refusal: Refusal, group: Group) -> Refusal:
     return replace(refusal, fields={**refusal.fields, "error": named})
 
 
-# --- calls: the parent reads the weight files of bases, and writes models. It answers each one with `Answer` ---------
+# --- calls: the parent reads the weight files of bases, and makes those of models. It answers each with `Answer` -----
 
 
 @record
@@ -323,11 +334,10 @@ class BytesRequested:
 
 @record
 class PublicationPlanned:
-    """The worker begins to send a merged model, and forgets what it sent of this task before.
+    """The worker begins to write a merged model, and forgets what it wrote of this task before.
 
     `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
-    can change. Others may follow, with the base's dtype and shape. After the answer, bytes of a base that pass get to
-    the model without the worker.
+    can change. The model's files come with the answer, open, with their headers and sizes.
     """
 
     task: int
@@ -335,47 +345,35 @@ class PublicationPlanned:
 
 
 @record
-class TensorPart:
-    """So many bytes of a stored tensor come with this message, from `offset` of the tensor on.
+class PublicationWritten:
+    """All tensors of a task were written, or `refusal` says why they must not be published.
 
-    A tensor may be sent again: then its last bytes count.
+    `checksums` has the CRC-32 of each tensor that was written, over the bytes in memory. All others are as in the base.
+    `settings` are the keys of config.json that the merge changes, in JSON. The answer comes before the task's `Merged`.
     """
 
     task: int
-    name: str
-    offset: int
-    size_bytes: int
-
-
-@record
-class PublicationSent:
-    """All tensors of a task were sent, or `refusal` says why they must not be published.
-
-    `tensors` are all that were sent, with their final dtypes and shapes. `settings` are the keys of config.json that
-    they change, in JSON. The answer comes before the task's `Merged`.
-    """
-
-    task: int
-    tensors: tuple[StoredTensor, ...] = ()
+    checksums: tuple[tuple[str, int], ...] = ()
     settings: str = "{}"
     refusal: NotJudged | None = None
 
 
 @record
 class Answer:
-    """To the worker: the call was carried out, or `refusal` says why it could not be."""
+    """To the worker: the call was carried out, or `refusal` says why not. So many open `files` come with it."""
 
     refusal: NotJudged | None = None
+    files: int = 0
 
 
-class Publisher(PassingBytes, Protocol):
-    """Gets the tensors of each task. Its methods are called by several threads. The worker gets what they raise."""
+class Publisher(Protocol):
+    """Makes the files of models. Its methods are called by several threads. The worker gets what they raise."""
 
-    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> None:
-        """A merge begins, perhaps again: what was sent before does not count."""
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
+        """A merge begins, perhaps again. Returns the new files of its model, open; the caller closes them."""
 
-    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
-        """Bytes of a stored tensor. They are the worker's, and change after the call, or even during it."""
+    def written(self, message: PublicationWritten) -> None:
+        """The worker has written all tensors of a task."""
 
-    def sent(self, message: PublicationSent) -> None:
-        """All tensors of a task were sent."""
+    def ended(self) -> None:
+        """A worker process has ended. What it wrote of tasks without a verdict is of no use."""

@@ -1,8 +1,8 @@
 """Lets the kernel restrict the worker, whatever code runs in it: writes, network, processes, file size, and memory.
 
 `Sandbox` lists the restrictions in force, and why others are missing. Files can still be read. The worker can write to
-its own directory, /dev/null, and what a GPU's driver needs. Call `confine` before torch is imported and before any
-thread starts: a running thread is not restricted.
+its own directory, /dev/null, files that the parent opened for it, and what a GPU's driver needs. Call `confine` before
+torch is imported and before any thread starts: a running thread is not restricted.
 
 1. Landlock restricts writes.                   https://docs.kernel.org/userspace-api/landlock.html
 2. A seccomp filter refuses system calls.       https://docs.kernel.org/userspace-api/seccomp_filter.html
@@ -68,11 +68,13 @@ def confine(directory: Path) -> Sandbox:
 
 
 def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
-    """Limit the size of a written file, and the memory of the process."""
+    """Limit the size of a written file, and the memory of the process. A model to publish may need a larger file."""
     if os.environ.get(SWITCH) == "off":
         return sandbox
-    files = (file for group in job.groups for task in group.tasks for member in task.files for file in member.files)
-    _lower(resource.RLIMIT_FSIZE, _SPARE_FILE_BYTES + 2 * sum(file.size_bytes for file in files))
+    tasks = [task for group in job.groups for task in group.tasks]
+    own_bytes = sum(file.size_bytes for task in tasks for member in task.files for file in member.files)
+    of_models = (task.publishes.most_bytes for task in tasks if task.publishes is not None)
+    _lower(resource.RLIMIT_FSIZE, max(_SPARE_FILE_BYTES + 2 * own_bytes, *of_models, 0))
     sandbox = replace(sandbox, held=(*sandbox.held, "file size"))
     free_bytes = MemoryGroup().free_bytes()
     if device != "cpu" or free_bytes is None:

@@ -129,6 +129,8 @@ class WorkerSlot:
             return self.start().run(attempt, feeds, publisher)
         finally:
             self.end()
+            if publisher is not None:
+                publisher.ended()
 
     def read_pickle(self, path: str) -> tuple[StoredTensor, ...] | Refusal:
         """The tensors of a pickled file, as torch's restricted unpickler lists them in the process, or why it refuses.
@@ -162,7 +164,7 @@ def supervise(
     """Run a job to its end. Every task gets exactly one `Merged` or `Unjudged`, whatever happens to the process.
 
     `worker` may hold a process that was started before the job was known. `feeds` opens the bases that this process
-    reads for the worker; without it, they are local. `publisher` gets the tensors of the merges that are published.
+    reads for the worker; without it, they are local. `publisher` makes the files of the merges that are published.
     """
     feeds = feeds or Feeds()
     for part in _parts(job):
@@ -431,7 +433,7 @@ class WorkerProcess(contextlib.ExitStack):
     def run(self, attempt: Attempt, feeds: Feeds, publisher: Publisher | None = None) -> NotJudged | None:
         """Send the job and pass on its events. None if the process finished, or how it ended.
 
-        `feeds` opens the bases that this process reads for it. `publisher` gets the tensors of published merges.
+        `feeds` opens the bases that this process reads for it. `publisher` makes the files of published merges.
         """
         groups = attempt.job.groups
         published = [task.index for group in groups for task in group.tasks if task.publishes is not None]
@@ -446,8 +448,6 @@ class WorkerProcess(contextlib.ExitStack):
         if attempt.is_overdue() and not finished:
             _stop(self._process)
         code = _exit_code(self._process)
-        if published:
-            service.drain()
         if finished:
             return None
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))

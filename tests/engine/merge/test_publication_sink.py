@@ -1,4 +1,4 @@
-"""What is sent for publishing makes the model that PEFT's own merge makes, tensor by tensor and bit by bit."""
+"""What is written for publishing makes the model that PEFT's own merge makes, tensor by tensor and bit by bit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from merge_gate._internal.errors import EngineError
+from merge_gate.engine.adapter_evidence import MergeRequest, merge_together
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.base.skeleton import skeleton_of
+from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge import one_pass as passes
+from merge_gate.engine.merge.publication_sink import PublicationSinks
 from merge_gate.files.preflight import preflight
+from merge_gate.publish.one_publication import Publication
+from merge_gate.publish.weight_files import base_layout
+from merge_gate.records.config import PublishSpec
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources.feed import LocalFeed
+from merge_gate.sources.planned_files import PlannedFiles
 from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import Group, Job, Merged, Task
+from merge_gate.worker.protocol import Group, Job, Merged, PublicationWritten, Publishing, Task
 from tests.support import bases, methods
-from tests.support.engine.base_headers import base_files
+from tests.support.engine.base_headers import base_files, stored_tensors
+from tests.support.engine.fed_bases import source
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import Sent, configured, in_dtype, sent_by, write_model
 from tests.support.faults import configure
@@ -164,6 +174,64 @@ def test_no_dtype_hides_a_broken_tensor_that_is_not_loaded(
         assert "mtp.fc.weight" in sent.refusal.message
 
 
+# --- a base that the parent cannot copy from --------------------------------------------------------------------------
+
+
+class Parent:
+    """A connection to the models of two tasks. Nothing can be copied from their base."""
+
+    def __init__(self, base: Path, place: Path) -> None:
+        spec, layout = PublishSpec(directory="", label=""), base_layout(str(base))
+        self.models = [Publication(place / name, spec, layout, "absent", is_streamed=True) for name in ("one", "two")]
+
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> PlannedFiles:
+        return PlannedFiles(self.models[task].plan(tensors))
+
+    def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
+        checksum = tuple(checksums.items())
+        self.models[task].written(PublicationWritten(task=task, checksums=checksum, settings=settings, refusal=refusal))
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_of_a_fed_base_every_tensor_is_written_and_read_as_seldom_as_possible(
+    is_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a second pass, the base is measured, so that only what the adapters touch is read before the end."""
+    base, adapter = qwen3_5(tmp_path, torch.ones(32, 64, dtype=torch.bfloat16))
+    files, headers, feed = (
+        preflight(str(adapter), allow_pickle=False),
+        stored_tensors(base),
+        SharedReads(LocalFeed(str(base))),
+    )
+    model_class = model_class_for(str(base), files, headers)
+    reads, parent = counted_reads(monkeypatch), Parent(base, tmp_path)
+    connection: Any = parent
+    with methods.quiet():
+        loaded = skeleton_of(source(base), model_class, headers, feed)
+        sinks = PublicationSinks(
+            base=loaded, model_class=model_class, stored=headers, feed=feed, connection=connection, is_fed=True
+        )
+        if is_measured:
+            merge_together([MergeRequest(base=loaded, members=(files,), no_forward="not here")] * 2)
+            reads.clear()
+        requests = [
+            MergeRequest(base=loaded, members=(files,), sink=sinks.sink(task, "preserve"), no_forward="not here")
+            for task in (0, 1)
+        ]
+        for task, evidence in enumerate(merge_together(requests)):
+            assert evidence is not None
+            sinks.finish(task, evidence)
+    twice = {one[:2] for one in reads if reads.count(one) > 1}
+    again = {place.name for place in sinks._places.values() if (place.span.file, place.span.start) in twice}
+    assert again <= {"model.layers.1.self_attn.v_proj.weight", "mtp.fc.weight"}
+    expected = stored(base) | sent_by(base, adapter).values()
+    for model in parent.models:
+        model.complete()
+        assert different(stored(tmp_path / f".{model.directory.name}.partial" / "model"), expected) == []
+        model.discard()
+    assert feed.takers == []
+
+
 # --- other names -----------------------------------------------------------------------------------------------------
 
 
@@ -253,22 +321,26 @@ def test_what_cannot_be_published_is_refused(
 class Broken(Sent):
     """A connection that fails in the middle of a merge."""
 
-    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
+    def write(self, name: str, offset: int, content: memoryview) -> None:
         if len(self.data) == 3:
             raise self.error
-        super().send(task, name, offset, values)
+        super().write(name, offset, content)
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
         self.error = error
 
 
-@pytest.mark.parametrize("error", [EngineError("the disk is full"), RuntimeError("odd")], ids=["known", "unknown"])
-def test_an_error_while_a_model_is_sent_costs_the_publication_only(error: Exception, shelf: Shelf) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [EngineError("the disk is full"), OSError(28, "No space left on device"), RuntimeError("odd")],
+    ids=["known", "disk", "unknown"],
+)
+def test_an_error_while_a_model_is_written_costs_the_publication_only(error: Exception, shelf: Shelf) -> None:
     base, adapter = shelf.base("llama"), shelf.adapter("every-projection")
     broken = sent_by(base, adapter, sent=Broken(error))
     assert broken.refusal is not None
-    assert str(error) in broken.refusal.message
+    assert str(error.args[-1]) in broken.refusal.message
     expected = sent_by(base, adapter).evidence
     assert expected is not None
     assert broken.evidence is not None
@@ -287,21 +359,17 @@ def test_a_quantized_base_is_not_quantized_again(shelf: Shelf) -> None:
 
 
 class Connection:
-    """Both sides of the connection: what each task sends, and the order of ends and events."""
+    """Both sides of the connection: what each task writes, and the order of ends and events."""
 
     def __init__(self) -> None:
         self.tasks: dict[int, Sent] = {}
         self.order: list[tuple[str, int]] = []
 
-    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
-        self.tasks.setdefault(task, Sent()).plan(0, tensors)
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> Sent:
+        return self.tasks.setdefault(task, Sent()).plan(0, tensors)
 
-    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
-        self.tasks[task].send(0, name, offset, values)
-
-    def finish(self, task: int, tensors: Any, settings: str, refusal: NotJudged | None) -> None:
-        sent = self.tasks.setdefault(task, Sent())
-        sent.tensors, sent.refusal = tuple(tensors), refusal
+    def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
+        self.tasks.setdefault(task, Sent()).finish(0, checksums, settings, refusal)
         self.order.append(("sent", task))
 
 
@@ -311,7 +379,11 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
     configure(target_modules=["absent"])(refused)
     adapters = [shelf.adapter("every-projection"), shelf.adapter("modules-to-save"), refused, shelf.adapter("plain")]
     tasks = tuple(
-        Task(index=index, files=(preflight(str(one), allow_pickle=False),), publishes=None if index == 3 else publish)
+        Task(
+            index=index,
+            files=(preflight(str(one), allow_pickle=False),),
+            publishes=None if index == 3 else Publishing(dtype=publish),
+        )
         for index, one in enumerate(adapters)
     )
     dtype = "auto" if publish == "preserve" else publish
@@ -327,7 +399,7 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
 @pytest.mark.parametrize("one_pass", [False, True])
-def test_the_worker_sends_each_model_before_its_evidence(
+def test_the_worker_writes_each_model_before_its_evidence(
     one_pass: bool, publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
@@ -369,7 +441,7 @@ def test_the_worker_publishes_a_quantized_base_with_plain_weights(
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
-    task = Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), publishes="bfloat16")
+    task = Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), publishes=Publishing(dtype="bfloat16"))
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
     group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
     connection: Any = Connection()

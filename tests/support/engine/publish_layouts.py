@@ -125,8 +125,9 @@ def _changed(base: Base, layout: StoredLayout) -> dict[str, torch.Tensor]:
 
 
 def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent) -> None:
-    """Send the changed tensors as a merge does."""
-    sink = PublicationSink(layout, sent, 0)
+    """Write the changed tensors as a merge does."""
+    connection: Any = sent
+    sink = PublicationSink(layout, connection, 0)
     sink.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
     for name, values in changed.items():
         sink.put(name, values)

@@ -1,12 +1,13 @@
-"""A merged model put together from the stored tensors that a merge sends, without the process that writes files.
+"""A merged model put together from the stored tensors that a merge writes, without the process that makes files.
 
-In: a base's directory, and what a `PublicationSink` sends. Out: a directory that transformers loads.
+In: a base's directory, and what a `PublicationSink` writes. Out: a directory that transformers loads.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import dequantized_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
+from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge.publication_sink import PublicationSinks
 from merge_gate.files.preflight import preflight
@@ -30,7 +32,7 @@ from tests.support.engine.local_bases import load_local
 from tests.support.files.pickles import read_pickle
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from merge_gate.records.files import StoredTensor
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sent:
-    """What a merge sends: the bytes of stored tensors, and the list of those that count."""
+    """What a merge writes: the bytes of stored tensors, and the list of those that count. It is its own open files."""
 
     planned: tuple[StoredTensor, ...] = ()
     data: dict[str, bytearray] = field(default_factory=dict)
@@ -48,19 +50,29 @@ class Sent:
     refusal: NotJudged | None = None
     evidence: Evidence | None = None
 
-    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> Sent:
         assert task == 0
         self.planned = tuple(tensors)
         self.data.clear()
+        return self
 
-    def send(self, _: int, name: str, offset: int, values: memoryview) -> None:
+    def write(self, name: str, offset: int, content: memoryview) -> None:
         whole = self.data.setdefault(name, bytearray())
-        whole.extend(bytes(max(0, offset + len(values) - len(whole))))
-        whole[offset : offset + len(values)] = values
+        whole[offset:] = content
+        assert len(whole) == offset + len(content), "in order"
 
-    def finish(self, task: int, tensors: Sequence[StoredTensor], settings: str, refusal: NotJudged | None) -> None:
+    @property
+    def checksums(self) -> dict[str, int]:
+        return {name: zlib.crc32(content) for name, content in self.data.items()}
+
+    def close(self) -> None:
+        """There are no files."""
+
+    def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
         assert task == 0
-        self.tensors, self.refusal = tuple(tensors), refusal
+        self.refusal = refusal
+        self.tensors = tuple(one for one in self.planned if one.name in checksums)
+        assert len(self.tensors) == len(checksums)
 
     def values(self) -> dict[str, torch.Tensor]:
         """The tensors that count."""
@@ -84,7 +96,7 @@ def sent_by(
     """Merge an adapter into a base in this process, and publish it."""
     files = preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle)
     model_class = model_class_for(str(directory), files, stored_tensors(directory))
-    feed, stored = LocalFeed(str(directory)), stored_tensors(directory)
+    feed, stored = SharedReads(LocalFeed(str(directory))), stored_tensors(directory)
     with methods.quiet():
         base = (
             skeleton_of(source(directory, dtype), model_class, stored, feed)
@@ -94,14 +106,15 @@ def sent_by(
         if dequantized:
             base = dequantized_base(base, publish)
         sent = sent or Sent()
-        sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=sent)
+        connection: Any = sent
+        sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=connection)
         sent.evidence = merge(MergeRequest(base=base, members=(files,), sink=sinks.sink(0, publish)))
         sinks.finish(0, sent.evidence)
         return sent
 
 
 def write_model(base: Path, directory: Path, sent: Sent) -> Path:
-    """The base's files with the tensors that were sent in their places."""
+    """The base's files with the tensors that were written in their places."""
     shutil.copytree(base, directory)
     changed = sent.values()
     for file in directory.rglob("*.safetensors"):

@@ -28,7 +28,7 @@ from merge_gate._internal.errors import NotPublishedError
 from merge_gate._internal.text import listing
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import current_names
-from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
+from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.records.files import StoredTensor
@@ -37,9 +37,6 @@ from merge_gate.sources.feed import Feed
 
 STORED_DTYPES = {torch_name: stored for stored, torch_name in DTYPES.items()}
 """torch's names of dtypes, and safetensors'."""
-
-READ_BYTES = 1 << 24
-"""A stored tensor that the model does not have is read in blocks of this size."""
 
 MOST_STATE_BYTES = 1 << 16
 """bitsandbytes writes a few hundred."""
@@ -129,16 +126,6 @@ class StoredLayout:
                 )
             if self.places[name].dtype.is_floating_point or self.places[name].dtype.is_complex:
                 yield self.map.stored[name]
-
-    def blocks(self, source: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The values of a stored tensor from the base's files, in blocks: the index of the first one, and all."""
-        place = self.places[source]
-        count = torch.Size(place.shape).numel()
-        step = READ_BYTES // place.dtype.itemsize
-        for start in range(0, count, step):
-            block = torch.empty(min(step, count - start), dtype=place.dtype)
-            self.feed.read(place.span.file, place.span.start + start * place.dtype.itemsize, bytes_of(block))
-            yield start, block
 
     def reversed(self, group: TensorGroup, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored tensors of a group, from those of the model. `values` has all targets of the group.

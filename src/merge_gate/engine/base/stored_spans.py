@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,11 +106,12 @@ def _places(directory: str, file: str) -> dict[str, tuple[StoredTensor, int, int
 class SharedReads(Feed):
     """A `Feed` over another one, for several skeletons of one base. Bytes that are `shared` are read once, and kept.
 
-    Its methods may be called by several threads.
+    Its methods may be called by several threads. `takers` get all bytes that are read, with their file and place.
     """
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
+        self.takers: list[Callable[[str, int, memoryview], None]] = []
         self._shared: list[tuple[FileSpan, torch.Tensor]] = []
         self._lock = threading.Lock()
 
@@ -127,10 +128,15 @@ class SharedReads(Feed):
             spans = ((one, content) for one, content in self._shared if one.file == file)
             found = next(((one, content) for one, content in spans if one.start <= start and end <= one.end), None)
         if found is None:
-            self._feed.read(file, start, into)
+            self._read(file, start, into)
         elif len(into):  # the copy runs without Python's lock, so that other threads go on meanwhile
             span, content = found
             torch.frombuffer(into, dtype=torch.uint8).copy_(content[start - span.start : end - span.start])
+
+    def _read(self, file: str, start: int, into: memoryview) -> None:
+        self._feed.read(file, start, into)
+        for take in self.takers:
+            take(file, start, into)
 
     @contextlib.contextmanager
     def shared(self, spans: Sequence[FileSpan]) -> Iterator[None]:
@@ -146,7 +152,7 @@ class SharedReads(Feed):
         begin, parts = 0, list[tuple[FileSpan, torch.Tensor]]()
         for span in spans:
             end = begin + span.end - span.start
-            self._feed.read(span.file, span.start, memoryview(memory)[begin:end])
+            self._read(span.file, span.start, memoryview(memory)[begin:end])
             parts.append((span, content[begin:end]))
             begin = end
         with self._lock:

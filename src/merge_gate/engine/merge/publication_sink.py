@@ -1,12 +1,13 @@
-"""The stored tensors of merged models, handed out while their adapters are merged and measured.
+"""Writes the stored tensors of merged models while their adapters are merged and measured.
 
-In: a loaded base, the feed of its files, and merged tensors, as a sink gets them. Out: bytes of stored tensors for a
-`Connection`, and at the end of each task the list of them, or the reason why the model must not be published. Judges
-nothing, and writes no files.
+In: a loaded base, the feed of its files, and merged tensors, as a sink gets them. Out: tensors in the files that a
+`Connection` has made, and at the end of each task their checksums, or the reason why the model must not be published.
+Judges nothing, and creates no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
-2. `put`, `put_rows`: the merged values go out, converted to the stored layout if necessary.
-3. `finish`: what was expected and did not change goes out as the base has it. For a cast, so does every other floating
+2. `put`, `put_rows`: the merged values are written, converted to the stored layout if necessary.
+   `take`: if the parent cannot copy from the base, so are its other stored tensors, while their bytes are here.
+3. `finish`: what was expected and did not change is written as the base has it. For a cast, so is every other floating
    tensor that is stored in another dtype. Tensors that transformers does not load are measured here.
 """
 
@@ -16,8 +17,8 @@ import contextlib
 import json
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
@@ -35,7 +36,7 @@ from merge_gate.engine.base.stored_layout import (
     stored_dtype,
     turned,
 )
-from merge_gate.engine.base.stored_spans import bytes_of
+from merge_gate.engine.base.stored_spans import SharedReads, StoredBytes, bytes_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.merge.merged_tensors import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
@@ -45,23 +46,19 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
-from merge_gate.sources.feed import Feed
 
-ROWS_BYTES = 1 << 22
-"""Rows are sent in parts of about this size."""
+if TYPE_CHECKING:
+    from merge_gate.sources.planned_files import PlannedFiles
 
 
 class Connection(Protocol):
-    """Takes the stored tensors of tasks (worker/call_client.py). Several threads may send different tensors."""
+    """Makes the files of models (worker/call_client.py)."""
 
-    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> None:
-        """The merge begins, perhaps again: these stored tensors will be sent, with these dtypes and shapes."""
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> PlannedFiles:
+        """The merge begins, perhaps again: these stored tensors will be written, with these dtypes and shapes."""
 
-    def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
-        """Bytes of a stored tensor, from `offset` of the tensor on."""
-
-    def finish(self, task: int, tensors: Sequence[StoredTensor], settings: str, refusal: NotJudged | None) -> None:
-        """All tensors of a task were sent, and config.json gets these keys; or it must not be published."""
+    def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
+        """The tensors with checksums were written, and config.json gets these keys; or it must not be published."""
 
 
 class PublicationSink:
@@ -70,27 +67,38 @@ class PublicationSink:
     `dtype` is `preserve`, `as-merged`, or the dtype that the base was loaded in, for a cast.
     """
 
-    def __init__(self, layout: StoredLayout, connection: Connection, task: int, dtype: str = PRESERVE) -> None:
+    def __init__(
+        self,
+        layout: StoredLayout,
+        connection: Connection,
+        task: int,
+        dtype: str = PRESERVE,
+        places: Mapping[tuple[str, int], StoredBytes] | None = None,
+    ) -> None:
+        """`places` are those of the base's stored tensors, if the parent cannot copy from there."""
         self._own, self._layout, self._connection, self._task = layout, layout, connection, task
+        self._places = places or {}
+        self._files: PlannedFiles | None = None
+        self._taken: set[str] = set()
         self._cast: torch.dtype | None = None if dtype in {PRESERVE, AS_MERGED} else getattr(torch, dtype)
         self._is_preserved = dtype == PRESERVE
         self.settings: dict[str, Any] = {}
         self._problem: GateError | None = None
         self._planned: dict[str, StoredTensor] = {}
         self._expected: frozenset[str] = frozenset()
-        self._sent: dict[str, StoredTensor] = {}
+        self._sent: set[str] = set()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}  # by a group's first stored tensor
         self._given: dict[str, set[str]] = {}  # likewise
-        self._rows = threading.local()
+        self._whole = threading.local()
         self._lock = threading.Lock()
 
     # --- 1. --------------------------------------------------------------------------------------------------------
 
     def expect(self, outlines: Mapping[str, Outline]) -> None:
+        self.close()
         self._problem = None
-        self._sent.clear()
-        self._waiting.clear()
-        self._given.clear()
+        for record in (self._taken, self._sent, self._waiting, self._given):
+            record.clear()
         self._expected = frozenset(outlines)
         with self._attempt("the plan"):
             self._refuse_other_dtype()
@@ -100,7 +108,7 @@ class PublicationSink:
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
             self._planned = planned
-            self._connection.plan(self._task, tuple(planned.values()))
+            self._files = self._connection.plan(self._task, tuple(planned.values()))
 
     def _refuse_other_dtype(self) -> None:
         loaded = self._layout.base.facts.dtype
@@ -138,14 +146,15 @@ class PublicationSink:
     def _all_cast(self) -> Iterator[StoredTensor]:
         """Every floating stored tensor whose dtype changes, as it will be; all of a dequantized base."""
         assert self._cast is not None  # noqa: S101 - only for a cast
+        dtype, places = stored_dtype(self._cast), self._layout.places
         for group in self._layout.loaded_groups():
             loaded = self._layout.base.tensors[self._layout.base.first_name(group.targets[0])]
             for source in group.sources:
                 if loaded.is_floating_point() and self._is_cast(source):
-                    yield self._as_written(source, torch.Size(self._layout.places[source].shape), self._cast)
+                    yield replace(self._layout.outline(source), dtype=dtype, shape=places[source].shape)
         for one in self._layout.unloaded():
             if self._is_cast(one.name):
-                yield self._as_written(one.name, torch.Size(one.shape), self._cast)
+                yield replace(one, dtype=dtype)
 
     def _is_cast(self, source: str) -> bool:
         dtype, is_other_base = self._layout.places[source].dtype, self._layout.base.source.dequantized
@@ -192,6 +201,10 @@ class PublicationSink:
             yield
         except GateError as error:
             self._problem = error
+        except OSError as error:
+            self._problem = NotPublishedError(
+                f"{name} cannot be written: {error.strerror}", hint="free some space there, or publish to another disk"
+            )
         except Exception as error:
             self._problem = NotPublishedError(
                 f"{name} could not be made ready for writing: {type(error).__name__}: {str(error)[:200]}"
@@ -203,39 +216,18 @@ class PublicationSink:
             self._collect(group, name, values)
 
     def _put_rows(self, name: str, rows: torch.Tensor, start: int, shape: tuple[int, ...]) -> None:
-        held = self._rows
         if start == 0:
             self._check_plan(name, (torch.Size(shape), rows.dtype))
-            groups = self._layout.checked_groups(name)
-            whole = not all(map(is_renamed, groups))
-            count = shape[0] if whole else min(shape[0], max(ROWS_BYTES // (rows[0].nbytes or 1), len(rows)))
-            held.buffer = torch.empty((count, *shape[1:]), dtype=rows.dtype)
-            held.sources = () if whole else tuple(group.sources[0] for group in groups)
-            held.first, held.filled = 0, 0
-        if held.filled + len(rows) > len(held.buffer):
-            self._send_rows()
-        if len(rows) > len(held.buffer):
-            held.buffer = torch.empty((len(rows), *shape[1:]), dtype=rows.dtype)
-        held.buffer[held.filled : held.filled + len(rows)].copy_(rows)
-        held.filled += len(rows)
-        if start + len(rows) < shape[0]:
+        groups, is_last = self._layout.checked_groups(name), start + len(rows) == shape[0]
+        if all(map(is_renamed, groups)):
+            for group in groups:
+                self._write(group.sources[0], rows, start=start, is_last=is_last)
             return
-        if not held.sources:
-            self._put(name, held.buffer)
-            return
-        written = self._send_rows()
-        for source in held.sources:
-            self._sent[source] = self._as_written(source, torch.Size(shape), written)
-
-    def _send_rows(self) -> torch.dtype:
-        held = self._rows
-        part = self._in_written_dtype(held.sources[0], held.buffer[: held.filled]) if held.sources else held.buffer
-        row_bytes = part[0].nbytes if len(part) else 0
-        for source in held.sources:
-            self._connection.send(self._task, source, held.first * row_bytes, bytes_of(part))
-        held.first, held.filled = held.first + held.filled, 0
-        dtype: torch.dtype = part.dtype
-        return dtype
+        if start == 0:
+            self._whole.values = torch.empty(shape, dtype=rows.dtype)
+        self._whole.values[start : start + len(rows)].copy_(rows)
+        if is_last:
+            self._put(name, self._whole.values)
 
     def _in_written_dtype(self, source: str, values: torch.Tensor) -> torch.Tensor:
         """The values as they are written. Those that transformers keeps in float32 are cast and measured here."""
@@ -278,22 +270,37 @@ class PublicationSink:
 
     def _send_group(self, group: TensorGroup, values: Mapping[str, torch.Tensor]) -> None:
         for source, tensor in self._layout.reversed(group, values).items():
-            self._send_whole(source, tensor)
+            self._write(source, tensor)
 
-    def _send_whole(self, source: str, values: torch.Tensor) -> None:
-        values = self._in_written_dtype(source, values.cpu()).contiguous()
-        if values.numel():
-            self._connection.send(self._task, source, 0, bytes_of(values))
-        self._sent[source] = self._as_written(source, values.shape, values.dtype)
+    def _write(self, source: str, rows: torch.Tensor, *, start: int = 0, is_last: bool = True) -> None:
+        values = self._in_written_dtype(source, rows.detach().cpu()).contiguous()
+        if values.numel() and self._files is not None:
+            self._files.write(source, start * values[:1].nbytes if start else 0, bytes_of(values))
+        if is_last:
+            self._sent.add(source)
 
-    def _as_written(self, source: str, shape: torch.Size, dtype: torch.dtype) -> StoredTensor:
-        file = self._layout.outline(source).file
-        return StoredTensor(name=source, dtype=stored_dtype(dtype), shape=tuple(shape), file=file)
+    def take(self, file: str, start: int, content: memoryview) -> None:
+        """Bytes of the base's files. Write a stored tensor that is whole here, and that the merge does not change."""
+        place, files = self._places.get((file, start)), self._files
+        if place is None or files is None or start + len(content) != place.span.end or self._problem is not None:
+            return
+        with self._lock:
+            is_taken = place.name not in self._planned and place.name not in self._taken and files.lacks(place.name)
+            self._taken.add(place.name)
+        if is_taken:
+            with self._attempt(place.name):
+                files.write(place.name, 0, content)
 
     # --- 3. --------------------------------------------------------------------------------------------------------
 
-    def finish(self) -> tuple[StoredTensor, ...]:
-        """Send the remaining tensors. Returns all stored tensors that were sent; the others are as in the base.
+    def close(self) -> None:
+        """Close the files."""
+        if self._files is not None:
+            self._files.close()
+        self._files = None
+
+    def finish(self) -> dict[str, int]:
+        """Write the remaining tensors. Returns the checksums of all that were written; the others are as in the base.
 
         Raises:
             GateError: the merged model must not be published.
@@ -303,7 +310,8 @@ class PublicationSink:
                 self._finish()
         if self._problem is not None:
             raise self._problem
-        return tuple(self._sent.values())
+        assert self._files is not None  # noqa: S101 - the merge has begun
+        return self._files.checksums
 
     def _finish(self) -> None:
         for group in self._layout.map.groups:
@@ -312,6 +320,11 @@ class PublicationSink:
                 self._send_group(group, self._with_base(group))
         for one in self._layout.unloaded():
             self._finish_unloaded(one)
+        lacking = [place for place in self._places.values() if self._files and self._files.lacks(place.name)]
+        if lacking:
+            self._own.feed.expect([place.span for place in lacking], whole=False)
+            for place in lacking:
+                place.read(self._own.feed)  # all sinks of the pass `take` it
 
     def _with_base(self, group: TensorGroup) -> dict[str, torch.Tensor]:
         """All tensors of a group: those that the merge has given, and the base's."""
@@ -323,19 +336,16 @@ class PublicationSink:
     def _finish_unloaded(self, one: StoredTensor) -> None:
         """Measure a tensor that transformers does not load, in the dtype in which it is written."""
         dtype = (self._cast if self._is_cast(one.name) else None) or self._layout.places[one.name].dtype
-        for start, stored in self._layout.blocks(one.name):
-            values = stored.to(dtype)
-            stats = measure(values, one.name)
-            if not stats.finite:
-                raise NotPublishedError(
-                    f"{one.name}, which transformers does not load, has values that are not finite in "
-                    f"{dtype_name(dtype)}: {stats.nan} NaN, {stats.posinf + stats.neginf} infinite",
-                    hint="repair the base: other programs load this tensor",
-                )
-            if self._is_cast(one.name):
-                self._connection.send(self._task, one.name, start * dtype.itemsize, bytes_of(values))
+        values = self._layout.places[one.name].read(self._layout.feed).to(dtype)
+        stats = measure(values, one.name)
+        if not stats.finite:
+            raise NotPublishedError(
+                f"{one.name}, which transformers does not load, has values that are not finite in "
+                f"{dtype_name(dtype)}: {stats.nan} NaN, {stats.posinf + stats.neginf} infinite",
+                hint="repair the base: other programs load this tensor",
+            )
         if self._is_cast(one.name):
-            self._sent[one.name] = self._as_written(one.name, torch.Size(one.shape), dtype)
+            self._write(one.name, values)
 
 
 _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
@@ -343,14 +353,19 @@ _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
 
 @dataclass(slots=True, kw_only=True)
 class PublicationSinks:
-    """The publications on one loaded base. `stored` are the headers of its files."""
+    """The publications on one loaded base. `stored` are the headers of its files.
+
+    `is_fed`: the parent does not copy what a merge leaves alone: it would have to read the base again.
+    """
 
     base: Base
     model_class: ModelClass
     stored: Sequence[StoredTensor]
-    feed: Feed
+    feed: SharedReads
     connection: Connection
+    is_fed: bool = False
     _layout: StoredLayout | None = None
+    _places: dict[tuple[str, int], StoredBytes] = field(default_factory=dict)
     _problems: dict[int, GateError] = field(default_factory=dict)
     _open: dict[int, PublicationSink] = field(default_factory=dict)
 
@@ -362,24 +377,36 @@ class PublicationSinks:
         except GateError as error:
             self._problems[task] = error
             return None
-        self._open[task] = PublicationSink(self._layout, self.connection, task, dtype)
+        if self.is_fed and not self._places:
+            in_order = sorted(self._layout.places.values(), key=lambda place: place.order)
+            self._places = {(one.span.file, one.span.start): one for one in in_order if one.span.start < one.span.end}
+        self.close(task)
+        self._open[task] = PublicationSink(self._layout, self.connection, task, dtype, self._places)
+        self.feed.takers.append(self._open[task].take)
         return self._open[task]
 
+    def close(self, task: int) -> None:
+        """End a publication that is finished, or whose merge has failed."""
+        if (publication := self._open.pop(task, None)) is not None:
+            self.feed.takers.remove(publication.take)
+            publication.close()
+
     def finish(self, task: int, evidence: Evidence) -> None:
-        """Send the remaining tensors of a task, and the list of its tensors."""
-        publication, problem = self._open.pop(task, None), self._problems.pop(task, None)
-        tensors: Sequence[StoredTensor] = ()
-        settings = ""
+        """Write the remaining tensors of a task, and say which were written."""
+        publication, problem = self._open.get(task), self._problems.pop(task, None)
+        checksums: dict[str, int] = {}
+        settings = "{}"
         try:
             if evidence.refusal is not None:
                 problem = NotPublishedError("the adapter was not merged")
             elif publication is not None:
-                tensors, settings = publication.finish(), json.dumps(publication.settings)
+                checksums, settings = publication.finish(), json.dumps(publication.settings)
         except GateError as error:
             problem = error
+        self.close(task)
         refusal = NotJudged(message=problem.message, hint=problem.hint) if problem is not None else None
         with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
-            self.connection.finish(task, tensors, settings, refusal)
+            self.connection.finish(task, checksums, settings, refusal)
 
     def _map(self, headers: tuple[StoredTensor, ...], *, is_plain: bool) -> TensorMap:
         source = self.base.source
