@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_a_second_publisher_is_refused_while_the_first_is_alive(runs: KilledRuns
     shutil.rmtree(runs.target, ignore_errors=True)
     first = runs.start()
     runs.wait_for_partial(first)
+    while not [*runs.target.glob(".*/written-by-merge-gate")]:  # it is locked from then on
+        assert first.poll() is None
+        time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)
     partials = runs.partials()
     second = runs.start("env", "-C", str(runs.place))
