@@ -176,12 +176,12 @@ def test_an_adapter_that_fails_is_not_published(place: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "wanted", "words"),
     [
-        pytest.param("float16", "preserve", "base.dtype", marks=pytest.mark.attempt("D5a", "float16", "exit 2")),
+        pytest.param("float16", "preserve", "base.dtype", marks=pytest.mark.attempt("D5a", "float16", "exit 3")),
         pytest.param(["float16", "float32"], "preserve", "bfloat16", id="neither"),
         pytest.param("bfloat16", "float32", "publish.dtype", id="another than the named one"),
     ],
 )
-@pytest.mark.attempt("D5", "--publish of a dtype that cannot be published", "exit 2 before the first merge")
+@pytest.mark.attempt("D5", "--publish of a dtype that cannot be published", "exit 3 before the first merge")
 def test_a_dtype_that_cannot_be_published_is_refused_before_the_first_merge(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: Any, wanted: str, words: str
 ) -> None:
@@ -192,7 +192,7 @@ def test_a_dtype_that_cannot_be_published_is_refused_before_the_first_merge(
     config = {"version": 1, "base": {"model": "base", "dtype": base}, "adapters": ["one"]}
     publish = {"directory": "merged", "dtype": wanted}
     (place / "gate.yml").write_text(json.dumps(config | {"publish": publish}))
-    assert play(place, adapters=["gate.yml"]) == 2
+    assert play(place, adapters=["gate.yml"]) == 3
     assert words in capfd.readouterr().err
     assert nothing_published(place)
     assert main(["run", "gate.yml", "--plan"]) == 2
@@ -343,12 +343,13 @@ def test_a_second_attempt_replaces_the_first(place: Path) -> None:
     assert stored(place / "merged" / "one") == expected(stored(place / "base"))
 
 
-def test_a_planned_tensor_without_a_checksum_has_the_bases_bytes(place: Path) -> None:
+def test_a_planned_tensor_without_a_checksum_costs_the_publication(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
         write(publisher, task, plan_of(), {NAMES[0]: bytes(128)}, checksums=())
 
-    assert play(place, "--publish", "merged", send=send) == 0
-    assert stored(place / "merged" / "one") == stored(place / "base")
+    assert play(place, "--publish", "merged", send=send) == 3
+    assert adapters_of(place)[0]["cause"] == "not-published"
+    assert nothing_published(place)
 
 
 def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) -> None:
@@ -441,7 +442,7 @@ def test_a_model_that_is_not_complete_when_its_worker_dies_is_removed(place: Pat
     models = Publications(PublishSpec(directory="merged", label="merged"), ())
     models._models = {0: model_of(place, "passed"), 1: model_of(place, "written")}
     for model in models._models.values():
-        with opened(model.plan(plan_of())):
+        with opened(model.plan(())):
             model.written(PublicationWritten(task=0))
     models.passed(0, evidence())
     models.ended()
@@ -729,7 +730,7 @@ def test_no_input_is_written_to_or_replaced(place: Path, target: str) -> None:
 def test_a_base_that_was_published_before_is_not_replaced_by_its_own_merge(place: Path) -> None:
     assert play(place, "--publish", "merged") == 0
     before = state(place / "merged")
-    assert play(place, "--publish", "merged", "-o", "second", base="merged/one") == 2
+    assert play(place, "--publish", "merged", "-o", "second", base="merged/one") == 3
     assert state(place / "merged") == before
 
 

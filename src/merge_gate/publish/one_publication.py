@@ -60,6 +60,7 @@ class Publication:
         self._writer: ModelWriter | None = None
         self._weights: tuple[FileRecord, ...] = ()
         self.settings: dict[str, object] = {}
+        self._planned: frozenset[str] = frozenset()
         self._is_written = self.is_accepted = False
 
     def _layout(self, changes: Mapping[str, StoredTensor]) -> ModelLayout:
@@ -78,6 +79,7 @@ class Publication:
         """Make the files of the model, and discard earlier ones. Returns them, open; the caller closes them."""
         self.discard()
         planned = self._cast | {tensor.name: tensor for tensor in tensors}
+        self._planned = frozenset(planned)
         layout = self._layout({name: tensor for name, tensor in planned.items() if not self._is_stored_so(tensor)})
         largest, most_bytes = layout.largest_bytes, 2 * self.expected.size_bytes + _MORE_BYTES
         if layout.size_bytes > most_bytes or largest > self.publishing.most_bytes:
@@ -106,7 +108,7 @@ class Publication:
         self.settings = {key: value for key, value in given.items() if key in _SETTINGS}
         self._writer.checksums = dict(message.checksums)
         for place in self._writer.missing():
-            if self._is_streamed or not self._is_stored_so(place.tensor):
+            if self._is_streamed or place.tensor.name in self._planned:
                 raise NotPublishedError(
                     f"the merged tensor {shown(place.tensor.name)} was not written, and cannot be copied from the base",
                     hint=_FOREIGN,

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from merge_gate._internal.errors import NotPublishedError, UsageError
+from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.cache.verdict_cache import Cache, CachedVerdict
@@ -230,7 +230,10 @@ class Run:
             self._start_worker()
             merges = sum(len(spec.base.dtypes) for spec in self.specs)
             self._view.start(self._config.label, len(self.specs), merges)
-            self.prepare()  # 1 to 3
+            try:
+                self.prepare()  # 1 to 3
+            except UsageError as error:  # the run has begun, and a usage error would say that it has not
+                raise GateError(error.message, hint=error.hint) from error
             self._merge()  # 4
             self._finish()  # 5
             return self._writer.finish(self.tally.report(complete=True))
