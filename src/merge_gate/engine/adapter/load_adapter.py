@@ -376,7 +376,7 @@ def _load_onto(template: Template, base: Base, files: AdapterFiles, weights: Ten
 
 
 def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A and B of a LoRA layer. None for a layer of another method."""
+    """A and B of a LoRA layer. None for other methods, and for grouped convolutions, where they have no product."""
     is_embedding = bool(getattr(layer, "lora_embedding_A", None))
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
     all_a, all_b = (getattr(layer, name, {}) for name in names)  # by the adapter's name
@@ -387,7 +387,7 @@ def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         factors[ADAPTER_NAME] if is_embedding else factors[ADAPTER_NAME].weight  # an embedding has no modules for them
         for factors in (all_a, all_b)
     )
-    return a.data, b.data
+    return (a.data, b.data) if len(a) == b.shape[1] else None
 
 
 def _initial_factors(model: Any, config: Any) -> dict[int, tuple[torch.Tensor, ...]]:

@@ -6,20 +6,20 @@ In: the figures of a merge, and its base. Out: why the model need not run, or no
 2. Each tensor that the merge changes is the weight of a linear layer, a convolution, or an embedding (`PLAIN`). A model
    only multiplies with it, or looks its rows up. It may take an exponential, a logarithm, or a root of other tensors:
    of biases, norms, buffers, and parameters such as `logit_scale`. Copies that the adapter has trained do not count.
-3. No row of it has more than 4 times the norm of the base's row, or less than a quarter. A row gives one output, or is
-   one token's embedding. No value is more than 4 times as large as the largest of the base's tensor.
+3. No row changes by more than `SMALL` times its norm. A row gives one output, or is one token's embedding. No value is
+   more than 4 times as large as the largest of the base's tensor.
 4. Rounding takes so little of the delta that `rounding-loss` does not need the model.
 
-Why this is enough. An output is w·x, and |w·x| <= ‖w‖ ‖x‖. So a merge raises the bound of each output at most 4 times.
-Norms between the layers undo it. Without them, 64 merged layers in a row would have to reach the bound to leave the
-dtype. A row that keeps a quarter of its norm is not erased, so what a model divides by does not become zero.
+Why this is enough. An output is w·x, and |w·x| <= ‖w‖ ‖x‖. So a merge raises the bound of each output at most 1.7
+times. Norms between the layers undo it. Without them, 167 merged layers in a row would have to reach the bound to leave
+the dtype. A row keeps 0.3 times its norm, and its direction within 45 degrees: it is neither erased nor reversed.
 
 Each norm is measured, or follows from the factors. Those of the base are measured once for all adapters. LoRA adds
-s·b·A to a row, with b in B, and ‖b A‖² is b (A Aᵀ) bᵀ. If that norm is at most `SMALL` times the row's, 0.3 to 1.7
-times the row's norm remain; PEFT's roundings move it by 2⁻⁸. The norm of DoRA's row is in its magnitude vector.
+s·b·A to a row, with b in B, and ‖b A‖² is b (A Aᵀ) bᵀ. DoRA makes m / ‖v‖ · v of v = w + s·b·A, which differs from w by
+at most |m - ‖w‖| + 2 ‖s·b·A‖. PEFT's roundings are 2⁻⁸ of a value.
 
-It is no proof for models that raise activations to a power, or take an exponential of them, with no norm in between.
-It does not see a base that returns NaN by itself.
+It is no proof for models that raise activations to a power, take an exponential of them, or divide by a few of them,
+with no norm in between. It does not see a base whose own values are NaN, or near the limit of the dtype.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.forward.run import why_not_run
 from merge_gate.records.measured import Evidence, TensorMerge
 
-MOST = 3.9
-"""4 times, less what a norm in bfloat16 and the roundings of a merge are off."""
+MOST = 4.0
+"""How many times the largest value may grow."""
 
 SMALL = 0.7
-"""A delta of up to this share of a row's norm leaves 0.3 to 1.7 times that norm."""
+"""The largest change of a row, as a share of its norm."""
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 """The first dimension of their weights counts rows. Classes that inherit from these may compute something else."""
@@ -54,14 +54,9 @@ def has_rows(module: nn.Module, tensor: torch.Tensor) -> bool:
     return type(module) in PLAIN and tensor.dim() > 1
 
 
-def is_small(delta: torch.Tensor, was: torch.Tensor) -> bool:
-    """Whether rows of a delta with these norms, or less, are small next to the base's rows."""
-    return bool((delta <= SMALL * was).all())
-
-
-def is_alike(now: torch.Tensor, was: torch.Tensor) -> bool:
-    """Step 3, for the norms of merged rows. NaN is not alike."""
-    return bool(((now <= MOST * was) & (was <= MOST * now)).all())
+def is_small(change: torch.Tensor, was: torch.Tensor) -> bool:
+    """Step 3, for rows that change by these norms, or less. NaN is not small."""
+    return bool((change <= SMALL * was).all())
 
 
 def why_left_out(base: Base, evidence: Evidence, norm_limit: float) -> str:
@@ -73,4 +68,5 @@ def why_left_out(base: Base, evidence: Evidence, norm_limit: float) -> str:
     loses = (evidence.lost_share or 0.0) > norm_limit
     if loses or evidence.wrong or evidence.different or not all(map(is_kept, evidence.merges)):
         return ""
-    return f"{base.facts.dtype} holds values up to 3.4e38, and the adapter changes no weight by more than 4 times"
+    change = f"the adapter changes no row of a weight by more than {SMALL:g} times its norm"
+    return f"{base.facts.dtype} holds values up to 3.4e38, and {change}"

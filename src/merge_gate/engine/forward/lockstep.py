@@ -198,8 +198,10 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if places:
                 self._thread.wait_for(places)
                 args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
-        if function.name() in {"aten::mm", "aten::addmm"} and not kwargs and args[-1].dtype == torch.float16:
-            return _in_float32(*args)
+        if function.name() in {"aten::mm", "aten::addmm"} and not kwargs:
+            dtypes = {one.dtype for one in args}
+            if dtypes == {torch.float16}:  # torch refuses a mixture
+                return _in_float32(*args)
         return function(*args, **kwargs)
 
     def _place(self, value: Any) -> Place | None:
@@ -217,7 +219,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _in_float32(*args: torch.Tensor) -> torch.Tensor:
     """Step 4, for `mm` and `addmm`."""
     *bias, left, right = args
-    parts = torch.split(right, max(1, PRODUCT_ELEMENTS // len(right)), dim=1)
+    parts = torch.split(right, max(1, PRODUCT_ELEMENTS // max(1, len(right))), dim=1)
     product = torch.cat([left.float() @ part.float() for part in parts], 1)
     return sum(bias, product).half()
 

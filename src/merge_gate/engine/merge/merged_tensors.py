@@ -19,7 +19,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
-from merge_gate.engine.forward.growth import has_rows, is_alike
+from merge_gate.engine.forward.growth import has_rows, is_small
 from merge_gate.engine.merge.account import Places
 from merge_gate.engine.tensors.measure import (
     distance,
@@ -120,7 +120,7 @@ def of_tensor(
         tensor: the merged tensor in its final form.
         exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
         rounding_share: a delta that is at most this share of the weight is only rounding.
-        rows: compare the norms of the rows of a weight (forward/growth.py).
+        rows: compare the rows of a weight (forward/growth.py).
     """
     with base.filled([base.first_name(name)]):
         return _compared(base, module, name, tensor, exact, rounding_share=rounding_share, rows=rows)
@@ -169,7 +169,7 @@ def _compared(
         unchanged_fraction=unchanged_fraction(was, values) if comparable else None,
         keeps_rows=rows
         and has_rows(module, values)
-        and is_alike(row_norms(values), base.row_norms(base.first_name(name), was)),
+        and is_small(row_norms(values, was), base.row_norms(base.first_name(name), was)),
     )
 
 

@@ -24,11 +24,11 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.blocks.block_merge import BlockMerge, Figures, Measured, MergedRows, measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.forward.growth import has_rows, is_alike, is_small
+from merge_gate.engine.forward.growth import has_rows, is_small
 from merge_gate.engine.merge.merged_tensors import ROUNDED, TensorSink
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
-from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, row_norms, same_bits, shares_storage
+from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits, shares_storage
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.records.measured import MeasureOptions, TensorMerge, TensorStats
 
@@ -155,9 +155,8 @@ def merge_in_blocks(
     """
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
     merge = _merge(base, one, weight)
-    norm = of_rows = None
-    if one.update.magnitude is None:
-        norm, of_rows = one.update.delta_norms()  # one pass, for all uses below
+    norm, of_rows = one.update.delta_norms()  # one pass, for all uses below
+    norm = norm if one.update.magnitude is None else None
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
     receive = None
@@ -169,19 +168,16 @@ def merge_in_blocks(
     extremes = found.minimum, found.maximum
     record = _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
     with_rows = measure_options.rows and has_rows(one.slot.module, weight)
-    return replace(record, keeps_rows=with_rows and _keeps_rows(base, one, weight, merge, of_rows))
+    return replace(record, keeps_rows=with_rows and _keeps_rows(base, one, weight, of_rows.cpu()))
 
 
-def _keeps_rows(
-    base: Base, one: BlockLayer, weight: torch.Tensor, merge: BlockMerge, of_rows: torch.Tensor | None
-) -> bool:
-    """Step 3 of growth.py. `of_rows` are the norms of the delta's rows: merged rows are measured if it is large."""
+def _keeps_rows(base: Base, one: BlockLayer, weight: torch.Tensor, of_rows: torch.Tensor) -> bool:
+    """Step 3 of growth.py. `of_rows` are the norms of the delta's rows."""
     was, magnitude = base.row_norms(one.slot.name, weight), one.update.magnitude
-    if magnitude is not None and not one.update.transposed:  # a magnitude of an embedding is that of a column
-        return is_alike(magnitude.cpu().abs(), was)
-    if of_rows is not None and is_small(of_rows.cpu(), was):
-        return True
-    return is_alike(torch.cat([row_norms(block.merged) for block in merge.blocks()]), was)
+    if magnitude is None:
+        return is_small(of_rows, was)
+    is_of_rows = not one.update.transposed  # that of an embedding is of columns
+    return is_of_rows and is_small((magnitude.cpu().double() - was).abs() + 2 * of_rows, was)
 
 
 def _pass_on(sink: TensorSink, one: BlockLayer, once: BlockMerge | None, block: MergedRows) -> None:

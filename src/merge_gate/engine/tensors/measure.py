@@ -8,7 +8,7 @@ first index are taken only where that pass says non-finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -165,9 +165,18 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return values.contiguous().view(_INTEGERS[values.element_size()])
 
 
-def row_norms(weight: torch.Tensor) -> torch.Tensor:
-    """The norm of each row (all values with one first index), on the CPU in float64. NaN if squares leave float32."""
-    norms: torch.Tensor = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1).cpu().double()
+def row_norms(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:
+    """The norm of each row (all values with one first index) of a weight, or of the difference of two.
+
+    On the CPU in float64. NaN if squares leave float32.
+    """
+    rows = left.detach().flatten(1)
+    parts: Iterable[torch.Tensor] = (rows,)
+    if right is not None:
+        most = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))
+        pairs = zip(rows.split(most), right.detach().flatten(1).split(most), strict=True)
+        parts = (one.float() - other.float() for one, other in pairs)
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).cpu().double()
     return norms.where(norms.isfinite(), torch.nan)
 
 
