@@ -1,6 +1,6 @@
 """Checks with mutmut whether some test fails for each small change of the code that judges.
 
-    python tests/tools/mutants.py judging|preflight|config [--only NAME …] [--show] [--work DIR]
+    python tests/tools/mutants.py judging|preflight|config [--only NAME …] [--show] [--work DIR] [--record]
 
 1. Copy the tree into a directory.
 2. Replace decorators in the copy, because mutmut skips functions that have one, and every check has one:
@@ -9,6 +9,7 @@
    of a second and kill most mutants.
 4. Run all tests of the part against the mutants that survived.
 5. Print the number of survivors, and with --show the change of each.
+6. Print the functions of which a larger share survives than in mutants.json. With --record, replace its figures.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import json
 import os
 import re
 import resource
@@ -33,6 +35,8 @@ import pytest
 from _pytest.config import _prepareconfig
 
 ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = Path(__file__).with_suffix(".json")
+"""By part and function: the number of its mutants, and of the survivors."""
 
 PREFLIGHT = ("preflight", "adapter_config", "json_object", "headers")
 PARTS = {
@@ -112,15 +116,45 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="mutmut's names of the mutants to run; * is a wildcard")
     parser.add_argument("--show", action="store_true", help="print the change of each survivor")
     parser.add_argument("--work", type=Path, help="the directory of the copy; the next run continues there")
+    parser.add_argument("--record", action="store_true", help="store the figures of this run as the reference")
     options = parser.parse_args()
-    if options.work:
-        options.work.mkdir(parents=True, exist_ok=True)
-        return run(options.work, options.part, options.only, show=options.show)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
-        return run(Path(directory), options.part, options.only, show=options.show)
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
+        work.mkdir(parents=True, exist_ok=True)
+        outcomes = run(work, options.part, options.only, show=options.show)
+    compare(options.part, outcomes, record=options.record)
+    return 0
 
 
-def run(work: Path, part: str, only: list[str], *, show: bool) -> int:
+def compare(part: str, outcomes: dict[str, str], *, record: bool) -> None:
+    """Print each function whose tests find a smaller share of its mutants than the reference has."""
+    reference: dict[str, dict[str, list[int]]] = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    figures = by_function(outcomes)
+    for name, (total, alive) in figures.items():
+        before = reference.get(part, {}).get(name)
+        if before is not None and alive * before[0] > before[1] * total:
+            print(f"{name}: {alive} of {total} mutants survive, {before[1]} of {before[0]} before")
+    if record:
+        reference[part] = figures
+        parts = ",\n".join(
+            f'"{one}": {{\n' + ",\n".join(f"{json.dumps(key)}: {value}" for key, value in rows.items()) + "\n}"
+            for one, rows in reference.items()
+        )
+        REFERENCE.write_text(f"{{\n{parts}\n}}\n", encoding="utf-8")
+
+
+def by_function(outcomes: dict[str, str]) -> dict[str, list[int]]:
+    """For each function: the number of its mutants, and the number of those that survived."""
+    counts: dict[str, list[int]] = {}
+    for name, outcome in sorted(outcomes.items()):
+        function = re.sub(r"\bx_|\bxǁ", "", name.rpartition("__mutmut_")[0]).replace("ǁ", ".")
+        total_and_alive = counts.setdefault(function.removeprefix("merge_gate."), [0, 0])
+        total_and_alive[0] += 1
+        total_and_alive[1] += outcome not in KILLED
+    return counts
+
+
+def run(work: Path, part: str, only: list[str], *, show: bool) -> dict[str, str]:
     """Run both passes of a part, and print the survivors."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     changed, first_tests, all_tests = PARTS[part]
@@ -136,7 +170,7 @@ def run(work: Path, part: str, only: list[str], *, show: bool) -> int:
             print(mutmut(work / "every", "show", name).stdout)
     counted = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).most_common())
     print(f"{part}: {len(outcomes)} mutants: {counted}; {len(alive) / max(len(outcomes), 1):.1%} survived")
-    return 0
+    return outcomes
 
 
 def survivors(outcomes: dict[str, str]) -> list[str]:
