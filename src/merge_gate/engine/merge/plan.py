@@ -155,8 +155,8 @@ def merge_in_blocks(
     """
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
     merge = _merge(base, one, weight)
-    norm, of_rows = one.update.delta_norms()  # one pass, for all uses below
-    norm = norm if one.update.magnitude is None else None
+    of_delta, of_rows = one.update.delta_norms()  # one pass, for all uses below
+    norm = of_delta if one.update.magnitude is None else None
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
     receive = None

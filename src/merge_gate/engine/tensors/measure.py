@@ -174,7 +174,7 @@ def row_norms(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
     parts: Iterable[torch.Tensor] = (rows,)
     if right is not None:
         most = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))
-        pairs = zip(rows.split(most), right.detach().flatten(1).split(most), strict=True)
+        pairs = zip(torch.split(rows, most), torch.split(right.detach().flatten(1), most), strict=True)
         parts = (one.float() - other.float() for one, other in pairs)
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).cpu().double()
     return norms.where(norms.isfinite(), torch.nan)
