@@ -12,7 +12,7 @@ In: the figures of a merge, and its base. Out: why the model need not run, or no
 
 Why this is enough. An output is w·x, and |w·x| <= ‖w‖ ‖x‖. So a merge raises the bound of each output at most 1.7
 times. Norms between the layers undo it. Without them, 167 merged layers in a row would have to reach the bound to leave
-the dtype. A row keeps 0.3 times its norm, and its direction within 45 degrees: it is neither erased nor reversed.
+the dtype. A row keeps 0.3 times its norm, and its direction within 45 degrees, so it is not erased, and not reversed.
 
 Each norm is measured, or follows from the factors. Those of the base are measured once for all adapters. LoRA adds
 s·b·A to a row, with b in B, and ‖b A‖² is b (A Aᵀ) bᵀ. DoRA makes m / ‖v‖ · v of v = w + s·b·A, which differs from w by
