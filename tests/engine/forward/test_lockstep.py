@@ -160,3 +160,19 @@ def test_products_in_float16_are_summed_in_float32(bias: bool, elements: int, mo
     assert run.returned.dtype is torch.float16
     assert (run.returned == expected).float().mean() > 0.99
     assert not torch.equal(run.returned, layer(inputs))
+
+
+def test_a_product_that_torch_refuses_in_float16_is_refused() -> None:
+    layer = nn.Linear(4, 3, bias=False).half()
+    run = ModelRun(model=layer, inputs={"input": torch.ones(2, 4)})
+    run_together([run], _tensors(layer), lambda _: contextlib.nullcontext())
+    assert "same dtype" in str(run.error)
+
+
+def test_an_empty_product_in_float16_is_zero() -> None:
+    layer = nn.Linear(1, 3, bias=False).half()
+    layer.weight = nn.Parameter(torch.empty(3, 0).half())
+    run = ModelRun(model=layer, inputs={"input": torch.ones(2, 0).half()})
+    run_together([run], _tensors(layer), lambda _: contextlib.nullcontext())
+    assert run.error is None
+    assert run.returned.tolist() == [[0.0] * 3] * 2

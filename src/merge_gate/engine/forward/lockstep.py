@@ -198,10 +198,9 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if places:
                 self._thread.wait_for(places)
                 args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
-        if function.name() in {"aten::mm", "aten::addmm"} and not kwargs:
-            dtypes = {one.dtype for one in args}
-            if dtypes == {torch.float16}:  # torch refuses a mixture
-                return _in_float32(*args)
+        is_product = function.name() in {"aten::mm", "aten::addmm"} and not kwargs
+        if is_product and {one.dtype for one in args} == {torch.float16}:  # torch refuses a mixture
+            return _in_float32(*args)
         return function(*args, **kwargs)
 
     def _place(self, value: Any) -> Place | None:
