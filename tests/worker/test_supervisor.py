@@ -671,6 +671,16 @@ def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[Ad
     assert turns(attempt) == {1: TOGETHER, 2: TOGETHER}
 
 
+def test_a_death_while_a_pass_hands_over_is_of_the_adapter_in_progress(
+    shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
+    events = MergeStarted(task=0, others=(1, 2)), Unjudged(task=0, refusal=REFUSED), InProgress(task=1)
+    assert turns(begun(job, *events)) == {1: SUSPECTED, 2: TOGETHER}
+    attempt = begun(job, *events, Unjudged(task=1, refusal=REFUSED))
+    assert attempt._limit_of_now() == job.groups[0].tasks[2].limit_s
+
+
 def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     class Stop(BaseException):
         pass

@@ -407,6 +407,7 @@ def _judge_batch(
             merged = (None,) * len(batch)
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
+                _report_work(progress, task.index)
                 _finish_publication(task, evidence, base_of[task.index])
                 yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]

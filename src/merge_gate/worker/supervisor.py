@@ -239,8 +239,9 @@ class Attempt:
                 self._note_forward(event)
             case protocol.Merged() | protocol.Unjudged():
                 del self._open[event.task]
-                self._loading, self._merging = None, ()  # no base is loading any more
-                self._begin(DEFAULT_LIMIT_S)
+                self._loading = None  # no base is loading any more
+                self._merging = tuple(index for index in self._merging if index in self._open)
+                self._begin(sum(self._open[index][1].limit_s for index in self._merging) or DEFAULT_LIMIT_S)
             case protocol.Idle():
                 event = self._silence()
             case protocol.DeviceChosen() | protocol.BaseMeasured() | protocol.Finished():
