@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
-	@echo "make test    the tests, with a sample of each sweep (8 minutes on 2 cores)"
+	@echo "make test    the tests, with a sample of each sweep (12 minutes on 2 cores)"
 	@echo "make sweeps  what make test leaves out: the sweeps in full, and all examples of the properties (half an hour)"
 	@echo "make test-all both in one run: all methods and bases, Ray, kills (40 minutes on 2 cores)"
 	@echo "make card    a simulated GPU against the CPU: a fifth of the cases, or all with CARD=all; needs g++ (four minutes)"

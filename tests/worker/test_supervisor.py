@@ -13,7 +13,7 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -679,6 +679,27 @@ def test_a_death_while_a_pass_hands_over_is_of_the_adapter_in_progress(
     assert turns(begun(job, *events)) == {1: SUSPECTED, 2: TOGETHER}
     attempt = begun(job, *events, Unjudged(task=1, refusal=REFUSED))
     assert attempt._limit_of_now() == job.groups[0].tasks[2].limit_s
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"done": "x"}, {"task": []}, {"done": 10**5000}, {"module": 5}, {"total": None}],
+    ids=["text", "list", "digits", "number", "none"],
+)
+def test_an_event_with_fields_of_other_types_is_garbled(
+    changes: dict[str, Any], shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    job = Job(groups=(group(shelf.base("llama"), adapters),))
+    attempt = begun(job, MergeStarted(task=0))
+    with pytest.raises(GarbledError):
+        attempt.receive(replace(MergeProgressed(task=0, done=1, total=2, module="m"), **changes))
+
+
+def test_a_long_name_of_a_module_is_cut(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    attempt = begun(Job(groups=(group(shelf.base("llama"), adapters),)), MergeStarted(task=0))
+    attempt.receive(MergeProgressed(task=0, done=1, total=2, module="m\x1b" * 1000))
+    assert len(attempt._progress) < 1000
+    assert attempt._progress.isprintable()
 
 
 def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

@@ -34,7 +34,7 @@ from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.worker.protocol import PublicationWritten, Publishing
 
 _MORE_BYTES = 1 << 30
-"""A plan may need twice the size of the base, and so much more. So may its largest file."""
+"""A planned model may have twice the expected size, and so much more. So may its largest file."""
 
 _SETTINGS = frozenset({"tie_word_embeddings", "model_type", "architectures", "id2label", "label2id"})
 """Keys of config.json that the tensors of a merge can change."""
@@ -96,7 +96,7 @@ class Publication:
         return self._stored.get(tensor.name) == (tensor.dtype, tensor.shape)
 
     def written(self, message: PublicationWritten) -> None:
-        """The worker has written all that it wants to write. Other tensors are copied from the base."""
+        """The worker has written all that it wants to write: what it planned. The rest is copied from a local base."""
         if message.refusal is not None:
             raise NotPublishedError(message.refusal.message, hint=message.refusal.hint)
         if self._writer is None:

@@ -76,7 +76,7 @@ def run_gate(
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
-        GateError: the report cannot be written.
+        GateError: the report cannot be written, or what is asked for does not fit the files of a base.
     """
     with contextlib.closing(Run(config, options, view or View(), worker)) as run, begun_run(options.output, begins):
         return run.run()

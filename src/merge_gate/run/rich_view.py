@@ -77,7 +77,7 @@ class RichView(TextView):
 
     def adapter_progress(self, done: int, total: int, module: str) -> None:  # noqa: ARG002 - a log names it
         self._bars.update(self._current, completed=done, total=total)
-        self._bars.update(self._all, completed=self._done + done / total)
+        self._bars.update(self._all, completed=self._done + done / (total or 1))
 
     def adapter_done(self, adapter: AdapterReport) -> None:
         super().adapter_done(adapter)

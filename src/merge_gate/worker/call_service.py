@@ -1,4 +1,4 @@
-"""Answers the calls of the worker, which has no network and no token, and cannot create or open files.
+"""Answers the calls of the worker, which has no network and no token, and can open no file for writing.
 
 In: calls of the worker, which is not trusted, over several lines. Out: bytes of bases, with the digests of the files
 that passed whole, and calls of a `Publisher`.
@@ -149,7 +149,7 @@ class CallService:
             return NotJudged(message=error.message, hint=error.hint), ()
         except Exception as error:  # noqa: BLE001 - the worker gets it
             why = f"{type(error).__name__}: {str(error)[:200]}"
-            return NotJudged(message=f"the base's bytes could not be read: {why}"), ()
+            return NotJudged(message=f"a call of the worker could not be answered: {why}"), ()
 
     def _carried_out(self, call: object, memory: memoryview) -> tuple[int, ...]:
         match call:
@@ -162,7 +162,12 @@ class CallService:
                 self._read(base, span, memory[: span.end - span.start])
             case PublicationPlanned(task=int(task), tensors=tuple(tensors)):
                 return self._publisher_of(task, tensors, _is_tensor).planned(task, tensors)
-            case PublicationWritten(task=int(task), checksums=tuple(checksums), settings=str()):
+            case PublicationWritten(
+                task=int(task),
+                checksums=tuple(checksums),
+                settings=str(),
+                refusal=None | NotJudged(message=str(), hint=str()),
+            ):
                 self._publisher_of(task, checksums, _is_checksum).written(call)
             case _:
                 raise _UnfitError

@@ -2,7 +2,8 @@
 
 Has the settings of glibc's allocator for the worker: freed memory is reused for the next tensor.
 
-Divides the adapters on a base into passes by these counters. A pass merges several adapters and reads the files once.
+Divides the adapters on a base into passes by these counters, and by the limit on open files. A pass merges several
+adapters and reads the files once.
 
 The counters are those of the process's cgroup (version 2 or 1). Without them, and outside of Linux, the result is None.
 """

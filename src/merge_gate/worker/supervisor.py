@@ -9,8 +9,8 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
 4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges them in two
    passes: the adapters that were not in progress, and then those that were. If none was, the first pass has one
-   adapter, and the second one the others. After a second such death, each adapter of the pass gets one of its own. So
-   one death costs at most two more reads of the base.
+   adapter, and the second one the others. After a death in the pass of those in progress, or a second one without any,
+   each adapter of the pass gets one of its own. So one death costs at most two more reads of the base.
 5. If it dies or exceeds a time limit while adapters run as models, a new process runs their base alone, and then each
    of them. A base that dies alone is not run any more, and neither is an adapter.
 
@@ -208,12 +208,19 @@ class Attempt:
         self._running: set[int] = set()  # tasks whose models run
         self._running_since_s = 0.0
 
-    def receive(self, event: Event) -> None:  # noqa: C901 - a case for each event
+    def receive(self, event: Event) -> None:
         """Record what the process does now, and pass the event on.
 
         Raises:
-            GarbledError: the event is not about open tasks of the base in progress.
+            GarbledError: the event is not about open tasks of the base in progress, or its fields have other types.
         """
+        try:
+            event = self._recorded(event)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise GarbledError(f"{type(event).__name__}: {str(error)[:200]}") from error
+        self._listen(event)
+
+    def _recorded(self, event: Event) -> Event:  # noqa: C901 - a case for each event
         if not self._is_fit(event):
             raise GarbledError(f"{type(event).__name__} of an adapter that is not in progress")
         match event:
@@ -233,7 +240,9 @@ class Attempt:
                 self._in_progress.pop(None, None)
                 self._in_progress[event.thread] = event.task
             case protocol.MergeProgressed():
-                self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
+                self._progress = (
+                    f" (at {event.done:,} of {counted(event.total, 'module')}, {quoted(event.module, 200, mark='')})"
+                )
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
             case protocol.ForwardRunning():
                 self._note_forward(event)
@@ -248,7 +257,7 @@ class Attempt:
                 pass
             case _:
                 assert_never(event)
-        self._listen(event)
+        return event
 
     def _is_fit(self, event: Event) -> bool:
         """Whether an event is about open tasks of the base in progress, or about no task."""
@@ -351,7 +360,7 @@ class Attempt:
         self._change(lost, no_forward=self._why(what, ending).message)
 
     def _divide_pass(self, tried: set[tuple[str, object]]) -> None:
-        """Divide a pass that died in two, or the second time in passes of one adapter."""
+        """Step 4: what the next process merges together, after a pass has died."""
         suspects = set(self._in_progress.values()).intersection(self._merging)
         place = ("pass", self._directory)
         if self._open[self._merging[0]][1].turn == SUSPECTED or (not suspects and place in tried):

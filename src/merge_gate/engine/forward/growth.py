@@ -5,7 +5,7 @@ In: the figures of a merge, and its base. Out: why the model need not run, or no
 1. The dtypes of the base are bfloat16 and float32. Their largest value is 3.4e38.
 2. Each tensor that the merge changes is the weight of a linear layer, a convolution, or an embedding (`PLAIN`). A model
    only multiplies with it, or looks its rows up. It may take an exponential, a logarithm, or a root of other tensors:
-   of biases, norms, buffers, and parameters such as `logit_scale`. Copies that the adapter has trained do not count.
+   of biases, norms, buffers, and parameters such as `logit_scale`. A copy that the adapter has trained is no merge.
 3. No row changes by more than `SMALL` times its norm. A row gives one output, or is one token's embedding. No value is
    more than 4 times as large as the largest of the base's tensor.
 4. Rounding takes so little of the delta that `rounding-loss` does not need the model.

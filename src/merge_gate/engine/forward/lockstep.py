@@ -8,10 +8,9 @@ exception. Knows no adapter but DoRA. A model without hollow tensors runs as it 
    of its model, fails.
 3. When all threads wait, the tensors of the module that comes first in the model are filled, as far as a thread waits
    for them, and these threads go on. They are emptied when no thread waits for a tensor of this module any more.
-
 4. Products of float16 matrices are summed in float32 and rounded once, as on a card. torch takes twice the time for
    them on a CPU, and may differ in the last bit.
-5. PEFT makes the norms of a DoRA's layer from a product as large as its weight, in each forward. `with_norms_in_blocks`
+5. PEFT makes the norms of a DoRA layer from a product as large as its weight, in each forward. `with_norms_in_blocks`
    makes them from W + scaling · B @ A, a few rows at a time.
 
 An operation reads its tensors, whichever module they belong to. So a model that reads a layer's weight without calling

@@ -155,8 +155,11 @@ def merge_in_blocks(
     """
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
     merge = _merge(base, one, weight)
-    of_delta, of_rows = one.update.delta_norms()  # one pass, for all uses below
-    norm = of_delta if one.update.magnitude is None else None
+    with_rows, is_plain_sum = measure_options.rows and has_rows(one.slot.module, weight), one.update.magnitude is None
+    norm = of_rows = None
+    if is_plain_sum or with_rows:
+        norm, of_rows = one.update.delta_norms()  # one pass, for all uses below
+    norm = norm if is_plain_sum else None
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
     receive = None
@@ -167,8 +170,9 @@ def merge_in_blocks(
         return None
     extremes = found.minimum, found.maximum
     record = _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
-    with_rows = measure_options.rows and has_rows(one.slot.module, weight)
-    return replace(record, keeps_rows=with_rows and _keeps_rows(base, one, weight, of_rows.cpu()))
+    if not with_rows or of_rows is None:
+        return record
+    return replace(record, keeps_rows=_keeps_rows(base, one, weight, of_rows.cpu()))
 
 
 def _keeps_rows(base: Base, one: BlockLayer, weight: torch.Tensor, of_rows: torch.Tensor) -> bool:

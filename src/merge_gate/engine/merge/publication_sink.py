@@ -6,7 +6,7 @@ Judges nothing, and creates no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
 2. `put`, `put_rows`: the merged values are written, converted to the stored layout if necessary.
-   `take`: if the parent cannot copy from the base, so are its other stored tensors, while their bytes are here.
+   `take`: if the parent feeds the base, so are its other stored tensors, while their bytes are here.
 3. `finish`: what was expected and did not change is written as the base has it. For a cast, so is every other floating
    tensor that is stored in another dtype. Tensors that transformers does not load are measured here.
 """
