@@ -31,9 +31,9 @@ from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
+from merge_gate.features.ray import run_on_ray
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
-from merge_gate.on_ray import run_on_ray
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import WORDS, write_report

@@ -22,8 +22,8 @@ import pytest
 from merge_gate import demo
 from merge_gate._internal import whole_file
 from merge_gate._internal.earlier_reports import is_own
-from merge_gate.cache.store import ABANDONED_S
 from merge_gate.cli.dispatch import main
+from merge_gate.features.cache.store import ABANDONED_S
 from merge_gate.records.report import Shard
 from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.report.stored.report_files import FORMATS, write_report

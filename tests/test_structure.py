@@ -143,8 +143,9 @@ def test_no_folder_is_empty_and_each_says_what_it_is_for() -> None:
 
 
 def test_no_two_modules_have_one_name() -> None:
-    """The modules of `records/` may be called after the folder whose values they hold."""
-    names = Counter(path.stem for path in FILES if path.stem not in {"__init__", "__main__"})
+    """The parts of each feature have the names of the places at which it acts."""
+    roles = {"__init__", "__main__", "declared", "feature", "consumer"}
+    names = Counter(path.stem for path in FILES if path.stem not in roles)
     assert not [name for name, count in names.items() if count > 1]
 
 

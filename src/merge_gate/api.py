@@ -106,7 +106,7 @@ def export(
         UsageError: an argument or a name is wrong. Nothing was judged.
         GateError: no plain LoRA has the effect of the adapter, or the merges cannot be compared.
     """
-    from merge_gate.exporting.export_flow import export as exported  # noqa: PLC0415 - imports numpy
+    from merge_gate.features.export.export_flow import export as exported  # noqa: PLC0415 - imports numpy
 
     given = _converted({"adapters": adapter, "output": output, "base": base, "device": "auto"})
     (name,) = given["adapters"]

@@ -17,10 +17,10 @@ from merge_gate.engine.base.loaded_base import MOST_TYPICAL, Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.features.stream.feed import SourceError
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.records.terms import Quantization, Severity
-from merge_gate.sources.feed import SourceError
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors

@@ -11,13 +11,13 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from merge_gate._internal.errors import GateError, ResolveError
+from merge_gate.features.stream import hub_file
+from merge_gate.features.stream.feed import SourceError
+from merge_gate.features.stream.hub_file import HubFile
 from merge_gate.files import hub as hub_module
 from merge_gate.files.resolve import resolve_adapter
 from merge_gate.limits import request_limits
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.sources import hub_file
-from merge_gate.sources.feed import SourceError
-from merge_gate.sources.hub_file import HubFile
 from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ ADAPTERS = 240
 
 @pytest.mark.slow
 def test_a_fleet_has_one_report_however_it_is_judged(shelf: Shelf, tmp_path: Path) -> None:
-    """Cold, warm, in four shards, and again after a kill -9; tests/on_ray/test_ray.py has Ray.
+    """Cold, warm, in four shards, and again after a kill -9; tests/features/ray/test_ray.py has Ray.
 
     Of many adapters, no model is run. test_shards.py, test_cache.py, and test_ray.py do that with a small fleet.
     """

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate._internal.errors import UsageError
-from merge_gate.cache.remembered import BaseRecords
-from merge_gate.cache.store import Seal, Store
+from merge_gate.features.cache.remembered import BaseRecords
+from merge_gate.features.cache.store import Seal, Store
+from merge_gate.features.stream import hub_file
+from merge_gate.features.stream.read_ahead import LocalFiles
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.records.config import AdapterSpec, BaseSpec
@@ -20,8 +22,6 @@ from merge_gate.records.measured import BaseRecord, TensorStats
 from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
 from merge_gate.run import fed_bases
 from merge_gate.run.fed_bases import LIMIT_PER_GIB_S, FedBases, group_by_base, network_file_system
-from merge_gate.sources import hub_file
-from merge_gate.sources.read_ahead import LocalFiles
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from merge_gate.cache.remembered import SETTLED_NS, SeenBases
-from merge_gate.cache.store import Seal, Store
 from merge_gate.cli.dispatch import main
+from merge_gate.features.cache.remembered import SETTLED_NS, SeenBases
+from merge_gate.features.cache.store import Seal, Store
 from merge_gate.files import base_watch, resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.records.measured import BaseFacts

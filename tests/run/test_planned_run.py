@@ -16,11 +16,11 @@ import pytest
 from huggingface_hub import constants
 
 from merge_gate._internal.errors import UsageError
-from merge_gate.cache.remembered import SETTLED_NS
-from merge_gate.cache.store import KINDS
 from merge_gate.config.load_config import load_config
+from merge_gate.features.cache.remembered import SETTLED_NS
+from merge_gate.features.cache.store import KINDS
+from merge_gate.features.publish.partial import partial_name
 from merge_gate.files import hub, resolve
-from merge_gate.publish.partial import partial_name
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Access, Read
 from merge_gate.report.stored.report_files import write_report

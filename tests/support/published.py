@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from merge_gate.publish.manifest import (
+from merge_gate.features.publish.manifest import (
     MANIFEST_NAME,
     PublicationFacts,
     manifest_of,

@@ -20,8 +20,8 @@ TOGETHER = {
     "tests/test_docs.py": "judged",
     "tests/test_faults.py": "judged",
     # Both need the fixture `fleet`, a run over 16 merges.
-    "tests/cache/test_cache.py": "fleet",
-    "tests/shards/test_shards.py": "fleet",
+    "tests/features/cache/test_cache.py": "fleet",
+    "tests/features/shards/test_shards.py": "fleet",
 }
 ONE_BY_ONE = {
     "tests/card/test_commands.py",
@@ -36,18 +36,18 @@ ONE_BY_ONE = {
 
 
 FIRST = (
-    "tests/on_ray/test_ray.py",
+    "tests/features/ray/test_ray.py",
     "judged",
     "tests/run/test_every_way.py",
     "fleet",
     "tests/worker/test_supervisor.py",
-    "tests/exporting/test_export.py",
+    "tests/features/export/test_export.py",
     "tests/run/test_flow.py",
     "tests/test_cli.py",
     "tests/run/test_streamed_bases.py",
-    "tests/verify/test_verify_command.py",
+    "tests/features/verify/test_verify_command.py",
     "tests/test_quickstart_page.py",
-    "tests/publish/test_kills.py",
+    "tests/features/publish/test_kills.py",
 )
 """Units of work that take long though they have few tests."""
 

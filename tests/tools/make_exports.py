@@ -1,4 +1,4 @@
-"""Makes tests/verify/exports: one adapter, merged by exporters that are not PEFT, each in an environment of its own.
+"""Makes tests/features/verify/exports: an adapter, merged by exporters other than PEFT, each in its own environment.
 
     python tests/tools/make_exports.py inputs     in the project's environment: the base and the adapter
     python tests/tools/make_exports.py mergekit   in an environment with mergekit
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-EXPORTS = Path(__file__).resolve().parents[1] / "verify" / "exports"
+EXPORTS = Path(__file__).resolve().parents[1] / "features" / "verify" / "exports"
 BASE, ADAPTER = EXPORTS / "base", EXPORTS / "adapter"
 TOKENS = {f"t{number}": number for number in range(60)} | {"<s>": 60, "</s>": 61, "<end>": 62, "<unk>": 63}
 

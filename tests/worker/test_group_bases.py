@@ -11,11 +11,11 @@ import pytest
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.loaded_base import ModelClass
+from merge_gate.features.stream.feed import SourceError
 from merge_gate.records.files import BaseFiles, Pattern
 from merge_gate.records.refusals import NotJudged, Refused
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.sources.feed import SourceError
 from merge_gate.worker import group_bases
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.memory import MemoryGroup

@@ -245,8 +245,8 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
     from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
     from merge_gate.config.load_config import load_config
+    from merge_gate.features.verify.exchanged import refuse_exchanged_base
     from merge_gate.judging.policies import POLICIES
-    from merge_gate.verify.exchanged import refuse_exchanged_base
 
     output, policy = getattr(arguments, "output", None), getattr(arguments, "policy", None)
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in _OPTIONS}

@@ -31,7 +31,7 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from datetime import UTC, datetime
 
-    from merge_gate.attest.statement import statements_of
+    from merge_gate.features.attest.statement import statements_of
 
     statements = statements_of(arguments.source, arguments.only, datetime.now(UTC))
     return print_document("".join(statement.decode("ascii") + "\n" for statement in statements))

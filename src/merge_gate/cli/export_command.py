@@ -47,10 +47,10 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.exporting.export_flow import export
+    from merge_gate.features.export.export_flow import export
+    from merge_gate.features.verify.exchanged import refuse_exchanged_base
     from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.streams import tell
-    from merge_gate.verify.exchanged import refuse_exchanged_base
 
     refuse_exchanged_base("export", arguments.base, [arguments.adapter])
     with view_of(arguments) as view:

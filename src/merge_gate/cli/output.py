@@ -54,7 +54,7 @@ def gate_adapters(
 
     with view_of(arguments) as view:
         if ray is not None:
-            from merge_gate.on_ray.run_on_ray import run_on_ray
+            from merge_gate.features.ray.run_on_ray import run_on_ray
 
             return run_on_ray(ray, config, options, view=view, begins=begins)
         return run_gate(config, options, view=view, worker=worker, begins=begins)

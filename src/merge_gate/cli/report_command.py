@@ -110,9 +110,9 @@ def diff(arguments: argparse.Namespace) -> int:
 
 def combine(arguments: argparse.Namespace) -> int:
     """The shards are read before the report of an earlier run is moved."""
+    from merge_gate.features.shards.combined import combined, found_in, refuse_overwriting
     from merge_gate.report.stored.output_directory import begun_run
     from merge_gate.report.stored.report_files import write_report
-    from merge_gate.shards.combined import combined, found_in, refuse_overwriting
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)

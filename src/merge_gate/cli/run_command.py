@@ -252,7 +252,7 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
 
 
 def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    from merge_gate.shards.partition import shard_of
+    from merge_gate.features.shards.partition import shard_of
 
     return shard_of(arguments.shard, os.environ) if arguments.shard is not None else None
 
@@ -260,7 +260,7 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
 def _ray(arguments: argparse.Namespace) -> str | None:
     if arguments.ray is None:
         return None
-    from merge_gate.on_ray.run_on_ray import checked_address
+    from merge_gate.features.ray.run_on_ray import checked_address
 
     if arguments.shard is not None:
         raise UsageError("--ray makes shards itself", hint="omit --shard or --ray")

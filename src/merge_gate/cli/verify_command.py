@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from merge_gate._internal.earlier_reports import refuse_run
     from merge_gate.config.from_arguments import config_of
+    from merge_gate.features.verify.exchanged import refuse_exchanged
+    from merge_gate.features.verify.verify_flow import Verification, verify_record
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
-    from merge_gate.run.verify_flow import Verification, verify_record
-    from merge_gate.verify.exchanged import refuse_exchanged
     from merge_gate.worker.supervisor import WorkerSlot
 
     refuse_run(Path(arguments.output))

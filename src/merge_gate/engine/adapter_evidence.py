@@ -36,9 +36,6 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expecte
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.base.served_class import served_class
-from merge_gate.engine.forward.growth import may_stay, why_left_out
-from merge_gate.engine.forward.rounding import with_rounding
-from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.engine.merge.merged_again import fits, merged_again
 from merge_gate.engine.merge.merged_tensors import TensorSink
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
@@ -49,14 +46,17 @@ from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.placement import confirm_card
 from merge_gate.engine.tensors.quantized import is_quantized
+from merge_gate.features.forward.growth import may_stay, why_left_out
+from merge_gate.features.forward.rounding import with_rounding
+from merge_gate.features.forward.run import is_close, run_adapters, run_merged
+from merge_gate.features.stream.feed import SourceError
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, Forward, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import Refused
-from merge_gate.sources.feed import SourceError
 
 if TYPE_CHECKING:
-    from merge_gate.engine.merge.exact_merge import ExactRows
+    from merge_gate.features.verify.exact_merge import ExactRows
 
 MOST_PASSES = 3
 """A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
@@ -116,7 +116,7 @@ def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[Exact
 
     Between two of its values, a generator keeps no state that other code shares, so the decorator of torch is used.
     """
-    from merge_gate.engine.merge.exact_merge import exact_rows  # noqa: PLC0415 - only for finished models
+    from merge_gate.features.verify.exact_merge import exact_rows  # noqa: PLC0415 - only for finished models
 
     attempt = _Attempt(request, waits=False)
     with _quiet():

@@ -123,7 +123,7 @@ class SettingDifference:
     """A key of a file, or a property of the loaded tokenizer, that differs. The values are JSON, cut to one line.
 
     Without a key, the whole file differs, and `actual` continues a sentence that begins with its name.
-    `row` is the reason of the expected difference that it is (engine/expected_differences.py); empty for any other.
+    `row` is the reason of the expected difference that it is (features/verify/expected_differences.py); else empty.
     """
 
     file: str

@@ -27,10 +27,10 @@ from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Publishing, Task
 
 if TYPE_CHECKING:
-    from merge_gate.cache.remembered import BaseRecords
+    from merge_gate.features.cache.remembered import BaseRecords
+    from merge_gate.features.stream.read_ahead import BaseBytes
     from merge_gate.records.files import Fetched
     from merge_gate.records.measured import BaseRecord
-    from merge_gate.sources.read_ahead import BaseBytes
 
 
 LIMIT_PER_GIB_S = 180.0
@@ -129,7 +129,7 @@ class FedBases(contextlib.ExitStack):
 
     def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
-        from merge_gate.sources.hub_file import lay_out  # noqa: PLC0415 - imports huggingface_hub
+        from merge_gate.features.stream.hub_file import lay_out  # noqa: PLC0415 - imports huggingface_hub
 
         if self._parent is None:
             self._parent = self.enter_context(private_directory())

@@ -4,7 +4,7 @@ In: a valid configuration, the run's options, and a view. Out: a report. It is o
 one, so that a killed run leaves a true report. This module imports no torch: only the worker process does.
 
 1. Resolve names to directories, and judge the adapters' files.       files/resolve.py, judging/adapter_report.py
-2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
+2. Reuse the verdicts that earlier runs reached on the same bytes.    features/cache/verdict_cache.py
 3. Group the rest by base.                                            run/fed_bases.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
 5. Withdraw the verdicts on bases that changed, publish models, and write the report.
@@ -25,15 +25,16 @@ from typing import assert_never
 from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.cache.verdict_cache import Cache, CachedVerdict
+from merge_gate.features.cache.verdict_cache import Cache, CachedVerdict
+from merge_gate.features.publish.manifest import PublicationFacts
+from merge_gate.features.publish.one_publication import Publication
+from merge_gate.features.publish.publications import Publications, unpublished_dtypes
+from merge_gate.features.shards.partition import part_of
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.preflight import base_of
 from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.names.suggestions import nearest
-from merge_gate.publish.manifest import PublicationFacts
-from merge_gate.publish.one_publication import Publication
-from merge_gate.publish.publications import Publications, unpublished_dtypes
 from merge_gate.records.config import AdapterSpec, Config, PublishSpec
 from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
@@ -47,7 +48,6 @@ from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import HourlyLog, View
-from merge_gate.shards.partition import part_of
 from merge_gate.worker import protocol
 from merge_gate.worker.device import has_card, why_no_card
 from merge_gate.worker.pinned import base_changed, base_silent

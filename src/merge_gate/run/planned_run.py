@@ -12,7 +12,7 @@ from rich.text import Text
 
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.text import WIDEST, counted, listing
-from merge_gate.publish.publications import unpublished_dtypes
+from merge_gate.features.publish.publications import unpublished_dtypes
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Quantization, Read
 from merge_gate.report.wording import words

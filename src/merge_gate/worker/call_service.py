@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from merge_gate._internal.errors import GateError
+from merge_gate.features.stream.feed import PIECE_BYTES, FileSpan, SourceError
+from merge_gate.features.stream.read_ahead import CONNECTIONS, BaseBytes, FedBase, LocalFiles, ReadAhead, Window
 from merge_gate.records.files import FileIdentity, StoredTensor
 from merge_gate.records.refusals import NotJudged
-from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
-from merge_gate.sources.read_ahead import CONNECTIONS, BaseBytes, FedBase, LocalFiles, ReadAhead, Window
 from merge_gate.worker.channel import GarbledError, Line
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.protocol import (

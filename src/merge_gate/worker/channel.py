@@ -18,8 +18,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from merge_gate.features.stream.feed import PIECE_BYTES, FileSpan
 from merge_gate.records import comparison, config, files, measured, refusals, report, terms
-from merge_gate.sources.feed import PIECE_BYTES, FileSpan
 from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")

@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_gate._internal.errors import CardError, EngineError
+from merge_gate.features.stream.feed import LocalFeed, SourceError
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
-from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.channel import Channel, Line
 from merge_gate.worker.device import cpu_name, why_no_card

@@ -37,13 +37,13 @@ from merge_gate.engine.base.skeleton import (
 )
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.placement import compute_in_full_precision, confirm_card
+from merge_gate.features.stream.feed import Feed, LocalFeed, SourceError
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import AS_MERGED, Quantization
-from merge_gate.sources.feed import Feed, LocalFeed, SourceError
 from merge_gate.worker.call_client import CallClient, ParentFeed
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
@@ -68,7 +68,7 @@ from merge_gate.worker.protocol import (
 )
 
 if TYPE_CHECKING:
-    from merge_gate.engine.merge.publication_sink import PublicationSinks
+    from merge_gate.features.publish.publication_sink import PublicationSinks
 
 SKELETONS_SHARE = 4
 """What several skeletons of a pass hold for good may take a quarter of the free memory."""
@@ -186,7 +186,7 @@ class GroupBases:
 
     def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
         """What publishes the merges into a base; None if none of them is published."""
-        from merge_gate.engine.merge.publication_sink import PublicationSinks  # noqa: PLC0415 - few runs publish
+        from merge_gate.features.publish.publication_sink import PublicationSinks  # noqa: PLC0415 - few runs publish
 
         group = loaded.group
         if self.client is None or all(task.publishes is None for task in group.tasks):
@@ -206,7 +206,7 @@ class GroupBases:
         Raises:
             EngineError: the finished model's files changed meanwhile.
         """
-        from merge_gate.engine import finished_model  # noqa: PLC0415 - few runs compare
+        from merge_gate.features.verify import finished_model  # noqa: PLC0415 - few runs compare
 
         snapshot, group = task.compares, loaded.group
         assert snapshot is not None and snapshot.base_files is not None  # noqa: S101, PT018 - the caller has looked

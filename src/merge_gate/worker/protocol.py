@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from merge_gate._internal.errors import EngineError
+from merge_gate.features.stream.feed import FileSpan
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
@@ -18,7 +19,6 @@ from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evid
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import AS_MERGED, PRESERVE, BaseKey, record
-from merge_gate.sources.feed import FileSpan
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""

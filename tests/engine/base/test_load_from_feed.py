@@ -16,12 +16,12 @@ from merge_gate.engine.base.skeleton import NoSkeletonError, load_from_feed
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
+from merge_gate.features.stream.feed import LocalFeed, SourceError
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.refusals import CannotJudge, NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Unjudged

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from merge_gate.engine.base.stored_layout import StoredLayout
+from merge_gate.features.publish.stored_layout import StoredLayout
 from tests.support.engine import publish_layouts
 from tests.support.gating import one_thread
 from tests.tools import publish_layouts as tool

@@ -16,9 +16,9 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.features.stream.feed import LocalFeed
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors

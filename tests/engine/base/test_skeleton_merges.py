@@ -31,10 +31,10 @@ from merge_gate.engine.merge import one_pass, walk
 from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
+from merge_gate.features.stream.feed import FileSpan, LocalFeed, SourceError
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
-from merge_gate.sources.feed import FileSpan, LocalFeed, SourceError
 from merge_gate.worker import group_bases, sandbox
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import (

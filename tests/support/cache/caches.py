@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.cache.verdict_cache import Cache, CachedVerdict
+from merge_gate.features.cache.verdict_cache import Cache, CachedVerdict
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.files import Entry
 from merge_gate.records.options import RunOptions

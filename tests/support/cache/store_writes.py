@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.cache.store import Seal, Store
+from merge_gate.features.cache.store import Seal, Store
 
 NAME, OTHER = "a" * 64, "b" * 64
 
@@ -20,8 +20,8 @@ def store(place: Path, secret: str = "") -> Store:
 
 WRITER = """
 import sys
-from merge_gate.cache.store import Seal
-from merge_gate.cache.store import Store
+from merge_gate.features.cache.store import Seal
+from merge_gate.features.cache.store import Store
 store = Store(sys.argv[1], Seal(), print)
 print("ready", flush=True)
 for turn in range(10**9):

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.cache.key import Json, material
-from merge_gate.cache.verdict_cache import CachedVerdict
+from merge_gate.features.cache.key import Json, material
+from merge_gate.features.cache.verdict_cache import CachedVerdict
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Snapshot

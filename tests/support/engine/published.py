@@ -21,10 +21,10 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
-from merge_gate.engine.merge.publication_sink import PublicationSinks
+from merge_gate.features.publish.publication_sink import PublicationSinks
+from merge_gate.features.stream.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import PRESERVE
-from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from merge_gate.engine.expected_differences import Expectation
-from merge_gate.engine.finished_settings import read_settings
+from merge_gate.features.verify.directory import directory_findings, expected_files, settings_files
+from merge_gate.features.verify.expected_differences import Expectation
+from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.base_files import read_base
 from merge_gate.records.comparison import ReadSettings
 from merge_gate.records.files import AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Severity
-from merge_gate.verify.directory import directory_findings, expected_files, settings_files
 from tests.support.gating import SPEC
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from merge_gate.records.terms import Finding
 
-EXPORTS = Path(__file__).parents[2] / "verify" / "exports"
+EXPORTS = Path(__file__).parents[2] / "features" / "verify" / "exports"
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>\n{% endfor %}"
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. It is a test, and a second test of the same words.",

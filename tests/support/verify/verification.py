@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import ResolveError
-from merge_gate.engine import finished_model
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.features.verify import answer, finished_model
+from merge_gate.features.verify.directory import settings_files
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot
-from merge_gate.sources.feed import LocalFeed
-from merge_gate.verify import answer
-from merge_gate.verify.directory import settings_files
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import SPEC, Gate
 

@@ -47,14 +47,14 @@ from merge_gate.engine.tensors.quantized import (
     with_plain_layers,
 )
 from merge_gate.engine.tensors.threads import Buffers, spread
+from merge_gate.features.stream.feed import FileSpan, SourceError
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import CannotJudge, Caught
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import FileSpan, SourceError
 
 if TYPE_CHECKING:
     from merge_gate.engine.base.tensor_map import TensorMap
-    from merge_gate.engine.forward.direct_reads import DirectReads
+    from merge_gate.features.forward.direct_reads import DirectReads
 
 _OF_ONE_RUN = re.compile(r"\s*For details look at [^.!]*above report!?| at 0x[0-9a-f]+")
 """transformers' errors refer to a table in its log, which the reader of a message does not see, and to addresses."""

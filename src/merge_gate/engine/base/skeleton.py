@@ -67,11 +67,11 @@ from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, 
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.quantized import loading_options, quantizing
+from merge_gate.features.stream.feed import Feed, FileSpan, SourceError
 from merge_gate.records.files import CONFIG_NAME, StoredTensor
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed, FileSpan, SourceError
 
 MOST_BYTES_TOGETHER = 1 << 29
 """Conversions share a cell up to this size. Beyond, they are filled one by one, and the files are read with jumps."""

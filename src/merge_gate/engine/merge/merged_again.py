@@ -9,11 +9,11 @@ import torch
 
 from merge_gate.engine.adapter.load_adapter import Loaded
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.forward.rounding import MergedModel
 from merge_gate.engine.merge.merged_tensors import WholeTensors
 from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.measure import shares_storage
+from merge_gate.features.forward.rounding import MergedModel
 from merge_gate.records.measured import Evidence, MeasureOptions
 
 MEMORY_SHARE = 0.5

@@ -19,7 +19,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
-from merge_gate.engine.forward.growth import has_rows, is_small
 from merge_gate.engine.merge.account import Places
 from merge_gate.engine.tensors.measure import (
     distance,
@@ -31,6 +30,7 @@ from merge_gate.engine.tensors.measure import (
     unchanged_fraction,
 )
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
+from merge_gate.features.forward.growth import has_rows, is_small
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.refusals import Refused
 

@@ -24,12 +24,12 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.blocks.block_merge import BlockMerge, Figures, Measured, MergedRows, measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.forward.growth import has_rows, is_small
 from merge_gate.engine.merge.merged_tensors import ROUNDED, TensorSink
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits, shares_storage
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
+from merge_gate.features.forward.growth import has_rows, is_small
 from merge_gate.records.measured import MeasureOptions, TensorMerge, TensorStats
 
 FAIR_FACTOR = 1.25

@@ -1,0 +1,1 @@
+"""Features: each folder is imported only if a run asks for it."""

@@ -1,0 +1,194 @@
+"""What earlier runs found out, so that this run need not: its device, the digests of bases, and their figures.
+
+In: the store of a cache directory, and what identifies a device, the files of a base, or its content now. Out: what is
+stored about them, or None.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import suppress
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.features.cache.key import key_of, libraries, material_of_run
+from merge_gate.records.measured import BaseRecord, RecordedRun
+from merge_gate.report.formats.fields import UnreadableError, dump, load
+from merge_gate.worker.device import cpu_name, has_card
+from merge_gate.worker.protocol import DeviceChosen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from merge_gate.features.cache.store import Store
+    from merge_gate.records.files import BaseContent, FileIdentity
+    from merge_gate.records.terms import BaseKey
+
+Json = Any
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+_CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+class KnownDevices:
+    """The device that a run would merge on, which is part of every key. A card is valid until the machine restarts."""
+
+    def __init__(self, requested: str, store: Store | None, environ: Mapping[str, str]) -> None:
+        self._requested, self._store, self._environ = requested, store, environ
+
+    def lookup(self) -> DeviceChosen | None:
+        """The device that torch would choose; None if only torch can tell."""
+        if self._is_cpu:
+            return DeviceChosen(device="cpu", device_name=cpu_name())
+        name = self._name()
+        match self._store.get("devices", name) if self._store is not None and name is not None else None:
+            case {"device": str(device), "name": str(name)}:
+                return DeviceChosen(device=device, device_name=name)
+        return None
+
+    def store(self, device: DeviceChosen) -> None:
+        name = self._name()
+        if self._store is not None and name is not None:
+            self._store.put("devices", name, {"device": device.device, "name": device.device_name})
+
+    @property
+    def _is_cpu(self) -> bool:
+        return self._requested == "cpu" or (self._requested == "auto" and not has_card())
+
+    def _name(self) -> str | None:
+        """The name of the stored device; None on a CPU, and if the system has no id of its start."""
+        start = None if self._is_cpu else boot_id()
+        if start is None:
+            return None
+        cards = (self._environ.get(variable, "") for variable in _CARD_VARIABLES)
+        return _digest("\0".join((start, self._requested, libraries()["torch"] or "", *cards)))
+
+
+def boot_id() -> str | None:
+    """An id that changes whenever this machine starts; None if the system has none."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() or None
+    return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# --- digests of bases ------------------------------------------------------------------------------------------------
+
+SETTLED_NS = 2_000_000_000
+CLOCK_DRIFT_S = 2.0
+"""The system's own corrections of the clock stay below this. Setting the clock does not."""
+
+
+class SeenBases:
+    """Digests of bases that earlier runs on this machine hashed. With `fresh`, they are only written.
+
+    They are valid under three conditions:
+
+    1. Each file has the same device, inode, size, and times. A write changes ctime, which no program can set back.
+    2. The machine has not restarted: device and inode numbers mean nothing elsewhere.
+    3. No one has set the clock since, and no time was less than two seconds old when hashing began. A write within one
+       tick of the clock would not show.
+    """
+
+    def __init__(self, store: Store, *, fresh: bool = False) -> None:
+        self._store, self._fresh = store, fresh
+
+    def lookup(self, directory: str, identity: tuple[FileIdentity, ...]) -> dict[str, str] | None:
+        """The digests of the weight files in `directory`, whose files have this identity now."""
+        boot = boot_id()
+        if self._fresh or boot is None or not identity:
+            return None
+        match self._store.get("bases", _name_of(directory)):
+            case {"machine": str(machine), "offset_s": float(offset_s), "files": files, "sha256": dict(digests)}:
+                is_same = machine == boot and files == _as_json(identity) and digests
+                is_set = abs(offset_s - clock_offset_s()) > CLOCK_DRIFT_S
+                return digests if is_same and not is_set and all(map(_is_digest, digests.values())) else None
+        return None
+
+    def store(
+        self, directory: str, identity: tuple[FileIdentity, ...], digests: Mapping[str, str], began_ns: int
+    ) -> None:
+        """Store digests. Hashing began at `began_ns` (by the clock of files), when the files had this identity."""
+        boot = boot_id()
+        newest = max((max(file.mtime_ns, file.ctime_ns) for file in identity), default=began_ns)
+        if boot is None or newest > began_ns - SETTLED_NS:
+            return
+        document = {
+            "machine": boot,
+            "offset_s": clock_offset_s(),
+            "files": _as_json(identity),
+            "sha256": dict(digests),
+        }
+        self._store.put("bases", _name_of(directory), document)
+
+
+def _is_digest(value: Json) -> bool:
+    return isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2
+
+
+def _as_json(identity: tuple[FileIdentity, ...]) -> Json:
+    return [list(astuple(file)) for file in identity]
+
+
+def _name_of(directory: str) -> str:
+    """A digest of the real path, so that a shared cache does not show the layout of a disk."""
+    return _digest(str(Path(directory).resolve()))
+
+
+def clock_offset_s() -> float:
+    """How far the clock of files is ahead of the clock that no one can set."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# --- figures of bases ------------------------------------------------------------------------------------------------
+
+MOST_CLASSES = 16
+"""A base is measured as one or two classes. A document does not grow beyond this number."""
+
+
+class BaseRecords:
+    """Figures of whole bases that earlier runs measured, so that a later run reads only what adapters touch.
+
+    They apply only to the same bytes, code, and versions. With `fresh`, they are only written. `place` names this run.
+    A run that trusts more (pickles, a base's own code) has records of its own: `trusts`.
+    """
+
+    def __init__(self, store: Store, place: str, *, fresh: bool = False, trusts: tuple[str, ...] = ()) -> None:
+        self._store, self._place, self._fresh, self._trusts = store, place, fresh, trusts
+
+    def lookup(self, base: BaseKey, content: BaseContent) -> tuple[BaseRecord, ...]:
+        """What earlier runs measured of a base of this content, loaded in this dtype, for each model class."""
+        return () if self._fresh else self._stored(self._material(base, content))
+
+    def store(self, base: BaseKey, content: BaseContent, found: BaseRecord) -> None:
+        """Add a record of this run, in place of an earlier one of the same class and head."""
+        material = self._material(base, content)
+        others = [one for one in self._stored(material) if one.model_class != found.model_class]
+        run = RecordedRun(at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), place=self._place)
+        records = (replace(found, run=run), *others)[:MOST_CLASSES]
+        self._store.put("base-records", key_of(material), {"material": material, "records": dump(records)})
+
+    def _stored(self, material: Json) -> tuple[BaseRecord, ...]:
+        document = self._store.get("base-records", key_of(material))
+        try:
+            if not isinstance(document, dict) or document.get("material") != material:
+                return ()
+            found: tuple[BaseRecord, ...] = load(tuple[BaseRecord, ...], document.get("records"), "records")
+        except (UnreadableError, RecursionError):
+            return ()
+        return tuple(one for one in found if one.run is not None)
+
+    def _material(self, base: BaseKey, content: BaseContent) -> Json:
+        """Everything that the figures depend on. The base's name is not part of it: a base may move."""
+        return material_of_run(self._trusts) | {
+            "weights": content.weights,
+            "settings": content.settings,
+            "dtype": base.dtype,
+            "quantization": base.quantization,
+        }

@@ -1,0 +1,170 @@
+"""The key: whatever can change a verdict changes it, and nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+
+from merge_gate.features.cache import key
+from merge_gate.features.cache.key import key_of, material
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
+from merge_gate.records.files import AdapterFiles, BaseContent, BaseFiles, Entry, FileIdentity, FileRecord, Snapshot
+from merge_gate.records.terms import Finding, ForwardMode, Origin, Quantization, Severity
+
+FILE = FileRecord(path="adapter_model.safetensors", size_bytes=9, sha256="a" * 64)
+SPEC = AdapterSpec(
+    name="one",
+    source="./one",
+    path="/checkout/one",
+    base=BaseSpec(model="/checkout/base", label="./base"),
+    checks=(CheckSetting(check="headroom", severity=Severity.WARNING, limit=0.5),),
+    expect=Expect(r=4),
+    line=3,
+    column=5,
+)
+ENTRY = Entry(
+    spec=SPEC,
+    dtype="bfloat16",
+    members=(AdapterFiles(directory="/checkout/one", files=(FILE,)),),
+    base=Snapshot(name="./base", directory="/checkout/base"),
+)
+BASE = BaseContent(weights="b" * 64, settings="c" * 64)
+STREAMED = Snapshot(
+    name="./base", directory="/checkout/base", base_files=BaseFiles(directory="/checkout/base", is_streamed=True)
+)
+WARNING = Finding(check="config-invalid", severity=Severity.WARNING, message="odd", origin=Origin.CONFIG)
+COMBINE = Combine(method="ties", adapters=("a", "b"), weights=(0.5, 0.5), density=0.5)
+
+
+def of(entry: Entry = ENTRY, base: BaseContent = BASE, device: str = "cpu", trusts: tuple[str, ...] = ()) -> str:
+    return key_of(material(entry, base, device, trusts))
+
+
+def with_spec(**changes: object) -> Entry:
+    return replace(ENTRY, spec=replace(SPEC, **changes))  # type: ignore[arg-type]
+
+
+def with_files(**changes: object) -> Entry:
+    files = replace(ENTRY.members[0], **changes)  # type: ignore[arg-type]
+    return replace(ENTRY, members=(files,))
+
+
+def with_base(**changes: object) -> Entry:
+    return with_spec(base=replace(SPEC.base, **changes))  # type: ignore[arg-type]
+
+
+DECIDES = {
+    "a file's bytes": of(with_files(files=(replace(FILE, sha256="d" * 64),))),
+    "a file's name": of(with_files(files=(replace(FILE, path="adapter_model.bin"),))),
+    "one more file": of(with_files(files=(FILE, replace(FILE, path="adapter_config.json")))),
+    "what the preflight says": of(with_files(findings=(WARNING,))),
+    "a member": of(replace(ENTRY, members=(*ENTRY.members, *ENTRY.members))),
+    "the base's weights": of(base=replace(BASE, weights="d" * 64)),
+    "the base's settings": of(base=replace(BASE, settings="d" * 64)),
+    "the base's name": of(replace(ENTRY, base=Snapshot(name="./other", directory="/checkout/base"))),
+    "the base's commit": of(
+        replace(
+            ENTRY,
+            base=replace(ENTRY.base or Snapshot(name="", directory=""), revision="1"),
+        )
+    ),
+    "the base's last name": of(with_base(model="/checkout/other")),
+    "no base in the config": of(with_base(model=None)),
+    "the base's label": of(with_base(label="./other")),
+    "the base's revision": of(with_base(revision="v1")),
+    "quantisation": of(with_base(quantization=Quantization.BNB_8BIT)),
+    "dtype": of(replace(ENTRY, dtype="float16")),
+    "a severity": of(with_spec(checks=(replace(SPEC.checks[0], severity=Severity.ERROR),))),
+    "a severity of warnings about the base": of(with_spec(checks=(replace(SPEC.checks[0], of_base=Severity.ERROR),))),
+    "a limit": of(with_spec(checks=(replace(SPEC.checks[0], limit=0.6),))),
+    "a check more": of(with_spec(checks=(*SPEC.checks, CheckSetting(check="no-effect", severity=Severity.OFF)))),
+    "an expectation": of(with_spec(expect=Expect(r=8))),
+    "an expected digest": of(with_spec(expect=Expect(r=4, sha256=(("a", "b"),)))),
+    "no expectation": of(with_spec(expect=None)),
+    "a combination": of(with_spec(combine=COMBINE)),
+    "its method": of(with_spec(combine=replace(COMBINE, method="dare_ties"))),
+    "its weights": of(with_spec(combine=replace(COMBINE, weights=(0.6, 0.4)))),
+    "its density": of(with_spec(combine=replace(COMBINE, density=0.6))),
+    "its signs": of(with_spec(combine=replace(COMBINE, majority_sign_method="total"))),
+    "its seed": of(with_spec(combine=replace(COMBINE, seed=1))),
+    "its members' names": of(with_spec(combine=replace(COMBINE, adapters=("b", "a")))),
+    "no run of the model": of(with_spec(forward=ForwardMode.OFF)),
+    "a run of the model or no verdict": of(with_spec(forward=ForwardMode.REQUIRED)),
+    "a base that is streamed, and not run": of(replace(ENTRY, base=STREAMED)),
+    "the device": of(device="NVIDIA H100"),
+    "pickles": of(trusts=("allow-pickle",)),
+    "code of the base": of(trusts=("trust-remote-code",)),
+}
+
+
+def test_whatever_decides_makes_another_key() -> None:
+    keys = [of(), *DECIDES.values()]
+    assert len(set(keys)) == len(keys), sorted(name for name, one in DECIDES.items() if keys.count(one) > 1)
+
+
+def test_a_streamed_base_is_another_one_only_if_that_keeps_it_from_being_run() -> None:
+    for forward, is_other in ((ForwardMode.AUTO, True), (ForwardMode.OFF, False), (ForwardMode.REQUIRED, False)):
+        one = with_spec(forward=forward)
+        assert (of(one) != of(replace(one, base=STREAMED))) is is_other
+
+
+def test_names_places_and_time_limits_do_not() -> None:
+    moved = FileIdentity(name=FILE.path, device=1, inode=2, size_bytes=9, mtime_ns=3, ctime_ns=4)
+    for same in (
+        with_spec(name="two", source="./two", path="/elsewhere/two", line=9, column=1, limit_seconds=3.0),
+        with_spec(path=None, hub_id="owner/one", revision="main"),
+        with_base(model="/elsewhere/base"),
+        with_files(directory="/elsewhere/one", files=(replace(FILE, identity=moved),)),
+    ):
+        assert of(same) == of()
+
+
+@pytest.mark.parametrize(
+    ("cls", "known"),
+    [
+        (
+            AdapterSpec,
+            {"base", "checks", "combine", "expect", "forward"}
+            | {"name", "source", "path", "hub_id", "revision", "limit_seconds", "line", "column"},
+        ),
+        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names", "sha256"}),
+        (CheckSetting, {"check", "severity", "limit", "error_limit", "of_base"}),
+        (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
+        (
+            Config,
+            {"allow_pickle", "trust_remote_code"}
+            | {"path", "directory", "sha256", "adapters", "baseline", "baseline_path", "publish", "policy"},
+        ),
+    ],
+)
+def test_a_new_setting_is_thought_of_here(cls: type, known: set[str]) -> None:
+    """A field that is new must be put into the key, or named above as one that decides nothing."""
+    assert {one.name for one in fields(cls)} == known
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Expect)])
+def test_every_fact_that_expect_states_makes_another_key(name: str) -> None:
+    """The value is of no type that the field has: the key takes all fields as they are."""
+    stated = replace(Expect(), **{name: (("a", "b"),) if name == "sha256" else "stated"})
+    assert of(with_spec(expect=stated)) != of(with_spec(expect=Expect()))
+
+
+def test_another_version_or_another_code_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of()
+    monkeypatch.setattr(key, "libraries", lambda: key_libraries | {"peft": "0.0.1"})
+    changed = of()
+    monkeypatch.undo()
+    monkeypatch.setattr(key, "own_code", lambda: "e" * 64)
+    assert len({before, changed, of()}) == 3
+
+
+key_libraries = key.libraries()
+
+
+def test_a_library_that_is_not_there_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key, "LIBRARIES", ("PyYAML", "a-package-of-nobody"))
+    versions = key.libraries.__wrapped__()
+    assert versions.pop("PyYAML")
+    assert versions.pop("a-package-of-nobody", "absent") is None
+    assert versions.keys() == {"python", "machine"}

@@ -1,0 +1,322 @@
+"""What earlier runs found out holds for the same machine, files, bytes, code, and dtype, and for nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.features.cache import key, remembered
+from merge_gate.features.cache.key import key_of
+from merge_gate.features.cache.remembered import BaseRecords, KnownDevices, SeenBases
+from merge_gate.features.cache.store import Seal, Store
+from merge_gate.files.identity import base_identity
+from merge_gate.records.files import BaseContent
+from merge_gate.records.measured import BaseRecord, TensorStats
+from merge_gate.records.terms import BaseKey
+from tests.support.cache.caches import CARD, CPU
+from tests.support.cache.store_writes import store as open_store
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that may have a card."""
+    monkeypatch.setattr(remembered, "has_card", lambda: True)
+
+
+def known_devices(place: Path, requested: str = "cuda", **environ: str) -> KnownDevices:
+    return KnownDevices(requested, open_store(place), environ)
+
+
+def test_a_processor_is_known_without_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "has_card", lambda: False)
+    for requested in ("cpu", "auto"):
+        found = KnownDevices(requested, None, {}).lookup()
+        assert found is not None
+        assert found.device == "cpu"
+    assert KnownDevices("cuda", None, {}).lookup() is None
+
+
+def test_a_processor_is_not_stored(tmp_path: Path) -> None:
+    known_devices(tmp_path, "cpu").store(CPU)
+    assert not [*(tmp_path / "cache" / "devices").iterdir()]
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_a_stored_card_is_known_until_the_machine_restarts(
+    tmp_path: Path, requested: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert known_devices(tmp_path, requested).lookup() is None
+    known_devices(tmp_path, requested).store(CARD)
+    assert known_devices(tmp_path, requested).lookup() == CARD
+    assert known_devices(tmp_path, "cuda:1").lookup() is None
+    assert known_devices(tmp_path, requested, CUDA_VISIBLE_DEVICES="1").lookup() is None
+    for torch in ("another release", None):
+        with monkeypatch.context() as other:
+            other.setattr(remembered, "libraries", lambda version=torch: {"torch": version})
+            assert known_devices(tmp_path, requested).lookup() is None
+    monkeypatch.setattr(remembered, "boot_id", lambda: "another start")
+    assert known_devices(tmp_path, requested).lookup() is None
+    monkeypatch.setattr(remembered, "boot_id", lambda: None)
+    known_devices(tmp_path, requested).store(CARD)
+    assert known_devices(tmp_path, requested).lookup() is None, "one start cannot be told from another"
+
+
+@pytest.mark.parametrize("document", [{"device": 1, "name": "a card"}, {"device": "cuda"}, []])
+def test_a_damaged_record_is_a_miss(tmp_path: Path, document: object) -> None:
+    known_devices(tmp_path).store(CARD)
+    (name,) = (path.name for path in (tmp_path / "cache" / "devices").iterdir())
+    open_store(tmp_path).put("devices", name, document)
+    assert known_devices(tmp_path).lookup() is None
+
+
+@pytest.mark.parametrize("content", ["\n", None])
+def test_a_system_without_a_boot_id(content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert remembered.boot_id(), "this machine has one"
+    if content is not None:
+        (tmp_path / "boot_id").write_text(content)
+    monkeypatch.setattr(remembered, "Path", lambda _: tmp_path / "boot_id")
+    assert remembered.boot_id() is None
+
+
+# --- digests of bases ------------------------------------------------------------------------------------------------
+
+DIGEST = {"model.safetensors": "d" * 64}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base whose files are older than the clock's tick."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> SeenBases:
+    return SeenBases(Store(str(tmp_path / "cache"), Seal(), pytest.fail))
+
+
+def learn(bases: SeenBases, base: Path, *, later_s: float = 3.0) -> None:
+    bases.store(str(base), base_identity(str(base)), DIGEST, time.time_ns() + round(later_s * 1e9))
+
+
+def digests_of(bases: SeenBases, base: Path) -> dict[str, str] | None:
+    return bases.lookup(str(base), base_identity(str(base)))
+
+
+def test_an_unchanged_base_is_known(bases: SeenBases, base: Path) -> None:
+    assert digests_of(bases, base) is None
+    learn(bases, base)
+    assert digests_of(bases, base) == DIGEST
+
+
+def test_a_write_that_sets_size_and_time_back_is_seen(bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    file = base / "model.safetensors"
+    before = file.stat()
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert digests_of(bases, base) is None
+
+
+def test_another_file_in_its_place_is_seen(bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    other = base / "other"
+    other.write_bytes(b"WEIGHTS")
+    other.rename(base / "model.safetensors")
+    assert digests_of(bases, base) is None
+
+
+def test_one_more_file_is_seen(bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    (base / "modeling.py").write_text("")
+    assert digests_of(bases, base) is None
+
+
+def test_files_as_young_as_the_digest_are_not_vouched_for(bases: SeenBases, base: Path) -> None:
+    """A write in the same tick of the clock would not show."""
+    learn(bases, base, later_s=1.0)
+    assert digests_of(bases, base) is None
+
+
+def test_files_from_the_future_are_not_vouched_for(bases: SeenBases, base: Path) -> None:
+    """A clock that was set back could reach that time again."""
+    ahead = time.time() + 3600
+    os.utime(base / "model.safetensors", (ahead, ahead))
+    learn(bases, base)
+    assert digests_of(bases, base) is None
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, -3.0, 3.0, 3600.0])
+def test_a_clock_that_was_set_makes_every_record_a_miss(
+    bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    learn(bases, base)
+    offset_s = remembered.clock_offset_s()
+    monkeypatch.setattr(remembered, "clock_offset_s", lambda: offset_s + ahead_s)
+    assert digests_of(bases, base) is None
+
+
+@pytest.mark.parametrize("start", ["another", None])
+def test_another_machine_knows_nothing(
+    bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, start: str | None
+) -> None:
+    learn(bases, base)
+    monkeypatch.setattr(remembered, "boot_id", lambda: start)
+    assert digests_of(bases, base) is None
+
+
+def test_fresh_reads_nothing(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    assert digests_of(SeenBases(Store(str(tmp_path / "cache"), Seal(), pytest.fail), fresh=True), base) is None
+
+
+def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
+    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
+    good = store.get("bases", name)
+    assert good is not None
+    short, wrong_type = good | {"sha256": {"model.safetensors": "d"}}, good | {"sha256": {"model.safetensors": 1}}
+    of_all, empty = good | {"sha256": "d" * 64}, good | {"sha256": {}}
+    for bad in ([], {}, "x", short, wrong_type, of_all, empty, good | {"offset_s": "0"}, good | {"files": None}):
+        store.put("bases", name, bad)
+        assert digests_of(bases, base) is None
+    assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
+
+
+def test_a_base_without_files_is_a_miss(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
+    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
+    record = store.get("bases", name)
+    assert record is not None
+    store.put("bases", name, record | {"files": []})
+    assert bases.lookup(str(base), ()) is None
+
+
+def test_without_a_boot_id_nothing_is_stored_or_found(
+    tmp_path: Path, bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(bases, base)
+    (path,) = (tmp_path / "cache" / "bases").iterdir()
+    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
+    record = store.get("bases", path.name)
+    assert record is not None
+    store.put("bases", path.name, record | {"machine": None})
+    monkeypatch.setattr(remembered, "boot_id", lambda: None)
+    assert digests_of(bases, base) is None
+    path.unlink()
+    learn(bases, base)
+    assert not path.exists()
+
+
+# --- figures of bases ------------------------------------------------------------------------------------------------
+
+BASE_KEY = BaseKey(model="acme/base", revision="c" * 40, dtype="bfloat16", quantization="none")
+CONTENT = BaseContent(weights="a" * 64, settings="b" * 64)
+WEIGHT = TensorStats(name="q.weight", dtype="bfloat16", shape=(2, 4), numel=8, minimum=-0.1, maximum=1 / 3)
+BROKEN = TensorStats(name="norm.weight", dtype="float32", shape=(2,), numel=2, nan=1, neginf=1, first_index=(0,))
+EMPTY = TensorStats(name="empty", dtype="float32", shape=(0, 4), numel=0)
+RECORD = BaseRecord(model_class="LlamaForCausalLM", figures=(WEIGHT, BROKEN, EMPTY))
+
+
+@pytest.fixture
+def sealed_store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path), Seal("a secret of some length"), pytest.fail)
+
+
+@pytest.fixture
+def records(sealed_store: Store) -> BaseRecords:
+    return BaseRecords(sealed_store, "acme run 7")
+
+
+def test_the_figures_of_an_earlier_run_are_found(records: BaseRecords) -> None:
+    assert records.lookup(BASE_KEY, CONTENT) == ()
+    records.store(BASE_KEY, CONTENT, RECORD)
+    (found,) = records.lookup(BASE_KEY, CONTENT)
+    assert (found.model_class, found.figures) == (RECORD.model_class, RECORD.figures)
+    assert found.run is not None
+    assert found.run.place == "acme run 7"
+    assert found.run.at.endswith("Z")
+
+
+def test_a_base_that_moves_is_the_same_base(records: BaseRecords) -> None:
+    records.store(BASE_KEY, CONTENT, RECORD)
+    assert records.lookup(replace(BASE_KEY, model="./elsewhere", revision=None), CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("base", "content"),
+    [
+        (replace(BASE_KEY, dtype="float16"), CONTENT),
+        (replace(BASE_KEY, quantization="bnb-4bit"), CONTENT),
+        (BASE_KEY, replace(CONTENT, weights="c" * 64)),
+        (BASE_KEY, replace(CONTENT, settings="c" * 64)),
+    ],
+)
+def test_another_base_is_not(records: BaseRecords, base: BaseKey, content: BaseContent) -> None:
+    records.store(BASE_KEY, CONTENT, RECORD)
+    assert records.lookup(base, content) == ()
+
+
+@pytest.mark.parametrize("changed", ["own_code", "libraries"])
+def test_other_code_measures_again(records: BaseRecords, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records.store(BASE_KEY, CONTENT, RECORD)
+    monkeypatch.setattr(key, changed, lambda: "another")
+    assert records.lookup(BASE_KEY, CONTENT) == ()
+
+
+def test_each_class_has_its_own_record(records: BaseRecords) -> None:
+    head = replace(RECORD, model_class="LlamaForSequenceClassification/3", figures=(WEIGHT,))
+    for one in (RECORD, head, replace(RECORD, figures=(EMPTY,))):
+        records.store(BASE_KEY, CONTENT, one)
+    found = {one.model_class: one.figures for one in records.lookup(BASE_KEY, CONTENT)}
+    assert found == {RECORD.model_class: (EMPTY,), head.model_class: (WEIGHT,)}
+
+
+def test_the_number_of_classes_is_bounded(records: BaseRecords) -> None:
+    for number in range(remembered.MOST_CLASSES + 3):
+        records.store(BASE_KEY, CONTENT, replace(RECORD, model_class=f"Class/{number}"))
+    found = records.lookup(BASE_KEY, CONTENT)
+    assert len(found) == remembered.MOST_CLASSES
+    assert found[0].model_class == f"Class/{remembered.MOST_CLASSES + 2}"
+
+
+def test_a_fresh_run_writes_and_does_not_read(sealed_store: Store, records: BaseRecords) -> None:
+    fresh = BaseRecords(sealed_store, "acme run 8", fresh=True)
+    fresh.store(BASE_KEY, CONTENT, RECORD)
+    assert fresh.lookup(BASE_KEY, CONTENT) == ()
+    assert records.lookup(BASE_KEY, CONTENT)
+
+
+@pytest.mark.attempt("C04", "a forged base record, with a secret", "not used")
+def test_a_record_under_another_secret_is_none(tmp_path: Path) -> None:
+    BaseRecords(Store(str(tmp_path), Seal("another secret, as long"), pytest.fail), "x").store(
+        BASE_KEY, CONTENT, RECORD
+    )
+    own = BaseRecords(Store(str(tmp_path), Seal("a secret of some length"), pytest.fail), "x")
+    assert own.lookup(BASE_KEY, CONTENT) == ()
+
+
+@pytest.mark.parametrize("records_json", [None, {}, [1], [{"model_class": "x"}], [{"model_class": 1, "figures": []}]])
+def test_a_document_of_another_form_is_no_record(
+    sealed_store: Store, records: BaseRecords, records_json: object
+) -> None:
+    rests_on = records._material(BASE_KEY, CONTENT)
+    sealed_store.put("base-records", key_of(rests_on), {"material": rests_on, "records": records_json})
+    assert records.lookup(BASE_KEY, CONTENT) == ()
+
+
+def test_a_run_that_trusts_more_has_records_of_its_own(sealed_store: Store, records: BaseRecords) -> None:
+    """Code of a base may forge them."""
+    BaseRecords(sealed_store, "x", trusts=("trust-remote-code",)).store(BASE_KEY, CONTENT, RECORD)
+    assert records.lookup(BASE_KEY, CONTENT) == ()

@@ -1,0 +1,214 @@
+"""How much of an adapter's effect rounding changes: as plain PEFT computes it, and what is not measured."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.features.forward.made_up_inputs import candidates
+from merge_gate.files.preflight import preflight
+from merge_gate.judging.all_checks import judge_merge
+from merge_gate.records.measured import Evidence, Forward, MeasureOptions
+from tests.support import methods
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import load_base, load_local
+from tests.support.gating import SPEC
+from tests.support.models import make_base, read_tensors, save_adapter, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from merge_gate.engine.base.loaded_base import Base
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+
+ALWAYS = -1.0
+"""A share of the norm that rounding always takes."""
+
+
+def lora(**settings: Any) -> peft.LoraConfig:
+    usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**(usual | settings))
+
+
+class Trial:
+    """A base, and an adapter whose B, or all of it, is `factor` of what is usual here."""
+
+    def __init__(self, root: Path, base: str, config: peft.PeftConfig, factor: float = 1.0, **saving: Any) -> None:
+        self.base_directory, self.adapter = root / "base", root / "adapter"
+        self.tokens = getattr(config, "trainable_token_indices", None) or ()
+        make_base(base, self.base_directory)
+        with methods.quiet():
+            save_adapter(self.base_directory, self.adapter, config, **saving)
+        tensors = read_tensors(self.adapter)
+        write_tensors(
+            self.adapter, {name: one * (factor if "lora_B" in name else 1.0) for name, one in tensors.items()}
+        )
+
+    def loaded(self, dtype: str, load: Callable[..., Base] = load_local) -> Base:
+        directory = str(self.base_directory)
+        model_class = model_class_for(directory, self.files, stored_tensors(directory))
+        return load(directory, model_class=model_class, label="base", dtype=dtype)
+
+    @property
+    def files(self) -> Any:
+        return preflight(str(self.adapter), allow_pickle=False)
+
+    def evidence(self, base: Base, *, norm_limit: float = ALWAYS, **options: Any) -> Evidence:
+        chosen = MeasureOptions(norm_limit=norm_limit)
+        return merge(MergeRequest(base=base, members=(self.files,), measure_options=chosen, **options))
+
+    def measured(self, base: Base, **options: Any) -> Forward:
+        evidence = self.evidence(base, **options)
+        assert evidence.refusal is None
+        return evidence.forward
+
+    @torch.no_grad()
+    def plain(self, dtype: str, rows: int | None = None) -> tuple[float, float]:
+        """The effect and its change as a user of transformers and PEFT gets them, in float32 arithmetic."""
+        auto = transformers.AutoModelForCausalLM
+        if "BertModel" in (self.base_directory / "config.json").read_text():
+            auto = transformers.AutoModel
+
+        def base(rows: int | None = None) -> Any:
+            model = auto.from_pretrained(self.base_directory, dtype=getattr(torch, dtype))
+            if rows is not None:
+                model.resize_token_embeddings(rows, mean_resizing=False)
+            return model
+
+        with methods.quiet():
+            _, inputs = next(candidates(base(), self.tokens))
+            unmerged = PeftModel.from_pretrained(base(rows), self.adapter).float()
+            merged = PeftModel.from_pretrained(base(rows), self.adapter).merge_and_unload(safe_merge=True)
+            models = (base().float(), unmerged, merged.float())
+            before, wanted, found = (list(model.eval()(**inputs).values()) for model in models)
+        common = [
+            (a, *(one[..., : a.shape[-1]] for one in rest)) for a, *rest in zip(before, wanted, found, strict=True)
+        ]
+        size, effect, change = (
+            torch.cat([one.flatten() for one in each]).norm()
+            for each in zip(*((a, b - a, c - b) for a, b, c in common), strict=True)
+        )
+        return float(effect / size), float(change / effect)
+
+
+IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+CASES: dict[str, tuple[str, peft.PeftConfig, float, dict[str, Any]]] = {
+    "llama": ("llama", lora(), 0.05, {}),
+    "tied": ("llama-tied", lora(), 0.05, {}),
+    "dora": ("llama", lora(use_dora=True), 0.05, {}),
+    "ia3": ("llama", IA3, 1.0, {}),
+    "experts": ("mixtral", lora(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]), 0.5, {}),
+    "head": ("llama", lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), 0.05, {}),
+    "tied head": ("llama-tied", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), 0.05, {}),
+    "tokens": ("llama", lora(trainable_token_indices=[3, 5]), 0.05, {}),
+    "new tokens": ("llama", lora(), 0.05, {"rows": 70}),
+    "bert": ("bert", lora(target_modules=["query", "dense"], task_type=None), 0.5, {}),
+    "gpt2": ("gpt2", lora(target_modules=["c_attn", "c_fc"]), 0.05, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_change_is_what_peft_and_transformers_compute(name: str, tmp_path: Path) -> None:
+    base, config, factor, saving = CASES[name]
+    trial = Trial(tmp_path, base, config, factor, **saving)
+    forward = trial.measured(trial.loaded("bfloat16"))
+    effect, change = trial.plain("bfloat16", saving.get("rows"))
+    assert forward.effect == pytest.approx(effect, rel=1e-3)
+    assert forward.rounding_change == pytest.approx(change, rel=2e-2, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """An adapter of which bfloat16 keeps about a third."""
+    return Trial(tmp_path_factory.mktemp("rounding"), "llama", lora(), 0.001)
+
+
+def test_it_does_not_matter_where_the_values_come_from(trial: Trial) -> None:
+    skeleton, in_memory = trial.loaded("bfloat16"), trial.loaded("bfloat16", load_base)
+    assert skeleton.hollow is not None
+    assert in_memory.hollow is None
+    before = {name: one.clone() for name, one in in_memory.tensors.items()}
+    assert trial.measured(skeleton) == trial.measured(in_memory)
+    assert all(torch.equal(one, before[name]) for name, one in in_memory.tensors.items())
+    assert not skeleton.was_misread()
+
+
+def test_the_figure_decides_and_the_next_adapter_reuses_the_scratch_copy(trial: Trial) -> None:
+    base = trial.loaded("bfloat16")
+    evidence = trial.evidence(base)
+    change, norm = evidence.forward.rounding_change, evidence.lost_share
+    assert change == pytest.approx(norm, rel=0.3)  # of a random delta, rounding takes as much as of its norm
+    assert evidence.forward.choices_changed == 0
+    assert base.template is not None
+    found = [one for one in judge_merge(SPEC, trial.files, evidence) if one.check == "rounding-loss"]
+    assert [dict(one.measured)["rounding_change"] for one in found] == [change]
+
+
+def test_it_is_measured_only_if_the_norm_asks_for_it(trial: Trial) -> None:
+    base = trial.loaded("bfloat16")
+    assert trial.measured(base, norm_limit=0.5).rounding_change is not None
+    assert trial.measured(base, norm_limit=0.99).rounding_change is None
+    assert trial.measured(base, no_forward="off").rounding_change is None
+
+
+@pytest.mark.parametrize(("free_bytes", "is_measured"), [(1 << 30, True), (60_000, False)])
+def test_it_is_measured_only_if_the_merged_tensors_fit(trial: Trial, free_bytes: int, *, is_measured: bool) -> None:
+    forward = trial.measured(trial.loaded("bfloat16"), free_bytes=free_bytes)
+    assert (forward.rounding_change is not None, forward.missing) == (is_measured, not is_measured)
+
+
+def test_an_effect_that_is_lost_in_float32_is_not_measured(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, "llama", lora(), 1e-5)
+    forward = trial.measured(trial.loaded("bfloat16"))
+    assert forward.ran
+    assert forward.effect is forward.rounding_change is None
+
+
+def noisy(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * (1 + random.random() * 1e-3)
+
+
+def failing(calls: int) -> Any:
+    left = iter(range(calls))
+
+    def fail(_module: Any, _inputs: Any, _output: Any) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("the third forward pass fails")
+
+    return fail
+
+
+@pytest.mark.parametrize("hook", [noisy, failing(3)])
+def test_a_model_that_runs_differently_or_fails_costs_only_the_measurement(trial: Trial, hook: Any) -> None:
+    base = trial.loaded("bfloat16")
+    base.model.get_submodule("model.norm").register_forward_hook(hook)
+    evidence = trial.evidence(base)
+    assert evidence.forward.ran
+    assert evidence.forward.rounding_change is None
+    assert evidence.parameters_checked == evidence.parameters_total > 0
+
+
+def test_the_experts_are_those_of_the_unmerged_adapter(tmp_path: Path) -> None:
+    """An adapter on routers that choose between experts of almost the same score."""
+    config = lora(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+    trial = Trial(tmp_path, "mixtral", config, 0.005)
+    tensors = read_tensors(trial.base_directory, "model.safetensors")
+    for name, one in tensors.items():
+        if name.endswith("gate.weight"):
+            one.copy_(one[:1].expand_as(one).bfloat16())
+    write_tensors(trial.base_directory, tensors, "model.safetensors")
+    forward = trial.measured(trial.loaded("bfloat16"))
+    _, with_other_experts = trial.plain("bfloat16")
+    assert forward.choices_changed
+    assert forward.rounding_change is not None
+    assert forward.rounding_change < 0.9 * with_other_experts

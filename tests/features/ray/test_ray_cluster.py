@@ -1,0 +1,179 @@
+"""The door to Ray, with a stand-in for it: what it is asked for, and a sentence for each way in which it refuses.
+
+tests/features/ray/test_ray.py has real clusters.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tomllib
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ray import exceptions
+
+from merge_gate._internal.errors import GateError
+from merge_gate.features.ray import run_on_ray
+from merge_gate.features.ray.run_on_ray import LOCAL, checked_address, cluster, first_line
+from tests.support.wording import Wording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEAD = "head:6379"
+ROOT = Path(__file__).parents[3]
+
+
+class Ray:
+    """What connecting uses of Ray."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers, self.asked = answers, dict[str, Any]()
+        self.is_up = False
+
+    def init(self, **options: Any) -> None:
+        self.asked |= options
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray has its own
+        if "refusal" in self.answers:
+            raise self.answers["refusal"]
+        self.is_up = True
+
+    def shutdown(self) -> None:
+        self.is_up = False
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray's variables and the handlers of signals are put back."""
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (exceptions.RayError("\n  the node died\nstack"), "the node died"),
+        (exceptions.RayError(" \n"), "RayError"),
+        (exceptions.RayError("x" * 999), "x" * 300),
+    ],
+)
+def test_what_is_lost_says_why_in_a_line(error: Exception, said: str) -> None:
+    assert first_line(error) == said
+
+
+# --- how it is reached -----------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
+    handler = signal.getsignal(signal.SIGTERM)
+    with cluster(LOCAL, object_store_bytes=7):
+        place = Path(ray.asked["_temp_dir"])
+        assert ray.is_up
+        assert place.is_dir()
+        assert ray.asked["address"] == "local"
+        assert (ray.asked["include_dashboard"], ray.asked["object_store_memory"]) == (False, 7)
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert signal.getsignal(signal.SIGTERM) is handler
+    assert not ray.is_up
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("address", ["auto", HEAD])
+def test_a_cluster_that_is_there_is_only_connected_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, reached = Ray(), list[str]()
+    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
+    monkeypatch.setattr(run_on_ray, "_reach", reached.append)
+    with cluster(address):
+        assert ray.is_up
+    assert not ray.is_up
+    assert ray.asked["address"] == address
+    assert "_temp_dir" not in ray.asked
+    assert os.environ["RAY_AUTH_MODE"] == "", "whoever made it decides"
+    assert reached == [one for one in (address,) if one != "auto"], "Ray finds its own"
+
+
+@pytest.mark.parametrize(
+    ("address", "refusal"),
+    [
+        (LOCAL, ValueError("\n too little memory\nmore")),
+        (LOCAL, OSError()),
+        ("auto", ConnectionError("none found")),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_said(
+    address: str, refusal: Exception, wording: Wording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Ray(refusal=refusal)
+    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(GateError) as caught, cluster(address):
+        pytest.fail("there is none")
+    wording(caught.value)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not Path(ray.asked.get("_temp_dir", "/nowhere")).exists()
+
+
+def test_without_ray_what_its_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(GateError, match="--ray") as caught, cluster(LOCAL):
+        pytest.fail("there is none")
+    wording(caught.value.message)
+    (needed,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["ray"]
+    assert caught.value.hint == f"pip install '{needed}'"
+
+
+@pytest.mark.parametrize("address", ["fleet.yml", "ray://head:10001", "head", "head:port", "-", "local"])
+def test_what_is_no_address_is_said(address: str, wording: Wording) -> None:
+    with pytest.raises(GateError) as caught:
+        checked_address(address)
+    wording(caught.value)
+    for fine in ("", "auto", "head:6379", "10.0.0.1:6379", "[::1]:6379"):
+        assert checked_address(fine) == fine
+
+
+@pytest.fixture
+def listening() -> Iterator[str]:
+    """An address at which something listens."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])
+def test_where_nobody_listens_is_no_cluster(address: str, wording: Wording) -> None:
+    with pytest.raises(GateError, match=address) as caught:
+        run_on_ray._reach(address)
+    wording(caught.value)
+
+
+def test_what_listens_and_says_nothing_is_no_cluster(
+    listening: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    monkeypatch.setattr(run_on_ray, "_HEALTH_S", 0.1)
+    with pytest.raises(GateError, match=listening) as caught:
+        run_on_ray._reach(listening)
+    wording(caught.value)
+
+
+@pytest.mark.parametrize(("program", "healthy"), [("/bin/true", True), ("/bin/false", False)])
+def test_what_ray_says_of_a_clusters_health_decides(
+    program: str, healthy: bool, listening: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    if healthy:
+        run_on_ray._reach(listening)
+        return
+    with pytest.raises(GateError, match=listening) as caught:
+        run_on_ray._reach(listening)
+    wording(caught.value)

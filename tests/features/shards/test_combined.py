@@ -1,0 +1,244 @@
+"""Reports of shards → one: what belongs together, what does not, and that nothing incomplete ever passes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate.features.shards import combined as module
+from merge_gate.features.shards.combined import FoundReport, combined, found_in, refuse_overwriting
+from merge_gate.records.report import TOOL, ConfigFile, Report, Sandbox, Tool
+from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
+from merge_gate.report.formats import junit, sarif, summary, terminal_text
+from merge_gate.report.formats.html_report import render as render_html
+from merge_gate.report.formats.json_report import read, render
+from merge_gate.report.stored import report_files
+from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
+from tests.support.shards.shard_reports import BASE, SHARDS, mark
+from tests.support.tried import tried
+from tests.support.wording import Wording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+OTHER = replace(BASE, model="./models/other")
+
+
+def found(*reports: Report) -> list[FoundReport]:
+    return [(f"shards/{number}", one) for number, one in enumerate(reports, 1)]
+
+
+def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> None:
+    for order in permutations(SHARDS):
+        whole = combined(found(*order))
+        assert [one.name for one in whole.adapters] == ["a0", "a1", "a2", "a3", "a4"]
+        assert (whole.result, whole.complete, whole.problems, whole.shard) == (Result.PASS, True, (), None)
+        assert whole.bases == (BASE,)
+        assert read(render(whole).encode(), "it") == whole
+
+
+def test_a_shard_with_nothing_to_do_is_green_and_no_verdict(wording: Wording) -> None:
+    empty = SHARDS[2]
+    assert (empty.adapters, empty.result) == ((), Result.PASS)
+    wording(*(line for line in terminal_text.render(empty, "").splitlines() if "shard 3 of 3" in line))
+    assert "<error" not in junit.render(empty)
+    with_none = [mark(one, entries=5, positions=(), index=index) for index, one in enumerate([empty] * 3, 1)]
+    whole = combined(found(*with_none))
+    assert whole.result is Result.ERROR
+    wording(*whole.problems)
+    assert replace(empty, complete=False).result is Result.ERROR
+    assert mark(empty, entries=0).result is Result.ERROR
+    assert replace(empty, shard=None).result is Result.ERROR
+
+
+def unlike(one: Report, **fields: Any) -> Report:
+    return replace(one, **fields)
+
+
+WRONG: dict[str, Callable[[], list[Report]]] = {
+    "missing": lambda: [SHARDS[0], SHARDS[2]],
+    "an empty one missing": lambda: [SHARDS[0], SHARDS[1]],
+    "doubled": lambda: [*SHARDS, SHARDS[0]],
+    "unfinished": lambda: [unlike(SHARDS[0], complete=False, adapters=SHARDS[0].adapters[:1]), *SHARDS[1:]],
+    "another config": lambda: [
+        unlike(mark(SHARDS[0], plan_sha256="q"), config=ConfigFile(path="c", sha256="c")),
+        *SHARDS[1:],
+    ],
+    "another version of the gate": lambda: [
+        unlike(mark(SHARDS[0], plan_sha256="q"), tool=Tool(name=TOOL, version="9.9")),
+        *SHARDS[1:],
+    ],
+    "another torch": lambda: [
+        unlike(mark(SHARDS[0], versions_sha256="w"), environment=replace(ENVIRONMENT, torch="9.9")),
+        *SHARDS[1:],
+    ],
+    "another library": lambda: [SHARDS[0], mark(SHARDS[1], versions_sha256="w"), SHARDS[2]],
+    "another set": lambda: [mark(SHARDS[0], plan_sha256="q"), *SHARDS[1:]],
+    "another number": lambda: [mark(SHARDS[0], plan_sha256="q", count=4), *SHARDS[1:]],
+    "the same entry": lambda: [mark(SHARDS[0], positions=(0, 4)), *SHARDS[1:]],
+    "another base": lambda: [SHARDS[0], unlike(SHARDS[1], bases=(replace(BASE, sha256="0" * 64),)), SHARDS[2]],
+    "a whole run": lambda: [report(adapter("a0")), *SHARDS],
+    "a combination": lambda: [unlike(SHARDS[0], problems=("x",)), *SHARDS[1:]],
+    "a number too high": lambda: [mark(SHARDS[0], index=4), *SHARDS[1:]],
+    "a place too far": lambda: [mark(SHARDS[0], positions=(0, 5)), *SHARDS[1:]],
+    "places in disorder": lambda: [mark(SHARDS[0], positions=(3, 0)), *SHARDS[1:]],
+    "less than it announced": lambda: [unlike(SHARDS[0], adapters=()), *SHARDS[1:]],
+    "more than it announced": lambda: [mark(SHARDS[0], positions=(0,)), *SHARDS[1:]],
+    "bases from nowhere": lambda: [mark(SHARDS[0], bases_from=()), *SHARDS[1:]],
+}
+
+
+@pytest.mark.parametrize("name", tried("C12", "report combine", "result error", {name: name for name in WRONG}))
+def test_what_is_not_one_whole_run_is_said_and_never_passes(name: str, wording: Wording) -> None:
+    whole = combined(found(*WRONG[name]()))
+    assert whole.result is Result.ERROR
+    wording(*whole.problems)
+    assert read(render(whole).encode(), "it") == whole
+
+
+def test_a_broken_adapter_outranks_a_missing_shard() -> None:
+    broken = unlike(SHARDS[0], adapters=(adapter("a0", Verdict.FAILED, cause="no-effect"), adapter("a3")))
+    whole = combined(found(broken, SHARDS[2]))
+    assert whole.result is Result.FAIL
+    assert not whole.complete
+    twice = combined(found(*SHARDS, broken))
+    assert twice.result is Result.FAIL, "what one of two proved is not lost"
+
+
+def test_the_problem_stands_in_every_format() -> None:
+    whole = combined(found(SHARDS[0], SHARDS[2]))
+    for form in (summary.render, render_html, junit.render, sarif.render, lambda one: terminal_text.render(one, "")):
+        assert whole.problems[0] in form(whole).replace("\n", " ")
+    assert 'errors="1"' in junit.render(whole)
+    assert whole.result is Result.ERROR
+
+
+def test_many_problems_are_cut_for_people() -> None:
+    whole = replace(combined(found(*SHARDS)), problems=tuple(f"problem {number}" for number in range(30)))
+    assert "problem 19" in summary.render(whole)
+    assert "problem 20" not in summary.render(whole)
+    assert "problem 29" in render(whole)
+
+
+def test_bases_stand_once_in_the_order_of_their_entries() -> None:
+    classifier = replace(BASE, loaded_as="Classifier")
+    first = mark(unlike(SHARDS[1], bases=(BASE, OTHER)), bases_from=(2, 1))
+    second = mark(unlike(SHARDS[0], bases=(classifier, BASE)), bases_from=(3, 0))
+    assert combined(found(first, second, SHARDS[2])).bases == (BASE, classifier, OTHER)
+
+
+def test_a_base_names_the_first_adapter_of_all_shards() -> None:
+    late, early = (replace(BASE, first_adapter=name) for name in ("late", "early"))
+    first = mark(unlike(SHARDS[1], bases=(late,)), bases_from=(1,))
+    second = mark(unlike(SHARDS[0], bases=(early,)), bases_from=(0,))
+    assert combined(found(first, second, SHARDS[2])).bases[0].first_adapter == "early"
+
+
+def test_devices_may_differ_and_are_all_named() -> None:
+    other = replace(ENVIRONMENT, device_name="another CPU", sandbox=Sandbox(held=("network",), missing=("files: why",)))
+    idle = replace(ENVIRONMENT, device="auto", device_name="", sandbox=Sandbox())
+    whole = combined(
+        found(SHARDS[0], unlike(SHARDS[1], environment=other), unlike(SHARDS[2], environment=idle))
+    ).environment
+    assert (whole.device, whole.device_name) == ("cpu", "a CPU, another CPU")
+    assert whole.sandbox == Sandbox(held=("network",), missing=("processes: the kernel has no filter", "files: why"))
+
+
+def test_an_entry_of_the_baseline_is_what_the_shard_with_a_use_for_it_says() -> None:
+    def entry(outcome: Acceptance, adapter: str = SHA256) -> BaselineEntry:
+        return BaselineEntry(
+            adapter=adapter,
+            cause="no-effect",
+            reason="known",
+            owner="team-a",
+            until="2027-01-01",
+            outcome=outcome,
+            line=3,
+        )
+
+    gone = entry(Acceptance.UNMATCHED, "0" * 64)
+    parts = [
+        replace(one, baseline=(entry(outcome), gone))
+        for one, outcome in zip(SHARDS, (Acceptance.UNMATCHED, Acceptance.USED, Acceptance.UNMATCHED), strict=True)
+    ]
+    for order in permutations(parts):
+        assert combined(found(*order)).baseline == (entry(Acceptance.USED), gone)
+
+
+def test_no_report_of_a_shard_at_all_is_an_error(wording: Wording) -> None:
+    with pytest.raises(GateError, match="shards/1") as raised:
+        combined(found(report(adapter("a0"))))
+    wording(raised.value)
+    assert raised.value.exit_code == 3
+
+
+def test_an_unreadable_place_is_a_problem() -> None:
+    whole = combined([*found(*SHARDS), ("shards/x\x1b[31m", "holds no report.json")])
+    assert whole.result is Result.ERROR
+    assert whole.problems == ("shards/x\ufffd[31m holds no report.json",)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(tmp_path: Path) -> Path:
+    for number, one in enumerate(SHARDS, 1):
+        (tmp_path / f"shard-{number}").mkdir()
+        (tmp_path / f"shard-{number}" / "report.json").write_text(render(one), encoding="utf-8")
+        (tmp_path / f"shard-{number}" / "summary.md").write_text("", encoding="utf-8")
+    return tmp_path
+
+
+def problems(*directories: Path) -> list[str]:
+    return [one for _, one in found_in([str(directory) for directory in directories]) if isinstance(one, str)]
+
+
+def test_a_directory_of_artifacts_and_each_by_name_are_the_same(downloads: Path) -> None:
+    below = found_in([str(downloads)])
+    assert [one for _, one in below] == list(SHARDS)
+    assert found_in([str(downloads / f"shard-{number}") for number in (1, 2, 3)]) == below
+    assert found_in([str(downloads), str(downloads / "shard-2")]) == below, "named twice is not there twice"
+
+
+def test_what_is_not_there_is_named(downloads: Path, wording: Wording) -> None:
+    (downloads / "empty").mkdir()
+    for place in (downloads, downloads / "empty", downloads / "none"):
+        wording(*problems(place))
+
+
+def test_hostile_content_is_neither_followed_nor_waited_for(
+    downloads: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    evil = [downloads / name for name in ("big", "dir", "json", "link", "pipe")]
+    for one in evil:
+        one.mkdir()
+    (downloads / "zlink").symlink_to(downloads / "shard-1")
+    (downloads / "dir" / "report.json").mkdir()
+    (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
+    (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
+    os.mkfifo(downloads / "pipe" / "report.json")
+    monkeypatch.setattr(
+        report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(limit_bytes=100_000), *OUTPUT_FILES[1:])
+    )
+    (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
+    for place, problem in zip([downloads / "zlink", *evil], problems(downloads), strict=True):
+        wording(f"{place.name} {problem}")
+    assert problems(downloads / "zlink")
+    monkeypatch.setattr(module, "MOST_DIRECTORIES", 2)
+    wording(*problems(downloads)[1:2])
+
+
+def test_a_shard_is_not_written_over(downloads: Path, wording: Wording) -> None:
+    files = found_in([str(downloads)])
+    refuse_overwriting(files, str(downloads / "combined"))
+    with pytest.raises(UsageError) as raised:
+        refuse_overwriting(files, str(downloads / "shard-1"))
+    wording(raised.value)

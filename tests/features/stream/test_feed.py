@@ -1,0 +1,56 @@
+"""The feed of local files: exact bytes from any place, or an error that says what is missing."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from merge_gate.features.stream import feed as feeds
+from merge_gate.features.stream.feed import Feed, LocalFeed, SourceError
+
+CONTENT = bytes(range(256)) * 64
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "one.safetensors").write_bytes(CONTENT)
+    return tmp_path
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_read_has_exactly_the_bytes(directory: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "PIECE_BYTES", 100)
+    buffers = [bytearray(size) for size in (0, 1, 100, 1001)]
+    with LocalFeed(str(directory), keep=keep) as local:
+        feed: Feed = local
+        feed.expect((), whole=True)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda one: feed.read("part/one.safetensors", 17, memoryview(one)), buffers))
+    assert [bytes(one) for one in buffers] == [CONTENT[17 : 17 + len(one)] for one in buffers]
+
+
+def test_a_file_that_ends_too_early_is_an_error(directory: Path) -> None:
+    with LocalFeed(str(directory)) as feed:
+        feed.read("part/one.safetensors", 0, memoryview(bytearray(10)))
+        os.truncate(directory / "part" / "one.safetensors", 15)
+        with pytest.raises(SourceError) as caught:
+            feed.read("part/one.safetensors", 10, memoryview(bytearray(10)))
+    assert all(part in caught.value.message for part in ("one.safetensors", "expected 10 bytes", "got 5"))
+    assert caught.value.hint
+
+
+def test_a_file_that_is_not_there_is_an_error(directory: Path) -> None:
+    with LocalFeed(str(directory)) as feed, pytest.raises(SourceError, match="No such file"):
+        feed.read("other.safetensors", 0, memoryview(bytearray(1)))
+
+
+def test_closing_closes_the_files(directory: Path) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    with LocalFeed(str(directory)) as feed:
+        feed.read("part/one.safetensors", 0, memoryview(bytearray(1)))
+        assert set(Path("/proc/self/fd").iterdir()) - before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= len(before)

@@ -1,0 +1,245 @@
+"""A base on the Hub is laid out without its data: true headers, true lengths, and its small files."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from huggingface_hub import constants
+
+from merge_gate._internal.errors import ResolveError
+from merge_gate.config.load_config import load_config
+from merge_gate.features.stream import hub_file
+from merge_gate.features.stream.feed import SourceError
+from merge_gate.features.stream.hub_file import HubFiles, lay_out
+from merge_gate.files import base_files, hub
+from merge_gate.files.headers import parse_places
+from merge_gate.files.resolve import Fetching, Inputs, resolve_base
+from merge_gate.records.files import Fetched, Snapshot
+from merge_gate.records.terms import Access
+from tests.support.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BASE, MODEL = "acme/base", "model.safetensors"
+VALUES = random.Random(0).randbytes(4000)
+
+
+def safetensors(data: bytes, **sizes: int) -> bytes:
+    """A file with float32 tensors of these many values, one after the other."""
+    header, start = {}, 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [start, start + 4 * size]}
+        start += 4 * size
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+WEIGHTS = safetensors(VALUES, a=1000)
+FILES = {MODEL: WEIGHTS, "config.json": b"{}"}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
+        yield server
+
+
+class LaidOut:
+    """What `resolve_base` gets, and keeps for the test."""
+
+    def __init__(self, parent: Path) -> None:
+        self._parent = parent
+        self.files: HubFiles | None = None
+
+    def __call__(self, base: Fetched) -> str:
+        directory, self.files = lay_out(base, str(self._parent))
+        return directory
+
+
+def resolved(tmp_path: Path, access: Access = Access.STREAM) -> tuple[Snapshot, HubFiles | None]:
+    laid_out = LaidOut(tmp_path)
+    return resolve_base(BASE, how=Fetching(access=access, lay_out=laid_out)), laid_out.files
+
+
+def weights_in_cache(tmp_path: Path) -> list[str]:
+    return [path.name for path in (tmp_path / "cache").rglob("*.safetensors")]
+
+
+def test_the_directory_has_the_header_and_the_length_and_no_data(server: LoopbackHub, tmp_path: Path) -> None:
+    commit = server.add_repo(BASE, FILES)
+    base, files = resolved(tmp_path)
+    assert files is not None
+    stub = Path(base.directory, MODEL)
+    head = WEIGHTS[: -len(VALUES)]
+    assert stub.read_bytes() == head + bytes(len(VALUES))
+    with stub.open("rb") as file:
+        assert [tensor.name for tensor, _, _ in parse_places(file)] == ["a"]
+    assert base.revision == commit
+    assert base.base_files is not None
+    assert base.base_files.is_streamed
+    assert [one.name for one in base.base_files.tensors] == ["a"]
+    assert weights_in_cache(tmp_path) == []
+
+
+def test_the_files_have_the_true_bytes(server: LoopbackHub, tmp_path: Path) -> None:
+    server.add_repo(BASE, FILES)
+    _, files = resolved(tmp_path)
+    assert files is not None
+    for start, end in (
+        (0, len(WEIGHTS)),
+        (3, 10),
+        (len(WEIGHTS) - 4001, len(WEIGHTS)),
+        (len(WEIGHTS) - 5, len(WEIGHTS)),
+    ):
+        buffer = bytearray(end - start)
+        files.read(MODEL, start, memoryview(buffer))
+        assert buffer == WEIGHTS[start:end]
+
+
+def test_a_header_that_is_longer_than_the_first_read(
+    server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_file, "_FIRST_READ_BYTES", 16)
+    server.add_repo(BASE, FILES)
+    base, _ = resolved(tmp_path)
+    assert Path(base.directory, MODEL).read_bytes() == WEIGHTS[: -len(VALUES)] + bytes(len(VALUES))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [b"", b"\xff" * 40, b"<!doctype html>" + bytes(100), WEIGHTS[:-8]],
+    ids=["empty", "length", "page", "cut"],
+)
+def test_a_file_that_is_no_safetensors_file_is_refused_as_on_the_disk(
+    weights: bytes, server: LoopbackHub, tmp_path: Path
+) -> None:
+    server.add_repo(BASE, FILES | {MODEL: weights})
+    with pytest.raises(ResolveError) as from_disk:
+        resolved(tmp_path, Access.DOWNLOAD)
+    other = tmp_path / "other"
+    other.mkdir()
+    constants.HF_HUB_CACHE = str(tmp_path / "empty")
+    with pytest.raises(ResolveError) as streamed:
+        resolved(other)
+    assert streamed.value.check == from_disk.value.check
+
+
+def test_a_tensor_in_two_files_is_not_compared(server: LoopbackHub, tmp_path: Path) -> None:
+    shards = {f"model-0000{number}-of-00002.safetensors": WEIGHTS for number in (1, 2)}
+    index = b'{"metadata": {}, "weight_map": {"a": "%s", "b": "%s"}}' % tuple(map(str.encode, shards))
+    server.add_repo(BASE, shards | {"config.json": b"{}", "model.safetensors.index.json": index})
+    base, _ = resolved(tmp_path)
+    assert base.base_files is not None
+    assert [one.check for one in base.base_files.findings] == ["base-inconsistent"]
+
+
+def test_a_size_that_no_model_has_is_refused_before_anything_is_read() -> None:
+    """A mirror can state any size, and the list of pieces grows with it."""
+
+    class Stated:
+        size_bytes, sha256 = 1 << 62, "0" * 64
+
+        def read_into(self, *_: object) -> None:
+            pytest.fail("nothing is read")
+
+    with pytest.raises(SourceError, match="together"):
+        HubFiles({MODEL: Stated()})  # type: ignore[dict-item]
+
+
+def test_a_file_without_a_digest_is_refused(
+    server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add_repo(BASE, FILES)
+    monkeypatch.setattr("tests.support.hub.LFS_SUFFIXES", (".bin",))
+    with pytest.raises(SourceError):
+        resolved(tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_names_the_place(
+    server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    server.add_repo(BASE, FILES)
+    monkeypatch.setattr(HubFiles, "lay_out", full)
+    with pytest.raises(SourceError):
+        resolved(tmp_path)
+
+
+# --- what is streamed ------------------------------------------------------------------------------------------------
+
+
+def test_auto_streams_what_does_not_fit_on_the_disk(
+    server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add_repo(BASE, FILES)
+    spare = hub._free_bytes(str(tmp_path))
+    assert spare is not None
+    monkeypatch.setattr(hub, "SPARE_DISK_BYTES", 2 * spare)
+    base, _ = resolved(tmp_path, Access.AUTO)
+    assert base.base_files is not None
+    assert base.base_files.is_streamed
+    monkeypatch.setattr(hub, "SPARE_DISK_BYTES", 0)
+    base, _ = resolved(tmp_path, Access.AUTO)
+    assert base.base_files is not None
+    assert not base.base_files.is_streamed
+    assert weights_in_cache(tmp_path) == [MODEL]
+    monkeypatch.setattr(hub, "SPARE_DISK_BYTES", 2 * spare)
+    for access in (Access.AUTO, Access.STREAM):
+        base, _ = resolved(tmp_path, access)
+        assert base.base_files is not None
+        assert not base.base_files.is_streamed, "the cache has it"
+
+
+def test_pickles_are_not_streamed(server: LoopbackHub, tmp_path: Path) -> None:
+    server.add_repo(BASE, {"pytorch_model.bin": b"x", "config.json": b"{}"})
+    with pytest.raises(ResolveError, match="pickle"):
+        resolve_base(BASE, how=Fetching(access=Access.STREAM, lay_out=LaidOut(tmp_path), allow_pickle=True))
+
+
+def test_without_a_place_for_stubs_a_base_is_downloaded(server: LoopbackHub, tmp_path: Path) -> None:
+    server.add_repo(BASE, FILES)
+    base = resolve_base(BASE, how=Fetching(access=Access.STREAM))
+    assert base.base_files is not None
+    assert not base.base_files.is_streamed
+    assert weights_in_cache(tmp_path) == [MODEL]
+
+
+def test_values_that_are_tied_are_not_compared_in_stubs(tmp_path: Path) -> None:
+    data = safetensors(bytes(range(16)), **{"lm_head.weight": 2, "model.embed_tokens.weight": 2})
+    (tmp_path / MODEL).write_bytes(data)
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    notes = {
+        has_values: base_files.read_base(str(tmp_path), name="x", has_values=has_values).notes
+        for has_values in (True, False)
+    }
+    assert [len(notes[has_values]) for has_values in (True, False)] == [1, 0]
+
+
+def test_a_base_that_is_quantized_while_it_is_loaded_is_streamed(server: LoopbackHub, tmp_path: Path) -> None:
+    server.add_repo(BASE, FILES)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "target_modules": ["q"]}')
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(safetensors(b""))
+    (tmp_path / "gate.yml").write_text(
+        f"version: 1\nbase: {{model: {BASE}, quantization: bnb-4bit}}\nadapters: [./one]\n"
+    )
+    config = load_config(str(tmp_path / "gate.yml"))
+    (spec,) = config.adapters
+    entry = Inputs(config, Fetching(access=Access.STREAM, lay_out=LaidOut(tmp_path))).prepare(spec)
+    assert entry.problem is None
+    assert entry.base_files is not None
+    assert entry.base_files.is_streamed
+    assert weights_in_cache(tmp_path) == []
