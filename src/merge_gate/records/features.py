@@ -1,0 +1,28 @@
+"""The table of features: the places at which each acts, and the module that acts there.
+
+It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
+
+`declared` has options, keys, fields, and messages; it imports the standard library and records only. `feature` acts in
+the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+FEATURES: dict[str, dict[str, str]] = {}
+"""Module names by feature and place, in the order in which features act."""
+
+
+def part(feature: str, place: str) -> Any:
+    """Import the module of a feature that acts at a place."""
+    return importlib.import_module(FEATURES[feature][place])
+
+
+def parts(place: str) -> Iterator[tuple[str, Any]]:
+    """Import the modules of all features that act at a place, with the features' names."""
+    for feature, modules in FEATURES.items():
+        if place in modules:
+            yield feature, part(feature, place)
