@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import SamConfig, SamModel
 
+from merge_gate._internal.errors import SourceError
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import MOST_TYPICAL, Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.records.terms import Quantization, Severity

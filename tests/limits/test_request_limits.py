@@ -10,9 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import HfApi, constants
 
-from merge_gate._internal.errors import GateError, ResolveError
+from merge_gate._internal.errors import GateError, ResolveError, SourceError
 from merge_gate.features.stream import hub_file
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.features.stream.hub_file import HubFile
 from merge_gate.files import hub as hub_module
 from merge_gate.files.resolve import resolve_adapter

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from merge_gate._internal.errors import EngineError, NotPublishedError
+from merge_gate._internal.errors import EngineError, NotPublishedError, SourceError
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, new_file
 from merge_gate.features.stream import read_ahead
-from merge_gate.features.stream.feed import PIECE_BYTES, FileSpan, SourceError
 from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
-from merge_gate.records.files import BaseFiles, StoredTensor
+from merge_gate.files.feed import PIECE_BYTES
+from merge_gate.records.files import BaseFiles, FileSpan, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import call_client, call_service

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine.base.loaded_base import ModelClass
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.records.files import BaseFiles, Pattern
 from merge_gate.records.refusals import NotJudged, Refused
 from merge_gate.records.report import Sandbox

@@ -6,6 +6,7 @@ GateError                 the gate cannot go on; carries a message and a hint
 ├── UsageError            a wrong command line or input                    exit 2
 ├── ResolveError          a name cannot be resolved to files               verdict `error`
 ├── EngineError           this adapter or base could not be judged         verdict `error`
+│   └── SourceError       bytes of a base could not be had                 verdict `error`
 ├── NotPublishedError     this merge passed and cannot be published        verdict `error`
 ├── NoPlainLoraError      this adapter has no plain LoRA to export         exit 1
 └── LauncherError         the container could not be started, or was lost  exit 3
@@ -91,6 +92,10 @@ class ResolveError(GateError):
 
 class EngineError(GateError):
     """This adapter or this base could not be judged (an unreadable file, no such device)."""
+
+
+class SourceError(EngineError):
+    """The bytes of a file could not be had: the message has the file, the place, and what was expected."""
 
 
 class NotPublishedError(GateError):

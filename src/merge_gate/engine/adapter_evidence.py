@@ -29,6 +29,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
+from merge_gate._internal.errors import SourceError
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX, module_of
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
@@ -49,7 +50,6 @@ from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.features.forward.growth import may_stay, why_left_out
 from merge_gate.features.forward.rounding import with_rounding
 from merge_gate.features.forward.run import is_close, run_adapters, run_merged
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, Forward, MeasureOptions, TensorMerge

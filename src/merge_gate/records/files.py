@@ -16,6 +16,15 @@ EXPORT_NAME = "merge-gate-export.json"
 
 
 @record
+class FileSpan:
+    """The bytes from `start` up to `end` of a file, which is named relative to the base's directory."""
+
+    file: str
+    start: int
+    end: int
+
+
+@record
 class FileIdentity:
     """Identifies a file, and changes when something writes to it (identity.py)."""
 

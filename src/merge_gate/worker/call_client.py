@@ -11,9 +11,10 @@ import queue
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
-from merge_gate.features.stream.feed import PIECE_BYTES, Feed, FileSpan, SourceError
-from merge_gate.features.stream.planned_files import PlannedFiles
-from merge_gate.records.files import StoredTensor
+from merge_gate._internal.errors import SourceError
+from merge_gate.features.publish.planned_files import PlannedFiles
+from merge_gate.files.feed import PIECE_BYTES, Feed
+from merge_gate.records.files import FileSpan, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import GarbledError, Line
 from merge_gate.worker.memory import MORE_FILES

@@ -17,10 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from merge_gate._internal.errors import GateError
-from merge_gate.features.stream.feed import PIECE_BYTES, FileSpan, SourceError
+from merge_gate._internal.errors import GateError, SourceError
 from merge_gate.features.stream.read_ahead import CONNECTIONS, BaseBytes, FedBase, LocalFiles, ReadAhead, Window
-from merge_gate.records.files import FileIdentity, StoredTensor
+from merge_gate.files.feed import PIECE_BYTES
+from merge_gate.records.files import FileIdentity, FileSpan, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import GarbledError, Line
 from merge_gate.worker.memory import MemoryGroup

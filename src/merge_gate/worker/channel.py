@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from merge_gate.features.stream.feed import PIECE_BYTES, FileSpan
+from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records import comparison, config, files, measured, refusals, report, terms
 from merge_gate.worker import protocol
 
@@ -35,7 +35,7 @@ _RECORD_CLASSES = {
     for cls in vars(module).values()
     if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__setstate__")
     if not issubclass(cls, Exception)
-} | {(FileSpan.__module__, FileSpan.__qualname__): FileSpan}
+}
 
 
 class GarbledError(Exception):

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate._internal.errors import CardError, EngineError
-from merge_gate.features.stream.feed import LocalFeed, SourceError
+from merge_gate._internal.errors import CardError, EngineError, SourceError
+from merge_gate.files.feed import LocalFeed
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.worker.call_client import CallClient

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter.peft_config import pickled_headers
 from merge_gate.engine.adapter_evidence import MergeRequest
@@ -37,7 +37,7 @@ from merge_gate.engine.base.skeleton import (
 )
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.placement import compute_in_full_precision, confirm_card
-from merge_gate.features.stream.feed import Feed, LocalFeed, SourceError
+from merge_gate.files.feed import Feed, LocalFeed
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from merge_gate._internal.errors import EngineError
-from merge_gate.features.stream.feed import FileSpan
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
-from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
+from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, FileSpan, Snapshot, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox

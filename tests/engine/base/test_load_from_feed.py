@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
@@ -16,7 +16,7 @@ from merge_gate.engine.base.skeleton import NoSkeletonError, load_from_feed
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
-from merge_gate.features.stream.feed import LocalFeed, SourceError
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.refusals import CannotJudge, NotJudged

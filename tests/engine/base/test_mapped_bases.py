@@ -15,7 +15,7 @@ from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import figures_by_span, skeleton_of
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey

@@ -16,7 +16,7 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 from tests.support import methods

@@ -16,7 +16,7 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter import load_adapter as load_adapter_module
 from merge_gate.engine.adapter.inject import parameters_of
@@ -31,8 +31,9 @@ from merge_gate.engine.merge import one_pass, walk
 from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
-from merge_gate.features.stream.feed import FileSpan, LocalFeed, SourceError
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
+from merge_gate.records.files import FileSpan
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import group_bases, sandbox

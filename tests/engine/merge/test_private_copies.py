@@ -18,7 +18,7 @@ from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.merge.private_copies import map_factors, private_copies, slots_of
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors

@@ -14,7 +14,7 @@ from merge_gate._internal.errors import GateError
 from merge_gate.features.export import kept_merges
 from merge_gate.features.export.kept_merges import KeptMerges, compared
 from merge_gate.features.export.plain_lora import PlainLora
-from merge_gate.features.stream.planned_files import PlannedFiles
+from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass

@@ -18,7 +18,7 @@ from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.features.forward.made_up_inputs import candidates
 from merge_gate.features.forward.rounding import MergedModel
 from merge_gate.features.forward.run import is_close, run_adapters, run_merged
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Forward
 from merge_gate.records.terms import Origin, Quantization

@@ -21,10 +21,10 @@ from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge import one_pass as passes
 from merge_gate.features.publish.one_publication import Publication
+from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.publication_sink import PublicationSinks
 from merge_gate.features.publish.weight_files import base_layout
-from merge_gate.features.stream.feed import LocalFeed
-from merge_gate.features.stream.planned_files import PlannedFiles
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.report import Sandbox

@@ -20,6 +20,7 @@ import pytest
 
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate.features.publish import weight_files
+from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.weight_files import (
     FileLayout,
     ModelLayout,
@@ -30,7 +31,6 @@ from merge_gate.features.publish.weight_files import (
     merged_layout,
     refuse_other_files,
 )
-from merge_gate.features.stream.planned_files import PlannedFiles
 from merge_gate.records.files import StoredTensor
 from tests.support.publish import SHARDS, lay_base, lay_shards
 

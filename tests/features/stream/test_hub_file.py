@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
+from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream import hub_file
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.features.stream.hub_file import MOST_TRIES, HubFile, refuse_private
 from tests.support.hub import LoopbackHub
 

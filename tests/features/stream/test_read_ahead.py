@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream import read_ahead
-from merge_gate.features.stream.feed import FileSpan, SourceError
 from merge_gate.features.stream.read_ahead import MOST_BASE_BYTES, FedBase, ReadAhead, Window, plan, refuse_excess
-from merge_gate.records.files import FileIdentity
+from merge_gate.records.files import FileIdentity, FileSpan
 
 PAGE = mmap.PAGESIZE
 

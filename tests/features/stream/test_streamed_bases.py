@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
-from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.errors import ResolveError, SourceError
 from merge_gate.config.load_config import load_config
 from merge_gate.features.stream import hub_file
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.features.stream.hub_file import HubFiles, lay_out
 from merge_gate.files import base_files, hub
 from merge_gate.files.headers import parse_places

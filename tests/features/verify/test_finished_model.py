@@ -13,10 +13,10 @@ from merge_gate.engine.base.accounting import account_for
 from merge_gate.engine.base.loaded_base import Source
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.features.stream.feed import LocalFeed
 from merge_gate.features.verify import finished_model
 from merge_gate.features.verify.exact_merge import deviation, requantized, units
 from merge_gate.files.base_files import read_base
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base

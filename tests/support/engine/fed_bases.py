@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.engine.base.loaded_base import Source
-from merge_gate.features.stream.feed import FileSpan, LocalFeed
+from merge_gate.files.feed import LocalFeed
+from merge_gate.records.files import FileSpan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.engine.base import loaded_base
 from merge_gate.engine.base.loaded_base import Source
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from tests.support.engine.base_headers import stored_tensors
 
 if TYPE_CHECKING:

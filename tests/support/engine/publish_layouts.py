@@ -22,7 +22,7 @@ from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, tensor_map
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.features.publish.publication_sink import PublicationSink
 from merge_gate.features.publish.stored_layout import StoredLayout, layout_of
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors

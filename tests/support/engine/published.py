@@ -22,7 +22,7 @@ from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.features.publish.publication_sink import PublicationSinks
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import PRESERVE
 from tests.support import methods

@@ -20,7 +20,7 @@ from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.features.stream.feed import LocalFeed
+from merge_gate.files.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors

@@ -12,9 +12,9 @@ from merge_gate._internal.errors import ResolveError
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.features.stream.feed import LocalFeed
 from merge_gate.features.verify import answer, finished_model
 from merge_gate.features.verify.directory import settings_files
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot

@@ -27,6 +27,7 @@ import transformers
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from merge_gate._internal.errors import SourceError
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure, row_norms
@@ -47,7 +48,7 @@ from merge_gate.engine.tensors.quantized import (
     with_plain_layers,
 )
 from merge_gate.engine.tensors.threads import Buffers, spread
-from merge_gate.features.stream.feed import FileSpan, SourceError
+from merge_gate.records.files import FileSpan
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import CannotJudge, Caught
 from merge_gate.records.terms import Quantization

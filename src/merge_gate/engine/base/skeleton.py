@@ -45,7 +45,7 @@ from torch import nn
 from transformers import core_model_loading
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine.base.loaded_base import (
     Base,
     Loading,
@@ -67,8 +67,8 @@ from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, 
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.quantized import loading_options, quantizing
-from merge_gate.features.stream.feed import Feed, FileSpan, SourceError
-from merge_gate.records.files import CONFIG_NAME, StoredTensor
+from merge_gate.files.feed import Feed
+from merge_gate.records.files import CONFIG_NAME, FileSpan, StoredTensor
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization

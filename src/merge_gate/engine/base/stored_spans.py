@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from merge_gate.engine.base.tensor_map import DTYPES
-from merge_gate.features.stream.feed import Feed, FileSpan
+from merge_gate.files.feed import Feed
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
-from merge_gate.records.files import StoredTensor
+from merge_gate.records.files import FileSpan, StoredTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.hollow import Cell
 from merge_gate.engine.tensors.placement import random_states, restore_random
 from merge_gate.engine.tensors.threads import spread, threads
-from merge_gate.features.stream.feed import FileSpan
+from merge_gate.records.files import FileSpan
 from merge_gate.records.measured import TensorMerge
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from merge_gate.features.stream.feed import FileSpan
+from merge_gate.records.files import FileSpan
 
 HUGE_BYTES = 1 << 21
 """A huge page. Each cell begins at one if it is as large, so that no huge page has parts of two cells."""

@@ -30,8 +30,8 @@ from merge_gate.features.export.kept_merges import KeptMerges, compared
 from merge_gate.features.export.plain_lora import Array, array_of, plain_lora, refuse, repaired_names
 from merge_gate.features.publish.manifest import render_export, shared_fields, versions_of
 from merge_gate.features.publish.partial import PartialDirectory, partial_name, unchanged
+from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, new_file
-from merge_gate.features.stream.planned_files import PlannedFiles
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, open_regular, parse_places
 from merge_gate.files.resolve import Fetching, Inputs, digest_file

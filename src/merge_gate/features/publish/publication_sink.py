@@ -48,7 +48,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
 
 if TYPE_CHECKING:
-    from merge_gate.features.stream.planned_files import PlannedFiles
+    from merge_gate.features.publish.planned_files import PlannedFiles
 
 
 class Connection(Protocol):

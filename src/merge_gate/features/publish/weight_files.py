@@ -8,7 +8,7 @@ not matter here.
 2. If one changes, the file has a new header, and the same order of tensors.
 3. With a limit on the size of a shard, the tensors go into new files, in the order of the base.
 4. Each file is created with its final size and its header.                       `ModelWriter.make_files`
-5. The worker writes tensors at their places, and reports their checksums.        features/stream/planned_files.py
+5. The worker writes tensors at their places, and reports their checksums.        planned_files.py
 6. All other tensors are copied from the base.                                    `copy`
 7. The files go to disk and are read back: each tensor must have its checksum.    `read_back`
 """
@@ -29,9 +29,9 @@ from typing import Any
 
 from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.features.stream.feed import LocalFeed
 from merge_gate.files import json_object
 from merge_gate.files.base_files import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING, loaded_files
+from merge_gate.files.feed import LocalFeed
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular, parse_places, shown
 from merge_gate.records.files import FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights

@@ -28,9 +28,8 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, get_hf_file_metadata, get_session, get_token, hf_hub_url
 
 from merge_gate import __version__
-from merge_gate._internal.errors import ResolveError
+from merge_gate._internal.errors import ResolveError, SourceError
 from merge_gate._internal.text import counted
-from merge_gate.features.stream.feed import SourceError
 from merge_gate.features.stream.read_ahead import refuse_excess
 from merge_gate.files.headers import MAX_HEADER_BYTES, shown
 from merge_gate.files.hub import ask, is_transport

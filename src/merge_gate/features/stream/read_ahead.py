@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from merge_gate.features.stream.feed import PIECE_BYTES, FileSpan, LocalFeed, SourceError
+from merge_gate._internal.errors import SourceError
+from merge_gate.files.feed import PIECE_BYTES, LocalFeed
 from merge_gate.files.headers import shown
 from merge_gate.files.identity import base_identity
-from merge_gate.records.files import FileIdentity
+from merge_gate.records.files import FileIdentity, FileSpan
 
 CONNECTIONS = 8
 """Pieces that are read at a time: over a network, the rate grows with them."""

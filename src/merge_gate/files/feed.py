@@ -1,7 +1,6 @@
 """Pieces of a base's files for the process that merges: the interface of a `Feed`, and the feed of local files.
 
-In: a directory. Out: the bytes of any part of its files, read into memory of the caller. It imports the standard
-library only.
+In: a directory. Out: the bytes of any part of its files, read into memory of the caller.
 """
 
 from __future__ import annotations
@@ -13,24 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from merge_gate._internal.errors import EngineError
-from merge_gate.records.terms import record
+from merge_gate._internal.errors import SourceError
+from merge_gate.records.files import FileSpan
 
 PIECE_BYTES = 16 << 20
 """No read of a file asks for more: the system's page cache then drops what was used before it needs more memory."""
-
-
-@record
-class FileSpan:
-    """The bytes from `start` up to `end` of a file, which is named relative to the base's directory."""
-
-    file: str
-    start: int
-    end: int
-
-
-class SourceError(EngineError):
-    """The bytes of a file could not be had: the message has the file, the place, and what was expected."""
 
 
 class Feed:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.features.stream import feed as feeds
-from merge_gate.features.stream.feed import Feed, LocalFeed, SourceError
+from merge_gate._internal.errors import SourceError
+from merge_gate.files import feed as feeds
+from merge_gate.files.feed import Feed, LocalFeed
 
 CONTENT = bytes(range(256)) * 64
 
