@@ -6,7 +6,7 @@
 In: model types. Out: a line of JSON for each in the work directory. Each type has a process of its own, in which
 
 1. a small random model is built (tests/support/engine/architectures.py);
-2. one forward pass of tensors without data shows what is read apart (features/forward/direct_reads.py);
+2. one forward pass of tensors without data shows what is read apart (engine/base/direct_reads.py);
 3. PEFT is the judge of each kind of layer that was found, and of two that were not: a LoRA with a random B is put on
    that layer alone, and the model's outputs are compared before and after PEFT's merge.
 """
@@ -36,9 +36,9 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.features.forward import direct_reads
+from merge_gate.engine.base import direct_reads
+from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.features.forward.activations import tensors_of
-from merge_gate.features.forward.made_up_inputs import candidates
 from tests.support import methods
 from tests.support.engine import architectures
 

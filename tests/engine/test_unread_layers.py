@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.adapter.peft_config import STARTS, starts_at_no_delta
-from merge_gate.features.forward import direct_reads
+from merge_gate.engine.base import direct_reads
 from merge_gate.records.terms import Finding, Severity, Verdict
 from tests.support import methods
 from tests.support.engine import architectures

@@ -59,7 +59,7 @@ def unread_layers(base: Base, loaded: Loaded) -> tuple[UnreadLayer, ...]:
     if starts_at_no_delta(loaded.config) or base.facts.quantization != Quantization.NONE:  # 1.
         return ()
     if base.direct_reads is None:  # 2.
-        from merge_gate.features.forward.direct_reads import trace  # noqa: PLC0415 - an ordinary LoRA does not wait for it
+        from merge_gate.engine.base.direct_reads import trace  # noqa: PLC0415 - an ordinary LoRA does not wait for it
 
         base.direct_reads = trace(base.model)
     reads = base.direct_reads

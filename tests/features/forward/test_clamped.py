@@ -10,7 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from merge_gate.engine.base.loaded_base import ModelClass
-from merge_gate.features.forward.made_up_inputs import candidates
+from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.records.terms import Origin, Severity

@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import IA3Config
 
-from merge_gate.features.forward.made_up_inputs import candidates
+from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.records.terms import Origin, Severity, Verdict
 from tests.support.faults import blow_up
 from tests.support.gating import Gate

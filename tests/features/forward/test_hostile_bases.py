@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from merge_gate.features.forward import direct_reads, lockstep
+from merge_gate.engine.base import direct_reads
+from merge_gate.features.forward import lockstep
 from merge_gate.records.terms import Verdict
 from tests.support.command import merge_gate, strict_json
 from tests.support.engine import architectures

@@ -12,8 +12,8 @@ import transformers
 from peft import PeftModel
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.features.forward.made_up_inputs import candidates
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.records.measured import Evidence, Forward, MeasureOptions

@@ -14,8 +14,8 @@ from torch import nn
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import ModelClass, Source
+from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.features.forward.made_up_inputs import candidates
 from merge_gate.features.forward.rounding import MergedModel
 from merge_gate.features.forward.run import is_close, run_adapters, run_merged
 from merge_gate.files.feed import LocalFeed

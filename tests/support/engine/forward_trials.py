@@ -18,10 +18,10 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from merge_gate.engine.base.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
 from merge_gate.features.forward.activations import tensors_of
 from merge_gate.features.forward.lockstep import ModelRun, run_together
-from merge_gate.features.forward.made_up_inputs import Inputs, candidates
 from tests.support.engine import architectures
 from tests.support.methods import quiet, same_tensor
 

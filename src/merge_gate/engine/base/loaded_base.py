@@ -54,8 +54,8 @@ from merge_gate.records.refusals import CannotJudge, Caught
 from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
+    from merge_gate.engine.base.direct_reads import DirectReads
     from merge_gate.engine.base.tensor_map import TensorMap
-    from merge_gate.features.forward.direct_reads import DirectReads
 
 _OF_ONE_RUN = re.compile(r"\s*For details look at [^.!]*above report!?| at 0x[0-9a-f]+")
 """transformers' errors refer to a table in its log, which the reader of a message does not see, and to addresses."""

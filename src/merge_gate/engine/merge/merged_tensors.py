@@ -23,6 +23,8 @@ from merge_gate.engine.merge.account import Places
 from merge_gate.engine.tensors.measure import (
     distance,
     dtype_max,
+    has_rows,
+    is_small,
     row_norms,
     same_bits,
     same_values,
@@ -30,7 +32,6 @@ from merge_gate.engine.tensors.measure import (
     unchanged_fraction,
 )
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
-from merge_gate.features.forward.growth import has_rows, is_small
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.refusals import Refused
 
@@ -120,7 +121,7 @@ def of_tensor(
         tensor: the merged tensor in its final form.
         exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
         rounding_share: a delta that is at most this share of the weight is only rounding.
-        rows: compare the rows of a weight (forward/growth.py).
+        rows: compare the rows of a weight (features/forward/growth.py).
     """
     with base.filled([base.first_name(name)]):
         return _compared(base, module, name, tensor, exact, rounding_share=rounding_share, rows=rows)

@@ -27,9 +27,16 @@ from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.merge.merged_tensors import ROUNDED, TensorSink
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
-from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits, shares_storage
+from merge_gate.engine.tensors.measure import (
+    dtype_max,
+    dtype_name,
+    has_rows,
+    is_small,
+    measure,
+    same_bits,
+    shares_storage,
+)
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
-from merge_gate.features.forward.growth import has_rows, is_small
 from merge_gate.records.measured import MeasureOptions, TensorMerge, TensorStats
 
 FAIR_FACTOR = 1.25
@@ -176,7 +183,7 @@ def merge_in_blocks(
 
 
 def _keeps_rows(base: Base, one: BlockLayer, weight: torch.Tensor, of_rows: torch.Tensor) -> bool:
-    """Step 3 of growth.py. `of_rows` are the norms of the delta's rows."""
+    """Whether no row changes much (`is_small`). `of_rows` are the norms of the delta's rows."""
     was, magnitude = base.row_norms(one.slot.name, weight), one.update.magnitude
     if magnitude is None:
         return is_small(of_rows, was)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.refusals import CannotJudge
@@ -28,6 +29,12 @@ _NARROW = tuple(
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 """torch stores these, and can do little with them."""
+
+SMALL = 0.7
+"""The largest small change of a row, as a share of its norm."""
+
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+"""The first dimension of their weights counts rows. Classes that inherit from these may compute something else."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -190,3 +197,13 @@ def distance(left: torch.Tensor, right: torch.Tensor | None = None) -> float:
             wide = wide - next(other)[1].detach().to(torch.float32)
         total += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
     return math.nan if math.isnan(total) else math.sqrt(total)
+
+
+def has_rows(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether the first dimension of a module's tensor counts rows. A bias has one dimension."""
+    return type(module) in PLAIN and tensor.dim() > 1
+
+
+def is_small(change: torch.Tensor, was: torch.Tensor) -> bool:
+    """Whether rows with these norms change by little: by these norms, or less. NaN is not small."""
+    return bool((change <= SMALL * was).all())

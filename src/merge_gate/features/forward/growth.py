@@ -3,11 +3,12 @@
 In: the figures of a merge, and its base. Out: why the model need not run, or nothing. It need not run if this is so:
 
 1. The dtypes of the base are bfloat16 and float32. Their largest value is 3.4e38.
-2. Each tensor that the merge changes is the weight of a linear layer, a convolution, or an embedding (`PLAIN`). A model
-   only multiplies with it, or looks its rows up. It may take an exponential, a logarithm, or a root of other tensors:
-   of biases, norms, buffers, and parameters such as `logit_scale`. A copy that the adapter has trained is no merge.
-3. No row changes by more than `SMALL` times its norm. A row gives one output, or is one token's embedding. No value is
-   more than 4 times as large as the largest of the base's tensor.
+2. Each tensor that the merge changes is the weight of a linear layer, a convolution, or an embedding (`has_rows` in
+   measure.py). A model only multiplies with it, or looks its rows up. It may take an exponential, a logarithm, or a
+   root of other tensors: of biases, norms, buffers, and parameters such as `logit_scale`. A copy that the adapter has
+   trained is no merge.
+3. No row changes by more than `SMALL` times its norm (`is_small`). A row gives one output, or is one token's embedding.
+   No value is more than 4 times as large as the largest of the base's tensor.
 4. Rounding takes so little of the delta that `rounding-loss` does not need the model.
 
 Why this is enough. An output is w·x, and |w·x| <= ‖w‖ ‖x‖. So a merge raises the bound of each output at most 1.7
@@ -24,21 +25,13 @@ with no norm in between. It does not see a base whose own values are NaN, or nea
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.tensors.measure import SMALL
 from merge_gate.features.forward.run import why_not_run
 from merge_gate.records.measured import Evidence, TensorMerge
 
 MOST = 4.0
 """How many times the largest value may grow."""
-
-SMALL = 0.7
-"""The largest change of a row, as a share of its norm."""
-
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-"""The first dimension of their weights counts rows. Classes that inherit from these may compute something else."""
 
 WIDE = {"bfloat16", "float32"}
 
@@ -47,16 +40,6 @@ def may_stay(base: Base) -> bool:
     """Step 1, if the base can be run at all."""
     dtypes = {base.facts.dtype, *(dtype for dtype, _ in base.facts.dtypes)}
     return dtypes <= WIDE and not why_not_run(base)
-
-
-def has_rows(module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Step 2 for a tensor of a module. A bias has one dimension."""
-    return type(module) in PLAIN and tensor.dim() > 1
-
-
-def is_small(change: torch.Tensor, was: torch.Tensor) -> bool:
-    """Step 3, for rows that change by these norms, or less. NaN is not small."""
-    return bool((change <= SMALL * was).all())
 
 
 def why_left_out(base: Base, evidence: Evidence, norm_limit: float) -> str:

@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.engine.tensors.module_copies import fake_copy
-from merge_gate.features.forward.made_up_inputs import candidates
 
 MOST_CALLS = 30_000
 """The limit of torch calls in all forward passes of a model. A Llama with 80 layers makes 5,345."""

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.features.forward.made_up_inputs import MOST_VALUES, POSITIONS, candidates, missing_inputs
+from merge_gate.engine.base.made_up_inputs import MOST_VALUES, POSITIONS, candidates, missing_inputs
 from tests.support.engine import architectures
 from tests.support.engine.forward_trials import first_that_runs
 from tests.support.methods import TEXT
