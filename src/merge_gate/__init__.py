@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from merge_gate._internal.errors import ConfigError, GateError, UsageError
     from merge_gate.api import export, gate
-    from merge_gate.records.publication import Export, ExportRecord
+    from merge_gate.features.export.export_record import Export, ExportRecord
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding, Result, Severity, Verdict
 
@@ -35,7 +35,7 @@ __all__ = [
 _MODULES = {
     "merge_gate.api": ("export", "gate"),
     "merge_gate._internal.errors": ("ConfigError", "GateError", "UsageError"),
-    "merge_gate.records.publication": ("Export", "ExportRecord"),
+    "merge_gate.features.export.export_record": ("Export", "ExportRecord"),
     "merge_gate.records.report": ("AdapterReport", "BaseReport", "Report"),
     "merge_gate.records.terms": ("Finding", "Result", "Severity", "Verdict"),
 }

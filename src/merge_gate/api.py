@@ -23,8 +23,8 @@ from merge_gate.run.flow import run_gate
 from merge_gate.worker.supervisor import WorkerSlot
 
 if TYPE_CHECKING:
+    from merge_gate.features.export.export_record import Export
     from merge_gate.records.config import Config
-    from merge_gate.records.publication import Export
     from merge_gate.records.report import Report
 
     Name = str | os.PathLike[str]

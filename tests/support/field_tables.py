@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, get_origin
 
 from merge_gate.report.formats.fields import FIGURES, Declared, columns, declared, is_record, optional, words
 from tests.support.schemas import SHARED
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def held_table(page: str, block: str, table: str) -> None:
+    """The table below `<!-- block -->` in a page of docs is what was made."""
+    path, head, end = DOCS / page, f"<!-- {block} -->\n", "<!-- end -->"
+    before, after = path.read_text(encoding="utf-8").split(head)
+    if os.environ.get("UPDATE_GOLDENS"):
+        path.write_text(f"{before}{head}\n{table}\n\n{end}{after.split(end, 1)[1]}", encoding="utf-8")
+        return
+    assert after.split(end, 1)[0].strip() == table, "look at the difference, then run with UPDATE_GOLDENS=1"
 
 
 def field_table(cls: Any, explained: str = "") -> str:

@@ -22,6 +22,21 @@ ROOT = Path(__file__).parents[2]
 PLAYED = (sys.executable, "-m", "tests.support.played_merges")
 PATIENCE_S = 120.0
 
+KILLED_BEFORE_A_LOOK = """
+import os, sys
+from pathlib import Path
+from merge_gate.files.identity import directory_identity
+from merge_gate.features.publish import partial
+place = Path(sys.argv[1])
+made = partial.PartialDirectory(place / "one")
+(made.model / "model.safetensors").write_bytes(b"new")
+before = directory_identity(place / "one")
+(place / "one" / "precious.txt").touch()
+partial.directory_identity = lambda _: os.kill(os.getpid(), 9)
+made.publish(replaces=before)
+"""
+"""A program that is killed after a user's file came in, and before what came out of an exchange is looked at."""
+
 
 class KilledRuns:
     """One directory, and an undisturbed run in it. `adapters` are words of the real command; empty plays the worker."""

@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from merge_gate.features.publish.manifest import (
+    CARD_NAME,
     MANIFEST_NAME,
     PublicationFacts,
     manifest_of,
@@ -15,14 +16,13 @@ from merge_gate.features.publish.manifest import (
 )
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.files import AdapterFiles, Entry, FileRecord
-from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.report import AdapterReport
 from tests.support import reports
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from merge_gate.records.publication import Manifest
+    from merge_gate.features.publish.manifest import Manifest
 
 FILES = {"model.safetensors": b"\x00weights", "config.json": b"{}", "additional_chat_templates/x.jinja": b"x"}
 

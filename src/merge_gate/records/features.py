@@ -3,7 +3,8 @@
 It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
 
 `declared` has options, keys, fields, and messages; it imports the standard library and records only. `feature` acts in
-the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py).
+the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `directory` recognizes the directories
+that a feature made (features/publish/partial.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-FEATURES: dict[str, dict[str, str]] = {}
+FEATURES: dict[str, dict[str, str]] = {
+    "publish": {"directory": "merge_gate.features.publish.manifest"},
+    "export": {"directory": "merge_gate.features.export.export_record"},
+}
 """Module names by feature and place, in the order in which features act."""
 
 

@@ -16,12 +16,12 @@ import pytest
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
 from merge_gate.features.attest import statement
-from merge_gate.features.attest.statement import statements_of
-from merge_gate.features.publish.manifest import MANIFEST_NAME
-from merge_gate.records.publication import CARD_NAME
+from merge_gate.features.attest.statement import Predicate, statements_of
+from merge_gate.features.publish.manifest import CARD_NAME, MANIFEST_NAME, Manifest
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
 from tests.support import published, reports
+from tests.support.field_tables import field_table, held_table
 from tests.support.tried import tried
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "attestations.
 def model(tmp_path: Path) -> Path:
     published.publish(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_the_tables_of_fields_are_what_the_records_say() -> None:
+    manifest = field_table(Manifest)
+    held_table("guides/attestations.md", "fields of Manifest", manifest)
+    held_table("guides/attestations.md", "fields of Predicate", field_table(Predicate, explained=manifest))
 
 
 def test_a_statement_is_in_toto_and_lists_every_file(model: Path) -> None:

@@ -362,13 +362,13 @@ def test_a_changed_copy_of_a_base_weight_is_refused_before_the_second_gate(
 @pytest.mark.parametrize("edit", ["a blank", "a note", "another value"])
 def test_an_export_whose_record_was_edited_is_a_users(edit: str, exported: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(exported / "out", tmp_path / "out"))
-    assert unchanged(out, is_export=True) is not None
+    assert unchanged(out, made_by="export") is not None
     text = (out / EXPORT_NAME).read_text()
     edits = {"a blank": text + " ", "a note": text.replace("{", '{"note": "mine",', 1), "another value": text}
     edits["another value"] = text.replace('"source": "', '"source": "mine, ', 1)
     assert edits[edit] != text
     (out / EXPORT_NAME).write_text(edits[edit])
-    assert unchanged(out, is_export=True) is None
+    assert unchanged(out, made_by="export") is None
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.features.publish.manifest import (
+    CARD_NAME,
     MANIFEST_NAME,
     Difference,
     differences,
@@ -22,7 +23,6 @@ from merge_gate.features.publish.manifest import (
     render,
 )
 from merge_gate.records.config import Combine
-from merge_gate.records.publication import CARD_NAME
 from tests.support import published, reports
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import subprocess
 import sys
@@ -16,14 +15,12 @@ import pytest
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate._internal.locked_directory import DirectoryLock, locked_directory
 from merge_gate.features.publish import partial as partial_module
-from merge_gate.features.publish.manifest import render_export
 from merge_gate.features.publish.partial import PartialDirectory, remove_leftovers
 from merge_gate.features.publish.publications import replaceable
 from merge_gate.files.identity import directory_identity
-from merge_gate.records.files import EXPORT_NAME, FileIdentity, FileRecord
-from merge_gate.records.publication import ExportRecord, PublishedAdapter, PublishedBase, Versions
-from merge_gate.records.report import TOOL, Tool
+from merge_gate.records.files import FileIdentity
 from tests.support import published
+from tests.support.publish_kills import KILLED_BEFORE_A_LOOK
 
 
 def filled(parent: Path, name: str = "one") -> PartialDirectory:
@@ -221,21 +218,6 @@ def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
     assert directory_identity(tmp_path / "one")[1:] == before[1:]
 
 
-KILLED_BEFORE_A_LOOK = """
-import os, sys
-from pathlib import Path
-from merge_gate.files.identity import directory_identity
-from merge_gate.features.publish import partial
-place = Path(sys.argv[1])
-made = partial.PartialDirectory(place / "one")
-(made.model / "model.safetensors").write_bytes(b"new")
-before = directory_identity(place / "one")
-(place / "one" / "precious.txt").touch()
-partial.directory_identity = lambda _: os.kill(os.getpid(), 9)
-made.publish(replaces=before)
-"""
-
-
 @pytest.mark.attempt("F11c", "a user's file comes in before the exchange, and kill -9 after it", "no run removes it")
 def test_a_kill_before_the_look_loses_nothing(tmp_path: Path) -> None:
     earlier(tmp_path)
@@ -255,28 +237,6 @@ def test_a_kill_before_the_look_leaves_an_earlier_model_that_is_removed(tmp_path
     subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
     assert names(tmp_path / ".one.partial" / "model") > set(published.FILES) - {"additional_chat_templates/x.jinja"}
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == {"one"}
-    assert names(tmp_path / "one") == {"model.safetensors"}
-
-
-def test_a_kill_before_the_look_leaves_an_earlier_export_that_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "adapter_config.json").write_bytes(b"{}")
-    tool, base = Tool(name=TOOL, version="1"), PublishedBase(model="b", dtype="float32", quantization="none", sha256="")
-    facts = ExportRecord(
-        tool=tool,
-        adapter=PublishedAdapter(name="a", source="a", files=()),
-        base=base,
-        versions=Versions(python="3"),
-        model_class="A",
-        scale_in="lora_B",
-        files=(FileRecord(path="adapter_config.json", size_bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),),
-    )
-    (tmp_path / "one" / EXPORT_NAME).write_bytes(render_export(facts))
-    untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")
-    subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
-    assert names(tmp_path / ".one.partial" / "model") == {"adapter_config.json", EXPORT_NAME}
-    PartialDirectory(tmp_path / "one").remove()
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == {"model.safetensors"}
 

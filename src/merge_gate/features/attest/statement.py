@@ -20,15 +20,18 @@ from merge_gate._internal.text import listing, quoted
 from merge_gate.features.publish.manifest import (
     MANIFEST_NAME,
     MOST_BYTES,
+    Manifest,
+    PublishedAdapter,
+    PublishedBase,
+    Versions,
     differences,
     parse_manifest,
     shared_fields,
     versions_of,
     warnings_in,
 )
-from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase
-from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
-from merge_gate.records.terms import record
+from merge_gate.records.report import TOOL, AdapterReport, ConfigFile, Report, Tool
+from merge_gate.records.terms import Verdict, record, reported
 from merge_gate.report.formats.fields import dump_record
 from merge_gate.report.stored.output_directory import explained
 from merge_gate.report.stored.stored_report import stored
@@ -45,6 +48,33 @@ MOST_SUBJECTS = 1024
 """What actions/attest allows, as well as the limit on the size (`MOST_BYTES`)."""
 
 _LISTED = 5
+
+
+@record
+class Predicate:
+    """The predicate of an in-toto statement: a verdict, and what it rests on (docs/guides/attestations.md)."""
+
+    attested_at: str = reported("When the statement was made, in UTC: `2026-11-27T20:15:00Z`.")
+    published: bool = reported(
+        "True if the subjects are the files of a published model; false if they are the adapter's own files."
+    )
+    tool: Tool = reported("The program that made the statement.")
+    name: str = reported("The adapter's name in the configuration.")
+    verdict: Verdict = reported("The verdict on the merge.")
+    cause: str | None = reported("Id of the check that decided; null if the adapter passed.", default=None)
+    warnings: tuple[str, ...] = reported("The checks with warnings, by id.", default=())
+    parameters: int = reported("How many parameters of the merged model were checked.")
+    peft_type: str | None = reported("PEFT's name of the method, such as `LORA`.", default=None)
+    dtype: str | None = reported("The dtype of the published tensors, or `preserve`; null if nothing was published.")
+    base: PublishedBase = reported("The base.")
+    adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.", default=())
+    config: ConfigFile = reported("The configuration file.")
+    versions: Versions = reported("The versions that made the merge.")
+    checks: tuple[str, ...] = reported("The checks of a published model that the configuration changed.", default=())
+    verdict_from: str = reported(
+        "`report.json`, or `merge-gate.json`, which anyone who can write to the directory can write.",
+        default="merge-gate.json",
+    )
 
 
 @record

@@ -26,9 +26,10 @@ from merge_gate._internal.regular_file import read_all
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import whole_file
 from merge_gate.config.from_arguments import config_of
+from merge_gate.features.export.export_record import Export, ExportRecord, render
 from merge_gate.features.export.kept_merges import KeptMerges, compared
 from merge_gate.features.export.plain_lora import Array, array_of, plain_lora, refuse, repaired_names
-from merge_gate.features.publish.manifest import render_export, shared_fields, versions_of
+from merge_gate.features.publish.manifest import PublishedAdapter, PublishedBase, shared_fields, versions_of
 from merge_gate.features.publish.partial import PartialDirectory, partial_name, unchanged
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, new_file
@@ -46,7 +47,6 @@ from merge_gate.records.files import (
     StoredTensor,
 )
 from merge_gate.records.options import RunOptions
-from merge_gate.records.publication import Export, ExportRecord, PublishedAdapter, PublishedBase
 from merge_gate.records.report import TOOL, Report, Tool
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.output_directory import explained, made_directory, refuse_input
@@ -174,7 +174,7 @@ def _replaceable(target: Path) -> tuple[FileIdentity, ...] | None:
     """
     if not os.path.lexists(target):
         return None
-    if (identity := unchanged(target, is_export=True)) is None:
+    if (identity := unchanged(target, made_by="export")) is None:
         raise UsageError(
             f"{quoted(str(target), 200)} exists, and is not an unchanged export of merge-gate",
             hint="move it away, or choose another directory with --output",
@@ -202,7 +202,7 @@ def write_adapter(
 
 def _write_record(directory: Path, facts: ExportRecord) -> None:
     with whole_file(directory / EXPORT_NAME, lasts=True) as file:
-        file.write(render_export(facts))
+        file.write(render(facts))
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------

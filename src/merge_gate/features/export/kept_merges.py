@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from merge_gate._internal.errors import GateError
 from merge_gate._internal.text import counted
+from merge_gate.features.export.export_record import MergeComparison
 from merge_gate.features.export.plain_lora import PlainLora, array_of
 from merge_gate.features.publish.publications import Publications, refuse_small_disk
 from merge_gate.features.publish.weight_files import CHUNK_BYTES, ModelLayout, ModelWriter, Place, new_file
 from merge_gate.files.headers import shown
 from merge_gate.records.files import Entry, StoredTensor
 from merge_gate.records.measured import Evidence, ServedClass
-from merge_gate.records.publication import MergeComparison
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED
 from merge_gate.report.stored.output_directory import explained

@@ -23,20 +23,21 @@ from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import DEFAULT_SETTINGS
-from merge_gate.records.config import CheckSetting, Config, PublishSpec
-from merge_gate.records.files import EXPORT_NAME, Entry, FileIdentity, FileRecord, StoredTensor
-from merge_gate.records.publication import (
-    CARD_NAME,
-    EXPORT_VERSION,
-    MANIFEST_VERSION,
-    ExportRecord,
-    Manifest,
-    PublishedAdapter,
-    PublishedBase,
-    Versions,
-)
+from merge_gate.records.config import CheckSetting, Combine, Config, PublishSpec
+from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
-from merge_gate.records.terms import DTYPES, PRESERVE, BaseKey, Finding, Severity, Verdict, record
+from merge_gate.records.terms import (
+    DTYPES,
+    PRESERVE,
+    BaseKey,
+    Finding,
+    ForwardMode,
+    Quantization,
+    Severity,
+    Verdict,
+    record,
+    reported,
+)
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load_document
 from merge_gate.report.wording.markdown import code
 from merge_gate.report.wording.untrusted import one_line
@@ -44,9 +45,86 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-MANIFEST_NAME = "merge-gate.json"
+MANIFEST_NAME, MANIFEST_VERSION = "merge-gate.json", "1.0"
+CARD_NAME = "README.md"
+LISTING = MANIFEST_NAME
+"""The file that lists the others of a directory (partial.py)."""
 MOST_BYTES = 16 * 1024 * 1024
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+@record
+class PublishedBase:
+    """The base of a published merge."""
+
+    model: str = reported("Directory or Hub id as written.")
+    revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
+    dtype: str = reported("The dtype that it was loaded and merged in.")
+    quantization: str = reported("How the loaded base is quantized; `none` if it is not.")
+    requested_dtype: str = reported("The dtype that was asked for: `auto`, or a name.", default="auto")
+    requested_quantization: Quantization = reported("The quantization that was asked for.", default=Quantization.NONE)
+    names: tuple[str, ...] = reported("Other names for it, which the configuration accepts.", default=())
+    sha256: str = reported("Digest of its weights, hex, as in report.json.")
+    files: tuple[FileRecord, ...] = reported(
+        "Its weight files; of a published model also its settings, tokenizer, and all other files that were copied.",
+        default=(),
+    )
+
+
+@record
+class PublishedAdapter:
+    """An adapter of a published merge; a combination has several."""
+
+    name: str = reported("Its name in the configuration.")
+    source: str = reported("Its path as written, or its Hub id.")
+    revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
+    files: tuple[FileRecord, ...] = reported(
+        "The files that were merged; of a published model also its tokenizer and all other files that were copied."
+    )
+
+
+@record
+class Versions:
+    """The versions that made a merge. A version is null if the package was not used."""
+
+    python: str = reported("Version of Python.")
+    torch: str | None = reported("Version of torch.", default=None)
+    peft: str | None = reported("Version of PEFT.", default=None)
+    transformers: str | None = reported("Version of transformers.", default=None)
+    bitsandbytes: str | None = reported("Version of bitsandbytes.", default=None)
+    device: str = reported("Where the merge was computed: `cpu`, `cuda:0`, …", default="cpu")
+
+
+@record
+class Manifest:
+    """merge-gate.json: what a published directory holds, and what it was made of. It has no time and no host name.
+
+    `schema_version` follows from the version of merge-gate.
+    """
+
+    schema_version: str = reported("Version of this format. Readers accept any 1.x.", default=MANIFEST_VERSION)
+    tool: Tool = reported("The program that published the merge.")
+    name: str = reported("The adapter's name in the configuration.")
+    verdict: Verdict = reported("Always `passed`.")
+    warnings: tuple[str, ...] = reported("The checks with warnings, by id.", default=())
+    parameters: int = reported("How many parameters of the merged model were checked: all of them.")
+    peft_type: str | None = reported("PEFT's name of the method, such as `LORA`.", default=None)
+    dtype: str = reported("`preserve` if every tensor has the dtype of the base's file; else the dtype of the cast.")
+    max_shard_bytes: int | None = reported(
+        "The largest size of a shard that was asked for; null if the shards are those of the base.", default=None
+    )
+    base: PublishedBase = reported("The base.")
+    adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.")
+    combination: Combine | None = reported("How the members were combined.", default=None)
+    allow_pickle: bool = reported("Whether pickled weights were allowed.", default=False)
+    trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
+    config: ConfigFile = reported("The configuration file.")
+    versions: Versions = reported("The versions that made the merge.")
+    forward: ForwardMode = reported("The setting `forward`, which decides some warnings.", default=ForwardMode.AUTO)
+    checks: tuple[str, ...] = reported(
+        "The checks that the configuration changed, with severity and limits: `keys-unexpected=off`.", default=()
+    )
+    files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
 
 
 class Difference(StrEnum):
@@ -175,17 +253,12 @@ def _adapters(facts: PublicationFacts, files: Sequence[tuple[FileRecord, ...]]) 
 
 
 def render(manifest: Manifest) -> bytes:
-    """The bytes of merge-gate.json. They are ASCII, so no name in it hides or reorders text."""
-    return _rendered(dump_record(manifest))
+    """The bytes of merge-gate.json."""
+    return rendered(dump_record(manifest))
 
 
-def render_export(facts: ExportRecord) -> bytes:
-    """The bytes of merge-gate-export.json. Its `sha256` is the digest of these bytes with an empty one in its place."""
-    empty = _rendered(dump_record(replace(facts, sha256="")))
-    return _rendered(dump_record(replace(facts, sha256=hashlib.sha256(empty).hexdigest())))
-
-
-def _rendered(document: object) -> bytes:
+def rendered(document: object) -> bytes:
+    """The bytes of a document. They are ASCII, so no name in it hides or reorders text."""
     return (json.dumps(document, allow_nan=False, indent=2) + "\n").encode("ascii")
 
 
@@ -196,12 +269,12 @@ def digest_on_card(data: bytes) -> str | None:
     """
     try:
         document = parse_strictly(data)
-        if _rendered(document) != data:
+        if rendered(document) != data:
             return None
         document["files"] = [file for file in document["files"] if file["path"] != CARD_NAME]
     except (InvalidJsonError, LookupError, TypeError, ValueError, RecursionError):
         return None
-    return hashlib.sha256(_rendered(document)).hexdigest()
+    return hashlib.sha256(rendered(document)).hexdigest()
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -325,27 +398,22 @@ def differences(directory: str | Path, manifest: Manifest, *, weights: bool = Tr
     Without `weights`, only the size of a safetensors file is compared.
     """
     folder = Path(directory)
-    found = dict(_compared(folder, manifest.files, MANIFEST_NAME, weights=weights))
+    found = dict(compared(folder, manifest.files, MANIFEST_NAME, weights=weights))
     has_card = CARD_NAME in {file.path for file in manifest.files}
     if not has_card or (CARD_NAME not in found and not _is_on_card(folder)):
         found[MANIFEST_NAME] = Difference.NOT_ON_CARD
     return dict(sorted(found.items()))
 
 
-def is_unchanged_export(folder: Path) -> bool:
-    """Whether a directory holds what its merge-gate-export.json lists, and nothing else.
-
-    Raises:
-        OSError, UnreadableError: it has no such file, or another one.
-    """
-    data = read_regular_file(folder / EXPORT_NAME, MOST_BYTES)
-    record: ExportRecord = load_document(ExportRecord, data, EXPORT_VERSION, TOOL)
-    return data == render_export(record) and not dict(_compared(folder, record.files, EXPORT_NAME))
+def is_unchanged(folder: Path, *, weights: bool) -> bool:
+    """Whether a directory holds what its merge-gate.json lists, and nothing else."""
+    return not differences(folder, read_manifest(folder), weights=weights)
 
 
-def _compared(
+def compared(
     folder: Path, files: Iterable[FileRecord], record: str, *, weights: bool = True
 ) -> Iterator[tuple[str, Difference]]:
+    """The files of a directory that are not as the file `record` lists them."""
     found = set(names_below(folder)) - {record}
     listed = {file.path: file for file in files}
     yield from ((name, Difference.ADDED) for name in found - set(listed))

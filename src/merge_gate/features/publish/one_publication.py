@@ -20,7 +20,14 @@ from pathlib import Path
 
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate.features.publish.companions import CompanionFiles, Identities, companions_of, read_inputs
-from merge_gate.features.publish.manifest import MANIFEST_NAME, PublicationFacts, manifest_of, model_card, render
+from merge_gate.features.publish.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    PublicationFacts,
+    manifest_of,
+    model_card,
+    render,
+)
 from merge_gate.features.publish.partial import PartialDirectory
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, cast, merged_layout, refuse_other_files
 from merge_gate.files import json_object, resolve
@@ -29,7 +36,6 @@ from merge_gate.files.headers import shown
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.packed_weights import packed_weights
-from merge_gate.records.publication import CARD_NAME
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.worker.protocol import PublicationWritten, Publishing
 

@@ -22,9 +22,9 @@ from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.locked_directory import AlreadyLockedError, locked_directory
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import sync_directory
-from merge_gate.features.publish.manifest import MANIFEST_NAME, differences, is_unchanged_export, read_manifest
 from merge_gate.files.identity import directory_identity
-from merge_gate.records.files import EXPORT_NAME, FileIdentity
+from merge_gate.records.features import FEATURES, part
+from merge_gate.records.files import FileIdentity
 from merge_gate.report.formats.fields import UnreadableError
 
 _ENDING = ".partial"
@@ -186,7 +186,11 @@ def _put_back(place: Path) -> bool:
         except OSError:
             return False
     is_looked_at = not os.path.lexists(place / _MODEL) or not (place / _MARKER).stat().st_size
-    return is_looked_at or any(unchanged(place / _MODEL, is_export=kind) is not None for kind in (False, True))
+    return is_looked_at or any(
+        unchanged(place / _MODEL, made_by=feature) is not None
+        for feature, modules in FEATURES.items()
+        if "directory" in modules
+    )
 
 
 def _remove(directory: Path) -> None:
@@ -197,18 +201,17 @@ def _remove(directory: Path) -> None:
             directory.unlink()
 
 
-def unchanged(place: Path, *, weights: bool = True, is_export: bool = False) -> tuple[FileIdentity, ...] | None:
-    """The identity of an unchanged publication, or of an unchanged export if `is_export`; None for anything else.
+def unchanged(place: Path, *, weights: bool = True, made_by: str = "publish") -> tuple[FileIdentity, ...] | None:
+    """The identity of an unchanged directory that a feature made; None for anything else.
 
     Without `weights`, only the sizes of a publication's weights count.
     """
+    own = part(made_by, "directory")
     try:
-        if place.is_symlink() or not (place / (EXPORT_NAME if is_export else MANIFEST_NAME)).is_file():
+        if place.is_symlink() or not (place / own.LISTING).is_file():
             return None  # before all of it is listed: it may be a whole disk
         identity = directory_identity(place)
-        is_own = (
-            is_unchanged_export(place) if is_export else not differences(place, read_manifest(place), weights=weights)
-        )
+        is_own = own.is_unchanged(place, weights=weights)
         return identity if is_own and directory_identity(place) == identity else None
     except (OSError, GateError, UnreadableError):
         return None

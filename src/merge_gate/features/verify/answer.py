@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.publish.manifest import MANIFEST_NAME, Difference, differences, read_manifest
+from merge_gate.features.publish.manifest import MANIFEST_NAME, Difference, Manifest, differences, read_manifest
 from merge_gate.features.verify.directory import directory_findings, expected_files
 from merge_gate.features.verify.exchanged import command
 from merge_gate.features.verify.tensor_findings import stored_findings, value_findings
@@ -26,7 +26,6 @@ from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
-from merge_gate.records.publication import Manifest
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
