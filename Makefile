@@ -14,7 +14,7 @@ help:
 	@echo "make test-all both in one run: all methods and bases, Ray, kills (40 minutes on 2 cores)"
 	@echo "make card    a simulated GPU against the CPU: a fifth of the cases, or all with CARD=all; needs g++ (four minutes)"
 	@echo "make card-real the same on a real GPU, and the benchmarks there; prints a table; needs CUDA (two hours)"
-	@echo "make attempts the tests of what outsiders tried, and their table in tests/attempts.md (three minutes)"
+	@echo "make attempts the tests of what outsiders tried, with a table of them (three minutes)"
 	@echo "make lint    ruff, mypy, import-linter; shows prose that breaks the language rules"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
@@ -97,9 +97,9 @@ CARD_REAL ?=
 card-real: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.card_real $(CARD_REAL)
 
-# The table of what outsiders tried, from the tests that repeat it.
+# Prints the table of what outsiders tried, from the tests that repeat it.
 attempts: $(STAMPS)/test
-	$(PYTEST) -m attempt --attempts tests/attempts.md
+	$(PYTEST) -m attempt --attempts
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

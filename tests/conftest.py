@@ -44,7 +44,7 @@ hypothesis.settings.load_profile("full")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--attempts", metavar="FILE", help="write the table of attempts; see tests/support/attempts.py")
+    parser.addoption("--attempts", action="store_true", help="print the table of attempts")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,13 +1,11 @@
-"""Writes the table of attempts: what an outsider tried, what the gate should do, and what the test saw.
+"""Prints the table of attempts: what an outsider tried, what the gate should do, and what the test saw.
 
 A test is marked `@pytest.mark.attempt(ID, what, expected)`, once for each attempt that it repeats. `make attempts` runs
-the marked tests and writes `tests/attempts.md`.
+the marked tests and prints the table.
 """
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,14 +18,8 @@ AS_EXPECTED = "as expected"
 ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 """The rows of all collected tests, also of those that this run leaves out."""
 
-_HEAD = """# Attempts
-
-Each row is something that an outsider tried against the gate, or a control that must stay green. `make attempts` runs
-the tests and writes this table. `tests/test_attempts.py` compares the rows with the tests.
-
-| id | tried | expected | seen |
-|---|---|---|---|
-"""
+_HEAD = ("| id | tried | expected | seen |", "|---|---|---|---|")
+"""Of a table of what outsiders tried against the gate, and of controls that must stay green."""
 
 
 def rows_of(item: pytest.Item) -> Iterator[tuple[str, str, str]]:
@@ -37,21 +29,10 @@ def rows_of(item: pytest.Item) -> Iterator[tuple[str, str, str]]:
         yield number, what, expected
 
 
-def lines(table: Path) -> list[str]:
-    """The rows of a written table."""
-    return [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-
-
-def cells(line: str) -> list[str]:
-    """The cells of a row."""
-    return [cell.replace("\\|", "|") for cell in re.split(r"(?<!\\) \| ", line[2:-2])]
-
-
 class AttemptTable:
-    """Collects the outcomes in the process that reports, and writes them at the end."""
+    """Collects the outcomes in the process that reports, and prints them at the end."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self) -> None:
         self._seen: dict[tuple[str, str, str], list[bool]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -62,12 +43,13 @@ class AttemptTable:
                 number, what, expected = row
                 self._seen.setdefault((number, what, expected), []).append(report.passed)
 
-    def pytest_sessionfinish(self) -> None:
-        self._path.write_text(_HEAD + "".join(sorted(map(self._line, self._seen))), encoding="utf-8")
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for line in (*_HEAD, *sorted(map(self._line, self._seen))):
+            terminalreporter.write_line(line)
 
     def _line(self, row: tuple[str, str, str]) -> str:
         seen = AS_EXPECTED if all(self._seen[row]) else "**not as expected**"
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in (*row, seen))} |\n"
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in (*row, seen))} |"
 
 
 def collect(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
@@ -77,6 +59,5 @@ def collect(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
 
 def configure(config: Any) -> None:
     """Add the table if `--attempts` asks for it, in the process that has all reports."""
-    path = config.getoption("--attempts")
-    if path is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(AttemptTable(Path(path)), "attempt-table")
+    if config.getoption("--attempts") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AttemptTable(), "attempt-table")
