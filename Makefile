@@ -115,7 +115,7 @@ BENCH ?=
 bench: $(STAMPS)/test
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
-# Trains adapters of two small bases of PyPI in .rounding/, and writes the table of docs/evidence/rounding.md.
+# Trains adapters of two small bases of PyPI in .rounding/, and writes the table of docs/evidence/truth.md.
 rounding: $(STAMPS)/test
 	$(BIN)/python benchmarks/rounding.py --write
 

@@ -1,7 +1,7 @@
 """Every architecture of the installed transformers: the gate beside what a user of PEFT gets.
 
     python benchmarks/architectures.py [TYPE ...]     # all, twenty minutes on one core; goes on where it was
-    python benchmarks/architectures.py --write        # architectures.json and docs/evidence/sweeps.md from it
+    python benchmarks/architectures.py --write        # architectures.json and docs/evidence/truth.md from it
 
 In: model types. Out: a line of JSON for each in the work directory, and with `--write` the data and the document.
 Each type has a process of its own, with a limit of time and memory, forked from this one after the imports.
@@ -22,7 +22,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import resource
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from tests.support.engine import architectures
 from tests.support.engine.architecture_trials import Outcome, trial
 from tests.support.generated import write_block
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/sweeps.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/truth.md"
 DATA = Path(__file__).resolve().parent / "architectures.json"
 LIMIT_S = 90
 LIMIT_BYTES = 6 << 30
@@ -131,7 +130,7 @@ def say(outcome: Outcome) -> str:
     return f"WRONG: {'; '.join(outcome.wrong)}" if outcome.wrong else f"right: {outcome.healthy}"
 
 
-# --- benchmarks/architectures.json and docs/evidence/sweeps.md -------------------------------------------------------
+# --- benchmarks/architectures.json and docs/evidence/truth.md -------------------------------------------------------
 
 TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge-gate {merge-gate}.
 
@@ -143,24 +142,7 @@ TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge
 | the gate is wrong | {wrong} |
 | healthy adapters that pass | {passed} |
 {found_rows}| healthy adapters that fail | {failed} |
-| not built | {not_built} |
-
-| healthy adapter fails on | verdict | PEFT |
-|---|---|---|
-{failed_rows}
-
-| not built, because | types |
-|---|---:|
-{reason_rows}"""
-
-REASONS = {
-    "a part of another model: transformers has no model class for it": r"no model class",
-    "too many parameters at the smallest": r"M parameters at the smallest|without elements at the smallest",
-    "a package is missing": r"ImportError",
-    "PEFT or transformers cannot load, save, or adapt a small model": r"^(?!CannotBuildError)",
-    "the configuration cannot be made small without knowing more about it": r"",
-}
-"""Patterns of the reasons; the first one that matches counts."""
+| not built | {not_built} |"""
 
 
 def data(results: Path) -> dict[str, Any]:
@@ -199,10 +181,6 @@ def document(answers: dict[str, Any]) -> str:
     wrong = [name for name, facts in built.items() if "wrong" in facts]
     failed = {name: facts for name, facts in built.items() if facts["healthy"] != "passed"}
     found = Counter(check for facts in built.values() for check in facts.get("findings", ()))
-    alike: dict[tuple[str, str], list[str]] = {}
-    for name, facts in failed.items():
-        alike.setdefault((cell(facts["healthy"]), of_peft(facts)), []).append(f"`{name}`")
-    reasons = Counter(why(facts["reason"]) for facts in types.values() if "reason" in facts)
     return TEXT.format(
         date=answers["date"],
         **answers["versions"],
@@ -213,30 +191,12 @@ def document(answers: dict[str, Any]) -> str:
         passed=len(built) - len(failed),
         found_rows="".join(f"| of these, with a finding of `{check}` | {found[check]} |\n" for check in sorted(found)),
         failed=len(failed),
-        not_built=reasons.total(),
-        failed_rows=rows([[", ".join(names), *facts] for facts, names in alike.items()]),
-        reason_rows=rows([[reason, reasons[reason]] for reason in REASONS if reasons[reason]]),
+        not_built=len(types) - len(built),
     )
-
-
-def why(reason: str) -> str:
-    return next(words for words, pattern in REASONS.items() if re.search(pattern, reason))
-
-
-def of_peft(facts: dict[str, Any]) -> str:
-    if "not_loaded" in facts:
-        return f"does not load {facts['not_loaded']} of {facts['tensors']} tensors"
-    return cell(facts.get("for_a_user_of_peft", "loads and merges"))
 
 
 def rows(lines: list[list[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def cell(text: str, most: int = 110) -> str:
-    """Text that cannot end a cell or start markup."""
-    plain = text.replace("|", "/").replace("`", "'").replace("<", "(").replace(">", ")")
-    return f"`{plain if len(plain) <= most else f'{plain[:most]}…'}`"
 
 
 def main() -> None:

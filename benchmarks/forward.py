@@ -1,7 +1,7 @@
 """Every model type of the installed transformers on made-up inputs: which run, and do they run in lockstep.
 
     python benchmarks/forward.py [TYPE ...]     # all, half an hour on one core; goes on where it was
-    python benchmarks/forward.py --write        # forward.json and docs/evidence/sweeps.md from it
+    python benchmarks/forward.py --write        # forward.json and docs/evidence/truth.md from it
 
 In: model types. Out: a line of JSON for each in the work directory, and with `--write` the data and the document.
 Each type has a process of its own, with a limit of time and memory, in which `forward_trials.trial`
@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from benchmarks.architectures import LIMIT_BYTES, LIMIT_S, cell, command, head_of, rows
+from benchmarks.architectures import LIMIT_BYTES, LIMIT_S, command, head_of, rows
 from benchmarks.unread import in_process
 from tests.support.engine.forward_trials import sentence, trial
 
@@ -61,25 +61,13 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
     return {line.pop("type"): {key: value for key, value in line.items() if value} for line in lines}
 
 
-# --- benchmarks/forward.json and docs/evidence/sweeps.md -------------------------------------------------------------
+# --- benchmarks/forward.json and docs/evidence/truth.md -------------------------------------------------------------
 
 TEXT = """{date}, transformers {transformers}, PEFT {peft}, torch {torch}, merge-gate {merge-gate}.
 
 | model types | number | of |
 |---|---:|---:|
-{counts}
-
-| first inputs that run | types |
-|---|---:|
-{inputs}
-
-| not alike | what |
-|---|---|
-{unlike}
-
-| merged and unmerged differ | layers |
-|---|---|
-{differs}"""
+{counts}"""
 
 
 def data(results: Path) -> dict[str, Any]:
@@ -96,7 +84,6 @@ def document(answers: dict[str, Any]) -> str:
     ran = {name: facts for name, facts in built.items() if "inputs" in facts}
     adapted = [facts for facts in ran.values() if "adapter" not in facts]
     causal = [facts for facts in built.values() if "is_causal" in facts]
-    names = [facts["inputs"] for facts in ran.values()]
     counts = [
         ["built small", len(built), len(types)],
         ["run whole", len(ran), len(built)],
@@ -113,23 +100,7 @@ def document(answers: dict[str, Any]) -> str:
         ],
         ["PEFT's merge computes what the adapter computes", sum("differs" not in one for one in adapted), len(adapted)],
     ]
-    unlike = [[f"`{name}`", cell(facts["lockstep"])] for name, facts in ran.items() if "lockstep" in facts]
-    unlike += [
-        [f"`{name}`", f"filled twice: {cell(', '.join(one['twice']))}"] for name, one in ran.items() if "twice" in one
-    ]
-    unlike += [[f"`{name}`", "other bits in a second run"] for name, facts in ran.items() if "repeats" not in facts]
-    return TEXT.format(
-        date=answers["date"],
-        **answers["versions"],
-        counts=rows(counts),
-        inputs=rows(
-            [[name, names.count(name)] for name in sorted(set(names), key=lambda name: (-names.count(name), name))]
-        ),
-        unlike=rows(unlike),
-        differs=rows(
-            [[f"`{name}`", "; ".join(map(cell, facts["differs"]))] for name, facts in ran.items() if "differs" in facts]
-        ),
-    )
+    return TEXT.format(date=answers["date"], **answers["versions"], counts=rows(counts))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 Downloads the source package of the installed PEFT from the package index (`--tests` names its tests/ directory where it
 lies already), and holds every configuration of its tests (tests/support/engine/peft_configurations.py) in every dtype.
 One line for each that is not merged to PEFT's bits; `--results` keeps every outcome, and goes on where it was;
-`--write` puts them into docs/evidence/sweeps.md. A quarter of an hour on one core.
+`--write` puts them into docs/evidence/truth.md. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from tests.support.engine.peft_configurations import Configuration, Outcome, hol
 from tests.support.gating import Gate, one_thread
 from tests.support.generated import write_block
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/sweeps.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/truth.md"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -79,7 +78,7 @@ def say(outcome: Outcome) -> str:
     return f"{outcome.gate} as PEFT: {outcome.peft[:120]}"
 
 
-# --- docs/evidence/sweeps.md -----------------------------------------------------------------------------------------
+# --- docs/evidence/truth.md -----------------------------------------------------------------------------------------
 
 
 TEXT = """{date}, {versions}, in {dtypes}. {names:,} configurations. PEFT makes an adapter for {made:,}.
@@ -91,24 +90,13 @@ TEXT = """{date}, {versions}, in {dtypes}. {names:,} configurations. PEFT makes 
 | a verdict that differs from PEFT's | {wrong:,} |
 | all | {trials:,} |
 
-With one NaN in the file, {failed:,} of {trials:,} fail. The merge does not read the tensor in the others: a warning.
-
-| PEFT | the gate | configs | trials |
-|---|---|---|---:|
-{rows}
-
-PEFT itself makes no adapter:
-
-{reasons}"""
+With one NaN in the file, {failed:,} of {trials:,} fail. The merge does not read the tensor in the others: a warning."""
 
 
 def document(outcomes: list[Outcome]) -> str:
     made = [one for one in outcomes if not one.reason]
     refused = [one for one in made if one.gate != "passed" and not one.wrong]
     wrong = [one for one in made if one.wrong]
-    rows: dict[tuple[str, str], list[Outcome]] = {}
-    for one in refused + wrong:
-        rows.setdefault((re.sub(r"^(\w+): .*", r"\1", one.peft), one.gate), []).append(one)
     return TEXT.format(
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch")),
@@ -120,35 +108,7 @@ def document(outcomes: list[Outcome]) -> str:
         refused=len(refused),
         wrong=len(wrong),
         failed=sum(one.one_nan.startswith("failed") for one in made),
-        rows="\n".join(
-            f"| {cell(peft)} | {gate} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
-            for (peft, gate), those in rows.items()
-        ),
-        reasons="\n".join(
-            f"- on {model}: {', '.join(sorted(kinds))}" for model, kinds in sorted(unmade(outcomes).items())
-        ),
     )
-
-
-def unmade(outcomes: list[Outcome]) -> dict[str, set[str]]:
-    """For each model, the kinds of adapters that PEFT itself cannot make on it."""
-    kinds: dict[str, set[str]] = {}
-    for one in outcomes:
-        if one.reason:
-            kinds.setdefault(model_of(one), set()).add(kind_of(one))
-    return kinds
-
-
-def kind_of(outcome: Outcome) -> str:
-    return outcome.name.partition(": ")[2].rpartition(" on ")[0].rpartition(" ")[2].removesuffix("Config")
-
-
-def model_of(outcome: Outcome) -> str:
-    return outcome.name.rpartition(" on ")[2].removeprefix("tiny-").removeprefix("random-")
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def main() -> None:

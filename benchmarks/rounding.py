@@ -1,7 +1,7 @@
 """How much rounding to 16 bits changes the effect of trained adapters, next to the norm that it takes, and to a loss.
 
     make rounding                                 # trains and measures, an hour on one core; goes on where it was
-    python benchmarks/rounding.py --write         # writes the table of docs/evidence/rounding.md
+    python benchmarks/rounding.py --write         # writes the table of docs/evidence/truth.md
 
 In: two bases that packages of PyPI contain, and texts that ship with Python (pydoc's topics). Out: a line of JSON for
 each adapter and dtype in the work directory (`--work`).
@@ -42,7 +42,7 @@ from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "evidence" / "rounding.md"
+PAGE = ROOT / "docs" / "evidence" / "truth.md"
 BEGIN, END = "<!-- rounding -->", "<!-- /rounding -->"
 DTYPES = ("bfloat16", "float16", "float32")
 STEPS = 24
@@ -207,20 +207,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{datetime.now(UTC).date()}, {packages}. {STEPS} steps each; the learning rate is in the name.",
         "",
-        "| adapter | dtype | ‖ΔW‖/‖W‖ | effect | norm lost | **effect changed** | base, unmerged, merged | gain lost |",
-        "|---|---|---:|---:|---:|---:|---|---:|",
+        "| adapter | dtype | norm lost | effect changed | gain lost |",
+        "|---|---|---:|---:|---:|",
     ]
     order = {name: place for place, name in enumerate(ADAPTERS)}
-    for row in sorted(rows, key=lambda row: (order.get(row["adapter"], len(order)), row["dtype"])):
+    rounded = (row for row in rows if row["dtype"] != "float32")
+    for row in sorted(rounded, key=lambda row: (order.get(row["adapter"], len(order)), row["dtype"])):
         norm, change = ("not measured" if row[key] is None else f"{row[key]:.0%}" for key in ("norm", "change"))
-        effect = "not measured" if row["effect"] is None else f"{row['effect']:.1%}"
         base, unmerged, merged = row["losses"]
-        losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
         lost = f"{round((merged - unmerged) / (base - unmerged), 2) + 0.0:.0%}"  # no -0
-        lines.append(
-            f"| {row['adapter']} | {row['dtype']} | {row['delta']:.1e} | {effect} | {norm} | {change} "
-            f"| {losses} | {lost} |"
-        )
+        lines.append(f"| {row['adapter']} | {row['dtype']} | {norm} | {change} | {lost} |")
     return "\n".join(lines)
 
 

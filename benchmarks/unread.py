@@ -1,7 +1,7 @@
 """Which architectures of the installed transformers read a layer's weight without calling the layer.
 
     python benchmarks/unread.py [TYPE ...]       # all, half an hour on one core; goes on where it was
-    python benchmarks/unread.py --write          # prints the whole table; docs/evidence/methods.md has its sums
+    python benchmarks/unread.py --write          # prints the whole table
 
 In: model types. Out: a line of JSON for each in the work directory. Each type has a process of its own, in which
 

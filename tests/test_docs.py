@@ -405,7 +405,7 @@ def shorn(message: str) -> str:
 DIRECTORY = re.compile(r"(\./models|/[\w./-]+)/([\w-]+)")
 
 
-# --- docs/evidence/sweeps.md -----------------------------------------------------------------------------------------
+# --- docs/evidence/truth.md ------------------------------------------------------------------------------------------
 
 
 def test_the_page_of_architectures_is_made_from_their_data() -> None:
@@ -413,7 +413,7 @@ def test_the_page_of_architectures_is_made_from_their_data() -> None:
     assert sum("class" in facts for facts in answers["types"].values()) >= LEAST_ARCHITECTURES
     assert not [name for name, facts in answers["types"].items() if "wrong" in facts]
     assert architectures.stored(answers) == (ROOT / "benchmarks" / "architectures.json").read_text(encoding="utf-8")
-    held(ROOT / "docs" / "evidence" / "sweeps.md", "architectures", architectures.document(answers))
+    held(ROOT / "docs" / "evidence" / "truth.md", "architectures", architectures.document(answers))
 
 
 def test_the_page_of_forward_passes_is_made_from_their_data() -> None:
@@ -426,7 +426,7 @@ def test_the_page_of_forward_passes_is_made_from_their_data() -> None:
     assert sum("inputs" in facts for facts in causal) >= 0.85 * len(causal)
     assert sum("lockstep" not in facts for facts in ran) >= 0.97 * len(ran)
     assert architectures.stored(answers) == (ROOT / "benchmarks" / "forward.json").read_text(encoding="utf-8")
-    held(ROOT / "docs" / "evidence" / "sweeps.md", "forward", forward.document(answers))
+    held(ROOT / "docs" / "evidence" / "truth.md", "forward", forward.document(answers))
 
 
 LEAST_ARCHITECTURES = 400

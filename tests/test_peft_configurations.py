@@ -92,7 +92,7 @@ CONFIGS = {"lokr": LoKrConfig(target_modules=["convolution"], modules_to_save=["
 REFUSED = {"routed": "NotImplementedError", "PromptTuningConfig": "AttributeError"}
 """Part of the name, and what PEFT raises."""
 WRONG_MERGE = "kernel"
-"""PEFT merges it, and the merged model does not compute what the unmerged one does (docs/evidence/methods.md)."""
+"""PEFT merges it, and the merged model does not compute what the unmerged one does (docs/reference/methods.md)."""
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "reference": ("command-line", "action", "configuration", "report", "exit-codes", "environment"),
     "checks": ("index", *CHECKS, *WITHOUT_SETTING),
     "concepts": ("how-it-works", "forward", "limits"),
-    "evidence": ("index",),
+    "evidence": ("truth",),
     "project": ("support", "changelog", "contributing", "security-policy"),
 }
 """The folders of docs/ in the order of the navigation, and what comes first in each. Other pages follow by name."""

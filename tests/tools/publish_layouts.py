@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import multiprocessing
-import re
 import sys
 import tempfile
 import textwrap
@@ -26,7 +25,7 @@ from tests.support.generated import write_block
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/sweeps.md"
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/truth.md"
 LONGEST_S = 120
 
 
@@ -83,26 +82,8 @@ def document(found: list[publish_layouts.Checked]) -> str:
                 if not one.is_compared
             },
         ),
-        *_by_reason(found),
     ]
     return "\n".join(lines)
-
-
-def _by_reason(found: list[publish_layouts.Checked]) -> Iterator[str]:
-    """A row for each reason, with the types that were not built."""
-    types: dict[str, list[str]] = {}
-    for one in found:
-        if one.skipped:
-            reason = re.sub(
-                r"CannotBuildError: (\d+ M parameters|a parameter without elements)", "too many parameters", one.skipped
-            )
-            kind = re.sub(r"^(\w+): .*", r"\1", reason.removeprefix("no tiny model: "))
-            types.setdefault(_short(kind), []).append(f"`{one.model_type}`")
-    if types:
-        yield ""
-        yield from _table(
-            ("not built", "types"), [(f"`{reason}`", ", ".join(names)) for reason, names in types.items()]
-        )
 
 
 def _exceptions(what: str, reasons: dict[str, str]) -> Iterator[str]:
@@ -125,7 +106,7 @@ def main() -> int:
     """Check all types with a conversion, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all with a conversion by default")
-    parser.add_argument("--write", action="store_true", help="write docs/evidence/sweeps.md")
+    parser.add_argument("--write", action="store_true", help="write docs/evidence/truth.md")
     given = parser.parse_args()
     found = sweep(given.types or publish_layouts.converted_types())
     text = document(found)

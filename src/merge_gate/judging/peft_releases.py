@@ -1,6 +1,6 @@
 """Finds the PEFT releases that can have written a config.
 
-In: an adapter's config. Out: a `Span` of releases (docs/evidence/methods.md, "Old releases").
+In: an adapter's config. Out: a `Span` of releases (docs/reference/methods.md, "Old releases").
 """
 
 # A release is its minor number: 0.10.0 and 0.10.1 are 10. Since 0.18 PEFT writes `peft_version`. Older releases follow

@@ -80,7 +80,7 @@ _FRESH = "PEFT would merge newly initialized values instead"
 _BASE_STAYS = "the merged model would keep the base's biases"
 
 _LAST_WITHOUT_BASE_LAYER, _FIRST_TRAINED, _FIRST_SAVED = 6, 10, 21
-"""Minor numbers of the PEFT releases that changed how biases are saved (docs/evidence/methods.md, "Old releases")."""
+"""Minor numbers of the PEFT releases that changed how biases are saved (docs/reference/methods.md, "Old releases")."""
 
 
 def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Today's PEFT merges the adapter differently from the release that saved it.
 
-**Fires when** the PEFT release that saved the adapter merges it differently than today's PEFT. [The table of old
-releases](../evidence/methods.md#old-releases) has all cases:
+**Fires when** the PEFT release that saved the adapter merges it differently than today's PEFT. These cases are known
+([table](../reference/methods.md#old-releases)):
 
 - LoKr saved before 0.14;
 - `lora_bias` before 0.16;
@@ -74,7 +74,7 @@ def changes(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> Iterato
 
 
 def _all_changes(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> Iterator[MeaningChange]:
-    """Those of every release. Each was verified by running it (docs/evidence/methods.md, "Old releases")."""
+    """Those of every release. Each was verified by running it (docs/reference/methods.md, "Old releases")."""
     match config.peft_type:
         case "LOKR" if (ratio := _ratio(config, config.alpha)) is not None:
             effect = f"PEFT scales LoKr's delta by alpha / r since 0.14: today's merge adds {ratio:g} times as much"

@@ -29,7 +29,7 @@ which dtypes can hold the merge, list them: `dtype: [bfloat16, float16]`.
   [peft#3710](https://github.com/huggingface/peft/issues/3710): layers whose `safe_merge` checked nothing, or checked
   too late.
 
-[The page on methods](../evidence/methods.md#compared-with-pefts-own-check) compares this check with PEFT's own.
+[A table](../evidence/truth.md#compared-with-pefts-own-check) compares this check with PEFT's own.
 """
 
 from __future__ import annotations

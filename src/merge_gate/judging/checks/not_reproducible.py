@@ -4,7 +4,7 @@
 
 - `init_lora_weights` is `pissa_niter_*`. PEFT repeats a randomized decomposition of the base on every load.
 - The adapter is an AdaMSS. Its file does not say which rows of the base its tensors belong to, and PEFT clusters the
-  rows again on every load. [The page on methods](../evidence/methods.md#pefts-own-test-configurations) has the details.
+  rows again on every load. [Two test adapters](../evidence/truth.md#pefts-own-test-configurations) show it.
 - The adapter is a FRoD. PEFT repeats a part of the base's decomposition on every load. With a base in another dtype,
   the values in the file do not match it. A test adapter that was trained in float32 and merged in bfloat16 is wrong by
   several times its own effect.

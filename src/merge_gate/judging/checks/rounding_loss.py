@@ -15,7 +15,7 @@ rounding to bfloat16 changes 104.7% of the adapter's effect (error-limit 80%); 9
 
 **If the effect is not measured**, the share of the norm decides: ‖merged − (W + ΔW)‖ / ‖ΔW‖. The check is then a
 warning above 50 %, over all merged tensors or in most of them. An `error-limit` does not apply, because the norm
-overstates the harm: rounding is noise, and a trained delta is not ([measurements](../evidence/rounding.md)). If the
+overstates the harm: rounding is noise, and a trained delta is not ([measured](../evidence/truth.md#rounding)). If the
 configuration makes this check an error, the norm alone is an error, too. The effect is not measured in these cases:
 
 - `forward: off`, quantized bases, and bases that bring their own code.
@@ -51,7 +51,7 @@ into the unquantized base and quantize the result.
 - [axolotl-ai-cloud/axolotl#3497](https://github.com/axolotl-ai-cloud/axolotl/pull/3497): a merged model "lost" what it
   had learned. A merge in float32 was tried as a fix.
 
-[The page on public adapters](../evidence/public-adapters.md) has a real adapter with this warning.
+[A public adapter](../evidence/truth.md#public-adapters) has this warning.
 """
 
 from __future__ import annotations
