@@ -24,7 +24,7 @@ from merge_gate.files.resolve import (
     digest_of_digests,
 )
 from merge_gate.records.files import BaseContent, FileIdentity
-from tests.support.cache.verdicts import based_entry
+from tests.support.judged_entry import based_entry
 
 
 @pytest.fixture

@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate._internal.errors import UsageError
-from merge_gate.features.cache.remembered import BaseRecords
-from merge_gate.features.cache.store import Seal, Store
 from merge_gate.features.stream import hub_file
 from merge_gate.features.stream.read_ahead import LocalFiles
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Fetched, Snapshot
-from merge_gate.records.measured import BaseRecord, TensorStats
+from merge_gate.records.measured import BaseRecord
 from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
 from merge_gate.run import fed_bases
 from merge_gate.run.fed_bases import LIMIT_PER_GIB_S, FedBases, group_by_base, network_file_system
-from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,49 +96,19 @@ def test_headers_on_a_network_have_a_time_limit(
     assert fed_bases.headers_limit_s("/base") == limit_s
 
 
-# --- records of whole bases ------------------------------------------------------------------------------------------
-
-
-def asked(directory: str) -> Group:
-    """A group whose record is kept, with one task."""
-    return replace(group(directory), keeps_record=True, tasks=(Task(index=0, files=()),))
-
-
-FIGURES = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
-
-
-@pytest.mark.parametrize(
-    ("read", "is_large", "is_used"),
-    [(Read.AUTO, False, True), (Read.AUTO, True, True), (Read.TOUCHED, False, True), (Read.WHOLE, True, False)],
-)
-def test_the_worker_gets_the_records_of_a_base_that_need_not_be_read_whole(
-    read: Read, is_large: bool, is_used: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_large", [False, True])
+def test_only_what_adapters_touch_is_read_of_a_base_with_a_record(
+    is_large: bool, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fed_bases, "too_large", lambda *_: "too large" if is_large else None)
     monkeypatch.setattr(fed_bases, "network_file_system", lambda _: None)
-    records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
-    watch = BaseWatch()
-    with FedBases(watch, lambda _: None, records=records) as fed:
+    record = BaseRecord(model_class="A", figures=())
+    with FedBases(BaseWatch(), lambda _: None) as fed:
         with pytest.raises(UsageError):
             fed.schedule(group(base), Read.TOUCHED)
-        assert fed.schedule(group(base), Read.WHOLE).keeps_record
-        watch.wait()
-        watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
-        fed.measured(asked(base), BaseRecord(model_class="A", figures=(FIGURES,)))
-        fed.store_records()
-        scheduled = fed.schedule(group(base), read)
-    assert [one.model_class for one in scheduled.records] == (["A"] if is_used else [])
-    assert scheduled.keeps_record, "another class may have no record"
-    assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
-
-
-def test_a_base_without_a_digest_leaves_no_record(base: str, tmp_path: Path) -> None:
-    records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
-    with FedBases(BaseWatch(), pytest.fail, records=records) as fed:
-        fed.measured(asked(base), BaseRecord(model_class="A", figures=(FIGURES,)))
-        fed.store_records()
-    assert not list((tmp_path / "cache").rglob("*.*"))
-    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+        for read in Read:
+            scheduled = fed.schedule(replace(group(base), records=(record,)), read)
+            assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------

@@ -58,11 +58,11 @@ class _Digests:
 class BaseWatch:
     """The bases of one run, by directory. Each is hashed once, while the worker imports, loads, and merges.
 
-    For a plan, no base is hashed: only the digests that earlier runs computed are known.
+    For a plan, no base is hashed: only the digests that earlier runs computed are known, which are `remembered`.
     """
 
     def __init__(self, remembered: RememberedDigests | None = None, *, is_plan: bool = False) -> None:
-        self._remembered, self._is_plan = remembered, is_plan
+        self.remembered, self._is_plan = remembered, is_plan
         self._threads: dict[str, threading.Thread] = {}
         self._heard_s: dict[str, float] = {}  # when a thread asked for the next bytes
         self._hashed: dict[str, _Identity] = {}
@@ -92,11 +92,11 @@ class BaseWatch:
 
     def recall(self, directory: str) -> None:
         """Take a digest that an earlier run computed, if the files cannot have changed since. Reads no weights."""
-        if self._remembered is None or directory in self._anew | self._threads.keys() | self._digests.keys():
+        if self.remembered is None or directory in self._anew | self._threads.keys() | self._digests.keys():
             return
         with contextlib.suppress(OSError):  # the worker reads the same files, and reports what is wrong with them
             identity = within(ANSWER_LIMIT_S, lambda: base_identity(directory))
-            files = self._remembered.lookup(directory, identity)
+            files = self.remembered.lookup(directory, identity)
             if files is not None:
                 settings = within(ANSWER_LIMIT_S, lambda: _settings_digest(directory))
                 self._hashed[directory] = identity
@@ -233,9 +233,7 @@ class BaseWatch:
             identity = base_identity(directory)
             self._hashed[directory] = identity  # first, so that a change during the hashing shows at the end
             files = (
-                self._remembered.lookup(directory, identity)
-                if self._remembered and directory not in self._anew
-                else None
+                self.remembered.lookup(directory, identity) if self.remembered and directory not in self._anew else None
             )
             if files is None:
                 files = resolve.digest_files(
@@ -243,8 +241,8 @@ class BaseWatch:
                     resolve.base_weight_files(directory),
                     lambda: self._heard_s.update({directory: time.monotonic()}),
                 )
-                if self._remembered and self._is_as_hashed(directory):
-                    self._remembered.store(directory, identity, files, began_ns)
+                if self.remembered and self._is_as_hashed(directory):
+                    self.remembered.store(directory, identity, files, began_ns)
             self._digests[directory] = _Digests(files, _settings_digest(directory))
 
 

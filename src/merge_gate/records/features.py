@@ -15,6 +15,7 @@ from typing import Any
 
 FEATURES: dict[str, dict[str, str]] = {
     "publish": {"directory": "merge_gate.features.publish.manifest"},
+    "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
     "export": {"directory": "merge_gate.features.export.export_record"},
 }
 """Module names by feature and place, in the order in which features act."""

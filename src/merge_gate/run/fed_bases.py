@@ -27,10 +27,8 @@ from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Publishing, Task
 
 if TYPE_CHECKING:
-    from merge_gate.features.cache.remembered import BaseRecords
     from merge_gate.features.stream.read_ahead import BaseBytes
     from merge_gate.records.files import Fetched
-    from merge_gate.records.measured import BaseRecord
 
 
 LIMIT_PER_GIB_S = 180.0
@@ -108,21 +106,11 @@ def _device_and_type(line: str) -> tuple[str, str]:
 
 
 class FedBases(contextlib.ExitStack):
-    """Leaving its `with` block removes the created files.
+    """Leaving its `with` block removes the created files."""
 
-    `records` are figures of bases that earlier runs measured.
-    """
-
-    def __init__(
-        self,
-        watch: BaseWatch,
-        notify: Callable[[str], None],
-        *,
-        records: BaseRecords | None = None,
-    ) -> None:
+    def __init__(self, watch: BaseWatch, notify: Callable[[str], None]) -> None:
         super().__init__()
-        self._watch, self._notify, self._records = watch, notify, records
-        self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
+        self._watch, self._notify = watch, notify
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
         self.feeds = Feeds(self._streamed, watch.passed)
@@ -144,41 +132,14 @@ class FedBases(contextlib.ExitStack):
         Raises:
             UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
         """
-        is_here = group.files.on_hub is None  # else, no one knows whether there is a record
-        records = self._recorded(group, read) if is_here else ()
-        scheduled = self._scheduled(group, always=read is Read.TOUCHED)
-        return replace(scheduled, records=records, keeps_record=self._records is not None)
-
-    def _recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
-        """The figures that earlier runs measured for a group's base, unless this run reads all of it."""
-        if self._records is None or read is Read.WHOLE:
-            found: tuple[BaseRecord, ...] = ()
-        else:
-            self._watch.recall(group.directory)
-            content = self._watch.content(group.directory)
-            found = self._records.lookup(group.base, content) if content is not None else ()
-        if not found and read is Read.TOUCHED:
+        if read is Read.TOUCHED and not group.records and group.files.on_hub is None:
             raise UsageError(
                 f"--read touched needs a run that has read the whole base {group.base.name} ({group.base.dtype}), with "
                 "the same versions, and its record in --cache: there is none",
                 hint="run once with --read whole and the same --cache; a base in a directory is known again only while "
                 "its files are unchanged and the machine was not restarted",
             )
-        return found
-
-    def measured(self, group: Group, record: BaseRecord) -> None:
-        """This run has measured the whole base of a group."""
-        self._measured[group.directory, group.base, record.model_class] = group, record
-
-    def store_records(self) -> None:
-        """Store what this run measured of bases whose bytes have a digest."""
-        for group, record in self._measured.values():
-            content = self._watch.content(group.directory)
-            has_digest = self._watch.digest(group.directory) is not None
-            is_proven = has_digest and self.unproven(group.directory) is None
-            if self._records is not None and content is not None and is_proven:
-                with contextlib.suppress(Exception):  # a record that is not stored costs a later run its time
-                    self._records.store(group.base, content, record)
+        return self._scheduled(group, always=read is Read.TOUCHED)
 
     def _scheduled(self, group: Group, *, always: bool) -> Group:
         """`always`: the base is read in a pass, whatever its size."""

@@ -4,7 +4,7 @@ In: a valid configuration, the run's options, and a view. Out: a report. It is o
 one, so that a killed run leaves a true report. This module imports no torch: only the worker process does.
 
 1. Resolve names to directories, and judge the adapters' files.       files/resolve.py, judging/adapter_report.py
-2. Reuse the verdicts that earlier runs reached on the same bytes.    features/cache/verdict_cache.py
+2. Let features report entries that need no merge.                    run/feature.py
 3. Group the rest by base.                                            run/fed_bases.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
 5. Withdraw the verdicts on bases that changed, publish models, and write the report.
@@ -25,7 +25,6 @@ from typing import assert_never
 from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.cache.verdict_cache import Cache, CachedVerdict
 from merge_gate.features.publish.manifest import PublicationFacts
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.publications import Publications, unpublished_dtypes
@@ -45,8 +44,10 @@ from merge_gate.records.terms import ForwardMode, Origin, Read, Verdict
 from merge_gate.report.stored.output_directory import begun_run, refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
+from merge_gate.run.feature import requested
 from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
 from merge_gate.run.tally import ReportWriter, Tally
+from merge_gate.run.verdict_key import device_name, keyed
 from merge_gate.run.view import HourlyLog, View
 from merge_gate.worker import protocol
 from merge_gate.worker.device import has_card, why_no_card
@@ -94,17 +95,6 @@ def planned_run(config: Config, options: RunOptions, view: View) -> Run:
     with contextlib.closing(Run(config, options, view)) as run:
         run.prepare()
     return run
-
-
-def _refuse_inputs(config: Config, options: RunOptions) -> None:
-    """Refuse to write a report or a cache into an adapter or a base."""
-    inputs = [*_inputs(config)]
-    if options.output is not None:
-        refuse_input(options.output, inputs)
-    if options.cache is not None:
-        folder = Path(options.cache).absolute()
-        for place in (folder, *folder.parents):
-            refuse_input(place, inputs, "--cache")
 
 
 def _publish_spec(config: Config, options: RunOptions, specs: tuple[AdapterSpec, ...]) -> PublishSpec | None:
@@ -178,39 +168,43 @@ class Run:
         publications: Publications | None = None,
     ) -> None:
         specs = select(config, options.only)
-        _refuse_inputs(config, options)
+        self.config, self.options, self.view = config, options, view
+        self.inputs = tuple(_inputs(config))
+        if options.output is not None:
+            refuse_input(options.output, self.inputs)
         wanted = _publish_spec(config, options, specs)
         self.specs, shard = part_of(config, specs, options)
-        self._config, self.options, self._view = config, options, view
         within = os.environ.get(PUBLISH_WITHIN)
         self.publications = publications or Publications(
-            wanted, self.specs, inputs=_inputs(config), within=within, notify=view.note, is_plan=options.is_plan
+            wanted, self.specs, inputs=self.inputs, within=within, notify=view.note, is_plan=options.is_plan
         )
-        self._cache = Cache(options, config.trusts, environ=os.environ, notify=view.note)
-        self._watch = BaseWatch(self._cache.seen_bases, is_plan=options.is_plan)
-        self.tally = Tally(config, shard, device=options.device, watch=self._watch)
-        self._unstored: dict[int, CachedVerdict] = {}
+        self.watch = BaseWatch(is_plan=options.is_plan)
+        self.features = list(requested(self))
+        self.tally = Tally(config, shard, device=options.device, watch=self.watch)
+        self._without_key: dict[int, tuple[AdapterReport, BaseReport]] = {}
+        self._device = ""
         self._running: set[int] = set()  # tasks whose models run, or whose process died meanwhile
-        self._fed = FedBases(self._watch, view.note, records=self._cache.base_records)
-        self._worker = worker or WorkerSlot()
+        self._fed = FedBases(self.watch, view.note)
+        self.worker = worker or WorkerSlot()
         how = Fetching(
             notify=view.note,
             access=options.access,
             lay_out=self._fed.lay_out,
             with_companions=wanted is not None,
             is_plan=options.is_plan,
-            read_pickle=None if options.is_plan else self._worker.read_pickle,
+            read_pickle=None if options.is_plan else self.worker.read_pickle,
         )
         self._inputs = Inputs(config, how, limit_s=headers_limit_s)
         self._given_up = dict(options.given_up)
         self._loaded: dict[int, BaseReport] = {}
-        self._writer = ReportWriter(None if options.is_plan else options.output, view)
+        self.writer = ReportWriter(None if options.is_plan else options.output, view)
         self._hourly = HourlyLog()
         self.groups: tuple[Group, ...] = ()
 
     def close(self) -> None:
-        """Release the cache directory, and what is not published."""
-        self._cache.close()
+        """Release what features hold, and what is not published."""
+        for feature in self.features:
+            feature.close()
         self.publications.close()
 
     def prepare(self) -> None:
@@ -220,33 +214,36 @@ class Run:
             self._refuse_other_bases(to_merge)
         published = self.publications.choose(to_merge)
         if published and not self.options.is_plan and (note := unpublished_dtypes(to_merge, published)):
-            self._view.note(note)
-        self._reuse(to_merge)  # 2
+            self.view.note(note)
+        for feature in self.features:
+            feature.choose(to_merge)  # 2
         self._group(to_merge, published)  # 3
 
     def run(self) -> Report:
-        guarded = self._writer.guarding(self.tally.report)
-        with guarded, contextlib.closing(self.publications), self._fed, self._worker:
+        guarded = self.writer.guarding(self.tally.report)
+        with guarded, contextlib.closing(self.publications), self._fed, self.worker:
             self._start_worker()
             merges = sum(len(spec.base.dtypes) for spec in self.specs)
-            self._view.start(self._config.label, len(self.specs), merges)
+            self.view.start(self.config.label, len(self.specs), merges)
             try:
                 self.prepare()  # 1 to 3
             except UsageError as error:  # the run has begun, and a usage error would say that it has not
                 raise GateError(error.message, hint=error.hint) from error
             self._merge()  # 4
             self._finish()  # 5
-            return self._writer.finish(self.tally.report(complete=True))
+            return self.writer.finish(self.tally.report(complete=True))
 
     def _start_worker(self) -> None:
         """Start the worker, which imports while the names become files.
 
-        If the cache may hold every verdict, a worker that was not started early waits for the first miss. If pickles
-        are allowed, it reads them, and this thread starts it: a worker ends with the thread that started it.
+        If a feature may decide every entry, a worker that was not started early waits for the first one that it does
+        not. If pickles are allowed, it reads them, and this thread starts it: a worker ends with the thread that
+        started it.
         """
         is_needed = any(spec.name not in self._given_up for spec in self.specs)
-        if is_needed and (self._config.allow_pickle or self._worker.is_started or not self._cache.may_hit):
-            self._worker.start()
+        may_wait = any(feature.may_decide_all for feature in self.features)
+        if is_needed and (self.config.allow_pickle or self.worker.is_started or not may_wait):
+            self.worker.start()
 
     # --- 1: files ----------------------------------------------------------------------------------------------------
 
@@ -276,58 +273,35 @@ class Run:
         """
         pinned = {index: entry for index, entry in to_merge.items() if entry.spec.base.sha256}
         for entry in (to_merge if self.publications.spec else pinned).values():
-            self._watch.hash_anew(base_directory(entry))
+            self.watch.hash_anew(base_directory(entry))
         for entry in pinned.values():
-            self._watch.start(base_directory(entry))
+            self.watch.start(base_directory(entry))
         if pinned:
-            self._watch.wait()
+            self.watch.wait()
         for index, entry in pinned.items():
             names = [name for name, _ in entry.spec.base.sha256]
-            checked = adapter_report.with_base_digests(entry, self._watch.pinned(base_directory(entry), names))
+            checked = adapter_report.with_base_digests(entry, self.watch.pinned(base_directory(entry), names))
             self.tally.entries[index] = to_merge[index] = checked
             report = adapter_report.blocked_report(checked) or adapter_report.other_base_report(checked)
             if report is not None:
                 del to_merge[index]
                 self._report(index, report)
 
-    # --- 2: the cache ------------------------------------------------------------------------------------------------
-
-    def _reuse(self, to_merge: dict[int, Entry]) -> None:
-        """Report the entries whose verdicts are cached, and remove them from `to_merge`."""
-        if not self._cache.may_hit:
-            return
-        device = self._cache.known_device()
-        if device is None and not self.options.is_plan:
-            device = self._worker.choose_device(self.options.device)  # the next job gets a new process
-        if device is None:
-            return  # the run's own worker reports why
-        self._cache.set_device(device)
-        reusable = {index: entry for index, entry in to_merge.items() if index not in self.publications.wanted}
-        for entry in reusable.values():
-            self._watch.start(base_directory(entry))
-        self._watch.wait()
-        for index, entry in reusable.items():
-            directory = base_directory(entry)
-            content = self._watch.content(directory)
-            cached = self._cache.lookup(entry, content) if content is not None else None
-            if cached is not None:
-                del to_merge[index]
-                self._watch.reused(directory, index)
-                self.tally.merged_on(device.device, device.device_name)
-                self.tally.use(directory, cached.base, index)
-                self.tally.set_report(index, cached.adapter)
-                self._writer.changed()
-                self._view.adapter_done(cached.adapter)
-
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
     def _group(self, to_merge: dict[int, Entry], published: Mapping[int, Publishing]) -> None:
-        groups = group_by_base(to_merge.items(), publishes=published)
-        scheduled = [self._run_if_whole(self._fed.schedule(group, self.read_of(group))) for group in groups]
-        self.groups = tuple(
-            replace(group, keeps_record=group.keeps_record and group.plain_dtype is None) for group in scheduled
-        )
+        groups = []
+        for group in group_by_base(to_merge.items(), publishes=published):
+            read = self.read_of(group)
+            for feature in self.features:
+                group = feature.schedule(group, read)  # noqa: PLW2901
+            groups.append(self._run_if_whole(self._fed.schedule(group, read)))
+        self.groups = tuple(groups)
         self._hourly.merging_begins(len(self.tally.reports))
+
+    def needs_merge(self, index: int) -> bool:
+        """Whether an entry has to be merged, because its merged tensors are needed."""
+        return index in self.publications.wanted
 
     def _run_if_whole(self, group: Group) -> Group:
         """Unless that is required, run no models if that would read more of a base than the merges do."""
@@ -350,45 +324,45 @@ class Run:
 
     def _merge(self) -> None:
         if not self.groups:
-            self._worker.end()
+            self.worker.end()
         job = Job(
             groups=self.groups,
             device=self.options.device,
-            allow_pickle=self._config.allow_pickle,
-            trust_remote_code=self._config.trust_remote_code,
+            allow_pickle=self.config.allow_pickle,
+            trust_remote_code=self.config.trust_remote_code,
         )
-        supervise(job, self._on_event, self._worker, self._fed.feeds, self.publications)
+        supervise(job, self._on_event, self.worker, self._fed.feeds, self.publications)
 
     def _on_event(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
+        for feature in self.features:
+            feature.received(event)
         match event:
             case protocol.DeviceChosen():
                 self._know_worker(event)
             case protocol.BaseLoading():
                 group = self.groups[event.group]
-                self._view.base_loading(group.base.name, group.base.dtype)
+                self.view.base_loading(group.base.name, group.base.dtype)
             case protocol.BaseLoaded():
                 group = self.groups[event.group]
                 if event.measured:
                     self.tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
-                self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
-                self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
+                self.watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
+                self.view.base_loaded(event.facts, event.seconds, measured=event.measured)
                 if event.facts.no_skeleton:
                     reason = one_line(event.facts.no_skeleton, 300)
-                    self._view.note(f"base {group.base.name} was loaded whole, by transformers itself: {reason}")
+                    self.view.note(f"base {group.base.name} was loaded whole, by transformers itself: {reason}")
             case protocol.BaseMeasured():
                 group = self.groups[event.group]
-                if event.record is not None:
-                    self._fed.measured(group, event.record)
                 self.tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
             case protocol.MergeStarted():
                 self._catch_up()
                 entry = self.tally.entries[event.task]
                 position, total = len(self.tally.reports) + 1, len(self.tally.entries)
                 others = f" and {counted(len(event.others), 'other adapter')}" if event.others else ""
-                self._view.adapter_started(entry.spec.name + others, position, total, entry.dtype)
+                self.view.adapter_started(entry.spec.name + others, position, total, entry.dtype)
             case protocol.MergeProgressed():
                 self._catch_up()
-                self._view.adapter_progress(event.done, event.total, event.module)
+                self.view.adapter_progress(event.done, event.total, event.module)
             case protocol.ForwardRunning():
                 (self._running.add if event.is_running else self._running.discard)(event.task)
             case protocol.Merged():
@@ -397,7 +371,7 @@ class Run:
                 self._report_not_judged(event)
             case protocol.Idle():
                 if event.limit_s:
-                    self._view.note(self._still_at(event))
+                    self.view.note(self._still_at(event))
                 self._catch_up(at_once=True)
             case protocol.InProgress() | protocol.Finished():
                 pass  # for the supervisor; the last report follows
@@ -421,10 +395,10 @@ class Run:
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self.tally.environment.sandbox.missing:
-            self._view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
+            self.view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
         if event.device == "cpu" and self.tally.environment.device == "auto" and has_card():
-            self._view.note(f"the CPU merges: there is a GPU, but torch sees none; {why_no_card(os.environ)}")
-        self._cache.set_device(event)
+            self.view.note(f"the CPU merges: there is a GPU, but torch sees none; {why_no_card(os.environ)}")
+        self._device = device_name(event)
         self.tally.merged_on(event.device, event.device_name, event.sandbox)
 
     def _judge(self, index: int, evidence: Evidence) -> None:
@@ -434,11 +408,11 @@ class Run:
         if needs_all and (unproven := self._fed.unproven(directory)) is not None:
             self._report_not_judged(protocol.Unjudged(task=index, refusal=unproven))
             return
-        self._watch.start(directory)  # unless its bytes passed through this process
+        self.watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)
         base = adapter_report.base_report(evidence.base, entry.base_files)
         if self._group_of(index).plain_dtype is None and not (evidence.forward.missing or index in self._running):
-            self._unstored[index] = CachedVerdict(adapter=report, base=base)
+            self._without_key[index] = report, base
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base
             self.publications.passed(index, evidence)
@@ -449,31 +423,33 @@ class Run:
     def _report(self, index: int, report: AdapterReport) -> None:
         """Put the report of an entry into the run's report, and show it."""
         self.tally.set_report(index, report)
-        self._writer.changed()
+        self.writer.changed()
         self._catch_up()
-        self._view.adapter_done(report)
+        self.view.adapter_done(report)
 
     def _catch_up(self, *, at_once: bool = False) -> None:
-        """Do what is due by now: store verdicts, write a line of the log, write a provisional report."""
-        self._store_verdicts()
+        """Do what is due by now: give verdicts their keys, write a line of the log, write a provisional report."""
+        self._add_keys()
         if self._hourly.is_due:
             reports = self.tally.reports
             failed = sum(report.verdict is Verdict.FAILED for report in reports.values())
-            self._view.note(self._hourly.line(len(reports), len(self.tally.entries), failed))
-        self._writer.catch_up(self.tally.report, at_once=at_once)
+            self.view.note(self._hourly.line(len(reports), len(self.tally.entries), failed))
+        self.writer.catch_up(self.tally.report, at_once=at_once)
 
-    def _store_verdicts(self) -> None:
-        """Store the verdicts on bases whose digests are known by now; a digest may take longer than a merge."""
-        for index, judged in list(self._unstored.items()):
+    def _add_keys(self) -> None:
+        """Add the keys of verdicts on bases whose digests are known by now; a digest may take longer than a merge."""
+        for index, (judged, base) in list(self._without_key.items()):
             entry = self.tally.entries[index]
             directory = base_directory(entry)
-            if self._watch.digest(directory) is None:
+            if self.watch.digest(directory) is None:
                 continue
-            del self._unstored[index]
-            content = self._watch.content(directory) if self._watch.is_unchanged(index) else None
-            report = self._cache.store(entry, judged, content) if content is not None else None
-            if report is not None:
-                self.tally.set_report(index, report)
+            del self._without_key[index]
+            content = self.watch.content(directory) if self.watch.is_unchanged(index) else None
+            made = keyed(entry, judged, content, self._device, self.config.trusts) if content is not None else None
+            if made is not None:
+                self.tally.set_report(index, made[0])
+                for feature in self.features:
+                    feature.decided(made[0], base, made[1])
 
     def _group_of(self, index: int) -> Group:
         return next(group for group in self.groups if any(task.index == index for task in group.tasks))
@@ -482,18 +458,18 @@ class Run:
 
     def _withdraw_void(self) -> None:
         """Replace the verdicts on bases that changed during the run. An entry without a verdict keeps its reason."""
-        for directory, indices in self._watch.void().items():
+        for directory, indices in self.watch.void().items():
             reports = self.tally.reports
             judged = [index for index in indices if index in reports and reports[index].verdict is not Verdict.ERROR]
             if not judged:
                 continue
             base = self.tally.entries[judged[0]].base
-            reason = base_silent if self._watch.is_silent(directory) else base_changed
+            reason = base_silent if self.watch.is_silent(directory) else base_changed
             error = reason(base.name if base is not None else "")
             refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
             for index in judged:
                 self.tally.set_report(index, adapter_report.withdrawn_report(self.tally.entries[index], refusal))
-            self._view.note(f"{error.message}; the verdicts on it are withdrawn")
+            self.view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _publish(self) -> None:
         """Give the models of adapters that passed their names. The weights of their bases are no longer read."""
@@ -506,10 +482,10 @@ class Run:
                 published, findings = self.publications.publish(index, partial(self._facts, index))
             except NotPublishedError as error:
                 self.tally.set_report(index, adapter_report.unpublished_report(report, error.message, error.hint))
-                self._view.note(f"{report.name}: not published: {error.message}")
+                self.view.note(f"{report.name}: not published: {error.message}")
             else:
                 self.tally.set_report(index, adapter_report.published_report(report, published, findings))
-                self._view.note(f"{report.name}: published to {published.directory}")
+                self.view.note(f"{report.name}: published to {published.directory}")
         self._warn_of_earlier_models()
 
     def _warn_of_earlier_models(self) -> None:
@@ -522,12 +498,12 @@ class Run:
             index, report = min(own, key=lambda pair: pair[1].verdict is Verdict.PASSED)
             warned = adapter_report.report_with_earlier_model(report, directory)
             self.tally.set_report(index, warned)
-            self._view.note(f"warning: {name}: {warned.findings[-1].message}")
+            self.view.note(f"warning: {name}: {warned.findings[-1].message}")
 
     def _facts(self, index: int, model: Publication) -> PublicationFacts:
         entry, report = self.tally.entries[index], self.tally.reports.get(index)
         directory = base_directory(entry)
-        if report is None or index not in self._loaded or not self._watch.is_unchanged(index):
+        if report is None or index not in self._loaded or not self.watch.is_unchanged(index):
             raise NotPublishedError(
                 "the digest of the base's files is not known",
                 hint="let nothing write to the base during the run, and run the gate again",
@@ -535,10 +511,10 @@ class Run:
         return PublicationFacts(
             entry=entry,
             report=report,
-            base=replace(self._loaded[index], sha256=self._watch.digest(directory), files=self._watch.files(directory)),
-            base_identity=self._watch.identity(directory),
+            base=replace(self._loaded[index], sha256=self.watch.digest(directory), files=self.watch.files(directory)),
+            base_identity=self.watch.identity(directory),
             environment=self.tally.environment,
-            config=self._config,
+            config=self.config,
             spec=model.spec,
             tensors=model.tensors,
             base_tensors=model.base_tensors,
@@ -546,11 +522,12 @@ class Run:
         )
 
     def _finish(self) -> None:
-        if self._watch.is_hashing or self.publications.wanted:
+        if self.watch.is_hashing or self.publications.wanted:
             self._catch_up(at_once=True)  # a large base may take minutes, and so may models
-            self._watch.wait()
+            self.watch.wait()
         self.publications.complete()
-        self._store_verdicts()
+        self._add_keys()
         self._withdraw_void()
         self._publish()
-        self._fed.store_records()
+        for feature in self.features:
+            feature.finish()

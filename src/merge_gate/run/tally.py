@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from merge_gate import __version__
 from merge_gate._internal.errors import GateError
-from merge_gate.features.cache.key import libraries
 from merge_gate.features.shards.combined import in_order
 from merge_gate.judging.baseline import accept
 from merge_gate.records.report import (
@@ -39,6 +38,7 @@ from merge_gate.records.terms import Result
 from merge_gate.report.formats.json_report import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.report.wording.explanations import linked
+from merge_gate.run.verdict_key import libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -199,8 +199,8 @@ def test_where_there_may_be_a_card_torch_is_asked_once_for_the_device(
 
 def forge(cache: Path, name: str, verdict: str) -> None:
     """Say of one adapter what was not so, with a seal that anybody can make."""
-    from merge_gate.features.cache.key import canonical  # noqa: PLC0415
     from merge_gate.features.cache.store import Seal  # noqa: PLC0415
+    from merge_gate.run.verdict_key import canonical  # noqa: PLC0415
 
     for path in (cache / "verdicts").iterdir():
         document = json.loads(path.read_bytes().partition(b"\n")[2])

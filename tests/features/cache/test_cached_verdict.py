@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from merge_gate.features.cache.key import key_of
-from merge_gate.features.cache.verdict_cache import (
+from merge_gate.features.cache.cached_verdict import (
     CachedVerdict,
-    can_be_stored,
-    current_place,
     document_of,
     for_entry,
     from_document,
@@ -24,7 +20,9 @@ from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage, Judged
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import dump
-from tests.support.cache.verdicts import entry, judged, material_of, other
+from merge_gate.run.verdict_key import key_of
+from tests.support.cache.verdicts import judged, material_of, other
+from tests.support.judged_entry import entry
 
 PLACE = "acme/adapters run 7"
 
@@ -33,7 +31,7 @@ def stored(verdict: CachedVerdict, one: Entry) -> tuple[CachedVerdict, Any]:
     """The verdict with its time and place, and its document."""
     reached = Judged(key=key_of(material_of(one)), at="2026-03-01T12:00:00Z", place=PLACE, seconds=0.84)
     found = replace(verdict, adapter=replace(verdict.adapter, judged=reached))
-    return found, document_of(found, material_of(one), reached)
+    return found, document_of(found, material_of(one))
 
 
 def restored(document: Any, one: Entry) -> CachedVerdict | None:
@@ -64,13 +62,6 @@ def test_names_and_places_in_the_config_are_those_of_today(tmp_path: Path) -> No
     back = restored(document, other(one, name="two", source="./two", line=9, column=1))
     assert back is not None
     assert (back.adapter.name, back.adapter.source, back.adapter.line, back.adapter.column) == ("two", "./two", 9, 1)
-
-
-def test_an_error_cannot_be_stored(tmp_path: Path) -> None:
-    adapter = judged(entry(tmp_path)).adapter
-    assert can_be_stored(adapter)
-    assert not can_be_stored(replace(adapter, verdict=Verdict.ERROR))
-    assert not can_be_stored(replace(adapter, seconds=float("nan")))
 
 
 def test_a_sealed_error_is_a_miss(tmp_path: Path) -> None:
@@ -150,25 +141,3 @@ def test_the_document_of_another_adapter_is_a_miss(tmp_path: Path) -> None:
 def test_a_line_without_a_time_and_place_is_a_miss(tmp_path: Path) -> None:
     one = entry(tmp_path)
     assert for_entry(judged(one), one) is None
-
-
-@pytest.mark.parametrize(
-    ("environ", "place"),
-    [
-        ({"GITHUB_REPOSITORY": "acme/adapters", "GITHUB_RUN_ID": "7"}, "acme/adapters run 7"),
-        ({"CI_PROJECT_PATH": "acme/adapters", "CI_JOB_ID": "8"}, "acme/adapters run 8"),
-        ({"JOB_NAME": "gate", "BUILD_NUMBER": "9"}, "gate run 9"),
-        ({"MERGE_GATE_PLACE": "acme/adapters run 7", "CI_PROJECT_PATH": "x", "CI_JOB_ID": "8"}, "acme/adapters run 7"),
-        ({"GITHUB_REPOSITORY": "acme/adapters"}, platform.node()),
-        ({"GITHUB_RUN_ID": "7"}, platform.node()),
-        ({}, platform.node()),
-        ({"MERGE_GATE_PLACE": "x" * 1000}, "x" * 200),
-    ],
-)
-def test_the_place_is_the_ci_run_or_the_machine(environ: dict[str, str], place: str) -> None:
-    assert current_place(environ) == place
-
-
-def test_the_place_of_a_machine_without_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "node", lambda: "")
-    assert current_place({}) == "unknown"

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.features.cache import key, remembered
-from merge_gate.features.cache.key import key_of
+from merge_gate.features.cache import remembered
 from merge_gate.features.cache.remembered import BaseRecords, KnownDevices, SeenBases
 from merge_gate.features.cache.store import Seal, Store
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import BaseContent
 from merge_gate.records.measured import BaseRecord, TensorStats
 from merge_gate.records.terms import BaseKey
+from merge_gate.run import verdict_key as key
+from merge_gate.run.verdict_key import key_of
 from tests.support.cache.caches import CARD, CPU
 from tests.support.cache.store_writes import store as open_store
 
@@ -33,13 +34,13 @@ def known_devices(place: Path, requested: str = "cuda", **environ: str) -> Known
     return KnownDevices(requested, open_store(place), environ)
 
 
-def test_a_processor_is_known_without_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_is_known_without_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "has_card", lambda: False)
     for requested in ("cpu", "auto"):
-        found = KnownDevices(requested, None, {}).lookup()
+        found = known_devices(tmp_path, requested).lookup()
         assert found is not None
         assert found.device == "cpu"
-    assert KnownDevices("cuda", None, {}).lookup() is None
+    assert known_devices(tmp_path).lookup() is None
 
 
 def test_a_processor_is_not_stored(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.cache.store import SECRET
+from merge_gate.features.cache.declared import SECRET
 from merge_gate.features.ray import run_on_ray as module
 from merge_gate.features.ray.run_on_ray import MAX_LOSSES, run_on_ray, run_shard
 from merge_gate.records.options import RunOptions

@@ -13,9 +13,9 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.features.cache.key import key_of, libraries, material_of_run
 from merge_gate.records.measured import BaseRecord, RecordedRun
 from merge_gate.report.formats.fields import UnreadableError, dump, load
+from merge_gate.run.verdict_key import key_of, libraries, material_of_run
 from merge_gate.worker.device import cpu_name, has_card
 from merge_gate.worker.protocol import DeviceChosen
 
@@ -36,7 +36,7 @@ _CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBL
 class KnownDevices:
     """The device that a run would merge on, which is part of every key. A card is valid until the machine restarts."""
 
-    def __init__(self, requested: str, store: Store | None, environ: Mapping[str, str]) -> None:
+    def __init__(self, requested: str, store: Store, environ: Mapping[str, str]) -> None:
         self._requested, self._store, self._environ = requested, store, environ
 
     def lookup(self) -> DeviceChosen | None:
@@ -44,14 +44,14 @@ class KnownDevices:
         if self._is_cpu:
             return DeviceChosen(device="cpu", device_name=cpu_name())
         name = self._name()
-        match self._store.get("devices", name) if self._store is not None and name is not None else None:
+        match self._store.get("devices", name) if name is not None else None:
             case {"device": str(device), "name": str(name)}:
                 return DeviceChosen(device=device, device_name=name)
         return None
 
     def store(self, device: DeviceChosen) -> None:
         name = self._name()
-        if self._store is not None and name is not None:
+        if name is not None:
             self._store.put("devices", name, {"device": device.device, "name": device.device_name})
 
     @property

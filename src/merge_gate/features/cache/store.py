@@ -21,14 +21,14 @@ from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted
 from merge_gate._internal.whole_file import whole_file
-from merge_gate.features.cache.key import canonical
+from merge_gate.features.cache.declared import SECRET
+from merge_gate.run.verdict_key import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 Json = Any
 
-SECRET = "MERGE_GATE_CACHE_KEY"  # noqa: S105 - the name of a variable
 SHORTEST = 16
 _NO_SECRET = b"merge-gate: no secret"
 

@@ -31,8 +31,8 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from merge_gate._internal.errors import GateError
-from merge_gate.features.cache.key import versions_digest
-from merge_gate.features.cache.store import SECRET, from_environment
+from merge_gate.features.cache.declared import SECRET
+from merge_gate.features.cache.store import from_environment
 from merge_gate.features.shards.combined import combined
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import digest_file
@@ -44,6 +44,7 @@ from merge_gate.records.terms import Access, record
 from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.run.flow import Run, run_gate
 from merge_gate.run.tally import ReportWriter, Tally
+from merge_gate.run.verdict_key import versions_digest
 
 if TYPE_CHECKING:
     from merge_gate.run.view import View

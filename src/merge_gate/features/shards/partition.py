@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from merge_gate import __version__
 from merge_gate._internal.errors import UsageError
-from merge_gate.features.cache.key import key_of, versions_digest
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
+from merge_gate.run.verdict_key import key_of, versions_digest
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""

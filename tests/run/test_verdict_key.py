@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
-from merge_gate.features.cache import key
-from merge_gate.features.cache.key import key_of, material
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.files import AdapterFiles, BaseContent, BaseFiles, Entry, FileIdentity, FileRecord, Snapshot
-from merge_gate.records.terms import Finding, ForwardMode, Origin, Quantization, Severity
+from merge_gate.records.terms import Finding, ForwardMode, Origin, Quantization, Severity, Verdict
+from merge_gate.run import verdict_key as key
+from merge_gate.run.verdict_key import current_place, key_of, keyed, material, may_have_key
+from tests.support.judged_entry import entry, judged_report
 
 FILE = FileRecord(path="adapter_model.safetensors", size_bytes=9, sha256="a" * 64)
 SPEC = AdapterSpec(
@@ -168,3 +172,52 @@ def test_a_library_that_is_not_there_is_part_of_the_key(monkeypatch: pytest.Monk
     assert versions.pop("PyYAML")
     assert versions.pop("a-package-of-nobody", "absent") is None
     assert versions.keys() == {"python", "machine"}
+
+
+# --- the key in a report ---------------------------------------------------------------------------------------------
+
+
+def test_an_error_has_no_key(tmp_path: Path) -> None:
+    adapter = judged_report(entry(tmp_path))
+    assert may_have_key(adapter)
+    assert not may_have_key(replace(adapter, verdict=Verdict.ERROR))
+    assert not may_have_key(replace(adapter, seconds=float("nan")))
+
+
+def rewrite(file: Path) -> None:
+    file.write_bytes(b"WEIGHTS")
+
+
+@pytest.mark.parametrize("change", [rewrite, Path.unlink])
+def test_an_adapter_that_changed_since_it_was_hashed_has_no_key(change: Callable[[Path], None], tmp_path: Path) -> None:
+    one = entry(tmp_path)
+    report = judged_report(one)
+    made = keyed(one, report, BASE, "cpu", ())
+    assert made is not None
+    assert made[0].judged is not None
+    assert made[0].judged.key == key_of(made[1])
+    assert keyed(one, replace(report, verdict=Verdict.ERROR), BASE, "cpu", ()) is None
+    change(tmp_path / "adapter_model.safetensors")
+    assert keyed(one, report, BASE, "cpu", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({"GITHUB_REPOSITORY": "acme/adapters", "GITHUB_RUN_ID": "7"}, "acme/adapters run 7"),
+        ({"CI_PROJECT_PATH": "acme/adapters", "CI_JOB_ID": "8"}, "acme/adapters run 8"),
+        ({"JOB_NAME": "gate", "BUILD_NUMBER": "9"}, "gate run 9"),
+        ({"MERGE_GATE_PLACE": "acme/adapters run 7", "CI_PROJECT_PATH": "x", "CI_JOB_ID": "8"}, "acme/adapters run 7"),
+        ({"GITHUB_REPOSITORY": "acme/adapters"}, platform.node()),
+        ({"GITHUB_RUN_ID": "7"}, platform.node()),
+        ({}, platform.node()),
+        ({"MERGE_GATE_PLACE": "x" * 1000}, "x" * 200),
+    ],
+)
+def test_the_place_is_the_ci_run_or_the_machine(environ: dict[str, str], place: str) -> None:
+    assert current_place(environ) == place
+
+
+def test_the_place_of_a_machine_without_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "")
+    assert current_place({}) == "unknown"

@@ -4,28 +4,33 @@ In: an `Entry`, the digests of its base, the device, and what the run trusts. Ou
 verdict depends on as plain JSON, and `key_of`, its SHA-256.
 
 The material lacks names that only the report shows (the adapter's name, its source, its line), so that an adapter may
-move. It has names that findings mention (the base's label). It lacks time limits: they make `error`, which is not
-stored.
+move. It has names that findings mention (the base's label). It lacks time limits: they make `error`, which has no key.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import platform
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields as dataclass_fields
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import merge_gate
+from merge_gate.files.identity import identity_of
 from merge_gate.records.files import BaseContent, Entry
-from merge_gate.records.report import SCHEMA_VERSION
-from merge_gate.records.terms import QUANTIZED_BY
+from merge_gate.records.report import SCHEMA_VERSION, AdapterReport, Judged
+from merge_gate.records.terms import QUANTIZED_BY, Verdict
 from merge_gate.report.formats import fields
+from merge_gate.worker.protocol import DeviceChosen
 
 FORMAT = 1
 """Raise it when the same material could mean another verdict."""
@@ -79,6 +84,11 @@ def material(entry: Entry, base: BaseContent, device: str, trusts: tuple[str, ..
     }
 
 
+def device_name(device: DeviceChosen) -> str:
+    """The device in a material: any processor gives the same verdict."""
+    return "cpu" if device.device == "cpu" else device.device_name
+
+
 def _base(entry: Entry, content: BaseContent) -> Json:
     """`asked` is what `base-mismatch` compares: the last part of a path only, since a checkout may be anywhere."""
     spec, base = entry.spec.base, entry.base
@@ -129,3 +139,62 @@ def own_code() -> str:
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     lines = (f"{hashlib.sha256((root / name).read_bytes()).hexdigest()}  {name}\n" for name in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# --- the key in a report ---------------------------------------------------------------------------------------------
+
+PLACE_VARIABLE = "MERGE_GATE_PLACE"
+"""The action sets it, because its gate sees no variable of the runner."""
+LONGEST_PLACE = 200
+_CI_RUNS = (
+    ("GITHUB_REPOSITORY", "GITHUB_RUN_ID"),
+    ("CI_PROJECT_PATH", "CI_JOB_ID"),
+    ("JOB_NAME", "BUILD_NUMBER"),
+)
+"""Variables that name a project and a run of it: GitHub's (and Gitea's), GitLab's, Jenkins'."""
+
+
+def keyed(
+    entry: Entry, report: AdapterReport, base: BaseContent, device: str, trusts: tuple[str, ...]
+) -> tuple[AdapterReport, Json] | None:
+    """The report of a verdict that was reached now and here, with its key, and the material of the key.
+
+    None if no other run may reuse the verdict.
+    """
+    if not may_have_key(report) or not is_unchanged(entry):
+        return None
+    rests_on = material(entry, base, device, trusts)
+    at, place = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), current_place(os.environ)
+    judged = Judged(key=key_of(rests_on), at=at, place=place, seconds=report.seconds)
+    return replace(report, judged=judged), rests_on
+
+
+def may_have_key(adapter: AdapterReport) -> bool:
+    """Whether another run would reach the same verdict. `error` is about one run.
+
+    A verdict that rests on the record of an earlier run is not stored, so that no verdict rests on it at second hand.
+    """
+    from_record = adapter.coverage.parameters_from_record
+    return adapter.verdict is not Verdict.ERROR and not from_record and math.isfinite(adapter.seconds)
+
+
+def current_place(environ: Mapping[str, str]) -> str:
+    """The CI run (`acme/adapters run 123`), or the name of the machine. It contains no local path."""
+    if environ.get(PLACE_VARIABLE):
+        return environ[PLACE_VARIABLE][:LONGEST_PLACE]
+    for project, run in _CI_RUNS:
+        if environ.get(project) and environ.get(run):
+            return f"{environ[project]} run {environ[run]}"[:LONGEST_PLACE]
+    return platform.node()[:LONGEST_PLACE] or "unknown"
+
+
+def is_unchanged(entry: Entry) -> bool:
+    """Whether every file of the adapter is still the file that was hashed."""
+    for member in entry.members:
+        for file in member.files:
+            try:
+                if identity_of(file.path, os.stat(f"{member.directory}/{file.path}")) != file.identity:  # noqa: PTH116
+                    return False
+            except OSError:
+                return False
+    return True

@@ -1,0 +1,164 @@
+"""A verdict that one run stores is a hit for another one, as long as base, adapter, secret, and device are the same."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.features.cache.feature import VerdictCache
+from merge_gate.features.cache.store import ABANDONED_S, KINDS
+from merge_gate.files.base_watch import base_directory
+from merge_gate.files.identity import base_identity
+from merge_gate.records.files import BaseFiles, Entry
+from merge_gate.records.measured import BaseRecord, TensorStats
+from merge_gate.records.options import RunOptions
+from merge_gate.records.terms import BaseKey, Quantization, Read
+from merge_gate.run.flow import Run
+from merge_gate.worker.protocol import BaseMeasured, Group, Task
+from tests.support.cache.caches import CARD, CPU, a_run, is_hit, open_cache, store
+from tests.support.judged_entry import BASE, based_entry
+from tests.support.judging.cases import base as base_facts
+
+SECRET = "a secret of this test"
+OPEN_FILES = Path("/proc/self/fd")
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Entry:
+    return based_entry(tmp_path)
+
+
+def test_a_stored_verdict_is_a_hit(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        assert not cache.may_decide_all
+        assert not is_hit(cache, one)
+        store(cache, one)
+        assert cache.may_decide_all
+    with closing(open_cache(one)) as cache:
+        assert is_hit(cache, one)
+    with closing(open_cache(one, refresh=True)) as cache:
+        assert not cache.may_decide_all
+        assert not is_hit(cache, one)
+    with closing(open_cache(one, secret=SECRET)) as cache:
+        assert not is_hit(cache, one)
+
+
+def test_another_base_is_a_miss(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        store(cache, one)
+        for other in (replace(BASE, weights="0" * 64), replace(BASE, settings="0" * 64)):
+            assert cache.lookup(one, other, CPU) is None
+
+
+def test_closing_releases_the_directory_and_removes_old_unfinished_files(one: Entry, tmp_path: Path) -> None:
+    with closing(open_cache(one)):
+        unfinished = tmp_path / "cache" / "verdicts" / f".{'a' * 64}.{'1' * 16}.tmp"
+        unfinished.write_text("half")
+        os.utime(unfinished, (0, time.time() - ABANDONED_S - 60))
+        open_files = len([*OPEN_FILES.iterdir()])
+    assert not unfinished.exists()
+    assert len([*OPEN_FILES.iterdir()]) == open_files - len(KINDS)
+
+
+def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) -> None:
+    directory = base_directory(one)
+    identity = base_identity(directory)
+    digests = {WEIGHTS: "d" * 64}
+    for refresh, found in ((True, None), (False, digests), (True, None)):
+        run = a_run(RunOptions(refresh=refresh))
+        with closing(open_cache(one, run=run)):
+            seen_bases = run.watch.remembered
+            assert seen_bases is not None
+            seen_bases.store(directory, identity, digests, time.time_ns() + 3_000_000_000)
+            assert seen_bases.lookup(directory, identity) == found
+
+
+# --- what does not apply ------------------------------------------------------------------------------------------
+
+
+def rewrite(one: Entry) -> None:
+    Path(one.members[0].directory, WEIGHTS).write_bytes(b"WEIGHTS")
+
+
+def remove(one: Entry) -> None:
+    Path(one.members[0].directory, WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize("change", [rewrite, remove])
+def test_an_adapter_that_changed_since_it_was_hashed_is_a_miss(one: Entry, change: Callable[[Entry], None]) -> None:
+    with closing(open_cache(one)) as cache:
+        store(cache, one)
+        assert is_hit(cache, one)
+        change(one)
+        assert not is_hit(cache, one)
+
+
+def test_a_verdict_of_another_device_is_a_miss(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        store(cache, one)
+        assert not is_hit(cache, one, CARD)
+        assert is_hit(cache, one)
+
+
+def test_the_device_of_an_earlier_run_is_known(one: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_known(secret: str = "") -> bool:
+        run, asked = a_run(RunOptions(device="cuda")), list[str]()
+        monkeypatch.setattr(run.worker, "choose_device", asked.append)
+        with closing(open_cache(one, run=run, secret=secret)) as cache:
+            store(cache, one)  # else, no verdict could be reused
+            cache.choose({})
+        return not asked
+
+    assert not is_known()
+    with closing(open_cache(one, requested="cuda")) as cache:
+        cache.received(CARD)
+    assert is_known()
+    assert not is_known(SECRET)
+
+
+# --- figures of bases ------------------------------------------------------------------------------------------------
+
+
+def group(directory: str) -> Group:
+    key = BaseKey(model="base", revision=None, dtype="auto", quantization=Quantization.NONE)
+    task = Task(index=0, files=())
+    return Group(base=key, directory=directory, files=BaseFiles(directory=directory, weights=(WEIGHTS,)), tasks=(task,))
+
+
+def measured(cache: VerdictCache, run: Run, base: Group) -> None:
+    """The worker measures the whole base in this run."""
+    run.groups = (base,)
+    figures = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
+    record = BaseRecord(model_class="A", figures=(figures,))
+    cache.received(BaseMeasured(group=0, task=0, facts=base_facts(), record=record))
+    cache.finish()
+
+
+@pytest.mark.parametrize(("read", "is_used"), [(Read.AUTO, True), (Read.TOUCHED, True), (Read.WHOLE, False)])
+def test_the_worker_gets_the_records_of_a_base_that_need_not_be_read_whole(
+    read: Read, is_used: bool, one: Entry
+) -> None:
+    directory, run = base_directory(one), a_run(RunOptions())
+    with closing(open_cache(one, run=run)) as cache:
+        base = cache.schedule(group(directory), Read.WHOLE)
+        assert base.keeps_record
+        run.watch.start(directory)
+        run.watch.wait()
+        measured(cache, run, base)
+        scheduled = cache.schedule(group(directory), read)
+    assert [record.model_class for record in scheduled.records] == (["A"] if is_used else [])
+    assert scheduled.keeps_record, "another class may have no record"
+
+
+def test_a_base_without_a_digest_leaves_no_record(one: Entry, tmp_path: Path) -> None:
+    run = a_run(RunOptions())
+    with closing(open_cache(one, run=run)) as cache:
+        measured(cache, run, group(base_directory(one)))
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
