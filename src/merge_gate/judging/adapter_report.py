@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from merge_gate._internal.text import quoted
-from merge_gate.judging import all_checks, kinds, verdict
+from merge_gate.judging import all_checks, verdict
 from merge_gate.judging.checks import (
     base_format,
     base_incomplete,
@@ -21,13 +20,12 @@ from merge_gate.judging.checks import (
 )
 from merge_gate.judging.checks.base_mismatch import base_mismatch
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.kinds import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence, Forward
 from merge_gate.records.refusals import NotJudged, Refusal
-from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
+from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, ForwardMode, Origin, Severity, Verdict
 
 
@@ -115,36 +113,6 @@ def not_judged_report(entry: Entry, refusal: Refusal | NotJudged) -> AdapterRepo
 def withdrawn_report(entry: Entry, refusal: Refusal | NotJudged) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
     return _judged(entry, bounded([all_checks.refused(refusal)]))
-
-
-def published_report(report: AdapterReport, model: PublishedModel, findings: tuple[Finding, ...]) -> AdapterReport:
-    """The report of an entry whose merge was published. `findings` are notes and warnings on the published files."""
-    return replace(report, published=model, findings=(*report.findings, *bounded(findings)))
-
-
-def unpublished_report(report: AdapterReport, message: str, hint: str) -> AdapterReport:
-    """The report of an entry that passed, and whose merge could not be published."""
-    said = f"the merge passed, and was not published: {message}"
-    why = kinds.finding(NOT_PUBLISHED, said, hint=hint, origin=Origin.RUNTIME)
-    what, index, findings = verdict.decide((*bounded([why]), *report.findings), report.coverage)
-    return replace(
-        report,
-        verdict=what,
-        cause=None if index is None else findings[index].check,
-        decided_by=index,
-        findings=findings,
-    )
-
-
-def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterReport:
-    """The report of an entry that has no new model, while `directory` has the one of an earlier run."""
-    warning = kinds.finding(
-        EARLIER_MODEL,
-        f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
-        hint="do not use it for this adapter: remove it, or publish again when the adapter passes",
-        origin=Origin.RUNTIME,
-    )
-    return replace(report, findings=(*report.findings, *bounded([warning])))
 
 
 _REASON_CHARACTERS = 400

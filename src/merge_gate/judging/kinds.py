@@ -1,19 +1,20 @@
 """The kinds of findings that are no checks: nothing configures them. Id, severity, sentence, and hint of each.
 
-In: kinds.csv. Out: `WITHOUT_SETTING`, of a run, and `ANSWERS`, of `merge-gate verify`, in the order in which they
-decide: the first kind that is found is the cause.
+In: kinds.csv, and those that features declare. Out: `WITHOUT_SETTING`, of a run, and `ANSWERS`, of `merge-gate verify`,
+in the order in which they decide: the first kind that is found is the cause.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from merge_gate.records.features import parts
 from merge_gate.records.terms import Finding, Origin, Severity, record
 
 
@@ -24,44 +25,39 @@ class FindingKind:
     Attributes:
         id: its name in the report, for `--allow`, and for `merge-gate explain`.
         severity: that of its findings. An answer that is a note is good: the model is what it should be.
-        phrase: what a headline says of the model: "the model …"; empty for a finding of a run.
         summary: when it is given.
+        phrase: what a headline says of the model: "the model …"; empty for a finding of a run.
         hint: what to do about it; empty for a good answer.
+        never_allowed: not empty if `--allow` does not accept it: the tensors were then not compared, or, with another
+            base, every value may differ.
     """
 
     id: str
     severity: Severity
-    phrase: str
     summary: str
-    hint: str
+    phrase: str = ""
+    hint: str = ""
+    never_allowed: str = ""
 
     @property
     def is_good(self) -> bool:
         return self.severity is Severity.NOTE
 
 
-NOT_PUBLISHED = "not-published"
-STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
-PUBLISHED_FILES, EARLIER_MODEL = "published-files", "earlier-model"
-BROKEN_FILES, OTHER_ARCHITECTURE = "broken-files", "other-architecture"
-
-
-def _rows(*, is_answer: bool) -> Iterator[tuple[str, FindingKind]]:
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as table:
-        for row in csv.DictReader(table):
-            fields: dict[str, Any] = row | {"severity": Severity(row["severity"])}
-            if bool(row["phrase"]) is is_answer:
+def _rows() -> Iterator[tuple[str, FindingKind]]:
+    declared = (vars(module).get("KINDS") for _, module in parts("declared"))
+    for table in (Path(__file__).with_suffix(".csv"), *filter(None, declared)):
+        with table.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                fields: dict[str, Any] = row | {"severity": Severity(row["severity"])}
                 yield row["id"], FindingKind(**fields)
 
 
-WITHOUT_SETTING: Mapping[str, FindingKind] = MappingProxyType(dict(_rows(is_answer=False)))
-ANSWERS: Mapping[str, FindingKind] = MappingProxyType(dict(_rows(is_answer=True)))
-
-_NEVER_ALLOWED = {BROKEN_FILES, OTHER_ARCHITECTURE, "wrong-base"}
-ALLOWED = tuple(row.id for row in ANSWERS.values() if not row.is_good and row.id not in _NEVER_ALLOWED)
-"""The kinds that `--allow` accepts. No model is accepted whose tensors were not compared.
-
-With another base, every value may differ, so nothing would be compared either."""
+_KINDS = dict(_rows())
+WITHOUT_SETTING = MappingProxyType({kind: row for kind, row in _KINDS.items() if not row.phrase})
+ANSWERS = MappingProxyType({kind: row for kind, row in _KINDS.items() if row.phrase})
+ALLOWED = tuple(row.id for row in ANSWERS.values() if not row.is_good and not row.never_allowed)
+"""The kinds that `--allow` accepts."""
 
 
 def finding(
@@ -74,7 +70,7 @@ def finding(
     **measured: float,
 ) -> Finding:
     """A finding of a kind, with the finite ones of these figures."""
-    row = ANSWERS.get(kind) or WITHOUT_SETTING[kind]
+    row = _KINDS[kind]
     return Finding(
         check=kind,
         severity=row.severity,

@@ -1,6 +1,6 @@
 """The verdict on an adapter, and the finding that decided it.
 
-In: an adapter's findings and coverage. Out: a verdict, and the index of a finding. Knows no check by name except one.
+In: an adapter's findings and coverage. Out: a verdict, and the index of a finding. Knows no check by name.
 
 1. An error finding that proves the adapter broken: `failed`. The first in the order of blame decides.
 2. Else an error of the base: `error`, and that finding decides. Nothing that was merged into such a base counts.
@@ -14,12 +14,12 @@ from dataclasses import replace
 
 from merge_gate._internal.text import counted
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.kinds import NOT_PUBLISHED
-from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
+from merge_gate.judging.kinds import WITHOUT_SETTING
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 
-_UNDECIDED = frozenset({NOT_JUDGED, NOT_PUBLISHED})
+_UNDECIDED = frozenset(kind.id for kind in WITHOUT_SETTING.values() if kind.severity is Severity.ERROR)
 """Findings that make the verdict `error`."""
 
 

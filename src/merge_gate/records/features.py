@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 FEATURES: dict[str, dict[str, str]] = {
-    "publish": {"directory": "merge_gate.features.publish.manifest"},
+    "publish": {
+        "declared": "merge_gate.features.publish.declared",
+        "directory": "merge_gate.features.publish.manifest",
+    },
+    "verify": {"declared": "merge_gate.features.verify.declared"},
     "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
     "export": {"directory": "merge_gate.features.export.export_record"},
 }

@@ -25,6 +25,7 @@ from typing import assert_never
 from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import counted, listing, quoted
+from merge_gate.features.publish import model_reports
 from merge_gate.features.publish.manifest import PublicationFacts
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.publications import Publications, unpublished_dtypes
@@ -481,10 +482,10 @@ class Run:
             try:
                 published, findings = self.publications.publish(index, partial(self._facts, index))
             except NotPublishedError as error:
-                self.tally.set_report(index, adapter_report.unpublished_report(report, error.message, error.hint))
+                self.tally.set_report(index, model_reports.unpublished_report(report, error.message, error.hint))
                 self.view.note(f"{report.name}: not published: {error.message}")
             else:
-                self.tally.set_report(index, adapter_report.published_report(report, published, findings))
+                self.tally.set_report(index, model_reports.published_report(report, published, findings))
                 self.view.note(f"{report.name}: published to {published.directory}")
         self._warn_of_earlier_models()
 
@@ -496,7 +497,7 @@ class Run:
         for name, directory in self.publications.earlier(published):
             own = [(index, report) for index, report in judged.items() if report.name == name]
             index, report = min(own, key=lambda pair: pair[1].verdict is Verdict.PASSED)
-            warned = adapter_report.report_with_earlier_model(report, directory)
+            warned = model_reports.report_with_earlier_model(report, directory)
             self.tally.set_report(index, warned)
             self.view.note(f"warning: {name}: {warned.findings[-1].message}")
 

@@ -14,13 +14,14 @@ from typing import Any
 from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.publish.manifest import MANIFEST_NAME, Difference, Manifest, differences, read_manifest
+from merge_gate.features.verify.declared import BROKEN_FILES, OTHER_ARCHITECTURE
 from merge_gate.features.verify.directory import directory_findings, expected_files
 from merge_gate.features.verify.exchanged import command
 from merge_gate.features.verify.tensor_findings import stored_findings, value_findings
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
-from merge_gate.judging.kinds import ALLOWED, ANSWERS, BROKEN_FILES, OTHER_ARCHITECTURE, finding
+from merge_gate.judging.kinds import ALLOWED, ANSWERS, finding
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.comparison import Comparison

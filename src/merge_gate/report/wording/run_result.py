@@ -14,7 +14,7 @@ from merge_gate._internal.text import counted, listing
 from merge_gate.judging.checks.base_nonfinite import base_nonfinite
 from merge_gate.judging.checks.delta_norm import delta_norm
 from merge_gate.judging.checks.rounding_loss import rounding_loss
-from merge_gate.judging.kinds import ANSWERS, NOT_PUBLISHED
+from merge_gate.judging.kinds import ANSWERS
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -29,6 +29,8 @@ HARDLY_CHANGED = 0.9
 """A merge that loses more than this share of its delta hardly differs from the base."""
 
 _MOST_CHECKS = 3
+_NOT_PUBLISHED = {"not-published"}
+"""The causes of an adapter that passed, and whose model could not be published."""
 
 
 class AdapterState(StrEnum):
@@ -180,7 +182,7 @@ def _counts(report: Report, adapters: list[Adapter], whole: str) -> str:
 def _undecided(adapters: list[Adapter]) -> str:
     """`judged`, `published`, or both: what could not be done with the adapters in doubt."""
     causes = [set(adapter.causes) for adapter in adapters if adapter.state is AdapterState.ERROR]
-    unpublished = sum(one == {NOT_PUBLISHED} for one in causes)
+    unpublished = sum(one == _NOT_PUBLISHED for one in causes)
     if unpublished:
         return "published" if unpublished == len(causes) else f"judged or published ({unpublished:,} not published)"
     return "judged"
