@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test sweeps test-all card card-real attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
+.PHONY: demo test sweeps nightly card card-real attempts lint e2e bench rounding fuzz mutants coverage publish-kills publish-layouts verify-changes tensor-maps forward-sweep servers schemas pictures docs \
 	clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
-	@echo "make test    the tests, with a sample of each sweep (12 minutes on 2 cores)"
-	@echo "make sweeps  what make test leaves out: the sweeps in full, and all examples of the properties (half an hour)"
-	@echo "make test-all both in one run: all methods and bases, Ray, kills (40 minutes on 2 cores)"
+	@echo "make test    the tests, with a sample of each sweep (six minutes on 2 cores)"
+	@echo "make sweeps  the rest of the sweeps, and all examples of the properties (ten minutes on 2 cores)"
+	@echo "make nightly what takes longer: every broken value of every method, large fleets, Ray, kills (two hours)"
 	@echo "make card    a simulated GPU against the CPU: a fifth of the cases, or all with CARD=all; needs g++ (four minutes)"
 	@echo "make card-real the same on a real GPU, and the benchmarks there; prints a table; needs CUDA (two hours)"
 	@echo "make attempts the tests of what outsiders tried, with a table of them (three minutes)"
@@ -76,15 +76,15 @@ PYTEST = $(BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/card $(IN_PRO
 	$(if $(ORDER),-p randomly $(if $(filter random,$(ORDER)),,--randomly-seed $(ORDER)))
 
 test: $(STAMPS)/test
-	$(PYTEST) -m "not slow" --hypothesis-profile fast
+	$(PYTEST) -m "not slow and not nightly" --hypothesis-profile fast
 
-# What `make test` leaves out. It tries properties with few examples, and here they have all of them.
+# The rest of the sweeps. `make test` tries properties with few examples, and here they have all of them.
 sweeps: $(STAMPS)/test
-	$(PYTEST) -m "slow or hypothesis"
+	$(PYTEST) -m "(slow or hypothesis) and not nightly"
 
-# All tests in one run, which is shorter: the sweeps share the fixtures of the other tests of their file.
-test-all: $(STAMPS)/test
-	$(PYTEST)
+nightly: $(STAMPS)/test
+	$(PYTEST) -m nightly
+	$(MAKE) publish-kills verify-changes
 
 # The library is built first, so that a missing compiler is an error.
 CARD ?= fifth

@@ -46,7 +46,7 @@ def main() -> None:
             if not wanted or case.name in wanted:
                 directories = {dtype: bench.base_directory(case.base, dtype) for dtype in methods.DTYPES}
                 rows[case.name] = compare(bench, bench.faults(case), directories, Quantization.NONE)
-        for case, quantization in quantized_cases.GRID:
+        for case, quantization in quantized_cases.PAIRS:
             name = f"{case.name} on {quantization}"
             if not wanted or name in wanted:
                 directory, asked = quantized_cases.stored(bench, quantization)

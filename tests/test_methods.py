@@ -1,7 +1,8 @@
-"""Every method, every tensor of it, broken in every way: no false pass, no false failure, no wrong cause.
+"""Every method, and every tensor of it broken: no false pass, no false failure, no wrong cause.
 
 Truth comes from `tests.support.faults_methods`: plain PEFT's merge, and a look at every merged tensor. `make test` runs
-the cases of `FAST`, `make test-all` the others.
+the cases of `FAST` with NaN and Inf at every place, `make sweeps` the others with one NaN and one overflow in each
+tensor, and `make nightly` all cases at every place.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tests.support import faults_methods, methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import NOT_RUN, merge_adapter
+from tests.support.faults_methods import EVERY_PLACE, ONE_NAN
 from tests.support.gating import Bench, mistake, one_thread, told
 from tests.support.merged import kept
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from merge_gate.engine.base.loaded_base import Base
+
+    Places = tuple[tuple[str, str], ...]
 
 FAST = {"lora-linear", "oft-linear"}
 """LoRA, and a method that multiplies the whole weight."""
@@ -70,9 +74,19 @@ def check_bases(bench: Bench) -> None:
 
 @CASES
 def test_every_trial_is_judged_right(case: methods.Case, bench: Bench) -> None:
+    check_trials(case, bench, EVERY_PLACE if case.name in FAST else ONE_NAN)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", [case for case in methods.CASES if case.name not in FAST], ids=lambda case: case.name)
+def test_every_place_is_judged_right(case: methods.Case, bench: Bench) -> None:
+    check_trials(case, bench, EVERY_PLACE)
+
+
+def check_trials(case: methods.Case, bench: Bench, places: Places) -> None:
     faults = bench.faults(case)
     mistakes = []
-    for trial in trials(case, faults.state):
+    for trial in trials(case, faults.state, places):
         truth = faults.prepare(trial)
         judgement = bench.gate.judge(faults.directory, bench.base_directory(case.base, trial.dtype))
         if wrong := mistake(truth, judgement):
@@ -80,9 +94,9 @@ def test_every_trial_is_judged_right(case: methods.Case, bench: Bench) -> None:
     assert not mistakes, f"{len(mistakes)} mistakes; the first:\n" + "\n".join(mistakes[:3])
 
 
-def trials(case: methods.Case, state: dict[str, torch.Tensor]) -> list[faults_methods.Trial]:
-    """All trials of a case that are judged in this process."""
-    all_of_it = faults_methods.trials(case, state, bases=methods.DTYPES, home="float32", small="float16")
+def trials(case: methods.Case, state: dict[str, torch.Tensor], places: Places) -> list[faults_methods.Trial]:
+    """The trials of a case that are judged in this process."""
+    all_of_it = faults_methods.trials(case, state, bases=methods.DTYPES, home="float32", small="float16", places=places)
     elsewhere = case.name.startswith(UNCHECKED_INDICES)
     return [trial for trial in all_of_it if not (elsewhere and trial.value == "index")]
 
@@ -160,11 +174,12 @@ def test_an_index_outside_of_the_weight_corrupts_nothing(name: str, bench: Bench
     assert not any("died" in finding.message for finding in report.findings), report.findings
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_readme_has_the_number_of_trials(bench: Bench) -> None:
-    """No trial went wrong if `test_every_trial_is_judged_right` passed for each case."""
+    """No trial went wrong if `test_every_place_is_judged_right` passed for each case."""
     count = sum(
-        len(trials(case, faults_methods.load_file(bench.adapter(case) / methods.WEIGHTS))) for case in methods.CASES
+        len(trials(case, faults_methods.load_file(bench.adapter(case) / methods.WEIGHTS), EVERY_PLACE))
+        for case in methods.CASES
     )
     assert count > 2000
     stated, versions = in_the_readme()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ADAPTERS = 240
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fleet_has_one_report_however_it_is_judged(shelf: Shelf, tmp_path: Path) -> None:
     """Cold, warm, in four shards, and again after a kill -9; tests/features/ray/test_ray.py has Ray.
 

@@ -17,6 +17,7 @@ The merge reads a tensor when finite noise on it changes the merged model.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 VALUES = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
 POSITIONS = ("first", "last", "all")
+EVERY_PLACE = tuple(itertools.product(VALUES, POSITIONS))
+ONE_NAN = (("nan", "last"),)
+"""Of `EVERY_PLACE`, the one that most methods are tried with each day."""
 PEFT_RAISES = (RuntimeError, ValueError, IndexError, ArithmeticError)
 OVERFLOW_EXPONENTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 28)
 
@@ -67,18 +71,23 @@ class Truth:
 
 
 def trials(
-    case: methods.Case, state: Mapping[str, Tensor], *, bases: Iterable[str], home: str, small: str
+    case: methods.Case,
+    state: Mapping[str, Tensor],
+    *,
+    bases: Iterable[str],
+    home: str,
+    small: str,
+    places: Iterable[tuple[str, str]] = EVERY_PLACE,
 ) -> Iterator[Trial]:
-    """Healthy on every base; on `home` NaN and ±Inf in every tensor, at three places; each too large for `small`.
+    """Healthy on every base; on `home` each tensor with each of `places`; each tensor too large for `small`.
 
     Tensors of integers hold indices: they get one that points nowhere.
     """
     for dtype in bases:
         yield Trial(case=case.name, dtype=dtype)
     for tensor in floating(state):
-        for value in VALUES:
-            for position in POSITIONS:
-                yield Trial(case=case.name, dtype=home, tensor=tensor, value=value, position=position)
+        for value, position in places:
+            yield Trial(case=case.name, dtype=home, tensor=tensor, value=value, position=position)
         yield Trial(case=case.name, dtype=small, tensor=tensor, value="overflow")
     for tensor in sorted(set(state) - set(floating(state))):
         yield Trial(case=case.name, dtype=home, tensor=tensor, value="index")
@@ -135,8 +144,8 @@ class Bench:
         self.healthy = methods.merge(bases[home], source)
         self.read = {tensor: self._is_read(tensor) for tensor in floating(self.state)}
 
-    def trials(self) -> Iterator[Trial]:
-        return trials(self.case, self.state, bases=self.bases, home=self.home, small=self.small)
+    def trials(self, places: Iterable[tuple[str, str]] = EVERY_PLACE) -> Iterator[Trial]:
+        return trials(self.case, self.state, bases=self.bases, home=self.home, small=self.small, places=places)
 
     def prepare(self, trial: Trial) -> Truth:
         """Writes the trial's adapter into `directory` and says what is true of it."""

@@ -1,8 +1,9 @@
-"""Merges into bitsandbytes bases on the CPU: every tensor of every method, broken in every way.
+"""Merges into bitsandbytes bases on the CPU: every tensor of every method, broken.
 
 Truth is plain PEFT's merge, looked at after dequantizing and with the scales: the packed integers themselves are
 always finite. No forward pass runs on a 4-bit model before its merge, since some CPUs repack the weight on the first.
-`make test` runs the cases of `FAST`, `make test-all` the others.
+`make test` tries the cases of `FAST` with NaN and Inf at every place, `make sweeps` the others with one NaN and one
+overflow in each tensor, and `make nightly` all cases at every place.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from tests.support import faults_methods, methods
 from tests.support.engine.quantized_cases import (
     BASE,
     CASES,
+    FAST,
     GRID,
     LORA_BIAS,
     ON_LOADING,
+    PAIRS,
     QUANTIZATIONS,
     _case,
     quantised,
     stored,
 )
+from tests.support.faults_methods import EVERY_PLACE, ONE_NAN
 from tests.support.gating import Bench, mistake, one_thread, told
 
 if TYPE_CHECKING:
@@ -54,13 +58,23 @@ def check_bases(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("case", "quantization"), GRID, ids=lambda value: getattr(value, "name", value))
 def test_every_trial_is_judged_right(case: methods.Case, quantization: str, bench: Bench) -> None:
+    check_trials(case, quantization, bench, EVERY_PLACE if (case.name, quantization) in FAST else ONE_NAN)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("case", "quantization"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_every_place_is_judged_right(case: methods.Case, quantization: str, bench: Bench) -> None:
+    check_trials(case, quantization, bench, EVERY_PLACE)
+
+
+def check_trials(case: methods.Case, quantization: str, bench: Bench, places: tuple[tuple[str, str], ...]) -> None:
     bases = {quantization: quantised(bench, quantization)}
     directory, asked = stored(bench, quantization)
     faults = faults_methods.Bench(
         case, bases, bench.adapter(case), bench.root / "trial", home=quantization, small=quantization
     )
     mistakes = []
-    for trial in faults.trials():
+    for trial in faults.trials(places):
         if trial.value == "index":
             continue
         truth = faults.prepare(trial)

@@ -33,7 +33,7 @@ def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
     runs.finish()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.attempt("F04", "kill -9 of whole runs, and then an undisturbed one", "whole models, and no leftover")
 def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
     adapters = lay_real(tmp_path / "place")

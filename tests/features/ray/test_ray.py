@@ -74,7 +74,7 @@ def tasks_of(marker: str) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> None:
     """All that work are killed, in the middle of their shards."""
     marker = str(fleet)
@@ -89,7 +89,7 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> No
     assert tasks_of(marker) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_signal_ends_all_tasks_and_leaves_a_true_report(fleet: Path) -> None:
     marker = f"{fleet}/stopped"
     with running(fleet, "--output", "stopped", "--ray", MARKER=marker) as process:
@@ -137,7 +137,7 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_node_that_is_removed_costs_a_retry_and_no_verdict(fleet: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", CLUSTER], env=environment(**NO_AUTH), text=True,
@@ -158,7 +158,7 @@ def test_a_node_that_is_removed_costs_a_retry_and_no_verdict(fleet: Path) -> Non
     assert same(stored(fleet / "removed")) == same(stored(fleet / "whole"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cluster_that_is_not_there_is_said_within_a_minute(fleet: Path) -> None:
     with contextlib.closing(socket.socket()) as listening:
         listening.bind(("127.0.0.1", 0))

@@ -42,12 +42,10 @@ CASES = (
 PVERA = _case("pvera", "PveraConfig", r=4)
 """Merges rightly into 8-bit only; tests/engine/adapter/test_known_defects.py shows what becomes of it in 4-bit."""
 FAST = {("lora", "bnb-4bit")}
+PAIRS = (*((case, quantization) for case in CASES for quantization in QUANTIZATIONS), (PVERA, "bnb-8bit"))
 GRID = [
     pytest.param(case, quantization, marks=() if (case.name, quantization) in FAST else pytest.mark.slow)
-    for case, quantization in (
-        *((case, quantization) for case in CASES for quantization in QUANTIZATIONS),
-        (PVERA, "bnb-8bit"),
-    )
+    for case, quantization in PAIRS
 ]
 LORA_BIAS = _case("lora-bias-term", "LoraConfig", r=2, lora_bias=True)
 
