@@ -308,7 +308,7 @@ def test_the_table_of_checks_is_in_their_index() -> None:
     for symptom in Symptom:
         told = str(symptom)
         for row in (row for row in CHECKS.values() if row.symptom is symptom):
-            golden = (GOLDENS / f"{row.id}.txt").read_text(encoding="utf-8")
+            golden = GOLDENS[row.id].read_text(encoding="utf-8")
             origins = re.findall(
                 rf"^== fires \d+\n\n(?:error|warning|{row.severity}) {row.id}, (\w+)$", golden, re.MULTILINE
             )

@@ -41,9 +41,9 @@ REFERENCE = Path(__file__).with_suffix(".json")
 PREFLIGHT = ("preflight", "adapter_config", "json_object", "headers")
 PARTS = {
     "judging": (
-        ["src/merge_gate/judging/*.py", "src/merge_gate/judging/checks/*.py"],
-        ["tests/judging/checks"],
-        ["tests/judging"],
+        ["src/merge_gate/judging/*.py", "src/merge_gate/**/checks/*.py"],
+        ["tests/judging/checks", "tests/features/forward/checks"],
+        ["tests/judging", "tests/features/forward/checks"],
     ),
     "preflight": (
         ["src/merge_gate/_internal/strict_json.py", *(f"src/merge_gate/files/{name}.py" for name in PREFLIGHT)],

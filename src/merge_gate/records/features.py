@@ -3,8 +3,8 @@
 It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
 
 `declared` has options, keys, fields, and messages; it imports the standard library and records only. `feature` acts in
-the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `directory` recognizes the directories
-that a feature made (features/publish/partial.py).
+the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `checks` is a folder of checks
+(judging/checks/table.py). `directory` recognizes the directories that a feature made (features/publish/partial.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ FEATURES: dict[str, dict[str, str]] = {
     },
     "verify": {"declared": "merge_gate.features.verify.declared"},
     "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
+    "forward": {"checks": "merge_gate.features.forward.checks"},
     "export": {"directory": "merge_gate.features.export.export_record"},
 }
 """Module names by feature and place, in the order in which features act."""

@@ -24,7 +24,10 @@ from tests.support.judging.cases import NAMED, Fire, judge, judged, of, setting,
 if TYPE_CHECKING:
     from tests.support.faults import Case
 
-GOLDENS = Path(__file__).parents[2] / "judging" / "checks"
+
+TESTS = sorted(Path(__file__).parents[2].glob("**/checks/test_*.py"))
+GOLDENS = {path.stem: path for path in sorted(Path(__file__).parents[2].glob("**/checks/*.txt"))}
+"""The tests of all checks, and the golden of each."""
 
 
 def found(one: Evidence | None, of_files: AdapterFiles) -> tuple[Finding, ...]:
@@ -112,7 +115,7 @@ class EveryCheck:
             assert pickle.loads(pickle.dumps(fact)) == fact
 
     def test_its_messages(self) -> None:
-        golden = GOLDENS / f"{self.id}.txt"
+        golden = Path(inspect.getfile(type(self))).with_name(f"{self.id}.txt")
         if os.environ.get("UPDATE_GOLDENS"):
             golden.write_text(self.told(), encoding="utf-8")
         assert self.told() == golden.read_text(encoding="utf-8"), "look at each change, then run with UPDATE_GOLDENS=1"

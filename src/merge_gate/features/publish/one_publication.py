@@ -28,6 +28,7 @@ from merge_gate.features.publish.manifest import (
     model_card,
     render,
 )
+from merge_gate.features.publish.packed_weights import packed_weights
 from merge_gate.features.publish.partial import PartialDirectory
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, cast, merged_layout, refuse_other_files
 from merge_gate.files import json_object, resolve
@@ -35,7 +36,6 @@ from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import shown
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
-from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.worker.protocol import PublicationWritten, Publishing
 

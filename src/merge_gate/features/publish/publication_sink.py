@@ -30,6 +30,7 @@ from merge_gate.engine.base.stored_spans import SharedReads, StoredBytes, bytes_
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.merge.merged_tensors import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.features.publish.packed_weights import packed_weights
 from merge_gate.features.publish.stored_layout import (
     STORED_DTYPES,
     StoredLayout,
@@ -43,7 +44,6 @@ from merge_gate.features.publish.stored_layout import (
 from merge_gate.records.config import A_FILE
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
-from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
 

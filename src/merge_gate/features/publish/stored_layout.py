@@ -31,9 +31,9 @@ from merge_gate.engine.base.model_class import current_names
 from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
+from merge_gate.features.publish.packed_weights import packed_weights
 from merge_gate.files.feed import Feed
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.packed_weights import packed_weights
 
 STORED_DTYPES = {torch_name: stored for stored, torch_name in DTYPES.items()}
 """torch's names of dtypes, and safetensors'."""

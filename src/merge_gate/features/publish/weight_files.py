@@ -29,12 +29,12 @@ from typing import Any
 
 from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.features.publish.packed_weights import packed_weights
 from merge_gate.files import json_object
 from merge_gate.files.base_files import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING, loaded_files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular, parse_places, shown
 from merge_gate.records.files import FileRecord, StoredTensor
-from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.terms import record
 
 FLOATING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

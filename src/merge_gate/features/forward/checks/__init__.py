@@ -1,0 +1,1 @@
+"""The checks of what modules return when base and adapter run as models."""
