@@ -79,7 +79,8 @@ def gate(
         config = _config(names, {name: given[name] for name in _IN_CONFIG}, folder)
         if folder is not None:
             refuse_report(folder, FORMATS, names)
-        return run_gate(config, RunOptions(device=device, output=folder, cache=given["cache"]), worker=worker)
+        options = RunOptions(device=device, output=folder, features={"cache": given["cache"]})
+        return run_gate(config, options, worker=worker)
 
 
 def export(

@@ -688,7 +688,7 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
 
     monkeypatch.setattr(BaseWatch, "_hash", hash_late)
     config = load_config(str(write(tmp_path, {"path": "./adapters/good"}, base="./base")))
-    options = RunOptions(device="cpu", cache=str(tmp_path / "cache"))
+    options = RunOptions(device="cpu", features={"cache": str(tmp_path / "cache")})
     report = run_gate(config, options, view=Watcher(base_loaded=exchange))
     assert exchanged.is_set()
     assert [one.verdict for one in report.adapters] == [Verdict.ERROR]

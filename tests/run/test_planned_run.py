@@ -22,7 +22,6 @@ from merge_gate.features.cache.store import KINDS
 from merge_gate.features.publish.partial import partial_name
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
-from merge_gate.records.terms import Access, Read
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import fed_bases
 from merge_gate.run.planned_run import plan_run
@@ -86,8 +85,8 @@ def everything(place: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_base_in_a_directory(place: Path, wording: Wording) -> None:
-    options = RunOptions(output="report", publish="models", cache=str(place / "verdicts"))
-    text = planned(place, options, base={"model": "./base", "dtype": ["float32", "bfloat16"]})
+    options = RunOptions(output="report", features={"cache": str(place / "verdicts")})
+    text = planned(place, options, base={"model": "./base", "dtype": ["float32", "bfloat16"]}, publish="models")
     wording(text)
     assert not {"report", "models", "verdicts"} & {path.name for path in place.iterdir()}
 
@@ -107,11 +106,9 @@ def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(WorkerSlot, name, lambda *_, **__: pytest.fail("a worker was started"))
     hashed: list[object] = []
     monkeypatch.setattr(resolve, "digest_file", lambda path, *_: hashed.append(path))
-    options = RunOptions(
-        device="cuda", output=str(place / "report"), publish=str(place / "models"), cache=str(place / "verdicts")
-    )
+    options = RunOptions(device="cuda", output=str(place / "report"), features={"cache": str(place / "verdicts")})
     earlier = set(threading.enumerate())
-    assert "2 merges" in planned(place, options)
+    assert "2 merges" in planned(place, options, publish="models")
     for thread in set(threading.enumerate()) - earlier:
         thread.join(PATIENCE_S)
     assert not hashed, "a base may be large"
@@ -139,8 +136,8 @@ def test_a_base_and_an_adapter_on_the_hub(
 ) -> None:  # fmt: skip
     """No weights are fetched."""
     monkeypatch.setattr(hub, "_free_bytes", lambda _: free_bytes)
-    options = RunOptions(access=access and Access(access))
-    text = planned(place, options, base=BASE, adapters=["acme/lora", "./adapters/b"])
+    base = {"model": BASE, "access": access} if access else BASE
+    text = planned(place, base=base, adapters=["acme/lora", "./adapters/b"])
     wording(text)
     assert fetched(place) <= {"adapter_config.json", "config.json"}
     assert not [*(place / "cache").rglob("refs/*")]
@@ -167,13 +164,13 @@ def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place:
 def test_what_earlier_runs_stored_is_in_the_plan(place: Path, wording: Wording) -> None:
     """A record lets a run read what adapters touch, and a verdict needs no merge."""
     poison("lora_B")(place / "adapters" / "a")
-    cache = str(place / "verdicts")
+    options, base = RunOptions(features={"cache": str(place / "verdicts")}), {"model": "./base", "read": "touched"}
     with pytest.raises(UsageError):
-        planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
+        planned(place, options, base=base)
     time.sleep(SETTLED_NS / 1e9)  # a digest is remembered only of files that are older
-    answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--only", "b", cwd=place)
+    answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--read", "whole", "--only", "b", cwd=place)
     assert answer.code == 0, answer.said
-    wording(planned(place, RunOptions(read=Read.TOUCHED, cache=cache)))
+    wording(planned(place, options, base=base))
 
 
 WITHOUT_TORCH = """

@@ -11,14 +11,13 @@ import copy
 import re
 import shutil
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.text import NUMBER, one_of, quoted, unusable, wrapped
 from merge_gate.names.suggestions import nearest
-from merge_gate.records.terms import DTYPES, ForwardMode, Quantization
+from merge_gate.records.terms import DTYPES, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,6 +125,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             **{"allow_abbrev": False, "conflict_handler": conflicts, **options, "formatter_class": HelpText}
         )
+        self.register("type", "name", given)
         self.from_environment: dict[str, str] = {}
         if short:
             self.add_argument("-h", action=_ShortHelp, shown=short, help="show the options that most users need")
@@ -278,9 +278,6 @@ def requested_config(arguments: argparse.Namespace) -> Config:
         )
     if arguments.unknown_variables and POLICIES[config.policy].needs_known_variables:
         raise UsageError("; ".join(arguments.unknown_variables), hint=f"policy: {config.policy} allows no unknown ones")
-    if forward := getattr(arguments, "forward", None):
-        specs = (replace(spec, forward=ForwardMode(forward)) for spec in config.adapters)
-        config = replace(config, adapters=tuple(specs))
     return config
 
 

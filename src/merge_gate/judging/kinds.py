@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from merge_gate.records.features import parts
+from merge_gate.records.features import declared
 from merge_gate.records.terms import Finding, Origin, Severity, record
 
 
@@ -45,8 +45,7 @@ class FindingKind:
 
 
 def _rows() -> Iterator[tuple[str, FindingKind]]:
-    declared = (vars(module).get("KINDS") for _, module in parts("declared"))
-    for table in (Path(__file__).with_suffix(".csv"), *filter(None, declared)):
+    for table in (Path(__file__).with_suffix(".csv"), *declared("KINDS")):
         with table.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 fields: dict[str, Any] = row | {"severity": Severity(row["severity"])}

@@ -2,9 +2,10 @@
 
 It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
 
-`declared` has options, keys, fields, and messages; it imports the standard library and records only. `feature` acts in
-the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `checks` is a folder of checks
-(judging/checks/table.py). `directory` recognizes the directories that a feature made (features/publish/partial.py).
+`declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
+`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `checks` is a folder
+of checks (judging/checks/table.py). `directory` recognizes the directories that a feature made
+(features/publish/partial.py).
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 FEATURES: dict[str, dict[str, str]] = {
+    "stream": {"declared": "merge_gate.features.stream.declared"},
+    "forward": {"declared": "merge_gate.features.forward.declared", "checks": "merge_gate.features.forward.checks"},
     "publish": {
         "declared": "merge_gate.features.publish.declared",
         "directory": "merge_gate.features.publish.manifest",
     },
-    "verify": {"declared": "merge_gate.features.verify.declared"},
+    "shards": {"declared": "merge_gate.features.shards.declared"},
     "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
-    "forward": {"checks": "merge_gate.features.forward.checks"},
+    "ray": {"declared": "merge_gate.features.ray.declared"},
+    "verify": {"declared": "merge_gate.features.verify.declared"},
     "export": {"directory": "merge_gate.features.export.export_record"},
 }
 """Module names by feature and place, in the order in which features act."""
@@ -36,3 +40,10 @@ def parts(place: str) -> Iterator[tuple[str, Any]]:
     for feature, modules in FEATURES.items():
         if place in modules:
             yield feature, part(feature, place)
+
+
+def declared(name: str) -> Iterator[Any]:
+    """What features declare under a name."""
+    for _, module in parts("declared"):
+        if name in vars(module):
+            yield vars(module)[name]

@@ -98,22 +98,13 @@ def planned_run(config: Config, options: RunOptions, view: View) -> Run:
     return run
 
 
-def _publish_spec(config: Config, options: RunOptions, specs: tuple[AdapterSpec, ...]) -> PublishSpec | None:
-    """Where models are published: the command line's directory replaces that of the configuration."""
-    wanted = config.publish
-    if options.publish is not None:
-        wanted = replace(
-            wanted or PublishSpec(directory="", label=""), directory=options.publish, label=options.publish
-        )
-    if wanted is None:
-        if options.max_shard_bytes is not None:
-            raise UsageError("--max-shard-size needs --publish", hint="add --publish DIR")
-        return None
-    if Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
+def _publish_spec(config: Config, specs: tuple[AdapterSpec, ...]) -> PublishSpec | None:
+    """Where models are published."""
+    if config.publish is not None and any(spec.base.read is Read.TOUCHED for spec in specs):
         raise UsageError(
             "a published model has every tensor of its base, and --read touched reads some", hint="set read: auto"
         )
-    return replace(wanted, max_shard_bytes=options.max_shard_bytes or wanted.max_shard_bytes)
+    return config.publish
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
@@ -173,7 +164,7 @@ class Run:
         self.inputs = tuple(_inputs(config))
         if options.output is not None:
             refuse_input(options.output, self.inputs)
-        wanted = _publish_spec(config, options, specs)
+        wanted = _publish_spec(config, specs)
         self.specs, shard = part_of(config, specs, options)
         within = os.environ.get(PUBLISH_WITHIN)
         self.publications = publications or Publications(
@@ -189,7 +180,6 @@ class Run:
         self.worker = worker or WorkerSlot()
         how = Fetching(
             notify=view.note,
-            access=options.access,
             lay_out=self._fed.lay_out,
             with_companions=wanted is not None,
             is_plan=options.is_plan,
@@ -320,7 +310,7 @@ class Run:
         """How much of a group's base is read: as much as any of its adapters asks for, and all of it to publish."""
         if any(task.publishes is not None for task in group.tasks):
             return Read.WHOLE
-        asked = {self.options.read or self.tally.entries[task.index].spec.base.read for task in group.tasks}
+        asked = {self.tally.entries[task.index].spec.base.read for task in group.tasks}
         return next((read for read in (Read.WHOLE, Read.TOUCHED) if read in asked), Read.AUTO)
 
     def _merge(self) -> None:

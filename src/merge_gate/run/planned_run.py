@@ -170,8 +170,8 @@ def _lines_of_output(run: Run) -> Iterator[Table]:
     if options.output is not None:
         names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
         yield _row("write", f"{_shown(options.output)}: {names}")
-    if options.cache is not None:
-        yield _row("cache", f"{_shown(options.cache)}: stored verdicts need no merge")
+    if (cache := options.features.get("cache")) is not None:
+        yield _row("cache", f"{_shown(cache)}: stored verdicts need no merge")
     if publish is not None:
         tasks = [(group, task) for group in run.groups for task in group.tasks]
         models = {task.index: group.files for group, task in tasks if task.publishes is not None}

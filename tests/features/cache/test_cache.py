@@ -59,7 +59,7 @@ def everyone(report: Report) -> set[str]:
 
 def run(place: Path, *only: str, view: View | None = None, fresh: bool = False, output: str | None = None) -> Report:
     """A run in this process."""
-    options = RunOptions(only=only, output=output, cache=str(place / "cache"), refresh=fresh)
+    options = RunOptions(only=only, output=output, features={"cache": str(place / "cache"), "refresh": fresh})
     with contextlib.chdir(place):
         report = run_gate(load_config("fleet.yml"), options, view=view)
     return read(render(report).encode(), "report.json")  # which rounds figures

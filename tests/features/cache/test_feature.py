@@ -72,7 +72,7 @@ def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) 
     identity = base_identity(directory)
     digests = {WEIGHTS: "d" * 64}
     for refresh, found in ((True, None), (False, digests), (True, None)):
-        run = a_run(RunOptions(refresh=refresh))
+        run = a_run(RunOptions(features={"refresh": refresh}))
         with closing(open_cache(one, run=run)):
             seen_bases = run.watch.remembered
             assert seen_bases is not None

@@ -5,6 +5,7 @@ tests/features/ray/test_ray.py has real clusters.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -19,7 +20,9 @@ from ray import exceptions
 
 from merge_gate._internal.errors import GateError
 from merge_gate.features.ray import run_on_ray
-from merge_gate.features.ray.run_on_ray import LOCAL, checked_address, cluster, first_line
+from merge_gate.features.ray.declared import LOCAL, configured
+from merge_gate.features.ray.run_on_ray import cluster, first_line
+from merge_gate.records.config import Config
 from tests.support.wording import Wording
 
 if TYPE_CHECKING:
@@ -136,11 +139,15 @@ def test_without_ray_what_its_extra_brings_is_named(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("address", ["fleet.yml", "ray://head:10001", "head", "head:port", "-", "local"])
 def test_what_is_no_address_is_said(address: str, wording: Wording) -> None:
+    def asked(address: str) -> argparse.Namespace:
+        return argparse.Namespace(ray=address, plan=False, container=False, shard=None)
+
+    config = Config(path=None, directory="/", sha256="", adapters=())
     with pytest.raises(GateError) as caught:
-        checked_address(address)
+        configured(config, asked(address))
     wording(caught.value)
     for fine in ("", "auto", "head:6379", "10.0.0.1:6379", "[::1]:6379"):
-        assert checked_address(fine) == fine
+        assert configured(config, asked(fine)) is config
 
 
 @pytest.fixture

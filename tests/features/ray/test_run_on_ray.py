@@ -20,6 +20,7 @@ from merge_gate.config.load_config import load_config
 from merge_gate.features.cache.declared import SECRET
 from merge_gate.features.ray import run_on_ray as module
 from merge_gate.features.ray.run_on_ray import MAX_LOSSES, run_on_ray, run_shard
+from merge_gate.records.config import Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Access, Result, Verdict
@@ -96,9 +97,16 @@ def judged(ray: Ray, view: View | None = None, *, address: str = "head:6379", **
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "cluster", lambda _: contextlib.nullcontext(ray))
         patched.setattr(module, "PATIENCE_S", 0.01)
-        return run_on_ray(
-            address, load_config("gate.yml"), RunOptions(**{"device": "cpu"} | options), view=view or View()
-        )
+        own = {name: options.pop(name) for name in ("device", "output", "only") if name in options}
+        config = published(options.pop("publish", None))
+        asked = RunOptions(**{"device": "cpu"} | own, features=options)
+        return run_on_ray(address, config, asked, view=view or View())
+
+
+def published(directory: str | None) -> Config:
+    """The configuration, with a directory for the models."""
+    spec = PublishSpec(directory=directory, label=directory) if directory is not None else None
+    return replace(load_config("gate.yml"), publish=spec)
 
 
 def stored() -> Report:
@@ -122,13 +130,12 @@ def started(name: str) -> Callable[[tuple[int, int], Any], bool]:
 
 def test_report_models_and_cached_verdicts_are_those_of_one_machine(place: Path) -> None:
     """Relative names are those of the machine of the run, wherever a task starts."""
-    options = RunOptions(device="cpu", publish="here")
-    whole = run_gate(load_config("gate.yml"), options)
+    whole = run_gate(published("here"), RunOptions(device="cpu"))
     ray, view, works = Ray({"CPU": 1.0}), Shown(), []
     ray.changes = lambda work: works.append(work) or work
     report = judged(ray, view, publish="there", output="report", cache="cache")
     assert works[0].config.publish.directory == str(place / "there")
-    assert works[0].options.cache == str(place / "cache")
+    assert works[0].options.features["cache"] == str(place / "cache")
     expected = {one.name: one.published for one in whole.adapters}
     for one in report.adapters:
         wanted = expected[one.name]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.shards.partition import assign, part_of, shard_of
+from merge_gate.features.shards.declared import shard_of
+from merge_gate.features.shards.partition import assign, part_of
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Acceptance, BaselineEntry, ForwardMode
 from tests.support.command import merge_gate
@@ -100,7 +101,7 @@ def test_a_whole_run_is_no_shard(config: Config) -> None:
 
 
 def names(config: Config, index: int, count: int) -> list[str]:
-    return [spec.name for spec in part_of(config, config.adapters, RunOptions(shard=(index, count)))[0]]
+    return [spec.name for spec in part_of(config, config.adapters, RunOptions(features={"shard": (index, count)}))[0]]
 
 
 def test_adapters_without_a_base_in_the_configuration_are_together(config: Config) -> None:
@@ -114,15 +115,15 @@ def test_a_machine_with_the_checkout_elsewhere_makes_the_same_cut(config: Config
     moved = load_config(str(elsewhere / "gate.yml"))
     for count in (1, 2, 3, 6, 9):
         for index in range(1, count + 1):
-            ours = part_of(config, config.adapters, RunOptions(shard=(index, count)))
-            theirs = part_of(moved, moved.adapters, RunOptions(shard=(index, count)))
+            ours = part_of(config, config.adapters, RunOptions(features={"shard": (index, count)}))
+            theirs = part_of(moved, moved.adapters, RunOptions(features={"shard": (index, count)}))
             assert ours[1] == theirs[1]
             assert [spec.name for spec in ours[0]] == [spec.name for spec in theirs[0]]
 
 
 def test_the_plan_is_another_one_when_anything_of_it_is(config: Config) -> None:
     def digest(config: Config, count: int = 2, *, most: int = 6) -> str:
-        return planned(config, config.adapters[:most], RunOptions(shard=(1, count))).plan_sha256
+        return planned(config, config.adapters[:most], RunOptions(features={"shard": (1, count)})).plan_sha256
 
     others = [digest(config, 3), digest(config, most=5)]
     others.append(digest(replace(config, sha256="0" * 64)))
@@ -145,7 +146,7 @@ def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:
     first = config.adapters[0]
     twice = replace(first, base=replace(first.base, dtypes=("float32", "bfloat16")))
     specs = (twice, *config.adapters[1:])
-    shards = [planned(config, specs, RunOptions(shard=(index, 2))) for index in (1, 2)]
+    shards = [planned(config, specs, RunOptions(features={"shard": (index, 2)})) for index in (1, 2)]
     assert {shard.entries for shard in shards} == {7}
     assert sorted(position for shard in shards for position in shard.positions) == list(range(7))
 

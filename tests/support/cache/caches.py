@@ -49,7 +49,8 @@ def open_cache(
 ) -> VerdictCache:
     """A cache in a directory next to the entry's base."""
     place = Path(base_directory(entry)).parent / "cache"
-    return VerdictCache(run or a_run(RunOptions(device=requested, **options), notify), str(place), Seal(secret))
+    own = RunOptions(device=requested, features=options)
+    return VerdictCache(run or a_run(own, notify), str(place), Seal(secret))
 
 
 def store(cache: VerdictCache, entry: Entry, device: DeviceChosen = CPU) -> None:

@@ -39,14 +39,15 @@ def join(run: Run) -> Feature:
         UsageError: the directory cannot be used, or the secret is too short.
     """
     seal = from_environment(os.environ)
-    return VerdictCache(run, run.options.cache, seal) if run.options.cache is not None else Feature()
+    directory = run.options.features.get("cache")
+    return VerdictCache(run, directory, seal) if directory is not None else Feature()
 
 
 class VerdictCache(Feature):
     """The verdicts, digests, and figures in one directory. With `--refresh`, they are only written."""
 
     def __init__(self, run: Run, directory: str, seal: Seal) -> None:
-        self._run, self._fresh = run, run.options.refresh
+        self._run, self._fresh = run, run.options.features.get("refresh", False)
         folder = Path(directory).absolute()
         for place in (folder, *folder.parents):
             refuse_input(place, run.inputs, "--cache")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import secrets
 import shutil
 import signal
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, cast
 from merge_gate._internal.errors import GateError
 from merge_gate.features.cache.declared import SECRET
 from merge_gate.features.cache.store import from_environment
+from merge_gate.features.ray.declared import LOCAL
 from merge_gate.features.shards.combined import combined
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import digest_file
@@ -51,13 +51,9 @@ if TYPE_CHECKING:
 
     Send = Callable[[Any], None]
 
-LOCAL = ""
-"""The address of a new cluster on this machine, for this run."""
-
 OBJECT_STORE_BYTES = 80 << 20
 """The object store of a local cluster: slightly above Ray's minimum. It holds only what tasks send."""
 
-_ADDRESS = re.compile(r"auto|[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 _HINT = "start the cluster, or correct ADDRESS; the gate must be able to reach the head node"
 _CONNECT_S = 5.0
 _HEALTH_S = 45.0
@@ -101,7 +97,7 @@ class Work:
 def run_shard(work: Work, shard: tuple[int, int], given_up: tuple[tuple[str, str], ...]) -> Iterator[list[Any]]:
     """Run a shard on this node. None is the last that it sends."""
     sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    options = replace(work.options, shard=shard, given_up=given_up)
+    options = replace(work.options, features={**work.options.features, "shard": shard}, given_up=given_up)
     threading.Thread(target=_run, args=(replace(work, options=options), sent.put), daemon=True).start()
     batch: list[Any] = []
     while None not in batch:
@@ -125,7 +121,7 @@ def _refuse_node(work: Work) -> None:
     if versions_digest() != work.versions_sha256:
         problem = f"{node} has other versions of the libraries, or other code of merge-gate"
         raise GateError(problem, hint="install the same versions on every node")
-    if work.options.cache is not None and _seal() != work.seal:
+    if work.options.features.get("cache") is not None and _seal() != work.seal:
         raise GateError(f"{node} has another {SECRET}", hint="set the same secret on every node, or on none")
     if work.mark is not None and not Path(work.mark).is_dir():
         problem = f"{node} does not see the directory to publish to, {Path(work.mark).parent}, of this machine"
@@ -173,10 +169,10 @@ class RayRun:
         self._merges, self._judged = sum(len(spec.base.dtypes) for spec in specs), 0
         self._writer = ReportWriter(options.output, view)
         self._empty = Tally(config, None, device=options.device, watch=BaseWatch()).report()
-        cache = _absolute(options.cache)  # on a node, relative names start elsewhere
+        cache = _absolute(options.features.get("cache"))  # on a node, relative names start elsewhere
         publish = config.publish
         publish = publish and replace(publish, directory=_absolute(publish.directory) or "")
-        self._options = replace(options, output=None, publish=None, max_shard_bytes=None, cache=cache)
+        self._options = replace(options, output=None, features={**options.features, "cache": cache})
         self._config = replace(config, publish=publish)
         self._shards: list[_Shard] = []
         self._notes = set[str]()
@@ -270,8 +266,10 @@ class RayRun:
         given_up = dict.fromkeys(names, f"a worker on the Ray cluster {reason}") | dict(shard.given_up)
         shard.given_up = tuple(given_up.items())
         if len(given_up) == len(self._names):
-            options = replace(self._options, shard=shard.number, given_up=shard.given_up, access=Access.STREAM)
-            run_gate(self._config, options, view=calls(partial(self._take, shard)))
+            of_shard = {**self._options.features, "shard": shard.number}
+            options = replace(self._options, features=of_shard, given_up=shard.given_up)
+            specs = (replace(spec, base=replace(spec.base, access=Access.STREAM)) for spec in self._config.adapters)
+            run_gate(replace(self._config, adapters=tuple(specs)), options, view=calls(partial(self._take, shard)))
 
     def _take(self, shard: _Shard, item: Any) -> None:
         """Take a call of a view, and show it with the numbers of the whole run. Raise an exception."""
@@ -334,20 +332,6 @@ def _absolute(directory: str | None) -> str | None:
 def first_line(error: Exception) -> str:
     """The message of one of Ray's errors, which may have many lines."""
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def checked_address(address: str) -> str:
-    """Return the address if it is valid.
-
-    Raises:
-        GateError: it is not an address.
-    """
-    if address != LOCAL and not _ADDRESS.fullmatch(address):
-        raise GateError(
-            f"--ray {address!r} is not the address of a Ray cluster, expected HOST:PORT or auto",
-            hint="put --ray ADDRESS after all other arguments; for a cluster on this machine, end with --ray alone",
-        )
-    return address
 
 
 @contextmanager

@@ -17,38 +17,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from merge_gate import __version__
-from merge_gate._internal.errors import UsageError
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
 from merge_gate.run.verdict_key import key_of, versions_digest
 
-INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
-"""Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""
-
 PLAN_VERSION = 2
 """Raise it if the same configuration is cut differently."""
-
-
-def shard_of(text: str, environ: Mapping[str, str]) -> tuple[int, int]:
-    """I and N of `I/N`. For `N` alone, I is the number of the pod in a Kubernetes Indexed Job.
-
-    Raises:
-        UsageError: I is more than N, or there is no number of a pod.
-    """
-    first, _, last = text.rpartition("/")
-    if not first:
-        given = environ.get(INDEX_VARIABLE, "")
-        if not given.isdecimal() or not given.isascii():
-            raise UsageError(
-                f"--shard {text}: {INDEX_VARIABLE} is {given[:20]!r}, expected the number of this pod",
-                hint="name the shard as I/N, or run in a Kubernetes Job with completionMode: Indexed",
-            )
-        first = str(int(given[:9]) + 1)
-    index, count = int(first), int(last)
-    if index > count:
-        raise UsageError(f"--shard {index}/{count}: there is no shard {index} of {count}", hint="shards count from 1")
-    return index, count
 
 
 def part_of(
@@ -58,9 +33,9 @@ def part_of(
 
     All adapters and None if the run is not a shard.
     """
-    if options.shard is None:
+    if options.features.get("shard") is None:
         return tuple(specs), None
-    index, count = options.shard
+    index, count = options.features["shard"]
     shards = assign({spec.name: _base_of(spec, config.directory) for spec in specs}, count)
     ours: list[AdapterSpec] = []
     positions: list[int] = []
