@@ -6,8 +6,6 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from merge_gate.features.publish.manifest import (
-    CARD_NAME,
-    MANIFEST_NAME,
     PublicationFacts,
     manifest_of,
     model_card,
@@ -15,7 +13,7 @@ from merge_gate.features.publish.manifest import (
     render,
 )
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
-from merge_gate.records.files import AdapterFiles, Entry, FileRecord
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, AdapterFiles, Entry, FileRecord
 from merge_gate.records.report import AdapterReport
 from tests.support import reports
 

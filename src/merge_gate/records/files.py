@@ -11,6 +11,9 @@ from merge_gate.records.terms import Finding, ForwardMode, record, reported
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """An adapter's files, as PEFT names them."""
 
+MANIFEST_NAME, CARD_NAME = "merge-gate.json", "README.md"
+"""The files of a published model that say what it was made of: for programs, and for people."""
+
 EXPORT_NAME = "merge-gate-export.json"
 """The file of an exported adapter that says what it was made of."""
 

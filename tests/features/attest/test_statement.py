@@ -17,7 +17,8 @@ from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
 from merge_gate.features.attest import statement
 from merge_gate.features.attest.statement import Predicate, statements_of
-from merge_gate.features.publish.manifest import CARD_NAME, MANIFEST_NAME, Manifest
+from merge_gate.features.publish.manifest import Manifest
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
 from tests.support import published, reports

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.features.publish.manifest import (
-    CARD_NAME,
-    MANIFEST_NAME,
     Difference,
     differences,
     model_card,
@@ -23,6 +21,7 @@ from merge_gate.features.publish.manifest import (
     render,
 )
 from merge_gate.records.config import Combine
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME
 from tests.support import published, reports
 
 if TYPE_CHECKING:

@@ -16,14 +16,13 @@ import pytest
 from merge_gate._internal.errors import NotPublishedError, SourceError
 from merge_gate.cli.dispatch import main
 from merge_gate.features.publish import one_publication, publications, weight_files
-from merge_gate.features.publish.manifest import MANIFEST_NAME
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.publications import Publications
 from merge_gate.features.publish.weight_files import base_layout
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import PublishSpec
-from merge_gate.records.files import StoredTensor
+from merge_gate.records.files import MANIFEST_NAME, StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.protocol import PublicationWritten, Publisher, Publishing
 from tests.support.judging.cases import broken, evidence

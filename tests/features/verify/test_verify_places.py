@@ -11,7 +11,7 @@ import pytest
 from merge_gate._internal.earlier_reports import refuse_run
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
-from merge_gate.features.publish.manifest import MANIFEST_NAME
+from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support import published
 from tests.support.reports import EMPTY, FAIL, PASS

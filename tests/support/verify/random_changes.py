@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.companion_names import is_harmless
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
-from merge_gate.features.publish.manifest import MANIFEST_NAME
 from merge_gate.features.verify.expected_differences import same
 from merge_gate.features.verify.finished_settings import _normal
+from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.records.terms import Severity
 from tests.support.verify.accounting import account, rich_base, saved_by_transformers_4, saved_by_transformers_5, write
 

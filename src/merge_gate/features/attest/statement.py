@@ -18,7 +18,6 @@ from merge_gate._internal.errors import UsageError
 from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.text import listing, quoted
 from merge_gate.features.publish.manifest import (
-    MANIFEST_NAME,
     MOST_BYTES,
     Manifest,
     PublishedAdapter,
@@ -30,6 +29,7 @@ from merge_gate.features.publish.manifest import (
     versions_of,
     warnings_in,
 )
+from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.records.report import TOOL, AdapterReport, ConfigFile, Report, Tool
 from merge_gate.records.terms import Verdict, record, reported
 from merge_gate.report.formats.fields import dump_record

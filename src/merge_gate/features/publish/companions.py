@@ -27,12 +27,12 @@ from merge_gate._internal.errors import NotPublishedError
 from merge_gate._internal.regular_file import open_regular_file, read_all
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.publish.declared import PUBLISHED_FILES, STOP_TOKENS, TOKENIZER_SIZE
-from merge_gate.features.publish.manifest import CARD_NAME, PublicationFacts
+from merge_gate.features.publish.manifest import PublicationFacts
 from merge_gate.features.publish.weight_files import FLOATING_STORED
 from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.files.identity import identity_of
-from merge_gate.records.files import CONFIG_NAME, EXPORT_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
+from merge_gate.records.files import CARD_NAME, CONFIG_NAME, EXPORT_NAME, PICKLE_NAME, WEIGHTS_NAME, FileIdentity
 from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
 
 _MOST_BYTES = 256 * 1024 * 1024

@@ -24,7 +24,7 @@ from merge_gate._internal.text import counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.checks.table import DEFAULT_SETTINGS
 from merge_gate.records.config import CheckSetting, Combine, Config, PublishSpec
-from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
 from merge_gate.records.terms import (
     DTYPES,
@@ -45,9 +45,7 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-MANIFEST_NAME, MANIFEST_VERSION = "merge-gate.json", "1.0"
-CARD_NAME = "README.md"
-LISTING = MANIFEST_NAME
+MANIFEST_VERSION, LISTING = "1.0", MANIFEST_NAME
 """The file that lists the others of a directory (partial.py)."""
 MOST_BYTES = 16 * 1024 * 1024
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)

@@ -21,8 +21,6 @@ from pathlib import Path
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate.features.publish.companions import CompanionFiles, Identities, companions_of, read_inputs
 from merge_gate.features.publish.manifest import (
-    CARD_NAME,
-    MANIFEST_NAME,
     PublicationFacts,
     manifest_of,
     model_card,
@@ -35,7 +33,7 @@ from merge_gate.files import json_object, resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import shown
 from merge_gate.records.config import PublishSpec
-from merge_gate.records.files import Entry, FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.worker.protocol import PublicationWritten, Publishing
 

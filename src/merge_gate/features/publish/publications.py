@@ -23,13 +23,13 @@ from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import has_hidden, listing, quoted
 from merge_gate.features.publish.companions import companion_identities
-from merge_gate.features.publish.manifest import MANIFEST_NAME, PublicationFacts
+from merge_gate.features.publish.manifest import PublicationFacts
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
 from merge_gate.features.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.config import A_FILE, AdapterSpec, PublishSpec
-from merge_gate.records.files import Entry, FileIdentity, StoredTensor
+from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, StoredTensor
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding

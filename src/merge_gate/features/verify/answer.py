@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.publish.manifest import MANIFEST_NAME, Difference, Manifest, differences, read_manifest
 from merge_gate.features.verify.declared import BROKEN_FILES, OTHER_ARCHITECTURE
 from merge_gate.features.verify.directory import directory_findings, expected_files
 from merge_gate.features.verify.exchanged import command
@@ -25,11 +24,14 @@ from merge_gate.judging.kinds import ALLOWED, ANSWERS, finding
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
+from merge_gate.records.files import CONFIG_NAME, MANIFEST_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
+
+if TYPE_CHECKING:
+    from merge_gate.features.publish.manifest import Difference, Manifest
 
 _ORDER = {kind: number for number, kind in enumerate(ANSWERS)}
 """The order in which findings decide. Those of the gate are -1."""
@@ -253,6 +255,8 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
         UsageError: there is no record, or it is none of merge-gate.
         OSError: a file cannot be read.
     """
+    from merge_gate.features.publish.manifest import differences, read_manifest  # noqa: PLC0415 - of this model alone
+
     manifest = read_manifest(directory)
     odd, base = differences(directory, manifest), manifest.base
     gated = AdapterReport(

@@ -11,16 +11,13 @@ torch: only the worker process does.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
 from merge_gate._internal.errors import GateError, ResolveError, UsageError
-from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.text import quoted
 from merge_gate.config.paths import resolve_argument
-from merge_gate.features.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.features.verify import answer
 from merge_gate.features.verify.directory import settings_files
 from merge_gate.files import resolve
@@ -33,7 +30,7 @@ from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.names.hub_names import HUB, close_directory
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Config
-from merge_gate.records.files import Entry, FileIdentity, Snapshot
+from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
@@ -75,11 +72,11 @@ def verify_record(
         )
     try:
         found = answer.recorded_report(name, name, allowed)
-        content = read_regular_file(Path(name, MANIFEST_NAME), MOST_BYTES)
+        sha256 = resolve.digest_file(Path(name, MANIFEST_NAME))
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
     found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
-    config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
+    config = Config(path=None, directory=str(Path.cwd()), sha256=sha256, adapters=())
     tally = Tally(config, None, device=DEVICE, watch=BaseWatch())
     tally.set_report(0, found)
     with begun_run(output):

@@ -16,6 +16,7 @@ from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
 from merge_gate.judging.not_judged import NOT_JUDGED
+from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.explanations import explanations, page_of
 from merge_gate.report.wording.untrusted import one_line
@@ -444,5 +445,5 @@ def published_size(model: PublishedModel) -> str:
 
 def manifest_sha256(model: PublishedModel) -> str:
     """The digest of a published model's merge-gate.json, which lists all other files; empty if it has none."""
-    own = PurePosixPath("merge-gate.json")
+    own = PurePosixPath(MANIFEST_NAME)
     return next((file.sha256 for file in model.files if PurePosixPath(file.path) == own), "")
