@@ -1,6 +1,7 @@
 """The supervisor and its child process: what a death costs, and that nobody outlives anybody.
 
-A child that must hang at a known place is given a regular expression that takes ten seconds of trial, or is stopped.
+Most children are played (tests/support/played_worker.py). A real one that must hang at a known place is given a regular
+expression that takes ten seconds of trial.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from merge_gate.worker.protocol import (
 from merge_gate.worker.supervisor import Attempt, WorkerProcess, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
+from tests.support.faults import configure
+from tests.support.played_worker import plan, played_workers
 
 if TYPE_CHECKING:
     from merge_gate.records.files import AdapterFiles
@@ -143,29 +146,31 @@ def deaths(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
     3. 2. Adapter 6 takes longer than it may. 3. The child stops while it loads the base. 4. None.
     """
     place = tmp_path_factory.mktemp("deaths")
-    llama, stopped = shelf.base("llama"), shutil.copytree(shelf.base("llama"), place / "stopped")
+    killed, llama, other, stopped, last = (copied(shelf, place / name) for name in ("killed", "l", "o", "stopped", "z"))
     files = sound(11, shelf, place)
-    files[3], files[6] = hang(files[3]), hang(files[6])
+    plan(killed, load="kill kill")
+    plan(llama, load="kill")
+    plan(stopped, load="hang")
+    plan(files[3].directory, merge="kill")
+    plan(files[6].directory, merge="hang")
     groups = (
-        group(shutil.copytree(llama, place / "killed"), files[:2]),
+        group(killed, files[:2]),
         group(llama, files[2:5], first=2),
-        limited(group(shutil.copytree(llama, place / "other"), files[5:8], first=5), 6),
+        limited(group(other, files[5:8], first=5), 6),
         limited(group(stopped, files[8:10], first=8), 8, 9),
-        group(llama, files[10:], first=10),
+        group(last, files[10:], first=10),
     )
-    killer = Killer(
-        {
-            BaseLoading(group=0): [signal.SIGKILL] * 2,
-            BaseLoading(group=1): [signal.SIGKILL],
-            MergeStarted(task=3): [signal.SIGKILL],
-            BaseLoading(group=3): [signal.SIGSTOP],
-        }
-    )
-    with pytest.MonkeyPatch.context() as patch, WorkerSlot() as worker:
+    killer = Killer()
+    with pytest.MonkeyPatch.context() as patch, played_workers(place), WorkerSlot() as worker:
         patch.setattr("merge_gate.worker.supervisor.FIRST_NOTE_S", 0.25)
         process_of(worker).kill()
         supervise(Job(groups=groups), killer, worker)
     return killer
+
+
+def copied(shelf: Shelf, directory: Path) -> Path:
+    """A base of its own, for which accidents can be planned."""
+    return shutil.copytree(shelf.base("llama"), directory)
 
 
 def test_a_child_that_dies_at_once_costs_nothing(deaths: Killer) -> None:
@@ -231,6 +236,10 @@ def test_each_task_is_merged_in_order_and_the_child_ends(alone: Killer) -> None:
     assert isinstance(alone.heard[0], DeviceChosen)
     assert alone.heard[0].device == "cpu" or alone.heard[0].device.startswith("cuda")
     assert isinstance(alone.heard[-1], Finished)
+    assert [event for event in alone.heard if isinstance(event, ForwardRunning) and event.task == 1] == [
+        ForwardRunning(task=1, is_running=True),
+        ForwardRunning(task=1, is_running=False),
+    ]
 
 
 # --- one pass over a base for several adapters -----------------------------------------------------------------------
@@ -240,28 +249,6 @@ def one_pass(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Gro
     return replace(group(base, adapters, first=first), one_pass=True)
 
 
-@pytest.fixture(scope="module")
-def passes(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
-    """Three passes: all adapters are sound, adapter 4 cannot be read, and the child is killed at adapter 7.
-
-    Another child merges the others of the third pass in a pass, and is killed when it merges adapter 7 alone.
-    """
-    files, base = sound(9, shelf, tmp_path_factory.mktemp("passes")), shelf.base("llama")
-    broken = replace(files[4].files[0], sha256="0" * 64)
-    files[4] = replace(files[4], files=(broken, *files[4].files[1:]))
-    files[7] = hang(files[7])
-    killer = Killer(
-        {InProgress(task=7): [signal.SIGKILL], MergeStarted(task=7): [signal.SIGKILL]},
-    )
-    bases = [shutil.copytree(base, tmp_path_factory.mktemp("base") / "llama") for _ in range(3)]
-    groups = tuple(
-        one_pass(one, files[first : first + 3], first=first) for first, one in zip((0, 3, 6), bases, strict=True)
-    )
-    with WorkerSlot() as worker:
-        supervise(Job(groups=groups), killer, worker)
-    return killer
-
-
 def started(killer: Killer, *tasks: int) -> list[tuple[int, tuple[int, ...]]]:
     return [
         (event.task, event.others) for event in killer.heard if isinstance(event, MergeStarted) and event.task in tasks
@@ -269,8 +256,16 @@ def started(killer: Killer, *tasks: int) -> list[tuple[int, tuple[int, ...]]]:
 
 
 @pytest.mark.slow
-def test_adapters_are_merged_in_one_pass(passes: Killer, alone: Killer) -> None:
-    assert started(passes, 0, 1, 2) == [(0, (1, 2))]
+def test_adapters_are_merged_in_one_pass(shelf: Shelf, alone: Killer, tmp_path: Path) -> None:
+    """The last one cannot be read, which costs the others no verdict."""
+    files = sound(4, shelf, tmp_path)
+    broken = replace(files[3].files[0], sha256="0" * 64)
+    files[3] = replace(files[3], files=(broken, *files[3].files[1:]))
+    killer = Killer()
+    with WorkerSlot() as worker:
+        supervise(Job(groups=(one_pass(shelf.base("llama"), files),)), killer, worker)
+    assert killer.outcomes() == dict.fromkeys(range(3), "Merged") | {3: "Unjudged"}
+    assert started(killer, 0, 1, 2) == [(0, (1, 2, 3))]
     evidence = [
         [
             replace(
@@ -280,66 +275,40 @@ def test_adapters_are_merged_in_one_pass(passes: Killer, alone: Killer) -> None:
                 forward=replace(event.evidence.forward, largest_difference=None),
             )
             for event in one.heard
-            if isinstance(event, Merged) and event.task < 3
+            if isinstance(event, Merged)
         ]
-        for one in (passes, alone)
+        for one in (killer, alone)
     ]
     assert evidence[0] == evidence[1]
-    assert [passes.outcomes()[task] for task in range(3)] == ["Merged"] * 3
 
 
-def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(passes: Killer) -> None:
-    assert [passes.outcomes()[task] for task in (3, 4, 5)] == ["Merged", "Unjudged", "Merged"]
-
-
-def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(passes: Killer) -> None:
-    assert [passes.outcomes()[task] for task in (6, 7, 8)] == ["Merged", "Unjudged", "Merged"]
-    assert started(passes, 6, 7, 8) == [(6, (7, 8)), (6, (8,)), (7, ())]
+def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(shelf: Shelf, tmp_path: Path) -> None:
+    """Another child merges the others in a pass, and is killed when it merges adapter 1 alone."""
+    files = sound(3, shelf, tmp_path)
+    plan(files[1].directory, merge="kill kill")
+    killer = Killer()
+    with played_workers(tmp_path), WorkerSlot() as worker:
+        supervise(Job(groups=(one_pass(shelf.base("llama"), files),)), killer, worker)
+    assert killer.outcomes() == {0: "Merged", 1: "Unjudged", 2: "Merged"}
+    assert started(killer, 0, 1, 2) == [(0, (1, 2)), (0, (2,)), (1, ())]
 
 
 # --- models that run -------------------------------------------------------------------------------------------------
 
-ACCIDENTS = """
-import merge_gate.worker.child as child
-def with_accidents(import_engine=child._import_engine):
-    import_engine()
-    import os, signal, time
-    from merge_gate.engine import adapter_evidence as engine
-    accidents = {1: lambda: os.kill(os.getpid(), signal.SIGKILL), 2: lambda: time.sleep(600), 3: os.abort}
-    def run_adapters(base, models, *others, run=engine.run_adapters):
-        for model in models:
-            alpha = next(layer.lora_alpha["default"] for layer in model.modules() if hasattr(layer, "lora_alpha"))
-            accidents.get(alpha, lambda: None)()
-        return run(base, models, *others)
-    engine.run_adapters = run_adapters
-child._import_engine = with_accidents
-from merge_gate.worker.child import main
-"""
-"""When an adapter is run as a model, it has the accident of its lora_alpha."""
-
-
-HANGING_BASE = supervisor._BOOTSTRAP.replace(
-    "from merge_gate.worker.child import main\n",
-    ACCIDENTS.replace("for model in models:", "time.sleep(600)\n        for model in models:"),
-)
-
 
 @pytest.fixture(scope="module")
 def accidents(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
-    """A job whose models end in every way: alone (1 to 4), and in a pass of three, of which one is killed."""
+    """A job whose models end in every way: alone (0 to 3), and in a pass of three, of which one is killed."""
     place = tmp_path_factory.mktemp("accidents")
     files = sound(7, shelf, place)
-    for number, alpha in enumerate((1, 2, 3, 4, 4, 1, 4)):
-        path = Path(files[number].directory, "adapter_config.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))
-        files[number] = preflight(files[number].directory, allow_pickle=False)
-    other = shutil.copytree(shelf.base("llama"), place / "llama")
-    groups = group(shelf.base("llama"), files[:4]), one_pass(other, files[4:], first=4)
-    bootstrap = supervisor._BOOTSTRAP.replace("from merge_gate.worker.child import main\n", ACCIDENTS)
+    for number, run in {0: "kill kill", 1: "hang hang", 2: "abort abort", 5: "kill kill"}.items():
+        plan(files[number].directory, run=run)
+    groups = (
+        limited(group(shelf.base("llama"), files[:4]), 1),
+        one_pass(copied(shelf, place / "llama"), files[4:], first=4),
+    )
     killer = Killer()
-    with pytest.MonkeyPatch.context() as patch, WorkerSlot() as worker:
-        patch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", bootstrap)
-        patch.setattr("merge_gate.worker.supervisor.FORWARD_SHARE", 60)  # ten seconds
+    with played_workers(place), WorkerSlot() as worker:
         supervise(Job(groups=groups), killer, worker)
     return killer
 
@@ -357,10 +326,6 @@ def test_a_model_that_is_killed_or_hangs_costs_only_its_measurement(accidents: K
     wording(*((why[task] or "").partition(": ")[0] for task in (0, 1)))
     assert why[3] is None
     assert started(accidents, 3) == [(3, ())]
-    assert [event for event in accidents.heard if isinstance(event, ForwardRunning) and event.task == 3] == [
-        ForwardRunning(task=3, is_running=True),
-        ForwardRunning(task=3, is_running=False),
-    ]
 
 
 def test_after_a_death_of_models_in_a_pass_each_runs_alone(accidents: Killer) -> None:
@@ -372,13 +337,13 @@ def test_after_a_death_of_models_in_a_pass_each_runs_alone(accidents: Killer) ->
 
 @pytest.mark.parametrize("passes", [False, True])
 def test_a_base_that_hangs_is_not_run_again(
-    passes: bool, shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, wording: Wording
+    passes: bool, shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, wording: Wording
 ) -> None:
-    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", HANGING_BASE)
-    monkeypatch.setattr("merge_gate.worker.supervisor.FORWARD_SHARE", 300)  # two seconds
-    killer, one = Killer(), (one_pass if passes else group)(shelf.base("llama"), adapters)
+    base = copied(shelf, tmp_path / "base")
+    plan(base, run="hang hang")
+    killer, one = Killer(), limited((one_pass if passes else group)(base, adapters), 0, 1)
     off = replace(one.tasks[2], no_forward="forward is off")
-    with WorkerSlot() as worker:
+    with played_workers(tmp_path), WorkerSlot() as worker:
         supervise(Job(groups=(replace(one, tasks=(*one.tasks[:2], off)),)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Merged")
     why = why_not_run(killer)
@@ -390,6 +355,44 @@ def test_a_base_that_hangs_is_not_run_again(
     assert {event.task for event in ran if event.is_running} == {0, 1}, "so no verdict is stored"
     assert all(event.is_running for event in ran)
     wording((why[0] or "").partition(": ")[0])
+
+
+KILLED_MODEL = """
+import merge_gate.worker.child as child
+def with_accident(import_engine=child._import_engine):
+    import_engine()
+    import os, signal
+    from merge_gate.engine import adapter_evidence as engine
+    def run_adapters(base, models, *others, run=engine.run_adapters):
+        layers = (layer for model in models for layer in model.modules() if hasattr(layer, "lora_alpha"))
+        if any(layer.lora_alpha["default"] == 1 for layer in layers):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(base, models, *others)
+    engine.run_adapters = run_adapters
+child._import_engine = with_accident
+from merge_gate.worker.child import main
+"""
+"""An adapter with this lora_alpha ends the process when it is run as a model."""
+
+
+@pytest.mark.slow
+def test_real_workers_die_as_played_ones_do(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At the load of the base, in the model of adapter 0, in the merge of adapter 1, and past the limit of 2."""
+    configure(lora_alpha=1)(Path(adapters[0].directory))
+    files = [preflight(adapters[0].directory, allow_pickle=False), hang(adapters[1]), hang(adapters[2])]
+    bootstrap = supervisor._BOOTSTRAP.replace("from merge_gate.worker.child import main\n", KILLED_MODEL)
+    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", bootstrap)
+    killer = Killer({BaseLoading(group=0): [signal.SIGKILL], MergeStarted(task=1): [signal.SIGKILL]})
+    with WorkerSlot() as worker:
+        files += sound(1, shelf, tmp_path / "more")
+        supervise(Job(groups=(limited(group(shelf.base("llama"), files), 2),)), killer, worker)
+    assert killer.outcomes() == {0: "Merged", 1: "Unjudged", 2: "Unjudged", 3: "Merged"}
+    assert "SIGKILL" in (why_not_run(killer)[0] or "")
+    assert why_not_run(killer)[3] is None
+    assert "SIGKILL" in killer.refusal(1).message
+    assert "time limit" in killer.refusal(2).message
 
 
 def test_a_task_that_is_not_to_be_run_is_not(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
