@@ -17,7 +17,7 @@ import pytest
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import requested_config
 from merge_gate.cli.dispatch import main
-from merge_gate.cli.parser import WITHOUT_VARIABLE, parsed, parsers, unknown_variables
+from merge_gate.cli.parser import parsed, parsers, unknown_variables, without_variable
 
 if TYPE_CHECKING:
     from tests.support.wording import Wording
@@ -63,7 +63,7 @@ def test_a_flag_goes_before_its_variable(words: list[str], monkeypatch: pytest.M
 def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {action for action in commands()[command]._actions if "[env: " in str(action.help)}
     options = {option for action in shown for option in action.option_strings}
-    assert not options & (WITHOUT_VARIABLE | {"--set", "--expect", "--only", "--report", "--allow"})
+    assert not options & (without_variable() | {"--set", "--expect", "--only", "--report", "--allow"})
     assert not any(isinstance(action, argparse._AppendAction) for action in shown)
     monkeypatch.setenv("MERGE_GATE_ALLOW_PICKLE", "1")
     monkeypatch.setenv("MERGE_GATE_SHARD", "2/2")

@@ -30,6 +30,7 @@ from merge_gate._internal.errors import GateError
 from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
+from merge_gate.cli.parser import COMMANDS
 from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.features.ray import run_on_ray
 from merge_gate.judging.checks.table import CHECKS
@@ -84,7 +85,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _replace(monkeypatch: pytest.MonkeyPatch, command: str, run: Callable[..., Any]) -> None:
-    monkeypatch.setitem(dispatch.COMMANDS, command, (dispatch.COMMANDS[command][0], run))
+    monkeypatch.setitem(COMMANDS, command, (COMMANDS[command][0], run))
 
 
 def broken(*_: object) -> NoReturn:

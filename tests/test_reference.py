@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from merge_gate.cli.parser import WITHOUT_VARIABLE
+from merge_gate.cli.parser import without_variable
 from tests.support.generated import held
 from tests.support.reference_pages import command_reference, commands, exit_code_table, variable_table
 
@@ -43,4 +43,4 @@ def test_every_variable_of_merge_gate_is_in_the_reference() -> None:
     missing = [name for name in used if f"`{name}`" not in page and not name.startswith("MERGE_GATE_INPUT")]
     assert used >= {"MERGE_GATE_CACHE_KEY", "MERGE_GATE_PLACE"}
     assert set(missing) <= INTERNAL
-    assert all(f"`{option}`" in page for option in WITHOUT_VARIABLE - {"--help", "--version", "--trust-remote-code"})
+    assert all(f"`{option}`" in page for option in without_variable() - {"--help", "--version", "--trust-remote-code"})

@@ -11,6 +11,7 @@ import copy
 import re
 import shutil
 import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
@@ -61,12 +62,12 @@ class HelpText(argparse.HelpFormatter):
     """Wraps the description, and each line of the epilog for itself, to the width of the terminal."""
 
     _HANGING = 3
-    _HEADINGS: Mapping[str, str] = {"verify": "published models", "attest": "more commands"}
-    """The commands that begin a group of commands."""
 
-    def __init__(self, prog: str, **options: Any) -> None:
+    def __init__(self, prog: str, headings: Mapping[str, str] = MappingProxyType({}), **options: Any) -> None:
+        """`headings` has the commands that begin a group of commands."""
         columns = shutil.get_terminal_size().columns
         super().__init__(prog, **{"width": min(columns, _WIDEST_HELP) - 2, "max_help_position": 28, **options})
+        self._headings = headings
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
@@ -74,7 +75,7 @@ class HelpText(argparse.HelpFormatter):
             self._action_max_length += self._HANGING  # argparse forgets their indentation
 
     def _format_action(self, action: argparse.Action) -> str:
-        heading = self._HEADINGS.get(action.dest)
+        heading = self._headings.get(action.dest)
         return (f"\n  {heading}:\n" if heading else "") + super()._format_action(action)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -243,9 +244,9 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
 
 def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
+    from merge_gate.config.exchanged import refuse_exchanged_base
     from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
     from merge_gate.config.load_config import load_config
-    from merge_gate.features.verify.exchanged import refuse_exchanged_base
     from merge_gate.judging.policies import POLICIES
 
     output, policy = getattr(arguments, "output", None), getattr(arguments, "policy", None)

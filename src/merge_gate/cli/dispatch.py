@@ -17,7 +17,8 @@ from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateEr
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
 from merge_gate.cli.output import DEBUG, exit_code
-from merge_gate.cli.parser import COMMANDS, parsed
+from merge_gate.cli.parser import all_commands, parsed
+from merge_gate.records.features import declared
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
 
@@ -45,7 +46,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _obey(arguments: argparse.Namespace) -> int:
     try:
-        return int(COMMANDS[arguments.command][1](arguments))
+        return int(all_commands()[arguments.command][1](arguments))
     except ConfigError as error:
         for problem in error.problems:
             say(str(problem))
@@ -94,6 +95,6 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     partial = f"; {Path(output, 'report.json')} holds what was judged until then" if report else ""
     say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{partial}")
     if partial and arguments.command == "run":
-        without = "add --cache DIR to the next run: if that is stopped, the same command continues from there"
-        say(f"  {'the same command continues from there' if arguments.cache else without}")
+        for after_stop in declared("after_stop"):
+            say(f"  {after_stop(arguments)}")
     return ExitCode.ERROR

@@ -12,42 +12,28 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NoReturn
+from functools import partial
+from itertools import chain
+from typing import NoReturn, TypeAlias
 
 from merge_gate import __version__
 from merge_gate._internal.text import one_of, quoted
 from merge_gate.cli import (
-    attest_command,
     check_command,
     demo_command,
-    export_command,
     init_command,
     print_command,
     report_command,
     run_command,
-    verify_command,
 )
-from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, examples
-from merge_gate.cli.report_command import REPORT, REPORT_COMMANDS
+from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, HelpText, examples
+from merge_gate.cli.report_command import REPORT
 from merge_gate.names.suggestions import closest, nearest
+from merge_gate.records.features import declared, parts
 
 PREFIX = "MERGE_GATE_"
-WITHOUT_VARIABLE = frozenset((
-    "--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus", "--plan", "--ray", "--shard",
-))  # fmt: skip
-"""A variable of these could keep a job from merging, or make the gate trust more. `MERGE_GATE_IMAGE` and
-`MERGE_GATE_GPUS` tell a gate in a container about the container."""
-_SIGN = (
-    "merge-gate signs nothing and checks no signature; use `cosign attest-blob` and `cosign verify-blob-attestation`"
-)
-GONE = {
-    "rebuild": "use `merge-gate verify`, which merges again and compares",
-    "--resume": "use --cache DIR, also in the run that may be killed; it does the same",
-    "--key": _SIGN,
-    "--attestation": _SIGN,
-    "--max-age": _SIGN,
-}
-"""What to use instead of a command or an option that is gone."""
+_WITHOUT_VARIABLE = ("--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus", "--plan")
+"""`MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS` tell a gate in a container about the container."""
 _OTHERS = frozenset((
     "CACHE_KEY", "CANARIES", "COMMIT", "CONFIG", "DEBUG", "E2E_HOME", "GPUS", "HANDOVER", "IMAGE", "JOB_INDEX", "PLACE",
     "PUBLISH_WITHIN", "REAL_ADAPTER", "SANDBOX", "SCREENSHOTS",
@@ -61,7 +47,7 @@ _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 def commanded(argv: Sequence[str]) -> list[str]:
     """The words of the command line, with the words of a command joined: `report combine`."""
     first = " ".join(argv[:2])
-    return [first, *argv[2:]] if first in REPORT_COMMANDS else list(argv)
+    return [first, *argv[2:]] if first in all_commands() else list(argv)
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -85,8 +71,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.choices[values.command]
         option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
         if option:
-            if option in GONE:
-                command.error(f"{option} is gone: {GONE[option]}")
+            if why := _why_gone(option):
+                command.error(why)
             if option in _options(commands.choices["run"]):
                 command.error(
                     f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"
@@ -118,12 +104,17 @@ def _explain_word(top: argparse.ArgumentParser, words: Sequence[str], known: Seq
     if _is_place(words[0]):
         meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
         top.error(f"the command is missing; did you mean {meant}?")
-    if words[0] in GONE:
-        top.error(f"{words[0]} is gone: {GONE[words[0]]}")
+    if why := _why_gone(words[0]):
+        top.error(why)
     options = _options(top)
     if words[0] not in options:
         kind, names = ("option", options) if words[0].startswith("-") else ("command", known)
         top.error(f"there is no {kind} {quoted(words[0])}{_meant(words[0], names)}")
+
+
+def _why_gone(word: str) -> str:
+    """What to use instead of a command or an option that is gone; empty for any other word."""
+    return next((f"{word} is gone: {gone[word]}" for gone in declared("GONE") if word in gone), "")
 
 
 def _refuse_report(top: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
@@ -133,9 +124,9 @@ def _refuse_report(top: argparse.ArgumentParser, words: Sequence[str]) -> NoRetu
         meant = f"{REPORT} show" if len(words) == 1 else f"{REPORT} diff"
         command = " ".join(["merge-gate", meant, *map(shlex.quote, words)])
         top.error(f"the command is missing; did you mean {quoted(command, 200, '`')}?")
-    known = [name.partition(" ")[2] for name in REPORT_COMMANDS]
+    known = [second for first, _, second in (name.partition(" ") for name in all_commands()) if first == REPORT]
     if not second or second in {"-h", "--help"}:
-        lines = [f"  merge-gate {name} --help" for name in REPORT_COMMANDS]
+        lines = [f"  merge-gate {REPORT} {name} --help" for name in known]
         text = "\n".join(["the commands of `merge-gate report`:", *lines, ""])
         (sys.stdout if second else sys.stderr).write(text)
         sys.exit(0 if second else 2)
@@ -193,30 +184,39 @@ def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
     top._positionals.title = "commands"  # noqa: SLF001 - a group of add_subparsers would come after the options
     commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
-    for add, _ in COMMANDS.values():
+    for add, _ in all_commands().values():
         add(commands)
+    headings = {command.NAME: command.HEADING for _, command in parts("command")}
+    top.formatter_class = partial(HelpText, headings=headings)
     for command in commands.choices.values():
         show_variables(command)
     return top, commands
 
 
-COMMANDS: dict[str, tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]] = {
+_Command: TypeAlias = "tuple[Callable[[Commands[CommandParser]], None], Callable[[argparse.Namespace], int]]"
+
+COMMANDS: dict[str, _Command] = {
     "run": (run_command.add, run_command.run),
     "check": (check_command.add, check_command.run),
-    "export": (export_command.add, export_command.run),
     "init": (init_command.add, init_command.run),
     "demo": (demo_command.add, demo_command.run),
     report_command.SHOW: (report_command.add_show, report_command.show),
     report_command.DIFF: (report_command.add_diff, report_command.diff),
-    report_command.COMBINE: (report_command.add_combine, report_command.combine),
     report_command.BASELINE: (report_command.add_baseline, report_command.baseline),
     "explain": (print_command.add_explain, print_command.explain),
-    "verify": (verify_command.add, verify_command.run),
-    "attest": (attest_command.add, attest_command.run),
     "schema": (print_command.add_schema, print_command.schema),
     "completion": (print_command.add_completion, lambda shell: print_command.completion(shell, parser_of_words())),
 }
-"""What adds each command to the command line, and what runs it, in the order of the help."""
+"""What adds each command of the gate to the command line, and what runs it, in the order of the help."""
+
+
+def all_commands() -> dict[str, _Command]:
+    """The commands of the gate and of features, in the order of the help: a feature says before which one it is."""
+    names, every = list(COMMANDS), dict(COMMANDS)
+    for _, command in parts("command"):
+        names.insert(names.index(command.BEFORE), command.NAME)
+        every[command.NAME] = command.add, command.run
+    return {name: every[name] for name in names}
 
 
 # --- variables -------------------------------------------------------------------------------------------------------
@@ -270,11 +270,17 @@ def unknown_variables(commands: Iterable[argparse.ArgumentParser], environ: Mapp
     )
 
 
+def without_variable() -> set[str]:
+    """The options that no variable sets: it could keep a job from merging, or make the gate trust more."""
+    return {*_WITHOUT_VARIABLE, *chain.from_iterable(declared("WITHOUT_VARIABLE"))}
+
+
 def _variables(command: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, str, str]]:
+    without = without_variable()
     for action in command._actions:  # noqa: SLF001 - argparse has no public name for them
         option = next((word for word in action.option_strings if word.startswith("--")), "")
         repeats = isinstance(action, argparse._AppendAction)  # noqa: SLF001 - as above
-        if option and option not in WITHOUT_VARIABLE and not repeats:
+        if option and option not in without and not repeats:
             yield action, option, PREFIX + option.removeprefix("--").replace("-", "_").upper()
 
 

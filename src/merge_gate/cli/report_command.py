@@ -1,4 +1,4 @@
-"""`merge-gate report`: show, compare and combine stored reports, or write a first baseline."""
+"""`merge-gate report`: show and compare stored reports, or write a first baseline."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import sys
 from merge_gate._internal.text import one_of
 from merge_gate.cli.arguments import (
     DEFAULT_OUTPUT,
-    EXIT_CODES,
     FORMATS,
     CommandParser,
     Commands,
-    add_appearance,
-    add_output,
     examples,
 )
-from merge_gate.cli.output import exit_code, print_document, view_of
+from merge_gate.cli.output import print_document
 from merge_gate.run.streams import width_of
 
 REPORT = "report"
-SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
-REPORT_COMMANDS = (SHOW, DIFF, COMBINE, BASELINE)
+SHOW, DIFF, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "baseline"))
 """Commands of two words, which argparse hears as one."""
 
 _REPORT_HELP = "the report.json of a run, or its directory"
@@ -66,25 +62,6 @@ def add_diff(commands: Commands[CommandParser]) -> None:
     diff.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="default: terminal")
 
 
-def add_combine(commands: Commands[CommandParser]) -> None:
-    combine = commands.add_parser(
-        COMBINE,
-        help="combine the reports of all shards",
-        description="Combine the reports of all shards of a run (`merge-gate run --shard I/N`) into one report. There "
-        "is no verdict (exit code 3) if a shard is missing, repeated, incomplete, or from another config, version, or "
-        "set of shards.",
-        epilog=examples("merge-gate report combine shards --output merge-gate-report") + EXIT_CODES,
-    )
-    combine.add_argument(
-        "directories",
-        nargs="+",
-        metavar="DIR",
-        help="the output directory of a shard, or a directory that contains several of them",
-    )
-    add_output(combine)
-    add_appearance(combine)
-
-
 def add_baseline(commands: Commands[CommandParser]) -> None:
     baseline = commands.add_parser(
         BASELINE,
@@ -106,21 +83,6 @@ def diff(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import compared
 
     return print_document(*compared(arguments.old, arguments.new, arguments.format, width=width_of(sys.stdout)))
-
-
-def combine(arguments: argparse.Namespace) -> int:
-    """The shards are read before the report of an earlier run is moved."""
-    from merge_gate.features.shards.combined import combined, found_in, refuse_overwriting
-    from merge_gate.report.stored.output_directory import begun_run
-    from merge_gate.report.stored.report_files import write_report
-
-    found = found_in(arguments.directories)
-    refuse_overwriting(found, arguments.output)
-    report = combined(found)
-    with begun_run(arguments.output), view_of(arguments) as view:
-        write_report(report, arguments.output)
-        view.finish(report, arguments.output)
-    return exit_code(report)
 
 
 def baseline(arguments: argparse.Namespace) -> int:

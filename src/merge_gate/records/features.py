@@ -3,9 +3,9 @@
 It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
 
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
-`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `checks` is a folder
-of checks (judging/checks/table.py). `directory` recognizes the directories that a feature made
-(features/publish/partial.py).
+`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
+(cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
+a feature made (features/publish/partial.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,24 @@ FEATURES: dict[str, dict[str, str]] = {
         "declared": "merge_gate.features.publish.declared",
         "directory": "merge_gate.features.publish.manifest",
     },
-    "shards": {"declared": "merge_gate.features.shards.declared"},
+    "shards": {
+        "declared": "merge_gate.features.shards.declared",
+        "command": "merge_gate.features.shards.combine_command",
+    },
     "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
     "ray": {"declared": "merge_gate.features.ray.declared"},
-    "verify": {"declared": "merge_gate.features.verify.declared"},
-    "export": {"directory": "merge_gate.features.export.export_record"},
+    "verify": {
+        "declared": "merge_gate.features.verify.declared",
+        "command": "merge_gate.features.verify.verify_command",
+    },
+    "attest": {
+        "declared": "merge_gate.features.attest.declared",
+        "command": "merge_gate.features.attest.attest_command",
+    },
+    "export": {
+        "command": "merge_gate.features.export.export_command",
+        "directory": "merge_gate.features.export.export_record",
+    },
 }
 """Module names by feature and place, in the order in which features act."""
 

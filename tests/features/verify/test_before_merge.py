@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.cli.dispatch import main
-from merge_gate.features.verify import exchanged
+from merge_gate.config.exchanged import refuse_exchanged_base
+from merge_gate.features.verify import misplaced
 from merge_gate.features.verify.answer import architecture_finding
 from merge_gate.files.resolve import resolve_base
 from merge_gate.judging.kinds import ALLOWED
@@ -47,7 +48,7 @@ def test_exchanged_arguments_are_refused_with_the_corrected_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     merged, base, adapter = map(str, (scene.merge(VARIANT), scene.base(VARIANT), scene.adapter(VARIANT)))
-    right = exchanged.command(merged, base, adapter)
+    right = misplaced.command(merged, base, adapter)
     for words in ((adapter, "--base", base, "--adapter", merged), (merged, "--base", adapter, "--adapter", base)):
         assert main(["verify", *words]) == 2
         told = capsys.readouterr().err
@@ -75,14 +76,14 @@ def test_a_run_with_base_and_adapter_exchanged_is_refused(
     assert main([command, base, "--base", adapter]) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[-1] == f"  run: merge-gate {command} {adapter} --base {base}"
-    exchanged.refuse_exchanged_base(command, base, [adapter])
-    exchanged.refuse_exchanged_base(command, adapter, [base, adapter])
+    refuse_exchanged_base(command, base, [adapter])
+    refuse_exchanged_base(command, adapter, [base, adapter])
 
 
 def test_no_command_is_made_of_names_that_cannot_be_typed() -> None:
-    assert exchanged.command("a b", "c", None) == "merge-gate verify 'a b' --base c"
+    assert misplaced.command("a b", "c", None) == "merge-gate verify 'a b' --base c"
     for name in ("a\nb", "a\u202eb", "a`b"):
-        assert not exchanged.command(name, "c", "d")
+        assert not misplaced.command(name, "c", "d")
 
 
 def test_a_model_and_its_base_exchanged_are_named(scene: Scene) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from merge_gate.records.options import RunOptions
 
 SECRET = "MERGE_GATE_CACHE_KEY"  # noqa: S105 - the name of a variable
+GONE = {"--resume": "use --cache DIR, also in the run that may be killed; it does the same"}
 
 
 def add_last_options(run: argparse.ArgumentParser) -> None:
@@ -26,3 +27,10 @@ def add_last_options(run: argparse.ArgumentParser) -> None:
 def is_requested(config: Config, options: RunOptions) -> bool:  # noqa: ARG001 - no key of the configuration asks for it
     """Whether a run has a cache, or a secret for one. A secret that is too short is refused in both cases."""
     return options.features.get("cache") is not None or bool(os.environ.get(SECRET))
+
+
+def after_stop(arguments: argparse.Namespace) -> str:
+    """How a run that was stopped continues."""
+    if arguments.cache:
+        return "the same command continues from there"
+    return "add --cache DIR to the next run: if that is stopped, the same command continues from there"

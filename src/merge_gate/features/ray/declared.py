@@ -11,6 +11,7 @@ from merge_gate._internal.errors import GateError, UsageError
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
 
+WITHOUT_VARIABLE = ("--ray",)
 LOCAL = ""
 """The address of a new cluster on this machine, for this run."""
 

@@ -13,6 +13,7 @@ from merge_gate._internal.errors import UsageError
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
 
+WITHOUT_VARIABLE = ("--shard",)
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""
 

@@ -15,7 +15,7 @@ from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.verify.declared import BROKEN_FILES, OTHER_ARCHITECTURE
 from merge_gate.features.verify.directory import directory_findings, expected_files
-from merge_gate.features.verify.exchanged import command
+from merge_gate.features.verify.misplaced import command
 from merge_gate.features.verify.tensor_findings import stored_findings, value_findings
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers

@@ -6,3 +6,4 @@ from pathlib import Path
 
 KINDS = Path(__file__).with_name("kinds.csv")
 BROKEN_FILES, OTHER_ARCHITECTURE = "broken-files", "other-architecture"
+GONE = {"rebuild": "use `merge-gate verify`, which merges again and compares"}

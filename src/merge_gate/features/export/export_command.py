@@ -9,10 +9,12 @@ from merge_gate._internal.text import counted
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, examples, exit_codes, given
 from merge_gate.cli.output import exit_code, view_of
 
+NAME, BEFORE, HEADING = "export", "init", ""
+
 
 def add(commands: Commands[CommandParser]) -> None:
     export = commands.add_parser(
-        "export",
+        NAME,
         help="write an adapter as a plain LoRA, in the form that servers apply alike",
         description="Gate an adapter, and write it to DIR as a plain LoRA: one rank, one scale, and the names of the "
         "class that its users load. The command gates the export as well, and compares both "
@@ -47,8 +49,8 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from merge_gate.config.exchanged import refuse_exchanged_base
     from merge_gate.features.export.export_flow import export
-    from merge_gate.features.verify.exchanged import refuse_exchanged_base
     from merge_gate.report.wording.untrusted import one_line
     from merge_gate.run.streams import tell
 

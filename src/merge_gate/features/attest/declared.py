@@ -1,0 +1,8 @@
+"""What the command line knows of signatures, which this version neither makes nor checks."""
+
+from __future__ import annotations
+
+_SIGN = (
+    "merge-gate signs nothing and checks no signature; use `cosign attest-blob` and `cosign verify-blob-attestation`"
+)
+GONE = {"--key": _SIGN, "--attestation": _SIGN, "--max-age": _SIGN}
