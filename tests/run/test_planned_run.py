@@ -20,12 +20,12 @@ from merge_gate.config.load_config import load_config
 from merge_gate.features.cache.remembered import SETTLED_NS
 from merge_gate.features.cache.store import KINDS
 from merge_gate.features.publish.partial import partial_name
+from merge_gate.features.stream import feed_service
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import fed_bases
 from merge_gate.run.planned_run import plan_run
-from merge_gate.worker import call_service
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.supervisor import WorkerSlot
 from tests.support.command import PATIENCE_S, environment, merge_gate
@@ -50,7 +50,7 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / name)
     overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
-    monkeypatch.setattr(call_service, "_slots", lambda: 12)
+    monkeypatch.setattr(feed_service, "_slots", lambda: 12)
     return tmp_path
 
 

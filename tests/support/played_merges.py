@@ -18,13 +18,15 @@ from unittest import mock
 
 from merge_gate._internal.errors import GateError
 from merge_gate.cli.dispatch import main
+from merge_gate.features.publish.calls import PublicationService, PublicationWritten
 from merge_gate.features.publish.planned_files import PlannedFiles
+from merge_gate.features.publish.publications import Publications
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import StoredTensor
 from merge_gate.run import flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.device import cpu_name
-from merge_gate.worker.protocol import Event, Group, Job, PublicationWritten, Publisher
+from merge_gate.worker.protocol import Event, Group, Job
 from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
 from tests.support.publish import Shapes, lay_base
@@ -71,7 +73,7 @@ def merged(content: bytes) -> bytes:
 def play(
     place: Path,
     *words: str,
-    send: Callable[[Publisher, int, Mapping[str, bytes]], None] | None = None,
+    send: Callable[[Publications, int, Mapping[str, bytes]], None] | None = None,
     changes: Mapping[str, Any] | None = None,
     adapters: Sequence[str] = (),
     base: str = "base",
@@ -90,7 +92,7 @@ def play(
 def played(
     base: Path,
     *,
-    send: Callable[[Publisher, int, Mapping[str, bytes]], None] | None = None,
+    send: Callable[[Publications, int, Mapping[str, bytes]], None] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Commands in this block have a played worker, which merges into the base in this directory.
@@ -100,13 +102,14 @@ def played(
     tensors = stored(base)
     sends = send or write_all
 
-    def supervise(
-        job: Job, on_event: Callable[[Event], None], _worker: object, _feeds: object, publisher: Publisher
-    ) -> None:
+    def supervise(job: Job, on_event: Callable[[Event], None], _worker: object, services: supervisor.Services) -> None:
+        made = [service(job) for service in services]
+        publisher: Any = next((one.publisher for one in made if isinstance(one, PublicationService)), None)
         on_event(protocol.DeviceChosen(device="cpu", device_name=cpu_name()))
         for number, group in enumerate(job.groups):
             _play_group(number, group, on_event, lambda task: _played(sends, publisher, task, tensors), changes or {})
-        publisher.ended()
+        if publisher is not None:
+            publisher.ended()
 
     with (
         mock.patch.object(flow, "supervise", supervise),
@@ -115,7 +118,7 @@ def played(
         yield
 
 
-def _played(send: Callable[..., None], publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def _played(send: Callable[..., None], publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     with suppress(GateError):  # the worker gets what the parent raises
         send(publisher, task, tensors)
 
@@ -153,7 +156,7 @@ def _play_group(
         on_event(protocol.Merged(task=task.index, evidence=evidence(**({"base": facts} | changes))))
 
 
-def write_all(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def write_all(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     """What a worker writes of a merge that changes the layers."""
     names = [MERGED.format(layer) for layer in range(LAYERS)]
     planned = tuple(StoredTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in names)
@@ -161,7 +164,7 @@ def write_all(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> 
 
 
 def write(
-    publisher: Publisher,
+    publisher: Publications,
     task: int,
     planned: Sequence[StoredTensor],
     tensors: Mapping[str, bytes],

@@ -16,7 +16,6 @@ import pytest
 from merge_gate.demo import make_demo
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import supervisor
-from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.memory import REUSE, MemoryGroup
 from merge_gate.worker.private_directory import PREFIX, private_directory
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
@@ -137,7 +136,7 @@ def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], N
         patch.setenv("PYTHONPATH", str(place))
         with WorkerProcess() as child:
             wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
-            assert child.run(Attempt(Job(groups=(), device="cpu"), events.append), Feeds()) is None
+            assert child.run(Attempt(Job(groups=(), device="cpu"), events.append)) is None
             return events, describe_exit(-signal.SIGABRT, child._output)
 
 
@@ -178,7 +177,7 @@ def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotJudged]:
         with WorkerProcess() as child:
             for name, value in counters.items():
                 setattr(child, f"_{name}", value)
-            ending = child.run(Attempt(Job(groups=()), lambda _event: None), Feeds())
+            ending = child.run(Attempt(Job(groups=()), lambda _event: None))
         assert ending is not None
         assert not alive(child._process.pid)
         return ending

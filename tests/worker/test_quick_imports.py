@@ -17,7 +17,6 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import quick_imports, sandbox
-from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from merge_gate.worker.supervisor import OFFLINE, Attempt, WorkerProcess
@@ -175,7 +174,7 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytes
     job = Job(groups=(group,), device="cpu")
     heard: list[Event] = []
     with WorkerProcess() as child:
-        assert child.run(Attempt(job, heard.append), Feeds()) is None
+        assert child.run(Attempt(job, heard.append)) is None
     monkeypatch.setenv(sandbox.SWITCH, "off")  # its limits would hold for the tests after this one
     here = [one for one in judge_job(job, heard.append, Sandbox()) if isinstance(one, Merged)]
     there = [one for one in heard if isinstance(one, Merged)]

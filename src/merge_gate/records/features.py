@@ -3,7 +3,8 @@
 It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
 
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
-`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
+`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `feed` reads a base in
+the worker, by calls of `feed_service` in the parent (worker/call_service.py). `command` is a command
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
 a feature made (features/publish/partial.py).
 """
@@ -15,7 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 FEATURES: dict[str, dict[str, str]] = {
-    "stream": {"declared": "merge_gate.features.stream.declared"},
+    "stream": {
+        "declared": "merge_gate.features.stream.declared",
+        "feed": "merge_gate.features.stream.parent_feed",
+        "feed_service": "merge_gate.features.stream.feed_service",
+    },
     "forward": {"declared": "merge_gate.features.forward.declared", "checks": "merge_gate.features.forward.checks"},
     "publish": {
         "declared": "merge_gate.features.publish.declared",

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
+from merge_gate.features.stream.feed_service import Feeds
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import Entry
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
-from merge_gate.worker.call_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Publishing, Task

@@ -322,7 +322,7 @@ class Run:
             allow_pickle=self.config.allow_pickle,
             trust_remote_code=self.config.trust_remote_code,
         )
-        supervise(job, self._on_event, self.worker, self._fed.feeds, self.publications)
+        supervise(job, self._on_event, self.worker, [self._fed.feeds.service, self.publications.service])
 
     def _on_event(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
         for feature in self.features:

@@ -13,6 +13,7 @@ from rich.text import Text
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.text import WIDEST, counted, listing
 from merge_gate.features.publish.publications import unpublished_dtypes
+from merge_gate.records.features import part
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Quantization, Read
 from merge_gate.report.wording import words
@@ -20,7 +21,6 @@ from merge_gate.report.wording.layout import labeled, laid_out
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import planned_run
 from merge_gate.run.view import View
-from merge_gate.worker.call_service import window_bytes
 from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ class _Base:
         of_base = ""
         if self._is_fed:
             factors, for_what = sum(sizes), "the adapters of a pass"
-            of_base = f"{_shown_bytes(window_bytes())} for the base's bytes and "
+            window_bytes = part("stream", "feed_service").window_bytes()
+            of_base = f"{_shown_bytes(window_bytes)} for the base's bytes and "
         free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
         return f"{of_base}{_shown_bytes(factors)} for {for_what}, plus torch and the largest layer{free}"
 

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records import comparison, config, files, measured, refusals, report, terms
@@ -24,18 +24,20 @@ from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 20
-_MOST_FILES = 253  # the kernel's limit (SCM_MAX_FD)
+
+MOST_FILES = 253
+"""The kernel's limit (SCM_MAX_FD)."""
 
 MAX_BYTES = 1 << 28
 """Messages that declare a larger size are refused."""
 
-_RECORD_CLASSES = {
-    (cls.__module__, cls.__qualname__): cls
+_RECORD_CLASSES = frozenset(
+    cls
     for module in (terms, config, files, measured, comparison, refusals, report, protocol)
     for cls in vars(module).values()
     if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__setstate__")
     if not issubclass(cls, Exception)
-}
+)
 
 
 class GarbledError(Exception):
@@ -43,10 +45,14 @@ class GarbledError(Exception):
 
 
 class Channel:
-    """One end of the connection, which takes at most so many open files with a message: the parent takes none."""
+    """One end of the connection, which takes at most so many open files with a message: the parent takes none.
 
-    def __init__(self, end: socket.socket, most_files: int = 0) -> None:
+    `calls` are further records, which messages may be.
+    """
+
+    def __init__(self, end: socket.socket, most_files: int = 0, calls: Iterable[type] = ()) -> None:
         self._socket, self._most_files = end, most_files
+        self._classes = {(cls.__module__, cls.__qualname__): cls for cls in (*_RECORD_CLASSES, *calls)}
         self._received, self._files = bytearray(), list[int]()
         self._sending = threading.Lock()
 
@@ -62,8 +68,8 @@ class Channel:
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         data = _LENGTH.pack(len(data)) + data
         with self._sending:  # several threads report what they work on
-            for start in range(0, len(files), _MOST_FILES):  # each with a byte of the message
-                socket.send_fds(self._socket, [data[:1]], files[start : start + _MOST_FILES])
+            for start in range(0, len(files), MOST_FILES):  # each with a byte of the message
+                socket.send_fds(self._socket, [data[:1]], files[start : start + MOST_FILES])
                 data = data[1:]
             self._socket.sendall(data)
 
@@ -112,7 +118,11 @@ class Channel:
             return None
         data = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
-        return _record(data)
+        try:
+            message: object = _RecordUnpickler(data, self._classes).load()
+        except Exception as error:
+            raise GarbledError(f"{type(error).__name__}: {error}"[:200]) from error
+        return message
 
 
 class Line(Channel):
@@ -121,23 +131,23 @@ class Line(Channel):
     The bytes are in memory that both ends share.
     """
 
-    def __init__(self, end: socket.socket, window: int, most_files: int = 0) -> None:
-        super().__init__(end, most_files)
+    def __init__(self, end: socket.socket, window: int, most_files: int = 0, calls: Iterable[type] = ()) -> None:
+        super().__init__(end, most_files, calls)
         self.socket, self.window = end, window
 
     @classmethod
-    def pair(cls) -> tuple[Line, Line]:
-        """Both ends of a new line. The memory keeps its size, whatever the other end does."""
+    def pair(cls, calls: Iterable[type]) -> tuple[Line, Line]:
+        """The parent's end of a new line for `calls`, and the other one. Neither can change the memory's size."""
         window = os.memfd_create("merge-gate-line", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(window, PIECE_BYTES)
         fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         own, other = socket.socketpair()
-        return cls(own, window), cls(other, os.dup(window), _MOST_FILES)
+        return cls(own, window, calls=calls), cls(other, os.dup(window), MOST_FILES)
 
     @classmethod
     def of(cls, socket_descriptor: int, window: int) -> Line:
         """The end that a process inherited as these `descriptors`."""
-        return cls(socket.socket(fileno=socket_descriptor), window, _MOST_FILES)
+        return cls(socket.socket(fileno=socket_descriptor), window, MOST_FILES)
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -159,15 +169,12 @@ class Line(Channel):
         os.close(self.window)
 
 
-def _record(data: bytes) -> object:
-    try:
-        return _RecordUnpickler(io.BytesIO(data)).load()
-    except Exception as error:
-        raise GarbledError(f"{type(error).__name__}: {error}"[:200]) from error
-
-
 class _RecordUnpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, classes: Mapping[tuple[str, str], type]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._classes = classes
+
     def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in _RECORD_CLASSES:
+        if (module, name) not in self._classes:
             raise pickle.UnpicklingError(f"{module}.{name} is not a record")
-        return _RECORD_CLASSES[module, name]
+        return self._classes[module, name]

@@ -1,7 +1,8 @@
 """The worker process from inside: it confines itself, imports the engine, and judges the groups of a job.
 
-In: names of pickled files, and then a `Job`, from the channel. Out: the tensors of the files, and events. supervisor.py
-starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when it is confined.
+In: names of pickled files, and then a `Job` with lines for calls, from the channel. Out: the tensors of the files, and
+events. supervisor.py starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when
+it is confined.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import CardError, EngineError, SourceError
 from merge_gate.files.feed import LocalFeed
+from merge_gate.records.features import part
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
-from merge_gate.worker.call_client import CallClient
-from merge_gate.worker.channel import Channel, Line
+from merge_gate.worker.channel import MOST_FILES, Channel
 from merge_gate.worker.device import cpu_name, why_no_card
 from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import (
@@ -43,12 +45,15 @@ from merge_gate.worker.protocol import (
 from merge_gate.worker.quick_imports import quick_imports
 from merge_gate.worker.sandbox import confine, limit
 
+if TYPE_CHECKING:
+    from merge_gate.worker.call_client import CallClient
+
 _ENGINE = "merge_gate.engine.adapter_evidence"
 
 
-def main(descriptor: int, *of_lines: int) -> None:
+def main(descriptor: int) -> None:
     """Entry point of the process: confine itself, import, list pickles, read a job, send events, exit with 0."""
-    channel = Channel(socket.socket(fileno=descriptor))
+    channel = Channel(socket.socket(fileno=descriptor), MOST_FILES)
     sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     _import_engine()
@@ -60,9 +65,8 @@ def main(descriptor: int, *of_lines: int) -> None:
     assert isinstance(job, Job)  # noqa: S101 - the parent is ours
     _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
-    client = CallClient([Line.of(*pair) for pair in zip(of_lines[::2], of_lines[1::2], strict=True)])
     try:
-        for event in judge_job(job, channel.send, sandbox, client):
+        for event in judge_job(job, channel.send, sandbox, _client(channel.taken_files())):
             channel.send(event)
     except CardError as error:  # the last line of the output
         sys.stderr.write(f"{error}\n")
@@ -95,6 +99,15 @@ def _listed(pickled: PickleNamed) -> PickleListed:
     return listed_pickle(pickled.path)
 
 
+def _client(lines: Sequence[int]) -> CallClient | None:
+    """What calls services of the parent; None if the job has none."""
+    if not lines:
+        return None
+    from merge_gate.worker.call_client import CallClient  # noqa: PLC0415 - few jobs have calls
+
+    return CallClient.of(lines)
+
+
 def _forget_output() -> None:
     """Discard what libraries printed while they were imported: it does not tell how this process ends."""
     with contextlib.suppress(OSError):  # the output is not a file
@@ -117,7 +130,7 @@ def judge_job(
 ) -> Iterator[Event]:
     """Load each base once for each class, and merge each task. An exception costs its own task only.
 
-    `client` gets the bytes of bases that the parent reads, and makes the files of models that are published.
+    `client` calls the parent for features.
     """
     try:
         chosen = _choose_device(job.device)
@@ -186,7 +199,7 @@ def _judge_groups(positions: list[int], job: Job, progress: Listener, client: Ca
             pinned_directory(first.directory) as directory,
             LocalFeed(directory, keep=not first.one_pass) as local,
         ):
-            source = client.feed(positions[0]) if first.fed and client is not None else local
+            source = part("stream", "feed").ParentFeed(client, positions[0]).begin() if first.fed and client else local
             bases = GroupBases(job=job, feed=source, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
             for event in judge_pinned(groups, job, progress, bases):

@@ -40,11 +40,11 @@ from merge_gate.engine.tensors.placement import compute_in_full_precision, confi
 from merge_gate.files.feed import Feed, LocalFeed
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
+from merge_gate.records.features import part
 from merge_gate.records.files import FileIdentity, Pattern, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import AS_MERGED, Quantization
-from merge_gate.worker.call_client import CallClient, ParentFeed
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.worker.protocol import (
@@ -69,6 +69,7 @@ from merge_gate.worker.protocol import (
 
 if TYPE_CHECKING:
     from merge_gate.features.publish.publication_sink import PublicationSinks
+    from merge_gate.worker.call_client import CallClient
 
 SKELETONS_SHARE = 4
 """What several skeletons of a pass hold for good may take a quarter of the free memory."""
@@ -120,7 +121,7 @@ class GroupBase:
 class GroupBases:
     """Loads bases from the files of one directory, which `feed` reads: all skeletons are filled in one pass.
 
-    It keeps the figures of tensors for the next class. `client` makes the files of models that are published.
+    It keeps the figures of tensors for the next class. `client` calls the parent for features.
     """
 
     def __init__(self, job: Job, feed: Feed, client: CallClient | None = None) -> None:
@@ -186,7 +187,10 @@ class GroupBases:
 
     def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
         """What publishes the merges into a base; None if none of them is published."""
-        from merge_gate.features.publish.publication_sink import PublicationSinks  # noqa: PLC0415 - few runs publish
+        from merge_gate.features.publish.publication_sink import (  # noqa: PLC0415 - few runs publish
+            Connection,
+            PublicationSinks,
+        )
 
         group = loaded.group
         if self.client is None or all(task.publishes is None for task in group.tasks):
@@ -196,7 +200,7 @@ class GroupBases:
             model_class=loaded.model_class,
             stored=group.files.tensors,
             feed=self.feed,
-            connection=self.client,
+            connection=Connection(self.client),
             is_fed=group.fed,
         )
 
@@ -240,7 +244,10 @@ class GroupBases:
             if group.directory == finished.directory and not group.tasks
         )
         position = next(places, None)
-        return ParentFeed(self.client, position, is_aside=True) if position is not None else None
+        if position is None:
+            return None
+        feed: Feed = part("stream", "feed").ParentFeed(self.client, position, is_aside=True)
+        return feed
 
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""

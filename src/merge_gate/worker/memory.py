@@ -143,8 +143,6 @@ _LOADED_BYTES, _MAPPED_BYTES = 4, 1
 FILES_SHARE = 2
 """The files of models may be half of those that the process may have open. The others are of bases and adapters."""
 
-MORE_FILES = "raise the limit of open files (ulimit -n), or the size of the files with --max-shard-size"
-
 
 def most_model_files() -> int:
     """How many files of models the process may have open."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
-from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, FileSpan, Snapshot, StoredTensor
+from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
@@ -70,7 +69,7 @@ class Group:
     """The adapters on one base. `files` is what the base's files contain.
 
     `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
-    only where adapters touch it. `fed`: the parent reads its weight files (call_service.py). `records` are what earlier
+    only where adapters touch it. `fed`: the parent reads its weight files (features/stream). `records` are what earlier
     runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the parent keeps the
     figures of a base that is read whole. `base_run`: what is known of the base as a model, after a process died that
     ran it with adapters. It is `alone` if it has to run without them first, and `ran` if it can.
@@ -306,55 +305,7 @@ def _with_label(refusal: Refusal, group: Group) -> Refusal:
     return replace(refusal, fields={**refusal.fields, "error": named})
 
 
-# --- calls: the parent reads the weight files of bases, and makes those of models. It answers each with `Answer` -----
-
-
-@record
-class SpansExpected:
-    """The worker will need these bytes of a group's base, in this order. Replaces what it expected before.
-
-    `whole`: the rest of the files is to be read and hashed, too. `is_due`: they are read from now on; if not, they are
-    only read ahead.
-    """
-
-    group: int
-    spans: tuple[FileSpan, ...]
-    whole: bool
-    is_due: bool = True
-
-
-@record
-class BytesRequested:
-    """The worker needs these bytes of a group's base now. They come with the answer."""
-
-    group: int
-    span: FileSpan
-
-
-@record
-class PublicationPlanned:
-    """The worker begins to write a merged model, and forgets what it wrote of this task before.
-
-    `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
-    can change. The model's files come with the answer, open, with their headers and sizes.
-    """
-
-    task: int
-    tensors: tuple[StoredTensor, ...]
-
-
-@record
-class PublicationWritten:
-    """All tensors of a task were written, or `refusal` says why they must not be published.
-
-    `checksums` has the CRC-32 of each tensor that was written, over the bytes in memory. All others are as in the base.
-    `settings` are the keys of config.json that the merge changes, in JSON. The answer comes before the task's `Merged`.
-    """
-
-    task: int
-    checksums: tuple[tuple[str, int], ...] = ()
-    settings: str = "{}"
-    refusal: NotJudged | None = None
+# --- calls of features (call_service.py) ----------------------------------------------------------------------------
 
 
 @record
@@ -363,16 +314,3 @@ class Answer:
 
     refusal: NotJudged | None = None
     files: int = 0
-
-
-class Publisher(Protocol):
-    """Makes the files of models. Its methods are called by several threads. The worker gets what they raise."""
-
-    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
-        """A merge begins, perhaps again. Returns the new files of its model, open; the caller closes them."""
-
-    def written(self, message: PublicationWritten) -> None:
-        """The worker has written all tensors of a task."""
-
-    def ended(self) -> None:
-        """A worker process has ended. What it wrote of tasks without a verdict is of no use."""

@@ -31,22 +31,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Self, assert_never
+from typing import IO, TYPE_CHECKING, Any, Self, assert_never
 
 from merge_gate._internal.errors import EngineError, GateError
 from merge_gate._internal.text import counted, quoted
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.worker import protocol
-from merge_gate.worker.call_service import LINES, CallService, Feeds
-from merge_gate.worker.channel import Channel, GarbledError, Line
+from merge_gate.worker.channel import Channel, GarbledError
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.private_directory import private_directory
-from merge_gate.worker.protocol import ALONE, DEFAULT_LIMIT_S, SUSPECTED, Event, Job, Listener, Publisher, Task
+from merge_gate.worker.protocol import ALONE, DEFAULT_LIMIT_S, SUSPECTED, Event, Job, Listener, Task
 from merge_gate.worker.sandbox import caches
+
+if TYPE_CHECKING:
+    from merge_gate.worker.call_service import Service
 
 FIRST_NOTE_S = 60.0
 """A note names an adapter or a loading base after so long without an event, and again after twice as long."""
@@ -89,6 +91,9 @@ IDLE_S = 0.5
 EXIT_TIMEOUT_S = 10.0
 """How long a process may take to exit after it has closed its pipe."""
 
+Services = Sequence[Callable[[Job], "Service | None"]]
+"""What answers calls of the worker, for each of its processes with a job. None: the job asks for no such calls."""
+
 
 class WorkerSlot:
     """The owner of a run's worker process. There is at most one at a time.
@@ -123,14 +128,12 @@ class WorkerSlot:
             self._process = WorkerProcess()
         return self._process
 
-    def run(self, attempt: Attempt, feeds: Feeds, publisher: Publisher | None = None) -> NotJudged | None:
+    def run(self, attempt: Attempt, services: Services = ()) -> NotJudged | None:
         """Run a job in the process. None if it finished, or how the process ended."""
         try:
-            return self.start().run(attempt, feeds, publisher)
+            return self.start().run(attempt, services)
         finally:
             self.end()
-            if publisher is not None:
-                publisher.ended()
 
     def read_pickle(self, path: str) -> tuple[StoredTensor, ...] | Refusal:
         """The tensors of a pickled file, as torch's restricted unpickler lists them in the process, or why it refuses.
@@ -148,7 +151,7 @@ class WorkerSlot:
     def choose_device(self, requested: str) -> protocol.DeviceChosen | None:
         """The device that torch would choose for `requested`, and its name. None if the process fails."""
         events: list[Event] = []
-        self.run(Attempt(Job(groups=(), device=requested), events.append), Feeds())
+        self.run(Attempt(Job(groups=(), device=requested), events.append))
         return next((event for event in events if isinstance(event, protocol.DeviceChosen)), None)
 
     def end(self) -> None:
@@ -158,20 +161,16 @@ class WorkerSlot:
         self._process = None
 
 
-def supervise(
-    job: Job, listen: Listener, worker: WorkerSlot, feeds: Feeds | None = None, publisher: Publisher | None = None
-) -> None:
+def supervise(job: Job, listen: Listener, worker: WorkerSlot, services: Services = ()) -> None:
     """Run a job to its end. Every task gets exactly one `Merged` or `Unjudged`, whatever happens to the process.
 
-    `worker` may hold a process that was started before the job was known. `feeds` opens the bases that this process
-    reads for the worker; without it, they are local. `publisher` makes the files of the merges that are published.
+    `worker` may hold a process that was started before the job was known. `services` answer its calls.
     """
-    feeds = feeds or Feeds()
     for part in _parts(job):
         left, tried = part, set[tuple[str, object]]()
         while any(group.tasks for group in left.groups):
             attempt = Attempt(left, listen)
-            ending = worker.run(attempt, feeds, publisher)
+            ending = worker.run(attempt, services)
             if ending is None:
                 attempt.report_rest()
                 break
@@ -415,14 +414,9 @@ class WorkerProcess(contextlib.ExitStack):
         own_socket, child_socket = socket.socketpair()
         self._channel = Channel(own_socket)
         self.callback(self._channel.close)
-        self._lines, of_child = zip(*(Line.pair() for _ in range(LINES)), strict=True)
-        for line in self._lines:
-            self.callback(line.close)
-        descriptors = [child_socket.fileno(), *(one for line in of_child for one in line.descriptors)]
-        self._process = _start(descriptors, self._output, directory)
+        self._services = self.enter_context(contextlib.ExitStack())  # they end after the process
+        self._process = _start(child_socket.fileno(), self._output, directory)
         child_socket.close()
-        for line in of_child:
-            line.close()
         self.callback(_stop, self._process)
 
     def read_pickle(self, path: str) -> protocol.PickleListed:
@@ -440,18 +434,11 @@ class WorkerProcess(contextlib.ExitStack):
             return answer
         return protocol.PickleListed(refusal=_late("while it listed pickled weights", DEFAULT_LIMIT_S))
 
-    def run(self, attempt: Attempt, feeds: Feeds, publisher: Publisher | None = None) -> NotJudged | None:
-        """Send the job and pass on its events. None if the process finished, or how it ended.
-
-        `feeds` opens the bases that this process reads for it. `publisher` makes the files of published merges.
-        """
-        groups = attempt.job.groups
-        published = [task.index for group in groups for task in group.tasks if task.publishes is not None]
-        service = CallService(self._lines, lambda position: feeds.open(groups[position]), publisher, published)
-        service.start()
-        self.callback(service.close)
+    def run(self, attempt: Attempt, services: Services = ()) -> NotJudged | None:
+        """Send the job and pass on its events. None if the process finished, or how it ended."""
+        lines = self._answered([made for service in services if (made := service(attempt.job)) is not None])
         try:
-            finished = _converse(self._channel, attempt)
+            finished = _converse(self._channel, attempt, lines)
         except GarbledError as error:
             _stop(self._process)
             return NotJudged(message=f"it sent something that is not an event of the gate ({error})", hint=_GARBLED)
@@ -461,6 +448,16 @@ class WorkerProcess(contextlib.ExitStack):
         if finished:
             return None
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
+
+    def _answered(self, services: Sequence[Service]) -> Sequence[int]:
+        """Let these services answer calls. Returns the process's ends of the lines."""
+        if not services:
+            return ()
+        from merge_gate.worker.call_service import CallService  # noqa: PLC0415 - few jobs have calls
+
+        calls = CallService(services)
+        self._services.callback(calls.close)
+        return calls.start()
 
     def _memory_ran_out(self, code: int) -> str | None:
         """Which limit the process exceeded, and its peak. Empty if memory is not the reason, None if unknown."""
@@ -486,18 +483,18 @@ sys.path.insert(0, sys.argv[1])
 import merge_gate
 sys.path.append(sys.path.pop(0))
 from merge_gate.worker.child import main
-main(*map(int, sys.argv[3:]))
+main(int(sys.argv[3]))
 """
 """1. Linux ends this process with its parent (PR_SET_PDEATHSIG), also while a native call blocks every Python thread.
 If the parent died before that, its process id differs. 2. The package is the parent's own, whatever else is installed
 under its name. The other files in its directory shadow nothing, because that directory goes to the end of the path."""
 
 
-def _start(descriptors: Sequence[int], output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
+def _start(descriptor: int, output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(os.getpid()), *map(str, descriptors)],
-        pass_fds=descriptors,
+        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(os.getpid()), str(descriptor)],
+        pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -517,13 +514,14 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return SLEEPING_THREADS | REUSE | env | OFFLINE
 
 
-def _converse(channel: Channel, attempt: Attempt) -> bool:
-    """Pass on every event. False if the process ended before its last one, or is overdue.
+def _converse(channel: Channel, attempt: Attempt, lines: Sequence[int]) -> bool:
+    """Send the job, and pass on every event. False if the process ended before its last one, or is overdue.
 
     Raises:
         GarbledError: the process sent something else.
     """
-    threading.Thread(target=_send, args=(channel, attempt.job), daemon=True).start()  # a stopped process does not read
+    sending = threading.Thread(target=_send, args=(channel, attempt.job, lines), daemon=True)
+    sending.start()  # a stopped process does not read
     patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
     while not attempt.is_overdue():
         try:
@@ -539,9 +537,9 @@ def _converse(channel: Channel, attempt: Attempt) -> bool:
     return False
 
 
-def _send(channel: Channel, job: Job) -> None:
+def _send(channel: Channel, job: Job, lines: Sequence[int]) -> None:
     with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
-        channel.send(job)
+        channel.send(job, lines)
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:

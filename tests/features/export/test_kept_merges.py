@@ -14,12 +14,12 @@ from merge_gate._internal.errors import GateError
 from merge_gate.features.export import kept_merges
 from merge_gate.features.export.kept_merges import KeptMerges, compared
 from merge_gate.features.export.plain_lora import PlainLora
+from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.protocol import PublicationWritten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

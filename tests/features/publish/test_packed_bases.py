@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from merge_gate._internal.errors import NotPublishedError
+from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.packed_weights import packed_weights
 from merge_gate.features.publish.planned_files import PlannedFiles
@@ -20,7 +21,6 @@ from merge_gate.features.publish.stored_layout import plain_headers
 from merge_gate.features.publish.weight_files import base_layout
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.config import PublishSpec
-from merge_gate.worker.protocol import PublicationWritten
 from tests.support import bases, bases_broken, bases_good, methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.published import sent_by

@@ -20,6 +20,8 @@ from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge import one_pass as passes
+from merge_gate.features.publish import publication_sink
+from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.publication_sink import PublicationSinks
@@ -31,7 +33,7 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import Group, Job, Merged, PublicationWritten, Publishing, Task
+from merge_gate.worker.protocol import Group, Job, Merged, Publishing, Task
 from tests.support import bases, methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import source
@@ -403,6 +405,7 @@ def test_the_worker_writes_each_model_before_its_evidence(
     one_pass: bool, publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
+    monkeypatch.setattr(publication_sink, "Connection", lambda client: client)
     group = group_of(shelf, tmp_path, publish, one_pass=one_pass)
     connection: Any = Connection()
     for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection):
@@ -425,6 +428,7 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
 ) -> None:
     """On one core: with more, time decides whether two layers share a small tensor or read it one after another."""
     monkeypatch.setenv(sandbox.SWITCH, "off")
+    monkeypatch.setattr(publication_sink, "Connection", lambda client: client)
     monkeypatch.setattr(passes, "spread", map)
     group = group_of(shelf, tmp_path, publish, one_pass=True)
     reads = counted_reads(monkeypatch)
@@ -440,6 +444,7 @@ def test_the_worker_publishes_a_quantized_base_with_plain_weights(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
+    monkeypatch.setattr(publication_sink, "Connection", lambda client: client)
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
     task = Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), publishes=Publishing(dtype="bfloat16"))
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")

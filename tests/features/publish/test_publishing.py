@@ -16,6 +16,7 @@ import pytest
 from merge_gate._internal.errors import NotPublishedError, SourceError
 from merge_gate.cli.dispatch import main
 from merge_gate.features.publish import one_publication, publications, weight_files
+from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.one_publication import Publication
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.publications import Publications
@@ -24,7 +25,7 @@ from merge_gate.files.identity import identity_of
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import MANIFEST_NAME, StoredTensor
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.protocol import PublicationWritten, Publisher, Publishing
+from merge_gate.worker.protocol import Publishing
 from tests.support.judging.cases import broken, evidence
 from tests.support.judging.cases import merged as merged_tensor
 from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, stored, write, write_all
@@ -218,31 +219,31 @@ def of_layers(tensors: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: tensors[name] for name in NAMES}
 
 
-def refuses(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def refuses(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write_all(publisher, task, tensors)
     refusal = NotJudged(message="no way back", hint="none")
     write(publisher, task, plan_of(), of_layers(tensors), refusal=refusal)
 
 
-def writes_another_tensor_than_it_reports(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def writes_another_tensor_than_it_reports(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, plan_of(), of_layers(tensors), checksums=((NAMES[0], 1),))
 
 
-def writes_over_its_neighbor(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def writes_over_its_neighbor(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, plan_of(), dict(reversed(of_layers(tensors).items())) | {NAMES[0]: bytes(130)})
 
 
-def writes_after_the_end_of_a_file(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def writes_after_the_end_of_a_file(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, plan_of(), {"mtp.weight": bytes(130)})
 
 
-def overwrites_a_header(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def overwrites_a_header(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     with opened(publisher.planned(task, plan_of())) as descriptors:
         os.pwrite(descriptors[0], b"x", 9)
     publisher.written(PublicationWritten(task=task))
 
 
-def cuts_a_file(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def cuts_a_file(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     with opened(publisher.planned(task, plan_of())) as descriptors:
         os.ftruncate(descriptors[1], 20)
     publisher.written(PublicationWritten(task=task))
@@ -257,36 +258,36 @@ def opened(descriptors: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             os.close(descriptor)
 
 
-def plans_another_dtype(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def plans_another_dtype(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, plan_of("F32"), {})
 
 
-def plans_far_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def plans_far_too_much(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, (StoredTensor(name="new", dtype="F32", shape=(1 << 40,)),), {})
 
 
-def plans_a_shape_and_writes_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def plans_a_shape_and_writes_nothing(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, (StoredTensor(name="embed.weight", dtype="BF16", shape=(9, 8)),), {})
 
 
-def sends_no_end(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def sends_no_end(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     with opened(publisher.planned(task, plan_of())):
         pass
 
 
-def sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def sends_nothing(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     pass
 
 
-def sends_an_end_without_a_plan(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def sends_an_end_without_a_plan(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     publisher.written(PublicationWritten(task=task))
 
 
-def plans_a_name_that_is_no_text(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def plans_a_name_that_is_no_text(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, (StoredTensor(name="\ud800", dtype="F32", shape=(1,)),), {})
 
 
-def sends_settings_that_are_no_object(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+def sends_settings_that_are_no_object(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     write(publisher, task, plan_of(), of_layers(tensors), settings="[NaN]")
 
 
@@ -320,7 +321,7 @@ def test_what_the_worker_sends_must_fit_the_base(send: Any, place: Path) -> None
 def test_what_the_worker_sends_after_its_verdict_is_ignored(place: Path) -> None:
     later: list[Any] = []
 
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write_all(publisher, task, tensors)
         later.append(publisher)
 
@@ -333,7 +334,7 @@ def test_what_the_worker_sends_after_its_verdict_is_ignored(place: Path) -> None
 
 
 def test_a_second_attempt_replaces_the_first(place: Path) -> None:
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write(publisher, task, plan_of(), dict.fromkeys(NAMES, bytes(128)))
         write_all(publisher, task, tensors)
 
@@ -342,7 +343,7 @@ def test_a_second_attempt_replaces_the_first(place: Path) -> None:
 
 
 def test_a_planned_tensor_without_a_checksum_costs_the_publication(place: Path) -> None:
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write(publisher, task, plan_of(), {NAMES[0]: bytes(128)}, checksums=())
 
     assert play(place, "--publish", "merged", send=send) == 3
@@ -351,7 +352,7 @@ def test_a_planned_tensor_without_a_checksum_costs_the_publication(place: Path) 
 
 
 def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) -> None:
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         planned = tuple(StoredTensor(name=name, dtype="F32", shape=(8, 8)) for name in tensors)
         write(publisher, task, planned, {name: tensors[name] * 2 for name in tensors})
 
@@ -390,7 +391,7 @@ def test_a_base_whose_files_cannot_be_published(place: Path, monkeypatch: pytest
 
 @pytest.mark.attempt("F11b", "an empty directory takes DIR/NAME during the run", "not published, and it stays")
 def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None:
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write_all(publisher, task, tensors)
         (place / "merged" / "one").mkdir()
 
@@ -494,7 +495,7 @@ def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: p
 
 @pytest.mark.attempt("F09", "weights of the base are replaced while it is merged", "withdrawn")
 def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> None:
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write_all(publisher, task, tensors)
         path = place / "base" / "model-00002-of-00002.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -635,7 +636,7 @@ def test_a_file_that_is_swapped_during_the_run_is_not_published(
         (place / "new").write_bytes((place / name).read_bytes())
         (place / "new").rename(place / name)
 
-    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write_all(publisher, task, tensors)
         if when == "while it is merged":
             swap()

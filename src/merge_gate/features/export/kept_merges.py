@@ -20,6 +20,7 @@ from merge_gate._internal.errors import GateError
 from merge_gate._internal.text import counted
 from merge_gate.features.export.export_record import MergeComparison
 from merge_gate.features.export.plain_lora import PlainLora, array_of
+from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.publications import Publications, refuse_small_disk
 from merge_gate.features.publish.weight_files import CHUNK_BYTES, ModelLayout, ModelWriter, Place, new_file
 from merge_gate.files.headers import shown
@@ -28,7 +29,7 @@ from merge_gate.records.measured import Evidence, ServedClass
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED
 from merge_gate.report.stored.output_directory import explained
-from merge_gate.worker.protocol import PublicationWritten, Publishing
+from merge_gate.worker.protocol import Publishing
 
 _PRECISIONS = {"F64": (52, -1074), "F32": (23, -149), "F16": (10, -24), "BF16": (7, -133)}
 """The bits of a dtype's mantissa, and the exponent of its smallest number."""

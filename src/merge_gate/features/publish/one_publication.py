@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_gate._internal.errors import NotPublishedError
+from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.companions import CompanionFiles, Identities, companions_of, read_inputs
 from merge_gate.features.publish.manifest import (
     PublicationFacts,
@@ -35,7 +36,7 @@ from merge_gate.files.headers import shown
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.terms import PRESERVE, Finding
-from merge_gate.worker.protocol import PublicationWritten, Publishing
+from merge_gate.worker.protocol import Publishing
 
 _MORE_BYTES = 1 << 30
 """A planned model may have twice the expected size, and so much more. So may its largest file."""

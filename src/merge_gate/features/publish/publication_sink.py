@@ -1,7 +1,7 @@
 """Writes the stored tensors of merged models while their adapters are merged and measured.
 
 In: a loaded base, the feed of its files, and merged tensors, as a sink gets them. Out: tensors in the files that a
-`Connection` has made, and at the end of each task their checksums, or the reason why the model must not be published.
+`Connection` has got, and at the end of each task their checksums, or the reason why the model must not be published.
 Judges nothing, and creates no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from merge_gate._internal.errors import GateError, NotPublishedError
+from merge_gate._internal.errors import GateError, NotPublishedError, SourceError
 from merge_gate._internal.text import listing
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
 from merge_gate.engine.base.stored_spans import SharedReads, StoredBytes, bytes_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.merge.merged_tensors import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.features.publish.calls import PublicationPlanned, PublicationWritten
 from merge_gate.features.publish.packed_weights import packed_weights
+from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.stored_layout import (
     STORED_DTYPES,
     StoredLayout,
@@ -48,17 +51,35 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
 
 if TYPE_CHECKING:
-    from merge_gate.features.publish.planned_files import PlannedFiles
+    from merge_gate.worker.call_client import CallClient
+
+_MORE_FILES = "raise the limit of open files (ulimit -n), or the size of the files with --max-shard-size"
 
 
-class Connection(Protocol):
-    """Makes the files of models (worker/call_client.py)."""
+class Connection:
+    """Gets the files of models from the parent."""
+
+    def __init__(self, client: CallClient) -> None:
+        self._client = client
 
     def plan(self, task: int, tensors: Sequence[StoredTensor]) -> PlannedFiles:
-        """The merge begins, perhaps again: these stored tensors will be written, with these dtypes and shapes."""
+        """Begin to write the tensors of a task, perhaps again. Returns the files of its model.
+
+        Raises:
+            SourceError: the parent is gone, as for `finish`, or the model cannot be published.
+        """
+        answer, files = self._client.call(PublicationPlanned(task=task, tensors=tuple(tensors)))
+        if len(files) != answer.files:
+            for descriptor in files:
+                os.close(descriptor)
+            raise SourceError(f"{answer.files:,} more files cannot be open in this process", hint=_MORE_FILES)
+        return PlannedFiles(files)
 
     def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
         """The tensors with checksums were written, and config.json gets these keys; or it must not be published."""
+        self._client.call(
+            PublicationWritten(task=task, checksums=tuple(checksums.items()), settings=settings, refusal=refusal)
+        )
 
 
 class PublicationSink:

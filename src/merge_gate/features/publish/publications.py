@@ -1,7 +1,6 @@
 """Publishes the models of one run, one for each adapter, from the plan of the run to the directories.
 
-In: the entries of a run, and what the worker says about them. Out: directories of models, or why there is none. It is
-the `Publisher` of the worker (worker/call_service.py).
+In: the entries of a run, and what the worker says about them. Out: directories of models, or why there is none.
 
 1. `choose` decides which entries are published, and checks directory and disk before the first merge.
 2. `planned` makes the files of a model, and passes them to the worker open. `written` gets the checksums.
@@ -22,6 +21,7 @@ from pathlib import Path
 from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.text import has_hidden, listing, quoted
+from merge_gate.features.publish.calls import PublicationService, PublicationWritten
 from merge_gate.features.publish.companions import companion_identities
 from merge_gate.features.publish.manifest import PublicationFacts
 from merge_gate.features.publish.one_publication import Publication
@@ -34,7 +34,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.report.stored.output_directory import explained, made_directory
-from merge_gate.worker.protocol import PublicationWritten, Publishing
+from merge_gate.worker.protocol import Job, Publishing
 
 _NONE_FITS = 10
 """More than there are dtypes."""
@@ -133,7 +133,13 @@ class Publications:
 
     # --- 2: the worker ---------------------------------------------------------------------------------------------
 
+    def service(self, job: Job) -> PublicationService | None:
+        """What answers a process with this job; None if it publishes nothing."""
+        tasks = [task.index for group in job.groups for task in group.tasks if task.publishes is not None]
+        return PublicationService(self, tasks) if tasks else None
+
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
+        """A merge begins, perhaps again. Returns the new files of its model, open; the caller closes them."""
         if self._models[task].is_accepted:
             raise NotPublishedError("the merge was judged before")
         self._refused.pop(task, None)
@@ -141,11 +147,13 @@ class Publications:
             return model.plan(tensors)
 
     def written(self, message: PublicationWritten) -> None:
+        """The worker has written all tensors of a task."""
         if not self._models[message.task].is_accepted:
             with self._lock, self._one(message.task) as model:
                 model.written(message)
 
     def ended(self) -> None:
+        """A worker process has ended. What it wrote of tasks without a verdict is of no use."""
         for index, model in self._models.items():
             if not model.is_accepted:
                 self.discard(index)

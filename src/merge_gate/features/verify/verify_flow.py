@@ -197,7 +197,7 @@ class Verification:
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,
         )
-        supervise(job, self._on_event, self._worker, self._fed.feeds)
+        supervise(job, self._on_event, self._worker, [self._fed.feeds.service])
 
     def _on_event(self, event: Event) -> None:
         match event:

@@ -1,0 +1,99 @@
+"""The worker's calls for the files of models that are published, and what answers them.
+
+In: calls of the worker, which is not trusted. Out: calls of `Publications`, whose fields have the right types.
+
+1. The worker plans a publication, and gets the files open, with their headers and sizes.       `PublicationPlanned`
+   It may write anything to them until it ends. Only then they are read, and compared.
+2. It sends checksums of what it wrote.                                                         `PublicationWritten`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.refusals import NotJudged
+from merge_gate.records.terms import record
+from merge_gate.worker.call_service import InvalidCallError, Service
+
+if TYPE_CHECKING:
+    from merge_gate.features.publish.publications import Publications
+
+MOST_TENSORS = 1 << 20
+"""A worker that lists more is not the gate's own code."""
+
+MOST_DIMENSIONS, MOST_SIZE = 64, 1 << 48
+"""A tensor with more of them takes long to multiply, in one call that no signal ends."""
+
+
+@record
+class PublicationPlanned:
+    """The worker begins to write a merged model, and forgets what it wrote of this task before.
+
+    `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
+    can change. The model's files come with the answer, open, with their headers and sizes.
+    """
+
+    task: int
+    tensors: tuple[StoredTensor, ...]
+
+
+@record
+class PublicationWritten:
+    """All tensors of a task were written, or `refusal` says why they must not be published.
+
+    `checksums` has the CRC-32 of each tensor that was written, over the bytes in memory. All others are as in the base.
+    `settings` are the keys of config.json that the merge changes, in JSON. The answer comes before the task's `Merged`.
+    """
+
+    task: int
+    checksums: tuple[tuple[str, int], ...] = ()
+    settings: str = "{}"
+    refusal: NotJudged | None = None
+
+
+class PublicationService(Service):
+    """Serves one worker process. `tasks` are those whose merges may be published."""
+
+    calls = (PublicationPlanned, PublicationWritten)
+
+    def __init__(self, publisher: Publications, tasks: Collection[int]) -> None:
+        self.publisher, self._tasks = publisher, frozenset(tasks)
+
+    def answer(self, call: object, memory: memoryview) -> tuple[int, ...]:  # noqa: ARG002 - it has no bytes
+        match call:
+            case PublicationPlanned(task=int(task), tensors=tuple(tensors)):
+                self._refuse_unfit(task, tensors, _is_tensor)
+                return self.publisher.planned(task, tensors)
+            case PublicationWritten(
+                task=int(task),
+                checksums=tuple(checksums),
+                settings=str(),
+                refusal=None | NotJudged(message=str(), hint=str()),
+            ):
+                self._refuse_unfit(task, checksums, _is_checksum)
+                self.publisher.written(call)
+                return ()
+        raise InvalidCallError
+
+    def _refuse_unfit(self, task: int, listed: Sequence[object], is_fit: Callable[[object], bool]) -> None:
+        if task not in self._tasks or len(listed) > MOST_TENSORS or not all(map(is_fit, listed)):
+            raise InvalidCallError
+
+    def end(self) -> None:
+        self.publisher.ended()
+
+
+def _is_tensor(value: object) -> bool:
+    match value:
+        case StoredTensor(name=str(), dtype=str(), shape=tuple(shape)):
+            return len(shape) <= MOST_DIMENSIONS and all(type(size) is int and 0 <= size < MOST_SIZE for size in shape)
+    return False
+
+
+def _is_checksum(value: object) -> bool:
+    match value:
+        case (str(), int()):
+            return True
+    return False
