@@ -22,14 +22,13 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def command_reference() -> str:
-    """A section for each command: description, usage, a table for each group of options, and examples."""
+    """A section for each command: description, a table for each group of options, and examples."""
     return "\n\n".join("\n\n".join(_section(name, parser)) for name, parser in commands().items())
 
 
 def _section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"## merge-gate {name}"
     yield _cell(parser.description or "")
-    yield f"```text\n{' '.join(parser.format_usage().removeprefix('usage: ').split())}\n```"
     for group in parser._action_groups:
         rows = [row for action in group._group_actions if (row := _row(action))]
         if not rows:

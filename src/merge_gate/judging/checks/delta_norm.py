@@ -7,8 +7,6 @@ training makes a delta a thousand times as large as the weights. The merged mode
 - A good adapter on weights that are nearly zero in the base only gets a warning, even if it changes no others.
 - If a matrix of zeros gets a delta that is too large for a typical weight of the model, the adapter fails.
 - Biases and norms are never errors.
-- The gate measures the median only if a delta is large. It sorts the matrices by their largest values, and reads the
-  nine in the middle. Their bytes are read again if the base is streamed.
 - At any limit, the check also warns if the merge turns a tensor into zeros that was not zero in the base.
 - It also warns if a file of zeros changes the base (rows of trained tokens, factors of OSF).
 

@@ -21,7 +21,7 @@ configuration makes this check an error, the norm alone is an error, too. The ef
 - `forward: off`, quantized bases, and bases that bring their own code.
 - The model does not run on the made-up inputs, or does not return the same values twice.
 - The merged weights take more than half of the free memory.
-- The effect is so small that it is lost in the rounding of float32.
+- The effect is lost in the rounding of float32.
 - It seems to be lost, and is small on the made-up inputs: less than a third of what the same delta has with random
   signs of its input columns (the median of three). Adapters for a trigger word or a language look like that.
 - Most tensors lose more than half, but not all of them together. A few large deltas, such as rows of new tokens, then
@@ -30,11 +30,9 @@ configuration makes this check an error, the norm alone is an error, too. The ef
 A configured `limit` is a share of the effect. It is also the share of the norm above which the effect is measured. If
 the effect cannot be measured, the check fires above that share. An `error-limit` is always a share of the effect.
 
-The exact sum of the norm is the same merge into float32 copies. For quantized weights, it is the sum before quantizing
-again. For LoRA and DoRA on large weights, the gate estimates the norm from a sample of rows, and the finding says so.
-It measures all rows if this check or `delta-norm` is an error, or if the sample holds too little of the delta's norm.
-Tensors that are trained whole (`modules_to_save`, biases, LN tuning) do not count for the norm. PEFT rounds them to
-the base's dtype when it loads them, so the merge loses nothing that the unmerged adapter had.
+For LoRA and DoRA on large weights, the gate estimates the norm from a sample of rows, and the finding says so. It
+measures all rows if this check or `delta-norm` is an error, or if the sample holds too little of the delta's norm.
+Tensors that are trained whole (`modules_to_save`, biases, LN tuning) do not count: PEFT rounds them when it loads them.
 
 **Why it matters.** bfloat16 has 8 bits of precision. A delta smaller than about 1/256 of a weight does not change it.
 If that takes most of the effect, the merged model is close to the base, although the unmerged adapter works.

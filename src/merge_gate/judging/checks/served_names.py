@@ -7,7 +7,6 @@ Its names then lack a part that the whole model's names have. A Qwen3.5, for exa
 
 - The check compares the class that the gate loaded with the one in `architectures` of config.json, which servers load.
 - Names that transformers itself renames do not count.
-- The check needs a merge: `merge-gate check` reads headers, which do not tell which names transformers renames.
 - The finding is a `note`. If you serve adapters unmerged, make it an error: `checks: {served-names: error}`.
 
 ```text
