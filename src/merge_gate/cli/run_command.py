@@ -92,8 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.worker.supervisor import WorkerSlot
 
     with WorkerSlot() as worker:
-        if _starts_early(arguments):
-            worker.start_early()
+        if not (arguments.container or any(starts_late(arguments) for starts_late in declared("starts_late"))):
+            worker.start_early()  # it imports while the configuration is read
         from merge_gate.report.stored.output_directory import refuse_report
         from merge_gate.report.stored.report_files import FORMATS, refuse_copies, remove_copies
 
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             hint = "add --container, or use --device"
             raise UsageError("--image and --gpus belong to --container", hint=hint)
         begins, options = partial(remove_copies, arguments.report), _options(arguments)
-        report = gate_adapters(config, options, arguments, worker=worker, begins=begins, ray=arguments.ray)
+        report = gate_adapters(config, options, arguments, worker=worker, begins=begins, ray=vars(arguments).get("ray"))
         return deliver(report, arguments.report)
 
 
@@ -117,17 +117,6 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UsageError("--plan is for a run that is not in a container", hint="omit --container: nothing is loaded")
     config, options = _config(arguments), _options(arguments)
     return print_document(plan_run(config, options, lambda line: say(f"  {line}"), width=width_of(sys.stdout)))
-
-
-def _starts_early(arguments: argparse.Namespace) -> bool:
-    """Whether the worker imports while the configuration is read.
-
-    If the cache may hold every verdict, a worker on the only core would just slow the lookup.
-    """
-    if arguments.container or arguments.ray is not None:
-        return False
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # not on macOS
-    return not arguments.cache or arguments.refresh or len(cores) > 1
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
@@ -154,12 +143,13 @@ def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -
     from merge_gate.report.stored.report_files import is_any_printed
 
     _config(arguments)
+    given = vars(arguments)
     more = [word for name in arguments.only for word in ("--only", name)]
-    more += ["--refresh"] if arguments.refresh else []
+    more += ["--refresh"] if given.get("refresh") else []
     for name in ("access", "forward", "policy", "read"):
-        more += [f"--{name}", value] if (value := getattr(arguments, name)) else []
-    more += ["--max-shard-size", f"{arguments.max_shard_size / 1000:.3f}KB"] if arguments.max_shard_size else []
-    more += ["--shard", "{}/{}".format(*arguments.shard)] if arguments.shard else []
+        more += [f"--{name}", value] if (value := given.get(name)) else []
+    more += ["--max-shard-size", f"{size / 1000:.3f}KB"] if (size := given.get("max_shard_size")) else []
+    more += ["--shard", "{}/{}".format(*shard)] if (shard := given.get("shard")) else []
     run = local_run(
         arguments.names[0],
         output=arguments.output,
@@ -167,8 +157,8 @@ def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -
         arguments=more,
         image=arguments.image,
         gpus=arguments.gpus,
-        cache=arguments.cache,
-        publish=arguments.publish,
+        cache=given.get("cache"),
+        publish=given.get("publish"),
         environ=os.environ,
         begins=begins,
     )

@@ -34,3 +34,9 @@ def after_stop(arguments: argparse.Namespace) -> str:
     if arguments.cache:
         return "the same command continues from there"
     return "add --cache DIR to the next run: if that is stopped, the same command continues from there"
+
+
+def starts_late(arguments: argparse.Namespace) -> bool:
+    """If the cache may hold every verdict, a worker on the only core would just slow the lookup."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # not on macOS
+    return bool(arguments.cache) and not arguments.refresh and len(cores) == 1

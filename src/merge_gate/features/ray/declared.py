@@ -41,7 +41,7 @@ def configured(config: Config, arguments: argparse.Namespace) -> Config:
         return config
     if arguments.container:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
-    if arguments.shard is not None:
+    if getattr(arguments, "shard", None) is not None:
         raise UsageError("--ray makes shards itself", hint="omit --shard or --ray")
     if arguments.ray != LOCAL and not _ADDRESS.fullmatch(arguments.ray):
         raise GateError(
@@ -49,3 +49,7 @@ def configured(config: Config, arguments: argparse.Namespace) -> Config:
             hint="put --ray ADDRESS after all other arguments; for a cluster on this machine, end with --ray alone",
         )
     return config
+
+
+def starts_late(arguments: argparse.Namespace) -> bool:
+    return arguments.ray is not None
