@@ -1,4 +1,4 @@
-"""What a worker must not load, the stubs of a streamed base, one answer for each task, and the trial of expressions."""
+"""One answer for each task, and the trial of expressions."""
 
 from __future__ import annotations
 
@@ -9,35 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal.errors import EngineError, SourceError
-from merge_gate.engine.base.loaded_base import ModelClass
+from merge_gate._internal.errors import SourceError
 from merge_gate.records.files import BaseFiles, Pattern
 from merge_gate.records.refusals import NotJudged, Refused
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import group_bases
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.protocol import Event, Group, Job, Task, Unjudged
 from merge_gate.worker.sandbox import SWITCH
-from tests.support.wording import Wording
 
 
-def group(directory: str, *, is_streamed: bool) -> Group:
+def group(directory: str) -> Group:
     key = BaseKey(model="acme/base", revision=None, dtype="auto", quantization=Quantization.NONE)
-    files = BaseFiles(directory=directory, weight_bytes=3 << 30, is_streamed=is_streamed)
-    return Group(base=key, directory=directory, files=files, tasks=())
-
-
-def test_no_stub_is_loaded_and_the_error_names_class_reason_and_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 2 << 30)
-    model_class = ModelClass(class_name="OddForCausalLM")
-    with pytest.raises(EngineError) as refused:
-        group_bases.refuse_stubs(group(str(tmp_path), is_streamed=True), model_class, "it is odd")
-    wording(refused.value)
-    group_bases.refuse_stubs(group(str(tmp_path), is_streamed=False), model_class, "it is odd")
+    return Group(base=key, directory=directory, files=BaseFiles(directory=directory), tasks=())
 
 
 def test_a_base_that_is_lost_answers_only_tasks_without_an_answer(
@@ -52,9 +37,7 @@ def test_a_base_that_is_lost_answers_only_tasks_without_an_answer(
 
     monkeypatch.setenv(SWITCH, "off")
     monkeypatch.setattr(group_bases, "judge_pinned", lose_base)
-    lost = replace(
-        group(str(tmp_path), is_streamed=False), tasks=tuple(Task(index=index, files=()) for index in (0, 1))
-    )
+    lost = replace(group(str(tmp_path)), tasks=tuple(Task(index=index, files=()) for index in (0, 1)))
     events = list(judge_job(Job(groups=(lost,), device="cpu"), lambda _: None, Sandbox()))
     answers = [event for event in events if isinstance(event, Unjudged)]
     assert answers[0] == answer

@@ -3,10 +3,10 @@
 It is the only way to a feature. A module is imported when a run asks for it, and this module imports none of ours.
 
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
-`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `feed` reads a base in
-the worker, by calls of `feed_service` in the parent (worker/call_service.py). `command` is a command
+`feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
-a feature made (features/publish/partial.py).
+a feature made (features/publish/partial.py). `feed` reads a base in the worker, by calls of `feed_service` in the
+parent (worker/call_service.py), and `load` loads a base from a feed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "declared": "merge_gate.features.stream.declared",
         "feed": "merge_gate.features.stream.parent_feed",
         "feed_service": "merge_gate.features.stream.feed_service",
+        "load": "merge_gate.features.stream.load_from_feed",
     },
     "forward": {"declared": "merge_gate.features.forward.declared", "checks": "merge_gate.features.forward.checks"},
     "publish": {

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from merge_gate._internal.errors import EngineError, SourceError
+from merge_gate._internal.errors import SourceError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter.peft_config import pickled_headers
 from merge_gate.engine.adapter_evidence import MergeRequest
@@ -32,7 +32,6 @@ from merge_gate.engine.base.skeleton import (
     FiguresBySpan,
     NoSkeletonError,
     figures_by_span,
-    load_from_feed,
     skeleton_of,
 )
 from merge_gate.engine.base.stored_spans import SharedReads
@@ -45,7 +44,7 @@ from merge_gate.records.files import FileIdentity, Pattern, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import AS_MERGED, Quantization
-from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, gibibytes, give_back
+from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, give_back
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.worker.protocol import (
     ALONE,
@@ -164,21 +163,24 @@ class GroupBases:
             trust_remote_code=self.job.trust_remote_code,
             allow_pickle=self.job.allow_pickle,
         )
-        base, why_not, stored = None, "", group.files.tensors
+        base, why_not = None, ""
         if group.fed or self.job.device == "cpu":  # a card gets a skeleton only if the parent reads the files
             try:
                 is_mapped = not group.in_passes
-                base = skeleton_of(source, model_class, stored, self.feed, is_mapped=is_mapped, known=self._figures)
+                base = skeleton_of(
+                    source, model_class, group.files.tensors, self.feed, is_mapped=is_mapped, known=self._figures
+                )
             except NoSkeletonError as error:
                 why_not = str(error)
         if base is None and group.fed and (group.base.is_quantized or group.files.is_streamed):
             give_back()
-            try:  # no file is mapped
-                base = load_from_feed(source, model_class, stored, self.feed, free_bytes=MemoryGroup().free_bytes())
+            try:
+                base = part("stream", "load").load_from_feed(
+                    source, model_class, group.files, self.feed, free_bytes=MemoryGroup().free_bytes()
+                )
             except NoSkeletonError as error:
                 why_not = str(error)
         if base is None:
-            refuse_stubs(group, model_class, why_not)
             give_back()
             base = bases.load_base(source, model_class)
         if group.in_passes:
@@ -259,22 +261,6 @@ def _as_published(base: Base, group: Group) -> Base:
     if group.plain_dtype is None or base.hollow is not None:
         return base
     return bases.dequantized_base(base, group.plain_dtype)
-
-
-def refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
-    """The weight files of a streamed base are stubs, with headers and without values. Nothing may load them.
-
-    Raises:
-        EngineError: the base is streamed.
-    """
-    if group.files.is_streamed:
-        stored, free = gibibytes(group.files.weight_bytes), gibibytes(MemoryGroup().free_bytes() or 0)
-        reason = f" ({why_not})" if why_not else ""
-        raise EngineError(
-            f"base {group.base.name} cannot be streamed: {model_class.class_name} has to be loaded by transformers "
-            f"itself{reason}, from {stored} of files, and {free} of memory are free",
-            hint=f"set access: download for this base, on a runner whose disk has room for {stored}",
-        )
 
 
 def listed_pickle(path: str) -> PickleListed:

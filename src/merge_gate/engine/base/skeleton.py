@@ -1,4 +1,4 @@
-"""Loads a base from its headers and a `Feed` of its bytes: as a skeleton that takes no memory, or into memory.
+"""Loads a base from its headers and a `Feed` of its bytes, as a skeleton that takes no memory.
 
 In: a base's directory and `ModelClass`, the headers of its weight files, and a feed of their bytes. Out: a `Base`, or
 `NoSkeletonError` with the reason. Knows no PEFT.
@@ -16,33 +16,21 @@ to make it:
    are those of the outline on the meta device, and each tensor without values is still in its place.
 5. A tensor that the load itself read or wrote (a padding row that transformers sets to zero) gets its values for good,
    and the load is repeated. The last load must not touch a tensor without values (mincore).
-
-A base that transformers quantizes while it loads it is loaded into memory, tensor by tensor. No file is mapped:
-
-6. The tensor map shows what is loaded, and how much memory that takes.
-7. transformers gets each stored tensor as an object that reads its values when they are taken, like the slices of
-   safetensors. It keeps only the packed values.
-8. It takes one at a time, in the order of the files if none are converted together; else the feed is read with jumps.
-9. The load must lack the same tensors as the headers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import core_model_loading
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from merge_gate._internal.errors import EngineError, SourceError
@@ -52,10 +40,8 @@ from merge_gate.engine.base.loaded_base import (
     ModelClass,
     Place,
     Source,
-    caught,
     head_options,
     load_with_info,
-    loaded_quantization,
     loads_as_usual,
     measure_base,
     named_tensors,
@@ -66,7 +52,6 @@ from merge_gate.engine.base.stored_spans import MappedFiles, SharedReads, Stored
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
-from merge_gate.engine.tensors.quantized import loading_options, quantizing
 from merge_gate.files.feed import Feed
 from merge_gate.records.files import CONFIG_NAME, FileSpan, StoredTensor
 from merge_gate.records.measured import TensorStats
@@ -81,12 +66,6 @@ CAST_ELEMENTS = 1 << 20
 
 MOST_LOADS = 3
 """A load reads a tensor because of its class, not because of values, so a second load reads what the first did."""
-
-ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
-"""transformers' own switch. Otherwise four threads read ahead, out of order and into memory."""
-
-PACKED_BYTES = {Quantization.BNB_4BIT: 0.5 + 4 / 64, Quantization.BNB_8BIT: 1.0}
-"""Memory of one packed value with its part of the scale. The scales of rows do not count."""
 
 KEPT_SHARE = 4
 LEAST_KEPT_BYTES = 3 << 28
@@ -376,7 +355,7 @@ def _refuse_another_model(
 ) -> None:
     """Step 4. A tensor that has its values may be tied to another one, or be replaced, as in any load."""
     found = {name: tensor for name, _, tensor in named_tensors(model)}
-    _refuse_other_sources(loading, expected)
+    refuse_other_sources(loading, expected)
     tied = given.keys() - without_values.keys() - found.keys()
     expected_outlines = {name: (one.shape, one.dtype) for name, one in outline.items() if name not in tied}
     if {name: (one.shape, one.dtype) for name, one in found.items()} != expected_outlines:
@@ -386,146 +365,7 @@ def _refuse_another_model(
             raise NoSkeletonError(f"transformers replaces {name} after it was loaded")
 
 
-def _refuse_other_sources(loading: Loading, expected: Loading) -> None:
+def refuse_other_sources(loading: Loading, expected: Loading) -> None:
     if loading.newly_initialized != expected.newly_initialized:
         names = sorted(loading.newly_initialized ^ expected.newly_initialized)
         raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
-
-
-# --- 6. to 9., into memory -------------------------------------------------------------------------------------------
-
-
-def load_from_feed(
-    source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed, *, free_bytes: int | None
-) -> Base:
-    """Load a base into memory from a feed.
-
-    Args:
-        source: the base. Of its directory, the headers of the weight files and the other files are read.
-        model_class: the class and head to load it as.
-        stored: the tensors in the headers of the files that transformers loads, in its order.
-        feed: the bytes of these files.
-        free_bytes: the free memory, if it is known.
-
-    Raises:
-        NoSkeletonError: the headers say less than the load, or transformers' loader has changed.
-        CannotJudge: the base cannot be loaded as this class.
-        EngineError: the memory does not suffice. Nothing was read.
-        SourceError: bytes could not be had.
-    """
-    # 6.
-    transformers_class, found, expected = mapped_headers(source, model_class, stored)
-    _refuse_too_large(found.model, source, model_class, free_bytes)
-    spans = stored_bytes(source.directory, {name: found.stored[name] for one in found.groups for name in one.sources})
-    # 7. and 8.
-    in_order, key = _order(found, spans)
-    reads = _Reads(feed)
-    given = {
-        name: _Unread(spans[name], reads) if name in spans else _on_meta(one) for name, one in found.stored.items()
-    }
-    config = found.model.config
-    options = loading_options(source.quantization, source.dtype, source.device)
-    feed.expect([spans[name].span for name in in_order], whole=True)
-    try:
-        with quantizing(source.quantization), _taken_in(key):
-            model, loading = load_with_info(
-                transformers_class, None, config=config, dtype=config.dtype, state_dict=given, **options
-            )
-    except Exception as error:
-        reads.raise_failure()
-        raise CannotJudge(
-            "base_raised", base=source.label, error=caught(error), class_name=model_class.class_name
-        ) from error
-    reads.raise_failure()
-    # 9.
-    _refuse_other_sources(loading, expected)
-    return measure_base(model, source, loading, quantization=loaded_quantization(model, None))
-
-
-def _refuse_too_large(outline: Any, source: Source, model_class: ModelClass, free_bytes: int | None) -> None:
-    head = outline.get_output_embeddings()
-    packed = {
-        id(module.weight)
-        for module in outline.modules()
-        if isinstance(module, nn.Linear) and module is not head and source.quantization in PACKED_BYTES
-    }
-    of_packed = PACKED_BYTES.get(source.quantization, 0.0)
-    needed = sum(one.numel() * of_packed if id(one) in packed else one.nbytes for one in outline.parameters())
-    if free_bytes is not None and needed > free_bytes:
-        quantized = f" ({source.quantization})" if packed else ""
-        raise EngineError(
-            f"base {source.label}{quantized} takes {needed / 2**30:.1f} GiB of memory as {model_class.class_name}, and "
-            f"only {free_bytes / 2**30:.1f} GiB are free: nothing of it was read",
-            hint="use a machine with more memory"
-            + (
-                "; with quantization: none, the base is read in pieces and needs no memory of its size"
-                if packed
-                else ""
-            ),
-        )
-
-
-class _Reads:
-    """The reads of one load. transformers collects exceptions and goes on; after the first, none reads any more."""
-
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-        self._failure: BaseException | None = None
-
-    def read(self, place: StoredBytes) -> torch.Tensor:
-        if self._failure is not None:
-            raise self._failure
-        try:
-            with torch.device("cpu"):
-                return place.read(self._feed)
-        except BaseException as error:
-            self._failure = error
-            raise
-
-    def raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-
-class _Unread:
-    """A stored tensor that is read when transformers takes its values. It behaves like a slice."""
-
-    def __init__(self, place: StoredBytes, reads: _Reads) -> None:
-        self._place, self._reads = place, reads
-
-    def get_shape(self) -> list[int]:
-        return list(self._place.shape)
-
-    def __getitem__(self, index: EllipsisType) -> torch.Tensor:
-        return self._reads.read(self._place)[index]
-
-
-def _on_meta(one: StoredTensor) -> torch.Tensor:
-    """A stored tensor that is not loaded."""
-    return torch.empty(one.shape, device="meta")
-
-
-def _order(found: TensorMap, spans: Mapping[str, StoredBytes]) -> tuple[list[str], Any]:
-    """The stored tensors in the order in which they are taken, and the key by which transformers is to sort them."""
-    if any(one.conversion != RENAMED or len(one.sources) != 1 for one in found.groups):
-        return [name for one in found.groups for name in one.sources], None
-    last = (len(spans), 0)
-    places = {name: place.order for name, place in spans.items()}
-    return sorted(spans, key=places.__getitem__), lambda name: places.get(name, last)
-
-
-@contextlib.contextmanager
-def _taken_in(key: Any) -> Iterator[None]:
-    """Inside of the `with` block, transformers takes one stored tensor at a time, sorted by `key` if it is set."""
-    own = core_model_loading.dot_natural_key
-    before = os.environ.get(ONE_AT_A_TIME)
-    os.environ[ONE_AT_A_TIME] = "1"
-    core_model_loading.dot_natural_key = key or own
-    try:
-        yield
-    finally:
-        core_model_loading.dot_natural_key = own
-        if before is None:
-            del os.environ[ONE_AT_A_TIME]
-        else:
-            os.environ[ONE_AT_A_TIME] = before

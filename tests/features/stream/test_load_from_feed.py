@@ -12,10 +12,12 @@ from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
-from merge_gate.engine.base.skeleton import NoSkeletonError, load_from_feed
+from merge_gate.engine.base.skeleton import NoSkeletonError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
+from merge_gate.features.stream import load_from_feed as whole
+from merge_gate.features.stream.load_from_feed import load_from_feed
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import BaseFiles
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.models import Shelf
+    from tests.support.wording import Wording
 
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
 QUANTIZED = (Quantization.BNB_4BIT, Quantization.BNB_8BIT)
@@ -44,7 +47,7 @@ def from_feed(
 ) -> Base:
     source = source_for(directory, quantization, dtype)
     with methods.quiet():
-        return load_from_feed(source, LLAMA, stored_tensors(directory), feed, free_bytes=free)
+        return load_from_feed(source, LLAMA, base_files(directory), feed, free_bytes=free)
 
 
 def source_for(directory: Path, quantization: Quantization, dtype: str) -> Source:
@@ -85,7 +88,7 @@ def test_experts_are_converted_in_the_order_of_transformers(tmp_path: Path) -> N
     source = source_for(tmp_path, Quantization.BNB_4BIT, "float16")
     feed = CountingFeed(str(tmp_path))
     with methods.quiet():
-        ours = load_from_feed(source, mixtral, stored_tensors(tmp_path), feed, free_bytes=None)
+        ours = load_from_feed(source, mixtral, base_files(tmp_path), feed, free_bytes=None)
         theirs = load_base(
             str(tmp_path), model_class=mixtral, label="base", dtype="float16", quantization=Quantization.BNB_4BIT
         )
@@ -134,13 +137,13 @@ def test_bytes_that_cannot_be_had_are_an_error_and_end_the_load(quantization: Qu
 
 
 def test_a_load_that_lacks_other_tensors_does_not_count(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = skeleton.load_with_info
+    own = whole.load_with_info
 
     def lacks(*given: Any, **named: Any) -> Any:
         model, info = own(*given, **named)
         return model, replace(info, missing=info.missing | {"lm_head.weight"})
 
-    monkeypatch.setattr(skeleton, "load_with_info", lacks)
+    monkeypatch.setattr(whole, "load_with_info", lacks)
     with pytest.raises(NoSkeletonError, match="lm_head"):
         from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
 
@@ -149,7 +152,7 @@ def test_a_load_that_fails_is_of_the_base(shelf: Shelf, monkeypatch: pytest.Monk
     def fails(*_: Any, **__: Any) -> Any:
         raise ValueError("odd")
 
-    monkeypatch.setattr(skeleton, "load_with_info", fails)
+    monkeypatch.setattr(whole, "load_with_info", fails)
     with pytest.raises(CannotJudge):
         from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
 
@@ -219,3 +222,17 @@ def test_a_streamed_class_without_a_skeleton_is_loaded_from_the_feed(
     assert isinstance(last, Unjudged)
     assert isinstance(last.refusal, NotJudged)
     assert "from_pretrained of its own" in last.refusal.message
+
+
+def test_no_stub_is_loaded_and_the_error_names_class_reason_and_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    monkeypatch.setattr(whole, "_loaded", lambda *_: (_ for _ in ()).throw(NoSkeletonError("it is odd")))
+    source = Source(directory=str(tmp_path), label="acme/base", dtype="auto")
+    feed, model_class = LocalFeed(str(tmp_path)), ModelClass(class_name="OddForCausalLM")
+    for is_streamed, expected in ((True, EngineError), (False, NoSkeletonError)):
+        files = BaseFiles(directory=str(tmp_path), weight_bytes=3 << 30, is_streamed=is_streamed)
+        with pytest.raises(expected) as refused:
+            load_from_feed(source, model_class, files, feed, free_bytes=2 << 30)
+        if is_streamed:
+            wording(refused.value)
