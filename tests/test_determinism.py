@@ -33,30 +33,17 @@ def judged(place: Path, **environ: str) -> Report:
     return read((place / "merge-gate-report" / "report.json").read_bytes(), "")
 
 
-@pytest.fixture(scope="module")
-def first(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    place = tmp_path_factory.mktemp("first")
+@pytest.mark.slow
+def test_neither_threads_nor_order_of_files_change_a_report(shelf: Shelf, tmp_path: Path) -> None:
+    """Files that were made in the opposite order are listed in another by most file systems."""
+    place, opposite = tmp_path / "place", tmp_path / "opposite"
     lay_fleet(shelf, place)
     (place / "gate.yml").write_text(GATE)
-    report = judged(place)
-    assert {one.name for one in report.adapters if one.cause} == set(BROKEN)
-    return place, report
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("threads", ["1", "2", "3"])
-def test_the_number_of_threads_changes_nothing(first: tuple[Path, Report], threads: str) -> None:
-    place, report = first
-    assert same(judged(place, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)) == same(report)
-
-
-@pytest.mark.slow
-def test_neither_does_the_order_of_the_disk(first: tuple[Path, Report], tmp_path: Path) -> None:
-    """Files that were made in the opposite order are listed in another by most file systems."""
-    place, report = first
     for path in sorted(place.rglob("*"), reverse=True):
-        if path.is_file() and "merge-gate-report" not in path.parts:
-            target = tmp_path / path.relative_to(place)
+        if path.is_file():
+            target = opposite / path.relative_to(place)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    assert same(judged(tmp_path)) == same(report)
+    report = judged(place, OMP_NUM_THREADS="3", MKL_NUM_THREADS="3")
+    assert {one.name for one in report.adapters if one.cause} == set(BROKEN)
+    assert same(judged(opposite, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")) == same(report)

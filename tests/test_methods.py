@@ -112,7 +112,7 @@ def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench)
 
 @CASES
 @pytest.mark.parametrize(("dtype", "is_mapped"), [("bfloat16", True), ("auto", False)], ids=["other-dtype", "fed"])
-def test_the_merged_bits_of_a_base_that_is_read_in_a_pass_are_pefts(
+def test_the_merged_bits_are_pefts_in_a_pass_over_the_base(
     case: methods.Case, dtype: str, is_mapped: bool, bench: Bench
 ) -> None:
     """Such a base has values only while its tensors are merged: in another dtype than the stored one, or if fed."""

@@ -165,7 +165,7 @@ def test_another_padding_is_a_matter_of_the_border_and_passes(tmp_path: Path) ->
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
-def test_a_layer_that_draws_whenever_it_is_called_is_not_compared(tmp_path: Path) -> None:
+def test_a_layer_that_draws_at_each_call_is_not_compared(tmp_path: Path) -> None:
     drawn = peft.PveraConfig(r=4, target_modules=["dense"], sample_at_inference=True)
     assert trained((_falcon, TOKENS, drawn), tmp_path) > 0.01, "it draws nothing"
     judgement = judged(tmp_path)

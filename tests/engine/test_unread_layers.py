@@ -230,7 +230,7 @@ def test_what_merges_as_it_was_trained_is_not_told(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", ["siglip-fourierft", "mamba-fourierft"])
-def test_of_a_model_that_cannot_run_torchs_attention_alone_is_told(
+def test_without_a_run_only_torchs_attention_is_reported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_reads, "MOST_CALLS", 0)
@@ -322,7 +322,7 @@ APART = {
 
 
 @pytest.mark.parametrize("model_type", APART)
-def test_a_forward_of_tensors_without_data_shows_what_is_read_apart(model_type: str, tmp_path: Path) -> None:
+def test_a_forward_without_data_shows_what_is_read_apart(model_type: str, tmp_path: Path) -> None:
     model = small(model_type, tmp_path)
     drawn = torch.get_rng_state()
     before = {name: one.clone() for name, one in model.state_dict().items()}

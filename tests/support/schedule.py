@@ -19,8 +19,9 @@ TOGETHER = {
     "tests/test_weight_formats.py": "judged",
     "tests/test_docs.py": "judged",
     "tests/test_faults.py": "judged",
-    # Both need the fixture `fleet`, a run over 16 merges.
+    # All of them need the fixture `fleet`, a run over 16 merges.
     "tests/features/cache/test_cache.py": "fleet",
+    "tests/features/ray/test_ray.py": "fleet",
     "tests/features/shards/test_shards.py": "fleet",
 }
 ONE_BY_ONE = {
@@ -36,7 +37,6 @@ ONE_BY_ONE = {
 
 
 FIRST = (
-    "tests/features/ray/test_ray.py",
     "judged",
     "tests/run/test_every_way.py",
     "fleet",

@@ -188,7 +188,7 @@ def test_a_death_within_an_adapter_costs_that_adapter(deaths: Killer, wording: W
     wording(deed(refusal))
 
 
-def test_a_death_while_a_base_loads_costs_the_adapters_on_that_base(deaths: Killer, wording: Wording) -> None:
+def test_a_death_while_a_base_loads_costs_its_adapters(deaths: Killer, wording: Wording) -> None:
     assert [deaths.outcomes()[task] for task in (0, 1, 2)] == ["Unjudged", "Unjudged", "Merged"]
     wording(deed(deaths.refusal(0)))
 
@@ -317,7 +317,7 @@ def why_not_run(killer: Killer) -> dict[int, str | None]:
     return {event.task: event.evidence.forward.why_not for event in killer.heard if isinstance(event, Merged)}
 
 
-def test_a_model_that_is_killed_or_hangs_costs_only_its_measurement(accidents: Killer, wording: Wording) -> None:
+def test_a_model_that_dies_or_hangs_costs_its_measurement(accidents: Killer, wording: Wording) -> None:
     assert accidents.outcomes() == dict.fromkeys(range(7), "Merged")
     why = why_not_run(accidents)
     for task, how in ((0, "SIGKILL"), (1, "time limit"), (2, "SIGABRT")):
@@ -484,7 +484,7 @@ def test_children_that_die_at_once_are_not_started_forever(
     wording(deed(killer.refusal(2)))
 
 
-def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
+def test_a_base_that_could_not_be_loaded_is_not_loading(
     shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_NOTE_S", 0.0)
@@ -514,7 +514,7 @@ def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters:
 # --- accounts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
+def test_an_adapter_that_the_child_forgets_is_unjudged(
     shelf: Shelf, adapters: list[AdapterFiles], wording: Wording
 ) -> None:
     killer = Killer()
@@ -545,7 +545,7 @@ REFUSED = NotJudged(message="m")
     ],
     ids=repr,
 )
-def test_an_event_about_anything_but_open_tasks_of_the_base_in_progress_is_refused(
+def test_an_event_about_other_tasks_is_refused(
     event: Event, shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
 ) -> None:
     """Task 0 is reported, tasks 1 and 2 are open, and 3 to 5 are on another base. Group 2 has no tasks."""
@@ -572,7 +572,7 @@ def turns(attempt: Attempt) -> dict[int, int]:
         ([InProgress(task=1, thread=11), InProgress(task=2)], {2}),
     ],
 )
-def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_apart(
+def test_after_a_death_in_a_pass_suspects_are_merged_apart(
     events: list[Event], suspects: set[int], shelf: Shelf, adapters: list[AdapterFiles]
 ) -> None:
     attempt = begun(
@@ -654,7 +654,7 @@ def test_one_death_costs_at_most_two_more_reads_of_the_base(
         ({7, 12}, 1, [20, 19, 18, 2, 1, 1]),
     ],
 )
-def test_an_adapter_that_ends_every_process_costs_its_own_verdict(
+def test_an_adapter_that_ends_every_process_costs_its_verdict(
     culprits: set[int], in_progress: int, reads: list[int], shelf: Shelf, adapters: list[AdapterFiles]
 ) -> None:
     done = simulated(shelf.base("llama"), adapters[0], culprits, in_progress, most=100)
@@ -674,9 +674,7 @@ def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[Ad
     assert turns(attempt) == {1: TOGETHER, 2: TOGETHER}
 
 
-def test_a_death_while_a_pass_hands_over_is_of_the_adapter_in_progress(
-    shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
+def test_a_death_as_a_pass_hands_over_is_of_the_one_in_progress(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
     events = MergeStarted(task=0, others=(1, 2)), Unjudged(task=0, refusal=REFUSED), InProgress(task=1)
     assert turns(begun(job, *events)) == {1: SUSPECTED, 2: TOGETHER}
@@ -719,7 +717,7 @@ def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[Ad
     assert child.poll() == -signal.SIGKILL
 
 
-def test_a_broken_pipe_of_the_listener_is_not_taken_for_the_childs(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+def test_a_broken_pipe_of_the_listener_is_not_the_childs(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     def listen(event: Event) -> None:
         raise BrokenPipeError
 

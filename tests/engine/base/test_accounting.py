@@ -143,7 +143,7 @@ def test_parameters_are_counted_by_dtype_only_if_dtypes_differ() -> None:
     assert loaded_dtypes([weight]) == ()
 
 
-def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
+def test_a_plain_base_that_loads_in_another_dtype_is_refused(tmp_path: Path) -> None:
     source = Source(directory=str(tmp_path), label="b")
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
     for dtype in ("auto", "float32", "float16"):
@@ -152,13 +152,13 @@ def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_re
         refuse_other_packing(model, dataclasses.replace(source, dtype="bfloat16"), "none")
 
 
-def test_a_base_that_loads_in_another_quantization_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
+def test_a_base_that_loads_in_another_quantization_is_refused(tmp_path: Path) -> None:
     source = Source(directory=str(tmp_path), label="b", quantization=Quantization.BNB_8BIT)
     with pytest.raises(CannotJudge, match=r"loaded_otherwise.*'quantization': 'none'"):
         refuse_other_packing(torch.nn.Linear(4, 4), source, "none")
 
 
-def test_a_quantization_that_transformers_does_not_know_is_refused() -> None:
+def test_a_quantization_unknown_to_transformers_is_refused() -> None:
     method = declared(LlamaConfig(quantization_config={"quant_method": "no-such-method"}))
     with pytest.raises(CannotJudge, match=r"quantization_unknown.*'no-such-method'"):
         refuse_unknown_format(method, "b")

@@ -54,7 +54,7 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("model_type", fast(DROPPED, "laguna"))
-def test_tensors_that_peft_saves_and_does_not_load_fail_the_adapter(model_type: str, tmp_path: Path) -> None:
+def test_tensors_that_peft_saves_and_does_not_load_fail(model_type: str, tmp_path: Path) -> None:
     with one_thread():
         outcome = trial(model_type, tmp_path)
     assert outcome.dropped, "PEFT loads this type by now: take one that it does not"
@@ -62,7 +62,7 @@ def test_tensors_that_peft_saves_and_does_not_load_fail_the_adapter(model_type: 
     assert not outcome.wrong
 
 
-def test_nan_in_a_tensor_that_peft_does_not_load_is_no_accident_of_the_gate(tmp_path: Path) -> None:
+def test_nan_in_a_tensor_that_peft_does_not_load_is_no_accident(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     with one_thread():
         architecture = architectures.build("laguna", base)
@@ -82,7 +82,7 @@ def test_infinite_buffers_that_mean_no_limit_are_a_warning(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("suffix", "value"), [(".input_max", math.nan), (".weight", math.inf)])
-def test_nan_in_a_buffer_and_inf_in_a_parameter_of_such_a_base_fail(suffix: str, value: float, tmp_path: Path) -> None:
+def test_nan_in_a_buffer_and_inf_in_a_parameter_fail(suffix: str, value: float, tmp_path: Path) -> None:
     base, adapter = gemma4_audio(tmp_path)
     state = methods.load_file(base / "model.safetensors")
     name = next(name for name in state if name.endswith(suffix))

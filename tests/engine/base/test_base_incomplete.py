@@ -82,7 +82,7 @@ def lacking_one(lacking: str, adapter: Config, root: Path) -> tuple[Path, Path]:
         pytest.param(on("lm_head"), ["model.embed_tokens.weight"], id="a LoRA on the head, which is saved alone"),
     ],
 )
-def test_rows_of_an_enlarged_vocabulary_that_no_file_has_are_warned_of(
+def test_rows_of_a_vocabulary_that_no_file_has_are_warned_of(
     adapter: Config, made_up: list[str], tmp_path: Path
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "adapter"
@@ -123,7 +123,7 @@ def without_a_shard(base: Path, *, needed: bool, keep_file: bool = True) -> str:
 
 
 @pytest.mark.parametrize("keep_file", [True, False], ids=["the file is there", "the file is gone as well"])
-def test_a_base_whose_index_leaves_a_shard_out_is_not_merged_into(keep_file: bool, tmp_path: Path) -> None:
+def test_a_base_whose_index_leaves_a_shard_out_is_refused(keep_file: bool, tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "adapter"
     models.make_base("llama-sharded", base)
     models.save_adapter(base, out, config())

@@ -67,7 +67,7 @@ def changed(record: BaseRecord, name: str, **figures: Any) -> BaseRecord:
     )
 
 
-def test_only_touched_tensors_are_read_and_the_evidence_is_the_same(shelf: Shelf) -> None:
+def test_only_touched_tensors_are_read_for_the_same_evidence(shelf: Shelf) -> None:
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
     record, whole = recorded(directory, adapter)
     base, feed = skeleton(directory)
@@ -97,7 +97,7 @@ def test_a_loaded_base_gives_the_same_record(shelf: Shelf) -> None:
     assert set(loaded.figures) == set(record.figures)
 
 
-def test_figures_of_another_shape_or_dtype_or_of_no_tensor_are_not_taken(shelf: Shelf) -> None:
+def test_figures_of_another_shape_dtype_or_name_are_not_taken(shelf: Shelf) -> None:
     record, _ = recorded(shelf.base("llama"), shelf.adapter("plain"))
     first, second, *_ = record.figures
     other = TensorStats(name="model.gone.weight", dtype=first.dtype, shape=(1,), numel=1, minimum=0.0, maximum=0.0)

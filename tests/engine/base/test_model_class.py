@@ -88,7 +88,7 @@ WITH_LABELS = {
 
 
 @pytest.mark.parametrize("task", WITH_LABELS)
-def test_a_head_of_any_task_has_the_labels_that_it_was_trained_with(tmp_path: Path, task: str) -> None:
+def test_a_head_of_any_task_has_its_own_labels(tmp_path: Path, task: str) -> None:
     base_class, config, model_class, settings = WITH_LABELS[task]
     base_class(config).save_pretrained(tmp_path / "base")
 
@@ -219,9 +219,7 @@ OLD_NAMES = {"model.language_model.": "language_model.model.", "model.vision_tow
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("loses", ["nothing", "the vision tower"])
-def test_old_names_are_those_of_the_class_that_peft_loads_them_into(
-    loses: str, task_type: str | None, tmp_path: Path
-) -> None:
+def test_old_names_are_those_of_the_class_that_peft_loads(loses: str, task_type: str | None, tmp_path: Path) -> None:
     """Names that only look like those of the bare model: the user's class has a head, and PEFT may lose a part."""
     base = save_llava(tmp_path / "base")
     with methods.quiet():

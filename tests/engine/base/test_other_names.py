@@ -121,7 +121,7 @@ def test_an_adapter_of_the_whole_is_not(
 
 
 @pytest.mark.slow
-def test_an_adapter_of_a_text_class_that_does_not_load_the_base_fails(bases: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_class_that_does_not_load_fails(bases: Path, tmp_path: Path) -> None:
     """Its merge is not right, so keys-missing says what is wrong."""
     adapter = trained(bases, "gemma3", "Gemma3ForCausalLM", "CAUSAL_LM", tmp_path / "a")
     judgement = Gate().judge(adapter, built(bases, "gemma3"))

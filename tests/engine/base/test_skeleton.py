@@ -161,7 +161,7 @@ def test_a_class_that_needs_its_values_is_loaded(
 
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
+def test_tied_tensors_that_are_both_stored_are_tied_if_equal(
     factor: float, is_mapped: bool, shelf: Shelf, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
@@ -176,7 +176,7 @@ def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
     assert base.aliases == real.aliases
 
 
-def test_an_adapter_in_the_directory_is_refused_as_it_is_by_a_load(shelf: Shelf, tmp_path: Path) -> None:
+def test_an_adapter_in_the_directory_is_refused_as_by_a_load(shelf: Shelf, tmp_path: Path) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
     shutil.copytree(shelf.adapter("plain"), directory, dirs_exist_ok=True)
     with pytest.raises(NoSkeletonError, match="an adapter"):
@@ -185,7 +185,7 @@ def test_an_adapter_in_the_directory_is_refused_as_it_is_by_a_load(shelf: Shelf,
         loaded(directory)
 
 
-def test_a_base_that_is_quantized_or_has_another_loader_is_loaded(shelf: Shelf) -> None:
+def test_a_quantized_base_or_another_loader_has_no_skeleton(shelf: Shelf) -> None:
     directory, stored = shelf.base("llama"), stored_tensors(shelf.base("llama"))
     feed = LocalFeed(str(directory))
     quantized = source(directory, quantization=Quantization.BNB_4BIT)
@@ -195,7 +195,7 @@ def test_a_base_that_is_quantized_or_has_another_loader_is_loaded(shelf: Shelf) 
         skeleton_of(source(directory), ModelClass(class_name="AutoModelForCausalLM"), stored, feed)
 
 
-def test_a_base_that_does_not_fit_its_class_is_refused_as_it_is_by_a_load(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_base_unlike_its_class_is_refused_as_by_a_load(shelf: Shelf, tmp_path: Path) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,11 @@ if TYPE_CHECKING:
 
     from merge_gate.records.measured import Evidence
 
-DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = {"pissa-niter"}  # PEFT decomposes the base by a randomised method on every load: no two merges are alike
 UNMERGEABLE = {"prompt-tuning", "tied-head", "tied-embedding"}
 MERGEABLE = sorted(VARIANTS.keys() - RANDOM - UNMERGEABLE)
-IN_ALL_DTYPES = {"plain", "dora", "every-projection", "bias-all", "modules-to-save"}
-"""What `make test` merges in every dtype; the others in one of them."""
+IN_ALL_DTYPES = ("plain", "dora", "every-projection", "bias-all", "modules-to-save")
+"""Merged in every dtype, the others in bfloat16: tests/test_methods.py has every method in every dtype."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -94,9 +94,8 @@ def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        pytest.param(variant, dtype, marks=[] if dtype == "bfloat16" or variant in IN_ALL_DTYPES else pytest.mark.slow)
-        for variant in MERGEABLE
-        for dtype in DTYPES
+        *((variant, "bfloat16") for variant in MERGEABLE),
+        *itertools.product(IN_ALL_DTYPES, ("float32", "float16")),
     ],
 )
 def test_the_measured_tensors_are_those_of_peft(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -118,8 +119,10 @@ UNTRAINED: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("method", UNTRAINED)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [*((method, "bfloat16") for method in UNTRAINED), *itertools.product(("lora", "dora"), ("float32", "float16"))],
+)
 def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(
     method: str, dtype: str, pruned: Path, tmp_path: Path, bench: Bench
 ) -> None:
@@ -132,13 +135,12 @@ def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_untrained_dora_of_convolutions_has_no_effect(dtype: str, tmp_path: Path, bench: Bench) -> None:
+def test_an_untrained_dora_of_convolutions_has_no_effect(tmp_path: Path, bench: Bench) -> None:
     """PEFT's own road: convolutions have no form in rows."""
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
-    transformers.ResNetModel(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "base")
-    model = transformers.ResNetModel.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
+    transformers.ResNetModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = transformers.ResNetModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     with methods.quiet():
         lora = peft.LoraConfig(r=2, target_modules=["convolution"], use_dora=True)
         peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
@@ -187,9 +189,7 @@ def test_a_delta_of_a_millionth_is_an_effect(
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "olora"])
-def test_the_loss_of_what_was_trained_from_a_part_of_the_base_is_measured(
-    scheme: str, tmp_path: Path, bench: Bench
-) -> None:
+def test_the_loss_of_pissa_and_olora_is_measured(scheme: str, tmp_path: Path, bench: Bench) -> None:
     """PiSSA and OLoRA take their first factors off the base: the layer's tensor is not the base's any more."""
     base = bench.base_directory("llama", "bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -204,7 +204,7 @@ def test_the_loss_of_what_was_trained_from_a_part_of_the_base_is_measured(
     assert judgement.evidence.lost_share > 0.5, judgement
 
 
-def test_a_large_delta_of_a_few_tokens_hides_no_loss_of_the_others(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
+def test_a_large_delta_of_few_tokens_hides_no_other_loss(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
     """What rounding leaves of the LoRA is next to nothing; the rows of the tokens come through, and are large."""
     adapter = tmp_path / "adapter"
     shutil.copytree(shelf.adapter("token-rows"), adapter)
@@ -326,7 +326,7 @@ def test_what_is_changed_under_another_name_is_changed(name: str, tmp_path: Path
 # --- an error rests on a measurement -------------------------------------------------------------------------------
 
 
-def test_rounding_loss_as_an_error_is_measured_where_a_sample_is_mistaken(shelf: Shelf, tmp_path: Path) -> None:
+def test_rounding_loss_is_measured_where_a_sample_is_mistaken(shelf: Shelf, tmp_path: Path) -> None:
     """Rows of two kinds: a delta that survives rounding in few rows, one that does not in the others."""
     shutil.copytree(shelf.adapter("tall"), tmp_path / "tall")
 
@@ -379,7 +379,7 @@ def test_nan_fails_in_whatever_dtype_the_file_has(dtype: str, shelf: Shelf, tmp_
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "adapter-nonfinite"), judgement
 
 
-def test_nan_in_running_statistics_that_the_file_brings_is_the_adapters(tmp_path: Path, bench: Bench) -> None:
+def test_nan_in_running_statistics_of_the_file_is_the_adapters(tmp_path: Path, bench: Bench) -> None:
     torch.manual_seed(0)
     base = transformers.ResNetModel(
         transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_channels=1)
@@ -522,9 +522,7 @@ def test_peft_witnesses_each_kind_of_layer(shelf: Shelf) -> None:
     assert evidence.differing == ()
 
 
-def test_extremes_that_pefts_merge_does_not_have_send_the_adapter_through_peft(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extremes_unlike_pefts_send_the_adapter_through_peft(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measuring is at fault here, not the bits: PEFT is the witness of the figures as well."""
 
     def nudged(*given: Any, **named: Any) -> Any:
@@ -559,7 +557,7 @@ def change(directory: Path, by: Callable[[dict[str, torch.Tensor]], object]) -> 
 
 
 @pytest.mark.parametrize("variant", ["every-projection", "dora-all-linear", "conv1d", "embedding", "modules-to-save"])
-def test_an_adapter_is_judged_the_same_after_others_of_its_config(variant: str, shelf: Shelf, tmp_path: Path) -> None:
+def test_an_adapter_is_judged_alike_after_others_of_its_config(variant: str, shelf: Shelf, tmp_path: Path) -> None:
     """A sound one, one with other values, one that is broken, one that lacks a tensor, and the first again."""
     directory = shelf.base(VARIANTS[variant].base)
     edits: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {

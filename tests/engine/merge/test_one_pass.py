@@ -116,9 +116,7 @@ def test_adapters_are_cross_checked_in_different_layers(shelf: Shelf) -> None:
     assert len(merge(request_for(base, adapter)).cross_checked) == len(first.cross_checked)
 
 
-def test_a_weight_is_merged_with_all_adapters_before_the_next_one(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weight_is_merged_with_all_adapters_before_the_next(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     own = walk.Walk.merge_in_blocks
 
@@ -155,9 +153,7 @@ def test_an_adapter_that_raises_is_left_to_be_merged_by_itself(shelf: Shelf, mon
         merge(requests[1])
 
 
-def test_a_cross_check_that_differs_sends_its_adapter_alone_through_peft(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_cross_check_sends_its_adapter_through_peft(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = shelf.adapter("every-projection")
     base = base_for(shelf.base("llama"), adapter, "bfloat16")
     own, walks = walk.Walk.cross_check, list[walk.Walk]()
@@ -195,9 +191,7 @@ def test_adapters_of_one_kind_share_one_injection(shelf: Shelf, monkeypatch: pyt
     assert len({evidence.merges for evidence in together if evidence is not None}) == 1
 
 
-def test_what_the_first_adapter_is_refused_for_the_next_of_its_kind_is_refused_for_too(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_of_one_kind_are_refused_alike(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise Refused("loftq_without_gpu")
 

@@ -56,7 +56,7 @@ def request(base: Base, adapter: Path) -> MergeRequest:
 
 
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
-def test_a_write_of_peft_in_a_cross_check_reaches_no_other_adapter(
+def test_a_write_in_a_cross_check_reaches_no_other_adapter(
     is_before: bool, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, adapters = shelf.base("llama"), [shelf.adapter(name) for name in ADAPTERS]

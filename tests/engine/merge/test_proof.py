@@ -125,8 +125,15 @@ def saved_wrongly(way: Way, *, in_place: bool) -> Callable[..., nn.Module]:
     return unload
 
 
-@pytest.mark.parametrize("dtype", methods.DTYPES)
-@pytest.mark.parametrize("base", ["bert-classifier", *(pytest.param(one, marks=pytest.mark.slow) for one in TARGETS)])
+def saved_cases() -> Iterator[Any]:
+    """One base in every dtype, each of the others in one, and in two more for `make nightly`."""
+    yield from (pytest.param("bert-classifier", dtype) for dtype in methods.DTYPES)
+    for number, base in enumerate(TARGETS):
+        for place, dtype in enumerate(methods.DTYPES):
+            yield pytest.param(base, dtype, marks=pytest.mark.slow if place == number % 3 else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(("base", "dtype"), [*saved_cases()])
 def test_each_way_of_a_wrong_trained_module_is_found(base: str, dtype: str, bench: Bench) -> None:
     """It has no factors. Only some modules are square."""
     assert judged(bench, saved_case(base), dtype).verdict is Verdict.PASSED
@@ -149,7 +156,7 @@ def test_each_way_of_a_wrong_trained_module_is_found(base: str, dtype: str, benc
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_trained_module_with_two_names_for_a_parameter_does_not_differ(dtype: str, bench: Bench) -> None:
+def test_two_names_for_a_trained_parameter_do_not_differ(dtype: str, bench: Bench) -> None:
     """The file has other values under each name, and PEFT loads one of them."""
     settings = {"r": 4, "target_modules": ["query"], "modules_to_save": ["lm_head"]}
     judgement = judged(bench, methods.make_case("two-names", "xlm-roberta", "LoraConfig", **settings), dtype)
@@ -207,7 +214,7 @@ def test_one_value_that_is_not_finite_hides_nothing() -> None:
     assert difference_of(layer) > proof.MOST_ERROR_SHARE
 
 
-def test_a_fault_in_a_layer_that_goes_in_blocks_unchecked_does_not_reach_the_result(bench: Bench) -> None:
+def test_a_fault_in_a_layer_in_blocks_does_not_reach_the_result(bench: Bench) -> None:
     """The blocks are the gate's own. PEFT merges one layer of a kind, and its fault would be in another one."""
     base = bench.base("llama", "float32").state_dict()
     case = methods.make_case("all", "llama", "LoraConfig", r=4, target_modules=ALL)
@@ -231,7 +238,7 @@ class ScaledLinear(nn.Linear):
         return super().forward(values * self.factor) if self.factor == 1 else super().forward(values) + self.weight[0]
 
 
-def test_layers_of_a_class_with_other_settings_are_compared_apart(bench: Bench) -> None:
+def test_layers_with_other_settings_are_compared_apart(bench: Bench) -> None:
     """Both have the same class and shapes; one adds what its weight holds, which PEFT's forward does not know."""
     case = methods.make_case("two", "llama", "LoraConfig", r=4, target_modules=["q_proj", "o_proj"])
     assert judged(bench, case, "float32").verdict is Verdict.PASSED

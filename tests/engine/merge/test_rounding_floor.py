@@ -75,9 +75,7 @@ def test_a_step_of_training_is_an_effect(start: str, dtype: str, tmp_path: Path,
 
 @DTYPES
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_what_kasa_takes_off_the_base_is_no_effect_of_the_adapter(
-    bias: str, dtype: str, tmp_path: Path, bench: Bench
-) -> None:
+def test_what_kasa_takes_off_the_base_is_no_effect(bias: str, dtype: str, tmp_path: Path, bench: Bench) -> None:
     """PEFT's merge of an untrained one is not the base: a part of it is gone. A trained bias is an effect."""
     base = bench.base_directory("llama-bias", dtype)
     config = peft.LoraConfig(r=4, target_modules=Q, kasa_config=peft.KasaConfig(), bias=bias)

@@ -91,7 +91,7 @@ def make(model_class: Any, config: Any, adapter: Any, directory: Path) -> tuple[
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_bias_that_the_head_holds_for_its_decoder_is_the_decoders(name: str, tmp_path: Path) -> None:
+def test_a_bias_that_head_and_decoder_share_is_the_decoders(name: str, tmp_path: Path) -> None:
     with one_thread():
         base, adapter, error = make(*MODELS[name], peft.BeftConfig(target_modules=["decoder"]), tmp_path)
         judgement = Gate().judge(adapter, base)

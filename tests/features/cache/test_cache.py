@@ -156,7 +156,7 @@ def test_what_changed_is_judged_and_nothing_else(changed: tuple[Path, Report, li
     assert same(again) == same(report)
 
 
-def test_what_is_taken_over_is_in_every_format_before_anything_is_merged(
+def test_cached_verdicts_are_in_every_format_before_any_merge(
     changed: tuple[Path, Report, list[str]],
 ) -> None:
     """A run that is killed then leaves it, and its last report takes less time."""
@@ -181,9 +181,7 @@ def test_an_accepted_failure_is_accepted_from_the_cache_too(copy: Path) -> None:
     assert cached(report) == everyone(report)
 
 
-def test_where_there_may_be_a_card_torch_is_asked_once_for_the_device(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_is_asked_once_for_the_device_if_there_is_a_card(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker without a job says what it would merge on; the cache knows it until the machine starts anew."""
     monkeypatch.setattr(remembered, "has_card", lambda: True)
     first = run(copy, "plain-0")
@@ -212,7 +210,7 @@ def forge(cache: Path, name: str, verdict: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.attempt("C01", "a forged verdict in the cache", "a miss with a secret, believed without, as documented")
-def test_a_forged_verdict_is_believed_without_a_secret_and_a_miss_with_one(copy: Path) -> None:
+def test_a_forged_verdict_is_believed_only_without_a_secret(copy: Path) -> None:
     """The first half is what docs/guides/fleets.md warns of: it must be said as long as it is so."""
     forge(copy / "cache", "adapter-nonfinite", "passed")
     words = ("run", "fleet.yml", "--only", "plain-1", "--cache", "cache")
@@ -252,7 +250,7 @@ class Meddler(View):
 
 
 @pytest.mark.usefixtures("no_worker")
-def test_a_base_that_changes_during_a_warm_run_leaves_no_verdict_on_it(copy: Path) -> None:
+def test_a_base_that_changes_in_a_warm_run_has_no_verdict(copy: Path) -> None:
     count = len(stored(copy / "cold").adapters)
     report = run(copy, view=Meddler(copy / "llama" / "model.safetensors", count))
     on_it = [one for one in report.adapters if one.name.startswith(("plain", "rslora", "blend"))]
@@ -271,7 +269,7 @@ def test_a_cache_that_is_a_file_is_a_usage_error(fleet: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_runs_share_a_directory_and_with_refresh_keep_new_verdicts(copy: Path) -> None:
+def test_two_runs_with_refresh_share_a_directory(copy: Path) -> None:
     """Two of the verdicts are there already, and `--refresh` judges them again; the third one is gone."""
     names = ("plain-0", "plain-1", "rslora-0")
     only = [word for name in names for word in ("--only", name)]
@@ -319,7 +317,7 @@ def kill_after(place: Path, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twice_with_a_cache_is_the_whole_run_but_for_marks(fleet: Path) -> None:
+def test_killed_twice_with_a_cache_is_the_whole_run(fleet: Path) -> None:
     kill_after(fleet, 3)
     assert provisional(fleet / "killed")["complete"] is False
     kill_after(fleet, 6)

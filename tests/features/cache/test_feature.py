@@ -57,7 +57,7 @@ def test_another_base_is_a_miss(one: Entry) -> None:
             assert cache.lookup(one, other, CPU) is None
 
 
-def test_closing_releases_the_directory_and_removes_old_unfinished_files(one: Entry, tmp_path: Path) -> None:
+def test_closing_removes_old_unfinished_files(one: Entry, tmp_path: Path) -> None:
     with closing(open_cache(one)):
         unfinished = tmp_path / "cache" / "verdicts" / f".{'a' * 64}.{'1' * 16}.tmp"
         unfinished.write_text("half")
@@ -67,7 +67,7 @@ def test_closing_releases_the_directory_and_removes_old_unfinished_files(one: En
     assert len([*OPEN_FILES.iterdir()]) == open_files - len(KINDS)
 
 
-def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) -> None:
+def test_digests_are_reused_unless_verdicts_are_not(one: Entry) -> None:
     directory = base_directory(one)
     identity = base_identity(directory)
     digests = {WEIGHTS: "d" * 64}
@@ -142,9 +142,7 @@ def measured(cache: VerdictCache, run: Run, base: Group) -> None:
 
 
 @pytest.mark.parametrize(("read", "is_used"), [(Read.AUTO, True), (Read.TOUCHED, True), (Read.WHOLE, False)])
-def test_the_worker_gets_the_records_of_a_base_that_need_not_be_read_whole(
-    read: Read, is_used: bool, one: Entry
-) -> None:
+def test_the_worker_gets_the_records_of_a_base(read: Read, is_used: bool, one: Entry) -> None:
     directory, run = base_directory(one), a_run(RunOptions())
     with closing(open_cache(one, run=run)) as cache:
         base = cache.schedule(group(directory), Read.WHOLE)

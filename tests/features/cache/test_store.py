@@ -145,7 +145,7 @@ def test_a_kind_that_is_a_file_is_refused(tmp_path: Path) -> None:
         store(tmp_path)
 
 
-def test_without_permission_to_write_nothing_is_there_and_it_is_reported_once(wording: Wording) -> None:
+def test_without_permission_to_write_one_note_is_reported(wording: Wording) -> None:
     notes: list[str] = []
     cache = Store("/proc/self", Seal(""), notify=notes.append)  # no user can make a directory there
     assert cache.is_empty("verdicts")

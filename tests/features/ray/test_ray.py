@@ -19,26 +19,14 @@ import pytest
 
 from merge_gate.report.formats.json_report import read
 from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
-from tests.support.small_fleet import BROKEN, lay_fleet, same
+from tests.support.small_fleet import same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from merge_gate.records.report import Report
-    from tests.support.models import Shelf
 
 NO_AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-@pytest.fixture(scope="module")
-def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fleet, judged on this machine."""
-    place = tmp_path_factory.mktemp("fleet")
-    lay_fleet(shelf, place)
-    answer = merge_gate("run", "fleet.yml", "--output", "whole", cwd=place)
-    assert answer.code == 1, answer.said
-    assert {one.name: one.cause for one in stored(place / "whole").adapters if one.cause} == BROKEN
-    return place
 
 
 def stored(directory: Path) -> Report:
@@ -85,7 +73,7 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> No
         for task in tasks:
             os.kill(task, signal.SIGKILL)
         assert process.wait(PATIENCE_S) == 1, (fleet / "log").read_text()
-    assert same(stored(fleet / "killed")) == same(stored(fleet / "whole"))
+    assert same(stored(fleet / "killed")) == same(stored(fleet / "cold"))
     assert tasks_of(marker) == []
 
 
@@ -106,7 +94,7 @@ def test_a_signal_ends_all_tasks_and_leaves_a_true_report(fleet: Path) -> None:
 def test_models_are_published_and_verdicts_are_cached(fleet: Path) -> None:
     """The models have the bytes that one machine publishes."""
     only = ("--only", "plain-0", "--only", "rslora-1", "--only", "float16-base-0")
-    for directory, more in (("by-one", ()), ("by-ray", ("--cache", "cache", "--ray"))):
+    for directory, more in (("by-one", ()), ("by-ray", ("--cache", "ray-cache", "--ray"))):
         words = ("run", "fleet.yml", *only, "--output", f"{directory}-report", "--publish", directory, *more)
         assert merge_gate(*words, cwd=fleet).code == 1
     by_one, by_ray = (
@@ -119,7 +107,7 @@ def test_models_are_published_and_verdicts_are_cached(fleet: Path) -> None:
         "by-ray/plain-0",
         "by-ray/rslora-1",
     }
-    merge_gate("run", "fleet.yml", *only, "--output", "again", "--cache", "cache", "--device", "cpu", cwd=fleet)
+    merge_gate("run", "fleet.yml", *only, "--output", "again", "--cache", "ray-cache", "--device", "cpu", cwd=fleet)
     assert {one.name for one in stored(fleet / "again").adapters if one.cached} == {"plain-0", "rslora-1"}
 
 
@@ -155,7 +143,7 @@ def test_a_node_that_is_removed_costs_a_retry_and_no_verdict(fleet: Path) -> Non
             assert process.wait(PATIENCE_S) == 1, (fleet / "log").read_text()
     finally:
         owner.communicate(timeout=PATIENCE_S)
-    assert same(stored(fleet / "removed")) == same(stored(fleet / "whole"))
+    assert same(stored(fleet / "removed")) == same(stored(fleet / "cold"))
 
 
 @pytest.mark.nightly

@@ -128,7 +128,7 @@ def started(name: str) -> Callable[[tuple[int, int], Any], bool]:
 # --- a sound cluster -------------------------------------------------------------------------------------------------
 
 
-def test_report_models_and_cached_verdicts_are_those_of_one_machine(place: Path) -> None:
+def test_report_models_and_verdicts_are_those_of_one_machine(place: Path) -> None:
     """Relative names are those of the machine of the run, wherever a task starts."""
     whole = run_gate(published("here"), RunOptions(device="cpu"))
     ray, view, works = Ray({"CPU": 1.0}), Shown(), []
@@ -158,7 +158,7 @@ def test_report_models_and_cached_verdicts_are_those_of_one_machine(place: Path)
     assert [one.cached for one in again.adapters] == [True, True, True]
 
 
-def test_a_run_that_was_interrupted_has_a_true_report_and_its_verdicts_in_the_cache(place: Path) -> None:
+def test_an_interrupted_run_has_a_true_report_and_cache(place: Path) -> None:
     class Interrupts(Shown):
         def adapter_done(self, adapter: AdapterReport) -> None:
             super().adapter_done(adapter)
@@ -188,7 +188,7 @@ def test_a_run_that_was_interrupted_has_a_true_report_and_its_verdicts_in_the_ca
         ("cpu", [{"CPU": 16.0, "GPU": 4.0}], {"num_cpus": 8, "num_gpus": None}, 3),
     ],
 )
-def test_a_worker_asks_for_its_share_and_there_are_more_shards_than_workers(
+def test_a_worker_asks_for_its_share_of_more_shards(
     device: str, nodes: list[dict[str, float]], asked: dict[str, Any], shards: int, quick: Path
 ) -> None:
     ray = Ray(*nodes)
@@ -312,7 +312,7 @@ def test_a_shard_that_is_lost_once_costs_no_verdict(quick: Path) -> None:
     assert [index for index, _ in ray.shards].count(lost[0]) == 2
 
 
-def test_an_adapter_that_was_under_way_twice_is_to_blame_and_no_other(quick: Path, wording: Wording) -> None:
+def test_only_an_adapter_that_was_under_way_twice_is_blamed(quick: Path, wording: Wording) -> None:
     ray = Ray({"CPU": 1.0})
     ray.loses = started("one")
     report = judged(ray, access=Access.DOWNLOAD)
@@ -322,7 +322,7 @@ def test_an_adapter_that_was_under_way_twice_is_to_blame_and_no_other(quick: Pat
     assert len(ray.shards) == 4
 
 
-def test_a_shard_that_is_always_lost_ends_with_a_sentence_for_each_adapter(quick: Path, wording: Wording) -> None:
+def test_each_adapter_of_a_lost_shard_has_a_sentence(quick: Path, wording: Wording) -> None:
     ray, view = Ray({"CPU": 1.0}), Shown()
     ray.loses = lambda shard, _: shard[0] == 1
     report = judged(ray, view)
@@ -341,9 +341,7 @@ def test_a_task_that_ends_too_early_is_a_loss(quick: Path, wording: Wording) -> 
     wording(*dict.fromkeys(said.values()))
 
 
-def test_a_cluster_without_a_node_that_is_left_ends_with_a_sentence_for_each_adapter(
-    quick: Path, wording: Wording
-) -> None:
+def test_without_a_node_each_adapter_has_a_sentence(quick: Path, wording: Wording) -> None:
     ray = Ray()
     ray.is_silent = lambda: bool(ray.shards) and (ray.resources.clear() or True)
     report = judged(ray)

@@ -35,7 +35,7 @@ def found(*reports: Report) -> list[FoundReport]:
     return [(f"shards/{number}", one) for number, one in enumerate(reports, 1)]
 
 
-def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> None:
+def test_shards_of_a_run_are_one_report_in_any_order() -> None:
     for order in permutations(SHARDS):
         whole = combined(found(*order))
         assert [one.name for one in whole.adapters] == ["a0", "a1", "a2", "a3", "a4"]
@@ -151,7 +151,7 @@ def test_devices_may_differ_and_are_all_named() -> None:
     assert whole.sandbox == Sandbox(held=("network",), missing=("processes: the kernel has no filter", "files: why"))
 
 
-def test_an_entry_of_the_baseline_is_what_the_shard_with_a_use_for_it_says() -> None:
+def test_a_baseline_entry_is_that_of_the_shard_that_uses_it() -> None:
     def entry(outcome: Acceptance, adapter: str = SHA256) -> BaselineEntry:
         return BaselineEntry(
             adapter=adapter,

@@ -104,12 +104,12 @@ def names(config: Config, index: int, count: int) -> list[str]:
     return [spec.name for spec in part_of(config, config.adapters, RunOptions(features={"shard": (index, count)}))[0]]
 
 
-def test_adapters_without_a_base_in_the_configuration_are_together(config: Config) -> None:
+def test_adapters_without_a_configured_base_are_together(config: Config) -> None:
     assert names(config, 1, 2) == ["a0", "a1", "a2", "a3"]
     assert names(config, 2, 2) == ["a4", "a5"]
 
 
-def test_a_machine_with_the_checkout_elsewhere_makes_the_same_cut(config: Config, tmp_path: Path) -> None:
+def test_a_checkout_elsewhere_makes_the_same_cut(config: Config, tmp_path: Path) -> None:
     elsewhere = tmp_path.with_name(f"{tmp_path.name}-moved") / "deeper"
     shutil.copytree(tmp_path, elsewhere)
     moved = load_config(str(elsewhere / "gate.yml"))

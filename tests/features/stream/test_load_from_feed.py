@@ -105,7 +105,7 @@ def test_a_class_without_a_skeleton_is_loaded_whole(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize(("quantization", "share"), [(Quantization.NONE, 0.9), (Quantization.BNB_4BIT, 0.5)])
-def test_a_base_that_does_not_fit_is_refused_before_a_byte_is_read(
+def test_a_base_that_does_not_fit_is_refused_before_it_is_read(
     quantization: Quantization, share: float, shelf: Shelf
 ) -> None:
     directory = shelf.base("llama")
@@ -196,9 +196,7 @@ def test_a_worker_quantizes_a_fed_base(
     assert repr(same[0]) == repr(same[1])
 
 
-def test_a_streamed_class_without_a_skeleton_is_loaded_from_the_feed(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_without_a_skeleton_is_loaded_from_the_feed(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are stubs, so nothing may map them. If the class has a loader of its own, that is an error."""
     monkeypatch.setenv(sandbox.SWITCH, "off")
     monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
