@@ -79,7 +79,7 @@ def tasks_of(monkeypatch: pytest.MonkeyPatch, *words: str, **config: Any) -> lis
         merge = flow.Run._merge
 
         def noted(run: flow.Run) -> None:
-            reasons.extend(task.no_forward for group in run.groups for task in group.tasks)
+            reasons.extend(task.why_not("forward") or "" for group in run.groups for task in group.tasks)
             merge(run)
 
         patch.setattr(flow.Run, "_merge", noted)

@@ -25,6 +25,7 @@ from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.merges import runs
 from tests.support.gating import SPEC, Gate
 from tests.support.models import make_adapter, read_tensors, write_tensors
 from tests.support.verify.merges import weights_of, write_weights
@@ -66,7 +67,7 @@ BASES: dict[str, Callable[[Path, Path], Base]] = {
 
 def judged(base: Base, adapter: Path) -> Finding | None:
     files = preflight(str(adapter), allow_pickle=False)
-    evidence = merge(MergeRequest(base=base, members=(files,), measure_options=measure_options(SPEC)))
+    evidence = merge(MergeRequest(base=base, members=(files,), measure_options=measure_options(SPEC), consumers=runs()))
     return next((one for one in judge_merge(SPEC, files, evidence) if one.check == "delta-norm"), None)
 
 

@@ -155,7 +155,7 @@ def test_the_models_of_a_streamed_base_are_run_only_if_that_is_required(
         one = entry(tmp_path)
         base = replace(one.base, base_files=BaseFiles(directory=str(tmp_path), is_streamed=is_streamed))  # type: ignore[type-var]
         (made,) = group_by_base([(0, replace(one, spec=replace(one.spec, forward=forward), base=base))])
-        assert (not made.tasks[0].no_forward) is expected
+        assert (made.tasks[0].why_not("forward") == "") is expected
 
 
 def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None:

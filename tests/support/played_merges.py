@@ -149,7 +149,7 @@ def _play_group(
         loaded = protocol.BaseLoaded(group=number, task=task.index, facts=facts, identity=identity, seconds=0.0)
         on_event(loaded)
         on_event(protocol.MergeStarted(task=task.index))
-        if task.publishes is not None:  # on a thread, as the service does
+        if task.model_files:  # on a thread, as the service does
             sending = threading.Thread(target=send, args=(task.index,), daemon=True)
             sending.start()
             sending.join()

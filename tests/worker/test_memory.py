@@ -10,7 +10,7 @@ import pytest
 
 from merge_gate.worker import memory
 from merge_gate.worker.memory import MemoryGroup, batches, give_back, too_large
-from merge_gate.worker.protocol import Publishing, Task
+from merge_gate.worker.protocol import ConsumerSpec, Task
 from tests.support.wording import Wording
 
 GIB = 2**30
@@ -118,7 +118,7 @@ def test_a_pass_has_as_many_models_as_files_may_be_open(monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "most_model_files", lambda: 5)
     files = (2, 0, 2, 3, 2, 9)
     tasks = [
-        (Task(index=index, files=(), publishes=Publishing(dtype="preserve", files=count) if count else None), None)
+        (Task(index=index, files=(), consumers=(ConsumerSpec(feature="publish", files=count),)), None)
         for index, count in enumerate(files)
     ]
     passes = [[task.index for task, _ in batch] for batch in batches(tasks, one_pass=True)]

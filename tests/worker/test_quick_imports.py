@@ -22,6 +22,7 @@ from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from merge_gate.worker.supervisor import OFFLINE, Attempt, WorkerProcess
 from tests.support.command import environment
 from tests.support.engine.base_headers import base_files
+from tests.support.engine.merges import RUNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,7 +170,7 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytes
         base=BaseKey(model="base", revision=None, dtype="float32", quantization="none"),
         directory=str(base),
         files=base_files(base),
-        tasks=(Task(index=0, files=(files,)),),
+        tasks=(Task(index=0, files=(files,), consumers=RUNS),),
     )
     job = Job(groups=(group,), device="cpu")
     heard: list[Event] = []

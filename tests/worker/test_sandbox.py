@@ -236,11 +236,11 @@ import os
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker.protocol import Group, Job, Publishing, Task
+from merge_gate.worker.protocol import ConsumerSpec, Group, Job, Task
 from merge_gate.worker.sandbox import limit
 
 most = 5 << 30
-task = Task(index=0, files=(), publishes=Publishing(dtype="preserve", most_bytes=most))
+task = Task(index=0, files=(), consumers=(ConsumerSpec(feature="publish", most_bytes=most),))
 key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
 group = Group(base=key, directory="", files=BaseFiles(directory=""), tasks=(task,))
 limit(Sandbox(), Job(groups=(group,)), "cpu")

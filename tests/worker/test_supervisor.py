@@ -46,6 +46,7 @@ from merge_gate.worker.protocol import (
 from merge_gate.worker.supervisor import Attempt, WorkerProcess, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
+from tests.support.engine.merges import RUNS
 from tests.support.faults import configure
 from tests.support.played_worker import plan, played_workers
 
@@ -79,7 +80,7 @@ def hang(files: AdapterFiles) -> AdapterFiles:
 
 
 def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
-    tasks = tuple(Task(index=first + number, files=(files,)) for number, files in enumerate(adapters))
+    tasks = tuple(Task(index=first + n, files=(files,), consumers=RUNS) for n, files in enumerate(adapters))
     return Group(
         base=BaseKey(model=base.name, revision=None, dtype="float32", quantization="none"),
         directory=str(base),
@@ -342,7 +343,7 @@ def test_a_base_that_hangs_is_not_run_again(
     base = copied(shelf, tmp_path / "base")
     plan(base, run="hang hang")
     killer, one = Killer(), limited((one_pass if passes else group)(base, adapters), 0, 1)
-    off = replace(one.tasks[2], no_forward="forward is off")
+    off = one.tasks[2].without("forward", "forward is off")
     with played_workers(tmp_path), WorkerSlot() as worker:
         supervise(Job(groups=(replace(one, tasks=(*one.tasks[:2], off)),)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Merged")
@@ -362,7 +363,7 @@ import merge_gate.worker.child as child
 def with_accident(import_engine=child._import_engine):
     import_engine()
     import os, signal
-    from merge_gate.engine import adapter_evidence as engine
+    from merge_gate.features.forward import consumer as engine
     def run_adapters(base, models, *others, run=engine.run_adapters):
         layers = (layer for model in models for layer in model.modules() if hasattr(layer, "lora_alpha"))
         if any(layer.lora_alpha["default"] == 1 for layer in layers):
@@ -398,7 +399,7 @@ def test_real_workers_die_as_played_ones_do(
 def test_a_task_that_is_not_to_be_run_is_not(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     """It says so."""
     killer, one = Killer(), group(shelf.base("llama"), adapters[:1])
-    tasks = (replace(one.tasks[0], no_forward="forward is off"),)
+    tasks = (one.tasks[0].without("forward", "forward is off"),)
     with WorkerSlot() as worker:
         supervise(Job(groups=(replace(one, tasks=tasks),)), killer, worker)
     assert why_not_run(killer) == {0: "forward is off"}
@@ -424,7 +425,7 @@ def test_a_death_of_models_is_blamed_on_no_merge(shelf: Shelf, adapters: list[Ad
     assert turns(begun(job, merging, *running)) == {0: ALONE, 1: ALONE, 2: TOGETHER}
     assert turns(begun(job, merging, *running, *ended, InProgress(task=2))) == {0: TOGETHER, 1: TOGETHER, 2: SUSPECTED}
     left = begun(job, merging, *running, *ended, running[1]).left(DEATH, set())
-    assert [bool(task.no_forward) for task in left.groups[0].tasks] == [False, True, False]
+    assert [bool(task.why_not("forward")) for task in left.groups[0].tasks] == [False, True, False]
     assert {task.turn for task in left.groups[0].tasks} == {TOGETHER}
 
 

@@ -19,9 +19,9 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
@@ -35,10 +35,9 @@ from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, expected_tensors, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
-from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.served_class import served_class
-from merge_gate.engine.merge.merged_again import fits, merged_again
-from merge_gate.engine.merge.merged_tensors import TensorSink
+from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.engine.merge.proof import difference, differs
@@ -47,23 +46,13 @@ from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.placement import confirm_card
 from merge_gate.engine.tensors.quantized import is_quantized
-from merge_gate.features.forward.growth import may_stay, why_left_out
-from merge_gate.features.forward.rounding import with_rounding
-from merge_gate.features.forward.run import is_close, run_adapters, run_merged
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, Forward, MeasureOptions, TensorMerge
 from merge_gate.records.refusals import Refused
 
-if TYPE_CHECKING:
-    from merge_gate.features.verify.exact_merge import ExactRows
-
 MOST_PASSES = 3
 """A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
-
-
-RAN_BEFORE = "it was run for the first merge"
-"""Why the model is not run for another merge of the same adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +61,10 @@ class MergeRequest:
 
     `base` is loaded, and the merge leaves it unchanged. `measure_options` says which figures may be estimated.
     `progress` is called with the number of merged layers, the number of all layers, and the layer's name. Each thread
-    that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
-    if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
-    Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
-    With `is_export`, `Evidence.served` is always filled.
-    `no_forward` says why base and adapter are not run as models; empty if they are. `on_forward` is called with True
-    before they run, and with False afterwards, for each adapter that runs: a death of the process in between costs only
-    that measurement. With `tries_base`, the base runs alone before, and `on_forward` is called in between.
+    that begins to work on the adapter calls `on_work`. `free_bytes` is the free memory, if it is known: nothing of a
+    base that is read in a pass is read if PEFT's merge does not fit in it. Without `safe_merge`, `consumers` get what
+    PEFT gives without it: W + delta is rounded once instead of twice.
+    `no_forward` says why no consumer runs base and adapter as models; empty if one does.
     """
 
     base: Base
@@ -87,13 +73,10 @@ class MergeRequest:
     measure_options: MeasureOptions = MEASURE_ALL
     progress: Progress | None = None
     on_work: Callable[[], None] = lambda: None
-    sink: TensorSink | None = None
+    consumers: tuple[Consumer, ...] = ()
     free_bytes: int | None = None
     safe_merge: bool = True
-    is_export: bool = False
     no_forward: str = ""
-    tries_base: bool = False
-    on_forward: Callable[[bool], None] = lambda _: None
 
 
 def merge(request: MergeRequest) -> Evidence:
@@ -107,24 +90,17 @@ def merge(request: MergeRequest) -> Evidence:
             continue
         if attempt.error is not None:
             raise attempt.error
-        return _run_again(attempt)
+        return attempt.end()
 
 
-@torch.no_grad()
-def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
-    """The merges of these tensors in float64, of an adapter that `merge` has accepted.
-
-    Between two of its values, a generator keeps no state that other code shares, so the decorator of torch is used.
-    """
-    from merge_gate.features.verify.exact_merge import exact_rows  # noqa: PLC0415 - only for finished models
-
-    attempt = _Attempt(request, waits=False)
-    with _quiet():
+def planned(request: MergeRequest) -> Walk | None:
+    """The plan of a merge, without the merge. None if the adapter is refused."""
+    attempt = MergeAttempt(request, waits=False)
+    with quiet(), torch.no_grad():
         attempt.do(attempt.plan)
     if attempt.error is not None:
         raise attempt.error
-    if attempt.walk is not None:
-        yield from exact_rows(attempt.walk, names)
+    return attempt.walk
 
 
 def measure_wholly(base: Base) -> None:
@@ -151,11 +127,11 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
     for attempt in attempts:
         if isinstance(attempt.error, SourceError):
             raise attempt.error
-    return tuple(None if one.error is not None or id(one.base) in misread else _run_again(one) for one in attempts)
+    return tuple(None if one.error is not None or id(one.base) in misread else one.end() for one in attempts)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The gate's own comparison finds what PEFT warns about. Some methods read indices of sparse tensors from files."""
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
@@ -163,10 +139,10 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_Attempt]:
+def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[MergeAttempt]:
     """Merge these adapters in one pass. One adapter's exception does not stop the other adapters."""
-    attempts, is_begun = [_Attempt(request, waits=len(requests) > 1) for request in requests], False
-    with _quiet():
+    attempts, is_begun = [MergeAttempt(request, waits=len(requests) > 1) for request in requests], False
+    with quiet():
         for attempt in attempts:
             attempt.do(attempt.plan)
             if attempt.walk is not None and attempt is not attempts[-1] and not is_begun:
@@ -178,7 +154,7 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
             return attempts
         walks = [one.walk for one in attempts if one.walk is not None]
         started, of_pass = time.perf_counter(), None
-        _run_models(attempts)
+        _call_consumers(attempts, is_merged=False)
         try:
             merge_planned(walks, bases)
         except Exception as error:
@@ -191,7 +167,7 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
                 attempt.error = of_pass
             if attempt.error is None:
                 attempt.do(attempt.finish)
-        _run_models(attempts)
+        _call_consumers(attempts, is_merged=True)
     is_full = any(isinstance(one.error, torch.OutOfMemoryError) for one in attempts)
     if is_full and True in [base.weights.drop() for base in bases]:
         del attempts, attempt, walks, of_pass  # their errors hold tensors of the card
@@ -199,81 +175,21 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[_
     return attempts
 
 
-def _run_models(attempts: Sequence[_Attempt]) -> None:
-    """Run each base together with its adapters that are due. Whatever fails there costs only the measurement.
-
-    Adapters that train other tokens run apart, so that no adapter's figures depend on another one.
-    """
-    together: dict[tuple[int, tuple[int, ...]], list[_Attempt]] = {}
-    for one in attempts:
-        if one.is_due:
-            together.setdefault((id(one.base), one.tokens), []).append(one)
-    for running in together.values():
-        first = running[0]
-        for one in running:
-            one.request.on_forward(True)
-        try:
-            if first.request.tries_base:
-                run_adapters(first.base, [], first.tokens)
-                for is_running in (False, True):
-                    first.request.on_forward(is_running)
-            loaded = [one.unmerged() for one in running]
-            models, targeted = [one.model.get_base_model() for one in loaded], [one.targeted for one in loaded]
-            found = run_adapters(first.base, models, first.tokens, targeted)
-            if first.runs_late:
-                first.base.template = loaded[-1].template  # it is unchanged: the next adapter reuses it
-        except Exception as error:
-            found = [Forward(why_not=f"{type(error).__name__}: {first_line(error)}"[:200], missing=True)] * len(running)
-        for one, ran in zip(running, found, strict=True):
-            layers, most = one.evidence.forward.layers_compared, one.evidence.forward.largest_difference
-            forward = replace(ran, layers_compared=layers, largest_difference=most)
-            one.evidence, one.is_due = replace(one.evidence, forward=forward), False
-            one.request.on_forward(False)
+def _call_consumers(attempts: Sequence[MergeAttempt], *, is_merged: bool) -> None:
+    """Call the consumers of a pass, class by class. Those of adapters that cannot be merged are left out."""
+    by_class: dict[type[Consumer], list[tuple[Consumer, MergeAttempt]]] = {}
+    for attempt in attempts:
+        for one in attempt.request.consumers if attempt.walk is not None and attempt.error is None else ():
+            by_class.setdefault(type(one), []).append((one, attempt))
+    for kind, pairs in by_class.items():
+        (kind.after_merge if is_merged else kind.before_merge)(pairs)
 
 
-def _trained_tokens(model: Any) -> Iterator[int]:
-    """The ids whose embeddings the adapter trains."""
-    for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer):
-            yield from layer.token_indices.get(ADAPTER_NAME, ())
+class MergeAttempt:
+    """One adapter on its way to `evidence`: `plan`, the pass together with other adapters, `finish`, and `end`.
 
-
-def _run_again(attempt: _Attempt) -> Evidence:
-    """Run the merged model where that is needed: activations come close to the limit, or rounding may lose much.
-
-    A model with a weight that is not finite fails, and what it returns follows from that.
-    """
-    request, evidence = attempt.request, attempt.evidence
-    forward, base = evidence.forward, request.base
-    may_lose = (evidence.lost_share or 0.0) > request.measure_options.norm_limit
-    is_finite = all(merge.stats.finite for merge in evidence.merges)
-    if not forward.ran or not is_finite or not (may_lose or is_close(forward)):
-        return evidence
-    if not fits(base, evidence, request.free_bytes):
-        return replace(evidence, forward=replace(forward, missing=True))
-    request.on_forward(True)
-    try:
-        with _quiet(), torch.no_grad():
-            merged = merged_again(base, attempt.load(), safe_merge=request.safe_merge)
-            if merged is not None and is_close(forward):
-                forward = run_merged(base, merged, forward, attempt.tokens)
-            if merged is not None and may_lose:
-                unmerged, limit = attempt.load(), request.measure_options.error_limit
-                model = unmerged.model.get_base_model()
-                forward = with_rounding(base, model, merged, forward, attempt.tokens, error_limit=limit)
-                base.template = unmerged.template  # it is unchanged: the next adapter reuses it
-    except Exception:  # PEFT's second merge, or a model's own code
-        return replace(evidence, forward=replace(forward, missing=True))
-    finally:
-        request.on_forward(False)
-    return replace(evidence, forward=forward)
-
-
-class _Attempt:
-    """One adapter on its way to `evidence`: `plan`, the pass together with other adapters, and `finish`.
-
-    Without a `walk` there is nothing to merge: the adapter is refused, or has raised the `error`. `is_due`: its model
-    is run next. With `runs_late`, that is decided after the merge, by its figures.
+    Without a `walk` there is nothing to merge: the adapter is refused, or has raised the `error`. `in_file` has the
+    tensors of the base that its file contains, by the key in the loaded model.
     """
 
     def __init__(self, request: MergeRequest, *, waits: bool) -> None:
@@ -281,9 +197,9 @@ class _Attempt:
         self.walk: Walk | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
-        self.tokens: tuple[int, ...] = ()
-        self.is_due = self.runs_late = False
+        self.in_file: Mapping[str, str] = {}
         self.request, self._waits = request, waits
+        self._needs_served = any(one.needs_served for one in request.consumers)
         facts, kind = request.base.facts, request.members[0].config.peft_type
         forward = Forward(why_not=request.no_forward or None)
         self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters, forward=forward)
@@ -314,10 +230,6 @@ class _Attempt:
             return combined(request.base, request.members, self._weights, request.combine)
         return load_adapter(request.base, request.members[0], self._weights[0])
 
-    def unmerged(self) -> Loaded:
-        """The adapter before its merge. PEFT unloads it in `finish`, so it is loaded again for a late run."""
-        return self.walk.loaded if self.walk is not None and not self.runs_late else self.load()
-
     def plan(self) -> None:
         """Steps 1 to 5, and the plan of step 6."""
         base = self.base
@@ -332,41 +244,42 @@ class _Attempt:
             refuse_wrong_merges(loaded.model, loaded.config)
         # The file may contain tensors of the base: parameters and buffers.
         parameters = base_tensors_in_file(loaded.model, loaded.slots, loaded.state)
-        in_file = parameters | _base_buffers_in_file(base, loaded)
+        self.in_file = in_file = parameters | _base_buffers_in_file(base, loaded)
         self._parameters_in_file = set(parameters.values())
         self._enlarged = _enlarged_tensors(base, loaded) - self._parameters_in_file
         self._token_owners = _token_owners(loaded) if loaded.tied_modules else {}
         self._unnamed = _unnamed(base, loaded, in_file) if in_file else ()
-        copies = in_file.items() if self.request.is_export else ()
+        copies = in_file.items() if self._needs_served else ()
         self._changed = tuple(name for key, name in copies if _differs(base, name, loaded.state[key]))
         # 4. and 5.
         self.evidence = replace(self.evidence, file_tensors=mark_used(base, loaded, measured))
         self.evidence = replace(self.evidence, unread=unread_layers(base, loaded))
         if (self._waits or base.feed is not None) and len(loaded.arrivals) == 1:
             loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
-        self.tokens = tuple(sorted(set(_trained_tokens(loaded.model))))
-        runs, is_merge = not self.request.no_forward, not (in_file or self.tokens or self.evidence.unread)
-        self.runs_late = runs and is_merge and self.request.measure_options.rows and may_stay(base)
+        for consumer in self.request.consumers:
+            consumer.begin(self, loaded)
         walk = self._planned_walk(loaded)
         if self._waits and loaded.template is not None:
             base.pattern = loaded.template  # not before: another adapter of its kind skips what was checked here
-        self.walk, self.is_due = walk, runs and not self.runs_late
+        self.walk = walk
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self.request
+        consumers = [one for one in request.consumers if one.takes_tensors]
         walk = Walk(
             base=request.base,
             loaded=loaded,
-            measure_options=replace(request.measure_options, rows=self.runs_late),
+            measure_options=replace(request.measure_options, rows=any(one.needs_rows for one in request.consumers)),
             progress=request.progress,
             on_work=request.on_work,
             in_blocks=in_blocks,
             safe_merge=request.safe_merge,
-            sink=request.sink,
+            consumers=consumers,
         )
         walk.plan()
-        if request.sink is not None:
-            request.sink.expect(walk.can_change(self._parameters_in_file))
+        outlines = walk.can_change(self._parameters_in_file) if consumers else {}
+        for consumer in consumers:
+            consumer.expect(outlines)
         is_read_now = request.base.feed is not None and request.base.device.type == "cpu"
         if is_read_now and request.free_bytes is not None:
             walk.refuse_too_large(request.free_bytes)
@@ -394,7 +307,7 @@ class _Attempt:
         for arrival in loaded.arrivals:
             adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
         lora = {path: float(one.scaling[ADAPTER_NAME]) for path, one in walk.layers if isinstance(one, LoraLayer)}
-        served = served_class(base, self.request.members[0], adapted, lora, is_export=self.request.is_export)
+        served = served_class(base, self.request.members[0], adapted, lora, is_export=self._needs_served)
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),
@@ -434,10 +347,12 @@ class _Attempt:
             parameters_total=walk.merged.total,
             parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )
-        if self.runs_late:
-            why_not = why_left_out(base, self.evidence, self.request.measure_options.norm_limit)
-            self.evidence = replace(self.evidence, forward=replace(self.evidence.forward, why_not=why_not or None))
-            self.is_due = not why_not
+
+    def end(self) -> Evidence:
+        """The evidence, with what the consumers add."""
+        for consumer in self.request.consumers:
+            self.evidence = consumer.end(self)
+        return self.evidence
 
 
 def _unnamed(base: Base, loaded: Loaded, in_file: Mapping[str, str]) -> tuple[str, ...]:

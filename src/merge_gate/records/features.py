@@ -22,9 +22,14 @@ FEATURES: dict[str, dict[str, str]] = {
         "feed_service": "merge_gate.features.stream.feed_service",
         "load": "merge_gate.features.stream.load_from_feed",
     },
-    "forward": {"declared": "merge_gate.features.forward.declared", "checks": "merge_gate.features.forward.checks"},
+    "forward": {
+        "declared": "merge_gate.features.forward.declared",
+        "consumer": "merge_gate.features.forward.consumer",
+        "checks": "merge_gate.features.forward.checks",
+    },
     "publish": {
         "declared": "merge_gate.features.publish.declared",
+        "consumer": "merge_gate.features.publish.consumer",
         "directory": "merge_gate.features.publish.manifest",
     },
     "shards": {
@@ -35,6 +40,7 @@ FEATURES: dict[str, dict[str, str]] = {
     "ray": {"declared": "merge_gate.features.ray.declared"},
     "verify": {
         "declared": "merge_gate.features.verify.declared",
+        "consumer": "merge_gate.features.verify.consumer",
         "command": "merge_gate.features.verify.verify_command",
     },
     "attest": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import field
 
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, Origin, record, reported
@@ -348,7 +349,8 @@ class Evidence:
         wrong: tensors of the final model that are not what they must be.
         not_compared: layers that PEFT merged, or cross-checked, and whose merge is not proved; each with the reason.
         versions: those of torch and PEFT.
-        served: the class that servers load, if the run is an export, or if that class lacks the adapter's names.
+        served: the class that servers load, if a consumer needs it, or if that class lacks the adapter's names.
+        facts: what features add, by their names.
     """
 
     base: BaseFacts
@@ -385,6 +387,7 @@ class Evidence:
     wrong: tuple[TensorDifference, ...] = ()
     not_compared: tuple[tuple[str, str], ...] = ()
     versions: str = ""
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def rounded(self) -> tuple[TensorMerge, ...]:

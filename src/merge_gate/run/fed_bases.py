@@ -24,7 +24,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.private_directory import private_directory
-from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Publishing, Task
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, ConsumerSpec, Group, Task
 
 if TYPE_CHECKING:
     from merge_gate.features.stream.read_ahead import BaseBytes
@@ -42,7 +42,7 @@ HEADERS_LIMIT_S = 60.0
 
 
 def group_by_base(
-    entries: Iterable[tuple[int, Entry]], *, publishes: Mapping[int, Publishing] | None = None
+    entries: Iterable[tuple[int, Entry]], *, publishes: Mapping[int, ConsumerSpec] | None = None
 ) -> tuple[Group, ...]:
     """Group entries by the key of their base. Each comes with the index of its task.
 
@@ -59,14 +59,14 @@ def group_by_base(
         # Several times what a merge takes on two slow cores. The size is the one that the files had when their headers
         # were read: now, their mount may not answer.
         limit_s = entry.spec.limit_seconds or DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30
+        published = (publishes[index],) if publishes and index in publishes else ()
         task = Task(
             index=index,
             files=entry.members,
             combine=entry.spec.combine,
             measure_options=all_checks.measure_options(entry.spec),
             limit_s=limit_s,
-            publishes=(publishes or {}).get(index),
-            no_forward=entry.no_forward,
+            consumers=(ConsumerSpec(feature="forward", why_not=entry.no_forward), *published),
         )
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())

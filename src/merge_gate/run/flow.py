@@ -53,7 +53,7 @@ from merge_gate.run.view import HourlyLog, View
 from merge_gate.worker import protocol
 from merge_gate.worker.device import has_card, why_no_card
 from merge_gate.worker.pinned import base_changed, base_silent
-from merge_gate.worker.protocol import Event, Group, Job, Publishing
+from merge_gate.worker.protocol import ConsumerSpec, Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 _PARTLY_READ = "only what adapters touch is read of the base, so it is run only with forward: required"
@@ -280,7 +280,7 @@ class Run:
 
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
-    def _group(self, to_merge: dict[int, Entry], published: Mapping[int, Publishing]) -> None:
+    def _group(self, to_merge: dict[int, Entry], published: Mapping[int, ConsumerSpec]) -> None:
         groups = []
         for group in group_by_base(to_merge.items(), publishes=published):
             read = self.read_of(group)
@@ -301,14 +301,14 @@ class Run:
         tasks = (
             task
             if self.tally.entries[task.index].spec.forward is ForwardMode.REQUIRED
-            else replace(task, no_forward=task.no_forward or _PARTLY_READ)
+            else task.without("forward", _PARTLY_READ)
             for task in group.tasks
         )
         return replace(group, tasks=tuple(tasks))
 
     def read_of(self, group: Group) -> Read:
         """How much of a group's base is read: as much as any of its adapters asks for, and all of it to publish."""
-        if any(task.publishes is not None for task in group.tasks):
+        if any(task.why_not("publish") == "" for task in group.tasks):
             return Read.WHOLE
         asked = {self.tally.entries[task.index].spec.base.read for task in group.tasks}
         return next((read for read in (Read.WHOLE, Read.TOUCHED) if read in asked), Read.AUTO)

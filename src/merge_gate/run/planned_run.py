@@ -175,7 +175,7 @@ def _lines_of_output(run: Run) -> Iterator[Table]:
         yield _row("cache", f"{_shown(cache)}: stored verdicts need no merge")
     if publish is not None:
         tasks = [(group, task) for group in run.groups for task in group.tasks]
-        models = {task.index: group.files for group, task in tasks if task.publishes is not None}
+        models = {task.index: group.files for group, task in tasks if task.why_not("publish") == ""}
         size = _shown_bytes(sum(files.weight_bytes for files in models.values()))
         note = unpublished_dtypes({task.index: run.tally.entries[task.index] for _, task in tasks}, models)
         count = counted(len(models), "model")

@@ -200,9 +200,9 @@ def _judge_groups(positions: list[int], job: Job, progress: Listener, client: Ca
             LocalFeed(directory, keep=not first.one_pass) as local,
         ):
             source = part("stream", "feed").ParentFeed(client, positions[0]).begin() if first.fed and client else local
-            bases = GroupBases(job=job, feed=source, client=client)
+            bases = GroupBases(job=job, feed=source, report=progress, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
-            for event in judge_pinned(groups, job, progress, bases):
+            for event in judge_pinned(groups, bases):
                 if isinstance(event, Merged | Unjudged):
                     del open_tasks[event.task]
                 yield event

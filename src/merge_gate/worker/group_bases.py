@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.engine import adapter_evidence
@@ -35,24 +35,23 @@ from merge_gate.engine.base.skeleton import (
     skeleton_of,
 )
 from merge_gate.engine.base.stored_spans import SharedReads
+from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.tensors.placement import compute_in_full_precision, confirm_card
-from merge_gate.files.feed import Feed, LocalFeed
+from merge_gate.files.feed import Feed
 from merge_gate.files.identity import base_identity
-from merge_gate.records.comparison import Comparison
 from merge_gate.records.features import part
-from merge_gate.records.files import FileIdentity, Pattern, Snapshot
+from merge_gate.records.files import FileIdentity, Pattern
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
-from merge_gate.records.terms import AS_MERGED, Quantization
+from merge_gate.records.terms import Quantization
 from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, give_back
-from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
+from merge_gate.worker.pinned import pinned_adapter, verify_base
 from merge_gate.worker.protocol import (
     ALONE,
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
     Event,
-    ForwardRunning,
     Group,
     InProgress,
     Job,
@@ -67,7 +66,6 @@ from merge_gate.worker.protocol import (
 )
 
 if TYPE_CHECKING:
-    from merge_gate.features.publish.publication_sink import PublicationSinks
     from merge_gate.worker.call_client import CallClient
 
 SKELETONS_SHARE = 4
@@ -87,8 +85,8 @@ PROGRESS_S = 0.1
 class GroupBase:
     """The tasks of a group that need its base as one class.
 
-    While the base is loaded, it is here, with the identity of its files before that, and `sinks` for what is published.
-    `is_measured`: its facts were sent.
+    While the base is loaded, it is here, with the identity of its files before that, the `consumers` of tasks in
+    progress, and what these `kept` of the base. `is_measured`: its facts were sent.
     """
 
     position: int
@@ -97,7 +95,8 @@ class GroupBase:
     tasks: list[ClassedTask] = field(default_factory=list)
     loaded: Base | None = None
     identity: tuple[FileIdentity, ...] = ()
-    sinks: PublicationSinks | None = None
+    consumers: dict[int, tuple[Consumer, ...]] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
     is_measured: bool = False
 
     @property
@@ -110,6 +109,23 @@ class GroupBase:
         """Whether it takes no memory, and is read in a pass."""
         return self.group.in_passes and self.base.feed is not None
 
+    def close(self, task: int) -> None:
+        """Nothing of this merge of the task counts."""
+        for consumer in self.consumers.pop(task, ()):
+            consumer.close()
+
+    def finish(self, task: int, evidence: Evidence) -> None:
+        """The evidence of the task is sent next."""
+        for consumer in self.consumers.pop(task, ()):
+            consumer.finish(evidence)
+
+    def release(self) -> None:
+        """Release its memory for the next class."""
+        for task in list(self.consumers):
+            self.close(task)
+        self.base.template = self.loaded = None
+        self.kept.clear()
+
     def record(self) -> BaseRecord | None:
         """The figures of a base that was read whole, if the group keeps them and has none of this class."""
         if not self.group.keeps_record or self.model_class.label in {one.model_class for one in self.group.records}:
@@ -120,11 +136,11 @@ class GroupBase:
 class GroupBases:
     """Loads bases from the files of one directory, which `feed` reads: all skeletons are filled in one pass.
 
-    It keeps the figures of tensors for the next class. `client` calls the parent for features.
+    It keeps the figures of tensors for the next class. `report` gets events of a merge. `client` calls the parent.
     """
 
-    def __init__(self, job: Job, feed: Feed, client: CallClient | None = None) -> None:
-        self.job, self.feed, self.client = job, SharedReads(feed), client
+    def __init__(self, job: Job, feed: Feed, report: Listener, client: CallClient | None = None) -> None:
+        self.job, self.feed, self.report, self.client = job, SharedReads(feed), report, client
         self._accounts: dict[ModelClass, Account] = {}
         self._identity: tuple[FileIdentity, ...] = ()
         self._figures: FiguresBySpan = {}
@@ -187,70 +203,6 @@ class GroupBases:
             base.facts = replace(base.facts, no_skeleton=why_not.replace(group.directory, group.base.name))
         return base
 
-    def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
-        """What publishes the merges into a base; None if none of them is published."""
-        from merge_gate.features.publish.publication_sink import (  # noqa: PLC0415 - few runs publish
-            Connection,
-            PublicationSinks,
-        )
-
-        group = loaded.group
-        if self.client is None or all(task.publishes is None for task in group.tasks):
-            return None
-        return PublicationSinks(
-            base=loaded.base,
-            model_class=loaded.model_class,
-            stored=group.files.tensors,
-            feed=self.feed,
-            connection=Connection(self.client),
-            is_fed=group.fed,
-        )
-
-    def compare(self, loaded: GroupBase, task: Task, request: MergeRequest) -> tuple[Evidence, Comparison]:
-        """Merge the task's adapter, and compare each tensor with the finished model's.
-
-        Raises:
-            EngineError: the finished model's files changed meanwhile.
-        """
-        from merge_gate.features.verify import finished_model  # noqa: PLC0415 - few runs compare
-
-        snapshot, group = task.compares, loaded.group
-        assert snapshot is not None and snapshot.base_files is not None  # noqa: S101, PT018 - the caller has looked
-        account = self.account(loaded)
-        own = finished_model.Files(directory=group.directory, stored=group.files.tensors, feed=self.feed)
-        with (
-            pinned_directory(snapshot.directory) as directory,
-            LocalFeed(directory, keep=False) as local,
-        ):
-            identity, feed = base_identity(directory), self._feed_of(snapshot) or local
-            files = finished_model.Files(
-                directory=directory,
-                stored=snapshot.base_files.tensors,
-                feed=feed,
-                is_streamed=feed is not local,
-                settings=task.settings,
-            )
-            compared = finished_model.compared(
-                request, files, own, model_class=loaded.model_class, label=snapshot.name, base_map=account.map
-            )
-            verify_base(directory, snapshot.name, identity)
-        return compared
-
-    def _feed_of(self, finished: Snapshot) -> Feed | None:
-        """The feed of a finished model that is streamed: the parent has it as a group without tasks."""
-        if self.client is None or finished.base_files is None or not finished.base_files.is_streamed:
-            return None
-        places = (
-            position
-            for position, group in enumerate(self.job.groups)
-            if group.directory == finished.directory and not group.tasks
-        )
-        position = next(places, None)
-        if position is None:
-            return None
-        feed: Feed = part("stream", "feed").ParentFeed(self.client, position, is_aside=True)
-        return feed
-
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""
         self._figures = {**self._figures, **figures_by_span(base)}
@@ -274,10 +226,10 @@ def listed_pickle(path: str) -> PickleListed:
 # --- the groups' tasks -----------------------------------------------------------------------------------------------
 
 
-def judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases: GroupBases) -> Iterator[Event]:
+def judge_pinned(groups: dict[int, Group], bases: GroupBases) -> Iterator[Event]:
     """Load the base of these groups once for each class, and merge each task into it."""
     compute_in_full_precision()
-    to_load, unknown = _by_class(groups, job)
+    to_load, unknown = _by_class(groups, bases.job)
     yield from unknown
     announced = next(iter(groups)) if not unknown else None
     skeletons: list[GroupBase] = []
@@ -301,14 +253,14 @@ def judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases: 
             continue
         yield from _announced(one, time.perf_counter() - started)
         if not one.is_skeleton:
-            yield from _judge_tasks([one], bases, progress)
+            yield from _judge_tasks([one], bases)
         elif skeletons and not _fit([*skeletons, one]):
-            yield from _judge_tasks(skeletons, bases, progress)
+            yield from _judge_tasks(skeletons, bases)
             skeletons = [one]
         else:
             skeletons.append(one)
     if skeletons:
-        yield from _judge_tasks(skeletons, bases, progress)
+        yield from _judge_tasks(skeletons, bases)
 
 
 def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[GroupBase], list[Unjudged]]:
@@ -358,41 +310,36 @@ def _fit(skeletons: list[GroupBase]) -> bool:
     return sum(one.base.hollow.kept_bytes() for one in skeletons if one.base.hollow is not None) <= room
 
 
-def _judge_tasks(loaded: list[GroupBase], bases: GroupBases, progress: Listener) -> Iterator[Event]:
+def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
     """Merge the adapters of these bases, and send the facts of a base ahead of its first evidence.
 
     No other code may keep a base that takes memory, so that it is released before the next load.
     """
     base_of = {task.index: one for one in loaded for task, _ in one.tasks}
     tasks = [classed for one in loaded for classed in one.tasks]
-    for one in loaded:
-        one.sinks = bases.sinks(one)
     passes = list(batches(tasks, one_pass=loaded[0].group.in_passes))
     for batch in passes:
         for one in loaded:
             one.base.weights.keeps &= batch is not passes[-1]
-        for event in _judge_batch(batch, base_of, bases, progress):
+        for event in _judge_batch(batch, base_of, bases):
             confirm_card(bases.job.device)
             if isinstance(event, Merged) and not (one := base_of[event.task]).is_measured:
                 one.is_measured = True
                 yield BaseMeasured(group=one.position, task=event.task, facts=one.base.facts, record=one.record())
             yield event
     for one in loaded:
-        one.base.template = None  # release its memory for the next class
         bases.keep_figures(one.base)
-        one.loaded = one.sinks = None
+        one.release()
 
 
-def _judge_batch(
-    batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases, progress: Listener
-) -> Iterator[Event]:
+def _judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases) -> Iterator[Event]:
     """Merge these tasks, in one pass if they are several. Such a pass measures the skeletons of other tasks as well."""
     others = list({id(one.base): one.base for one in base_of.values() if one.is_skeleton}.values())
     if len(batch) > 1 or (len(others) > 1 and batch[0][0].turn != ALONE):
         first, *further = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(further))
         try:
-            merged = _merge_together([task for task, _ in batch], base_of, others, progress)
+            merged = _merge_together([task for task, _ in batch], base_of, others, bases)
         except SourceError as error:  # of no use to any adapter
             yield from undecided((task for task, _ in batch), error)
             return
@@ -400,26 +347,20 @@ def _judge_batch(
             merged = (None,) * len(batch)
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
-                _report_work(progress, task.index)
-                _finish_publication(task, evidence, base_of[task.index])
+                _report_work(bases.report, task.index)
+                base_of[task.index].finish(task.index, evidence)
                 yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
-        yield _judge_task(task, instead_of, base_of[task.index], bases, progress)
-
-
-def _finish_publication(task: Task, evidence: Evidence, one: GroupBase) -> None:
-    """Write the remaining tensors of a merged model, before its evidence."""
-    if task.publishes is not None and one.sinks is not None:
-        one.sinks.finish(task.index, evidence)
+        yield _judge_task(task, instead_of, base_of[task.index], bases)
 
 
 def _merge_together(
-    tasks: list[Task], base_of: dict[int, GroupBase], others: list[Base], progress: Listener
+    tasks: list[Task], base_of: dict[int, GroupBase], others: list[Base], bases: GroupBases
 ) -> tuple[Evidence | None, ...]:
     """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
-    report = _paced(progress, tasks[0].index)
+    report = _paced(bases.report, tasks[0].index)
     counts = [(0, 0)] * len(tasks)
 
     def add(number: int, done: int, total: int, module: str) -> None:
@@ -430,10 +371,12 @@ def _merge_together(
     requests: dict[int, MergeRequest] = {}
     try:
         for number, task in enumerate(tasks):
-            on_work = functools.partial(_report_work, progress, task.index)
+            on_work = functools.partial(_report_work, bases.report, task.index)
             on_work()
             with contextlib.suppress(Exception):
-                request = _request(task, base_of[task.index], pinned[number], functools.partial(add, number), progress)
+                one = base_of[task.index]
+                request = _request(task, one, pinned[number], functools.partial(add, number))
+                request = _with_consumers(request, task, one, bases, pinned[number])
                 requests[number] = replace(request, on_work=on_work)
         evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
         merged = dict(zip(requests, evidence, strict=True))
@@ -464,16 +407,12 @@ def _request(
     one: GroupBase,
     pinned: contextlib.ExitStack,
     progress: Callable[[int, int, str], None],
-    report: Listener,
 ) -> MergeRequest:
     """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
     files = tuple(pinned.enter_context(pinned_adapter(member)) for member in task.files)
     names = [name for name, _ in one.base.model.named_modules()]
     for member in files:
         try_patterns(member.config.patterns, names)
-    sink = None
-    if task.publishes is not None and one.sinks is not None:
-        sink = one.sinks.sink(task.index, task.publishes.dtype)
     return MergeRequest(
         base=one.base,
         members=files,
@@ -481,12 +420,22 @@ def _request(
         measure_options=task.measure_options,
         progress=progress,
         free_bytes=MemoryGroup().left_bytes(),
-        sink=sink,
-        is_export=task.publishes is not None and task.publishes.dtype == AS_MERGED,
-        no_forward=task.no_forward,
-        tries_base=one.group.base_run == "alone",
-        on_forward=lambda is_running: report(ForwardRunning(task=task.index, is_running=is_running)),
+        no_forward=task.why_not("forward") or "",
     )
+
+
+def _with_consumers(
+    request: MergeRequest, task: Task, one: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
+) -> MergeRequest:
+    """The request with the consumers that the task asks for, in the place of those of an earlier merge."""
+    one.close(task.index)
+    for asked in task.consumers:
+        if asked.why_not:
+            continue
+        consumer = part(asked.feature, "consumer").consumer(asked.settings, task, one, bases, pinned)
+        if consumer is not None:
+            one.consumers[task.index] = (*one.consumers.get(task.index, ()), consumer)
+    return replace(request, consumers=one.consumers.get(task.index, ()))
 
 
 def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
@@ -502,12 +451,11 @@ def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
     return report
 
 
-def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: GroupBases, progress: Listener) -> Event:
-    comparison = None
+def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: GroupBases) -> Event:
     try:
         with contextlib.ExitStack() as pinned:
             try:
-                request = _request(task, one, pinned, _paced(progress, task.index), progress)
+                request = _request(task, one, pinned, _paced(bases.report, task.index))
             except Refused as refused:  # by the trial of its regular expressions, before PEFT
                 adapter_evidence.measure_wholly(one.base)
                 kind, facts = task.files[0].config.peft_type, one.base.facts
@@ -515,17 +463,13 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
                     base=facts, peft_type=kind, refusal=refused.refusal, parameters_total=facts.parameters
                 )
             else:
-                if task.compares is None:
-                    evidence = adapter_evidence.merge(request)
-                else:
-                    evidence, comparison = bases.compare(one, task, request)
-        _finish_publication(task, evidence, one)
+                evidence = adapter_evidence.merge(_with_consumers(request, task, one, bases, pinned))
+        one.finish(task.index, evidence)
     except Exception as error:
-        if one.sinks is not None:
-            one.sinks.close(task.index)
+        one.close(task.index)
         (event,) = undecided([task], error)
         return event
-    return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of), comparison=comparison)
+    return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
 
 
 # --- regular expressions ----------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def batches(tasks: Sequence[ClassedTask], *, one_pass: bool) -> Iterator[list[Cl
     batch: list[ClassedTask] = []
     held = files = 0
     for one in sorted(tasks, key=lambda one: one[0].turn):
-        size_bytes, of_model = factor_bytes(one[0]), one[0].publishes.files if one[0].publishes is not None else 0
+        size_bytes, of_model = factor_bytes(one[0]), one[0].model_files
         is_apart = one[0].turn == ALONE or (batch and one[0].turn != batch[-1][0].turn)
         if batch and (is_apart or held + size_bytes > room or files + of_model > most_model_files()):
             yield batch

@@ -8,15 +8,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from merge_gate._internal.errors import EngineError
-from merge_gate.records.comparison import Comparison, SettingsFiles
 from merge_gate.records.config import Combine
-from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot, StoredTensor
+from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, StoredTensor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import AS_MERGED, PRESERVE, BaseKey, record
+from merge_gate.records.terms import BaseKey, record
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
@@ -29,16 +29,19 @@ _PACKED_BY_BITSANDBYTES = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
 
 
 @record
-class Publishing:
-    """How a merge is published: in about so many open `files`. No file may have more than `most_bytes`.
+class ConsumerSpec:
+    """A feature that takes part in a merge (engine/consumer.py), with `settings` of its own.
 
-    `dtype` is `preserve`, the dtype that all floating tensors are cast to, or `as-merged`: then only what the merge
-    changes is written, and `Evidence.served` is filled.
+    It has about so many `files` open, none above `most_bytes`. `plain_dtype`: it needs a quantized base with plain
+    weights in this dtype. `why_not`: it takes no part, for this reason.
     """
 
-    dtype: str
-    files: int = 1
+    feature: str
+    settings: Any = None
+    files: int = 0
     most_bytes: int = 0
+    plain_dtype: str | None = None
+    why_not: str = ""
 
 
 @record
@@ -46,10 +49,8 @@ class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
-    of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `publishes`: the merged
-    tensors are written, too.
-    `compares`: a finished model that is compared with the merge. `settings`: its files next to the weights.
-    `no_forward`: why base and adapter are not run as models; empty if they are.
+    of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `consumers` take part in
+    the merge, in this order.
     """
 
     index: int
@@ -58,10 +59,23 @@ class Task:
     measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
     turn: int = TOGETHER
-    publishes: Publishing | None = None
-    compares: Snapshot | None = None
-    settings: SettingsFiles | None = None
-    no_forward: str = ""
+    consumers: tuple[ConsumerSpec, ...] = ()
+
+    @property
+    def model_files(self) -> int:
+        """How many files of models its consumers have open."""
+        return sum(one.files for one in self.consumers)
+
+    def why_not(self, feature: str) -> str | None:
+        """Why a feature takes no part. Empty if it does; None if it is not asked for."""
+        return next((one.why_not for one in self.consumers if one.feature == feature), None)
+
+    def without(self, feature: str, why_not: str) -> Task:
+        """The task without a feature. The first reason for that counts."""
+        changed = (
+            replace(one, why_not=one.why_not or why_not) if one.feature == feature else one for one in self.consumers
+        )
+        return replace(self, consumers=tuple(changed))
 
 
 @record
@@ -92,18 +106,17 @@ class Group:
 
     @property
     def plain_dtype(self) -> str | None:
-        """The dtype in which a quantized base is published with plain weights, by all tasks. None if it is not.
+        """The dtype in which all tasks need a quantized base with plain weights. None if they do not.
 
         The merges are then judged without its quantization. No other run asks for such a verdict, so it is not cached,
         and no record of the base is kept.
         """
         declared = self.files.quantization
         is_stored_packed = declared is not None and declared.method in _PACKED_BY_BITSANDBYTES
-        dtypes = {None if task.publishes is None else task.publishes.dtype for task in self.tasks}
+        dtypes = {next((one.plain_dtype for one in task.consumers if one.plain_dtype), None) for task in self.tasks}
         if len(dtypes) != 1 or not (self.base.is_quantized or is_stored_packed):
             return None
-        (dtype,) = dtypes
-        return None if dtype in {PRESERVE, AS_MERGED} else dtype
+        return dtypes.pop()
 
 
 @record
@@ -221,11 +234,10 @@ class ForwardRunning:
 
 @record
 class Merged:
-    """A task and its measurements, and the comparison with a finished model if it asked for one."""
+    """A task and its measurements."""
 
     task: int
     evidence: Evidence
-    comparison: Comparison | None = None
 
 
 @record

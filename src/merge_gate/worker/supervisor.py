@@ -348,7 +348,7 @@ class Attempt:
         number = self._open[lost[0]][0]
         base_run = self._base_runs[number]
         if base_run == "alone":
-            lost = [task.index for task in self._tasks_of(number) if not task.no_forward]
+            lost = [task.index for task in self._tasks_of(number) if task.why_not("forward") == ""]
             what = "while it ran the base, without an adapter"
             for index in lost:
                 self._listen(protocol.ForwardRunning(task=index, is_running=True))
@@ -356,7 +356,9 @@ class Attempt:
             self._base_runs[number] = base_run or "alone"
             self._change(lost, turn=ALONE)
             return
-        self._change(lost, no_forward=self._why(what, ending).message)
+        for index in lost:
+            number, task = self._open[index]
+            self._open[index] = number, task.without("forward", self._why(what, ending).message)
 
     def _divide_pass(self, tried: set[tuple[str, object]]) -> None:
         """Step 4: what the next process merges together, after a pass has died."""

@@ -26,6 +26,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.local_bases import load_base
+from tests.support.engine.merges import RUNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,7 +126,7 @@ def test_a_tensor_that_was_not_finite_is_read_again(shelf: Shelf, tmp_path: Path
 
 def events_of(directory: Path, adapter: Path, **settings: Any) -> list[Any]:
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    tasks = (Task(index=0, files=(preflight(str(adapter), allow_pickle=False),)),)
+    tasks = (Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), consumers=RUNS),)
     group = Group(
         base=key, directory=str(directory), files=base_files(directory), tasks=tasks, one_pass=True, **settings
     )

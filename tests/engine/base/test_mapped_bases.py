@@ -25,6 +25,7 @@ from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Jo
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.local_bases import load_base
+from tests.support.engine.merges import RUNS
 from tests.support.models import save_adapter
 
 if TYPE_CHECKING:
@@ -138,7 +139,10 @@ def job(base: Path, adapters: list[Path], dtypes: tuple[str, ...] = ("auto",)) -
                 base=BaseKey(model="base", revision=None, dtype=dtype, quantization="none"),
                 directory=str(base),
                 files=base_files(base),
-                tasks=tuple(Task(index=index * len(files) + number, files=(one,)) for number, one in enumerate(files)),
+                tasks=tuple(
+                    Task(index=index * len(files) + number, files=(one,), consumers=RUNS)
+                    for number, one in enumerate(files)
+                ),
             )
             for index, dtype in enumerate(dtypes)
         ),

@@ -53,6 +53,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.local_bases import load_base
+from tests.support.engine.merges import RUNS, runs
 from tests.support.faults import configure
 from tests.support.files.pickles import read_pickle
 from tests.support.merged import kept
@@ -87,7 +88,11 @@ def outcome(base: Base, adapter: Path) -> tuple[str, dict[str, torch.Tensor]]:
     """The evidence as text, because NaN is not NaN, and the merged tensors."""
     with kept() as tensors:
         evidence = merge(
-            MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),))
+            MergeRequest(
+                base=base,
+                members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),),
+                consumers=runs(),
+            )
         )
     names = [merge.stats.name for merge in evidence.merges]  # an attempt that did not count has others
     return comparable(evidence), {name: tensors[name] for name in names if name in tensors}
@@ -418,7 +423,7 @@ def test_a_worker_reports_the_facts_once_they_are_known(
         model.model.norm.weight[3] = math.nan
     model.save_pretrained(tmp_path)
     files = [preflight(str(shelf.adapter(name)), allow_pickle=False) for name in ("every-projection", "plain")]
-    tasks = tuple(Task(index=index, files=(one,), no_forward="not of interest") for index, one in enumerate(files))
+    tasks = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
     of_pass: dict[bool, list[Any]] = {}
     for is_in_pass in (True, False):
@@ -457,10 +462,8 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
     adapters = (shelf.adapter("every-projection"), shelf.adapter("dora-all-linear"))
     files = [preflight(str(adapter), allow_pickle=False) for adapter in (*adapters, classifier)]
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="none")
-    first = tuple(Task(index=index, files=(one,), no_forward="not of interest") for index, one in enumerate(files))
-    second = tuple(
-        Task(index=3 + index, files=(one,), no_forward="not of interest") for index, one in enumerate(files[:2])
-    )
+    first = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
+    second = tuple(Task(index=3 + index, files=(one,)) for index, one in enumerate(files[:2]))
     groups = (
         Group(base=key, directory=str(directory), files=base_files(directory), tasks=first, one_pass=True),
         Group(
@@ -516,8 +519,8 @@ def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, mo
             one_pass=True,
         )
         for dtype, task in (
-            ("bfloat16", Task(index=0, files=(adapter,), no_forward="not of interest")),
-            ("float16", Task(index=1, files=(adapter,), no_forward="not of interest")),
+            ("bfloat16", Task(index=0, files=(adapter,))),
+            ("float16", Task(index=1, files=(adapter,))),
         )
     )
     events = list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
@@ -531,7 +534,7 @@ def test_a_class_that_needs_its_values_is_loaded_from_the_files(shelf: Shelf, mo
     monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
     files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    tasks = (Task(index=0, files=(files,)),)
+    tasks = (Task(index=0, files=(files,), consumers=RUNS),)
     group = Group(
         base=key, directory=str(shelf.base("llama")), files=base_files(shelf.base("llama")), tasks=tasks, one_pass=True
     )

@@ -13,7 +13,7 @@ from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.merge.merged_tensors import WholeTensors
+from merge_gate.engine.consumer import WholeTensors
 from merge_gate.files.preflight import preflight
 from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out
@@ -74,7 +74,7 @@ def passed_on(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
         MergeRequest(
             base=base,
             members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),),
-            sink=sink,
+            consumers=(sink,),
             no_forward=NOT_RUN,
         )
     )

@@ -21,6 +21,7 @@ from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import Refused
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
+from tests.support.engine.merges import runs
 from tests.support.faults import configure
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def base_for(directory: Path, adapter: Path, dtype: str) -> Base:
 
 
 def request_for(base: Base, adapter: Path, **options: Any) -> MergeRequest:
-    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), **options)
+    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), consumers=runs(), **options)
 
 
 def comparable(evidence: Evidence) -> str:

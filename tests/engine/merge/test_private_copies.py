@@ -23,6 +23,7 @@ from merge_gate.files.preflight import preflight
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
+from tests.support.engine.merges import runs
 from tests.support.models import read_tensors
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def loaded_on(base: Base, adapter: Path) -> tuple[Loaded, Any]:
 
 
 def request(base: Base, adapter: Path) -> MergeRequest:
-    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),))
+    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), consumers=runs())
 
 
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])

@@ -30,7 +30,7 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import Group, Job, Merged, Task
 from tests.support import faults_methods, methods
 from tests.support.engine.base_headers import base_files
-from tests.support.engine.merges import NOT_RUN, merge_adapter
+from tests.support.engine.merges import NOT_RUN, RUNS, merge_adapter
 from tests.support.gating import Bench
 
 CARD = torch.device("cuda:0")
@@ -86,7 +86,7 @@ def test_the_worker_computes_in_full_precision(bench: Bench, monkeypatch: pytest
         base=BaseKey(model="base", revision=None, dtype="auto", quantization=Quantization.NONE),
         directory=str(directory),
         files=base_files(directory),
-        tasks=(Task(index=0, files=(preflight(str(bench.adapter(case)), allow_pickle=False),)),),
+        tasks=(Task(index=0, files=(preflight(str(bench.adapter(case)), allow_pickle=False),), consumers=RUNS),),
     )
     (*_, last) = judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
     assert isinstance(last, Merged)

@@ -18,6 +18,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Forward, MeasureOptions
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base, load_local
+from tests.support.engine.merges import runs
 from tests.support.models import ALL_LINEAR, make_adapter, read_tensors, save_adapter, write_tensors
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def loaded(directory: Path, adapter: Path, dtype: str = "float32", load: Callabl
 
 def run(base: Base, adapter: Path, options: MeasureOptions = AUTO) -> Forward:
     files = preflight(str(adapter), allow_pickle=False)
-    evidence = merge(MergeRequest(base=base, members=(files,), measure_options=options))
+    evidence = merge(MergeRequest(base=base, members=(files,), measure_options=options, consumers=runs()))
     assert evidence.refusal is None, evidence.refusal
     return evidence.forward
 
@@ -252,7 +253,7 @@ def test_late_runs_of_a_pass_have_the_figures_of_early_ones(
 
     def requests(options: MeasureOptions) -> list[MergeRequest]:
         files = [preflight(str(one), allow_pickle=False) for one in adapters]
-        return [MergeRequest(base=base, members=(one,), measure_options=options) for one in files]
+        return [MergeRequest(base=base, members=(one,), measure_options=options, consumers=runs()) for one in files]
 
     auto, required = (merge_together(requests(options)) for options in (AUTO, REQUIRED))
     assert [one and one.forward.ran for one in auto] == [True, False, True, True]

@@ -20,6 +20,7 @@ from merge_gate.records.measured import Evidence, Forward, MeasureOptions
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base, load_local
+from tests.support.engine.merges import runs
 from tests.support.gating import SPEC
 from tests.support.models import make_base, read_tensors, save_adapter, write_tensors
 
@@ -65,6 +66,7 @@ class Trial:
 
     def evidence(self, base: Base, *, norm_limit: float = ALWAYS, **options: Any) -> Evidence:
         chosen = MeasureOptions(norm_limit=norm_limit)
+        options = {"consumers": () if options.get("no_forward") else runs()} | options
         return merge(MergeRequest(base=base, members=(self.files,), measure_options=chosen, **options))
 
     def measured(self, base: Base, **options: Any) -> Forward:

@@ -25,6 +25,7 @@ from merge_gate.records.terms import Origin, Quantization
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
+from tests.support.engine.merges import runs
 from tests.support.faults import blow_up
 from tests.support.models import make_adapter, read_tensors, save_adapter, write_tensors
 
@@ -46,6 +47,7 @@ def loud(shelf: Shelf) -> Base:
 
 
 def request(base: Base, adapter: Path, **options: Any) -> MergeRequest:
+    options = {"consumers": () if options.get("no_forward") else runs()} | options
     return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), **options)
 
 
@@ -133,15 +135,15 @@ def test_the_largest_module_that_the_adapter_raises_is_known(loud: Base, shelf: 
     assert forward.raised_of_base < forward.raised < forward.largest
 
 
-@pytest.mark.parametrize(("factor", "runs"), [(3.0, 2), (torch.nan, 1)])
+@pytest.mark.parametrize(("factor", "count"), [(3.0, 2), (torch.nan, 1)])
 def test_a_merged_model_with_a_broken_weight_is_not_run(
-    factor: float, runs: int, loud: Base, shelf: Shelf, tmp_path: Path
+    factor: float, count: int, loud: Base, shelf: Shelf, tmp_path: Path
 ) -> None:
     """The adapter ran, and its activations are not finite either. They are no fault of their own."""
     heard: list[bool] = []
-    evidence = merge(request(loud, louder(shelf, tmp_path, factor), on_forward=heard.append))
+    evidence = merge(request(loud, louder(shelf, tmp_path, factor), consumers=runs(on_run=heard.append)))
     assert evidence.forward.nonfinite_origin is Origin.ADAPTER
-    assert heard == [True, False] * runs
+    assert heard == [True, False] * count
 
 
 @pytest.mark.parametrize("adapter", ["plain", "modules-to-save", "dora-all-linear", "token-rows"])
@@ -168,7 +170,8 @@ def test_the_base_runs_once_for_all_adapters(shelf: Shelf, is_hollow: bool) -> N
         head = base.model.lm_head
         head.register_forward_hook(lambda module, *_: calls.append(module is head))  # scratch copies have it, too
         first, other, again = (
-            merge(request(base, shelf.adapter(name), tries_base=True)) for name in ("plain", "modules-to-save", "plain")
+            merge(request(base, shelf.adapter(name), consumers=runs(tries_base=True)))
+            for name in ("plain", "modules-to-save", "plain")
         )
         assert first.forward.ran
         assert other.forward.ran

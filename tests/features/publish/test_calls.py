@@ -12,7 +12,7 @@ import pytest
 
 from merge_gate._internal.errors import EngineError, NotPublishedError, SourceError
 from merge_gate.features.publish.calls import MOST_TENSORS, PublicationPlanned, PublicationService, PublicationWritten
-from merge_gate.features.publish.publication_sink import Connection
+from merge_gate.features.publish.consumer import Connection
 from merge_gate.features.publish.publications import Publications
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, new_file
 from merge_gate.records.files import StoredTensor

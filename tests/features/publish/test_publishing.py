@@ -17,7 +17,7 @@ from merge_gate._internal.errors import NotPublishedError, SourceError
 from merge_gate.cli.dispatch import main
 from merge_gate.features.publish import one_publication, publications, weight_files
 from merge_gate.features.publish.calls import PublicationWritten
-from merge_gate.features.publish.one_publication import Publication
+from merge_gate.features.publish.one_publication import Publication, publishing
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.publications import Publications
 from merge_gate.features.publish.weight_files import base_layout
@@ -25,7 +25,6 @@ from merge_gate.files.identity import identity_of
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import MANIFEST_NAME, StoredTensor
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.protocol import Publishing
 from tests.support.judging.cases import broken, evidence
 from tests.support.judging.cases import merged as merged_tensor
 from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, stored, write, write_all
@@ -418,7 +417,7 @@ def test_a_file_of_a_plan_may_be_twice_as_large_as_the_largest(
     monkeypatch.setattr(one_publication, "_MORE_BYTES", 0)
     model = model_of(place)
     largest = model.expected.largest_bytes
-    assert model.publishing == Publishing(dtype="preserve", files=2, most_bytes=2 * largest)
+    assert model.publishing == publishing("preserve", files=2, most_bytes=2 * largest)
     spare = 2 * largest - model.expected.files[-1].size_bytes
     new = (StoredTensor(name="new", dtype="U8", shape=(spare + more_bytes,)),)
     with nullcontext() if is_in else pytest.raises(NotPublishedError), opened(model.plan(new)):

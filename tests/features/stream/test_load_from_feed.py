@@ -31,6 +31,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed
 from tests.support.engine.local_bases import load_base
+from tests.support.engine.merges import RUNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,7 +165,7 @@ def test_a_worker_quantizes_a_fed_base(
     monkeypatch.setenv(sandbox.SWITCH, "off")
     key = BaseKey(model="base", revision=None, dtype="float16", quantization=quantization)
     files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
-    tasks = tuple(Task(index=index, files=(files,)) for index in range(2))
+    tasks = tuple(Task(index=index, files=(files,), consumers=RUNS) for index in range(2))
     evidence = {}
     for fed in (True, False):
         group = Group(
@@ -203,7 +204,7 @@ def test_a_class_without_a_skeleton_is_loaded_from_the_feed(shelf: Shelf, monkey
     monkeypatch.setattr(bases, "load_base", lambda *_, **__: pytest.fail("a stub was loaded"))
     directory = str(shelf.base("llama"))
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    tasks = (Task(index=0, files=(preflight(str(shelf.adapter("plain")), allow_pickle=False),)),)
+    tasks = (Task(index=0, files=(preflight(str(shelf.adapter("plain")), allow_pickle=False),), consumers=RUNS),)
     files = BaseFiles(directory=directory, tensors=stored_tensors(directory), is_streamed=True)
     group = Group(base=key, directory=directory, files=files, tasks=tasks, one_pass=True, fed=True)
     loaded, merged = (

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.features.verify import exact_merge
@@ -242,7 +241,7 @@ def _exact(case: methods.Case, place: Path) -> tuple[dict[str, list[ExactRows]],
     }
     request: Any = MergeRequest(base=loaded, members=(files,))
     exact: dict[str, list[ExactRows]] = {}
-    for rows in adapter_evidence.exact_merge(request, changed):
+    for rows in exact_merge.exact_merge(request, changed):
         exact.setdefault(rows.name, []).append(rows)
     return exact, merged
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.engine.adapter_evidence import MergeRequest
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.accounting import account_for
 from merge_gate.engine.base.loaded_base import Source
 from merge_gate.engine.base.model_class import model_class_for
@@ -18,6 +18,7 @@ from merge_gate.features.verify.exact_merge import deviation, requantized, units
 from merge_gate.files.base_files import read_base
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
+from merge_gate.records.comparison import Comparison
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
 from tests.support.gating import one_thread
@@ -26,7 +27,6 @@ from tests.support.verify.merges import RIGHT, WRONG, Scene
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from merge_gate.records.comparison import Comparison
     from tests.support.models import Shelf
 
 RECIPES = {recipe.name: recipe for recipe in (*RIGHT, *WRONG)}
@@ -55,8 +55,10 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         of_base = finished_model.Files(directory=str(base), stored=theirs.tensors, feed=base_feed)
         of_merge = finished_model.Files(directory=str(merged), stored=own.tensors, feed=feed)
         finished = finished_model.load_merged(of_merge, "m", model_class, loaded, of_base)
-        request = MergeRequest(base=loaded, members=(files,))
-        evidence, comparison = finished_model.compare(request, finished, of_merge, of_base, account.map)
+        consumer = finished_model.Compared(loaded, finished, of_merge, of_base, account.map)
+        evidence = merge(MergeRequest(base=loaded, members=(files,), consumers=(consumer,)))
+        comparison = evidence.facts["verify"]
+        assert isinstance(comparison, Comparison)
         assert evidence.refusal is None
         assert finished.hollow is not None
         assert finished.hollow.kept_bytes() == 0

@@ -16,13 +16,14 @@ import torch
 import transformers
 from transformers import conversion_mapping
 
-from merge_gate._internal.errors import GateError
+from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named_tensors
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, tensor_map
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.features.publish.publication_sink import PublicationSink
+from merge_gate.features.publish.consumer import PublicationSink
 from merge_gate.features.publish.stored_layout import StoredLayout, layout_of
 from merge_gate.files.feed import LocalFeed
+from merge_gate.records.measured import Evidence
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
@@ -132,7 +133,9 @@ def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent)
     for name, values in changed.items():
         sink.put(name, values)
     sink.complete(changed, ())
-    sent.finish(0, sink.finish(), "{}", None)
+    sink.finish(Evidence(base=layout.base.facts))
+    if sent.refusal is not None:
+        raise NotPublishedError(sent.refusal.message)
 
 
 def _wrong(base: Base, changed: dict[str, torch.Tensor], model_class: Any, published: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
-from merge_gate.features.publish.publication_sink import PublicationSinks
+from merge_gate.features.publish.consumer import PublicationSinks
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import PRESERVE
@@ -29,6 +29,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
 from tests.support.engine.local_bases import load_local
+from tests.support.engine.merges import runs
 from tests.support.files.pickles import read_pickle
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ def sent_by(
         sent = sent or Sent()
         connection: Any = sent
         sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=connection)
-        sent.evidence = merge(MergeRequest(base=base, members=(files,), sink=sinks.sink(0, publish)))
-        sinks.finish(0, sent.evidence)
+        sink = sinks.sink(0, publish)
+        sent.evidence = merge(MergeRequest(base=base, members=(files,), consumers=(sink, *runs())))
+        sink.finish(sent.evidence)
         return sent
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import ResolveError
-from merge_gate.engine.adapter_evidence import MergeRequest
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.features.verify import answer, finished_model
@@ -17,6 +17,7 @@ from merge_gate.features.verify.directory import settings_files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
+from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import Entry, Snapshot
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import SPEC, Gate
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records.comparison import Comparison, SettingsFiles
+    from merge_gate.records.comparison import SettingsFiles
     from merge_gate.records.measured import Evidence
     from merge_gate.records.report import AdapterReport
 
@@ -79,11 +80,15 @@ class Verifier:
             others = finished_model.Files(
                 directory=finished.directory, stored=finished.base_files.tensors, feed=feed, settings=settings
             )
-            return finished_model.compared(
-                MergeRequest(base=loaded, members=(files,)),
+            consumer = finished_model.comparing(
                 others,
                 own,
+                base=loaded,
                 model_class=model_class,
                 label=finished.name,
                 base_map=account.map,
             )
+            evidence = merge(MergeRequest(base=loaded, members=(files,), consumers=(consumer,)))
+            comparison = evidence.facts["verify"]
+            assert isinstance(comparison, Comparison)
+            return evidence, comparison

@@ -1,16 +1,16 @@
 """The account of one adapter: every parameter and persistent buffer of the merged model, and how it was checked.
 
 In: merged tensors, one after another, and PEFT's result. Out: a `TensorMerge` for each tensor that differs from the
-base, the final values for a `TensorSink`, and two counts that must be equal. `total` is counted in PEFT's result;
+base, the final values for `Consumer`s, and two counts that must be equal. `total` is counted in PEFT's result;
 `checked` is counted by names, from the measurements of the base and of the merges. Judges nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -19,6 +19,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, measure_in, named_tensors
+from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.merge.account import Places
 from merge_gate.engine.tensors.measure import (
     distance,
@@ -34,66 +35,6 @@ from merge_gate.engine.tensors.measure import (
 from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.refusals import Refused
-
-Outline = tuple[torch.Size, torch.dtype]
-
-
-class TensorSink(Protocol):
-    """Takes the tensors of one merged model that differ from the base, in their final dtypes.
-
-    A name is that of the base's tensor; a tied tensor has its first name. If the values of a tensor are given again (a
-    repeated attempt, a second layer on a shared tensor), the last ones count. Several threads may call these methods,
-    for different tensors. Values are only valid during the call.
-    """
-
-    def expect(self, outlines: Mapping[str, Outline]) -> None:
-        """A merge begins, perhaps again: it can change these tensors, and gives them these shapes and dtypes."""
-
-    def put(self, name: str, values: torch.Tensor) -> None:
-        """All values of a tensor, of any shape and on any device. A quantized tensor comes dequantized."""
-
-    def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
-        """Some rows of a tensor of this `shape`, from row `start` on. They come in order, and the last ones follow."""
-
-    def pass_by(self, name: str, values: torch.Tensor) -> None:
-        """A tensor of the base, which is read from its files. The merge may still change it."""
-
-    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
-        """The merge is complete, and only the tensors with these `names` differ from the base.
-
-        `untied` are names of tensors that share memory in the base, and no longer do: each with the first name.
-        """
-
-
-class WholeTensors:
-    """A sink that joins the rows of each tensor and passes whole tensors on. They belong to the receiver."""
-
-    def __init__(self, receive: Callable[[str, torch.Tensor], None]) -> None:
-        self._receive = receive
-        self._begun: dict[str, torch.Tensor] = {}
-        self.names: frozenset[str] = frozenset()
-        self.untied: frozenset[tuple[str, str]] = frozenset()
-
-    def expect(self, outlines: Mapping[str, Outline]) -> None:
-        """Nothing to prepare."""
-
-    def put(self, name: str, values: torch.Tensor) -> None:
-        self._receive(name, values.detach().to("cpu", copy=True).contiguous())
-
-    def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
-        whole = self._begun.get(name)
-        if start == 0 or whole is None:
-            whole = self._begun[name] = torch.empty(tuple(shape), dtype=rows.dtype)
-        whole[start : start + len(rows)].copy_(rows)
-        if start + len(rows) == shape[0]:
-            self._receive(name, self._begun.pop(name))
-
-    def pass_by(self, name: str, values: torch.Tensor) -> None:
-        """Nothing to keep."""
-
-    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
-        self.names, self.untied = frozenset(names), frozenset(untied)
-
 
 ROUNDED = (torch.bfloat16, torch.float16)
 """Dtypes in which a float32 delta loses bits. The loss is measured for these."""
@@ -188,7 +129,7 @@ class MergedTensors:
     """`merges` by the base's names, and the `layers` that changed each. `total` and `checked` count elements.
 
     `nonfinite` names the tensors of the base that are not finite in the merged model. `passed_on` names the tensors
-    that the `sink` got.
+    that the `consumers` got.
     """
 
     base: Base
@@ -197,7 +138,7 @@ class MergedTensors:
     checked: int = 0
     total: int = 0
     nonfinite: set[str] = field(default_factory=set)
-    sink: TensorSink | None = None
+    consumers: Sequence[Consumer] = ()
     passed_on: set[str] = field(default_factory=set)
 
     def enter(self, merge: TensorMerge, layer: Any | None = None) -> None:
@@ -233,15 +174,19 @@ class MergedTensors:
             self.checked += stats.numel if stats is not None else 0
             if stats is None or not stats.finite:
                 self.nonfinite.add(self.base.first_name(name))
-        if self.sink is not None:
-            self.sink.complete(frozenset(self.passed_on), tuple(self._untied(named)))
+        untied = tuple(self._untied(named)) if self.consumers else ()
+        for consumer in self.consumers:
+            consumer.complete(frozenset(self.passed_on), untied)
         return tuple(places.wrong(merged, named))
 
     def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-        """Hand a merged tensor to the sink. A quantized one is dequantized."""
-        if self.sink is not None:
-            self.sink.put(name, dequantized(module, tensor) if is_quantized(tensor) else tensor.data)
-            self.passed_on.add(name)
+        """Hand a merged tensor to the consumers. A quantized one is dequantized."""
+        if not self.consumers:
+            return
+        values = dequantized(module, tensor) if is_quantized(tensor) else tensor.data
+        for consumer in self.consumers:
+            consumer.put(name, values)
+        self.passed_on.add(name)
 
     def _untied(self, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
         for name, first in self.base.aliases.items():

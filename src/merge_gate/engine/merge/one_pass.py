@@ -172,8 +172,8 @@ class _Pass:
     def _visit_tensor(self, base: Base, name: str) -> None:
         base.confirm(name)
         for walk in self._walks:
-            if walk.sink is not None and walk.base is base:
-                walk.sink.pass_by(name, base.tensors[name])
+            for consumer in walk.consumers if walk.base is base else ():
+                consumer.pass_by(name, base.tensors[name])
         blocks = self._blocks.get((id(base), name), ())
         if base.figures(name).finite and blocks:
             weight = base.on_device(name)

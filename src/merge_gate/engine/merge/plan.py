@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.blocks.block_merge import BlockMerge, Figures, Measured, MergedRows, measure_merge, merged_blocks
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.merge.merged_tensors import ROUNDED, TensorSink
+from merge_gate.engine.consumer import Consumer
+from merge_gate.engine.merge.merged_tensors import ROUNDED
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
 from merge_gate.engine.tensors.measure import (
@@ -150,15 +151,15 @@ def merge_in_blocks(
     one: BlockLayer,
     weight: torch.Tensor,
     measure_options: MeasureOptions,
-    sink: TensorSink | None = None,
+    consumers: Sequence[Consumer] = (),
     *,
     once: bool = False,
 ) -> TensorMerge | None:
     """Merge and measure one layer. None if a value is not finite or at the limit of its dtype: PEFT merges it then.
 
-    `weight` is the base's, on the device that computes. With a `sink`, every element is merged as PEFT merges it, and
-    the extremes are those of the values that the sink gets. With `once`, the sink gets what PEFT gives without
-    safe_merge: W + delta is rounded once.
+    `weight` is the base's, on the device that computes. With `consumers`, every element is merged as PEFT merges it,
+    and the extremes are those of the values that they get. With `once`, they get what PEFT gives without safe_merge:
+    W + delta is rounded once.
     """
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
     merge = _merge(base, one, weight)
@@ -170,8 +171,8 @@ def merge_in_blocks(
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
     receive = None
-    if sink is not None:
-        receive = functools.partial(_pass_on, sink, one, merge if once else None)
+    if consumers:
+        receive = functools.partial(_pass_on, consumers, one, merge if once else None)
     found = measure_merge(merge, figures=sample is None, receive=receive, with_change=once)
     if not found.finite or found.max_abs >= ceiling:
         return None
@@ -191,12 +192,13 @@ def _keeps_rows(base: Base, one: BlockLayer, weight: torch.Tensor, of_rows: torc
     return is_of_rows and is_small((magnitude.cpu().double() - was).abs() + 2 * of_rows, was)
 
 
-def _pass_on(sink: TensorSink, one: BlockLayer, once: BlockMerge | None, block: MergedRows) -> None:
+def _pass_on(consumers: Sequence[Consumer], one: BlockLayer, once: BlockMerge | None, block: MergedRows) -> None:
     """Hand out rows. `once` makes the base's rows, to which the delta is added with one rounding."""
     rows = block.merged
     if once is not None and block.change is not None and not once.quantized and one.update.magnitude is None:
         rows = (once.base(block.rows).to(block.change.dtype) + block.change).to(rows.dtype)
-    sink.put_rows(one.slot.name, rows, start=block.rows.start, shape=one.update.shape)
+    for consumer in consumers:
+        consumer.put_rows(one.slot.name, rows, start=block.rows.start, shape=one.update.shape)
 
 
 def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -> Measured | None:

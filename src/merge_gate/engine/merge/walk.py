@@ -30,7 +30,7 @@ import functools
 import inspect
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,13 +44,12 @@ from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
+from merge_gate.engine.consumer import Consumer, Outline
 from merge_gate.engine.merge.account import Places, Watch
 from merge_gate.engine.merge.merged_tensors import (
     ROUNDED,
     ROUNDING_SHARE,
     MergedTensors,
-    Outline,
-    TensorSink,
     is_the_bases,
     of_tensor,
 )
@@ -79,7 +78,7 @@ class Walk:
 
     `cross_checked` has the layers that PEFT confirmed. `differing` has those whose merge in blocks is not PEFT's: the
     walk then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
-    in their place. `sink` gets every tensor that the merge gives a value of its own. `wrong` has the tensors of the
+    in their place. `consumers` get every tensor that the merge gives a value of its own. `wrong` has the tensors of the
     final model that are not what they must be, and `not_compared` the layers whose merge is not proved, and why.
     """
 
@@ -89,7 +88,7 @@ class Walk:
     progress: Progress | None = None
     on_work: Callable[[], None] = lambda: None
     in_blocks: bool = True
-    sink: TensorSink | None = None
+    consumers: Sequence[Consumer] = ()
     safe_merge: bool = True
     merged: MergedTensors = field(init=False)
     refused: list[str] = field(default_factory=list)
@@ -113,7 +112,7 @@ class Walk:
     _depth: int = 0
 
     def __post_init__(self) -> None:
-        self.merged = MergedTensors(self.base, sink=self.sink)
+        self.merged = MergedTensors(self.base, consumers=self.consumers)
 
     def plan(self) -> None:
         """Find the layers that are merged in blocks: `planned`, in the model's order."""
@@ -177,7 +176,7 @@ class Walk:
         """Merge and measure a planned layer on any thread. If it is None, the layer is left to PEFT's own merge."""
         self.on_work()
         options, once = self.measure_options, not self.safe_merge
-        merge = merge_in_blocks(self.base, block, weight, options, self.sink, once=once)
+        merge = merge_in_blocks(self.base, block, weight, options, self.consumers, once=once)
         if merge is not None:
             self.blocks[id(block.layer)] = block, merge
             self._progressed(block.path)
@@ -402,7 +401,7 @@ class Walk:
     def _measured(
         self, layer: Any, slots: list[Slot], exact: dict[str, torch.Tensor], share: float
     ) -> list[tuple[TensorMerge, Any]]:
-        """Measure the layer's tensors. The sink gets what the layer changed, and again what one before it changed."""
+        """Measure the layer's tensors. Consumers get what the layer changed, and again what one before it changed."""
         of_bias = min(share, ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
         merges, rows = list[tuple[TensorMerge, Any]](), self.measure_options.rows
         for slot in slots:

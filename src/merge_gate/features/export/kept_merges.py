@@ -21,6 +21,7 @@ from merge_gate._internal.text import counted
 from merge_gate.features.export.export_record import MergeComparison
 from merge_gate.features.export.plain_lora import PlainLora, array_of
 from merge_gate.features.publish.calls import PublicationWritten
+from merge_gate.features.publish.one_publication import publishing
 from merge_gate.features.publish.publications import Publications, refuse_small_disk
 from merge_gate.features.publish.weight_files import CHUNK_BYTES, ModelLayout, ModelWriter, Place, new_file
 from merge_gate.files.headers import shown
@@ -29,7 +30,7 @@ from merge_gate.records.measured import Evidence, ServedClass
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import AS_MERGED
 from merge_gate.report.stored.output_directory import explained
-from merge_gate.worker.protocol import Publishing
+from merge_gate.worker.protocol import ConsumerSpec
 
 _PRECISIONS = {"F64": (52, -1074), "F32": (23, -149), "F16": (10, -24), "BF16": (7, -133)}
 """The bits of a dtype's mantissa, and the exponent of its smallest number."""
@@ -53,11 +54,11 @@ class KeptMerges(Publications):
         self._writers: dict[int, ModelWriter] = {}
         self._problems: dict[int, NotJudged | None] = {}
 
-    def choose(self, entries: Mapping[int, Entry]) -> dict[int, Publishing]:
+    def choose(self, entries: Mapping[int, Entry]) -> dict[int, ConsumerSpec]:
         """All merges are written."""
         stored = (one for entry in entries.values() if entry.base_files is not None for one in entry.base_files.tensors)
         most_bytes = _MORE_BYTES + _MOST_ITEM_BYTES * sum(math.prod(one.shape) for one in stored)
-        return dict.fromkeys(entries, Publishing(dtype=AS_MERGED, most_bytes=most_bytes))
+        return dict.fromkeys(entries, publishing(AS_MERGED, most_bytes=most_bytes))
 
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
         name = f"{task}.safetensors"

@@ -35,8 +35,8 @@ from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import shown
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
-from merge_gate.records.terms import PRESERVE, Finding
-from merge_gate.worker.protocol import Publishing
+from merge_gate.records.terms import AS_MERGED, PRESERVE, Finding
+from merge_gate.worker.protocol import ConsumerSpec
 
 _MORE_BYTES = 1 << 30
 """A planned model may have twice the expected size, and so much more. So may its largest file."""
@@ -45,6 +45,16 @@ _SETTINGS = frozenset({"tie_word_embeddings", "model_type", "architectures", "id
 """Keys of config.json that the tensors of a merge can change."""
 
 _FOREIGN = "please report this: the gate's worker sent data that does not fit the base"
+
+
+def publishing(dtype: str, *, files: int = 1, most_bytes: int = 0) -> ConsumerSpec:
+    """How a merge is published: in about so many open `files`. No file may have more than `most_bytes`.
+
+    `dtype` is `preserve`, the dtype that all floating tensors are cast to, or `as-merged`: then only what the merge
+    changes is written, and `Evidence.served` is filled.
+    """
+    plain = None if dtype in {PRESERVE, AS_MERGED} else dtype
+    return ConsumerSpec(feature="publish", settings=dtype, files=files, most_bytes=most_bytes, plain_dtype=plain)
 
 
 class Publication:
@@ -73,10 +83,10 @@ class Publication:
         return merged_layout(self._base, changes, self.spec.max_shard_bytes, dropped)
 
     @property
-    def publishing(self) -> Publishing:
+    def publishing(self) -> ConsumerSpec:
         """What the worker has to know of it, from the layout as far as it is known without the adapter."""
         most_bytes = 2 * self.expected.largest_bytes + _MORE_BYTES
-        return Publishing(dtype=self.spec.dtype, files=len(self.expected.files), most_bytes=most_bytes)
+        return publishing(self.spec.dtype, files=len(self.expected.files), most_bytes=most_bytes)
 
     # --- 1 and 2: the worker ---------------------------------------------------------------------------------------
 

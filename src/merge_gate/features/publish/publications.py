@@ -24,7 +24,7 @@ from merge_gate._internal.text import has_hidden, listing, quoted
 from merge_gate.features.publish.calls import PublicationService, PublicationWritten
 from merge_gate.features.publish.companions import companion_identities
 from merge_gate.features.publish.manifest import PublicationFacts
-from merge_gate.features.publish.one_publication import Publication
+from merge_gate.features.publish.one_publication import Publication, publishing
 from merge_gate.features.publish.partial import PartialDirectory, partial_name, remove_leftovers, unchanged, waiting
 from merge_gate.features.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.files.base_watch import base_directory
@@ -34,7 +34,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import PRESERVE, Finding
 from merge_gate.report.stored.output_directory import explained, made_directory
-from merge_gate.worker.protocol import Job, Publishing
+from merge_gate.worker.protocol import ConsumerSpec, Job
 
 _NONE_FITS = 10
 """More than there are dtypes."""
@@ -90,7 +90,7 @@ class Publications:
 
     # --- 1 ---------------------------------------------------------------------------------------------------------
 
-    def choose(self, entries: Mapping[int, Entry]) -> dict[int, Publishing]:
+    def choose(self, entries: Mapping[int, Entry]) -> dict[int, ConsumerSpec]:
         """Decide which of the entries to merge are published, and how.
 
         An adapter has one model. If it is merged in several dtypes, the one that is published is the named one, or the
@@ -108,7 +108,7 @@ class Publications:
             self._add(index, entry, self.spec)
         _refuse_inputs(self._parent, _inputs(entries.values()), {model.directory for model in self._models.values()})
         if self._is_plan:
-            return dict.fromkeys(self._chosen, Publishing(dtype=self.spec.dtype))
+            return dict.fromkeys(self._chosen, publishing(self.spec.dtype))
         refuse_small_disk(
             self._parent,
             sum(model.expected.size_bytes for model in self._models.values()),
@@ -135,7 +135,7 @@ class Publications:
 
     def service(self, job: Job) -> PublicationService | None:
         """What answers a process with this job; None if it publishes nothing."""
-        tasks = [task.index for group in job.groups for task in group.tasks if task.publishes is not None]
+        tasks = [task.index for group in job.groups for task in group.tasks if task.model_files]
         return PublicationService(self, tasks) if tasks else None
 
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The merge in float64, how far a merge in float32 may be from it, and how the values of a tensor deviate.
 
-In: the planned `Walk` of an adapter, and names of the base's tensors; or actual, expected, and base values. Out:
+In: an adapter to merge, and names of the base's tensors; or actual, expected, and base values. Out:
 `ExactRows`, `Deviation`, and `Fit`: units of the last place and least squares. Judges nothing.
 
 The bounds of a float32 merge, with u = 2⁻²⁴ and γ_n = n·u/(1 − n·u):
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from merge_gate.engine.adapter_evidence import MergeRequest, planned
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.merge.private_copies import Slot, private_copies, slots_of
 from merge_gate.engine.merge.walk import Walk
@@ -112,6 +113,17 @@ class ExactRows:
     bound: torch.Tensor
     shared: torch.Tensor
     size: torch.Tensor
+
+
+@torch.no_grad()
+def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
+    """The merges of these tensors in float64, of an adapter that is merged in float32 without a refusal.
+
+    Between two of its values, a generator keeps no state that other code shares, so the decorator of torch is used.
+    """
+    walk = planned(request)
+    if walk is not None:
+        yield from _exact_rows(walk, names)
 
 
 class Fit:
@@ -237,7 +249,7 @@ ELEMENTS = 1 << 16
 """Elements that are compared at a time: they stay in the processor's cache."""
 
 
-def exact_rows(walk: Walk, names: Collection[str]) -> Iterator[ExactRows]:
+def _exact_rows(walk: Walk, names: Collection[str]) -> Iterator[ExactRows]:
     """The exact merges of these tensors. A tensor that PEFT only copies has none.
 
     A tensor that several layers change comes once for each, and none of these is the whole merge.

@@ -1,7 +1,6 @@
 """Compares a finished model with the merge of an adapter, tensor by tensor, while both have values.
 
-In: a request to merge, and the finished model's files. Out: the evidence of the merge, and a `Comparison`. Judges
-nothing.
+In: merged tensors, and the finished model's files. Out: a `Comparison` in the evidence of the merge. Judges nothing.
 
 1. The finished model is loaded as a skeleton of the same class, in its own dtype. Its values come from its files.
 2. PEFT merges the adapter, and each merged tensor is compared as it passes, bit by bit.
@@ -25,23 +24,23 @@ import torch
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine import adapter_evidence
-from merge_gate.engine.adapter_evidence import RAN_BEFORE, MergeRequest
+from merge_gate.engine.adapter_evidence import MergeAttempt, MergeRequest
 from merge_gate.engine.base.accounting import stale_buffers
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
-from merge_gate.engine.merge.merged_tensors import WholeTensors
+from merge_gate.engine.consumer import Consumer, WholeTensors
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.threads import spread
-from merge_gate.features.verify.exact_merge import ExactRows, Fit, deviation, requantized
+from merge_gate.features.verify.exact_merge import ExactRows, Fit, deviation, exact_merge, requantized
 from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.feed import Feed
 from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, MeasureOptions
-from merge_gate.records.refusals import CannotJudge
+from merge_gate.records.refusals import CannotJudge, Refusal
 from merge_gate.records.terms import Quantization
 
 MOST_PASSES = 3
@@ -70,21 +69,42 @@ class Files:
     settings: SettingsFiles | None = None
 
 
-def compared(
-    request: MergeRequest,
+def comparing(
     files: Files,
     base_files: Files,
     *,
+    base: Base,
     model_class: ModelClass,
     label: str,
     base_map: TensorMap | None,
-) -> tuple[Evidence, Comparison]:
-    """Load the finished model, and compare it. If it cannot be loaded, the comparison says why."""
+) -> Consumer:
+    """Load the finished model. If it cannot be loaded, the comparison says why.
+
+    Raises:
+        EngineError: the base is quantized.
+    """
     try:
-        merged = load_merged(files, label, model_class, request.base, base_files)
+        merged = load_merged(files, label, model_class, base, base_files)
     except CannotJudge as error:
-        return adapter_evidence.merge(request), Comparison(unloadable=error.refusal)
-    return compare(request, merged, files, base_files, base_map)
+        return _Unloadable(error.refusal)
+    if base.facts.quantization != Quantization.NONE:
+        raise EngineError(
+            f"base {base.source.label} is quantized ({base.facts.quantization}), and a merge into it is not compared",
+            hint="name the original base with --base",
+        )
+    return Compared(base, merged, files, base_files, base_map)
+
+
+class _Unloadable(Consumer):
+    def __init__(self, refusal: Refusal) -> None:
+        self._refusal = refusal
+
+    def end(self, attempt: MergeAttempt) -> Evidence:
+        return _with_comparison(attempt.evidence, Comparison(unloadable=self._refusal))
+
+
+def _with_comparison(evidence: Evidence, comparison: Comparison) -> Evidence:
+    return replace(evidence, facts={**evidence.facts, "verify": comparison})
 
 
 def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, base_files: Files) -> Base:
@@ -121,63 +141,61 @@ def _main_dtype(stored: Sequence[StoredTensor]) -> str:
     return max(counts, key=counts.__getitem__, default="")
 
 
-def compare(
-    request: MergeRequest, merged: Base, files: Files, base_files: Files, base_map: TensorMap | None
-) -> tuple[Evidence, Comparison]:
-    """Steps 2 to 4. Without evidence of a merge, the comparison is empty.
+class Compared(WholeTensors):
+    """Steps 2 to 5. Without a merge, the comparison is empty."""
 
-    Raises:
-        EngineError: the base is quantized.
-    """
-    base = request.base
-    if base.facts.quantization != Quantization.NONE:
-        raise EngineError(
-            f"base {base.source.label} is quantized ({base.facts.quantization}), and a merge into it is not compared",
-            hint="name the original base with --base",
+    def __init__(self, base: Base, merged: Base, files: Files, base_files: Files, base_map: TensorMap | None) -> None:
+        self._found = _Found(base=base, merged=merged)
+        self._files, self._base_files, self._base_map = files, base_files, base_map
+        super().__init__(self._found.put)
+
+    def end(self, attempt: MergeAttempt) -> Evidence:
+        attempt.walk = None  # other merges follow, and its memory is of no use to them
+        is_merged = attempt.evidence.refusal is None
+        return _with_comparison(attempt.evidence, self._compare(attempt.request) if is_merged else Comparison())
+
+    def _compare(self, request: MergeRequest) -> Comparison:
+        """Steps 3 to 5."""
+        found, files, base_files, base_map = self._found, self._files, self._base_files, self._base_map
+        base, merged, request = found.base, found.merged, replace(request, consumers=(), progress=None)
+        for name, first in self.untied:
+            found.untie(name, first)
+        merged_names = {name for name, _ in found.facts}
+        names = [name for name in base.tensors if name not in merged_names | base.newly_initialized]
+        for _ in range(MOST_PASSES):
+            for _ in spread(found.compare_untouched, names):
+                pass
+            if not (base.was_misread() or merged.was_misread()):
+                break
+        others = tuple(_unloaded(files, base_files, base_map))
+        if any(one.touched and not one.same for one in found.facts.values()):
+            again = replace(request, consumers=(WholeTensors(found.put_again),), safe_merge=False)
+            adapter_evidence.merge(replace(again, measure_options=MeasureOptions(estimates=True)))
+            for name, blocks in groupby(exact_merge(request, found.unlike()), key=lambda one: one.name):
+                found.fit(name, blocks)
+        given = self.names | (base.tensors.keys() - base.newly_initialized)
+        order = {name: number for number, name in enumerate(merged.tensors)}
+        facts = [found.facts[key] for key in sorted(found.facts, key=lambda key: order[key[1]])]
+        tensors = [one for one in (*facts, *others) if one.touched or not one.same or one.shape != one.expected_shape]
+        is_other_class = type(base.model).__name__ not in (_config(base).architectures or ())
+        is_part = base.named is not None and base.named[1]  # of a multimodal base
+        is_other_task = is_other_class and base.named is not None and not is_part
+        return Comparison(
+            tensors=tuple(tensors),
+            compared=len(found.facts) + len(others),
+            absent=tuple(sorted(name for name in given if not found.partners(name))),
+            base_keys=_keys(base, base_map),
+            merged_keys=_keys(merged, _map_of(merged, files)),
+            is_other_class=is_other_class,
+            lacked=tuple(base_map.unloaded) if base_map is not None and is_other_task else (),
+            untied=tuple(name for name, _ in self.untied),
+            settings=_settings(base, merged, files, base_files, is_untied=bool(self.untied)),
         )
-    found = _Found(base=base, merged=merged)
-    sink = WholeTensors(found.put)
-    evidence = adapter_evidence.merge(replace(request, sink=sink))
-    if evidence.refusal is not None:
-        return evidence, Comparison()
-    for name, first in sink.untied:
-        found.untie(name, first)
-    merged_names = {name for name, _ in found.facts}
-    names = [name for name in base.tensors if name not in merged_names | base.newly_initialized]
-    for _ in range(MOST_PASSES):
-        for _ in spread(found.compare_untouched, names):
-            pass
-        if not (base.was_misread() or merged.was_misread()):
-            break
-    others = tuple(_unloaded(files, base_files, base_map))
-    if any(one.touched and not one.same for one in found.facts.values()):
-        again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None)
-        only_sink = MeasureOptions(estimates=True)
-        adapter_evidence.merge(replace(again, measure_options=only_sink, no_forward=RAN_BEFORE))
-        for name, blocks in groupby(adapter_evidence.exact_merge(request, found.unlike()), key=lambda one: one.name):
-            found.fit(name, blocks)
-    given = sink.names | (base.tensors.keys() - base.newly_initialized)
-    order = {name: number for number, name in enumerate(merged.tensors)}
-    facts = [found.facts[key] for key in sorted(found.facts, key=lambda key: order[key[1]])]
-    tensors = [one for one in (*facts, *others) if one.touched or not one.same or one.shape != one.expected_shape]
-    is_other_class = type(base.model).__name__ not in (_config(base).architectures or ())
-    is_other_task = is_other_class and base.named is not None and not base.named[1]  # and no part of a multimodal base
-    return evidence, Comparison(
-        tensors=tuple(tensors),
-        compared=len(found.facts) + len(others),
-        absent=tuple(sorted(name for name in given if not found.partners(name))),
-        base_keys=_keys(base, base_map),
-        merged_keys=_keys(merged, _map_of(merged, files)),
-        is_other_class=is_other_class,
-        lacked=tuple(base_map.unloaded) if base_map is not None and is_other_task else (),
-        untied=tuple(name for name, _ in sink.untied),
-        settings=_settings(base, merged, files, base_files, is_untied=bool(sink.untied)),
-    )
 
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """A sink for merged tensors: compares each with the finished model's, and keeps the facts.
+    """Compares each merged tensor with the finished model's, and keeps the facts.
 
     `facts` are by the name of the merge's tensor, and by that of the finished model's.
     """

@@ -41,7 +41,7 @@ from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.view import View
 from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
-from merge_gate.worker.protocol import ALONE, Event, Group, Job
+from merge_gate.worker.protocol import ALONE, ConsumerSpec, Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 DEVICE = "cpu"
@@ -222,8 +222,9 @@ class Verification:
                 pass
 
     def _merged_one(self, event: protocol.Merged) -> None:
-        if event.comparison is not None:
-            self._comparisons[event.task] = event.comparison
+        comparison = event.evidence.facts.get("verify")
+        if isinstance(comparison, Comparison):
+            self._comparisons[event.task] = comparison
         entry = self._entries[event.task]
         directory = entry.base.directory if entry.base is not None else ""
         if event.evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:
@@ -281,10 +282,11 @@ def _comparing(group: Group, merged: Snapshot, settings: SettingsFiles) -> Group
     tasks = (
         replace(
             task,
-            compares=merged,
             turn=ALONE,
-            settings=settings if task.index == 0 else None,
-            no_forward=_NO_FORWARD,
+            consumers=(
+                *task.without("forward", _NO_FORWARD).consumers,
+                ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None)),
+            ),
         )
         for task in group.tasks
     )

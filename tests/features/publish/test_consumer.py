@@ -20,11 +20,10 @@ from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.engine.merge import one_pass as passes
-from merge_gate.features.publish import publication_sink
+from merge_gate.features.publish import consumer
 from merge_gate.features.publish.calls import PublicationWritten
-from merge_gate.features.publish.one_publication import Publication
+from merge_gate.features.publish.one_publication import Publication, publishing
 from merge_gate.features.publish.planned_files import PlannedFiles
-from merge_gate.features.publish.publication_sink import PublicationSinks
 from merge_gate.features.publish.weight_files import base_layout
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
@@ -33,10 +32,11 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import Group, Job, Merged, Publishing, Task
+from merge_gate.worker.protocol import Group, Job, Merged, Task
 from tests.support import bases, methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import source
+from tests.support.engine.merges import RUNS
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import Sent, configured, in_dtype, sent_by, write_model
 from tests.support.faults import configure
@@ -210,19 +210,21 @@ def test_of_a_fed_base_every_tensor_is_written_and_read_as_seldom_as_possible(
     connection: Any = parent
     with methods.quiet():
         loaded = skeleton_of(source(base), model_class, headers, feed)
-        sinks = PublicationSinks(
+        sinks = consumer.PublicationSinks(
             base=loaded, model_class=model_class, stored=headers, feed=feed, connection=connection, is_fed=True
         )
         if is_measured:
             merge_together([MergeRequest(base=loaded, members=(files,), no_forward="not here")] * 2)
             reads.clear()
         requests = [
-            MergeRequest(base=loaded, members=(files,), sink=sinks.sink(task, "preserve"), no_forward="not here")
+            MergeRequest(
+                base=loaded, members=(files,), consumers=(sinks.sink(task, "preserve"),), no_forward="not here"
+            )
             for task in (0, 1)
         ]
-        for task, evidence in enumerate(merge_together(requests)):
+        for request, evidence in zip(requests, merge_together(requests), strict=True):
             assert evidence is not None
-            sinks.finish(task, evidence)
+            request.consumers[0].finish(evidence)
     twice = {one[:2] for one in reads if reads.count(one) > 1}
     again = {place.name for place in sinks._places.values() if (place.span.file, place.span.start) in twice}
     assert again <= {"model.layers.1.self_attn.v_proj.weight", "mtp.fc.weight"}
@@ -384,7 +386,7 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
         Task(
             index=index,
             files=(preflight(str(one), allow_pickle=False),),
-            publishes=None if index == 3 else Publishing(dtype=publish),
+            consumers=RUNS if index == 3 else (*RUNS, publishing(publish)),
         )
         for index, one in enumerate(adapters)
     )
@@ -405,7 +407,7 @@ def test_the_worker_writes_each_model_before_its_evidence(
     one_pass: bool, publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(publication_sink, "Connection", lambda client: client)
+    monkeypatch.setattr(consumer, "Connection", lambda client: client)
     group = group_of(shelf, tmp_path, publish, one_pass=one_pass)
     connection: Any = Connection()
     for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection):
@@ -428,14 +430,14 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
 ) -> None:
     """On one core: with more, time decides whether two layers share a small tensor or read it one after another."""
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(publication_sink, "Connection", lambda client: client)
+    monkeypatch.setattr(consumer, "Connection", lambda client: client)
     monkeypatch.setattr(passes, "spread", map)
     group = group_of(shelf, tmp_path, publish, one_pass=True)
     reads = counted_reads(monkeypatch)
     assert list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=Connection()))
     publishing = sorted(reads)
     reads.clear()
-    plain = replace(group, tasks=tuple(replace(task, publishes=None) for task in group.tasks))
+    plain = replace(group, tasks=tuple(replace(task, consumers=RUNS) for task in group.tasks))
     assert list(judge_job(Job(groups=(plain,), device="cpu"), lambda _: None, Sandbox()))
     assert publishing == sorted(reads)
 
@@ -444,9 +446,10 @@ def test_the_worker_publishes_a_quantized_base_with_plain_weights(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(publication_sink, "Connection", lambda client: client)
+    monkeypatch.setattr(consumer, "Connection", lambda client: client)
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
-    task = Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), publishes=Publishing(dtype="bfloat16"))
+    files = (preflight(str(adapter), allow_pickle=False),)
+    task = Task(index=0, files=files, consumers=(*RUNS, publishing("bfloat16")))
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
     group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
     connection: Any = Connection()

@@ -1,6 +1,6 @@
 """Writes the stored tensors of merged models while their adapters are merged and measured.
 
-In: a loaded base, the feed of its files, and merged tensors, as a sink gets them. Out: tensors in the files that a
+In: a loaded base, the feed of its files, and merged tensors. Out: tensors in the files that a
 `Connection` has got, and at the end of each task their checksums, or the reason why the model must not be published.
 Judges nothing, and creates no files.
 
@@ -29,7 +29,7 @@ from merge_gate._internal.text import listing
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
 from merge_gate.engine.base.stored_spans import SharedReads, StoredBytes, bytes_of
 from merge_gate.engine.base.tensor_map import NoMapError, TensorGroup, TensorMap, tensor_map
-from merge_gate.engine.merge.merged_tensors import Outline
+from merge_gate.engine.consumer import Consumer, Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.features.publish.calls import PublicationPlanned, PublicationWritten
 from merge_gate.features.publish.packed_weights import packed_weights
@@ -52,8 +52,28 @@ from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
 
 if TYPE_CHECKING:
     from merge_gate.worker.call_client import CallClient
+    from merge_gate.worker.group_bases import GroupBase, GroupBases
+    from merge_gate.worker.protocol import Task
 
 _MORE_FILES = "raise the limit of open files (ulimit -n), or the size of the files with --max-shard-size"
+
+
+def consumer(
+    dtype: str, task: Task, loaded: GroupBase, bases: GroupBases, _pinned: contextlib.ExitStack
+) -> Consumer | None:
+    """What publishes a task's merge. None if no process makes its files."""
+    if bases.client is None:
+        return None
+    sinks = loaded.kept.get(__name__) or PublicationSinks(
+        base=loaded.base,
+        model_class=loaded.model_class,
+        stored=loaded.group.files.tensors,
+        feed=bases.feed,
+        connection=Connection(bases.client),
+        is_fed=loaded.group.fed,
+    )
+    loaded.kept[__name__] = sinks
+    return sinks.sink(task.index, dtype)
 
 
 class Connection:
@@ -82,11 +102,13 @@ class Connection:
         )
 
 
-class PublicationSink:
-    """A sink for one adapter.
+class PublicationSink(Consumer):
+    """The merged tensors of one adapter.
 
     `dtype` is `preserve`, `as-merged`, or the dtype that the base was loaded in, for a cast.
     """
+
+    takes_tensors = True
 
     def __init__(
         self,
@@ -94,10 +116,14 @@ class PublicationSink:
         connection: Connection,
         task: int,
         dtype: str = PRESERVE,
+        *,
         places: Mapping[tuple[str, int], StoredBytes] | None = None,
+        fed: SharedReads | None = None,
     ) -> None:
-        """`places` are those of the base's stored tensors, if the parent cannot copy from there."""
+        """`places` are those of the base's stored tensors in `fed`, if the parent cannot copy from there."""
         self._own, self._layout, self._connection, self._task = layout, layout, connection, task
+        self.needs_served, self._takers = dtype == AS_MERGED, fed.takers if fed is not None else []
+        self._takers.append(self.take)
         self._places = places or {}
         self._files: PlannedFiles | None = None
         self._taken: set[str] = set()
@@ -116,7 +142,7 @@ class PublicationSink:
     # --- 1. --------------------------------------------------------------------------------------------------------
 
     def expect(self, outlines: Mapping[str, Outline]) -> None:
-        self.close()
+        self._close_files()
         self._problem = None
         for record in (self._taken, self._sent, self._waiting, self._given):
             record.clear()
@@ -315,24 +341,25 @@ class PublicationSink:
     # --- 3. --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the files."""
+        """End a publication that is finished, or whose merge has failed."""
+        self._takers.remove(self.take)
+        self._close_files()
+
+    def _close_files(self) -> None:
         if self._files is not None:
             self._files.close()
         self._files = None
 
-    def finish(self) -> dict[str, int]:
-        """Write the remaining tensors. Returns the checksums of all that were written; the others are as in the base.
-
-        Raises:
-            GateError: the merged model must not be published.
-        """
+    def finish(self, evidence: Evidence) -> None:
+        """Write the remaining tensors, and say which were written. The others are as in the base."""
+        if evidence.refusal is not None:
+            self._problem = NotPublishedError("the adapter was not merged")
         if self._problem is None:
             with self._attempt("the rest of the model"):
                 self._finish()
-        if self._problem is not None:
-            raise self._problem
-        assert self._files is not None  # noqa: S101 - the merge has begun
-        return self._files.checksums
+        checksums = self._files.checksums if self._files is not None else {}
+        self.close()
+        _send(self._connection, self._task, checksums, self.settings, self._problem)
 
     def _finish(self) -> None:
         for group in self._layout.map.groups:
@@ -369,6 +396,31 @@ class PublicationSink:
             self._write(one.name, values)
 
 
+class _Unpublished(Consumer):
+    """A merge into a base that allows no publication."""
+
+    def __init__(self, connection: Connection, task: int, problem: GateError, *, needs_served: bool) -> None:
+        self._connection, self._task, self._problem, self.needs_served = connection, task, problem, needs_served
+
+    def finish(self, _evidence: Evidence) -> None:
+        _send(self._connection, self._task, {}, {}, self._problem)
+
+
+def _send(
+    connection: Connection,
+    task: int,
+    checksums: Mapping[str, int],
+    settings: Mapping[str, Any],
+    problem: GateError | None,
+) -> None:
+    """Say which tensors were written, or the problem."""
+    with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
+        if problem is None:
+            connection.finish(task, checksums, json.dumps(settings), None)
+        else:
+            connection.finish(task, {}, "{}", NotJudged(message=problem.message, hint=problem.hint))
+
+
 _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
 
 
@@ -387,47 +439,19 @@ class PublicationSinks:
     is_fed: bool = False
     _layout: StoredLayout | None = None
     _places: dict[tuple[str, int], StoredBytes] = field(default_factory=dict)
-    _problems: dict[int, GateError] = field(default_factory=dict)
-    _open: dict[int, PublicationSink] = field(default_factory=dict)
 
-    def sink(self, task: int, dtype: str) -> PublicationSink | None:
-        """A sink for a task. None if this base allows no publication: `finish` says why."""
+    def sink(self, task: int, dtype: str) -> Consumer:
+        """A sink for a task."""
         try:
             if self._layout is None:
                 self._layout = self._made_layout()
         except GateError as error:
-            self._problems[task] = error
-            return None
+            return _Unpublished(self.connection, task, error, needs_served=dtype == AS_MERGED)
         if self.is_fed and not self._places:
             in_order = sorted(self._layout.places.values(), key=lambda place: place.order)
             self._places = {(one.span.file, one.span.start): one for one in in_order if one.span.start < one.span.end}
-        self.close(task)
-        self._open[task] = PublicationSink(self._layout, self.connection, task, dtype, self._places)
-        self.feed.takers.append(self._open[task].take)
-        return self._open[task]
-
-    def close(self, task: int) -> None:
-        """End a publication that is finished, or whose merge has failed."""
-        if (publication := self._open.pop(task, None)) is not None:
-            self.feed.takers.remove(publication.take)
-            publication.close()
-
-    def finish(self, task: int, evidence: Evidence) -> None:
-        """Write the remaining tensors of a task, and say which were written."""
-        publication, problem = self._open.get(task), self._problems.pop(task, None)
-        checksums: dict[str, int] = {}
-        settings = "{}"
-        try:
-            if evidence.refusal is not None:
-                problem = NotPublishedError("the adapter was not merged")
-            elif publication is not None:
-                checksums, settings = publication.finish(), json.dumps(publication.settings)
-        except GateError as error:
-            problem = error
-        self.close(task)
-        refusal = NotJudged(message=problem.message, hint=problem.hint) if problem is not None else None
-        with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
-            self.connection.finish(task, checksums, settings, refusal)
+        fed = self.feed if self.is_fed else None
+        return PublicationSink(self._layout, self.connection, task, dtype, places=self._places, fed=fed)
 
     def _map(self, headers: tuple[StoredTensor, ...], *, is_plain: bool) -> TensorMap:
         source = self.base.source

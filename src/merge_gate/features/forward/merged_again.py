@@ -9,7 +9,7 @@ import torch
 
 from merge_gate.engine.adapter.load_adapter import Loaded
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.merged_tensors import WholeTensors
+from merge_gate.engine.consumer import WholeTensors
 from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.measure import shares_storage
@@ -34,7 +34,7 @@ def merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedModel
         base=base,
         loaded=loaded,
         measure_options=MeasureOptions(estimates=True),
-        sink=WholeTensors(received.__setitem__),
+        consumers=(WholeTensors(received.__setitem__),),
         safe_merge=safe_merge,
     )
     walk.plan()
