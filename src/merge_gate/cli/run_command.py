@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.arguments import (
@@ -24,7 +25,7 @@ from merge_gate.cli.arguments import (
     requested_config,
 )
 from merge_gate.cli.output import deliver, gate_adapters, print_document
-from merge_gate.records.features import declared
+from merge_gate.records.features import declared, declared_keys
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.run.streams import say, width_of
 
@@ -54,6 +55,8 @@ def add(commands: Commands[CommandParser]) -> None:
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")
     add_output(run)
     add_reports(run)
+    for key, row in (declared_keys("BASE_KEYS") | declared_keys("FILE_KEYS")).items():
+        run.add_argument(f"--{key}", choices=[word.value for word in row.words], help=row.meaning)
     for add_options in declared("add_options"):
         add_options(run)
     run.add_argument(
@@ -175,9 +178,17 @@ def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -
 def _config(arguments: argparse.Namespace) -> Config:
     """The configuration, with what the options of features say instead."""
     config = requested_config(arguments)
+    of_base, of_adapter = _given("BASE_KEYS", arguments), _given("FILE_KEYS", arguments)
+    if of_base or of_adapter:
+        specs = (replace(spec, base=replace(spec.base, **of_base), **of_adapter) for spec in config.adapters)
+        config = replace(config, adapters=tuple(specs))
     for configured in declared("configured"):
         config = configured(config, arguments)
     return config
+
+
+def _given(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: row.words(word) for key, row in declared_keys(name).items() if (word := getattr(arguments, key))}
 
 
 def _options(arguments: argparse.Namespace) -> RunOptions:

@@ -22,7 +22,8 @@ from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
 from merge_gate.names.hub_names import is_commit
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
-from merge_gate.records.terms import Access, ForwardMode, Quantization, Read, Severity
+from merge_gate.records.features import WordKey, declared_keys
+from merge_gate.records.terms import Quantization, Severity
 
 _DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=(), line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
@@ -54,7 +55,7 @@ def build_config(
         largest = size_bytes(entry.max_shard_size) if entry.max_shard_size else None
         place = str(directory / entry.directory)
         publish = entry.record(PublishSpec, directory=place, label=entry.directory, max_shard_bytes=largest)
-    return file.record(
+    return file.record(  # type: ignore[no-any-return] # as in model.py
         Config,
         path=path,
         directory=str(directory),
@@ -74,7 +75,8 @@ class _Build:
         self.document, self.report = document, document.report
         self.directory, self.output, self.policy = directory, output, policy
         self.sources: dict[str, str] = {}  # by the adapter's name
-        default = replace(_DEFAULT_ADAPTER, forward=ForwardMode(file.forward or _DEFAULT_ADAPTER.forward))
+        self.base_keys = declared_keys("BASE_KEYS")
+        default = replace(_DEFAULT_ADAPTER, **_words(declared_keys("FILE_KEYS"), file, _DEFAULT_ADAPTER))
         self.default = self._override((), file, replace(default, checks=tuple(map(policy.setting, CHECKS))))
 
     def adapters(self, entries: list[AdapterEntry]) -> tuple[AdapterSpec, ...]:
@@ -227,9 +229,8 @@ class _Build:
             sha256=tuple((entry.sha256 or {}).items()) or spec.sha256,
             dtypes=tuple(entry.dtype or spec.dtypes),
             quantization=Quantization(entry.quantization or spec.quantization),
-            access=Access(entry.access or spec.access),
-            read=Read(entry.read or spec.read),
             names=tuple(entry.names or spec.names),
+            **_words(self.base_keys, entry, spec),
         )
 
     def _refuse_repeated(self, loc: Loc, values: list[Any] | None) -> None:
@@ -260,6 +261,10 @@ class _Build:
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
             self.report((*loc, "error-limit", KEY), message, hint)
         return replace(default, limit=limit, error_limit=own_error_limit or default.error_limit)
+
+
+def _words(keys: Mapping[str, WordKey], entry: object, default: object) -> dict[str, Any]:
+    return {key: row.words(getattr(entry, key) or getattr(default, key)) for key, row in keys.items()}
 
 
 def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:

@@ -30,7 +30,8 @@ from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES
 from merge_gate.records.config import ALL_WEIGHTS
-from merge_gate.records.terms import DTYPES, Access, ForwardMode, Quantization, Read
+from merge_gate.records.features import declared_keys
+from merge_gate.records.terms import DTYPES, Quantization
 
 _Record = TypeVar("_Record")
 
@@ -56,8 +57,6 @@ METHODS_WITH = {
 
 Dtype: TypeAlias = Literal[("auto", *DTYPES)]  # type: ignore[valid-type] # mypy cannot read words from a tuple
 QuantizationWord: TypeAlias = Literal[tuple(map(str, Quantization))]  # type: ignore[valid-type] # or from an Enum
-ReadWord: TypeAlias = Literal[tuple(map(str, Read))]  # type: ignore[valid-type] # as above
-AccessWord: TypeAlias = Literal[tuple(map(str, Access))]  # type: ignore[valid-type] # as above
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -153,17 +152,23 @@ Dtypes = Annotated[
 ]
 _WORD = BeforeValidator(lambda word: ("off", "on")[word] if isinstance(word, bool) else word)  # as YAML reads both
 SeverityWord = Annotated[Literal["error", "warning", "off", "on"], _WORD]
-ForwardWord = Annotated[
-    Literal["auto", "off", "required"], _WORD, WithJsonSchema({"enum": [*map(str, ForwardMode), False]})
-]
+
+
+def _with_keys(model: type[Model], name: str) -> Any:
+    """The model with the keys that features declare under a name."""
+    keys: dict[str, Any] = {}
+    for key, row in declared_keys(name).items():
+        words: Any = Literal[tuple(map(str, row.words))]
+        if "off" in get_args(words):
+            words = Annotated[words, _WORD, WithJsonSchema({"enum": [*get_args(words), False]})]
+        keys[key] = (words | None, Field(None, description=row.description.format(one_of(row.words))))
+    return create_model(f"{model.__name__}Keys", __base__=model, **keys)
 
 
 # --- the mappings, from the inside out -----------------------------------------------------------------------------
 
 
-class BaseEntry(Model):
-    """The base that adapters are merged into."""
-
+class _BaseEntry(Model):
     model: Text | None = None
     """A directory (relative to this file), or a Hub id if no such directory exists. hub:owner/name is always a Hub id.
     Without it, each adapter's adapter_config.json names its base."""
@@ -179,19 +184,11 @@ class BaseEntry(Model):
     quantization: QuantizationWord | None = Field(
         None, description=f"How the base is quantized before the merge: {one_of(Quantization)}. Default: none."
     )
-    access: AccessWord | None = Field(
-        None,
-        description=f"How the weights of a base on the Hub are read: {one_of(Access)}. With download, they "
-        "go into the Hub's cache. With stream, they are read by ranges and never written to disk. With auto, they are "
-        "streamed if they do not fit on the disk. Default: auto.",
-    )
-    read: ReadWord | None = Field(
-        None,
-        description=f"How much of the base is read: {one_of(Read)}. With whole, every tensor is read and measured. "
-        "With touched, only the tensors that adapters change are read. The figures of the others come from an earlier "
-        "run with the same --cache that read the whole base. With auto, the gate does this if there is such a run, and "
-        "the base is streamed, larger than the memory, or on a network mount. Default: auto.",
-    )
+
+
+class BaseEntry(_with_keys(_BaseEntry, "BASE_KEYS")):  # type: ignore[misc] # mypy cannot see a made class
+    """The base that adapters are merged into."""
+
     names: Annotated[list[Text], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] | None = None
     """Other names of the same base, such as the Hub id of a local copy. An adapter_config.json that gives one of them
     does not fire base-mismatch."""
@@ -353,11 +350,7 @@ class PublishEntry(Model):
     """The most bytes of tensors in one file, such as 5GB. Default: the files of the base."""
 
 
-class FileEntry(Model):
-    """Configuration of merge-gate."""
-
-    model_config = ConfigDict(title="merge-gate configuration")
-
+class _FileEntry(Model):
     version: Version
     """Version of this format: 1."""
     base: Base | None = None
@@ -373,12 +366,13 @@ class FileEntry(Model):
     """Limits on the judging of each adapter."""
     publish: Annotated[PublishEntry, _short_text("directory", "A directory.")] | None = None
     """Publish the merged model of each adapter that passes. Default: publish nothing."""
-    forward: ForwardWord | None = Field(
-        None,
-        description=f"Whether base and adapter are run on made-up inputs: {one_of(ForwardMode)}. With auto, they are "
-        "run if activations can leave the dtype, and the base is read whole and not streamed. With required, they are "
-        "run in each dtype, and an adapter whose model was not run is not judged. Default: auto.",
-    )
+
+
+class FileEntry(_with_keys(_FileEntry, "FILE_KEYS")):  # type: ignore[misc] # as above
+    """Configuration of merge-gate."""
+
+    model_config = ConfigDict(title="merge-gate configuration")
+
     allow_pickle: bool = Field(False, alias="allow-pickle")
     """Load pickled weights (.bin), with weights_only. Default: false, which refuses them."""
     trust_remote_code: bool = Field(False, alias="trust-remote-code")

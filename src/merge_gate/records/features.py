@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 FEATURES: dict[str, dict[str, str]] = {
     "stream": {
@@ -72,3 +73,16 @@ def declared(name: str) -> Iterator[Any]:
     for _, module in parts("declared"):
         if name in vars(module):
             yield vars(module)[name]
+
+
+class WordKey(NamedTuple):
+    """A key whose value is a word, and which is an option, too: its words, its description, and the option's help."""
+
+    words: type[StrEnum]
+    description: str
+    meaning: str
+
+
+def declared_keys(name: str) -> dict[str, WordKey]:
+    """The keys that features declare under a name."""
+    return {key: row for keys in declared(name) for key, row in keys.items()}
