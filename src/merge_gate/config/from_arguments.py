@@ -48,7 +48,7 @@ def names_a_file(names: Sequence[str]) -> bool:
     if files and files[0].endswith(_NOT_CONFIGS):
         raise UsageError(
             f"{quoted(files[0])} is not a configuration file or a directory",
-            hint=foreign_formats.by_file(Path(files[0]).name)
+            hint=foreign_formats.by_files((Path(files[0]).name,))
             or "name the adapter's directory, which holds adapter_config.json (unpack an archive first)",
         )
     return bool(files)

@@ -286,7 +286,9 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
             f"expected one of {', '.join(KNOWN_LIBRARIES)}",
             "set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config",
         )
-    if place := _find_remote_code(config):
+    # PEFT passes tokenizer_kwargs to transformers
+    places = (place for place, value in _walk(config) if value and place.rpartition(".")[2] == "trust_remote_code")
+    if place := next(places, None):
         yield CONFIG_UNSAFE.finding(
             f"{shown(place)} in {CONFIG_NAME} asks PEFT to run code from the Hub",
             "remove it: trust-remote-code in the gate's config decides whether remote code may run",
@@ -298,12 +300,6 @@ def _is_known_library(name: Any) -> bool:
         return False
     known = any(name == library or name.startswith(f"{library}.") for library in KNOWN_LIBRARIES)
     return known or name.startswith(_CODE_OF_BASES)
-
-
-def _find_remote_code(config: dict[str, Any]) -> str | None:
-    """The dotted place of a `trust_remote_code` that is set (PEFT passes tokenizer_kwargs to transformers)."""
-    places = (place for place, value in _walk(config) if value and place.rpartition(".")[2] == "trust_remote_code")
-    return next(places, None)
 
 
 def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -281,9 +281,10 @@ class _Judge:
             message = f"quantization_config in config.json has no {expected}: nothing says how its weights are stored"
             yield self._finding(BASE_INCONSISTENT, message, f"restore the key, or {self._unquantized}", None)
         elif method in _ALWAYS_CODES and _is_plain(tensors):
+            matrix = next(tensor for tensor in tensors.values() if len(tensor.shape) > 1)
             message = (
                 f"quantization_config in config.json declares {KNOWN_NAMES[method]}, and all of its weights are plain: "
-                f"{_examples(tensors)}"
+                f"{shown(matrix.name)} is {matrix.dtype} (in {shown(matrix.file)})"
             )
             yield self._finding(BASE_INCONSISTENT, message, "remove quantization_config from config.json", None)
         elif not is_judged(method):
@@ -382,8 +383,3 @@ def _words(dtype: str) -> str:
     names = {"BOOL": "bool"} | {f"{kind}{bits}": f"{word}{bits}" for kind, word in (("U", "uint"), ("I", "int"))
                                 for bits in (8, 16, 32, 64)}  # fmt: skip
     return names.get(dtype, dtype)
-
-
-def _examples(tensors: Tensors) -> str:
-    tensor = next(tensor for tensor in tensors.values() if len(tensor.shape) > 1)
-    return f"{shown(tensor.name)} is {tensor.dtype} (in {shown(tensor.file)})"

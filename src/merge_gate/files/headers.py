@@ -118,13 +118,6 @@ def lfs_pointer(file: BufferedReader) -> str | None:
     return counted(int(size[1]), "byte") if size else ""
 
 
-def other_format(file: BufferedReader) -> str | None:
-    """Name the file's format by its first bytes; None if it is unknown."""
-    file.seek(0)
-    head = file.read(64)
-    return next((name for pattern, name in _FORMATS if pattern.match(head)), None)
-
-
 def parse_file(file: BufferedReader) -> tuple[StoredTensor, ...]:
     """Return the tensors of a safetensors file, in the order of its header.
 
@@ -178,7 +171,9 @@ def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:
 
 
 def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> NoReturn:
-    if name := other_format(file):
+    file.seek(0)
+    head = file.read(64)
+    if name := next((name for pattern, name in _FORMATS if pattern.match(head)), None):
         raise CorruptFileError(f"is not a safetensors file but {name}", _HINTS.get(name, ""))
     if size_bytes < _PREFIX_BYTES:
         raise TruncatedFileError(f"has {counted(size_bytes, 'byte')}, too few for a safetensors file")

@@ -219,7 +219,8 @@ class Repository:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
         commit = self._commit(os.path.relpath(os.path.realpath(directory), os.path.realpath(self._cache / "snapshots")))
         listing = self._cached_listing(commit)
-        names = _files_below(directory) | (listing or frozenset())
+        paths = (Path(place, file) for place, _, files in os.walk(directory) for file in files)  # broken links count
+        names = frozenset(path.relative_to(directory).as_posix() for path in paths) | (listing or frozenset())
 
         def cached(name: str) -> Path:
             path = Path(directory, name)
@@ -308,12 +309,6 @@ class Repository:
         return (
             shown(self.repo_id) if self.revision is None else f"{shown(self.repo_id)} (revision {shown(self.revision)})"
         )
-
-
-def _files_below(directory: str) -> frozenset[str]:
-    """The files of a snapshot and its folders. A broken link counts, since the repository has that file."""
-    paths = (Path(place, file) for place, _, files in os.walk(directory) for file in files)
-    return frozenset(path.relative_to(directory).as_posix() for path in paths)
 
 
 def incomplete(what: str, absent: Sequence[str]) -> ResolveError:

@@ -137,11 +137,17 @@ def _read(directory: str, name: str, parse: Callable[[BufferedReader, int], Any]
                 return _File(name=name, content=parse(file, size_bytes), files=files)
             finding = _lfs(name, size_bytes, target)
     except CorruptFileError as error:
-        finding = _corrupt(name, error)
+        copy = (
+            "copy or download the file again and compare its size; if the original is no larger, save the adapter again"
+        )
+        finding = FILE_CORRUPT.finding(f"{name} {error}", error.hint or copy)
     except json_object.InvalidObjectError as error:
         finding = adapter_config.invalid(f"{name} {error}", error.hint)
     except FileNotFoundError:
-        finding = _dangling(name)
+        finding = FILE_MISSING.finding(
+            f"{name} is a symbolic link whose target does not exist",
+            "restore the target, or copy the file itself into the directory",
+        )
     except OSError as error:
         raise _unreadable(path, error) from error
     return _File(name=name, files=files, findings=(finding,))
@@ -302,21 +308,6 @@ def _lfs(name: str, size_bytes: int, target: str) -> Finding:
     return FILE_LFS_POINTER.finding(
         f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the {expected} that it points to",
         "fetch the file with `git lfs pull`; in a workflow, set `lfs: true` for actions/checkout",
-    )
-
-
-def _corrupt(name: str, error: CorruptFileError) -> Finding:
-    return FILE_CORRUPT.finding(
-        f"{name} {error}",
-        error.hint
-        or "copy or download the file again and compare its size; if the original is no larger, save the adapter again",
-    )
-
-
-def _dangling(name: str) -> Finding:
-    return FILE_MISSING.finding(
-        f"{name} is a symbolic link whose target does not exist",
-        "restore the target, or copy the file itself into the directory",
     )
 
 

@@ -169,7 +169,9 @@ class Inputs:
             return spec.model, spec.revision, spec.label or spec.model
         if not config.base_name:
             return None
-        return self._named_by_adapter(config.base_name), spec.revision or config.base_revision, config.base_name
+        path = str(Path(self._config.directory, config.base_name))  # relative to the gate's config, if it exists
+        model = path if os.path.isdir(path) else config.base_name  # noqa: PTH112 (pathlib raises for an invalid name)
+        return model, spec.revision or config.base_revision, config.base_name
 
     def _with_base(self, entry: Entry) -> Entry:
         requested = self._requested_base(entry)
@@ -183,11 +185,6 @@ class Inputs:
             hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
             return replace(entry, problem=_refused(base, hint))
         return replace(entry, base=base)
-
-    def _named_by_adapter(self, name: str) -> str:
-        """A base from adapter_config.json: a directory relative to the gate's config if it exists, or a Hub id."""
-        path = str(Path(self._config.directory, name))
-        return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
 
     def _not_fetched(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
         """Why the base that adapter_config.json names must not be fetched: it is not pinned, or may be a directory."""

@@ -122,19 +122,9 @@ _OF_BASES = (base_incomplete, base_inconsistent, base_nonfinite)
 def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     """The entry of a base that was loaded, with the notes on its files."""
     notes = files.notes if files is not None else ()
-    return BaseReport(
-        model=facts.model,
-        revision=facts.revision,
-        dtype=facts.dtype,
-        quantization=facts.quantization,
-        parameters=facts.parameters,
-        loaded_as=facts.loaded_as,
-        replaced=facts.replaced,
-        dtypes=facts.dtypes,
-        record=facts.record,
-        no_skeleton=facts.no_skeleton[:_REASON_CHARACTERS],
-        findings=bounded([*(one for check in _OF_BASES for one in check.of_base(facts)), *notes]),
-    )
+    shared = {field.name: getattr(facts, field.name) for field in fields(BaseReport) if hasattr(facts, field.name)}
+    findings = bounded([*(one for check in _OF_BASES for one in check.of_base(facts)), *notes])
+    return BaseReport(**shared | {"no_skeleton": facts.no_skeleton[:_REASON_CHARACTERS], "findings": findings})
 
 
 def refused_base_report(asked: BaseKey, refusal: Refusal | NotJudged) -> BaseReport | None:

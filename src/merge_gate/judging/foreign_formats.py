@@ -120,7 +120,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def by_files(names: Iterable[str], *, has_config: bool = False) -> str | None:
-    """The hint for a directory without PEFT's two files; `has_config`: adapter_config.json is present."""
+    """The hint for names of files that are not PEFT's two; `has_config`: adapter_config.json is present."""
     present = tuple(names)
     hint = _first_hint(
         known for known in FORMATS if known.files and any(re.fullmatch(known.files, name) for name in present)
@@ -130,11 +130,6 @@ def by_files(names: Iterable[str], *, has_config: bool = False) -> str | None:
     if hint is None and any(name.endswith(".safetensors") for name in present):
         return SINGLE_FILE
     return hint
-
-
-def by_file(name: str) -> str | None:
-    """The hint for a single file in place of a directory."""
-    return by_files((name,))
 
 
 def by_keys(keys: Iterable[str]) -> str | None:

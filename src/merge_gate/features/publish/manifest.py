@@ -22,7 +22,7 @@ from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
-from merge_gate.judging.checks.table import DEFAULT_SETTINGS
+from merge_gate.judging.policies import DEFAULT, POLICIES
 from merge_gate.records.config import CheckSetting, Combine, Config, PublishSpec
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
@@ -216,7 +216,9 @@ def manifest_of(
         versions=versions_of(facts.environment, adapter.base),
         forward=spec.forward,
         checks=tuple(
-            _written(setting) for setting in spec.checks if replace(setting, of_base=None) not in DEFAULT_SETTINGS
+            _written(setting)
+            for setting in spec.checks
+            if replace(setting, of_base=None) != POLICIES[DEFAULT].setting(setting.check)
         ),
         files=tuple(sorted(files, key=lambda file: file.path)),
     )

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 
 from merge_gate._internal.tensor_names import module_of
 from merge_gate._internal.text import counted, listing
-from merge_gate.judging.checks.check import ERROR, Check, FileCase, MergeCase, Symptom
+from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, is_inside, with_sharers
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Finding, Origin, Severity
@@ -61,7 +61,9 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
     zeros = {file.stats.name for file in evidence.file_tensors if file.stats.minimum == file.stats.maximum == 0.0}
     lora_b = {file.stats.name for file in evidence.file_tensors if "lora_B" in file.stats.name}
     is_untrained = bool(lora_b) and lora_b <= zeros
-    changed_by_kasa = _changed_by_kasa(case, lora_b) if is_untrained else set()
+    # KaSA reduces weights before training, whatever the factors are
+    is_kasa = is_untrained and any(key == "kasa_config" for key, _ in case.files.config.values)
+    changed_by_kasa = {f"{module_of(name)}.weight" for name in lora_b} if is_kasa else set()
     altered = {
         merge.module
         for merge in evidence.merges
@@ -121,12 +123,6 @@ def no_effect(case: MergeCase) -> Iterator[Finding]:
             module=unchanged[0],
             modules_unchanged=len(unchanged),
         )
-
-
-def _changed_by_kasa(case: FileCase, factors: set[str]) -> set[str]:
-    """Weights that KaSA reduces before training, whatever the factors are."""
-    is_kasa = any(key == "kasa_config" for key, _ in case.files.config.values)
-    return {f"{module_of(name)}.weight" for name in factors} if is_kasa else set()
 
 
 def _pruned(evidence: Evidence) -> set[str]:

@@ -14,7 +14,6 @@ from types import MappingProxyType
 
 from merge_gate.judging import checks as own_checks
 from merge_gate.judging.checks.check import Check
-from merge_gate.records.config import CheckSetting
 from merge_gate.records.features import parts
 from merge_gate.records.terms import Finding
 
@@ -34,6 +33,3 @@ REFUSALS: tuple[Callable[..., Finding], ...] = tuple(
     words for module in _MODULES for words in module.get("REFUSALS", ())
 )
 """What makes the finding of each kind of refusal that is a check's own, from its fields."""
-
-DEFAULT_SETTINGS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
-"""The setting of every check that no configuration changes."""

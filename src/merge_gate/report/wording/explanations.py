@@ -28,6 +28,7 @@ STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _FENCE = "```"
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+_LINK_TO_PAGE = re.compile(r"\[([^\]]+)\]\((?!https://)[^)\s]+\)")
 
 
 @cache
@@ -35,11 +36,7 @@ def explanations() -> dict[str, str]:
     """The Markdown of each check and kind by its id, without its heading and links to other pages."""
     _, *parts = _HEADING.split(STORED_KINDS.read_text(encoding="utf-8"))
     pages = {check: row.explanation for check, row in CHECKS.items()} | dict(zip(parts[::2], parts[1::2], strict=True))
-    return {check: _LINK.sub(_without_page, page.strip()) for check, page in pages.items()}
-
-
-def _without_page(link: re.Match[str]) -> str:
-    return link[0] if link[2].startswith("https://") else link[1]
+    return {check: _LINK_TO_PAGE.sub(r"\1", page.strip()) for check, page in pages.items()}
 
 
 def blocks(check: str) -> Iterator[tuple[list[str], str, list[str]]]:
