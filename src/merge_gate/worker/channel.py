@@ -133,7 +133,7 @@ class Line(Channel):
 
     def __init__(self, end: socket.socket, window: int, most_files: int = 0, calls: Iterable[type] = ()) -> None:
         super().__init__(end, most_files, calls)
-        self.socket, self.window = end, window
+        self.window = window
 
     @classmethod
     def pair(cls, calls: Iterable[type]) -> tuple[Line, Line]:
@@ -146,12 +146,12 @@ class Line(Channel):
 
     @classmethod
     def of(cls, socket_descriptor: int, window: int) -> Line:
-        """The end that a process inherited as these `descriptors`."""
+        """The end that a process got as these `descriptors`."""
         return cls(socket.socket(fileno=socket_descriptor), window, MOST_FILES)
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        return self.socket.fileno(), self.window
+        return self._socket.fileno(), self.window
 
     def take(self, into: memoryview) -> None:
         """Copy out of the memory. A system call, unlike a mapping, lets other threads run meanwhile."""
@@ -162,7 +162,7 @@ class Line(Channel):
     def hang_up(self) -> None:
         """End the connection: both ends get an error."""
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         super().close()

@@ -17,13 +17,16 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.files.feed import PIECE_BYTES, LocalFeed
 from merge_gate.files.headers import shown
 from merge_gate.files.identity import base_identity
-from merge_gate.records.files import FileIdentity, FileSpan
+from merge_gate.records.files import FileSpan
+
+if TYPE_CHECKING:
+    from merge_gate.features.stream.hub_file import HubFiles
 
 CONNECTIONS = 8
 """Pieces that are read at a time: over a network, the rate grows with them."""
@@ -38,34 +41,15 @@ CHUNK_BYTES = 1 << 20
 _DIGEST_CHARACTERS = 16
 
 
-class BaseBytes(Protocol):
-    """The weight files of one base, wherever they are. All methods may be called by several threads."""
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """The size of each file in bytes."""
-
-    @property
-    def sha256(self) -> Mapping[str, str]:
-        """The digests that are expected, for files for which they are known."""
-
-    @property
-    def identity(self) -> tuple[FileIdentity, ...]:
-        """The identity of the files in the base's directory, before the first byte was read."""
-
-    def read(self, file: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the file's bytes from `start` on, or raise a `SourceError`."""
-
-
 class LocalFiles(LocalFeed):
-    """Files of a directory.
+    """The weight files of a base in a directory.
 
     Raises:
         SourceError: they cannot be read, or are too large for any model.
 
     Attributes:
         sizes: the size of each file in bytes.
-        sha256: empty, since no one lists digests of local files.
+        sha256: the digests that are expected. No one lists those of local files.
         identity: that of the base's files before the first byte was read.
     """
 
@@ -81,6 +65,9 @@ class LocalFiles(LocalFeed):
                 hint="check the disk or the mount that holds the base, then run again",
             ) from error
         refuse_excess(self.sizes)
+
+
+BaseBytes: TypeAlias = "LocalFiles | HubFiles"
 
 
 def refuse_excess(sizes: Mapping[str, int]) -> None:
