@@ -281,6 +281,7 @@ def test_cached_verdicts_on_a_streamed_base_need_its_headers_only(place: Place) 
 # --- read: touched -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_later_run_reads_what_adapters_touch(place: Place) -> None:
     (_, whole), (answer, touched) = (
         place.run("--only", only, "--cache", "records", access="stream", read=read)

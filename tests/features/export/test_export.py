@@ -100,6 +100,7 @@ def test_the_export_is_whole_and_says_what_it_was_made_of(exported: Path) -> Non
     assert facts["base"]["sha256"]
 
 
+@pytest.mark.slow
 def test_the_report_has_a_note_on_the_padding(exported: Path) -> None:
     """Another run of the gate warns of nothing. The same modules are a warning if the record does not name them."""
     found = merge_gate.gate(str(exported / "out"), base=str(exported / "base"), device="cpu")
@@ -111,6 +112,7 @@ def test_the_report_has_a_note_on_the_padding(exported: Path) -> None:
     assert [one.severity.value for one in found.adapters[0].findings] == ["warning"]
 
 
+@pytest.mark.slow
 def test_the_export_of_an_export_has_the_same_bytes(exported: Path, tmp_path: Path) -> None:
     """By Python. Its record names the padding, too."""
     made = merge_gate.export(exported / "out", base=exported / "base", output=tmp_path / "again")
@@ -161,12 +163,13 @@ def test_a_base_in_float64_is_compared_in_float64_and_float32(shelf: Shelf, tmp_
 
 WRAPPED = [
     ("qwen3_5", "AutoModelForCausalLM", "CAUSAL_LM"),
-    pytest.param("gemma3", "AutoModelForCausalLM", "CAUSAL_LM", marks=pytest.mark.slow),
-    pytest.param("qwen2_5_vl", "Qwen2_5_VLTextModel", None, marks=pytest.mark.slow),
-    pytest.param("qwen3_5", "Qwen3_5ForConditionalGeneration", None, marks=pytest.mark.slow),
+    ("gemma3", "AutoModelForCausalLM", "CAUSAL_LM"),
+    ("qwen2_5_vl", "Qwen2_5_VLTextModel", None),
+    ("qwen3_5", "Qwen3_5ForConditionalGeneration", None),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "class_name", "task_type"), WRAPPED)
 def test_the_class_of_config_json_applies_every_module(
     model_type: str, class_name: str, task_type: str | None, tmp_path: Path
@@ -191,9 +194,9 @@ def test_the_class_of_config_json_applies_every_module(
 # --- the class of the adapter's task ---------------------------------------------------------------------------------
 
 TASKS = [
-    pytest.param("FEATURE_EXTRACTION", "FEATURE_EXTRACTION", "LlamaModel", id="embeddings"),
+    pytest.param("FEATURE_EXTRACTION", "FEATURE_EXTRACTION", "LlamaModel", id="embeddings", marks=pytest.mark.slow),
     pytest.param("CAUSAL_LM", "CAUSAL_LM", "LlamaForCausalLM", id="language"),
-    pytest.param("CAUSAL_LM", "FEATURE_EXTRACTION", "LlamaModel", id="names-of-another-class"),
+    pytest.param("CAUSAL_LM", "FEATURE_EXTRACTION", "LlamaModel", id="names-of-another-class", marks=pytest.mark.slow),
 ]
 
 
