@@ -1,7 +1,7 @@
 """Today's PEFT merges the adapter differently from the release that saved it.
 
 **Fires when** the PEFT release that saved the adapter merges it differently than today's PEFT. These cases are known
-([others](../reference/methods.md#old-releases) fire other checks):
+([others](../reference/methods.md#old-releases) pass, or fire other checks):
 
 - LoKr saved before 0.14;
 - `lora_bias` before 0.16;
