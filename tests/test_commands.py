@@ -32,13 +32,13 @@ from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import COMMANDS
 from merge_gate.config.yaml_document import MAX_LISTED
-from merge_gate.features.ray import run_on_ray
+from merge_gate.features.ray import feature as run_on_ray
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import WORDS, write_report
-from merge_gate.run import fed_bases, flow
+from merge_gate.run import flow, groups
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.memory import too_large
 from tests.support.fake_ray import Ray
@@ -317,7 +317,7 @@ def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
 def test_a_base_that_is_larger_than_the_memory_is_told_before_it_is_loaded(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fed_bases.MemoryGroup, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(groups.MemoryGroup, "free_bytes", lambda _: 100)
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
     assert str(too_large("./base", len(weights()), 100)) in said.out + said.err

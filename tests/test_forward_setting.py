@@ -105,9 +105,9 @@ def test_a_base_of_which_a_part_is_read_is_run_only_if_that_is_required(
     """A record of an earlier run is used only in a pass; any other base is measured again, and read whole."""
     records = (BaseRecord(model_class="Odd", figures=()),)
     monkeypatch.setattr(
-        flow.FedBases,
-        "schedule",
-        lambda _, group, read: replace(group, one_pass=one_pass, records=records),
+        flow,
+        "placed",
+        lambda group, *_: replace(group, one_pass=one_pass, records=records),
     )
     (why,) = tasks_of(monkeypatch, forward=forward)
     assert (not why) is is_run

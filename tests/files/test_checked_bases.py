@@ -13,7 +13,8 @@ from merge_gate.config.load_config import load_config
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
 from merge_gate.run import view as views
-from merge_gate.run.flow import check_files, run_gate
+from merge_gate.run.checked_files import check_files
+from merge_gate.run.flow import run_gate
 from tests.support.files.base_directories import GPTQ, MODEL, PLAIN, lay, plus, safetensors
 
 if TYPE_CHECKING:

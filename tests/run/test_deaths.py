@@ -21,7 +21,7 @@ from merge_gate.config.load_config import load_config
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Verdict
-from merge_gate.run import fed_bases, flow
+from merge_gate.run import flow, groups
 from merge_gate.run.flow import run_gate
 from merge_gate.worker import supervisor
 from merge_gate.worker.memory import MemoryGroup
@@ -72,7 +72,7 @@ def judged(place: Path, monkeypatch: pytest.MonkeyPatch, at: Callable[[Event], N
 
         supervisor.supervise(job, listen_first, *others, **more)
 
-    monkeypatch.setattr(fed_bases, "too_large", lambda *_: "larger than the memory")
+    monkeypatch.setattr(groups, "too_large", lambda *_: "larger than the memory")
     monkeypatch.setattr(flow, "supervise", supervise)
     return run_gate(load_config(str(place / "gate.yml")), RunOptions(device="cpu")), events
 

@@ -28,7 +28,9 @@ from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Quantization, Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow, tally, view
-from merge_gate.run.flow import check_files, run_gate, select
+from merge_gate.run.checked_files import check_files
+from merge_gate.run.flow import run_gate
+from merge_gate.run.selection import select
 from merge_gate.worker import supervisor
 from merge_gate.worker.protocol import BaseLoaded, Event, Unjudged
 from tests.support.command import merge_gate, strict_json, wait_until

@@ -24,7 +24,7 @@ from merge_gate.features.stream import feed_service
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
 from merge_gate.report.stored.report_files import write_report
-from merge_gate.run import fed_bases
+from merge_gate.run import groups
 from merge_gate.run.planned_run import plan_run
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.supervisor import WorkerSlot
@@ -123,7 +123,7 @@ def test_lines_are_as_wide_as_the_terminal(place: Path) -> None:
 
 def test_a_base_that_the_worker_does_not_map(place: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(fed_bases, "network_file_system", lambda _: "nfs4")
+        patch.setattr(groups, "network_file_system", lambda _: "nfs4")
         wording(planned(place))
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 4000)
     wording(planned(place))

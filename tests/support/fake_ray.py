@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import exceptions
 
-from merge_gate.features.ray.run_on_ray import run_shard
+from merge_gate.features.ray.feature import run_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

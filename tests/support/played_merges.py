@@ -19,8 +19,8 @@ from unittest import mock
 from merge_gate._internal.errors import GateError
 from merge_gate.cli.dispatch import main
 from merge_gate.features.publish.calls import PublicationService, PublicationWritten
+from merge_gate.features.publish.feature import Publications
 from merge_gate.features.publish.planned_files import PlannedFiles
-from merge_gate.features.publish.publications import Publications
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import StoredTensor
 from merge_gate.run import flow

@@ -109,6 +109,13 @@ def size_bytes(text: str) -> int:
     return int(float(number) * (1024 if is_binary else 1000) ** "_KMGT".index(letter))
 
 
+def shown_bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB" if count >= 1000 else counted(count, "byte")  # noqa: PLR2004
+
+
 def one_of(words: Iterable[str]) -> str:
     """`a, b or c`."""
     *others, last = words

@@ -47,8 +47,7 @@ def add(commands: Commands[CommandParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.report_files import refuse_copies, remove_copies
-    from merge_gate.run.flow import check_files
-    from merge_gate.run.tally import report_on_files
+    from merge_gate.run.checked_files import check_files, report_on_files
 
     refuse_copies(arguments.report)
     if any(key == "base-sha256" for key, _ in arguments.expect or ()):

@@ -47,16 +47,11 @@ def gate_adapters(
     *,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
-    ray: str | None = None,
 ) -> Report:
-    """Gate adapters with the view that the options ask for, here or on the Ray cluster at an address."""
+    """Gate adapters with the view that the options ask for."""
     from merge_gate.run.flow import run_gate
 
     with view_of(arguments) as view:
-        if ray is not None:
-            from merge_gate.features.ray.run_on_ray import run_on_ray
-
-            return run_on_ray(ray, config, options, view=view, begins=begins)
         return run_gate(config, options, view=view, worker=worker, begins=begins)
 
 

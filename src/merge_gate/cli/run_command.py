@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             hint = "add --container, or use --device"
             raise UsageError("--image and --gpus belong to --container", hint=hint)
         begins, options = partial(remove_copies, arguments.report), _options(arguments)
-        report = gate_adapters(config, options, arguments, worker=worker, begins=begins, ray=vars(arguments).get("ray"))
+        report = gate_adapters(config, options, arguments, worker=worker, begins=begins)
         return deliver(report, arguments.report)
 
 

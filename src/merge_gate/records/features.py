@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 FEATURES: dict[str, dict[str, str]] = {
     "stream": {
         "declared": "merge_gate.features.stream.declared",
+        "feature": "merge_gate.features.stream.feature",
         "feed": "merge_gate.features.stream.parent_feed",
         "feed_service": "merge_gate.features.stream.feed_service",
         "load": "merge_gate.features.stream.load_from_feed",
@@ -28,17 +29,19 @@ FEATURES: dict[str, dict[str, str]] = {
         "consumer": "merge_gate.features.forward.consumer",
         "checks": "merge_gate.features.forward.checks",
     },
+    "shards": {
+        "declared": "merge_gate.features.shards.declared",
+        "feature": "merge_gate.features.shards.feature",
+        "command": "merge_gate.features.shards.combine_command",
+    },
     "publish": {
         "declared": "merge_gate.features.publish.declared",
         "consumer": "merge_gate.features.publish.consumer",
         "directory": "merge_gate.features.publish.manifest",
-    },
-    "shards": {
-        "declared": "merge_gate.features.shards.declared",
-        "command": "merge_gate.features.shards.combine_command",
+        "feature": "merge_gate.features.publish.feature",
     },
     "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
-    "ray": {"declared": "merge_gate.features.ray.declared"},
+    "ray": {"declared": "merge_gate.features.ray.declared", "feature": "merge_gate.features.ray.feature"},
     "verify": {
         "declared": "merge_gate.features.verify.declared",
         "consumer": "merge_gate.features.verify.consumer",

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.text import WIDEST, counted, listing
-from merge_gate.features.publish.publications import unpublished_dtypes
+from merge_gate._internal.text import WIDEST, counted, listing, shown_bytes
 from merge_gate.records.features import part
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.terms import Quantization, Read
@@ -102,7 +101,7 @@ class _Base:
         quantization = [] if base.quantization is Quantization.NONE else [base.quantization]
         how = ", ".join([*(one.base.dtype for one in self._groups), *quantization])
         yield Text(f"base {_shown(base.name)}{revision} ({_shown(how)})")
-        size, count = _shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
+        size, count = shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
         place = "on this machine"
         if fetch is not None:
             part = ", a part of them in the cache" if len(fetch.sizes) > len(fetch.absent) else ""
@@ -134,9 +133,9 @@ class _Base:
         if self._is_fed:
             factors, for_what = sum(sizes), "the adapters of a pass"
             window_bytes = part("stream", "feed_service").window_bytes()
-            of_base = f"{_shown_bytes(window_bytes)} for the base's bytes and "
-        free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
-        return f"{of_base}{_shown_bytes(factors)} for {for_what}, plus torch and the largest layer{free}"
+            of_base = f"{shown_bytes(window_bytes)} for the base's bytes and "
+        free = f"; {shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
+        return f"{of_base}{shown_bytes(factors)} for {for_what}, plus torch and the largest layer{free}"
 
 
 def _left_on_hub(adapter: AdapterFiles) -> int:
@@ -147,8 +146,8 @@ def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[Table]:
     members = {one.directory: one for group in run.groups for task in group.tasks for one in task.files}
     of_adapters = sum(_left_on_hub(one) + sum(file.size_bytes for file in one.files) for one in members.values())
     word = "at most " if any(base.passes > 1 for base in bases) else ""  # a later pass reads only what it merges
-    of_bases = _shown_bytes(sum(base.read_bytes for base in bases))
-    yield _row("read", f"{word}{of_bases} of bases, {_shown_bytes(of_adapters)} of adapters")
+    of_bases = shown_bytes(sum(base.read_bytes for base in bases))
+    yield _row("read", f"{word}{of_bases} of bases, {shown_bytes(of_adapters)} of adapters")
     entries = run.tally.entries
     kinds: dict[str, Mapping[str, AdapterFiles | BaseFiles]] = {
         "base": {entry.base_files.directory: entry.base_files for entry in entries if entry.base_files is not None},
@@ -157,7 +156,7 @@ def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[Table]:
     sizes = {kind: [_download_bytes(one.on_hub) for one in files.values()] for kind, files in kinds.items()}
     of = [counted(count, kind) for kind, of_kind in sizes.items() if (count := sum(size > 0 for size in of_kind))]
     if of:
-        size = _shown_bytes(sum(map(sum, sizes.values())))
+        size = shown_bytes(sum(map(sum, sizes.values())))
         yield _row("download", f"{size} to the disk, for {' and '.join(of)} on the Hub")
 
 
@@ -167,32 +166,22 @@ def _download_bytes(fetch: Fetched | None) -> int:
 
 
 def _lines_of_output(run: Run) -> Iterator[Table]:
-    options, publish = run.options, run.publications.spec
-    if options.output is not None:
+    if run.options.output is not None:
         names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
-        yield _row("write", f"{_shown(options.output)}: {names}")
-    if (cache := options.features.get("cache")) is not None:
-        yield _row("cache", f"{_shown(cache)}: stored verdicts need no merge")
-    if publish is not None:
-        tasks = [(group, task) for group in run.groups for task in group.tasks]
-        models = {task.index: group.files for group, task in tasks if task.why_not("publish") == ""}
-        size = _shown_bytes(sum(files.weight_bytes for files in models.values()))
-        note = unpublished_dtypes({task.index: run.tally.entries[task.index] for _, task in tasks}, models)
-        count = counted(len(models), "model")
-        yield _row(
-            "publish", "; ".join(filter(None, (f"{_shown(publish.label)}: {count} at most, about {size}", note)))
-        )
+        yield _row("write", f"{_shown(run.options.output)}: {names}")
+    for label, text in sorted(row for feature in run.features.values() for row in feature.plan()):
+        yield _row(label, text)
 
 
 def _access_of(fetch: Fetched) -> str:
     if fetch.streamable:
         size = sum(fetch.sizes[name] for name in fetch.streamable)
-        return f"stream: {_shown_bytes(size)} by ranges, not written to disk"
+        return f"stream: {shown_bytes(size)} by ranges, not written to disk"
     size = sum(fetch.sizes[name] for name in fetch.absent)
     free = fetch.free_bytes
     warning = ", which is not enough" if free is not None and free < size else ""
-    rest = f"; the disk has {_shown_bytes(free)} free{warning}" if free is not None else ""
-    return f"download: {_shown_bytes(size)} to the Hub's cache{rest}"
+    rest = f"; the disk has {shown_bytes(free)} free{warning}" if free is not None else ""
+    return f"download: {shown_bytes(size)} to the Hub's cache{rest}"
 
 
 def _row(label: str, text: str) -> Table:
@@ -201,10 +190,3 @@ def _row(label: str, text: str) -> Table:
 
 def _shown(text: str) -> str:
     return one_line(text, _NAME_CHARACTERS)
-
-
-def _shown_bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB" if count >= 1000 else counted(count, "byte")  # noqa: PLR2004

@@ -3,9 +3,8 @@
 In: entries, their verdicts as they are reached, bases as they are loaded, and the device. Out: counts, a `Report`, and
 its files, at a bounded share of the run's time. So a killed run leaves a true report.
 
-1. An entry has its position in the whole plan. This run may be a shard of it.
-2. A base is listed once for each class that it was loaded as, because one without a head has fewer parameters. Its
-   position is that of the first entry merged into it.
+A base is listed once for each class that it was loaded as, because one without a head has fewer parameters. Its
+position is that of the first entry merged into it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from merge_gate import __version__
 from merge_gate._internal.errors import GateError
-from merge_gate.features.shards.combined import in_order
 from merge_gate.judging.baseline import accept
 from merge_gate.records.report import (
     TOOL,
@@ -31,22 +29,38 @@ from merge_gate.records.report import (
     Environment,
     Report,
     Sandbox,
-    Shard,
     Tool,
 )
-from merge_gate.records.terms import Result
+from merge_gate.records.terms import BaseKey, Result
 from merge_gate.report.formats.json_report import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.report.wording.explanations import linked
 from merge_gate.run.verdict_key import libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from merge_gate.files.base_watch import BaseWatch
     from merge_gate.records.config import Config
     from merge_gate.records.files import Entry
     from merge_gate.run.view import View
+
+
+_Use = tuple[int, str]
+
+
+def in_order(uses: Iterable[tuple[BaseReport, _Use]]) -> dict[BaseReport, _Use]:
+    """The bases, each with the position and the name of the first entry that was merged into it.
+
+    A base comes before another if its first use does. The classes that one base was loaded as stay together.
+    """
+    first: dict[BaseReport, _Use] = {}
+    for base, use in uses:
+        first[base] = min(use, first.get(base, use))
+    first_of_key: dict[BaseKey, _Use] = {}
+    for base, use in first.items():
+        first_of_key[base.key] = min(use, first_of_key.get(base.key, use))
+    return dict(sorted(first.items(), key=lambda item: (first_of_key[item[0].key], item[1])))
 
 
 class Tally:
@@ -58,11 +72,11 @@ class Tally:
         environment: where the run merges.
     """
 
-    def __init__(self, config: Config, shard: Shard | None, *, device: str, watch: BaseWatch) -> None:
-        self._config, self._shard, self._watch = config, shard, watch
+    def __init__(self, config: Config, *, device: str, watch: BaseWatch) -> None:
+        self._config, self._watch = config, watch
         self._today = dt.datetime.now(dt.UTC).date()
         self._config_file = config_file(config, os.environ)
-        self.environment = _environment(device)
+        self.environment = environment_of(device)
         self.reports: dict[int, AdapterReport] = {}
         self._bases: dict[tuple[str, BaseReport], tuple[int, str]] = {}
         self.entries: list[Entry] = []
@@ -80,8 +94,7 @@ class Tally:
     def use(self, directory: str, base: BaseReport, index: int) -> None:
         """List a base, which this entry is merged into."""
         base = linked(base)
-        position = self._shard.positions[index] if self._shard is not None else index
-        use = (position, self.entries[index].spec.name if self.entries else "")
+        use = (index, self.entries[index].spec.name if self.entries else "")
         self._bases[directory, base] = min(use, self._bases.get((directory, base), use))
 
     def _with_digests(self, directory: str, base: BaseReport) -> BaseReport:
@@ -90,9 +103,16 @@ class Tally:
             return base
         return replace(base, sha256=self._watch.digest(directory), files=self._watch.files(directory))
 
+    def _in_order(self) -> dict[BaseReport, _Use]:
+        return in_order((self._with_digests(directory, base), use) for (directory, base), use in self._bases.items())
+
+    def first_entries(self) -> tuple[int, ...]:
+        """The position of the first entry that was merged into each base of the report, in their order."""
+        return tuple(index for index, _ in self._in_order().values())
+
     def report(self, *, complete: bool = False) -> Report:
         """The report so far; `complete` at the end of the run."""
-        bases = in_order((self._with_digests(directory, base), use) for (directory, base), use in self._bases.items())
+        bases = self._in_order()
         adapters = tuple(self.reports[index] for index in sorted(self.reports))
         adapters, baseline = accept(adapters, self._config.baseline, self._today)
         return Report(
@@ -102,21 +122,8 @@ class Tally:
             config=self._config_file,
             bases=tuple(replace(base, first_adapter=name) for base, (_, name) in bases.items()),
             adapters=adapters,
-            shard=self._shard and replace(self._shard, bases_from=tuple(position for position, _ in bases.values())),
             baseline=baseline,
         )
-
-
-def report_on_files(config: Config, adapters: Sequence[AdapterReport]) -> Report:
-    """The report of `merge-gate check`, which merges nothing and accepts no failure."""
-    return Report(
-        complete=True,
-        tool=Tool(name=TOOL, version=__version__),
-        environment=_environment("cpu"),
-        config=config_file(config, os.environ),
-        files_only=True,
-        adapters=tuple(map(linked, adapters)),
-    )
 
 
 COMMIT_VARIABLES = ("MERGE_GATE_COMMIT", "GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT", "BUILD_SOURCEVERSION")
@@ -136,7 +143,7 @@ def config_file(config: Config, environ: Mapping[str, str]) -> ConfigFile:
     )
 
 
-def _environment(device: str) -> Environment:
+def environment_of(device: str) -> Environment:
     versions = libraries()
     return Environment(
         python=platform.python_version(),

@@ -70,6 +70,10 @@ class Task:
         """Why a feature takes no part. Empty if it does; None if it is not asked for."""
         return next((one.why_not for one in self.consumers if one.feature == feature), None)
 
+    def with_consumer(self, consumer: ConsumerSpec) -> Task:
+        """The task with one more feature, the last that takes part."""
+        return replace(self, consumers=(*self.consumers, consumer))
+
     def without(self, feature: str, why_not: str) -> Task:
         """The task without a feature. The first reason for that counts."""
         changed = (

@@ -145,12 +145,13 @@ def measured(cache: VerdictCache, run: Run, base: Group) -> None:
 def test_the_worker_gets_the_records_of_a_base(read: Read, is_used: bool, one: Entry) -> None:
     directory, run = base_directory(one), a_run(RunOptions())
     with closing(open_cache(one, run=run)) as cache:
-        base = cache.schedule(group(directory), Read.WHOLE)
+        run.read_of = lambda _: read
+        (base,) = cache.schedule([group(directory)])
         assert base.keeps_record
         run.watch.start(directory)
         run.watch.wait()
         measured(cache, run, base)
-        scheduled = cache.schedule(group(directory), read)
+        (scheduled,) = cache.schedule([group(directory)])
     assert [record.model_class for record in scheduled.records] == (["A"] if is_used else [])
     assert scheduled.keeps_record, "another class may have no record"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 UNITS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10}
-ENTRY: Any = SimpleNamespace(base_files=SimpleNamespace(tensors=(StoredTensor(name="w", dtype="F32", shape=(2,)),)))
+TENSORS = (StoredTensor(name="w", dtype="F32", shape=(2,)),)
 PART = bytes(8)
 
 
@@ -34,33 +34,27 @@ def written(
     kept: KeptMerges, tensors: Mapping[str, bytes], *plan: StoredTensor, refusal: NotJudged | None = None
 ) -> None:
     """Play a worker that plans a merge, and writes these tensors."""
-    with contextlib.closing(PlannedFiles(kept.planned(0, plan or ENTRY.base_files.tensors))) as files:
+    with contextlib.closing(PlannedFiles(kept.planned(0, plan or TENSORS))) as files:
         for name, content in tensors.items():
             files.write(name, 0, memoryview(content))
         kept.written(PublicationWritten(task=0, checksums=tuple(files.checksums.items()), refusal=refusal))
 
 
-def begun(folder: Path) -> KeptMerges:
-    kept = KeptMerges(folder)
-    kept.choose({0: ENTRY, 1: ENTRY})
-    return kept
-
-
 @pytest.mark.parametrize("is_enough", [True, False])
 def test_a_small_disk_is_refused(is_enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written already needs no more room."""
-    kept = begun(tmp_path / "merges")
+    kept = KeptMerges(tmp_path / "merges")
     written(kept, {"w": PART})
     (size_bytes,) = (path.stat().st_size for path in kept.folder.iterdir())
     free = size_bytes - (not is_enough)
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
     with contextlib.nullcontext() if is_enough else pytest.raises(GateError):
-        PlannedFiles(kept.planned(1, ENTRY.base_files.tensors)).close()
+        PlannedFiles(kept.planned(1, TENSORS)).close()
 
 
 def test_a_merge_that_was_not_written_whole_is_not_compared(tmp_path: Path) -> None:
     """The reason has its own hint, if it has one."""
-    kept = begun(tmp_path / "merges")
+    kept = KeptMerges(tmp_path / "merges")
     for refusal, hint in (NotJudged(message="full", hint="free some"), "free some"), (None, "--publish"):
         with pytest.raises(GateError):
             kept.places(0)
@@ -80,7 +74,7 @@ def test_a_value_may_differ_by_a_unit_in_the_last_place(
     monkeypatch.setattr(kept_merges, "CHUNK_BYTES", DTYPE_BITS[dtype] // 8)
     made = PlainLora(config={"r": 8}, tensors={}, padding=(), is_folded=False, bounds={"w": 0.0})
     served = ServedClass(name="A", loaded="A", names={}, scalings={}, sizes={}, sources={"w": ("w",)})
-    before, after = begun(tmp_path / "before"), begun(tmp_path / "after")
+    before, after = KeptMerges(tmp_path / "before"), KeptMerges(tmp_path / "after")
     before.served = served
     for merges, last in (before, 1.0), (after, 1 + units * UNITS[dtype]):
         values = np.array([1, last], f"<f{DTYPE_BITS[dtype] // 8}")

@@ -16,7 +16,7 @@ from merge_gate._internal.errors import NotPublishedError
 from merge_gate._internal.locked_directory import DirectoryLock, locked_directory
 from merge_gate.features.publish import partial as partial_module
 from merge_gate.features.publish.partial import PartialDirectory, remove_leftovers
-from merge_gate.features.publish.publications import replaceable
+from merge_gate.features.publish.publish_directory import replaceable
 from merge_gate.files.identity import directory_identity
 from merge_gate.records.files import FileIdentity
 from tests.support import published

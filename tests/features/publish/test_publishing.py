@@ -9,22 +9,26 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from merge_gate._internal.errors import NotPublishedError, SourceError
 from merge_gate.cli.dispatch import main
-from merge_gate.features.publish import one_publication, publications, weight_files
+from merge_gate.features.publish import feature, one_publication, publish_directory, weight_files
 from merge_gate.features.publish.calls import PublicationWritten
+from merge_gate.features.publish.feature import Publications
 from merge_gate.features.publish.one_publication import Publication, publishing
 from merge_gate.features.publish.planned_files import PlannedFiles
-from merge_gate.features.publish.publications import Publications
 from merge_gate.features.publish.weight_files import base_layout
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import MANIFEST_NAME, StoredTensor
+from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
+from merge_gate.run.flow import Run
+from tests.support.judged_entry import entry, judged_report
 from tests.support.judging.cases import broken, evidence
 from tests.support.judging.cases import merged as merged_tensor
 from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, played, stored, write, write_all
@@ -381,7 +385,7 @@ def test_a_base_whose_files_cannot_be_published(place: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> None:
         raise NotPublishedError("no such files")
 
-    monkeypatch.setattr(publications, "base_layout" if why == "pickles" else "Publication", refuse)
+    monkeypatch.setattr(feature, "base_layout" if why == "pickles" else "Publication", refuse)
     lay_adapter(place, "two")
     assert play(place, "--publish", "merged", send=lambda *_: pytest.fail("it is not sent")) == 3
     assert nothing_published(place)
@@ -437,12 +441,13 @@ def test_a_model_is_not_completed_after_the_run_was_ended(place: Path) -> None:
 
 
 def test_a_model_that_is_not_complete_when_its_worker_dies_is_removed(place: Path) -> None:
-    models = Publications(PublishSpec(directory="merged", label="merged"), ())
+    run = SimpleNamespace(specs=(), inputs=(), options=RunOptions())
+    models = Publications(cast("Run", run), PublishSpec(directory="merged", label="merged"))
     models._models = {0: model_of(place, "passed"), 1: model_of(place, "written")}
     for model in models._models.values():
         with opened(model.plan(())):
             model.written(PublicationWritten(task=0))
-    models.passed(0, evidence())
+    models.judged(0, judged_report(entry(place / "passed")), evidence())
     models.ended()
     assert (place / ".passed.partial").exists()
     assert not (place / ".written.partial").exists()
@@ -488,7 +493,7 @@ def test_a_disk_that_is_full_while_the_base_is_copied_prevents_publishing(
 
 
 def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publications.os, "access", lambda *_: False)
+    monkeypatch.setattr(publish_directory.os, "access", lambda *_: False)
     assert play(place, "--publish", "merged") == 2
 
 
@@ -640,14 +645,14 @@ def test_a_file_that_is_swapped_during_the_run_is_not_published(
         if when == "while it is merged":
             swap()
 
-    checked = publications.replaceable
+    checked = feature.replaceable
 
     def swapped(*words: Any) -> Any:
         if when == "before it is copied":
             swap()
         return checked(*words)
 
-    monkeypatch.setattr(publications, "replaceable", swapped)
+    monkeypatch.setattr(feature, "replaceable", swapped)
     assert play(place, "--publish", "merged", send=send) == 3
     assert nothing_published(place)
     assert adapters_of(place)[0]["verdict"] == "error"
@@ -752,7 +757,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
 ) -> None:
     real = os.statvfs(place)
     full = os.statvfs_result((*real[:4], 0, *real[5:]))
-    monkeypatch.setattr(publications.os, "statvfs", lambda _: full)
+    monkeypatch.setattr(publish_directory.os, "statvfs", lambda _: full)
     assert play(place, "--publish", "outer/merged", send=lambda *_: pytest.fail("nothing is merged")) == 3
     assert not (place / "outer").exists()
     assert "and 0.0 MiB are free" in capfd.readouterr().err

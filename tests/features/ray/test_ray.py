@@ -164,7 +164,7 @@ def test_a_cluster_that_is_not_there_is_said_within_a_minute(fleet: Path) -> Non
 @pytest.mark.slow
 def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
     script = (
-        "from merge_gate.features.ray.run_on_ray import LOCAL, cluster\n"
+        "from merge_gate.features.ray.feature import LOCAL, cluster\n"
         "with cluster(LOCAL, object_store_bytes=1 << 20): pass"
     )
     done = subprocess.run(
@@ -177,6 +177,6 @@ def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ray_is_imported_without_the_option() -> None:
-    script = "import sys, merge_gate.cli.dispatch, merge_gate.features.ray.run_on_ray; print('ray' in sys.modules)"
+    script = "import sys, merge_gate.cli.dispatch, merge_gate.features.ray.feature; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"

@@ -19,9 +19,9 @@ import pytest
 from ray import exceptions
 
 from merge_gate._internal.errors import GateError
-from merge_gate.features.ray import run_on_ray
+from merge_gate.features.ray import feature as run_on_ray
 from merge_gate.features.ray.declared import LOCAL, configured
-from merge_gate.features.ray.run_on_ray import cluster, first_line
+from merge_gate.features.ray.feature import cluster, first_line
 from merge_gate.records.config import Config
 from tests.support.wording import Wording
 

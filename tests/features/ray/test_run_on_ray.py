@@ -18,8 +18,8 @@ import pytest
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.config.load_config import load_config
 from merge_gate.features.cache.declared import SECRET
-from merge_gate.features.ray import run_on_ray as module
-from merge_gate.features.ray.run_on_ray import MAX_LOSSES, run_on_ray, run_shard
+from merge_gate.features.ray import feature as module
+from merge_gate.features.ray.feature import MAX_LOSSES, run_shard
 from merge_gate.records.config import Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
@@ -99,8 +99,8 @@ def judged(ray: Ray, view: View | None = None, *, address: str = "head:6379", **
         patched.setattr(module, "PATIENCE_S", 0.01)
         own = {name: options.pop(name) for name in ("device", "output", "only") if name in options}
         config = published(options.pop("publish", None))
-        asked = RunOptions(**{"device": "cpu"} | own, features=options)
-        return run_on_ray(address, config, asked, view=view or View())
+        asked = RunOptions(**{"device": "cpu"} | own, features={**options, "ray": address})
+        return run_gate(config, asked, view=view or View())
 
 
 def published(directory: str | None) -> Config:
@@ -388,8 +388,8 @@ def test_a_cluster_is_reached_after_the_first_report(quick: Path, monkeypatch: p
     monkeypatch.setattr(module, "cluster", cluster)
     begun: list[bool] = []
     with pytest.raises(GateError, match="there is none"):
-        run_on_ray(
-            "head:6379", load_config("gate.yml"), RunOptions(output="report"), view=View(),
+        run_gate(
+            load_config("gate.yml"), RunOptions(output="report", features={"ray": "head:6379"}), view=View(),
             begins=lambda: begun.append(Path("report", "report.json").exists()),
         )  # fmt: skip
     assert begun == [False]

@@ -18,7 +18,6 @@ from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
 from merge_gate.features.shards.declared import shard_of
 from merge_gate.features.shards.partition import assign, part_of
-from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Acceptance, BaselineEntry, ForwardMode
 from tests.support.command import merge_gate
 from tests.support.wording import Wording
@@ -90,18 +89,12 @@ def config(tmp_path: Path) -> Config:
     return load_config(str(path))
 
 
-def planned(config: Config, specs: Sequence[AdapterSpec], options: RunOptions) -> Shard:
-    shard = part_of(config, specs, options)[1]
-    assert shard is not None
-    return shard
-
-
-def test_a_whole_run_is_no_shard(config: Config) -> None:
-    assert part_of(config, config.adapters, RunOptions()) == (config.adapters, None)
+def planned(config: Config, specs: Sequence[AdapterSpec], number: tuple[int, int]) -> Shard:
+    return part_of(config, specs, number)[1]
 
 
 def names(config: Config, index: int, count: int) -> list[str]:
-    return [spec.name for spec in part_of(config, config.adapters, RunOptions(features={"shard": (index, count)}))[0]]
+    return [spec.name for spec in part_of(config, config.adapters, (index, count))[0]]
 
 
 def test_adapters_without_a_configured_base_are_together(config: Config) -> None:
@@ -115,15 +108,15 @@ def test_a_checkout_elsewhere_makes_the_same_cut(config: Config, tmp_path: Path)
     moved = load_config(str(elsewhere / "gate.yml"))
     for count in (1, 2, 3, 6, 9):
         for index in range(1, count + 1):
-            ours = part_of(config, config.adapters, RunOptions(features={"shard": (index, count)}))
-            theirs = part_of(moved, moved.adapters, RunOptions(features={"shard": (index, count)}))
+            ours = part_of(config, config.adapters, (index, count))
+            theirs = part_of(moved, moved.adapters, (index, count))
             assert ours[1] == theirs[1]
             assert [spec.name for spec in ours[0]] == [spec.name for spec in theirs[0]]
 
 
 def test_the_plan_is_another_one_when_anything_of_it_is(config: Config) -> None:
     def digest(config: Config, count: int = 2, *, most: int = 6) -> str:
-        return planned(config, config.adapters[:most], RunOptions(features={"shard": (1, count)})).plan_sha256
+        return planned(config, config.adapters[:most], (1, count)).plan_sha256
 
     others = [digest(config, 3), digest(config, most=5)]
     others.append(digest(replace(config, sha256="0" * 64)))
@@ -146,7 +139,7 @@ def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:
     first = config.adapters[0]
     twice = replace(first, base=replace(first.base, dtypes=("float32", "bfloat16")))
     specs = (twice, *config.adapters[1:])
-    shards = [planned(config, specs, RunOptions(features={"shard": (index, 2)})) for index in (1, 2)]
+    shards = [planned(config, specs, (index, 2)) for index in (1, 2)]
     assert {shard.entries for shard in shards} == {7}
     assert sorted(position for shard in shards for position in shard.positions) == list(range(7))
 

@@ -6,6 +6,7 @@ In: a run, and the directory of `--cache`. Out: reports of entries that need no 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from merge_gate.features.cache.store import Seal, Store, from_environment
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.report.stored.output_directory import refuse_input
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature
 from merge_gate.run.verdict_key import current_place, device_name, is_unchanged, key_of, material
 from merge_gate.worker.protocol import BaseMeasured, DeviceChosen
@@ -47,7 +49,7 @@ class VerdictCache(Feature):
     """The verdicts, digests, and figures in one directory. With `--refresh`, they are only written."""
 
     def __init__(self, run: Run, directory: str, seal: Seal) -> None:
-        self._run, self._fresh = run, run.options.features.get("refresh", False)
+        self._run, self._directory, self._fresh = run, directory, run.options.features.get("refresh", False)
         folder = Path(directory).absolute()
         for place in (folder, *folder.parents):
             refuse_input(place, run.inputs, "--cache")
@@ -109,10 +111,18 @@ class VerdictCache(Feature):
 
     # --- figures of bases --------------------------------------------------------------------------------------------
 
-    def schedule(self, group: Group, read: Read) -> Group:
-        """Add the figures that earlier runs measured of a base, unless this run reads all of it."""
+    def plan(self) -> Iterator[tuple[str, str]]:
+        yield "cache", f"{one_line(self._directory, 120)}: stored verdicts need no merge"
+
+    def schedule(self, groups: Sequence[Group]) -> Iterator[Group]:
+        return map(self._with_records, groups)
+
+    def _with_records(self, group: Group) -> Group:
+        """The group, with the figures that earlier runs measured of its base, unless this run reads all of it."""
         records: tuple[BaseRecord, ...] = ()
-        if group.files.on_hub is None and read is not Read.WHOLE:  # on the Hub, no one knows whether there is a record
+        if (
+            group.files.on_hub is None and self._run.read_of(group) is not Read.WHOLE
+        ):  # on the Hub, no one knows whether there is a record
             self._run.watch.recall(group.directory)
             content = self._run.watch.content(group.directory)
             records = self._records.lookup(group.base, content) if content is not None else ()

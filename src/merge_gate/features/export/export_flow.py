@@ -50,8 +50,8 @@ from merge_gate.records.options import RunOptions
 from merge_gate.records.report import TOOL, Report, Tool
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.output_directory import explained, made_directory, refuse_input
-from merge_gate.run.fed_bases import headers_limit_s
 from merge_gate.run.flow import Run
+from merge_gate.run.groups import headers_limit_s
 from merge_gate.run.view import View
 from merge_gate.worker.private_directory import private_directory
 
@@ -150,7 +150,7 @@ def export(
 
 
 def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
-    with contextlib.closing(Run(config, OPTIONS, view, publications=merges)) as run:
+    with contextlib.closing(Run(config, OPTIONS, view, features={"export": merges})) as run:
         return run.run()
 
 

@@ -9,7 +9,7 @@ Two merges are the same if each value differs by at most a unit in the last plac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +20,19 @@ from merge_gate._internal.errors import GateError
 from merge_gate._internal.text import counted
 from merge_gate.features.export.export_record import MergeComparison
 from merge_gate.features.export.plain_lora import PlainLora, array_of
-from merge_gate.features.publish.calls import PublicationWritten
+from merge_gate.features.publish.calls import PublicationService, PublicationWritten
 from merge_gate.features.publish.one_publication import publishing
-from merge_gate.features.publish.publications import Publications, refuse_small_disk
+from merge_gate.features.publish.publish_directory import refuse_small_disk
 from merge_gate.features.publish.weight_files import CHUNK_BYTES, ModelLayout, ModelWriter, Place, new_file
 from merge_gate.files.headers import shown
-from merge_gate.records.files import Entry, StoredTensor
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, ServedClass
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.terms import AS_MERGED
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import AS_MERGED, Verdict
 from merge_gate.report.stored.output_directory import explained
-from merge_gate.worker.protocol import ConsumerSpec
+from merge_gate.run.feature import Feature
+from merge_gate.worker.protocol import Group, Job
 
 _PRECISIONS = {"F64": (52, -1074), "F32": (23, -149), "F16": (10, -24), "BF16": (7, -133)}
 """The bits of a dtype's mantissa, and the exponent of its smallest number."""
@@ -42,23 +44,27 @@ _OFFER = "publish it: merge-gate run --publish DIR"
 _BUG = "this is a bug of merge-gate: please report it; until then, publish the merge: merge-gate run --publish DIR"
 
 
-class KeptMerges(Publications):
+class KeptMerges(Feature):
     """The merges of a run, each in a file. `served` is what the worker knows of the class that servers load."""
 
-    served: ServedClass | None = None
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(None, ())
         folder.mkdir()
         self.folder = folder
+        self.served: ServedClass | None = None
         self._writers: dict[int, ModelWriter] = {}
         self._problems: dict[int, NotJudged | None] = {}
 
-    def choose(self, entries: Mapping[int, Entry]) -> dict[int, ConsumerSpec]:
+    def service(self, job: Job) -> PublicationService:
+        return PublicationService(self, [task.index for group in job.groups for task in group.tasks])
+
+    def needs_merge(self, index: int) -> bool:  # noqa: ARG002
+        return True
+
+    def schedule(self, groups: Sequence[Group]) -> Iterator[Group]:
         """All merges are written."""
-        stored = (one for entry in entries.values() if entry.base_files is not None for one in entry.base_files.tensors)
-        most_bytes = _MORE_BYTES + _MOST_ITEM_BYTES * sum(math.prod(one.shape) for one in stored)
-        return dict.fromkeys(entries, publishing(AS_MERGED, most_bytes=most_bytes))
+        sizes = (math.prod(tensor.shape) for group in groups for _ in group.tasks for tensor in group.files.tensors)
+        consumer = publishing(AS_MERGED, most_bytes=_MORE_BYTES + _MOST_ITEM_BYTES * sum(sizes))
+        return (replace(group, tasks=tuple(task.with_consumer(consumer) for task in group.tasks)) for group in groups)
 
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
         name = f"{task}.safetensors"
@@ -79,8 +85,9 @@ class KeptMerges(Publications):
     def ended(self) -> None:
         """Nothing is published."""
 
-    def passed(self, index: int, evidence: Evidence) -> None:  # noqa: ARG002 - of a model
-        self.served = evidence.served
+    def judged(self, index: int, report: AdapterReport, evidence: Evidence | None) -> None:  # noqa: ARG002
+        if report.verdict is Verdict.PASSED and evidence is not None:
+            self.served = evidence.served
 
     def places(self, task: int) -> dict[str, Place]:
         """The tensors of a merge, and their places in its file.

@@ -1,6 +1,6 @@
 """The worker's calls for the files of models that are published, and what answers them.
 
-In: calls of the worker, which is not trusted. Out: calls of `Publications`, whose fields have the right types.
+In: calls of the worker, which is not trusted. Out: calls of a `Publisher`, whose fields have the right types.
 
 1. The worker plans a publication, and gets the files open, with their headers and sizes.       `PublicationPlanned`
    It may write anything to them until it ends. Only then they are read, and compared.
@@ -10,15 +10,12 @@ In: calls of the worker, which is not trusted. Out: calls of `Publications`, who
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import record
 from merge_gate.worker.call_service import InvalidCallError, Service
-
-if TYPE_CHECKING:
-    from merge_gate.features.publish.publications import Publications
 
 MOST_TENSORS = 1 << 20
 """A worker that lists more is not the gate's own code."""
@@ -53,12 +50,25 @@ class PublicationWritten:
     refusal: NotJudged | None = None
 
 
+class Publisher(Protocol):
+    """Makes the files of models. Several threads call it. The worker gets what it raises."""
+
+    def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
+        """A merge begins, perhaps again. Returns the new files of its model, open; the caller closes them."""
+
+    def written(self, message: PublicationWritten) -> None:
+        """The worker has written all tensors of a task."""
+
+    def ended(self) -> None:
+        """A worker process has ended. What it wrote of tasks without a verdict is of no use."""
+
+
 class PublicationService(Service):
     """Serves one worker process. `tasks` are those whose merges may be published."""
 
     calls = (PublicationPlanned, PublicationWritten)
 
-    def __init__(self, publisher: Publications, tasks: Collection[int]) -> None:
+    def __init__(self, publisher: Publisher, tasks: Collection[int]) -> None:
         self.publisher, self._tasks = publisher, frozenset(tasks)
 
     def answer(self, call: object, memory: memoryview) -> tuple[int, ...]:  # noqa: ARG002 - it has no bytes

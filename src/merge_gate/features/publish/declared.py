@@ -1,4 +1,4 @@
-"""What every run knows of publications: their options, and the kinds of findings on models."""
+"""What every run knows of publications: their options, when they are asked for, and the kinds of findings on models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from merge_gate._internal.text import size_bytes
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
 
 KINDS = Path(__file__).with_name("kinds.csv")
 NOT_PUBLISHED, EARLIER_MODEL, PUBLISHED_FILES = "not-published", "earlier-model", "published-files"
@@ -55,3 +56,7 @@ def configured(config: Config, arguments: argparse.Namespace) -> Config:
     if largest is not None and wanted is None:
         raise UsageError("--max-shard-size needs --publish", hint="add --publish DIR")
     return replace(config, publish=wanted and replace(wanted, max_shard_bytes=largest or wanted.max_shard_bytes))
+
+
+def is_requested(config: Config, options: RunOptions) -> bool:  # noqa: ARG001 - `configured` has read them
+    return config.publish is not None

@@ -1,1 +1,1 @@
-"""Runs the shards of a gate on a Ray cluster. Only `run_on_ray` imports Ray."""
+"""Runs the shards of a gate on a Ray cluster. Only `feature` imports Ray."""

@@ -10,6 +10,7 @@ from merge_gate._internal.errors import GateError, UsageError
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
 
 WITHOUT_VARIABLE = ("--ray",)
 LOCAL = ""
@@ -53,3 +54,7 @@ def configured(config: Config, arguments: argparse.Namespace) -> Config:
 
 def starts_late(arguments: argparse.Namespace) -> bool:
     return arguments.ray is not None
+
+
+def is_requested(config: Config, options: RunOptions) -> bool:  # noqa: ARG001
+    return options.features.get("ray") is not None and not options.is_plan

@@ -23,9 +23,10 @@ from merge_gate._internal.regular_file import open_regular_file
 from merge_gate._internal.text import counted, listing
 from merge_gate.judging.baseline import WORST_LAST
 from merge_gate.records.report import BaseReport, Environment, Report, Sandbox, Shard
-from merge_gate.records.terms import Acceptance, BaseKey, BaselineEntry, Result, record
+from merge_gate.records.terms import Acceptance, BaselineEntry, Result, record
 from merge_gate.report.stored.report_files import read_report
 from merge_gate.report.wording.untrusted import one_line
+from merge_gate.run.tally import in_order
 
 REPORT = "report.json"
 MOST_DIRECTORIES = 1_000
@@ -302,23 +303,3 @@ def _environment(environments: Sequence[Environment]) -> Environment:
 
 def _once(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
-
-
-# --- the order of bases ----------------------------------------------------------------------------------------------
-
-
-_Use = tuple[int, str]
-
-
-def in_order(uses: Iterable[tuple[BaseReport, _Use]]) -> dict[BaseReport, _Use]:
-    """The bases, each with the position and the name of the first entry that was merged into it.
-
-    A base comes before another if its first use does. The classes that one base was loaded as stay together.
-    """
-    first: dict[BaseReport, _Use] = {}
-    for base, use in uses:
-        first[base] = min(use, first.get(base, use))
-    first_of_key: dict[BaseKey, _Use] = {}
-    for base, use in first.items():
-        first_of_key[base.key] = min(use, first_of_key.get(base.key, use))
-    return dict(sorted(first.items(), key=lambda item: (first_of_key[item[0].key], item[1])))

@@ -12,6 +12,7 @@ from merge_gate._internal.errors import UsageError
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
 
 WITHOUT_VARIABLE = ("--shard",)
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
@@ -64,3 +65,7 @@ def shard_of(text: str, environ: Mapping[str, str]) -> tuple[int, int]:
     if index > count:
         raise UsageError(f"--shard {index}/{count}: there is no shard {index} of {count}", hint="shards count from 1")
     return index, count
+
+
+def is_requested(config: Config, options: RunOptions) -> bool:  # noqa: ARG001
+    return options.features.get("shard") is not None

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from merge_gate import __version__
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
 from merge_gate.run.verdict_key import key_of, versions_digest
 
@@ -27,15 +26,10 @@ PLAN_VERSION = 2
 
 
 def part_of(
-    config: Config, specs: Sequence[AdapterSpec], options: RunOptions
-) -> tuple[tuple[AdapterSpec, ...], Shard | None]:
-    """The adapters of this run's shard, in the order of the config, and the shard for its report.
-
-    All adapters and None if the run is not a shard.
-    """
-    if options.features.get("shard") is None:
-        return tuple(specs), None
-    index, count = options.features["shard"]
+    config: Config, specs: Sequence[AdapterSpec], number: tuple[int, int]
+) -> tuple[tuple[AdapterSpec, ...], Shard]:
+    """The adapters of shard I of N, in the order of the config, and the shard for its report."""
+    index, count = number
     shards = assign({spec.name: _base_of(spec, config.directory) for spec in specs}, count)
     ours: list[AdapterSpec] = []
     positions: list[int] = []

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from merge_gate.records.features import WordKey
 from merge_gate.records.terms import Access, Read
+
+if TYPE_CHECKING:
+    from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
 
 BASE_KEYS = {
     "access": WordKey(
@@ -26,3 +32,8 @@ BASE_KEYS = {
     ),
 }
 """By field of `BaseSpec`."""
+
+
+def is_requested(config: Config, options: RunOptions) -> bool:  # noqa: ARG001
+    """The files of its bases show whether a run needs streams."""
+    return False

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
                 return exit_code(verify_record(arguments.merged, view=view, **asked))
             worker.start_early()
             config = config_of([arguments.adapter, *arguments.candidate], base=arguments.base)
-            return exit_code(Verification(config, arguments.merged, view=view, worker=worker, **asked).run())
+            return exit_code(Verification(config, arguments.merged, view=view, worker=worker, **asked).compare())
 
 
 def _kind(text: str) -> str:

@@ -4,14 +4,16 @@ In: what the command line asks for, and a view. Out: a report with one entry, wh
 torch: only the worker process does.
 
 1. Resolve the names, and read the headers of the directory.          files/resolve.py
-2. Merge the adapter and each candidate, and compare each merge.      worker/supervisor.py, finished_model.py
+2. Merge the adapter and each candidate, and compare each merge.      run/flow.py, finished_model.py
 3. Name the kind of the directory.                                    verify/
 4. Write the report.                                                  run/tally.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,28 +23,29 @@ from merge_gate.config.paths import resolve_argument
 from merge_gate.features.verify import answer
 from merge_gate.features.verify.directory import settings_files
 from merge_gate.files import resolve
-from merge_gate.files.base_watch import BaseWatch
+from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.identity import directory_identity
-from merge_gate.files.resolve import Fetching, Inputs
+from merge_gate.files.resolve import Fetching
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.names.hub_names import HUB, close_directory
-from merge_gate.records.comparison import Comparison, SettingsFiles
+from merge_gate.records.comparison import Comparison
 from merge_gate.records.config import Config
 from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
-from merge_gate.records.refusals import NotJudged
+from merge_gate.records.options import RunOptions
 from merge_gate.records.report import AdapterReport, Report
-from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read
+from merge_gate.records.terms import Access, BaseKey, Origin, Quantization
 from merge_gate.report.stored.output_directory import begun_run
-from merge_gate.run.fed_bases import FedBases, group_by_base, headers_limit_s
+from merge_gate.run.feature import Feature
+from merge_gate.run.flow import Run
 from merge_gate.run.tally import ReportWriter, Tally
+from merge_gate.run.verdicts import withdrawn
 from merge_gate.run.view import View
-from merge_gate.worker import protocol
 from merge_gate.worker.pinned import base_changed, base_silent
-from merge_gate.worker.protocol import ALONE, ConsumerSpec, Event, Group, Job
-from merge_gate.worker.supervisor import WorkerSlot, supervise
+from merge_gate.worker.protocol import ALONE, ConsumerSpec, DeviceChosen, Event, Group, Merged
+from merge_gate.worker.supervisor import WorkerSlot
 
 DEVICE = "cpu"
 """Other devices may round otherwise."""
@@ -77,14 +80,16 @@ def verify_record(
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
     found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
     config = Config(path=None, directory=str(Path.cwd()), sha256=sha256, adapters=())
-    tally = Tally(config, None, device=DEVICE, watch=BaseWatch())
+    tally = Tally(config, device=DEVICE, watch=BaseWatch())
     tally.set_report(0, found)
     with begun_run(output):
         return ReportWriter(output, view).finish(replace(tally.report(complete=True), is_comparison=True))
 
 
-class Verification:
+class Verification(Feature):
     """Compares a finished model with the merge of the first adapter of `config`. The others are candidates.
+
+    It is the feature of a run of these adapters, which shows only its progress, and whose report is not used.
 
     Args:
         config: the adapters, on one base.
@@ -94,6 +99,8 @@ class Verification:
         view: shows the progress.
         worker: may hold a process that was started before.
     """
+
+    may_decide_all = True
 
     def __init__(
         self,
@@ -105,20 +112,17 @@ class Verification:
         allowed: tuple[str, ...] = (),
         output: str | None = None,
     ) -> None:
-        self._config, self._name, self._allowed, self._output = config, merged, allowed, output
-        self._view, self._worker = view, worker
-        self._watch = BaseWatch()
-        self._tally = Tally(config, None, device=DEVICE, watch=self._watch)
-        self._fed = FedBases(self._watch, view.note)
-        self._how = Fetching(notify=view.note, lay_out=self._fed.lay_out, with_companions=True, with_copies=True)
+        self._name, self._allowed, self._output = merged, allowed, output
+        self._view, self._progress = view, _Progress(view, merged)
+        self._run = Run(config, RunOptions(device=DEVICE), self._progress, worker, features={"verify": self})
+        self._tally = Tally(config, device=DEVICE, watch=self._run.watch)
         self._writer = ReportWriter(output, view)
-        self._groups: tuple[Group, ...] = ()
+        self._merged: Snapshot | ResolveError | None = None
+        self._report: AdapterReport | None = None
         self._comparisons: dict[int, Comparison] = {}
         self._evidence: dict[int, Evidence] = {}
-        self._refusals: dict[int, protocol.Unjudged] = {}
-        self._entries: list[Entry] = []
 
-    def run(self) -> Report:
+    def compare(self) -> Report:
         """Compare, and write the report.
 
         Raises:
@@ -126,17 +130,15 @@ class Verification:
             GateError: the report cannot be written.
         """
         _refuse_inside(self._name, self._output)
-        with self._fed, self._worker:
+        with contextlib.closing(self._run):
             before = _identity(self._name)
-            merged = self._merged()
+            merged = self._merged = self._resolved()
             if before is None and isinstance(merged, Snapshot):  # a model on the Hub
                 before = _identity(merged.directory)
             with begun_run(self._output):
                 self._writer.write_first(replace(self._tally.report(), is_comparison=True))
-                self._view.start_comparison(self._name)
-                report = self._judged(merged)
-                self._watch.wait()
-                report = self._unless_changed(report)
+                self._run.run()
+                report = self._unless_changed(self._report or self._compared())
                 if isinstance(merged, Snapshot):
                     report = _unless_swapped(report, merged, before)
                 self._view.adapter_done(report)
@@ -145,14 +147,17 @@ class Verification:
 
     # --- 1. ----------------------------------------------------------------------------------------------------------
 
-    def _merged(self) -> Snapshot | ResolveError:
+    def fetch(self, how: Fetching) -> Fetching:
+        return replace(how, with_companions=True, with_copies=True, read_pickle=None)
+
+    def _resolved(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
         label, path, hub_id = resolve_argument(self._name, is_base=True)
         if hub_id == self._name and (close := close_directory(hub_id, Path.cwd(), is_base=False)):
             hint = f"did you mean {quoted(close, 200)}? If it is on the Hub, write {quoted(HUB + hub_id, 200)}"
             raise UsageError(f"no such directory: {quoted(hub_id, 200)}", hint=hint)
         try:
-            how = replace(self._how, access=Access.STREAM)
+            how = replace(self._run.fetching(), access=Access.STREAM)
             return resolve.resolve_base(path or hub_id or label, None, how, label=label)
         except ResolveError as error:
             if path is not None or error.check is not None:
@@ -161,92 +166,93 @@ class Verification:
 
     # --- 2. ----------------------------------------------------------------------------------------------------------
 
-    def _judged(self, merged: Snapshot | ResolveError) -> AdapterReport:
-        inputs = Inputs(self._config, self._how, limit_s=headers_limit_s)
-        self._entries = [inputs.prepare(spec) for spec in self._config.adapters]
-        entry = self._entries[0]
-        blocked = adapter_report.blocked_report(entry)
-        if isinstance(merged, ResolveError):
-            snapshot = Snapshot(name=self._name, directory=self._name)
-            return answer.unread_report(snapshot, entry, merged)
-        if blocked is not None:
-            return answer.without_merge(merged, blocked)
-        if (decided := answer.before_merge(merged, entry)) is not None:
-            return decided
-        self._merge(merged)
-        if (undecided := self._refusals.get(0)) is not None:
-            return answer.without_merge(merged, adapter_report.not_judged_report(entry, undecided.refusal))
-        comparison = self._comparisons.get(0, Comparison())  # 3.
-        candidates = {self._entries[index].spec.source: one for index, one in self._comparisons.items() if index > 0}
-        findings = answer.findings_of(merged, entry, comparison, candidates)
-        return answer.compared_report(merged, entry, self._evidence[0], findings, self._allowed)
+    def needs_merge(self, index: int) -> bool:  # noqa: ARG002
+        return True
 
-    def _merge(self, merged: Snapshot) -> None:
-        mergeable = [
-            (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
-        ]
-        groups = group_by_base(mergeable)
-        settings, files = settings_files(merged, self._entries[0]), merged.base_files
-        assert files is not None  # noqa: S101 - it was resolved as a base
-        self._groups = tuple(self._fed.schedule(_comparing(group, merged, settings), Read.WHOLE) for group in groups)
-        key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
-        finished = Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
-        job = Job(
-            groups=(*self._groups, finished),
-            device=DEVICE,
-            allow_pickle=self._config.allow_pickle,
-            trust_remote_code=self._config.trust_remote_code,
-        )
-        supervise(job, self._on_event, self._worker, [self._fed.feeds.service])
+    def choose(self, entries: dict[int, Entry]) -> None:
+        """Merge nothing if the files decide."""
+        entry, merged = self._run.tally.entries[0], self._merged
+        if isinstance(merged, Snapshot):
+            blocked = self._run.tally.reports.get(0)
+            decided = answer.before_merge(merged, entry) if blocked is None else answer.without_merge(merged, blocked)
+            self._report = decided
+        elif merged is not None:
+            self._report = answer.unread_report(Snapshot(name=self._name, directory=self._name), entry, merged)
+        if self._report is not None:
+            entries.clear()
 
-    def _on_event(self, event: Event) -> None:
-        match event:
-            case protocol.DeviceChosen():
-                self._tally.merged_on(event.device, event.device_name, event.sandbox)
-            case protocol.BaseLoading():
-                base = self._groups[event.group].base
-                self._view.base_loading(base.name, base.dtype)
-            case protocol.BaseLoaded():
-                directory = self._groups[event.group].directory
-                self._watch.loaded(directory, event.identity, (task.index for task in self._groups[event.group].tasks))
-                self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
-            case protocol.MergeStarted():
-                self._view.adapter_started(self._entries[event.task].spec.name, 1, 1, self._entries[event.task].dtype)
-            case protocol.MergeProgressed():
-                self._view.adapter_progress(event.done, event.total, event.module)
-            case protocol.Merged():
-                self._merged_one(event)
-            case protocol.Unjudged():
-                self._refusals[event.task] = event
-            case _:
-                pass
-
-    def _merged_one(self, event: protocol.Merged) -> None:
-        comparison = event.evidence.facts.get("verify")
-        if isinstance(comparison, Comparison):
-            self._comparisons[event.task] = comparison
-        entry = self._entries[event.task]
-        directory = entry.base.directory if entry.base is not None else ""
-        if event.evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:
-            self._refusals[event.task] = protocol.Unjudged(task=event.task, refusal=unproven)
+    def schedule(self, groups: Sequence[Group]) -> Iterator[Group]:
+        """Compare each adapter, one at a time. The files are compared with those of the first."""
+        merged = self._merged
+        if not groups or not isinstance(merged, Snapshot):
             return
-        self._evidence[event.task] = event.evidence
-        self._watch.start(directory)
-        self._tally.use(directory, adapter_report.base_report(event.evidence.base, entry.base_files), event.task)
+        settings, files = settings_files(merged, self._run.tally.entries[0]), merged.base_files
+        assert files is not None  # noqa: S101 - it was resolved as a base
+        for group in groups:
+            tasks = []
+            for task in group.tasks:
+                consumer = ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None))
+                tasks.append(replace(task.without("forward", _NO_FORWARD).with_consumer(consumer), turn=ALONE))
+            yield replace(group, tasks=tuple(tasks))
+        key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
+        yield Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    def received(self, event: Event) -> None:
+        self._progress.is_merging = True
+        match event:
+            case DeviceChosen():
+                self._tally.merged_on(event.device, event.device_name, event.sandbox)
+            case Merged():
+                comparison = event.evidence.facts.get("verify")
+                if isinstance(comparison, Comparison):
+                    self._comparisons[event.task] = comparison
+
+    def judged(self, index: int, report: AdapterReport, evidence: Evidence | None) -> None:
+        merged, entry = self._merged, self._run.tally.entries[index]
+        if evidence is not None:
+            self._evidence[index] = evidence
+            base = adapter_report.base_report(evidence.base, entry.base_files)
+            self._tally.use(base_directory(entry), base, index)
+        elif index == 0 and isinstance(merged, Snapshot):
+            self._report = answer.without_merge(merged, report)
+
+    # --- 3. ----------------------------------------------------------------------------------------------------------
+
+    def _compared(self) -> AdapterReport:
+        entries, merged = self._run.tally.entries, self._merged
+        assert isinstance(merged, Snapshot)  # noqa: S101 - else, there is a report
+        comparison = self._comparisons.get(0, Comparison())
+        judged = self._comparisons.items()
+        candidates = {entries[index].spec.source: compared for index, compared in judged if index > 0}
+        findings = answer.findings_of(merged, entries[0], comparison, candidates)
+        return answer.compared_report(merged, entries[0], self._evidence[0], findings, self._allowed)
 
     def _unless_changed(self, report: AdapterReport) -> AdapterReport:
         """The report, or an error if the base was written to meanwhile."""
-        if not any(0 in indices for indices in self._watch.void().values()):
+        watch = self._run.watch
+        if not any(0 in indices for indices in watch.void().values()):
             return report
-        entry = self._entries[0]
-        is_silent = entry.base is not None and self._watch.is_silent(entry.base.directory)
-        reason = base_silent if is_silent else base_changed
-        error = reason(entry.base.name if entry.base is not None else "")
-        refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
-        withdrawn = adapter_report.withdrawn_report(entry, refusal)
-        return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
+        void = withdrawn(self._run.tally.entries[0], watch)
+        return replace(void, name=report.name, source=report.source, compared_with=report.compared_with)
+
+
+class _Progress(View):
+    """Shows of a run that it compares a model, how the merges progress, and notes on what is done before."""
+
+    def __init__(self, view: View, name: str) -> None:
+        self._view, self._name, self.is_merging = view, name, False
+        self.base_loading, self.base_loaded = view.base_loading, view.base_loaded  # type: ignore[method-assign]
+        self.adapter_progress = view.adapter_progress  # type: ignore[method-assign]
+
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:  # noqa: ARG002
+        self._view.start_comparison(self._name)
+
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:  # noqa: ARG002
+        self._view.adapter_started(name, 1, 1, dtype)
+
+    def note(self, message: str) -> None:
+        if not self.is_merging:
+            self._view.note(message)
 
 
 def _refuse_inside(merged: str, output: str | None) -> None:
@@ -275,19 +281,3 @@ def _unless_swapped(report: AdapterReport, merged: Snapshot, before: tuple[FileI
     message, hint = (answer.of_model(text, merged.name) for text in (error.message, error.hint))
     why = replace(not_judged(message, hint), origin=Origin.MODEL)
     return answer.decided(merged, replace(report, files=()), [why], ())
-
-
-def _comparing(group: Group, merged: Snapshot, settings: SettingsFiles) -> Group:
-    """The group with each of its adapters compared, one at a time. The files are compared with those of the first."""
-    tasks = (
-        replace(
-            task,
-            turn=ALONE,
-            consumers=(
-                *task.without("forward", _NO_FORWARD).consumers,
-                ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None)),
-            ),
-        )
-        for task in group.tasks
-    )
-    return replace(group, tasks=tuple(tasks))

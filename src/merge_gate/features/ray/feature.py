@@ -22,7 +22,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,19 +34,18 @@ from merge_gate.features.cache.declared import SECRET
 from merge_gate.features.cache.store import from_environment
 from merge_gate.features.ray.declared import LOCAL
 from merge_gate.features.shards.combined import combined
-from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import digest_file
-from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.config import Config
 from merge_gate.records.files import FileRecord
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
-from merge_gate.report.stored.output_directory import begun_run
-from merge_gate.run.flow import Run, run_gate
-from merge_gate.run.tally import ReportWriter, Tally
+from merge_gate.run.feature import Feature
+from merge_gate.run.flow import run_gate
 from merge_gate.run.verdict_key import versions_digest
 
 if TYPE_CHECKING:
+    from merge_gate.run.flow import Run
     from merge_gate.run.view import View
 
     Send = Callable[[Any], None]
@@ -66,18 +65,8 @@ PATIENCE_S = 0.5
 MAX_LOSSES, MAX_LOSSES_AT_ADAPTER = 3, 2
 
 
-def run_on_ray(
-    address: str, config: Config, options: RunOptions, *, view: View, begins: Callable[[], object] = lambda: None
-) -> Report:
-    """Gate adapters on the cluster at `address`, or on a new cluster on this machine if that is `LOCAL`.
-
-    Raises:
-        UsageError: as `run_gate`, here or on a node.
-        GateError: there is no such cluster, a node does not fit, or the report cannot be written.
-    """
-    with closing(Run(config, options, view)) as run, begun_run(options.output, begins):
-        checked = replace(config, publish=run.publications.spec)
-        return RayRun(checked, run.specs, options, view).run(address)
+def join(run: Run) -> Feature:
+    return RayRun(run)
 
 
 # --- on a node -------------------------------------------------------------------------------------------------------
@@ -161,34 +150,41 @@ class _Shard:
         return self.report is not None and self.report.complete
 
 
-class RayRun:
-    """One run on a cluster, of a configuration that `run_gate` has checked."""
+class RayRun(Feature):
+    """One run on a cluster."""
 
-    def __init__(self, config: Config, specs: tuple[AdapterSpec, ...], options: RunOptions, view: View) -> None:
-        self._names, self._view = [spec.name for spec in specs], view
-        self._merges, self._judged = sum(len(spec.base.dtypes) for spec in specs), 0
-        self._writer = ReportWriter(options.output, view)
-        self._empty = Tally(config, None, device=options.device, watch=BaseWatch()).report()
-        cache = _absolute(options.features.get("cache"))  # on a node, relative names start elsewhere
-        publish = config.publish
-        publish = publish and replace(publish, directory=_absolute(publish.directory) or "")
-        self._options = replace(options, output=None, features={**options.features, "cache": cache})
-        self._config = replace(config, publish=publish)
+    def __init__(self, run: Run) -> None:
+        self._run, self._view, self._writer = run, run.view, run.writer
+        self._address: str = run.options.features["ray"]
+        self._names = [spec.name for spec in run.specs]
+        self._merges, self._judged = sum(len(spec.base.dtypes) for spec in run.specs), 0
+        asked = run.options.features
+        own = {"cache": _absolute(asked.get("cache")), "ray": None}  # on a node, relative names start elsewhere
+        self._options = replace(run.options, output=None, features={**asked, **own})
         self._shards: list[_Shard] = []
         self._notes = set[str]()
         self._ray: Any = None
 
-    def run(self, address: str) -> Report:
-        """Run all shards, and write the report."""
+    def run_elsewhere(self) -> Report:
+        """Run all shards, and write the report.
+
+        Raises:
+            UsageError: as `run_gate`, on a node.
+            GateError: there is no such cluster, a node does not fit, or the report cannot be written.
+        """
+        publish = self._run.config.publish
+        publish = publish and replace(publish, directory=_absolute(publish.directory) or "")
+        self._config = replace(self._run.config, publish=publish)
+        self._empty = self._run.tally.report()
         with self._writer.guarding(self._report):
-            with cluster(address) as self._ray, ExitStack() as stack:
+            with cluster(self._address) as self._ray, ExitStack() as stack:
                 self._view.start(self._config.label, len(self._names), self._merges)
-                publish, mark = self._config.publish, None
+                mark = None
                 if publish is not None:
                     mark = stack.enter_context(TemporaryDirectory(prefix=".ray-", dir=publish.directory))
                 self._run_shards(mark)
             whole = combined([("Ray", report) for report in self._reports()])
-            others = () if address == LOCAL else self._other_files()
+            others = () if self._address == LOCAL else self._other_files()
             problems = (*whole.problems, *others)
             return self._writer.finish(replace(whole, config=self._empty.config, problems=problems))
 

@@ -1,4 +1,4 @@
-"""Which entries share a load, which bases this process reads for the worker, and when a streamed base counts."""
+"""Which entries share a load, and which bases this process reads for the worker."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate._internal.errors import UsageError
-from merge_gate.features.stream import hub_file
-from merge_gate.features.stream.read_ahead import LocalFiles
-from merge_gate.files.base_watch import BaseWatch
-from merge_gate.files.identity import base_identity
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Fetched, Snapshot
+from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import BaseRecord
 from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
-from merge_gate.run import fed_bases
-from merge_gate.run.fed_bases import LIMIT_PER_GIB_S, FedBases, group_by_base, network_file_system
+from merge_gate.run import groups
+from merge_gate.run.groups import LIMIT_PER_GIB_S, group_by_base, network_file_system, placed
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    pass
 
 WEIGHTS = "model.safetensors"
 
@@ -45,70 +41,40 @@ def group(directory: str) -> Group:
 def test_a_base_that_is_large_or_on_a_network_is_fed(
     note: str | None, system: str | None, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fed_bases, "too_large", lambda *_: note)
-    monkeypatch.setattr(fed_bases, "network_file_system", lambda _: system)
+    monkeypatch.setattr(groups, "too_large", lambda *_: note)
+    monkeypatch.setattr(groups, "network_file_system", lambda _: system)
     notes: list[str] = []
-    watch = BaseWatch()
-    with FedBases(watch, notes.append) as fed:
-        scheduled = fed.schedule(group(base))
-        watch.wait()
-    is_fed = bool(note or system)
-    assert (scheduled.one_pass, scheduled.fed) == (note is not None, is_fed)
+    scheduled = placed(group(base), Read.AUTO, notes.append)
+    assert (scheduled.one_pass, scheduled.fed) == (note is not None, bool(note or system))
     assert notes == ([note] if note else [])
-    assert (watch.digest(base) is None) == is_fed
-    assert fed.unproven(base) is None
 
 
-def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
-    base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parents: list[str] = []
-
-    def lay_out(_: Fetched, parent: str) -> tuple[str, LocalFiles]:
-        parents.append(parent)
-        files = LocalFiles(base, [WEIGHTS])
-        files.sha256 = digests
-        return base, files
-
-    digests: Mapping[str, str] = {WEIGHTS: "0" * 64}
-    monkeypatch.setattr(hub_file, "lay_out", lay_out)
-    watch = BaseWatch()
-    asked = Fetched(repo_id="a/b", commit="c", directory=base, sizes={}, streamable=(WEIGHTS,))
-    with FedBases(watch, pytest.fail) as fed:
-        assert [fed.lay_out(asked), fed.lay_out(asked)] == [base, base]
-        assert parents[0] == parents[1]
-        assert Path(parents[0]).is_dir()
-        streamed = BaseFiles(directory=base, weights=(WEIGHTS,), is_streamed=True)
-        scheduled = fed.schedule(replace(group(base), files=streamed))
-        assert scheduled.one_pass
-        assert scheduled.fed
-        assert fed.unproven(base) is not None
-        watch.passed(base, base_identity(base), digests)
-        assert fed.unproven(base) is None
-    assert not Path(parents[0]).exists()
+def test_a_streamed_base_is_fed_in_a_pass(base: str) -> None:
+    streamed = BaseFiles(directory=base, weights=(WEIGHTS,), is_streamed=True)
+    scheduled = placed(replace(group(base), files=streamed), Read.AUTO, pytest.fail)
+    assert (scheduled.one_pass, scheduled.fed) == (True, True)
 
 
-@pytest.mark.parametrize(("system", "limit_s"), [(None, None), ("nfs4", fed_bases.HEADERS_LIMIT_S)])
+@pytest.mark.parametrize(("system", "limit_s"), [(None, None), ("nfs4", groups.HEADERS_LIMIT_S)])
 def test_headers_on_a_network_have_a_time_limit(
     system: str | None, limit_s: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fed_bases, "network_file_system", lambda _: system)
-    assert fed_bases.headers_limit_s("/base") == limit_s
+    monkeypatch.setattr(groups, "network_file_system", lambda _: system)
+    assert groups.headers_limit_s("/base") == limit_s
 
 
 @pytest.mark.parametrize("is_large", [False, True])
 def test_only_what_adapters_touch_is_read_of_a_base_with_a_record(
     is_large: bool, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fed_bases, "too_large", lambda *_: "too large" if is_large else None)
-    monkeypatch.setattr(fed_bases, "network_file_system", lambda _: None)
+    monkeypatch.setattr(groups, "too_large", lambda *_: "too large" if is_large else None)
+    monkeypatch.setattr(groups, "network_file_system", lambda _: None)
     record = BaseRecord(model_class="A", figures=())
-    with FedBases(BaseWatch(), lambda _: None) as fed:
-        with pytest.raises(UsageError):
-            fed.schedule(group(base), Read.TOUCHED)
-        for read in Read:
-            scheduled = fed.schedule(replace(group(base), records=(record,)), read)
-            assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
+    with pytest.raises(UsageError):
+        placed(group(base), Read.TOUCHED, pytest.fail)
+    for read in Read:
+        scheduled = placed(replace(group(base), records=(record,)), read, lambda _: None)
+        assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -127,8 +93,8 @@ def entry(directory: Path, dtype: str = "float32", limit_seconds: float | None =
 def test_one_group_for_each_base_and_dtype_in_the_order_of_the_config(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     entries = [entry(second), entry(first), entry(second, "bfloat16"), entry(second)]
-    groups = group_by_base(enumerate(entries))
-    assert [(group.base.name, group.base.dtype, [task.index for task in group.tasks]) for group in groups] == [
+    made = group_by_base(enumerate(entries))
+    assert [(group.base.name, group.base.dtype, [task.index for task in group.tasks]) for group in made] == [
         ("second", "float32", [0, 3]),
         ("first", "float32", [1]),
         ("second", "bfloat16", [2]),
@@ -139,8 +105,8 @@ def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_pa
     """The size is known from the headers: the mount of the base may not answer any more."""
     absent = tmp_path / "absent"
     entries = [entry(tmp_path, size_bytes=2 << 30), entry(tmp_path, limit_seconds=7.0), entry(absent)]
-    groups = group_by_base(enumerate(entries))
-    limits = {task.index: task.limit_s for group in groups for task in group.tasks}
+    made = group_by_base(enumerate(entries))
+    limits = {task.index: task.limit_s for group in made for task in group.tasks}
     assert limits == {0: DEFAULT_LIMIT_S + 2 * LIMIT_PER_GIB_S, 1: 7.0, 2: DEFAULT_LIMIT_S}
 
 

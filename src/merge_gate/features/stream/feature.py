@@ -1,0 +1,63 @@
+"""Bases that the worker cannot map: their bytes come from the Hub, from a mount, or in passes through the parent.
+
+In: bases on the Hub that are not downloaded. Out: directories with stubs of their weight files, the bytes for the
+worker, and whether all of them had the digests that the Hub lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from merge_gate.features.stream.feed_service import Feeds
+from merge_gate.files.base_watch import base_directory
+from merge_gate.records.refusals import NotJudged
+from merge_gate.run.feature import Feature
+from merge_gate.worker.private_directory import private_directory
+
+if TYPE_CHECKING:
+    from merge_gate.features.stream.read_ahead import BaseBytes
+    from merge_gate.records.files import Fetched
+    from merge_gate.records.measured import Evidence
+    from merge_gate.run.flow import Run
+
+
+def join(run: Run) -> Feature:
+    return StreamedBases(run)
+
+
+class StreamedBases(Feature):
+    """The bases of one run whose bytes pass through the parent."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._created = contextlib.ExitStack()
+        self._parent: str | None = None
+        self._streamed: dict[str, BaseBytes] = {}
+        self.service = Feeds(self._streamed, run.watch.passed).service  # type: ignore[method-assign]
+
+    def lay_out(self, base: Fetched) -> str:
+        """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
+        from merge_gate.features.stream.hub_file import lay_out  # noqa: PLC0415 - imports huggingface_hub
+
+        if self._parent is None:
+            self._parent = self._created.enter_context(private_directory())
+        directory, files = lay_out(base, self._parent)
+        self._streamed[directory] = files
+        self._run.watch.listed(directory, files.identity, files.sha256)
+        return directory
+
+    def refusal(self, index: int, evidence: Evidence) -> NotJudged | None:
+        """Why no verdict on a streamed base counts: not all of its bytes were compared. None if they were."""
+        entry = self._run.tally.entries[index]
+        needs_all = evidence.base.record is None or entry.spec.base.sha256
+        if not needs_all or not self._run.watch.is_only_listed(base_directory(entry)):
+            return None
+        return NotJudged(
+            message="the weights of the streamed base were not read to their end, so their SHA-256 is not known",
+            hint="run the gate again, or set access: download",
+        )
+
+    def close(self) -> None:
+        """Remove the created files."""
+        self._created.close()

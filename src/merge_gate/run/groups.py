@@ -1,0 +1,114 @@
+"""Groups the entries that need a merge by base, and decides how each base is read, and by which process.
+
+In: entries. Out: `Group`s for the worker, in the order of the configuration. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate._internal.errors import UsageError
+from merge_gate.judging import all_checks
+from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.records.files import Entry
+from merge_gate.records.terms import BaseKey, Read
+from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, ConsumerSpec, Group, Task
+
+if TYPE_CHECKING:
+    pass
+
+
+LIMIT_PER_GIB_S = 180.0
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = re.compile(r"fuse(\..*)?|nfs4?|cifs|smb3|smbfs|9p|ceph|lustre|afs|gfs2|ocfs2|beegfs|gpfs|glusterfs")
+_LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal"})
+
+HEADERS_LIMIT_S = 60.0
+"""How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
+
+
+def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
+    """Group entries by the key of their base. Each comes with the index of its task."""
+    groups: dict[BaseKey, Group] = {}
+    for index, entry in entries:
+        base, files = entry.base, entry.base_files
+        if base is None or files is None:
+            raise AssertionError("an entry without a base has a verdict before it is grouped")
+        named = replace(entry.spec.base.key(entry.dtype), model=base.name, revision=base.revision)
+        key = replace(named, model=base.directory)  # a directory may be written in several ways
+        group = groups.get(key) or Group(base=named, directory=base.directory, files=files, tasks=())
+        # Several times what a merge takes on two slow cores. The size is the one that the files had when their headers
+        # were read: now, their mount may not answer.
+        limit_s = entry.spec.limit_seconds or DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30
+        task = Task(
+            index=index,
+            files=entry.members,
+            combine=entry.spec.combine,
+            measure_options=all_checks.measure_options(entry.spec),
+            limit_s=limit_s,
+            consumers=(ConsumerSpec(feature="forward", why_not=entry.no_forward),),
+        )
+        groups[key] = replace(group, tasks=(*group.tasks, task))
+    return tuple(groups.values())
+
+
+def headers_limit_s(directory: str) -> float | None:
+    """The time limit for reading the headers of a base; None for one on a local disk."""
+    return HEADERS_LIMIT_S if is_on_network([Path(directory)]) else None
+
+
+def is_on_network(paths: list[Path]) -> bool:
+    """Whether one of these files is on a network file system. A mount that does not answer counts as one."""
+    try:
+        return within(ANSWER_LIMIT_S, lambda: network_file_system(paths)) is not None
+    except TimeoutError:
+        return True
+
+
+def network_file_system(paths: Iterable[Path], mounts: Path = _MOUNTS) -> str | None:
+    """The type of the network file system (as mount names it) that holds one of these files; None for local disks.
+
+    Mapped files of such a system may hang or end the process (SIGBUS) when the connection fails, so they are read.
+    """
+    try:
+        types = dict(map(_device_and_type, mounts.read_text().splitlines()))
+        devices = {path.stat().st_dev for path in paths}  # a link leads to the file's own device
+    except (OSError, LookupError, UnicodeDecodeError):
+        return None
+    found = {types.get(f"{os.major(device)}:{os.minor(device)}", "") for device in devices}
+    return next((name for name in sorted(found) if _NETWORK.fullmatch(name) and name not in _LOCAL_FUSE), None)
+
+
+def _device_and_type(line: str) -> tuple[str, str]:
+    """https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html: the type follows a hyphen."""
+    before, _, after = line.partition(" - ")
+    return before.split()[2], after.split()[0]
+
+
+def placed(group: Group, read: Read, notify: Callable[[str], None]) -> Group:
+    """Decide whether a group's base is read in passes, and by which process.
+
+    Raises:
+        UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
+    """
+    if read is Read.TOUCHED and not group.records and group.files.on_hub is None:
+        raise UsageError(
+            f"--read touched needs a run that has read the whole base {group.base.name} ({group.base.dtype}), with "
+            "the same versions, and its record in --cache: there is none",
+            hint="run once with --read whole and the same --cache; a base in a directory is known again only while "
+            "its files are unchanged and the machine was not restarted",
+        )
+    if group.files.is_streamed:
+        return replace(group, one_pass=True, fed=True)
+    note = too_large(group.base.name, group.files.weight_bytes, MemoryGroup().free_bytes())
+    if note is not None:
+        notify(note)
+    is_network = is_on_network([Path(group.directory, name) for name in group.files.weights])
+    return replace(group, one_pass=note is not None or read is Read.TOUCHED, fed=note is not None or is_network)
