@@ -17,7 +17,7 @@ from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateEr
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
 from merge_gate.cli.output import DEBUG, exit_code
-from merge_gate.cli.parser import all_commands, parsed
+from merge_gate.cli.parser import command_of, parsed
 from merge_gate.records.features import declared
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
@@ -46,7 +46,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _obey(arguments: argparse.Namespace) -> int:
     try:
-        return int(all_commands()[arguments.command][1](arguments))
+        return int(command_of(arguments.command)[1](arguments))
     except ConfigError as error:
         for problem in error.problems:
             say(str(problem))

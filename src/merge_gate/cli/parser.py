@@ -29,7 +29,7 @@ from merge_gate.cli import (
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, HelpText, examples
 from merge_gate.cli.report_command import REPORT
 from merge_gate.names.suggestions import closest, nearest
-from merge_gate.records.features import declared, parts
+from merge_gate.records.features import declared, part, parts
 
 PREFIX = "MERGE_GATE_"
 _WITHOUT_VARIABLE = ("--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus", "--plan")
@@ -52,8 +52,8 @@ def commanded(argv: Sequence[str]) -> list[str]:
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The values of the command line. If only the command is missing, the error suggests `run`."""
-    top, commands = parsers()
     words = commanded(_without_help(argv))
+    top, commands = parsers(words[0] if words and words[0] in all_commands() else "")
     if not words:
         top.print_help(sys.stderr)
         top.exit(2)
@@ -66,6 +66,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         end = words.index("--") if "--" in words else len(words)
         words[end:end] = more
     unknown = unknown_variables(commands.choices.values(), os.environ)
+    if unknown:  # of this command
+        unknown = unknown_variables(parsers()[1].choices.values(), os.environ)
     values, rest = top.parse_known_args(words, argparse.Namespace(variables=variables, unknown_variables=unknown))
     if rest:
         command = commands.choices[values.command]
@@ -73,7 +75,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         if option:
             if why := _why_gone(option):
                 command.error(why)
-            if option in _options(commands.choices["run"]):
+            if option in _options(parsers("run")[1].choices["run"]):
                 command.error(
                     f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"
                 )
@@ -171,8 +173,8 @@ def parser_of_words() -> argparse.ArgumentParser:
     return top
 
 
-def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
-    """The command line, and its commands."""
+def parsers(only: str = "") -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
+    """The command line, and its commands, or only one of them."""
     top = CommandParser(
         prog="merge-gate",
         description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
@@ -184,9 +186,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
     top._positionals.title = "commands"  # noqa: SLF001 - a group of add_subparsers would come after the options
     commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
-    for add, _ in all_commands().values():
-        add(commands)
-    headings = {command.NAME: command.HEADING for _, command in parts("command")}
+    for name in [only] if only else all_commands():
+        command_of(name)[0](commands)
+    headings = {name: heading for name, _, heading in declared("COMMAND")}
     top.formatter_class = partial(HelpText, headings=headings)
     for command in commands.choices.values():
         show_variables(command)
@@ -210,13 +212,21 @@ COMMANDS: dict[str, _Command] = {
 """What adds each command of the gate to the command line, and what runs it, in the order of the help."""
 
 
-def all_commands() -> dict[str, _Command]:
-    """The commands of the gate and of features, in the order of the help: a feature says before which one it is."""
-    names, every = list(COMMANDS), dict(COMMANDS)
-    for _, command in parts("command"):
-        names.insert(names.index(command.BEFORE), command.NAME)
-        every[command.NAME] = command.add, command.run
-    return {name: every[name] for name in names}
+def all_commands() -> list[str]:
+    """The commands of the gate and of features, in the order of the help. A feature names the one after its own."""
+    names = list(COMMANDS)
+    for name, before, _ in declared("COMMAND"):
+        names.insert(names.index(before), name)
+    return names
+
+
+def command_of(name: str) -> _Command:
+    """What adds a command to the command line, and what runs it."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    feature = next(feature for feature, own in parts("declared") if vars(own).get("COMMAND", ("",))[0] == name)
+    command = part(feature, "command")
+    return command.add, command.run
 
 
 # --- variables -------------------------------------------------------------------------------------------------------

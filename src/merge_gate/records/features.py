@@ -52,6 +52,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "command": "merge_gate.features.attest.attest_command",
     },
     "export": {
+        "declared": "merge_gate.features.export.declared",
         "command": "merge_gate.features.export.export_command",
         "directory": "merge_gate.features.export.export_record",
     },

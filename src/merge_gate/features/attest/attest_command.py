@@ -7,12 +7,10 @@ import argparse
 from merge_gate.cli.arguments import CommandParser, Commands, examples, exit_codes, given
 from merge_gate.cli.output import print_document
 
-NAME, BEFORE, HEADING = "attest", "schema", "more commands"
-
 
 def add(commands: Commands[CommandParser]) -> None:
     attest = commands.add_parser(
-        NAME,
+        "attest",
         help="write an in-toto statement",
         description="Print an in-toto statement about a directory from `merge-gate run --publish`, or about each "
         "adapter in a report. Each line has one statement. It is not signed: `cosign` or `actions/attest` sign it.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+COMMAND = "attest", "schema", "more commands"
 _SIGN = (
     "merge-gate signs nothing and checks no signature; use `cosign attest-blob` and `cosign verify-blob-attestation`"
 )

@@ -9,12 +9,10 @@ from merge_gate._internal.text import counted
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, examples, exit_codes, given
 from merge_gate.cli.output import exit_code, view_of
 
-NAME, BEFORE, HEADING = "export", "init", ""
-
 
 def add(commands: Commands[CommandParser]) -> None:
     export = commands.add_parser(
-        NAME,
+        "export",
         help="write an adapter as a plain LoRA, in the form that servers apply alike",
         description="Gate an adapter, and write it to DIR as a plain LoRA: one rank, one scale, and the names of the "
         "class that its users load. The command gates the export as well, and compares both "

@@ -7,12 +7,10 @@ import argparse
 from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_appearance, add_output, examples
 from merge_gate.cli.output import exit_code, view_of
 
-NAME, BEFORE, HEADING = "report combine", "report baseline", ""
-
 
 def add(commands: Commands[CommandParser]) -> None:
     combine = commands.add_parser(
-        NAME,
+        "report combine",
         help="combine the reports of all shards",
         description="Combine the reports of all shards of a run (`merge-gate run --shard I/N`) into one report. There "
         "is no verdict (exit code 3) if a shard is missing, repeated, incomplete, or from another config, version, or "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from merge_gate.records.config import Config
     from merge_gate.records.options import RunOptions
 
+COMMAND = "report combine", "report baseline", ""
 WITHOUT_VARIABLE = ("--shard",)
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""

@@ -10,8 +10,6 @@ from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, ad
 from merge_gate.cli.output import exit_code, view_of
 from merge_gate.judging.kinds import ALLOWED, ANSWERS
 
-NAME, BEFORE, HEADING = "verify", "schema", "published models"
-
 EXIT_CODES_OF_VERIFY = exit_codes(
     "0  the model is the merge (bit for bit, or in another order of rounding), or it matches its merge-gate.json",
     "1  the model is something else. The report names it",
@@ -22,7 +20,7 @@ EXIT_CODES_OF_VERIFY = exit_codes(
 
 def add(commands: Commands[CommandParser]) -> None:
     verify = commands.add_parser(
-        NAME,
+        "verify",
         help="compare a merged model with its base and adapter",
         description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE. The command "
         "names the result: the merge, the unchanged base, an adapter applied twice or at another strength, another "
