@@ -5,8 +5,9 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
 `feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
-a feature made (features/publish/partial.py). `feed` reads a base in the worker, by calls of `feed_service` in the
-parent (worker/call_service.py), and `load` loads a base from a feed.
+a feature made (features/publish/partial.py). `records` travel between the processes (worker/channel.py). `feed`
+reads a base in the worker, by calls of `feed_service` in the parent (worker/call_service.py), and `load` loads a base
+from a feed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ FEATURES: dict[str, dict[str, str]] = {
     "ray": {"declared": "merge_gate.features.ray.declared", "feature": "merge_gate.features.ray.feature"},
     "verify": {
         "declared": "merge_gate.features.verify.declared",
+        "records": "merge_gate.features.verify.comparison",
         "consumer": "merge_gate.features.verify.consumer",
         "command": "merge_gate.features.verify.verify_command",
     },

@@ -17,9 +17,12 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
 
 from merge_gate.files.feed import PIECE_BYTES
-from merge_gate.records import comparison, config, files, measured, refusals, report, terms
+from merge_gate.records import config, files, measured, refusals, report, terms
+from merge_gate.records.features import FEATURES
 from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
@@ -31,13 +34,20 @@ MOST_FILES = 253
 MAX_BYTES = 1 << 28
 """Messages that declare a larger size are refused."""
 
-_RECORD_CLASSES = frozenset(
-    cls
-    for module in (terms, config, files, measured, comparison, refusals, report, protocol)
-    for cls in vars(module).values()
-    if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__setstate__")
-    if not issubclass(cls, Exception)
-)
+
+def _records_in(*modules: ModuleType) -> dict[tuple[str, str], type]:
+    return {
+        (cls.__module__, cls.__qualname__): cls
+        for module in modules
+        for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__setstate__")
+        if not issubclass(cls, Exception)
+    }
+
+
+_RECORDS = _records_in(terms, config, files, measured, refusals, report, protocol)
+_OF_FEATURES = frozenset(modules["records"] for modules in FEATURES.values() if "records" in modules)
+"""Modules of further records."""
 
 
 class GarbledError(Exception):
@@ -52,7 +62,7 @@ class Channel:
 
     def __init__(self, end: socket.socket, most_files: int = 0, calls: Iterable[type] = ()) -> None:
         self._socket, self._most_files = end, most_files
-        self._classes = {(cls.__module__, cls.__qualname__): cls for cls in (*_RECORD_CLASSES, *calls)}
+        self._classes = _RECORDS | {(cls.__module__, cls.__qualname__): cls for cls in calls}
         self._received, self._files = bytearray(), list[int]()
         self._sending = threading.Lock()
 
@@ -175,6 +185,7 @@ class _RecordUnpickler(pickle.Unpickler):
         self._classes = classes
 
     def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in self._classes:
+        classes = _records_in(import_module(module)) if module in _OF_FEATURES else self._classes
+        if (module, name) not in classes:
             raise pickle.UnpicklingError(f"{module}.{name} is not a record")
-        return self._classes[module, name]
+        return classes[module, name]

@@ -14,10 +14,10 @@ import torch
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.features.verify import exact_merge
+from merge_gate.features.verify.comparison import Comparison, TensorComparison
 from merge_gate.features.verify.exact_merge import Fit, lora_rows
 from merge_gate.features.verify.tensor_findings import bias_limit
 from merge_gate.files.preflight import preflight
-from merge_gate.records.comparison import Comparison, TensorComparison
 from tests.support import methods
 from tests.support.gating import Gate, one_thread
 

@@ -14,11 +14,11 @@ from merge_gate.engine.base.loaded_base import Source
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.features.verify import finished_model
+from merge_gate.features.verify.comparison import Comparison
 from merge_gate.features.verify.exact_merge import deviation, requantized, units
 from merge_gate.files.base_files import read_base
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
-from merge_gate.records.comparison import Comparison
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
 from tests.support.gating import one_thread

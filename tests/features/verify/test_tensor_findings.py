@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from merge_gate.features.verify.comparison import Comparison, TensorComparison
 from merge_gate.features.verify.tensor_findings import TensorState, bias_limit, state_of, value_findings
-from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.terms import Severity
 from tests.support.gating import one_thread
 from tests.support.models import make_adapter

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from merge_gate.features.verify.comparison import ReadSettings
 from merge_gate.features.verify.directory import directory_findings, expected_files, settings_files
 from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.base_files import read_base
-from merge_gate.records.comparison import ReadSettings
 from merge_gate.records.files import AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Severity
 from tests.support.gating import SPEC

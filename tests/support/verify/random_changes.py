@@ -26,7 +26,7 @@ from tests.support.verify.accounting import account, rich_base, saved_by_transfo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from merge_gate.records.comparison import ReadSettings
+    from merge_gate.features.verify.comparison import ReadSettings
 
 WEIGHTS = "model.safetensors"
 VALUES = (None, True, False, 0, 1, -1, 7, 0.5, 1e30, "", "evil", "</s>", "float16", [], [1], {}, {"a": 1}, "x" * 50)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.text import counted, listing, quoted
+from merge_gate.features.verify.comparison import Comparison
 from merge_gate.features.verify.declared import BROKEN_FILES, OTHER_ARCHITECTURE
 from merge_gate.features.verify.directory import directory_findings, expected_files
 from merge_gate.features.verify.misplaced import command
@@ -23,7 +24,6 @@ from merge_gate.judging import adapter_report, all_checks
 from merge_gate.judging.kinds import ALLOWED, ANSWERS, finding
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
-from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import CONFIG_NAME, MANIFEST_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport, Coverage

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from merge_gate.engine.consumer import Consumer
+from merge_gate.features.verify.comparison import SettingsFiles
 from merge_gate.features.verify.finished_model import Files, comparing
 from merge_gate.files.feed import Feed, LocalFeed
 from merge_gate.files.identity import base_identity
-from merge_gate.records.comparison import SettingsFiles
 from merge_gate.records.features import part
 from merge_gate.records.files import Snapshot
 from merge_gate.worker.pinned import pinned_directory, verify_base

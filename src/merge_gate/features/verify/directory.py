@@ -25,9 +25,9 @@ from merge_gate._internal.regular_file import RefusedFileError, chunks, open_reg
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.publish.companions import replaced
+from merge_gate.features.verify.comparison import ReadSettings, SettingsFiles
 from merge_gate.files.base_files import MODEL_INDEX
 from merge_gate.judging.kinds import finding, note
-from merge_gate.records.comparison import ReadSettings, SettingsFiles
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.terms import Finding
 

@@ -33,11 +33,11 @@ from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
 from merge_gate.engine.consumer import Consumer, WholeTensors
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.threads import spread
+from merge_gate.features.verify.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.features.verify.exact_merge import ExactRows, Fit, deviation, exact_merge, requantized
 from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.feed import Feed
-from merge_gate.records.comparison import Comparison, LoadedKeys, ReadSettings, SettingsFiles, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Refusal

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 from merge_gate._internal.companion_names import Companion, companion_kind
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import quoted
+from merge_gate.features.verify.comparison import ReadSettings, SettingDifference, SettingsFiles
 from merge_gate.features.verify.expected_differences import ABSENT, Expectation, KeyChange, expected_by, flat, same
 from merge_gate.limits.time_limit import within
-from merge_gate.records.comparison import ReadSettings, SettingDifference, SettingsFiles
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from enum import Enum
 from typing import Any
 
 from merge_gate._internal.text import counted, listing, quoted
+from merge_gate.features.verify.comparison import Comparison, LoadedKeys, TensorComparison
 from merge_gate.judging.kinds import ANSWERS, finding
-from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
 from merge_gate.records.files import AdapterConfig, BaseFiles
 from merge_gate.records.terms import Finding
 

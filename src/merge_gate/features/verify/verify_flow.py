@@ -21,6 +21,7 @@ from merge_gate._internal.errors import GateError, ResolveError, UsageError
 from merge_gate._internal.text import quoted
 from merge_gate.config.paths import resolve_argument
 from merge_gate.features.verify import answer
+from merge_gate.features.verify.comparison import Comparison
 from merge_gate.features.verify.directory import settings_files
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch, base_directory
@@ -30,7 +31,6 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.names.hub_names import HUB, close_directory
-from merge_gate.records.comparison import Comparison
 from merge_gate.records.config import Config
 from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
