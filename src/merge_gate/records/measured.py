@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import field
 
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, Origin, record, reported
@@ -387,7 +386,7 @@ class Evidence:
     wrong: tuple[TensorDifference, ...] = ()
     not_compared: tuple[tuple[str, str], ...] = ()
     versions: str = ""
-    facts: Mapping[str, object] = field(default_factory=dict)
+    facts: tuple[tuple[str, object], ...] = ()
 
     @property
     def rounded(self) -> tuple[TensorMerge, ...]:

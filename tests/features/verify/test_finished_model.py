@@ -57,7 +57,7 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         finished = finished_model.load_merged(of_merge, "m", model_class, loaded, of_base)
         consumer = finished_model.Compared(loaded, finished, of_merge, of_base, account.map)
         evidence = merge(MergeRequest(base=loaded, members=(files,), consumers=(consumer,)))
-        comparison = evidence.facts["verify"]
+        comparison = dict(evidence.facts)["verify"]
         assert isinstance(comparison, Comparison)
         assert evidence.refusal is None
         assert finished.hollow is not None

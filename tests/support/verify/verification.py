@@ -89,6 +89,6 @@ class Verifier:
                 base_map=account.map,
             )
             evidence = merge(MergeRequest(base=loaded, members=(files,), consumers=(consumer,)))
-            comparison = evidence.facts["verify"]
+            comparison = dict(evidence.facts)["verify"]
             assert isinstance(comparison, Comparison)
             return evidence, comparison

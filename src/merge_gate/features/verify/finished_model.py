@@ -104,7 +104,7 @@ class _Unloadable(Consumer):
 
 
 def _with_comparison(evidence: Evidence, comparison: Comparison) -> Evidence:
-    return replace(evidence, facts={**evidence.facts, "verify": comparison})
+    return replace(evidence, facts=(*evidence.facts, ("verify", comparison)))
 
 
 def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, base_files: Files) -> Base:

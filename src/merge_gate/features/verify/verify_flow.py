@@ -203,7 +203,7 @@ class Verification(Feature):
             case DeviceChosen():
                 self._tally.merged_on(event.device, event.device_name, event.sandbox)
             case Merged():
-                comparison = event.evidence.facts.get("verify")
+                comparison = dict(event.evidence.facts).get("verify")
                 if isinstance(comparison, Comparison):
                     self._comparisons[event.task] = comparison
 
