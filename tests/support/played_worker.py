@@ -1,7 +1,7 @@
 """A worker that imports no torch: it sends the events of merges, and has the accidents that are planned for it.
 
 In: `played_workers`, a block in which every worker is played, and `plan`, which says where it dies or hangs. The events
-come in the order of the real worker's.
+come in the order of the real worker's. `other_workers` is a block of workers with another program.
 """
 
 from __future__ import annotations
@@ -42,22 +42,34 @@ ACCIDENTS: dict[str, Callable[[], object]] = {
 OVERLAY = """
 import sys, types
 def main(*descriptors):
-    sys.path.append({root!r})
-    from tests.support.played_worker import main
-    main(*descriptors)
+    del sys.modules["merge_gate.worker.child"]
+    exec({program!r}, {{"descriptors": descriptors}})
 sys.modules["merge_gate.worker.child"] = types.ModuleType("merge_gate.worker.child")
 sys.modules["merge_gate.worker.child"].main = main
+"""
+PLAYED = """
+import sys
+sys.path.append({root!r})
+from tests.support.played_worker import main
+main(*descriptors)
 """
 
 
 @contextlib.contextmanager
-def played_workers(place: Path) -> Iterator[None]:
-    """Workers that start in this block are played: Python runs `sitecustomize` before they import their own module."""
-    root = str(Path(__file__).parents[2])
+def other_workers(place: Path, program: str) -> Iterator[None]:
+    """Workers that start in this block run a program, which has their `descriptors`, in the place of child.py.
+
+    Python runs `sitecustomize` before they import their own module.
+    """
     (place / "overlay").mkdir()
-    (place / "overlay" / "sitecustomize.py").write_text(OVERLAY.format(root=root))
+    (place / "overlay" / "sitecustomize.py").write_text(OVERLAY.format(program=program))
     with mock.patch.dict(os.environ, PYTHONPATH=str(place / "overlay")):
         yield
+
+
+def played_workers(place: Path) -> contextlib.AbstractContextManager[None]:
+    """Workers that start in this block are played."""
+    return other_workers(place, PLAYED.format(root=str(Path(__file__).parents[2])))
 
 
 def plan(directory: str | Path, *, load: str = "", merge: str = "", run: str = "") -> None:

@@ -48,7 +48,7 @@ from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS
 from tests.support.faults import configure
-from tests.support.played_worker import plan, played_workers
+from tests.support.played_worker import other_workers, plan, played_workers
 
 if TYPE_CHECKING:
     from merge_gate.records.files import AdapterFiles
@@ -363,30 +363,26 @@ import merge_gate.worker.child as child
 def with_accident(import_engine=child._import_engine):
     import_engine()
     import os, signal
-    from merge_gate.features.forward import consumer as engine
-    def run_adapters(base, models, *others, run=engine.run_adapters):
+    from merge_gate.features.forward import consumer
+    def run_adapters(base, models, *others, run=consumer.run_adapters):
         layers = (layer for model in models for layer in model.modules() if hasattr(layer, "lora_alpha"))
         if any(layer.lora_alpha["default"] == 1 for layer in layers):
             os.kill(os.getpid(), signal.SIGKILL)
         return run(base, models, *others)
-    engine.run_adapters = run_adapters
+    consumer.run_adapters = run_adapters
 child._import_engine = with_accident
-from merge_gate.worker.child import main
+child.main(*descriptors)
 """
 """An adapter with this lora_alpha ends the process when it is run as a model."""
 
 
 @pytest.mark.slow
-def test_real_workers_die_as_played_ones_do(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_real_workers_die_as_played_ones_do(shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path) -> None:
     """At the load of the base, in the model of adapter 0, in the merge of adapter 1, and past the limit of 2."""
     configure(lora_alpha=1)(Path(adapters[0].directory))
     files = [preflight(adapters[0].directory, allow_pickle=False), hang(adapters[1]), hang(adapters[2])]
-    bootstrap = supervisor._BOOTSTRAP.replace("from merge_gate.worker.child import main\n", KILLED_MODEL)
-    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", bootstrap)
     killer = Killer({BaseLoading(group=0): [signal.SIGKILL], MergeStarted(task=1): [signal.SIGKILL]})
-    with WorkerSlot() as worker:
+    with other_workers(tmp_path, KILLED_MODEL), WorkerSlot() as worker:
         files += sound(1, shelf, tmp_path / "more")
         supervise(Job(groups=(limited(group(shelf.base("llama"), files), 2),)), killer, worker)
     assert killer.outcomes() == {0: "Merged", 1: "Unjudged", 2: "Unjudged", 3: "Merged"}
@@ -474,11 +470,10 @@ def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: li
 
 
 def test_children_that_die_at_once_are_not_started_forever(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, wording: Wording
+    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, wording: Wording
 ) -> None:
-    monkeypatch.setattr("merge_gate.worker.supervisor._BOOTSTRAP", "raise SystemExit('no torch here')")
     killer = Killer()
-    with WorkerSlot() as worker:
+    with other_workers(tmp_path, "raise SystemExit('no torch here')"), WorkerSlot() as worker:
         supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Unjudged")
     assert "no torch here" in killer.refusal(2).message

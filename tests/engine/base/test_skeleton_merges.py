@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import torch
 import transformers
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate._internal.errors import EngineError, SourceError
@@ -207,14 +208,14 @@ def test_a_merge_that_draws_numbers_runs_in_order_of_its_walk(tmp_path: Path, mo
     methods.save_adapter(case, methods.load_base("llama", directory), adapter, base_directory=directory)
     base = fed(directory, adapter, LocalFeed(str(directory)))
     _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
-    numbers: dict[str, float] = {}
-    own = walk.Walk._made
+    numbers: dict[float, float] = {}
+    own = LycorisLayer.merge
 
-    def made(self: walk.Walk, path: str, layer: Any, *given: Any, **named: Any) -> walk.Made:
-        numbers[path] = float(torch.rand(()))
-        return own(self, path, layer, *given, **named)
+    def merge_with_number(layer: Any, *given: Any, **named: Any) -> None:
+        numbers[float(layer.get_base_layer().weight.double().sum())] = float(torch.rand(()))
+        own(layer, *given, **named)
 
-    monkeypatch.setattr(walk.Walk, "_made", made)
+    monkeypatch.setattr(LycorisLayer, "merge", merge_with_number)
     drawn = []
     for one in (base, real):
         torch.manual_seed(0)
