@@ -93,13 +93,13 @@ def merge(request: MergeRequest) -> Evidence:
         return attempt.end()
 
 
-def planned(request: MergeRequest) -> Walk | None:
-    """The plan of a merge, without the merge. None if the adapter is refused."""
+def planned(request: MergeRequest) -> Walk:
+    """The plan of a merge, without the merge, of an adapter that was merged."""
     attempt = MergeAttempt(request, waits=False)
     with quiet(), torch.no_grad():
         attempt.do(attempt.plan)
-    if attempt.error is not None:
-        raise attempt.error
+    if attempt.walk is None:
+        raise attempt.error or AssertionError("it was merged before")
     return attempt.walk
 
 
@@ -182,7 +182,7 @@ def _call_consumers(attempts: Sequence[MergeAttempt], *, is_merged: bool) -> Non
         for one in attempt.request.consumers if attempt.walk is not None and attempt.error is None else ():
             by_class.setdefault(type(one), []).append((one, attempt))
     for kind, pairs in by_class.items():
-        (kind.after_merge if is_merged else kind.before_merge)(pairs)
+        kind.in_pass(pairs, is_merged=is_merged)
 
 
 class MergeAttempt:

@@ -6,9 +6,9 @@ A merge calls the methods in this order. It begins again if it has to be repeate
 
 1. `begin`: the adapter is loaded on its scratch copy, and its merge is planned next.
 2. `expect`: its merge is planned.
-3. `before_merge`: all adapters of the pass are planned, and none is merged.
+3. `in_pass`: all adapters of the pass are planned, and none is merged.
 4. `pass_by`, `put`, `put_rows`: the base's tensors, and the merged ones as they are measured; then `complete`.
-5. `after_merge`: all adapters of the pass are merged and measured.
+5. `in_pass`: all adapters of the pass are merged and measured.
 6. `end`: the merge counts. `finish`: the adapter's files were the same all the time. `close` instead: it failed.
 """
 
@@ -52,10 +52,6 @@ class Consumer:
     def expect(self, outlines: Mapping[str, Outline]) -> None:
         """The merge can change these tensors, and gives them these shapes and dtypes."""
 
-    @classmethod
-    def before_merge(cls, pairs: Sequence[tuple[Self, MergeAttempt]]) -> None:
-        """The consumers of this class in a pass, each with its adapter. It is not called for a refused one."""
-
     def put(self, name: str, values: torch.Tensor) -> None:
         """All values of a tensor, of any shape and on any device. A quantized tensor comes dequantized."""
 
@@ -72,8 +68,8 @@ class Consumer:
         """
 
     @classmethod
-    def after_merge(cls, pairs: Sequence[tuple[Self, MergeAttempt]]) -> None:
-        """As `before_merge`. An adapter may be refused by its merge."""
+    def in_pass(cls, pairs: Sequence[tuple[Self, MergeAttempt]], *, is_merged: bool) -> None:
+        """The consumers of this class in a pass, each with its adapter. Adapters that cannot be merged are left out."""
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         """The evidence of a merge, with what this consumer adds."""

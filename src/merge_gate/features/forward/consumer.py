@@ -21,17 +21,23 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.adapter_evidence import MergeAttempt, quiet
-from merge_gate.engine.base.loaded_base import first_line
-from merge_gate.engine.consumer import Consumer
+from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.consumer import Consumer, WholeTensors
+from merge_gate.engine.merge.one_pass import merge_planned
+from merge_gate.engine.merge.walk import Walk
+from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.features.forward.growth import may_stay, why_left_out
-from merge_gate.features.forward.merged_again import fits, merged_again
-from merge_gate.features.forward.rounding import with_rounding
+from merge_gate.features.forward.rounding import MergedModel, with_rounding
 from merge_gate.features.forward.run import is_close, run_adapters, run_merged
-from merge_gate.records.measured import Evidence, Forward
+from merge_gate.records.measured import Evidence, Forward, MeasureOptions
 from merge_gate.worker.protocol import ForwardRunning, Task
 
 if TYPE_CHECKING:
     from merge_gate.worker.group_bases import GroupBase, GroupBases
+
+
+MEMORY_SHARE = 0.5
+"""The merged tensors may take this share of the free memory."""
 
 
 def consumer(_settings: object, task: Task, loaded: GroupBase, bases: GroupBases, _pinned: ExitStack) -> ModelRuns:
@@ -64,28 +70,14 @@ class ModelRuns(Consumer):
     # --- 1. --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def before_merge(cls, pairs: Sequence[tuple[Self, MergeAttempt]]) -> None:
-        cls._run(pairs)
-
-    @classmethod
-    def after_merge(cls, pairs: Sequence[tuple[Self, MergeAttempt]]) -> None:
-        for one, attempt in pairs:
-            if one.needs_rows and attempt.evidence.refusal is None:
-                attempt.do(functools.partial(one._decide, attempt))
-        cls._run(pairs)
-
-    def _decide(self, attempt: MergeAttempt) -> None:
-        evidence = attempt.evidence
-        why_not = why_left_out(attempt.base, evidence, attempt.request.measure_options.norm_limit)
-        attempt.evidence = replace(evidence, forward=replace(evidence.forward, why_not=why_not or None))
-        self._is_due = not why_not
-
-    @classmethod
-    def _run(cls, pairs: Sequence[tuple[Self, MergeAttempt]]) -> None:
+    def in_pass(cls, pairs: Sequence[tuple[Self, MergeAttempt]], *, is_merged: bool) -> None:
         """Run each base together with its adapters that are due.
 
         Adapters that train other tokens run apart, so that no adapter's figures depend on another one.
         """
+        for one, attempt in pairs if is_merged else ():
+            if one.needs_rows and attempt.evidence.refusal is None:
+                attempt.do(functools.partial(one._decide, attempt))
         together: dict[tuple[int, tuple[int, ...]], list[tuple[Self, MergeAttempt]]] = {}
         for one, attempt in pairs:
             if one._is_due:
@@ -104,6 +96,12 @@ class ModelRuns(Consumer):
                 forward = replace(of_run, layers_compared=layers, largest_difference=most)
                 attempt.evidence, one._is_due = replace(attempt.evidence, forward=forward), False
                 one._on_run(False)
+
+    def _decide(self, attempt: MergeAttempt) -> None:
+        evidence = attempt.evidence
+        why_not = why_left_out(attempt.base, evidence, attempt.request.measure_options.norm_limit)
+        attempt.evidence = replace(evidence, forward=replace(evidence.forward, why_not=why_not or None))
+        self._is_due = not why_not
 
     @classmethod
     def _ran(cls, running: Sequence[tuple[Self, MergeAttempt]]) -> list[Forward]:
@@ -133,12 +131,12 @@ class ModelRuns(Consumer):
         is_finite = all(merge.stats.finite for merge in evidence.merges)
         if not forward.ran or not is_finite or not (may_lose or is_close(forward)):
             return evidence
-        if not fits(base, evidence, request.free_bytes):
+        if not _fits(base, evidence, request.free_bytes):
             return replace(evidence, forward=replace(forward, missing=True))
         self._on_run(True)
         try:
             with quiet(), torch.no_grad():
-                merged = merged_again(base, attempt.load(), safe_merge=request.safe_merge)
+                merged = _merged_again(base, attempt.load(), safe_merge=request.safe_merge)
                 if merged is not None and is_close(forward):
                     forward = run_merged(base, merged, forward, self._tokens)
                 if merged is not None and may_lose:
@@ -158,3 +156,35 @@ def _trained_tokens(model: Any) -> Iterator[int]:
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer):
             yield from layer.token_indices.get(ADAPTER_NAME, ())
+
+
+def _fits(base: Base, evidence: Evidence, free_bytes: int | None) -> bool:
+    """Whether the merged tensors may be kept in memory, with two tensors of float32."""
+    sizes = (one.stats.numel * getattr(torch, one.stats.dtype).itemsize for one in evidence.merges)
+    largest = max((tensor.numel() for tensor in base.tensors.values()), default=0)
+    return free_bytes is None or sum(sizes) + 2 * largest * torch.float32.itemsize <= free_bytes * MEMORY_SHARE
+
+
+def _merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedModel | None:
+    """The merge. None if PEFT has to repeat it without blocks."""
+    received: dict[str, torch.Tensor] = {}
+    walk = Walk(
+        base=base,
+        loaded=loaded,
+        measure_options=MeasureOptions(estimates=True),
+        consumers=(WholeTensors(received.__setitem__),),
+        safe_merge=safe_merge,
+    )
+    walk.plan()
+    merge_planned((walk,), (base,))
+    if walk.differing:
+        return None
+    walk.finish()
+    model = loaded.model.get_base_model()
+    places = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    in_place = {  # any other merged tensor is in the model
+        name: values
+        for name, values in received.items()
+        if name in base.tensors and shares_storage(base.tensors[name], places[name])
+    }
+    return MergedModel(model=model, values=in_place)

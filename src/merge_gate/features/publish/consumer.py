@@ -359,7 +359,11 @@ class PublicationSink(Consumer):
                 self._finish()
         checksums = self._files.checksums if self._files is not None else {}
         self.close()
-        _send(self._connection, self._task, checksums, self.settings, self._problem)
+        if self._problem is not None:
+            _refuse(self._connection, self._task, self._problem)
+            return
+        with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
+            self._connection.finish(self._task, checksums, json.dumps(self.settings), None)
 
     def _finish(self) -> None:
         for group in self._layout.map.groups:
@@ -396,29 +400,9 @@ class PublicationSink(Consumer):
             self._write(one.name, values)
 
 
-class _Unpublished(Consumer):
-    """A merge into a base that allows no publication."""
-
-    def __init__(self, connection: Connection, task: int, problem: GateError, *, needs_served: bool) -> None:
-        self._connection, self._task, self._problem, self.needs_served = connection, task, problem, needs_served
-
-    def finish(self, _evidence: Evidence) -> None:
-        _send(self._connection, self._task, {}, {}, self._problem)
-
-
-def _send(
-    connection: Connection,
-    task: int,
-    checksums: Mapping[str, int],
-    settings: Mapping[str, Any],
-    problem: GateError | None,
-) -> None:
-    """Say which tensors were written, or the problem."""
-    with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
-        if problem is None:
-            connection.finish(task, checksums, json.dumps(settings), None)
-        else:
-            connection.finish(task, {}, "{}", NotJudged(message=problem.message, hint=problem.hint))
+def _refuse(connection: Connection, task: int, problem: GateError) -> None:
+    with contextlib.suppress(GateError):  # as above
+        connection.finish(task, {}, "{}", NotJudged(message=problem.message, hint=problem.hint))
 
 
 _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
@@ -441,12 +425,15 @@ class PublicationSinks:
     _places: dict[tuple[str, int], StoredBytes] = field(default_factory=dict)
 
     def sink(self, task: int, dtype: str) -> Consumer:
-        """A sink for a task."""
+        """A sink for a task. It takes nothing if this base allows no publication; the parent gets the reason."""
         try:
             if self._layout is None:
                 self._layout = self._made_layout()
         except GateError as error:
-            return _Unpublished(self.connection, task, error, needs_served=dtype == AS_MERGED)
+            _refuse(self.connection, task, error)
+            unwritten = Consumer()
+            unwritten.needs_served = dtype == AS_MERGED
+            return unwritten
         if self.is_fed and not self._places:
             in_order = sorted(self._layout.places.values(), key=lambda place: place.order)
             self._places = {(one.span.file, one.span.start): one for one in in_order if one.span.start < one.span.end}

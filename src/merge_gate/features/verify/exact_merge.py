@@ -115,17 +115,6 @@ class ExactRows:
     size: torch.Tensor
 
 
-@torch.no_grad()
-def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
-    """The merges of these tensors in float64, of an adapter that is merged in float32 without a refusal.
-
-    Between two of its values, a generator keeps no state that other code shares, so the decorator of torch is used.
-    """
-    walk = planned(request)
-    if walk is not None:
-        yield from _exact_rows(walk, names)
-
-
 class Fit:
     """How well orders of rounding explain the values of one tensor. Rows are added from the first to the last.
 
@@ -249,17 +238,20 @@ ELEMENTS = 1 << 16
 """Elements that are compared at a time: they stay in the processor's cache."""
 
 
-def _exact_rows(walk: Walk, names: Collection[str]) -> Iterator[ExactRows]:
-    """The exact merges of these tensors. A tensor that PEFT only copies has none.
+@torch.no_grad()
+def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[ExactRows]:
+    """The exact merges of these tensors, of an adapter that was merged. A tensor that PEFT only copies has none.
 
-    A tensor that several layers change comes once for each, and none of these is the whole merge.
+    A tensor that several layers change comes once for each, and none of these is the whole merge. Between two of its
+    values, a generator keeps no state that other code shares, so the decorator of torch is used.
     """
+    walk = planned(request)
     givers: dict[str, set[int]] = {}  # an outer layer may merge the tensors of its inner layers
-    planned = {id(block.layer): block for block in walk.planned if block.update.magnitude is None}
+    in_blocks = {id(block.layer): block for block in walk.planned if block.update.magnitude is None}
     for _, layer in walk.layers:
         slots = slots_of(layer, walk.loaded.slots)
         wanted = [one for one in slots if one.name in names and id(layer) not in givers.get(one.name, ())]
-        block = planned.get(id(layer))
+        block = in_blocks.get(id(layer))
         if wanted and block is not None:
             with walk.base.filled([block.slot.name]):
                 yield from lora_rows(block.slot.name, block.slot.data, block.update)
