@@ -23,6 +23,7 @@ from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.faults import edit
 from tests.support.gating import Gate, Judgement, one_thread
+from tests.support.sampled import sampled
 
 TEXT = methods.TEXT
 VISION = methods.VISION | {"image_size": 8, "patch_size": 4}
@@ -219,7 +220,7 @@ READ: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
 }
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", sampled(READ, [*READ][::4]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_merges_as_it_was_trained_is_not_told(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base, config = READ[name]

@@ -67,6 +67,7 @@ def report(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return strict_json(place / "merge-gate-report" / "report.json")
 
 
+@pytest.mark.slow
 def test_code_of_a_base_changes_no_verdict_on_another_base(report: Any) -> None:
     assert report["complete"]
     verdicts = {one["name"]: (one["verdict"], one["cause"]) for one in report["adapters"]}
@@ -74,6 +75,7 @@ def test_code_of_a_base_changes_no_verdict_on_another_base(report: Any) -> None:
     assert verdicts["liar"] == ("passed", None), "it can lie about its own base: the evidence is good enough"
 
 
+@pytest.mark.slow
 def test_a_worker_that_speaks_for_another_base_is_named(report: Any) -> None:
     (intruder,) = (one for one in report["adapters"] if one["name"] == "intruder")
     assert intruder["verdict"] == "error"

@@ -125,6 +125,7 @@ def test_who_looks_at_every_module_imports_nothing_by_it() -> None:
     assert printed(script) == ["False _Deferred", "scipy.optimize._zeros_py module"]
 
 
+@pytest.mark.slow
 def test_if_the_quick_way_fails_the_engine_is_imported_as_usual() -> None:
     script = (
         "import sys\nfrom merge_gate.worker import child\nfrom merge_gate.worker.quick_imports import _Finder\n"

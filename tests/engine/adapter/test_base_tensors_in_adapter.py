@@ -13,6 +13,7 @@ from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.engine.merges import NOT_RUN
 from tests.support.gating import Bench, Gate, one_thread
+from tests.support.sampled import sampled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +68,10 @@ def test_the_bases_own_values_change_nothing(tmp_path: Path, bench: Bench) -> No
     assert not judgement.warned, judgement
 
 
-@pytest.mark.parametrize("case", [case for case in methods.CASES if case.state is None], ids=lambda case: case.name)
+SAVED = [case for case in methods.CASES if case.state is None]
+
+
+@pytest.mark.parametrize("case", sampled(SAVED, SAVED[::6]))
 def test_what_peft_saves_is_named(case: methods.Case, bench: Bench) -> None:
     judgement = bench.gate.judge(bench.adapter(case), bench.base_directory(case.base, "float32"))
     assert judgement.evidence is not None

@@ -77,13 +77,12 @@ WITH_VALUES = {
 @pytest.mark.parametrize(
     ("name", "dtype", "quantization"),
     [
-        *((name, "bfloat16", Quantization.NONE) for name in LORA),
         *(
             pytest.param(
                 name, dtype, Quantization.NONE, marks=[] if name in {"lora-linear", "lora-dora"} else pytest.mark.slow
             )
             for name in LORA
-            for dtype in ("float32", "float16")
+            for dtype in ("float32", "bfloat16", "float16")
         ),
         *((name, "bfloat16", packed) for name in ("lora-linear", "lora-dora") for packed in PACKED),
     ],

@@ -14,6 +14,7 @@ from merge_gate.engine.base.tensor_map import NoMapError
 from tests.support.engine import tensor_maps
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import one_thread
+from tests.support.sampled import sampled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ SLICE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", SLICE)
+@pytest.mark.parametrize("model_type", sampled(SLICE, [*SLICE][::4]))
 def test_the_map_is_what_transformers_loads(model_type: str, tmp_path: Path) -> None:
     with one_thread():
         checked = tensor_maps.check(model_type, tmp_path)

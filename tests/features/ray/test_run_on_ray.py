@@ -128,6 +128,7 @@ def started(name: str) -> Callable[[tuple[int, int], Any], bool]:
 # --- a sound cluster -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_report_models_and_verdicts_are_those_of_one_machine(place: Path) -> None:
     """Relative names are those of the machine of the run, wherever a task starts."""
     whole = run_gate(published("here"), RunOptions(device="cpu"))
@@ -158,6 +159,7 @@ def test_report_models_and_verdicts_are_those_of_one_machine(place: Path) -> Non
     assert [one.cached for one in again.adapters] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_has_a_true_report_and_cache(place: Path) -> None:
     class Interrupts(Shown):
         def adapter_done(self, adapter: AdapterReport) -> None:

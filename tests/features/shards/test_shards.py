@@ -40,6 +40,7 @@ def stored(directory: Path) -> Report:
     return read((directory / "report.json").read_bytes(), str(directory))
 
 
+@pytest.mark.slow
 def test_three_machines_make_the_report_of_one(parts: Path) -> None:
     answer = merge_gate("report", "combine", "shards", "--output", "combined", cwd=parts)
     assert answer.code == 1, answer.said
@@ -53,6 +54,7 @@ def test_three_machines_make_the_report_of_one(parts: Path) -> None:
     assert min(counts) > 0
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_missing_leaves_no_verdict(parts: Path, tmp_path: Path) -> None:
     healthy = [index for index in range(1, COUNT + 1) if stored(parts / "shards" / str(index)).result is Result.PASS]
     assert healthy
@@ -84,6 +86,7 @@ def test_more_shards_than_adapters(shelf: Shelf, tmp_path: Path) -> None:
     assert combined(found_in([str(tmp_path / "s")])).result is Result.ERROR
 
 
+@pytest.mark.slow
 def test_an_output_that_is_an_input_is_refused(parts: Path) -> None:
     before = (parts / "shards" / "1" / "report.json").read_bytes()
     answer = merge_gate("report", "combine", "shards", "--output", "shards/1", cwd=parts)

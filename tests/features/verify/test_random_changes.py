@@ -19,6 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Place]:
     return places(tmp_path_factory.mktemp("changes"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # transformers warns of settings that it does not know
 @pytest.mark.attempt("R01", "200 random changes of a key, a byte, or a file", "named, or expected by a row")
 @pytest.mark.parametrize("number", range(3))
