@@ -19,7 +19,6 @@ from itertools import takewhile
 from pathlib import Path
 
 from merge_gate._internal.earlier_reports import PREVIOUS, REPORTS, is_own
-from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import listing, quoted
 from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id
 from merge_gate.names.suggestions import nearest
@@ -80,22 +79,6 @@ def resolve_name(
         hint = partial(suggest_name, _literal_part(written, directory))
         raise InvalidName(f"no directory matches {quoted(written)}{files}", hint)
     return [(name, os.path.normpath(directory / name), None) for name in directories]
-
-
-def resolve_argument(written: str, *, is_base: bool, on_hub: bool = False) -> ResolvedName:
-    """Resolve one name of the command line.
-
-    Raises:
-        UsageError: no directory and no Hub id has this name, or several have.
-    """
-    try:
-        first, *others = resolve_name(written, Path.cwd(), on_hub=on_hub, is_base=is_base)
-    except InvalidName as problem:
-        message, hint = problem.args
-        raise UsageError(message, hint=hint() if callable(hint) else hint) from None
-    if others:
-        raise UsageError(f"{quoted(written, 200)} names several directories", hint="name one of them")
-    return first
 
 
 def _is_for_reports(place: Path, output: str | None) -> bool:

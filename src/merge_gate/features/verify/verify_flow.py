@@ -19,7 +19,7 @@ from pathlib import Path
 
 from merge_gate._internal.errors import GateError, ResolveError, UsageError
 from merge_gate._internal.text import quoted
-from merge_gate.config.paths import resolve_argument
+from merge_gate.config.paths import InvalidName, ResolvedName, resolve_name
 from merge_gate.features.verify import answer
 from merge_gate.features.verify.comparison import Comparison
 from merge_gate.features.verify.directory import settings_files
@@ -67,7 +67,7 @@ def verify_record(
         GateError: a file cannot be read, or the report cannot be written.
     """
     _refuse_inside(merged, output)
-    name, path, _ = resolve_argument(merged, is_base=True)
+    name, path, _ = _resolved(merged)
     before = _identity(path or "")
     if path is None:
         raise UsageError(
@@ -152,7 +152,7 @@ class Verification(Feature):
 
     def _resolved(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
-        label, path, hub_id = resolve_argument(self._name, is_base=True)
+        label, path, hub_id = _resolved(self._name)
         if hub_id == self._name and (close := close_directory(hub_id, Path.cwd(), is_base=False)):
             hint = f"did you mean {quoted(close, 200)}? If it is on the Hub, write {quoted(HUB + hub_id, 200)}"
             raise UsageError(f"no such directory: {quoted(hub_id, 200)}", hint=hint)
@@ -281,3 +281,12 @@ def _unless_swapped(report: AdapterReport, merged: Snapshot, before: tuple[FileI
     message, hint = (answer.of_model(text, merged.name) for text in (error.message, error.hint))
     why = replace(not_judged(message, hint), origin=Origin.MODEL)
     return answer.decided(merged, replace(report, files=()), [why], ())
+
+
+def _resolved(name: str) -> ResolvedName:
+    """The directory or the Hub id of the model. The name of a model is never a glob."""
+    try:
+        return resolve_name(name, Path.cwd(), on_hub=False, is_base=True)[0]
+    except InvalidName as problem:
+        message, hint = problem.args
+        raise UsageError(message, hint=hint() if callable(hint) else hint) from None
