@@ -6,6 +6,7 @@ In: the name of a file, relative to its directory. Out: its kind, or None for a 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 
 TEMPLATES = "additional_chat_templates"
@@ -40,6 +41,26 @@ _NAMES = {
 def companion_kind(name: str) -> Companion | None:
     """What the file is for; None if a file of this name is not published."""
     return next((kind for kind, pattern in _NAMES.items() if re.fullmatch(pattern, name, re.ASCII)), None)
+
+
+def of_kind(names: Iterable[str], kind: Companion) -> set[str]:
+    return {name for name in names if companion_kind(name) is kind}
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def replaced(of_base: Iterable[str], own: Iterable[str], *, has_template: bool) -> set[str]:
+    """The base's files that give way to the adapter's own tokenizer or chat template.
+
+    `has_template`: the adapter's tokenizer_config.json has a chat template.
+    """
+    names, dropped = set(own), set()
+    if any(name in names for name in _VOCABULARIES):
+        dropped |= of_kind(of_base, Companion.TOKENIZER)
+    if has_template or any(companion_kind(name) is Companion.TEMPLATE for name in names):
+        dropped |= of_kind(of_base, Companion.TEMPLATE)
+    return dropped
 
 
 _HARMLESS = re.compile(

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_gate._internal.companion_names import TEMPLATES, Companion, companion_kind
+from merge_gate._internal.companion_names import TEMPLATES, Companion, companion_kind, replaced
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate._internal.regular_file import open_regular_file, read_all
 from merge_gate._internal.text import counted, listing, quoted
@@ -41,7 +41,6 @@ _CODE = ("auto_map", "custom_pipelines")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATIONS = ("quantization_config", "compression_config")
 _ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, EXPORT_NAME, PICKLE_NAME})
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LISTED = 8
 _MODULES = "modules.json"
 _COPY_NEEDED = "if the program that loads the model needs one of them, review it and copy it"
@@ -229,19 +228,6 @@ def _common(adapters: Iterable[CompanionFiles]) -> tuple[dict[str, bytes], list[
     ]
 
 
-def replaced(of_base: Iterable[str], own: Iterable[str], *, has_template: bool) -> set[str]:
-    """The base's files that give way to the adapter's own tokenizer or chat template.
-
-    `has_template`: the adapter's tokenizer_config.json has a chat template.
-    """
-    names, dropped = set(own), set()
-    if any(name in names for name in _VOCABULARIES):
-        dropped |= _of_kind(of_base, Companion.TOKENIZER)
-    if has_template or any(companion_kind(name) is Companion.TEMPLATE for name in names):
-        dropped |= _of_kind(of_base, Companion.TEMPLATE)
-    return dropped
-
-
 def _replace(files: Chosen, own: Mapping[str, bytes]) -> list[Finding]:
     """Put the adapter's own files into `files`, and return notes about the base's files that they replace."""
     dropped = replaced(files, own, has_template=_has_template(own))
@@ -256,10 +242,6 @@ def _replace(files: Chosen, own: Mapping[str, bytes]) -> list[Finding]:
         return []
     message = "the adapter has its own tokenizer or chat template, so these files of the base were left out"
     return [_note(f"{message}: {listing(map(shown, gone), _LISTED)}")]
-
-
-def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
-    return {name for name in names if companion_kind(name) is kind}
 
 
 def _has_template(files: Mapping[str, bytes]) -> bool:

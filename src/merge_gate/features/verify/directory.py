@@ -20,11 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
+from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless, of_kind, replaced
 from merge_gate._internal.regular_file import RefusedFileError, chunks, open_regular_file, read_all
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.publish.companions import replaced
 from merge_gate.features.verify.comparison import ReadSettings, SettingsFiles
 from merge_gate.files.base_files import MODEL_INDEX
 from merge_gate.judging.kinds import finding, note
@@ -79,7 +78,7 @@ def settings_files(merged: Snapshot, entry: Entry) -> SettingsFiles:
     return SettingsFiles(
         expected=tuple((name, str(path)) for name, path in _readable(expected_files(entry)).items()),
         merged=tuple(_readable(_places(merged.directory))),
-        has_own_tokenizer=bool(_of_kind(_own_files(entry), Companion.TOKENIZER)),
+        has_own_tokenizer=bool(of_kind(_own_files(entry), Companion.TOKENIZER)),
     )
 
 
@@ -171,8 +170,8 @@ class _Account:
         sentence-transformers.
         """
         for kind in (Companion.TOKENIZER, Companion.PROCESSOR):
-            expected, actual = _of_kind(self._expected, kind), _of_kind(self._places, kind)
-            written = _of_kind(self._read.written, kind) or expected
+            expected, actual = of_kind(self._expected, kind), of_kind(self._places, kind)
+            written = of_kind(self._read.written, kind) or expected
             if expected and not actual:
                 self.absent[str(kind)] = sorted(expected)
                 continue
@@ -274,10 +273,6 @@ def _named(name: str) -> str:
 
 def _kind_of(name: str) -> str:
     return _KINDS.get(companion_kind(name), "tokenizer-differs")
-
-
-def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
-    return {name for name in names if companion_kind(name) is kind}
 
 
 def _compared(names: Iterable[str]) -> list[str]:
