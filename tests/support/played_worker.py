@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+from merge_gate.features.stream.batches import batches
 from merge_gate.records.measured import BaseFacts, Evidence, Forward
 from merge_gate.records.terms import Quantization
 from merge_gate.worker.channel import Channel
-from merge_gate.worker.memory import batches
 from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
@@ -100,7 +100,9 @@ def _play(number: int, group: Group, send: Listener) -> None:
     send(BaseLoading(group=number))
     _meet(group.directory, "load")
     send(BaseLoaded(group=number, task=group.tasks[0].index, facts=facts, seconds=0.0))
-    for batch in batches([(task, None) for task in group.tasks], one_pass=group.one_pass):
+    in_order = sorted(group.tasks, key=lambda task: task.turn)
+    passes = batches([(task, None) for task in in_order]) if group.one_pass else [[(task, None)] for task in in_order]
+    for batch in passes:
         tasks = [task for task, _ in batch]
         send(MergeStarted(task=tasks[0].index, others=tuple(task.index for task in tasks[1:])))
         for task in tasks:

@@ -8,9 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from merge_gate.worker import memory
-from merge_gate.worker.memory import MemoryGroup, batches, give_back, too_large
-from merge_gate.worker.protocol import ConsumerSpec, Task
+from merge_gate.worker.memory import MemoryGroup, give_back, too_large
 from tests.support.wording import Wording
 
 GIB = 2**30
@@ -111,15 +109,3 @@ def test_pages_are_given_back_where_the_libc_can(can: bool, monkeypatch: pytest.
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
     give_back()
     assert asked == ([0] if can else [])
-
-
-def test_a_pass_has_as_many_models_as_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one needs more by itself: it is tried alone."""
-    monkeypatch.setattr(memory, "most_model_files", lambda: 5)
-    files = (2, 0, 2, 3, 2, 9)
-    tasks = [
-        (Task(index=index, files=(), consumers=(ConsumerSpec(feature="publish", files=count),)), None)
-        for index, count in enumerate(files)
-    ]
-    passes = [[task.index for task, _ in batch] for batch in batches(tasks, one_pass=True)]
-    assert passes == [[0, 1, 2], [3, 4], [5]]

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from merge_gate.features.stream.batches import batches
 from merge_gate.files.preflight import preflight
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
-from merge_gate.worker.memory import batches
 from merge_gate.worker.protocol import (
     ALONE,
     SUSPECTED,
@@ -599,7 +599,7 @@ class SimulatedPasses:
         while job.groups[0].tasks:
             attempt = Attempt(job, self.listen)
             attempt.receive(BaseLoading(group=0))
-            for batch in batches([(task, None) for task in job.groups[0].tasks], one_pass=True):
+            for batch in batches([(task, None) for task in job.groups[0].tasks]):
                 if self.dies([task.index for task, _ in batch], attempt):
                     break
             job = attempt.left(DEATH, tried)

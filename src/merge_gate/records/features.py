@@ -7,7 +7,7 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
 a feature made (features/publish/partial.py). `records` travel between the processes (worker/channel.py). `feed`
 reads a base in the worker, by calls of `feed_service` in the parent (worker/call_service.py), and `load` loads a base
-from a feed.
+from a feed. `batches` are the adapters that `passes` merges together.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ FEATURES: dict[str, dict[str, str]] = {
         "feed": "merge_gate.features.stream.parent_feed",
         "feed_service": "merge_gate.features.stream.feed_service",
         "load": "merge_gate.features.stream.load_from_feed",
+        "batches": "merge_gate.features.stream.batches",
+        "passes": "merge_gate.features.stream.passes",
     },
     "forward": {
         "declared": "merge_gate.features.forward.declared",

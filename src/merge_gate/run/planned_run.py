@@ -20,7 +20,7 @@ from merge_gate.report.wording.layout import labeled, laid_out
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import planned_run
 from merge_gate.run.view import View
-from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes
+from merge_gate.worker.memory import MemoryGroup, factor_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,7 +91,8 @@ class _Base:
         self._names = dict.fromkeys(_shown(run.tally.entries[task.index].spec.name) for task in self._tasks)
         self._files = groups[0].files
         self._free_bytes = MemoryGroup().free_bytes()
-        passes = batches([(task, None) for task in self._tasks], one_pass=True) if self._is_fed else [None]
+        tasks = [(task, None) for task in self._tasks]
+        passes = part("stream", "batches").batches(tasks) if self._is_fed else [None]
         self.passes = sum(1 for _ in passes)
         self.read_bytes = self._files.weight_bytes * self.passes
 

@@ -7,19 +7,15 @@ Importing it imports torch and PEFT.
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from merge_gate._internal.errors import SourceError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter.peft_config import pickled_headers
 from merge_gate.engine.adapter_evidence import MergeRequest
@@ -44,16 +40,14 @@ from merge_gate.records.files import FileIdentity, Pattern
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
-from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches, give_back
+from merge_gate.worker.memory import MemoryGroup, give_back
 from merge_gate.worker.pinned import pinned_adapter, verify_base
 from merge_gate.worker.protocol import (
-    ALONE,
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
     Event,
     Group,
-    InProgress,
     Job,
     Listener,
     Merged,
@@ -68,11 +62,8 @@ from merge_gate.worker.protocol import (
 if TYPE_CHECKING:
     from merge_gate.worker.call_client import CallClient
 
-SKELETONS_SHARE = 4
-"""What several skeletons of a pass hold for good may take a quarter of the free memory."""
-
-HASHED_AT_A_TIME = 4
-"""The files of so many adapters are hashed at a time when a pass is over, and nothing else is left to do."""
+ClassedTask = tuple[Task, str | None]
+"""A task, and the class that its adapter asks for if it is loaded as another one."""
 
 TRIAL_LIMIT_S = 10.0
 """CPU seconds for all expressions of one adapter. A normal expression takes microseconds for each name."""
@@ -254,7 +245,7 @@ def judge_pinned(groups: dict[int, Group], bases: GroupBases) -> Iterator[Event]
         yield from _announced(one, time.perf_counter() - started)
         if not one.is_skeleton:
             yield from _judge_tasks([one], bases)
-        elif skeletons and not _fit([*skeletons, one]):
+        elif skeletons and not part("stream", "passes").fit([*skeletons, one]):
             yield from _judge_tasks(skeletons, bases)
             skeletons = [one]
         else:
@@ -304,12 +295,6 @@ def _announced(one: GroupBase, seconds: float) -> Iterator[Event]:
         yield BaseMeasured(group=one.position, task=task, facts=one.base.facts, record=record)
 
 
-def _fit(skeletons: list[GroupBase]) -> bool:
-    """Whether these skeletons may be in one pass: tensors that have values for good take memory."""
-    room = (MemoryGroup().free_bytes() or 0) // SKELETONS_SHARE
-    return sum(one.base.hollow.kept_bytes() for one in skeletons if one.base.hollow is not None) <= room
-
-
 def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
     """Merge the adapters of these bases, and send the facts of a base ahead of its first evidence.
 
@@ -317,11 +302,13 @@ def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
     """
     base_of = {task.index: one for one in loaded for task, _ in one.tasks}
     tasks = [classed for one in loaded for classed in one.tasks]
-    passes = list(batches(tasks, one_pass=loaded[0].group.in_passes))
-    for batch in passes:
+    batches, judge = [[one] for one in sorted(tasks, key=lambda one: one[0].turn)], judge_each
+    if loaded[0].group.in_passes:
+        batches, judge = list(part("stream", "batches").batches(tasks)), part("stream", "passes").judge_batch
+    for batch in batches:
         for one in loaded:
-            one.base.weights.keeps &= batch is not passes[-1]
-        for event in _judge_batch(batch, base_of, bases):
+            one.base.weights.keeps &= batch is not batches[-1]
+        for event in judge(batch, base_of, bases):
             confirm_card(bases.job.device)
             if isinstance(event, Merged) and not (one := base_of[event.task]).is_measured:
                 one.is_measured = True
@@ -332,77 +319,14 @@ def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
         one.release()
 
 
-def _judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases) -> Iterator[Event]:
-    """Merge these tasks, in one pass if they are several. Such a pass measures the skeletons of other tasks as well."""
-    others = list({id(one.base): one.base for one in base_of.values() if one.is_skeleton}.values())
-    if len(batch) > 1 or (len(others) > 1 and batch[0][0].turn != ALONE):
-        first, *further = (task.index for task, _ in batch)
-        yield MergeStarted(task=first, others=tuple(further))
-        try:
-            merged = _merge_together([task for task, _ in batch], base_of, others, bases)
-        except SourceError as error:  # of no use to any adapter
-            yield from undecided((task for task, _ in batch), error)
-            return
-        except Exception:  # merged by itself, each adapter says what is wrong
-            merged = (None,) * len(batch)
-        for (task, instead_of), evidence in zip(batch, merged, strict=True):
-            if evidence is not None:
-                _report_work(bases.report, task.index)
-                base_of[task.index].finish(task.index, evidence)
-                yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
-        batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
+def judge_each(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases) -> Iterator[Event]:
+    """Merge these tasks one after another."""
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
         yield _judge_task(task, instead_of, base_of[task.index], bases)
 
 
-def _merge_together(
-    tasks: list[Task], base_of: dict[int, GroupBase], others: list[Base], bases: GroupBases
-) -> tuple[Evidence | None, ...]:
-    """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
-    report = _paced(bases.report, tasks[0].index)
-    counts = [(0, 0)] * len(tasks)
-
-    def add(number: int, done: int, total: int, module: str) -> None:
-        counts[number] = done, total
-        report(sum(done for done, _ in counts), sum(total for _, total in counts), module)
-
-    pinned = [contextlib.ExitStack() for _ in tasks]
-    requests: dict[int, MergeRequest] = {}
-    try:
-        for number, task in enumerate(tasks):
-            on_work = functools.partial(_report_work, bases.report, task.index)
-            on_work()
-            with contextlib.suppress(Exception):
-                one = base_of[task.index]
-                request = _request(task, one, pinned[number], functools.partial(add, number))
-                request = _with_consumers(request, task, one, bases, pinned[number])
-                requests[number] = replace(request, on_work=on_work)
-        evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
-        merged = dict(zip(requests, evidence, strict=True))
-    finally:
-        with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
-            is_released = list(pool.map(_is_released, pinned))
-        changed = {number for number, is_same in enumerate(is_released) if not is_same}
-    return tuple(None if number in changed else merged.get(number) for number in range(len(tasks)))
-
-
-def _report_work(report: Listener, task: int) -> None:
-    """Tell the parent what this thread works on: if the process dies, it is one of these adapters."""
-    is_main = threading.current_thread() is threading.main_thread()
-    report(InProgress(task=task, thread=None if is_main else threading.get_ident()))
-
-
-def _is_released(pinned: contextlib.ExitStack) -> bool:
-    """Close an adapter's files. False if they changed during the merge."""
-    try:
-        pinned.close()
-    except Exception:
-        return False
-    return True
-
-
-def _request(
+def request_of(
     task: Task,
     one: GroupBase,
     pinned: contextlib.ExitStack,
@@ -424,7 +348,7 @@ def _request(
     )
 
 
-def _with_consumers(
+def with_consumers(
     request: MergeRequest, task: Task, one: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
 ) -> MergeRequest:
     """The request with the consumers that the task asks for, in the place of those of an earlier merge."""
@@ -438,7 +362,7 @@ def _with_consumers(
     return replace(request, consumers=one.consumers.get(task.index, ()))
 
 
-def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
+def paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
     """Report the progress of a merge, but not every module of it."""
     next_s = 0.0
 
@@ -455,7 +379,7 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
     try:
         with contextlib.ExitStack() as pinned:
             try:
-                request = _request(task, one, pinned, _paced(bases.report, task.index))
+                request = request_of(task, one, pinned, paced(bases.report, task.index))
             except Refused as refused:  # by the trial of its regular expressions, before PEFT
                 adapter_evidence.measure_wholly(one.base)
                 kind, facts = task.files[0].config.peft_type, one.base.facts
@@ -463,7 +387,7 @@ def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: Group
                     base=facts, peft_type=kind, refusal=refused.refusal, parameters_total=facts.parameters
                 )
             else:
-                evidence = adapter_evidence.merge(_with_consumers(request, task, one, bases, pinned))
+                evidence = adapter_evidence.merge(with_consumers(request, task, one, bases, pinned))
         one.finish(task.index, evidence)
     except Exception as error:
         one.close(task.index)

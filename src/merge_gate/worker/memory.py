@@ -2,9 +2,6 @@
 
 Has the settings of glibc's allocator for the worker: freed memory is reused for the next tensor.
 
-Divides the adapters on a base into passes by these counters, and by the limit on open files. A pass merges several
-adapters and reads the files once.
-
 The counters are those of the process's cgroup (version 2 or 1). Without them, and outside of Linux, the result is None.
 """
 
@@ -12,11 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-import resource
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from merge_gate.worker.protocol import ALONE, Task
+from merge_gate.worker.protocol import Task
 
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(5 << 26)}
 """Environment variables for glibc: pieces of every size come from one heap, which keeps at most 320 MiB of free memory
@@ -128,47 +123,8 @@ def gibibytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-# --- passes ----------------------------------------------------------------------------------------------------------
-
-ClassedTask = tuple[Task, str | None]
-"""A task, and the class that its adapter asks for if it is loaded as another one."""
-
-ADAPTERS_SHARE = 3
-"""Adapters that are merged together may take a third of the free memory."""
-
 _LOADED_BYTES, _MAPPED_BYTES = 4, 1
 """What PEFT's float32 factors take of memory, for each value. Those that the file has in float32 are mapped from it."""
-
-
-FILES_SHARE = 2
-"""The files of models may be half of those that the process may have open. The others are of bases and adapters."""
-
-
-def most_model_files() -> int:
-    """How many files of models the process may have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FILES_SHARE
-
-
-def batches(tasks: Sequence[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many of a turn as memory and open files allow."""
-    room = room_bytes() if one_pass else 0
-    batch: list[ClassedTask] = []
-    held = files = 0
-    for one in sorted(tasks, key=lambda one: one[0].turn):
-        size_bytes, of_model = factor_bytes(one[0]), one[0].model_files
-        is_apart = one[0].turn == ALONE or (batch and one[0].turn != batch[-1][0].turn)
-        if batch and (is_apart or held + size_bytes > room or files + of_model > most_model_files()):
-            yield batch
-            batch, held, files = [], 0, 0
-        batch.append(one)
-        held, files = held + size_bytes, files + of_model
-    if batch:
-        yield batch
-
-
-def room_bytes() -> int:
-    """The memory that the adapters of one pass may take."""
-    return (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE
 
 
 def factor_bytes(task: Task, *, in_pass: bool = True) -> int:

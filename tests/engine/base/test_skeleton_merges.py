@@ -32,12 +32,13 @@ from merge_gate.engine.merge import one_pass, walk
 from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
+from merge_gate.features.stream import passes
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import FileSpan
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker import group_bases, sandbox
+from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import (
     BaseLoaded,
@@ -507,7 +508,7 @@ def merged_of(events: list[Event]) -> dict[int, str]:
 def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of its own reads again what is merged, and the figures of the rest are those of the first pass."""
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(group_bases, "_fit", lambda *_: False)
+    monkeypatch.setattr(passes, "fit", lambda *_: False)
     adapter = preflight(str(shelf.adapter("every-projection")), allow_pickle=False)
     key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="none")
     directory = str(shelf.base("llama"))
