@@ -38,6 +38,7 @@ from merge_gate.files.headers import (
 )
 from merge_gate.judging.all_checks import refused
 from merge_gate.judging.checks.base_inconsistent import BASE_INCONSISTENT
+from merge_gate.judging.checks.phrases import are
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Severity
@@ -461,7 +462,7 @@ class _Notes:
                 return [BASE_INCONSISTENT.finding(message, hint, tensor=tensor.name)]
         if same:
             self._add(
-                f"{counted(len(same), 'tensor')} of the base {shown(self._name)} {_are(len(same))} stored twice with "
+                f"{counted(len(same), 'tensor')} of the base {shown(self._name)} {are(same)} stored twice with "
                 f"the same bytes: {_names_of(same)}",
                 same[0],
             )
@@ -478,7 +479,7 @@ class _Notes:
         if ghosts:
             self._add(
                 f"{chosen.index} of the base {shown(self._name)} names {counted(len(ghosts), 'tensor')} that "
-                f"{_are(len(ghosts))} not in the files that it names: {_names_of([name for name, _ in ghosts])}",
+                f"{are(ghosts)} not in the files that it names: {_names_of([name for name, _ in ghosts])}",
                 ghosts[0][0],
             )
 
@@ -486,7 +487,7 @@ class _Notes:
         if unlisted:
             self._add(
                 f"{counted(len(unlisted), 'tensor')} in the files of the base {shown(self._name)} "
-                f"{_are(len(unlisted))} not listed in {chosen.index}; transformers loads all tensors of a file: "
+                f"{are(unlisted)} not listed in {chosen.index}; transformers loads all tensors of a file: "
                 f"{_names_of(list(unlisted))}",
                 unlisted[0],
             )
@@ -547,10 +548,6 @@ class _Notes:
 
     def _add(self, message: str, tensor: str | None) -> None:
         self.findings.append(BASE_INCONSISTENT.finding(message, severity=Severity.NOTE, tensor=tensor))
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 def _names_of(names: list[str]) -> str:

@@ -427,6 +427,9 @@ def _is(*kinds: type[BaseException]) -> Callable[[BaseException], bool]:
     return lambda error: isinstance(error, kinds)
 
 
+_is_distrust = _is(ssl.SSLCertVerificationError)
+
+
 def _status(error: BaseException) -> int | None:
     return int(error.response.status_code) if isinstance(error, errors.HfHubHTTPError) else None
 
@@ -441,10 +444,6 @@ def _why(error: BaseException) -> str:
     if is_transport(error) or not isinstance(error, OSError):
         return type(error).__name__
     return error.strerror or (os.strerror(error.errno) if error.errno else type(error).__name__)
-
-
-def _is_distrust(error: BaseException) -> bool:
-    return isinstance(error, ssl.SSLCertVerificationError)
 
 
 def _of_the_disk(numbers: set[int]) -> Callable[[BaseException], bool]:

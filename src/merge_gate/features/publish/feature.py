@@ -23,19 +23,21 @@ from merge_gate._internal.errors import GateError, NotPublishedError, UsageError
 from merge_gate._internal.text import counted, listing, quoted, shown_bytes
 from merge_gate.features.publish.calls import PublicationService, PublicationWritten
 from merge_gate.features.publish.companions import companion_identities
+from merge_gate.features.publish.declared import EARLIER_MODEL, NOT_PUBLISHED
 from merge_gate.features.publish.manifest import PublicationFacts
-from merge_gate.features.publish.model_reports import published_report, report_with_earlier_model, unpublished_report
 from merge_gate.features.publish.one_publication import Publication, publishing
 from merge_gate.features.publish.partial import unchanged
 from merge_gate.features.publish.publish_directory import prepared, refuse_inputs, refuse_small_disk, replaceable
 from merge_gate.features.publish.weight_files import FLOATING, ModelLayout, base_layout
 from merge_gate.files.base_watch import base_directory
+from merge_gate.judging import kinds, verdict
 from merge_gate.judging.adapter_report import base_report
+from merge_gate.judging.limits import bounded
 from merge_gate.records.config import A_FILE, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.report import AdapterReport, PublishedModel
-from merge_gate.records.terms import PRESERVE, Finding, Read, Verdict
+from merge_gate.records.terms import PRESERVE, Finding, Origin, Read, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature
 from merge_gate.run.selection import select
@@ -244,10 +246,11 @@ class Publications(Feature):
             try:
                 published, findings = self._publish(index, report)
             except NotPublishedError as error:
-                tally.set_report(index, unpublished_report(report, error.message, error.hint))
+                tally.set_report(index, _unpublished(report, error.message, error.hint))
                 note(f"{report.name}: not published: {error.message}")
             else:
-                tally.set_report(index, published_report(report, published, findings))
+                findings = (*report.findings, *bounded(findings))
+                tally.set_report(index, replace(report, published=published, findings=findings))
                 note(f"{report.name}: published to {published.directory}")
         self._warn_of_earlier_models()
 
@@ -294,7 +297,7 @@ class Publications(Feature):
                 continue
             own = [(index, report) for index, report in sorted(tally.reports.items()) if report.name == name]
             index, report = min(own, key=lambda pair: pair[1].verdict is Verdict.PASSED)
-            warned = report_with_earlier_model(report, str(Path(self._spec.label, folder)))
+            warned = _with_earlier_model(report, str(Path(self._spec.label, folder)))
             tally.set_report(index, warned)
             self._run.view.note(f"warning: {name}: {warned.findings[-1].message}")
 
@@ -362,3 +365,28 @@ def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
         yield base_directory(entry), f"the base {quoted(base_directory(entry), 200)}"
         for member in entry.members:
             yield member.directory, f"the adapter {quoted(entry.spec.name, 200)}"
+
+
+def _unpublished(report: AdapterReport, message: str, hint: str) -> AdapterReport:
+    """The report of an entry that passed, and whose merge could not be published."""
+    said = f"the merge passed, and was not published: {message}"
+    why = kinds.finding(NOT_PUBLISHED, said, hint=hint, origin=Origin.RUNTIME)
+    what, index, findings = verdict.decide((*bounded([why]), *report.findings), report.coverage)
+    return replace(
+        report,
+        verdict=what,
+        cause=None if index is None else findings[index].check,
+        decided_by=index,
+        findings=findings,
+    )
+
+
+def _with_earlier_model(report: AdapterReport, directory: str) -> AdapterReport:
+    """The report of an entry that has no new model, while `directory` has the one of an earlier run."""
+    warning = kinds.finding(
+        EARLIER_MODEL,
+        f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
+        hint="do not use it for this adapter: remove it, or publish again when the adapter passes",
+        origin=Origin.RUNTIME,
+    )
+    return replace(report, findings=(*report.findings, *bounded([warning])))
