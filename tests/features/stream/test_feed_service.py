@@ -8,17 +8,19 @@ import mmap
 import os
 import random
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream import feed_service, parent_feed, read_ahead
-from merge_gate.features.stream.feed_service import Feeds, FeedService
+from merge_gate.features.stream.feature import StreamedBases
+from merge_gate.features.stream.feed_service import FeedService
 from merge_gate.features.stream.parent_feed import BytesRequested, ParentFeed, SpansExpected
 from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
 from merge_gate.records.files import BaseFiles, FileSpan
@@ -432,13 +434,14 @@ def group(directory: Path, **files: Any) -> Group:
     )
 
 
-def feeds() -> Feeds:
-    return Feeds({}, lambda *_: None)
+def feeds(passed: Callable[..., None] = lambda *_: None) -> StreamedBases:
+    run: Any = SimpleNamespace(watch=SimpleNamespace(passed=passed))
+    return StreamedBases(run)
 
 
 def test_a_base_is_opened_once_and_reported_when_it_has_passed(tmp_path: Path, content: dict[str, bytes]) -> None:
     seen: list[tuple[str, Mapping[str, str]]] = []
-    of_run = Feeds({}, lambda directory, _, known: seen.append((directory, dict(known))))
+    of_run = feeds(lambda directory, _, known: seen.append((directory, dict(known))))
     base = of_run.open(group(tmp_path, weights=tuple(content)))
     assert of_run.open(group(tmp_path)) is base
     both = Fed(base)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from merge_gate.features.stream.feed_service import Feeds
+from merge_gate.features.stream.feed_service import FeedService
+from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.refusals import NotJudged
 from merge_gate.run.feature import Feature
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from merge_gate.records.files import Fetched
     from merge_gate.records.measured import Evidence
     from merge_gate.run.flow import Run
+    from merge_gate.worker.protocol import Group, Job
 
 
 def join(run: Run) -> Feature:
@@ -34,7 +36,7 @@ class StreamedBases(Feature):
         self._created = contextlib.ExitStack()
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
-        self.service = Feeds(self._streamed, run.watch.passed).service  # type: ignore[method-assign]
+        self._bases: dict[str, FedBase] = {}
 
     def lay_out(self, base: Fetched) -> str:
         """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
@@ -46,6 +48,30 @@ class StreamedBases(Feature):
         self._streamed[directory] = files
         self._run.watch.listed(directory, files.identity, files.sha256)
         return directory
+
+    def service(self, job: Job) -> FeedService | None:
+        """What reads bases for one process; None if it reads all bases of its job itself."""
+        if not any(group.fed for group in job.groups):
+            return None
+        return FeedService(lambda position: self.open(job.groups[position]))
+
+    def open(self, group: Group) -> FedBase:
+        """The files of a group's base. If all their bytes pass, their digests are known.
+
+        Raises:
+            SourceError: they cannot be read.
+        """
+        directory, passed = group.directory, self._run.watch.passed
+        if directory not in self._bases:
+            if directory not in self._streamed and group.files.is_streamed:
+                raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
+            files = self._streamed.get(directory)
+            files = files or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
+            identity = files.identity
+            made = FedBase(files, lambda known: passed(directory, identity, known))
+            # Several threads open bases. No lock: files on a mount that hangs must not keep others from theirs.
+            self._bases.setdefault(directory, made)
+        return self._bases[directory]
 
     def refusal(self, index: int, evidence: Evidence) -> NotJudged | None:
         """Why no verdict on a streamed base counts: not all of its bytes were compared. None if they were."""

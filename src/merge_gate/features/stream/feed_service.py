@@ -9,60 +9,19 @@ In: calls of the worker (parent_feed.py). Out: bytes of bases, with the digests 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
-from merge_gate.features.stream.read_ahead import CONNECTIONS, BaseBytes, FedBase, LocalFiles, ReadAhead, Window
+from merge_gate.features.stream.read_ahead import CONNECTIONS, FedBase, ReadAhead, Window
 from merge_gate.files.feed import PIECE_BYTES
-from merge_gate.records.files import FileIdentity, FileSpan
+from merge_gate.records.files import FileSpan
 from merge_gate.worker.call_service import LINES, InvalidCallError, Service
 from merge_gate.worker.memory import MemoryGroup
-from merge_gate.worker.protocol import Group, Job
 
 _WINDOW_SHARE = 8
 _LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 32
 """The window takes an eighth of the free memory, between 192 and 512 MiB. It fills up while adapters are loaded."""
-
-
-class Feeds:
-    """The bases of one run that are fed: those with known `files` (by directory), and others as local directories.
-
-    `on_complete` is called when all bytes of a base have passed, by a thread of the pass: with the directory, the
-    identity of its files, and the digest of each weight file.
-    """
-
-    def __init__(
-        self,
-        files: Mapping[str, BaseBytes],
-        on_complete: Callable[[str, tuple[FileIdentity, ...], Mapping[str, str]], None],
-    ) -> None:
-        self._files, self._on_complete = files, on_complete
-        self._bases: dict[str, FedBase] = {}
-
-    def open(self, group: Group) -> FedBase:
-        """The files of a group's base.
-
-        Raises:
-            SourceError: they cannot be read.
-        """
-        directory = group.directory
-        if directory not in self._bases:
-            if directory not in self._files and group.files.is_streamed:
-                raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
-            files = self._files.get(directory)
-            files = files or LocalFiles(directory, group.files.weights, keep=not group.one_pass)
-            identity = files.identity
-            made = FedBase(files, lambda known: self._on_complete(directory, identity, known))
-            # Several threads open bases. No lock: files on a mount that hangs must not keep others from theirs.
-            self._bases.setdefault(directory, made)
-        return self._bases[directory]
-
-    def service(self, job: Job) -> FeedService | None:
-        """What reads the bases of a job for one process; None if it reads them all itself."""
-        if not any(group.fed for group in job.groups):
-            return None
-        return FeedService(lambda position: self.open(job.groups[position]))
 
 
 class FeedService(Service):
