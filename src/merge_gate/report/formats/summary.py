@@ -356,13 +356,9 @@ def _drawn(block: Block, marks: list[str]) -> list[str]:
         rows.sort(key=lambda row: -sum(mark in "NI" for mark in row[1]))
     shown = [(one_line(name, _MAX_NAME), "".join(row[:_MAX_LAYERS])) for name, row in rows[:_MAX_MODULES]]
     width = max(len(name) for name, _ in shown)
-    lines = [f"  {one_line(block.stack, _MAX_NAME):<{width}}  {_ticks(block)}".rstrip()]
+    ticks = "".join(f"{layer:<{_TICK}}"[:_TICK] for layer in block.layers[:_MAX_LAYERS:_TICK])  # of every fifth layer
+    lines = [f"  {one_line(block.stack, _MAX_NAME):<{width}}  {ticks}".rstrip()]
     lines += [f"  {name:<{width}}  {row}".rstrip() for name, row in shown]
     if len(rows) > _MAX_MODULES:
         lines.append(f"  … and {words.counted(len(rows) - _MAX_MODULES, 'more module')}")
     return lines
-
-
-def _ticks(block: Block) -> str:
-    """The number of every fifth layer above its column."""
-    return "".join(f"{layer:<{_TICK}}"[:_TICK] for layer in block.layers[:_MAX_LAYERS:_TICK])

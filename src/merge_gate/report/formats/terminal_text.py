@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
-    from merge_gate.report.wording.alike import AlikeAdapters
 
 _MARKS = {Verdict.PASSED: "✓", Verdict.FAILED: "✗", Verdict.ERROR: "!"}
 _ASCII_MARKS = {Verdict.PASSED: "+", Verdict.FAILED: "x", Verdict.ERROR: "!"}
@@ -49,7 +48,8 @@ def render(
 def _parts(report: Report, output_dir: str, marks: dict[Verdict, str]) -> Iterator[RenderableType]:
     yield from _table(report, marks)
     every = paragraphs(report)
-    most_urgent = _most_urgent(every)
+    blocking = [groups for groups in every if groups[0][0].verdict is not Verdict.PASSED]  # then some warnings
+    most_urgent = blocking[:MAX_PARAGRAPHS] + every[len(blocking) :][: MAX_PARAGRAPHS // 2]
     for groups in most_urgent:
         yield _BLANK
         yield from _paragraph(groups, marks)
@@ -114,12 +114,6 @@ def _full_report(report: Report) -> str:
 
 
 # --- paragraphs ----------------------------------------------------------------------------------------------------
-
-
-def _most_urgent(every: list[AlikeAdapters]) -> list[AlikeAdapters]:
-    """The paragraphs to show on a terminal: failures first, then some warnings."""
-    blocking = [groups for groups in every if groups[0][0].verdict is not Verdict.PASSED]
-    return blocking[:MAX_PARAGRAPHS] + every[len(blocking) :][: MAX_PARAGRAPHS // 2]
 
 
 def _paragraph(groups: Sequence[list[AdapterReport]], marks: dict[Verdict, str]) -> Iterator[RenderableType]:
