@@ -35,7 +35,7 @@ from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.tensors.placement import compute_in_full_precision, confirm_card
 from merge_gate.files.feed import Feed
 from merge_gate.files.identity import base_identity
-from merge_gate.records.features import part
+from merge_gate.records.features import FEATURES, part
 from merge_gate.records.files import FileIdentity, Pattern
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import Refused
@@ -354,7 +354,7 @@ def with_consumers(
     """The request with the consumers that the task asks for, in the place of those of an earlier merge."""
     one.close(task.index)
     for asked in task.consumers:
-        if asked.why_not:
+        if asked.why_not or asked.feature not in FEATURES:
             continue
         consumer = part(asked.feature, "consumer").consumer(asked.settings, task, one, bases, pinned)
         if consumer is not None:
