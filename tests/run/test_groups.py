@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,11 +14,8 @@ from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import BaseRecord
 from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
 from merge_gate.run import groups
-from merge_gate.run.groups import LIMIT_PER_GIB_S, group_by_base, network_file_system, placed
+from merge_gate.run.groups import LIMIT_PER_GIB_S, group_by_base, network_file_system, placed, refuse_unread
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group
-
-if TYPE_CHECKING:
-    pass
 
 WEIGHTS = "model.safetensors"
 
@@ -71,7 +67,7 @@ def test_only_what_adapters_touch_is_read_of_a_base_with_a_record(
     monkeypatch.setattr(groups, "network_file_system", lambda _: None)
     record = BaseRecord(model_class="A", figures=())
     with pytest.raises(UsageError):
-        placed(group(base), Read.TOUCHED, pytest.fail)
+        refuse_unread(group(base), Read.TOUCHED)
     for read in Read:
         scheduled = placed(replace(group(base), records=(record,)), read, lambda _: None)
         assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
@@ -120,8 +116,8 @@ def test_the_models_of_a_streamed_base_are_run_only_if_that_is_required(
     for is_streamed, expected in ((False, is_run), (True, is_run_if_streamed)):
         one = entry(tmp_path)
         base = replace(one.base, base_files=BaseFiles(directory=str(tmp_path), is_streamed=is_streamed))  # type: ignore[type-var]
-        (made,) = group_by_base([(0, replace(one, spec=replace(one.spec, forward=forward), base=base))])
-        assert (made.tasks[0].why_not("forward") == "") is expected
+        made = replace(one, spec=replace(one.spec, forward=forward), base=base)
+        assert (made.no_forward == "") is expected
 
 
 def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None:

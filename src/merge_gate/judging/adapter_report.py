@@ -77,6 +77,7 @@ def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
     findings = all_checks.judge_merge(entry.spec, entry.files, evidence)
     coverage, forward = _coverage(evidence), _bounded(evidence.forward)
+    forward = replace(forward, why_not=entry.no_forward or forward.why_not)
     is_whole = forward.ran and not (forward.missing or forward.not_run)
     if entry.spec.forward is ForwardMode.REQUIRED and not is_whole and evidence.refusal is None:
         why = f"the model was not run, which forward: required asks for: {forward.why_not or 'no reason is known'}"

@@ -27,11 +27,6 @@ FEATURES: dict[str, dict[str, str]] = {
         "batches": "merge_gate.features.stream.batches",
         "passes": "merge_gate.features.stream.passes",
     },
-    "forward": {
-        "declared": "merge_gate.features.forward.declared",
-        "consumer": "merge_gate.features.forward.consumer",
-        "checks": "merge_gate.features.forward.checks",
-    },
     "shards": {
         "declared": "merge_gate.features.shards.declared",
         "feature": "merge_gate.features.shards.feature",
@@ -44,6 +39,12 @@ FEATURES: dict[str, dict[str, str]] = {
         "feature": "merge_gate.features.publish.feature",
     },
     "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
+    "forward": {
+        "declared": "merge_gate.features.forward.declared",
+        "feature": "merge_gate.features.forward.feature",
+        "consumer": "merge_gate.features.forward.consumer",
+        "checks": "merge_gate.features.forward.checks",
+    },
     "ray": {"declared": "merge_gate.features.ray.declared", "feature": "merge_gate.features.ray.feature"},
     "verify": {
         "declared": "merge_gate.features.verify.declared",

@@ -29,12 +29,12 @@ from merge_gate.records.files import Entry, Fetched
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Report
-from merge_gate.records.terms import ForwardMode, Read
+from merge_gate.records.terms import Read
 from merge_gate.report.stored.output_directory import begun_run, refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature, requested
-from merge_gate.run.groups import group_by_base, headers_limit_s, placed
+from merge_gate.run.groups import group_by_base, headers_limit_s, placed, refuse_unread
 from merge_gate.run.selection import inputs_of, select
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.verdict_key import device_name
@@ -44,8 +44,6 @@ from merge_gate.worker import protocol
 from merge_gate.worker.device import has_card, why_no_card
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
-
-_PARTLY_READ = "only what adapters touch is read of the base, so it is run only with forward: required"
 
 
 def run_gate(
@@ -246,31 +244,18 @@ class Run:
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
     def _group(self, to_merge: dict[int, Entry]) -> None:
-        groups: Iterable[Group] = group_by_base(to_merge.items())
+        grouped = group_by_base(to_merge.items())
+        groups: Iterable[Group] = [placed(group, self.read_of(group), self.view.note) for group in grouped]
         for feature in self.features.values():
             groups = feature.schedule(tuple(groups))
-        self.groups = tuple(self._placed(group) if group.tasks else group for group in groups)
+        self.groups = tuple(groups)
+        for group in self.groups:
+            refuse_unread(group, self.read_of(group))
         if any(group.fed for group in self.groups):
             self.joined("stream")
         for group in self.groups:
             if not group.fed:
                 self.watch.start(group.directory)
-
-    def _placed(self, group: Group) -> Group:
-        """The group, with how its base is read.
-
-        Unless that is required, no models are run if that would read more of the base than the merges do.
-        """
-        group = placed(group, self.read_of(group), self.view.note)
-        if not group.records or not group.in_passes:
-            return group
-        tasks = (
-            task
-            if self.tally.entries[task.index].spec.forward is ForwardMode.REQUIRED
-            else task.without("forward", _PARTLY_READ)
-            for task in group.tasks
-        )
-        return replace(group, tasks=tuple(tasks))
 
     def read_of(self, group: Group) -> Read:
         """How much of a group's base is read: as much as any of its adapters asks for; all of it, if a feature does."""

@@ -18,7 +18,7 @@ from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.records.files import Entry
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.worker.memory import MemoryGroup, too_large
-from merge_gate.worker.protocol import DEFAULT_LIMIT_S, ConsumerSpec, Group, Task
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 if TYPE_CHECKING:
     pass
@@ -53,7 +53,6 @@ def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
             combine=entry.spec.combine,
             measure_options=all_checks.measure_options(entry.spec),
             limit_s=limit_s,
-            consumers=(ConsumerSpec(feature="forward", why_not=entry.no_forward),),
         )
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
@@ -93,10 +92,21 @@ def _device_and_type(line: str) -> tuple[str, str]:
 
 
 def placed(group: Group, read: Read, notify: Callable[[str], None]) -> Group:
-    """Decide whether a group's base is read in passes, and by which process.
+    """Decide whether a group's base is read in passes, and by which process."""
+    if group.files.is_streamed:
+        return replace(group, one_pass=True, fed=True)
+    note = too_large(group.base.name, group.files.weight_bytes, MemoryGroup().free_bytes())
+    if note is not None:
+        notify(note)
+    is_network = is_on_network([Path(group.directory, name) for name in group.files.weights])
+    return replace(group, one_pass=note is not None or read is Read.TOUCHED, fed=note is not None or is_network)
+
+
+def refuse_unread(group: Group, read: Read) -> None:
+    """Refuse to read only touched tensors of a base that no earlier run has read whole.
 
     Raises:
-        UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
+        UsageError: as above.
     """
     if read is Read.TOUCHED and not group.records and group.files.on_hub is None:
         raise UsageError(
@@ -105,10 +115,3 @@ def placed(group: Group, read: Read, notify: Callable[[str], None]) -> Group:
             hint="run once with --read whole and the same --cache; a base in a directory is known again only while "
             "its files are unchanged and the machine was not restarted",
         )
-    if group.files.is_streamed:
-        return replace(group, one_pass=True, fed=True)
-    note = too_large(group.base.name, group.files.weight_bytes, MemoryGroup().free_bytes())
-    if note is not None:
-        notify(note)
-    is_network = is_on_network([Path(group.directory, name) for name in group.files.weights])
-    return replace(group, one_pass=note is not None or read is Read.TOUCHED, fed=note is not None or is_network)

@@ -151,6 +151,7 @@ def export(
 
 def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
     with contextlib.closing(Run(config, OPTIONS, view, features={"export": merges})) as run:
+        run.joined("forward")
         return run.run()
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from merge_gate.records.features import WordKey
 from merge_gate.records.terms import ForwardMode
+
+if TYPE_CHECKING:
+    from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
 
 FILE_KEYS = {
     "forward": WordKey(
@@ -16,3 +22,8 @@ FILE_KEYS = {
     )
 }
 """By field of `AdapterSpec`."""
+
+
+def is_requested(config: Config, _options: RunOptions) -> bool:
+    """Whether a model may run."""
+    return any(spec.forward is not ForwardMode.OFF for spec in config.adapters)

@@ -50,8 +50,6 @@ from merge_gate.worker.supervisor import WorkerSlot
 DEVICE = "cpu"
 """Other devices may round otherwise."""
 
-_NO_FORWARD = "merge-gate verify compares values, and runs no model"
-
 
 def verify_record(
     merged: str,
@@ -192,7 +190,7 @@ class Verification(Feature):
             tasks = []
             for task in group.tasks:
                 consumer = ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None))
-                tasks.append(replace(task.without("forward", _NO_FORWARD).with_consumer(consumer), turn=ALONE))
+                tasks.append(replace(task.with_consumer(consumer), turn=ALONE))
             yield replace(group, tasks=tuple(tasks))
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
         yield Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
