@@ -35,9 +35,14 @@ def test_every_check_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
-def test_a_fault_is_caught(case: Case, judged: Judged) -> None:
+def test_a_fault_is_caught_and_explained(case: Case, judged: Judged) -> None:
     report = judged.reports[case.name]
     assert report.verdict.value in case.verdict.split("|"), told(report)
+    assert report.findings, told(report)
+    for finding in report.findings:
+        assert finding.message, told(report)
+        assert finding.hint, told(report)
+        assert "Traceback" not in finding.message, told(report)
     if case.cause is None:
         return
     assert report.cause == case.cause, told(report)
@@ -47,29 +52,15 @@ def test_a_fault_is_caught(case: Case, judged: Judged) -> None:
     assert case.tensor is None or any(case.tensor in (f.tensor or "") for f in findings), told(report)
 
 
-@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
-def test_a_fault_is_explained(case: Case, judged: Judged) -> None:
-    report = judged.reports[case.name]
-    assert report.findings, told(report)
-    for finding in report.findings:
-        assert finding.message, told(report)
-        assert finding.hint, told(report)
-        assert "Traceback" not in finding.message, told(report)
-
-
 @pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
-def test_a_healthy_adapter_passes(case: Case, judged: Judged) -> None:
+def test_a_healthy_adapter_passes_and_is_covered_whole(case: Case, judged: Judged) -> None:
     report = judged.reports[case.name]
     assert report.verdict is Verdict.PASSED, told(report)
     assert report.cause is None, told(report)
     assert not [f for f in report.findings if f.severity is Severity.ERROR], told(report)
     warned = {f.check for f in report.findings if f.severity is Severity.WARNING}
     assert warned == set(case.warnings), told(report)
-
-
-@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
-def test_a_healthy_adapter_is_covered_whole(case: Case, judged: Judged) -> None:
-    coverage = judged.reports[case.name].coverage
+    coverage = report.coverage
     assert coverage.parameters_checked == coverage.parameters_total > 0
     assert coverage.applied == coverage.adapter_tensors > 0
     assert coverage.modules_merged > 0
