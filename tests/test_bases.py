@@ -124,7 +124,7 @@ def test_the_verdict_is_right(case: Case, run: Run) -> None:
 
 
 @pytest.mark.parametrize("case", params(BROKEN.table))
-def test_the_cause_is_a_check_of_bases_and_its_message_names_what_is_wrong(case: Case, run: Run) -> None:
+def test_the_cause_is_a_check_of_bases_that_names_the_fault(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
     causes = (case.cause,) if isinstance(case.cause, str) else case.cause
     assert adapter.cause in (causes or ()), texts(run.findings(case), run.root)
@@ -210,7 +210,7 @@ DEQUANTIZED_CASES = {name: case for name, case in GOOD.table.items() if case.qua
 
 
 @pytest.mark.parametrize("case", params(DEQUANTIZED_CASES))
-def test_a_format_that_a_gpu_could_leave_packed_is_dequantized_into_plain_modules(case: Case, run: Run) -> None:
+def test_a_format_that_a_gpu_could_leave_packed_is_dequantized(case: Case, run: Run) -> None:
     base = loaded(case, run)
     assert base.source.options["quantization_config"].dequantize
     classes = {type(module).__module__ for module in base.model.modules()}

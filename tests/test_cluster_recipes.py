@@ -57,7 +57,7 @@ def test_a_pod_has_few_rights_and_limits_on_memory_and_disk(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_each_mount_has_its_volume_and_what_the_gate_writes_is_mounted(name: str) -> None:
+def test_each_mount_has_its_volume_and_outputs_are_mounted(name: str) -> None:
     pod, container = PODS[name]
     assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
     written = [one["mountPath"] for one in container["volumeMounts"] if not one.get("readOnly")]

@@ -314,7 +314,7 @@ def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_base_that_is_larger_than_the_memory_is_told_before_it_is_loaded(
+def test_a_base_larger_than_the_memory_is_told_before_its_load(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(groups.MemoryGroup, "free_bytes", lambda _: 100)
@@ -337,7 +337,7 @@ def test_a_sandbox_that_is_not_whole_is_told_once(
 
 
 @pytest.mark.usefixtures("place")
-def test_a_base_that_takes_long_to_load_is_named_and_so_is_an_adapter(
+def test_a_base_or_an_adapter_that_takes_long_is_named(
     worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     worker += [protocol.Idle(task=task, base="./base", seconds=61.0, limit_s=900.0) for task in (None, 0)]
@@ -412,9 +412,7 @@ def test_a_run_writes_the_copies_of_its_report(place: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
-def test_a_run_that_ends_early_leaves_no_old_copy_and_a_usage_error_every_one(
-    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ends_early_leaves_no_old_copy(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(PASS, place / "old")
     old = shutil.copy(place / "old" / "junit.xml", place / "tests.xml").read_bytes()
     words = [command, "gate.yml", "--report", "junit=tests.xml"]
@@ -530,7 +528,7 @@ def test_a_check_has_a_report_that_claims_no_merge(place: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("has_begun", [True, False])
-def test_copies_are_made_of_the_report_that_came_out_of_a_container(
+def test_copies_are_made_of_the_report_of_a_container(
     has_begun: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def run(asked: ContainerRun, log: Callable[[bytes], None]) -> int:

@@ -178,7 +178,7 @@ def test_the_picture_of_the_terminal_shows_what_the_demo_prints(without_a_direct
     assert without_numbers(shown) == without_numbers("".join(f"$ merge-gate demo {plain(answer.out)}".split()))
 
 
-def test_a_picture_of_the_terminal_has_all_its_text_and_asks_for_nothing() -> None:
+def test_a_picture_of_the_terminal_is_whole_and_asks_for_nothing() -> None:
     svg = drawn("\x1b[31mred\x1b[0m <b>&amp; plain\n\n" + "w" * 250, "title")
     assert text_of(svg) == "red<b>&amp;plain" + "w" * 250
     assert set(re.findall(r"https?://[^\s\"]+", svg)) <= {"http://www.w3.org/2000/svg", "https://www.textualize.io"}

@@ -134,7 +134,7 @@ def test_every_target_is_told_to_contributors() -> None:
     assert set(re.findall(r"^\| `make ([\w-]+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
 
 
-def test_make_help_has_every_target_and_the_hours_that_contributors_are_told() -> None:
+def test_make_help_has_every_target_and_the_told_hours() -> None:
     command = ["make", "--file", str(ROOT / "Makefile"), "help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^make ([\w-]+) ", shown, re.MULTILINE)) == make_targets() - {"help"}
@@ -493,7 +493,7 @@ LEAST_BETTER = 12
 PACKAGE = ROOT / "src" / "merge_gate"
 
 
-def test_every_folder_is_in_the_architecture_with_modules_that_it_has() -> None:
+def test_every_folder_is_in_the_architecture_with_its_modules() -> None:
     folders = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("*.py")} - {"./"}
     rows = dict(re.findall(r"^\| `([\w/]+/)` \| [^|]+ \| ([^|]+) \|$", ARCHITECTURE, re.MULTILINE))
     assert set(rows) | {"engine/", "features/", "report/"} == folders
@@ -600,7 +600,7 @@ def test_each_format_is_judged_or_refused_as_the_table_says() -> None:
     assert refused <= KNOWN_NAMES.keys()
 
 
-def test_the_formats_were_not_tried_with_later_versions_than_these() -> None:
+def test_the_formats_were_not_tried_with_later_versions() -> None:
     """Later releases are tried when someone does; the page must not claim it before."""
     tried = re.search(r"torch ([\d.]+\d), transformers ([\d.]+\d) and PEFT ([\d.]+\d)", BASES_PAGE)
     assert tried

@@ -72,7 +72,7 @@ def test_where_another_process_merges_none_is_started(
     assert meanwhile == [[]]
 
 
-def test_it_runs_while_the_config_is_read_and_is_ended_where_all_is_known(
+def test_it_runs_while_the_config_is_read_and_ends_if_unused(
     place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all is known it is gone before the report is made. On one core it is not started before it is needed."""

@@ -42,7 +42,7 @@ def entry() -> dict[str, Any]:
     return one
 
 
-def test_a_model_that_was_not_run_is_an_error_only_if_that_is_required() -> None:
+def test_a_model_that_was_not_run_is_an_error_only_if_required() -> None:
     assert gate(changes=NOT_RUN) == 0
     assert gate(changes=NOT_RUN, forward="required") == 3
     assert entry()["cause"] == "not-judged"
@@ -99,7 +99,7 @@ def test_the_worker_is_told_whether_to_run_the_model(monkeypatch: pytest.MonkeyP
     ("forward", "one_pass", "is_run"),
     [("auto", True, False), ("auto", False, True), ("off", True, False), ("required", True, True)],
 )
-def test_a_base_of_which_a_part_is_read_is_run_only_if_that_is_required(
+def test_a_base_that_is_partly_read_is_run_only_if_required(
     forward: str, one_pass: bool, is_run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record of an earlier run is used only in a pass; any other base is measured again, and read whole."""
@@ -138,7 +138,7 @@ def test_a_verdict_whose_model_died_is_not_stored(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("forward", [replace(RAN, missing=True), Forward(why_not="no memory", missing=True)])
-def test_a_verdict_for_which_memory_did_not_suffice_is_not_stored(forward: Forward) -> None:
+def test_a_verdict_without_enough_memory_is_not_stored(forward: Forward) -> None:
     for _ in range(2):
         assert gate("--cache", "cache", changes={"forward": forward}) == 0
         assert not entry()["cached"]

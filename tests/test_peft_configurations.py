@@ -115,7 +115,7 @@ def test_every_row_on_every_model_is_tried(outcomes: dict[str, Outcome]) -> None
 
 
 @pytest.mark.slow
-def test_the_gate_merges_to_pefts_bits_and_refuses_what_peft_refuses(outcomes: dict[str, Outcome]) -> None:
+def test_the_gate_merges_and_refuses_as_peft_does(outcomes: dict[str, Outcome]) -> None:
     for name, one in outcomes.items():
         raised = next((words for part, words in REFUSED.items() if part in name), None)
         if WRONG_MERGE in name:

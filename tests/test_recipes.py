@@ -69,7 +69,7 @@ def checkout(shelf: Shelf, tmp_path: Path) -> Path:
     ],
     ids=["GitLab", "Jenkins"],
 )
-def test_the_job_fails_and_its_report_lies_where_it_is_looked_for(
+def test_the_job_fails_and_its_report_is_where_it_should_be(
     command: str, junit: str, kept: str, checkout: Path
 ) -> None:
     done = shell(command, cwd=checkout, **GITLAB["variables"])
@@ -231,7 +231,7 @@ def upload(hub: LoopbackHub, model: Path, parent: str, place: Path, token: str =
     return done.returncode, done.stdout.strip() or done.stderr
 
 
-def test_a_published_model_replaces_the_repository_in_one_commit_or_not_at_all(tmp_path: Path) -> None:
+def test_a_published_model_replaces_the_repository_in_one_commit(tmp_path: Path) -> None:
     model = tmp_path / "support"
     published.publish(model)
     files = {name: (model / name).read_bytes() for name in (*published.FILES, "merge-gate.json", "README.md")}

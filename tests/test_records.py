@@ -111,7 +111,7 @@ P, F, E = Verdict.PASSED, Verdict.FAILED, Verdict.ERROR
         (report(F, complete=False), Result.FAIL),
     ],
 )
-def test_a_proven_failure_outranks_all_and_nothing_vacuous_passes(one: Report, result: Result) -> None:
+def test_a_proven_failure_outranks_all_and_no_vacuous_one_passes(one: Report, result: Result) -> None:
     assert one.result is result
 
 

@@ -19,7 +19,7 @@ def test_every_listed_file_exists() -> None:
     assert not {*ONE_BY_ONE, *TOGETHER} & {*FIRST}, "no such unit of work"
 
 
-def test_every_file_that_needs_the_judged_cases_is_in_their_group() -> None:
+def test_every_file_that_needs_the_judged_cases_is_grouped() -> None:
     users = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -28,7 +28,7 @@ def test_every_file_that_needs_the_judged_cases_is_in_their_group() -> None:
     assert users == {file for file, group in TOGETHER.items() if group == "judged"}
 
 
-def test_the_sweeps_have_what_the_other_target_leaves_out_or_shortens() -> None:
+def test_the_sweeps_have_what_make_test_leaves_out_or_shortens() -> None:
     """Tests that are marked `slow`, and properties, which pytest's plugin of hypothesis marks."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     left_out, swept = (

@@ -48,7 +48,7 @@ def test_a_broken_adapter_is_compared_with_the_intact_one(work: Path) -> None:
     assert set(servers.compared(peft(work, "plain"), peft(work, "base-llama"), None)) == {"moved"}
 
 
-def test_an_adapter_of_the_text_class_lacks_the_name_that_the_wrapper_stores(work: Path) -> None:
+def test_an_adapter_of_the_text_class_lacks_the_wrappers_name(work: Path) -> None:
     adapter = servers.read_tensors(work / "adapters" / "text-class")
     base = servers.read_tensors(work / "bases" / "qwen3.5", "model.safetensors")
     assert not [name for name in adapter if "language_model" in name]
@@ -75,9 +75,7 @@ def test_an_answer_has_a_word(answer: dict[str, float], word: str) -> None:
     assert servers.cell({"export": "no plain LoRA"} | facts, "vLLM", "export") == "none"
 
 
-def test_an_adapter_that_ends_the_server_is_refused_and_the_others_are_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_that_ends_the_server_is_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "server.py").write_text(SERVER, encoding="utf-8")
     monkeypatch.setattr(servers, "HERE", tmp_path)
     monkeypatch.setattr(servers, "SERVERS", {"own": "server.py"})

@@ -90,7 +90,7 @@ def test_a_link_of_a_page_leads_to_a_page_or_a_copy(link: str, expected: str, mo
     assert len(files) == ("files/" in expected)
 
 
-def test_a_link_to_a_folder_leads_to_the_repository_once_it_has_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_to_a_folder_leads_to_the_repository_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "PROJECT_URL", "https://github.com/acme/merge-gate")
     page = SitePage("guides/fleets.md", GUIDE, "[a](../../recipes)")
     assert staged_text(page, {}, set()) == "[a](https://github.com/acme/merge-gate/tree/main/recipes)"

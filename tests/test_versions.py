@@ -136,7 +136,7 @@ def setup_py() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def test_the_readme_s_links_are_absolute_once_there_is_an_address() -> None:
+def test_the_readme_s_links_are_absolute_with_an_address() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     absolute = setup_py()["absolute"]
     assert absolute(readme, "", "1.0.0") == readme
@@ -157,7 +157,7 @@ def test_the_package_has_no_link_before_there_is_an_address() -> None:
     assert links(REPOSITORY, "https://acme.github.io/merge-gate/1.0.0/")["Repository"] == REPOSITORY
 
 
-def test_the_file_with_the_address_imports_the_standard_library_only() -> None:
+def test_the_file_with_the_address_imports_the_library_only() -> None:
     tree = ast.parse((ROOT / "src" / "merge_gate" / "records" / "project.py").read_text(encoding="utf-8"))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

@@ -40,7 +40,7 @@ def test_every_input_reaches_the_gate_step_and_no_other_way() -> None:
     assert GATE["env"] == {**environ, "MERGE_GATE_JOB_INDEX": "${{ strategy.job-index }}"}
 
 
-def test_the_first_step_has_what_the_caches_depend_on_and_no_token() -> None:
+def test_the_first_step_has_the_key_of_the_caches_and_no_token() -> None:
     """Both steps compute the same places and keys, so they need the same words."""
     token = PREPARE["env"]["MERGE_GATE_INPUT_HF_TOKEN"]
     assert token == "${{ inputs.hf-token != '' && 'set' || '' }}"

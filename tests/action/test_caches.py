@@ -124,9 +124,7 @@ INTO_CONTAINERS = {"the input", "HF_TOKEN", "another Hub"}
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("runtime", ["auto", "native", "docker"])
-def test_what_a_token_may_have_read_is_not_kept_in_a_public_repository(
-    tmp_path: Path, source: str, runtime: str
-) -> None:
+def test_what_a_token_may_have_read_is_not_kept_in_public(tmp_path: Path, source: str, runtime: str) -> None:
     home = tmp_path / "home"
     given = {name: value.replace("HOME", str(home)) for name, value in SOURCES[source].items()}
     if source in FILES:
@@ -157,7 +155,7 @@ def test_the_runs_with_and_without_a_token_share_nothing(tmp_path: Path, wording
     wording(caches.why_not_saved(run_of(tmp_path, "push", HF_TOKEN="hf")))
 
 
-def test_a_payload_that_cannot_be_read_is_that_of_a_public_repository_and_a_fork(tmp_path: Path) -> None:
+def test_an_unreadable_payload_is_that_of_a_public_fork(tmp_path: Path) -> None:
     environ = run_of(tmp_path, "pull_request", HF_TOKEN="hf")
     (tmp_path / "event.json").write_text("[" * 100_000, encoding="utf-8")
     event = read_event(environ)
@@ -165,7 +163,7 @@ def test_a_payload_that_cannot_be_read_is_that_of_a_public_repository_and_a_fork
     assert caches.outputs(environ)["hub-prefix"] == ""
 
 
-def test_names_for_code_scanning_and_comments_are_the_same_in_each_run(tmp_path: Path) -> None:
+def test_names_for_code_scanning_are_the_same_in_each_run(tmp_path: Path) -> None:
     environ = run_of(tmp_path, "push", GITHUB_JOB="gate", MERGE_GATE_INPUT_CONFIG="gate/a b.yml")
     first = caches.outputs(environ)
     assert first["category"] == "merge-gate-gate-a-b.yml"
@@ -175,7 +173,7 @@ def test_names_for_code_scanning_and_comments_are_the_same_in_each_run(tmp_path:
     assert shard["category"] == "merge-gate-adapters-1-2"
 
 
-def test_the_hubs_cache_of_a_native_run_is_in_its_directory_and_a_stored_token_stays(tmp_path: Path) -> None:
+def test_the_hubs_cache_of_a_native_run_is_in_its_directory(tmp_path: Path) -> None:
     environ = {"HF_HUB_CACHE": "/elsewhere", "HUGGINGFACE_HUB_CACHE": "/elsewhere", "XDG_CACHE_HOME": str(tmp_path)}
     run = ContainerRun(None, tmp_path, tmp_path, hf_cache=tmp_path / "hub", environ=environ, gpus="none")
     given, _ = step.gpus_and_device(run)

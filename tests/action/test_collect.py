@@ -92,7 +92,7 @@ def test_a_source_that_is_a_link_is_not_followed(source: Path, target: Path, tmp
         collect.take(tmp_path / "link", target)
 
 
-def test_a_link_at_the_target_is_replaced_and_not_written_through(source: Path, target: Path, tmp_path: Path) -> None:
+def test_a_link_at_the_target_is_replaced_and_not_followed(source: Path, target: Path, tmp_path: Path) -> None:
     """A checkout may hold a link under the report's name."""
     (source / "report.json").write_text("{}", encoding="utf-8")
     (target / "report.json").symlink_to(tmp_path / "secret")

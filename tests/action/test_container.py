@@ -45,7 +45,7 @@ def prepared(tmp_path: Path) -> PreparedContainer:
     return PreparedContainer(None, PLAIN, "merge-gate-1", tmp_path / "cache", tmp_path / "written", {inside: planted})
 
 
-def test_the_words_hold_no_secret_and_are_relative_to_the_workspace(run: ContainerRun) -> None:
+def test_the_words_have_no_secret_and_are_relative(run: ContainerRun) -> None:
     words = container.command(replace(run, arguments=("--only", "a b")))
     assert words == ["run", "gate/config.yml", "--output", str(run.output), "--device", "auto", "--only", "a b"]
     assert TOKEN not in repr(run)
@@ -77,9 +77,7 @@ def test_whoever_inspects_the_container_sees_no_secret(run: ContainerRun, prepar
     assert handover.MARKER not in container.environment(replace(run, environ={}), prepared)
 
 
-def test_without_a_configuration_the_container_looks_for_the_first_adapter(
-    run: ContainerRun, prepared: PreparedContainer
-) -> None:
+def test_the_container_looks_for_the_first_adapter(run: ContainerRun, prepared: PreparedContainer) -> None:
     adapter = run.workspace / "a"
     adapter.mkdir()
     named = replace(run, config=None, adapters=("acme/lora", "./a"))
@@ -107,7 +105,7 @@ def test_a_runner_that_debugs_debugs_the_gate_inside(
         ({"nvidia_runtime": True}, "", "void"),
     ],
 )
-def test_the_image_asks_for_no_gpu_beside_those_that_were_asked_for(run, prepared, facts, gpus, visible) -> None:
+def test_the_image_asks_for_no_gpu_beside_the_given_ones(run, prepared, facts, gpus, visible) -> None:
     environ = container.environment(replace(run, gpus=gpus), replace(prepared, engine=replace(PLAIN, **facts)))
     assert environ.get("NVIDIA_VISIBLE_DEVICES") == visible
     assert environ.get("MERGE_GATE_GPUS", "") == gpus
@@ -128,14 +126,14 @@ def test_a_companys_own_authority_is_there_inside(
     assert last["ReadOnly"] is True
 
 
-def test_the_container_writes_beside_the_output_and_to_the_cache_only(run, prepared, tmp_path: Path) -> None:
+def test_the_container_writes_beside_the_output_and_to_the_cache(run, prepared, tmp_path: Path) -> None:
     listed = container.mounts(replace(run, mounts=(tmp_path / "bases",)), prepared)
     writable = {mount["Target"]: mount["Source"] for mount in listed if not mount["ReadOnly"]}
     assert writable == {str(run.output): str(prepared.written), str(prepared.cache): str(prepared.cache)}
     assert {mount["Target"] for mount in listed if mount["ReadOnly"]} == {str(run.workspace), str(tmp_path / "bases")}
 
 
-def test_the_cache_of_verdicts_is_written_to_and_its_secret_seen_by_nobody(run, prepared, tmp_path: Path) -> None:
+def test_the_cache_is_written_to_and_its_secret_seen_by_nobody(run, prepared, tmp_path: Path) -> None:
     key = "0123456789abcdef"
     run = replace(
         run, cache=tmp_path / "verdicts", environ={"MERGE_GATE_CACHE_KEY": key, "MERGE_GATE_PLACE": "a/b run 7"}
@@ -179,7 +177,7 @@ def test_other_exit_codes_are_no_verdict(code: int, killed: bool, says: str) -> 
         container.exit_code(code, killed)
 
 
-def test_the_main_thread_stays_free_for_signals_while_the_container_runs() -> None:
+def test_the_main_thread_is_free_for_signals_during_a_container() -> None:
     waited: list[threading.Thread] = []
 
     class Ending:

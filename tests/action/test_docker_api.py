@@ -62,7 +62,7 @@ def test_no_sdk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, wording: Wording)
     wording(raised.value.hint)
 
 
-def test_an_engine_behind_tls_whose_files_are_no_certificates_is_a_sentence(tmp_path: Path) -> None:
+def test_an_engine_behind_tls_without_certificates_is_a_sentence(tmp_path: Path) -> None:
     for name in ("ca.pem", "cert.pem", "key.pem"):
         (tmp_path / name).write_text("none", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as server:

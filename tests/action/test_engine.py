@@ -357,9 +357,7 @@ def orphan(engine: Engine, **labels: str) -> Container:
     return made
 
 
-def test_a_container_whose_launcher_is_gone_is_removed_and_one_that_may_live_is_not(
-    run, engine: Engine, heard: Heard
-) -> None:
+def test_a_container_whose_launcher_is_gone_is_removed_alone(run, engine: Engine, heard: Heard) -> None:
     orphan(engine, **{leftovers._UNTIL: "1"})
     assert heard.run(run) == 1
     assert engine.containers == {}
@@ -368,9 +366,7 @@ def test_a_container_whose_launcher_is_gone_is_removed_and_one_that_may_live_is_
     assert list(engine.containers.values()) == [living]
 
 
-def test_an_orphan_that_cannot_be_removed_is_told_and_stops_nobody(
-    run, engine: Engine, heard: Heard, wording: Wording
-) -> None:
+def test_an_orphan_that_cannot_be_removed_is_told(run, engine: Engine, heard: Heard, wording: Wording) -> None:
     orphan(engine, **{leftovers._UNTIL: "1"})
     engine.wrong["DELETE /containers/f+"] = [(409, {"message": "removal is in progress"})] * 6
     assert heard.run(run) == 1
@@ -395,7 +391,7 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(
     nothing_is_left(run, engine)
 
 
-def test_code_inside_that_removes_its_report_directory_costs_the_report(
+def test_code_that_removes_its_report_directory_costs_the_report(
     run, engine: Engine, heard: Heard, wording: Wording
 ) -> None:
     def remove(inside: Container) -> int:

@@ -95,7 +95,7 @@ def test_adapters_need_no_configuration(environ: dict[str, str]) -> None:
     assert (run.adapters, run.base) == (("./adapters/a",), str(workspace.parent))
 
 
-def test_a_directory_for_models_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
+def test_a_directory_for_models_is_an_option_and_a_mount(environ: dict[str, str]) -> None:
     inputs = action.read_inputs({**environ, **words(publish="merged")})
     merged = Path(environ["GITHUB_WORKSPACE"]).resolve() / "merged"
     assert inputs.run.publish == merged
@@ -281,7 +281,7 @@ def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_pat
         assert given == given.resolve() == tmp_path / "temp" / "out"
 
 
-def test_a_link_of_the_checkout_is_left_for_the_launcher_to_refuse(environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_link_of_the_checkout_is_left_for_the_launcher(environ: dict[str, str], tmp_path: Path) -> None:
     link = Path(environ["GITHUB_WORKSPACE"], "reports")
     link.symlink_to(tmp_path)
     assert action.read_inputs({**environ, **words(output="reports")}).run.output == link

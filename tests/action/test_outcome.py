@@ -71,7 +71,7 @@ def test_pass_and_fail_need_exit_code_and_finished_report(
         ("1/2", "error"),
     ],
 )
-def test_a_shard_without_adapters_passes_and_a_run_without_them_does_not(tmp_path: Path, shard, result: str) -> None:
+def test_a_shard_without_adapters_passes_and_a_run_does_not(tmp_path: Path, shard, result: str) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report("pass", adapters=0, shard=shard)), encoding="utf-8")
     assert outcome.decide(0, tmp_path / "report.json").result == result
 
@@ -182,7 +182,7 @@ def test_a_warning_fails_the_job_if_it_is_asked_to(fail_on: str, fails: bool) ->
 
 
 @pytest.mark.parametrize("found", [None, entries("passed")])
-def test_a_run_without_a_complete_report_fails_the_job_in_any_case(found: dict | None) -> None:
+def test_a_run_without_a_complete_report_fails_the_job(found: dict | None) -> None:
     lost = outcome.StepOutcome("error", found, "it was lost")
     assert outcome.conclude(lost, "never", fail_on_not_judged=False)[0]
 
@@ -222,7 +222,7 @@ def test_the_headline_is_a_line_that_nothing_interprets(result: str, problem: st
 # --- published models ------------------------------------------------------------------------------------------------
 
 
-def test_a_published_model_is_listed_with_the_digest_of_its_manifest(tmp_path: Path) -> None:
+def test_a_published_model_is_listed_with_its_manifests_digest(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "merge-gate.json").write_bytes(b"{}")

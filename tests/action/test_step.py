@@ -241,7 +241,7 @@ def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str],
     assert summary.endswith("## the gate's own\n")
 
 
-def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[str, str]) -> None:
+def test_a_wrong_configuration_is_named_in_the_annotation(environ: dict[str, str]) -> None:
     process = step(environ, runtime="native")
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0

@@ -143,7 +143,7 @@ def test_what_is_so_in_several_dtypes_is_annotated_once() -> None:
     assert [title.rpartition(" ")[2] for title in titles] == ["adapter-nonfinite", "merged-nonfinite"]
 
 
-def test_a_failure_that_is_accepted_is_a_warning_after_the_errors() -> None:
+def test_an_accepted_failure_is_a_warning_after_the_errors() -> None:
     known = adapter("known") | {"accepted": {"reason": "r", "owner": "o", "until": "2026-12-31"}}
     lines = workflow.annotate({"adapters": [known, adapter("new")]}, "")
     assert [line.partition(" ")[0] for line in lines] == ["::error", "::warning"]
@@ -228,7 +228,7 @@ def test_paths_are_no_patterns() -> None:
     assert workflow.literal_patterns(paths) == "/w/reports \\[gpu]/report.json\n/w/a\\*b\\?/c\\\\d"
 
 
-def test_problems_of_the_configuration_are_annotated_at_their_lines(wording: Wording) -> None:
+def test_problems_of_the_configuration_are_annotated_at_lines(wording: Wording) -> None:
     stream = io.BytesIO()
     log = workflow.Log(stream, config="gate/a.yml")
     log.write(b"gate/a.yml:3:5: adapters: unknown key\nother.yml:1:1: no\n x gate/a.yml:3:5: no\ngate/a.yml:9:1: :")

@@ -31,7 +31,7 @@ def seen(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["linear", "attention", "experts"])
-def test_factors_are_on_the_card_during_a_merge_in_their_own_dtype(kind: str, seen: dict[str, Any]) -> None:
+def test_factors_are_on_the_card_in_their_own_dtype(kind: str, seen: dict[str, Any]) -> None:
     """Those of layers inside of a layer, too."""
     assert seen[kind] == ON_CARD
 

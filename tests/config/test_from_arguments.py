@@ -128,7 +128,7 @@ def test_problems_are_usage_errors(names: list[str], options: dict[str, object],
         wording(caught.value)
 
 
-def test_an_adapters_own_files_stand_for_it_as_a_hook_of_git_names_them(here: Path) -> None:
+def test_an_adapters_files_stand_for_it_as_hooks_name_them(here: Path) -> None:
     (here / "support" / "adapter_model.safetensors").write_bytes(b"")
     names = ["support/adapter_config.json", "support/adapter_model.safetensors", "teams/a/billing/adapter_config.json"]
     assert not names_a_file(names)
@@ -152,7 +152,7 @@ def test_directories_of_one_name_are_told_apart(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("closed")
-def test_an_adapter_that_may_not_be_read_is_left_to_the_preflight() -> None:
+def test_an_unreadable_adapter_is_left_to_the_preflight() -> None:
     (adapter,) = config_of(["teams"]).adapters
     assert adapter.source == "teams"
 
@@ -261,7 +261,7 @@ def test_a_first_config_pins_bases_that_are_here(here: Path) -> None:
     assert pinned == {"billing": ((ALL_WEIGHTS, "b" * 64),), "support": ()}
 
 
-def test_the_only_checkpoint_of_a_run_is_listed_and_nothing_is_left_out(here: Path) -> None:
+def test_the_only_checkpoint_of_a_run_is_listed_whole(here: Path) -> None:
     (here / "runs/sums/checkpoint-9").mkdir(parents=True)
     (here / "runs/sums/checkpoint-9/adapter_config.json").write_text("{}")
     text = first_config(["runs"], base_of)
@@ -298,7 +298,7 @@ def test_a_first_config_takes_a_base_of_the_hub_as_it_is(base: str, wording: Wor
     wording(next(line for line in text.splitlines() if base in line))
 
 
-def test_a_base_is_a_directory_above_the_adapter_or_a_model_that_was_found(here: Path, wording: Wording) -> None:
+def test_a_base_is_a_directory_above_the_adapter_or_a_model(here: Path, wording: Wording) -> None:
     """A model has a config and weights; a directory above the adapter need not, since the adapter names it."""
     (here / "teams/data/base/tiny").mkdir(parents=True)
     text = first_config(["teams"], lambda _: "data/base/tiny")

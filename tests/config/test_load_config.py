@@ -314,7 +314,7 @@ adapters:
     assert {spec.base for spec in config.adapters} == {config.adapters[0].base}
 
 
-def test_a_byte_order_mark_and_text_that_only_looks_like_a_number(place: Path) -> None:
+def test_a_byte_order_mark_and_text_that_looks_like_a_number(place: Path) -> None:
     config = load(place, b"\xef\xbb\xbfversion: 1\nadapters: [{path: acme/x, revision: 2026-01-31, name: 12:30:45}]\n")
     assert (config.adapters[0].revision, config.adapters[0].name) == ("2026-01-31", "12:30:45")
 
@@ -393,7 +393,7 @@ def test_aliases_cannot_lead_deeper_than_lists_can(place: Path) -> None:
         assert any("aliases" in problem and "32" in problem for problem in problems(place, text))
 
 
-def test_an_unknown_member_is_not_reported_while_other_entries_are_unreadable(place: Path) -> None:
+def test_an_unknown_member_waits_for_entries_that_are_unreadable(place: Path) -> None:
     found = problems(place, COMBINE + "{method: cat, adapters: [suport], weights: [1]}\n  - ./adapters/suport\n")
     assert [problem.split(": ")[0] for problem in found] == ["7:5"]
 

@@ -52,7 +52,7 @@ def name(adapter: Path) -> str:
     return f"{adapter.parent.name}/{adapter.name}"
 
 
-def test_the_corpus_has_eight_releases_and_the_tables_name_what_is_there() -> None:
+def test_the_corpus_has_eight_releases_that_the_tables_name() -> None:
     names = {name(adapter) for adapter in ADAPTERS}
     assert len({adapter.parent.name for adapter in ADAPTERS}) >= 8
     assert len(names) >= 50
@@ -72,7 +72,7 @@ def test_it_is_merged_into_what_its_release_merged(adapter: Path, gate: Gate) ->
     assert ("meaning-changed" in warned) == (which in CHANGED), str(held.judgement)
 
 
-def test_a_converted_bone_adapter_is_merged_into_what_its_release_merged(tmp_path: Path, gate: Gate) -> None:
+def test_a_converted_bone_adapter_merges_as_its_release_did(tmp_path: Path, gate: Gate) -> None:
     """What scripts/convert-bone-to-miss.py of PEFT's repository does, which the hint names."""
     adapter = tmp_path / "bone"
     shutil.copytree(HERE / "adapters" / "0.15.2" / "bone", adapter)

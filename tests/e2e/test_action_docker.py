@@ -53,7 +53,7 @@ def test_the_chain_is_green_and_red(tool, repository: Path, tmp_path: Path, bare
     assert not [name for name in left if "sdk" in name or "hf" in name], "the SDK and the cache are gone"
 
 
-def test_every_input_reaches_the_container_and_an_empty_one_has_its_default(
+def test_every_input_reaches_the_container_or_its_default_does(
     tool, repository: Path, tmp_path: Path, bare, released, engine: str, rogue: str, podman
 ) -> None:
     home = tmp_path / "run" / "home"
@@ -112,7 +112,7 @@ def test_a_gpu_that_is_not_there_is_an_error(
 
 
 @pytest.mark.usefixtures("image")
-def test_a_model_is_published_and_verified_natively_and_in_the_container(
+def test_a_model_is_published_and_verified_natively_and_inside(
     tool, repository: Path, tmp_path: Path, installed, released, engine: str
 ) -> None:
     make_repository(repository, "publish.yml")

@@ -74,9 +74,7 @@ def company(certificates: Path, demo: Path, tmp_path: Path) -> Iterator[Company]
 
 
 @pytest.mark.parametrize("access", ["download", "stream"])
-def test_a_base_comes_through_the_proxy_from_a_hub_that_the_companys_authority_signed(
-    access: str, company: Company
-) -> None:
+def test_a_base_comes_through_proxy_and_companys_authority(access: str, company: Company) -> None:
     answer, report = company.run("--access", access)
     assert answer.code == 0, answer.said
     assert {credentials for _, credentials in company.proxy.asked} == {
@@ -92,7 +90,7 @@ def test_a_base_comes_through_the_proxy_from_a_hub_that_the_companys_authority_s
 
 
 @pytest.mark.parametrize("access", ["download", "stream"])
-def test_an_authority_that_is_not_trusted_and_a_proxy_that_refuses_are_errors(access: str, company: Company) -> None:
+def test_an_untrusted_authority_and_a_refusing_proxy_are_errors(access: str, company: Company) -> None:
     answer, report = company.run("--access", access, SSL_CERT_FILE=str(company.place / "none.pem"))
     assert answer.code == 3, answer.said
     assert report["adapters"][0]["verdict"] == "error"

@@ -338,7 +338,7 @@ def fake_gpu() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fake_gpu")
 @pytest.mark.parametrize("gpus", ["all", "0"])
-def test_a_gpu_that_is_asked_for_arrives_and_a_cpu_does_not_stand_in(run: ContainerRun, log: Log, gpus: str) -> None:
+def test_a_gpu_that_is_asked_for_arrives_and_no_cpu_instead(run: ContainerRun, log: Log, gpus: str) -> None:
     """The device is there; torch in the CPU image cannot use it; that is an error and not a run on the CPU."""
     assert run_in_container(replace(run, gpus=gpus), log) == 3, log.text
     assert "/dev/nvidia0" in log.text

@@ -245,7 +245,7 @@ def test_the_first_step_judges_whatever_sdk_the_runner_has(
 
 @pytest.mark.parametrize("sdk", ["none", *SDKS])
 @pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_the_first_step_refuses_an_engine_elsewhere_in_a_sentence(
+def test_the_first_step_refuses_an_engine_elsewhere(
     home: Path, bare: Path, released: Path, place: Path, way, sdk: str
 ) -> None:
     python = (bare if sdk == "none" else home / "sdks" / sdk / "bin") / "python"

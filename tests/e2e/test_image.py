@@ -57,7 +57,7 @@ def test_nothing_of_the_building_machine_is_in_it(inspected: dict, podman, image
     assert found.strip() == ""
 
 
-def test_it_holds_what_the_gate_uses_and_nothing_that_gives_more_rights(podman, image: str) -> None:
+def test_it_holds_what_the_gate_uses_and_gives_no_more_rights(podman, image: str) -> None:
     script = (
         "find / -xdev -type f -perm /6000; command -v pip pip3; ls -d /usr/local/lib/python3*/ensurepip; "
         "find /opt/merge-gate -name '*.h' -o -name '*.a' -o -type d -name tests | head -n 20"

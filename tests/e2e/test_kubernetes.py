@@ -81,7 +81,7 @@ def _of(kind: str, name: str, data: dict[str, str]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "data": data}
 
 
-def test_the_pod_gates_through_proxy_mirror_and_authority_with_few_rights(
+def test_the_pod_gates_through_proxy_mirror_and_authority(
     podman, image: str, company: CompanyProxy, certificates: Path, tmp_path: Path
 ) -> None:
     """One good and one broken adapter: exit code 1, a whole report, and a base that was never on a disk."""

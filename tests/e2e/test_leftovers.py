@@ -83,7 +83,7 @@ def next_run(run: ContainerRun) -> None:
     assert run_in_container(replace(run, config=config, output=run.output.with_name("next")), print) == 3
 
 
-def test_a_killed_launcher_leaves_a_container_to_the_next_run_and_no_token(run: ContainerRun, launch) -> None:
+def test_a_killed_launcher_leaves_a_container_and_no_token(run: ContainerRun, launch) -> None:
     process = launch()
     wait_for_container(run, "running")
     process.kill()

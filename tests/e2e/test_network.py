@@ -44,7 +44,7 @@ def company(certificates: Path, demo: Path) -> Iterator[CompanyProxy]:
 
 
 @pytest.mark.parametrize("authority", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", ""])
-def test_models_come_through_the_proxy_from_a_hub_that_the_companys_authority_vouches_for(
+def test_models_come_through_proxy_and_companys_authority(
     engine: str, image: str, company: CompanyProxy, certificates: Path, tmp_path: Path, authority: str
 ) -> None:
     """And from none that nobody vouches for."""

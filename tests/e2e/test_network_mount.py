@@ -70,7 +70,7 @@ def test_a_mount_that_fails_is_an_error_and_no_hang(
     assert "Traceback" not in said
 
 
-def test_a_mount_that_hangs_costs_each_adapter_its_time_limit_and_no_more(demo: Path, tmp_path: Path) -> None:
+def test_a_mount_that_hangs_costs_each_adapter_its_time_limit(demo: Path, tmp_path: Path) -> None:
     """The reason of an error stays in the report, though the files cannot be compared at the end.
 
     The process ends when the server of the mount does: until then, the kernel keeps the threads that read.

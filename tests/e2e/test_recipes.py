@@ -58,7 +58,7 @@ def of_the_fork(sha: str = SHA) -> list[dict]:
     return [{"number": 5, "head": {"label": "stranger:fix/it", "sha": sha}}]
 
 
-def test_a_pull_request_from_a_fork_gets_one_comment_that_is_edited(comment) -> None:
+def test_a_pull_request_from_a_fork_gets_one_edited_comment(comment) -> None:
     github = GitHub(pulls=of_the_fork(), artifacts={"merge-gate-report-gate--x1": archive(summary__md=SUMMARY)})
     github.comments.append({"id": 1, "user": {"login": "stranger"}, "body": "<!-- merge-gate --> not the bot's"})
     run = comment(github, ended())
@@ -75,7 +75,7 @@ def test_a_pull_request_from_a_fork_gets_one_comment_that_is_edited(comment) -> 
     assert TOKEN not in run.raw
 
 
-def test_what_a_stranger_packs_into_the_artifact_reads_no_file_here(comment) -> None:
+def test_what_a_stranger_packs_into_the_artifact_reads_nothing(comment) -> None:
     evil = archive(summary__md="->/proc/self/environ", other__md="->/etc/passwd")
     github = GitHub(pulls=of_the_fork(), artifacts={"merge-gate-report-gate--x1": evil})
     run = comment(github, ended())
@@ -143,7 +143,7 @@ def test_a_broken_adapter_in_one_shard_is_the_verdict_of_all(fleet) -> None:
     assert {run.report(name)["result"] for name in names} >= {"fail"}
 
 
-def test_a_fleet_that_is_sound_is_green_with_more_shards_than_adapters(fleet) -> None:
+def test_a_sound_fleet_is_green_with_more_shards_than_adapters(fleet) -> None:
     run = fleet("green.yml")
     assert run.code == 0, run.text
     assert [len(run.report(f"merge-gate-shard-{number}")["adapters"]) for number in (1, 2, 3, 4)] == [1, 0, 0, 0]

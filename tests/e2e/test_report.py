@@ -102,7 +102,7 @@ def test_it_opens_fast_quietly_and_for_everybody(visit: Any, count: int, size: s
     assert len(seen.requests) == 1
 
 
-def test_a_phone_s_first_screen_says_which_adapter_which_tensor_why_and_what_to_do(visit: Any) -> None:
+def test_a_phone_s_first_screen_says_what_failed_and_what_to_do(visit: Any) -> None:
     page: Page = visit(fleet(7), "phone").page
     height = SIZES["phone"]["height"]
     opened = page.locator("tbody.opened")
@@ -174,7 +174,7 @@ def test_the_table_sorts_and_filters(visit: Any) -> None:
     assert page.locator("#none").is_visible()
 
 
-def test_an_address_opens_its_adapter_and_paper_shows_what_is_not_cleared(visit: Any) -> None:
+def test_an_address_opens_its_adapter_and_paper_shows_all(visit: Any) -> None:
     page: Page = visit(fleet(7)).page
     page.evaluate("location.hash = '#adapter-team-005'")
     page.locator("#adapter-team-005.opened .heat").wait_for()

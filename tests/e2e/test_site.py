@@ -111,7 +111,7 @@ def test_every_page_is_accessible_and_fits_a_phone(browser: Browser, address: st
     assert complaints == []
 
 
-def test_a_page_of_each_kind_is_accessible_on_a_phone_in_the_dark(browser: Browser, address: str) -> None:
+def test_a_page_of_each_kind_is_accessible_on_a_dark_phone(browser: Browser, address: str) -> None:
     complaints: list[str] = []
     problems = []
     page = opened(browser, address, complaints, PHONE, "dark")

@@ -72,7 +72,7 @@ def test_the_file_that_config_json_names_goes_before_all_others(tmp_path: Path) 
     assert len(base.tensors) == len(PLAIN)
 
 
-def test_a_shard_that_is_a_link_into_the_blobs_of_a_cache_is_followed(tmp_path: Path) -> None:
+def test_a_shard_that_is_a_link_into_a_cache_is_followed(tmp_path: Path) -> None:
     blob = tmp_path / "blobs" / "0f"
     blob.parent.mkdir()
     blob.write_bytes(safetensors(PLAIN))
@@ -156,13 +156,13 @@ def test_a_pickled_shard_is_listed_where_torch_is(tmp_path: Path) -> None:
     assert (unread.tensors, unread.ghosts, unread.unlisted, unread.weights) == ((), (), (), ("x.bin",))
 
 
-def test_a_config_with_infinity_is_as_good_as_transformers_takes_it(tmp_path: Path) -> None:
+def test_a_config_with_infinity_is_read_as_by_transformers(tmp_path: Path) -> None:
     """State-space models have `time_step_limit: [0.0, Infinity]`."""
     base = read(tmp_path, {MODEL: safetensors(PLAIN), "config.json": b'{"time_step_limit": [0.0, Infinity]}'})
     assert not base.findings
 
 
-def test_a_million_entries_and_a_long_header_are_read_in_bounded_time(tmp_path: Path) -> None:
+def test_a_million_entries_and_a_long_header_take_bounded_time(tmp_path: Path) -> None:
     listed = {f"layers.{number}.weight": "x.safetensors" for number in range(100_000)}
     files = {INDEX: json.dumps({"metadata": {}, "weight_map": listed}).encode(), "x.safetensors": safetensors(PLAIN)}
     start = time.monotonic()
@@ -184,7 +184,7 @@ def test_ghosts_and_unlisted_tensors_are_notes(tmp_path: Path) -> None:
     assert SECOND[0] in unlisted.message
 
 
-def test_a_tensor_in_another_file_than_the_index_names_is_a_ghost(tmp_path: Path) -> None:
+def test_a_tensor_in_another_file_than_the_index_says_is_a_ghost(tmp_path: Path) -> None:
     shards = {"x.safetensors": HALVES[0], "y.safetensors": HALVES[1]}
     base = read(tmp_path, {INDEX: index(x__safetensors=SECOND, y__safetensors=FIRST), **shards})
     assert {*base.ghosts} == {(name, "y.safetensors") for name in FIRST} | {(name, "x.safetensors") for name in SECOND}
@@ -340,7 +340,7 @@ def test_a_format_that_is_judged(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["mtp.layers.0.fc.weight", "model.layers.1.eh_proj.weight"])
-def test_a_quantized_head_that_predicts_several_tokens_is_not_part_of_the_model(head: str, tmp_path: Path) -> None:
+def test_a_head_that_predicts_several_tokens_is_not_of_the_model(head: str, tmp_path: Path) -> None:
     tensors = PLAIN | {head: F8, f"{head}_scale_inv": SCALES}
     assert not of_tensors(tmp_path, tensors, num_hidden_layers=1).findings
     assert of_tensors(tmp_path, tensors, num_hidden_layers=2).findings or head.startswith("mtp")

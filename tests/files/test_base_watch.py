@@ -153,7 +153,7 @@ def test_a_digest_is_remembered(base: str) -> None:
     assert memory.stored == [digest_files(base, base_weight_files(base))]
 
 
-def test_a_digest_of_files_that_changed_meanwhile_is_not_remembered(
+def test_a_digest_of_files_that_changed_is_not_remembered(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_and_hash(directory: str, names: tuple[str, ...], _: object) -> dict[str, str]:
@@ -300,7 +300,7 @@ def test_digests_of_files_that_are_gone_do_not_count(base: str) -> None:
     assert watch.digest(base) is None
 
 
-def test_a_streamed_base_has_content_at_once_and_a_digest_when_its_bytes_passed(base: str) -> None:
+def test_a_streamed_base_has_a_digest_when_its_bytes_passed(base: str) -> None:
     weights, digests = weights_of(base), sha256_of(base)
     watch = BaseWatch()
     watch.listed(base, base_identity(base), digests)
@@ -324,7 +324,7 @@ def test_a_cached_verdict_on_a_streamed_base_names_its_digest(base: str) -> None
     assert watch.void() == {}
 
 
-def test_a_verdict_that_is_reused_does_not_say_that_bytes_have_passed(base: Path) -> None:
+def test_a_reused_verdict_does_not_say_that_bytes_have_passed(base: Path) -> None:
     watch = BaseWatch()
     watch.listed(str(base), base_identity(str(base)), {})
     watch.reused(str(base), 0)

@@ -212,7 +212,7 @@ def test_the_hint_fits_what_is_there_instead(
         assert hint in finding.hint
 
 
-def test_a_file_of_the_hub_that_lies_further_down_is_not_what_lies_here(tmp_path: Path) -> None:
+def test_a_file_of_the_hub_further_down_is_not_what_lies_here(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     message = only(look(tmp_path, withheld=("further/down.bin", "here.bin")), "file-missing").message
     assert "here.bin" in message
@@ -404,7 +404,7 @@ def test_pickles_are_refused_here_and_on_the_hub(tmp_path: Path) -> None:
     only(look(tmp_path, withheld=(PICKLE_NAME,)), "pickle-refused")
 
 
-def test_the_tensors_of_an_allowed_pickle_are_known_where_torch_is(shelf: Shelf) -> None:
+def test_the_tensors_of_an_allowed_pickle_are_known_with_torch(shelf: Shelf) -> None:
     without = preflight(str(shelf.adapter("pickled")), allow_pickle=True)
     assert (without.weights, without.tensors, without.findings) == (PICKLE_NAME, (), ())
     files = look(shelf.adapter("pickled"), allow_pickle=True)
@@ -460,7 +460,7 @@ def test_places_are_those_of_the_bytes(tmp_path: Path) -> None:
     }
 
 
-def test_a_header_that_is_longer_than_the_format_allows_is_refused(tmp_path: Path, wording: Wording) -> None:
+def test_a_header_longer_than_the_format_allows_is_refused(tmp_path: Path, wording: Wording) -> None:
     with (tmp_path / "file").open("wb") as file:
         file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
         file.truncate(8 + MAX_HEADER_BYTES + 1)
@@ -573,7 +573,7 @@ def test_invalid_configs(case: str, tmp_path: Path) -> None:
     assert len(finding.message) < 500
 
 
-def test_only_the_first_two_thousand_expressions_are_compiled_here(tmp_path: Path) -> None:
+def test_only_the_first_two_thousand_expressions_are_compiled(tmp_path: Path) -> None:
     """The worker compiles all of them, within a time limit."""
     valid = {f"q{number}|": 4 for number in range(2_000)}
     first, last = ({"(": 4} | valid, valid | {"(": 4})
@@ -711,7 +711,7 @@ def test_what_the_library_refuses_is_refused(
 
 @_SETTINGS
 @given(edits=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=2), st.integers(0, 3)), min_size=1, max_size=3))
-def test_a_damaged_file_is_never_accepted_where_the_library_refuses(
+def test_a_damaged_file_is_never_accepted_if_the_library_refuses(
     edits: list[tuple[int, bytes, int]], tmp_path: Path
 ) -> None:
     content = weights(SHAPES)

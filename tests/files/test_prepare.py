@@ -67,7 +67,7 @@ def test_an_adapter_and_the_base_that_it_names(place: Path) -> None:
     assert one.base.name == "./base", "as the adapter names it: a report has no path of this machine that nobody wrote"
 
 
-def test_a_base_that_the_adapter_names_is_next_to_a_linked_config(
+def test_a_base_that_the_adapter_names_is_by_a_linked_config(
     place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """As the adapters that it lists: the directory of the link counts, not that of its target."""
@@ -102,7 +102,7 @@ def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(looked) == sorted(str(place / name) for name in ("one", "two", "base"))
 
 
-def test_a_file_that_cannot_be_read_costs_its_adapter_and_what_that_is_part_of(place: Path) -> None:
+def test_a_file_that_cannot_be_read_costs_what_it_is_part_of(place: Path) -> None:
     weights = place / "two" / "adapter_model.safetensors"
     weights.unlink()
     weights.symlink_to(weights.name)

@@ -260,7 +260,7 @@ def test_the_digest_is_that_of_sha256sum_lines(tmp_path: Path) -> None:
     assert digest_directory(str(tmp_path / "d"), ["b", "a"]) == hashlib.sha256(lines.encode()).hexdigest()
 
 
-def test_a_link_outside_a_cache_is_read_whatever_its_target_is_called(tmp_path: Path) -> None:
+def test_a_link_outside_a_cache_is_read_by_any_name(tmp_path: Path) -> None:
     make_directory(tmp_path / "blobs", {"0" * 64: b"real"})
     make_directory(tmp_path / "d", {})
     (tmp_path / "d" / "file").symlink_to(tmp_path / "blobs" / ("0" * 64))
@@ -295,7 +295,7 @@ def test_an_adapter_is_pinned_fetched_and_found_again_offline(hub: LoopbackHub, 
     assert len(hub.requests) == asked
 
 
-def test_the_files_next_to_the_weights_are_fetched_for_a_publication(hub: LoopbackHub, client: Client) -> None:
+def test_the_files_next_to_the_weights_are_fetched_to_publish(hub: LoopbackHub, client: Client) -> None:
     more = {"tokenizer.json": b"{}", "LICENSE": b"free", "modeling.py": b"", "tokenizer.model": b"x"}
     hub.add_repo("acme/support", ADAPTER | more)
     hub.add_repo("acme/base", BASE | more)
@@ -403,9 +403,7 @@ def test_a_base_brings_only_what_is_needed(hub: LoopbackHub, client: Client) -> 
     assert set(with_code["names"]) - set(online["names"]) == {"modeling_x.py"}
 
 
-def test_the_digest_of_a_base_is_the_same_from_the_cache_and_from_a_copy(
-    hub: LoopbackHub, client: Client, tmp_path: Path
-) -> None:
+def test_the_digest_of_a_base_is_that_of_the_cache_and_a_copy(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     hub.add_repo("acme/base", SHARDS)
     online = client.ask({"kind": "base", "id": "acme/base"})[0]
     copy = make_directory(tmp_path / "copy", SHARDS)
@@ -566,7 +564,7 @@ def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Clien
 
 
 @pytest.mark.parametrize("kind", ["cut", pytest.param("stall", marks=pytest.mark.slow), "short"])
-def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
+def test_a_download_that_always_breaks_off_is_a_sentence(
     hub: LoopbackHub, client: Client, kind: str, wording: Wording
 ) -> None:
     hub.add_repo("acme/lora", ADAPTER)
@@ -679,7 +677,7 @@ def test_errors_that_no_loopback_server_can_cause(error: OSError, wording: Wordi
     wording(translated)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk(wording: Wording) -> None:
+def test_a_certificate_without_authority_is_not_the_disks_fault(wording: Wording) -> None:
     """Although the error of ssl has the number of "operation not permitted"; and it is not asked for again."""
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate in certificate chain"

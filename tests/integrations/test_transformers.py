@@ -132,7 +132,7 @@ def test_an_output_directory_of_any_name_works(name: str, base: Path, tmp_path: 
 @pytest.mark.attempt("Y06b", "a report of another tool in GateCallback's folder, with on_failure='log'", "logged")
 @pytest.mark.attempt("Y06c", "a base that is removed during the training, with on_failure='log'", "logged")
 @pytest.mark.attempt("Y06d", "a model without an adapter, with on_failure='log'", "logged")
-def test_no_error_of_the_gate_ends_a_program_that_asked_for_a_log(
+def test_no_error_of_the_gate_ends_a_program_that_logs(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     moved = tmp_path / "base"
@@ -171,7 +171,7 @@ def test_a_model_without_an_adapter_is_refused(base: Path, tmp_path: Path, wordi
 
 
 @pytest.mark.attempt("Y61", "a second training without an adapter in one output_dir, on_failure='log'", "no report")
-def test_an_earlier_report_does_not_stand_for_a_model_without_an_adapter(base: Path, tmp_path: Path) -> None:
+def test_an_earlier_report_is_no_model_without_an_adapter(base: Path, tmp_path: Path) -> None:
     callback = GateCallback(on_failure="log")
     callback.report = PASS
     bare = trainer(base, tmp_path, callback, is_adapter=False)
@@ -188,7 +188,7 @@ def test_other_processes_of_a_training_run_do_nothing(base: Path, tmp_path: Path
     assert not (tmp_path / "out" / "merge-gate").exists()
 
 
-def test_the_text_of_an_error_has_the_message_if_there_is_no_place() -> None:
+def test_the_text_of_an_error_without_a_place_has_the_message() -> None:
     finding = Finding(
         check="not-judged", severity=Severity.ERROR, message="no\nspace", hint="free it", origin=Origin.RUNTIME
     )

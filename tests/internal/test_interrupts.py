@@ -31,7 +31,7 @@ def test_the_time_limit(wording: Wording) -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_what_clears_away_is_not_interrupted_and_the_next_wait_is() -> None:
+def test_what_clears_away_is_not_interrupted_and_the_next_is() -> None:
     with deferred_signals(60) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)

@@ -59,7 +59,7 @@ def test_a_link_is_followed_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("plant", "number"), [(plant_link, errno.ELOOP), (os.mkfifo, errno.EINVAL)])
-def test_a_file_that_is_replaced_between_the_look_and_the_opening_is_refused(
+def test_a_file_replaced_between_look_and_opening_is_refused(
     tmp_path: Path, plant: Callable[[Path], None], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, look = tmp_path / "file", os.stat

@@ -53,7 +53,7 @@ def test_a_link_at_its_name_is_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / "report.json").is_symlink()
 
 
-def test_a_folder_that_is_held_open_gets_the_file_wherever_it_went(tmp_path: Path) -> None:
+def test_a_folder_that_is_held_open_gets_the_file_wherever_it_is(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     folder = os.open(tmp_path / "folder", os.O_RDONLY)
     (tmp_path / "folder").rename(tmp_path / "moved")

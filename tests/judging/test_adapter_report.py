@@ -47,7 +47,7 @@ def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severi
 
 
 @pytest.mark.parametrize("check", ["config-invalid", "keys-missing", "shape-mismatch"])
-def test_what_the_load_finds_again_may_be_loaded_where_it_is_no_error(check: str) -> None:
+def test_what_the_load_finds_again_may_load_if_it_is_no_error(check: str) -> None:
     assert adapter_report.blocked_report(entry(check, Severity.WARNING)) is None
     report = adapter_report.blocked_report(entry(check, Severity.ERROR))
     assert report is not None
@@ -76,7 +76,7 @@ def test_a_config_that_cannot_be_read_is_not_blamed_for_its_base(
     assert sorted(finding.check for finding in adapter_report.files_report(bad).findings) == sorted(expected)
 
 
-def test_a_method_without_weights_is_named_before_a_base_is_loaded() -> None:
+def test_a_method_without_weights_is_named_before_a_load() -> None:
     tuned = files(config={"peft_type": "PROMPT_TUNING"})
     report = adapter_report.blocked_report(Entry(spec=spec(), dtype="bfloat16", members=(tuned,)))
     assert report is not None
@@ -88,7 +88,7 @@ def test_a_method_without_weights_is_named_before_a_base_is_loaded() -> None:
     assert report.findings[0].message.startswith("PROMPT_TUNING adds inputs")
 
 
-def test_an_adapter_that_is_not_the_expected_one_is_merged_all_the_same() -> None:
+def test_an_unexpected_adapter_is_merged_all_the_same() -> None:
     asked = Entry(spec=spec(expect=Expect(r=8)), dtype="bfloat16", members=(files(),))
     assert [finding.check for finding in adapter_report.files_report(asked).findings] == ["expectation-failed"]
     assert adapter_report.blocked_report(asked) is None
@@ -102,9 +102,7 @@ def test_the_release_that_saved_it_is_reported(version: str | None) -> None:
 
 
 @pytest.mark.parametrize("severity", list(Severity))
-def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
-    severity: Severity, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forgotten_file_check_lets_nothing_be_loaded(severity: Severity, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one that is not in the table, nor one whose row says nothing of loading."""
     cursed = entry("file-cursed", severity)
     assert adapter_report.blocked_report(cursed) is not None
@@ -174,7 +172,7 @@ def test_a_merged_adapter_in_full() -> None:
     )
 
 
-def test_a_model_that_was_not_run_costs_the_verdict_only_if_that_is_required(wording: Wording) -> None:
+def test_a_model_that_was_not_run_costs_the_verdict_if_required(wording: Wording) -> None:
     why = "odd " * MOST_CHARACTERS
     not_run = dataclasses.replace(MEASURED, forward=Forward(why_not=why))
     for forward, expected in (
@@ -197,7 +195,7 @@ def test_a_model_that_was_not_run_costs_the_verdict_only_if_that_is_required(wor
     wording(adapter_report.merged_report(required, unknown).findings[0])
 
 
-def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() -> None:
+def test_what_the_merge_did_not_use_is_not_counted_as_done() -> None:
     differing = tuple(f"l{number}" for number in range(12))
     one = dataclasses.replace(MEASURED, differing=differing, unexpected=("stray",))
     line = adapter_report.merged_report(ENTRY, one)
@@ -215,7 +213,7 @@ def test_a_layer_that_differs_is_not_proved() -> None:
     assert adapter_report.merged_report(ENTRY, wrong).coverage.layers_proved == 2
 
 
-def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
+def test_an_adapter_that_was_not_judged_keeps_its_file_findings() -> None:
     found = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
     asked = dataclasses.replace(ENTRY, members=(dataclasses.replace(ENTRY.files, findings=(found,)),))
     line = adapter_report.not_judged_report(asked, TOLD)
@@ -225,7 +223,7 @@ def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
     assert line == expected
 
 
-def test_measurements_that_count_for_nothing_leave_nothing_but_that() -> None:
+def test_measurements_that_count_for_nothing_leave_only_that() -> None:
     expected = dataclasses.replace(
         LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(NOT_JUDGED_SO,), decided_by=0
     )
@@ -326,7 +324,7 @@ def test_a_base_in_full() -> None:
     assert len(whole.no_skeleton) == 400
 
 
-def test_missing_parameters_of_a_base_come_before_values_that_are_not_finite() -> None:
+def test_missing_parameters_come_before_values_that_are_infinite() -> None:
     nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
     facts = dataclasses.replace(MADE, nonfinite=(nan,), incomplete=("head.weight",), unloaded=("a.weight", "b.weight"))
     found = adapter_report.base_report(facts).findings
@@ -349,7 +347,7 @@ def of_base_file(check: str, message: str = "m") -> Finding:
     return Finding(check=check, severity=Severity.ERROR, message=message, hint="h", origin=Origin.BASE)
 
 
-def test_a_base_that_was_not_loaded_is_the_one_that_was_asked_for() -> None:
+def test_a_base_that_was_not_loaded_is_the_one_asked_for() -> None:
     found = (of_base_file("base-inconsistent"), of_base_file("base-format"))
     line = adapter_report.unloaded_base_report(ASKED, found)
     assert line == BaseReport(
@@ -409,7 +407,7 @@ def test_the_base_the_request_and_the_dtype_may_each_be_wrong() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", (OF_DTYPE,)), ("float32", ()), ("bfloat16", ())])
-def test_what_keeps_a_base_from_its_own_dtype_keeps_it_from_no_other(dtype: str, expected: tuple[Finding, ...]) -> None:
+def test_what_keeps_a_base_from_its_own_dtype_keeps_no_other(dtype: str, expected: tuple[Finding, ...]) -> None:
     plain = BaseFiles(directory="/b", auto_dtype=OF_DTYPE)
     assert adapter_report.base_findings(Entry(spec=SPEC, dtype=dtype, base=at_b(plain))) == expected
 
@@ -427,7 +425,7 @@ def test_findings_of_a_base_are_bounded() -> None:
     assert found[-1].measured == (("more", 5.0),)
 
 
-def test_a_base_that_cannot_be_loaded_keeps_the_adapter_from_being_judged() -> None:
+def test_without_its_base_an_adapter_is_not_judged() -> None:
     """It is said after all that its own files say."""
     warning = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
     asked = dataclasses.replace(

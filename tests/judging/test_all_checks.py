@@ -34,7 +34,7 @@ def test_what_the_table_does_not_know_is_the_cause(checks: tuple[str, ...], evid
 
 
 @pytest.mark.parametrize("checks", [(UNKNOWN, NOT_JUDGED), (NOT_JUDGED, UNKNOWN)], ids="-".join)
-def test_what_the_table_does_not_know_keeps_its_place_beside_what_was_not_judged(checks: tuple[str, ...]) -> None:
+def test_what_the_table_does_not_know_keeps_its_place(checks: tuple[str, ...]) -> None:
     assert order((finding(LAST), *map(finding, checks)), None) == [*checks, LAST]
 
 
@@ -59,6 +59,6 @@ def test_a_refused_merge_is_blamed_in_its_place() -> None:
     assert order(tuple(map(finding, around)), refused) == ["file-corrupt", "targets-not-found", "expectation-failed"]
 
 
-def test_a_merge_that_could_not_be_judged_comes_before_every_check() -> None:
+def test_a_merge_that_was_not_judged_comes_before_every_check() -> None:
     refused = evidence(refusal=NotJudged(message="gone"), merges=())
     assert order((finding(LAST), finding(FIRST)), refused) == [NOT_JUDGED, FIRST, LAST]

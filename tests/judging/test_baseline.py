@@ -53,7 +53,7 @@ def test_what_is_not_covered_fails_the_run(known: BaselineEntry, today: dt.date,
     assert report(line, PASSED).result is Result.FAIL
 
 
-def test_neither_one_that_passed_nor_one_that_was_not_judged_is_accepted() -> None:
+def test_neither_passed_nor_unjudged_adapters_are_accepted() -> None:
     lines, (entry,) = accept([replace(PASSED, files=FAILED.files), replace(CRASHED, files=FAILED.files)], [KNOWN], DAY)
     assert [one.accepted for one in lines] == [None, None]
     assert entry.outcome is Acceptance.UNMATCHED

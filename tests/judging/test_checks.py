@@ -56,7 +56,7 @@ OTHER_BASE = {"base_model_name_or_path": "acme/mistral"}
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_every_check_has_its_module_its_tests_and_a_place_of_its_own() -> None:
+def test_every_check_has_its_module_its_tests_and_a_place() -> None:
     assert [row.blame for row in CHECKS.values()] == sorted({row.blame for row in CHECKS.values()})
     names = {check.replace("-", "_") for check in CHECKS}
     assert {row.of_merge.__module__.rpartition(".")[2] for row in CHECKS.values()} <= names | {"check"}
@@ -118,7 +118,7 @@ def test_notes_come_last() -> None:
     assert [finding.check for finding in findings] == ["merged-nonfinite", "base-mismatch", "base-inconsistent"]
 
 
-def test_only_the_base_and_what_is_not_finite_cannot_be_switched_off() -> None:
+def test_only_checks_of_base_and_finiteness_cannot_be_off() -> None:
     assert {check for check, default in CHECKS.items() if not default.can_be_off} == {
         "base-incomplete",
         "base-inconsistent",

@@ -41,7 +41,7 @@ def test_a_text_of_just_the_length_is_whole(wording: Wording) -> None:
     wording(longer.strip("x"))
 
 
-def test_every_text_of_a_finding_is_cut_and_nothing_else_of_it_changes() -> None:
+def test_every_text_of_a_finding_is_cut_and_nothing_else() -> None:
     long = "x" * (MOST_CHARACTERS + 3)
     one = dataclasses.replace(finding(message=long), hint=long, module=long, tensor=long, nan=3)
     cut_long = cut(long)
@@ -52,7 +52,7 @@ def test_every_text_of_a_finding_is_cut_and_nothing_else_of_it_changes() -> None
     assert bounded([dataclasses.replace(one, module="", tensor="")])[0].tensor == ""
 
 
-def test_the_rest_is_the_first_that_was_left_out_without_its_words() -> None:
+def test_the_rest_is_the_first_left_out_without_its_words() -> None:
     shown = [finding(message=str(number)) for number in range(MOST_FINDINGS)]
     more = [dataclasses.replace(finding(), origin=Origin.ADAPTER, module="m"), finding(), finding()]
     *_, rest = bounded([*shown, *more])

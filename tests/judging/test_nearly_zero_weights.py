@@ -106,7 +106,7 @@ def reads_of(base: Base, directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.attempt("D02", "a good adapter on a base with a layer that starts at zero", "delta-norm warns")
-def test_a_layer_that_starts_at_zero_does_not_fail_a_good_adapter(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_layer_that_starts_at_zero_fails_no_good_adapter(shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path / "base", "layers.1.self_attn.q_proj")
     make_adapter(base, tmp_path / "adapter")
     found = judged(loaded(base, tmp_path / "adapter"), tmp_path / "adapter")
@@ -125,7 +125,7 @@ def test_an_adapter_that_exploded_fails(shelf: Shelf, tmp_path: Path) -> None:
 @pytest.mark.attempt("D05", "a good adapter that changes only weights that are nearly zero", "delta-norm warns")
 @pytest.mark.attempt("D06", "an adapter that exploded on weights that are nearly zero", "delta-norm fails")
 @pytest.mark.parametrize("kind", BASES)
-def test_an_adapter_that_changes_only_weights_that_are_nearly_zero(kind: str, shelf: Shelf, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_only_nearly_zero_weights(kind: str, shelf: Shelf, tmp_path: Path) -> None:
     base = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
     make_adapter(base, tmp_path / "adapter")
     load = BASES[kind]
@@ -204,7 +204,7 @@ def test_a_typical_weight_is_measured_only_if_a_delta_is_large(shelf: Shelf, tmp
     assert [name for name in others if reads_of(base, directory)[name] > once[name]] == [], "it is known by now"
 
 
-def test_a_record_that_does_not_fit_a_typical_weight_is_no_verdict(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_record_that_does_not_fit_a_typical_weight_is_refused(shelf: Shelf, tmp_path: Path) -> None:
     directory = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
     make_adapter(directory, tmp_path / "adapter")
     base = with_record(directory, tmp_path / "adapter")

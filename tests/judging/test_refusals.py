@@ -285,7 +285,7 @@ def test_a_fact_that_cannot_be_worded_costs_its_own_adapter_only(wording: Wordin
         pytest.param(PACKED | {"is_incomplete": True, "method": "IA3"}, False, id="documented-and-incomplete"),
     ],
 )
-def test_an_exception_of_peft_is_the_adapters_on_a_plain_base_only(
+def test_an_exception_of_peft_is_the_adapters_on_a_plain_base(
     step: str, settings: dict[str, Any], is_of_adapter: bool
 ) -> None:
     finding = refused(raised(step, **settings))
@@ -293,6 +293,6 @@ def test_an_exception_of_peft_is_the_adapters_on_a_plain_base_only(
     assert (finding.origin is OF_BASE) is not is_of_adapter
 
 
-def test_methods_whose_exceptions_fail_the_adapter_are_in_the_documentation() -> None:
+def test_methods_whose_exceptions_fail_are_documented() -> None:
     rows = re.findall(r"^\| `([a-z0-9]+)` on bitsandbytes", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert {name.upper() for name in rows} >= DOCUMENTED_ON_PACKED

@@ -83,7 +83,7 @@ def test_a_broken_file_fails_the_adapter_on_a_broken_base_too() -> None:
 
 
 @pytest.mark.parametrize("origin", [Origin.MERGE, Origin.BASE])
-def test_what_a_merge_into_a_broken_base_shows_is_not_held_against_the_adapter(origin: Origin) -> None:
+def test_a_merge_into_a_broken_base_is_not_held_against_adapters(origin: Origin) -> None:
     merged = dataclasses.replace(finding("merged-nonfinite"), origin=origin)
     assert decided((finding("base-incomplete"), merged), WHOLE)[:2] == (Verdict.ERROR, "base-incomplete")
 

@@ -29,7 +29,7 @@ def filled(text: str) -> str:
     return text.replace('reason: ""', 'reason: "known"').replace('owner: ""', 'owner: "team-a"')
 
 
-def test_a_first_baseline_accepts_what_failed_once_it_is_filled_in(wording: Wording) -> None:
+def test_a_first_baseline_accepts_what_failed_once_filled_in(wording: Wording) -> None:
     text = first_baseline(report(FAILED, PASSED), DAY)
     with pytest.raises(ConfigError) as caught:
         build_baseline(read_yaml(text, "known.yml"))
@@ -71,7 +71,7 @@ def ending(found: Report) -> str:
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "terminal"])
-def test_what_is_accepted_stands_in_every_output_and_is_never_said_to_pass(name: str) -> None:
+def test_what_is_accepted_is_in_every_output_and_never_passes(name: str) -> None:
     found = accepted()
     assert found.result is Result.PASS
     text = html.unescape(terminal(found, "") if name == "terminal" else FORMATS[name](found))

@@ -37,7 +37,7 @@ def test_where_a_tensor_stands(module: str, own: str, stack: str, layer: str, ro
     assert (block.stack, block.layers, block.modules, block.places) == (stack, (layer,), (row,), ((0, 0, 0),))
 
 
-def test_layers_stand_in_the_order_of_their_numbers_and_stacks_apart() -> None:
+def test_layers_are_in_the_order_of_numbers_and_stacks_apart() -> None:
     names = ["enc.layers.10.q", "enc.layers.9.q", "dec.layers.0.q", "enc.layers.9.v"]
     first, second = blocks(tuple(merge(name) for name in names))
     assert (first.stack, first.layers, first.modules) == ("enc.layers", ("9", "10"), ("q", "v"))

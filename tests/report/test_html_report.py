@@ -99,7 +99,7 @@ def test_golden() -> None:
     assert html == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
 
 
-def test_the_policy_allows_the_page_s_own_style_and_script_and_nothing_else() -> None:
+def test_the_policy_allows_the_page_s_own_style_and_script() -> None:
     page = Page(render(FAIL))
     (policy,) = [value for tag, name, value in page.attributes if (tag, name) == ("meta", "content") and "src" in value]
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
@@ -173,7 +173,7 @@ def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
     assert row.count('<section class="entry"') == 2
 
 
-def test_an_adapter_that_failed_and_was_not_judged_is_counted_and_found_as_both() -> None:
+def test_an_adapter_that_failed_unjudged_is_counted_as_both() -> None:
     html = render(report(FAILED, dataclasses.replace(CRASHED, name=FAILED.name, base=HALF)))
     for pick in ("failed", "error"):
         assert re.search(rf'data-pick="{pick}"[^>]*><b>1</b>', html), pick

@@ -40,7 +40,7 @@ def test_a_note_changes_neither_headline_nor_exit() -> None:
     assert compare(plain, noted).changes == ()
 
 
-def test_an_adapter_with_a_note_alone_has_no_paragraph_and_its_base_has_a_line() -> None:
+def test_an_adapter_with_a_note_alone_has_no_paragraph() -> None:
     shown = terminal_text.render(report(NOTED), "")
     assert NOTE.message not in shown
     of_base = terminal_text.render(report(NOTED, bases=(BASE,)), "")

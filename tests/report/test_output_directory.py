@@ -15,7 +15,7 @@ from tests.support.reports import PASS
 from tests.support.wording import Wording
 
 
-def test_an_earlier_report_is_moved_when_a_run_begins_and_other_files_stay(tmp_path: Path) -> None:
+def test_an_earlier_report_is_moved_and_other_files_stay(tmp_path: Path) -> None:
     write_report(PASS, tmp_path)
     for name in (".report.json.0123456789abcdef.tmp", "notes.txt"):
         (tmp_path / name).write_text("old")
@@ -24,7 +24,7 @@ def test_an_earlier_report_is_moved_when_a_run_begins_and_other_files_stay(tmp_p
         assert {file.name for file in (tmp_path / "previous").iterdir()} == set(FORMATS)
 
 
-def test_a_second_run_is_told_of_the_first_and_leaves_its_report_alone(tmp_path: Path, wording: Wording) -> None:
+def test_a_second_run_is_told_of_the_first_and_leaves_its_report(tmp_path: Path, wording: Wording) -> None:
     with begun_run(str(tmp_path)):
         write_report(PASS, tmp_path)
         with pytest.raises(UsageError) as caught, begun_run(str(tmp_path)):
@@ -65,7 +65,7 @@ def test_a_link_is_not_followed(tmp_path: Path, wording: Wording) -> None:
     assert (tmp_path / "elsewhere" / "report.json").exists()
 
 
-def test_a_limit_on_the_size_of_files_is_the_disks_fault_not_the_callers() -> None:
+def test_a_limit_on_file_sizes_is_the_disks_fault() -> None:
     with pytest.raises(GateError) as caught, explained("cannot write x"):
         raise OSError(27, "File too large")
     assert not isinstance(caught.value, UsageError)

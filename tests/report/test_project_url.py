@@ -93,7 +93,7 @@ def test_an_answer_of_verify_is_a_section_of_one_page(tmp_path: Path) -> None:
     assert linked["unknown"] is None
 
 
-def test_without_an_address_nothing_is_linked_and_the_command_explains(tmp_path: Path) -> None:
+def test_without_an_address_nothing_is_linked(tmp_path: Path) -> None:
     without = rendered_with("", tmp_path)
     assert {*without["urls"], without["answer"]} == {None}
     named = "merge-gate explain adapter-nonfinite"

@@ -110,7 +110,7 @@ def test_a_result_points_at_the_adapter_s_line() -> None:
         ("acme/billing", "5" * 40, {"uri": "acme/billing/adapter_config.json"}),
     ],
 )
-def test_without_a_configuration_a_result_points_at_the_adapter_s_own_and_at_no_line(
+def test_without_a_configuration_a_result_points_at_the_adapter(
     source: str, revision: str | None, address: dict[str, str]
 ) -> None:
     named = adapter(findings=(ROUNDING,), source=source, revision=revision)
@@ -128,7 +128,7 @@ def test_hundreds_of_findings_of_one_kind_are_one_result(wording: Wording) -> No
     wording(message)
 
 
-def test_a_fingerprint_stays_when_the_file_is_edited_and_differs_between_findings() -> None:
+def test_a_fingerprint_stays_when_the_file_is_edited() -> None:
     def prints(judged: Any) -> list[str]:
         return [one["partialFingerprints"]["mergeGate/v1"] for one in parse(report(judged))["results"]]
 
@@ -166,7 +166,7 @@ def test_a_name_makes_no_link() -> None:
     assert parse(report(evil))["results"][0]["message"]["text"].startswith("\\[x\\](http://evil.example) (bfloat16)")
 
 
-def test_no_more_results_than_github_keeps_and_the_errors_are_among_them(wording: Wording) -> None:
+def test_no_more_results_than_github_keeps_errors_among_them(wording: Wording) -> None:
     findings = tuple(dataclasses.replace(ROUNDING, check=f"c{n}") for n in range(100))
     broken = adapter("last", Verdict.PASSED, findings=(*findings, NAN))
     run = parse(report(*(adapter(f"a{n}", findings=findings) for n in range(300)), broken))

@@ -152,7 +152,7 @@ def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:
     assert "2,200,096,768" in text
 
 
-def test_of_a_fleet_the_quiet_are_folded_below_what_there_is_to_do(wording: Wording) -> None:
+def test_quiet_adapters_of_a_fleet_are_folded_below_the_others(wording: Wording) -> None:
     good = [adapter(f"good-{index}") for index in range(200)]
     text = render(report(*good, adapter("broken", Verdict.FAILED, cause="no-effect"), WARNED))
     seen = Seen(text, github)

@@ -63,7 +63,7 @@ def test_what_was_reached_elsewhere_is_not_said_of_others() -> None:
     assert "here, there passed" not in render(report(here, there), "")
 
 
-def test_what_was_reached_at_several_times_is_said_once_with_the_oldest() -> None:
+def test_what_was_reached_at_several_times_has_the_oldest() -> None:
     many = [cached_at(f"2026-03-01T12:00:0{second}Z", f"team-{place}") for place, second in enumerate((3, 2, 3))]
     elsewhere = cached_at("2026-03-01T12:00:02Z", "elsewhere", place="laptop")
     text = render(report(*many, elsewhere), "", width=100)
@@ -119,7 +119,7 @@ def test_a_fleet_that_passed_has_no_table() -> None:
     assert "team-40" in render(report(*(adapter(f"team-{number}") for number in range(1, 41))), "out")
 
 
-def test_what_is_wrong_with_a_broken_fleet_stays_on_a_few_screens(wording: Wording) -> None:
+def test_what_is_wrong_with_a_broken_fleet_fits_on_few_screens(wording: Wording) -> None:
     fleet = [failed(f"broken-{number}", f"no. {number}") for number in range(300)]
     fleet += [adapter(f"warned-{n}", findings=(dataclasses.replace(ROUNDING, message=f"no. {n}"),)) for n in range(100)]
     text = render(report(*fleet), "out")

@@ -90,7 +90,7 @@ def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
     assert f"broken ({words.precision(broken.base)}) {words.forward(broken)} {rest}\n" in text
 
 
-def test_a_terminal_shows_the_run_that_comes_closest_to_its_limit() -> None:
+def test_a_terminal_shows_the_run_closest_to_its_limit() -> None:
     low, high = (adapter(name, forward=dataclasses.replace(RAN, largest=at)) for name, at in (("a", 9.0), ("b", 99.0)))
     wide = adapter("c", forward=dataclasses.replace(RAN, largest=9e9, largest_allowed=3.4e38))
     assert f"b ({words.precision(high.base)}) ran on" in terminal_text.render(report(low, high, wide), "", width=400)
@@ -181,8 +181,6 @@ def test_hundreds_of_findings_become_one_line_per_check() -> None:
         (Origin.MERGE, "lower lora_alpha", (words.ORIGINS[Origin.MERGE], "to do")),
     ],
 )
-def test_what_follows_from_another_finding_is_no_cause_and_no_action(
-    origin: Origin, hint: str, told: tuple[str, str]
-) -> None:
+def test_what_follows_from_another_finding_is_no_cause(origin: Origin, hint: str, told: tuple[str, str]) -> None:
     finding = dataclasses.replace(NAN, origin=origin, hint=hint)
     assert (words.origin(finding), words.hint_label(finding)) == told

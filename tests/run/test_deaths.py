@@ -98,7 +98,7 @@ def worker() -> int:
 
 
 @pytest.mark.slow
-def test_an_adapter_that_crashes_the_worker_costs_its_own_verdict(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_crashes_the_worker_costs_its_verdict(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(event: Event) -> None:
         if is_at_fault(event):
             os.kill(worker(), signal.SIGSEGV)
@@ -109,9 +109,7 @@ def test_an_adapter_that_crashes_the_worker_costs_its_own_verdict(place: Path, m
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_limit_memory(), reason="no cgroup with a memory limit can be made here")
-def test_an_adapter_for_which_the_memory_does_not_suffice_costs_its_own_verdict(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_without_enough_memory_costs_its_own_verdict(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel ends the worker, because another process of its cgroup takes the memory."""
     with memory_limit(LIMIT_BYTES) as enter:
         group = Path(enter[-1])

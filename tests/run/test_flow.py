@@ -222,7 +222,7 @@ def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: dict[t
     assert one.coverage.parameters_checked == 0
 
 
-def test_a_base_that_only_the_adapter_names_is_found_beside_the_config(
+def test_a_base_that_the_adapter_names_is_beside_the_config(
     judged: dict[tuple[str, str], AdapterReport],
 ) -> None:
     one = judged["names-its-base", "float32"]
@@ -237,7 +237,7 @@ def test_without_a_base_there_is_no_verdict(judged: dict[tuple[str, str], Adapte
     assert "base: {model: …}" in one.findings[0].hint
 
 
-def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(
+def test_a_base_name_that_no_system_takes_costs_its_adapter(
     judged: dict[tuple[str, str], AdapterReport],
 ) -> None:
     hostile = [one.verdict for (name, _), one in judged.items() if name.startswith("hostile-")]
@@ -291,7 +291,7 @@ def test_only_selects_in_the_order_of_the_config(place: Path) -> None:
     assert "good" in caught.value.hint
 
 
-def test_the_options_that_are_meant_can_go_to_a_shell_as_they_are(place: Path) -> None:
+def test_the_options_that_are_meant_can_go_to_a_shell(place: Path) -> None:
     names = ("good", "$(id)")
     config = load_config(str(write(place, *({"name": name, "path": "./adapters/good"} for name in names))))
     with pytest.raises(UsageError) as caught:
@@ -389,7 +389,7 @@ def test_hub_ids_are_pinned_and_judged_again_from_the_cache(of_the_hub: OfTheHub
         assert len(described["sha256"]) == 64
 
 
-def test_a_base_that_cannot_be_fetched_costs_its_own_adapters_only(of_the_hub: OfTheHub) -> None:
+def test_a_base_that_cannot_be_fetched_costs_its_own_adapters(of_the_hub: OfTheHub) -> None:
     """With a Hub that has no such base, and without a network."""
     for report in of_the_hub.reports:
         verdicts = {one["name"]: one["verdict"] for one in report["adapters"]}
@@ -405,7 +405,7 @@ def small(place: Path, *names: str) -> Any:
     )
 
 
-def test_a_provisional_report_is_there_from_the_start_and_replaces_an_old_one(place: Path, tmp_path: Path) -> None:
+def test_a_provisional_report_replaces_an_old_one_from_the_start(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write_report(PASS, out)
@@ -423,7 +423,7 @@ def test_a_provisional_report_is_there_from_the_start_and_replaces_an_old_one(pl
     assert (final["complete"], final["result"]) == (True, "fail")
 
 
-def test_what_was_judged_is_on_disk_when_an_accident_ends_the_run(place: Path, tmp_path: Path) -> None:
+def test_what_was_judged_is_on_disk_after_an_accident(place: Path, tmp_path: Path) -> None:
     done: list[AdapterReport] = []
 
     def adapter_done(adapter: AdapterReport) -> None:
@@ -440,7 +440,7 @@ def test_what_was_judged_is_on_disk_when_an_accident_ends_the_run(place: Path, t
     assert "good" in (tmp_path / "summary.md").read_text()
 
 
-def test_a_view_that_breaks_at_the_very_end_does_not_unfinish_the_report(place: Path, tmp_path: Path) -> None:
+def test_a_view_that_breaks_at_the_end_leaves_the_report(place: Path, tmp_path: Path) -> None:
     def finish(*_: object) -> None:
         raise OSError("the terminal is gone")
 
@@ -519,7 +519,7 @@ def test_a_disk_that_gives_out_costs_no_verdict(
 
 
 @pytest.mark.slow
-def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
+def test_what_is_silent_is_named_and_each_hour_has_a_line(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first word comes at once here, and an hour is over as soon as it begins.
@@ -591,7 +591,7 @@ def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_that_transformers_itself_loads_is_named_with_the_reason(
+def test_a_base_that_transformers_loads_is_named_with_the_reason(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it is larger than the memory, or on a network mount."""
@@ -698,7 +698,7 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
     assert [*(tmp_path / "cache" / "verdicts").iterdir()] == []
 
 
-def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(meddled: dict[str, AdapterReport]) -> None:
+def test_a_base_that_is_cut_while_mapped_costs_its_adapters(meddled: dict[str, AdapterReport]) -> None:
     """The kernel answers with SIGBUS, which kills the worker; what is said is said of the file, not of memory.
 
     A model that ran then costs no verdict: the next worker finds the file cut.
@@ -745,7 +745,7 @@ def test_a_number_that_nothing_holds_is_the_adapters_fault(key: str, shelf: Shel
     ],
     ids=lambda setting: next(reversed(setting)),
 )
-def test_an_expression_that_python_does_not_take_is_the_adapters_fault(
+def test_an_expression_that_python_refuses_is_the_adapters_fault(
     setting: dict[str, Any], shelf: Shelf, tmp_path: Path
 ) -> None:
     lay(tmp_path, shelf, "wrong", configure(**setting))

@@ -60,7 +60,7 @@ def test_headers_on_a_network_have_a_time_limit(
 
 
 @pytest.mark.parametrize("is_large", [False, True])
-def test_only_what_adapters_touch_is_read_of_a_base_with_a_record(
+def test_only_what_adapters_touch_is_read_of_a_recorded_base(
     is_large: bool, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(groups, "too_large", lambda *_: "too large" if is_large else None)
@@ -86,7 +86,7 @@ def entry(directory: Path, dtype: str = "float32", limit_seconds: float | None =
     return Entry(spec=spec, dtype=dtype, members=(AdapterFiles(directory="a"),), base=base)
 
 
-def test_one_group_for_each_base_and_dtype_in_the_order_of_the_config(tmp_path: Path) -> None:
+def test_one_group_for_each_base_and_dtype_in_order(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     entries = [entry(second), entry(first), entry(second, "bfloat16"), entry(second)]
     made = group_by_base(enumerate(entries))
@@ -97,7 +97,7 @@ def test_one_group_for_each_base_and_dtype_in_the_order_of_the_config(tmp_path: 
     ]
 
 
-def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_path: Path) -> None:
+def test_the_time_limit_grows_with_the_base_unless_it_is_given(tmp_path: Path) -> None:
     """The size is known from the headers: the mount of the base may not answer any more."""
     absent = tmp_path / "absent"
     entries = [entry(tmp_path, size_bytes=2 << 30), entry(tmp_path, limit_seconds=7.0), entry(absent)]
@@ -110,7 +110,7 @@ def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_pa
     ("forward", "is_run", "is_run_if_streamed"),
     [(ForwardMode.AUTO, True, False), (ForwardMode.OFF, False, False), (ForwardMode.REQUIRED, True, True)],
 )
-def test_the_models_of_a_streamed_base_are_run_only_if_that_is_required(
+def test_the_models_of_a_streamed_base_are_run_only_if_required(
     forward: ForwardMode, is_run: bool, is_run_if_streamed: bool, tmp_path: Path
 ) -> None:
     for is_streamed, expected in ((False, is_run), (True, is_run_if_streamed)):

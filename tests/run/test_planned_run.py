@@ -181,7 +181,7 @@ print(code, "torch" in sys.modules, "transformers" in sys.modules)
 """
 
 
-def test_the_command_prints_the_plan_without_torch_and_without_a_report(place: Path) -> None:
+def test_the_command_prints_the_plan_without_torch_or_a_report(place: Path) -> None:
     text = planned(place)
     before = everything(place)
     done = subprocess.run(

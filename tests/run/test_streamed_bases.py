@@ -120,7 +120,7 @@ def stored(place: Place) -> list[str]:
     return [path.name for path in (place.directory / "cache").rglob("*.safetensors")]
 
 
-def test_a_streamed_base_has_the_verdicts_of_the_same_base_on_the_disk(place: Place) -> None:
+def test_a_streamed_base_has_the_verdicts_of_one_on_the_disk(place: Place) -> None:
     """And no weight is on the disk, and the token goes to the Hub alone."""
     local, from_disk = place.run(base="./base")
     place.hub.requests.clear()
@@ -144,7 +144,7 @@ def test_a_streamed_base_has_the_verdicts_of_the_same_base_on_the_disk(place: Pl
 
 
 @pytest.mark.slow
-def test_a_model_on_a_streamed_base_has_the_bytes_of_one_from_the_disk(place: Place) -> None:
+def test_a_model_on_a_streamed_base_has_the_bytes_from_the_disk(place: Place) -> None:
     _, from_disk = place.run("--only", "good", "--publish", "from-disk", base="./base")
     answer, streamed = place.run("--only", "good", "--publish", "streamed", "--access", "stream")
     assert answer.code == 0, answer.said
@@ -169,7 +169,7 @@ def sent_bytes(hub: LoopbackHub, longest: int) -> int:
 
 
 @pytest.mark.slow
-def test_one_transfer_of_a_streamed_base_serves_every_published_model(place: Place) -> None:
+def test_one_transfer_of_a_streamed_base_serves_every_model(place: Place) -> None:
     for name in ("one", "two", "three"):
         shutil.copytree(place.directory / "adapters" / "good", place.directory / "several" / name)
     sizes = [len(place.hub.repos[BASE].commits[place.commit][name]) for name in SHARDS]
@@ -265,7 +265,7 @@ def reads(place: Place) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_cached_verdicts_on_a_streamed_base_need_its_headers_only(place: Place) -> None:
+def test_cached_verdicts_on_a_streamed_base_need_its_headers(place: Place) -> None:
     _, first = place.run("--cache", "verdicts", access="stream")
     place.hub.requests.clear()
     answer, second = place.run("--cache", "verdicts", access="stream")

@@ -144,7 +144,7 @@ def test_what_goes_wrong_in_between_is_told_once_and_tried_again(
     assert {one.name for one in (tmp_path / "out").iterdir()} == set(PROVISIONAL_FORMATS)
 
 
-def test_a_directory_that_is_none_is_wrong_usage_first_and_a_broken_gate_last(
+def test_a_directory_that_is_none_is_wrong_usage_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
     run = Run(tmp_path / "out", monkeypatch)

@@ -107,7 +107,7 @@ def test_whatever_decides_makes_another_key() -> None:
     assert len(set(keys)) == len(keys), sorted(name for name, one in DECIDES.items() if keys.count(one) > 1)
 
 
-def test_a_streamed_base_is_another_one_only_if_that_keeps_it_from_being_run() -> None:
+def test_a_streamed_base_is_another_one_only_if_it_is_not_run() -> None:
     for forward, is_other in ((ForwardMode.AUTO, True), (ForwardMode.OFF, False), (ForwardMode.REQUIRED, False)):
         one = with_spec(forward=forward)
         assert (of(one) != of(replace(one, base=STREAMED))) is is_other

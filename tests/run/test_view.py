@@ -320,7 +320,7 @@ def test_a_second_run_counts_from_the_start() -> None:
         view.close()
 
 
-def test_what_is_waited_for_stays_when_a_file_is_refused_meanwhile() -> None:
+def test_expected_reads_stay_when_a_file_is_refused_meanwhile() -> None:
     view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
     view.base_loading("./models/base", "bfloat16")
     view.adapter_done(FAILED)

@@ -85,7 +85,7 @@ def test_bytes_and_files_come_with_the_answer(ends: Ends, tmp_path: Path) -> Non
     assert (tmp_path / "a").read_bytes() == b"x"
 
 
-def test_a_call_that_fails_reaches_the_worker_and_the_next_one_is_answered(ends: Ends) -> None:
+def test_a_call_that_fails_reaches_the_worker_before_the_next(ends: Ends) -> None:
     with pytest.raises(SourceError, match="FileNotFoundError"):
         ends.client.call(Asked(text="/absent/b"))
     assert ends.client.call(Asked(text="")) == (Answer(), [])

@@ -25,9 +25,7 @@ def group(directory: str) -> Group:
     return Group(base=key, directory=directory, files=BaseFiles(directory=directory), tasks=())
 
 
-def test_a_base_that_is_lost_answers_only_tasks_without_an_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_is_lost_answers_only_open_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent ends a worker that answers twice."""
     answer = Unjudged(task=0, refusal=NotJudged(message="m"))
 

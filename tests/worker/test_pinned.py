@@ -140,7 +140,7 @@ def test_a_merge_that_fails_over_a_change_is_told_as_the_change(adapter: Path) -
         merge()
 
 
-def test_a_directory_stays_the_same_though_another_takes_its_name(tmp_path: Path) -> None:
+def test_a_directory_stays_though_another_takes_its_name(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("ours")
@@ -151,9 +151,7 @@ def test_a_directory_stays_the_same_though_another_takes_its_name(tmp_path: Path
         assert Path(held, "config.json").read_text() == "ours"
 
 
-def test_a_system_without_such_links_reads_the_files_by_their_names(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_such_links_reads_files_by_name(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "_OPEN_FILES", Path("/nowhere"))
     with pinned_adapter(read(adapter)) as files:
         assert files.directory == str(adapter)

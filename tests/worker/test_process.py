@@ -76,7 +76,7 @@ def test_variables_of_the_libraries_that_compute_are_passed_on() -> None:
 
 
 @pytest.mark.parametrize("name", [*SLEEPING_THREADS, *REUSE])
-def test_threads_and_memory_are_the_workers_choice_unless_they_are_the_callers(name: str) -> None:
+def test_threads_and_memory_are_the_workers_or_callers_choice(name: str) -> None:
     assert child_environment({})[name] == {**SLEEPING_THREADS, **REUSE}[name]
     assert child_environment({name: "other"})[name] == "other"
 
@@ -140,7 +140,7 @@ def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], N
             return events, describe_exit(-signal.SIGABRT, child._output)
 
 
-def test_while_the_child_imports_its_parent_has_time_for_other_things(
+def test_while_the_child_imports_its_parent_has_time(
     idle_child: tuple[list[Event], NotJudged],
 ) -> None:
     events, _ = idle_child
@@ -148,7 +148,7 @@ def test_while_the_child_imports_its_parent_has_time_for_other_things(
     assert isinstance(events[-1], Finished)
 
 
-def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
+def test_what_a_child_printed_before_it_was_ready_is_dropped(
     idle_child: tuple[list[Event], NotJudged],
 ) -> None:
     _, ending = idle_child
@@ -214,7 +214,7 @@ def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., NotJu
         ({}, None),
     ],
 )
-def test_a_child_that_was_killed_is_told_by_the_kernels_own_count(
+def test_a_killed_child_is_told_by_the_kernels_own_count(
     odd_child: Callable[..., NotJudged],
     tmp_path: Path,
     files: dict[str, str],
@@ -267,9 +267,7 @@ def test_no_child_outlives_a_parent_that_is_killed_at_once(delay_s: float, tmp_p
     assert used_s < 2.0, "it has imported torch"
 
 
-def test_the_directory_of_a_dead_run_is_removed_and_that_of_a_living_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_directory_of_a_dead_run_alone_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead = tmp_path / f"{PREFIX}dead1234"
     users = [tmp_path / "merge-gate-other", tmp_path / f"{PREFIX}notes", tmp_path / f"{PREFIX}my_notes"]

@@ -33,7 +33,7 @@ def test_dtypes_of_a_base_that_is_read_in_a_pass_come_together() -> None:
     assert list(rounds(groups)) == [[0, 2], [1, 5], [3]]
 
 
-def test_a_base_that_fits_in_memory_comes_one_dtype_at_a_time_in_the_order_of_the_job() -> None:
+def test_a_base_that_fits_in_memory_comes_one_dtype_at_a_time() -> None:
     groups = [group("a", dtype, index, one_pass=False) for index, dtype in enumerate(("bfloat16", "float32"))]
     assert list(rounds(groups)) == [[0], [1]]
     assert list(rounds([])) == []

@@ -186,7 +186,7 @@ def test_caches_that_the_environment_names_are_the_workers_own(confined: tuple[A
     assert not (place / "elsewhere").exists()
 
 
-def test_without_it_the_report_says_so_and_the_same_code_does_harm(shelf: Shelf, tmp_path: Path) -> None:
+def test_without_it_the_report_says_so_and_code_does_harm(shelf: Shelf, tmp_path: Path) -> None:
     with victims(tmp_path / "outside") as port:
         report = gate(shelf, tmp_path, port, {"tells": TELL}, MERGE_GATE_SANDBOX="off")
     harm = {"write", "remove", "truncate", "tcp", "unix", "fork", "program"}
@@ -304,7 +304,7 @@ def test_what_is_given_up_is_given_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.attempt("F16", "the worker opens, links, cuts, or renames a model's file", "it can only write to it")
-def test_a_file_that_was_passed_open_can_be_written_to_and_no_more(tmp_path: Path) -> None:
+def test_a_file_that_was_passed_open_can_be_written_to_only(tmp_path: Path) -> None:
     own, models = tmp_path / "own", tmp_path / "models"
     own.mkdir()
     models.mkdir()
@@ -346,9 +346,7 @@ def test_a_cards_driver_may_write_where_it_has_to(tmp_path: Path, monkeypatch: p
     in_a_thread(try_to_write)
 
 
-def test_capabilities_that_cannot_be_read_are_no_reason_to_give_up_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capabilities_that_cannot_be_read_are_still_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_CAPABILITIES_VERSION", 0)
     held: list[Sandbox] = []
     in_a_thread(lambda: held.append(confine(tmp_path)))
@@ -362,7 +360,7 @@ def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, mo
     assert limit(told, Job(groups=()), "cpu") is told
 
 
-def test_a_rule_that_the_kernel_refuses_is_an_error_and_holds_nobody(tmp_path: Path) -> None:
+def test_a_rule_that_the_kernel_refuses_is_an_error(tmp_path: Path) -> None:
     def give_up() -> None:
         with pytest.raises(FileNotFoundError):
             sandbox.restrict_writes([tmp_path / "absent"])

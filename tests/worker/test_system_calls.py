@@ -80,7 +80,7 @@ def test_a_kernel_without_filters_is_an_error_with_its_reason(monkeypatch: pytes
         refuse_calls()
 
 
-def test_an_architecture_without_a_list_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_without_a_list_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "sparc")
     with pytest.raises(OSError, match="the system calls of sparc are not listed"):
         refuse_calls()

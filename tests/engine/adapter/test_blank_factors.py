@@ -121,7 +121,7 @@ def described(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device, type(tensor)
 
 
-def test_one_that_the_file_lacks_has_the_value_that_training_starts_from(tmp_path: Path) -> None:
+def test_a_factor_that_the_file_lacks_has_its_initial_value(tmp_path: Path) -> None:
     base, files = made("lora-dora", tmp_path, "float32", Quantization.NONE)
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(weights)

@@ -134,7 +134,7 @@ def test_the_cause_is_what_is_at_fault(row: Row, tmp_path: Path, bench: Bench) -
 
 
 @pytest.mark.parametrize("gathered", [True, False])
-def test_osf_has_nothing_to_train_of_a_head_smaller_than_its_rank(gathered: bool, tmp_path: Path, bench: Bench) -> None:
+def test_osf_has_nothing_to_train_of_a_small_head(gathered: bool, tmp_path: Path, bench: Bench) -> None:
     """Its tensors are empty, and not because nobody has gathered them."""
     case = methods.make_case(
         "osf-head", "bert-classifier", "OSFConfig", effective_rank=4, target_modules=["query", "classifier"]
@@ -207,7 +207,7 @@ def test_a_layer_inside_of_another_one_is_left_by_peft(tmp_path: Path) -> None:
     assert str(judgement.findings[0].module).endswith("x_proj")
 
 
-def test_a_message_does_not_point_to_a_report_that_its_reader_does_not_see() -> None:
+def test_a_message_points_to_no_report_out_of_sight() -> None:
     """The texts are those of transformers 5.24 (modeling_utils.py, core_model_loading.py)."""
     sizes = "You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above report!"
     conversion = (

@@ -253,9 +253,7 @@ def test_what_a_combination_loses_of_a_member_is_refused(name: str, bench: Bench
 
 
 @pytest.mark.parametrize("second", [{"layers_to_transform": [0]}, {"target_modules": ["o_proj"]}])
-def test_members_of_other_layers_combine_where_the_first_ones_config_has_them(
-    second: dict[str, Any], bench: Bench
-) -> None:
+def test_members_of_other_layers_combine_as_the_first_config(second: dict[str, Any], bench: Bench) -> None:
     members = make_unlike(bench, PLAIN, second)
     assert error_of(bench, members, "cat") < 1e-4
     judgement = gate(bench, members, make_combine("cat"))
@@ -339,7 +337,7 @@ def in_row(row: int) -> Callable[[Tensor], Tensor]:
         pytest.param(None, ("old", in_row(3)), (0.6, 1.0), True, id="a row of the base, with the weight 1"),
     ],
 )
-def test_an_enlarged_vocabulary_is_combined_where_nobody_weighs_its_rows(
+def test_an_enlarged_vocabulary_is_combined_without_weights(
     first: Any, second: Any, weights: tuple[float, float], passes: bool, bench: Bench
 ) -> None:
     plain = make_members(bench, "plain")

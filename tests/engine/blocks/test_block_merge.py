@@ -137,7 +137,7 @@ def test_the_bits_are_pefts_at_the_block_size_in_use(rows, columns, rank, dtype,
 
 @pytest.mark.parametrize("kind", ["conv1d", "embedding"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_product_whose_bits_depend_on_the_order_of_its_values_is_made_whole(kind, dora) -> None:
+def test_a_product_whose_bits_depend_on_order_is_made_whole(kind, dora) -> None:
     """Four columns: MKL gives a row-major block other bits than a column-major one."""
     with threads(1):
         holds(tuner_layer(kind, 4, 128, 32, dora=dora, dtype=torch.float32), block_elements=1)
@@ -145,7 +145,7 @@ def test_a_product_whose_bits_depend_on_the_order_of_its_values_is_made_whole(ki
 
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
-def test_factors_off_their_alignment_merge_as_peft_would_have_loaded_them(conv1d, factor_dtype) -> None:
+def test_factors_off_their_alignment_merge_as_pefts_do(conv1d, factor_dtype) -> None:
     layer = tuner_layer("conv1d" if conv1d else "linear", 256, 5, 17, factor_dtype=factor_dtype)
     a, b = factors(layer)
     lora_a, lora_b = (torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t.data) for t in (a, b))
@@ -227,7 +227,7 @@ def test_overflow_is_judged_in_the_final_dtype(sign, dtype) -> None:
         assert (found.maximum if sign > 0 else found.minimum) == sign * math.inf
 
 
-def test_a_product_that_overflows_before_a_small_scaling_is_not_finite() -> None:
+def test_a_product_that_overflows_before_its_scaling_is_infinite() -> None:
     layer = tuner_layer("linear", 200, 96, 4, scaling=1e-30)
     for factor in factors(layer):
         factor.data.fill_(1e20)
@@ -286,7 +286,7 @@ def test_an_empty_delta_changes_nothing(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_an_empty_delta_of_a_weight_that_quantises_to_itself_changes_nothing(kind) -> None:
+def test_an_empty_delta_of_a_weight_on_the_grid_changes_nothing(kind) -> None:
     layer = tuner_layer(kind, 200, 128, 4, dtype=torch.float32)
     factors(layer)[1].data.zero_()
     if kind == "8bit":  # scales that float16 holds

@@ -139,7 +139,7 @@ def test_of_a_usual_weight_few_blocks_are_left(dtype) -> None:
     assert len(visit(merge)) < 24
 
 
-def test_where_norms_are_not_summed_in_float32_nothing_is_summed_in_bfloat16(monkeypatch) -> None:
+def test_norms_not_summed_in_float32_are_not_in_bfloat16(monkeypatch) -> None:
     assert norms_are_summed_in_float32()
     monkeypatch.setattr(screen, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(screen, "norms_are_summed_in_float32", lambda: False)

@@ -123,7 +123,7 @@ def test_of_a_usual_weight_few_blocks_are_left() -> None:
     assert len(visited) < 16
 
 
-def test_all_blocks_are_visited_where_one_holds_what_the_bound_excludes() -> None:
+def test_all_blocks_are_visited_if_one_holds_what_is_excluded() -> None:
     """As where a library rounds the factors to fewer bits: the figures do not rest on that it does not."""
     ends = tuple((-1.0, float(number)) for number in range(1, 10))
     seen: list[int] = []
@@ -136,7 +136,7 @@ def test_all_blocks_are_visited_where_one_holds_what_the_bound_excludes() -> Non
     assert sorted(seen) == list(range(9))
 
 
-def test_blocks_whose_greatest_values_are_rounded_to_the_same_are_not_asked_twice() -> None:
+def test_blocks_with_alike_greatest_values_are_asked_once() -> None:
     ends, seen = ((-1.0, 1.0), (-1.0, 1.1), (-1.2, 0.9)), []
 
     def merged(number: int) -> tuple[float, float]:

@@ -149,7 +149,7 @@ def test_values_are_written_whatever_the_default_device_is() -> None:
 
 
 @pytest.mark.parametrize("touched", ["small", "large", "larger", "last"])
-def test_a_touch_of_a_large_tensor_is_found_and_is_of_that_tensor_alone(touched: str) -> None:
+def test_a_touch_of_a_large_tensor_is_found_in_that_tensor_alone(touched: str) -> None:
     """Large cells use huge pages, which the system makes and reports as a whole."""
     sizes = {"small": 700, "large": (5 << 20) // 4 + 3, "larger": 3 << 20, "last": 1000}
     made = Hollow(cast_from(name, torch.ones(size), torch.float16) for name, size in sizes.items())

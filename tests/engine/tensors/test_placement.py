@@ -167,7 +167,7 @@ def test_a_merge_that_a_card_ends_blames_no_adapter(
         merge_adapter(base, files, no_forward=NOT_RUN)
 
 
-def test_a_card_that_is_full_during_a_probe_says_nothing_about_the_tensor(
+def test_a_card_full_in_a_probe_says_nothing_of_the_tensor(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case = methods.find("lora-linear")
@@ -180,9 +180,7 @@ def test_a_card_that_is_full_during_a_probe_says_nothing_about_the_tensor(
         merge_adapter(base, files, no_forward=NOT_RUN)
 
 
-def test_a_full_card_gets_a_second_chance_without_the_weights_that_it_keeps(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_card_has_a_second_chance_without_kept_weights(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     case = methods.find("lora-linear")
     files = preflight(str(bench.adapter(case)), allow_pickle=False)
     base = bench.gate.base(bench.base_directory(case.base, "float32"), files, dtype="auto")

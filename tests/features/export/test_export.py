@@ -125,7 +125,7 @@ def test_the_export_of_an_export_has_the_same_bytes(exported: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_an_unchanged_export_is_replaced_and_a_changed_one_is_not(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
+def test_an_unchanged_export_is_replaced_and_no_changed_one(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
     place = lay(shelf, tmp_path)
     shutil.copytree(exported / "out", place / "out")
     assert export(place) == 0
@@ -137,7 +137,7 @@ def test_an_unchanged_export_is_replaced_and_a_changed_one_is_not(exported: Path
 
 
 @pytest.mark.slow
-def test_an_export_that_a_kill_took_away_is_put_back_and_replaced(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
+def test_an_export_that_a_kill_took_away_is_put_back(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
     """On a file system that cannot exchange directories, a kill between two renames leaves this."""
     lay(shelf, tmp_path)
     shutil.copytree(exported / "out", tmp_path / ".out.partial" / "replaced")
@@ -349,7 +349,7 @@ def test_an_adapter_that_fails_is_not_exported(laid: Path, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_copy_of_a_base_weight_is_refused_before_the_second_gate(
+def test_a_changed_copy_of_a_base_weight_is_refused_at_once(
     shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lay(shelf, tmp_path, base="llama", target_modules=["embed_tokens"])

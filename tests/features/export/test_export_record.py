@@ -19,7 +19,7 @@ def names(parent: Path) -> set[str]:
     return {path.name for path in parent.iterdir()}
 
 
-def test_a_kill_before_the_look_leaves_an_earlier_export_that_is_removed(tmp_path: Path) -> None:
+def test_a_kill_before_the_look_leaves_an_export_to_remove(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_bytes(b"{}")
     tool, base = Tool(name=TOOL, version="1"), PublishedBase(model="b", dtype="float32", quantization="none", sha256="")

@@ -87,7 +87,7 @@ def test_a_vision_adapter_that_overflows_fails(tmp_path: Path) -> None:
     assert (report.verdict, report.cause) == (Verdict.FAILED, "activation-nonfinite")
 
 
-def test_a_model_that_gets_no_picture_is_an_error_only_if_the_run_is_required(tmp_path: Path) -> None:
+def test_a_model_without_a_picture_is_an_error_only_if_required(tmp_path: Path) -> None:
     """The token of a picture is none of the model's."""
     evidence = measured(tmp_path, LLAVA, VISION, 140.0, image_token_id=300, image_token_index=300)
     forward = evidence.forward

@@ -52,7 +52,7 @@ class Sizes(TorchDispatchMode):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_a_layer_returns_what_pefts_returns_without_a_product_of_its_size(
+def test_a_layer_returns_pefts_values_without_a_large_product(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lockstep, "PRODUCT_ELEMENTS", 256)

@@ -20,7 +20,7 @@ SAMPLE = ("llama", "gpt2", "t5", "mixtral", "gpt_oss", "mamba", "jamba", "whispe
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
-def test_base_and_adapter_give_the_bits_of_runs_alone_and_fill_each_weight_once(model_type: str) -> None:
+def test_base_and_adapter_give_the_bits_of_runs_alone(model_type: str) -> None:
     outcome = trial(model_type)
     assert (outcome.lockstep, outcome.twice, outcome.repeats, outcome.finite) == (None, (), True, True), outcome
     assert outcome.share == pytest.approx(1.0)
@@ -63,7 +63,7 @@ def _as_they_are(_: Iterable[str]) -> Iterator[None]:
     yield
 
 
-def test_weights_that_models_read_in_turns_and_in_another_order_are_filled_once() -> None:
+def test_weights_that_models_read_in_turns_are_filled_once() -> None:
     base = _Layers()
     models: list[Any] = [base, _Layers(first=1), _Layers()]
     for model in models[1:]:
@@ -129,7 +129,7 @@ def test_code_that_loops_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (type(runs[0].error), runs[1].error) == (RuntimeError, None)
 
 
-def test_random_numbers_are_those_of_seed_0_and_the_process_keeps_its_own() -> None:
+def test_random_numbers_are_those_of_seed_0() -> None:
     class Noisy(_Layers):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return super().forward(inputs + torch.rand(1, 4)) + torch.rand(1, 4)

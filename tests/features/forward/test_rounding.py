@@ -145,7 +145,7 @@ def test_it_does_not_matter_where_the_values_come_from(trial: Trial) -> None:
     assert not skeleton.was_misread()
 
 
-def test_the_figure_decides_and_the_next_adapter_reuses_the_scratch_copy(trial: Trial) -> None:
+def test_the_figure_decides_and_the_next_reuses_the_copy(trial: Trial) -> None:
     base = trial.loaded("bfloat16")
     evidence = trial.evidence(base)
     change, norm = evidence.forward.rounding_change, evidence.lost_share
@@ -191,7 +191,7 @@ def failing(calls: int) -> Any:
 
 
 @pytest.mark.parametrize("hook", [noisy, failing(3)])
-def test_a_model_that_runs_differently_or_fails_costs_only_the_measurement(trial: Trial, hook: Any) -> None:
+def test_a_model_that_runs_differently_costs_the_measurement(trial: Trial, hook: Any) -> None:
     base = trial.loaded("bfloat16")
     base.model.get_submodule("model.norm").register_forward_hook(hook)
     evidence = trial.evidence(base)

@@ -93,7 +93,7 @@ def test_two_tensors_that_config_json_ties_are_an_error(place: Path, shelf: Shel
     assert (report.verdict, report.cause) == (Verdict.FAILED, "tied")
 
 
-def test_a_note_says_how_many_rows_the_base_of_the_unmerged_adapter_needs(place: Path) -> None:
+def test_a_note_counts_the_rows_that_the_unmerged_adapter_needs(place: Path) -> None:
     report = json.loads((place / "merge-gate-report" / "report.json").read_text())
     notes = {one["name"]: [note["hint"] for note in one["findings"]] for one in report["adapters"]}
     for name in ("resized", "more-rows"):

@@ -178,7 +178,7 @@ def test_the_adapters_tokenizer_replaces_the_bases_as_a_whole(tmp_path: Path) ->
     assert found["config.json"][1] == CONFIG
 
 
-def test_the_license_of_the_base_stays_next_to_that_of_the_adapter(tmp_path: Path) -> None:
+def test_the_license_of_the_base_stays_next_to_the_adapters(tmp_path: Path) -> None:
     found = contents(chosen(tmp_path, {"LICENSE": b"base"}, {"LICENSE": b"adapter"}))
     assert found["LICENSE"] == ("base", b"base")
     assert found["adapter-LICENSE"] == ("adapter", b"adapter")
@@ -193,7 +193,7 @@ def test_a_combination_has_its_members_files_if_they_agree(tmp_path: Path) -> No
 
 
 @pytest.mark.attempt("P06", "LICENSE, tokenizer, or template is a link to another place", "not published")
-def test_a_link_leads_to_the_directory_or_the_hubs_cache_and_no_further(tmp_path: Path) -> None:
+def test_a_link_leads_to_the_directory_or_the_hubs_cache_only(tmp_path: Path) -> None:
     secret = tmp_path / "id_rsa"
     secret.write_bytes(b"secret")
     base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b"", "NOTICE": b"x"})
@@ -299,7 +299,7 @@ def test_a_config_that_would_not_fit_the_tensors_is_refused(
         chosen(tmp_path, {"config.json": config}, shapes=shapes)
 
 
-def test_a_cast_changes_the_dtype_and_a_dequantized_base_loses_its_quantization(tmp_path: Path) -> None:
+def test_a_cast_changes_dtypes_and_dequantizing_the_quantization(tmp_path: Path) -> None:
     config = (
         b'{"dtype": "float32", "vision_config": {"torch_dtype": "float32"}, '
         b'"quantization_config": {"quant_method": "fp8", "dtype": "fp8"}}'
@@ -378,13 +378,13 @@ def test_an_adapter_that_drops_stop_tokens_is_warned_of(tmp_path: Path) -> None:
     assert checks(found) == [("stop-tokens", Severity.WARNING)]
 
 
-def test_a_tokenizer_that_is_larger_than_the_embedding_is_warned_of(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_warned_of(tmp_path: Path) -> None:
     own = {"tokenizer.json": b'{"model": {"vocab": {"a": 0, "new": 32}}}', "tokenizer_config.json": b"{}"}
     assert checks(chosen(tmp_path, {}, own)) == [("tokenizer-size", Severity.WARNING)]
     assert checks(chosen(tmp_path, {}, own, shapes=resized(33))) == []
 
 
-def test_a_base_that_is_quantized_while_it_is_loaded_is_stored_plain(tmp_path: Path) -> None:
+def test_a_base_that_is_quantized_at_its_load_is_stored_plain(tmp_path: Path) -> None:
     """Its stored tensors are compared like those of any plain base: a head that it does not have is refused."""
     base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b""})
     adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}"})

@@ -195,7 +195,7 @@ class Parent:
 
 
 @pytest.mark.parametrize("is_measured", [False, True])
-def test_of_a_fed_base_every_tensor_is_written_and_read_as_seldom_as_possible(
+def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
     is_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a second pass, the base is measured, so that only what the adapters touch is read before the end."""
@@ -240,9 +240,7 @@ def test_of_a_fed_base_every_tensor_is_written_and_read_as_seldom_as_possible(
 
 
 @pytest.mark.parametrize("variant", ["tied-tokens", "resized-tied"])
-def test_a_tied_tensor_that_is_stored_twice_is_written_under_both_names(
-    variant: str, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_tied_tensor_that_is_stored_twice_is_written_twice(variant: str, shelf: Shelf, tmp_path: Path) -> None:
     base, adapter = shutil.copytree(shelf.base("llama-tied"), tmp_path / "base"), shelf.adapter(variant)
     tensors = stored(base)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / bases.WEIGHTS)
@@ -253,7 +251,7 @@ def test_a_tied_tensor_that_is_stored_twice_is_written_under_both_names(
     assert not is_same(after["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
-def test_a_body_keeps_the_prefix_and_the_head_that_its_files_have(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_body_keeps_the_prefix_and_the_head_of_its_files(shelf: Shelf, tmp_path: Path) -> None:
     base, adapter = shelf.base("bert-classifier"), shelf.adapter("feature-extraction")
     sent = sent_by(base, adapter)
     assert sent.refusal is None
@@ -280,7 +278,7 @@ def test_every_floating_tensor_is_cast(variant: str, hollow: bool, shelf: Shelf,
     assert different(ours, theirs) == []
 
 
-def test_what_transformers_keeps_in_float32_is_cast_after_the_merge(tmp_path: Path) -> None:
+def test_what_transformers_keeps_in_float32_is_cast_later(tmp_path: Path) -> None:
     case = methods.make_case("kept", "t5", "LoraConfig", r=2, target_modules=["q", "wo"])
     base, adapter = methods.save_base("t5", tmp_path / "base"), tmp_path / "adapter"
     methods.save_adapter(case, methods.load_base("t5", base), adapter, base_directory=base)
@@ -340,7 +338,7 @@ class Broken(Sent):
     [EngineError("the disk is full"), OSError(28, "No space left on device"), RuntimeError("odd")],
     ids=["known", "disk", "unknown"],
 )
-def test_an_error_while_a_model_is_written_costs_the_publication_only(error: Exception, shelf: Shelf) -> None:
+def test_an_error_while_a_model_is_written_costs_only_the_model(error: Exception, shelf: Shelf) -> None:
     base, adapter = shelf.base("llama"), shelf.adapter("every-projection")
     broken = sent_by(base, adapter, sent=Broken(error))
     assert broken.refusal is not None
@@ -442,9 +440,7 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
     assert publishing == sorted(reads)
 
 
-def test_the_worker_publishes_a_quantized_base_with_plain_weights(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_worker_publishes_a_quantized_base_plainly(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
     monkeypatch.setattr(consumer, "Connection", lambda client: client)
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
@@ -478,7 +474,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]
     ("variant", "quantization"),
     [("every-projection", Quantization.BNB_4BIT), ("dora", Quantization.BNB_8BIT), ("conv1d", Quantization.BNB_4BIT)],
 )
-def test_a_base_that_was_quantized_is_published_with_plain_weights(
+def test_a_quantized_base_is_published_with_plain_weights(
     variant: str, quantization: Quantization, shelf: Shelf, tmp_path: Path
 ) -> None:
     """The merge that transformers recommends for QLoRA: `dequantize`, and then PEFT's merge."""

@@ -44,7 +44,7 @@ def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_without_an_earlier_publication_leaves_no_name(runs: KilledRuns) -> None:
+def test_a_killed_run_without_an_earlier_model_leaves_no_name(runs: KilledRuns) -> None:
     shutil.rmtree(runs.target, ignore_errors=True)
     process = runs.start()
     runs.wait_for_partial(process)

@@ -142,9 +142,7 @@ def test_what_cannot_go_back_is_not_removed(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.attempt("F06", "without exchange: the second rename fails (EIO, ENOSPC)", "the earlier model is put back")
-def test_an_error_between_two_renames_puts_the_earlier_model_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_between_renames_puts_the_earlier_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = earlier(tmp_path)
     partial = filled(tmp_path)
     real = Path.rename
@@ -231,7 +229,7 @@ def test_a_kill_before_the_look_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.attempt(
     "F04b", "kill -9 right after the exchange, without a user's file", "the next run removes the leftover"
 )
-def test_a_kill_before_the_look_leaves_an_earlier_model_that_is_removed(tmp_path: Path) -> None:
+def test_a_kill_before_the_look_leaves_a_model_to_remove(tmp_path: Path) -> None:
     published.publish(tmp_path / "one")
     untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")
     subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
@@ -321,7 +319,7 @@ def test_a_link_of_that_name_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_directory_that_another_run_has_just_removed_is_made_again(
+def test_a_directory_that_another_run_just_removed_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     removals = iter([True])
@@ -376,7 +374,7 @@ def test_a_file_in_the_place_of_the_model_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_taken", [True, False])
-def test_a_file_system_that_cannot_exchange_still_replaces_nothing(
+def test_a_file_system_that_cannot_exchange_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_taken: bool
 ) -> None:
     monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)

@@ -114,7 +114,7 @@ def test_the_configuration_can_ask_for_it_and_for_smaller_files(place: Path) -> 
     assert stored(place / "elsewhere" / "first") == stored(model)
 
 
-def test_an_entry_to_publish_is_merged_again_although_its_verdict_is_cached(place: Path) -> None:
+def test_an_entry_to_publish_is_merged_though_it_is_cached(place: Path) -> None:
     for _ in range(2):
         assert play(place, "--cache", "cache") == 0
     assert adapters_of(place)[0]["cached"] is True
@@ -184,7 +184,7 @@ def test_an_adapter_that_fails_is_not_published(place: Path) -> None:
     ],
 )
 @pytest.mark.attempt("D5", "--publish of a dtype that cannot be published", "exit 3 before the first merge")
-def test_a_dtype_that_cannot_be_published_is_refused_before_the_first_merge(
+def test_a_dtype_that_cannot_be_published_is_refused_at_once(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: Any, wanted: str, words: str
 ) -> None:
     def merges(*_: object, **__: object) -> None:
@@ -345,7 +345,7 @@ def test_a_second_attempt_replaces_the_first(place: Path) -> None:
     assert stored(place / "merged" / "one") == expected(stored(place / "base"))
 
 
-def test_a_planned_tensor_without_a_checksum_costs_the_publication(place: Path) -> None:
+def test_a_planned_tensor_without_a_checksum_costs_the_model(place: Path) -> None:
     def send(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
         write(publisher, task, plan_of(), {NAMES[0]: bytes(128)}, checksums=())
 
@@ -440,7 +440,7 @@ def test_a_model_is_not_completed_after_the_run_was_ended(place: Path) -> None:
     model.stop()
 
 
-def test_a_model_that_is_not_complete_when_its_worker_dies_is_removed(place: Path) -> None:
+def test_a_model_that_is_incomplete_at_a_death_is_removed(place: Path) -> None:
     run = SimpleNamespace(specs=(), inputs=(), options=RunOptions())
     models = Publications(cast("Run", run), PublishSpec(directory="merged", label="merged"))
     models._models = {0: model_of(place, "passed"), 1: model_of(place, "written")}
@@ -476,9 +476,7 @@ def test_a_tensor_of_a_streamed_base_needs_a_checksum(place: Path, lost: str | N
 
 
 @pytest.mark.attempt("F01", "ENOSPC while the model is written", "not published, and no leftover")
-def test_a_disk_that_is_full_while_the_base_is_copied_prevents_publishing(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_during_the_copy_prevents_publishing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = weight_files._write_all
 
     def fail(descriptor: int, start: int, content: memoryview) -> None:
@@ -510,7 +508,7 @@ def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> Non
 
 
 @pytest.mark.parametrize("why", ["fails", "is not sent", "has no files"])
-def test_a_model_of_an_earlier_run_is_named_if_the_adapter_has_no_new_one(
+def test_a_model_of_an_earlier_run_is_named_without_a_new_one(
     place: Path, why: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lay_adapter(place, "two")
@@ -597,7 +595,7 @@ def edited(file: Path, old: bytes, new: bytes) -> None:
 @pytest.mark.attempt("P04", "own publication edited, at equal size too: files, card, manifest", "exit 2, and it stays")
 @pytest.mark.attempt("P05", "files, pipe, hidden file, empty folder, or link added to it", "exit 2, and it stays")
 @pytest.mark.parametrize("change", ["none", *CHANGES])
-def test_only_an_earlier_publication_that_is_unchanged_is_replaced(place: Path, change: str) -> None:
+def test_only_an_unchanged_earlier_publication_is_replaced(place: Path, change: str) -> None:
     assert play(place, "--publish", "merged") == 0
     model = place / "merged" / "one"
     CHANGES.get(change, lambda _: None)(model)
@@ -612,9 +610,7 @@ def test_only_an_earlier_publication_that_is_unchanged_is_replaced(place: Path, 
 
 
 @pytest.mark.attempt("P04c", "weights of an earlier publication edited at equal size", "not published, and they stay")
-def test_edited_weights_are_noticed_before_they_would_be_replaced(
-    place: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_edited_weights_are_noticed_before_they_are_replaced(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert play(place, "--publish", "merged") == 0
     assert "is compared with" not in capfd.readouterr().err, "there was no earlier model"
     weights = place / "merged" / "one" / "model-00001-of-00002.safetensors"
@@ -730,7 +726,7 @@ def test_no_input_is_written_to_or_replaced(place: Path, target: str) -> None:
     assert state(place) == before
 
 
-def test_a_base_that_was_published_before_is_not_replaced_by_its_own_merge(place: Path) -> None:
+def test_a_published_base_is_not_replaced_by_its_own_merge(place: Path) -> None:
     assert play(place, "--publish", "merged") == 0
     before = state(place / "merged")
     assert play(place, "--publish", "merged", "-o", "second", base="merged/one") == 3
@@ -752,7 +748,7 @@ def test_a_name_that_is_no_directory_is_refused(place: Path, name: str) -> None:
 
 
 @pytest.mark.attempt("F12", "a disk that is too small", "exit 3 before the first merge")
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
+def test_a_disk_that_is_too_small_is_refused_at_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = os.statvfs(place)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 
 
-def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
+def test_a_verdict_on_a_streamed_base_counts_when_all_bytes_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parents: list[str] = []

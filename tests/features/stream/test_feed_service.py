@@ -97,9 +97,7 @@ def expected(content: dict[str, bytes], span: FileSpan) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_spans_that_are_read_in_order_have_the_bytes_of_the_files(
-    seed: int, ends: Fed, content: dict[str, bytes]
-) -> None:
+def test_spans_that_are_read_in_order_have_the_files_bytes(seed: int, ends: Fed, content: dict[str, bytes]) -> None:
     client = ends.feed(0)
     spans = spans_of(content, seed)
     client.expect(spans, whole=True)
@@ -135,7 +133,7 @@ def test_bytes_that_were_not_announced_come_past_a_full_window(ends: Fed, conten
                 assert data == expected(content, span)
 
 
-def test_announced_bytes_that_are_skipped_do_not_block_later_ones(ends: Fed, content: dict[str, bytes]) -> None:
+def test_skipped_bytes_do_not_block_later_ones(ends: Fed, content: dict[str, bytes]) -> None:
     client = ends.feed(0)
     spans = spans_of(content)
     client.expect(spans, whole=True)
@@ -213,9 +211,7 @@ def test_expectations_that_are_replaced_leave_no_threads(ends: Fed, content: dic
     wait_until(lambda: threading.active_count() <= before)
 
 
-def test_replaced_expectations_whose_reads_hang_leave_a_thread_for_each_slot(
-    ends: Fed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_expectations_that_hang_leave_a_thread_each(ends: Fed, monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
     client = ends.feed(0)
     before = threading.active_count()
@@ -258,9 +254,7 @@ def test_bytes_that_differ_when_they_are_read_again_are_refused(
         read(client, FileSpan(file="0.safetensors", start=PAGE + 5, end=PAGE + 6))
 
 
-def test_a_file_that_is_cut_off_is_an_error_for_both_kinds_of_reads(
-    ends: Fed, content: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_file_that_is_cut_off_is_an_error_for_all_reads(ends: Fed, content: dict[str, bytes], tmp_path: Path) -> None:
     os.truncate(tmp_path / "2.safetensors", 3 * PAGE)
     client = ends.feed(0)
     with pytest.raises(SourceError):

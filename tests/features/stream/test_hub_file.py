@@ -56,7 +56,7 @@ def test_any_range_has_the_bytes_of_the_file(commit: str) -> None:
         assert read(file, start, size_bytes) == CONTENT[start : start + size_bytes]
 
 
-def test_the_resolver_is_asked_once_and_the_token_goes_to_the_hub_alone(hub: LoopbackHub, commit: str) -> None:
+def test_the_resolver_is_asked_once_and_the_hub_has_the_token(hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     for start in range(0, 50_000, 10_000):
         read(file, start, 10_000)
@@ -88,7 +88,7 @@ def test_a_read_that_breaks_off_goes_on_where_it_stopped(kind: str, hub: Loopbac
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_passing_failure_is_tried_again_after_the_pause_that_the_server_asks_for(
+def test_a_passing_failure_is_retried_after_the_servers_pause(
     status: int, hub: LoopbackHub, commit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 60.0)

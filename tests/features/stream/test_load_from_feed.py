@@ -223,7 +223,7 @@ def test_a_class_without_a_skeleton_is_loaded_from_the_feed(shelf: Shelf, monkey
     assert "from_pretrained of its own" in last.refusal.message
 
 
-def test_no_stub_is_loaded_and_the_error_names_class_reason_and_size(
+def test_no_stub_is_loaded_and_the_error_names_the_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
     monkeypatch.setattr(whole, "_loaded", lambda *_: (_ for _ in ()).throw(NoSkeletonError("it is odd")))

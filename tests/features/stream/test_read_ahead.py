@@ -128,7 +128,7 @@ def test_canceling_ends_the_threads_and_frees_the_slots(*, is_read: bool) -> Non
     assert read(ahead, "0.safetensors", 3 * PAGE, 5 * PAGE) == files.content["0.safetensors"][3 * PAGE : 5 * PAGE]
 
 
-def test_a_pass_that_ends_with_an_error_is_one_for_readers_that_wait() -> None:
+def test_a_pass_that_ends_with_an_error_ends_so_for_its_readers() -> None:
     files, may_end = Files(8 * PAGE), threading.Event()
     files.on_read = lambda *_: may_end.wait(20) and None
     ahead = begun(files, 3)
@@ -171,7 +171,7 @@ def span(file: str, start: int, end: int) -> FileSpan:
     return FileSpan(file=file, start=start, end=end)
 
 
-def test_a_file_without_a_digest_is_read_whole_and_others_where_they_are_needed() -> None:
+def test_a_file_without_a_digest_is_read_whole() -> None:
     sizes = {"a": 3 * PAGE, "b": 10 * PAGE + 1, "c": PAGE}
     pieces = plan(
         [span("b", 10, 20), span("b", 5 * PAGE, 7 * PAGE + 1), span("b", 10 * PAGE, 10 * PAGE + 1)], sizes, "b"
@@ -201,7 +201,7 @@ def added(passed: FedBase, content: bytes, starts: list[int]) -> None:
         passed.add("a", start, memoryview(content)[start : start + PAGE])
 
 
-def test_a_file_has_a_digest_once_all_of_its_bytes_passed_in_order() -> None:
+def test_a_file_has_a_digest_once_its_bytes_passed_in_order() -> None:
     content = os.urandom(3 * PAGE + 1)
     passed = fed({"a": len(content)}, {})
     added(passed, content, [0, 2 * PAGE, 3 * PAGE])

@@ -120,7 +120,7 @@ def test_a_header_that_is_longer_than_the_first_read(
     [b"", b"\xff" * 40, b"<!doctype html>" + bytes(100), WEIGHTS[:-8]],
     ids=["empty", "length", "page", "cut"],
 )
-def test_a_file_that_is_no_safetensors_file_is_refused_as_on_the_disk(
+def test_a_file_that_is_no_safetensors_is_refused_as_on_disk(
     weights: bytes, server: LoopbackHub, tmp_path: Path
 ) -> None:
     server.add_repo(BASE, FILES | {MODEL: weights})
@@ -143,7 +143,7 @@ def test_a_tensor_in_two_files_is_not_compared(server: LoopbackHub, tmp_path: Pa
     assert [one.check for one in base.base_files.findings] == ["base-inconsistent"]
 
 
-def test_a_size_that_no_model_has_is_refused_before_anything_is_read() -> None:
+def test_a_size_that_no_model_has_is_refused_before_a_read() -> None:
     """A mirror can state any size, and the list of pieces grows with it."""
 
     class Stated:

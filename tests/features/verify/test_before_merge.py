@@ -43,7 +43,7 @@ def reported(merged: Path, scene: Scene, base: Path | None = None) -> AdapterRep
 # --- exchanged arguments ---------------------------------------------------------------------------------------------
 
 
-def test_exchanged_arguments_are_refused_with_the_corrected_command(
+def test_exchanged_arguments_are_refused_with_a_correction(
     scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -102,7 +102,7 @@ def wider(out: Path, source: Path) -> None:
     write_weights(out, {name: one.repeat(*[2] * one.dim()) for name, one in weights_of(source).items()})
 
 
-def test_a_model_of_another_architecture_or_size_is_named_and_not_compared(scene: Scene, tmp_path: Path) -> None:
+def test_a_model_of_another_architecture_or_size_is_named(scene: Scene, tmp_path: Path) -> None:
     make_base("gpt2", tmp_path / "gpt2")
     wider(tmp_path / "wider", scene.merge(VARIANT))
     for name, key in (("gpt2", "model_type"), ("wider", "hidden_size")):

@@ -543,7 +543,7 @@ def test_what_exporters_write_is_expected(base: Path, merged: Path, change: Call
     assert [f"{one.check}: {one.message}" for one in found if one.severity == "error"] == []
 
 
-def test_without_a_tokenizer_a_note_names_what_the_server_must_supply(base: Path, merged: Path) -> None:
+def test_without_a_tokenizer_a_note_names_what_is_needed(base: Path, merged: Path) -> None:
     _without_tokenizer(merged)
     (note,) = [one for one in account(merged, base)[0] if one.check == T]
     assert note.severity is Severity.NOTE
@@ -753,7 +753,7 @@ def test_the_adapters_own_tokenizer_is_expected(base: Path, adapter: Path, merge
 
 @pytest.mark.attempt("V45", "the base's tokenizer, though the adapter has its own", "tokenizer-differs")
 @pytest.mark.attempt("V45b", "the adapter's tokenizer.json, and the base's settings", "tokenizer-differs")
-def test_the_bases_tokenizer_is_not_expected_if_the_adapter_has_one(base: Path, adapter: Path, merged: Path) -> None:
+def test_the_bases_tokenizer_is_not_expected_beside_an_adapters(base: Path, adapter: Path, merged: Path) -> None:
     assert kinds(merged, base, adapter) >= {T}
     copied(adapter, TOKENIZER)(merged)
     assert kinds(merged, base, adapter) >= {S}

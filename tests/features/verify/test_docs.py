@@ -26,7 +26,7 @@ def test_the_page_has_a_table_of_the_expected_differences() -> None:
     held(PAGE, "expected differences", "\n".join([*head, *rows, ""]))
 
 
-def test_the_page_has_a_section_for_each_kind_and_the_package_a_copy_of_them() -> None:
+def test_the_page_has_each_kind_and_the_package_a_copy_of_them() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert re.findall(r"^### (.+)$", page, re.MULTILINE) == list(ANSWERS)
     own = {kind: (CHECKS_FOLDER / f"{kind}.md").read_text(encoding="utf-8") for kind in WITHOUT_SETTING}

@@ -169,7 +169,7 @@ def test_one_value_that_is_off_by_two_units_is_found(dtype: torch.dtype) -> None
 @pytest.mark.attempt(
     "V03f", "every float32 value as far off as the bound of float32 allows, to one side", "unexplained"
 )
-def test_a_change_inside_the_bound_of_float32_is_seen_by_its_signs() -> None:
+def test_a_change_within_float32s_bound_is_seen_by_its_signs() -> None:
     for seed in range(4):
         of = layer(seed, torch.float32, least_size=128)
         blocks = lora_rows("w", of[0], LowRankUpdate(lora_a=of[1], lora_b=of[2], scaling=of[3]))
@@ -194,7 +194,7 @@ def test_a_merge_in_another_dtype_than_the_base_explains_itself(stored: torch.dt
         assert outside or bias > 1
 
 
-def test_values_off_by_factors_in_16_bits_are_near_and_others_are_astray() -> None:
+def test_values_off_by_factors_in_16_bits_are_near() -> None:
     for seed in range(6):
         weight, a, b, scaling = of = layer(seed, torch.bfloat16, most=0.05, least_size=128)
         delta = (b.to(torch.bfloat16).float() + b / 256) @ a.to(torch.bfloat16).float() * scaling
@@ -251,7 +251,7 @@ def _exact(case: methods.Case, place: Path) -> tuple[dict[str, list[ExactRows]],
     [pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow) for case in methods.CASES],
     ids=lambda case: case.name,
 )
-def test_the_merge_of_each_method_is_explained_and_no_change_of_it(case: methods.Case, tmp_path: Path) -> None:
+def test_the_merge_of_each_method_is_explained_and_no_change(case: methods.Case, tmp_path: Path) -> None:
     with one_thread():
         exact, merged = _exact(case, tmp_path)
     assert bool(exact) is (case.name not in COPIED)

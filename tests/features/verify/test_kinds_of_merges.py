@@ -87,9 +87,7 @@ def test_a_wrong_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier
     assert report.cause == recipe.kind
 
 
-def test_a_lost_head_is_named_without_the_buffers_that_transformers_computes(
-    scene: Scene, verifier: Verifier, tmp_path: Path
-) -> None:
+def test_a_lost_head_is_named_without_computed_buffers(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
     recipe = next(one for one in WRONG if one.name == "MTP heads dropped with positions")
     (lost,) = [one for one in reported(recipe, scene, verifier, tmp_path / "m").findings if one.check == "not-carried"]
     assert (lost.tensor, dict(lost.measured)) == ("mtp.x", {"tensors": 1})

@@ -95,7 +95,7 @@ def test_the_model_is_the_last_link_of_the_chain() -> None:
     assert chain(right)[-1][2] == "exact, renamed"
 
 
-def test_a_report_of_another_writer_has_a_headline_without_findings() -> None:
+def test_a_report_of_another_writer_has_a_headline_alone() -> None:
     for verdict in Verdict:
         one = AdapterReport(
             **{name: getattr(FAILED, name) for name in ("name", "source", "base", "line", "column")},

@@ -82,7 +82,7 @@ def test_an_adapter_that_cannot_be_merged_is_no_answer(scene: Scene, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene, tmp_path: Path) -> None:
+def test_a_published_directory_is_the_merge_as_it_was_published(scene: Scene, tmp_path: Path) -> None:
     base, adapter = scene.base(VARIANT), scene.adapter(VARIANT)
     answer = merge_gate("run", adapter, "--base", base, "--publish", "out", cwd=tmp_path)
     assert answer.code == 0, answer.said

@@ -227,9 +227,7 @@ def test_a_record_that_is_none_is_a_usage_error(place: Path, change: Callable[[P
 @pytest.mark.attempt(
     "W02", "merge-gate.json, the card, and a file edited together", "exit 0, as documented: not signed"
 )
-def test_a_record_that_was_made_to_fit_is_not_noticed_without_a_signature(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_made_to_fit_is_not_noticed_without_a_signature(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(published.FILES, "config.json", b'{"edited": true}')
     (place / "model" / MANIFEST_NAME).unlink()
     published.publish(place / "model")

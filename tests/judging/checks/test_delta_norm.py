@@ -107,7 +107,7 @@ class TestDeltaNorm(EveryCheck):
     )
 
 
-def test_a_weight_that_keeps_less_than_float32_rounds_away_is_wiped_out() -> None:
+def test_a_weight_left_with_less_than_rounding_is_wiped_out() -> None:
     (finding,) = judge(spec(), files(), evidence(merges=(small(WIPED_SHARE),)))
     assert (finding.check, finding.tensor) == ("delta-norm", WEIGHT)
 
@@ -153,7 +153,7 @@ def test_a_delta_above_the_error_limit_fails(
     ]
 
 
-def test_a_bias_above_the_error_limit_does_not_fail_a_matrix_below_it() -> None:
+def test_a_bias_above_the_limit_does_not_fail_a_matrix_below_it() -> None:
     bias = merged(dataclasses.replace(tensor(), shape=(64,)), base_norm=1.0, delta_norm=5000.0)
     matrix = merged(dataclasses.replace(tensor(), shape=(8, 8)), base_norm=1.0, delta_norm=20.0)
     (finding,) = of("delta-norm", judge(spec(), files(), evidence(merges=(bias, matrix))))
@@ -174,7 +174,7 @@ def test_a_bias_above_the_error_limit_does_not_fail_a_matrix_below_it() -> None:
         (0.0, 1.0, 999.0, None, None),
     ],
 )
-def test_a_delta_is_compared_with_the_typical_weight_of_the_model_too(
+def test_a_delta_is_compared_with_the_models_typical_weight_too(
     weight: float, typical: float, delta: float, severity: Severity | None, ratio: float | None
 ) -> None:
     """All are RMS; the matrix has 64 values, so that its norms are 8 times as large."""
@@ -185,7 +185,7 @@ def test_a_delta_is_compared_with_the_typical_weight_of_the_model_too(
     assert [dict(finding.measured)["ratio"] for finding in found] == ([pytest.approx(ratio)] if ratio else [])
 
 
-def test_the_matrix_that_fails_is_named_and_not_a_smaller_weight_with_a_larger_ratio() -> None:
+def test_the_matrix_that_fails_is_named_and_no_smaller_weight() -> None:
     shape = dataclasses.replace(tensor(), shape=(8, 8), numel=64)
     tiny = merged(shape, base_norm=1e-9, delta_norm=1.0)
     exploded = merged(dataclasses.replace(shape, name="b.weight"), base_norm=1.0, delta_norm=1e6)

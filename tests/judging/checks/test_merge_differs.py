@@ -77,7 +77,7 @@ class TestMergeDiffers(EveryCheck):
     HEALTHY = (healthy("next-to-positions"),)
 
 
-def test_what_the_layer_computes_is_a_cause_before_the_values_that_it_holds() -> None:
+def test_what_the_layer_computes_is_a_cause_before_its_values() -> None:
     both = different((MODULE, 2.0))
     findings = judge(spec(), files(), evidence(different=both.different, merges=(merged(broken()),)))
     assert [finding.check for finding in findings] == ["merge-differs", "merged-nonfinite"]

@@ -77,14 +77,14 @@ class TestMergedNonfinite(EveryCheck):
     QUIET = ((evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),)
 
 
-def test_a_merge_that_only_carries_on_the_adapters_nan_points_to_it() -> None:
+def test_a_merge_that_only_carries_on_nan_points_to_the_adapter() -> None:
     sick = evidence(file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(broken()),))
     assert "adapter-nonfinite" in hint_of("merged-nonfinite", sick)
     unused = evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),), merges=(merged(broken()),))
     assert "adapter-nonfinite" not in hint_of("merged-nonfinite", unused)
 
 
-def test_an_overflow_is_not_sent_to_the_dtype_that_it_happened_in() -> None:
+def test_an_overflow_is_not_sent_to_the_dtype_it_happened_in() -> None:
     wide = tensor(dtype="bfloat16", posinf=1, first_index=(0, 0))
     hint = hint_of("merged-nonfinite", evidence(merges=(merged(wide, dtype_max=3.4e38),)))
     assert "serve" not in hint
@@ -97,7 +97,7 @@ def test_a_combination_is_judged_like_one_adapter() -> None:
     assert finding.check == "merged-nonfinite"
 
 
-def test_a_tensor_that_was_broken_in_the_base_is_not_the_mergers_fault() -> None:
+def test_a_tensor_broken_in_the_base_is_not_the_mergers_fault() -> None:
     both = evidence(base=base(nonfinite=(broken(),)), merges=(merged(broken()), merged(broken("other.weight"))))
     findings = judge(spec(), files(), both)
     assert [(finding.check, finding.tensor) for finding in findings] == [

@@ -211,7 +211,7 @@ class TestNoEffect(EveryCheck):
     )
 
 
-def test_a_module_that_shares_an_unchanged_tensor_is_unchanged_too() -> None:
+def test_a_module_that_shares_an_unchanged_tensor_is_unchanged() -> None:
     sharing = evidence(targeted=("lm_head", MODULE), shared=(("lm_head", "model.embed_tokens"),))
     (finding,) = judge(spec(), files(), sharing)
     assert (finding.check, finding.severity, finding.module) == ("no-effect", Severity.WARNING, "lm_head")
@@ -235,7 +235,7 @@ def test_a_module_whose_rank_adalora_has_pruned_away_is_not_idle() -> None:
 
 
 @pytest.mark.attempt("M6", "the keys of one module are missing", "no-effect points to keys-missing")
-def test_a_merge_without_effect_for_want_of_tensors_points_to_them() -> None:
+def test_a_merge_without_effect_points_to_tensors_that_lack() -> None:
     lost = evidence(missing=(LORA_A, LORA_B), merges=(merged(changed=False),))
     assert "keys-missing" in hint_of("no-effect", lost)
     assert "keys-missing" not in hint_of("no-effect", evidence(merges=(merged(changed=False),)))
