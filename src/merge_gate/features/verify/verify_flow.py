@@ -50,6 +50,8 @@ from merge_gate.worker.supervisor import WorkerSlot
 DEVICE = "cpu"
 """Other devices may round otherwise."""
 
+_NO_MODEL = ConsumerSpec(feature="forward", why_not="merge-gate verify compares values, and runs no model")
+
 
 def verify_record(
     merged: str,
@@ -190,7 +192,7 @@ class Verification(Feature):
             tasks = []
             for task in group.tasks:
                 consumer = ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None))
-                tasks.append(replace(task.with_consumer(consumer), turn=ALONE))
+                tasks.append(replace(task, turn=ALONE, consumers=(*task.consumers, _NO_MODEL, consumer)))
             yield replace(group, tasks=tuple(tasks))
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
         yield Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
