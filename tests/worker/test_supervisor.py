@@ -6,6 +6,7 @@ expression that takes ten seconds of trial.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -423,6 +424,36 @@ def test_a_death_of_models_is_blamed_on_no_merge(shelf: Shelf, adapters: list[Ad
     left = begun(job, merging, *running, *ended, running[1]).left(DEATH, set())
     assert [bool(task.why_not("forward")) for task in left.groups[0].tasks] == [False, True, False]
     assert {task.turn for task in left.groups[0].tasks} == {TOGETHER}
+
+
+RAN = (ForwardRunning(task=0, is_running=True), ForwardRunning(task=0, is_running=False))
+
+
+@pytest.mark.parametrize(
+    ("why_not", "events"),
+    [
+        ("forward is off", (MergeStarted(task=0), *RAN[:1])),
+        ("", (MergeStarted(task=0), *RAN, *RAN[:1], ForwardRunning(task=1, is_running=True))),
+        ("", (MergeStarted(task=0, others=(1,)), InProgress(task=0))),
+        ("", (MergeStarted(task=0, others=(1,)), InProgress(task=1))),
+    ],
+    ids=["a model that is not asked for", "two models at a time", "a pass", "a pass of two turns"],
+)
+def test_a_process_that_always_says_and_does_the_same_has_an_end(
+    why_not: str, events: tuple[Event, ...], shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    """It may be in the hands of a base's code. The gate's own never says this again."""
+    one = one_pass(shelf.base("llama"), adapters[:2])
+    left = Job(groups=(replace(one, tasks=tuple(task.without("forward", why_not) for task in one.tasks)),))
+    tried, processes, killer = set[tuple[str, object]](), 0, Killer()
+    while left.groups[0].tasks:
+        attempt, processes = Attempt(left, killer), processes + 1
+        with contextlib.suppress(GarbledError):
+            for event in (BaseLoading(group=0), *events):
+                attempt.receive(event)
+        left = attempt.left(DEATH, tried)
+        assert processes < 10
+    assert killer.outcomes() == {0: "Unjudged", 1: "Unjudged"}
 
 
 def test_the_time_of_the_models_does_not_count_as_the_merges(

@@ -270,12 +270,19 @@ class Attempt:
             case protocol.BaseLoaded() | protocol.BaseMeasured():
                 is_fit = self._is_of_base(event.task) and event.group == self._open[event.task][0]
             case protocol.MergeStarted():
-                is_fit = all(map(self._is_of_base, (event.task, *event.others)))
+                is_fit = all(map(self._is_of_base, (event.task, *event.others))) and self._are_one_pass(event)
+            case protocol.ForwardRunning():
+                is_fit = self._is_of_base(event.task) and self._open[event.task][1].why_not("forward") == ""
             case protocol.Unjudged() if self._directory is None:  # without a device, no base is loaded
                 is_fit = event.task in self._open
             case _:
                 is_fit = self._is_of_base(event.task)
         return is_fit
+
+    def _are_one_pass(self, event: protocol.MergeStarted) -> bool:
+        """Whether the job lets these adapters be merged together. So a pass that dies is another one each time."""
+        turns = {self._open[index][1].turn for index in (event.task, *event.others)}
+        return not event.others or (len(turns) == 1 and ALONE not in turns)
 
     def _is_of_base(self, index: int) -> bool:
         return index in self._open and self.job.groups[self._open[index][0]].directory == self._directory
@@ -352,7 +359,7 @@ class Attempt:
             what = "while it ran the base, without an adapter"
             for index in lost:
                 self._listen(protocol.ForwardRunning(task=index, is_running=True))
-        elif not base_run or len(lost) > 1:
+        elif not base_run or any(self._open[index][1].turn != ALONE for index in lost[1:]):
             self._base_runs[number] = base_run or "alone"
             self._change(lost, turn=ALONE)
             return
