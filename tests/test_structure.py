@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.records.features import NEEDS
 from tests.support import wording
 from tests.tools import mutants
 
@@ -158,6 +159,15 @@ def test_no_two_public_classes_have_one_name() -> None:
     )
     assert len(classes) > 100
     assert not [name for name, count in classes.items() if count > 1]
+
+
+def test_a_feature_imports_no_other_except_the_one_it_needs() -> None:
+    for path in PACKAGE.glob("features/*/**/*.py"):
+        feature = path.relative_to(PACKAGE).parts[1]
+        others = {
+            name.split(".")[2] for name in imports(path.read_text()) if re.match(r"merge_gate\.features\.\w", name)
+        }
+        assert others <= {feature, NEEDS.get(feature)}, path
 
 
 def test_a_file_that_the_code_names_exists() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from merge_gate._internal.errors import ConfigError, GateError, UsageError
     from merge_gate.api import export, gate
-    from merge_gate.features.export.export_record import Export, ExportRecord
+    from merge_gate.features.export.export_record import Export, ExportRecord  # type: ignore[import-not-found, unused-ignore]
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding, Result, Severity, Verdict
 
@@ -35,7 +35,6 @@ __all__ = [
 _MODULES = {
     "merge_gate.api": ("export", "gate"),
     "merge_gate._internal.errors": ("ConfigError", "GateError", "UsageError"),
-    "merge_gate.features.export.export_record": ("Export", "ExportRecord"),
     "merge_gate.records.report": ("AdapterReport", "BaseReport", "Report"),
     "merge_gate.records.terms": ("Finding", "Result", "Severity", "Verdict"),
 }
@@ -46,6 +45,8 @@ def __getattr__(name: str) -> object:
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(module), name)
+    if name in ("Export", "ExportRecord"):
+        return getattr(import_module("merge_gate.records.features").part("export", "directory"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

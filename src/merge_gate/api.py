@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import quoted, unusable
 from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.records.features import part
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import refuse_report
 from merge_gate.report.stored.report_files import FORMATS
@@ -23,7 +24,7 @@ from merge_gate.run.flow import run_gate
 from merge_gate.worker.supervisor import WorkerSlot
 
 if TYPE_CHECKING:
-    from merge_gate.features.export.export_record import Export
+    from merge_gate import Export
     from merge_gate.records.config import Config
     from merge_gate.records.report import Report
 
@@ -107,11 +108,10 @@ def export(
         UsageError: an argument or a name is wrong. Nothing was judged.
         GateError: no plain LoRA has the effect of the adapter, or the merges cannot be compared.
     """
-    from merge_gate.features.export.export_flow import export as exported  # noqa: PLC0415 - imports numpy
-
     given = _converted({"adapters": adapter, "output": output, "base": base, "device": "auto"})
     (name,) = given["adapters"]
-    return exported(name, given["output"], base=given["base"], revision=revision, fill=fill)
+    made: Export = part("export", "api").export(name, given["output"], base=given["base"], revision=revision, fill=fill)
+    return made
 
 
 def refuse_options(**options: Any) -> None:

@@ -5,9 +5,9 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
 `feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
-a feature made (features/publish/partial.py). `records` travel between the processes (worker/channel.py). `feed`
+a feature made (features/publish). `records` travel between the processes (worker/channel.py). `feed`
 reads a base in the worker, by calls of `feed_service` in the parent (worker/call_service.py), and `load` loads a base
-from a feed. `batches` are the adapters that `passes` merges together.
+from a feed. `batches` are the adapters that `passes` merges together. `api` has a function of the Python interface.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ FEATURES: dict[str, dict[str, str]] = {
     "export": {
         "declared": "merge_gate.features.export.declared",
         "command": "merge_gate.features.export.export_command",
+        "api": "merge_gate.features.export.export_flow",
         "directory": "merge_gate.features.export.export_record",
     },
 }
 """Module names by feature and place, in the order in which features act."""
+NEEDS = {"attest": "publish", "export": "publish", "ray": "shards", "verify": "publish"}
+"""The one other feature that a feature imports. Who takes that one away takes both."""
 
 
 def part(feature: str, place: str) -> Any:
@@ -72,16 +75,12 @@ def part(feature: str, place: str) -> Any:
 
 def parts(place: str) -> Iterator[tuple[str, Any]]:
     """Import the modules of all features that act at a place, with the features' names."""
-    for feature, modules in FEATURES.items():
-        if place in modules:
-            yield feature, part(feature, place)
+    return ((feature, part(feature, place)) for feature, modules in FEATURES.items() if place in modules)
 
 
 def declared(name: str) -> Iterator[Any]:
     """What features declare under a name."""
-    for _, module in parts("declared"):
-        if name in vars(module):
-            yield vars(module)[name]
+    return (vars(module)[name] for _, module in parts("declared") if name in vars(module))
 
 
 class WordKey(NamedTuple):

@@ -30,12 +30,11 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from merge_gate._internal.errors import GateError
-from merge_gate.features.cache.declared import SECRET
-from merge_gate.features.cache.store import from_environment
 from merge_gate.features.ray.declared import LOCAL
 from merge_gate.features.shards.combined import combined
 from merge_gate.files.resolve import digest_file
 from merge_gate.records.config import Config
+from merge_gate.records.features import FEATURES, part
 from merge_gate.records.files import FileRecord
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
@@ -111,14 +110,15 @@ def _refuse_node(work: Work) -> None:
         problem = f"{node} has other versions of the libraries, or other code of merge-gate"
         raise GateError(problem, hint="install the same versions on every node")
     if work.options.features.get("cache") is not None and _seal() != work.seal:
-        raise GateError(f"{node} has another {SECRET}", hint="set the same secret on every node, or on none")
+        problem = f"{node} has another {part('cache', 'declared').SECRET}"
+        raise GateError(problem, hint="set the same secret on every node, or on none")
     if work.mark is not None and not Path(work.mark).is_dir():
         problem = f"{node} does not see the directory to publish to, {Path(work.mark).parent}, of this machine"
         raise GateError(problem, hint="publish to a file system that all nodes have at the same path")
 
 
 def _seal() -> str:
-    return from_environment(os.environ).of("ray", "", b"")
+    return str(part("cache", "feature").from_environment(os.environ).of("ray", "", b"")) if "cache" in FEATURES else ""
 
 
 class _Calls:
