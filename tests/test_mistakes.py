@@ -23,7 +23,6 @@ from merge_gate import demo
 from merge_gate._internal import whole_file
 from merge_gate._internal.earlier_reports import is_own
 from merge_gate.cli.dispatch import main
-from merge_gate.features.cache.store import ABANDONED_S
 from merge_gate.records.report import Shard
 from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.report.stored.report_files import FORMATS, write_report
@@ -122,7 +121,7 @@ def cache_of_a_checkout(place: Path) -> None:
     """Directories with the names that a cache uses, and files that are older than a day."""
     for name in ("bases/.gitkeep", "bases/notes.txt", "verdicts/.report.json.tmp"):
         text(name)(place)
-        os.utime(place / name, (0, time.time() - 2 * ABANDONED_S))
+        os.utime(place / name, (0, time.time() - 2 * 86_400))
 
 
 def clock(year: int) -> Arrange:

@@ -23,7 +23,6 @@ import pytest
 import yaml
 
 from merge_gate.report.stored.report_files import FORMATS
-from tests.support import published
 from tests.support.command import environment, shell, wait_until
 from tests.support.hub import LoopbackHub
 
@@ -232,6 +231,8 @@ def upload(hub: LoopbackHub, model: Path, parent: str, place: Path, token: str =
 
 
 def test_a_published_model_replaces_the_repository_in_one_commit(tmp_path: Path) -> None:
+    from tests.support import published  # noqa: PLC0415 - of a feature
+
     model = tmp_path / "support"
     published.publish(model)
     files = {name: (model / name).read_bytes() for name in (*published.FILES, "merge-gate.json", "README.md")}

@@ -17,9 +17,6 @@ from huggingface_hub import constants
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.cache.remembered import SETTLED_NS
-from merge_gate.features.cache.store import KINDS
-from merge_gate.features.publish.partial import partial_name
 from merge_gate.features.stream import feed_service
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
@@ -94,8 +91,8 @@ def test_a_base_in_a_directory(place: Path, wording: Wording) -> None:
 def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It also leaves what a run would remove or move: what killed runs left, and the earlier report."""
     write_report(PASS, str(place / "report"))
-    (place / "models" / partial_name("a")).mkdir(parents=True)
-    verdicts = place / "verdicts" / KINDS[0]
+    (place / "models" / ".a.partial").mkdir(parents=True)
+    verdicts = place / "verdicts" / "verdicts"
     verdicts.mkdir(parents=True)
     unfinished = verdicts / f".{'0' * 64}.{'0' * 16}.tmp"
     for path in (unfinished, verdicts / ("0" * 64)):
@@ -167,7 +164,7 @@ def test_what_earlier_runs_stored_is_in_the_plan(place: Path, wording: Wording) 
     options, base = RunOptions(features={"cache": str(place / "verdicts")}), {"model": "./base", "read": "touched"}
     with pytest.raises(UsageError):
         planned(place, options, base=base)
-    time.sleep(SETTLED_NS / 1e9)  # a digest is remembered only of files that are older
+    time.sleep(2.0)  # a digest is remembered only of files that are older
     answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--read", "whole", "--only", "b", cwd=place)
     assert answer.code == 0, answer.said
     wording(planned(place, options, base=base))

@@ -1,7 +1,7 @@
 """Downloads files of a Hugging Face repository into the cache, pinned to a commit.
 
 A Hub id, a revision, and a function that chooses from the repository's file names go in; `Fetched` or a `ResolveError`
-comes out. Only this module and features/stream/hub_file.py import huggingface_hub.
+comes out. Only this module and features/stream import huggingface_hub.
 
 1. One request resolves the revision to a commit and lists the repository's files. Their names are checked.
 2. The caller chooses from the list. A file that it must read for that, such as an index, is fetched first.

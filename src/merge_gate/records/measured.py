@@ -54,7 +54,7 @@ class TensorMerge:
     `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm`
     are estimates from a sample of the rows (engine/merge/plan.py).
 
-    `keeps_rows`: no row changed by more than 0.7 times its norm (features/forward/growth.py); False if not measured.
+    `keeps_rows`: no row changed by more than 0.7 times its norm (features/forward); False if not measured.
     """
 
     module: str = reported("Module of the base.")

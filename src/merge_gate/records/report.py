@@ -225,7 +225,7 @@ class Environment:
 
 @record
 class Shard:
-    """The part of a larger run that a report covers, for `merge-gate report combine` (features/shards/combined.py)."""
+    """The part of a larger run that a report covers, for `merge-gate report combine` (features/shards)."""
 
     index: int = reported("Its number, counted from 1.")
     count: int = reported("How many shards the run has.")

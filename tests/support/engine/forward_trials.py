@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -20,10 +20,11 @@ from torch import nn
 
 from merge_gate.engine.base.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
-from merge_gate.features.forward.activations import tensors_of
-from merge_gate.features.forward.lockstep import ModelRun, run_together
 from tests.support.engine import architectures
 from tests.support.methods import quiet, same_tensor
+
+if TYPE_CHECKING:
+    from merge_gate.features.forward.lockstep import ModelRun
 
 MOST_CPU_S = 4
 """No further configuration is tried after that."""
@@ -88,7 +89,7 @@ def first_that_runs(model: Any) -> tuple[str, int, Inputs] | str:
     failure = None
     for number, (name, inputs) in enumerate(candidates(model), start=1):
         try:
-            outputs(model, inputs)
+            returned(model, inputs)
         except Exception as error:  # noqa: BLE001 - a model's own
             failure = failure or sentence(error)
             continue
@@ -98,10 +99,22 @@ def first_that_runs(model: Any) -> tuple[str, int, Inputs] | str:
 
 def outputs(model: Any, inputs: Inputs) -> list[torch.Tensor]:
     """The floating tensors that the model returns, with seed 0."""
+    return floating(returned(model, inputs))
+
+
+def floating(returned: Any) -> list[torch.Tensor]:
+    """The floating tensors in what a model returns."""
+    from merge_gate.features.forward.activations import tensors_of  # noqa: PLC0415 - the inputs need no feature
+
+    return list(tensors_of(returned))
+
+
+def returned(model: Any, inputs: Inputs) -> Any:
+    """What the model returns, with seed 0."""
     given = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return list(tensors_of(model(**given)))
+        return model(**given)
 
 
 def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs) -> dict[str, Any]:
@@ -138,7 +151,7 @@ def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs)
         (
             f"{who}: {sentence(run.error) if run.error else 'other bits'}"
             for who, run, plain in zip(("base", "adapter"), runs, expected, strict=False)
-            if run.error or not alike(plain, list(tensors_of(run.returned)))
+            if run.error or not alike(plain, floating(run.returned))
         ),
         None,
     )
@@ -165,6 +178,8 @@ def _unlike(model: nn.Module, inputs: Inputs) -> Iterator[str]:
 
 def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[list[ModelRun], Counter[str]]:
     """Run them, with NaN in the base's tensors except while they are filled. How often each was filled."""
+    from merge_gate.features.forward.lockstep import ModelRun, run_together  # noqa: PLC0415
+
     tensors = {name: one for name, one in base.named_parameters() if one.is_floating_point() and one.numel()}
     values = {name: one.detach().clone() for name, one in tensors.items()}
     fills: Counter[str] = Counter()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.cli.dispatch import main
+from merge_gate.config.load_config import load_config
 from merge_gate.records.measured import BaseRecord, Forward
+from merge_gate.records.terms import ForwardMode
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.run import flow
 from merge_gate.worker import protocol
@@ -40,6 +42,20 @@ def entry() -> dict[str, Any]:
     (one,) = json.loads(Path("merge-gate-report/report.json").read_text())["adapters"]
     assert isinstance(one, dict)
     return one
+
+
+@pytest.mark.parametrize(
+    ("line", "mode"),
+    [
+        ("", ForwardMode.AUTO), ("forward: auto", ForwardMode.AUTO), ("forward: required", ForwardMode.REQUIRED),
+        ("forward: off", ForwardMode.OFF), ("forward: 'off'", ForwardMode.OFF), ("forward: No", ForwardMode.OFF),
+    ],
+)  # fmt: skip
+def test_whether_models_are_run_is_one_setting_for_all(line: str, mode: ForwardMode) -> None:
+    Path("gate.yml").write_text(f"version: 1\nbase: ./base\nadapters: [./one, ./base]\n{line}\n")
+    config = load_config("gate.yml")
+    assert len(config.adapters) == 2
+    assert {spec.forward for spec in config.adapters} == {mode}
 
 
 def test_a_model_that_was_not_run_is_an_error_only_if_required() -> None:
@@ -79,7 +95,9 @@ def tasks_of(monkeypatch: pytest.MonkeyPatch, *words: str, **config: Any) -> lis
         merge = flow.Run._merge
 
         def noted(run: flow.Run) -> None:
-            reasons.extend(task.why_not("forward") or "" for group in run.groups for task in group.tasks)
+            for group in run.groups:
+                asked = ([one for one in task.consumers if one.feature == "forward"] for task in group.tasks)
+                reasons.extend(specs[0].why_not if specs else "off" for specs in asked)
             merge(run)
 
         patch.setattr(flow.Run, "_merge", noted)
@@ -90,9 +108,8 @@ def tasks_of(monkeypatch: pytest.MonkeyPatch, *words: str, **config: Any) -> lis
 def test_the_worker_is_told_whether_to_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tasks_of(monkeypatch) == [""]
     assert tasks_of(monkeypatch, forward="required") == [""]
-    (why,) = tasks_of(monkeypatch, forward="off")
-    assert "forward" in why
-    assert tasks_of(monkeypatch, "--forward", "off", forward="required") == [why]
+    assert tasks_of(monkeypatch, forward="off") == ["off"]
+    assert tasks_of(monkeypatch, "--forward", "off", forward="required") == ["off"]
 
 
 @pytest.mark.parametrize(
