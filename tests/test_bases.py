@@ -185,6 +185,7 @@ def loaded(case: Case, run: Run) -> Base:
         return Gate().base(run.base(case), files, dtype=case.asked.get("dtype", "auto"), quantization=asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", params(GOOD.table))
 def test_a_good_base_is_loaded_as_its_true_weights(case: Case, run: Run) -> None:
     base = loaded(case, run)

@@ -127,6 +127,7 @@ def test_an_adapter_whose_training_diverged_is_refused(tmp_path: Path) -> None:
     assert {f.tensor for f in report.findings if f.check == "adapter-nonfinite"} == broken
 
 
+@pytest.mark.slow
 def test_an_adapter_too_large_for_float16_is_so_in_float32(tmp_path: Path) -> None:
     train(tmp_path / "large", 1e6, beyond_float16)
     assert all(torch.isfinite(tensor).all() for tensor in read_tensors(tmp_path / "large").values())

@@ -66,6 +66,7 @@ def test_it_is_judged_as_peft_loads_it_and_says_what_to_do(row: Shipped, told: M
         assert [word for word in words if word not in text] == [], text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", PASSING, ids=lambda row: row.name)
 def test_the_merge_is_what_plain_peft_makes_of_the_directory(row: Shipped, shelf: Shelf, root: Path) -> None:
     with one_thread(), methods.quiet(), kept() as seen:

@@ -111,6 +111,7 @@ def test_a_wrong_option_is_refused_before_the_training(options: dict[str, Any], 
     assert "\"'" not in str(caught.value), "quoted once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

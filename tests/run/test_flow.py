@@ -38,6 +38,7 @@ from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle,
 from tests.support.hub import LoopbackHub
 from tests.support.models import to_pickle
 from tests.support.reports import PASS
+from tests.support.sampled import sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -483,7 +484,7 @@ def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
     assert str(out) in caught.value.message
 
 
-@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("comes_back", sampled([True, False], [True]))
 def test_a_disk_that_gives_out_costs_no_verdict(
     comes_back: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ from tests.support.faults import configure
 from tests.support.files.pickles import read_pickle
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, read_tensors, write_tensors
+from tests.support.sampled import sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +117,7 @@ def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
-@pytest.mark.parametrize("name", VARIANTS_IN_SLICE)
+@pytest.mark.parametrize("name", sampled(VARIANTS_IN_SLICE, VARIANTS_IN_SLICE[::3]))
 def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: Shelf) -> None:
     directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
     model_class = model_class_for(
@@ -126,7 +127,7 @@ def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: 
 
 
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
-@pytest.mark.parametrize("name", METHODS_IN_SLICE)
+@pytest.mark.parametrize("name", sampled(METHODS_IN_SLICE, METHODS_IN_SLICE[::4]))
 def test_a_method_comes_to_the_same(name: str, is_mapped: bool, tmp_path: Path) -> None:
     """In bfloat16; test_methods.py compares the bits of all methods with PEFT's, also in float32 and from a feed."""
     case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "a"
