@@ -29,6 +29,7 @@ from merge_gate.records.terms import Quantization, Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow, tally, view
 from merge_gate.run.checked_files import check_files
+from merge_gate.run.feature import Feature
 from merge_gate.run.flow import run_gate
 from merge_gate.run.selection import select
 from merge_gate.worker import supervisor
@@ -584,6 +585,24 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
     for name in accidents:
         (finding,) = found[name].findings
         assert "RecursionError: too deep for anybody" in finding.message
+
+
+def test_a_feature_that_cannot_be_released_keeps_no_other_one(place: Path) -> None:
+    released = []
+
+    class Held(Feature):
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def close(self) -> None:
+            released.append(self._name)
+            raise OSError(self._name)
+
+    held = {name: Held(name) for name in ("one", "two", "three")}
+    run = flow.Run(small(place, "file-corrupt"), RunOptions(), view.View(), features=held)
+    with pytest.raises(OSError, match="one"):
+        run.close()
+    assert sorted(released) == sorted(held)
 
 
 def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

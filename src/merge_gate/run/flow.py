@@ -124,9 +124,10 @@ class Run:
             raise
 
     def close(self) -> None:
-        """Release what features hold."""
-        for feature in self.features.values():
-            feature.close()
+        """Release what features hold, also if one of them cannot, or a signal comes meanwhile."""
+        with contextlib.ExitStack() as stack:
+            for feature in self.features.values():
+                stack.callback(feature.close)
 
     def run(self) -> Report:
         """Run all stages, and write the report."""
