@@ -176,7 +176,7 @@ def another_run(_: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[ob
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, _: Path) -> AbstractContextManager[object]:
-    monkeypatch.setattr(flow, "_inputs", lambda _: os.kill(os.getpid(), signal.SIGINT) or iter(()))
+    monkeypatch.setattr(flow, "inputs_of", lambda _: os.kill(os.getpid(), signal.SIGINT) or iter(()))
     return nullcontext()
 
 
