@@ -100,7 +100,7 @@ def deliver(report: Report, copies: Sequence[ReportCopy]) -> ExitCode:
 
 
 def print_document(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:
-    """Write a document, as UTF-8 whatever the locale is. It is all the output there is, so an error is one."""
+    """Write a document as UTF-8 in any locale. It is the whole output, so a failed write is an error."""
     try:
         sys.stdout.buffer.write(text.encode("utf-8"))
         sys.stdout.buffer.flush()

@@ -39,9 +39,7 @@ def build_config(
     output: str | None = None,
     policy: str | None = None,
 ) -> Config:
-    """Validate the values of a file and build its configuration.
-
-    The arguments are those of `Config`, and those of `load_config`.
+    """Validate a file's values and build its configuration. The arguments are explained in `Config` and `load_config`.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
@@ -240,7 +238,7 @@ class _Build:
                 self.report((*loc, index), f"{quoted(value)} is listed twice", "list it once")
 
     def _refuse_unpinned(self, loc: Loc, what: str, hub_id: str | None, revision: str | None) -> None:
-        """Report what is on the Hub without a full commit, if the policy asks for one. A branch or tag may move."""
+        """Report names on the Hub without a full commit if the policy needs one. A branch or tag may move."""
         if hub_id is not None and self.policy.needs_pins and not is_commit(revision):
             message = f"the {what} {quoted(hub_id)} is not pinned, which policy: release asks for"
             self.report(loc, message, "add its revision, as a commit of 40 hexadecimal digits")

@@ -121,7 +121,7 @@ def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) 
 
 
 def _suggest_close(written: str, directory: Path, close: str, or_so: str) -> str:
-    """Name what is close here. Of a path whose last part is close to nothing, name what its directory holds."""
+    """Suggest close names in this directory. If no name is close, list the directory."""
     is_part = close.endswith("/") and os.path.isdir(directory / close)
     here = f"{suggest_name(directory / close)}; if" if is_part else f"did you mean {quoted(close)}? If"
     return f"{here} it is on the Hub, write {quoted(HUB + written)}{or_so}"

@@ -239,5 +239,5 @@ def end_of(text: str) -> tuple[int, int]:
 
 
 def refuse(path: str, message: str, hint: str, line: int = 1, column: int = 1) -> NoReturn:
-    """Raise a `ConfigError` with this one problem. What is no file has no lines: `line` is 0."""
+    """Raise a `ConfigError` with this one problem. `line` is 0 for values that are not in a file."""
     raise ConfigError((Problem(message=message, hint=hint, path=path, line=line, column=column),)) from None

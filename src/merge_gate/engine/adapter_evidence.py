@@ -52,7 +52,7 @@ from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, Forwa
 from merge_gate.records.refusals import Refused
 
 MOST_PASSES = 3
-"""A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
+"""A tensor that was read without values has them in the next pass. Code may read another tensor then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
     Raises:
         SourceError: the bytes of a base could not be had, so no adapter can be merged into it.
     """
-    bases = {id(base): base for base in (*others, *(one.base for one in requests))}  # each once: asking changes it
+    bases = {id(base): base for base in (*others, *(one.base for one in requests))}  # once: asking changes it
     for _ in range(MOST_PASSES):
         attempts = _attempts(requests, tuple(bases.values()))
         misread = {key for key, base in bases.items() if base.was_misread()}
@@ -132,7 +132,7 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The gate's own comparison finds what PEFT warns about. Some methods read indices of sparse tensors from files."""
+    """Silence PEFT's warnings: the gate compares itself. Some methods read indices of sparse tensors from files."""
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
         yield
@@ -295,7 +295,7 @@ class MergeAttempt:
             walk = self._planned_walk(self.load(), in_blocks=False)
         walk.finish()
         loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
-        if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
+        if not walk.layers_by_peft:  # it is unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self.request.measure_options.estimated_ratio
         matrices = [merge for merge in merges.values() if len(merge.stats.shape) > 1]
@@ -383,7 +383,7 @@ def _unnamed(base: Base, loaded: Loaded, in_file: Mapping[str, str]) -> tuple[st
 
 
 def _embedding_and_head(model: Any) -> list[Any]:
-    """Both, if the model has them and can name them."""
+    """The embedding and the head, if the model has and names both."""
     with contextlib.suppress(NotImplementedError, AttributeError):
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         return [module for module in ends if module is not None]
@@ -450,7 +450,7 @@ def _resized(base: Base, merges: Mapping[str, TensorMerge]) -> Iterator[tuple[in
 
 
 def _used_if_copied(tensor: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:
-    """A broken tensor that the merged model has as it is in the file counts as used, whatever a merge reads."""
+    """A broken tensor counts as used if the merged model has it unchanged from the file, even if no merge reads it."""
     merge = merges.get(tensor.stats.name.removeprefix(ADAPTER_PREFIX))
     is_copied = merge is not None and not merge.stats.finite and not tensor.stats.finite
     return replace(tensor, used=True) if is_copied else tensor

@@ -202,5 +202,5 @@ def merged_once(base: Base, loaded: Loaded, layer: Any) -> list[torch.Tensor]:
 
 def _merged_values(slot: Slot) -> torch.Tensor:
     tensor = slot.tensor
-    assert tensor is not None  # noqa: S101 - a slot is made of a parameter that exists
+    assert tensor is not None  # noqa: S101 - a target is made of a parameter that exists
     return dequantized(slot.module, tensor) if is_quantized(tensor) else tensor.detach().clone()

@@ -129,7 +129,7 @@ def read_base(
     read_pickle: PickleReader | None = None,
     has_values: bool = True,
 ) -> BaseFiles:
-    """All that a base's files say. If `has_values` is False, the weight files are stubs with headers alone.
+    """Read the facts in a base's files. If `has_values` is False, the weight files are stubs with headers alone.
 
     `read_pickle` lists the tensors of pickled files; without it, they are not known.
 

@@ -149,7 +149,7 @@ def findings_of(
     label: str,
     original: str | None,
 ) -> tuple[Finding, ...]:
-    """What keeps a base of these tensors from being judged; empty if nothing does. The first one is the cause."""
+    """The reasons why a base with these tensors cannot be judged. The first one is the cause."""
     own = {tensor.name: tensor for tensor in tensors if _belongs(tensor.name, config)}
     judge = _Judge(label, declared, original)
     if wrapped := next((tensor for name, tensor in own.items() if ".base_layer." in name), None):
@@ -352,7 +352,7 @@ class _Judge:
 
 
 def _wrong_blocks(weight: StoredTensor, scale: StoredTensor, block: tuple[int, ...] | None) -> str | None:
-    """Why transformers would scale the wrong rows or columns, or none at all; None if it scales the right ones.
+    """Why transformers would scale wrong rows or columns, or none; None if the scales are right.
 
     `Fp8Dequantize` (finegrained_fp8.py) divides the weight evenly by the grid of scales. A last block that
     is smaller than the others breaks that.

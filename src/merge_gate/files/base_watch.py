@@ -216,7 +216,7 @@ class BaseWatch:
         return self._hashed[directory] == self._identity_now(directory)
 
     def _identity_now(self, directory: str) -> _Identity | None:
-        """None if the files cannot be read, or their mount does not answer."""
+        """The files' identity now; None if they cannot be read, or their mount does not answer."""
         if directory in self._silent:
             return None
         try:

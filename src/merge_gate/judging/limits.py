@@ -1,4 +1,4 @@
-"""As many findings as a reader can use, and how many more there are.
+"""Limits the number of findings to what a reader can use, and counts the rest.
 
 In: findings, one at a time. Out: the first of each check and severity with their texts cut, and a last one that counts
 the rest. Keeps no others in memory. `files/preflight.py` bounds the findings on files, `all_checks.py` those of checks.

@@ -115,7 +115,7 @@ def combine_raised(error: Caught, members: tuple[str, ...], method: str) -> Find
 
 
 def merge_raised(error: Caught, method: str, trains_tokens: bool, quantization: str, is_incomplete: bool) -> Finding:
-    """The facts are those of `inject_raised`."""
+    """It has the same facts as `inject_raised`."""
     if missing := _not_installed(error, "merging needs a package that"):
         return missing
     text = error.text

@@ -171,9 +171,8 @@ class Run:
     def _start_worker(self) -> None:
         """Start the worker, which imports while the names become files.
 
-        If a feature may decide every entry, a worker that was not started early waits for the first one that it does
-        not. If pickles are allowed, it reads them, and this thread starts it: a worker ends with the thread that
-        started it.
+        If a feature may decide every entry, a worker that was not started early waits for the first undecided entry. If
+        pickles are allowed, it reads them, and this thread starts it: a worker ends with the thread that started it.
         """
         given_up = dict(self.options.given_up)
         is_needed = any(spec.name not in given_up for spec in self.specs)

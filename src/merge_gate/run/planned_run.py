@@ -162,7 +162,7 @@ def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[Table]:
 
 
 def _download_bytes(fetch: Fetched | None) -> int:
-    """What is written to the Hub's cache: nothing of weights that are streamed."""
+    """The bytes that are written to the Hub's cache. Streamed weights write nothing."""
     return 0 if fetch is None else sum(fetch.sizes[name] for name in fetch.absent if name not in fetch.streamable)
 
 

@@ -120,7 +120,7 @@ def _bars(console: Console, clock: Callable[[], float]) -> Progress:
 
 
 class _Label(ProgressColumn):
-    """What is in progress, on one line."""
+    """The current step, on one line."""
 
     def render(self, task: Task) -> Text:
         return Text(task.description, no_wrap=True, overflow="ellipsis")

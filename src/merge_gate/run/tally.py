@@ -158,9 +158,9 @@ def environment_of(device: str) -> Environment:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 PROVISIONAL_FORMATS = ("report.json",)
-"""What is written while a run continues. The other formats exist from its start and say that the run is not complete.
-They are written again when the run first waits. They contain the cached verdicts by then, so the last report takes less
-time."""
+"""The formats that are written while a run continues. The other formats exist from its start and say that the run is
+not complete. They are written again when the run first waits. They contain the cached verdicts by then, so the last
+report takes less time."""
 
 PAUSE_RATIO = 4.0
 """After a provisional report, the next one waits this many times as long as it took. With a thousand adapters, a report

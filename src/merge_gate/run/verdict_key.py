@@ -128,7 +128,7 @@ def libraries() -> dict[str, str | None]:
 
 
 def versions_digest() -> str:
-    """The digest of all code that decides a verdict: machines with different ones may disagree."""
+    """The digest of all code that decides a verdict. Machines with different digests may disagree."""
     return key_of([own_code(), libraries()])
 
 

@@ -78,7 +78,7 @@ class Verdicts:
         self._run.view.adapter_done(report)
 
     def catch_up(self, *, at_once: bool = False) -> None:
-        """Do what is due by now: give verdicts their keys, write a line of the log, write a provisional report."""
+        """Do the periodic work that is due: give verdicts their keys, write a log line, write a provisional report."""
         self.add_keys()
         run = self._run
         if self._hourly.is_due:

@@ -65,7 +65,7 @@ class View:
 
 
 class TextView(View):
-    """Puts the events into words, and counts the adapters. A subclass shows the lines, and what is in progress."""
+    """Describes the events in words, and counts the adapters. A subclass shows the lines and the progress."""
 
     def __init__(self, stdout: TextIO, stderr: TextIO, *, colors_result: bool) -> None:
         self._stdout, self._stderr, self._colors_result = stdout, stderr, colors_result

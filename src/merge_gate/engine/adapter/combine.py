@@ -89,7 +89,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
 
 
 def _fitted(base: Base, members: tuple[AdapterFiles, ...]) -> Any:
-    """A scratch with the vocabulary of the first member that brings another one; PEFT refuses members of two sizes."""
+    """A scratch copy with the first member's other vocabulary. PEFT refuses members of different sizes."""
     scratch = base.scratch()
     for files in members:
         if fit_vocabulary(scratch, files, base):
@@ -123,10 +123,10 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
 def _refuse_unweighted(
     model: Any, base: Base, slots: Mapping[tuple[int, str], str], brought: Sequence[Tensors], combine: Combine
 ) -> None:
-    """Tensors of the base that a member brings whole (biases, embeddings): PEFT's load writes them, without a weight.
+    """Refuse base tensors that a member's file holds whole (biases, embeddings): PEFT loads them without a weight.
 
-    The last one that brings a tensor wins. That is the weighted sum if no other member changes it and its weight is 1.
-    Rows for an enlarged vocabulary, which the base lacks, have no weight: all who bring them have to agree.
+    The last member that has a tensor wins. That is the weighted sum if no other member changes it and its weight is 1.
+    Rows for an enlarged vocabulary, which the base lacks, have no weight: all members must have the same rows.
     """
     for key, name in base_tensors_in_file(model, slots, {key for tensors in brought for key in tensors}).items():
         holders = [number for number, tensors in enumerate(brought) if key in tensors]
@@ -142,7 +142,7 @@ def _refuse_unweighted(
 
 
 def _split(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that the base has as well, and those that it lacks."""
+    """The rows of a member's tensor that the base has, and the rows that it lacks."""
     rows = len(ours) if ours.dim() else 0
     return (theirs[:rows], theirs[rows:]) if 0 < rows < len(theirs) else (theirs, theirs.flatten()[:0])
 
@@ -154,7 +154,7 @@ def _is_equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def _refuse_left_out(model: Any, names: Sequence[str], combine: Combine) -> None:
-    """What a member has trained and the combination does not have."""
+    """Refuse a combination that lacks modules that a member has trained."""
     for number, name in enumerate(names):
         lost = [path for path, module in model.named_modules() if _has_lost(module, name)]
         if lost:

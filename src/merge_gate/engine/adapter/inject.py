@@ -58,9 +58,9 @@ DORA = (
 class Template:
     """A reusable injection for adapters of one `kind`.
 
-    `children` has the children of each module, which PEFT's unloading replaces. `slots` and `tied_modules` are those of
-    `Loaded`, as `targeted` is. `keys` maps each tensor that PEFT would save, by its name in the file, to its key in the
-    model; None until the first adapter of the kind is loaded.
+    `children` has the children of each module, which PEFT's unloading replaces. `slots`, `tied_modules`, and `targeted`
+    have the same meaning as in `Loaded`. `keys` maps each tensor that PEFT would save, by its name in the file, to its
+    key in the model; None until the first adapter of the kind is loaded.
     """
 
     kind: object
@@ -122,8 +122,8 @@ def snapshot(model: nn.Module) -> tuple[tuple[nn.Module, dict[str, nn.Module | N
 def fill_blanks(model: nn.Module) -> bool:
     """Give NaN to the factors that PEFT has made without values, in PEFT's dtype and on its device.
 
-    False if this injection cannot replace one with values: another tensor has no values either, or a variant of LoRA
-    may have postponed its use of them.
+    False if this injection cannot replace an injection with values: another tensor lacks values too, or a LoRA variant
+    reads the values later.
     """
     filled: dict[nn.Parameter, nn.Parameter] = {}  # two layers may share a factor
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
@@ -148,13 +148,13 @@ def parameters_of(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
-"""Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
+"""The names under which PEFT saves an enlarged embedding or head that has a LoRA or trained tokens."""
 
 
 def fit_vocabulary(scratch: nn.Module, files: AdapterFiles, base: Base) -> bool:
     """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290).
 
-    False where they have as many, or the file brings none.
+    False if the sizes are equal, or the file has no such rows.
     """
     if not hasattr(scratch, "get_input_embeddings") or not files.tensors:
         return False
@@ -181,7 +181,7 @@ def fit_vocabulary(scratch: nn.Module, files: AdapterFiles, base: Base) -> bool:
 
 
 def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:
-    """Names of the scratch's parameters before PEFT moves them, and for tied ones the modules that share them."""
+    """Names of the scratch copy's parameters before PEFT moves them; and the modules that share each tied tensor."""
     first: dict[int, str] = {id(tensor): name for name, _, tensor in named_tensors(scratch)}
     slots: dict[tuple[int, str], str] = {}
     tied_modules: dict[str, list[str]] = {}
@@ -200,7 +200,7 @@ def leave_out_replaced(
     slots: dict[tuple[int, str], str],
     tied_modules: dict[str, tuple[str, ...]],
 ) -> None:
-    """Of a shared tensor, take the modules that a trained copy stands in for out of those that a merge changes.
+    """Remove modules that a trained copy replaces from the modules whose shared tensor a merge changes.
 
     Their copy is a tensor of its own in the merged model. If the first module that shares the tensor is one of them,
     the tensor gets the name of the next module.
@@ -254,8 +254,8 @@ def inject(
         config: PEFT's.
         base: whose scratch it is.
         adapter_name: PEFT's name for the adapter.
-        blank: the adapter's tensors have no values yet (`Template`) in place of those that training starts from:
-            that saves most of an injection, and for DoRA a product and a norm of every layer.
+        blank: leave the adapter's tensors without initial values (`Template`). That saves most of an injection, and
+            for DoRA a product and a norm of every layer.
         filled: the weights of a hollow base have values while PEFT makes layers over them, if the method reads them.
 
     Raises:
@@ -289,7 +289,7 @@ def inject(
 
 
 def _refuse_far_tokens(config: Any, scratch: nn.Module) -> None:
-    """Raise what a CPU raises for a token that no embedding has. On a card, PEFT's read of it would end the process."""
+    """Raise a CPU's error for a token id beyond the embedding. On a GPU, PEFT's read would end the process."""
     given = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     tokens = [token for some in given.values() for token in some] if isinstance(given, dict) else given
     rows = max((one.num_embeddings for one in scratch.modules() if isinstance(one, nn.Embedding)), default=0)
@@ -300,7 +300,7 @@ def _refuse_far_tokens(config: Any, scratch: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _filled_during(base: Base, owner: Any, name: str, *, argument: str, private: bool = False) -> Iterator[None]:
-    """The module that a method of PEFT gets has values during the call: DoRA, among others, reads them (hollow.py).
+    """The module that a method of PEFT gets has values during the call: DoRA, for example, reads them.
 
     This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. With
     `private`, PEFT also writes to these weights, so they get their own copies until the adapter is removed.
@@ -326,7 +326,7 @@ def _filled_during(base: Base, owner: Any, name: str, *, argument: str, private:
 
 
 _WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")
-"""PEFT's words, in errors of no class of their own."""
+"""Texts of PEFT's errors about targets, which have no exception class of their own."""
 
 
 def _no_targets(config: Any, scratch: nn.Module) -> Refused:

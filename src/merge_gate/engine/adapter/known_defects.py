@@ -25,19 +25,19 @@ Places = Callable[[Any, Any], Iterator[str]]
 
 
 def refuse_by_config(config: Any) -> None:
-    """Hold a config against the rules that need no model, before PEFT acts on it (X-LoRA loads what it names).
+    """Check a config against the rules that need no model, before PEFT acts on it (X-LoRA loads what it names).
 
     Raises:
-        Refused: with the first rule that it meets.
+        Refused: with the first rule that matches.
     """
     _refuse(OF_CONFIG, None, config)
 
 
 def refuse_wrong_merges(model: Any, config: Any) -> None:
-    """Hold a loaded adapter against the other rules.
+    """Check a loaded adapter against the other rules.
 
     Raises:
-        Refused: with the first rule that it meets.
+        Refused: with the first rule that matches.
     """
     _refuse(OF_MODEL, model, config)
 
@@ -94,10 +94,7 @@ def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
 
 
 def _quantized_unknown(model: Any, _config: Any) -> Iterator[str]:
-    """A tuner layer for plain weights on packed ones: not written for them, and without a backend for it.
-
-    BEFT's adds to the bias alone, which is never packed.
-    """
+    """A tuner layer for plain weights on packed weights, which it does not support. BEFT only adds to the bias."""
     for name, layer, base_layer in _layers(model):
         knows = getattr(layer, "quantization_backend", None) is not None or isinstance(layer, BeftLayer)
         if _quantized(base_layer) and not knows and not has_layers_in(type(layer).__module__, base_layer.weight):

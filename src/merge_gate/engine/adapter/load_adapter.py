@@ -73,12 +73,12 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """How the names in the file and the names that the config expects fit together.
+    """How the names in the file match the names that the config expects.
 
-    `missing` are expected names that did not arrive. Some of them are in the file: `dropped`. `unexpected` are names
-    in the file that nothing uses. `duplicates` repeat another tensor of the file. `model_key` maps a name in the file
-    to the model's key, if the tensor arrived as one piece. `expected` maps every name that PEFT would save to the
-    model's key, which is empty if PEFT computes the tensor when it saves.
+    `missing` are expected names that were not loaded. `dropped` are those of them that are in the file. `unexpected`
+    are unused names in the file. `duplicates` repeat another tensor of the file. `model_key` maps a name in the file to
+    the model's key, if the tensor arrived as one piece. `expected` maps every name that PEFT would save to the model's
+    key, which is empty if PEFT computes the tensor when it saves.
     """
 
     missing: tuple[str, ...]
@@ -210,7 +210,7 @@ class _Matching:
         )
 
     def is_duplicate(self, name: str) -> bool:
-        """Step e. Whether a tensor of the file repeats one that arrived, under another name of the same module."""
+        """Step e. Whether a tensor of the file repeats a loaded tensor under another name of the same module."""
         other_name = (
             name.replace(".modules_to_save.", ".").replace(".original_module.", ".").replace(".base_layer.", ".")
         )

@@ -30,7 +30,7 @@ _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.com
 
 
 def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
-    """Read every tensor of the file; what else a pickle may hold is left out.
+    """Read every tensor of the file. Other contents of a pickle are ignored.
 
     Raises:
         Refused: the restricted unpickler refuses the file, or torch has no numbers of a tensor.
@@ -84,7 +84,7 @@ def _unpickled(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
 
 
 def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
-    """What PEFT cannot copy into a parameter: no values (meta device), quantized, or less than a byte each."""
+    """Refuse tensors that PEFT cannot copy to a parameter: no values (meta device), quantized, or below a byte each."""
     if (tensor.dtype in _USUAL and not tensor.is_meta) or tensor.layout is not torch.strided:
         return
     some = tensor.flatten()[:1]
@@ -99,14 +99,14 @@ ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora
 """Values of init_lora_weights that write no weight of the base on a load (peft/tuners/lora/layer.py, tests/engine/)."""
 
 UNREADING_SCHEMES = frozenset({"gaussian", "orthogonal", "true", "false"})
-"""Those that read none either."""
+"""Schemes that do not read the base's weights."""
 
 STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """Keys that say where training begins."""
 
 NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
-"""Words of LoRA's for a product that is zero at first (tests/engine/test_unread_layers.py). C3A's `gaussian` is
-no zero."""
+"""LoRA's names of initializations whose product is zero (tests/engine/test_unread_layers.py). C3A's `gaussian` is not
+zero."""
 
 _LIKENESS = 0.8
 """How much a misspelled key has in common with the known one, by difflib: a letter or two differ."""
@@ -139,7 +139,7 @@ def read_config(files: AdapterFiles) -> Any:
 
 
 def raised(error: Exception, config: Any, base: Base) -> dict[str, Fact]:
-    """An exception that PEFT raised on a base, with what decides whose fault it is. One of the run is raised again."""
+    """PEFT's exception on a base, with the facts that show who caused it. An error of the run is raised again."""
     raise_if_of_the_run(error)
     return {
         "error": caught(error),
@@ -151,7 +151,7 @@ def raised(error: Exception, config: Any, base: Base) -> dict[str, Fact]:
 
 
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
-    """PEFT drops keys that it does not know with a warning; one that is set may change what the adapter computes."""
+    """PEFT drops unknown keys with a warning. A key that is set may change the result of the adapter."""
     known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
     values = dict(files.config.values)
     ignored = sorted(key for key in values if key not in known)
@@ -176,17 +176,17 @@ def initialization_writes_to_base(config: Any) -> bool:
     """Whether PEFT's initialization rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
-    base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
+    base through the shared storage. All named schemes that touch more than the adapter get a private scratch.
     """
     scheme = getattr(config, "init_lora_weights", None)
     return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
 
 
 def starts_at_no_delta(config: Any) -> bool:
-    """Whether training begins at the base, so that a layer which gets no gradient changes nothing.
+    """Whether training begins at the base, so that a layer without gradients changes nothing.
 
-    True stands for that wherever PEFT has such a key, and words for it are LoRA's alone. Of the methods that have no
-    such key LN tuning begins as a copy of the base's norms; the others are taken to begin elsewhere.
+    If PEFT has a key for it, True means so; only LoRA also has names. Without such a key, LN tuning begins as a copy of
+    the base's norms. Other methods are assumed to begin elsewhere.
     """
     is_copy = config.peft_type == peft.PeftType.LN_TUNING
     is_at_zero = is_copy or any(getattr(config, key, None) is True for key in STARTS)

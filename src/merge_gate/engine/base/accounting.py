@@ -42,7 +42,7 @@ _PART = re.compile(
     r"|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.\w+|SCB|weight_format|weight_qdata|blocks|W_q"
     r"|_data|_scale|_shift|base_layer\.weight|original_module\.weight)"
 )
-"""What belongs to a weight, behind the name of its module: scales and codes of quantizers, PEFT's wrapped layers."""
+"""Suffixes of tensors that belong to a module's weight: scales and codes of quantizers, PEFT's wrapped layers."""
 
 _WRAPPED = ("base_layer.weight", "original_module.weight")
 
@@ -50,13 +50,13 @@ _STALE = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_track
 """Buffers that earlier releases stored and that the model computes: transformers expects to find them."""
 
 _MASKS = ("attn.bias", "attention.bias")
-"""Of these, causal masks. They have two dimensions or more, and a bias has one."""
+"""The causal masks among these buffers. They have at least two dimensions, and a bias has one."""
 
 NEED_NOT_BE_STORED = frozenset({"pooler", "masked_spec_embed", "mask_token"})
-"""Parts of names: a pooler that nothing was trained with, and what stands in for masked inputs in training alone."""
+"""Parts of names of weights that may be missing: an untrained pooler, and mask embeddings of training."""
 
 _CODES = ("F8", "I", "U", "BOOL")
-"""How safetensors' names of dtypes begin in which codes are stored."""
+"""Prefixes of safetensors' dtypes in which codes are stored."""
 
 MOST_FILES = 200
 """No more files than this are searched for tensors that a base lacks."""
@@ -64,7 +64,7 @@ MOST_FILES = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What is known of a base before it is loaded.
+    """What the headers show about a base before it is loaded.
 
     Attributes:
         incomplete: parameters of the base's own class that its files lack.
@@ -118,7 +118,7 @@ def add_file_facts(base: Base, account: Account, directory: str) -> None:
 
 
 def _partly_stacked(found: TensorMap) -> frozenset[str]:
-    """Tensors that lack some of the stored ones they are stacked of: of experts, those of one are not there."""
+    """Tensors that lack some of the stored tensors that they are stacked from, for example one expert's weights."""
     stacked = {target for group in found.groups if "MergeModulelist" in group.conversion for target in group.targets}
     failed = {target for group in found.groups if group.failed for target in group.targets}
     mismatched = {name for name, *_ in found.mismatched}
@@ -128,7 +128,7 @@ def _partly_stacked(found: TensorMap) -> frozenset[str]:
 def stale_buffers(found: TensorMap) -> tuple[str, ...]:
     """Stored tensors that are buffers of the model's own modules, and that transformers computes instead of loading.
 
-    Not those of a part that transformers does not load at all, such as an MTP head.
+    Buffers of parts that transformers never loads, such as an MTP head, do not count.
     """
     modules = {name for name, _ in found.model.named_modules()}
     prefix = getattr(found.model, "base_model_prefix", "")
@@ -179,7 +179,7 @@ def belongs_to(name: str, names: Collection[str]) -> bool:
 
 
 def refuse_torn_groups(found: TensorMap, label: str) -> None:
-    """Raise `CannotJudge` if a weight lacks a tensor that its quantizer takes with each other weight of its dtype."""
+    """Raise `CannotJudge` if a weight lacks a tensor that all other weights of its dtype have for the quantizer."""
     kinds: dict[tuple[str, str], list[tuple[str, str, frozenset[str]]]] = defaultdict(list)
     for group in found.groups:
         if _is_quantizer(group.conversion):
@@ -205,7 +205,7 @@ def _refuse_torn(found: TensorMap, first: str, lacking: list[str], label: str) -
 
 
 def _part(source: str, target: str) -> str:
-    """What a stored name adds to its parameter's: `.absmax` to `weight`, `_scale_inv`, `_blocks`; `/SCB` next to it."""
+    """The suffix of a stored name after its parameter's: `.absmax`, `_scale_inv`, `_blocks`; `/SCB` for a sibling."""
     last = target.rpartition(".")[2]
     at = source.rfind(last)
     return source[at + len(last) :] if at >= 0 else f"/{source.rpartition('.')[2]}"
@@ -249,9 +249,9 @@ def _is_quantizer(conversion: str) -> bool:
 
 
 def own_missing(missing: Iterable[str], model: Any, directory: str) -> tuple[str, ...]:
-    """Of the parameters without a source, those of the class that the base itself names; in order.
+    """The missing parameters that belong to the class that config.json names, sorted.
 
-    A base that names no class has a body: what lies outside of it may be a head of another task.
+    For a base without a named class, only the body counts: other parameters may be the head of another task.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     lacking = [name for name in sorted(set(missing) & parameters) if NEED_NOT_BE_STORED.isdisjoint(name.split("."))]

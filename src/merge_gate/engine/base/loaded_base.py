@@ -237,7 +237,7 @@ class Base:
         self.facts = replace(self.facts, record=record.run)
 
     def record(self, model_class: ModelClass) -> BaseRecord | None:
-        """What this run measured of all tensors in the files; None if it did not measure all, or quantized them."""
+        """All tensors' figures; None if this run did not measure all of them, or has quantized them."""
         if self.recorded or self.unmeasured() or self.facts.record or self.source.quantization is not Quantization.NONE:
             return None
         figures = tuple(one for name, one in self.stats.items() if name not in self.newly_initialized)
@@ -390,7 +390,7 @@ def _from_pretrained(transformers_class: Any, source: Source, model_class: Model
 
 
 def loads_as_usual(transformers_class: Any) -> bool:
-    """Whether a class uses the `from_pretrained` of all models, and not one of its own or of an Auto class."""
+    """Whether a class inherits `from_pretrained` from all models, instead of its own or an Auto class's."""
     return _owner(transformers_class) is transformers.PreTrainedModel
 
 

@@ -82,7 +82,7 @@ def candidates(model: Any, tokens: Collection[int] = ()) -> Iterator[tuple[str, 
 
 
 def missing_inputs(module: Any, made: Collection[str]) -> list[str]:
-    """The texts, pictures and sounds that a module's forward takes, and that are not among those that were made."""
+    """The names of texts, pictures and sounds that a module's forward takes and that `made` lacks."""
     parameters = inspect.signature(type(module).forward).parameters
     return [name for name in parameters if _DATA.search(name) and name not in made]
 

@@ -59,7 +59,7 @@ def served_class(
 
 
 def _named(base: Base, loaded: str, files: AdapterFiles, *, is_export: bool) -> tuple[str, bool, TensorMap | None]:
-    """The class, whether it is that of the whole base and `loaded` is not, and its map, which gives the names."""
+    """The users' class, whether it is the whole base's while `loaded` is not, and its map, which has the names."""
     source, found = base.source, base.map
     code = source.trust_remote_code
     name, is_part = users_class(source.directory, type(base.model), files, trust_remote_code=code)

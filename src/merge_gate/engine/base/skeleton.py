@@ -65,11 +65,11 @@ CAST_ELEMENTS = 1 << 20
 """A tensor of another dtype is read and cast in blocks of so many elements."""
 
 MOST_LOADS = 3
-"""A load reads a tensor because of its class, not because of values, so a second load reads what the first did."""
+"""Which tensors a load reads depends on the class, so two loads read the same tensors."""
 
 KEPT_SHARE = 4
 LEAST_KEPT_BYTES = 3 << 28
-"""No more than a quarter of a base may be filled for good, or these 768 MiB: an embedding and a head."""
+"""At most a quarter of a base may be filled permanently, or 768 MiB (an embedding and a head) if that is more."""
 
 
 class NoSkeletonError(Exception):
@@ -194,7 +194,7 @@ def mapped_headers(
 
 
 def _only_dtype(directory: str, stored: Sequence[StoredTensor]) -> torch.dtype:
-    """What `dtype="auto"` means if the config has no dtype, and transformers looks at the files."""
+    """The dtype that `dtype="auto"` selects if the config has none and transformers looks at the files."""
     found = {one.dtype for one in stored if one.dtype.startswith(("F", "BF"))}
     index = Path(directory, SAFE_WEIGHTS_INDEX_NAME)
     if index.exists() and "dtype" in json.loads(index.read_bytes()).get("metadata", {}):
@@ -210,7 +210,7 @@ def _only_dtype(directory: str, stored: Sequence[StoredTensor]) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Made:
-    """A conversion, and those of its targets that are tensors of the model: by first name, with the target's own."""
+    """A conversion, and its targets that are tensors of the model: the first name of each, and the target's name."""
 
     group: TensorGroup
     tensors: Mapping[str, str]

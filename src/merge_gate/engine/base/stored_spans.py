@@ -59,7 +59,7 @@ class MappedFiles:
         return torch.frombuffer(file, dtype=place.dtype, count=count, offset=place.span.start).view(place.shape)
 
     def unwritten(self) -> dict[str, torch.Tensor]:
-        """The tensors, if no page has a copy of its own: some code has written to such a page."""
+        """The tensors, if no page was copied. A copied page shows that some code has written to it."""
         starts = {torch.frombuffer(one, dtype=torch.uint8, count=1).data_ptr() for one in self._files.values()}
         is_ours = False
         for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -146,7 +146,7 @@ def tensor_map(
 
 
 def _forget_quantization(config: Any) -> None:
-    """As transformers/quantizers/auto.py looks for it."""
+    """Remove the keys that transformers/quantizers/auto.py reads."""
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -161,7 +161,7 @@ def _on_meta(one: StoredTensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The loader's report of a base that is only looked at is of no use to anyone."""
+    """Silence the loader's report, which only helps users who load the base."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -179,7 +179,7 @@ matched; and the dtype that the stored tensor is cast to before the conversion."
 
 
 class Recorder:
-    """What the loader did: `renamed` is each stored name and the model's, groups are those of its conversions."""
+    """What the loader did: `renamed` maps stored names to the model's names, and `groups` yields its conversions."""
 
     def __init__(self) -> None:
         self.renamed: dict[str, str] = {}

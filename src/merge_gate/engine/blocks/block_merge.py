@@ -70,7 +70,7 @@ class Sum:
         update: the update that is merged into W.
         blocks: the slices that `rows` will be called with.
         buffers: those of the calling thread.
-        rounded: whether the result has W's dtype. It has not if a quantized weight is quantized again.
+        rounded: whether the result has W's dtype. False if a quantized weight is quantized again.
     """
 
     def __init__(

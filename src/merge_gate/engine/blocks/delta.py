@@ -73,7 +73,7 @@ class LowRankUpdate:
         return replace(self, lora_a=self.lora_a.to(device), lora_b=self.lora_b.to(device), magnitude=magnitude)
 
     def aligned(self) -> LowRankUpdate:
-        """The same update, with copies of tensors that torch's allocator has not made."""
+        """The same update, with aligned copies of tensors that come from the file."""
         magnitude = None if self.magnitude is None else _aligned(self.magnitude)
         return replace(self, lora_a=_aligned(self.lora_a), lora_b=_aligned(self.lora_b), magnitude=magnitude)
 

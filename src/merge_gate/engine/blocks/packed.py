@@ -85,7 +85,7 @@ class _Int8Again(Int8Values):
 
 
 class _Int8Extremes:
-    """The same, but only the least and the greatest of the values that share a scale can be read.
+    """Like `_Int8Again`, but only the minimum and maximum of the values that share a scale can be read.
 
     `of` gives (2, rows, scales per row), and `finish` the same for the values of all rows after they were quantized.
     """

@@ -342,7 +342,7 @@ class DoraScreen:
 
     @staticmethod
     def suits(weight: torch.Tensor, update: LowRankUpdate, slices: Sequence[slice]) -> bool:
-        """Whether this can save work: a DoRA whose norms are those of rows, on a weight of enough blocks."""
+        """Whether this can save work: DoRA with norms of rows, on a weight of enough blocks."""
         return weight.dtype in HALVES and not update.transposed and len(slices) >= LEAST_BLOCKS
 
     @torch.no_grad()

@@ -27,14 +27,14 @@ from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.records.refusals import Refused
 
 _EXACT = ("_to_copy", "abs", "clone", "copy_", "neg", "zeros_like")
-"""What these operations make of 16-bit values is not rounded."""
+"""Operations whose results on 16-bit values are not rounded."""
 
 
 class Places:
-    """The places of the model that PEFT's unloading makes, before the merge, and the memory that must not change.
+    """The places of the unloaded model before the merge, and the memory that must not change.
 
-    That is the base's, and what the load and merged layers have left in these places. `layers` are PEFT's layers on the
-    way to these places, by path.
+    That is the memory of the base, and of the tensors that the load and merged layers have left in these places.
+    `layers` are PEFT's layers on the way to these places, by path.
     """
 
     def __init__(self, base: Base, model: nn.Module) -> None:
@@ -66,7 +66,7 @@ class Places:
                     self._visit(child, f"{path}{name}.")
 
     def _protect(self, name: str, *tensors: torch.Tensor) -> None:
-        """Nothing may write into their memory, which stays in use."""
+        """Protect the memory of these tensors against writes. It stays in use."""
         for tensor in tensors:
             bisect.insort(self._spans, (tensor.data_ptr(), name, tensor), key=lambda span: span[0])
 
@@ -79,22 +79,22 @@ class Places:
         return name if tensor.data_ptr() < start + known.nbytes else None
 
     def is_moved(self, slot: Slot) -> bool:
-        """Whether a layer would merge into another tensor than into the one that was there, or was left there."""
+        """Whether the place holds another tensor than before the merge, or than an earlier layer has left there."""
         known = self._held.get(self._key(slot))
         return known is None or not shares_storage(known, slot.data)
 
     def leave(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """The layer's merge has left this tensor in the place of the slot, and in all that share the slot's."""
+        """Note that a layer's merge has left this tensor in its place, and in all places that share the tensor."""
         self._held[self._key(slot)] = tensor.data
         self._protect(slot.name, tensor.data, *_scales(slot.module, tensor))
 
     def _key(self, slot: Slot) -> int:
-        """PEFT's attention makes new parameters over the same memory, so their name counts then."""
+        """PEFT's attention makes new parameters over the same memory, so they are identified by name."""
         known, _ = self._before.get(slot.name, (slot.parameter, None))
         return id(slot.parameter) if id(slot.parameter) in self._held else id(known)
 
     def wrong(self, merged: nn.Module, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        """The names of PEFT's result that hold another tensor, or other scales, than they have to."""
+        """The names in PEFT's result that hold a wrong tensor or wrong scales."""
         for name, tensor in named.items():
             parameter, _ = self._before.get(name, (tensor, None))
             known = self._held.get(id(parameter))

@@ -150,7 +150,7 @@ class MergedTensors:
     def account_for(self, merged: nn.Module, places: Places) -> tuple[str, ...]:
         """Account for PEFT's result, and measure what has no measurement yet (replaced modules, overwritten tensors).
 
-        Returns the names of tensors that are not the ones that have to be there.
+        Returns the names of wrong tensors in the result.
 
         Raises:
             Refused: PEFT left a tuner layer in the model, or tensors of the base out of it.
@@ -194,7 +194,7 @@ class MergedTensors:
                 yield name, first
 
     def _enter_if_new(self, merge: TensorMerge) -> None:
-        """Enter a tensor of the result, unless it is as its layer left it: that entry knows the loss by rounding."""
+        """Enter a tensor of the result, unless its layer's entry still fits: that entry has the loss by rounding."""
         entered = self.merges.get(merge.stats.name)
         if entered is None or entered.stats != merge.stats:
             self.enter(merge)

@@ -1,12 +1,12 @@
 """One pass over the weights of a base: each is merged with all adapters that are loaded, and measured.
 
-In: `Walk`s of adapters, planned, and their bases. Out: the same walks with their planned layers measured and
+In: `Walk`s of adapters, planned, and their bases. Out: the same merges, with their planned layers measured and
 cross-checked by PEFT. A base that does not fit in memory is read from its files once for all of these adapters.
 
 1. The pass goes over tensors that adapters change or that have no figures yet, in the order of the files. What has to
    have values at the same time is one `Stop`: stored tensors that several skeletons of one feed (dtypes and classes of
    one base) are made of are read once, and shared. Tensors that are in memory come last.
-2. On a CPU each core takes whole stops. PEFT's own merges run on a thread of their own, with as many torch threads as
+2. On a CPU each core takes whole steps. PEFT's own merges run on a thread of their own, with as many torch threads as
    the main one has, because bits depend on that.
 3. Everything that needs a tensor is done while it has values: its figures, its merges, and its cross-checks. If a feed
    reads them for this pass, that includes merges of layers that do not go in blocks.
@@ -36,9 +36,9 @@ from merge_gate.records.measured import TensorMerge
 
 
 def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
-    """Merge and measure the planned layers of all walks. What a walk does not get is left to PEFT's own merge.
+    """Merge and measure the planned layers of all adapters. PEFT merges the remaining layers.
 
-    Afterwards all of the `bases`, and those of the walks, are measured.
+    Afterwards all of the `bases`, and those of the merges, are measured.
     """
     for together in _by_feed((*bases, *(walk.base for walk in walks))):
         ids = {id(base) for base in together}
@@ -119,7 +119,7 @@ def _in_memory(needed: Sequence[tuple[Base, set[str]]]) -> Iterator[tuple[Base, 
 
 
 class _Pass:
-    """What is done with each tensor while it has values: figures, merges in blocks or by PEFT, and cross-checks."""
+    """The work on each tensor while it has values: figures, merges in blocks or by PEFT, and cross-checks."""
 
     def __init__(self, bases: Sequence[Base], walks: Sequence[Walk]) -> None:
         self._bases, self._walks, self._checks = bases, walks, _CrossChecks(walks)
@@ -154,7 +154,7 @@ class _Pass:
                 walk.forget_early()
 
     def _visit(self, stop: Stop) -> None:
-        """Fill these tensors, and do all that. Several parts are filled from one read of the feed."""
+        """Fill the tensors of a step, and do the work on them. Several parts are filled from one read of the feed."""
         if self._is_over.is_set():
             return
         feed = stop.parts[0][0].feed
@@ -166,7 +166,7 @@ class _Pass:
                         for name in names:
                             self._visit_tensor(base, name)
         except BaseException:
-            self._is_over.set()  # the stops that were begun ahead are of no use
+            self._is_over.set()  # the steps that were begun ahead are of no use
             raise
 
     def _visit_tensor(self, base: Base, name: str) -> None:
@@ -190,9 +190,9 @@ class _Pass:
 
 
 class _CrossChecks:
-    """Which layers PEFT merges too: of one adapter, layers that are spread over the model.
+    """Chooses the layers that PEFT merges too. They are spread over the model.
 
-    PEFT's merge takes several times a weight's memory, so no more run at a time than half as many as there are cores.
+    PEFT's merge takes several times a weight's memory, so at most half as many run at a time as there are cores.
     """
 
     def __init__(self, walks: Sequence[Walk]) -> None:

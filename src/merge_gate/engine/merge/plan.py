@@ -161,7 +161,7 @@ def merge_in_blocks(
     and the extremes are those of the values that they get. With `once`, they get what PEFT gives without safe_merge:
     W + delta is rounded once.
     """
-    one = replace(one, update=one.update.aligned())  # its factors may be those of the file (private_copies.py)
+    one = replace(one, update=one.update.aligned())  # the factors may be the file's (private_copies.py)
     merge = _merge(base, one, weight)
     with_rows, is_plain_sum = measure_options.rows and has_rows(one.slot.module, weight), one.update.magnitude is None
     norm = of_rows = None
@@ -188,7 +188,7 @@ def _keeps_rows(base: Base, one: BlockLayer, weight: torch.Tensor, of_rows: torc
     was, magnitude = base.row_norms(one.slot.name, weight), one.update.magnitude
     if magnitude is None:
         return is_small(of_rows, was)
-    is_of_rows = not one.update.transposed  # that of an embedding is of columns
+    is_of_rows = not one.update.transposed  # an embedding's magnitude belongs to columns
     return is_of_rows and is_small((magnitude.cpu().double() - was).abs() + 2 * of_rows, was)
 
 

@@ -56,7 +56,7 @@ class Slot:
 
 
 def slots_of(layer: Any, names: Names) -> list[Slot]:
-    """The tensors of the base below a tuner layer, each once."""
+    """The merge targets below a tuner layer, each once."""
     found: dict[int, Slot] = {}
     for module in layer.get_base_layer().modules():
         for attribute, parameter in module._parameters.items():
@@ -67,7 +67,7 @@ def slots_of(layer: Any, names: Names) -> list[Slot]:
 
 
 class Turns:
-    """How many layers still have to merge into each tensor, and its values before the first of them."""
+    """The number of layers that still have to merge into each tensor, and its values before the first merge."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._waiting: dict[int, int] = {}
@@ -83,7 +83,7 @@ class Turns:
         self._first.setdefault(id(slot.parameter), slot.data)
 
     def end(self, slot: Slot) -> torch.Tensor | None:
-        """The values from before the first layer, to be put back; None while another layer waits."""
+        """The values before the first layer, which must be restored; None while another layer waits."""
         left = self._waiting.get(id(slot.parameter), 1) - 1
         self._waiting[id(slot.parameter)] = left
         return None if left > 0 else self._first.pop(id(slot.parameter), slot.data)
@@ -99,7 +99,7 @@ def private_copies(
     keep_marks: bool = False,
     mapped: Collection[int] = (),
 ) -> Iterator[Callable[[], None]]:
-    """A tuner layer over copies of the base's tensors, on the device that merges it. Yields what makes fresh copies.
+    """A tuner layer over copies of the base's tensors, on the device that merges it. Yields a function for new copies.
 
     Inside of the block, hollow tensors of the base have values (hollow.py). A quantized weight needs only a wrapper,
     because PEFT puts a new parameter in its place. It marks the old one, though.

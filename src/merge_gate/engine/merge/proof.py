@@ -58,7 +58,7 @@ def differs(one: LayerDifference) -> bool:
 
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """The block draws from torch's generators, and later code does not notice."""
+    """Restore torch's random generators after the block."""
     states = random_states()
     try:
         yield
@@ -70,7 +70,7 @@ def same_random_numbers() -> Iterator[None]:
 class Unmerged:
     """The `inputs` of each call of a layer, what it returned with its adapter, and the norms of its changes.
 
-    `is_apart`: each row of an output counts. Else each output of a batch is one of the inputs, and the best counts.
+    `is_apart`: each row of an output is compared. Otherwise, a batch has an output per input, and the best counts.
     """
 
     inputs: list[tuple[Tensor, ...]]
@@ -146,7 +146,7 @@ def _run(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
 
 
 def _norms(values: Tensor, counts: Tensor, is_apart: bool) -> Tensor:
-    """The norm of what counts of each output of a batch, or of each row."""
+    """The norm of each output of a batch, or of each row."""
     rows = values.masked_fill(~counts, 0.0)
     rows = rows.reshape(-1, values.shape[-1]) if is_apart else rows.reshape(len(values), -1)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
@@ -167,7 +167,7 @@ def _all_inputs(layer: Any) -> Iterator[list[tuple[Tensor, ...]]]:
 
 
 def _takes(layer: nn.Embedding, inputs: Iterable[tuple[Tensor, ...]]) -> bool:
-    """Whether it takes these rows. A class may shift them, and on a card a wrong index ends the process."""
+    """Whether the layer accepts these rows. A class may shift them, and on a GPU a wrong index ends the process."""
     narrow = copy.copy(layer)
     narrow._parameters = {"weight": nn.Parameter(torch.zeros(layer.num_embeddings, 1), requires_grad=False)}
     try:

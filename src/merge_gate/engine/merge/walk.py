@@ -77,7 +77,7 @@ class Walk:
     """One adapter's merge. `refused` has the layers that only safe_merge refuses.
 
     `cross_checked` has the layers that PEFT confirmed. `differing` has those whose merge in blocks is not PEFT's: the
-    walk then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
+    merge then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
     in their place. `consumers` get every tensor that the merge gives a value of its own. `wrong` has the tensors of the
     final model that are not what they must be, and `not_compared` the layers whose merge is not proved, and why.
     """
@@ -315,7 +315,7 @@ class Walk:
         return is_safe, merges
 
     def apart(self) -> dict[str, list[tuple[str, Any]]]:
-        """The layers that share nothing with others, by a tensor of theirs."""
+        """Layers that share no tensor, keyed by one of their tensors."""
         inside = {id(inner) for _, layer in self.layers for inner in layer.modules() if inner is not layer}
         found: dict[str, list[tuple[str, Any]]] = {}
         for path, layer in self.layers:

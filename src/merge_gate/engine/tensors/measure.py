@@ -138,7 +138,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     both = [_bits(one).flatten() for one in (left, right)]
     per_word = 8 // both[0].element_size()
     if both[0].numel() and all(one.numel() % per_word == one.storage_offset() % per_word == 0 for one in both):
-        both = [one.view(torch.int64) for one in both]  # torch compares one integer after another, of whatever size
+        both = [one.view(torch.int64) for one in both]  # fewer values to compare
     return torch.equal(*both)
 
 

@@ -73,7 +73,7 @@ class ModelRuns(Consumer):
     def in_pass(cls, pairs: Sequence[tuple[Self, MergeAttempt]], *, is_merged: bool) -> None:
         """Run each base together with its adapters that are due.
 
-        Adapters that train other tokens run apart, so that no adapter's figures depend on another one.
+        Adapters that train different tokens run separately, so that no adapter's figures depend on another adapter.
         """
         for one, attempt in pairs if is_merged else ():
             if one.needs_rows and attempt.evidence.refusal is None:

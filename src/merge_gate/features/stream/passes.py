@@ -30,14 +30,14 @@ from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.protocol import ALONE, Event, InProgress, Listener, Merged, MergeStarted, Task, undecided
 
 SKELETONS_SHARE = 4
-"""What several skeletons of a pass hold for good may take a quarter of the free memory."""
+"""Skeletons of one pass may fill a quarter of the free memory permanently."""
 
 HASHED_AT_A_TIME = 4
-"""The files of so many adapters are hashed at a time when a pass is over, and nothing else is left to do."""
+"""How many adapters' files are hashed at a time after a pass, when there is no other work."""
 
 
 def fit(skeletons: Sequence[GroupBase]) -> bool:
-    """Whether these skeletons may be in one pass: tensors that have values for good take memory."""
+    """Whether these skeletons fit in one pass: permanently filled tensors take memory."""
     room = (MemoryGroup().free_bytes() or 0) // SKELETONS_SHARE
     return sum(one.base.hollow.kept_bytes() for one in skeletons if one.base.hollow is not None) <= room
 
@@ -53,7 +53,7 @@ def judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: 
         except SourceError as error:  # of no use to any adapter
             yield from undecided((task for task, _ in batch), error)
             return
-        except Exception:  # merged by itself, each adapter says what is wrong
+        except Exception:  # merged alone, each adapter shows its own error
             merged = (None,) * len(batch)
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
@@ -67,7 +67,7 @@ def judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: 
 def _merge_together(
     tasks: list[Task], base_of: dict[int, GroupBase], others: list[Base], bases: GroupBases
 ) -> tuple[Evidence | None, ...]:
-    """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
+    """The evidence of each task. None if its merge raises: it is then merged alone, which shows the error."""
     report = paced(bases.report, tasks[0].index)
     counts = [(0, 0)] * len(tasks)
 

@@ -132,7 +132,7 @@ def expected_by(change: KeyChange, expectation: Expectation) -> str:
 
 
 def _is_written(change: KeyChange, expectation: Expectation) -> bool:
-    """A key of a processor that is left out must be spelled otherwise: nothing else shows what it means."""
+    """A processor's key may be left out only if the file has it in another spelling, which shows its meaning."""
     written = expectation.written.get(change.file)
     if written is None or change.is_loaded or not change.has(written):
         return False

@@ -69,7 +69,7 @@ def pattern_refused(pattern: Pattern | None, names: int, seconds: float, problem
 def ignored_settings(
     settings: tuple[str, ...], peft: str, saved_by: str, near: tuple[tuple[str, str], ...] = ()
 ) -> Finding:
-    """PEFT drops keys that it does not know with a warning; one that is set may change what the adapter computes.
+    """PEFT drops unknown keys with a warning. A key that is set may change the result of the adapter.
 
     `settings` are `key=value`. `near` has pairs of such a key and the key of PEFT's that it is probably a misspelling
     of, which is not set.

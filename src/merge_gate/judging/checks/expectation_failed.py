@@ -33,7 +33,7 @@ from merge_gate.records.config import ALL_WEIGHTS, BaseSpec, Expect
 from merge_gate.records.terms import FailureKind, Finding, Origin
 
 _IN_CONFIG = {"base": "base_name"}
-"""What is expected under another name than its field of `AdapterConfig`."""
+"""Keys of `expect` that have another name than their field of `AdapterConfig`."""
 
 
 @Check(
@@ -66,7 +66,7 @@ def expectation_failed(case: FileCase) -> Iterator[Finding]:
 
 
 def other_base(spec: BaseSpec, got: Mapping[str, str]) -> Iterator[Finding]:
-    """The findings of a base that is not the pinned one. `got` has the digests of its files, and of all its weights."""
+    """The findings on a base that is not the pinned base. `got` has the digests of its files and of all weights."""
     name = quoted(spec.label or spec.model or "", 200)
     for path, wanted in spec.sha256:
         what = "its weights" if path == ALL_WEIGHTS else quoted(path, 200)

@@ -74,7 +74,7 @@ def changes(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> Iterato
 
 
 def _all_changes(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> Iterator[MeaningChange]:
-    """Those of every release. Each was verified by running it (docs/reference/methods.md, "Old releases")."""
+    """The changes of every release. Each was verified by running it (docs/reference/methods.md, "Old releases")."""
     match config.peft_type:
         case "LOKR" if (ratio := _ratio(config, config.alpha)) is not None:
             effect = f"PEFT scales LoKr's delta by alpha / r since 0.14: today's merge adds {ratio:g} times as much"

@@ -45,7 +45,7 @@ UNREAD_SHARE = 2.0**-8
 """A delta of this share of a weight is more than bfloat16 rounds away."""
 
 EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
-"""Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
+"""Methods whose factors may be extracted from a fully trained model. Then the merged model is the intended result."""
 
 WITHOUT_WEIGHTS = frozenset((
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING",

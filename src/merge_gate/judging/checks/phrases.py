@@ -47,7 +47,7 @@ def tensors(items: Sized) -> str:
 
 
 def are(items: Sized) -> str:
-    """The verb that goes with so many."""
+    """`are` or `is`, by the count."""
     return "are" if len(items) != 1 else "is"
 
 
@@ -62,7 +62,7 @@ def named(module: str | None) -> str:
 
 
 def with_sharers(evidence: Evidence, modules: set[str]) -> set[str]:
-    """These modules, and those that share a tensor with one of them."""
+    """These modules, and the modules that share a tensor with them."""
     return modules | {other for other, first in evidence.shared if first in modules}
 
 

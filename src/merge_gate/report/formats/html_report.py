@@ -335,7 +335,7 @@ _KIND_OF_CHECK = {"rounding-loss": "loss", "delta-norm": "ratio", "headroom": "h
 
 
 def _limits(adapter: AdapterReport) -> dict[str, float]:
-    """The limit of each map: the default, or the one that a finding states of what the map shows."""
+    """The limit of each map: the default, or the limit that a finding states."""
     limits = {kind: CHECKS[check].limit or math.inf for check, kind in _KIND_OF_CHECK.items()} | {"loss": NORM_LIMIT}
     for finding in adapter.findings:
         figures = dict(finding.measured)

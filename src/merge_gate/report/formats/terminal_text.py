@@ -182,7 +182,7 @@ def _base_findings(report: Report) -> Iterator[RenderableType]:
 
 
 def _forwards(report: Report) -> Iterator[RenderableType]:
-    """What the run of base and adapter showed: of those that passed, the one that comes closest to its limit."""
+    """The result of running base and adapter: the passed adapter that comes closest to its limit."""
     ran = [adapter for adapter in report.adapters if adapter.forward.ran and adapter.verdict is Verdict.PASSED]
     if ran:
         one = max(ran, key=lambda one: (one.forward.nonfinite_module is not None, words.share_of_dtype(one.forward)))

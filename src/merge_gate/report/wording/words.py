@@ -115,7 +115,7 @@ def deciding(adapter: AdapterReport) -> Finding | None:
 
 
 def others(adapter: AdapterReport) -> list[Finding]:
-    """All findings except the one that decided."""
+    """All findings except the deciding finding."""
     return [finding for index, finding in enumerate(adapter.findings) if index != adapter.decided_by]
 
 
@@ -426,7 +426,7 @@ def device(environment: Environment) -> str:
 
 
 def sandbox(environment: Environment) -> str:
-    """The restrictions of the worker, and those that are missing."""
+    """The restrictions of the worker, and the missing ones."""
     restrictions = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
     return "; ".join([restrictions or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])
 
