@@ -240,10 +240,10 @@ def _subject(
 def _words(name: str, written: str, places: _Places, problems: list[str]) -> list[str]:
     """The words of the command line for one line of an input: directories, or a Hub id."""
     if re.search(r"[*?\[]", written):
-        found = places.matching(written)
-        if not found:
+        matches = places.matching(written)
+        if not matches:
             problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
-        return [places.relative(path) for path in found]
+        return [places.relative(path) for path in matches]
     path = places.place(written)
     if path.is_dir():
         return [places.relative(path)]

@@ -67,15 +67,15 @@ def resolve_name(
         InvalidName: no directory and no Hub id has this name.
     """
     if is_base or not is_glob(written, directory):
-        return [_resolve_one(written, directory, on_hub=on_hub, is_base=is_base)]
+        return [_resolve_exact(written, directory, on_hub=on_hub, is_base=is_base)]
     if "**" in written:
         raise InvalidName(f'{quoted(written)}: "**" is not supported', "write one * for each level")
     matches = sorted(glob.glob(os.path.expanduser(written), root_dir=directory))
-    found = [match for match in matches if os.path.isdir(directory / match)]
-    directories = [match for match in found if not _is_for_reports(directory / match, output)]
+    folders = [match for match in matches if os.path.isdir(directory / match)]
+    directories = [match for match in folders if not _is_for_reports(directory / match, output)]
     if not directories:
         files = " (only files)" if matches else ""
-        files = " (only directories with reports)" if found else files
+        files = " (only directories with reports)" if folders else files
         hint = partial(suggest_name, _literal_part(written, directory))
         raise InvalidName(f"no directory matches {quoted(written)}{files}", hint)
     return [(name, os.path.normpath(directory / name), None) for name in directories]
@@ -91,7 +91,7 @@ def _is_for_reports(place: Path, output: str | None) -> bool:
     return any(is_own(folder / name) for folder in (place, place / PREVIOUS) for name in REPORTS)
 
 
-def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> ResolvedName:
+def _resolve_exact(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> ResolvedName:
     if written.startswith(HUB):
         hub_id = written.removeprefix(HUB)
         if not could_be_hub_id(hub_id, is_base=is_base):

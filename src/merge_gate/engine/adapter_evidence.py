@@ -118,7 +118,7 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
     Raises:
         SourceError: the bytes of a base could not be had, so no adapter can be merged into it.
     """
-    bases = {id(base): base for base in (*others, *(one.base for one in requests))}  # once: asking changes it
+    bases = {id(base): base for base in (*others, *(request.base for request in requests))}  # once: asking changes it
     for _ in range(MOST_PASSES):
         attempts = _attempts(requests, tuple(bases.values()))
         misread = {key for key, base in bases.items() if base.was_misread()}
@@ -127,7 +127,9 @@ def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()
     for attempt in attempts:
         if isinstance(attempt.error, SourceError):
             raise attempt.error
-    return tuple(None if one.error is not None or id(one.base) in misread else one.end() for one in attempts)
+    return tuple(
+        None if attempt.error is not None or id(attempt.base) in misread else attempt.end() for attempt in attempts
+    )
 
 
 @contextlib.contextmanager
@@ -150,9 +152,9 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[M
                 is_begun = True
         for base in bases:
             base.pattern = None  # PEFT may merge into it
-        if attempts and all(one.error is not None for one in attempts):
+        if attempts and all(attempt.error is not None for attempt in attempts):
             return attempts
-        walks = [one.walk for one in attempts if one.walk is not None]
+        walks = [attempt.walk for attempt in attempts if attempt.walk is not None]
         started, of_pass = time.perf_counter(), None
         _call_consumers(attempts, is_merged=False)
         try:
@@ -168,7 +170,7 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[M
             if attempt.error is None:
                 attempt.do(attempt.finish)
         _call_consumers(attempts, is_merged=True)
-    is_full = any(isinstance(one.error, torch.OutOfMemoryError) for one in attempts)
+    is_full = any(isinstance(attempt.error, torch.OutOfMemoryError) for attempt in attempts)
     if is_full and True in [base.weights.drop() for base in bases]:
         del attempts, attempt, walks, of_pass  # their errors hold tensors of the card
         return _attempts(requests, bases)
@@ -179,8 +181,8 @@ def _call_consumers(attempts: Sequence[MergeAttempt], *, is_merged: bool) -> Non
     """Call the consumers of a pass, class by class. Those of adapters that cannot be merged are left out."""
     by_class: dict[type[Consumer], list[tuple[Consumer, MergeAttempt]]] = {}
     for attempt in attempts:
-        for one in attempt.request.consumers if attempt.walk is not None and attempt.error is None else ():
-            by_class.setdefault(type(one), []).append((one, attempt))
+        for consumer in attempt.request.consumers if attempt.walk is not None and attempt.error is None else ():
+            by_class.setdefault(type(consumer), []).append((consumer, attempt))
     for kind, pairs in by_class.items():
         kind.in_pass(pairs, is_merged=is_merged)
 
@@ -199,7 +201,7 @@ class MergeAttempt:
         self.seconds = 0.0
         self.in_file: Mapping[str, str] = {}
         self.request, self._waits = request, waits
-        self._needs_served = any(one.needs_served for one in request.consumers)
+        self._needs_served = any(consumer.needs_served for consumer in request.consumers)
         facts, kind = request.base.facts, request.members[0].config.peft_type
         forward = Forward(why_not=request.no_forward or None)
         self.evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters, forward=forward)
@@ -265,11 +267,13 @@ class MergeAttempt:
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self.request
-        consumers = [one for one in request.consumers if one.takes_tensors]
+        consumers = [consumer for consumer in request.consumers if consumer.takes_tensors]
         walk = Walk(
             base=request.base,
             loaded=loaded,
-            measure_options=replace(request.measure_options, rows=any(one.needs_rows for one in request.consumers)),
+            measure_options=replace(
+                request.measure_options, rows=any(consumer.needs_rows for consumer in request.consumers)
+            ),
             progress=request.progress,
             on_work=request.on_work,
             in_blocks=in_blocks,
@@ -306,7 +310,7 @@ class MergeAttempt:
         adapted = {path: path for path in loaded.targeted}
         for arrival in loaded.arrivals:
             adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
-        lora = {path: float(one.scaling[ADAPTER_NAME]) for path, one in walk.layers if isinstance(one, LoraLayer)}
+        lora = {path: float(layer.scaling[ADAPTER_NAME]) for path, layer in walk.layers if isinstance(layer, LoraLayer)}
         served = served_class(base, self.request.members[0], adapted, lora, is_export=self._needs_served)
         self.evidence = replace(
             self.evidence,
@@ -333,7 +337,7 @@ class MergeAttempt:
                 self.evidence.forward,
                 layers_compared=len(compared),
                 largest_difference=max(
-                    (share for one in compared if (share := difference(one)) < math.inf), default=None
+                    (share for layer in compared if (share := difference(layer)) < math.inf), default=None
                 ),
             ),
             different=tuple(filter(differs, compared)),

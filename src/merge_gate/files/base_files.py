@@ -157,7 +157,7 @@ def read_base(
     # 2. Index and headers.
     held = {(tensor.name, tensor.file) for tensor, _, _ in places}
     listed = chosen.listed if read_pickle or chosen.index != BIN_INDEX else None
-    ghosts = tuple(one for one in (listed or {}).items() if one not in held)
+    ghosts = tuple(pair for pair in (listed or {}).items() if pair not in held)
     note = _Notes(directory, name, has_values=has_values)
     different = note.compare(first, again)
     # 3. Formats.
@@ -526,14 +526,14 @@ class _Notes:
         return False  # transformers does not open it either
 
     def _is_same(self, first: _Place, second: _Place) -> bool:
-        (one, begin, end), (other, other_begin, other_end) = first, second
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
+        (tensor, begin, end), (other, other_begin, other_end) = first, second
+        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
             return False
         if not end or not other_end:
             return True  # only torch can tell
         try:
             with (
-                open_regular(str(Path(self._directory, one.file))) as first_file,
+                open_regular(str(Path(self._directory, tensor.file))) as first_file,
                 open_regular(str(Path(self._directory, other.file))) as second_file,
             ):
                 first_file.seek(begin)

@@ -89,7 +89,7 @@ def preflight(
         tensors=tensors,
         files=(*config.files, *weights.files, *export.files),
         findings=bounded(chain(config.findings, judged, weights.findings, _judge_tensors(recorded.peft_type, weights))),
-        padding=frozenset(one for one in padding if isinstance(one, str)) if isinstance(padding, list) else frozenset(),
+        padding=frozenset(key for key in padding if isinstance(key, str)) if isinstance(padding, list) else frozenset(),
     )
 
 

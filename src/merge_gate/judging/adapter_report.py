@@ -59,7 +59,8 @@ def other_base_report(entry: Entry) -> AdapterReport | None:
     findings = _file_findings(entry)
     check = expectation_failed.expectation_failed.id
     is_other = any(
-        one.check == check and one.origin is Origin.BASE and one.severity is Severity.ERROR for one in findings
+        finding.check == check and finding.origin is Origin.BASE and finding.severity is Severity.ERROR
+        for finding in findings
     )
     return _judged(entry, findings) if is_other else None
 
@@ -124,7 +125,7 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     """The entry of a base that was loaded, with the notes on its files."""
     notes = files.notes if files is not None else ()
     shared = {field.name: getattr(facts, field.name) for field in fields(BaseReport) if hasattr(facts, field.name)}
-    findings = bounded([*(one for check in _OF_BASES for one in check.of_base(facts)), *notes])
+    findings = bounded([*(finding for check in _OF_BASES for finding in check.of_base(facts)), *notes])
     return BaseReport(**shared | {"no_skeleton": facts.no_skeleton[:_REASON_CHARACTERS], "findings": findings})
 
 

@@ -78,8 +78,8 @@ def _yielded(judge: Callable[[Check], Iterator[Finding]]) -> list[Finding]:
 
 
 def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting]) -> tuple[Finding, ...]:
-    found = (_configured(each, settings) for each in findings)
-    configured = [_of_base(each, settings) for each in found if each is not None]
+    with_settings = (_configured(each, settings) for each in findings)
+    configured = [_of_base(each, settings) for each in with_settings if each is not None]
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
     return tuple(sorted(configured, key=lambda finding: (WEIGHT[finding.severity], order.get(finding.check, 0))))
 

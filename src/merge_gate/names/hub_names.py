@@ -47,7 +47,7 @@ def close_directory(name: str, directory: str | Path, *, is_base: bool) -> str:
     place = Path(directory)
     names, (first, _, rest) = _entries(place), name.partition("/")
     if rest and (near := closest(first, names, _MOST_ENTRIES)):
-        inside = [one for one in _entries(place / near) if not is_base or _may_be_base(place / near / one)]
+        inside = [entry for entry in _entries(place / near) if not is_base or _may_be_base(place / near / entry)]
         inner = closest(rest, inside, _MOST_ENTRIES)
         is_owner = is_base and near != first and near.lower() == first.lower()
         is_closer = not is_owner and closest(first, [near], likeness=_CLOSER)
@@ -64,7 +64,7 @@ def close_directory(name: str, directory: str | Path, *, is_base: bool) -> str:
 def _same_end(name: str, place: Path, names: list[str], *, is_base: bool) -> Iterator[str]:
     """The paths here that end as `name`: models for a base, adapters for an adapter, and directories of them here."""
     last = name.rpartition("/")[2].lower()
-    yield from (one for one in names if one.lower() == last and _leads(place / one, is_base=is_base))
+    yield from (entry for entry in names if entry.lower() == last and _leads(place / entry, is_base=is_base))
     for outer in names:
         for inner in [name, *_entries(place / outer)]:
             if inner.lower() in {last, name.lower()} and _fits(place / outer / inner, is_base=is_base):
@@ -85,7 +85,7 @@ def _fits(directory: Path, *, is_base: bool) -> bool:
 
 def _leads(directory: Path, *, is_base: bool) -> bool:
     """Whether a directory is a model or an adapter, or holds some."""
-    return any(_fits(one, is_base=is_base) for one in (directory, *map(directory.joinpath, _entries(directory))))
+    return any(_fits(name, is_base=is_base) for name in (directory, *map(directory.joinpath, _entries(directory))))
 
 
 def _may_be_base(directory: Path) -> bool:

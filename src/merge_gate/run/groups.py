@@ -81,8 +81,8 @@ def network_file_system(paths: Iterable[Path], mounts: Path = _MOUNTS) -> str | 
         devices = {path.stat().st_dev for path in paths}  # a link leads to the file's own device
     except (OSError, LookupError, UnicodeDecodeError):
         return None
-    found = {types.get(f"{os.major(device)}:{os.minor(device)}", "") for device in devices}
-    return next((name for name in sorted(found) if _NETWORK.fullmatch(name) and name not in _LOCAL_FUSE), None)
+    file_systems = {types.get(f"{os.major(device)}:{os.minor(device)}", "") for device in devices}
+    return next((name for name in sorted(file_systems) if _NETWORK.fullmatch(name) and name not in _LOCAL_FUSE), None)
 
 
 def _device_and_type(line: str) -> tuple[str, str]:

@@ -100,7 +100,7 @@ class _Base:
         base, fetch = self._base, self._files.on_hub
         revision = f" at {base.revision[:12]}" if base.revision else ""
         quantization = [] if base.quantization is Quantization.NONE else [base.quantization]
-        how = ", ".join([*(one.base.dtype for one in self._groups), *quantization])
+        how = ", ".join([*(group.base.dtype for group in self._groups), *quantization])
         yield Text(f"base {_shown(base.name)}{revision} ({_shown(how)})")
         size, count = shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
         place = "on this machine"
@@ -144,17 +144,17 @@ def _left_on_hub(adapter: AdapterFiles) -> int:
 
 
 def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[Table]:
-    members = {one.directory: one for group in run.groups for task in group.tasks for one in task.files}
-    of_adapters = sum(_left_on_hub(one) + sum(file.size_bytes for file in one.files) for one in members.values())
+    members = {files.directory: files for group in run.groups for task in group.tasks for files in task.files}
+    of_adapters = sum(_left_on_hub(files) + sum(file.size_bytes for file in files.files) for files in members.values())
     word = "at most " if any(base.passes > 1 for base in bases) else ""  # a later pass reads only what it merges
     of_bases = shown_bytes(sum(base.read_bytes for base in bases))
     yield _row("read", f"{word}{of_bases} of bases, {shown_bytes(of_adapters)} of adapters")
     entries = run.tally.entries
     kinds: dict[str, Mapping[str, AdapterFiles | BaseFiles]] = {
         "base": {entry.base_files.directory: entry.base_files for entry in entries if entry.base_files is not None},
-        "adapter": {one.directory: one for entry in entries for one in entry.members},
+        "adapter": {member.directory: member for entry in entries for member in entry.members},
     }
-    sizes = {kind: [_download_bytes(one.on_hub) for one in files.values()] for kind, files in kinds.items()}
+    sizes = {kind: [_download_bytes(files.on_hub) for files in files.values()] for kind, files in kinds.items()}
     of = [counted(count, kind) for kind, of_kind in sizes.items() if (count := sum(size > 0 for size in of_kind))]
     if of:
         size = shown_bytes(sum(map(sum, sizes.values())))
@@ -168,7 +168,7 @@ def _download_bytes(fetch: Fetched | None) -> int:
 
 def _lines_of_output(run: Run) -> Iterator[Table]:
     if run.options.output is not None:
-        names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
+        names = listing((file.name for file in OUTPUT_FILES), len(OUTPUT_FILES))
         yield _row("write", f"{_shown(run.options.output)}: {names}")
     for label, text in sorted(row for feature in run.features.values() for row in feature.plan()):
         yield _row(label, text)

@@ -119,7 +119,8 @@ class GroupBase:
 
     def record(self) -> BaseRecord | None:
         """The figures of a base that was read whole, if the group keeps them and has none of this class."""
-        if not self.group.keeps_record or self.model_class.label in {one.model_class for one in self.group.records}:
+        known = {figures.model_class for figures in self.group.records}
+        if not self.group.keeps_record or self.model_class.label in known:
             return None
         return self.base.record(self.model_class)
 
@@ -136,28 +137,28 @@ class GroupBases:
         self._identity: tuple[FileIdentity, ...] = ()
         self._figures: FiguresBySpan = {}
 
-    def account(self, one: GroupBase) -> Account:
+    def account(self, load: GroupBase) -> Account:
         """The account of the base as this class, before it is loaded. It is the same for every dtype."""
-        if one.model_class not in self._accounts:
-            label, stored = one.group.base.name, one.group.files.tensors
-            self._accounts[one.model_class] = accounting.account_for(
-                one.group.directory, one.model_class, label, stored
+        if load.model_class not in self._accounts:
+            label, stored = load.group.base.name, load.group.files.tensors
+            self._accounts[load.model_class] = accounting.account_for(
+                load.group.directory, load.model_class, label, stored
             )
-        return self._accounts[one.model_class]
+        return self._accounts[load.model_class]
 
-    def load(self, one: GroupBase, account: Account) -> None:
+    def load(self, load: GroupBase, account: Account) -> None:
         """Load the base as this class."""
-        group = one.group
+        group = load.group
         before, self._identity = self._identity, base_identity(group.directory)
         if before != self._identity:
             self._figures = {}
         self.feed.open_files(group.files.weights)  # before the identity is verified
-        one.loaded, one.identity = _as_published(self._read(group, one.model_class), group), self._identity
+        load.loaded, load.identity = _as_published(self._read(group, load.model_class), group), self._identity
         verify_base(group.directory, group.base.name, self._identity)
-        accounting.add_file_facts(one.base, account, group.directory)
-        record = next((known for known in group.records if known.model_class == one.model_class.label), None)
-        if record is not None and one.is_skeleton:
-            one.base.adopt(record)
+        accounting.add_file_facts(load.base, account, group.directory)
+        earlier = next((known for known in group.records if known.model_class == load.model_class.label), None)
+        if earlier is not None and load.is_skeleton:
+            load.base.adopt(earlier)
 
     def _read(self, group: Group, model_class: ModelClass) -> Base:
         source = Source(
@@ -224,39 +225,40 @@ def judge_pinned(groups: dict[int, Group], bases: GroupBases) -> Iterator[Event]
     yield from unknown
     announced = next(iter(groups)) if not unknown else None
     skeletons: list[GroupBase] = []
-    for one in to_load:
-        if announced != one.position:
-            yield BaseLoading(group=one.position)
+    for load in to_load:
+        if announced != load.position:
+            yield BaseLoading(group=load.position)
         announced = None
         started = time.perf_counter()
         try:
-            account = bases.account(one)
-            refused = _refused_as_incomplete(one, account)
+            account = bases.account(load)
+            refused = _refused_as_incomplete(load, account)
             yield from refused
-            one.tasks = [classed for classed in one.tasks if classed[0].index not in {event.task for event in refused}]
-            if not one.tasks:
+            indices = {event.task for event in refused}
+            load.tasks = [classed for classed in load.tasks if classed[0].index not in indices]
+            if not load.tasks:
                 continue
-            bases.load(one, account)
+            bases.load(load, account)
         except Exception as error:
             confirm_card(bases.job.device)
-            one.loaded = None
-            yield from undecided((task for task, _ in one.tasks), error, one.group)
+            load.loaded = None
+            yield from undecided((task for task, _ in load.tasks), error, load.group)
             continue
-        yield from _announced(one, time.perf_counter() - started)
-        if not one.is_skeleton:
-            yield from _judge_tasks([one], bases)
-        elif skeletons and not part("stream", "passes").fit([*skeletons, one]):
+        yield from _announced(load, time.perf_counter() - started)
+        if not load.is_skeleton:
+            yield from _judge_tasks([load], bases)
+        elif skeletons and not part("stream", "passes").fit([*skeletons, load]):
             yield from _judge_tasks(skeletons, bases)
-            skeletons = [one]
+            skeletons = [load]
         else:
-            skeletons.append(one)
+            skeletons.append(load)
     if skeletons:
         yield from _judge_tasks(skeletons, bases)
 
 
 def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[GroupBase], list[Unjudged]]:
     """The loads that the groups need, and the tasks whose class is not known."""
-    found: dict[tuple[int, ModelClass], GroupBase] = {}
+    group_bases: dict[tuple[int, ModelClass], GroupBase] = {}
     unknown: list[Unjudged] = []
     for position, group in groups.items():
         for task in group.tasks:
@@ -267,32 +269,32 @@ def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[GroupBase], list
             except Exception as error:
                 unknown += undecided([task], error, group)
                 continue
-            one = GroupBase(position=position, group=group, model_class=model_class)
-            found.setdefault((position, model_class), one).tasks.append((task, model_class.instead_of))
-    return list(found.values()), unknown
+            load = GroupBase(position=position, group=group, model_class=model_class)
+            group_bases.setdefault((position, model_class), load).tasks.append((task, model_class.instead_of))
+    return list(group_bases.values()), unknown
 
 
-def _refused_as_incomplete(one: GroupBase, account: Account) -> list[Unjudged]:
+def _refused_as_incomplete(load: GroupBase, account: Account) -> list[Unjudged]:
     """The tasks whose adapters lack the parameters that the base's files lack."""
     if not account.incomplete or account.map is None:
         return []
-    lacking = [task for task, _ in one.tasks if not accounting.brings_all(task.files, account.incomplete)]
-    fact = accounting.not_stored(one.group.base.name, account.incomplete, account.map, one.group.directory)
+    lacking = [task for task, _ in load.tasks if not accounting.brings_all(task.files, account.incomplete)]
+    fact = accounting.not_stored(load.group.base.name, account.incomplete, account.map, load.group.directory)
     return [Unjudged(task=task.index, refusal=fact) for task in lacking]
 
 
-def _announced(one: GroupBase, seconds: float) -> Iterator[Event]:
-    task, one.is_measured = one.tasks[0][0].index, not one.base.unmeasured()
+def _announced(load: GroupBase, seconds: float) -> Iterator[Event]:
+    task, load.is_measured = load.tasks[0][0].index, not load.base.unmeasured()
     yield BaseLoaded(
-        group=one.position,
+        group=load.position,
         task=task,
-        facts=one.base.facts,
-        identity=one.identity,
-        measured=one.is_measured,
+        facts=load.base.facts,
+        identity=load.identity,
+        measured=load.is_measured,
         seconds=seconds,
     )
-    if one.is_measured and (record := one.record()) is not None:
-        yield BaseMeasured(group=one.position, task=task, facts=one.base.facts, record=record)
+    if load.is_measured and (figures := load.record()) is not None:
+        yield BaseMeasured(group=load.position, task=task, facts=load.base.facts, record=figures)
 
 
 def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
@@ -300,23 +302,23 @@ def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
 
     No other code may keep a base that takes memory, so that it is released before the next load.
     """
-    base_of = {task.index: one for one in loaded for task, _ in one.tasks}
-    tasks = [classed for one in loaded for classed in one.tasks]
-    batches, judge = [[one] for one in sorted(tasks, key=lambda one: one[0].turn)], judge_each
+    base_of = {task.index: load for load in loaded for task, _ in load.tasks}
+    tasks = [classed for load in loaded for classed in load.tasks]
+    batches, judge = [[load] for load in sorted(tasks, key=lambda classed: classed[0].turn)], judge_each
     if loaded[0].group.in_passes:
         batches, judge = list(part("stream", "batches").batches(tasks)), part("stream", "passes").judge_batch
     for batch in batches:
-        for one in loaded:
-            one.base.weights.keeps &= batch is not batches[-1]
+        for load in loaded:
+            load.base.weights.keeps &= batch is not batches[-1]
         for event in judge(batch, base_of, bases):
             confirm_card(bases.job.device)
-            if isinstance(event, Merged) and not (one := base_of[event.task]).is_measured:
-                one.is_measured = True
-                yield BaseMeasured(group=one.position, task=event.task, facts=one.base.facts, record=one.record())
+            if isinstance(event, Merged) and not (load := base_of[event.task]).is_measured:
+                load.is_measured = True
+                yield BaseMeasured(group=load.position, task=event.task, facts=load.base.facts, record=load.record())
             yield event
-    for one in loaded:
-        bases.keep_figures(one.base)
-        one.release()
+    for load in loaded:
+        bases.keep_figures(load.base)
+        load.release()
 
 
 def judge_each(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases) -> Iterator[Event]:
@@ -328,17 +330,17 @@ def judge_each(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: G
 
 def request_of(
     task: Task,
-    one: GroupBase,
+    load: GroupBase,
     pinned: contextlib.ExitStack,
     progress: Callable[[int, int, str], None],
 ) -> MergeRequest:
     """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
     files = tuple(pinned.enter_context(pinned_adapter(member)) for member in task.files)
-    names = [name for name, _ in one.base.model.named_modules()]
+    names = [name for name, _ in load.base.model.named_modules()]
     for member in files:
         try_patterns(member.config.patterns, names)
     return MergeRequest(
-        base=one.base,
+        base=load.base,
         members=files,
         combine=task.combine,
         measure_options=task.measure_options,
@@ -349,17 +351,17 @@ def request_of(
 
 
 def with_consumers(
-    request: MergeRequest, task: Task, one: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
+    request: MergeRequest, task: Task, load: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
 ) -> MergeRequest:
     """The request with the consumers that the task asks for, in the place of those of an earlier merge."""
-    one.close(task.index)
+    load.close(task.index)
     for asked in task.consumers:
         if asked.why_not or asked.feature not in FEATURES:
             continue
-        consumer = part(asked.feature, "consumer").consumer(asked.settings, task, one, bases, pinned)
+        consumer = part(asked.feature, "consumer").consumer(asked.settings, task, load, bases, pinned)
         if consumer is not None:
-            one.consumers[task.index] = (*one.consumers.get(task.index, ()), consumer)
-    return replace(request, consumers=one.consumers.get(task.index, ()))
+            load.consumers[task.index] = (*load.consumers.get(task.index, ()), consumer)
+    return replace(request, consumers=load.consumers.get(task.index, ()))
 
 
 def paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
@@ -375,22 +377,22 @@ def paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
     return report
 
 
-def _judge_task(task: Task, instead_of: str | None, one: GroupBase, bases: GroupBases) -> Event:
+def _judge_task(task: Task, instead_of: str | None, load: GroupBase, bases: GroupBases) -> Event:
     try:
         with contextlib.ExitStack() as pinned:
             try:
-                request = request_of(task, one, pinned, paced(bases.report, task.index))
+                request = request_of(task, load, pinned, paced(bases.report, task.index))
             except Refused as refused:  # by the trial of its regular expressions, before PEFT
-                adapter_evidence.measure_wholly(one.base)
-                kind, facts = task.files[0].config.peft_type, one.base.facts
+                adapter_evidence.measure_wholly(load.base)
+                kind, facts = task.files[0].config.peft_type, load.base.facts
                 evidence = Evidence(
                     base=facts, peft_type=kind, refusal=refused.refusal, parameters_total=facts.parameters
                 )
             else:
-                evidence = adapter_evidence.merge(with_consumers(request, task, one, bases, pinned))
-        one.finish(task.index, evidence)
+                evidence = adapter_evidence.merge(with_consumers(request, task, load, bases, pinned))
+        load.finish(task.index, evidence)
     except Exception as error:
-        one.close(task.index)
+        load.close(task.index)
         (event,) = undecided([task], error)
         return event
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))

@@ -59,15 +59,15 @@ class MemoryGroup:
         """
         limit, taken = self.limit_bytes(), self._taken_bytes()
         left = limit - taken if limit is not None and taken is not None else limit
-        known = [one for one in (_available_bytes(self._meminfo), left) if one is not None]
+        known = [size_bytes for size_bytes in (_available_bytes(self._meminfo), left) if size_bytes is not None]
         return max(0, min(known)) if known else None
 
     def _taken_bytes(self) -> int | None:
         """Anonymous and shared memory of the group."""
         names = ("anon", "shmem") if self._version == 2 else ("total_rss", "total_shmem")  # noqa: PLR2004
         counts = dict(line.split(" ", 1) for line in self._text("memory.stat").splitlines() if " " in line)
-        found = [int(counts[name]) for name in names if counts.get(name, "").isdecimal()]
-        return sum(found) if found else None
+        values = [int(counts[name]) for name in names if counts.get(name, "").isdecimal()]
+        return sum(values) if values else None
 
     def _number(self, name: str) -> int | None:
         text = self._text(name).strip()

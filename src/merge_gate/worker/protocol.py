@@ -64,11 +64,11 @@ class Task:
     @property
     def model_files(self) -> int:
         """How many files of models its consumers have open."""
-        return sum(one.files for one in self.consumers)
+        return sum(consumer.files for consumer in self.consumers)
 
     def why_not(self, feature: str) -> str | None:
         """Why a feature takes no part. Empty if it does; None if it is not asked for."""
-        return next((one.why_not for one in self.consumers if one.feature == feature), None)
+        return next((consumer.why_not for consumer in self.consumers if consumer.feature == feature), None)
 
     def with_consumer(self, consumer: ConsumerSpec) -> Task:
         """The task with one more feature, the last that takes part."""
@@ -77,7 +77,8 @@ class Task:
     def without(self, feature: str, why_not: str) -> Task:
         """The task without a feature. The first reason for that counts."""
         changed = (
-            replace(one, why_not=one.why_not or why_not) if one.feature == feature else one for one in self.consumers
+            replace(consumer, why_not=consumer.why_not or why_not) if consumer.feature == feature else consumer
+            for consumer in self.consumers
         )
         return replace(self, consumers=tuple(changed))
 
@@ -117,7 +118,10 @@ class Group:
         """
         declared = self.files.quantization
         is_stored_packed = declared is not None and declared.method in _PACKED_BY_BITSANDBYTES
-        dtypes = {next((one.plain_dtype for one in task.consumers if one.plain_dtype), None) for task in self.tasks}
+        dtypes = {
+            next((consumer.plain_dtype for consumer in task.consumers if consumer.plain_dtype), None)
+            for task in self.tasks
+        }
         if len(dtypes) != 1 or not (self.base.is_quantized or is_stored_packed):
             return None
         return dtypes.pop()
@@ -307,7 +311,7 @@ def refusal_of(error: Exception, group: Group | None = None) -> Refusal | NotJud
         message = error.message if group is None else error.message.replace(group.directory, group.base.name)
         return NotJudged(message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    kinds = tuple(one.__name__ for one in type(error).__mro__)
+    kinds = tuple(kind.__name__ for kind in type(error).__mro__)
     caught = Caught(kinds=kinds, text=text[:400], log=log_of(error))
     return CannotJudge("worker_raised", error=caught, in_import=_is_of_an_import(error)).refusal
 

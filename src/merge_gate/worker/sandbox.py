@@ -73,7 +73,7 @@ def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
         return sandbox
     tasks = [task for group in job.groups for task in group.tasks]
     own_bytes = sum(file.size_bytes for task in tasks for member in task.files for file in member.files)
-    of_models = (one.most_bytes for task in tasks for one in task.consumers)
+    of_models = (consumer.most_bytes for task in tasks for consumer in task.consumers)
     _lower(resource.RLIMIT_FSIZE, max(_SPARE_FILE_BYTES + 2 * own_bytes, *of_models, 0))
     sandbox = replace(sandbox, held=(*sandbox.held, "file size"))
     free_bytes = MemoryGroup().free_bytes()

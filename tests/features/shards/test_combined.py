@@ -12,7 +12,7 @@ import pytest
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.features.shards import combined as module
-from merge_gate.features.shards.combined import FoundReport, combined, found_in, refuse_overwriting
+from merge_gate.features.shards.combined import PlacedReport, combined, refuse_overwriting, reports_in
 from merge_gate.records.report import TOOL, ConfigFile, Report, Sandbox, Tool
 from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OTHER = replace(BASE, model="./models/other")
 
 
-def found(*reports: Report) -> list[FoundReport]:
+def found(*reports: Report) -> list[PlacedReport]:
     return [(f"shards/{number}", one) for number, one in enumerate(reports, 1)]
 
 
@@ -198,14 +198,14 @@ def downloads(tmp_path: Path) -> Path:
 
 
 def problems(*directories: Path) -> list[str]:
-    return [one for _, one in found_in([str(directory) for directory in directories]) if isinstance(one, str)]
+    return [one for _, one in reports_in([str(directory) for directory in directories]) if isinstance(one, str)]
 
 
 def test_a_directory_of_artifacts_and_each_by_name_are_the_same(downloads: Path) -> None:
-    below = found_in([str(downloads)])
+    below = reports_in([str(downloads)])
     assert [one for _, one in below] == list(SHARDS)
-    assert found_in([str(downloads / f"shard-{number}") for number in (1, 2, 3)]) == below
-    assert found_in([str(downloads), str(downloads / "shard-2")]) == below, "named twice is not there twice"
+    assert reports_in([str(downloads / f"shard-{number}") for number in (1, 2, 3)]) == below
+    assert reports_in([str(downloads), str(downloads / "shard-2")]) == below, "named twice is not there twice"
 
 
 def test_what_is_not_there_is_named(downloads: Path, wording: Wording) -> None:
@@ -237,7 +237,7 @@ def test_hostile_content_is_neither_followed_nor_waited_for(
 
 
 def test_a_shard_is_not_written_over(downloads: Path, wording: Wording) -> None:
-    files = found_in([str(downloads)])
+    files = reports_in([str(downloads)])
     refuse_overwriting(files, str(downloads / "combined"))
     with pytest.raises(UsageError) as raised:
         refuse_overwriting(files, str(downloads / "shard-1"))

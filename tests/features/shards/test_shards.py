@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.features.shards.combined import combined, found_in
+from merge_gate.features.shards.combined import combined, reports_in
 from merge_gate.records.terms import Result
 from merge_gate.report.formats.json_report import read
 from merge_gate.report.stored.report_files import FORMATS
@@ -80,10 +80,10 @@ def test_more_shards_than_adapters(shelf: Shelf, tmp_path: Path) -> None:
         assert answer.code == 0, answer.said
     empty = [index for index in range(1, 4) if not stored(tmp_path / "s" / str(index)).adapters]
     assert len(empty) == 1
-    assert combined(found_in([str(tmp_path / "s")])).result is Result.PASS
+    assert combined(reports_in([str(tmp_path / "s")])).result is Result.PASS
     for index in set(range(1, 4)) - set(empty):
         shutil.rmtree(tmp_path / "s" / str(index))
-    assert combined(found_in([str(tmp_path / "s")])).result is Result.ERROR
+    assert combined(reports_in([str(tmp_path / "s")])).result is Result.ERROR
 
 
 @pytest.mark.slow

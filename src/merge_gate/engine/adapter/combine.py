@@ -79,7 +79,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
     return Loaded(
         model=model,
         config=model.peft_config[ADAPTER_NAME],
-        state={key: tensor for one in brought for key, tensor in one.items()},
+        state={key: tensor for tensors in brought for key, tensor in tensors.items()},
         arrivals=tuple(arrivals),
         targeted=targeted_modules(model),
         slots=slots,
@@ -131,12 +131,14 @@ def _refuse_unweighted(
     for key, name in base_tensors_in_file(model, slots, {key for tensors in brought for key in tensors}).items():
         holders = [number for number, tensors in enumerate(brought) if key in tensors]
         ours = base.tensors[name]
-        held = [_split(brought[one][key], ours) for one in holders]
+        held = [_split(brought[number][key], ours) for number in holders]
         with base.filled([name]):
-            changed = [one for one, (old, _) in zip(holders, held, strict=True) if not _is_equal(ours, old)]
+            changed = [number for number, (old, _) in zip(holders, held, strict=True) if not _is_equal(ours, old)]
         added = [new for _, new in held]
-        if not all(_is_equal(added[0], one) for one in added[1:]):
-            raise Refused("two_vocabularies", adapters=tuple(combine.adapters[one] for one in holders), tensor=name)
+        if not all(_is_equal(added[0], rows) for rows in added[1:]):
+            raise Refused(
+                "two_vocabularies", adapters=tuple(combine.adapters[number] for number in holders), tensor=name
+            )
         if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
             raise Refused("tensor_unweighted", adapter=combine.adapters[changed[0]], tensor=name)
 

@@ -128,7 +128,7 @@ def fill_blanks(model: nn.Module) -> bool:
     filled: dict[nn.Parameter, nn.Parameter] = {}  # two layers may share a factor
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         held = next(layer.get_base_layer().parameters(), None)
-        is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())
+        is_usual = all(type(variant) in DORA for variant in dict(getattr(layer, "lora_variant", {})).values())
         if held is None or (held.is_floating_point() and held.dtype not in _DTYPES) or not is_usual:
             return False
         for module, name, factor in parameters_of(layer):
@@ -136,15 +136,15 @@ def fill_blanks(model: nn.Module) -> bool:
                 values = torch.full_like(factor, torch.nan, device=held.device)
                 filled[factor] = nn.Parameter(values, requires_grad=factor.requires_grad)
             module._parameters[name] = filled.get(factor, factor)
-    return not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def parameters_of(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Every parameter of the adapter in a tuner layer, with the module that holds it and its name there."""
     held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
-    modules = (module for one in held if isinstance(one, nn.Module) for module in one.modules())
+    modules = (module for container in held if isinstance(container, nn.Module) for module in container.modules())
     for module in modules:
-        yield from ((module, name, one) for name, one in list(module._parameters.items()) if one is not None)
+        yield from ((module, name, tensor) for name, tensor in list(module._parameters.items()) if tensor is not None)
 
 
 _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
@@ -292,7 +292,7 @@ def _refuse_far_tokens(config: Any, scratch: nn.Module) -> None:
     """Raise a CPU's error for a token id beyond the embedding. On a GPU, PEFT's read would end the process."""
     given = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     tokens = [token for some in given.values() for token in some] if isinstance(given, dict) else given
-    rows = max((one.num_embeddings for one in scratch.modules() if isinstance(one, nn.Embedding)), default=0)
+    rows = max((module.num_embeddings for module in scratch.modules() if isinstance(module, nn.Embedding)), default=0)
     far = next((token for token in tokens if not -rows <= token < rows), None)
     if far is not None:
         raise IndexError(f"index {far} is out of bounds for dimension 0 with size {rows}")
@@ -332,7 +332,7 @@ _WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")
 def _no_targets(config: Any, scratch: nn.Module) -> Refused:
     targets, parameters = getattr(config, "target_modules", None), getattr(config, "target_parameters", None)
     if parameters and not targets:
-        large = {name for name, one in scratch.named_parameters() if one.dim() > 1}
+        large = {name for name, parameter in scratch.named_parameters() if parameter.dim() > 1}
         ends = sorted({".".join(name.split(".")[-2:]) for name in large})
         return Refused("parameters_not_found", targets=tuple(sorted(parameters)), of_base=tuple(ends))
     leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})

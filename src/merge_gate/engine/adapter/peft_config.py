@@ -152,7 +152,7 @@ def raised(error: Exception, config: Any, base: Base) -> dict[str, Fact]:
 
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
     """PEFT drops unknown keys with a warning. A key that is set may change the result of the adapter."""
-    known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
+    known = {field.name for field in dataclasses.fields(config_class)} | {"runtime_config"}
     values = dict(files.config.values)
     ignored = sorted(key for key in values if key not in known)
     if ignored:

@@ -87,18 +87,20 @@ def account_for(directory: str, model_class: ModelClass, label: str, stored: Seq
     if transformers_class is None or not loads_as_usual(transformers_class):
         return Account()
     try:
-        found = tensor_map(transformers_class, directory, stored, **head_options(model_class))
+        mapping = tensor_map(transformers_class, directory, stored, **head_options(model_class))
     except NoMapError:
         return Account()
-    refuse_left_out(label, found.model, found.unloaded, found.stored)
-    refuse_torn_groups(found, label)
-    refuse_codes(found, label)
-    if type(found.model).__name__ not in _architectures(found.model):
-        refuse_foreign_weights(found.model, found.missing, label)
+    refuse_left_out(label, mapping.model, mapping.unloaded, mapping.stored)
+    refuse_torn_groups(mapping, label)
+    refuse_codes(mapping, label)
+    if type(mapping.model).__name__ not in _architectures(mapping.model):
+        refuse_foreign_weights(mapping.model, mapping.missing, label)
     return Account(
-        incomplete=own_missing(found.missing | _partly_stacked(found), found.model, directory),
-        unloaded=tuple(name for name in sorted(found.unloaded) if name in found.unexpected or not _STALE.search(name)),
-        map=found,
+        incomplete=own_missing(mapping.missing | _partly_stacked(mapping), mapping.model, directory),
+        unloaded=tuple(
+            name for name in sorted(mapping.unloaded) if name in mapping.unexpected or not _STALE.search(name)
+        ),
+        map=mapping,
     )
 
 
@@ -117,28 +119,28 @@ def add_file_facts(base: Base, account: Account, directory: str) -> None:
     base.map, base.facts = account.map, replace(base.facts, incomplete=incomplete, unloaded=unloaded)
 
 
-def _partly_stacked(found: TensorMap) -> frozenset[str]:
+def _partly_stacked(mapping: TensorMap) -> frozenset[str]:
     """Tensors that lack some of the stored tensors that they are stacked from, for example one expert's weights."""
-    stacked = {target for group in found.groups if "MergeModulelist" in group.conversion for target in group.targets}
-    failed = {target for group in found.groups if group.failed for target in group.targets}
-    mismatched = {name for name, *_ in found.mismatched}
+    stacked = {target for group in mapping.groups if "MergeModulelist" in group.conversion for target in group.targets}
+    failed = {target for group in mapping.groups if group.failed for target in group.targets}
+    mismatched = {name for name, *_ in mapping.mismatched}
     return frozenset((failed | mismatched) & stacked)
 
 
-def stale_buffers(found: TensorMap) -> tuple[str, ...]:
+def stale_buffers(mapping: TensorMap) -> tuple[str, ...]:
     """Stored tensors that are buffers of the model's own modules, and that transformers computes instead of loading.
 
     Buffers of parts that transformers never loads, such as an MTP head, do not count.
     """
-    modules = {name for name, _ in found.model.named_modules()}
-    prefix = getattr(found.model, "base_model_prefix", "")
+    modules = {name for name, _ in mapping.model.named_modules()}
+    prefix = getattr(mapping.model, "base_model_prefix", "")
     return tuple(
         name
-        for name, renamed in found.unloaded.items()
-        if name not in found.unexpected
+        for name, renamed in mapping.unloaded.items()
+        if name not in mapping.unexpected
         and (match := _STALE.search(renamed))
         and _is_owned(renamed, modules, f"{prefix}." if prefix else "")
-        and (match[2] not in _MASKS or len(found.stored[name].shape) > 1)
+        and (match[2] not in _MASKS or len(mapping.stored[name].shape) > 1)
     )
 
 
@@ -178,29 +180,29 @@ def belongs_to(name: str, names: Collection[str]) -> bool:
 # --- 2. ------------------------------------------------------------------------------------------------------------
 
 
-def refuse_torn_groups(found: TensorMap, label: str) -> None:
+def refuse_torn_groups(mapping: TensorMap, label: str) -> None:
     """Raise `CannotJudge` if a weight lacks a tensor that all other weights of its dtype have for the quantizer."""
     kinds: dict[tuple[str, str], list[tuple[str, str, frozenset[str]]]] = defaultdict(list)
-    for group in found.groups:
+    for group in mapping.groups:
         if _is_quantizer(group.conversion):
             sources = {_part(source, group.targets[0]): source for source in group.sources}
             first = sources[min(sources)]
-            kinds[group.conversion, found.stored[first].dtype].append((first, group.targets[0], frozenset(sources)))
+            kinds[group.conversion, mapping.stored[first].dtype].append((first, group.targets[0], frozenset(sources)))
     for (_, dtype), groups in kinds.items():
         whole: frozenset[str] = frozenset().union(*(parts for *_, parts in groups))
         for first, target, parts in groups:
             if parts < whole and dtype.startswith(_CODES):
-                _refuse_torn(found, first, [_named_part(target, part) for part in sorted(whole - parts)], label)
+                _refuse_torn(mapping, first, [_named_part(target, part) for part in sorted(whole - parts)], label)
         if dtype.startswith("F8") and whole == {""}:
             first, target, _ = groups[0]
-            _refuse_torn(found, first, [_named_part(target, "_scale_inv")], label)
+            _refuse_torn(mapping, first, [_named_part(target, "_scale_inv")], label)
 
 
-def _refuse_torn(found: TensorMap, first: str, lacking: list[str], label: str) -> None:
-    one = found.stored[first]
-    dtype = DTYPES[one.dtype]
+def _refuse_torn(mapping: TensorMap, first: str, lacking: list[str], label: str) -> None:
+    tensor = mapping.stored[first]
+    dtype = DTYPES[tensor.dtype]
     raise CannotJudge(
-        "quantized_weight_torn", base=label, file=one.file, tensor=first, dtype=dtype, missing=tuple(lacking)
+        "quantized_weight_torn", base=label, file=tensor.file, tensor=first, dtype=dtype, missing=tuple(lacking)
     )
 
 
@@ -218,25 +220,25 @@ def _named_part(target: str, part: str) -> str:
 # --- 3. ------------------------------------------------------------------------------------------------------------
 
 
-def refuse_codes(found: TensorMap, label: str) -> None:
+def refuse_codes(mapping: TensorMap, label: str) -> None:
     """Raise `CannotJudge` if integers are stored for a parameter of floating point that no quantizer makes."""
-    model = found.model
+    model = mapping.model
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
-    for group in found.groups:
+    for group in mapping.groups:
         expected = tensors.get(group.targets[0])
         if group.failed or expected is None or not expected.is_floating_point() or _is_quantizer(group.conversion):
             continue
         for source in group.sources:
-            one = found.stored[source]
-            dtype: torch.dtype = getattr(torch, DTYPES[one.dtype])
+            tensor = mapping.stored[source]
+            dtype: torch.dtype = getattr(torch, DTYPES[tensor.dtype])
             if not dtype.is_floating_point and not dtype.is_complex:
                 raise CannotJudge(
                     "codes_for_numbers",
                     base=label,
-                    file=one.file,
+                    file=tensor.file,
                     tensor=source,
-                    dtype=DTYPES[one.dtype],
+                    dtype=DTYPES[tensor.dtype],
                     class_name=type(model).__name__,
                 )
 
@@ -288,17 +290,17 @@ def _architectures(model: Any) -> tuple[str, ...]:
 
 def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:
     """Whether adapters' files have a tensor of each of these names, which then replaces the base's."""
-    held = {one.name.removeprefix(ADAPTER_PREFIX) for each in files for one in each.tensors}
+    held = {tensor.name.removeprefix(ADAPTER_PREFIX) for each in files for tensor in each.tensors}
     return all(name in held or name.replace(".weight", ".modules_to_save.weight") in held for name in names)
 
 
-def not_stored(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> Refusal:
+def not_stored(label: str, names: tuple[str, ...], mapping: TensorMap, directory: str) -> Refusal:
     """The fact that a base's files lack parameters of its own class, with other files that hold some of them."""
-    read = tuple(sorted({one.file for one in found.stored.values()}))
+    read = tuple(sorted({tensor.file for tensor in mapping.stored.values()}))
     return CannotJudge(
         "parameters_not_stored",
         base=label,
-        class_name=type(found.model).__name__,
+        class_name=type(mapping.model).__name__,
         names=names,
         read=read,
         elsewhere=tuple(sorted(_holders(directory, set(read), set(names)))),

@@ -87,7 +87,7 @@ def _trace_fake(model: Any) -> DirectReads:
     complete_parts: list[str] = []
     for path, part in model.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer in complete_parts)
-        has_run = complete and any(f"{one}.".startswith(f"{path}.") for one in ran)
+        has_run = complete and any(f"{module_path}.".startswith(f"{path}.") for module_path in ran)
         if path and isinstance(part, transformers.PreTrainedModel) and not is_inside and not has_run:
             returned_by_part, of_part = _run(part, limit)
             outputs += of_part

@@ -190,11 +190,11 @@ class Base:
 
     def figures(self, name: str) -> TensorStats:
         """The figures of a tensor by its first name. It is measured now if it was not measured before."""
-        found = self.stats.get(name)
-        if found is None:
+        stats = self.stats.get(name)
+        if stats is None:
             with self.filled([name]):
-                found = self.stats[name] = measure(self.tensors[name], name)
-        return found
+                stats = self.stats[name] = measure(self.tensors[name], name)
+        return stats
 
     def row_norms(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The norms of the rows of a tensor, by its first name. They are measured once; `weight` has its values."""
@@ -209,10 +209,12 @@ class Base:
         """
         if self._typical_rms is None:
             names = [name for name, _ in self.model.named_parameters() if name not in self.newly_initialized]
-            ordered = sorted(map(self.figures, names), key=lambda one: one.max_abs)
-            matrices = [one for one in ordered if one.finite and one.max_abs and sum(n > 1 for n in one.shape) > 1]
+            ordered = sorted(map(self.figures, names), key=lambda stats: stats.max_abs)
+            matrices = [
+                stats for stats in ordered if stats.finite and stats.max_abs and sum(n > 1 for n in stats.shape) > 1
+            ]
             middle = matrices[max(0, (len(matrices) - MOST_TYPICAL) // 2) :][:MOST_TYPICAL]
-            self._typical_rms = statistics.median([self._rms(one.name) for one in middle] or [0.0])
+            self._typical_rms = statistics.median([self._rms(stats.name) for stats in middle] or [0.0])
         return self._typical_rms
 
     def _rms(self, name: str) -> float:
@@ -222,25 +224,25 @@ class Base:
             values = dequantized(module, tensor) if is_quantized(tensor) else tensor
             return distance(values) / math.sqrt(values.numel())
 
-    def adopt(self, record: BaseRecord) -> None:
+    def adopt(self, earlier: BaseRecord) -> None:
         """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.
 
         A tensor that was not finite is read again: no adapter fails by a record.
         """
-        for figures in record.figures:
+        for figures in earlier.figures:
             tensor = self.tensors.get(figures.name)
             if tensor is None or figures.name in self.stats or figures.name in self.newly_initialized:
                 continue
             if figures.finite and (figures.shape, figures.dtype) == (tuple(tensor.shape), dtype_name(tensor.dtype)):
                 self.stats[figures.name] = figures
                 self.recorded.add(figures.name)
-        self.facts = replace(self.facts, record=record.run)
+        self.facts = replace(self.facts, record=earlier.run)
 
     def record(self, model_class: ModelClass) -> BaseRecord | None:
         """All tensors' figures; None if this run did not measure all of them, or has quantized them."""
         if self.recorded or self.unmeasured() or self.facts.record or self.source.quantization is not Quantization.NONE:
             return None
-        figures = tuple(one for name, one in self.stats.items() if name not in self.newly_initialized)
+        figures = tuple(stats for name, stats in self.stats.items() if name not in self.newly_initialized)
         return BaseRecord(model_class=model_class.label, figures=figures)
 
     def confirm(self, name: str) -> None:
@@ -267,7 +269,7 @@ class Base:
 
     def complete_facts(self) -> None:
         """Enter into `facts` what was measured after the load."""
-        known = {one.name for one in self.facts.nonfinite}
+        known = {stats.name for stats in self.facts.nonfinite}
         others = [
             replace(stats, is_buffer=_is_buffer(self.model, name))
             for name, stats in self.stats.items()
@@ -275,8 +277,8 @@ class Base:
         ]
         if others:
             order = {name: number for number, name in enumerate(self.tensors)}
-            found = sorted((*self.facts.nonfinite, *others), key=lambda one: order.get(one.name, len(order)))
-            self.facts = replace(self.facts, nonfinite=tuple(found))
+            nonfinite = sorted((*self.facts.nonfinite, *others), key=lambda stats: order.get(stats.name, len(order)))
+            self.facts = replace(self.facts, nonfinite=tuple(nonfinite))
 
     def was_misread(self) -> bool:
         """Whether some code has read a tensor that had no values. The tensor has values from now on."""
@@ -550,12 +552,12 @@ def first_line(error: BaseException) -> str:
 
 def declared(config: Any) -> str | None:
     """The quantization that a configuration declares, in the report's words; None if it declares none."""
-    found = getattr(config, "quantization_config", None)
-    if not isinstance(found, dict):
+    given = getattr(config, "quantization_config", None)
+    if not isinstance(given, dict):
         return None
-    method = found.get("quant_method")
-    if method == "bitsandbytes" or found.get("load_in_4bit") or found.get("load_in_8bit"):  # as transformers reads it
-        return str(Quantization.BNB_4BIT if found.get("load_in_4bit") else Quantization.BNB_8BIT)
+    method = given.get("quant_method")
+    if method == "bitsandbytes" or given.get("load_in_4bit") or given.get("load_in_8bit"):  # as transformers reads it
+        return str(Quantization.BNB_4BIT if given.get("load_in_4bit") else Quantization.BNB_8BIT)
     return str(getattr(method, "value", method))[:40] if method else ""
 
 
@@ -581,7 +583,7 @@ def refuse_other_packing(model: Any, source: Source, quantization: str) -> None:
     elif source.dtype in ("auto", dtype):
         is_as_asked = True
     else:  # a class may keep some parameters in float32
-        dtypes = {dtype_name(one.dtype) for one in model.parameters()}
+        dtypes = {dtype_name(parameter.dtype) for parameter in model.parameters()}
         is_as_asked = quantization == Quantization.NONE and source.dtype in dtypes
     if not is_as_asked:
         raise CannotJudge(

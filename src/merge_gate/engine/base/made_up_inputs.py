@@ -146,10 +146,12 @@ def _places(model: Any, getter: str, names: Collection[str], inputs: dict[str, t
         return MERGED_PATCHES**2
     with contextlib.suppress(Exception), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         dtype = _like(model).dtype
-        given = {name: one.to(dtype) for name, one in inputs.items() if name in names and one.is_floating_point()}
-        found = getattr(fake_copy(model), getter)(**given)
-        features = _pytree.tree_leaves(getattr(found, "pooler_output", found))
-        return sum(one.numel() // one.shape[-1] for one in features)
+        given = {
+            name: tensor.to(dtype) for name, tensor in inputs.items() if name in names and tensor.is_floating_point()
+        }
+        output = getattr(fake_copy(model), getter)(**given)
+        features = _pytree.tree_leaves(getattr(output, "pooler_output", output))
+        return sum(feature.numel() // feature.shape[-1] for feature in features)
     return 0
 
 

@@ -151,15 +151,15 @@ def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: C
     fitting = (
         name for name in others if name and _is_model_class(name) and first_parts <= _children(_skeleton(config, name))
     )
-    return next((name for name in fitting if _is_stored(config, name, [one.name for one in stored])), requested)
+    return next((name for name in fitting if _is_stored(config, name, [tensor.name for tensor in stored])), requested)
 
 
 def _are_of_whole(config: Any, class_name: str, names: Iterable[str], stored: Collection[StoredTensor]) -> bool:
     """Whether names of modules are stored names, and none is a name of this class of a part."""
-    modules = {one.name.rpartition(".")[0] for one in stored}
-    found = {path for name in names for path in accumulate(name.split("."), "{}.{}".format) if path in modules}
-    skeleton = _skeleton(config, class_name) if found else None
-    return skeleton is not None and found.isdisjoint(name for name, _ in skeleton.named_modules())
+    modules = {tensor.name.rpartition(".")[0] for tensor in stored}
+    matches = {path for name in names for path in accumulate(name.split("."), "{}.{}".format) if path in modules}
+    skeleton = _skeleton(config, class_name) if matches else None
+    return skeleton is not None and matches.isdisjoint(name for name, _ in skeleton.named_modules())
 
 
 def _is_stored(config: Any, class_name: str, stored: Sequence[str]) -> bool:

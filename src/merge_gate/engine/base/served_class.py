@@ -32,18 +32,20 @@ def served_class(
     loaded = type(base.model).__name__
     if base.named is None:
         base.named = _named(base, loaded, files, is_export=is_export)
-    name, is_whole, found = base.named
-    if not is_export and (not is_whole or found is None):
+    name, is_whole, mapping = base.named
+    if not is_export and (not is_whole or mapping is None):
         return None
-    model: Any = found.model if found is not None else base.model
-    own, sources = {path: path for path, _ in base.model.named_modules()}, _sources(found)
+    model: Any = mapping.model if mapping is not None else base.model
+    own, sources = {path: path for path, _ in base.model.named_modules()}, _sources(mapping)
     if name != loaded:
         places = {(_last(path), made): path for path, made in sources.items()}
         keys = {path: (_last(path), made) for path, made in _sources(base.map).items()}
         own = {path: places[key] for path, key in keys.items() if key in places}
-    names = {one: own[path] for one, path in adapted.items() if path in own}
-    current = current_names(model, [f"{one}.weight" for one in names])
-    lacking = [one for one, new in zip(names, current, strict=True) if names[one] not in {one, new[: -len(".weight")]}]
+    names = {alias: own[path] for alias, path in adapted.items() if path in own}
+    current = current_names(model, [f"{alias}.weight" for alias in names])
+    lacking = [
+        alias for alias, new in zip(names, current, strict=True) if names[alias] not in {alias, new[: -len(".weight")]}
+    ]
     if not is_export and not lacking:
         return None
     return ServedClass(
@@ -60,21 +62,21 @@ def served_class(
 
 def _named(base: Base, loaded: str, files: AdapterFiles, *, is_export: bool) -> tuple[str, bool, TensorMap | None]:
     """The users' class, whether it is the whole base's while `loaded` is not, and its map, which has the names."""
-    source, found = base.source, base.map
+    source, mapping = base.source, base.map
     code = source.trust_remote_code
     name, is_part = users_class(source.directory, type(base.model), files, trust_remote_code=code)
-    if name != loaded and found is not None:
-        stored, found = tuple(found.stored.values()), None
+    if name != loaded and mapping is not None:
+        stored, mapping = tuple(mapping.stored.values()), None
         with contextlib.suppress(NoMapError):
             if is_part or is_export:
-                found = tensor_map(getattr(transformers, name), source.directory, stored)
-    return name, is_part and name != loaded, found
+                mapping = tensor_map(getattr(transformers, name), source.directory, stored)
+    return name, is_part and name != loaded, mapping
 
 
-def _sources(found: TensorMap | None) -> dict[str, tuple[str, ...]]:
+def _sources(mapping: TensorMap | None) -> dict[str, tuple[str, ...]]:
     """The stored tensors that make each module."""
     made: dict[str, set[str]] = {}
-    for name, sources in found.sources.items() if found is not None else ():
+    for name, sources in mapping.sources.items() if mapping is not None else ():
         made.setdefault(name.rpartition(".")[0], set()).update(sources)
     return {path: tuple(sorted(sources)) for path, sources in made.items()}
 

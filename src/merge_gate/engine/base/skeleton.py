@@ -125,17 +125,19 @@ def _made(
     known: FiguresBySpan,
 ) -> Base:
     # 1.
-    transformers_class, found, loading = mapped_headers(source, model_class, stored)
-    outline = {name: tensor for name, _, tensor in named_tensors(found.model)}
+    transformers_class, mapping, loading = mapped_headers(source, model_class, stored)
+    outline = {name: tensor for name, _, tensor in named_tensors(mapping.model)}
     # 2.
-    groups = _groups(found, outline, loading.newly_initialized)
-    spans = stored_bytes(source.directory, {name: found.stored[name] for one in groups for name in one.group.sources})
-    in_files = {name: place for one in groups if is_mapped for name, place in _unchanged(one, spans).items()}
-    hollow = Hollow(_cells([one for one in groups if in_files.keys().isdisjoint(one.tensors)], spans, feed))
+    groups = _groups(mapping, outline, loading.newly_initialized)
+    spans = stored_bytes(
+        source.directory, {name: mapping.stored[name] for targets in groups for name in targets.group.sources}
+    )
+    in_files = {name: place for targets in groups if is_mapped for name, place in _unchanged(targets, spans).items()}
+    hollow = Hollow(_cells([targets for targets in groups if in_files.keys().isdisjoint(targets.tensors)], spans, feed))
     # 3. to 5.
-    most_bytes = max(LEAST_KEPT_BYTES, sum(one.span.end - one.span.start for one in spans.values()) // KEPT_SHARE)
+    most_bytes = max(LEAST_KEPT_BYTES, sum(part.span.end - part.span.start for part in spans.values()) // KEPT_SHARE)
     map_files = functools.partial(MappedFiles, source.directory, in_files)
-    model, mapped = _loaded(transformers_class, found, hollow, map_files, loading, most_bytes=most_bytes)
+    model, mapped = _loaded(transformers_class, mapping, hollow, map_files, loading, most_bytes=most_bytes)
     alone = {place_of(tensor): (in_files[name].span,) for name, tensor in mapped.unwritten().items()}
     for cell in hollow.cells(hollow.tensors):
         if len(cell.outlines) == len(cell.spans) == 1 and not hollow.is_filled(cell):
@@ -185,24 +187,24 @@ def mapped_headers(
     if dtype == "auto" and config.dtype is None:
         dtype = _only_dtype(source.directory, stored)
     try:
-        found = tensor_map(transformers_class, source.directory, stored, dtype=dtype, **head_options(model_class))
+        mapping = tensor_map(transformers_class, source.directory, stored, dtype=dtype, **head_options(model_class))
     except NoMapError as error:
         raise NoSkeletonError(f"its headers give no tensor map: {error}") from error
-    loading = Loading(missing=found.missing, unexpected=found.unexpected, mismatched=found.mismatched)
-    refuse_misfits(found.model, loading, source.label, model_class)
-    return transformers_class, found, loading
+    loading = Loading(missing=mapping.missing, unexpected=mapping.unexpected, mismatched=mapping.mismatched)
+    refuse_misfits(mapping.model, loading, source.label, model_class)
+    return transformers_class, mapping, loading
 
 
 def _only_dtype(directory: str, stored: Sequence[StoredTensor]) -> torch.dtype:
     """The dtype that `dtype="auto"` selects if the config has none and transformers looks at the files."""
-    found = {one.dtype for one in stored if one.dtype.startswith(("F", "BF"))}
+    in_files = {tensor.dtype for tensor in stored if tensor.dtype.startswith(("F", "BF"))}
     index = Path(directory, SAFE_WEIGHTS_INDEX_NAME)
     if index.exists() and "dtype" in json.loads(index.read_bytes()).get("metadata", {}):
         raise NoSkeletonError(f"its config has no dtype, and {SAFE_WEIGHTS_INDEX_NAME} has one")
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    if len(found) != 1 or not found <= dtypes.keys():
-        raise NoSkeletonError(f"its config has no dtype, and its files have {', '.join(sorted(found)) or 'none'}")
-    return dtypes[found.pop()]
+    if len(in_files) != 1 or not in_files <= dtypes.keys():
+        raise NoSkeletonError(f"its config has no dtype, and its files have {', '.join(sorted(in_files)) or 'none'}")
+    return dtypes[in_files.pop()]
 
 
 # --- 2. ------------------------------------------------------------------------------------------------------------
@@ -217,16 +219,16 @@ class _Made:
     outlines: Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
-def _groups(found: TensorMap, outline: Tensors, newly_initialized: frozenset[str]) -> list[_Made]:
+def _groups(mapping: TensorMap, outline: Tensors, newly_initialized: frozenset[str]) -> list[_Made]:
     """The conversions that make a tensor of the model."""
     first_names = {id(tensor): name for name, tensor in outline.items()}
     named = (
-        *found.model.named_parameters(remove_duplicate=False),
-        *found.model.named_buffers(remove_duplicate=False),
+        *mapping.model.named_parameters(remove_duplicate=False),
+        *mapping.model.named_buffers(remove_duplicate=False),
     )
     first = {name: first_names[id(tensor)] for name, tensor in named if id(tensor) in first_names}
     groups = []
-    for group in found.groups:
+    for group in mapping.groups:
         tensors = {
             first[target]: target for target in group.targets if target in first and target not in newly_initialized
         }
@@ -236,57 +238,61 @@ def _groups(found: TensorMap, outline: Tensors, newly_initialized: frozenset[str
         outlines = {name: (outline[name].shape, outline[name].dtype) for name in tensors}
         if tensors:
             groups.append(_Made(group=group, tensors=tensors, outlines=outlines))
-    twice = [name for name, count in Counter(name for one in groups for name in one.tensors).items() if count > 1]
+    twice = [
+        name for name, count in Counter(name for targets in groups for name in targets.tensors).items() if count > 1
+    ]
     if twice:
         raise NoSkeletonError(f"{twice[0]} is stored under several names")
     return groups
 
 
-def _unchanged(one: _Made, spans: Mapping[str, StoredBytes]) -> dict[str, StoredBytes]:
+def _unchanged(targets: _Made, spans: Mapping[str, StoredBytes]) -> dict[str, StoredBytes]:
     """The tensor of a conversion that keeps the bytes of its stored tensor; empty if it does not."""
-    if one.group.conversion != RENAMED or len(one.group.sources) != 1:
+    if targets.group.conversion != RENAMED or len(targets.group.sources) != 1:
         return {}
-    place = spans[one.group.sources[0]]
-    return {name: place for name, (_, dtype) in one.outlines.items() if dtype == place.dtype}
+    place = spans[targets.group.sources[0]]
+    return {name: place for name, (_, dtype) in targets.outlines.items() if dtype == place.dtype}
 
 
 def _cells(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Iterator[Cell]:
     """Cells in the order of the files."""
 
-    def places(one: _Made) -> list[tuple[int, int]]:
-        return sorted(spans[name].order for name in one.group.sources)
+    def places(targets: _Made) -> list[tuple[int, int]]:
+        return sorted(spans[name].order for name in targets.group.sources)
 
-    def size(one: _Made) -> int:
-        return sum(spans[name].span.end - spans[name].span.start for name in one.group.sources)
+    def size(targets: _Made) -> int:
+        return sum(spans[name].span.end - spans[name].span.start for name in targets.group.sources)
 
     together: list[_Made] = []
     last, held = (-1, -1), 0
-    for one in sorted(groups, key=places):
-        if together and (places(one)[0] > last or held + size(one) > MOST_BYTES_TOGETHER):
+    for targets in sorted(groups, key=places):
+        if together and (places(targets)[0] > last or held + size(targets) > MOST_BYTES_TOGETHER):
             yield _cell(together, spans, feed)
             together, last, held = [], (-1, -1), 0
-        together.append(one)
-        last, held = max(last, places(one)[-1]), held + size(one)
+        together.append(targets)
+        last, held = max(last, places(targets)[-1]), held + size(targets)
     if together:
         yield _cell(together, spans, feed)
 
 
 def _cell(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Cell:
-    reads = sorted(((spans[name], one) for one in groups for name in one.group.sources), key=lambda read: read[0].order)
+    reads = sorted(
+        ((spans[name], targets) for targets in groups for name in targets.group.sources), key=lambda read: read[0].order
+    )
 
     def fill(tensors: Tensors) -> None:
         values: dict[str, torch.Tensor] = {}
-        for stored, one in reads:
-            if one.group.conversion == RENAMED and len(one.group.sources) == 1:
-                (name,) = one.tensors
+        for stored, targets in reads:
+            if targets.group.conversion == RENAMED and len(targets.group.sources) == 1:
+                (name,) = targets.tensors
                 _read_into(tensors[name], stored, feed)
                 continue
             values[stored.name] = stored.read(feed)
-            if all(source in values for source in one.group.sources):
-                _convert(one, {source: values.pop(source) for source in one.group.sources}, tensors)
+            if all(source in values for source in targets.group.sources):
+                _convert(targets, {source: values.pop(source) for source in targets.group.sources}, tensors)
 
     return Cell(
-        outlines={name: outline for one in groups for name, outline in one.outlines.items()},
+        outlines={name: outline for targets in groups for name, outline in targets.outlines.items()},
         fill=fill,
         spans=tuple(stored.span for stored, _ in reads),
     )
@@ -305,14 +311,14 @@ def _read_into(tensor: torch.Tensor, stored: StoredBytes, feed: Feed) -> None:
         flat[start : start + len(block)].copy_(values)
 
 
-def _convert(one: _Made, stored: Tensors, tensors: Tensors) -> None:
-    assert one.group.recipe is not None  # noqa: S101 - `_groups` refuses a conversion without one
-    made = one.group.recipe(stored)
-    for name, target in one.tensors.items():
+def _convert(targets: _Made, stored: Tensors, tensors: Tensors) -> None:
+    assert targets.group.recipe is not None  # noqa: S101 - `_groups` refuses a conversion without one
+    made = targets.group.recipe(stored)
+    for name, target in targets.tensors.items():
         if made[target].shape != tensors[name].shape or made[target].dtype != tensors[name].dtype:
             raise EngineError(
-                f"{target}: {one.group.conversion} made {tuple(made[target].shape)} of {made[target].dtype}, expected "
-                f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
+                f"{target}: {targets.group.conversion} made {tuple(made[target].shape)} of {made[target].dtype}, "
+                f"expected {tuple(tensors[name].shape)} of {tensors[name].dtype}"
             )
         tensors[name].copy_(made[target])
 
@@ -331,9 +337,9 @@ def _loaded(
 ) -> tuple[Any, MappedFiles]:
     config, outline = headers.model.config, {name: tensor for name, _, tensor in named_tensors(headers.model)}
     empty = {
-        name: torch.empty(one.shape, dtype=one.dtype)
-        for name, one in outline.items()
-        if not one.numel() and name not in expected.newly_initialized
+        name: torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in outline.items()
+        if not tensor.numel() and name not in expected.newly_initialized
     }
     for number in range(MOST_LOADS):
         if number > 1:
@@ -342,7 +348,7 @@ def _loaded(
         given = {**hollow.tensors, **empty, **mapped.tensors}
         model, loading = load_with_info(transformers_class, None, config=config, dtype=config.dtype, state_dict=given)
         if not hollow.fill_touched():
-            without_values = {name: one for name, one in hollow.tensors.items() if not hollow.is_kept(one)}
+            without_values = {name: tensor for name, tensor in hollow.tensors.items() if not hollow.is_kept(tensor)}
             _refuse_another_model(model, loading, expected, outline, given=given, without_values=without_values)
             return model, mapped
         if hollow.kept_bytes() > most_bytes:
@@ -354,14 +360,14 @@ def _refuse_another_model(
     model: Any, loading: Loading, expected: Loading, outline: Tensors, *, given: Tensors, without_values: Tensors
 ) -> None:
     """Step 4. A tensor that has its values may be tied to another one, or be replaced, as in any load."""
-    found = {name: tensor for name, _, tensor in named_tensors(model)}
+    tensors = {name: tensor for name, _, tensor in named_tensors(model)}
     refuse_other_sources(loading, expected)
-    tied = given.keys() - without_values.keys() - found.keys()
-    expected_outlines = {name: (one.shape, one.dtype) for name, one in outline.items() if name not in tied}
-    if {name: (one.shape, one.dtype) for name, one in found.items()} != expected_outlines:
+    tied = given.keys() - without_values.keys() - tensors.keys()
+    expected_outlines = {name: (tensor.shape, tensor.dtype) for name, tensor in outline.items() if name not in tied}
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != expected_outlines:
         raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
     for name, tensor in without_values.items():
-        if place_of(found[name]) != place_of(tensor):
+        if place_of(tensors[name]) != place_of(tensor):
             raise NoSkeletonError(f"transformers replaces {name} after it was loaded")
 
 

@@ -60,7 +60,7 @@ class MappedFiles:
 
     def unwritten(self) -> dict[str, torch.Tensor]:
         """The tensors, if no page was copied. A copied page shows that some code has written to it."""
-        starts = {torch.frombuffer(one, dtype=torch.uint8, count=1).data_ptr() for one in self._files.values()}
+        starts = {torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() for memory in self._files.values()}
         is_ours = False
         for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
             first, second, *_ = [*line.split(), ""]
@@ -78,27 +78,29 @@ def stored_bytes(directory: str, stored: Mapping[str, StoredTensor]) -> dict[str
         ValueError: a header is not what it was, or contradicts its file.
         OSError: a file cannot be read.
     """
-    files = list(dict.fromkeys(one.file for one in stored.values()))
+    files = list(dict.fromkeys(tensor.file for tensor in stored.values()))
     places = {file: _places(directory, file) for file in files}
-    found: dict[str, StoredBytes] = {}
-    for name, one in stored.items():
-        now, start, end = places[one.file].get(one.name, (None, 0, 0))
-        if now != one:
-            raise ValueError(f"{one.file}: the header has another {one.name} than before, or none")
-        found[name] = StoredBytes(
+    by_name: dict[str, StoredBytes] = {}
+    for name, tensor in stored.items():
+        now, start, end = places[tensor.file].get(tensor.name, (None, 0, 0))
+        if now != tensor:
+            raise ValueError(f"{tensor.file}: the header has another {tensor.name} than before, or none")
+        by_name[name] = StoredBytes(
             name=name,
-            dtype=getattr(torch, DTYPES[one.dtype]),
-            shape=one.shape,
-            span=FileSpan(file=one.file, start=start, end=end),
-            order=(files.index(one.file), start),
+            dtype=getattr(torch, DTYPES[tensor.dtype]),
+            shape=tensor.shape,
+            span=FileSpan(file=tensor.file, start=start, end=end),
+            order=(files.index(tensor.file), start),
         )
-    return found
+    return by_name
 
 
 def _places(directory: str, file: str) -> dict[str, tuple[StoredTensor, int, int]]:
     try:
         with open_regular(str(Path(directory, file))) as opened:
-            return {one.name: (replace(one, file=file), start, end) for one, start, end in parse_places(opened)}
+            return {
+                tensor.name: (replace(tensor, file=file), start, end) for tensor, start, end in parse_places(opened)
+            }
     except CorruptFileError as error:
         raise ValueError(f"{file} {error}") from error
 
@@ -125,12 +127,12 @@ class SharedReads(Feed):
         into = into.cast("B")
         end = start + len(into)
         with self._lock:
-            spans = ((one, content) for one, content in self._shared if one.file == file)
-            found = next(((one, content) for one, content in spans if one.start <= start and end <= one.end), None)
-        if found is None:
+            spans = ((span, content) for span, content in self._shared if span.file == file)
+            match = next(((span, content) for span, content in spans if span.start <= start and end <= span.end), None)
+        if match is None:
             self._read(file, start, into)
         elif len(into):  # the copy runs without Python's lock, so that other threads go on meanwhile
-            span, content = found
+            span, content = match
             torch.frombuffer(into, dtype=torch.uint8).copy_(content[start - span.start : end - span.start])
 
     def _read(self, file: str, start: int, into: memoryview) -> None:
@@ -161,4 +163,4 @@ class SharedReads(Feed):
             yield
         finally:
             with self._lock:
-                self._shared = [one for one in self._shared if not any(one is mine for mine in parts)]
+                self._shared = [part for part in self._shared if not any(part is mine for mine in parts)]

@@ -111,12 +111,12 @@ def tensor_map(
     """
     if not stored:
         raise NoMapError("the headers of its weight files are not known")
-    by_name = {one.name: one for one in stored}
+    by_name = {tensor.name: tensor for tensor in stored}
     try:
         config = transformers_class.config_class.from_pretrained(directory, local_files_only=True, **config_options)
         if is_plain:
             _forget_quantization(config)
-        given = {name: _on_meta(one) for name, one in by_name.items()}
+        given = {name: _on_meta(tensor) for name, tensor in by_name.items()}
         with _quiet(), recorded() as recorder:
             model, info = transformers_class.from_pretrained(
                 None,
@@ -152,11 +152,11 @@ def _forget_quantization(config: Any) -> None:
             del part.quantization_config
 
 
-def _on_meta(one: StoredTensor) -> torch.Tensor:
-    dtype = getattr(torch, DTYPES.get(one.dtype, ""), None)
+def _on_meta(stored: StoredTensor) -> torch.Tensor:
+    dtype = getattr(torch, DTYPES.get(stored.dtype, ""), None)
     if dtype is None:
-        raise NoMapError(f"{one.name}: torch has no dtype {one.dtype}")
-    return torch.empty(one.shape, dtype=dtype, device="meta")
+        raise NoMapError(f"{stored.name}: torch has no dtype {stored.dtype}")
+    return torch.empty(stored.shape, dtype=dtype, device="meta")
 
 
 @contextlib.contextmanager
@@ -301,5 +301,5 @@ def _converting(own: Any, recorder: Recorder) -> Any:
 
 def _as_it_is(model: nn.Module, name: str) -> torch.Tensor:
     owner, _, last = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(owner), last)
-    return found
+    tensor: torch.Tensor = getattr(model.get_submodule(owner), last)
+    return tensor

@@ -98,9 +98,9 @@ class Places:
         for name, tensor in named.items():
             parameter, _ = self._before.get(name, (tensor, None))
             known = self._held.get(id(parameter))
-            found = _scales(merged.get_submodule(name.rpartition(".")[0]), tensor)
+            held_scales = _scales(merged.get_submodule(name.rpartition(".")[0]), tensor)
             is_left = known is not None and (shares_storage(known, tensor) or self._is_copy(name, known, tensor))
-            if not is_left or any(self.name_of(scale) != name for scale in found):
+            if not is_left or any(self.name_of(scale) != name for scale in held_scales):
                 yield name
 
     def _is_copy(self, name: str, known: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -139,8 +139,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.is_on:
             for place, name in _written(func):
                 given = args[place] if place < len(args) else named.get(name)
-                for one in given if isinstance(given, list | tuple) else (given,):
-                    self._refuse(func, one)
+                for tensor in given if isinstance(given, list | tuple) else (given,):
+                    self._refuse(func, tensor)
         made = func(*args, **named)
         if isinstance(made, torch.Tensor) and made.dtype in HALVES:
             self._count(func, made, args)
@@ -154,7 +154,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise self._refused[-1]
 
     def _count(self, func: Any, made: torch.Tensor, args: Any) -> None:
-        name, halves = func.overloadpacket.__name__, [one for one in args if getattr(one, "dtype", None) in HALVES]
+        name = func.overloadpacket.__name__
+        halves = [value for value in args if getattr(value, "dtype", None) in HALVES]
         if halves and not func.is_view and name not in _EXACT:
             self.is_sum = self.is_sum and name in ("add", "add_") and made.shape not in self._added
             self._added.add(made.shape)
@@ -165,5 +166,5 @@ def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operation writes to, by position and name."""
     arguments = enumerate(func._schema.arguments)
     return tuple(
-        (place, one.name) for place, one in arguments if one.alias_info is not None and one.alias_info.is_write
+        (place, arg.name) for place, arg in arguments if arg.alias_info is not None and arg.alias_info.is_write
     )

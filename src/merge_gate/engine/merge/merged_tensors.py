@@ -225,7 +225,7 @@ class MergedTensors:
 
     def _only_holds(self, path: str, sharers: tuple[str, ...], name: str) -> bool:
         module, tensor = self.base.model.get_submodule(path), self.base.tensors.get(self.base.first_name(name))
-        held = {attribute for attribute, one in module._parameters.items() if one is tensor}
+        held = {attribute for attribute, parameter in module._parameters.items() if parameter is tensor}
         is_outer = any(other.startswith(f"{path}.") for other in sharers)
         named = _names_in_forward(type(module)) or held  # a forward without code may read anything
         return is_outer and bool(held) and held.isdisjoint(named)
@@ -236,13 +236,13 @@ def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
     names: set[str] = set()
     waiting: list[Any] = [module_class.forward]
     while waiting:
-        found = waiting.pop()
-        code = found if inspect.iscode(found) else getattr(inspect.unwrap(found), "__code__", None)
+        function = waiting.pop()
+        code = function if inspect.iscode(function) else getattr(inspect.unwrap(function), "__code__", None)
         if code is not None:
             fresh = set(code.co_names) - names
             names |= fresh
             waiting += filter(inspect.iscode, code.co_consts)  # functions inside of it
-            waiting += (vars(one)[name] for one in module_class.__mro__ for name in fresh & vars(one).keys())
+            waiting += (vars(parent)[name] for parent in module_class.__mro__ for name in fresh & vars(parent).keys())
     return names
 
 

@@ -56,7 +56,7 @@ def begin_reading(bases: Iterable[Base]) -> None:
 def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
     """Each base once. Those that are filled from one feed come together."""
     by_feed: dict[int, list[Base]] = {}
-    for base in {id(one): one for one in bases}.values():
+    for base in {id(base): base for base in bases}.values():
         by_feed.setdefault(id(base.feed or base), []).append(base)
     return list(by_feed.values())
 
@@ -86,14 +86,14 @@ def stops_of(touched: Sequence[tuple[Base, set[str]]]) -> list[Stop]:
     together: dict[FileSpan, list[tuple[Base, Cell]]] = {}
     for base, cell in cells:
         joined = [(base, cell)]
-        for found in {id(one): one for span in cell.spans if (one := together.get(span)) is not None}.values():
-            joined = [*found, *joined]
-        together.update((span, joined) for _, one in joined for span in one.spans)
+        for others in {id(known): known for span in cell.spans if (known := together.get(span)) is not None}.values():
+            joined = [*others, *joined]
+        together.update((span, joined) for _, cell in joined for span in cell.spans)
 
     def place(span: FileSpan) -> tuple[int, int]:
         return ranks[span.file], span.start
 
-    groups = {id(one): one for one in together.values()}.values()
+    groups = {id(group): group for group in together.values()}.values()
     in_order = sorted(groups, key=lambda group: min(place(span) for _, cell in group for span in cell.spans))
     stops = [_stop(group, sorted(_unread(group), key=place)) for group in in_order]
     return stops + [Stop(parts=((base, (name,)),)) for base, name in _in_memory(needed)]

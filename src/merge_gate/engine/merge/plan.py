@@ -62,7 +62,7 @@ class BlockLayer:
 def plan_blocks(base: Base, layers: Iterable[tuple[str, Any]], names: Names, turns: Turns) -> list[BlockLayer]:
     """The layers that are merged in blocks, in the model's order."""
     planned = (_planned(base, path, layer, names, turns) for path, layer in layers)
-    return [one for one in planned if one is not None]
+    return [layer for layer in planned if layer is not None]
 
 
 def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> BlockLayer | None:
@@ -77,12 +77,12 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
     if stats is not None and not stats.finite:  # if it is not measured yet, the pass will see (one_pass.py)
         return None
     weight = slot.parameter if is_quantized(slot.parameter) else slot.data
-    found = row_scales(slot.module, weight)
-    if merged_blocks(weight, update, base.buffers(), row_scales=found) is None:
+    scales_of_rows = row_scales(slot.module, weight)
+    if merged_blocks(weight, update, base.buffers(), row_scales=scales_of_rows) is None:
         return None
     variant = type(layer.lora_variant.get(ADAPTER_NAME))
     base_layer = layer.get_base_layer()
-    settings = [one for one in vars(base_layer).values() if isinstance(one, bool | int | float | str)]
+    settings = [value for value in vars(base_layer).values() if isinstance(value, bool | int | float | str)]
     only_itself = id(base_layer) if base_layer._buffers or base_layer._modules else None  # its forward may use them
     shapes = (slot.data.shape, slot.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
     return BlockLayer(
@@ -90,7 +90,7 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
         layer=layer,
         slot=slot,
         update=update,
-        row_scales=found,
+        row_scales=scales_of_rows,
         kind=(type(layer), type(base_layer), variant, *shapes, *settings, only_itself),
     )
 
@@ -119,36 +119,36 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
 # --- the merges ----------------------------------------------------------------------------------------------------
 
 
-def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
+def agrees(base: Base, planned: BlockLayer, measured: TensorMerge) -> bool:
     """The cross-check: whether PEFT's merge has the bits, the extremes, and the scales of the blocks."""
-    theirs = one.slot.tensor
+    theirs = planned.slot.tensor
     if theirs is None:
         return False
-    one = replace(one, update=one.update.aligned())
-    merge = _merge(base, one, one.slot.data.to(base.device))
+    planned = replace(planned, update=planned.update.aligned())
+    merge = _merge(base, planned, planned.slot.data.to(base.device))
     quantized = is_quantized(theirs)
-    values = dequantized(one.slot.module, theirs) if quantized else theirs.data
+    values = dequantized(planned.slot.module, theirs) if quantized else theirs.data
     if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
         return False
     if not quantized:
-        stats = measure(values, one.slot.name)
+        stats = measure(values, planned.slot.name)
         if (stats.minimum, stats.maximum) != (measured.stats.minimum, measured.stats.maximum):
             return False
-    given = dict(scales(one.slot.module, theirs)) if quantized else {}
+    given = dict(scales(planned.slot.module, theirs)) if quantized else {}
     ours = {name: scale for name, scale in merge.scales.items() if name in given}
     return all(same_bits(given[name].flatten(), scale.flatten()) for name, scale in ours.items())
 
 
-def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
-    held = one.slot.parameter if is_quantized(one.slot.parameter) else weight
-    merge = merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
+def _merge(base: Base, planned: BlockLayer, weight: torch.Tensor) -> BlockMerge:
+    held = planned.slot.parameter if is_quantized(planned.slot.parameter) else weight
+    merge = merged_blocks(held, planned.update.to(held.device), base.buffers(), row_scales=planned.row_scales)
     assert merge is not None  # noqa: S101 - `_planned` has looked
     return merge
 
 
 def merge_in_blocks(
     base: Base,
-    one: BlockLayer,
+    planned: BlockLayer,
     weight: torch.Tensor,
     measure_options: MeasureOptions,
     consumers: Sequence[Consumer] = (),
@@ -161,44 +161,45 @@ def merge_in_blocks(
     and the extremes are those of the values that they get. With `once`, they get what PEFT gives without safe_merge:
     W + delta is rounded once.
     """
-    one = replace(one, update=one.update.aligned())  # the factors may be the file's (private_copies.py)
-    merge = _merge(base, one, weight)
-    with_rows, is_plain_sum = measure_options.rows and has_rows(one.slot.module, weight), one.update.magnitude is None
+    planned = replace(planned, update=planned.update.aligned())  # the factors may be the file's (private_copies.py)
+    merge = _merge(base, planned, weight)
+    with_rows = measure_options.rows and has_rows(planned.slot.module, weight)
+    is_plain_sum = planned.update.magnitude is None
     norm = of_rows = None
     if is_plain_sum or with_rows:
-        norm, of_rows = one.update.delta_norms()  # one pass, for all uses below
+        norm, of_rows = planned.update.delta_norms()  # one pass, for all uses below
     norm = norm if is_plain_sum else None
     sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
     receive = None
     if consumers:
-        receive = functools.partial(_pass_on, consumers, one, merge if once else None)
-    found = measure_merge(merge, figures=sample is None, receive=receive, with_change=once)
-    if not found.finite or found.max_abs >= ceiling:
+        receive = functools.partial(_pass_on, consumers, planned, merge if once else None)
+    measured = measure_merge(merge, figures=sample is None, receive=receive, with_change=once)
+    if not measured.finite or measured.max_abs >= ceiling:
         return None
-    extremes = found.minimum, found.maximum
-    record = _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
+    extremes = measured.minimum, measured.maximum
+    result = _as_record(planned, extremes, sample or measured, norm=norm, changed=measured.changed, merge=merge)
     if not with_rows or of_rows is None:
-        return record
-    return replace(record, keeps_rows=_keeps_rows(base, one, weight, of_rows.cpu()))
+        return result
+    return replace(result, keeps_rows=_keeps_rows(base, planned, weight, of_rows.cpu()))
 
 
-def _keeps_rows(base: Base, one: BlockLayer, weight: torch.Tensor, of_rows: torch.Tensor) -> bool:
+def _keeps_rows(base: Base, planned: BlockLayer, weight: torch.Tensor, of_rows: torch.Tensor) -> bool:
     """Whether no row changes much (`is_small`). `of_rows` are the norms of the delta's rows."""
-    was, magnitude = base.row_norms(one.slot.name, weight), one.update.magnitude
+    was, magnitude = base.row_norms(planned.slot.name, weight), planned.update.magnitude
     if magnitude is None:
         return is_small(of_rows, was)
-    is_of_rows = not one.update.transposed  # an embedding's magnitude belongs to columns
+    is_of_rows = not planned.update.transposed  # an embedding's magnitude belongs to columns
     return is_of_rows and is_small((magnitude.cpu().double() - was).abs() + 2 * of_rows, was)
 
 
-def _pass_on(consumers: Sequence[Consumer], one: BlockLayer, once: BlockMerge | None, block: MergedRows) -> None:
+def _pass_on(consumers: Sequence[Consumer], planned: BlockLayer, once: BlockMerge | None, block: MergedRows) -> None:
     """Hand out rows. `once` makes the base's rows, to which the delta is added with one rounding."""
     rows = block.merged
-    if once is not None and block.change is not None and not once.quantized and one.update.magnitude is None:
+    if once is not None and block.change is not None and not once.quantized and planned.update.magnitude is None:
         rows = (once.base(block.rows).to(block.change.dtype) + block.change).to(rows.dtype)
     for consumer in consumers:
-        consumer.put_rows(one.slot.name, rows, start=block.rows.start, shape=one.update.shape)
+        consumer.put_rows(planned.slot.name, rows, start=block.rows.start, shape=planned.update.shape)
 
 
 def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -> Measured | None:
@@ -206,19 +207,19 @@ def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -
     rows = merge.sampled()
     if rows is None:
         return None
-    found = measure_merge(rows, figures=True)
-    if found.figures is None:
-        return found
-    if found.figures.delta_sq > largest_ratio**2 * found.figures.base_sq:
+    measured = measure_merge(rows, figures=True)
+    if measured.figures is None:
+        return measured
+    if measured.figures.delta_sq > largest_ratio**2 * measured.figures.base_sq:
         return None
     if delta_norm is None:
-        return found
-    held, expected = math.sqrt(found.figures.delta_sq), delta_norm * math.sqrt(found.numel / found.of)
-    return found if expected / FAIR_FACTOR <= held <= expected * FAIR_FACTOR else None
+        return measured
+    held, expected = math.sqrt(measured.figures.delta_sq), delta_norm * math.sqrt(measured.numel / measured.of)
+    return measured if expected / FAIR_FACTOR <= held <= expected * FAIR_FACTOR else None
 
 
 def _as_record(
-    one: BlockLayer,
+    planned: BlockLayer,
     extremes: tuple[float, float],
     sample: Measured,
     *,
@@ -232,17 +233,17 @@ def _as_record(
     delta_norm = math.sqrt(figures.delta_sq / part) if norm is None else norm
     lossy = (merge.dtype in ROUNDED or merge.quantized) and figures.delta_sq > 0
     return TensorMerge(
-        module=one.slot.name.rpartition(".")[0],
+        module=planned.slot.name.rpartition(".")[0],
         stats=TensorStats(
-            name=one.slot.name,
+            name=planned.slot.name,
             dtype=dtype_name(merge.dtype),
-            shape=one.update.shape,
+            shape=planned.update.shape,
             numel=merge.of,
             minimum=extremes[0],
             maximum=extremes[1],
         ),
         dtype_max=dtype_max(merge.dtype),
-        changed=changed and _adds(one, figures, delta_norm),
+        changed=changed and _adds(planned, figures, delta_norm),
         base_norm=math.sqrt(figures.base_sq / part),
         delta_norm=delta_norm,
         lost_norm=math.sqrt(figures.lost_sq / figures.delta_sq) * delta_norm if lossy else None,
@@ -251,8 +252,8 @@ def _as_record(
     )
 
 
-def _adds(one: BlockLayer, figures: Figures, delta_norm: float) -> bool:
+def _adds(planned: BlockLayer, figures: Figures, delta_norm: float) -> bool:
     """Whether the change is more than the rounding of a product that cancels, of DoRA, or of quantizing again."""
-    if one.update.magnitude is None:
-        return delta_norm > 0 and not is_start(one.update.lora_a, one.update.lora_b)
-    return figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq
+    if planned.update.magnitude is None:
+        return delta_norm > 0 and not is_start(planned.update.lora_a, planned.update.lora_b)
+    return figures.delta_sq > rounding_share(planned.layer) ** 2 * figures.base_sq

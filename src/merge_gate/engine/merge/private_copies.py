@@ -40,8 +40,8 @@ class Slot:
     @property
     def tensor(self) -> torch.Tensor | None:
         """The tensor in this place now: the parameter, another one, or a plain tensor (PEFT's MultiheadAttention)."""
-        found: torch.Tensor | None = getattr(self.module, self.attribute, None)
-        return found
+        tensor: torch.Tensor | None = getattr(self.module, self.attribute, None)
+        return tensor
 
     def put(self, tensor: torch.Tensor | None, data: torch.Tensor | None = None) -> None:
         """Put a tensor in this place, as a parameter if it is one. `data` sets the values of the first parameter."""
@@ -57,13 +57,13 @@ class Slot:
 
 def slots_of(layer: Any, names: Names) -> list[Slot]:
     """The merge targets below a tuner layer, each once."""
-    found: dict[int, Slot] = {}
+    slots: dict[int, Slot] = {}
     for module in layer.get_base_layer().modules():
         for attribute, parameter in module._parameters.items():
             name = names.get((id(module), attribute))
             if parameter is not None and name is not None:
-                found.setdefault(id(parameter), Slot(module, attribute, name, parameter, parameter.data))
-    return list(found.values())
+                slots.setdefault(id(parameter), Slot(module, attribute, name, parameter, parameter.data))
+    return list(slots.values())
 
 
 class Turns:
@@ -112,7 +112,7 @@ def private_copies(
         keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
         mapped: the ids of factors that are views of the adapter's file. Inside of the block, they are copies.
     """
-    found = [(slot.tensor, slot.parameter.data) for slot in slots]
+    before = [(slot.tensor, slot.parameter.data) for slot in slots]
     marks = {id(inner): list(inner.merged_adapters) for inner in _tuners(layer)}
     device, of_base = device_of(layer, base.device), {id(slot.parameter) for slot in slots}
 
@@ -132,7 +132,7 @@ def private_copies(
             renew()
             yield renew
         finally:
-            for slot, (tensor, data) in zip(slots, found, strict=True):
+            for slot, (tensor, data) in zip(slots, before, strict=True):
                 slot.put(tensor, data)
             for inner in () if keep_marks else _tuners(layer):
                 inner.merged_adapters[:] = marks.get(id(inner), [])

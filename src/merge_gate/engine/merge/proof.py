@@ -47,13 +47,13 @@ MOST_VALUES = 1 << 26
 TINY = torch.finfo(torch.float32).tiny
 
 
-def difference(one: LayerDifference) -> float:
+def difference(layer: LayerDifference) -> float:
     """The error as a share of what the adapter changes, or of a thousandth of the output if that is more."""
-    return min(one.change_share, one.output_share * MOST_ERROR_SHARE / LOST_SHARE)
+    return min(layer.change_share, layer.output_share * MOST_ERROR_SHARE / LOST_SHARE)
 
 
-def differs(one: LayerDifference) -> bool:
-    return difference(one) > MOST_ERROR_SHARE
+def differs(layer: LayerDifference) -> bool:
+    return difference(layer) > MOST_ERROR_SHARE
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def unmerged(layer: Any, device: torch.device) -> Unmerged | None:
     layer.eval()  # PEFT leaves a combined adapter in training mode, in which dropout is random
     for inputs in _all_inputs(layer):
         try:
-            return _unmerged(layer, [tuple(one.to(device) for one in given) for given in inputs])
+            return _unmerged(layer, [tuple(tensor.to(device) for tensor in given) for given in inputs])
         except Exception as error:  # the layer needs other inputs
             raise_if_of_the_run(error)
     return None

@@ -39,10 +39,10 @@ def unexplained(
     the change and the sum, so step 2 does not apply.
     """
     places = _odd(final.flatten(), exact.flatten(), base.flatten())
-    got, merged, was = (one.flatten().index_select(0, places).float() for one in (final, exact, base))
+    got, merged, was = (tensor.flatten().index_select(0, places).float() for tensor in (final, exact, base))
     limits, change = torch.finfo(final.dtype), merged - was
     room = change.abs() * (limits.eps / 2 + FLOAT32) + merged.abs() * FLOAT32 + limits.tiny * limits.eps
-    low, high = ((merged + one).to(final.dtype).float() for one in (-room, room))  # 1.
+    low, high = ((merged + offset).to(final.dtype).float() for offset in (-room, room))  # 1.
     outside = (got < low) | (got > high)
     if not outside.any() or not final.isfinite().all():
         return None

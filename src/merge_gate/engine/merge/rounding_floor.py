@@ -70,7 +70,7 @@ def rounding_share(layer: Any, start: tuple[torch.Tensor, ...] | None = None) ->
     """
     if ADAPTER_NAME in (getattr(layer, "lora_magnitude_vector", None) or ()):
         factors = factors_of(layer)
-        trained = factors is None or (all(bool(one.any()) for one in factors) and not _is_lora_start(factors))
+        trained = factors is None or (all(bool(factor.any()) for factor in factors) and not _is_lora_start(factors))
         return ROUNDING_SHARE if trained else UNTRAINED_MAGNITUDE
     variant = (getattr(layer, "lora_variant", None) or {}).get(ADAPTER_NAME)
     if not all(name.startswith(ADDED) for name in layer.adapter_layer_names):
@@ -154,9 +154,11 @@ def _is_deft_start(layer: Any) -> bool:
     scaling = layer.deft_scaling[ADAPTER_NAME]
     weight = transpose(layer.get_base_layer().weight.detach().float(), layer.fan_in_fan_out)
     generator = torch.Generator().manual_seed(0)
-    offsets = [(torch.rand(one.shape, generator=generator).double() - 0.5).to(one.device) for one in (held_p, held_r)]
+    offsets = [
+        (torch.rand(matrix.shape, generator=generator).double() - 0.5).to(matrix.device) for matrix in (held_p, held_r)
+    ]
     moved_p = (held_p.double() + offsets[0] * _step(held_p, grid)).float()
-    right, moved = (layer._project(one, ADAPTER_NAME)[1] for one in (held_p, moved_p))
+    right, moved = (layer._project(matrix, ADAPTER_NAME)[1] for matrix in (held_p, moved_p))
     left = held_r.float() * scaling - right.T @ weight
     rounding = (moved - right).T @ weight + (offsets[1] * _step(held_r, grid)).float() * scaling
     return float(left.norm()) <= MARGIN * float(rounding.norm())
@@ -168,7 +170,7 @@ def _is_deft_start(layer: Any) -> bool:
 def _grid(*tensors: torch.Tensor) -> torch.dtype | None:
     """The 16-bit dtype that holds all values exactly; None if neither does."""
     for dtype in HALVES:
-        if all(bool((one.detach().to(dtype).to(one.dtype) == one).all()) for one in tensors):
+        if all(bool((tensor.detach().to(dtype).to(tensor.dtype) == tensor).all()) for tensor in tensors):
             return dtype
     return None
 

@@ -117,7 +117,8 @@ class Walk:
     def plan(self) -> None:
         """Find the layers that are merged in blocks: `planned`, in the model's order."""
         named = self.loaded.model.named_modules()
-        layers = [(path.removeprefix(ADAPTER_PREFIX), one) for path, one in named if isinstance(one, BaseTunerLayer)]
+        tuners = ((path, layer) for path, layer in named if isinstance(layer, BaseTunerLayer))
+        layers = [(path.removeprefix(ADAPTER_PREFIX), layer) for path, layer in tuners]
         self.layers, self._total = layers, len(layers)
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
         self._places = Places(self.base, self.loaded.model.get_base_model())
@@ -133,7 +134,7 @@ class Walk:
         in_blocks = {id(block.layer): [block.slot] for block in self.planned}
         slots = [in_blocks.get(id(layer)) or slots_of(layer, self.loaded.slots) for _, layer in self.layers]
         below = {slot.name for of_layer in slots for slot in of_layer} | set(in_file)
-        wrappers = [one for one in self.loaded.model.modules() if isinstance(one, ModulesToSaveWrapper)]
+        wrappers = [module for module in self.loaded.model.modules() if isinstance(module, ModulesToSaveWrapper)]
         copied = {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
         outlines: dict[str, Outline] = {}
         for module in self.loaded.model.modules():
@@ -145,10 +146,10 @@ class Walk:
                 if name in below or id(module) in copied or tensor.shape != known.shape:
                     outlines[name] = tensor.shape, known.dtype
         named = dict(self.loaded.model.get_base_model().named_modules())
-        copied_at = [path for path, one in named.items() if one in wrappers]
+        copied_at = [path for path, module in named.items() if module in wrappers]
         copies = {path: getattr(named[path].modules_to_save, ADAPTER_NAME, None) for path in copied_at}
         for name, first in self.base.aliases.items():
-            parts = [one.rpartition(".") for one in (name, first)]
+            parts = [tensor_name.rpartition(".") for tensor_name in (name, first)]
             own, other = (getattr(copies.get(path), attribute, None) for path, _, attribute in parts)
             if own is not other:
                 (path, _, attribute), known = parts[0], self.base.tensors[first]
@@ -293,7 +294,7 @@ class Walk:
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             drawn, before_merge = random_states(), self._unmerged(layer, slots)
             made = _Made(safe_merge=self.safe_merge, before=before_merge, packed=packed, drawn=drawn)
-            trained = {id(one): name for name, one in layer.named_parameters()}
+            trained = {id(parameter): name for name, parameter in layer.named_parameters()}
             is_safe = self._tried(by_peft, made)  # 2.
             if not is_safe or _at_the_edge(slots):
                 renew()
@@ -317,12 +318,12 @@ class Walk:
     def apart(self) -> dict[str, list[tuple[str, Any]]]:
         """Layers that share no tensor, keyed by one of their tensors."""
         inside = {id(inner) for _, layer in self.layers for inner in layer.modules() if inner is not layer}
-        found: dict[str, list[tuple[str, Any]]] = {}
+        by_tensor: dict[str, list[tuple[str, Any]]] = {}
         for path, layer in self.layers:
             if id(layer) not in inside and self._is_apart(layer):
                 largest = max(slots_of(layer, self.loaded.slots), key=lambda slot: slot.data.numel())
-                found.setdefault(largest.name, []).append((path, layer))
-        return found
+                by_tensor.setdefault(largest.name, []).append((path, layer))
+        return by_tensor
 
     def _is_apart(self, layer: Any) -> bool:
         """Whether a layer merges only into tensors of the base, and no other layer uses these."""
@@ -438,7 +439,7 @@ class Walk:
         """
         packed_slots = [slot for slot in slots if is_quantized(slot.parameter)]
         final = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
-        if all(one.dtype is torch.float32 for one in final.values()) and not packed_slots:
+        if all(tensor.dtype is torch.float32 for tensor in final.values()) and not packed_slots:
             self._compare(path, layer, made.before)
             return {}
         try:
@@ -461,19 +462,19 @@ class Walk:
 
     def _explain(self, slot: Slot, final: torch.Tensor, exact: torch.Tensor, *, is_sum: bool) -> None:
         """The tensor may differ from its merge in float32 only by rounding. One in float64 is compared in float32."""
-        found: tuple[int | None, float | None] | None = (None, None)
+        difference: tuple[int | None, float | None] | None = (None, None)
         if final.shape == exact.shape == slot.data.shape:
             final = final.float() if final.dtype is torch.float64 else final
-            found = unexplained(final, exact, slot.data.to(final.device), is_sum=is_sum)
-        if found is not None:
-            self._differs(slot.name, "in", *found)
+            difference = unexplained(final, exact, slot.data.to(final.device), is_sum=is_sum)
+        if difference is not None:
+            self._differs(slot.name, "in", *difference)
 
     def _proved_unpacked(
         self, path: str, layer: Any, slots: list[Slot], of_packed: list[Slot], sums: list[Packed]
     ) -> dict[str, torch.Tensor]:
         """Plain layers take the place of a quantized one: one has its values, and one has the sum of PEFT's merge."""
         slot, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
-        bias = next((one for one in slots if one.attribute == "bias"), None)
+        bias = next((slot for slot in slots if slot.attribute == "bias"), None)
         values = dequantized(slot.module, slot.parameter)
         merged = sums[-1].values if sums else values  # a merge into the bias alone packs nothing
         if len(of_packed) > 1 or module is not slot.module or merged.numel() != values.numel():
@@ -500,9 +501,10 @@ class Walk:
         if before is None:
             self.not_compared[path] = "it does not run alone, or draws random numbers"
             return
-        found = before.compared(_INNER.sub("", path), type(layer.get_base_layer()).__name__, merged or layer.base_layer)
-        if found is not None:
-            self.compared[path] = found
+        class_name = type(layer.get_base_layer()).__name__
+        compared = before.compared(_INNER.sub("", path), class_name, merged or layer.base_layer)
+        if compared is not None:
+            self.compared[path] = compared
 
 
 @dataclass(slots=True, kw_only=True)
@@ -548,27 +550,27 @@ def packed_sums(slots: list[Slot]) -> Iterator[list[Packed]]:
     Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), but all end with a new parameter of the
     packed class. For one layer at a time, because the class is patched for all.
     """
-    found: list[Packed] = []
+    sums: list[Packed] = []
     packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
     kinds = [kind for kind in packed if "__new__" in vars(kind)]
 
     def made_by(make: Any) -> Any:
         def make_and_keep(kind: Any, data: Any = None, *given: Any, **named: Any) -> Any:
             if isinstance(data, torch.Tensor) and data.is_floating_point():
-                found.append(Packed(data, lambda: make(kind, data, *given, **named)))
+                sums.append(Packed(data, lambda: make(kind, data, *given, **named)))
             return make(kind, data, *given, **named)
 
         return staticmethod(make_and_keep)
 
     with _PATCHED if kinds else contextlib.nullcontext():
         own = [vars(kind)["__new__"] for kind in kinds]
-        for kind, one in zip(kinds, own, strict=True):
-            kind.__new__ = made_by(one.__func__)
+        for kind, original in zip(kinds, own, strict=True):
+            kind.__new__ = made_by(original.__func__)
         try:
-            yield found
+            yield sums
         finally:
-            for kind, one in zip(kinds, own, strict=True):
-                kind.__new__ = one
+            for kind, original in zip(kinds, own, strict=True):
+                kind.__new__ = original
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

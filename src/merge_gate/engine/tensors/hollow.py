@@ -109,9 +109,9 @@ class Hollow:
     @contextlib.contextmanager
     def filled(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Inside of the `with` block, the hollow ones of these tensors have their values."""
-        found = (self._places.get(tensor.data_ptr()) for tensor in tensors)
+        places = (self._places.get(tensor.data_ptr()) for tensor in tensors)
         with contextlib.ExitStack() as stack:
-            for place in {id(place): place for place in found if place is not None}.values():
+            for place in {id(place): place for place in places if place is not None}.values():
                 self._fill(place)
                 stack.callback(self._leave, place)
             yield
@@ -148,7 +148,7 @@ class Hollow:
 
     def forget_touched(self) -> bool:
         """Empty each cell that was read or written while it had no values. True if there was one."""
-        touched = [one for one in self._in_order if not one.kept and not one.readers and self._exists(one)]
+        touched = [place for place in self._in_order if not place.kept and not place.readers and self._exists(place)]
         for place in touched:
             self._empty(place)
         return bool(touched)

@@ -127,7 +127,7 @@ def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
     """Whether a tensor is the base's own memory."""
-    places = [(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in (known, tensor)]
+    places = [(side.data_ptr(), side.shape, side.stride(), side.dtype) for side in (known, tensor)]
     return places[0] == places[1]
 
 
@@ -135,10 +135,10 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two dense tensors hold the same bits (NaN equals NaN, 0.0 differs from −0.0)."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    both = [_bits(one).flatten() for one in (left, right)]
+    both = [_bits(tensor).flatten() for tensor in (left, right)]
     per_word = 8 // both[0].element_size()
-    if both[0].numel() and all(one.numel() % per_word == one.storage_offset() % per_word == 0 for one in both):
-        both = [one.view(torch.int64) for one in both]  # fewer values to compare
+    if both[0].numel() and all(tensor.numel() % per_word == tensor.storage_offset() % per_word == 0 for tensor in both):
+        both = [tensor.view(torch.int64) for tensor in both]  # fewer values to compare
     return torch.equal(*both)
 
 
@@ -182,7 +182,7 @@ def row_norms(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
     if right is not None:
         most = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1]))
         pairs = zip(torch.split(rows, most), torch.split(right.detach().flatten(1), most), strict=True)
-        parts = (one.float() - other.float() for one, other in pairs)
+        parts = (tensor.float() - other.float() for tensor, other in pairs)
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).cpu().double()
     return norms.where(norms.isfinite(), torch.nan)
 

@@ -25,21 +25,21 @@ def device_of(layer: Any, device: torch.device) -> torch.device:
     An index out of range ends a card's context, and with it the process. A quantized weight stays on the run's device.
     """
     base = set(layer.get_base_layer().modules())
-    if device.type == "cpu" or any(is_quantized(one) for one in layer.get_base_layer().parameters()):
+    if device.type == "cpu" or any(is_quantized(parameter) for parameter in layer.get_base_layer().parameters()):
         return device
     return torch.device("cpu") if any(map(_has_indices, set(layer.modules()) - base)) else device
 
 
 def _has_indices(module: nn.Module) -> bool:
     """Whether it has a list, or a tensor of integers."""
-    dtypes = {one.dtype for one in _held(module) if isinstance(one, torch.Tensor)} - {torch.bool}
-    has_list = any(isinstance(one, list) for one in _held(module))
+    dtypes = {value.dtype for value in _held(module) if isinstance(value, torch.Tensor)} - {torch.bool}
+    has_list = any(isinstance(value, list) for value in _held(module))
     return has_list or not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
 
 
 def _held(module: nn.Module) -> list[Any]:
     """What the dictionaries of a module hold: parameters, buffers, and what PEFT has by the adapter's name."""
-    return [one for held in vars(module).values() if isinstance(held, dict) for one in held.values()]
+    return [value for held in vars(module).values() if isinstance(held, dict) for value in held.values()]
 
 
 @contextlib.contextmanager
@@ -49,8 +49,9 @@ def placed(layer: Any, device: torch.device, *, apart: Collection[int]) -> Itera
     PEFT's own move (`_move_adapter_to_device_of_base_layer`) also casts them to the weight's dtype, leaves out the
     layers inside of this one, and cannot be undone. `apart` has the ids of tensors that stay.
     """
-    tensors = {id(one): one for module in layer.modules() for one in _held(module) if isinstance(one, torch.Tensor)}
-    moved = [(one, one.data) for key, one in tensors.items() if key not in apart and one.device != device]
+    held = (value for module in layer.modules() for value in _held(module))
+    tensors = {id(value): value for value in held if isinstance(value, torch.Tensor)}
+    moved = [(tensor, tensor.data) for key, tensor in tensors.items() if key not in apart and tensor.device != device]
     try:
         for tensor, data in moved:
             tensor.data = data.to(device)

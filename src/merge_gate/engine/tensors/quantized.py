@@ -111,9 +111,9 @@ def _proved(blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
     values[len(edges) :] *= torch.logspace(-44, 30, len(values) - len(edges), dtype=torch.float64)[:, None]
     largest = torch.finfo(dtype).max
     values = values.clamp(-largest, largest).to(dtype)
-    found = _counted(values, blocksize, quant_type)
+    counted = _counted(values, blocksize, quant_type)
     packed, state = _quantize_4bit()(values, blocksize=blocksize, quant_type=quant_type)
-    return found is not None and torch.equal(found[0], packed) and torch.equal(found[1], state.absmax)
+    return counted is not None and torch.equal(counted[0], packed) and torch.equal(counted[1], state.absmax)
 
 
 # --- a base that is quantized while it loads -----------------------------------------------------------------------
@@ -150,9 +150,9 @@ def _in_blocks(
     if others or compress_statistics or quant_storage is not torch.uint8:
         return None
     blocks = torch.split(weight.contiguous().view(-1), BLOCK)
-    found = list(spread(lambda block: quantized(block, sharing, quant_type), blocks))
-    made = [one for one in found if one is not None]
-    if len(made) < len(found):
+    results = list(spread(lambda block: quantized(block, sharing, quant_type), blocks))
+    made = [result for result in results if result is not None]
+    if len(made) < len(results):
         return None
     packed, state = _quantize_4bit()(blocks[0][:CROSS_CHECKED], blocksize=sharing, quant_type=quant_type)
     ours = made[0][0][: len(packed)], made[0][1][: len(state.absmax)]
@@ -246,11 +246,11 @@ def _int4_values(_module: nn.Module, weight: Any) -> torch.Tensor:
 
 def _int4_scales(_module: nn.Module, weight: Any) -> list[tuple[str, torch.Tensor]]:
     state = weight.quant_state
-    found = [("absmax", state.absmax), ("quant_map", state.code)]
+    named = [("absmax", state.absmax), ("quant_map", state.code)]
     if state.nested:
-        found += [("nested_absmax", state.state2.absmax), ("nested_quant_map", state.state2.code)]
-        found.append(("nested_offset", state.offset))
-    return [(name, tensor) for name, tensor in found if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
+        named += [("nested_absmax", state.state2.absmax), ("nested_quant_map", state.state2.code)]
+        named.append(("nested_offset", state.offset))
+    return [(name, tensor) for name, tensor in named if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
 
 
 def row_scales(module: nn.Module, weight: Any) -> torch.Tensor | None:
@@ -301,8 +301,8 @@ PACKINGS: Mapping[str, Packing] = MappingProxyType(
 
 
 def _packing(tensor: torch.Tensor) -> Packing | None:
-    found = PACKINGS.get(type(tensor).__name__)
-    return found if found is not None and found.holds_integers(tensor) else None
+    packing = PACKINGS.get(type(tensor).__name__)
+    return packing if packing is not None and packing.holds_integers(tensor) else None
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
@@ -312,8 +312,8 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 def elements(tensor: torch.Tensor) -> int:
     """The number of values in a tensor, after unpacking."""
-    found = _packing(tensor)
-    return tensor.numel() if found is None else found.elements(tensor)
+    packing = _packing(tensor)
+    return tensor.numel() if packing is None else packing.elements(tensor)
 
 
 def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
@@ -333,18 +333,18 @@ def has_layers_in(module: str, weight: Any) -> bool:
 
 def packings(model: Any) -> set[Quantization]:
     """The packings of the parameters of a model."""
-    return {QUANTIZED_AS[type(one).__name__] for one in model.parameters() if is_quantized(one)}
+    return {QUANTIZED_AS[type(parameter).__name__] for parameter in model.parameters() if is_quantized(parameter)}
 
 
 def main_dtype(model: Any) -> torch.dtype:
     """The dtype of most of the parameters of floating point; for a packed model, the dtype of the unpacked weights."""
     sizes: Counter[torch.dtype] = Counter()
-    for one in model.parameters():
-        state = getattr(one, "quant_state", None)
-        if is_quantized(one):
-            sizes[getattr(state, "dtype", None) or model.dtype] += elements(one)
-        elif one.is_floating_point():
-            sizes[one.dtype] += one.numel()
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if is_quantized(parameter):
+            sizes[getattr(state, "dtype", None) or model.dtype] += elements(parameter)
+        elif parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
     if not sizes:
         fallback: torch.dtype = getattr(model, "dtype", torch.float32)
         return fallback
@@ -354,10 +354,10 @@ def main_dtype(model: Any) -> torch.dtype:
 def loaded_dtypes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[str, float], ...]:
     """How many values of parameters have which dtype, the most first; empty if all have the same."""
     sizes: Counter[str] = Counter()
-    for one in tensors:
-        if isinstance(one, torch.nn.Parameter) or is_quantized(one):
-            name = str(QUANTIZED_AS[type(one).__name__]) if is_quantized(one) else dtype_name(one.dtype)
-            sizes[name] += elements(one)
+    for tensor in tensors:
+        if isinstance(tensor, torch.nn.Parameter) or is_quantized(tensor):
+            name = str(QUANTIZED_AS[type(tensor).__name__]) if is_quantized(tensor) else dtype_name(tensor.dtype)
+            sizes[name] += elements(tensor)
     counts = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))
     return tuple(counts) if len(counts) > 1 else ()
 

@@ -132,16 +132,16 @@ class VerdictCache(Feature):
         match event:
             case DeviceChosen():
                 self._devices.store(event)
-            case BaseMeasured(record=record) if record is not None:
+            case BaseMeasured(record=figures) if figures is not None:
                 group = self._run.groups[event.group]
-                self._measured[group.directory, group.base, record.model_class] = group, record
+                self._measured[group.directory, group.base, figures.model_class] = group, figures
 
     def finish(self) -> None:
         """Store what this run measured of bases whose bytes have a digest."""
         watch = self._run.watch
-        for group, record in self._measured.values():
+        for group, figures in self._measured.values():
             content = watch.content(group.directory)
             is_proven = watch.digest(group.directory) is not None and not watch.is_only_listed(group.directory)
             if content is not None and is_proven:
                 with suppress(Exception):  # a record that is not stored costs a later run its time
-                    self._records.store(group.base, content, record)
+                    self._records.store(group.base, content, figures)

@@ -166,12 +166,12 @@ class BaseRecords:
         """What earlier runs measured of a base of this content, loaded in this dtype, for each model class."""
         return () if self._fresh else self._stored(self._material(base, content))
 
-    def store(self, base: BaseKey, content: BaseContent, found: BaseRecord) -> None:
+    def store(self, base: BaseKey, content: BaseContent, figures: BaseRecord) -> None:
         """Add a record of this run, in place of an earlier one of the same class and head."""
         material = self._material(base, content)
-        others = [one for one in self._stored(material) if one.model_class != found.model_class]
+        others = [earlier for earlier in self._stored(material) if earlier.model_class != figures.model_class]
         run = RecordedRun(at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), place=self._place)
-        records = (replace(found, run=run), *others)[:MOST_CLASSES]
+        records = (replace(figures, run=run), *others)[:MOST_CLASSES]
         self._store.put("base-records", key_of(material), {"material": material, "records": dump(records)})
 
     def _stored(self, material: Json) -> tuple[BaseRecord, ...]:
@@ -179,10 +179,10 @@ class BaseRecords:
         try:
             if not isinstance(document, dict) or document.get("material") != material:
                 return ()
-            found: tuple[BaseRecord, ...] = load(tuple[BaseRecord, ...], document.get("records"), "records")
+            stored: tuple[BaseRecord, ...] = load(tuple[BaseRecord, ...], document.get("records"), "records")
         except (UnreadableError, RecursionError):
             return ()
-        return tuple(one for one in found if one.run is not None)
+        return tuple(figures for figures in stored if figures.run is not None)
 
     def _material(self, base: BaseKey, content: BaseContent) -> Json:
         """Everything that the figures depend on. The base's name is not part of it: a base may move."""

@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     padded = f", with zeros in {counted(len(made.record.padding), 'module')}" if made.record.padding else ""
     name = one_line(made.record.model_class)
     tell(f"{one_line(arguments.output)} is a plain LoRA with the names of {name}{padded}: load the base as this class")
-    for one in made.record.comparisons:
+    for row in made.record.comparisons:
         few = (
-            f"{one.differing:,} of {counted(one.values, 'merged value')} differ by rounding (at most {one.largest:.2g})"
+            f"{row.differing:,} of {counted(row.values, 'merged value')} differ by rounding (at most {row.largest:.2g})"
         )
-        tell(f"{one.dtype}: {few if one.differing else 'its merge has the same bits as that of the adapter'}")
+        tell(f"{row.dtype}: {few if row.differing else 'its merge has the same bits as that of the adapter'}")
     return ExitCode.PASS

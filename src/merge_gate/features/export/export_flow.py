@@ -99,7 +99,9 @@ def export(
         earlier = _replaceable(target)  # again: a killed run may have taken it away
         # 1.
         entry = Inputs(config, Fetching(), limit_s=headers_limit_s).checked(spec)  # fetches no base
-        _refuse_inputs(target, [name for one in entry.members for name in (one.directory, one.config.base_name)])
+        _refuse_inputs(
+            target, [name for member in entry.members for name in (member.directory, member.config.base_name)]
+        )
         if entry.base_files is not None and entry.base_files.is_float32:
             spec = replace(spec, base=replace(spec.base, dtypes=("float32",)))
             config = replace(config, adapters=(spec,))
@@ -107,7 +109,7 @@ def export(
         renamed = _renamed(entry, content, view) if content is not None else {}
         if renamed:
             tensors = _tensors(entry.files.directory, entry.files.files)
-            tensors = {renamed.get(name, name): one for name, one in tensors.items()}
+            tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
             write_adapter(scratch / "repaired", content, tensors)
             config = _config_of(scratch / "repaired", config, spec)
         # 2.
@@ -128,7 +130,9 @@ def export(
             versions=versions_of(report.environment, report.adapters[0].base),
             model_class=kept.served.name,
             renamed=tuple(sorted(renamed)),
-            padding=tuple(sorted({*made.padding, *(one for one in entry.files.padding if made.bounds.get(one) == 0)})),
+            padding=tuple(
+                sorted({*made.padding, *(name for name in entry.files.padding if made.bounds.get(name) == 0)})
+            ),
             scale_in="lora_B" if made.is_folded else "lora_alpha",
             files=write_adapter(partial.model, made.config, made.tensors),
         )
@@ -141,9 +145,11 @@ def export(
             return Export(report=report)
         if again.served is None or again.served.loaded != facts.model_class:
             raise GateError(f"the export was not loaded as {facts.model_class}")
-        comparisons = [compared(task, one.base.dtype, kept, again, made) for task, one in enumerate(report.adapters)]
+        comparisons = [
+            compared(task, judged.base.dtype, kept, again, made) for task, judged in enumerate(report.adapters)
+        ]
         # 5.
-        facts = replace(facts, comparisons=tuple({one.dtype: one for one in comparisons}.values()))
+        facts = replace(facts, comparisons=tuple({comparison.dtype: comparison for comparison in comparisons}.values()))
         _write_record(partial.model, facts)
         partial.publish(replaces=earlier)
         return Export(report=report, record=facts)
@@ -160,8 +166,8 @@ def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
 
 def _refuse_inputs(target: Path, inputs: Iterable[str | None]) -> None:
     """Refuse a directory that is an input, or is inside one, and one whose leftover, which is removed, has an input."""
-    named = [(one, quoted(one, 200)) for one in inputs if one is not None]
-    above = [(str(folder), owner) for one, owner in named for folder in Path(one).absolute().parents]
+    named = [(path, quoted(path, 200)) for path in inputs if path is not None]
+    above = [(str(folder), owner) for path, owner in named for folder in Path(path).absolute().parents]
     refuse_input(target.parent / partial_name(target.name), above)
     for place in (target, *(target.parent.resolve() / target.name).parents):
         refuse_input(place, named)
@@ -189,13 +195,13 @@ def write_adapter(
     """Write both files of an adapter, and read them back. Their bytes depend on the config and the tensors only."""
     directory.mkdir(exist_ok=True)
     stored = [
-        StoredTensor(name=name, dtype=one.dtype, shape=one.values.shape, file=WEIGHTS_NAME)
-        for name, one in tensors.items()
+        StoredTensor(name=name, dtype=tensor.dtype, shape=tensor.values.shape, file=WEIGHTS_NAME)
+        for name, tensor in tensors.items()
     ]
     writer = ModelWriter(directory, ModelLayout(files=(new_file(WEIGHTS_NAME, stored, {"format": "pt"}),)))
     with contextlib.closing(PlannedFiles(writer.make_files())) as files:
-        for name, one in tensors.items():
-            files.write(name, 0, memoryview(one.values.tobytes()))
+        for name, tensor in tensors.items():
+            files.write(name, 0, memoryview(tensor.values.tobytes()))
         writer.checksums = files.checksums
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return writer.add_file(CONFIG_NAME, text.encode("ascii")), *writer.read_back()
@@ -222,9 +228,11 @@ def _content(entry: Entry) -> dict[str, Any] | None:
 
 def _renamed(entry: Entry, content: Mapping[str, Any], view: View) -> dict[str, str]:
     """The names of tensors that have to be repaired. Refuses what has no plain LoRA."""
-    names, stored = ([one.name for one in files.tensors] if files else [] for files in (entry.files, entry.base_files))
+    names, stored = (
+        [tensor.name for tensor in files.tensors] if files else [] for files in (entry.files, entry.base_files)
+    )
     renamed = repaired_names(names, stored)
-    refuse(content, [replace(one, name=renamed.get(one.name, one.name)) for one in entry.files.tensors])
+    refuse(content, [replace(tensor, name=renamed.get(tensor.name, tensor.name)) for tensor in entry.files.tensors])
     for old, new in sorted(renamed.items())[:MOST_NOTES]:
         view.note(f"renamed: {quoted(old, 200)} -> {quoted(new, 200)}")
     if len(renamed) > MOST_NOTES:
@@ -236,8 +244,8 @@ def _tensors(directory: str, files: Iterable[FileRecord]) -> dict[str, Array]:
     """The tensors in an adapter's files, which have to be the same as before."""
     try:
         with open_regular(str(Path(directory, WEIGHTS_NAME))) as file:
-            read = [(one, file.seek(begin), file.read(end - begin)) for one, begin, end in parse_places(file)]
-            tensors = {one.name: array_of(one.dtype, one.shape, data) for one, _, data in read}
+            read = [(tensor, file.seek(begin), file.read(end - begin)) for tensor, begin, end in parse_places(file)]
+            tensors = {tensor.name: array_of(tensor.dtype, tensor.shape, data) for tensor, _, data in read}
     except (CorruptFileError, ValueError, KeyError):
         tensors = {}
     if not tensors or any(digest_file(Path(directory, file.path)) != file.sha256 for file in files):

@@ -69,10 +69,12 @@ class KeptMerges(Feature):
     def planned(self, task: int, tensors: tuple[StoredTensor, ...]) -> tuple[int, ...]:
         name = f"{task}.safetensors"
         (self.folder / name).unlink(missing_ok=True)
-        layout = ModelLayout(files=(new_file(name, [replace(one, file=name) for one in tensors], None),))
+        layout = ModelLayout(files=(new_file(name, [replace(tensor, file=name) for tensor in tensors], None),))
         self._writers[task] = ModelWriter(self.folder, layout)
         self._problems.pop(task, None)
-        unwritten = (one.layout.size_bytes for number, one in self._writers.items() if number not in self._problems)
+        unwritten = (
+            writer.layout.size_bytes for number, writer in self._writers.items() if number not in self._problems
+        )
         refuse_small_disk(self.folder, sum(unwritten), "the merges to compare", _MAKE_ROOM)
         with explained("cannot keep the merge"):
             return self._writers[task].make_files()
@@ -100,7 +102,7 @@ class KeptMerges(Feature):
             problem = NotJudged(message=f"{shown(lost.tensor.name)} was not written")
         if problem is not None:
             raise GateError(f"the merge cannot be compared: {problem.message}", hint=problem.hint or _OFFER)
-        return {one.tensor.name: one for file in self._writers[task].layout.files for one in file.places}
+        return {place.tensor.name: place for file in self._writers[task].layout.files for place in file.places}
 
 
 def compared(task: int, dtype: str, earlier: KeptMerges, later: KeptMerges, made: PlainLora) -> MergeComparison:
@@ -118,7 +120,7 @@ def compared(task: int, dtype: str, earlier: KeptMerges, later: KeptMerges, made
         for source in sources.get(module, ()):
             bounds[source] = max(bound, bounds.get(source, 0.0))
     outlines = [
-        {(one.tensor.name, one.tensor.dtype, one.tensor.shape) for one in of.values()} for of in (before, after)
+        {(place.tensor.name, place.tensor.dtype, place.tensor.shape) for place in of.values()} for of in (before, after)
     ]
     strange = {name for name, *_ in outlines[0] ^ outlines[1]} - (padding - before.keys())
     count, largest = 0, 0.0
@@ -138,7 +140,7 @@ def compared(task: int, dtype: str, earlier: KeptMerges, later: KeptMerges, made
             f"{shown(min(strange))}",
             hint=_BUG,
         )
-    values = sum(math.prod(one.tensor.shape) for one in before.values())
+    values = sum(math.prod(place.tensor.shape) for place in before.values())
     return MergeComparison(dtype=dtype, tensors=len(before), values=values, differing=count, largest=largest)
 
 

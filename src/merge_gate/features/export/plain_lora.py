@@ -102,11 +102,11 @@ def refuse(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
         _refuse(f"its base is not the one on disk (init_lora_weights: {quoted(str(init))})", _CONVERT)
     for key in sorted(key for key, value in config.items() if value and key not in _PLAIN_KEYS):
         _refuse(f"{quoted(key)} is {quoted(json.dumps(config[key]), 200, '')}, which a plain LoRA cannot express")
-    for one in tensors:
-        if not (_FACTOR.fullmatch(one.name) or one.name.endswith(_COPY)):
-            _refuse(f"it has the tensor {quoted(one.name, 200)}, expected lora_A and lora_B only")
-        if one.dtype not in _OF_FACTORS:
-            _refuse(f"{quoted(one.name, 200)} has dtype {one.dtype}, expected {listing(_OF_FACTORS)}")
+    for tensor in tensors:
+        if not (_FACTOR.fullmatch(tensor.name) or tensor.name.endswith(_COPY)):
+            _refuse(f"it has the tensor {quoted(tensor.name, 200)}, expected lora_A and lora_B only")
+        if tensor.dtype not in _OF_FACTORS:
+            _refuse(f"{quoted(tensor.name, 200)} has dtype {tensor.dtype}, expected {listing(_OF_FACTORS)}")
 
 
 def _refuse(why: str, hint: str = _OFFER) -> NoReturn:
@@ -225,7 +225,7 @@ def _missing(adapted: set[str], served: ServedClass) -> dict[str, tuple[int, int
     These are the layers of the same type in other blocks, and those that servers fuse with one.
     """
     types = {_type(module) for module in adapted}
-    for parent, dot, last in [one.rpartition(".") for one in types]:
+    for parent, dot, last in [kind.rpartition(".") for kind in types]:
         types |= {f"{parent}{dot}{other}" for group in _TOGETHER if last in group for other in group}
     return {
         module: sizes

@@ -53,20 +53,20 @@ class Activations:
 @contextlib.contextmanager
 def watched(model: nn.Module, dtype: torch.dtype) -> Iterator[Activations]:
     """The activations of the modules that run inside of the `with` block."""
-    found = Activations()
+    activations = Activations()
 
     def watch(path: str, module: nn.Module) -> Any:
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.ran.add(path)
+            activations.ran.add(path)
             for tensor in tensors_of(output):
                 if tensor.dtype == dtype:
-                    found.by_module.setdefault(path, Activation()).add(tensor)
+                    activations.by_module.setdefault(path, Activation()).add(tensor)
 
         return module.register_forward_hook(look)
 
     hooks = [watch(path, module) for path, module in model.named_modules()]
     try:
-        yield found
+        yield activations
     finally:
         for hook in hooks:
             hook.remove()

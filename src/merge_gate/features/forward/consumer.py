@@ -75,27 +75,27 @@ class ModelRuns(Consumer):
 
         Adapters that train different tokens run separately, so that no adapter's figures depend on another adapter.
         """
-        for one, attempt in pairs if is_merged else ():
-            if one.needs_rows and attempt.evidence.refusal is None:
-                attempt.do(functools.partial(one._decide, attempt))
+        for runs, attempt in pairs if is_merged else ():
+            if runs.needs_rows and attempt.evidence.refusal is None:
+                attempt.do(functools.partial(runs._decide, attempt))
         together: dict[tuple[int, tuple[int, ...]], list[tuple[Self, MergeAttempt]]] = {}
-        for one, attempt in pairs:
-            if one._is_due:
-                together.setdefault((id(attempt.base), one._tokens), []).append((one, attempt))
+        for runs, attempt in pairs:
+            if runs._is_due:
+                together.setdefault((id(attempt.base), runs._tokens), []).append((runs, attempt))
         for running in together.values():
-            for one, _ in running:
-                one._on_run(True)
+            for runs, _ in running:
+                runs._on_run(True)
             try:
                 ran = cls._ran(running)
             except Exception as error:
                 why_not = f"{type(error).__name__}: {first_line(error)}"[:200]
                 ran = [Forward(why_not=why_not, missing=True)] * len(running)
-            for (one, attempt), of_run in zip(running, ran, strict=True):
+            for (runs, attempt), of_run in zip(running, ran, strict=True):
                 layers = attempt.evidence.forward.layers_compared
                 most = attempt.evidence.forward.largest_difference
                 forward = replace(of_run, layers_compared=layers, largest_difference=most)
-                attempt.evidence, one._is_due = replace(attempt.evidence, forward=forward), False
-                one._on_run(False)
+                attempt.evidence, runs._is_due = replace(attempt.evidence, forward=forward), False
+                runs._on_run(False)
 
     def _decide(self, attempt: MergeAttempt) -> None:
         evidence = attempt.evidence
@@ -110,8 +110,9 @@ class ModelRuns(Consumer):
             run_adapters(base, [], first._tokens)
             for is_running in (False, True):
                 first._on_run(is_running)
-        loaded = [one._unmerged(attempt) for one, attempt in running]
-        models, targeted = [one.model.get_base_model() for one in loaded], [one.targeted for one in loaded]
+        loaded = [runs._unmerged(attempt) for runs, attempt in running]
+        models = [adapter.model.get_base_model() for adapter in loaded]
+        targeted = [adapter.targeted for adapter in loaded]
         ran = run_adapters(base, models, first._tokens, targeted)
         if first.needs_rows:
             base.template = loaded[-1].template  # it is unchanged: the next adapter reuses it
@@ -160,7 +161,7 @@ def _trained_tokens(model: Any) -> Iterator[int]:
 
 def _fits(base: Base, evidence: Evidence, free_bytes: int | None) -> bool:
     """Whether the merged tensors may be kept in memory, with two tensors of float32."""
-    sizes = (one.stats.numel * getattr(torch, one.stats.dtype).itemsize for one in evidence.merges)
+    sizes = (merge.stats.numel * getattr(torch, merge.stats.dtype).itemsize for merge in evidence.merges)
     largest = max((tensor.numel() for tensor in base.tensors.values()), default=0)
     return free_bytes is None or sum(sizes) + 2 * largest * torch.float32.itemsize <= free_bytes * MEMORY_SHARE
 

@@ -45,8 +45,9 @@ def may_stay(base: Base) -> bool:
 def why_left_out(base: Base, evidence: Evidence, norm_limit: float) -> str:
     """Steps 2 to 4, in a sentence. Empty if the model has to be run."""
 
-    def is_kept(one: TensorMerge) -> bool:
-        return one.keeps_rows and one.stats.max_abs <= MOST * base.figures(base.first_name(one.stats.name)).max_abs
+    def is_kept(merge: TensorMerge) -> bool:
+        figures = base.figures(base.first_name(merge.stats.name))
+        return merge.keeps_rows and merge.stats.max_abs <= MOST * figures.max_abs
 
     loses = (evidence.lost_share or 0.0) > norm_limit
     if loses or evidence.wrong or evidence.different or not all(map(is_kept, evidence.merges)):

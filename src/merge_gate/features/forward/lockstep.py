@@ -190,7 +190,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"more than {MOST_OPERATIONS} operations")
         kwargs = kwargs or {}
         written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in _written(function))
-        if any(_address(one) in self._thread.weights for one in _tensors(written)):
+        if any(_address(tensor) in self._thread.weights for tensor in _tensors(written)):
             raise RuntimeError(f"{function} writes to a weight")
         if not _returns_views(function):
             places = {*filter(None, map(self._place, (*_tensors(args), *_tensors(kwargs.values()))))}
@@ -198,7 +198,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._thread.wait_for(places)
                 args, kwargs = _pytree.tree_map(self._replaced, (args, kwargs))
         is_product = function.name() in {"aten::mm", "aten::addmm"} and not kwargs
-        if is_product and {one.dtype for one in args} == {torch.float16}:  # torch refuses a mixture
+        if is_product and {tensor.dtype for tensor in args} == {torch.float16}:  # torch refuses a mixture
             return _in_float32(*args)
         return function(*args, **kwargs)
 
@@ -241,10 +241,12 @@ def _forward_of_dora(layer: Any, x: torch.Tensor, *, base_layer: Any, **given: A
 
 def _norms(layer: Any, weight: torch.Tensor, lora_a: Any, lora_b: Any, scaling: float) -> torch.Tensor:
     """A norm for each output, with further dimensions for a convolution. An embedding has Aᵀ and Bᵀ, and no modules."""
-    a, b = (one.weight.flatten(1) if hasattr(one, "weight") else one.T for one in (lora_a, lora_b))
+    a, b = (factor.weight.flatten(1) if hasattr(factor, "weight") else factor.T for factor in (lora_a, lora_b))
     left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
     rows, dim = weight.flatten(1), 0 if layer.fan_in_fan_out else 1
-    parts = zip(*(torch.split(one, max(1, PRODUCT_ELEMENTS // rows.shape[1])) for one in (rows, left)), strict=True)
+    parts = zip(
+        *(torch.split(matrix, max(1, PRODUCT_ELEMENTS // rows.shape[1])) for matrix in (rows, left)), strict=True
+    )
     norms = [part.to(a.dtype, copy=True).addmm_(of_part, right, alpha=scaling).norm(dim=dim) for part, of_part in parts]
     joined: torch.Tensor = torch.cat(norms) if dim else torch.stack(norms).norm(dim=0)
     return joined.view(1, -1, *[1] * (weight.dim() - 2))
@@ -252,11 +254,11 @@ def _norms(layer: Any, weight: torch.Tensor, lora_a: Any, lora_b: Any, scaling: 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
     """The tensors among arguments of an operation, which are values and lists of values."""
-    for one in arguments:
-        if isinstance(one, list | tuple):
-            yield from _tensors(one)
-        elif isinstance(one, torch.Tensor):
-            yield one
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            yield from _tensors(argument)
+        elif isinstance(argument, torch.Tensor):
+            yield argument
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -270,10 +272,10 @@ def _written(function: Any) -> tuple[tuple[int, str], ...]:
     if function.overloadpacket is torch.ops.aten.set_:  # it changes the storage of a parameter, and no values
         return ()
     arguments = enumerate(function._schema.arguments)
-    return tuple((at, one.name) for at, one in arguments if one.alias_info is not None and one.alias_info.is_write)
+    return tuple((at, arg.name) for at, arg in arguments if arg.alias_info is not None and arg.alias_info.is_write)
 
 
 @functools.cache
 def _returns_views(function: Any) -> bool:
     """Whether an operation reads no values: what it returns are views of what it gets."""
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns)
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in function._schema.returns)

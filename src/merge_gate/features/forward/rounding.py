@@ -151,7 +151,9 @@ def with_output_error(
     exact, errors = _InFloat32(base), [0.0]
     plain, rounded = exact.copy(base.model), exact.copy(merged.model)
     for inputs, *in_dtype in zip(every, *seen, strict=True):
-        given = _pytree.tree_map_only(torch.Tensor, lambda one: one.float() if one.is_floating_point() else one, inputs)
+        given = _pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, inputs
+        )
         runs = (ModelRun(model=plain, inputs=given), ModelRun(model=rounded, inputs=given, own=merged.in_float32))
         if not exact.run(runs):
             return forward
@@ -168,8 +170,10 @@ class _InFloat32:
     """Step 1: copies of models over `base`."""
 
     def __init__(self, base: Base) -> None:
-        floating = {name: one for name, one in base.tensors.items() if one.is_floating_point() and one.numel()}
-        self._base, self.hollow = base, Hollow(self._cell(name, one) for name, one in floating.items())
+        floating = {
+            name: tensor for name, tensor in base.tensors.items() if tensor.is_floating_point() and tensor.numel()
+        }
+        self._base, self.hollow = base, Hollow(self._cell(name, tensor) for name, tensor in floating.items())
 
     def _cell(self, name: str, tensor: torch.Tensor) -> Cell:
         def fill(tensors: Tensors) -> None:
@@ -206,12 +210,12 @@ def _distances(outputs: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> list
     """
     squares = [0.0] * len(pairs)
     for given in zip(*map(tensors_of, outputs), strict=True):
-        common = tuple(slice(min(sizes)) for sizes in zip(*(one.shape for one in given), strict=True))
-        values = [one[common].double() for one in given]
+        common = tuple(slice(min(sizes)) for sizes in zip(*(tensor.shape for tensor in given), strict=True))
+        values = [tensor[common].double() for tensor in given]
         counted = values[0].abs() < torch.finfo(torch.float32).max
         values.append(torch.zeros_like(values[0]))
-        for number, (one, other) in enumerate(pairs):
-            squares[number] += float(torch.where(counted, values[one] - values[other], 0.0).square().sum())
+        for number, (first, other) in enumerate(pairs):
+            squares[number] += float(torch.where(counted, values[first] - values[other], 0.0).square().sum())
     return [math.sqrt(square) for square in squares]
 
 

@@ -76,11 +76,11 @@ def run_adapters(
             failures.append(_failed("its forward", of_base.error))
             continue
         missing = ", ".join(missing_inputs(base.model, inputs))
-        lacking = f"the model takes {missing} too" + "".join(f"; {one.why_not}" for one in failures[1:2])
+        lacking = f"the model takes {missing} too" + "".join(f"; {failure.why_not}" for failure in failures[1:2])
         known = Forward(inputs=name, why_not=lacking if missing else None)
         return [
-            _forward(base, _with_coverage(known, one.activations.ran, model, paths, inputs), of_base, one)
-            for one, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
+            _forward(base, _with_coverage(known, outcome.activations.ran, model, paths, inputs), of_base, outcome)
+            for outcome, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
         ]
     return [failures[-1]] * len(models)
 
@@ -187,11 +187,11 @@ def _run(
             runs = [ModelRun(model=model, inputs=_clones(inputs)) for model in models]
             runs[-1].own = values.get
             run_together(runs, base.tensors, base.filled)
-            for one, run in zip(seen, runs, strict=True):
-                one.error = one.error or run.error
-                one.finite &= all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(run.returned))
-                one.returned += [run.returned] if keeps else []
-            if all(one.error is not None for one in seen):
+            for outcome, run in zip(seen, runs, strict=True):
+                outcome.error = outcome.error or run.error
+                outcome.finite &= all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(run.returned))
+                outcome.returned += [run.returned] if keeps else []
+            if all(outcome.error is not None for outcome in seen):
                 break
     return seen
 
@@ -208,14 +208,14 @@ def _undone(model: nn.Module) -> Iterator[None]:
     The modules have new parameters in the block, over the same storage: a forward may exchange the storage of one.
     """
     modules = [vars(module) for module in model.modules()]
-    every = [one for held in modules for one in (held, *held.values())]
-    every += [vars(one) for one in every if isinstance(one, PreTrainedConfig)]
+    every = [value for held in modules for value in (held, *held.values())]
+    every += [vars(value) for value in every if isinstance(value, PreTrainedConfig)]
     places = {id(place): place for place in every if isinstance(place, dict | list | set)}.values()
     before = [(place, (dict if isinstance(place, dict) else list)(place)) for place in places if place]
     made = module_copies.tensors_of(model) | {id(buffer): buffer.clone() for buffer in model.buffers()}
     for held in modules:
         for tensors in (held["_parameters"], held["_buffers"]):  # PEFT exchanges an attention's on each `modules()`
-            tensors.update({name: made.get(id(one), one) for name, one in tensors.items()})
+            tensors.update({name: made.get(id(value), value) for name, value in tensors.items()})
     try:
         with_norms_in_blocks(model.eval())
         yield
@@ -232,20 +232,20 @@ def _clones(inputs: Inputs) -> Inputs:
 
 def _forward(base: Base, forward: Forward, of_base: _Seen, of_adapter: _Seen) -> Forward:
     """Step 3: `forward` with the figures of this run."""
-    for one in (of_base, of_adapter):
-        if one.error is not None:
-            return _failed("the forward with the adapter", one.error)
+    for outcome in (of_base, of_adapter):
+        if outcome.error is not None:
+            return _failed("the forward with the adapter", outcome.error)
     own, seen = of_base.activations, of_adapter.activations
     common = [(path, seen.by_module[path], was) for path, was in own.by_module.items() if path in seen.by_module]
     origin, broken = None, next((path for path, now, was in common if was.finite and not now.finite), None)
     if broken is not None:
         origin = Origin.ADAPTER
     elif not of_base.finite:
-        broken = next((path for path, one in own.by_module.items() if not one.finite), None)
+        broken = next((path for path, activation in own.by_module.items() if not activation.finite), None)
         origin = Origin.BASE if broken is not None else None
     values = [(now.largest, path, was.largest) for path, now, was in common]
-    larger = [one for one in values if one[0] > RAISED * one[2]]
-    largest, raised = (max(each, key=lambda one: one[0], default=(None, None, None)) for each in (values, larger))
+    larger = [row for row in values if row[0] > RAISED * row[2]]
+    largest, raised = (max(each, key=lambda row: row[0], default=(None, None, None)) for each in (values, larger))
     return replace(
         forward,
         ran=True,
@@ -265,7 +265,7 @@ def _forward(base: Base, forward: Forward, of_base: _Seen, of_adapter: _Seen) ->
 
 def _share_run(base: Base, own: Activations) -> float:
     """The share of the base's parameters whose modules ran. A tied one counts once."""
-    sizes = {name: one.numel() for name, one in base.model.named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in base.model.named_parameters()}
     ran = (size for name, size in sizes.items() if name.rpartition(".")[0] in own.ran)
     return sum(ran) / max(1, sum(sizes.values()))
 

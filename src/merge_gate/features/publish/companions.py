@@ -122,12 +122,12 @@ def companions_of(
 
 def companion_identities(directory: str) -> dict[str, FileIdentity]:
     """The identities of the files that may be published. What cannot be looked at is left out, and is refused later."""
-    found: dict[str, FileIdentity] = {}
+    identities: dict[str, FileIdentity] = {}
     with contextlib.suppress(OSError):
         for name in _names(Path(directory)):
             if companion_kind(name) is not None:
-                found[name] = identity_of(name, Path(directory, name).stat())
-    return found
+                identities[name] = identity_of(name, Path(directory, name).stat())
+    return identities
 
 
 def read_companions(directory: str, owner: str, expected: Mapping[str, FileIdentity] | None = None) -> CompanionFiles:
@@ -299,8 +299,10 @@ def _resized_rows(facts: PublicationFacts, config: Mapping[str, Any]) -> tuple[i
         NotPublishedError: other tensors have other shapes, or the base does not store them.
     """
     is_plain = not facts.is_dequantized  # else the shapes of packed tensors say nothing
-    base_shapes = {one.name: one.shape for one in facts.base_tensors if is_plain or one.dtype in FLOATING_STORED}
-    shapes = {one.name: one.shape for one in facts.tensors if is_plain or one.name in base_shapes}
+    base_shapes = {
+        tensor.name: tensor.shape for tensor in facts.base_tensors if is_plain or tensor.dtype in FLOATING_STORED
+    }
+    shapes = {tensor.name: tensor.shape for tensor in facts.tensors if is_plain or tensor.name in base_shapes}
     added = [name for name in shapes if name not in base_shapes]
     if added and (not facts.settings or {**config, **facts.settings}.get("model_type") != config.get("model_type")):
         raise NotPublishedError(

@@ -144,16 +144,18 @@ class PublicationSink(Consumer):
     def expect(self, outlines: Mapping[str, Outline]) -> None:
         self._close_files()
         self._problem = None
-        for record in (self._taken, self._sent, self._waiting, self._given):
-            record.clear()
+        for seen in (self._taken, self._sent, self._waiting, self._given):
+            seen.clear()
         self._expected = frozenset(outlines)
         with self._attempt("the plan"):
             self._refuse_other_dtype()
             if not self._own.base.aliases.keys().isdisjoint(outlines) or self._own.base.newly_initialized:
                 self._layout, self.settings = extended(self._own, outlines)
-            planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
+            planned = {
+                tensor.name: tensor for name, outline in outlines.items() for tensor in self._stored(name, outline)
+            }
             if self._cast is not None:
-                planned = {**{one.name: one for one in self._all_cast()}, **planned}
+                planned = {**{tensor.name: tensor for tensor in self._all_cast()}, **planned}
             self._planned = planned
             self._files = self._connection.plan(self._task, tuple(planned.values()))
 
@@ -199,9 +201,9 @@ class PublicationSink(Consumer):
             for source in group.sources:
                 if loaded.is_floating_point() and self._is_cast(source):
                     yield replace(self._layout.outline(source), dtype=dtype, shape=places[source].shape)
-        for one in self._layout.unloaded():
-            if self._is_cast(one.name):
-                yield replace(one, dtype=dtype)
+        for tensor in self._layout.unloaded():
+            if self._is_cast(tensor.name):
+                yield replace(tensor, dtype=dtype)
 
     def _is_cast(self, source: str) -> bool:
         dtype, is_other_base = self._layout.places[source].dtype, self._layout.base.source.dequantized
@@ -292,12 +294,12 @@ class PublicationSink(Consumer):
 
     def _check_plan(self, name: str, outline: Outline) -> None:
         """What was not expected has to have the stored dtype and shape. What was expected, those of the plan."""
-        for one in self._stored(name, outline):
-            planned = self._planned.get(one.name, self._layout.outline(one.name))
-            if (one.dtype, one.shape) != (planned.dtype, planned.shape):
+        for tensor in self._stored(name, outline):
+            planned = self._planned.get(tensor.name, self._layout.outline(tensor.name))
+            if (tensor.dtype, tensor.shape) != (planned.dtype, planned.shape):
                 raise NotPublishedError(
-                    f"{one.name} is {one.dtype} of shape {one.shape} after the merge, expected {planned.dtype} of "
-                    f"shape {planned.shape}"
+                    f"{tensor.name} is {tensor.dtype} of shape {tensor.shape} after the merge, "
+                    f"expected {planned.dtype} of shape {planned.shape}"
                 )
 
     def _collect(self, group: TensorGroup, name: str, values: torch.Tensor) -> None:
@@ -370,8 +372,8 @@ class PublicationSink(Consumer):
             first = group.sources[0]
             if first in self._waiting or (first in self._planned and first not in self._sent):
                 self._send_group(group, self._with_base(group))
-        for one in self._layout.unloaded():
-            self._finish_unloaded(one)
+        for tensor in self._layout.unloaded():
+            self._finish_unloaded(tensor)
         lacking = [place for place in self._places.values() if self._files and self._files.lacks(place.name)]
         if lacking:
             self._own.feed.expect([place.span for place in lacking], whole=False)
@@ -385,19 +387,19 @@ class PublicationSink(Consumer):
         with base.filled(names.values()):
             return values | {target: base.tensors[name].detach().clone() for target, name in names.items()}
 
-    def _finish_unloaded(self, one: StoredTensor) -> None:
+    def _finish_unloaded(self, tensor: StoredTensor) -> None:
         """Measure a tensor that transformers does not load, in the dtype in which it is written."""
-        dtype = (self._cast if self._is_cast(one.name) else None) or self._layout.places[one.name].dtype
-        values = self._layout.places[one.name].read(self._layout.feed).to(dtype)
-        stats = measure(values, one.name)
+        dtype = (self._cast if self._is_cast(tensor.name) else None) or self._layout.places[tensor.name].dtype
+        values = self._layout.places[tensor.name].read(self._layout.feed).to(dtype)
+        stats = measure(values, tensor.name)
         if not stats.finite:
             raise NotPublishedError(
-                f"{one.name}, which transformers does not load, has values that are not finite in "
+                f"{tensor.name}, which transformers does not load, has values that are not finite in "
                 f"{dtype_name(dtype)}: {stats.nan} NaN, {stats.posinf + stats.neginf} infinite",
                 hint="repair the base: other programs load this tensor",
             )
-        if self._is_cast(one.name):
-            self._write(one.name, values)
+        if self._is_cast(tensor.name):
+            self._write(tensor.name, values)
 
 
 def _refuse(connection: Connection, task: int, problem: GateError) -> None:
@@ -436,7 +438,9 @@ class PublicationSinks:
             return unwritten
         if self.is_fed and not self._places:
             in_order = sorted(self._layout.places.values(), key=lambda place: place.order)
-            self._places = {(one.span.file, one.span.start): one for one in in_order if one.span.start < one.span.end}
+            self._places = {
+                (place.span.file, place.span.start): place for place in in_order if place.span.start < place.span.end
+            }
         fed = self.feed if self.is_fed else None
         return PublicationSink(self._layout, self.connection, task, dtype, places=self._places, fed=fed)
 
@@ -465,13 +469,13 @@ class PublicationSinks:
         try:
             stored = tuple(self.stored)
             weights = packed_weights(stored)
-            packed = {one.name: one for one in stored if one.name in weights}
+            packed = {tensor.name: tensor for tensor in stored if tensor.name in weights}
             if packed:
                 stored = plain_headers(source.directory, stored, self.feed, STORED_DTYPES[self.base.facts.dtype])
-            found = self._map(stored, is_plain=bool(packed))
-            if packed and found.mismatched:
-                found = self._map(tuple(turned(stored, found, packed)), is_plain=True)
-            return layout_of(self.base, found, self.feed, packed)
+            mapping = self._map(stored, is_plain=bool(packed))
+            if packed and mapping.mismatched:
+                mapping = self._map(tuple(turned(stored, mapping, packed)), is_plain=True)
+            return layout_of(self.base, mapping, self.feed, packed)
         except (NoMapError, ValueError, OSError) as error:
             raise NotPublishedError(
                 f"the base's headers do not say which stored tensors make {type(self.base.model).__name__}: "

@@ -221,7 +221,7 @@ class Publications(Feature):
 
     def complete(self) -> None:
         """Complete the models of the adapters that passed. No worker may be alive."""
-        passed = [index for index, one in self._models.items() if one.is_accepted and index not in self._refused]
+        passed = [index for index, model in self._models.items() if model.is_accepted and index not in self._refused]
         with ThreadPoolExecutor(MODELS_AT_A_TIME) as pool:
             try:
                 for _ in pool.map(self._complete, passed):

@@ -247,8 +247,8 @@ def _adapters(facts: PublicationFacts, files: Sequence[tuple[FileRecord, ...]]) 
     if spec.combine is not None:
         members = [listed[name] for name in spec.combine.adapters]
     return tuple(
-        PublishedAdapter(name=one.name, source=one.source, revision=one.revision, files=own)
-        for one, own in zip(members, files, strict=True)
+        PublishedAdapter(name=member.name, source=member.source, revision=member.revision, files=own)
+        for member, own in zip(members, files, strict=True)
     )
 
 
@@ -398,11 +398,11 @@ def differences(directory: str | Path, manifest: Manifest, *, weights: bool = Tr
     Without `weights`, only the size of a safetensors file is compared.
     """
     folder = Path(directory)
-    found = dict(compared(folder, manifest.files, MANIFEST_NAME, weights=weights))
+    by_path = dict(compared(folder, manifest.files, MANIFEST_NAME, weights=weights))
     has_card = CARD_NAME in {file.path for file in manifest.files}
-    if not has_card or (CARD_NAME not in found and not _is_on_card(folder)):
-        found[MANIFEST_NAME] = Difference.NOT_ON_CARD
-    return dict(sorted(found.items()))
+    if not has_card or (CARD_NAME not in by_path and not _is_on_card(folder)):
+        by_path[MANIFEST_NAME] = Difference.NOT_ON_CARD
+    return dict(sorted(by_path.items()))
 
 
 def is_unchanged(folder: Path, *, weights: bool) -> bool:
@@ -411,14 +411,14 @@ def is_unchanged(folder: Path, *, weights: bool) -> bool:
 
 
 def compared(
-    folder: Path, files: Iterable[FileRecord], record: str, *, weights: bool = True
+    folder: Path, files: Iterable[FileRecord], listing: str, *, weights: bool = True
 ) -> Iterator[tuple[str, Difference]]:
-    """The files of a directory that are not as the file `record` lists them."""
-    found = set(names_below(folder)) - {record}
+    """The files of a directory that are not as the file `listing` lists them."""
+    names = set(names_below(folder)) - {listing}
     listed = {file.path: file for file in files}
-    yield from ((name, Difference.ADDED) for name in found - set(listed))
+    yield from ((name, Difference.ADDED) for name in names - set(listed))
     for name, file in listed.items():
-        if name not in found:
+        if name not in names:
             yield name, Difference.MISSING
         elif not is_regular(folder / name):
             yield name, Difference.NO_FILE

@@ -67,7 +67,7 @@ class StoredLayout:
         for group in self.map.groups:
             for name in dict.fromkeys(map(self.base.first_name, group.targets)):
                 groups.setdefault(name, []).append(group)
-        self._groups = {name: tuple(found) for name, found in groups.items()}
+        self._groups = {name: tuple(members) for name, members in groups.items()}
 
     def groups(self, name: str) -> tuple[TensorGroup, ...]:
         """The conversions that make the base's tensor of this name; several if it is stored under several names."""
@@ -112,13 +112,13 @@ class StoredLayout:
     def loaded_groups(self) -> Iterator[TensorGroup]:
         """The conversions whose tensors are all in the loaded base."""
         for group in self.map.groups:
-            if not group.failed and all(self.base.first_name(one) in self.base.tensors for one in group.targets):
+            if not group.failed and all(self.base.first_name(target) in self.base.tensors for target in group.targets):
                 yield group
 
     def unloaded(self) -> Iterator[StoredTensor]:
         """Floating and complex stored tensors that no loaded tensor has the values of, in the order of the files."""
         covered = {source for group in self.loaded_groups() for source in group.sources}
-        for name in sorted(self.places.keys() - covered, key=lambda one: self.places[one].order):
+        for name in sorted(self.places.keys() - covered, key=lambda name: self.places[name].order):
             if name in self.packed:
                 raise NotPublishedError(
                     f"{name} is packed by bitsandbytes, and transformers does not load it, so it has no plain values",
@@ -195,7 +195,7 @@ def is_renamed(group: TensorGroup) -> bool:
 
 
 def layout_of(
-    base: Base, found: TensorMap, feed: Feed, packed: Mapping[str, StoredTensor] = MappingProxyType({})
+    base: Base, mapping: TensorMap, feed: Feed, packed: Mapping[str, StoredTensor] = MappingProxyType({})
 ) -> StoredLayout:
     """The layout of a base whose tensor map was made in the dtype that it was loaded in.
 
@@ -204,11 +204,11 @@ def layout_of(
     Raises:
         ValueError, OSError: a header is not what it was.
     """
-    places = stored_bytes(base.source.directory, {**found.stored, **packed})
+    places = stored_bytes(base.source.directory, {**mapping.stored, **packed})
     for name in packed:
-        plain = found.stored[name]
+        plain = mapping.stored[name]
         places[name] = replace(places[name], dtype=getattr(torch, DTYPES[plain.dtype]), shape=plain.shape)
-    return StoredLayout(map=found, base=base, feed=feed, places=places, packed=frozenset(packed))
+    return StoredLayout(map=mapping, base=base, feed=feed, places=places, packed=frozenset(packed))
 
 
 def extended(layout: StoredLayout, names: Iterable[str]) -> tuple[StoredLayout, dict[str, Any]]:
@@ -220,12 +220,12 @@ def extended(layout: StoredLayout, names: Iterable[str]) -> tuple[StoredLayout, 
     Raises:
         NotPublishedError: transformers would tie, initialize, or rename a tensor of the published model.
     """
-    base, found, names, settings = copy.copy(layout.base), layout.map, {*names}, dict[str, Any]()
-    made = {target for group in found.groups for target in group.targets}
+    base, mapping, names, settings = copy.copy(layout.base), layout.map, {*names}, dict[str, Any]()
+    made = {target for group in mapping.groups for target in group.targets}
     untied = {name: first for name, first in base.aliases.items() if name in names}
     heads = (base.newly_initialized & names) - made
     added = sorted({*untied, *untied.values(), *heads} - made)
-    left = {name for name, new in zip(added, current_names(found.model, added), strict=True) if name != new}
+    left = {name for name, new in zip(added, current_names(mapping.model, added), strict=True) if name != new}
     left |= (base.aliases.keys() - untied if untied else set()) | (base.newly_initialized - heads if heads else set())
     if left:
         problem = (
@@ -235,17 +235,17 @@ def extended(layout: StoredLayout, names: Iterable[str]) -> tuple[StoredLayout, 
     if untied:
         base.aliases, settings = {}, {"tie_word_embeddings": False}
     if heads:
-        settings |= {key: getattr(found.model.config, key) for key in ("model_type", "id2label", "label2id")}
-        settings["architectures"] = [type(found.model).__name__]
+        settings |= {key: getattr(mapping.model.config, key) for key in ("model_type", "id2label", "label2id")}
+        settings["architectures"] = [type(mapping.model).__name__]
     base.tensors = base.tensors | {name: base.tensors[first] for name, first in untied.items()}
     base.newly_initialized -= heads
-    stored, places = dict(found.stored), dict(layout.places)
+    stored, places = dict(mapping.stored), dict(layout.places)
     for name in added:
         dtype, shape = base.tensors[name].dtype, tuple(base.tensors[name].shape)
         places[name] = replace(next(iter(layout.places.values())), name=name, dtype=dtype, shape=shape)
         stored[name] = StoredTensor(name=name, dtype=stored_dtype(dtype), shape=shape)
-    groups = (*found.groups, *(TensorGroup(sources=(name,), targets=(name,)) for name in added))
-    return replace(layout, map=replace(found, stored=stored, groups=groups), base=base, places=places), settings
+    groups = (*mapping.groups, *(TensorGroup(sources=(name,), targets=(name,)) for name in added))
+    return replace(layout, map=replace(mapping, stored=stored, groups=groups), base=base, places=places), settings
 
 
 def stored_dtype(dtype: torch.dtype) -> str:
@@ -257,8 +257,8 @@ def _named_as_stored(made: Mapping[str, torch.Tensor], sources: tuple[str, ...])
     """The tensors by their stored names, which may have a prefix more or less; None if they do not fit."""
     named: dict[str, Any] = {}
     for name, tensor in made.items():
-        fitting = [one for one in sources if one == name] or [
-            one for one in sources if one.endswith(f".{name}") or name.endswith(f".{one}")
+        fitting = [source for source in sources if source == name] or [
+            source for source in sources if source.endswith(f".{name}") or name.endswith(f".{source}")
         ]
         if len(fitting) != 1 or fitting[0] in named:
             return None
@@ -286,7 +286,7 @@ def plain_headers(directory: str, stored: Iterable[StoredTensor], feed: Feed, dt
     """
     stored = tuple(stored)
     packed = packed_weights(stored)
-    states = {one.name: one for one in stored if one.name in packed.states.values()}
+    states = {tensor.name: tensor for tensor in stored if tensor.name in packed.states.values()}
     places = stored_bytes(directory, states)
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, state in packed.states.items():
@@ -294,9 +294,9 @@ def plain_headers(directory: str, stored: Iterable[StoredTensor], feed: Feed, dt
             raise _unreadable(state)
         shapes[weight] = _shape(bytes(places[state].read(feed).flatten().tolist()), packed.counts[weight], state)
     return tuple(
-        replace(one, dtype=dtype, shape=shapes.get(one.name, one.shape)) if one.name in packed else one
-        for one in stored
-        if one.name not in packed.others
+        replace(tensor, dtype=dtype, shape=shapes.get(tensor.name, tensor.shape)) if tensor.name in packed else tensor
+        for tensor in stored
+        if tensor.name not in packed.others
     )
 
 
@@ -317,14 +317,14 @@ def _unreadable(name: str) -> NotPublishedError:
     )
 
 
-def turned(headers: Iterable[StoredTensor], found: TensorMap, packed: Mapping[str, Any]) -> Iterator[StoredTensor]:
+def turned(headers: Iterable[StoredTensor], mapping: TensorMap, packed: Mapping[str, Any]) -> Iterator[StoredTensor]:
     """The headers with the other direction for weights of a Conv1D, which transformers transposes and then packs."""
     shapes: dict[str, Sequence[int]] = {
         source: needed
-        for name, has, needed in found.mismatched
+        for name, has, needed in mapping.mismatched
         if tuple(has) == tuple(reversed(tuple(needed)))
-        for source in found.sources.get(name, (name,))
+        for source in mapping.sources.get(name, (name,))
     }
-    for one in headers:
-        is_turned = one.name in shapes and one.name in packed
-        yield replace(one, shape=tuple(shapes[one.name])) if is_turned else one
+    for header in headers:
+        is_turned = header.name in shapes and header.name in packed
+        yield replace(header, shape=tuple(shapes[header.name])) if is_turned else header

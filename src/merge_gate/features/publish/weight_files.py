@@ -192,11 +192,11 @@ def _changed_files(
     known = {tensor.name for tensor in base.tensors}
     added = [tensor for name, tensor in changes.items() if name not in known]
     for number, file in enumerate(base.files):
-        kept = [one.tensor for one in file.places if one.tensor.name not in dropped]
+        kept = [place.tensor for place in file.places if place.tensor.name not in dropped]
         tensors = [replace(changes.get(tensor.name, tensor), file=file.name) for tensor in kept]
         if number == len(base.files) - 1:
             tensors += [replace(tensor, file=file.name) for tensor in added]
-        is_same = tensors == [one.tensor for one in file.places]
+        is_same = tensors == [place.tensor for place in file.places]
         yield file if is_same else new_file(file.name, tensors, _metadata(file))
 
 
@@ -345,7 +345,7 @@ class ModelWriter:
 
     def missing(self) -> Iterator[Place]:
         """The places of tensors that were not written."""
-        return (one for file in self.layout.files for one in file.places if one.tensor.name not in self.checksums)
+        return (place for file in self.layout.files for place in file.places if place.tensor.name not in self.checksums)
 
     def copy(self, base: ModelLayout, directory: str) -> None:
         """Write the tensors that were not written as the base in this directory has them.

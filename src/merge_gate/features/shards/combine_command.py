@@ -29,13 +29,13 @@ def add(commands: Commands[CommandParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The shards are read before the report of an earlier run is moved."""
-    from merge_gate.features.shards.combined import combined, found_in, refuse_overwriting
+    from merge_gate.features.shards.combined import combined, refuse_overwriting, reports_in
     from merge_gate.report.stored.output_directory import begun_run
     from merge_gate.report.stored.report_files import write_report
 
-    found = found_in(arguments.directories)
-    refuse_overwriting(found, arguments.output)
-    report = combined(found)
+    reports = reports_in(arguments.directories)
+    refuse_overwriting(reports, arguments.output)
+    report = combined(reports)
     with begun_run(arguments.output), view_of(arguments) as view:
         write_report(report, arguments.output)
         view.finish(report, arguments.output)

@@ -39,23 +39,23 @@ _SHOWN = 80
 _MOST_SHARDS = 99_999
 
 
-FoundReport = tuple[str, Report | str]
+PlacedReport = tuple[str, Report | str]
 """A place, and its report, or the problem with it, which continues a sentence that begins with the place."""
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def found_in(directories: Sequence[str]) -> list[FoundReport]:
+def reports_in(directories: Sequence[str]) -> list[PlacedReport]:
     """Every report in these directories and directly below them, each file once, in the order of their names.
 
     The files came over a network: no link is followed, no pipe is waited for, and size and number are bounded.
     """
     seen: set[tuple[int, int]] = set()
-    return [found for directory in directories for found in _in(Path(directory), seen)]
+    return [report for directory in directories for report in _in(Path(directory), seen)]
 
 
-def refuse_overwriting(reports: Sequence[FoundReport], output: str) -> None:
+def refuse_overwriting(reports: Sequence[PlacedReport], output: str) -> None:
     """Refuse to replace a report that was read.
 
     Raises:
@@ -69,7 +69,7 @@ def refuse_overwriting(reports: Sequence[FoundReport], output: str) -> None:
             )
 
 
-def _in(directory: Path, seen: set[tuple[int, int]]) -> Iterator[FoundReport]:
+def _in(directory: Path, seen: set[tuple[int, int]]) -> Iterator[PlacedReport]:
     if directory.is_symlink():
         yield str(directory), _LINK
         return
@@ -125,14 +125,14 @@ class _ShardReport:
         return f"shard {self.shard.index} of {self.shard.count} ({one_line(self.place, _SHOWN)})"
 
 
-def combined(found: Sequence[FoundReport]) -> Report:
+def combined(reports: Sequence[PlacedReport]) -> Report:
     """One report of all shards.
 
     Raises:
         GateError: none of them is the report of a shard.
     """
     problems, parts = [], []
-    for place, report in found:
+    for place, report in reports:
         problem = report if isinstance(report, str) else _unfit(report)
         if isinstance(report, Report) and report.shard is not None and not problem:
             parts.append(_ShardReport(place=place, report=report, shard=report.shard))

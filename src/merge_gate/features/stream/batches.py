@@ -32,13 +32,13 @@ def batches(tasks: Sequence[ClassedTask]) -> Iterator[list[ClassedTask]]:
     room = (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE
     batch: list[ClassedTask] = []
     held = files = 0
-    for one in sorted(tasks, key=lambda one: one[0].turn):
-        size_bytes, of_model = factor_bytes(one[0]), one[0].model_files
-        is_apart = one[0].turn == ALONE or (batch and one[0].turn != batch[-1][0].turn)
+    for classed in sorted(tasks, key=lambda classed: classed[0].turn):
+        size_bytes, of_model = factor_bytes(classed[0]), classed[0].model_files
+        is_apart = classed[0].turn == ALONE or (batch and classed[0].turn != batch[-1][0].turn)
         if batch and (is_apart or held + size_bytes > room or files + of_model > most_model_files()):
             yield batch
             batch, held, files = [], 0, 0
-        batch.append(one)
+        batch.append(classed)
         held, files = held + size_bytes, files + of_model
     if batch:
         yield batch

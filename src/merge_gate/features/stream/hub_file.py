@@ -130,7 +130,7 @@ class HubFile:
 
     def _resolve(self) -> HfFileMetadata:
         try:
-            found = ask(
+            metadata = ask(
                 lambda: get_hf_file_metadata(
                     self._url, token=self._token or False, library_name=AGENT, library_version=__version__
                 ),
@@ -140,16 +140,16 @@ class HubFile:
             )
         except ResolveError as error:
             raise SourceError(error.message, hint=error.hint) from error
-        if found.commit_hash is not None and found.commit_hash != self._commit:
-            raise self._changed(f"the Hub answers for commit {found.commit_hash[:12]}")
-        if found.size is None or found.etag is None:
+        if metadata.commit_hash is not None and metadata.commit_hash != self._commit:
+            raise self._changed(f"the Hub answers for commit {metadata.commit_hash[:12]}")
+        if metadata.size is None or metadata.etag is None:
             raise SourceError(
                 f"{self.label}: the server states no size or no digest, so its bytes cannot be checked",
                 hint="set access: download",
             )
-        if not self._is_on_hub(found):
-            refuse_private(found.location, constants.ENDPOINT)
-        return found
+        if not self._is_on_hub(metadata):
+            refuse_private(metadata.location, constants.ENDPOINT)
+        return metadata
 
     def _is_on_hub(self, address: HfFileMetadata) -> bool:
         return _origin(address.location) == _origin(self._url)
@@ -254,10 +254,10 @@ def refuse_private(url: str, endpoint: str) -> None:
 
 def _is_private(name: str) -> bool:
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:  # a proxy may know it; without one the request fails
         return False
-    return any(not ipaddress.ip_address(str(address[4][0]).partition("%")[0]).is_global for address in found)
+    return any(not ipaddress.ip_address(str(address[4][0]).partition("%")[0]).is_global for address in addresses)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -85,16 +85,19 @@ def _loaded(
     source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed, free_bytes: int | None
 ) -> Base:
     # 1.
-    transformers_class, found, expected = mapped_headers(source, model_class, stored)
-    _refuse_too_large(found.model, source, model_class, free_bytes)
-    spans = stored_bytes(source.directory, {name: found.stored[name] for one in found.groups for name in one.sources})
+    transformers_class, mapping, expected = mapped_headers(source, model_class, stored)
+    _refuse_too_large(mapping.model, source, model_class, free_bytes)
+    spans = stored_bytes(
+        source.directory, {name: mapping.stored[name] for group in mapping.groups for name in group.sources}
+    )
     # 2. and 3.
-    in_order, key = _order(found, spans)
+    in_order, key = _order(mapping, spans)
     reads = _Reads(feed)
     given = {
-        name: _Unread(spans[name], reads) if name in spans else _on_meta(one) for name, one in found.stored.items()
+        name: _Unread(spans[name], reads) if name in spans else _on_meta(tensor)
+        for name, tensor in mapping.stored.items()
     }
-    config = found.model.config
+    config = mapping.model.config
     options = loading_options(source.quantization, source.dtype, source.device)
     feed.expect([spans[name].span for name in in_order], whole=True)
     try:
@@ -121,7 +124,9 @@ def _refuse_too_large(outline: Any, source: Source, model_class: ModelClass, fre
         if isinstance(module, nn.Linear) and module is not head and source.quantization in PACKED_BYTES
     }
     of_packed = PACKED_BYTES.get(source.quantization, 0.0)
-    needed = sum(one.numel() * of_packed if id(one) in packed else one.nbytes for one in outline.parameters())
+    needed = sum(
+        weight.numel() * of_packed if id(weight) in packed else weight.nbytes for weight in outline.parameters()
+    )
     if free_bytes is not None and needed > free_bytes:
         quantized = f" ({source.quantization})" if packed else ""
         raise EngineError(
@@ -171,15 +176,15 @@ class _Unread:
         return self._reads.read(self._place)[index]
 
 
-def _on_meta(one: StoredTensor) -> torch.Tensor:
+def _on_meta(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor that is not loaded."""
-    return torch.empty(one.shape, device="meta")
+    return torch.empty(stored.shape, device="meta")
 
 
-def _order(found: TensorMap, spans: Mapping[str, StoredBytes]) -> tuple[list[str], Any]:
+def _order(mapping: TensorMap, spans: Mapping[str, StoredBytes]) -> tuple[list[str], Any]:
     """The stored tensors in the order in which they are taken, and the key by which transformers is to sort them."""
-    if any(one.conversion != RENAMED or len(one.sources) != 1 for one in found.groups):
-        return [name for one in found.groups for name in one.sources], None
+    if any(group.conversion != RENAMED or len(group.sources) != 1 for group in mapping.groups):
+        return [name for group in mapping.groups for name in group.sources], None
     last = (len(spans), 0)
     places = {name: place.order for name, place in spans.items()}
     return sorted(spans, key=places.__getitem__), lambda name: places.get(name, last)

@@ -39,12 +39,12 @@ HASHED_AT_A_TIME = 4
 def fit(skeletons: Sequence[GroupBase]) -> bool:
     """Whether these skeletons fit in one pass: permanently filled tensors take memory."""
     room = (MemoryGroup().free_bytes() or 0) // SKELETONS_SHARE
-    return sum(one.base.hollow.kept_bytes() for one in skeletons if one.base.hollow is not None) <= room
+    return sum(load.base.hollow.kept_bytes() for load in skeletons if load.base.hollow is not None) <= room
 
 
 def judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases) -> Iterator[Event]:
     """Merge these tasks, in one pass if they are several. Such a pass measures the skeletons of other tasks as well."""
-    others = list({id(one.base): one.base for one in base_of.values() if one.is_skeleton}.values())
+    others = list({id(load.base): load.base for load in base_of.values() if load.is_skeleton}.values())
     if len(batch) > 1 or (len(others) > 1 and batch[0][0].turn != ALONE):
         first, *further = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(further))
@@ -60,7 +60,7 @@ def judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: 
                 _report_work(bases.report, task.index)
                 base_of[task.index].finish(task.index, evidence)
                 yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
-        batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
+        batch = [classed for classed, evidence in zip(batch, merged, strict=True) if evidence is None]
     yield from judge_each(batch, base_of, bases)
 
 
@@ -82,9 +82,9 @@ def _merge_together(
             on_work = functools.partial(_report_work, bases.report, task.index)
             on_work()
             with contextlib.suppress(Exception):
-                one = base_of[task.index]
-                request = request_of(task, one, pinned[number], functools.partial(add, number))
-                request = with_consumers(request, task, one, bases, pinned[number])
+                load = base_of[task.index]
+                request = request_of(task, load, pinned[number], functools.partial(add, number))
+                request = with_consumers(request, task, load, bases, pinned[number])
                 requests[number] = replace(request, on_work=on_work)
         evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
         merged = dict(zip(requests, evidence, strict=True))

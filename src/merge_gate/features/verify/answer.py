@@ -56,7 +56,7 @@ def findings_of(
     own = merged.base_files or BaseFiles(directory=merged.directory)
     values = value_findings(comparison, config=entry.files.config, candidates=candidates)
     return (
-        *(_with_exchange(one, merged, entry) for one in values),
+        *(_with_exchange(problem, merged, entry) for problem in values),
         *stored_findings(base, own, comparison),
         *directory_findings(merged, expected_files(entry), comparison.settings),
     )
@@ -80,23 +80,23 @@ def of_model(text: str, name: str) -> str:
 _NEARLY_MINUS_ONE = (-1.05, -0.95)
 
 
-def _with_exchange(one: Finding, merged: Snapshot, entry: Entry) -> Finding:
+def _with_exchange(problem: Finding, merged: Snapshot, entry: Entry) -> Finding:
     """The finding, with the corrected command if MERGED and --base may be exchanged.
 
     The delta is then in the model -1 times, or the adapter names MERGED as its base.
     """
     base = entry.base.name if entry.base is not None else ""
-    factor = dict(one.measured).get("factor", 0.0)
-    is_subtracted = one.check == "other-strength" and _NEARLY_MINUS_ONE[0] < factor < _NEARLY_MINUS_ONE[1]
+    factor = dict(problem.measured).get("factor", 0.0)
+    is_subtracted = problem.check == "other-strength" and _NEARLY_MINUS_ONE[0] < factor < _NEARLY_MINUS_ONE[1]
     named = entry.files.config.base_name
     is_named = named is not None and _same(named, merged.name) and not _same(named, base)
-    is_about_values = one.check in {"other-strength", "unexplained", "wrong-base"}
+    is_about_values = problem.check in {"other-strength", "unexplained", "wrong-base"}
     if not base or not (is_subtracted or (is_named and is_about_values)):
-        return one
+        return problem
     corrected = command(base, merged.name, entry.spec.source)
     why = "the adapter names MERGED as its base" if is_named else "the delta is subtracted"
     hint = f"if MERGED and --base are exchanged ({why}), run: {corrected}" if corrected else ""
-    return replace(one, hint=hint or one.hint)
+    return replace(problem, hint=hint or problem.hint)
 
 
 def _same(first: str, second: str) -> bool:
@@ -109,23 +109,23 @@ def before_merge(merged: Snapshot, entry: Entry) -> AdapterReport | None:
     if base is None or own is None:
         return None
     name = entry.base.name if entry.base is not None else ""
-    found = _quantized(base, own, base_name=name, merged_name=merged.name) or architecture_finding(base, own)
-    return _of_files(merged, entry, found) if found is not None else None
+    problem = _quantized(base, own, base_name=name, merged_name=merged.name) or architecture_finding(base, own)
+    return _of_files(merged, entry, problem) if problem is not None else None
 
 
 def unread_report(merged: Snapshot, entry: Entry, error: ResolveError) -> AdapterReport:
     """The report on a model whose files cannot be read as a model's."""
     message, hint = (of_model(text, merged.name) for text in (error.message, error.hint))
-    found = finding(BROKEN_FILES, message, hint=hint)
+    problem = finding(BROKEN_FILES, message, hint=hint)
     has_adapter = Path(merged.directory, CONFIG_NAME).exists()  # transformers would load it on top of the model
     if error.check is None and not has_adapter:
-        found = _not_compared(message, hint)
-    return _of_files(merged, entry, found)
+        problem = _not_compared(message, hint)
+    return _of_files(merged, entry, problem)
 
 
-def _of_files(merged: Snapshot, entry: Entry, found: Finding) -> AdapterReport:
+def _of_files(merged: Snapshot, entry: Entry, problem: Finding) -> AdapterReport:
     gated = adapter_report.files_report(entry)
-    return decided(merged, replace(gated, compared_with=gated.source), [found], ())
+    return decided(merged, replace(gated, compared_with=gated.source), [problem], ())
 
 
 def _not_compared(why: str, hint: str = "", origin: Origin = Origin.MODEL) -> Finding:
@@ -152,7 +152,7 @@ def without_merge(merged: Snapshot, gated: AdapterReport) -> AdapterReport:
         is_of_adapter = reason.origin is not Origin.BASE and reason.check != NOT_JUDGED
         message = f"{message}: {reason.message}" if is_of_adapter else reason.message
         why = replace(reason, check=NOT_JUDGED, message=_not_compared(message).message)
-    others = (one for one in gated.findings if one is not reason)
+    others = (problem for problem in gated.findings if problem is not reason)
     return decided(merged, replace(gated, compared_with=gated.source), (why, *others), ())
 
 
@@ -161,9 +161,13 @@ def decided(
 ) -> AdapterReport:
     """The report with these findings. Allowed kinds are notes, if they may be allowed."""
     accepted = set(allowed).intersection(ALLOWED)
-    lowered = (replace(one, severity=Severity.NOTE) if one.check in accepted else one for one in findings)
-    ordered = bounded(sorted(lowered, key=lambda one: (all_checks.WEIGHT[one.severity], _ORDER.get(one.check, -1))))
-    index = next((place for place, one in enumerate(ordered) if one.severity is Severity.ERROR), None)
+    lowered = (
+        replace(problem, severity=Severity.NOTE) if problem.check in accepted else problem for problem in findings
+    )
+    ordered = bounded(
+        sorted(lowered, key=lambda problem: (all_checks.WEIGHT[problem.severity], _ORDER.get(problem.check, -1)))
+    )
+    index = next((place for place, problem in enumerate(ordered) if problem.severity is Severity.ERROR), None)
     is_of_base = index is not None and ordered[index].origin is Origin.BASE
     is_undecided = is_of_base or (index is not None and ordered[index].check == NOT_JUDGED)
     verdict = Verdict.PASSED if index is None else Verdict.ERROR if is_undecided else Verdict.FAILED
@@ -195,7 +199,7 @@ def _quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_nam
             f"name {original}: the base of the merge, before it was quantized",
             Origin.BASE,
         )
-    is_whole = all(one.check == "base-format" for one in merged.findings)
+    is_whole = all(problem.check == "base-format" for problem in merged.findings)
     if merged.quantization is not None and merged.quantization.is_read and is_whole:
         return _not_compared(
             f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), so its values are not the "
@@ -216,8 +220,8 @@ def architecture_finding(base: BaseFiles, merged: BaseFiles) -> Finding | None:
     config.json must say so, and most stored tensors must agree: a changed config.json alone is a smaller difference.
     """
     other = list(_other_sizes(_config_of(base), _config_of(merged)))
-    shapes = {one.name: one.shape for one in merged.tensors}
-    odd = [one for one in base.tensors if shapes.get(one.name) != one.shape]
+    shapes = {tensor.name: tensor.shape for tensor in merged.tensors}
+    odd = [tensor for tensor in base.tensors if shapes.get(tensor.name) != tensor.shape]
     if not other or len(odd) <= SHARE_OF_ANOTHER * len(base.tensors):
         return None
     settings = [f"{key} {quoted(str(new), 60)}, expected {quoted(str(old), 60)}" for key, old, new in other]
@@ -236,9 +240,9 @@ def _config_of(files: BaseFiles) -> Mapping[str, Any]:
 def _other_sizes(base: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     if base.get("model_type") != merged.get("model_type"):
         yield "model_type", base.get("model_type"), merged.get("model_type")
-    inner = [part if isinstance(part := one.get("text_config"), dict) else {} for one in (base, merged)]
+    inner = [part if isinstance(part := settings.get("text_config"), dict) else {} for settings in (base, merged)]
     for key in _SIZES:
-        old, new = (part.get(key, one.get(key)) for part, one in zip(inner, (base, merged), strict=True))
+        old, new = (part.get(key, settings.get(key)) for part, settings in zip(inner, (base, merged), strict=True))
         if old != new and old is not None and new is not None:
             yield key, old, new
 

@@ -123,18 +123,18 @@ class _Account:
                 self._companion(name, self._places[name])
             else:
                 self._other(name, self._places.get(name))
-        for one in self._read.differences:
-            if not one.row:
-                kind = _KINDS_OF_KEYS.get(one.key.rpartition(".")[2], _kind_of(one.file))
-                what = f"is {one.actual}, expected {one.expected}" if one.key else one.actual
-                place = f"{one.key} of {one.file}" if one.key else one.file
+        for change in self._read.differences:
+            if not change.row:
+                kind = _KINDS_OF_KEYS.get(change.key.rpartition(".")[2], _kind_of(change.file))
+                what = f"is {change.actual}, expected {change.expected}" if change.key else change.actual
+                place = f"{change.key} of {change.file}" if change.key else change.file
                 self.odd[kind].append(f"{quoted(place, 120)} {what}")
 
     def _weights(self) -> set[str]:
         """The files that transformers loads, with the index. mlx-lm writes a right index of a single file, too."""
         own = self._merged.base_files or BaseFiles(directory="")
         is_right = _object(self._places.get(MODEL_INDEX)).get("weight_map") == {
-            one.name: one.file for one in own.tensors
+            tensor.name: tensor.file for tensor in own.tensors
         }
         indices = {own.index, MODEL_INDEX} if is_right else {own.index}
         return {*map(os.path.normpath, (*own.weights, *filter(None, indices)))}
@@ -212,8 +212,8 @@ class _Account:
 def _modules(places: Mapping[str, Path]) -> set[str]:
     """The folders that modules.json of sentence-transformers names."""
     listed = _json(places.get(_MODULES))
-    paths = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return {str(one) for one in paths if one}
+    paths = [module.get("path") for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
+    return {str(path) for path in paths if path}
 
 
 _FALLBACKS = ("tokenizer_config.json", "chat_template.json")
@@ -222,20 +222,22 @@ _FALLBACKS = ("tokenizer_config.json", "chat_template.json")
 
 def _templates(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """The templates of each place, by their names. Jinja reads every end of line as a line feed."""
-    found: dict[str, dict[str, str]] = {}
+    templates: dict[str, dict[str, str]] = {}
     for name, path in files.items():
         if name.endswith(".jinja") and companion_kind(name) is Companion.TEMPLATE:
             text = _text(path)
             key = "default" if "/" not in name else name.rpartition("/")[2].removesuffix(".jinja")
-            found[name] = {key: f"\0{name} is not UTF-8" if text is None else text}
+            templates[name] = {key: f"\0{name} is not UTF-8" if text is None else text}
         elif name in _FALLBACKS:
             value = _object(path).get("chat_template")
             if isinstance(value, list):
-                listed = [one if isinstance(one, dict) else {"name": "default", "template": one} for one in value]
-                value = {str(one.get("name")): one.get("template") for one in listed}
+                listed = [item if isinstance(item, dict) else {"name": "default", "template": item} for item in value]
+                value = {str(item.get("name")): item.get("template") for item in listed}
             named = value if isinstance(value, dict) else {"default": value} if value is not None else {}
-            found[name] = {str(key): str(text) for key, text in named.items()}
-    return {place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in found.items()}
+            templates[name] = {str(key): str(text) for key, text in named.items()}
+    return {
+        place: {key: _LINE_END.sub("\n", text) for key, text in texts.items()} for place, texts in templates.items()
+    }
 
 
 def _is_template(name: str, path: Path) -> bool:
@@ -255,11 +257,11 @@ def _used(templates: Mapping[str, Mapping[str, str]], fallback: str) -> dict[str
 
 
 def _position(text: str, allowed: set[str | None]) -> str:
-    others = [one for one in allowed if one is not None]
+    others = [allowed_text for allowed_text in allowed if allowed_text is not None]
     if not others:
         return ", expected none"
     pairs = enumerate(zip(text, others[0], strict=False))
-    same = next((place for place, (one, other) in pairs if one != other), min(len(text), len(others[0])))
+    same = next((place for place, (character, other) in pairs if character != other), min(len(text), len(others[0])))
     line = text.count("\n", 0, same) + 1
     return f" differs from line {line:,}, column {same - text.rfind(chr(10), 0, same):,} on"
 
@@ -293,15 +295,15 @@ def _places(directory: str) -> dict[str, Path]:
     errors: list[OSError] = []
     for place, folders, names in os.walk(directory, onerror=errors.append):
         here = Path(place)
-        paths += [here / name for name in (*names, *(one for one in folders if (here / one).is_symlink()))]
+        paths += [here / name for name in (*names, *(name for name in folders if (here / name).is_symlink()))]
         if here == Path(directory) and ".git" in folders:
             folders.remove(".git")
             paths.append(here / ".git")
         if len(paths) > 2 * MOST_FILES:
             break
     paths += [Path(error.filename) for error in errors]
-    found = {path.relative_to(directory).as_posix(): path for path in paths if path != Path(directory)}
-    return {".git/" if name == ".git" and path.is_dir() else name: path for name, path in found.items()}
+    by_name = {path.relative_to(directory).as_posix(): path for path in paths if path != Path(directory)}
+    return {".git/" if name == ".git" and path.is_dir() else name: path for name, path in by_name.items()}
 
 
 def _refused(path: Path, limit_bytes: int | None = MOST_BYTES) -> str:
@@ -322,11 +324,11 @@ def _refused(path: Path, limit_bytes: int | None = MOST_BYTES) -> str:
 
 def _same_bytes(first: Path, second: Path) -> bool:
     try:
-        with open_regular_file(first, follow=True) as one, open_regular_file(second, follow=True) as other:
-            size_bytes = os.fstat(one.fileno()).st_size
+        with open_regular_file(first, follow=True) as first_file, open_regular_file(second, follow=True) as other:
+            size_bytes = os.fstat(first_file.fileno()).st_size
             if size_bytes != os.fstat(other.fileno()).st_size:
                 return False
-            pairs = zip(chunks(one, size_bytes), chunks(other, size_bytes), strict=True)
+            pairs = zip(chunks(first_file, size_bytes), chunks(other, size_bytes), strict=True)
             return all(piece == another for piece, another in pairs)
     except (OSError, ValueError):
         return False

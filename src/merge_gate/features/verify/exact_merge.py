@@ -72,9 +72,9 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) 
         return result
     coarse = max((actual.dtype, expected.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     wide = torch.float64 if {torch.float32, torch.float64} & {actual.dtype, expected.dtype} else torch.float32
-    flat = [one.detach().reshape(-1) for one in (actual, expected, base)]
+    flat = [tensor.detach().reshape(-1) for tensor in (actual, expected, base)]
     for start in range(0, actual.numel(), CHUNK_ELEMENTS):
-        _add(result, coarse, *(one[start : start + CHUNK_ELEMENTS].to(wide) for one in flat))
+        _add(result, coarse, *(tensor[start : start + CHUNK_ELEMENTS].to(wide) for tensor in flat))
     return result
 
 
@@ -87,7 +87,7 @@ def _add(
     if bool((is_finite & ~torch.isfinite(expected)).any()):
         result.units = math.inf
     if not bool(comparable.all()):
-        actual, expected, base = (torch.where(comparable, one, 0.0) for one in (actual, expected, base))
+        actual, expected, base = (torch.where(comparable, tensor, 0.0) for tensor in (actual, expected, base))
     unit = units(torch.maximum(base.abs(), expected.abs()), dtype)
     delta, moved = (expected - base).double(), (actual - base).double()
     result.units = max(result.units, float(((actual - expected).abs() / unit).max())) if len(unit) else result.units
@@ -138,7 +138,7 @@ class Fit:
         self._orders = [
             _Order(final, is_twice) for final in finals for is_twice in (False, True)[: 1 + (final in _HALVES)]
         ]
-        self._factor, self._coarse = factor, max(finals, key=lambda one: torch.finfo(one).eps)
+        self._factor, self._coarse = factor, max(finals, key=lambda final: torch.finfo(final).eps)
         self.astray = 0
 
     def add(self, actual: torch.Tensor, rows: ExactRows) -> None:
@@ -170,7 +170,7 @@ class _Order:
         start, delta, bound = rows.base.to(self.final).double(), rows.merged - rows.base, rows.bound
         if self.final in _HALVES and not self.is_twice:
             bound = bound + FLOAT32 * ((start + delta).abs() + bound)
-        low, centre, high = (self._rounded(start, delta + one, actual) for one in (-bound, 0.0, bound))
+        low, centre, high = (self._rounded(start, delta + offset, actual) for offset in (-bound, 0.0, bound))
         self.outside += int((comparable & ((values < low) | (values > high))).sum())
         unit = units(centre.abs(), self.final) + bound
         counted = comparable & torch.isfinite(centre)
@@ -223,7 +223,10 @@ def requantized(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
     for kind in ("nf4", "fp4"):
         packed, state = functional.quantize_4bit(wide, blocksize=BLOCK, quant_type=kind)
         quantizations[f"bnb-4bit {kind}"] = functional.dequantize_4bit(packed, state).to(torch.float32)
-    rests = {kind: float((difference - (one - wide)).double().square().sum()) for kind, one in quantizations.items()}
+    rests = {
+        kind: float((difference - (quantized - wide)).double().square().sum())
+        for kind, quantized in quantizations.items()
+    }
     best = min(rests, key=rests.__getitem__)
     share = 1 - rests[best] / whole if whole else 0.0
     return (best, share) if share >= LEAST_EXPLAINED else None
@@ -250,7 +253,7 @@ def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[Exact
     in_blocks = {id(block.layer): block for block in walk.planned if block.update.magnitude is None}
     for _, layer in walk.layers:
         slots = slots_of(layer, walk.loaded.slots)
-        wanted = [one for one in slots if one.name in names and id(layer) not in givers.get(one.name, ())]
+        wanted = [slot for slot in slots if slot.name in names and id(layer) not in givers.get(slot.name, ())]
         block = in_blocks.get(id(layer))
         if wanted and block is not None:
             with walk.base.filled([block.slot.name]):
@@ -318,13 +321,14 @@ def _by_peft(walk: Walk, layer: Any, slots: list[Slot], wanted: list[Slot]) -> I
 @contextlib.contextmanager
 def _in_float64(layer: Any) -> Iterator[None]:
     """Inside of the `with` block, the adapter's own tensors in a layer are float64."""
-    of_base = {id(one) for one in layer.get_base_layer().parameters()}
-    own = [one for one in (*layer.parameters(), *layer.buffers()) if id(one) not in of_base and one.is_floating_point()]
-    stored = [one.data for one in own]
-    for one in own:
-        one.data = one.data.double()
+    of_base = {id(tensor) for tensor in layer.get_base_layer().parameters()}
+    tensors = (*layer.parameters(), *layer.buffers())
+    own = [tensor for tensor in tensors if id(tensor) not in of_base and tensor.is_floating_point()]
+    stored = [tensor.data for tensor in own]
+    for tensor in own:
+        tensor.data = tensor.data.double()
     try:
         yield
     finally:
-        for one, data in zip(own, stored, strict=True):
-            one.data = data
+        for tensor, data in zip(own, stored, strict=True):
+            tensor.data = data

@@ -111,11 +111,11 @@ def flat(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """The values of an object and its inner objects, by their keys. `torch_dtype` is the older name of `dtype`."""
     if not isinstance(value, Mapping) or (not value and key):
         return {key: value}
-    found: dict[tuple[str, ...], Any] = {}
-    for name, one in value.items():
+    values: dict[tuple[str, ...], Any] = {}
+    for name, inner in value.items():
         word = "dtype" if name == "torch_dtype" and "dtype" not in value else str(name)
-        found |= flat(one, (*key, word))
-    return found
+        values |= flat(inner, (*key, word))
+    return values
 
 
 def expected_by(change: KeyChange, expectation: Expectation) -> str:
@@ -164,8 +164,8 @@ def _is_of_tokenizer(change: KeyChange, expectation: Expectation) -> bool:
 
 def _are_same_stops(change: KeyChange, expectation: Expectation) -> bool:
     """The same ids, or also that of the adapter's own end token. Programs that take only one take the first."""
-    old, new = (one if isinstance(one, list) else [one] for one in (change.expected, change.actual))
-    if not old or not new or any(type(one) is not int for one in (*old, *new)):
+    old, new = (ids if isinstance(ids, list) else [ids] for ids in (change.expected, change.actual))
+    if not old or not new or any(type(token_id) is not int for token_id in (*old, *new)):
         return False
     own = expectation.token_ids.get("eos_token_id") if expectation.has_own_tokenizer else None
     return {*old} <= {*new} <= {*old, own} and new[0] in (old[0], own)
@@ -177,7 +177,7 @@ def _is_of_a_new_head(change: KeyChange, expectation: Expectation) -> bool:
     has_head = "id2label" in expectation.config or expectation.has_base_tensors_only
     if has_head or not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
         return False
-    return {str(name): str(key) for key, name in names.items()} == {key: str(one) for key, one in numbers.items()}
+    return {str(name): str(key) for key, name in names.items()} == {key: str(number) for key, number in numbers.items()}
 
 
 def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
@@ -193,7 +193,7 @@ def _is_added_token(change: KeyChange, expectation: Expectation) -> bool:
 def _is_same_class(change: KeyChange, expectation: Expectation) -> bool:
     """Other releases load other names as other classes. Only the names of one class in releases 4 and 5 are equal."""
     names = (expectation.tokenizer_class if change.expected is ABSENT else change.expected, change.actual)
-    old, new = (str(one).replace("TokenizersBackend", "PreTrainedTokenizer").removesuffix("Fast") for one in names)
+    old, new = (str(name).replace("TokenizersBackend", "PreTrainedTokenizer").removesuffix("Fast") for name in names)
     return bool(expectation.tokenizer_class) and old == new
 
 
@@ -211,23 +211,23 @@ _CONDITIONS: Mapping[str, Callable[[KeyChange, Expectation], bool]] = {
     "is_written": _is_written,
     "is_default": _is_default,
     "is_left_out": _is_left_out,
-    "is_nothing": lambda one, _: not one.is_loaded and {repr(one.expected), repr(one.actual)} <= {"absent", "None"},
-    "is_text": lambda one, _: one.actual is ABSENT or isinstance(one.actual, str | None),
-    "is_flag": lambda one, _: one.actual is ABSENT or isinstance(one.actual, bool),
-    "is_resized": lambda one, expectation: (one.expected, one.actual) in expectation.resized,
-    "is_untied": lambda one, expectation: expectation.is_untied and one.actual is False,
+    "is_nothing": lambda key, _: not key.is_loaded and {repr(key.expected), repr(key.actual)} <= {"absent", "None"},
+    "is_text": lambda key, _: key.actual is ABSENT or isinstance(key.actual, str | None),
+    "is_flag": lambda key, _: key.actual is ABSENT or isinstance(key.actual, bool),
+    "is_resized": lambda key, expectation: (key.expected, key.actual) in expectation.resized,
+    "is_untied": lambda key, expectation: expectation.is_untied and key.actual is False,
     "is_same_dtype": _is_same_dtype,
-    "is_own_class": lambda one, expectation: (
-        expectation.has_base_tensors_only and same(one.actual, expectation.config.get("architectures", ABSENT))
+    "is_own_class": lambda key, expectation: (
+        expectation.has_base_tensors_only and same(key.actual, expectation.config.get("architectures", ABSENT))
     ),
     "is_of_a_new_head": _is_of_a_new_head,
-    "is_derived_problem": lambda one, _: one.expected in (ABSENT, None) and one.actual == "single_label_classification",
+    "is_derived_problem": lambda key, _: key.expected in (ABSENT, None) and key.actual == "single_label_classification",
     "is_of_tokenizer": _is_of_tokenizer,
     "are_same_stops": _are_same_stops,
-    "is_removed": lambda one, _: one.actual is ABSENT or one.actual is None,
+    "is_removed": lambda key, _: key.actual is ABSENT or key.actual is None,
     "is_added_token": _is_added_token,
     "is_same_class": _is_same_class,
-    "is_backend": lambda one, _: one.actual in (ABSENT, "tokenizers"),
+    "is_backend": lambda key, _: key.actual in (ABSENT, "tokenizers"),
     "is_older_rope": _is_older_rope,
 }
 

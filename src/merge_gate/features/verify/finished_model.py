@@ -135,9 +135,9 @@ def _dtype(files: Files, base_files: Files) -> str | None:
 def _main_dtype(stored: Sequence[StoredTensor]) -> str:
     """The floating dtype of most values."""
     counts: dict[str, int] = defaultdict(int)
-    for one in stored:
-        if one.dtype in _LOADED_DTYPES:
-            counts[one.dtype] += torch.Size(one.shape).numel()
+    for tensor in stored:
+        if tensor.dtype in _LOADED_DTYPES:
+            counts[tensor.dtype] += torch.Size(tensor.shape).numel()
     return max(counts, key=counts.__getitem__, default="")
 
 
@@ -145,9 +145,9 @@ class Compared(WholeTensors):
     """Steps 2 to 5. Without a merge, the comparison is empty."""
 
     def __init__(self, base: Base, merged: Base, files: Files, base_files: Files, base_map: TensorMap | None) -> None:
-        self._found = _Found(base=base, merged=merged)
+        self._comparisons = _Comparisons(base=base, merged=merged)
         self._files, self._base_files, self._base_map = files, base_files, base_map
-        super().__init__(self._found.put)
+        super().__init__(self._comparisons.put)
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         attempt.walk = None  # other merges follow, and its memory is of no use to them
@@ -156,34 +156,36 @@ class Compared(WholeTensors):
 
     def _compare(self, request: MergeRequest) -> Comparison:
         """Steps 3 to 5."""
-        found, files, base_files, base_map = self._found, self._files, self._base_files, self._base_map
-        base, merged, request = found.base, found.merged, replace(request, consumers=(), progress=None)
+        comparisons, files, base_files, base_map = self._comparisons, self._files, self._base_files, self._base_map
+        base, merged, request = comparisons.base, comparisons.merged, replace(request, consumers=(), progress=None)
         for name, first in self.untied:
-            found.untie(name, first)
-        merged_names = {name for name, _ in found.facts}
+            comparisons.untie(name, first)
+        merged_names = {name for name, _ in comparisons.facts}
         names = [name for name in base.tensors if name not in merged_names | base.newly_initialized]
         for _ in range(MOST_PASSES):
-            for _ in spread(found.compare_untouched, names):
+            for _ in spread(comparisons.compare_untouched, names):
                 pass
             if not (base.was_misread() or merged.was_misread()):
                 break
         others = tuple(_unloaded(files, base_files, base_map))
-        if any(one.touched and not one.same for one in found.facts.values()):
-            again = replace(request, consumers=(WholeTensors(found.put_again),), safe_merge=False)
+        if any(fact.touched and not fact.same for fact in comparisons.facts.values()):
+            again = replace(request, consumers=(WholeTensors(comparisons.put_again),), safe_merge=False)
             adapter_evidence.merge(replace(again, measure_options=MeasureOptions(estimates=True)))
-            for name, blocks in groupby(exact_merge(request, found.unlike()), key=lambda one: one.name):
-                found.fit(name, blocks)
+            for name, blocks in groupby(exact_merge(request, comparisons.unlike()), key=lambda rows: rows.name):
+                comparisons.fit(name, blocks)
         given = self.names | (base.tensors.keys() - base.newly_initialized)
         order = {name: number for number, name in enumerate(merged.tensors)}
-        facts = [found.facts[key] for key in sorted(found.facts, key=lambda key: order[key[1]])]
-        tensors = [one for one in (*facts, *others) if one.touched or not one.same or one.shape != one.expected_shape]
+        facts = [comparisons.facts[key] for key in sorted(comparisons.facts, key=lambda key: order[key[1]])]
+        tensors = [
+            fact for fact in (*facts, *others) if fact.touched or not fact.same or fact.shape != fact.expected_shape
+        ]
         is_other_class = type(base.model).__name__ not in (_config(base).architectures or ())
         is_part = base.named is not None and base.named[1]  # of a multimodal base
         is_other_task = is_other_class and base.named is not None and not is_part
         return Comparison(
             tensors=tuple(tensors),
-            compared=len(found.facts) + len(others),
-            absent=tuple(sorted(name for name in given if not found.partners(name))),
+            compared=len(comparisons.facts) + len(others),
+            absent=tuple(sorted(name for name in given if not comparisons.partners(name))),
             base_keys=_keys(base, base_map),
             merged_keys=_keys(merged, _map_of(merged, files)),
             is_other_class=is_other_class,
@@ -194,7 +196,7 @@ class Compared(WholeTensors):
 
 
 @dataclass(slots=True, kw_only=True)
-class _Found:
+class _Comparisons:
     """Compares each merged tensor with the finished model's, and keeps the facts.
 
     `facts` are by the name of the merge's tensor, and by that of the finished model's.
@@ -252,18 +254,19 @@ class _Found:
         return frozenset(name for name, partner in self.facts if self._is_unlike(name, partner))
 
     def _is_unlike(self, name: str, partner: str) -> bool:
-        one = self.facts[name, partner]
-        is_near = one.is_along_delta and not (one.is_base and one.units > 2)  # noqa: PLR2004 - each order rounds twice
-        return (
-            one.touched and one.has_figures and not one.in_other_order and one.shape == one.expected_shape and is_near
-        )
+        fact = self.facts[name, partner]
+        is_near = fact.is_along_delta and not (fact.is_base and fact.units > 2)  # noqa: PLR2004 - each order rounds twice
+        is_comparable = fact.touched and fact.has_figures and fact.shape == fact.expected_shape
+        return is_comparable and is_near and not fact.in_other_order
 
     def fit(self, name: str, blocks: Iterable[ExactRows]) -> None:
         """The merge of a tensor in float64, from the first row to the last. If it comes again, neither is the whole."""
-        unlike = {one: self.facts[name, one] for one in self.partners(name) if self._is_unlike(name, one)}
+        unlike = {
+            partner: self.facts[name, partner] for partner in self.partners(name) if self._is_unlike(name, partner)
+        }
         fits = {
-            partner: Fit(getattr(torch, one.expected_dtype), getattr(torch, one.dtype), one.factor)
-            for partner, one in unlike.items()
+            partner: Fit(getattr(torch, fact.expected_dtype), getattr(torch, fact.dtype), fact.factor)
+            for partner, fact in unlike.items()
         }
         with torch.no_grad(), self.merged.filled([*fits]):
             for rows in blocks:
@@ -279,7 +282,7 @@ class _Found:
         """The tensors of the finished model that have to be like this one."""
         if name in self._untied:
             return (self.merged.first_name(name),)
-        return tuple(one for one in self._partners.get(name, ()) if one not in self._untied)
+        return tuple(partner for partner in self._partners.get(name, ()) if partner not in self._untied)
 
     def compare_untouched(self, name: str) -> None:
         with torch.no_grad(), self.base.filled([name]):
@@ -366,7 +369,7 @@ def _unloaded(files: Files, base_files: Files, base_map: TensorMap | None) -> It
     """Stored tensors that the base's load leaves out, and that the finished directory stores too."""
     if base_map is None:
         return
-    before, after = ({one.name: one for one in part.stored} for part in (base_files, files))
+    before, after = ({tensor.name: tensor for tensor in part.stored} for part in (base_files, files))
     names = [name for name in base_map.unloaded if name in after]
     theirs = stored_bytes(base_files.directory, {name: before[name] for name in names})
     ours = stored_bytes(files.directory, {name: after[name] for name in names})
@@ -389,10 +392,10 @@ def _map_of(merged: Base, files: Files) -> TensorMap | None:
         return None
 
 
-def _keys(base: Base, found: TensorMap | None) -> LoadedKeys:
+def _keys(base: Base, mapping: TensorMap | None) -> LoadedKeys:
     return LoadedKeys(
-        targets=tuple(found.targets().items()) if found is not None else (),
-        stale_buffers=stale_buffers(found) if found is not None else (),
+        targets=tuple(mapping.targets().items()) if mapping is not None else (),
+        stale_buffers=stale_buffers(mapping) if mapping is not None else (),
         without_source=tuple(sorted(base.newly_initialized)),
         ties=tuple(base.aliases.items()),
     )
@@ -407,7 +410,7 @@ def _settings(base: Base, merged: Base, files: Files, base_files: Files, *, is_u
         expected.architectures = [name]
     if is_untied and not merged.aliases:
         expected.tie_word_embeddings = False
-    before, after = ({one.name: one.shape for one in part.stored} for part in (base_files, files))
+    before, after = ({tensor.name: tensor.shape for tensor in part.stored} for part in (base_files, files))
     pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
     facts = Expectation(
         resized=frozenset((old[0], new[0]) for old, new in pairs if old and new and old[0] != new[0]),

@@ -125,7 +125,7 @@ class _Reading:
     actual: Any
     expectation: Expectation
     loaded: dict[str, Any] = field(default_factory=dict)
-    found: dict[tuple[str, str], SettingDifference] = field(default_factory=dict)
+    by_key: dict[tuple[str, str], SettingDifference] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
 
     def result(self) -> ReadSettings:
@@ -135,7 +135,7 @@ class _Reading:
         of_model = {_CONFIG: (self.expected.to_dict(), self.actual.to_dict())}
         if _GENERATION in names:
             of_model |= self._generation()
-        self.loaded |= {name: _plain(one) for name, (one, _) in of_model.items()}
+        self.loaded |= {name: _plain(value) for name, (value, _) in of_model.items()}
         if any(_bytes(self.first / name) != _bytes(self.second / name) for name in names):
             self._tokenizers()
         self.expectation = replace(
@@ -147,7 +147,7 @@ class _Reading:
         for name, (_, actual) in of_model.items():
             old, new = flat(self.loaded[name]), flat(_plain(actual))
             keys = [key for key in old.keys() | new.keys() if key[-1] not in _OF_FILES]
-            old, new = ({key: one.get(key) for key in keys} for one in (old, new))
+            old, new = ({key: settings.get(key) for key in keys} for settings in (old, new))
             self._compare(name, old, new, whole=actual, is_loaded=True)
         self._processors()
         for name in self.files.merged:
@@ -159,7 +159,7 @@ class _Reading:
         return ReadSettings(
             read=tuple(self.read),
             written=tuple(sorted(written)),
-            differences=tuple(sorted(self.found.values(), key=lambda one: bool(one.row)))[:_MOST_DIFFERENCES],
+            differences=tuple(sorted(self.by_key.values(), key=lambda change: bool(change.row)))[:_MOST_DIFFERENCES],
         )
 
     def _generation(self) -> dict[str, tuple[Any, Any]]:
@@ -207,7 +207,7 @@ class _Reading:
         elif name == "vocab.json" and old is None:
             old = self.loaded[name]
         tokens = self.expectation.added_tokens
-        first, second = (flat(_normal(one, tokens, name)) for one in (old or {}, value))
+        first, second = (flat(_normal(settings, tokens, name)) for settings in (old or {}, value))
         if name == _TOKENIZER and (forms := _forms(self.first, self.written)):
             actual = canonical(path)
             if actual is None:
@@ -246,15 +246,16 @@ class _Reading:
             return
         self._write(own)
         tokens = {
-            str(one.content): one.__getstate__() | {"id": number} for number, one in own.added_tokens_decoder.items()
+            str(token.content): token.__getstate__() | {"id": number}
+            for number, token in own.added_tokens_decoder.items()
         }
         config = _parsed(self.second / "tokenizer_config.json")[0] or {}
         self.loaded |= {
             "tokenizer_config.json": {
-                key: one for key in config if isinstance(one := _setting(own, key), str | int | float | bool)
+                key: setting for key in config if isinstance(setting := _setting(own, key), str | int | float | bool)
             },
             "special_tokens_map.json": {**own.special_tokens_map, "extra_special_tokens": own.extra_special_tokens},
-            "added_tokens.json": {content: one["id"] for content, one in tokens.items()},
+            "added_tokens.json": {content: token["id"] for content, token in tokens.items()},
         }
         if forms := _forms(self.first):
             vocab = forms[0]["model"].get("vocab")
@@ -284,11 +285,11 @@ class _Reading:
 
     def _refuse(self, file: str, why: str) -> None:
         """The whole file differs. `why` continues a sentence that begins with its name."""
-        self.found[file, ""] = SettingDifference(file=file, key="", expected="", actual=quoted(why, 240, ""))
+        self.by_key[file, ""] = SettingDifference(file=file, key="", expected="", actual=quoted(why, 240, ""))
 
     def _add(self, file: str, key: str, expected: Any, actual: Any, row: str = "") -> None:
-        if (known := self.found.get((file, key))) is None or known.row:
-            self.found[file, key] = SettingDifference(
+        if (known := self.by_key.get((file, key))) is None or known.row:
+            self.by_key[file, key] = SettingDifference(
                 file=file, key=key[:200] or '""', expected=_shown(expected), actual=_shown(actual), row=row
             )
 
@@ -337,7 +338,7 @@ def canonical(path: Path) -> Any:
 
 
 def _texts(tokenizer: Any) -> list[str]:
-    special = {one.content for one in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     return [*TEXTS, *(f"{token} a{token}b {token}" for token in sorted(special))]
 
 
@@ -352,7 +353,7 @@ def _properties(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
         "vocabulary": tokenizer.get_vocab,
         "special tokens": lambda: {**tokenizer.special_tokens_map, "all": list(tokenizer.all_special_tokens)},
-        "added tokens": lambda: {str(n): one.__getstate__() for n, one in tokenizer.added_tokens_decoder.items()},
+        "added tokens": lambda: {str(n): token.__getstate__() for n, token in tokenizer.added_tokens_decoder.items()},
         "encoding": ids(),
         "encoding without special tokens": ids(add_special_tokens=False),
         "pairs": lambda: list(tokenizer(TEXTS[0], TEXTS[1])["input_ids"]),
@@ -360,13 +361,13 @@ def _properties(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
         "settings": lambda: {name: getattr(tokenizer, name, None) for name in settings},
         "processing": lambda: json.loads(backend.to_str()) if backend is not None else None,
     }
-    found: dict[str, Any] = {}
+    properties: dict[str, Any] = {}
     for name, way in ways.items():
         try:
-            found[name] = _without_panic(way)
+            properties[name] = _without_panic(way)
         except Exception as error:
-            found[name] = _words(error)
-    return found
+            properties[name] = _words(error)
+    return properties
 
 
 def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
@@ -374,7 +375,8 @@ def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
     while isinstance(first, Mapping) and isinstance(second, Mapping):
         odd = [key for key in (*first, *second) if not same(first.get(key, ABSENT), second.get(key, ABSENT))]
         first, second = (
-            {odd[0]: one} if one is ABSENT else one for one in (first.get(odd[0], ABSENT), second.get(odd[0], ABSENT))
+            {odd[0]: value} if value is ABSENT else value
+            for value in (first.get(odd[0], ABSENT), second.get(odd[0], ABSENT))
         )
     return first, second
 
@@ -401,15 +403,15 @@ def _normal(value: Any, tokens: Mapping[str, Mapping[str, Any]], name: str) -> A
     """
     if name not in {"tokenizer_config.json", "special_tokens_map.json"} or not isinstance(value, dict):
         return value
-    texts = {key: one if key == "added_tokens_decoder" else _text_of(one, tokens) for key, one in value.items()}
+    texts = {key: inner if key == "added_tokens_decoder" else _text_of(inner, tokens) for key, inner in value.items()}
     extra = (texts.pop("extra_special_tokens", None), texts.pop("additional_special_tokens", None))  # the older name
-    named = next((one for one in extra if one), None)
+    named = next((given for given in extra if given), None)
     return texts | ({"extra_special_tokens": named} if named else {})
 
 
 def _text_of(value: Any, tokens: Mapping[str, Mapping[str, Any]]) -> Any:
     if isinstance(value, list):
-        return [_text_of(one, tokens) for one in value]
+        return [_text_of(item, tokens) for item in value]
     own = tokens.get(str(value.get("content"))) if isinstance(value, dict) else None
     keys = value.keys() - {"__type"} if own is not None else set()
     is_own = own is not None and keys >= _FLAGS and all(same(own.get(key, ABSENT), value[key]) for key in keys)

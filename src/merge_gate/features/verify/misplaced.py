@@ -25,16 +25,16 @@ def refuse_exchanged(merged: str, base: str | None, adapter: str | None, candida
         raise _misplaced("MERGED", merged, "an adapter and not a merged model", corrected)
     if base is not None and is_adapter(base):
         raise _misplaced("--base", base, "an adapter and not a model", command(merged, "BASE", adapter or base))
-    for name, one in (("--adapter", adapter), *(("--candidate", one) for one in candidates)):
-        if one is not None and is_model(one):
-            raise _misplaced(name, one, "a model and not an adapter", command(merged, base or one, "ADAPTER"))
+    for name, path in (("--adapter", adapter), *(("--candidate", path) for path in candidates)):
+        if path is not None and is_model(path):
+            raise _misplaced(name, path, "a model and not an adapter", command(merged, base or path, "ADAPTER"))
 
 
 def command(merged: str, base: str | None, adapter: str | None, candidates: Sequence[str] = ()) -> str:
     """The command with these arguments; empty if a name cannot be typed."""
     words = ["merge-gate", "verify", merged, *(["--base", base] if base is not None else [])]
     words += ["--adapter", adapter] if adapter is not None else []
-    words += [word for one in candidates for word in ("--candidate", one)]
+    words += [word for path in candidates for word in ("--candidate", path)]
     return typed(words)
 
 

@@ -53,19 +53,19 @@ class TensorState(Enum):
 GOOD = (TensorState.EXACT, TensorState.OTHER_ORDER, TensorState.CLOSE)
 
 
-def state_of(one: TensorComparison, limit: float) -> TensorState:
+def state_of(tensor: TensorComparison, limit: float) -> TensorState:
     """The state of a tensor that the merge touches. `limit`: the standard deviations that random rounding may show."""
-    if one.same or one.in_other_order:
-        return TensorState.EXACT if one.same else TensorState.OTHER_ORDER
-    if one.outside == 0:
-        return TensorState.CLOSE if one.bias <= limit else TensorState.BIASED
-    if one.is_base:
+    if tensor.same or tensor.in_other_order:
+        return TensorState.EXACT if tensor.same else TensorState.OTHER_ORDER
+    if tensor.outside == 0:
+        return TensorState.CLOSE if tensor.bias <= limit else TensorState.BIASED
+    if tensor.is_base:
         return TensorState.BASE
-    if not one.has_figures or not one.is_along_delta or one.astray:
+    if not tensor.has_figures or not tensor.is_along_delta or tensor.astray:
         return TensorState.OTHER
-    if one.delta_sq and abs(one.factor - 1) > _tolerance(one):
+    if tensor.delta_sq and abs(tensor.factor - 1) > _tolerance(tensor):
         return TensorState.SCALED
-    return TensorState.IMPRECISE if one.bias <= limit else TensorState.BIASED
+    return TensorState.IMPRECISE if tensor.bias <= limit else TensorState.BIASED
 
 
 def bias_limit(comparison: Comparison) -> float:
@@ -73,14 +73,14 @@ def bias_limit(comparison: Comparison) -> float:
 
     By Hoeffding's inequality, a sum of n terms with random signs exceeds k of them with a chance of 2·exp(-k²/2).
     """
-    touched = [one for one in comparison.tensors if one.touched and one.numel and one.shape]
-    lines = sum(1 + one.shape[0] + one.numel // one.shape[0] for one in touched)
+    touched = [tensor for tensor in comparison.tensors if tensor.touched and tensor.numel and tensor.shape]
+    lines = sum(1 + tensor.shape[0] + tensor.numel // tensor.shape[0] for tensor in touched)
     return math.sqrt(2 * math.log(2 * max(1, lines) / CHANCE))
 
 
-def _tolerance(one: TensorComparison) -> float:
+def _tolerance(tensor: TensorComparison) -> float:
     """How far the factor of a right merge may be from 1: rounding moves it if the delta is small."""
-    spread = one.rounding_sq / one.numel / one.delta_sq if one.numel and one.delta_sq else 0.0
+    spread = tensor.rounding_sq / tensor.numel / tensor.delta_sq if tensor.numel and tensor.delta_sq else 0.0
     return FACTOR_TOLERANCE + 4 * math.sqrt(spread)
 
 
@@ -92,16 +92,18 @@ def value_findings(
 ) -> Iterator[Finding]:
     """The findings on the values of all tensors."""
     limit = bias_limit(comparison)
-    yield from _shapes([one for one in comparison.tensors if one.shape != one.expected_shape])
+    yield from _shapes([tensor for tensor in comparison.tensors if tensor.shape != tensor.expected_shape])
     for is_touched in (True, False):
-        yield from _nonfinite([one for one in comparison.tensors if one.nonfinite and one.touched is is_touched])
-    states = [(one, state_of(one, limit)) for one in comparison.tensors if one.touched]
-    others = [one for one in comparison.tensors if not one.touched and not one.same and not one.is_base]
-    odd = [*(one for one, state in states if state not in GOOD), *others]
+        yield from _nonfinite(
+            [tensor for tensor in comparison.tensors if tensor.nonfinite and tensor.touched is is_touched]
+        )
+    states = [(tensor, state_of(tensor, limit)) for tensor in comparison.tensors if tensor.touched]
+    others = [tensor for tensor in comparison.tensors if not tensor.touched and not tensor.same and not tensor.is_base]
+    odd = [*(tensor for tensor, state in states if state not in GOOD), *others]
     carriers = _carriers(odd, candidates or {})
     yield from _of_candidates(carriers, len(odd))
-    touched = [(one, state) for one, state in states if one.name not in carriers]
-    others = [one for one in others if one.name not in carriers]
+    touched = [(tensor, state) for tensor, state in states if tensor.name not in carriers]
+    others = [tensor for tensor in others if tensor.name not in carriers]
     if (base := _wrong_base(touched, others, comparison)) is not None:
         yield base
         return
@@ -115,21 +117,25 @@ def _carriers(odd: Iterable[TensorComparison], candidates: Mapping[str, Comparis
 
     If the model is the candidate's merge, the tensors that this merge leaves alone count too.
     """
-    found: dict[str, str] = {}
+    carriers: dict[str, str] = {}
     for name, comparison in candidates.items():
         limit = bias_limit(comparison)
         theirs = {
-            one.name: state_of(one, limit) in GOOD and one.shape == one.expected_shape and not one.nonfinite
-            for one in comparison.tensors
+            tensor.name: state_of(tensor, limit) in GOOD
+            and tensor.shape == tensor.expected_shape
+            and not tensor.nonfinite
+            for tensor in comparison.tensors
         }
         is_whole = bool(theirs) and all(theirs.values())
-        found |= {one.name: name for one in odd if one.name not in found and theirs.get(one.name, is_whole)}
-    return found
+        carriers |= {
+            tensor.name: name for tensor in odd if tensor.name not in carriers and theirs.get(tensor.name, is_whole)
+        }
+    return carriers
 
 
 def _of_candidates(carriers: Mapping[str, str], total: int) -> Iterator[Finding]:
     for candidate in dict.fromkeys(carriers.values()):
-        names = [name for name, one in carriers.items() if one == candidate]
+        names = [name for name, carrier in carriers.items() if carrier == candidate]
         message = f"it is the merge of the candidate {quoted(candidate, 200)}, expected the merge of --adapter"
         if len(names) < total:
             odd = f"{len(names):,} of {counted(total, 'tensor that differs', 'tensors that differ')} from the merge"
@@ -142,16 +148,16 @@ def _listed(names: Iterable[str]) -> str:
     return listing([quoted(name, 120) for name in names])
 
 
-def _found(
+def _tensor_finding(
     kind: str, message: str, odd: Sequence[TensorComparison], *, first: TensorComparison | None = None, **more: Any
 ) -> Finding:
     """The finding whose message ends with the names of these tensors. `first` is its place, or else the first one."""
-    names = _listed(one.name for one in odd)
+    names = _listed(tensor.name for tensor in odd)
     return finding(kind, f"{message}: {names}", tensor=(first or odd[0]).name, **more)
 
 
 def _worst(odd: Iterable[TensorComparison]) -> TensorComparison:
-    return max(odd, key=lambda one: one.units)
+    return max(odd, key=lambda tensor: tensor.units)
 
 
 def _shapes(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
@@ -168,10 +174,10 @@ def _shapes(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
 def _nonfinite(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
     if odd:
         merge_again, copy_again = ANSWERS["nonfinite"].hint.split("; ")
-        total = sum(one.nonfinite for one in odd)
+        total = sum(tensor.nonfinite for tensor in odd)
         are = "is" if total == 1 else "are"
         what = f"{counted(total, 'value')} of {counted(len(odd), 'tensor')} {are} NaN or Inf, expected finite values"
-        yield _found("nonfinite", what, odd, values=total, hint=merge_again if odd[0].touched else copy_again)
+        yield _tensor_finding("nonfinite", what, odd, values=total, hint=merge_again if odd[0].touched else copy_again)
 
 
 # --- the merged tensors ----------------------------------------------------------------------------------------------
@@ -188,9 +194,9 @@ def _merged(
     has_candidates: bool,
 ) -> Iterator[Finding]:
     by_state: dict[TensorState, list[TensorComparison]] = {state: [] for state in TensorState}
-    for one, state in touched:
-        by_state[state].append(one)
-    good = [one for state in GOOD for one in by_state[state]]
+    for tensor, state in touched:
+        by_state[state].append(tensor)
+    good = [tensor for state in GOOD for tensor in by_state[state]]
     if len(good) == len(touched):
         if len(others) < comparison.compared:
             yield _good(by_state, comparison)
@@ -203,7 +209,7 @@ def _merged(
     if left := by_state[TensorState.BASE]:
         has = "has" if len(left) == 1 else "have"
         what = f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes {has} the bits of the base"
-        yield _found("applied-in-part", what, left, tensors=len(left))
+        yield _tensor_finding("applied-in-part", what, left, tensors=len(left))
     yield from _odd(by_state, has_candidates=has_candidates)
 
 
@@ -235,17 +241,18 @@ def _scaled(
 ) -> Iterator[Finding]:
     """One finding for each factor, most tensors first."""
     groups: list[list[TensorComparison]] = []
-    for one in sorted(by_state[TensorState.SCALED], key=lambda one: one.factor):
-        if groups and abs(one.factor - groups[-1][0].factor) <= 2 * max(_tolerance(one) * abs(one.factor), 0.01):
-            groups[-1].append(one)
+    for tensor in sorted(by_state[TensorState.SCALED], key=lambda tensor: tensor.factor):
+        tolerance = max(_tolerance(tensor) * abs(tensor.factor), 0.01)
+        if groups and abs(tensor.factor - groups[-1][0].factor) <= 2 * tolerance:
+            groups[-1].append(tensor)
         else:
-            groups.append([one])
+            groups.append([tensor])
     for group in sorted(groups, key=len, reverse=True)[:_LISTED]:
-        factor = sum(one.cross for one in group) / sum(one.delta_sq for one in group)
+        factor = sum(tensor.cross for tensor in group) / sum(tensor.delta_sq for tensor in group)
         where = (
             f"{_all(total)}"
             if len(group) == total
-            else f"{len(group):,} of {total:,} tensors ({_listed(one.name for one in group)})"
+            else f"{len(group):,} of {total:,} tensors ({_listed(tensor.name for tensor in group)})"
         )
         kind = "applied-twice" if _is(factor, 2) else "other-strength"
         reasons = ", or ".join(_reasons(factor, config))
@@ -288,7 +295,7 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
     )
     if other:
         worst = _worst(other)
-        yield _found(
+        yield _tensor_finding(
             "unexplained",
             f"{counted(len(other), 'merged tensor has', 'merged tensors have')} other values than the merge, the base, "
             "or any multiple of the delta",
@@ -299,8 +306,8 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
             hint="check the base and its revision: no candidate has these values" if has_candidates else "",
         )
     if biased:
-        worst = max(biased, key=lambda one: one.bias)
-        yield _found(
+        worst = max(biased, key=lambda tensor: tensor.bias)
+        yield _tensor_finding(
             "unexplained",
             f"in {counted(len(biased), 'merged tensor')}, small differences from the exact merge add up in one "
             f"direction: up to {worst.bias:.3g} standard deviations of random rounding in a row, a column, or the "
@@ -312,8 +319,8 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
         )
     if imprecise:
         worst = _worst(imprecise)
-        values = sum(one.outside or 0 for one in imprecise)
-        yield _found(
+        values = sum(tensor.outside or 0 for tensor in imprecise)
+        yield _tensor_finding(
             "imprecise",
             f"{counted(values, 'value')} of {counted(len(imprecise), 'merged tensor')} "
             f"{'is' if values == 1 else 'are'} off by more than float32 and rounding explain, by up to "
@@ -330,16 +337,16 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]], *, has_cand
 
 def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], comparison: Comparison) -> Finding | None:
     """Another base explains what the delta does not: a quantized one, or one with other values nearly everywhere."""
-    odd = [one for one, state in touched if state is TensorState.OTHER]
-    explained = sorted((*odd, *others), key=lambda one: one.requantized is None)
-    if kinds := Counter(one.requantized[0] for one in explained if one.requantized is not None):
+    odd = [tensor for tensor, state in touched if state is TensorState.OTHER]
+    explained = sorted((*odd, *others), key=lambda tensor: tensor.requantized is None)
+    if kinds := Counter(tensor.requantized[0] for tensor in explained if tensor.requantized is not None):
         what = counted(len(explained), "tensor differs", "tensors differ")
         how = f"as the base does after {kinds.most_common(1)[0][0]} quantization, expected the base as it is stored"
-        return _found("wrong-base", f"{what} {how}", explained)
+        return _tensor_finding("wrong-base", f"{what} {how}", explained)
     untouched = comparison.compared - len(touched)
     if odd and untouched and len(others) > MOST_UNTOUCHED * untouched:
         what = f"{len(others):,} of {untouched:,} tensors that the adapter does not touch differ from the base"
-        return _found("wrong-base", f"{what}, and {counted(len(odd), 'merged tensor')} from the merge", others)
+        return _tensor_finding("wrong-base", f"{what}, and {counted(len(odd), 'merged tensor')} from the merge", others)
     return None
 
 
@@ -347,7 +354,9 @@ def _base_changed(odd: Sequence[TensorComparison]) -> Iterator[Finding]:
     if odd:
         worst, untouched = _worst(odd), "that the adapter does not touch"
         what = counted(len(odd), f"tensor {untouched} differs", f"tensors {untouched} differ")
-        yield _found("base-changed", f"{what} from the base", odd, first=worst, units=worst.units, tensors=len(odd))
+        yield _tensor_finding(
+            "base-changed", f"{what} from the base", odd, first=worst, units=worst.units, tensors=len(odd)
+        )
 
 
 # --- names, ties, dtypes, and files ----------------------------------------------------------------------------------
@@ -365,7 +374,7 @@ def _stored(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Itera
     before, after = comparison.base_keys, comparison.merged_keys
     of_base, of_merged = dict(before.targets), dict(after.targets)
     ties = dict(before.ties) | dict(after.ties)
-    stored, own = ({one.name: None for one in files.tensors} for files in (base, merged))
+    stored, own = ({tensor.name: None for tensor in files.tensors} for files in (base, merged))
     expected_absent = {*before.stale_buffers, *comparison.lacked}
     lacking = [name for name in stored if name not in own and name not in expected_absent]
     extra = [name for name in own if name not in stored]
@@ -374,7 +383,7 @@ def _stored(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Itera
     made = {target for name in gone for target in of_base.get(name, ())}
     gone += [name for name in comparison.absent if name not in made and name not in gone and name not in stored]
     expected = _with_tied(_made(before) | {*before.without_source}, ties)
-    expected |= {one.name for one in comparison.tensors if one.touched}
+    expected |= {tensor.name for tensor in comparison.tensors if tensor.touched}
     expected -= {target for name in own if name in stored for target in of_merged.get(name, ())}  # made already
     added = [name for name in extra if not _makes(of_merged.get(name), expected)]
     if gone:
@@ -434,8 +443,8 @@ def _ties(comparison: Comparison) -> Iterator[Finding]:
 
 def _files(merged: BaseFiles) -> Iterator[Finding]:
     """The findings on the directory's weight files alone."""
-    for one in merged.findings:
-        yield finding("broken-files", one.message, tensor=one.tensor, hint=one.hint)
+    for problem in merged.findings:
+        yield finding("broken-files", problem.message, tensor=problem.tensor, hint=problem.hint)
     for names, has, lacks in (
         ([name for name, _ in merged.ghosts], "the index names", "the files that it names do not have"),
         ([*merged.unlisted], "the weight files have", "the index does not name"),
@@ -446,16 +455,16 @@ def _files(merged: BaseFiles) -> Iterator[Finding]:
 
 
 def _dtypes(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Iterator[Finding]:
-    before = {one.name: one for one in base.tensors}
-    expected = {one.name: one.expected_dtype for one in comparison.tensors if one.touched}
+    before = {tensor.name: tensor for tensor in base.tensors}
+    expected = {tensor.name: tensor.expected_dtype for tensor in comparison.tensors if tensor.touched}
     targets: Mapping[str, tuple[str, ...]] = dict(comparison.merged_keys.targets)
     changed: dict[tuple[str, str], list[str]] = {}
-    for one in merged.tensors:
-        was = before.get(one.name)
-        merged_dtypes = {expected.get(target) for target in targets.get(one.name, (one.name,))}
-        if was is None or was.dtype == one.dtype or merged_dtypes == {_DTYPES.get(one.dtype, "")}:
+    for tensor in merged.tensors:
+        was = before.get(tensor.name)
+        merged_dtypes = {expected.get(target) for target in targets.get(tensor.name, (tensor.name,))}
+        if was is None or was.dtype == tensor.dtype or merged_dtypes == {_DTYPES.get(tensor.dtype, "")}:
             continue
-        changed.setdefault((was.dtype, one.dtype), []).append(one.name)
+        changed.setdefault((was.dtype, tensor.dtype), []).append(tensor.name)
     for (old, new), names in sorted(changed.items(), key=lambda item: -len(item[1])):
         what = f"{counted(len(names), 'tensor is', 'tensors are')} stored as {quoted(new, 20)}"
         message = f"{what}, expected {quoted(old, 20)} as in the base: {_groups(names)}"

@@ -74,14 +74,14 @@ def verify_record(
             f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
         )
     try:
-        found = answer.recorded_report(name, name, allowed)
+        report = answer.recorded_report(name, name, allowed)
         sha256 = resolve.digest_file(Path(name, MANIFEST_NAME))
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
-    found = _unless_swapped(found, Snapshot(name=name, directory=name), before)
+    report = _unless_swapped(report, Snapshot(name=name, directory=name), before)
     config = Config(path=None, directory=str(Path.cwd()), sha256=sha256, adapters=())
     tally = Tally(config, device=DEVICE, watch=BaseWatch())
-    tally.set_report(0, found)
+    tally.set_report(0, report)
     with begun_run(output):
         return ReportWriter(output, view).finish(replace(tally.report(complete=True), is_comparison=True))
 

@@ -79,7 +79,9 @@ def _of_layers(case: MergeCase) -> Iterator[Finding]:
     runs = worst.change_share < math.inf
     wrong = f"it differs from the unmerged layer by {worst.change_share:.0%} of the adapter's change"
     also = (
-        f"; so {'do' if len(others) > 1 else 'does'} {listing(tuple(one.module for one in others))}" if others else ""
+        f"; so {'do' if len(others) > 1 else 'does'} {listing(tuple(layer.module for layer in others))}"
+        if others
+        else ""
     )
     yield merge_differs.finding(
         f"{worst.module} (a {worst.class_name}) does not compute the same after the merge: in float32, "
@@ -107,7 +109,7 @@ def _of_tensors(case: MergeCase) -> Iterator[Finding]:
     if not wrong:
         return
     worst, *others = wrong
-    also = f"; {listing(tuple(one.tensor for one in others))} {'are' if len(others) > 1 else 'is'} wrong, too"
+    also = f"; {listing(tuple(tensor.tensor for tensor in others))} {'are' if len(others) > 1 else 'is'} wrong, too"
     values = "" if worst.values is None else f": {counted(worst.values, 'value')} differ"
     factor = "" if worst.factor is None else f", and it has {worst.factor:.2f} times the change"
     yield merge_differs.finding(

@@ -125,7 +125,8 @@ def _marks(report: Report) -> Json:
 
 def _results(report: Report) -> Iterator[Json]:
     in_all_dtypes = words.by(
-        words.worst_first(report.adapters), lambda one: (one.name, one.source, one.line, one.base.model)
+        words.worst_first(report.adapters),
+        lambda adapter: (adapter.name, adapter.source, adapter.line, adapter.base.model),
     )
     for same in in_all_dtypes.values():
         for finding, more, where in unique_findings(same, lambda adapter: list(adapter.findings)):

@@ -263,7 +263,7 @@ def _base_findings(report: Report) -> list[str]:
 def _forwards(report: Report) -> list[str]:
     """What the runs of base and adapter as models showed, of adapters that passed: the others have findings."""
     ran = [adapter for adapter in report.adapters if adapter.forward.ran and adapter.verdict is Verdict.PASSED]
-    items = [f"- {code(one.name, 80)} ({plain(words.precision(one.base))}) {prose(words.forward(one))}" for one in ran]
+    items = [f"- {code(run.name, 80)} ({plain(words.precision(run.base))}) {prose(words.forward(run))}" for run in ran]
     title = f"{words.counted(len(ran), 'merge')} that passed, run as a model"
     return _details(title, items, _FORWARDS_BYTES) if ran else []
 

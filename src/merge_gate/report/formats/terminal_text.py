@@ -185,10 +185,12 @@ def _forwards(report: Report) -> Iterator[RenderableType]:
     """The result of running base and adapter: the passed adapter that comes closest to its limit."""
     ran = [adapter for adapter in report.adapters if adapter.forward.ran and adapter.verdict is Verdict.PASSED]
     if ran:
-        one = max(ran, key=lambda one: (one.forward.nonfinite_module is not None, words.share_of_dtype(one.forward)))
-        name = f"{one_line(one.name, words.NAME_LIMIT)} ({words.precision(one.base)})"
+        closest = max(
+            ran, key=lambda run: (run.forward.nonfinite_module is not None, words.share_of_dtype(run.forward))
+        )
+        name = f"{one_line(closest.name, words.NAME_LIMIT)} ({words.precision(closest.base)})"
         rest = f" ({words.counted(len(ran) - 1, 'other run')} stayed further from the limit)" if len(ran) > 1 else ""
-        yield from (_BLANK, Text(f"{name} {words.forward(one)}{rest}"))
+        yield from (_BLANK, Text(f"{name} {words.forward(closest)}{rest}"))
 
 
 def _result(report: Report, output_dir: str) -> Iterator[RenderableType]:

@@ -46,7 +46,7 @@ def paragraphs(report: Report) -> list[AlikeAdapters]:
 def by_adapter(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
     """Group the entries of one adapter in several dtypes if the same finding decides them."""
     groups = words.by(
-        adapters, lambda one: (one.name, one.source, one.base.model, one.verdict, one.cause, words.deciding(one))
+        adapters, lambda item: (item.name, item.source, item.base.model, item.verdict, item.cause, words.deciding(item))
     )
     return list(groups.values())
 

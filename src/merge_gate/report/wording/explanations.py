@@ -74,4 +74,4 @@ def page_of(check: str) -> str | None:
 
 def linked(report: _Judged) -> _Judged:
     """The report with the address of each finding's check. All reports of a run pass here."""
-    return replace(report, findings=tuple(replace(one, url=page_of(one.check)) for one in report.findings))
+    return replace(report, findings=tuple(replace(finding, url=page_of(finding.check)) for finding in report.findings))

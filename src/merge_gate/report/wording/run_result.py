@@ -182,7 +182,7 @@ def _counts(report: Report, adapters: list[Adapter], whole: str) -> str:
 def _undecided(adapters: list[Adapter]) -> str:
     """`judged`, `published`, or both: what could not be done with the adapters in doubt."""
     causes = [set(adapter.causes) for adapter in adapters if adapter.state is AdapterState.ERROR]
-    unpublished = sum(one == _NOT_PUBLISHED for one in causes)
+    unpublished = sum(cause == _NOT_PUBLISHED for cause in causes)
     if unpublished:
         return "published" if unpublished == len(causes) else f"judged or published ({unpublished:,} not published)"
     return "judged"
@@ -214,7 +214,9 @@ def _merges(report: Report, adapters: list[Adapter]) -> str:
         return ""
     failed, errors = report.counts.failed - report.accepted, report.counts.error
     if failed or errors:
-        too = sum(_state(entry) is AdapterState.ERROR for one in adapters if one.failure for entry in one.entries)
+        too = sum(
+            _state(entry) is AdapterState.ERROR for adapter in adapters if adapter.failure for entry in adapter.entries
+        )
         return f" ({failed or errors:,} of {counted(total, 'merge')}{f', {too:,} not judged' if too else ''})"
     return f" ({report.counts.passed:,} of {counted(total, 'merge')})" if report.accepted else f" ({total:,} merges)"
 

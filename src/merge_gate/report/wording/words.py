@@ -236,15 +236,15 @@ def passed(adapter: AdapterReport) -> str:
 
 def coverage(adapter: AdapterReport) -> str:
     """How much of the adapter and of the merged model was checked."""
-    found = adapter.coverage
-    if not found.parameters_total:
+    counts = adapter.coverage
+    if not counts.parameters_total:
         return "nothing was merged"
     figures = [dict(each.measured).get("missing", 0.0) for each in adapter.findings if each.check == _MISSING]
     missing = sum(int(figure) for figure in figures if math.isfinite(figure))
-    of_all = counted(found.adapter_tensors + missing, "expected adapter tensor" if missing else "adapter tensor")
-    tensors = f"{found.applied:,} of {of_all} used"
-    checked = f"{found.parameters_checked:,} of {counted(found.parameters_total, 'parameter')} checked"
-    return f"{checked}; {tensors}, on {counted(found.modules_merged, 'module')}"
+    of_all = counted(counts.adapter_tensors + missing, "expected adapter tensor" if missing else "adapter tensor")
+    tensors = f"{counts.applied:,} of {of_all} used"
+    checked = f"{counts.parameters_checked:,} of {counted(counts.parameters_total, 'parameter')} checked"
+    return f"{checked}; {tensors}, on {counted(counts.modules_merged, 'module')}"
 
 
 def share_of_dtype(run: Forward) -> float:
@@ -281,8 +281,8 @@ def base_precisions(bases: Iterable[BaseReport]) -> str:
 
 def bases_with_findings(bases: Iterable[BaseReport]) -> list[list[BaseReport]]:
     """The bases that have findings. A base with the same findings in several dtypes is one group."""
-    found = filter(lambda base: base.findings, bases)
-    return [*by(found, lambda base: (base.model, base.revision, base.loaded_as, base.findings)).values()]
+    with_findings = filter(lambda base: base.findings, bases)
+    return [*by(with_findings, lambda base: (base.model, base.revision, base.loaded_as, base.findings)).values()]
 
 
 def how_loaded(several: list[BaseReport]) -> str:
