@@ -302,8 +302,8 @@ def test_the_files_next_to_the_weights_are_fetched_to_publish(hub: LoopbackHub, 
     adapter, base = (
         answer["names"]
         for answer in client.ask(
-            {"kind": "adapter", "id": "acme/support", "with_companions": True},
-            {"kind": "base", "id": "acme/base", "with_companions": True},
+            {"kind": "adapter", "id": "acme/support", "tokenizer_files": True},
+            {"kind": "base", "id": "acme/base", "tokenizer_files": True},
         )
     )
     published = {"tokenizer.json", "LICENSE", "tokenizer.model"}

@@ -414,7 +414,12 @@ def test_on_a_real_terminal(columns: int) -> None:
     )
     ours, theirs = pty.openpty()
     scrubbed = {key: value for key, value in os.environ.items() if key not in {"CI", "GITHUB_ACTIONS", "NO_COLOR"}}
-    env = scrubbed | {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24", "PYTHONIOENCODING": "utf-8"}
+    env = scrubbed | {
+        "TERM": "xterm-256color",
+        "COLUMNS": str(columns),
+        "CALL_CHANNELS": "24",
+        "PYTHONIOENCODING": "utf-8",
+    }
     with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=env) as process:
         os.close(theirs)
         shown = _read(ours)

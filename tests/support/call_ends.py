@@ -1,4 +1,4 @@
-"""Both ends of the lines for calls, connected in one process."""
+"""Both ends of the channels for calls, connected in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.call_service import CallService, Service
-from merge_gate.worker.channel import Line
+from merge_gate.worker.channel import CallChannel
 
 
 class Ends:
@@ -18,7 +18,7 @@ class Ends:
     def __init__(self, service: Service) -> None:
         self._calls, self._is_served = CallService([service]), True
         ends = [os.dup(descriptor) for descriptor in self._calls.start()]  # as if the worker got them
-        self.of_worker = [Line.of(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)]
+        self.of_worker = [CallChannel.of(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)]
         self.client = CallClient(self.of_worker)
 
     def call(self, message: object) -> object:

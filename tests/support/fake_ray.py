@@ -44,12 +44,12 @@ class Ray:
         assert function is run_shard
         return SimpleNamespace(options=lambda **asked: self.asked.update(asked) or SimpleNamespace(remote=self._start))
 
-    def _start(self, work: Any, shard: tuple[int, int], given_up: Any) -> Iterator[list[Any]]:
+    def _start(self, work: Any, shard: tuple[int, int], lost_adapters: Any) -> Iterator[list[Any]]:
         self.shards.append(shard)
-        return self._batches(work, shard, given_up)
+        return self._batches(work, shard, lost_adapters)
 
-    def _batches(self, work: Any, shard: tuple[int, int], given_up: Any) -> Iterator[list[Any]]:
-        for batch in self.run(work, shard, given_up):
+    def _batches(self, work: Any, shard: tuple[int, int], lost_adapters: Any) -> Iterator[list[Any]]:
+        for batch in self.run(work, shard, lost_adapters):
             for item in batch:
                 yield [item]
                 if self.loses(shard, item):

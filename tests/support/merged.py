@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merge_gate.engine.merge import merged_tensors, plan, walk
+from merge_gate.engine.merge import adapter_merge, merged_tensors, plan
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def kept() -> Iterator[dict[str, torch.Tensor]]:
         seen[one.slot.name] = whole
         return made
 
-    merged_tensors.of_tensor = walk.of_tensor = measured
+    merged_tensors.of_tensor = adapter_merge.of_tensor = measured
     plan._merge = merge
     try:
         yield seen
     finally:
-        merged_tensors.of_tensor = walk.of_tensor = of_tensor
+        merged_tensors.of_tensor = adapter_merge.of_tensor = of_tensor
         plan._merge = merge_of

@@ -28,13 +28,13 @@ def command_reference() -> str:
 
 def _section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"## merge-gate {name}"
-    yield _cell(parser.description or "")
+    yield _lazy_group(parser.description or "")
     for group in parser._action_groups:
         rows = [row for action in group._group_actions if (row := _row(action))]
         if not rows:
             continue
         title = {"positional arguments": "Arguments", "options": "Options"}.get(group.title or "", group.title or "")
-        note = f" ({_cell(group.description)})" if group.description else ""
+        note = f" ({_lazy_group(group.description)})" if group.description else ""
         yield f"**{title[:1].upper()}{title[1:]}**{note}"
         yield "\n".join(["| option | variable | meaning |", "|---|---|---|", *rows])
     shown = re.match(r"examples:\n((?:  .+\n)+)", parser.epilog or "")
@@ -53,10 +53,12 @@ def _row(action: argparse.Action) -> str:
         spelled += f" `{f'[{value}]' if action.nargs == '?' else value}`"
     variable = ENVIRONMENT.search(action.help or "")
     named = f"`{variable[1]}`" if variable else ""
-    return f"| {spelled.replace('|', chr(92) + '|')} | {named} | {_cell(ENVIRONMENT.sub('', action.help or ''))} |"
+    return (
+        f"| {spelled.replace('|', chr(92) + '|')} | {named} | {_lazy_group(ENVIRONMENT.sub('', action.help or ''))} |"
+    )
 
 
-def _cell(text: str) -> str:
+def _lazy_group(text: str) -> str:
     """A help text as Markdown: percent signs as argparse shows them, and nothing that ends a cell or starts a tag."""
     plain = " ".join(text.replace("%%", "%").split()).replace("|", "\\|").replace("<", "&lt;")
     return (
@@ -85,6 +87,6 @@ def exit_code_table() -> str:
         codes = dict(MEANINGS.findall(parser.epilog or ""))
         if codes:
             assert set(codes) <= {str(int(code)) for code in ExitCode}, name
-            rows.append(f"| `{name}` | {' | '.join(_cell(codes.get(str(int(code)), '')) for code in ExitCode)} |")
+            rows.append(f"| `{name}` | {' | '.join(_lazy_group(codes.get(str(int(code)), '')) for code in ExitCode)} |")
     head = " | ".join(str(int(code)) for code in ExitCode)
     return "\n".join([f"| command | {head} |", f"|---|{'---|' * len(ExitCode)}", *rows])

@@ -13,8 +13,8 @@ from merge_gate._internal.errors import SourceError
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records.terms import record
 from merge_gate.worker.call_client import CallClient
-from merge_gate.worker.call_service import LINES, InvalidCallError, Service
-from merge_gate.worker.channel import Line
+from merge_gate.worker.call_service import CALL_CHANNELS, InvalidCallError, Service
+from merge_gate.worker.channel import CallChannel
 from merge_gate.worker.protocol import Answer, Idle
 from tests.support.call_ends import Ends, open_files, wait_until
 
@@ -96,7 +96,7 @@ def test_what_no_service_answers_ends_all_lines(message: object, ends: Ends) -> 
     assert ends.call(Asked(text="")) == Answer()
     with pytest.raises((EOFError, OSError)):
         ends.call(message)
-    for _ in range(LINES):
+    for _ in range(CALL_CHANNELS):
         with pytest.raises(SourceError):
             ends.client.call(Asked(text=""))
 
@@ -114,16 +114,16 @@ def test_the_end_waits_for_no_call(ends: Ends, service: Letters) -> None:
 
 def test_the_memory_of_a_line_keeps_its_size(ends: Ends) -> None:
     """Otherwise, the parent would get a SIGBUS."""
-    for line in ends.of_worker:
+    for channel in ends.of_worker:
         for size_bytes in (0, 2 * PIECE_BYTES):
             with pytest.raises(PermissionError):
-                os.ftruncate(line.window, size_bytes)
+                os.ftruncate(channel.window, size_bytes)
 
 
 def test_a_parent_that_sends_something_else_is_an_error() -> None:
-    own, other = Line.pair(())
+    own, other = CallChannel.pair(())
     own.send(Idle())
     with pytest.raises(SourceError):
         CallClient([other]).call(Asked(text=""))
-    for line in (own, other):
-        line.close()
+    for channel in (own, other):
+        channel.close()

@@ -421,7 +421,7 @@ def test_a_death_of_models_is_blamed_on_no_merge(shelf: Shelf, adapters: list[Ad
     merging = MergeStarted(task=0, others=(1, 2))
     assert turns(begun(job, merging, *running)) == {0: ALONE, 1: ALONE, 2: TOGETHER}
     assert turns(begun(job, merging, *running, *ended, InProgress(task=2))) == {0: TOGETHER, 1: TOGETHER, 2: SUSPECTED}
-    left = begun(job, merging, *running, *ended, running[1]).left(DEATH, set())
+    left = begun(job, merging, *running, *ended, running[1]).remaining_job(DEATH, set())
     assert [bool(task.why_not("forward")) for task in left.groups[0].tasks] == [False, True, False]
     assert {task.turn for task in left.groups[0].tasks} == {TOGETHER}
 
@@ -581,13 +581,13 @@ def test_an_event_about_other_tasks_is_refused(
     attempt = begun(Job(groups=groups), Unjudged(task=0, refusal=REFUSED), MergeStarted(task=1))
     with pytest.raises(GarbledError):
         attempt.receive(event)
-    left = attempt.left(DEATH, set())
+    left = attempt.remaining_job(DEATH, set())
     assert [task.index for one in left.groups for task in one.tasks] == [2, 3, 4, 5]
 
 
 def turns(attempt: Attempt) -> dict[int, int]:
     """After a death, whom each task is merged with."""
-    return {task.index: task.turn for one in attempt.left(DEATH, set()).groups for task in one.tasks}
+    return {task.index: task.turn for one in attempt.remaining_job(DEATH, set()).groups for task in one.tasks}
 
 
 @pytest.mark.parametrize(
@@ -633,7 +633,7 @@ class SimulatedPasses:
             for batch in batches([(task, None) for task in job.groups[0].tasks]):
                 if self.dies([task.index for task, _ in batch], attempt):
                     break
-            job = attempt.left(DEATH, tried)
+            job = attempt.remaining_job(DEATH, tried)
 
     def dies(self, batch: list[int], attempt: Attempt) -> bool:
         """Read the base once. At the death, the culprit and as many others as there are threads are in progress."""
@@ -731,15 +731,15 @@ def test_a_long_name_of_a_module_is_cut(shelf: Shelf, adapters: list[AdapterFile
 
 
 def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    class Stop(BaseException):
+    class FillStep(BaseException):
         pass
 
     def listen(event: Event) -> None:
-        raise Stop
+        raise FillStep
 
     worker = WorkerSlot()
     child = process_of(worker)
-    with pytest.raises(Stop), worker:
+    with pytest.raises(FillStep), worker:
         supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen, worker)
     assert child.poll() == -signal.SIGKILL
 

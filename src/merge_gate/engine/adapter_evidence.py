@@ -8,7 +8,7 @@ that explains why there are none. This module imports nothing of judging.
 3. Refuse adapters that PEFT merges wrongly.                            known_defects.py
 4. Find out for each broken tensor of the file if a merge reads it.     probes.py
 5. Find layers that have no effect until they are merged.               probes.py, direct_reads.py
-6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
+6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, adapter_merge.py
    Prove PEFT's merges.                                                 proof.py
 7. Account for every parameter and persistent buffer.                   merged_tensors.py
 """
@@ -38,10 +38,10 @@ from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.served_class import served_class
 from merge_gate.engine.consumer import Consumer
+from merge_gate.engine.merge.adapter_merge import AdapterMerge, Progress
 from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.engine.merge.proof import difference, differs
-from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes import mark_used, unread_layers
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.placement import confirm_card
@@ -80,7 +80,7 @@ class MergeRequest:
 
 
 def merge(request: MergeRequest) -> Evidence:
-    """Merge one adapter. Start again if some code has read a tensor that had no values (hollow.py).
+    """Merge one adapter. Start again if some code has read a tensor that had no values (lazy_tensors.py).
 
     That tensor has values from then on, so the loop ends.
     """
@@ -93,14 +93,14 @@ def merge(request: MergeRequest) -> Evidence:
         return attempt.end()
 
 
-def planned(request: MergeRequest) -> Walk:
+def planned(request: MergeRequest) -> AdapterMerge:
     """The plan of a merge, without the merge, of an adapter that was merged."""
     attempt = MergeAttempt(request, waits=False)
     with quiet(), torch.no_grad():
         attempt.do(attempt.plan)
-    if attempt.walk is None:
+    if attempt.merge is None:
         raise attempt.error or AssertionError("it was merged before")
-    return attempt.walk
+    return attempt.merge
 
 
 def measure_wholly(base: Base) -> None:
@@ -147,32 +147,32 @@ def _attempts(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> list[M
     with quiet():
         for attempt in attempts:
             attempt.do(attempt.plan)
-            if attempt.walk is not None and attempt is not attempts[-1] and not is_begun:
+            if attempt.merge is not None and attempt is not attempts[-1] and not is_begun:
                 begin_reading(bases)  # not before: a plan refuses an adapter whose merge does not fit in memory
                 is_begun = True
         for base in bases:
             base.pattern = None  # PEFT may merge into it
         if attempts and all(attempt.error is not None for attempt in attempts):
             return attempts
-        walks = [attempt.walk for attempt in attempts if attempt.walk is not None]
+        adapter_merges = [attempt.merge for attempt in attempts if attempt.merge is not None]
         started, of_pass = time.perf_counter(), None
         _call_consumers(attempts, is_merged=False)
         try:
-            merge_planned(walks, bases)
+            merge_planned(adapter_merges, bases)
         except Exception as error:
             confirm_card(bases[0].source.device)
             of_pass = error
-        seconds = (time.perf_counter() - started) / max(1, len(walks))
+        seconds = (time.perf_counter() - started) / max(1, len(adapter_merges))
         for attempt in attempts:
             attempt.seconds += seconds
-            if attempt.error is None and (attempt.walk is not None or attempt.base.unmeasured()):
+            if attempt.error is None and (attempt.merge is not None or attempt.base.unmeasured()):
                 attempt.error = of_pass
             if attempt.error is None:
                 attempt.do(attempt.finish)
         _call_consumers(attempts, is_merged=True)
     is_full = any(isinstance(attempt.error, torch.OutOfMemoryError) for attempt in attempts)
     if is_full and True in [base.weights.drop() for base in bases]:
-        del attempts, attempt, walks, of_pass  # their errors hold tensors of the card
+        del attempts, attempt, adapter_merges, of_pass  # their errors hold tensors of the card
         return _attempts(requests, bases)
     return attempts
 
@@ -181,7 +181,7 @@ def _call_consumers(attempts: Sequence[MergeAttempt], *, is_merged: bool) -> Non
     """Call the consumers of a pass, class by class. Those of adapters that cannot be merged are left out."""
     by_class: dict[type[Consumer], list[tuple[Consumer, MergeAttempt]]] = {}
     for attempt in attempts:
-        for consumer in attempt.request.consumers if attempt.walk is not None and attempt.error is None else ():
+        for consumer in attempt.request.consumers if attempt.merge is not None and attempt.error is None else ():
             by_class.setdefault(type(consumer), []).append((consumer, attempt))
     for kind, pairs in by_class.items():
         kind.in_pass(pairs, is_merged=is_merged)
@@ -190,13 +190,13 @@ def _call_consumers(attempts: Sequence[MergeAttempt], *, is_merged: bool) -> Non
 class MergeAttempt:
     """One adapter on its way to `evidence`: `plan`, the pass together with other adapters, `finish`, and `end`.
 
-    Without a `walk` there is nothing to merge: the adapter is refused, or has raised the `error`. `in_file` has the
-    tensors of the base that its file contains, by the key in the loaded model.
+    Without a `merge` there is nothing to merge: the adapter is refused, or has raised the `error`. `in_file`
+    has the tensors of the base that its file contains, by the key in the loaded model.
     """
 
     def __init__(self, request: MergeRequest, *, waits: bool) -> None:
         """`waits`: other adapters are loaded before this one is merged, so its factors are to take no memory."""
-        self.walk: Walk | None = None
+        self.merge: AdapterMerge | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
         self.in_file: Mapping[str, str] = {}
@@ -245,7 +245,7 @@ class MergeAttempt:
         if loaded.is_first:
             refuse_wrong_merges(loaded.model, loaded.config)
         # The file may contain tensors of the base: parameters and buffers.
-        parameters = base_tensors_in_file(loaded.model, loaded.slots, loaded.state)
+        parameters = base_tensors_in_file(loaded.model, loaded.base_names, loaded.state)
         self.in_file = in_file = parameters | _base_buffers_in_file(base, loaded)
         self._parameters_in_file = set(parameters.values())
         self._enlarged = _enlarged_tensors(base, loaded) - self._parameters_in_file
@@ -260,15 +260,15 @@ class MergeAttempt:
             loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
         for consumer in self.request.consumers:
             consumer.begin(self, loaded)
-        walk = self._planned_walk(loaded)
+        adapter_merge = self._planned_merge(loaded)
         if self._waits and loaded.template is not None:
             base.pattern = loaded.template  # not before: another adapter of its kind skips what was checked here
-        self.walk = walk
+        self.merge = adapter_merge
 
-    def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
+    def _planned_merge(self, loaded: Loaded, *, in_blocks: bool = True) -> AdapterMerge:
         request = self.request
         consumers = [consumer for consumer in request.consumers if consumer.takes_tensors]
-        walk = Walk(
+        adapter_merge = AdapterMerge(
             base=request.base,
             loaded=loaded,
             measure_options=replace(
@@ -280,37 +280,39 @@ class MergeAttempt:
             safe_merge=request.safe_merge,
             consumers=consumers,
         )
-        walk.plan()
-        outlines = walk.can_change(self._parameters_in_file) if consumers else {}
+        adapter_merge.plan()
+        outlines = adapter_merge.can_change(self._parameters_in_file) if consumers else {}
         for consumer in consumers:
             consumer.expect(outlines)
         is_read_now = request.base.feed is not None and request.base.device.type == "cpu"
         if is_read_now and request.free_bytes is not None:
-            walk.refuse_too_large(request.free_bytes)
-        return walk
+            adapter_merge.refuse_too_large(request.free_bytes)
+        return adapter_merge
 
     def finish(self) -> None:
         """The rest of step 6, and step 7."""
-        if self.walk is None:
+        if self.merge is None:
             return
-        walk, base, differing = self.walk, self.base, tuple(self.walk.differing)
-        if differing or walk.wrong or any(map(differs, walk.compared.values())):
+        adapter_merge, base, differing = self.merge, self.base, tuple(self.merge.differing)
+        if differing or adapter_merge.wrong or any(map(differs, adapter_merge.compared.values())):
             # A cross-check failed, so PEFT itself merges every layer, on a new scratch copy.
-            walk = self._planned_walk(self.load(), in_blocks=False)
-        walk.finish()
-        loaded, merges, compared = walk.loaded, walk.merged.merges, tuple(walk.compared.values())
-        if not walk.layers_by_peft:  # it is unchanged: the next adapter reuses it
+            adapter_merge = self._planned_merge(self.load(), in_blocks=False)
+        adapter_merge.finish()
+        loaded, compared = adapter_merge.loaded, tuple(adapter_merge.compared.values())
+        merges, nonfinite = adapter_merge.merged.merges, adapter_merge.merged.nonfinite
+        if not adapter_merge.layers_by_peft:  # it is unchanged: the next adapter reuses it
             base.template = loaded.template
         ratio = self.request.measure_options.estimated_ratio
         matrices = [merge for merge in merges.values() if len(merge.stats.shape) > 1]
         is_large = any((merge.delta_norm or 0.0) > ratio * (merge.base_norm or 0.0) for merge in matrices)
         # tensors that are missing in the base's files and in the adapter, so that a delta is added to random values
         without_source = set(base.newly_initialized & base.tensors.keys()) - self._parameters_in_file
-        without_source -= merges.keys() - walk.adapted
+        without_source -= merges.keys() - adapter_merge.adapted
         adapted = {path: path for path in loaded.targeted}
         for arrival in loaded.arrivals:
             adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
-        lora = {path: float(layer.scaling[ADAPTER_NAME]) for path, layer in walk.layers if isinstance(layer, LoraLayer)}
+        layers = adapter_merge.layers
+        lora = {path: float(layer.scaling[ADAPTER_NAME]) for path, layer in layers if isinstance(layer, LoraLayer)}
         served = served_class(base, self.request.members[0], adapted, lora, is_export=self._needs_served)
         self.evidence = replace(
             self.evidence,
@@ -322,16 +324,16 @@ class MergeAttempt:
             merges=tuple(merges.values()),
             typical_rms=base.typical_rms() if is_large else 0.0,
             shared=_shared_modules(loaded),
-            tied=walk.merged.tied(loaded.tied_modules, self._token_owners),
+            tied=adapter_merge.merged.tied(loaded.tied_modules, self._token_owners),
             replaced_nonfinite=tuple(
-                name for name, stats in base.stats.items() if not stats.finite and name not in walk.merged.nonfinite
+                name for name, stats in base.stats.items() if not stats.finite and name not in nonfinite
             ),
-            refused_by_safe_merge=tuple(walk.refused),
+            refused_by_safe_merge=tuple(adapter_merge.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
             resized=next(_resized(base, merges), None),
             served=served and replace(served, changed=self._changed),
-            cross_checked=tuple(walk.cross_checked),
+            cross_checked=tuple(adapter_merge.cross_checked),
             differing=differing,
             forward=replace(
                 self.evidence.forward,
@@ -341,14 +343,14 @@ class MergeAttempt:
                 ),
             ),
             different=tuple(filter(differs, compared)),
-            wrong=tuple(walk.wrong.values()),
-            not_compared=tuple(walk.not_compared.items()),
+            wrong=tuple(adapter_merge.wrong.values()),
+            not_compared=tuple(adapter_merge.not_compared.items()),
             versions=f"torch {torch.__version__}, PEFT {peft.__version__}",
-            layers_in_blocks=len(walk.blocks),
-            layers_by_peft=walk.layers_by_peft,
+            layers_in_blocks=len(adapter_merge.blocks),
+            layers_by_peft=adapter_merge.layers_by_peft,
             seed=loaded.seed,
-            parameters_checked=walk.merged.checked,
-            parameters_total=walk.merged.total,
+            parameters_checked=adapter_merge.merged.checked,
+            parameters_total=adapter_merge.merged.total,
             parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )
 
@@ -375,7 +377,7 @@ def _unnamed(base: Base, loaded: Loaded, in_file: Mapping[str, str]) -> tuple[st
     ends = [module for path, module in model.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
     ends += _embedding_and_head(model)
     of_ends = {
-        loaded.slots.get((id(inner), attribute))
+        loaded.base_names.get((id(inner), attribute))
         for end in ends
         for inner in end.modules()
         for attribute in inner._parameters
@@ -438,7 +440,7 @@ def _enlarged_tensors(base: Base, loaded: Loaded) -> set[str]:
         name
         for module in modules
         for attribute, tensor in module._parameters.items()
-        if (name := loaded.slots.get((id(module), attribute), "")) in base.tensors
+        if (name := loaded.base_names.get((id(module), attribute), "")) in base.tensors
         and id(module) not in fully_trained
         and tensor.dim() == base.tensors[name].dim()
         and tensor.shape[:1] > base.tensors[name].shape[:1]  # slices, because a tensor may have no dimension

@@ -20,7 +20,7 @@ from merge_gate.engine.adapter.load_adapter import Loaded
 from merge_gate.engine.adapter.peft_config import starts_at_no_delta
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.merged_tensors import ROUNDING_SHARE
-from merge_gate.engine.merge.private_copies import Slot, private_copies, slots_of
+from merge_gate.engine.merge.private_copies import MergeTarget, private_copies, targets_of
 from merge_gate.engine.merge.proof import same_random_numbers
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import distance, same_bits
@@ -84,13 +84,15 @@ def _is_attention_output(model: nn.Module, path: str) -> bool:
 
 
 def _delta_share(base: Base, loaded: Loaded, layer: Any) -> float:
-    """‖merged − unmerged‖/‖unmerged‖ of the layer's tensors. 0.0 if PEFT cannot merge it, which the walk reports."""
-    slots = slots_of(layer, loaded.slots)
+    """‖merged − unmerged‖/‖unmerged‖ of the layer's tensors. 0.0 if PEFT cannot merge it, which the merge reports."""
+    targets = targets_of(layer, loaded.base_names)
     try:
-        with same_random_numbers(), private_copies(layer, slots, base, dtype=torch.float32):
-            unmerged = [slot.data.to(device_of(layer, base.device), torch.float32, copy=True) for slot in slots]
+        with same_random_numbers(), private_copies(layer, targets, base, dtype=torch.float32):
+            unmerged = [target.data.to(device_of(layer, base.device), torch.float32, copy=True) for target in targets]
             layer.merge(safe_merge=False)
-            pairs = [(slot.tensor, old) for slot, old in zip(slots, unmerged, strict=True) if slot.tensor is not None]
+            pairs = [
+                (target.tensor, old) for target, old in zip(targets, unmerged, strict=True) if target.tensor is not None
+            ]
             delta = math.hypot(*(distance(tensor.data, old) for tensor, old in pairs))
             norm = math.hypot(*(distance(old) for _, old in pairs))
     except Exception as error:
@@ -153,7 +155,7 @@ def _is_replaced(loaded: Loaded, key: str) -> bool:
     if not inside or not _is_trained(loaded, path):
         return False
     module, _, attribute = key.rpartition(".")
-    name = loaded.slots.get((id(loaded.model.get_submodule(module)), attribute), "")
+    name = loaded.base_names.get((id(loaded.model.get_submodule(module)), attribute), "")
     return all(_is_trained(loaded, f"{ADAPTER_PREFIX}{other}") for other in loaded.tied_modules.get(name, ()))
 
 
@@ -187,20 +189,20 @@ def _affected_layers(model: Any, key: str) -> list[Any]:
 
 def merged_once(base: Base, loaded: Loaded, layer: Any) -> list[torch.Tensor]:
     """A layer's parameters and buffers after a merge by PEFT. The layer stays unmerged."""
-    slots = slots_of(layer, loaded.slots)
+    targets = targets_of(layer, loaded.base_names)
     before = layer.get_base_layer()
-    with private_copies(layer, slots, base):
+    with private_copies(layer, targets, base):
         layer.merge(safe_merge=False)
         after = layer.get_base_layer()
         if after is before:
-            return [_merged_values(slot) for slot in slots]
+            return [_merged_values(target) for target in targets]
         try:  # the method replaces the whole module
             return [tensor.detach().clone() for tensor in (*after.parameters(), *after.buffers())]
         finally:
             layer.unmerge()
 
 
-def _merged_values(slot: Slot) -> torch.Tensor:
-    tensor = slot.tensor
+def _merged_values(target: MergeTarget) -> torch.Tensor:
+    tensor = target.tensor
     assert tensor is not None  # noqa: S101 - a target is made of a parameter that exists
-    return dequantized(slot.module, tensor) if is_quantized(tensor) else tensor.detach().clone()
+    return dequantized(target.module, tensor) if is_quantized(tensor) else tensor.detach().clone()

@@ -25,7 +25,7 @@ class Feed:
     def open_files(self, files: Sequence[str]) -> None:
         """Open these files, so that later reads are of the files that are there now."""
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, needed_now: bool = True) -> None:
         """Announce the spans that will be read, in this order, so that they can be read ahead.
 
         With `whole`, the rest of the files is read too, so that their digests are known. Before they are announced as

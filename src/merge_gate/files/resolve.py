@@ -60,8 +60,8 @@ class Fetching:
         allow_pickle: whether pickled weights are fetched if there are no other ones.
         read_pickle: lists the tensors of pickled weights. Without it, they are not known.
         trust_remote_code: whether the code of a base is fetched.
-        with_companions: whether the files that a published model has next to its weights are fetched too.
-        with_copies: whether the files that a model may copy from its base, such as code, are fetched too.
+        tokenizer_files: whether the files that a published model has next to its weights are fetched too.
+        code_files: whether the files that a model may copy from its base, such as code, are fetched too.
         is_plan: whether weights that are not in the Hub's cache stay where they are, with their headers.
     """
 
@@ -71,8 +71,8 @@ class Fetching:
     allow_pickle: bool = False
     read_pickle: PickleReader | None = None
     trust_remote_code: bool = False
-    with_companions: bool = False
-    with_copies: bool = False
+    tokenizer_files: bool = False
+    code_files: bool = False
     is_plan: bool = False
 
 
@@ -273,7 +273,7 @@ def resolve_adapter(spec: AdapterSpec, how: Fetching = _USUALLY) -> Snapshot:
         if how.is_plan and CONFIG_NAME in names:
             path_of(CONFIG_NAME)
         pickles = (PICKLE_NAME,) if how.allow_pickle and WEIGHTS_NAME not in names else ()
-        more = companions(names) if how.with_companions else ()
+        more = companions(names) if how.tokenizer_files else ()
         return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, EXPORT_NAME, *pickles, *more) if name in names)
 
     needs = (CONFIG_NAME, WEIGHTS_NAME)
@@ -296,10 +296,8 @@ def resolve_base(
 
         def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
             chosen = choose_base(names, path_of, how, name=name)
-            more = companions(names) if how.with_companions else frozenset()
-            copies = (
-                {file for file in names if is_carried(file) and not is_harmless(file)} if how.with_copies else set()
-            )
+            more = companions(names) if how.tokenizer_files else frozenset()
+            copies = {file for file in names if is_carried(file) and not is_harmless(file)} if how.code_files else set()
             return (*chosen, *sorted((more | copies) - {*chosen}))
 
         if how.lay_out is None:

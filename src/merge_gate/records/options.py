@@ -17,7 +17,7 @@ class RunOptions:
         device: The requested device: `auto`, `cpu`, `cuda`, or `cuda:N`.
         output: The directory that the reports go to; None writes none.
         only: Names of adapters; empty for all in the configuration.
-        given_up: Pairs of an adapter that is not merged, and why: the machines that tried to were lost.
+        lost_adapters: Pairs of an adapter that is not merged, and why: the machines that tried to were lost.
         is_plan: Whether the run stops before it merges, and writes nothing (`--plan`).
         features: The options of the command line by their names, of which each feature reads its own.
     """
@@ -25,7 +25,7 @@ class RunOptions:
     device: str = "auto"
     output: str | None = None
     only: tuple[str, ...] = ()
-    given_up: tuple[tuple[str, str], ...] = ()
+    lost_adapters: tuple[tuple[str, str], ...] = ()
     is_plan: bool = False
     features: Mapping[str, Any] = field(default_factory=dict)
 

@@ -174,8 +174,8 @@ class Run:
         If a feature may decide every entry, a worker that was not started early waits for the first undecided entry. If
         pickles are allowed, it reads them, and this thread starts it: a worker ends with the thread that started it.
         """
-        given_up = dict(self.options.given_up)
-        is_needed = any(spec.name not in given_up for spec in self.specs)
+        lost_adapters = dict(self.options.lost_adapters)
+        is_needed = any(spec.name not in lost_adapters for spec in self.specs)
         may_wait = any(feature.may_decide_all for feature in self.features.values())
         if is_needed and (self.config.allow_pickle or self.worker.is_started or not may_wait):
             self.worker.start()
@@ -201,12 +201,12 @@ class Run:
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Report the entries that their files alone decide, and yield the others: they have to be merged."""
         inputs = Inputs(self.config, self.fetching(), limit_s=headers_limit_s)
-        given_up = dict(self.options.given_up)
+        lost_adapters = dict(self.options.lost_adapters)
         for spec in self.specs:
             self.tally.entries.extend(inputs.entries(spec))
         for index, entry in enumerate(self.tally.entries):
             report = adapter_report.blocked_report(entry)
-            if report is None and (reason := given_up.get(entry.spec.name)):
+            if report is None and (reason := lost_adapters.get(entry.spec.name)):
                 hint = "check the node's log and its memory, and run the gate again"
                 report = adapter_report.not_judged_report(entry, NotJudged(message=reason, hint=hint))
             if report is None:

@@ -1,6 +1,6 @@
 """Answers the calls of the worker, which has no network and no token, and can open no file for writing.
 
-In: calls of the worker, which is not trusted, over several lines. Out: what the services of a run's features answer.
+In: calls of the worker, which is not trusted, over several channels. Out: what the services of a run's features answer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from merge_gate._internal.errors import GateError
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.channel import GarbledError, Line
+from merge_gate.worker.channel import CallChannel, GarbledError
 from merge_gate.worker.protocol import Answer
 
-LINES = 4
+CALL_CHANNELS = 4
 """Calls that are answered at a time."""
 
 END_LIMIT_S = 1.0
@@ -58,14 +58,15 @@ class CallService:
     def __init__(self, services: Sequence[Service]) -> None:
         self._services = services
         self._answers = {call: service.answer for service in services for call in service.calls}
-        self.lines, self.of_worker = zip(*(Line.pair(self._answers) for _ in range(LINES)), strict=True)
-        self._threads = [threading.Thread(target=self._serve, args=(line,), daemon=True) for line in self.lines]
+        pairs = [CallChannel.pair(self._answers) for _ in range(CALL_CHANNELS)]
+        self.channels, self.of_worker = zip(*pairs, strict=True)
+        self._threads = [threading.Thread(target=self._serve, args=(each,), daemon=True) for each in self.channels]
 
     def start(self) -> list[int]:
-        """Begin to answer. Returns the worker's ends of the lines."""
+        """Begin to answer. Returns the worker's ends of the channels."""
         for thread in self._threads:
             thread.start()
-        return [descriptor for line in self.of_worker for descriptor in line.descriptors]
+        return [descriptor for channel in self.of_worker for descriptor in channel.descriptors]
 
     def close(self) -> None:
         """End the service. A read or a disk that hangs keeps its thread."""
@@ -77,20 +78,20 @@ class CallService:
             thread.join(max(0.0, until - time.monotonic()))
         for service in self._services:
             service.end()
-        for line in (*self.lines, *self.of_worker):
-            line.close()
+        for channel in (*self.channels, *self.of_worker):
+            channel.close()
 
     def _hang_up(self) -> None:
-        for line in self.lines:
-            line.hang_up()
+        for channel in self.channels:
+            channel.hang_up()
 
-    def _serve(self, line: Line) -> None:
+    def _serve(self, channel: CallChannel) -> None:
         try:
-            memory = memoryview(mmap.mmap(line.window, PIECE_BYTES))
+            memory = memoryview(mmap.mmap(channel.window, PIECE_BYTES))
             while True:
-                refusal, files = self._answered(line.receive(), memory)
+                refusal, files = self._answered(channel.receive(), memory)
                 try:
-                    line.send(Answer(refusal=refusal, files=len(files)), files)
+                    channel.send(Answer(refusal=refusal, files=len(files)), files)
                 finally:
                     for descriptor in files:
                         os.close(descriptor)

@@ -135,7 +135,7 @@ class Channel:
         return message
 
 
-class Line(Channel):
+class CallChannel(Channel):
     """One end of a connection for calls of the worker, whose answers come with up to `PIECE_BYTES` of bytes, or files.
 
     The bytes are in memory that both ends share.
@@ -146,8 +146,8 @@ class Line(Channel):
         self.window = window
 
     @classmethod
-    def pair(cls, calls: Iterable[type]) -> tuple[Line, Line]:
-        """The parent's end of a new line for `calls`, and the other one. Neither can change the memory's size."""
+    def pair(cls, calls: Iterable[type]) -> tuple[CallChannel, CallChannel]:
+        """The parent's end of a new channel for `calls`, and the other one. Neither can change the memory's size."""
         window = os.memfd_create("merge-gate-line", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(window, PIECE_BYTES)
         fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -155,7 +155,7 @@ class Line(Channel):
         return cls(own, window, calls=calls), cls(other, os.dup(window), MOST_FILES)
 
     @classmethod
-    def of(cls, socket_descriptor: int, window: int) -> Line:
+    def of(cls, socket_descriptor: int, window: int) -> CallChannel:
         """The end that a process got as these `descriptors`."""
         return cls(socket.socket(fileno=socket_descriptor), window, MOST_FILES)
 

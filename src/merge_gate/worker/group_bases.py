@@ -158,7 +158,7 @@ class GroupBases:
         accounting.add_file_facts(load.base, account, group.directory)
         earlier = next((known for known in group.records if known.model_class == load.model_class.label), None)
         if earlier is not None and load.is_skeleton:
-            load.base.adopt(earlier)
+            load.base.use_earlier_figures(earlier)
 
     def _read(self, group: Group, model_class: ModelClass) -> Base:
         source = Source(
@@ -202,7 +202,7 @@ class GroupBases:
 
 def _as_published(base: Base, group: Group) -> Base:
     """A quantized base is published with plain weights, if all merges of the group are published in a named dtype."""
-    if group.plain_dtype is None or base.hollow is not None:
+    if group.plain_dtype is None or base.lazy is not None:
         return base
     return bases.dequantized_base(base, group.plain_dtype)
 

@@ -167,14 +167,14 @@ def supervise(job: Job, listen: Listener, worker: WorkerSlot, services: Services
     `worker` may hold a process that was started before the job was known. `services` answer its calls.
     """
     for part in _parts(job):
-        left, tried = part, set[tuple[str, object]]()
-        while any(group.tasks for group in left.groups):
-            attempt = Attempt(left, listen)
+        remaining, tried = part, set[tuple[str, object]]()
+        while any(group.tasks for group in remaining.groups):
+            attempt = Attempt(remaining, listen)
             ending = worker.run(attempt, services)
             if ending is None:
                 attempt.report_rest()
                 break
-            left = attempt.left(ending, tried)
+            remaining = attempt.remaining_job(ending, tried)
 
 
 def _parts(job: Job) -> Iterator[Job]:
@@ -324,7 +324,7 @@ class Attempt:
         why = "the gate's worker process finished without a result for this adapter"
         self._report(list(self._open), NotJudged(message=why, hint="please report this"))
 
-    def left(self, ending: NotJudged, tried: set[tuple[str, object]]) -> Job:
+    def remaining_job(self, ending: NotJudged, tried: set[tuple[str, object]]) -> Job:
         """The job for the next process. This one died so. `tried` are the places where a process died before."""
         place = ("base", self._loading) if self._loading is not None else ("between", len(self._open))
         if self._running:

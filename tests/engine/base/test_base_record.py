@@ -72,7 +72,7 @@ def test_only_touched_tensors_are_read_for_the_same_evidence(shelf: Shelf) -> No
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
     record, whole = recorded(directory, adapter)
     base, feed = skeleton(directory)
-    base.adopt(record)
+    base.use_earlier_figures(record)
     assert base.unmeasured() == []
     touched = merged(base, adapter)
     spans = {one.name: one.span for one in stored_bytes(str(directory), {
@@ -104,7 +104,7 @@ def test_figures_of_another_shape_dtype_or_name_are_not_taken(shelf: Shelf) -> N
     other = TensorStats(name="model.gone.weight", dtype=first.dtype, shape=(1,), numel=1, minimum=0.0, maximum=0.0)
     record = replace(record, figures=(replace(first, shape=(1, *first.shape)), replace(second, dtype="float64"), other))
     base, _ = skeleton(shelf.base("llama"))
-    base.adopt(record)
+    base.use_earlier_figures(record)
     assert not base.recorded
     assert len(base.unmeasured()) == len(base.tensors)
 
@@ -116,7 +116,7 @@ def test_a_tensor_that_was_not_finite_is_read_again(shelf: Shelf, tmp_path: Path
     model.save_pretrained(tmp_path)
     record, whole = recorded(tmp_path, shelf.adapter("plain"))
     base, _ = skeleton(tmp_path)
-    base.adopt(record)
+    base.use_earlier_figures(record)
     assert base.unmeasured() == [UNTOUCHED], "it is read again: no adapter fails by a record"
     assert merged(base, shelf.adapter("plain")).base.nonfinite == whole.base.nonfinite
 

@@ -68,7 +68,7 @@ def test_in_the_stored_dtype_it_is_mapped_and_nothing_is_copied(shelf: Shelf) ->
     feed = CountingFeed(str(shelf.base("llama")))
     base = mapped(shelf.base("llama"), ModelClass(class_name="LlamaForCausalLM"), feed=feed)
     assert base.alone.keys() == base.tensors.keys()
-    assert (base.hollow, base.feed, base.unmeasured(), feed.reads) == (None, None, [], [])
+    assert (base.lazy, base.feed, base.unmeasured(), feed.reads) == (None, None, [], [])
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -86,11 +86,11 @@ def test_no_weight_is_read_to_make_it(shelf: Shelf) -> None:
     directory = shelf.base("llama")
     feed = CountingFeed(str(directory))
     base = made(directory, feed=feed)
-    assert base.hollow is not None
+    assert base.lazy is not None
     assert feed.reads == []
     assert feed.expected == []
     assert set(base.unmeasured()) == set(base.tensors)
-    cells = base.hollow.cells(base.tensors)
+    cells = base.lazy.groups(base.tensors)
     for cell in cells:
         with base.filled(cell.outlines):
             pass
@@ -104,8 +104,8 @@ def test_experts_that_are_mixed_in_the_files_are_read_in_order(tmp_path: Path, m
     for most_bytes in (1 << 29, 0):
         monkeypatch.setattr(skeleton, "MOST_BYTES_TOGETHER", most_bytes)
         base = made(tmp_path, class_name)
-        assert base.hollow is not None
-        starts = [span.start for cell in base.hollow.cells(base.tensors) for span in cell.spans]
+        assert base.lazy is not None
+        starts = [span.start for cell in base.lazy.groups(base.tensors) for span in cell.spans]
         in_order.append(starts == sorted(starts))
         assert differing(base, loaded(tmp_path, class_name)) == []
     assert in_order == [True, False]
@@ -147,8 +147,8 @@ def test_a_weight_that_the_class_changes_is_changed(is_mapped: bool, dtype: str,
         base, real = made(directory, name, dtype, is_mapped=is_mapped), loaded(directory, name, dtype)
         assert differing(base, real) == []
     assert "model.norm.weight" not in base.alone, "no figures of a changed tensor are those of its bytes"
-    assert (base.hollow is None) == (is_mapped and dtype == "auto")
-    assert base.hollow is None or 0 < base.hollow.kept_bytes() < 10_000
+    assert (base.lazy is None) == (is_mapped and dtype == "auto")
+    assert base.lazy is None or 0 < base.lazy.kept_bytes() < 10_000
 
 
 @pytest.mark.parametrize(("model_class", "words"), [(ReadsAll, "too many"), (Replaces, "model.norm.weight")])

@@ -28,7 +28,7 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.merge import one_pass, walk
+from merge_gate.engine.merge import adapter_merge, one_pass
 from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
@@ -401,13 +401,13 @@ def test_a_pass_that_reads_a_tensor_without_values_is_repeated(shelf: Shelf, mon
     adapters, directory = [shelf.adapter(name) for name in ("every-projection", "plain")], shelf.base("llama")
     base = fed(directory, adapters[0], LocalFeed(str(directory)))
     sums: list[float] = []
-    own = walk.Walk.finish
+    own = adapter_merge.AdapterMerge.finish
 
-    def finish(self: walk.Walk) -> None:
+    def finish(self: adapter_merge.AdapterMerge) -> None:
         sums.append(float(base.tensors["model.norm.weight"].float().abs().sum()))
         own(self)
 
-    monkeypatch.setattr(walk.Walk, "finish", finish)
+    monkeypatch.setattr(adapter_merge.AdapterMerge, "finish", finish)
     assert None not in merge_together([request(base, adapter) for adapter in adapters])
     assert sums[:2] == [0.0, 0.0]
     assert len(sums) == 4

@@ -15,7 +15,7 @@ from merge_gate.engine.adapter import load_adapter
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.merge import one_pass, walk
+from merge_gate.engine.merge import adapter_merge, one_pass
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import Refused
@@ -119,13 +119,13 @@ def test_adapters_are_cross_checked_in_different_layers(shelf: Shelf) -> None:
 
 def test_a_weight_is_merged_with_all_adapters_before_the_next(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    own = walk.Walk.merge_in_blocks
+    own = adapter_merge.AdapterMerge.merge_in_blocks
 
-    def merged(self: walk.Walk, block: Any, weight: torch.Tensor) -> Any:
-        seen.append(block.slot.name)
+    def merged(self: adapter_merge.AdapterMerge, block: Any, weight: torch.Tensor) -> Any:
+        seen.append(block.target.name)
         return own(self, block, weight)
 
-    monkeypatch.setattr(walk.Walk, "merge_in_blocks", merged)
+    monkeypatch.setattr(adapter_merge.AdapterMerge, "merge_in_blocks", merged)
     monkeypatch.setattr(one_pass, "spread", map)
     adapter = shelf.adapter("every-projection")
     base = base_for(shelf.base("llama"), adapter, "bfloat16")
@@ -138,16 +138,16 @@ def test_a_weight_is_merged_with_all_adapters_before_the_next(shelf: Shelf, monk
 def test_an_adapter_that_raises_is_left_to_be_merged_by_itself(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = [shelf.adapter("every-projection"), shelf.adapter("lora-bias")]
     base = base_for(shelf.base("llama"), adapters[0], "bfloat16")
-    own = walk.Walk.finish
+    own = adapter_merge.AdapterMerge.finish
 
-    def finish(self: walk.Walk) -> None:
+    def finish(self: adapter_merge.AdapterMerge) -> None:
         if not self.planned:  # the adapter that PEFT merges
             raise MemoryError
         own(self)
 
     requests = [request_for(base, adapter) for adapter in adapters]
     assert None not in merge_together(requests)
-    monkeypatch.setattr(walk.Walk, "finish", finish)
+    monkeypatch.setattr(adapter_merge.AdapterMerge, "finish", finish)
     assert [evidence is None for evidence in merge_together(requests)] == [False, True]
     assert merge(requests[0]).refusal is None
     with pytest.raises(MemoryError):
@@ -157,14 +157,14 @@ def test_an_adapter_that_raises_is_left_to_be_merged_by_itself(shelf: Shelf, mon
 def test_a_failed_cross_check_sends_its_adapter_through_peft(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = shelf.adapter("every-projection")
     base = base_for(shelf.base("llama"), adapter, "bfloat16")
-    own, walks = walk.Walk.cross_check, list[walk.Walk]()
+    own, adapter_merges = adapter_merge.AdapterMerge.cross_check, list[adapter_merge.AdapterMerge]()
 
-    def cross_check(self: walk.Walk, block: Any, merged: Any) -> bool:
-        walks.append(self)
-        return own(self, block, merged) and self is not walks[0]
+    def cross_check(self: adapter_merge.AdapterMerge, block: Any, merged: Any) -> bool:
+        adapter_merges.append(self)
+        return own(self, block, merged) and self is not adapter_merges[0]
 
     right = merge(request_for(base, adapter))
-    monkeypatch.setattr(walk.Walk, "cross_check", cross_check)
+    monkeypatch.setattr(adapter_merge.AdapterMerge, "cross_check", cross_check)
     merged = merge_together([request_for(base, adapter)] * 2)
     first, second = sorted(filter(None, merged), key=lambda one: not one.differing)  # the order of threads decides
     assert first.differing

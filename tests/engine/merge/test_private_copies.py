@@ -16,7 +16,7 @@ from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.merge.private_copies import map_factors, private_copies, slots_of
+from merge_gate.engine.merge.private_copies import map_factors, private_copies, targets_of
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
@@ -83,8 +83,8 @@ def test_a_write_in_a_cross_check_reaches_no_other_adapter(
     assert [len(one.differing) for one in merged].count(1) == is_before  # after the merge, nothing reads the copy
     assert sum(one.layers_by_peft == 0 for one in merged) == len(ADAPTERS) - is_before
     assert [extremes(one) for one in merged] == [extremes(one) for one in right]
-    assert base.hollow is not None
-    assert base.hollow.kept_bytes() == 0
+    assert base.lazy is not None
+    assert base.lazy.kept_bytes() == 0
     assert not base.was_misread()
     assert [extremes(merge(request(base, one))) for one in adapters] == [extremes(one) for one in right]
 
@@ -104,7 +104,7 @@ def test_nothing_stays_behind_after_a_write(failure: type[Exception] | None, she
     place = weight.data_ptr()
     with (
         pytest.raises(failure) if failure is not None else nullcontext(),
-        private_copies(layer, slots_of(layer, loaded.slots), base, mapped=loaded.mapped),
+        private_copies(layer, targets_of(layer, loaded.base_names), base, mapped=loaded.mapped),
     ):
         weight.data.mul_(2)
         layer.merge(safe_merge=True)
@@ -114,12 +114,12 @@ def test_nothing_stays_behind_after_a_write(failure: type[Exception] | None, she
     assert weight.data_ptr() == place
     assert [factor.data_ptr() for factor in factors] == [address for address, _ in before]
     assert all(same_bits(factor.data, values) for factor, (_, values) in zip(factors, before, strict=True))
-    assert base.hollow is not None
-    assert not base.hollow.fill_touched()  # its pages were given back
-    with base.hollow.filled([weight.data]):
+    assert base.lazy is not None
+    assert not base.lazy.fill_touched()  # its pages were given back
+    with base.lazy.filled([weight.data]):
         assert same_bits(weight.data, stored(directory, layer, loaded))
 
 
 def stored(directory: Path, layer: Any, loaded: Loaded) -> torch.Tensor:
-    name = loaded.slots[id(layer.get_base_layer()), "weight"]
+    name = loaded.base_names[id(layer.get_base_layer()), "weight"]
     return read_tensors(directory, "model.safetensors")[name]

@@ -124,8 +124,8 @@ def test_another_document_is_a_miss(tmp_path: Path, document: object) -> None:
 def test_a_pass_without_coverage_is_a_miss(tmp_path: Path) -> None:
     one = entry(tmp_path)
     verdict = judged(one)
-    hollow = replace(verdict, adapter=replace(verdict.adapter, coverage=Coverage(parameters_total=9)))
-    _, document = stored(hollow, one)
+    lazy = replace(verdict, adapter=replace(verdict.adapter, coverage=Coverage(parameters_total=9)))
+    _, document = stored(lazy, one)
     assert restored(document, one) is None
 
 

@@ -138,8 +138,8 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
 
 def test_it_does_not_matter_where_the_values_come_from(trial: Trial) -> None:
     skeleton, in_memory = trial.loaded("bfloat16"), trial.loaded("bfloat16", load_base)
-    assert skeleton.hollow is not None
-    assert in_memory.hollow is None
+    assert skeleton.lazy is not None
+    assert in_memory.lazy is None
     before = {name: one.clone() for name, one in in_memory.tensors.items()}
     assert trial.measured(skeleton) == trial.measured(in_memory)
     assert all(torch.equal(one, before[name]) for name, one in in_memory.tensors.items())

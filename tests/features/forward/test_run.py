@@ -152,12 +152,12 @@ def test_a_base_that_is_not_in_memory_runs_alike(shelf: Shelf, adapter: str) -> 
     in_memory = load_local(directory, label="base", model_class=LLAMA)
     with LocalFeed(directory) as feed:
         source = Source(directory=directory, label="base")
-        hollow = skeleton_of(source, LLAMA, stored_tensors(directory), feed)
-        requests = [request(base, shelf.adapter(adapter)) for base in (in_memory, hollow)]
+        lazy = skeleton_of(source, LLAMA, stored_tensors(directory), feed)
+        requests = [request(base, shelf.adapter(adapter)) for base in (in_memory, lazy)]
         expected, found = map(merge, requests)
     assert found.forward == expected.forward
     assert found.forward.ran
-    assert not hollow.was_misread()
+    assert not lazy.was_misread()
 
 
 @pytest.mark.parametrize("is_hollow", [False, True])

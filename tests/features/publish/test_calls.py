@@ -98,8 +98,8 @@ def test_more_files_come_than_fit_into_one_message(ends: Publishing) -> None:
 def test_files_that_do_not_all_arrive_are_an_error(ends: Publishing) -> None:
     """As if the process may not open as many."""
     ends.publisher.names = ("0", "1", "2")
-    for line in ends.of_worker:
-        line._most_files = 1
+    for channel in ends.of_worker:
+        channel._most_files = 1
     with pytest.raises(SourceError, match="3 more files"):
         ends.connection.plan(0, [TENSOR])
     wait_until(lambda: not open_files(ends.publisher.directory))

@@ -102,7 +102,7 @@ def test_a_published_model_is_pefts_merge(variant: str, dtype: str, shelf: Shelf
 @pytest.mark.parametrize("variant", ["every-projection", "modules-to-save", "token-rows", "fused-experts", "embedding"])
 def test_a_base_that_is_filled_from_a_feed_publishes_the_same(variant: str, shelf: Shelf, tmp_path: Path) -> None:
     base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
-    ours, theirs = sent_by(base, adapter, hollow=True), sent_by(base, adapter)
+    ours, theirs = sent_by(base, adapter, lazy=True), sent_by(base, adapter)
     assert ours.refusal is theirs.refusal is None
     assert different(ours.values(), theirs.values()) == []
     assert set(ours.tensors) == set(theirs.tensors) != set()
@@ -263,12 +263,12 @@ def test_a_body_keeps_the_prefix_and_the_head_of_its_files(shelf: Shelf, tmp_pat
 # --- in another dtype -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hollow", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("variant", ["every-projection", "modules-to-save", "fused-experts", "tied-tokens"])
-def test_every_floating_tensor_is_cast(variant: str, hollow: bool, shelf: Shelf, tmp_path: Path) -> None:
+def test_every_floating_tensor_is_cast(variant: str, lazy: bool, shelf: Shelf, tmp_path: Path) -> None:
     base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
     theirs = peft_merge(base, adapter, "bfloat16")[1]
-    sent = sent_by(base, adapter, publish="bfloat16", dtype="bfloat16", hollow=hollow)
+    sent = sent_by(base, adapter, publish="bfloat16", dtype="bfloat16", lazy=lazy)
     assert sent.refusal is None
     assert {one.name for one in sent.tensors} == stored(base).keys()
     assert {one.dtype for one in sent.tensors} == {"BF16"}

@@ -209,7 +209,7 @@ def test_a_worker_asks_for_its_share_of_more_shards(
 def test_a_note_of_all_nodes_is_shown_once(quick: Path) -> None:
     ray, view = Ray(), Shown()
 
-    def says(work: Any, shard: tuple[int, int], given_up: Any) -> Iterator[list[Any]]:
+    def says(work: Any, shard: tuple[int, int], lost_adapters: Any) -> Iterator[list[Any]]:
         yield [("note", ("the sandbox is incomplete",), {}), ("start", ("x", 1, 1), {})]
         yield from run_shard(work, shard, tuple((name, "not now") for name in NAMES))
 
@@ -258,8 +258,8 @@ def changed_after(file: Path, address: str = "head:6379", only: tuple[str, ...] 
     """The report of a run whose nodes have other bytes in a file than this machine."""
     ray, content = Ray({"CPU": 1.0}), file.read_bytes()
 
-    def run(work: Any, shard: tuple[int, int], given_up: Any) -> Iterator[list[Any]]:
-        yield from run_shard(work, shard, given_up)
+    def run(work: Any, shard: tuple[int, int], lost_adapters: Any) -> Iterator[list[Any]]:
+        yield from run_shard(work, shard, lost_adapters)
         file.write_bytes(content + b" ")
 
     ray.run = run
@@ -362,8 +362,8 @@ def test_a_silent_cluster_is_waited_for(quick: Path) -> None:
 def test_a_report_that_cannot_be_written_is_shown(quick: Path) -> None:
     ray, view = Ray(), Shown()
 
-    def run(work: Any, shard: tuple[int, int], given_up: Any) -> Iterator[list[Any]]:
-        yield from run_shard(work, shard, given_up)
+    def run(work: Any, shard: tuple[int, int], lost_adapters: Any) -> Iterator[list[Any]]:
+        yield from run_shard(work, shard, lost_adapters)
         shutil.rmtree("report", ignore_errors=True)
         Path("report").write_text("a file")
 

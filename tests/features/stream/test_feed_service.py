@@ -26,7 +26,7 @@ from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
 from merge_gate.records.files import BaseFiles, FileSpan
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.call_client import CallClient
-from merge_gate.worker.channel import Line
+from merge_gate.worker.channel import CallChannel
 from merge_gate.worker.protocol import Answer, Group, Idle, Job
 from tests.support.call_ends import Ends, wait_until
 
@@ -172,7 +172,7 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
 
     monkeypatch.setattr(ends.base.files, "read", count_and_read)
     for _ in range(2):
-        client.expect(spans, whole=True, is_due=False)
+        client.expect(spans, whole=True, needed_now=False)
     wait_until(lambda: len(pieces) == 4)  # all slots
     aside = FileSpan(file="2.safetensors", start=9 * PAGE - 5, end=9 * PAGE)
     assert read(client, aside) == expected(content, aside)  # the last bytes
@@ -194,7 +194,7 @@ def test_a_prefetch_that_fails_fails_the_pass(
 
     client, spans = ends.feed(0), spans_of(content)
     monkeypatch.setattr(ends.base.files, "read", fail)
-    client.expect(spans, whole=True, is_due=False)
+    client.expect(spans, whole=True, needed_now=False)
     client.expect(spans, whole=True)
     with pytest.raises(SourceError, match="mount"):
         read(client, spans[0])
@@ -314,7 +314,7 @@ def test_a_directory_aside_is_read_next_to_a_base(ends: Fed, content: dict[str, 
     client, aside, spans = ends.feed(0), ParentFeed(ends.client, 1, is_aside=True), spans_of(content)
     client.expect(spans, whole=True)
     aside.expect(spans[:1], whole=False)
-    aside.expect(spans[:1], whole=False, is_due=False)
+    aside.expect(spans[:1], whole=False, needed_now=False)
     for span in spans:
         assert read(client, span) == expected(content, span)
     assert read(aside, spans[0]) == expected(content, spans[0])
@@ -378,15 +378,15 @@ def test_a_call_with_fields_of_other_types_is_refused(message: object, tmp_path:
 
 
 @pytest.fixture
-def parent() -> Iterator[tuple[Line, ParentFeed]]:
+def parent() -> Iterator[tuple[CallChannel, ParentFeed]]:
     """The other end of a client, which a test plays."""
-    own, other = Line.pair(())
+    own, other = CallChannel.pair(())
     yield own, ParentFeed(CallClient([other]), 0)
     for line in (own, other):
         line.close()
 
 
-def test_a_parent_that_ends_while_bytes_are_awaited_is_an_error(parent: tuple[Line, ParentFeed]) -> None:
+def test_a_parent_that_ends_while_bytes_are_awaited_is_an_error(parent: tuple[CallChannel, ParentFeed]) -> None:
     ending = threading.Timer(0.2, parent[0].hang_up)
     ending.start()
     for _ in range(2):
@@ -395,7 +395,9 @@ def test_a_parent_that_ends_while_bytes_are_awaited_is_an_error(parent: tuple[Li
 
 
 @pytest.mark.parametrize("message", [Idle(), "answer"])
-def test_a_parent_that_sends_something_else_is_an_error(message: object, parent: tuple[Line, ParentFeed]) -> None:
+def test_a_parent_that_sends_something_else_is_an_error(
+    message: object, parent: tuple[CallChannel, ParentFeed]
+) -> None:
     parent[0].send(message)
     with pytest.raises(SourceError):
         read(parent[1], SPAN)

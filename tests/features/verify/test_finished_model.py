@@ -60,8 +60,8 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         comparison = dict(evidence.facts)["verify"]
         assert isinstance(comparison, Comparison)
         assert evidence.refusal is None
-        assert finished.hollow is not None
-        assert finished.hollow.kept_bytes() == 0
+        assert finished.lazy is not None
+        assert finished.lazy.kept_bytes() == 0
     return comparison
 
 

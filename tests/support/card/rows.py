@@ -16,7 +16,7 @@ from merge_gate.engine.adapter.load_adapter import load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import Base, Source, load_base
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.merge.private_copies import private_copies, slots_of
+from merge_gate.engine.merge.private_copies import private_copies, targets_of
 from merge_gate.engine.merge.proof import same_random_numbers
 from merge_gate.engine.tensors.placement import random_states
 from merge_gate.files.preflight import preflight
@@ -53,7 +53,7 @@ def factors(bench: Bench, name: str) -> dict[str, list[str]]:
 
     during, after = set[str](), set[str]()
     for layer in (one for one in layers if id(one) not in nested):
-        with private_copies(layer, slots_of(layer, loaded.slots), base):
+        with private_copies(layer, targets_of(layer, loaded.base_names), base):
             during |= of(layer)
         after |= of(layer)
     return {"during": sorted(during), "after": sorted(after)}

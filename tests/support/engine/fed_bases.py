@@ -22,8 +22,8 @@ class CountingFeed(LocalFeed):
         self.expected: list[list[FileSpan]] = []
         self.prefetched: list[list[FileSpan]] = []
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
-        (self.expected if is_due else self.prefetched).append(list(spans))
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, needed_now: bool = True) -> None:
+        (self.expected if needed_now else self.prefetched).append(list(spans))
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         self.reads.append(FileSpan(file=file, start=start, end=start + into.nbytes))

@@ -8,7 +8,7 @@ from typing import Any
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.consumer import Consumer
-from merge_gate.engine.merge.walk import Progress
+from merge_gate.engine.merge.adapter_merge import Progress
 from merge_gate.records.config import Combine
 from merge_gate.records.features import FEATURES, part
 from merge_gate.records.files import AdapterFiles

@@ -88,7 +88,7 @@ def sent_by(
     adapter: Path,
     *,
     publish: str = PRESERVE,
-    hollow: bool = False,
+    lazy: bool = False,
     dtype: str = "auto",
     dequantized: bool = False,
     sent: Sent | None = None,
@@ -101,7 +101,7 @@ def sent_by(
     with methods.quiet():
         base = (
             skeleton_of(source(directory, dtype), model_class, stored, feed)
-            if hollow
+            if lazy
             else load_local(str(directory), model_class=model_class, label="base", dtype=dtype, **load)
         )
         if dequantized:

@@ -32,7 +32,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
     """
     scratch = _fitted(base, members)
-    slots, tied_modules = base_slots(scratch)
+    base_names, tied_modules = base_slots(scratch)
     names = tuple(f"member_{position}" for position in range(len(members)))
     configs = [read_config(files) for files in members]
     for name, config in zip(combine.adapters, configs, strict=True):
@@ -60,7 +60,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         )
         brought.append(loaded)
         arrivals.append(arrival)
-    _refuse_unweighted(model, base, slots, brought, combine)
+    _refuse_unweighted(model, base, base_names, brought, combine)
     torch.manual_seed(combine.seed)
     options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
     try:
@@ -82,7 +82,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         state={key: tensor for tensors in brought for key, tensor in tensors.items()},
         arrivals=tuple(arrivals),
         targeted=targeted_modules(model),
-        slots=slots,
+        base_names=base_names,
         tied_modules=tied_modules,
         seed=combine.seed if "dare" in combine.method else None,
     )
@@ -121,14 +121,14 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
 
 
 def _refuse_unweighted(
-    model: Any, base: Base, slots: Mapping[tuple[int, str], str], brought: Sequence[Tensors], combine: Combine
+    model: Any, base: Base, base_names: Mapping[tuple[int, str], str], brought: Sequence[Tensors], combine: Combine
 ) -> None:
     """Refuse base tensors that a member's file holds whole (biases, embeddings): PEFT loads them without a weight.
 
     The last member that has a tensor wins. That is the weighted sum if no other member changes it and its weight is 1.
     Rows for an enlarged vocabulary, which the base lacks, have no weight: all members must have the same rows.
     """
-    for key, name in base_tensors_in_file(model, slots, {key for tensors in brought for key in tensors}).items():
+    for key, name in base_tensors_in_file(model, base_names, {key for tensors in brought for key in tensors}).items():
         holders = [number for number, tensors in enumerate(brought) if key in tensors]
         ours = base.tensors[name]
         held = [_split(brought[number][key], ours) for number in holders]

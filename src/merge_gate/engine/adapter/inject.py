@@ -58,21 +58,21 @@ DORA = (
 class Template:
     """A reusable injection for adapters of one `kind`.
 
-    `children` has the children of each module, which PEFT's unloading replaces. `slots`, `tied_modules`, and `targeted`
-    have the same meaning as in `Loaded`. `keys` maps each tensor that PEFT would save, by its name in the file, to its
-    key in the model; None until the first adapter of the kind is loaded.
+    `children` has the children of each module, which PEFT's unloading replaces. `base_names`, `tied_modules`, and
+    `targeted` have the same meaning as in `Loaded`. `keys` maps each tensor that PEFT would save, by its name in the
+    file, to its key in the model; None until the first adapter of the kind is loaded.
     """
 
     kind: object
     model: Any
     config: Any
-    slots: dict[tuple[int, str], str]
+    base_names: dict[tuple[int, str], str]
     tied_modules: dict[str, tuple[str, ...]]
     children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     keys: Mapping[str, str] | None = None
     targeted: tuple[str, ...] = ()
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Restore the state after the injection, with NaN for the factors."""
         for module, children in self.children:
             module._modules.clear()
@@ -91,12 +91,12 @@ class Template:
             self,
             model=model,
             config=copy.deepcopy(self.config, memo),
-            slots={(id(memo[module]), attribute): name for (module, attribute), name in self.slots.items()},
+            base_names={(id(memo[module]), attribute): name for (module, attribute), name in self.base_names.items()},
             children=tuple(
                 (copy.deepcopy(module, memo), copy.deepcopy(children, memo)) for module, children in self.children
             ),
         )
-        made.renew()
+        made.reset()
         return made
 
     def holds(self, keys: set[str]) -> bool:
@@ -174,7 +174,7 @@ def fit_vocabulary(scratch: nn.Module, files: AdapterFiles, base: Base) -> bool:
         rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
         if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
             held = [*embedding.parameters(), *(head.parameters() if isinstance(head, nn.Module) else ())]
-            with base.hollow.filled(held) if base.hollow is not None else contextlib.nullcontext():
+            with base.lazy.filled(held) if base.lazy is not None else contextlib.nullcontext():
                 model.resize_token_embeddings(rows, mean_resizing=False)
             return True
     return False
@@ -183,21 +183,21 @@ def fit_vocabulary(scratch: nn.Module, files: AdapterFiles, base: Base) -> bool:
 def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:
     """Names of the scratch copy's parameters before PEFT moves them; and the modules that share each tied tensor."""
     first: dict[int, str] = {id(tensor): name for name, _, tensor in named_tensors(scratch)}
-    slots: dict[tuple[int, str], str] = {}
+    base_names: dict[tuple[int, str], str] = {}
     tied_modules: dict[str, list[str]] = {}
     for path, module in scratch.named_modules():
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 canonical = first[id(tensor)]
-                slots[id(module), name] = canonical
+                base_names[id(module), name] = canonical
                 tied_modules.setdefault(canonical, []).append(path)
-    return slots, {name: tuple(paths) for name, paths in tied_modules.items() if len(paths) > 1}
+    return base_names, {name: tuple(paths) for name, paths in tied_modules.items() if len(paths) > 1}
 
 
 def leave_out_replaced(
     model: nn.Module,
     paths: Mapping[int, str],
-    slots: dict[tuple[int, str], str],
+    base_names: dict[tuple[int, str], str],
     tied_modules: dict[str, tuple[str, ...]],
 ) -> None:
     """Remove modules that a trained copy replaces from the modules whose shared tensor a merge changes.
@@ -208,7 +208,7 @@ def leave_out_replaced(
     Args:
         model: with the adapter's layers in place.
         paths: the modules of the scratch before that, by id.
-        slots: the first result of `base_slots`, which is changed in place.
+        base_names: the first result of `base_slots`, which is changed in place.
         tied_modules: the second one, likewise.
     """
     replaced = {
@@ -218,7 +218,7 @@ def leave_out_replaced(
         for inner in wrapper.original_module.modules()
     }
     for name in list(tied_modules):
-        holders = [key for key, held in slots.items() if held == name]
+        holders = [key for key, held in base_names.items() if held == name]
         left = [key for key in holders if key[0] not in replaced]
         if not left or len(left) == len(holders):
             continue
@@ -227,17 +227,17 @@ def leave_out_replaced(
             tied_modules[name] = places
             continue
         other = f"{places[0]}.{left[0][1]}"
-        slots.update(dict.fromkeys(left, other))
+        base_names.update(dict.fromkeys(left, other))
         if len(places) > 1:
             tied_modules[other] = places
 
 
 def base_tensors_in_file(
-    model: nn.Module, slots: Mapping[tuple[int, str], str], keys: Container[str]
+    model: nn.Module, base_names: Mapping[tuple[int, str], str], keys: Container[str]
 ) -> dict[str, str]:
     """The base's own parameters under the loaded `keys` of a PEFT model: each key, and the base's name."""
     named = {
-        f"{path}.{attribute}": slots.get((id(module), attribute), "")
+        f"{path}.{attribute}": base_names.get((id(module), attribute), "")
         for path, module in model.named_modules()
         for attribute in module._parameters
     }
@@ -256,7 +256,7 @@ def inject(
         adapter_name: PEFT's name for the adapter.
         blank: leave the adapter's tensors without initial values (`Template`). That saves most of an injection, and
             for DoRA a product and a norm of every layer.
-        filled: the weights of a hollow base have values while PEFT makes layers over them, if the method reads them.
+        filled: the weights of a lazy base have values while PEFT makes layers over them, if the method reads them.
 
     Raises:
         Refused: no such modules, or a layer that the method cannot adapt.
@@ -305,15 +305,15 @@ def _filled_during(base: Base, owner: Any, name: str, *, argument: str, private:
     This only saves memory: a tensor that is read elsewhere is noticed, filled permanently, and loaded again. With
     `private`, PEFT also writes to these weights, so they get their own copies until the adapter is removed.
     """
-    hollow, own = base.hollow, vars(owner).get(name) if owner is not None else None
-    if hollow is None or own is None:
+    lazy, own = base.lazy, vars(owner).get(name) if owner is not None else None
+    if lazy is None or own is None:
         yield
         return
 
     def with_values(*given: Any, **named: Any) -> Any:
         module = inspect.signature(own).bind(*given, **named).arguments[argument]
         held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
-        with hollow.filled(held):
+        with lazy.filled(held):
             for tensor in held if private else ():
                 tensor.data = tensor.data.clone()
             return own(*given, **named)

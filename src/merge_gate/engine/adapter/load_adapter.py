@@ -298,7 +298,7 @@ class Loaded:
     """An adapter on its scratch copy.
 
     `state` has what PEFT loaded, by the model's keys. `arrivals` has one `Arrival` for each member. `targeted` are the
-    modules that carry the adapter. `slots` gives the base's name of each parameter of the scratch copy, by (id of
+    modules that carry the adapter. `base_names` gives the base's name of each parameter of the scratch copy, by (id of
     module, parameter name). `tied_modules` lists the modules that share a tied tensor, by the tensor's name. `is_first`
     is false if an adapter of the same config and names was merged on this scratch copy before. `initial_factors` has
     what PEFT subtracts from the base before it loads, by the id of a layer: the first factors of PiSSA and OLoRA, or
@@ -310,7 +310,7 @@ class Loaded:
     state: dict[str, torch.Tensor]
     arrivals: tuple[Arrival, ...]
     targeted: tuple[str, ...]
-    slots: dict[tuple[int, str], str]
+    base_names: dict[tuple[int, str], str]
     tied_modules: dict[str, tuple[str, ...]]
     seed: int | None = None
     is_first: bool = True
@@ -334,7 +334,7 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     template = base.template if base.template is not None and base.template.kind == kind else None
     base.template = None  # adapter_evidence.py puts it back after a merge that leaves it unchanged
     if template is not None:
-        template.renew()
+        template.reset()
     elif base.pattern is not None and base.pattern.kind == kind:
         template = base.pattern.duplicate()
     loaded = _load_onto(template or _make_template(base, files, blank=True), base, files, weights)
@@ -367,7 +367,7 @@ def _load_onto(template: Template, base: Base, files: AdapterFiles, weights: Ten
         state=state,
         arrivals=(arrival,),
         targeted=template.targeted,
-        slots=template.slots,
+        base_names=template.base_names,
         tied_modules=template.tied_modules,
         is_first=is_first,
         template=template if is_reusable else None,
@@ -408,16 +408,16 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False, fill
     """Steps 1 to 3.
 
     A `blank` template has NaN for PEFT's initial values, if it lacks nothing else. Otherwise it has these values. If
-    PEFT has computed them from hollow weights, the next template has these weights `filled` meanwhile.
+    PEFT has computed them from lazy weights, the next template has these weights `filled` meanwhile.
     """
     # 1.
     config = read_config(files)
     blank = blank and can_start_blank(config)
     filled = filled or base.feed is None or initialization_writes_to_base(config)
-    # 2. An initialization that writes to the base gets its own copy of the tensors; of hollow ones, in step 3.
-    scratch = base.scratch(private=initialization_writes_to_base(config) and base.hollow is None)
+    # 2. An initialization that writes to the base gets its own copy of the tensors; of lazy ones, in step 3.
+    scratch = base.scratch(private=initialization_writes_to_base(config) and base.lazy is None)
     fit_vocabulary(scratch, files, base)
-    slots, tied_modules = base_slots(scratch)
+    base_names, tied_modules = base_slots(scratch)
     paths = {id(module): path for path, module in scratch.named_modules()} if tied_modules else {}
     # 3.
     try:
@@ -427,16 +427,16 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False, fill
         if not blank and filled:
             raise
         is_complete = False  # if the adapter is at fault, PEFT raises again in the injection with values
-    if not filled and base.hollow is not None and base.hollow.forget_touched():
+    if not filled and base.lazy is not None and base.lazy.forget_touched():
         return _make_template(base, files, filled=True)
     if not is_complete:
         return _make_template(base, files, filled=not blank)
-    leave_out_replaced(model, paths, slots, tied_modules)
+    leave_out_replaced(model, paths, base_names, tied_modules)
     return Template(
         kind=kind_of(files),
         model=model,
         config=config,
-        slots=slots,
+        base_names=base_names,
         tied_modules=tied_modules,
         children=snapshot(model),
     )
@@ -552,8 +552,8 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
 
 
 def _overwritten(base: Base, tensor: torch.Tensor) -> torch.Tensor:
-    """New memory for a tensor that the load is about to overwrite. Values of a hollow tensor are not read for that."""
-    if base.hollow is None or not base.hollow.holds(tensor) or not tensor.is_floating_point():
+    """New memory for a tensor that the load is about to overwrite. Values of a lazy tensor are not read for that."""
+    if base.lazy is None or not base.lazy.holds(tensor) or not tensor.is_floating_point():
         return tensor.data.clone()
     return torch.full_like(tensor.data, torch.nan)
 

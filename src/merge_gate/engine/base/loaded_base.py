@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.engine.base.stored_spans import SharedReads
-from merge_gate.engine.tensors.hollow import Hollow
+from merge_gate.engine.tensors.lazy_tensors import LazyTensors
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure, row_norms
 from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.engine.tensors.placement import WeightsOnDevice
@@ -126,7 +126,7 @@ class Base:
     if its headers allow one, and `named` is the class that users load, with its own map (served_class.py). The
     tensors are in host memory, quantized ones on `device`.
 
-    Tensors in `hollow` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
+    Tensors in `lazy` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
     from one stored tensor each, and that the load has not changed. `recorded` names tensors whose figures an earlier
     run measured; a tensor that is read is measured again.
@@ -145,7 +145,7 @@ class Base:
     ran: dict[object, Any] = field(default_factory=dict)
     map: TensorMap | None = None
     named: tuple[str, bool, TensorMap | None] | None = None
-    hollow: Hollow | None = None
+    lazy: LazyTensors | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
@@ -184,9 +184,9 @@ class Base:
 
     def filled(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Give these tensors values for the `with` block."""
-        if self.hollow is None:
+        if self.lazy is None:
             return nullcontext()
-        return self.hollow.filled(self.tensors[name] for name in names if name in self.tensors)
+        return self.lazy.filled(self.tensors[name] for name in names if name in self.tensors)
 
     def figures(self, name: str) -> TensorStats:
         """The figures of a tensor by its first name. It is measured now if it was not measured before."""
@@ -220,11 +220,11 @@ class Base:
     def _rms(self, name: str) -> float:
         tensor, module = self.tensors[name], self.model.get_submodule(name.rpartition(".")[0])
         with self.filled([name]):
-            self.confirm(name)
+            self.check_earlier_figures(name)
             values = dequantized(module, tensor) if is_quantized(tensor) else tensor
             return distance(values) / math.sqrt(values.numel())
 
-    def adopt(self, earlier: BaseRecord) -> None:
+    def use_earlier_figures(self, earlier: BaseRecord) -> None:
         """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.
 
         A tensor that was not finite is read again: no adapter fails by a record.
@@ -245,7 +245,7 @@ class Base:
         figures = tuple(stats for name, stats in self.stats.items() if name not in self.newly_initialized)
         return BaseRecord(model_class=model_class.label, figures=figures)
 
-    def confirm(self, name: str) -> None:
+    def check_earlier_figures(self, name: str) -> None:
         """Measure a tensor, which has values now, if its figures are those of an earlier run.
 
         Raises:
@@ -282,7 +282,7 @@ class Base:
 
     def was_misread(self) -> bool:
         """Whether some code has read a tensor that had no values. The tensor has values from now on."""
-        if self.hollow is None or not self.hollow.fill_touched():
+        if self.lazy is None or not self.lazy.fill_touched():
             return False
         self.template = self.pattern = None
         self.ran.clear()
@@ -465,7 +465,7 @@ def measure_base(
     *,
     quantization: str = str(Quantization.NONE),
     known: Mapping[Place, TensorStats] = MappingProxyType({}),
-    hollow: Hollow | None = None,
+    lazy: LazyTensors | None = None,
     feed: SharedReads | None = None,
 ) -> Base:
     """Measure every parameter and persistent buffer that has values.
@@ -476,7 +476,7 @@ def measure_base(
         loading: the names that did not fit.
         quantization: how the base is stored, or how its parameters are packed now.
         known: the figures that another class of the base has, by place.
-        hollow: the tensors of the model without values. They are measured when they are filled.
+        lazy: the tensors of the model without values. They are measured when they are filled.
         feed: where their values come from.
 
     Raises:
@@ -490,7 +490,7 @@ def measure_base(
     def measured(item: tuple[str, nn.Module, torch.Tensor]) -> tuple[TensorStats, ...]:
         name, module, tensor = item
         stats = known.get(place_of(tensor))
-        if stats is None and hollow is not None and hollow.holds(tensor):
+        if stats is None and lazy is not None and lazy.holds(tensor):
             return ()  # it has no values yet
         return measure_in(module, tensor, name) if stats is None else (replace(stats, name=name),)
 
@@ -520,7 +520,7 @@ def measure_base(
         source=source,
         newly_initialized=loading.newly_initialized,
         unexpected=loading.unexpected,
-        hollow=hollow,
+        lazy=lazy,
         feed=feed,
     )
 

@@ -8,9 +8,9 @@ to make it:
 
 1. transformers' loader runs on the headers, and the tensor map records which stored tensors make which tensor of the
    model, in the wanted dtype, and by which conversion.
-2. A stored tensor that keeps its bytes is mapped, if the files may be mapped. Any other conversion becomes a cell
-   (hollow.py): its tensors, and how they are filled from the feed. Conversions whose stored tensors are mixed in the
-   files (fused experts) share a cell, so that the files are read in order.
+2. A stored tensor that keeps its bytes is mapped, if the files may be mapped. Any other conversion becomes a group
+   (lazy_tensors.py): its tensors, and how they are filled from the feed. Conversions whose stored tensors are mixed in
+   the files (fused experts) share a group, so that the files are read in order.
 3. transformers loads the class again, from these tensors.
 4. The proof that this is what `from_pretrained` gives: the same tensors have no source, all names, shapes, and dtypes
    are those of the outline on the meta device, and each tensor without values is still in its place.
@@ -50,7 +50,7 @@ from merge_gate.engine.base.loaded_base import (
 )
 from merge_gate.engine.base.stored_spans import MappedFiles, SharedReads, StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
-from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
+from merge_gate.engine.tensors.lazy_tensors import LazyGroup, LazyTensors, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.files.feed import Feed
 from merge_gate.records.files import CONFIG_NAME, FileSpan, StoredTensor
@@ -59,7 +59,7 @@ from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 
 MOST_BYTES_TOGETHER = 1 << 29
-"""Conversions share a cell up to this size. Beyond, they are filled one by one, and the files are read with jumps."""
+"""Conversions share a group up to this size. Beyond, they are filled one by one, and the files are read with jumps."""
 
 CAST_ELEMENTS = 1 << 20
 """A tensor of another dtype is read and cast in blocks of so many elements."""
@@ -133,19 +133,20 @@ def _made(
         source.directory, {name: mapping.stored[name] for targets in groups for name in targets.group.sources}
     )
     in_files = {name: place for targets in groups if is_mapped for name, place in _unchanged(targets, spans).items()}
-    hollow = Hollow(_cells([targets for targets in groups if in_files.keys().isdisjoint(targets.tensors)], spans, feed))
+    others = [targets for targets in groups if in_files.keys().isdisjoint(targets.tensors)]
+    lazy = LazyTensors(_lazy_groups(others, spans, feed))
     # 3. to 5.
     most_bytes = max(LEAST_KEPT_BYTES, sum(part.span.end - part.span.start for part in spans.values()) // KEPT_SHARE)
     map_files = functools.partial(MappedFiles, source.directory, in_files)
-    model, mapped = _loaded(transformers_class, mapping, hollow, map_files, loading, most_bytes=most_bytes)
+    model, mapped = _loaded(transformers_class, mapping, lazy, map_files, loading, most_bytes=most_bytes)
     alone = {place_of(tensor): (in_files[name].span,) for name, tensor in mapped.unwritten().items()}
-    for cell in hollow.cells(hollow.tensors):
-        if len(cell.outlines) == len(cell.spans) == 1 and not hollow.is_filled(cell):
-            alone |= {place_of(hollow.tensors[name]): cell.spans for name in cell.outlines}
+    for lazy_group in lazy.groups(lazy.tensors):
+        if len(lazy_group.outlines) == len(lazy_group.spans) == 1 and not lazy.is_filled(lazy_group):
+            alone |= {place_of(lazy.tensors[name]): lazy_group.spans for name in lazy_group.outlines}
     keys = {place: _figures_key(place, of_place) for place, of_place in alone.items()}
     figures = {place: known[key] for place, key in keys.items() if key in known}
-    held = hollow if hollow.tensors else None
-    base = measure_base(model, source, loading, known=figures, hollow=held, feed=feed if held else None)
+    held = lazy if lazy.tensors else None
+    base = measure_base(model, source, loading, known=figures, lazy=held, feed=feed if held else None)
     base.alone = {name: alone[place] for name, tensor in base.tensors.items() if (place := place_of(tensor)) in alone}
     return base
 
@@ -211,7 +212,7 @@ def _only_dtype(directory: str, stored: Sequence[StoredTensor]) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
+class _Targets:
     """A conversion, and its targets that are tensors of the model: the first name of each, and the target's name."""
 
     group: TensorGroup
@@ -219,7 +220,7 @@ class _Made:
     outlines: Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
-def _groups(mapping: TensorMap, outline: Tensors, newly_initialized: frozenset[str]) -> list[_Made]:
+def _groups(mapping: TensorMap, outline: Tensors, newly_initialized: frozenset[str]) -> list[_Targets]:
     """The conversions that make a tensor of the model."""
     first_names = {id(tensor): name for name, tensor in outline.items()}
     named = (
@@ -237,7 +238,7 @@ def _groups(mapping: TensorMap, outline: Tensors, newly_initialized: frozenset[s
             raise NoSkeletonError(f"{group.targets[0]} needs values to be converted ({group.conversion})")
         outlines = {name: (outline[name].shape, outline[name].dtype) for name in tensors}
         if tensors:
-            groups.append(_Made(group=group, tensors=tensors, outlines=outlines))
+            groups.append(_Targets(group=group, tensors=tensors, outlines=outlines))
     twice = [
         name for name, count in Counter(name for targets in groups for name in targets.tensors).items() if count > 1
     ]
@@ -246,7 +247,7 @@ def _groups(mapping: TensorMap, outline: Tensors, newly_initialized: frozenset[s
     return groups
 
 
-def _unchanged(targets: _Made, spans: Mapping[str, StoredBytes]) -> dict[str, StoredBytes]:
+def _unchanged(targets: _Targets, spans: Mapping[str, StoredBytes]) -> dict[str, StoredBytes]:
     """The tensor of a conversion that keeps the bytes of its stored tensor; empty if it does not."""
     if targets.group.conversion != RENAMED or len(targets.group.sources) != 1:
         return {}
@@ -254,28 +255,28 @@ def _unchanged(targets: _Made, spans: Mapping[str, StoredBytes]) -> dict[str, St
     return {name: place for name, (_, dtype) in targets.outlines.items() if dtype == place.dtype}
 
 
-def _cells(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Iterator[Cell]:
+def _lazy_groups(groups: Sequence[_Targets], spans: Mapping[str, StoredBytes], feed: Feed) -> Iterator[LazyGroup]:
     """Cells in the order of the files."""
 
-    def places(targets: _Made) -> list[tuple[int, int]]:
+    def places(targets: _Targets) -> list[tuple[int, int]]:
         return sorted(spans[name].order for name in targets.group.sources)
 
-    def size(targets: _Made) -> int:
+    def size(targets: _Targets) -> int:
         return sum(spans[name].span.end - spans[name].span.start for name in targets.group.sources)
 
-    together: list[_Made] = []
+    together: list[_Targets] = []
     last, held = (-1, -1), 0
     for targets in sorted(groups, key=places):
         if together and (places(targets)[0] > last or held + size(targets) > MOST_BYTES_TOGETHER):
-            yield _cell(together, spans, feed)
+            yield _lazy_group(together, spans, feed)
             together, last, held = [], (-1, -1), 0
         together.append(targets)
         last, held = max(last, places(targets)[-1]), held + size(targets)
     if together:
-        yield _cell(together, spans, feed)
+        yield _lazy_group(together, spans, feed)
 
 
-def _cell(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Cell:
+def _lazy_group(groups: Sequence[_Targets], spans: Mapping[str, StoredBytes], feed: Feed) -> LazyGroup:
     reads = sorted(
         ((spans[name], targets) for targets in groups for name in targets.group.sources), key=lambda read: read[0].order
     )
@@ -291,7 +292,7 @@ def _cell(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed)
             if all(source in values for source in targets.group.sources):
                 _convert(targets, {source: values.pop(source) for source in targets.group.sources}, tensors)
 
-    return Cell(
+    return LazyGroup(
         outlines={name: outline for targets in groups for name, outline in targets.outlines.items()},
         fill=fill,
         spans=tuple(stored.span for stored, _ in reads),
@@ -311,7 +312,7 @@ def _read_into(tensor: torch.Tensor, stored: StoredBytes, feed: Feed) -> None:
         flat[start : start + len(block)].copy_(values)
 
 
-def _convert(targets: _Made, stored: Tensors, tensors: Tensors) -> None:
+def _convert(targets: _Targets, stored: Tensors, tensors: Tensors) -> None:
     assert targets.group.recipe is not None  # noqa: S101 - `_groups` refuses a conversion without one
     made = targets.group.recipe(stored)
     for name, target in targets.tensors.items():
@@ -329,7 +330,7 @@ def _convert(targets: _Made, stored: Tensors, tensors: Tensors) -> None:
 def _loaded(
     transformers_class: Any,
     headers: TensorMap,
-    hollow: Hollow,
+    lazy: LazyTensors,
     map_files: Callable[[], MappedFiles],
     expected: Loading,
     *,
@@ -343,15 +344,15 @@ def _loaded(
     }
     for number in range(MOST_LOADS):
         if number > 1:
-            hollow.refill()  # what the last load wrote there, this one writes again
+            lazy.refill()  # what the last load wrote there, this one writes again
         mapped = map_files()  # for the same reason
-        given = {**hollow.tensors, **empty, **mapped.tensors}
+        given = {**lazy.tensors, **empty, **mapped.tensors}
         model, loading = load_with_info(transformers_class, None, config=config, dtype=config.dtype, state_dict=given)
-        if not hollow.fill_touched():
-            without_values = {name: tensor for name, tensor in hollow.tensors.items() if not hollow.is_kept(tensor)}
+        if not lazy.fill_touched():
+            without_values = {name: tensor for name, tensor in lazy.tensors.items() if not lazy.is_kept(tensor)}
             _refuse_another_model(model, loading, expected, outline, given=given, without_values=without_values)
             return model, mapped
-        if hollow.kept_bytes() > most_bytes:
+        if lazy.kept_bytes() > most_bytes:
             break
     raise NoSkeletonError("transformers reads or changes too many of its tensors while it loads them")
 

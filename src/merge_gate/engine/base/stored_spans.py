@@ -120,8 +120,8 @@ class SharedReads(Feed):
     def open_files(self, files: Sequence[str]) -> None:
         self._feed.open_files(files)
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
-        self._feed.expect(spans, whole=whole, is_due=is_due)
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, needed_now: bool = True) -> None:
+        self._feed.expect(spans, whole=whole, needed_now=needed_now)
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.blocks.delta import HALVES
-from merge_gate.engine.merge.private_copies import Slot
+from merge_gate.engine.merge.private_copies import MergeTarget
 from merge_gate.engine.tensors.measure import same_bits, shares_storage
 from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.records.refusals import Refused
@@ -78,20 +78,20 @@ class Places:
         start, name, known = self._spans[place]
         return name if tensor.data_ptr() < start + known.nbytes else None
 
-    def is_moved(self, slot: Slot) -> bool:
+    def is_moved(self, target: MergeTarget) -> bool:
         """Whether the place holds another tensor than before the merge, or than an earlier layer has left there."""
-        known = self._held.get(self._key(slot))
-        return known is None or not shares_storage(known, slot.data)
+        known = self._held.get(self._key(target))
+        return known is None or not shares_storage(known, target.data)
 
-    def leave(self, slot: Slot, tensor: torch.Tensor) -> None:
+    def leave(self, target: MergeTarget, tensor: torch.Tensor) -> None:
         """Note that a layer's merge has left this tensor in its place, and in all places that share the tensor."""
-        self._held[self._key(slot)] = tensor.data
-        self._protect(slot.name, tensor.data, *_scales(slot.module, tensor))
+        self._held[self._key(target)] = tensor.data
+        self._protect(target.name, tensor.data, *_scales(target.module, tensor))
 
-    def _key(self, slot: Slot) -> int:
+    def _key(self, target: MergeTarget) -> int:
         """PEFT's attention makes new parameters over the same memory, so they are identified by name."""
-        known, _ = self._before.get(slot.name, (slot.parameter, None))
-        return id(slot.parameter) if id(slot.parameter) in self._held else id(known)
+        known, _ = self._before.get(target.name, (target.parameter, None))
+        return id(target.parameter) if id(target.parameter) in self._held else id(known)
 
     def wrong(self, merged: nn.Module, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
         """The names in PEFT's result that hold a wrong tensor or wrong scales."""

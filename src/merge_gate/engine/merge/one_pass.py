@@ -1,11 +1,11 @@
 """One pass over the weights of a base: each is merged with all adapters that are loaded, and measured.
 
-In: `Walk`s of adapters, planned, and their bases. Out: the same merges, with their planned layers measured and
+In: `AdapterMerge`s of adapters, planned, and their bases. Out: the same merges, with their planned layers measured and
 cross-checked by PEFT. A base that does not fit in memory is read from its files once for all of these adapters.
 
 1. The pass goes over tensors that adapters change or that have no figures yet, in the order of the files. What has to
-   have values at the same time is one `Stop`: stored tensors that several skeletons of one feed (dtypes and classes of
-   one base) are made of are read once, and shared. Tensors that are in memory come last.
+   have values at the same time is one `FillStep`: stored tensors that several skeletons of one feed (dtypes and classes
+   of one base) are made of are read once, and shared. Tensors that are in memory come last.
 2. On a CPU each core takes whole steps. PEFT's own merges run on a thread of their own, with as many torch threads as
    the main one has, because bits depend on that.
 3. Everything that needs a tensor is done while it has values: its figures, its merges, and its cross-checks. If a feed
@@ -26,31 +26,31 @@ from typing import Any
 import torch
 
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.merge.adapter_merge import AdapterMerge
 from merge_gate.engine.merge.plan import BlockLayer
-from merge_gate.engine.merge.walk import Walk
-from merge_gate.engine.tensors.hollow import Cell
+from merge_gate.engine.tensors.lazy_tensors import LazyGroup
 from merge_gate.engine.tensors.placement import random_states, restore_random
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.files import FileSpan
 from merge_gate.records.measured import TensorMerge
 
 
-def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
+def merge_planned(merges: Sequence[AdapterMerge], bases: Iterable[Base] = ()) -> None:
     """Merge and measure the planned layers of all adapters. PEFT merges the remaining layers.
 
     Afterwards all of the `bases`, and those of the merges, are measured.
     """
-    for together in _by_feed((*bases, *(walk.base for walk in walks))):
+    for together in _by_feed((*bases, *(merge.base for merge in merges))):
         ids = {id(base) for base in together}
-        _Pass(together, [walk for walk in walks if id(walk.base) in ids]).run()
+        _Pass(together, [merge for merge in merges if id(merge.base) in ids]).run()
 
 
 def begin_reading(bases: Iterable[Base]) -> None:
     """Let the feeds begin with what a pass will measure of these bases, while further adapters are loaded."""
     for together in _by_feed(base for base in bases if base.feed is not None):
-        spans = [span for stop in stops_of([(base, set()) for base in together]) for span in stop.spans]
+        spans = [span for step in fill_steps([(base, set()) for base in together]) for span in step.spans]
         if together[0].feed is not None and spans:
-            together[0].feed.expect(spans, whole=_is_whole(together), is_due=False)
+            together[0].feed.expect(spans, whole=_is_whole(together), needed_now=False)
 
 
 def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
@@ -69,49 +69,49 @@ def _is_whole(bases: Sequence[Base]) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
+class FillStep:
     """Tensors of bases over one feed that are filled together, from these `spans` of the files."""
 
     spans: tuple[FileSpan, ...] = ()
     parts: tuple[tuple[Base, tuple[str, ...]], ...]
 
 
-def stops_of(touched: Sequence[tuple[Base, set[str]]]) -> list[Stop]:
-    """The stops for all tensors that adapters change, or that have no figures yet."""
+def fill_steps(touched: Sequence[tuple[Base, set[str]]]) -> list[FillStep]:
+    """The steps for all tensors that adapters change, or that have no figures yet."""
     needed = [(base, {*base.unmeasured(), *names}) for base, names in touched]
-    cells = [(base, cell) for base, names in needed if base.hollow for cell in base.hollow.cells(names)]
+    groups = [(base, group) for base, names in needed if base.lazy for group in base.lazy.groups(names)]
     ranks = {
-        file: rank for rank, file in enumerate(dict.fromkeys(span.file for _, cell in cells for span in cell.spans))
+        file: rank for rank, file in enumerate(dict.fromkeys(span.file for _, group in groups for span in group.spans))
     }
-    together: dict[FileSpan, list[tuple[Base, Cell]]] = {}
-    for base, cell in cells:
-        joined = [(base, cell)]
-        for others in {id(known): known for span in cell.spans if (known := together.get(span)) is not None}.values():
+    together: dict[FileSpan, list[tuple[Base, LazyGroup]]] = {}
+    for base, group in groups:
+        joined = [(base, group)]
+        for others in {id(known): known for span in group.spans if (known := together.get(span)) is not None}.values():
             joined = [*others, *joined]
-        together.update((span, joined) for _, cell in joined for span in cell.spans)
+        together.update((span, joined) for _, group in joined for span in group.spans)
 
     def place(span: FileSpan) -> tuple[int, int]:
         return ranks[span.file], span.start
 
-    groups = {id(group): group for group in together.values()}.values()
-    in_order = sorted(groups, key=lambda group: min(place(span) for _, cell in group for span in cell.spans))
-    stops = [_stop(group, sorted(_unread(group), key=place)) for group in in_order]
-    return stops + [Stop(parts=((base, (name,)),)) for base, name in _in_memory(needed)]
+    lists = {id(members): members for members in together.values()}.values()
+    in_order = sorted(lists, key=lambda members: min(place(span) for _, group in members for span in group.spans))
+    steps = [_fill_step(members, sorted(_unread(members), key=place)) for members in in_order]
+    return steps + [FillStep(parts=((base, (name,)),)) for base, name in _in_memory(needed)]
 
 
-def _unread(group: Sequence[tuple[Base, Cell]]) -> set[FileSpan]:
-    return {span for base, cell in group if base.hollow and not base.hollow.is_filled(cell) for span in cell.spans}
+def _unread(members: Sequence[tuple[Base, LazyGroup]]) -> set[FileSpan]:
+    return {span for base, group in members if base.lazy and not base.lazy.is_filled(group) for span in group.spans}
 
 
-def _stop(group: Sequence[tuple[Base, Cell]], spans: Sequence[FileSpan]) -> Stop:
-    named = ((base, tuple(name for name in cell.outlines if name in base.tensors)) for base, cell in group)
-    return Stop(spans=tuple(spans), parts=tuple(named))  # the load may have tied a tensor away
+def _fill_step(members: Sequence[tuple[Base, LazyGroup]], spans: Sequence[FileSpan]) -> FillStep:
+    named = ((base, tuple(name for name in group.outlines if name in base.tensors)) for base, group in members)
+    return FillStep(spans=tuple(spans), parts=tuple(named))  # the load may have tied a tensor away
 
 
 def _in_memory(needed: Sequence[tuple[Base, set[str]]]) -> Iterator[tuple[Base, str]]:
     for base, names in needed:
-        hollow = {name for cell in base.hollow.cells(names) for name in cell.outlines} if base.hollow else set()
-        in_order = sorted((base.tensors[name].data_ptr(), name) for name in names - hollow)  # as in the files
+        lazy = {name for group in base.lazy.groups(names) for name in group.outlines} if base.lazy else set()
+        in_order = sorted((base.tensors[name].data_ptr(), name) for name in names - lazy)  # as in the files
         yield from ((base, name) for _, name in in_order)
 
 
@@ -121,47 +121,48 @@ def _in_memory(needed: Sequence[tuple[Base, set[str]]]) -> Iterator[tuple[Base, 
 class _Pass:
     """The work on each tensor while it has values: figures, merges in blocks or by PEFT, and cross-checks."""
 
-    def __init__(self, bases: Sequence[Base], walks: Sequence[Walk]) -> None:
-        self._bases, self._walks, self._checks = bases, walks, _CrossChecks(walks)
-        self._blocks: dict[tuple[int, str], list[tuple[Walk, BlockLayer]]] = {}
-        self._apart: dict[tuple[int, str], list[tuple[Walk, str, Any]]] = {}
+    def __init__(self, bases: Sequence[Base], merges: Sequence[AdapterMerge]) -> None:
+        self._bases, self._merges, self._checks = bases, merges, _CrossChecks(merges)
+        self._blocks: dict[tuple[int, str], list[tuple[AdapterMerge, BlockLayer]]] = {}
+        self._independent: dict[tuple[int, str], list[tuple[AdapterMerge, str, Any]]] = {}
         self._on_cpu = bases[0].device.type == "cpu"
-        for walk in walks:
-            for block in walk.planned:
-                self._blocks.setdefault((id(walk.base), block.slot.name), []).append((walk, block))
-            for name, layers in walk.apart().items() if self._on_cpu and walk.base.feed is not None else ():
-                of_name = self._apart.setdefault((id(walk.base), name), [])
-                of_name.extend((walk, path, layer) for path, layer in layers)
+        for merge in merges:
+            for block in merge.planned:
+                self._blocks.setdefault((id(merge.base), block.target.name), []).append((merge, block))
+            is_apart = self._on_cpu and merge.base.feed is not None
+            for name, layers in merge.independent_layers().items() if is_apart else ():
+                of_name = self._independent.setdefault((id(merge.base), name), [])
+                of_name.extend((merge, path, layer) for path, layer in layers)
         self._peft = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self._is_over = threading.Event()
 
     def run(self) -> None:
-        merged = {*self._blocks, *self._apart}
-        stops = stops_of([(base, {name for key, name in merged if key == id(base)}) for base in self._bases])
+        merged = {*self._blocks, *self._independent}
+        steps = fill_steps([(base, {name for key, name in merged if key == id(base)}) for base in self._bases])
         feed = self._bases[0].feed
         if feed is not None:
-            feed.expect([span for stop in stops for span in stop.spans], whole=_is_whole(self._bases))
+            feed.expect([span for step in steps for span in step.spans], whole=_is_whole(self._bases))
         drawn = random_states()
         with self._peft:
-            for _ in (spread if self._on_cpu else map)(self._visit, stops):
+            for _ in (spread if self._on_cpu else map)(self._visit, steps):
                 pass
         for base in self._bases:
             base.complete_facts()
         self._checks.finish()
-        if not all(map(torch.equal, drawn, random_states())):  # random merges have to run in the order of each walk
+        if not all(map(torch.equal, drawn, random_states())):  # random merges have to run in the order of each merge
             restore_random(drawn)
-            for walk in self._walks:
-                walk.forget_early()
+            for merge in self._merges:
+                merge.forget_early()
 
-    def _visit(self, stop: Stop) -> None:
+    def _visit(self, step: FillStep) -> None:
         """Fill the tensors of a step, and do the work on them. Several parts are filled from one read of the feed."""
         if self._is_over.is_set():
             return
-        feed = stop.parts[0][0].feed
-        is_shared = feed is not None and stop.spans and len(stop.parts) > 1
+        feed = step.parts[0][0].feed
+        is_shared = feed is not None and step.spans and len(step.parts) > 1
         try:
-            with feed.shared(stop.spans) if feed is not None and is_shared else nullcontext():
-                for base, names in stop.parts:
+            with feed.shared(step.spans) if feed is not None and is_shared else nullcontext():
+                for base, names in step.parts:
                     with base.filled(names):
                         for name in names:
                             self._visit_tensor(base, name)
@@ -170,20 +171,20 @@ class _Pass:
             raise
 
     def _visit_tensor(self, base: Base, name: str) -> None:
-        base.confirm(name)
-        for walk in self._walks:
-            for consumer in walk.consumers if walk.base is base else ():
+        base.check_earlier_figures(name)
+        for merge in self._merges:
+            for consumer in merge.consumers if merge.base is base else ():
                 consumer.pass_by(name, base.tensors[name])
         blocks = self._blocks.get((id(base), name), ())
         if base.figures(name).finite and blocks:
             weight = base.on_device(name)
-            for walk, block in blocks:
-                merged = walk.merge_in_blocks(block, weight)
+            for merge, block in blocks:
+                merged = merge.merge_in_blocks(block, weight)
                 if merged is not None:
-                    self._checks.check_now(walk, block, merged)
-        for walk, path, layer in self._apart.get((id(base), name), ()):
-            if id(layer) not in walk.blocks:
-                self._peft.submit(walk.merge_early, path, layer).result()
+                    self._checks.check_now(merge, block, merged)
+        for merge, path, layer in self._independent.get((id(base), name), ()):
+            if id(layer) not in merge.blocks:
+                self._peft.submit(merge.merge_early, path, layer).result()
 
 
 # --- 4. ------------------------------------------------------------------------------------------------------------
@@ -195,44 +196,44 @@ class _CrossChecks:
     PEFT's merge takes several times a weight's memory, so at most half as many run at a time as there are cores.
     """
 
-    def __init__(self, walks: Sequence[Walk]) -> None:
-        self._walks = walks
-        parts = ((walk, number / len(walks)) for number, walk in enumerate(walks))
-        width = 1 / len(walks) if walks else 0.0
-        self._chosen = {id(block) for walk, part in parts for block in _one_of_each_kind(walk, part, width)}
+    def __init__(self, merges: Sequence[AdapterMerge]) -> None:
+        self._merges = merges
+        parts = ((merge, number / len(merges)) for number, merge in enumerate(merges))
+        width = 1 / len(merges) if merges else 0.0
+        self._chosen = {id(block) for merge, part in parts for block in _one_of_each_kind(merge, part, width)}
         self._same: dict[int, bool] = {}
         self._room = threading.Semaphore(max(1, threads() // 2))
 
-    def check_now(self, walk: Walk, block: BlockLayer, merged: TensorMerge) -> None:
+    def check_now(self, merge: AdapterMerge, block: BlockLayer, merged: TensorMerge) -> None:
         """Cross-check a layer that was just merged, if it is one of the chosen."""
         if id(block) in self._chosen:
-            self._check(walk, block, merged)
+            self._check(merge, block, merged)
 
     def finish(self) -> None:
-        """Tell each walk the results. If PEFT has to merge the chosen layer of a kind, another one is checked."""
-        for walk in self._walks:
-            done = {block.kind for block in walk.planned if id(block) in self._same}
-            for block in walk.planned:
-                if block.kind not in done and id(block.layer) in walk.blocks:
+        """Tell each merge the results. If PEFT has to merge the chosen layer of a kind, another one is checked."""
+        for merge in self._merges:
+            done = {block.kind for block in merge.planned if id(block) in self._same}
+            for block in merge.planned:
+                if block.kind not in done and id(block.layer) in merge.blocks:
                     done.add(block.kind)
-                    self._check(walk, block, walk.blocks[id(block.layer)][1])
-            for block in walk.planned:
+                    self._check(merge, block, merge.blocks[id(block.layer)][1])
+            for block in merge.planned:
                 if id(block) in self._same:
-                    (walk.cross_checked if self._same[id(block)] else walk.differing).append(block.path)
+                    (merge.cross_checked if self._same[id(block)] else merge.differing).append(block.path)
 
-    def _check(self, walk: Walk, block: BlockLayer, merged: TensorMerge) -> None:
-        walk.on_work()
+    def _check(self, merge: AdapterMerge, block: BlockLayer, merged: TensorMerge) -> None:
+        merge.on_work()
         with self._room:
-            self._same[id(block)] = walk.cross_check(block, merged)
+            self._same[id(block)] = merge.cross_check(block, merged)
 
 
-def _one_of_each_kind(walk: Walk, part: float, width: float) -> Iterator[BlockLayer]:
+def _one_of_each_kind(merge: AdapterMerge, part: float, width: float) -> Iterator[BlockLayer]:
     """A layer of each kind, at this part of the way through the layers of its kind: 0.0 is the first layer.
 
     The parts of the kinds are spread over this `width`.
     """
     kinds: dict[tuple[object, ...], list[BlockLayer]] = {}
-    for block in walk.planned:
+    for block in merge.planned:
         kinds.setdefault(block.kind, []).append(block)
     for number, blocks in enumerate(kinds.values()):
         yield blocks[int((part + width * number / len(kinds)) * len(blocks))]

@@ -26,7 +26,7 @@ from merge_gate.engine.blocks.block_merge import BlockMerge, Figures, Measured, 
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.merge.merged_tensors import ROUNDED
-from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
+from merge_gate.engine.merge.private_copies import MergeTarget, Names, PendingMerges, targets_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
 from merge_gate.engine.tensors.measure import (
     dtype_max,
@@ -53,42 +53,44 @@ class BlockLayer:
 
     path: str
     layer: Any
-    slot: Slot
+    target: MergeTarget
     update: LowRankUpdate
     row_scales: torch.Tensor | None
     kind: tuple[object, ...]
 
 
-def plan_blocks(base: Base, layers: Iterable[tuple[str, Any]], names: Names, turns: Turns) -> list[BlockLayer]:
+def plan_blocks(
+    base: Base, layers: Iterable[tuple[str, Any]], names: Names, pending: PendingMerges
+) -> list[BlockLayer]:
     """The layers that are merged in blocks, in the model's order."""
-    planned = (_planned(base, path, layer, names, turns) for path, layer in layers)
+    planned = (_planned(base, path, layer, names, pending) for path, layer in layers)
     return [layer for layer in planned if layer is not None]
 
 
-def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> BlockLayer | None:
+def _planned(base: Base, path: str, layer: Any, names: Names, pending: PendingMerges) -> BlockLayer | None:
     update = _update_of(layer)
-    slot = next((slot for slot in slots_of(layer, names) if slot.attribute == "weight"), None)
-    if update is None or slot is None or not turns.is_alone(slot):
+    target = next((target for target in targets_of(layer, names) if target.attribute == "weight"), None)
+    if update is None or target is None or not pending.is_alone(target):
         return None
-    known = base.tensors.get(slot.name)
-    if known is None or not shares_storage(known, slot.data):
+    known = base.tensors.get(target.name)
+    if known is None or not shares_storage(known, target.data):
         return None
-    stats = base.stats.get(slot.name)
+    stats = base.stats.get(target.name)
     if stats is not None and not stats.finite:  # if it is not measured yet, the pass will see (one_pass.py)
         return None
-    weight = slot.parameter if is_quantized(slot.parameter) else slot.data
-    scales_of_rows = row_scales(slot.module, weight)
+    weight = target.parameter if is_quantized(target.parameter) else target.data
+    scales_of_rows = row_scales(target.module, weight)
     if merged_blocks(weight, update, base.buffers(), row_scales=scales_of_rows) is None:
         return None
     variant = type(layer.lora_variant.get(ADAPTER_NAME))
     base_layer = layer.get_base_layer()
     settings = [value for value in vars(base_layer).values() if isinstance(value, bool | int | float | str)]
     only_itself = id(base_layer) if base_layer._buffers or base_layer._modules else None  # its forward may use them
-    shapes = (slot.data.shape, slot.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
+    shapes = (target.data.shape, target.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
     return BlockLayer(
         path=path,
         layer=layer,
-        slot=slot,
+        target=target,
         update=update,
         row_scales=scales_of_rows,
         kind=(type(layer), type(base_layer), variant, *shapes, *settings, only_itself),
@@ -121,26 +123,26 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
 
 def agrees(base: Base, planned: BlockLayer, measured: TensorMerge) -> bool:
     """The cross-check: whether PEFT's merge has the bits, the extremes, and the scales of the blocks."""
-    theirs = planned.slot.tensor
+    theirs = planned.target.tensor
     if theirs is None:
         return False
     planned = replace(planned, update=planned.update.aligned())
-    merge = _merge(base, planned, planned.slot.data.to(base.device))
+    merge = _merge(base, planned, planned.target.data.to(base.device))
     quantized = is_quantized(theirs)
-    values = dequantized(planned.slot.module, theirs) if quantized else theirs.data
+    values = dequantized(planned.target.module, theirs) if quantized else theirs.data
     if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
         return False
     if not quantized:
-        stats = measure(values, planned.slot.name)
+        stats = measure(values, planned.target.name)
         if (stats.minimum, stats.maximum) != (measured.stats.minimum, measured.stats.maximum):
             return False
-    given = dict(scales(planned.slot.module, theirs)) if quantized else {}
+    given = dict(scales(planned.target.module, theirs)) if quantized else {}
     ours = {name: scale for name, scale in merge.scales.items() if name in given}
     return all(same_bits(given[name].flatten(), scale.flatten()) for name, scale in ours.items())
 
 
 def _merge(base: Base, planned: BlockLayer, weight: torch.Tensor) -> BlockMerge:
-    held = planned.slot.parameter if is_quantized(planned.slot.parameter) else weight
+    held = planned.target.parameter if is_quantized(planned.target.parameter) else weight
     merge = merged_blocks(held, planned.update.to(held.device), base.buffers(), row_scales=planned.row_scales)
     assert merge is not None  # noqa: S101 - `_planned` has looked
     return merge
@@ -163,7 +165,7 @@ def merge_in_blocks(
     """
     planned = replace(planned, update=planned.update.aligned())  # the factors may be the file's (private_copies.py)
     merge = _merge(base, planned, weight)
-    with_rows = measure_options.rows and has_rows(planned.slot.module, weight)
+    with_rows = measure_options.rows and has_rows(planned.target.module, weight)
     is_plain_sum = planned.update.magnitude is None
     norm = of_rows = None
     if is_plain_sum or with_rows:
@@ -186,7 +188,7 @@ def merge_in_blocks(
 
 def _keeps_rows(base: Base, planned: BlockLayer, weight: torch.Tensor, of_rows: torch.Tensor) -> bool:
     """Whether no row changes much (`is_small`). `of_rows` are the norms of the delta's rows."""
-    was, magnitude = base.row_norms(planned.slot.name, weight), planned.update.magnitude
+    was, magnitude = base.row_norms(planned.target.name, weight), planned.update.magnitude
     if magnitude is None:
         return is_small(of_rows, was)
     is_of_rows = not planned.update.transposed  # an embedding's magnitude belongs to columns
@@ -199,7 +201,7 @@ def _pass_on(consumers: Sequence[Consumer], planned: BlockLayer, once: BlockMerg
     if once is not None and block.change is not None and not once.quantized and planned.update.magnitude is None:
         rows = (once.base(block.rows).to(block.change.dtype) + block.change).to(rows.dtype)
     for consumer in consumers:
-        consumer.put_rows(planned.slot.name, rows, start=block.rows.start, shape=planned.update.shape)
+        consumer.put_rows(planned.target.name, rows, start=block.rows.start, shape=planned.update.shape)
 
 
 def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -> Measured | None:
@@ -233,9 +235,9 @@ def _as_record(
     delta_norm = math.sqrt(figures.delta_sq / part) if norm is None else norm
     lossy = (merge.dtype in ROUNDED or merge.quantized) and figures.delta_sq > 0
     return TensorMerge(
-        module=planned.slot.name.rpartition(".")[0],
+        module=planned.target.name.rpartition(".")[0],
         stats=TensorStats(
-            name=planned.slot.name,
+            name=planned.target.name,
             dtype=dtype_name(merge.dtype),
             shape=planned.update.shape,
             numel=merge.of,

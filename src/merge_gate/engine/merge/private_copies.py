@@ -28,7 +28,7 @@ Names = Mapping[tuple[int, str], str]
 
 
 @dataclass(slots=True)
-class Slot:
+class MergeTarget:
     """One tensor of the base under a tuner layer: its place, its name, and its values before the layer."""
 
     module: nn.Module
@@ -55,44 +55,44 @@ class Slot:
             self.parameter.data = data
 
 
-def slots_of(layer: Any, names: Names) -> list[Slot]:
+def targets_of(layer: Any, names: Names) -> list[MergeTarget]:
     """The merge targets below a tuner layer, each once."""
-    slots: dict[int, Slot] = {}
+    targets: dict[int, MergeTarget] = {}
     for module in layer.get_base_layer().modules():
         for attribute, parameter in module._parameters.items():
             name = names.get((id(module), attribute))
             if parameter is not None and name is not None:
-                slots.setdefault(id(parameter), Slot(module, attribute, name, parameter, parameter.data))
-    return list(slots.values())
+                targets.setdefault(id(parameter), MergeTarget(module, attribute, name, parameter, parameter.data))
+    return list(targets.values())
 
 
-class Turns:
+class PendingMerges:
     """The number of layers that still have to merge into each tensor, and its values before the first merge."""
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
+    def __init__(self, targets: Iterable[MergeTarget]) -> None:
         self._waiting: dict[int, int] = {}
         self._first: dict[int, torch.Tensor] = {}
-        for slot in slots:
-            self._waiting[id(slot.parameter)] = self._waiting.get(id(slot.parameter), 0) + 1
+        for target in targets:
+            self._waiting[id(target.parameter)] = self._waiting.get(id(target.parameter), 0) + 1
 
-    def is_alone(self, slot: Slot) -> bool:
+    def is_alone(self, target: MergeTarget) -> bool:
         """Whether only one layer merges into the tensor, and has not done so yet."""
-        return self._waiting.get(id(slot.parameter)) == 1
+        return self._waiting.get(id(target.parameter)) == 1
 
-    def begin(self, slot: Slot) -> None:
-        self._first.setdefault(id(slot.parameter), slot.data)
+    def begin(self, target: MergeTarget) -> None:
+        self._first.setdefault(id(target.parameter), target.data)
 
-    def end(self, slot: Slot) -> torch.Tensor | None:
+    def end(self, target: MergeTarget) -> torch.Tensor | None:
         """The values before the first layer, which must be restored; None while another layer waits."""
-        left = self._waiting.get(id(slot.parameter), 1) - 1
-        self._waiting[id(slot.parameter)] = left
-        return None if left > 0 else self._first.pop(id(slot.parameter), slot.data)
+        left = self._waiting.get(id(target.parameter), 1) - 1
+        self._waiting[id(target.parameter)] = left
+        return None if left > 0 else self._first.pop(id(target.parameter), target.data)
 
 
 @contextlib.contextmanager
 def private_copies(
     layer: Any,
-    slots: list[Slot],
+    targets: list[MergeTarget],
     base: Base,
     *,
     dtype: torch.dtype | None = None,
@@ -101,39 +101,39 @@ def private_copies(
 ) -> Iterator[Callable[[], None]]:
     """A tuner layer over copies of the base's tensors, on the device that merges it. Yields a function for new copies.
 
-    Inside of the block, hollow tensors of the base have values (hollow.py). A quantized weight needs only a wrapper,
-    because PEFT puts a new parameter in its place. It marks the old one, though.
+    Inside of the block, lazy tensors of the base have values (lazy_tensors.py). A quantized weight needs only a
+    wrapper, because PEFT puts a new parameter in its place. It marks the old one, though.
 
     Args:
         layer: PEFT's layer.
-        slots: the tensors of the layer.
+        targets: the tensors of the layer.
         base: the base that they belong to.
         dtype: the dtype of the copies. None keeps each tensor's own.
         keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
         mapped: the ids of factors that are views of the adapter's file. Inside of the block, they are copies.
     """
-    before = [(slot.tensor, slot.parameter.data) for slot in slots]
+    before = [(target.tensor, target.parameter.data) for target in targets]
     marks = {id(inner): list(inner.merged_adapters) for inner in _tuners(layer)}
-    device, of_base = device_of(layer, base.device), {id(slot.parameter) for slot in slots}
+    device, of_base = device_of(layer, base.device), {id(target.parameter) for target in targets}
 
-    def renew() -> None:
+    def reset() -> None:
         """Make fresh copies and clear PEFT's marks, as before the merge."""
-        for slot in slots:
-            if is_quantized(slot.parameter):
-                slot.put(wrap(slot.parameter))
+        for target in targets:
+            if is_quantized(target.parameter):
+                target.put(wrap(target.parameter))
             else:
-                slot.put(slot.parameter, slot.data.to(device, dtype, copy=True))
+                target.put(target.parameter, target.data.to(device, dtype, copy=True))
         for inner in _tuners(layer):
             inner.merged_adapters.clear()
 
     in_memory = factors_in_memory(layer, mapped)
-    with base.filled(slot.name for slot in slots), in_memory, placed(layer, device, apart=of_base):
+    with base.filled(target.name for target in targets), in_memory, placed(layer, device, apart=of_base):
         try:
-            renew()
-            yield renew
+            reset()
+            yield reset
         finally:
-            for slot, (tensor, data) in zip(slots, before, strict=True):
-                slot.put(tensor, data)
+            for target, (tensor, data) in zip(targets, before, strict=True):
+                target.put(tensor, data)
             for inner in () if keep_marks else _tuners(layer):
                 inner.merged_adapters[:] = marks.get(id(inner), [])
 

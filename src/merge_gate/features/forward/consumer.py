@@ -23,8 +23,8 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.adapter_evidence import MergeAttempt, quiet
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.consumer import Consumer, WholeTensors
+from merge_gate.engine.merge.adapter_merge import AdapterMerge
 from merge_gate.engine.merge.one_pass import merge_planned
-from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.features.forward.growth import may_stay, why_left_out
 from merge_gate.features.forward.rounding import MergedModel, with_rounding
@@ -120,7 +120,7 @@ class ModelRuns(Consumer):
 
     def _unmerged(self, attempt: MergeAttempt) -> Loaded:
         """The adapter before its merge. PEFT has unloaded it in a merge, so it is loaded again for a late run."""
-        return attempt.walk.loaded if attempt.walk is not None and not self.needs_rows else attempt.load()
+        return attempt.merge.loaded if attempt.merge is not None and not self.needs_rows else attempt.load()
 
     # --- 2. --------------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ def _fits(base: Base, evidence: Evidence, free_bytes: int | None) -> bool:
 def _merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedModel | None:
     """The merge. None if PEFT has to repeat it without blocks."""
     received: dict[str, torch.Tensor] = {}
-    walk = Walk(
+    walk = AdapterMerge(
         base=base,
         loaded=loaded,
         measure_options=MeasureOptions(estimates=True),

@@ -1,10 +1,10 @@
-"""Runs several models that share hollow tensors at the same time, so that each tensor is filled once for all of them.
+"""Runs several models that share lazy tensors at the same time, so that each tensor is filled once for all of them.
 
-In: models, their inputs, and the hollow tensors (hollow.py). Out: a `ModelRun` for each model: what it returned, or its
-exception. Knows no adapter but DoRA. A model without hollow tensors runs as it would alone.
+In: models, their inputs, and the lazy tensors (lazy_tensors.py). Out: a `ModelRun` for each model: what it returned, or
+its exception. Knows no adapter but DoRA. A model without lazy tensors runs as it would alone.
 
 1. Each model runs in a thread of its own, and only one thread runs at a time.
-2. Before an operation reads a hollow tensor, its thread waits. An operation that writes to one, or to another parameter
+2. Before an operation reads a lazy tensor, its thread waits. An operation that writes to one, or to another parameter
    of its model, fails.
 3. When all threads wait, the tensors of the module that comes first in the model are filled, as far as a thread waits
    for them, and these threads go on. They are emptied when no thread waits for a tensor of this module any more.
@@ -50,7 +50,7 @@ Place = tuple[int, str]
 
 @dataclass(slots=True, kw_only=True)
 class ModelRun:
-    """One model's forward pass. `own` gives this model's values of a hollow tensor, or None for the tensor's own.
+    """One model's forward pass. `own` gives this model's values of a lazy tensor, or None for the tensor's own.
 
     `returned` is what the model returned. `error` is why it returned nothing.
     """
@@ -67,7 +67,7 @@ def run_together(runs: Sequence[ModelRun], tensors: Mapping[str, torch.Tensor], 
 
     Args:
         runs: the models. One that fails has its exception in `error`; the others go on.
-        tensors: the hollow tensors by name. Their order decides which module is next.
+        tensors: the lazy tensors by name. Their order decides which module is next.
         filled: gives the tensors of these names values for a `with` block. Its exceptions are raised.
     """
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as alone:  # threads.py says why
@@ -178,7 +178,7 @@ class _Thread:
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Waits before each operation that reads a hollow tensor, and gives the operation the model's own values of it."""
+    """Waits before each operation that reads a lazy tensor, and gives the operation the model's own values of it."""
 
     def __init__(self, thread: _Thread) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

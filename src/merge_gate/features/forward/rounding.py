@@ -3,8 +3,8 @@
 In: a base, an adapter, and its merge. Out: `Forward` with `effect` and `rounding_change`, or without them. And what the
 arithmetic of that dtype changes, with `output_error`.
 
-1. Base, unmerged adapter, and merge become models with float32 tensors. The base's tensors are hollow (hollow.py), so
-   only what an operation reads is float32 in memory.
+1. Base, unmerged adapter, and merge become models with float32 tensors. The base's tensors are lazy (lazy_tensors.py),
+   so only what an operation reads is float32 in memory.
 2. They run together (lockstep.py), with a second base whose values are off by one unit of float32 arithmetic. What
    that changes is noise, and a small effect is lost in it.
 3. A mixture of experts may send a token to another expert for the smallest difference. So the merged model makes the
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
-from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
+from merge_gate.engine.tensors.lazy_tensors import LazyGroup, LazyTensors, Tensors
 from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.features.forward.activations import tensors_of
 from merge_gate.features.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
@@ -87,7 +87,7 @@ def with_rounding(
 
     # 2. and 3.
     def off_by_one_unit(name: str) -> torch.Tensor:
-        values = exact.hollow.tensors[name]
+        values = exact.lazy.tensors[name]
         signs = _signs(values.shape[-1] if values.dim() else 1, 0)
         return values * (1 + signs * torch.finfo(torch.float32).eps)
 
@@ -173,24 +173,24 @@ class _InFloat32:
         floating = {
             name: tensor for name, tensor in base.tensors.items() if tensor.is_floating_point() and tensor.numel()
         }
-        self._base, self.hollow = base, Hollow(self._cell(name, tensor) for name, tensor in floating.items())
+        self._base, self.lazy = base, LazyTensors(self._lazy_group(name, tensor) for name, tensor in floating.items())
 
-    def _cell(self, name: str, tensor: torch.Tensor) -> Cell:
+    def _lazy_group(self, name: str, tensor: torch.Tensor) -> LazyGroup:
         def fill(tensors: Tensors) -> None:
             with self._base.filled([name]):
                 tensors[name].copy_(tensor)
 
-        return Cell(outlines={name: (tensor.shape, torch.float32)}, fill=fill)
+        return LazyGroup(outlines={name: (tensor.shape, torch.float32)}, fill=fill)
 
     def copy(self, model: nn.Module) -> Any:
-        """A copy of a model. Tensors that are the base's own become the hollow ones."""
+        """A copy of a model. Tensors that are the base's own become the lazy ones."""
         of_base = self._base.tensors
-        names = {of_base[name].data_ptr(): name for name in self.hollow.tensors}
+        names = {of_base[name].data_ptr(): name for name in self.lazy.tensors}
         copied: Any = copy.deepcopy(model, module_copies.tensors_of(model))
         for tensor in (*copied.parameters(), *copied.buffers()):
             name = names.get(tensor.data_ptr())
             if name is not None and shares_storage(of_base[name], tensor):
-                tensor.data = self.hollow.tensors[name]
+                tensor.data = self.lazy.tensors[name]
             elif tensor.is_floating_point():
                 tensor.data = tensor.float()
         with_norms_in_blocks(copied.eval())
@@ -198,9 +198,9 @@ class _InFloat32:
 
     def run(self, runs: Sequence[ModelRun]) -> bool:
         """Run copies together. False if one failed, or read a tensor without values."""
-        hollow = self.hollow
-        run_together(runs, hollow.tensors, lambda names: hollow.filled(hollow.tensors[name] for name in names))
-        return not hollow.forget_touched() and all(run.error is None for run in runs)
+        lazy = self.lazy
+        run_together(runs, lazy.tensors, lambda names: lazy.filled(lazy.tensors[name] for name in names))
+        return not lazy.forget_touched() and all(run.error is None for run in runs)
 
 
 def _distances(outputs: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> list[float]:

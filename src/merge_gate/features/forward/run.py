@@ -133,7 +133,7 @@ def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collec
     inputs = _named(base, forward.inputs or "", tokens)
     of_base, of_merged = _run(base, [base.model, merged.model], inputs, merged.values, keeps=True)
     made = _forward(base, forward, of_base, of_merged)
-    if not made.ran or (base.hollow is not None and base.hollow.forget_touched()):
+    if not made.ran or (base.lazy is not None and base.lazy.forget_touched()):
         return forward
     if made.nonfinite_origin is Origin.ADAPTER and of_base.finite and of_merged.finite:
         made = with_output_error(base, merged, inputs, (of_base.returned, of_merged.returned), made)

@@ -103,7 +103,7 @@ class Publications(Feature):
     # --- 1 ---------------------------------------------------------------------------------------------------------
 
     def fetch(self, how: Fetching) -> Fetching:
-        return replace(how, with_companions=True)
+        return replace(how, tokenizer_files=True)
 
     def choose(self, entries: dict[int, Entry]) -> None:
         """Decide which of the entries to merge are published.
@@ -180,12 +180,12 @@ class Publications(Feature):
         if self._models[task].is_accepted:
             raise NotPublishedError("the merge was judged before")
         self._refused.pop(task, None)
-        with self._lock, self._one(task) as model:
+        with self._lock, self._guarded(task) as model:
             return model.plan(tensors)
 
     def written(self, message: PublicationWritten) -> None:
         if not self._models[message.task].is_accepted:
-            with self._lock, self._one(message.task) as model:
+            with self._lock, self._guarded(message.task) as model:
                 model.written(message)
 
     def ended(self) -> None:
@@ -194,7 +194,7 @@ class Publications(Feature):
                 self._discard(index)
 
     @contextlib.contextmanager
-    def _one(self, index: int) -> Iterator[Publication]:
+    def _guarded(self, index: int) -> Iterator[Publication]:
         """Whatever goes wrong in the block costs this model, and not the run: the first error counts."""
         model = self._models[index]
         try:
@@ -231,7 +231,7 @@ class Publications(Feature):
                     self._models[index].stop()
 
     def _complete(self, index: int) -> None:
-        with contextlib.suppress(NotPublishedError), self._one(index) as model:
+        with contextlib.suppress(NotPublishedError), self._guarded(index) as model:
             model.complete()
 
     def finish(self) -> None:
@@ -258,7 +258,7 @@ class Publications(Feature):
         """Give a model its name. The findings are what there is to say about its files."""
         if index in self._refused:
             raise self._refused[index]
-        with self._one(index) as model:
+        with self._guarded(index) as model:
             earlier = replaceable(model.directory, self._run.view.note)
             files, findings = model.publish(self._facts(index, report, model), self._seen, replaces=earlier)
         directory = str(Path(self._spec.label, model.directory.name))
@@ -369,8 +369,8 @@ def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
 
 def _unpublished(report: AdapterReport, message: str, hint: str) -> AdapterReport:
     """The report of an entry that passed, and whose merge could not be published."""
-    said = f"the merge passed, and was not published: {message}"
-    why = kinds.finding(NOT_PUBLISHED, said, hint=hint, origin=Origin.RUNTIME)
+    text = f"the merge passed, and was not published: {message}"
+    why = kinds.finding(NOT_PUBLISHED, text, hint=hint, origin=Origin.RUNTIME)
     what, index, findings = verdict.decide((*bounded([why]), *report.findings), report.coverage)
     return replace(
         report,

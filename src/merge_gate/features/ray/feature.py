@@ -82,10 +82,10 @@ class Work:
     mark: str | None
 
 
-def run_shard(work: Work, shard: tuple[int, int], given_up: tuple[tuple[str, str], ...]) -> Iterator[list[Any]]:
+def run_shard(work: Work, shard: tuple[int, int], lost_adapters: tuple[tuple[str, str], ...]) -> Iterator[list[Any]]:
     """Run a shard on this node. None is the last that it sends."""
     sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    options = replace(work.options, features={**work.options.features, "shard": shard}, given_up=given_up)
+    options = replace(work.options, features={**work.options.features, "shard": shard}, lost_adapters=lost_adapters)
     threading.Thread(target=_run, args=(replace(work, options=options), sent.put), daemon=True).start()
     batch: list[Any] = []
     while None not in batch:
@@ -142,7 +142,7 @@ class _Shard:
     number: tuple[int, int]
     merging: str = ""
     losses_at: Counter[str] = field(default_factory=Counter)
-    given_up: tuple[tuple[str, str], ...] = ()
+    lost_adapters: tuple[tuple[str, str], ...] = ()
     report: Report | None = None
 
     @property
@@ -208,7 +208,7 @@ class RayRun(Feature):
         waiting, running = list(self._shards), dict[Any, _Shard]()
         try:
             while waiting or running:
-                running |= {task.remote(work, shard.number, shard.given_up): shard for shard in waiting}
+                running |= {task.remote(work, shard.number, shard.lost_adapters): shard for shard in waiting}
                 waiting = []
                 ready, _ = self._ray.wait(list(running), timeout=PATIENCE_S, num_returns=1)
                 for handle in ready:
@@ -259,11 +259,11 @@ class RayRun(Feature):
         return sent is None
 
     def _give_up(self, shard: _Shard, names: Iterable[str], reason: str) -> None:
-        given_up = dict.fromkeys(names, f"a worker on the Ray cluster {reason}") | dict(shard.given_up)
-        shard.given_up = tuple(given_up.items())
-        if len(given_up) == len(self._names):
+        lost_adapters = dict.fromkeys(names, f"a worker on the Ray cluster {reason}") | dict(shard.lost_adapters)
+        shard.lost_adapters = tuple(lost_adapters.items())
+        if len(lost_adapters) == len(self._names):
             of_shard = {**self._options.features, "shard": shard.number}
-            options = replace(self._options, features=of_shard, given_up=shard.given_up)
+            options = replace(self._options, features=of_shard, lost_adapters=shard.lost_adapters)
             specs = (replace(spec, base=replace(spec.base, access=Access.STREAM)) for spec in self._config.adapters)
             run_gate(replace(self._config, adapters=tuple(specs)), options, view=calls(partial(self._take, shard)))
 

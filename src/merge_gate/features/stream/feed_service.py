@@ -16,7 +16,7 @@ from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.features.stream.read_ahead import CONNECTIONS, FedBase, ReadAhead, Window
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records.files import FileSpan
-from merge_gate.worker.call_service import LINES, InvalidCallError, Service
+from merge_gate.worker.call_service import CALL_CHANNELS, InvalidCallError, Service
 from merge_gate.worker.memory import MemoryGroup
 
 _WINDOW_SHARE = 8
@@ -60,12 +60,12 @@ class FeedService(Service):
                 return
             ahead = self._ahead
             if ahead is not None:
-                if not ahead.is_due and (ahead.base, ahead.spans, ahead.whole) == (base, call.spans, call.whole):
-                    ahead.is_due = call.is_due
+                if not ahead.needed_now and (ahead.base, ahead.spans, ahead.whole) == (base, call.spans, call.whole):
+                    ahead.needed_now = call.needed_now
                     return
                 ahead.cancel()
             self._window = self._window or Window(_slots())
-            self._ahead = ReadAhead(base, call.spans, self._window, whole=call.whole, is_due=call.is_due)
+            self._ahead = ReadAhead(base, call.spans, self._window, whole=call.whole, needed_now=call.needed_now)
             if call.spans:
                 self._ahead.start()
 
@@ -91,4 +91,4 @@ def _slots() -> int:
 
 def window_bytes() -> int:
     """The memory of the window that the bytes of a base pass through, and of the lines."""
-    return (_slots() + LINES) * PIECE_BYTES
+    return (_slots() + CALL_CHANNELS) * PIECE_BYTES

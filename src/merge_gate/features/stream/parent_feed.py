@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class SpansExpected:
     """The worker will need these bytes of a group's base, in this order. Replaces what it expected before.
 
-    `whole`: the rest of the files is to be read and hashed, too. `is_due`: they are read from now on; if not, they are
-    only read ahead.
+    `whole`: the rest of the files is to be read and hashed, too. `needed_now`: they are read from now on; if not, they
+    are only read ahead.
     """
 
     group: int
     spans: tuple[FileSpan, ...]
     whole: bool
-    is_due: bool = True
+    needed_now: bool = True
 
 
 @record
@@ -53,12 +53,12 @@ class ParentFeed(Feed):
         self._expect((), whole=False)
         return self
 
-    def expect(self, spans: Sequence[FileSpan], *, whole: bool, is_due: bool = True) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool, needed_now: bool = True) -> None:
         if not self._is_aside:
-            self._expect(tuple(span for span in spans if span.start < span.end), whole=whole, is_due=is_due)
+            self._expect(tuple(span for span in spans if span.start < span.end), whole=whole, needed_now=needed_now)
 
-    def _expect(self, spans: tuple[FileSpan, ...], *, whole: bool, is_due: bool = True) -> None:
-        self._client.call(SpansExpected(group=self._group, spans=spans, whole=whole, is_due=is_due))
+    def _expect(self, spans: tuple[FileSpan, ...], *, whole: bool, needed_now: bool = True) -> None:
+        self._client.call(SpansExpected(group=self._group, spans=spans, whole=whole, needed_now=needed_now))
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

@@ -39,7 +39,7 @@ HASHED_AT_A_TIME = 4
 def fit(skeletons: Sequence[GroupBase]) -> bool:
     """Whether these skeletons fit in one pass: permanently filled tensors take memory."""
     room = (MemoryGroup().free_bytes() or 0) // SKELETONS_SHARE
-    return sum(load.base.hollow.kept_bytes() for load in skeletons if load.base.hollow is not None) <= room
+    return sum(load.base.lazy.kept_bytes() for load in skeletons if load.base.lazy is not None) <= room
 
 
 def judge_batch(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: GroupBases) -> Iterator[Event]:

@@ -198,7 +198,7 @@ class _Piece:
 class ReadAhead:
     """One pass over a base, from `start` until every piece was hashed, or until `cancel`.
 
-    `is_due`: the spans are read now, so that what fills the window and is not read is in the way. Until then, each
+    `needed_now`: the spans are read now, so that what fills the window and is not read is in the way. Until then, each
     read is of the base itself.
     """
 
@@ -209,9 +209,9 @@ class ReadAhead:
         window: Window,
         *,
         whole: bool,
-        is_due: bool = True,
+        needed_now: bool = True,
     ) -> None:
-        self.base, self.spans, self.whole, self.is_due = base, spans, whole, is_due
+        self.base, self.spans, self.whole, self.needed_now = base, spans, whole, needed_now
         self._window, self._changed = window, window.changed
         sizes = base.files.sizes
         self._pieces = [_Piece(span) for span in plan(spans, sizes, base.known if whole else sizes)]
@@ -336,7 +336,7 @@ class ReadAhead:
         """
         piece, end = self._at(file, start, start + len(into))
         into = into[: end - start]
-        if not self.is_due or piece is None or not self._copied(piece, start, into):
+        if not self.needed_now or piece is None or not self._copied(piece, start, into):
             self.base.read(file, start, into)
         return len(into)
 

@@ -24,8 +24,8 @@ import torch
 
 from merge_gate.engine.adapter_evidence import MergeRequest, planned
 from merge_gate.engine.blocks.delta import LowRankUpdate
-from merge_gate.engine.merge.private_copies import Slot, private_copies, slots_of
-from merge_gate.engine.merge.walk import Walk
+from merge_gate.engine.merge.adapter_merge import AdapterMerge
+from merge_gate.engine.merge.private_copies import MergeTarget, private_copies, targets_of
 from merge_gate.engine.tensors.measure import CHUNK_ELEMENTS
 
 BLOCK = 64
@@ -248,18 +248,18 @@ def exact_merge(request: MergeRequest, names: Collection[str]) -> Iterator[Exact
     A tensor that several layers change comes once for each, and none of these is the whole merge. Between two of its
     values, a generator keeps no state that other code shares, so the decorator of torch is used.
     """
-    walk = planned(request)
+    merge = planned(request)
     givers: dict[str, set[int]] = {}  # an outer layer may merge the tensors of its inner layers
-    in_blocks = {id(block.layer): block for block in walk.planned if block.update.magnitude is None}
-    for _, layer in walk.layers:
-        slots = slots_of(layer, walk.loaded.slots)
-        wanted = [slot for slot in slots if slot.name in names and id(layer) not in givers.get(slot.name, ())]
+    in_blocks = {id(block.layer): block for block in merge.planned if block.update.magnitude is None}
+    for _, layer in merge.layers:
+        targets = targets_of(layer, merge.loaded.base_names)
+        wanted = [target for target in targets if target.name in names and id(layer) not in givers.get(target.name, ())]
         block = in_blocks.get(id(layer))
         if wanted and block is not None:
-            with walk.base.filled([block.slot.name]):
-                yield from lora_rows(block.slot.name, block.slot.data, block.update)
+            with merge.base.filled([block.target.name]):
+                yield from lora_rows(block.target.name, block.target.data, block.update)
         elif wanted:
-            for rows in _by_peft(walk, layer, slots, wanted):
+            for rows in _by_peft(merge, layer, targets, wanted):
                 givers[rows.name] = {id(inner) for inner in layer.modules() if inner is not layer}
                 yield rows
 
@@ -287,11 +287,16 @@ def lora_rows(name: str, weight: torch.Tensor, update: LowRankUpdate) -> Iterato
         )
 
 
-def _by_peft(walk: Walk, layer: Any, slots: list[Slot], wanted: list[Slot]) -> Iterator[ExactRows]:
+def _by_peft(
+    merge: AdapterMerge, layer: Any, targets: list[MergeTarget], wanted: list[MergeTarget]
+) -> Iterator[ExactRows]:
     """Case 2. Nothing if PEFT cannot merge the method in float64."""
     before, bases, merged = layer.get_base_layer(), {}, {}
-    with private_copies(layer, slots, walk.base, dtype=torch.float64, mapped=walk.loaded.mapped), _in_float64(layer):
-        bases = {slot.name: slot.data.double() for slot in wanted}
+    with (
+        private_copies(layer, targets, merge.base, dtype=torch.float64, mapped=merge.loaded.mapped),
+        _in_float64(layer),
+    ):
+        bases = {target.name: target.data.double() for target in wanted}
         try:
             layer.merge(safe_merge=False)
         except (MemoryError, torch.OutOfMemoryError):
@@ -299,7 +304,7 @@ def _by_peft(walk: Walk, layer: Any, slots: list[Slot], wanted: list[Slot]) -> I
         except Exception:
             return
         if layer.get_base_layer() is before:  # else PEFT has put a trained copy in its place
-            merged = {slot.name: slot.tensor.data.double() for slot in wanted if slot.tensor is not None}
+            merged = {target.name: target.tensor.data.double() for target in wanted if target.tensor is not None}
     for name, exact in merged.items():
         base = bases[name]
         if base.shape == exact.shape and exact.dim() and exact.numel() and not torch.equal(base, exact):

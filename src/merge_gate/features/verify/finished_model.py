@@ -150,7 +150,7 @@ class Compared(WholeTensors):
         super().__init__(self._comparisons.put)
 
     def end(self, attempt: MergeAttempt) -> Evidence:
-        attempt.walk = None  # other merges follow, and its memory is of no use to them
+        attempt.merge = None  # other merges follow, and its memory is of no use to them
         is_merged = attempt.evidence.refusal is None
         return _with_comparison(attempt.evidence, self._compare(attempt.request) if is_merged else Comparison())
 

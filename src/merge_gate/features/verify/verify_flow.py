@@ -148,7 +148,7 @@ class Verification(Feature):
     # --- 1. ----------------------------------------------------------------------------------------------------------
 
     def fetch(self, how: Fetching) -> Fetching:
-        return replace(how, with_companions=True, with_copies=True, read_pickle=None)
+        return replace(how, tokenizer_files=True, code_files=True, read_pickle=None)
 
     def _resolved(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from merge_gate.engine.tensors.hollow import HUGE_BYTES, Cell, Hollow
+from merge_gate.engine.tensors.lazy_tensors import HUGE_BYTES, LazyGroup, LazyTensors
 
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"matrix": (40, 33), "vector": (700,), "scalar": (), "pages": (64, 1024)}
@@ -22,21 +22,21 @@ def sources(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
-def cast_from(name: str, source: torch.Tensor, dtype: torch.dtype) -> Cell:
+def cast_from(name: str, source: torch.Tensor, dtype: torch.dtype) -> LazyGroup:
     def fill(tensors: Mapping[str, torch.Tensor]) -> None:
         tensors[name].copy_(source)
 
-    return Cell(outlines={name: (source.shape, dtype)}, fill=fill)
+    return LazyGroup(outlines={name: (source.shape, dtype)}, fill=fill)
 
 
-def hollow(given_: dict[str, torch.Tensor], dtype: torch.dtype = torch.float16) -> Hollow:
-    return Hollow(cast_from(name, source, dtype) for name, source in given_.items())
+def lazy(given_: dict[str, torch.Tensor], dtype: torch.dtype = torch.float16) -> LazyTensors:
+    return LazyTensors(cast_from(name, source, dtype) for name, source in given_.items())
 
 
 @given(source=st.sampled_from(CASTABLE), dtype=st.sampled_from(CASTABLE))
 def test_filled_it_is_the_cast_and_afterwards_nothing(source: torch.dtype, dtype: torch.dtype) -> None:
     given_ = sources(source)
-    made = hollow(given_, dtype)
+    made = lazy(given_, dtype)
     assert not made.fill_touched()
     with made.filled(made.tensors.values()):
         assert all(torch.equal(made.tensors[name], tensor.to(dtype)) for name, tensor in given_.items())
@@ -46,7 +46,7 @@ def test_filled_it_is_the_cast_and_afterwards_nothing(source: torch.dtype, dtype
 @pytest.mark.parametrize("name", SHAPES)
 def test_who_reads_it_empty_is_found_out(name: str) -> None:
     given_ = sources()
-    made = hollow(given_)
+    made = lazy(given_)
     assert not made.tensors[name].flatten()[-1:].any()  # read
     assert made.fill_touched()
     assert torch.equal(made.tensors[name], given_[name].half())
@@ -58,7 +58,7 @@ def test_who_reads_it_empty_is_found_out(name: str) -> None:
 
 
 def test_who_reads_it_before_it_is_filled_is_found_out() -> None:
-    made = hollow(sources())
+    made = lazy(sources())
     made.tensors["matrix"].sum()
     with made.filled([made.tensors["matrix"]]):
         pass
@@ -67,20 +67,20 @@ def test_who_reads_it_before_it_is_filled_is_found_out() -> None:
 
 
 def test_who_writes_to_it_is_found_out() -> None:
-    made = hollow(sources())
+    made = lazy(sources())
     made.tensors["pages"][5].fill_(1)
     assert made.fill_touched()
 
 
 def test_a_copy_of_it_is_found_out() -> None:
-    made = hollow(sources())
+    made = lazy(sources())
     made.tensors["matrix"].clone()
     assert made.fill_touched()
 
 
 def test_it_stays_filled_as_long_as_one_thread_reads() -> None:
     given_ = sources()
-    made = hollow(given_)
+    made = lazy(given_)
     meet = threading.Barrier(8)
 
     def read(number: int) -> bool:
@@ -104,9 +104,9 @@ def test_the_tensors_of_a_cell_get_their_values_together() -> None:
         for name, tensor in tensors.items():
             tensor.copy_(given_[name])
 
-    cell = Cell(outlines={name: (tensor.shape, tensor.dtype) for name, tensor in given_.items()}, fill=fill)
-    made = Hollow([cell])
-    assert made.cells(["vector"]) == [cell]
+    group = LazyGroup(outlines={name: (tensor.shape, tensor.dtype) for name, tensor in given_.items()}, fill=fill)
+    made = LazyTensors([group])
+    assert made.groups(["vector"]) == [group]
     with made.filled([made.tensors["vector"]]):
         assert all(torch.equal(made.tensors[name], tensor) for name, tensor in given_.items())
     assert not made.fill_touched()
@@ -128,7 +128,7 @@ def test_values_that_could_not_be_written_leave_nothing_behind() -> None:
             raise OSError
         tensors["one"].fill_(1)
 
-    made = Hollow([Cell(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
+    made = LazyTensors([LazyGroup(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
     with pytest.raises(OSError), made.filled(made.tensors.values()):
         pytest.fail("it has no values")
     fails.clear()
@@ -143,16 +143,16 @@ def test_values_are_written_whatever_the_default_device_is() -> None:
     def fill(tensors: Mapping[str, torch.Tensor]) -> None:
         tensors["one"].copy_(torch.ones(5000))
 
-    made = Hollow([Cell(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
+    made = LazyTensors([LazyGroup(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
     with torch.device("meta"), made.filled(made.tensors.values()):
         assert made.tensors["one"].eq(1).all()
 
 
 @pytest.mark.parametrize("touched", ["small", "large", "larger", "last"])
 def test_a_touch_of_a_large_tensor_is_found_in_that_tensor_alone(touched: str) -> None:
-    """Large cells use huge pages, which the system makes and reports as a whole."""
+    """Large groups use huge pages, which the system makes and reports as a whole."""
     sizes = {"small": 700, "large": (5 << 20) // 4 + 3, "larger": 3 << 20, "last": 1000}
-    made = Hollow(cast_from(name, torch.ones(size), torch.float16) for name, size in sizes.items())
+    made = LazyTensors(cast_from(name, torch.ones(size), torch.float16) for name, size in sizes.items())
     assert not made.fill_touched()
     assert not made.tensors[touched][sizes[touched] // 2].item()  # read
     assert made.fill_touched()
@@ -164,7 +164,7 @@ def test_a_touch_of_a_large_tensor_is_found_in_that_tensor_alone(touched: str) -
 
 def test_large_cells_begin_at_huge_pages() -> None:
     sizes = {"one": 700, "two": HUGE_BYTES, "three": 1, "four": HUGE_BYTES + 5, "five": 3}
-    made = Hollow(cast_from(name, torch.ones(size), torch.bfloat16) for name, size in sizes.items())
+    made = LazyTensors(cast_from(name, torch.ones(size), torch.bfloat16) for name, size in sizes.items())
     addresses = {name: tensor.data_ptr() for name, tensor in made.tensors.items()}
     assert [name for name, one in addresses.items() if one % HUGE_BYTES == 0 and sizes[name] >= HUGE_BYTES // 2] == [
         "two",

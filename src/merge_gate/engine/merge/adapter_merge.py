@@ -15,7 +15,7 @@ layer of the scratch copy is wrapped. The wrapper has four steps:
    only by rounding (rounded_merge.py). For layers that go in blocks, the cross-checked ones are proved.
 4. Put the base's tensors back, so that only one layer's copies exist at a time.
 
-Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
+Layers that plan.py gives to blocks of rows are measured before the merge begins (one_pass.py), for several adapters at
 once. If a cross-check differs, no result of the blocks counts, and PEFT merges the whole adapter. If a base is read for
 that pass, PEFT merges other layers then, too, as far as they share nothing with any layer.
 
@@ -54,7 +54,7 @@ from merge_gate.engine.merge.merged_tensors import (
     of_tensor,
 )
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
-from merge_gate.engine.merge.private_copies import Names, Slot, Turns, private_copies, slots_of
+from merge_gate.engine.merge.private_copies import MergeTarget, Names, PendingMerges, private_copies, targets_of
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
 from merge_gate.engine.merge.rounded_merge import unexplained
 from merge_gate.engine.merge.rounding_floor import rounding_share
@@ -73,7 +73,7 @@ LayerMerge = tuple[bool, list[tuple[TensorMerge, Any]]]
 
 
 @dataclass(slots=True, kw_only=True)
-class Walk:
+class AdapterMerge:
     """One adapter's merge. `refused` has the layers that only safe_merge refuses.
 
     `cross_checked` has the layers that PEFT confirmed. `differing` has those whose merge in blocks is not PEFT's: the
@@ -103,7 +103,7 @@ class Walk:
     planned: list[BlockLayer] = field(default_factory=list)
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
     _early: dict[int, LayerMerge] = field(default_factory=dict)
-    _turns: Turns = field(init=False)
+    _pending: PendingMerges = field(init=False)
     _places: Places = field(init=False)
     _called: set[int] = field(default_factory=set)
     _total: int = 0
@@ -120,10 +120,12 @@ class Walk:
         tuners = ((path, layer) for path, layer in named if isinstance(layer, BaseTunerLayer))
         layers = [(path.removeprefix(ADAPTER_PREFIX), layer) for path, layer in tuners]
         self.layers, self._total = layers, len(layers)
-        self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
+        self._pending = PendingMerges(
+            target for _, layer in layers for target in targets_of(layer, self.loaded.base_names)
+        )
         self._places = Places(self.base, self.loaded.model.get_base_model())
         if self.in_blocks:
-            self.planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
+            self.planned = plan_blocks(self.base, layers, self.loaded.base_names, self._pending)
 
     def can_change(self, in_file: Collection[str]) -> dict[str, Outline]:
         """The base's tensors that the merge can change, and their shapes and dtypes afterwards.
@@ -131,15 +133,15 @@ class Walk:
         They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized. A
         tied tensor is there by its own name if the merge unties it: only one of both has a trained copy, or each.
         """
-        in_blocks = {id(block.layer): [block.slot] for block in self.planned}
-        slots = [in_blocks.get(id(layer)) or slots_of(layer, self.loaded.slots) for _, layer in self.layers]
-        below = {slot.name for of_layer in slots for slot in of_layer} | set(in_file)
+        in_blocks = {id(block.layer): [block.target] for block in self.planned}
+        targets = [in_blocks.get(id(layer)) or targets_of(layer, self.loaded.base_names) for _, layer in self.layers]
+        below = {target.name for of_layer in targets for target in of_layer} | set(in_file)
         wrappers = [module for module in self.loaded.model.modules() if isinstance(module, ModulesToSaveWrapper)]
         copied = {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
         outlines: dict[str, Outline] = {}
         for module in self.loaded.model.modules():
             for attribute, tensor in module._parameters.items():
-                name = self.base.first_name(self.loaded.slots.get((id(module), attribute), ""))
+                name = self.base.first_name(self.loaded.base_names.get((id(module), attribute), ""))
                 known = self.base.tensors.get(name)
                 if tensor is None or known is None:
                     continue
@@ -164,7 +166,7 @@ class Walk:
         Raises:
             EngineError: it does not fit.
         """
-        needed = ((_peft_bytes(layer, self.loaded.slots), path) for path, layer in self.layers)
+        needed = ((_peft_bytes(layer, self.loaded.base_names), path) for path, layer in self.layers)
         most, path = max(needed, default=(0, ""))
         if most > free_bytes:
             raise EngineError(
@@ -185,11 +187,11 @@ class Walk:
 
     def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
         """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
-        layer, slots = block.layer, slots_of(block.layer, self.loaded.slots)
-        private = private_copies(layer, slots, self.base, mapped=self.loaded.mapped)
-        with torch.no_grad(), private, packed_sums(slots) as packed:
+        layer, targets = block.layer, targets_of(block.layer, self.loaded.base_names)
+        private = private_copies(layer, targets, self.base, mapped=self.loaded.mapped)
+        with torch.no_grad(), private, packed_sums(targets) as packed:
             # The float32 merge links the unmerged layer with this one. It is faster without PEFT's finite check.
-            made = _Made(safe_merge=False, before=self._unmerged(layer, slots), packed=packed)
+            made = _Made(safe_merge=False, before=self._unmerged(layer, targets), packed=packed)
             try:
                 made.is_sum = self._watched(layer.merge, safe_merge=True)
             except Exception as error:
@@ -197,7 +199,7 @@ class Walk:
                 return False  # PEFT gives the reason when it merges the whole adapter
             if not agrees(self.base, block, merged):
                 return False
-            self._proved(block.path, layer, slots, layer.merge, made)
+            self._proved(block.path, layer, targets, layer.merge, made)
         return True
 
     def finish(self) -> None:
@@ -261,9 +263,9 @@ class Walk:
     # --- one layer ---
 
     def _merge_layer(self, path: str, layer: Any, by_peft: Callable[..., None]) -> None:
-        for slot in slots_of(layer, self.loaded.slots):
-            if self._places.is_moved(slot):
-                self._differs(slot.name, "before")
+        for target in targets_of(layer, self.loaded.base_names):
+            if self._places.is_moved(target):
+                self._differs(target.name, "before")
         if id(layer) in self.blocks:
             self._enter_block(*self.blocks[id(layer)])
             return
@@ -283,63 +285,63 @@ class Walk:
 
     def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> LayerMerge:
         """Steps 1 to 4."""
-        slots = slots_of(layer, self.loaded.slots)
-        for slot in slots:
-            self._turns.begin(slot)
+        targets = targets_of(layer, self.loaded.base_names)
+        for target in targets:
+            self._pending.begin(target)
         before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
-        private = private_copies(layer, slots, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
-        with private as renew, packed_sums(slots) as packed:
-            for slot in slots:
-                self.base.confirm(slot.name)
+        private = private_copies(layer, targets, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
+        with private as reset, packed_sums(targets) as packed:
+            for target in targets:
+                self.base.check_earlier_figures(target.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
-            drawn, before_merge = random_states(), self._unmerged(layer, slots)
+            drawn, before_merge = random_states(), self._unmerged(layer, targets)
             made = _Made(safe_merge=self.safe_merge, before=before_merge, packed=packed, drawn=drawn)
             trained = {id(parameter): name for name, parameter in layer.named_parameters()}
             is_safe = self._tried(by_peft, made)  # 2.
-            if not is_safe or _at_the_edge(slots):
-                renew()
+            if not is_safe or _at_the_edge(targets):
+                reset()
                 packed.clear()
                 made.safe_merge = False
                 self._tried(by_peft, made)
             if layer.get_base_layer() is before:
                 with same_random_numbers():
-                    exact = self._proved(path, layer, slots, by_peft, made)
-                merges = self._measured(layer, slots, exact, share)  # 3.
-            merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
-        for slot, tensor, data in merged:
-            self._put_back(slot, tensor, data)  # 4.
+                    exact = self._proved(path, layer, targets, by_peft, made)
+                merges = self._measured(layer, targets, exact, share)  # 3.
+            merged = [(target, target.tensor, target.parameter.data) for target in targets]
+        for target, tensor, data in merged:
+            self._put_back(target, tensor, data)  # 4.
             after = layer.get_base_layer()  # LN tuning exchanges the module, and its trained tensors stay in the place
-            in_place = slot.tensor if after is before else getattr(after, slot.attribute, None)
-            is_made = after is before or trained.get(id(in_place), "").endswith(f".{slot.attribute}")
+            in_place = target.tensor if after is before else getattr(after, target.attribute, None)
+            is_made = after is before or trained.get(id(in_place), "").endswith(f".{target.attribute}")
             if in_place is not None and is_made:
-                self._places.leave(slot, in_place)
+                self._places.leave(target, in_place)
         return is_safe, merges
 
-    def apart(self) -> dict[str, list[tuple[str, Any]]]:
+    def independent_layers(self) -> dict[str, list[tuple[str, Any]]]:
         """Layers that share no tensor, keyed by one of their tensors."""
         inside = {id(inner) for _, layer in self.layers for inner in layer.modules() if inner is not layer}
         by_tensor: dict[str, list[tuple[str, Any]]] = {}
         for path, layer in self.layers:
-            if id(layer) not in inside and self._is_apart(layer):
-                largest = max(slots_of(layer, self.loaded.slots), key=lambda slot: slot.data.numel())
+            if id(layer) not in inside and self._is_independent(layer):
+                largest = max(targets_of(layer, self.loaded.base_names), key=lambda target: target.data.numel())
                 by_tensor.setdefault(largest.name, []).append((path, layer))
         return by_tensor
 
-    def _is_apart(self, layer: Any) -> bool:
+    def _is_independent(self, layer: Any) -> bool:
         """Whether a layer merges only into tensors of the base, and no other layer uses these."""
-        slots = slots_of(layer, self.loaded.slots)
+        targets = targets_of(layer, self.loaded.base_names)
         alone = all(
-            type(slot.parameter) is nn.Parameter
-            and self._turns.is_alone(slot)
-            and slot.name in self.base.tensors
-            and shares_storage(self.base.tensors[slot.name], slot.data)
-            for slot in slots
+            type(target.parameter) is nn.Parameter
+            and self._pending.is_alone(target)
+            and target.name in self.base.tensors
+            and shares_storage(self.base.tensors[target.name], target.data)
+            for target in targets
         )
         tuners = [inner for inner in layer.modules() if isinstance(inner, BaseTunerLayer)]
-        return bool(slots) and alone and tuners == [layer] and not list(layer.get_base_layer().children())
+        return bool(targets) and alone and tuners == [layer] and not list(layer.get_base_layer().children())
 
     def merge_early(self, path: str, layer: Any) -> None:
-        """PEFT's merge of a layer that is apart, ahead of the walk. If it fails, the walk repeats and reports it."""
+        """PEFT's merge of a layer that is apart, ahead of the merge. If it fails, the merge repeats and reports it."""
         self.on_work()
         try:
             with torch.no_grad():
@@ -351,22 +353,22 @@ class Walk:
         self._progressed(path)
 
     def forget_early(self) -> None:
-        """Let the walk repeat what `merge_early` has merged."""
+        """Let the merge repeat what `merge_early` has merged."""
         self._done -= len(self._early)
         self._early.clear()
 
-    def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
+    def _put_back(self, target: MergeTarget, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
         """Step 4.
 
         A tensor that another layer still has to merge into stays as this layer left it. So does a tensor that was no
         longer the base's own (rewritten by an initialization, overwritten by the file, or resized).
         """
-        original = self._turns.end(slot)
-        known = self.base.tensors.get(slot.name)
+        original = self._pending.end(target)
+        known = self.base.tensors.get(target.name)
         if original is not None and known is not None and shares_storage(known, original):
-            slot.put(slot.parameter, original)
+            target.put(target.parameter, original)
         else:
-            slot.put(tensor, data)
+            target.put(tensor, data)
 
     def _refused(self, error: Exception) -> Refused:
         return Refused("merge_raised", **raised(error, self.loaded.config, self.base))
@@ -392,100 +394,100 @@ class Walk:
     def _enter_block(self, block: BlockLayer, merge: TensorMerge) -> None:
         """Enter a layer that was merged in blocks, and mark it as merged for PEFT."""
         block.layer.merged_adapters.append(ADAPTER_NAME)
-        self._turns.end(block.slot)
+        self._pending.end(block.target)
         self.merged.enter(merge, block.layer)
-        self.merged.passed_on.add(block.slot.name)
-        self.adapted.update(slot.name for slot in slots_of(block.layer, self.loaded.slots))
+        self.merged.passed_on.add(block.target.name)
+        self.adapted.update(target.name for target in targets_of(block.layer, self.loaded.base_names))
 
     # --- step 3 ---
 
     def _measured(
-        self, layer: Any, slots: list[Slot], exact: dict[str, torch.Tensor], share: float
+        self, layer: Any, targets: list[MergeTarget], exact: dict[str, torch.Tensor], share: float
     ) -> list[tuple[TensorMerge, Any]]:
         """Measure the layer's tensors. Consumers get what the layer changed, and again what one before it changed."""
         of_bias = min(share, ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
         merges, rows = list[tuple[TensorMerge, Any]](), self.measure_options.rows
-        for slot in slots:
-            tensor = slot.tensor
+        for target in targets:
+            tensor = target.tensor
             if tensor is None:
                 continue
-            is_changed = not is_the_bases(self.base, slot.name, tensor)
-            rounding = of_bias if slot.attribute == "bias" else share
-            values = exact.get(slot.name) if is_changed else None
-            merge = of_tensor(self.base, slot.module, slot.name, tensor, values, rounding_share=rounding, rows=rows)
+            is_changed = not is_the_bases(self.base, target.name, tensor)
+            rounding = of_bias if target.attribute == "bias" else share
+            values = exact.get(target.name) if is_changed else None
+            merge = of_tensor(self.base, target.module, target.name, tensor, values, rounding_share=rounding, rows=rows)
             merges.append((merge, layer if is_changed else None))
-            if is_changed or slot.name in self.merged.passed_on:
-                self.merged.pass_on(slot.module, slot.name, tensor)
+            if is_changed or target.name in self.merged.passed_on:
+                self.merged.pass_on(target.module, target.name, tensor)
         return merges
 
-    def _unmerged(self, layer: Any, slots: list[Slot]) -> Unmerged | None:
+    def _unmerged(self, layer: Any, targets: list[MergeTarget]) -> Unmerged | None:
         """What the layer computes in float32, before PEFT merges it: that may change the layer."""
-        if any(is_quantized(slot.parameter) for slot in slots):
+        if any(is_quantized(target.parameter) for target in targets):
             return None
-        is_float32 = all(slot.data.dtype is torch.float32 for slot in slots)
-        copies = contextlib.nullcontext() if is_float32 else self._in_float32(layer, slots)
+        is_float32 = all(target.data.dtype is torch.float32 for target in targets)
+        copies = contextlib.nullcontext() if is_float32 else self._in_float32(layer, targets)
         with same_random_numbers(), copies:
             return unmerged(layer, device_of(layer, self.base.device))
 
-    def _in_float32(self, layer: Any, slots: list[Slot]) -> contextlib.AbstractContextManager[Any]:
-        return private_copies(layer, slots, self.base, dtype=torch.float32)
+    def _in_float32(self, layer: Any, targets: list[MergeTarget]) -> contextlib.AbstractContextManager[Any]:
+        return private_copies(layer, targets, self.base, dtype=torch.float32)
 
     def _proved(
-        self, path: str, layer: Any, slots: list[Slot], by_peft: Callable[..., None], made: _Made
+        self, path: str, layer: Any, targets: list[MergeTarget], by_peft: Callable[..., None], made: _Made
     ) -> dict[str, torch.Tensor]:
         """Prove the layer's merge. Returns the merged tensors without the rounding of their dtype, by name.
 
         For a quantized weight, these are the values that PEFT has packed in the merge before.
         """
-        packed_slots = [slot for slot in slots if is_quantized(slot.parameter)]
-        final = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
-        if all(tensor.dtype is torch.float32 for tensor in final.values()) and not packed_slots:
+        packed_targets = [target for target in targets if is_quantized(target.parameter)]
+        final = {target.name: target.tensor.data for target in targets if target.tensor is not None}
+        if all(tensor.dtype is torch.float32 for tensor in final.values()) and not packed_targets:
             self._compare(path, layer, made.before)
             return {}
         try:
-            if packed_slots:
-                return self._proved_unpacked(path, layer, slots, packed_slots, made.packed)
-            with self._in_float32(layer, slots):
+            if packed_targets:
+                return self._proved_unpacked(path, layer, targets, packed_targets, made.packed)
+            with self._in_float32(layer, targets):
                 if made.drawn is not None:
                     restore_random(made.drawn)
                 self._watched(by_peft, safe_merge=made.safe_merge)
                 self._compare(path, layer, made.before)
-                exact = {slot.name: slot.tensor.data for slot in slots if slot.tensor is not None}
+                exact = {target.name: target.tensor.data for target in targets if target.tensor is not None}
         except Exception as error:  # the merge itself has succeeded, and was measured
             raise_if_of_the_run(error)
             self.not_compared[path] = "PEFT does not merge it in float32"
             return {}
-        for slot in slots:
-            if slot.name in exact and final[slot.name].is_floating_point():
-                self._explain(slot, final[slot.name], exact[slot.name], is_sum=made.is_sum)
+        for target in targets:
+            if target.name in exact and final[target.name].is_floating_point():
+                self._explain(target, final[target.name], exact[target.name], is_sum=made.is_sum)
         return {name: values for name, values in exact.items() if final[name].dtype in ROUNDED}
 
-    def _explain(self, slot: Slot, final: torch.Tensor, exact: torch.Tensor, *, is_sum: bool) -> None:
+    def _explain(self, target: MergeTarget, final: torch.Tensor, exact: torch.Tensor, *, is_sum: bool) -> None:
         """The tensor may differ from its merge in float32 only by rounding. One in float64 is compared in float32."""
         difference: tuple[int | None, float | None] | None = (None, None)
-        if final.shape == exact.shape == slot.data.shape:
+        if final.shape == exact.shape == target.data.shape:
             final = final.float() if final.dtype is torch.float64 else final
-            difference = unexplained(final, exact, slot.data.to(final.device), is_sum=is_sum)
+            difference = unexplained(final, exact, target.data.to(final.device), is_sum=is_sum)
         if difference is not None:
-            self._differs(slot.name, "in", *difference)
+            self._differs(target.name, "in", *difference)
 
     def _proved_unpacked(
-        self, path: str, layer: Any, slots: list[Slot], of_packed: list[Slot], sums: list[Packed]
+        self, path: str, layer: Any, targets: list[MergeTarget], of_packed: list[MergeTarget], sums: list[Packed]
     ) -> dict[str, torch.Tensor]:
         """Plain layers take the place of a quantized one: one has its values, and one has the sum of PEFT's merge."""
-        slot, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
-        bias = next((slot for slot in slots if slot.attribute == "bias"), None)
-        values = dequantized(slot.module, slot.parameter)
+        target, module, marks = of_packed[0], layer.base_layer, list(layer.merged_adapters)
+        bias = next((target for target in targets if target.attribute == "bias"), None)
+        values = dequantized(target.module, target.parameter)
         merged = sums[-1].values if sums else values  # a merge into the bias alone packs nothing
-        if len(of_packed) > 1 or module is not slot.module or merged.numel() != values.numel():
+        if len(of_packed) > 1 or module is not target.module or merged.numel() != values.numel():
             self.not_compared[path] = "its code needs the packed weight"
             return {}
-        if not _has_the_bits_of(slot, sums[-1].again() if sums else slot.parameter):
-            self._differs(slot.name, "packed")
+        if not _has_the_bits_of(target, sums[-1].again() if sums else target.parameter):
+            self._differs(target.name, "packed")
         exact = merged.to(values.device, torch.float32).reshape(values.shape)
         if sums and merged.dtype is not torch.float32:  # rounded: that would be more than the limits
             self.not_compared[path] = "PEFT rounds its sum to 16 bits before it packs it"
-            return {slot.name: exact}
+            return {target.name: exact}
         layer.merged_adapters.clear()
         layer.base_layer = _linear(values, None if bias is None else bias.data)
         try:
@@ -494,7 +496,7 @@ class Walk:
             layer.base_layer = module
             layer.merged_adapters[:] = marks
         self._compare(path, layer, before, _linear(exact, None if bias is None else bias.tensor))
-        return {slot.name: exact}
+        return {target.name: exact}
 
     def _compare(self, path: str, layer: Any, before: Unmerged | None, merged: nn.Module | None = None) -> None:
         """`merged` is what unloading leaves: the layer itself would add the adapter if PEFT has not merged it."""
@@ -529,11 +531,11 @@ class Packed(NamedTuple):
     again: Callable[[], Any]
 
 
-def _has_the_bits_of(slot: Slot, packed: Any) -> bool:
+def _has_the_bits_of(target: MergeTarget, packed: Any) -> bool:
     """Whether the merged tensor has the integers and the scales of `packed`."""
-    merged: Any = slot.tensor
+    merged: Any = target.tensor
     packed = packed.to(merged.device)
-    pairs = zip(scales(slot.module, packed), scales(slot.module, merged), strict=True)
+    pairs = zip(scales(target.module, packed), scales(target.module, merged), strict=True)
     return same_bits(packed.data, merged.data) and all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
 
@@ -544,14 +546,14 @@ _INNER = re.compile(r"(\.(token_adapter|base_layer))+$")
 
 
 @contextlib.contextmanager
-def packed_sums(slots: list[Slot]) -> Iterator[list[Packed]]:
+def packed_sums(targets: list[MergeTarget]) -> Iterator[list[Packed]]:
     """Yields the values that PEFT packs inside of the block, in its order: W + delta before it is quantized again.
 
     Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), but all end with a new parameter of the
     packed class. For one layer at a time, because the class is patched for all.
     """
     sums: list[Packed] = []
-    packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
+    packed: set[Any] = {type(target.parameter) for target in targets if is_quantized(target.parameter)}
     kinds = [kind for kind in packed if "__new__" in vars(kind)]
 
     def made_by(make: Any) -> Any:
@@ -584,15 +586,15 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def _peft_bytes(layer: Any, names: Names) -> int:
-    slots = slots_of(layer, names)
-    if any(is_quantized(slot.parameter) for slot in slots):
+    targets = targets_of(layer, names)
+    if any(is_quantized(target.parameter) for target in targets):
         return 0  # it is in memory, and its merge takes a few times as much
-    factors, largest = factors_of(layer), max((slot.data.numel() for slot in slots), default=0)
-    stored = max((slot.data.nbytes for slot in slots), default=0)
+    factors, largest = factors_of(layer), max((target.data.numel() for target in targets), default=0)
+    stored = max((target.data.nbytes for target in targets), default=0)
     return 3 * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
 
 
-def _at_the_edge(slots: list[Slot]) -> bool:
+def _at_the_edge(targets: list[MergeTarget]) -> bool:
     """Whether a merged value is the largest of a 16-bit dtype: rounded once, W + delta may then be Inf."""
-    merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in ROUNDED]
+    merged = [target.tensor for target in targets if target.tensor is not None and target.tensor.dtype in ROUNDED]
     return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)

@@ -1,10 +1,10 @@
 """Tensors with addresses and no memory: each gets its values when it is used, and is emptied again.
 
-In: `Cell`s, which are tensors that get their values together. Out: `Hollow`, whose tensors behave like any other, but
-cost no memory until they are `filled`. Knows nothing of models.
+In: `LazyGroup`s, which are tensors that get their values together. Out: `LazyTensors`, whose tensors behave like any
+other, but cost no memory until they are `filled`. Knows nothing of models.
 
 1. The system gives addresses, not memory. A page exists from its first read or write.
-2. `filled` writes the values of a cell into its place, and gives the pages back afterwards (madvise).
+2. `filled` writes the values of a group into its place, and gives the pages back afterwards (madvise).
 3. So a page that exists outside of `filled` shows that code has read zeros for values, or has written there.
    `fill_touched` asks the system (mincore), and a result that used such a tensor must be computed again.
 """
@@ -23,9 +23,9 @@ import torch
 from merge_gate.records.files import FileSpan
 
 HUGE_BYTES = 1 << 21
-"""A huge page. Each cell begins at one if it is as large, so that no huge page has parts of two cells."""
+"""A huge page. Each group begins at one if it is as large, so that no huge page has parts of two groups."""
 
-MOST_HUGE_CELLS = 1 << 13
+MOST_HUGE_GROUPS = 1 << 13
 """Each range with huge pages counts as a mapping, and a process may have 65,530 of them."""
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE: no memory is set aside for what may never be filled
@@ -34,7 +34,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class LazyGroup:
     """Tensors that get their values together.
 
     Attributes:
@@ -49,56 +49,56 @@ class Cell:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Place:
-    """One cell: its pages from `start` to `end`, and its tensors. `readers` keep it filled."""
+class _MappedGroup:
+    """One group: its pages from `start` to `end`, and its tensors. `readers` keep it filled."""
 
     start: int
     end: int
     tensors: Tensors
-    cell: Cell
+    group: LazyGroup
     readers: int = 0
     kept: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Hollow:
-    """The tensors of cells, in the cells' order.
+class LazyTensors:
+    """The tensors of groups, in the groups' order.
 
     Raises:
         OSError: the system has no such addresses.
     """
 
-    def __init__(self, cells: Iterable[Cell]) -> None:
-        cells = tuple(cells)
+    def __init__(self, groups: Iterable[LazyGroup]) -> None:
+        groups = tuple(groups)
         self.tensors: dict[str, torch.Tensor] = {}
-        self._in_order: list[_Place] = []
-        self._places: dict[int, _Place] = {}
+        self._in_order: list[_MappedGroup] = []
+        self._by_address: dict[int, _MappedGroup] = {}
         self._touched = False
-        sizes = [sum(map(_pages, map(_size, cell.outlines.values()))) for cell in cells]
+        sizes = [sum(map(_pages, map(_size, group.outlines.values()))) for group in groups]
         whole = sum(size + (HUGE_BYTES if size >= HUGE_BYTES else 0) for size in sizes)
         self._memory = mmap.mmap(-1, max(whole, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-        with contextlib.suppress(OSError):  # a kernel without huge pages; they would reach across cells
+        with contextlib.suppress(OSError):  # a kernel without huge pages; they would reach across groups
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         address = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
         start = 0
-        for cell, size in zip(cells, sizes, strict=True):
+        for group, size in zip(groups, sizes, strict=True):
             if size >= HUGE_BYTES:
                 start += -(address + start) % HUGE_BYTES
                 self._use_huge_pages(start, size)
             end = start
             tensors: dict[str, torch.Tensor] = {}
-            for name, (shape, dtype) in cell.outlines.items():
+            for name, (shape, dtype) in group.outlines.items():
                 tensors[name] = self._tensor(end, shape, dtype)
                 end += _pages(_size((shape, dtype)))
-            place = _Place(start=start, end=end, tensors=tensors, cell=cell)
+            mapped = _MappedGroup(start=start, end=end, tensors=tensors, group=group)
             start = end
-            self._in_order.append(place)
-            self._places |= dict.fromkeys((tensor.data_ptr() for tensor in tensors.values()), place)
+            self._in_order.append(mapped)
+            self._by_address |= dict.fromkeys((tensor.data_ptr() for tensor in tensors.values()), mapped)
             self.tensors |= tensors
 
     def _use_huge_pages(self, start: int, size: int) -> None:
-        """Fill a large cell by huge pages, as far as they lie in the cell: that takes a third of the kernel's time."""
-        if len(self._in_order) < MOST_HUGE_CELLS:
+        """Fill a large group by huge pages, as far as they lie in it: that takes a third of the kernel's time."""
+        if len(self._in_order) < MOST_HUGE_GROUPS:
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE, start, size - size % HUGE_BYTES)
 
@@ -108,99 +108,101 @@ class Hollow:
 
     @contextlib.contextmanager
     def filled(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Inside of the `with` block, the hollow ones of these tensors have their values."""
-        places = (self._places.get(tensor.data_ptr()) for tensor in tensors)
+        """Inside of the `with` block, the lazy ones of these tensors have their values."""
+        places = (self._by_address.get(tensor.data_ptr()) for tensor in tensors)
         with contextlib.ExitStack() as stack:
-            for place in {id(place): place for place in places if place is not None}.values():
-                self._fill(place)
-                stack.callback(self._leave, place)
+            for mapped in {id(mapped): mapped for mapped in places if mapped is not None}.values():
+                self._fill(mapped)
+                stack.callback(self._leave, mapped)
             yield
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether it is one of the hollow tensors."""
-        return tensor.data_ptr() in self._places
+        """Whether it is one of the lazy tensors."""
+        return tensor.data_ptr() in self._by_address
 
-    def cells(self, names: Iterable[str]) -> list[Cell]:
-        """The cells that have one of these tensors, in order."""
+    def groups(self, names: Iterable[str]) -> list[LazyGroup]:
+        """The groups that have one of these tensors, in order."""
         wanted = set(names)
-        return [place.cell for place in self._in_order if not wanted.isdisjoint(place.tensors)]
+        return [mapped.group for mapped in self._in_order if not wanted.isdisjoint(mapped.tensors)]
 
     def kept_bytes(self) -> int:
         """The memory of the tensors that have their values for good."""
-        return sum(place.end - place.start for place in self._in_order if place.kept)
+        return sum(mapped.end - mapped.start for mapped in self._in_order if mapped.kept)
 
-    def is_filled(self, cell: Cell) -> bool:
+    def is_filled(self, group: LazyGroup) -> bool:
         """Whether its tensors have their values for good."""
-        return all(map(self.is_kept, (self.tensors[name] for name in cell.outlines)))
+        return all(map(self.is_kept, (self.tensors[name] for name in group.outlines)))
 
     def is_kept(self, tensor: torch.Tensor) -> bool:
-        """Whether it has its values for good. True for a tensor that is not hollow."""
-        place = self._places.get(tensor.data_ptr())
-        return place is None or place.kept
+        """Whether it has its values for good. True for a tensor that is not lazy."""
+        mapped = self._by_address.get(tensor.data_ptr())
+        return mapped is None or mapped.kept
 
     def fill_touched(self) -> bool:
-        """Fill, for good, each cell that was read or written while it had no values. True if there was one."""
-        for place in self._in_order:
-            if not place.kept and self._exists(place):
-                self._keep(place)
+        """Fill, for good, each group that was read or written while it had no values. True if there was one."""
+        for mapped in self._in_order:
+            if not mapped.kept and self._exists(mapped):
+                self._keep(mapped)
         touched, self._touched = self._touched, False
         return touched
 
     def forget_touched(self) -> bool:
-        """Empty each cell that was read or written while it had no values. True if there was one."""
-        touched = [place for place in self._in_order if not place.kept and not place.readers and self._exists(place)]
-        for place in touched:
-            self._empty(place)
+        """Empty each group that was read or written while it had no values. True if there was one."""
+        touched = [
+            mapped for mapped in self._in_order if not mapped.kept and not mapped.readers and self._exists(mapped)
+        ]
+        for mapped in touched:
+            self._empty(mapped)
         return bool(touched)
 
     def refill(self) -> None:
         """Write the values of all tensors that are filled for good once more."""
-        for place in self._in_order:
-            if place.kept:
-                _fill(place)
+        for mapped in self._in_order:
+            if mapped.kept:
+                _fill(mapped)
 
-    def _keep(self, place: _Place) -> None:
-        _fill(place)
-        place.kept = self._touched = True
+    def _keep(self, mapped: _MappedGroup) -> None:
+        _fill(mapped)
+        mapped.kept = self._touched = True
 
-    def _fill(self, place: _Place) -> None:
-        with place.lock:
-            if not place.readers and not place.kept:
-                if self._exists(place):  # after the values are written, nothing would show it
-                    self._keep(place)
+    def _fill(self, mapped: _MappedGroup) -> None:
+        with mapped.lock:
+            if not mapped.readers and not mapped.kept:
+                if self._exists(mapped):  # after the values are written, nothing would show it
+                    self._keep(mapped)
                 else:
-                    self._write(place)
-            place.readers += 1
+                    self._write(mapped)
+            mapped.readers += 1
 
-    def _write(self, place: _Place) -> None:
+    def _write(self, mapped: _MappedGroup) -> None:
         try:
-            _fill(place)
+            _fill(mapped)
         except BaseException:
-            self._empty(place)  # a part of the values must not look like a read
+            self._empty(mapped)  # a part of the values must not look like a read
             raise
 
-    def _leave(self, place: _Place) -> None:
-        with place.lock:
-            place.readers -= 1
-            if not place.readers and not place.kept:
-                self._empty(place)
+    def _leave(self, mapped: _MappedGroup) -> None:
+        with mapped.lock:
+            mapped.readers -= 1
+            if not mapped.readers and not mapped.kept:
+                self._empty(mapped)
 
-    def _empty(self, place: _Place) -> None:
-        self._memory.madvise(mmap.MADV_DONTNEED, place.start, place.end - place.start)
+    def _empty(self, mapped: _MappedGroup) -> None:
+        self._memory.madvise(mmap.MADV_DONTNEED, mapped.start, mapped.end - mapped.start)
 
-    def _exists(self, place: _Place) -> bool:
+    def _exists(self, mapped: _MappedGroup) -> bool:
         """Whether any page of it exists."""
-        size = place.end - place.start
+        size = mapped.end - mapped.start
         pages = ctypes.create_string_buffer(size // mmap.PAGESIZE)
-        address = ctypes.c_void_p(next(iter(place.tensors.values())).data_ptr())
+        address = ctypes.c_void_p(next(iter(mapped.tensors.values())).data_ptr())
         if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), pages):
             return True  # if the system does not answer, the place counts as touched
         return any(pages.raw)
 
 
-def _fill(place: _Place) -> None:
+def _fill(mapped: _MappedGroup) -> None:
     with torch.device("cpu"):  # PEFT makes layers without values under `torch.device("meta")`
-        place.cell.fill(place.tensors)
+        mapped.group.fill(mapped.tensors)
 
 
 def _size(outline: tuple[Sequence[int], torch.dtype]) -> int:
