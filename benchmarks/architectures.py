@@ -45,7 +45,7 @@ from tests.support.generated import write_block
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/truth.md"
 DATA = Path(__file__).resolve().parent / "architectures.json"
-LIMIT_S = 90
+TIMEOUT_S = 90
 LIMIT_BYTES = 6 << 30
 
 
@@ -69,9 +69,9 @@ def in_process(model_type: str) -> Outcome:
     process.start()
     sender.close()
     try:
-        if receiver.poll(LIMIT_S):
+        if receiver.poll(TIMEOUT_S):
             return receiver.recv()
-        return Outcome(model_type=model_type, reason=f"not done in {LIMIT_S} s", seconds=LIMIT_S)
+        return Outcome(model_type=model_type, reason=f"not done in {TIMEOUT_S} s", seconds=TIMEOUT_S)
     except EOFError:
         process.join()
         return Outcome(model_type=model_type, reason=f"its process ended with {process.exitcode}")

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from benchmarks.architectures import LIMIT_BYTES, LIMIT_S, command, head_of, rows
+from benchmarks.architectures import LIMIT_BYTES, TIMEOUT_S, command, head_of, rows
 from benchmarks.unread import in_process
 from tests.support.engine.forward_trials import sentence, trial
 
@@ -49,7 +49,7 @@ def run(model_types: list[str], results: Path) -> None:
     done = read(results)
     for number, model_type in enumerate(model_types, start=1):
         if model_type not in done:
-            line = in_process(child, model_type, LIMIT_S)
+            line = in_process(child, model_type, TIMEOUT_S)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{number}/{len(model_types)} {model_type}: {line.get('inputs') or line.get('reason')}", flush=True)

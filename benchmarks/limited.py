@@ -32,12 +32,12 @@ class Limited:
 
 
 @contextlib.contextmanager
-def _group(limit_bytes: int | None) -> Iterator[Path]:
+def _group(max_bytes: int | None) -> Iterator[Path]:
     group = ROOT / ("memory" if IS_V1 else "") / f"merge-gate-bench-{os.getpid()}"
     group.mkdir()
     try:
-        if limit_bytes:
-            (group / ("memory.limit_in_bytes" if IS_V1 else "memory.max")).write_text(str(limit_bytes))
+        if max_bytes:
+            (group / ("memory.limit_in_bytes" if IS_V1 else "memory.max")).write_text(str(max_bytes))
         yield group
     finally:
         with contextlib.suppress(OSError):
@@ -80,9 +80,9 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def run(command: list[str], *, limit_bytes: int | None = None, **options) -> Limited:
+def run(command: list[str], *, max_bytes: int | None = None, **options) -> Limited:
     """Run the command. `options` go to Popen."""
-    with _group(limit_bytes) as group:
+    with _group(max_bytes) as group:
         started = time.perf_counter()
         process = subprocess.Popen(["sh", "-c", ENTER, str(group), *command], **options)
         sampler = _Sampler(group)

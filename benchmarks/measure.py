@@ -58,13 +58,13 @@ def anon_bytes(pid: int) -> int:
 
 
 class _Sampler(threading.Thread):
-    """Watches a process group until told to stop; ends it when it holds more than `limit_bytes`."""
+    """Watches a process group until told to stop; ends it when it holds more than `max_bytes`."""
 
-    def __init__(self, pid: int, limit_bytes: int | None) -> None:
+    def __init__(self, pid: int, max_bytes: int | None) -> None:
         super().__init__(daemon=True)
         self.peak_bytes = 0
         self.over_limit = False
-        self._pid, self._limit_bytes = pid, limit_bytes
+        self._pid, self._limit_bytes = pid, max_bytes
         self._done = threading.Event()
 
     def run(self) -> None:
@@ -81,14 +81,14 @@ class _Sampler(threading.Thread):
         self.join()
 
 
-def measure(command: list[str], *, limit_bytes: int | None = None, env: dict[str, str] | None = None) -> Measured:
+def measure(command: list[str], *, max_bytes: int | None = None, env: dict[str, str] | None = None) -> Measured:
     """Run the command in a process group of its own. Its output is shown only if it could not be started or died."""
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **(env or {})}
         )
-        sampler = _Sampler(process.pid, limit_bytes)
+        sampler = _Sampler(process.pid, max_bytes)
         sampler.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)

@@ -46,7 +46,7 @@ RATE = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`job` on a base of `size` within `limit_bytes`.
+    """`job` on a base of `size` within `max_bytes`.
 
     `targets` are all linear layers if it is empty. `warm`: a first run leaves a base record, and is not measured.
     `is_cached`: the base's files are in the page cache.
@@ -54,7 +54,7 @@ class Row:
 
     size: str
     job: Job = field(default_factory=Job)
-    limit_bytes: int | None = None
+    max_bytes: int | None = None
     streams: bool = False
     rate: float = 0.0
     targets: tuple[str, ...] = ()
@@ -62,17 +62,17 @@ class Row:
     is_cached: bool = False
 
 
-STREAMED = Row(size="8b", limit_bytes=LIMIT_BYTES, streams=True, rate=RATE)
+STREAMED = Row(size="8b", max_bytes=LIMIT_BYTES, streams=True, rate=RATE)
 
 ROWS = {
     "cached-0.1b": Row(size="0.1b", is_cached=True),
     "cached-lora-1": Row(size="1.1b", is_cached=True),
     **{f"cached-{name}": Row(size="1.1b", job=row.job, is_cached=True) for name, row in CACHED.items()},
     "cached-8b-8": Row(size="8b", job=Job(count=8), is_cached=True),
-    "local-1.1b-8": Row(size="1.1b", job=Job(count=8), limit_bytes=3 * GIB // 2),
-    "local-1.1b-4-dtypes": Row(size="1.1b", job=Job(count=4, dtypes=("bfloat16", "float16")), limit_bytes=3 * GIB // 2),
-    "local-7b-4": Row(size="7b", job=Job(count=4), limit_bytes=8 * GIB),
-    "local-7b-4-small": Row(size="7b", job=Job(count=4), limit_bytes=4 * GIB),
+    "local-1.1b-8": Row(size="1.1b", job=Job(count=8), max_bytes=3 * GIB // 2),
+    "local-1.1b-4-dtypes": Row(size="1.1b", job=Job(count=4, dtypes=("bfloat16", "float16")), max_bytes=3 * GIB // 2),
+    "local-7b-4": Row(size="7b", job=Job(count=4), max_bytes=8 * GIB),
+    "local-7b-4-small": Row(size="7b", job=Job(count=4), max_bytes=4 * GIB),
     "stream-1.1b-1": replace(STREAMED, size="1.1b"),
     "stream-1.1b-8": replace(STREAMED, size="1.1b", job=Job(count=8)),
     "stream-8b-1": STREAMED,
@@ -147,12 +147,12 @@ class Prepared:
         with log.open("wb") as output:
             options = {"cwd": self.work, "env": environment, "stdout": output, "stderr": output}
             if first:
-                run(first, limit_bytes=self.row.limit_bytes, **options)
+                run(first, max_bytes=self.row.max_bytes, **options)
             if self.row.is_cached:
                 self._read_base()
             else:
                 drop_caches()
-            measured = run(second, limit_bytes=self.row.limit_bytes, **options)
+            measured = run(second, max_bytes=self.row.max_bytes, **options)
         if measured.exit_code:
             raise SystemExit(f"{self.name}: exit code {measured.exit_code}\n{log.read_text()[-2000:]}")
         return measured

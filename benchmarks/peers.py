@@ -84,7 +84,7 @@ CANNOT_TELL = {"deltalint": (2, 3)}
 NOT_TOLD = {"expectation-failed", "base-mismatch"}
 """Causes that only the gate's configuration can have."""
 TEXT_LIMIT = 160
-LIMIT_S = 300
+TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def install(work: Path) -> dict[str, str]:
 
 def call(command: list[object]) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=LIMIT_S, env=clean())
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, env=clean())
 
 
 def clean() -> dict[str, str]:

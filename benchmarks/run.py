@@ -166,7 +166,7 @@ def seven_b(plan: Plan) -> dict[str, object]:
     inputs = Inputs(plan.work, "7b")
     found = {"limit_gib": SEVEN_B_LIMIT_BYTES / GIB, "adapters": 4}
     for name, command in {"gate": inputs.gate(Job(count=4)), "a": inputs.script("baseline_a", Job())}.items():
-        found[name] = asdict(measure(command, limit_bytes=SEVEN_B_LIMIT_BYTES, env=HUB_OFF))
+        found[name] = asdict(measure(command, max_bytes=SEVEN_B_LIMIT_BYTES, env=HUB_OFF))
         print(f"  {name}: {found[name]}", flush=True)
     return found
 

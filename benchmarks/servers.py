@@ -61,7 +61,7 @@ BUILT_FOR_ANOTHER_TORCH = ["torchaudio", "torchcodec"]
 NOT_RUN = {("llama.cpp", "qwen3.5")}
 """Its converter wants layers for the prediction of several tokens, which the tiny base lacks."""
 EXACT = 1e-5
-MESSAGE_LIMIT = 160
+MESSAGE_LENGTH = 160
 VOCABULARY = 512
 PROMPTS = np.random.default_rng(7).integers(3, 300, (3, 12)).tolist()
 
@@ -404,7 +404,7 @@ def answered(work: Path, server: str, name: str, kind: Kind) -> dict[str, Any]:
     output = work / server / kind.base
     answer = read(output / "answers.jsonl")[name]
     if answer["refused"]:
-        return {"refused": " ".join(answer["refused"].replace(str(work), "WORK").split())[:MESSAGE_LIMIT]}
+        return {"refused": " ".join(answer["refused"].replace(str(work), "WORK").split())[:MESSAGE_LENGTH]}
     peft = work / "peft" / f"{name.removesuffix('-export')}.npy"
     figures = compared(
         np.load(output / f"{name}.npy"),
@@ -426,7 +426,7 @@ def results(work: Path) -> dict[str, Any]:
         facts[name] = {"gate": causes(work / f"gate-{kind.base}")[name]}
         if refusal.exists():
             text = refusal.read_text(encoding="utf-8").replace(str(work), "WORK")
-            facts[name]["export"] = " ".join(text.split())[:MESSAGE_LIMIT]
+            facts[name]["export"] = " ".join(text.split())[:MESSAGE_LENGTH]
         for server in servers(kind.base):
             served = np.load(work / server / kind.base / "base.npy")
             base = np.load(work / "peft" / f"base-{kind.base}.npy")

@@ -42,7 +42,7 @@ from merge_gate.features.forward.activations import tensors_of
 from tests.support import methods
 from tests.support.engine import architectures
 
-LIMIT_S = 45
+TIMEOUT_S = 45
 LIMIT_BYTES = 6 << 30
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 CONTROLS = 2
@@ -114,15 +114,15 @@ def outputs(model: Any) -> torch.Tensor:
     raise ValueError("no inputs fit")
 
 
-def in_process(target: Any, value: Any, limit_s: int = LIMIT_S) -> dict[str, Any]:
+def in_process(target: Any, value: Any, timeout_s: int = TIMEOUT_S) -> dict[str, Any]:
     """The last that a process of its own has sent in time."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(value, sender))
     process.start()
     sender.close()
-    line: dict[str, Any] = {"type": str(value)[:40], "built": False, "reason": f"not done in {limit_s} s"}
-    end = time.monotonic() + limit_s
+    line: dict[str, Any] = {"type": str(value)[:40], "built": False, "reason": f"not done in {timeout_s} s"}
+    end = time.monotonic() + timeout_s
     try:
         while receiver.poll(max(0.0, end - time.monotonic())):
             line = receiver.recv()

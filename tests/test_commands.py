@@ -340,7 +340,7 @@ def test_a_sandbox_that_is_not_whole_is_told_once(
 def test_a_base_or_an_adapter_that_takes_long_is_named(
     worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
-    worker += [protocol.Idle(task=task, base="./base", seconds=61.0, limit_s=900.0) for task in (None, 0)]
+    worker += [protocol.Idle(task=task, base="./base", seconds=61.0, timeout_s=900.0) for task in (None, 0)]
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
     of_base, of_adapter = (line for line in (said.out + said.err).splitlines() if "15 min 00 s" in line)

@@ -27,7 +27,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def test_every_format_is_taken() -> None:
-    assert set(FORMATS) <= set(collect.LIMITS_BYTES)
+    assert set(FORMATS) <= set(collect.MAX_BYTES)
 
 
 def test_files_of_a_report_are_taken_and_no_others(source: Path, target: Path) -> None:

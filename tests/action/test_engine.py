@@ -425,7 +425,7 @@ def test_a_signal_stops_the_gate_inside_and_keeps_its_report(run, engine: Engine
 
 def test_the_time_limit_stops_it_too(run, engine: Engine, heard: Heard) -> None:
     engine.run = wait_to_be_stopped
-    assert heard.run(replace(run, time_limit_s=1.0)) == 3
+    assert heard.run(replace(run, timeout_s=1.0)) == 3
     assert b"the time limit of " in heard.log
     nothing_is_left(run, engine)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate._internal.errors import UsageError
-from merge_gate._internal.interrupts import TIME_LIMIT_S
+from merge_gate._internal.interrupts import TIMEOUT_S
 from merge_gate.action import inputs as action
 from merge_gate.action.docker import container
 from tests.support.wording import Wording
@@ -229,7 +229,7 @@ def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
         False,
         False,
     )
-    assert given.run.time_limit_s == TIME_LIMIT_S
+    assert given.run.timeout_s == TIMEOUT_S
     assert (given.run.mounts, given.run.hf_cache) == ((), None)
 
 
@@ -243,7 +243,7 @@ def test_limits_and_mounts(environ: dict[str, str], tmp_path: Path) -> None:
     )
     assert given.run.mounts == (tmp_path / "bases", Path("/srv/adapters"))
     assert (given.run.memory, given.run.shm_size, given.run.cpus) == ("16g", "512m", "1.5")
-    assert given.run.time_limit_s == 30
+    assert given.run.timeout_s == 30
     assert given.run.pull == "never"
 
 

@@ -224,8 +224,8 @@ adapters:
 
 def test_an_adapters_limit_stands_in_place_of_the_files(place: Path) -> None:
     text = "version: 1\nadapters: [./a/x, {path: ./adapters/billing, limits: {seconds: 2.5}}]\n"
-    assert [spec.limit_seconds for spec in load(place, text).adapters] == [None, 2.5]
-    assert [spec.limit_seconds for spec in load(place, text + "limits: {seconds: 60}\n").adapters] == [60.0, 2.5]
+    assert [spec.timeout_seconds for spec in load(place, text).adapters] == [None, 2.5]
+    assert [spec.timeout_seconds for spec in load(place, text + "limits: {seconds: 60}\n").adapters] == [60.0, 2.5]
 
 
 def test_a_directory_wins_over_the_hub(place: Path) -> None:

@@ -205,7 +205,7 @@ run = ContainerRun(
     output=Path(sys.argv[2]),
     image=sys.argv[3],
     environ={**dict(word.split("=", 1) for word in sys.argv[4:]), "HF_TOKEN": os.environ["TOKEN"]},
-    time_limit_s=float(os.environ["LIMIT"]),
+    timeout_s=float(os.environ["LIMIT"]),
 )
 try:
     sys.exit(run_in_container(run, lambda data: (sys.stdout.buffer.write(data), sys.stdout.flush())))
@@ -218,7 +218,7 @@ except GateError as error:
 class Running:
     """A launcher in a process of its own, with a gate that has a minute's work."""
 
-    def __init__(self, run: ContainerRun, directory: Path, limit_s: float) -> None:
+    def __init__(self, run: ContainerRun, directory: Path, timeout_s: float) -> None:
         entries = "".join(f"  - {{name: a{index}, path: ./adapters/good}}\n" for index in range(4000))
         (run.workspace / "slow.yml").write_text(
             f"version: 1\nbase: {{model: ./base}}\nadapters:\n{entries}", encoding="utf-8"
@@ -238,7 +238,7 @@ class Running:
                 ],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "TOKEN": TOKEN, "LIMIT": str(limit_s)},
+                env={**os.environ, "TOKEN": TOKEN, "LIMIT": str(timeout_s)},
             )
 
     @property
@@ -257,8 +257,8 @@ class Running:
 def start(run: ContainerRun, tmp_path: Path) -> Iterator:
     started = []
 
-    def start(limit_s: float = 600, **changes) -> Running:
-        started.append(Running(replace(run, **changes), tmp_path, limit_s))
+    def start(timeout_s: float = 600, **changes) -> Running:
+        started.append(Running(replace(run, **changes), tmp_path, timeout_s))
         return started[-1]
 
     yield start
@@ -285,7 +285,7 @@ def test_a_signal_stops_the_container_and_leaves_a_true_report(start, engine: st
 
 
 def test_the_time_limit_does_the_same(start, engine: str) -> None:
-    running = start(limit_s=4.2)
+    running = start(timeout_s=4.2)
     assert running.process.wait(PATIENCE_S) == 3, running.text
     assert "0.07 min" in running.text
     assert described(engine, running.run.output) == []

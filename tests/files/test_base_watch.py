@@ -170,7 +170,7 @@ def test_a_digest_of_files_that_changed_is_not_remembered(
 def test_a_base_whose_mount_gives_no_more_bytes_has_no_digest(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
     monkeypatch.setattr(base_watch.resolve, "digest_files", lambda *_: never.wait())
-    monkeypatch.setattr(base_watch, "SILENCE_LIMIT_S", 0.05)
+    monkeypatch.setattr(base_watch, "SILENCE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(base_watch, "_ASKED_EVERY_S", 0.01)
     watch = BaseWatch()
     watch.start(base)
@@ -188,7 +188,7 @@ def test_slow_bytes_are_waited_for(base: str, monkeypatch: pytest.MonkeyPatch) -
         return ZEROS
 
     monkeypatch.setattr(base_watch.resolve, "digest_files", hash_slowly)
-    monkeypatch.setattr(base_watch, "SILENCE_LIMIT_S", 0.5)
+    monkeypatch.setattr(base_watch, "SILENCE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(base_watch, "_ASKED_EVERY_S", 0.01)
     assert hashed(base).digest(base) == digest_of_digests(ZEROS)
 
@@ -281,7 +281,7 @@ def sha256_of(base: str) -> dict[str, str]:
 def test_a_base_whose_bytes_passed_is_not_hashed_again(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = weights_of(base)
     watch = BaseWatch()
-    watch.passed(base, base_identity(base), sha256_of(base))
+    watch.read_whole(base, base_identity(base), sha256_of(base))
     monkeypatch.setattr(base_watch.resolve, "digest_files", pytest.fail)
     watch.start(base)
     assert not watch.is_hashing
@@ -296,7 +296,7 @@ def test_digests_of_files_that_are_gone_do_not_count(base: str) -> None:
     watch = BaseWatch()
     identity, digests = base_identity(base), sha256_of(base)
     Path(base, "model.safetensors").unlink()
-    watch.passed(base, identity, digests)
+    watch.read_whole(base, identity, digests)
     assert watch.digest(base) is None
 
 
@@ -310,9 +310,9 @@ def test_a_streamed_base_has_a_digest_when_its_bytes_passed(base: str) -> None:
     assert content is not None
     assert content.weights == weights
     assert watch.digest(base) is None
-    watch.passed(base, base_identity(base), {"model.safetensors": "0" * 64})
+    watch.read_whole(base, base_identity(base), {"model.safetensors": "0" * 64})
     assert watch.digest(base) is None, "other bytes than the Hub lists"
-    watch.passed(base, base_identity(base), digests)
+    watch.read_whole(base, base_identity(base), digests)
     assert watch.digest(base) == weights
 
 

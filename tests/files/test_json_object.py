@@ -32,8 +32,8 @@ def test_what_is_no_object_is_none(content: bytes, tmp_path: Path) -> None:
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'{"a": 1}')
-    assert read_as_transformers(tmp_path / "config.json", limit_bytes=8) == {"a": 1}
-    assert read_as_transformers(tmp_path / "config.json", limit_bytes=7) is None
+    assert read_as_transformers(tmp_path / "config.json", max_bytes=8) == {"a": 1}
+    assert read_as_transformers(tmp_path / "config.json", max_bytes=7) is None
 
 
 def test_no_writer_of_a_pipe_is_waited_for(tmp_path: Path) -> None:

@@ -178,10 +178,10 @@ def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place:
 # --- a mount that does not answer ------------------------------------------------------------------------------------
 
 
-def limited(place: Path, limit_s: float | None) -> Entry:
+def limited(place: Path, timeout_s: float | None) -> Entry:
     (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": ["./one"]}))
     config = load_config(str(place / "gate.yml"))
-    return Inputs(config, Fetching(notify=pytest.fail), limit_s=lambda _: limit_s).prepare(config.adapters[0])
+    return Inputs(config, Fetching(notify=pytest.fail), timeout_s=lambda _: timeout_s).prepare(config.adapters[0])
 
 
 def test_headers_that_arrive_in_time_are_read(place: Path) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from merge_gate.judging import adapter_report
+from merge_gate.judging.bounds import MOST_CHARACTERS
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.limits import MOST_CHARACTERS
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import (
@@ -17,7 +17,7 @@ from merge_gate.records.files import (
     BaseFiles,
     DeclaredQuantization,
     Entry,
-    FileRecord,
+    HashedFile,
     Snapshot,
     StoredTensor,
 )
@@ -118,7 +118,7 @@ def test_a_forgotten_file_check_lets_nothing_be_loaded(severity: Severity, monke
 # --- the line of the report ------------------------------------------------------------------------------------------
 
 HEADER = StoredTensor(name="x", dtype="F32", shape=(1,))
-RECORD = FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256="00")
+RECORD = HashedFile(path="adapter_model.safetensors", size_bytes=8, sha256="00")
 MADE = BaseFacts(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
 SPEC = spec(name="n", source="./n", line=7, column=3, base=BaseSpec(model="/b", label="./b", revision="r0"))
 ENTRY = Entry(

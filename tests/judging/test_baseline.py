@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from merge_gate.judging.baseline import accept, adapter_digest
-from merge_gate.records.files import FileRecord
+from merge_gate.records.files import HashedFile
 from merge_gate.records.report import Accepted
 from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
 from tests.support.reports import CRASHED, FAILED, PASSED, SHA256, report
@@ -67,7 +67,7 @@ def test_one_more_failure_fails_the_run() -> None:
 
 
 def test_the_digest_is_of_all_files_in_their_order() -> None:
-    one, two = (FileRecord(path=name, size_bytes=1, sha256=SHA256) for name in ("a", "b"))
+    one, two = (HashedFile(path=name, size_bytes=1, sha256=SHA256) for name in ("a", "b"))
     assert adapter_digest([]) is None
     assert len({adapter_digest(files) for files in ([one], [two], [one, two], [two, one])}) == 4
     written = f"{SHA256}  a\n{SHA256}  caf\\udce9\n"

@@ -51,7 +51,7 @@ def skeleton(base: Path, adapter: Path) -> Base:
 def with_record(base: Path, adapter: Path) -> Base:
     """A skeleton that has the figures of all tensors from an earlier run."""
     model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
-    record, fed = loaded(base, adapter).record(model_class), skeleton(base, adapter)
+    record, fed = loaded(base, adapter).new_figures(model_class), skeleton(base, adapter)
     assert record is not None
     fed.adopt(record)
     return fed

@@ -15,10 +15,10 @@ import pytest
 from merge_gate.judging import not_judged, peft_errors
 from merge_gate.judging.adapter_report import merged_report
 from merge_gate.judging.all_checks import REFUSALS, refused
+from merge_gate.judging.bounds import MOST_OF_LOG
 from merge_gate.judging.checks import table
 from merge_gate.judging.checks.not_mergeable import DEFECTS
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.limits import MOST_OF_LOG
 from merge_gate.judging.not_judged import NOT_JUDGED, accident
 from merge_gate.judging.peft_errors import DOCUMENTED_ON_PACKED
 from merge_gate.records.files import Entry, Pattern

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": TENSORS + bytes(100_000)}
 LORA, TOKEN = "acme/lora", "hf_loopback"
-LIMIT_S = 1.0
+TIMEOUT_S = 1.0
 PATIENCE_S = 30.0
 """More than a few limits, on a busy machine, and less than any of the library's own retries without end."""
 
@@ -41,8 +41,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
         monkeypatch.setattr(hub_module, "PAUSES_S", (0.01, 0.02))
-        monkeypatch.setattr(request_limits, "REQUEST_LIMIT_S", LIMIT_S)
-        monkeypatch.setattr(hub_file, "REQUEST_LIMIT_S", LIMIT_S)
+        monkeypatch.setattr(request_limits, "REQUEST_TIMEOUT_S", TIMEOUT_S)
+        monkeypatch.setattr(hub_file, "REQUEST_TIMEOUT_S", TIMEOUT_S)
         hub.add_repo(LORA, ADAPTER, private=True, token=TOKEN)
         yield hub
 
@@ -125,7 +125,7 @@ def test_the_hub_is_asked_only_for_what_a_run_needs(hub: LoopbackHub) -> None:
 
 @pytest.mark.attempt("S02j", "a list of files whose pages have no end", "error in time")
 def test_pages_without_end_are_an_error(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_limits, "LISTING_LIMIT_S", LIMIT_S)
+    monkeypatch.setattr(request_limits, "LISTING_TIMEOUT_S", TIMEOUT_S)
     hub.next_page = f"/api/models/{LORA}/tree/{hub.repos[LORA].refs['main']}?cursor=x"
     refused(fetched, ResolveError)
 
@@ -284,7 +284,7 @@ def test_a_pause_that_the_server_asks_for_is_bounded(
     hub.fail("/tree/", 429, times=2, **headers)
     fetched()
     assert pauses
-    assert max(pauses) <= LIMIT_S + 1 + 8
+    assert max(pauses) <= TIMEOUT_S + 1 + 8
 
 
 @pytest.mark.attempt("S14a", "refs/main in the cache leads out of it", "error offline")
@@ -315,7 +315,7 @@ def test_requests_of_other_code_are_not_limited(hub: LoopbackHub) -> None:
     """The process may be a trainer's, which goes on with its own downloads and uploads."""
     fetched()
     commit = hub.add_repo("acme/other", ADAPTER)
-    hub.on_request = lambda path: time.sleep(2 * LIMIT_S) if path.endswith("acme/other") else None
+    hub.on_request = lambda path: time.sleep(2 * TIMEOUT_S) if path.endswith("acme/other") else None
     assert HfApi().model_info("acme/other").sha == commit
     with pytest.raises(ResolveError):
         HfApi(library_name="merge-gate", library_version="1").model_info("acme/other")

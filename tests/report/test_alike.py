@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from merge_gate.judging.limits import bounded
+from merge_gate.judging.bounds import bounded
 from merge_gate.records.terms import Finding
 from merge_gate.report.wording.alike import more_findings
 from tests.support.reports import MERGED_NAN, NAN, OVERFLOW, ROUNDING

@@ -17,7 +17,7 @@ from hypothesis import given
 
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.records.files import FileRecord
+from merge_gate.records.files import HashedFile
 from merge_gate.records.report import Accepted, Coverage
 from merge_gate.records.terms import Origin, Severity, Verdict
 from merge_gate.report.formats.html_report import chain, render
@@ -268,7 +268,7 @@ def test_a_long_path_breaks_between_its_parts() -> None:
 
 
 def test_a_base_in_two_dtypes_is_listed_once() -> None:
-    file = FileRecord(path="model.safetensors", size_bytes=7, sha256="ab" * 32)
+    file = HashedFile(path="model.safetensors", size_bytes=7, sha256="ab" * 32)
     one, other = (dataclasses.replace(PASS.bases[0], dtype=dtype, files=(file,)) for dtype in ("bfloat16", "float16"))
     html = render(report(adapter("a"), bases=(one, other))).partition('<h2 id="bases">')[2]
     assert html.count("ab" * 32) == 1

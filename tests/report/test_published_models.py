@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.records.files import FileRecord
+from merge_gate.records.files import HashedFile
 from merge_gate.records.report import PublishedModel
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import html_report, summary
 from tests.support import reports
 
 GOLDENS = Path(__file__).parent / "goldens"
-MANIFEST = FileRecord(path="merge-gate.json", size_bytes=5_000, sha256="ab" * 32)
-WEIGHTS = FileRecord(path="model.safetensors", size_bytes=2_200_000_000, sha256="cd" * 32)
+MANIFEST = HashedFile(path="merge-gate.json", size_bytes=5_000, sha256="ab" * 32)
+WEIGHTS = HashedFile(path="model.safetensors", size_bytes=2_200_000_000, sha256="cd" * 32)
 
 
-def model(directory: str, *files: FileRecord, dtype: str = "preserve") -> PublishedModel:
+def model(directory: str, *files: HashedFile, dtype: str = "preserve") -> PublishedModel:
     return PublishedModel(directory=directory, dtype=dtype, files=files)
 
 

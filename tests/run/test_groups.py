@@ -11,11 +11,11 @@ import pytest
 from merge_gate._internal.errors import UsageError
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Snapshot
-from merge_gate.records.measured import BaseRecord
+from merge_gate.records.measured import BaseFigures
 from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
 from merge_gate.run import groups
-from merge_gate.run.groups import LIMIT_PER_GIB_S, group_by_base, network_file_system, placed, refuse_unread
-from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group
+from merge_gate.run.groups import TIMEOUT_PER_GIB_S, group_by_base, network_file_system, placed, refuse_unread
+from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Group
 
 WEIGHTS = "model.safetensors"
 
@@ -51,12 +51,12 @@ def test_a_streamed_base_is_fed_in_a_pass(base: str) -> None:
     assert (scheduled.one_pass, scheduled.fed) == (True, True)
 
 
-@pytest.mark.parametrize(("system", "limit_s"), [(None, None), ("nfs4", groups.HEADERS_LIMIT_S)])
+@pytest.mark.parametrize(("system", "timeout_s"), [(None, None), ("nfs4", groups.HEADERS_TIMEOUT_S)])
 def test_headers_on_a_network_have_a_time_limit(
-    system: str | None, limit_s: float | None, monkeypatch: pytest.MonkeyPatch
+    system: str | None, timeout_s: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(groups, "network_file_system", lambda _: system)
-    assert groups.headers_limit_s("/base") == limit_s
+    assert groups.headers_timeout_s("/base") == timeout_s
 
 
 @pytest.mark.parametrize("is_large", [False, True])
@@ -65,7 +65,7 @@ def test_only_what_adapters_touch_is_read_of_a_recorded_base(
 ) -> None:
     monkeypatch.setattr(groups, "too_large", lambda *_: "too large" if is_large else None)
     monkeypatch.setattr(groups, "network_file_system", lambda _: None)
-    record = BaseRecord(model_class="A", figures=())
+    record = BaseFigures(model_class="A", figures=())
     with pytest.raises(UsageError):
         refuse_unread(group(base), Read.TOUCHED)
     for read in Read:
@@ -79,8 +79,8 @@ def test_only_what_adapters_touch_is_read_of_a_recorded_base(
 BASE = BaseSpec(model="./base", label="./base")
 
 
-def entry(directory: Path, dtype: str = "float32", limit_seconds: float | None = None, size_bytes: int = 0) -> Entry:
-    spec = AdapterSpec(name="a", source="./a", base=BASE, checks=(), line=1, column=1, limit_seconds=limit_seconds)
+def entry(directory: Path, dtype: str = "float32", timeout_seconds: float | None = None, size_bytes: int = 0) -> Entry:
+    spec = AdapterSpec(name="a", source="./a", base=BASE, checks=(), line=1, column=1, timeout_seconds=timeout_seconds)
     files = BaseFiles(directory=str(directory), weight_bytes=size_bytes)
     base = Snapshot(name=directory.name, directory=str(directory), base_files=files)
     return Entry(spec=spec, dtype=dtype, members=(AdapterFiles(directory="a"),), base=base)
@@ -100,10 +100,10 @@ def test_one_group_for_each_base_and_dtype_in_order(tmp_path: Path) -> None:
 def test_the_time_limit_grows_with_the_base_unless_it_is_given(tmp_path: Path) -> None:
     """The size is known from the headers: the mount of the base may not answer any more."""
     absent = tmp_path / "absent"
-    entries = [entry(tmp_path, size_bytes=2 << 30), entry(tmp_path, limit_seconds=7.0), entry(absent)]
+    entries = [entry(tmp_path, size_bytes=2 << 30), entry(tmp_path, timeout_seconds=7.0), entry(absent)]
     made = group_by_base(enumerate(entries))
-    limits = {task.index: task.limit_s for group in made for task in group.tasks}
-    assert limits == {0: DEFAULT_LIMIT_S + 2 * LIMIT_PER_GIB_S, 1: 7.0, 2: DEFAULT_LIMIT_S}
+    limits = {task.index: task.timeout_s for group in made for task in group.tasks}
+    assert limits == {0: DEFAULT_TIMEOUT_S + 2 * TIMEOUT_PER_GIB_S, 1: 7.0, 2: DEFAULT_TIMEOUT_S}
 
 
 @pytest.mark.parametrize(

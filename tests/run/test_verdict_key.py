@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
-from merge_gate.records.files import AdapterFiles, BaseContent, BaseFiles, Entry, FileIdentity, FileRecord, Snapshot
+from merge_gate.records.files import AdapterFiles, BaseContent, BaseFiles, Entry, FileIdentity, HashedFile, Snapshot
 from merge_gate.records.terms import Finding, ForwardMode, Origin, Quantization, Severity, Verdict
 from merge_gate.run import verdict_key as key
 from merge_gate.run.verdict_key import current_place, key_of, keyed, material, may_have_key
 from tests.support.judged_entry import entry, judged_report
 
-FILE = FileRecord(path="adapter_model.safetensors", size_bytes=9, sha256="a" * 64)
+FILE = HashedFile(path="adapter_model.safetensors", size_bytes=9, sha256="a" * 64)
 SPEC = AdapterSpec(
     name="one",
     source="./one",
@@ -116,7 +116,7 @@ def test_a_streamed_base_is_another_one_only_if_it_is_not_run() -> None:
 def test_names_places_and_time_limits_do_not() -> None:
     moved = FileIdentity(name=FILE.path, device=1, inode=2, size_bytes=9, mtime_ns=3, ctime_ns=4)
     for same in (
-        with_spec(name="two", source="./two", path="/elsewhere/two", line=9, column=1, limit_seconds=3.0),
+        with_spec(name="two", source="./two", path="/elsewhere/two", line=9, column=1, timeout_seconds=3.0),
         with_spec(path=None, hub_id="owner/one", revision="main"),
         with_base(model="/elsewhere/base"),
         with_files(directory="/elsewhere/one", files=(replace(FILE, identity=moved),)),
@@ -130,7 +130,7 @@ def test_names_places_and_time_limits_do_not() -> None:
         (
             AdapterSpec,
             {"base", "checks", "combine", "expect", "forward"}
-            | {"name", "source", "path", "hub_id", "revision", "limit_seconds", "line", "column"},
+            | {"name", "source", "path", "hub_id", "revision", "timeout_seconds", "line", "column"},
         ),
         (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names", "sha256"}),
         (CheckSetting, {"check", "severity", "limit", "error_limit", "of_base"}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Snapshot
+from merge_gate.records.files import AdapterFiles, BaseContent, Entry, HashedFile, Snapshot
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.reports import tensors
@@ -28,7 +28,7 @@ def entry(directory: Path, name: str = "one", data: bytes = b"weights") -> Entry
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "adapter_model.safetensors"
     path.write_bytes(data)
-    file = FileRecord(
+    file = HashedFile(
         path=path.name,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),

@@ -13,7 +13,7 @@ from merge_gate.features.publish.manifest import (
     render,
 )
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
-from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, AdapterFiles, Entry, FileRecord
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, AdapterFiles, Entry, HashedFile
 from merge_gate.records.report import AdapterReport
 from tests.support import reports
 
@@ -58,7 +58,7 @@ def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFa
     return PublicationFacts(**(values | more))  # type: ignore[arg-type]
 
 
-def manifest(of_merge: PublicationFacts, files: tuple[FileRecord, ...] = ()) -> Manifest:
+def manifest(of_merge: PublicationFacts, files: tuple[HashedFile, ...] = ()) -> Manifest:
     """The manifest of a model that was made of the merge's own inputs only."""
     return manifest_of(of_merge, [of_merge.base.files, *(one.files for one in of_merge.entry.members)], files)
 
@@ -76,9 +76,9 @@ def publish(folder: Path, **more: object) -> Manifest:
     return written
 
 
-def records(folder: Path) -> tuple[FileRecord, ...]:
+def records(folder: Path) -> tuple[HashedFile, ...]:
     return tuple(
-        FileRecord(
+        HashedFile(
             path=name,
             size_bytes=(folder / name).stat().st_size,
             sha256=hashlib.sha256((folder / name).read_bytes()).hexdigest(),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from merge_gate.judging.verdict import with_decision
-from merge_gate.records.files import FileRecord
+from merge_gate.records.files import HashedFile
 from merge_gate.records.measured import Forward, TensorMerge, TensorStats
 from merge_gate.records.report import (
     TOOL,
@@ -122,7 +122,7 @@ def adapter(name: str = "support", verdict: Verdict = Verdict.PASSED, **fields: 
             parameters_checked=checked,
             parameters_total=PARAMETERS,
         ),
-        "files": (FileRecord(path="adapter_model.safetensors", size_bytes=151_123, sha256=SHA256),),
+        "files": (HashedFile(path="adapter_model.safetensors", size_bytes=151_123, sha256=SHA256),),
         "seconds": 0.84,
         "line": 6,
         "column": 5,
@@ -306,7 +306,7 @@ def merges() -> st.SearchStrategy[TensorMerge]:
 
 def published_models() -> st.SearchStrategy[PublishedModel]:
     name = TEXTS | st.just("merge-gate.json")
-    files = st.builds(FileRecord, path=name, size_bytes=st.integers(0, 10**12), sha256=TEXTS)
+    files = st.builds(HashedFile, path=name, size_bytes=st.integers(0, 10**12), sha256=TEXTS)
     return st.builds(PublishedModel, directory=TEXTS, dtype=TEXTS, files=st.lists(files, max_size=2).map(tuple))
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_expression_is_refused_by_its_name(expression: str) -> None:
 
 
 def test_one_without_end_is_refused_after_its_computing_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_bases, "TRIAL_LIMIT_S", 0.2)
+    monkeypatch.setattr(group_bases, "TRIAL_TIMEOUT_S", 0.2)
     with pytest.raises(Refused) as raised:
         group_bases.try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES)
     endless = Refused("pattern_refused", pattern=pattern("(([a-z0-9_.])+)+!"), names=2, seconds=0.2)

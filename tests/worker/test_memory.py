@@ -31,7 +31,7 @@ def test_version_2(tmp_path: Path) -> None:
         },
     )
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (1, 2 * GIB, 2 * GIB)
+    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (1, 2 * GIB, 2 * GIB)
 
 
 def test_version_1(tmp_path: Path) -> None:
@@ -46,13 +46,13 @@ def test_version_1(tmp_path: Path) -> None:
         },
     )
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (4, None, GIB)
+    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (4, None, GIB)
 
 
 def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     lay(tmp_path, {"proc": "0::/../../job\n", "sys/memory.events": "oom_kill 0\n", "sys/memory.max": "max\n"})
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (0, None, None)
+    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (0, None, None)
 
 
 @pytest.mark.parametrize("text", [None, "", "0::/\n", "4:memory:/x\n", "5:cpu:/x\n"])
@@ -60,7 +60,7 @@ def test_where_the_system_does_not_tell_nothing_is_known(text: str | None, tmp_p
     if text is not None:
         (tmp_path / "proc").write_text(text)
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (None, None, None)
+    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (None, None, None)
 
 
 @pytest.mark.parametrize(("limit", "free"), [(None, 3 * GIB), (2 * GIB, 2 * GIB), (4 * GIB, 3 * GIB)])

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 
 ENDLESS = "(([a-z0-9_.])+)+!"
-LIMIT_S = 1.0
+TIMEOUT_S = 1.0
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def limited(group: Group, *tasks: int) -> Group:
     """With a time limit for these tasks alone: on a busy machine the others may take longer."""
     return replace(
         group,
-        tasks=tuple(replace(task, limit_s=LIMIT_S) if task.index in tasks else task for task in group.tasks),
+        tasks=tuple(replace(task, timeout_s=TIMEOUT_S) if task.index in tasks else task for task in group.tasks),
     )
 
 
@@ -106,7 +106,7 @@ class Killer:
         self._when = when or {}
 
     def __call__(self, event: Event) -> None:
-        if not isinstance(event, Idle) or event.limit_s:
+        if not isinstance(event, Idle) or event.timeout_s:
             self.heard.append(event)
         if isinstance(event, BaseLoading | MergeStarted | InProgress) and self._when.get(event):
             (child,) = children_of(os.getpid())
@@ -207,7 +207,7 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording
     wording(deaths.refusal(6))
     waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.task == 6]
     assert waiting, "and on a busy machine others too"
-    assert [event.limit_s for event in waiting] == [LIMIT_S] * len(waiting)
+    assert [event.timeout_s for event in waiting] == [TIMEOUT_S] * len(waiting)
     assert len(waiting) <= 3, "each time after twice as long"
 
 
@@ -217,7 +217,7 @@ def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wordin
     wording(deaths.refusal(8))
     waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.base == "stopped"]
     assert waiting, "and on a busy machine others too"
-    assert {(event.task, event.limit_s) for event in waiting} == {(None, LIMIT_S)}
+    assert {(event.task, event.timeout_s) for event in waiting} == {(None, TIMEOUT_S)}
 
 
 @pytest.fixture(scope="module")
@@ -462,11 +462,11 @@ def test_the_time_of_the_models_does_not_count_as_the_merges(
     now = [0.0]
     monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
     attempt = begun(Job(groups=(limited(group(shelf.base("llama"), adapters), 0),)), MergeStarted(task=0))
-    for is_running, pause_s in ((True, 0.4 * LIMIT_S), (False, 0.9 * LIMIT_S)):
+    for is_running, pause_s in ((True, 0.4 * TIMEOUT_S), (False, 0.9 * TIMEOUT_S)):
         attempt.receive(ForwardRunning(task=0, is_running=is_running))
         now[0] += pause_s
         assert not attempt.is_overdue()
-    now[0] += 0.2 * LIMIT_S
+    now[0] += 0.2 * TIMEOUT_S
     assert attempt.is_overdue()
 
 
@@ -482,22 +482,22 @@ def test_each_model_of_a_pass_has_a_time_limit_of_its_own(
         for is_running in (True, False):
             attempt.receive(ForwardRunning(task=task, is_running=is_running))
             assert not attempt.is_overdue()
-            now[0] += 0.4 * LIMIT_S if is_running else 0.0
+            now[0] += 0.4 * TIMEOUT_S if is_running else 0.0
     attempt.receive(MergeProgressed(task=0, done=1, total=2, module="m"))
-    now[0] += 2.9 * LIMIT_S
+    now[0] += 2.9 * TIMEOUT_S
     assert not attempt.is_overdue(), "the merge of the pass has its limit for itself"
     for task in (1, 2):
         attempt.receive(ForwardRunning(task=task, is_running=True))
-    now[0] += 0.6 * LIMIT_S
+    now[0] += 0.6 * TIMEOUT_S
     assert attempt.is_overdue()
 
 
 def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
     attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
-    assert attempt._limit_of_now() == sum(task.limit_s for task in job.groups[0].tasks)
+    assert attempt._timeout_of_now() == sum(task.timeout_s for task in job.groups[0].tasks)
     attempt.receive(ForwardRunning(task=2, is_running=True))
-    assert attempt._limit_of_now() == job.groups[0].tasks[2].limit_s / supervisor.FORWARD_SHARE
+    assert attempt._timeout_of_now() == job.groups[0].tasks[2].timeout_s / supervisor.FORWARD_SHARE
 
 
 def test_children_that_die_at_once_are_not_started_forever(
@@ -706,7 +706,7 @@ def test_a_death_as_a_pass_hands_over_is_of_the_one_in_progress(shelf: Shelf, ad
     events = MergeStarted(task=0, others=(1, 2)), Unjudged(task=0, refusal=REFUSED), InProgress(task=1)
     assert turns(begun(job, *events)) == {1: SUSPECTED, 2: TOGETHER}
     attempt = begun(job, *events, Unjudged(task=1, refusal=REFUSED))
-    assert attempt._limit_of_now() == job.groups[0].tasks[2].limit_s
+    assert attempt._timeout_of_now() == job.groups[0].tasks[2].timeout_s
 
 
 @pytest.mark.parametrize(

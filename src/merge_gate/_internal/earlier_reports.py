@@ -98,7 +98,7 @@ def refuse_run(directory: Path, *, chosen_by: str = "--output") -> None:
         if not is_own(path):
             continue
         with contextlib.suppress(OSError, InvalidJsonError):
-            if parse_strictly(read_regular_file(path, OUTPUT_FILES[0].limit_bytes)).get("is_comparison") is True:
+            if parse_strictly(read_regular_file(path, OUTPUT_FILES[0].max_bytes)).get("is_comparison") is True:
                 continue
         raise UsageError(
             f"{path} is the report of a run, and a verification does not replace it",

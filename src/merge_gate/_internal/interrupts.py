@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 STOP_GRACE_S = 5
 """A canceled job has 7.5 s between SIGINT and SIGTERM, and 2.5 s more (actions/runner, ProcessInvoker.cs)."""
-TIME_LIMIT_S = 6 * 60 * 60.0
+TIMEOUT_S = 6 * 60 * 60.0
 """The time limit of a job on a hosted runner."""
 
 
@@ -25,17 +25,17 @@ class Interrupted(BaseException):
     `output` is the directory with the report of the run that it stopped; empty if no run had begun.
     """
 
-    def __init__(self, number: int, time_limit_s: float | None) -> None:
+    def __init__(self, number: int, timeout_s: float | None) -> None:
         self.signal_name, self.output = signal.Signals(number).name, ""
-        over = f"the time limit of {(time_limit_s or 0) / 60:g} min is over"
+        over = f"the time limit of {(timeout_s or 0) / 60:g} min is over"
         super().__init__(over if number == signal.SIGALRM else f"received {self.signal_name}")
 
 
 class Signals:
     """Records the first signal that arrives, and raises it if the code is interruptible."""
 
-    def __init__(self, time_limit_s: float | None) -> None:
-        self._time_limit_s = time_limit_s
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
         self._first: int | None = None
         self._is_interruptible = False
 
@@ -66,19 +66,19 @@ class Signals:
 
     def _raise(self, number: int) -> None:
         self._is_interruptible = False
-        raise Interrupted(number, self._time_limit_s)
+        raise Interrupted(number, self._timeout_s)
 
 
 @contextlib.contextmanager
-def deferred_signals(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[Signals]:
+def deferred_signals(timeout_s: float | None = TIMEOUT_S) -> Iterator[Signals]:
     """Record signals to stop and the end of the time limit. Handlers are restored at the end; `nohup` keeps working."""
-    signals = Signals(time_limit_s)
+    signals = Signals(timeout_s)
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, signals.receive) for number in numbers}
     try:
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s or 0)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s or 0)
         yield signals
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -87,7 +87,7 @@ def deferred_signals(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[Sign
 
 
 @contextlib.contextmanager
-def interruptible(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[None]:
+def interruptible(timeout_s: float | None = TIMEOUT_S) -> Iterator[None]:
     """Turn the first signal to stop, or the end of the time limit, into `Interrupted`."""
-    with deferred_signals(time_limit_s) as signals, signals.interruptible():
+    with deferred_signals(timeout_s) as signals, signals.interruptible():
         yield

@@ -27,7 +27,7 @@ class OutputFile(NamedTuple):
     """One format. `word` selects it (`merge-gate report show --format`); `made_by` is the module with its `render`.
 
     `tag` matches the first bytes of a file that merge-gate wrote, and never text further down. A file larger than
-    `limit_bytes` is not copied out of a container.
+    `max_bytes` is not copied out of a container.
     """
 
     name: str
@@ -36,7 +36,7 @@ class OutputFile(NamedTuple):
     readers: str
     content: str
     tag: re.Pattern[bytes]
-    limit_bytes: int = 256 * _MB
+    max_bytes: int = 256 * _MB
 
 
 OUTPUT_FILES = (

@@ -72,33 +72,33 @@ def open_regular_file(path: str | Path, *, folder: int | None = None, follow: bo
         raise
 
 
-def read_regular_file(path: str | Path, limit_bytes: int, *, folder: int | None = None) -> bytes:
+def read_regular_file(path: str | Path, max_bytes: int, *, folder: int | None = None) -> bytes:
     """All bytes of a regular file that no link leads to.
 
     Raises:
         NotRegularFileError: a link, directory, pipe, socket, or device is there.
-        TooLargeFileError: the file has more than `limit_bytes`.
+        TooLargeFileError: the file has more than `max_bytes`.
         OSError: the file cannot be read.
     """
     with open_regular_file(path, folder=folder) as file:
-        return read_all(file, limit_bytes)
+        return read_all(file, max_bytes)
 
 
-def read_all(file: BufferedReader, limit_bytes: int) -> bytes:
-    """All bytes of an open file. Raises `TooLargeFileError` if they are more than `limit_bytes`."""
-    return b"".join(chunks(file, limit_bytes))
+def read_all(file: BufferedReader, max_bytes: int) -> bytes:
+    """All bytes of an open file. Raises `TooLargeFileError` if they are more than `max_bytes`."""
+    return b"".join(chunks(file, max_bytes))
 
 
-def chunks(file: BufferedReader, limit_bytes: int) -> Iterator[bytes]:
-    """The bytes of an open file in pieces. Raises `TooLargeFileError` once they are more than `limit_bytes`."""
+def chunks(file: BufferedReader, max_bytes: int) -> Iterator[bytes]:
+    """The bytes of an open file in pieces. Raises `TooLargeFileError` once they are more than `max_bytes`."""
     size_bytes = os.fstat(file.fileno()).st_size
-    if size_bytes > limit_bytes:
-        raise TooLargeFileError(errno.EFBIG, f"it has {size_bytes} bytes, expected at most {limit_bytes}")
-    left_bytes = limit_bytes
+    if size_bytes > max_bytes:
+        raise TooLargeFileError(errno.EFBIG, f"it has {size_bytes} bytes, expected at most {max_bytes}")
+    left_bytes = max_bytes
     while chunk := file.read(min(_CHUNK_BYTES, left_bytes + 1)):
         left_bytes -= len(chunk)
         if left_bytes < 0:
-            raise TooLargeFileError(errno.EFBIG, f"it grew beyond {limit_bytes} bytes")
+            raise TooLargeFileError(errno.EFBIG, f"it grew beyond {max_bytes} bytes")
         yield chunk
 
 

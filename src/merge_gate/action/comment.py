@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate._internal.regular_file import read_regular_file
 from merge_gate.action import workflow
 from merge_gate.action.docker import collect
-from merge_gate.limits.time_limit import within
+from merge_gate.limits.timeout import within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,7 @@ def _put_comment(environ: Mapping[str, str], number: int) -> None:
 def _summary(environ: Mapping[str, str]) -> str:
     path = environ.get("SUMMARY", "")
     if path:
-        return read_regular_file(Path(path), collect.LIMITS_BYTES["summary.md"]).decode("utf-8", "replace")
+        return read_regular_file(Path(path), collect.MAX_BYTES["summary.md"]).decode("utf-8", "replace")
     return f"## `{environ.get('HEADLINE') or 'merge-gate ERROR: there is no verdict'}`"  # code: it may hold an address
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
-from merge_gate._internal.interrupts import TIME_LIMIT_S
+from merge_gate._internal.interrupts import TIMEOUT_S
 from merge_gate.action import caches
 from merge_gate.action.docker.container import ContainerRun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_RETENTION_LIMIT_DAYS = 400
+_MAX_RETENTION_DAYS = 400
 DEFAULT_CONFIG = "merge-gate.yml"
 RESERVED_OPTIONS = (
     "--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report", "--publish",
@@ -67,7 +67,7 @@ RULES: tuple[_Rule, ...] = (
     ("fail-on-not-judged", *_SWITCH),
     ("upload-report", *_SWITCH),
     ("artifact-name", r'[^"<>|*?\r\n\\/:\0]*', 'a name without " : < > | * ? \\ / and line breaks'),
-    ("retention-days", r"\d{1,3}", f"0 to {_RETENTION_LIMIT_DAYS} days (0: the repository's default)"),
+    ("retention-days", r"\d{1,3}", f"0 to {_MAX_RETENTION_DAYS} days (0: the repository's default)"),
     ("upload-sarif", *_SWITCH),
     ("comment", *_SWITCH),
     ("shard", r"([1-9]\d{0,4}/[1-9]\d{0,4})?", "a part such as 2/4, counted from 1"),
@@ -145,7 +145,7 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
         shm_size=given["shm-size"],
         cpus=given["cpus"],
         verifies=bool(given["verify"]),
-        time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
+        timeout_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIMEOUT_S,
     )
     return ActionInputs(
         run=run,
@@ -173,7 +173,7 @@ def _lines(text: str) -> list[str]:
 
 def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
     value = given[name]
-    if re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS):
+    if re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _MAX_RETENTION_DAYS):
         return ""
     more = ""
     if name in {"cache", "hf-cache"}:

@@ -182,7 +182,7 @@ def in_words(error: GateError) -> str:
 def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Return the report, or the reason why it cannot be used."""
     try:
-        report = parse_strictly(read_regular_file(path, collect.LIMITS_BYTES["report.json"]))
+        report = parse_strictly(read_regular_file(path, collect.MAX_BYTES["report.json"]))
     except FileNotFoundError:
         return None, "wrote no report"
     except InvalidJsonError as error:

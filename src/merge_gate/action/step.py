@@ -186,7 +186,7 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
         stderr=subprocess.STDOUT,
     ) as child:
         try:
-            with interruptible(run.time_limit_s):
+            with interruptible(run.timeout_s):
                 return _wait(child, log)
         except Interrupted:
             return int(ExitCode.ERROR)
@@ -337,7 +337,7 @@ def _summary(inputs: ActionInputs | None, result: StepOutcome) -> str:
     if inputs and result.report:
         with contextlib.suppress(OSError):
             name = "summary.md"
-            text = read_regular_file(inputs.run.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
+            text = read_regular_file(inputs.run.output / name, collect.MAX_BYTES[name]).decode("utf-8", "replace")
     return text
 
 

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 MAX_ANNOTATIONS = 9
 """A step shows 10 errors. The tenth gives the number of the others."""
-_MESSAGE_LIMIT = 600
-_NAME_LIMIT = 80
-_LINE_LIMIT = 32_768
+_MESSAGE_LENGTH = 600
+_NAME_LENGTH = 80
+_LINE_LENGTH = 32_768
 _TAIL_LINES = 12
-_SUMMARY_LIMIT = 1_000_000
+_SUMMARY_LENGTH = 1_000_000
 """The runner drops a summary above 1 MiB."""
 _TRUSTED = ("push", "schedule", "workflow_dispatch", "repository_dispatch", "merge_group", "release")
 """Events that only users with write access to the repository can cause."""
@@ -128,7 +128,7 @@ class Log:
         """Pass on a piece of foreign text. Any thread may call this."""
         with self._lock:
             *lines, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-            if len(self._rest) > _LINE_LIMIT:
+            if len(self._rest) > _LINE_LENGTH:
                 lines.append(self._rest)
                 self._rest = b""
             for line in lines:
@@ -204,7 +204,7 @@ def annotate(report: Mapping[str, Any], file: str, *, warnings: bool = False) ->
 def _annotation(adapter: Mapping[str, Any], file: str) -> str:
     finding = _deciding(adapter)
     cause = adapter["cause"] or (finding["check"] if finding else "not judged")
-    title = f"{one_line(str(adapter['name']), _NAME_LIMIT)} {adapter['verdict']}: {one_line(cause, _NAME_LIMIT)}"
+    title = f"{one_line(str(adapter['name']), _NAME_LENGTH)} {adapter['verdict']}: {one_line(cause, _NAME_LENGTH)}"
     place = {"file": file, "line": str(adapter["line"]), "col": str(adapter["column"])} if file else {}
     is_warning = adapter["verdict"] == "passed" or (adapter["verdict"] == "failed" and adapter.get("accepted"))
     sentences = _sentences(finding) if finding else "No finding was recorded. See the log."
@@ -225,13 +225,13 @@ def _warning_of(adapter: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _sentences(finding: Mapping[str, Any]) -> str:
-    lines = [one_line(finding["message"], _MESSAGE_LIMIT)]
+    lines = [one_line(finding["message"], _MESSAGE_LENGTH)]
     tensor = finding["tensor"]
-    lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
-    lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
+    lines += [f"Where: {one_line(tensor, _MESSAGE_LENGTH)}"] if tensor and tensor not in finding["message"] else []
+    lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LENGTH)}"] if finding["hint"] else []
     # An error's check is one that the command explains. Some warnings belong to no check.
     more = finding.get("url") or (f"merge-gate explain {finding['check']}" if finding["severity"] == "error" else "")
-    lines += [f"More: {one_line(more, _MESSAGE_LIMIT)}"] if more else []
+    lines += [f"More: {one_line(more, _MESSAGE_LENGTH)}"] if more else []
     return "\n".join(lines)
 
 
@@ -276,8 +276,8 @@ def write_outputs(file: str, outputs: Mapping[str, str]) -> None:
 def write_summary(file: str, text: str) -> None:
     """Append `text` to the file GITHUB_STEP_SUMMARY. A text that is too long is cut at the end of a line."""
     data = text.encode("utf-8")
-    if len(data) > _SUMMARY_LIMIT:
-        text = data[:_SUMMARY_LIMIT].decode("utf-8", "ignore").rpartition("\n")[0]
+    if len(data) > _SUMMARY_LENGTH:
+        text = data[:_SUMMARY_LENGTH].decode("utf-8", "ignore").rpartition("\n")[0]
         text += "\n\n_The rest is in the report's files._\n"
     _append(file, text if text.endswith("\n") else text + "\n")
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; no exception leaves here but argparse's SystemExit."""
     mend_streams()
     try:
-        with interruptible(time_limit_s=None):
+        with interruptible(timeout_s=None):
             return _obey(_parsed(sys.argv[1:] if argv is None else argv))
     except Interrupted as stop:  # before or after the command itself
         say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict")

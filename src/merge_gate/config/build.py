@@ -93,8 +93,8 @@ class _Build:
         if entry.checks:
             checks = tuple(self._setting((*loc, "checks", row.check), entry.checks, row) for row in checks)
         base = self._base((*loc, "base"), entry.base, default.base)
-        seconds = (entry.limits and entry.limits.seconds) or default.limit_seconds
-        return replace(default, base=base, checks=checks, limit_seconds=seconds)
+        seconds = (entry.limits and entry.limits.seconds) or default.timeout_seconds
+        return replace(default, base=base, checks=checks, timeout_seconds=seconds)
 
     # --- one entry -------------------------------------------------------------------------------------------------
 

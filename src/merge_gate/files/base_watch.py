@@ -19,13 +19,13 @@ from typing import Protocol
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
-from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.records.config import ALL_WEIGHTS
-from merge_gate.records.files import BaseContent, Entry, FileIdentity, FileRecord
+from merge_gate.records.files import BaseContent, Entry, FileIdentity, HashedFile
 
 _Identity = tuple[FileIdentity, ...]
 
-SILENCE_LIMIT_S = 120.0
+SILENCE_TIMEOUT_S = 120.0
 """How long the file system may take to give the next bytes of a base that is hashed, before no one waits for them."""
 
 _ASKED_EVERY_S = 1.0
@@ -69,7 +69,7 @@ class BaseWatch:
         self._digests: dict[str, _Digests] = {}
         self._listed: dict[str, _Digests] = {}
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
-        self._passed: set[str] = set()
+        self._read_whole: set[str] = set()
         self._silent: set[str] = set()
         self._anew: set[str] = set()
 
@@ -95,10 +95,10 @@ class BaseWatch:
         if self.remembered is None or directory in self._anew | self._threads.keys() | self._digests.keys():
             return
         with contextlib.suppress(OSError):  # the worker reads the same files, and reports what is wrong with them
-            identity = within(ANSWER_LIMIT_S, lambda: base_identity(directory))
+            identity = within(ANSWER_TIMEOUT_S, lambda: base_identity(directory))
             files = self.remembered.lookup(directory, identity)
             if files is not None:
-                settings = within(ANSWER_LIMIT_S, lambda: _settings_digest(directory))
+                settings = within(ANSWER_TIMEOUT_S, lambda: _settings_digest(directory))
                 self._hashed[directory] = identity
                 self._digests[directory] = _Digests(files, settings)
 
@@ -110,29 +110,29 @@ class BaseWatch:
         self._hashed[directory] = identity
         self._listed[directory] = _Digests(_weight_digests(directory, sha256), _settings_digest(directory))
 
-    def passed(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
+    def read_whole(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
         """All bytes of a base's weight files passed through this process, with these digests.
 
         Other digests than the Hub lists do not count.
         """
-        if directory in self._passed:
+        if directory in self._read_whole:
             return
         with contextlib.suppress(Exception):  # then the base is hashed
             files = _weight_digests(directory, sha256)
             if directory in self._listed and files != self._listed[directory].files:
                 return
-            self._passed.add(directory)
+            self._read_whole.add(directory)
             self._hashed.setdefault(directory, identity)
             self._digests.setdefault(directory, _Digests(files, _settings_digest(directory)))
 
     def is_only_listed(self, directory: str) -> bool:
         """Whether the Hub lists the digests of a base, and not all of its bytes have passed through this process."""
-        return directory in self._listed and directory not in self._passed
+        return directory in self._listed and directory not in self._read_whole
 
     def wait(self) -> None:
         """Wait until every base that was started is hashed. One whose mount gives no more bytes has no digest."""
         for directory, thread in self._threads.items():
-            while thread.is_alive() and time.monotonic() - self._heard_s[directory] < SILENCE_LIMIT_S:
+            while thread.is_alive() and time.monotonic() - self._heard_s[directory] < SILENCE_TIMEOUT_S:
                 thread.join(_ASKED_EVERY_S)
 
     @property
@@ -143,13 +143,13 @@ class BaseWatch:
         """The digest of the weights, if it is known by now."""
         return self._digests[directory].weights if directory in self._digests else None
 
-    def files(self, directory: str) -> tuple[FileRecord, ...]:
+    def files(self, directory: str) -> tuple[HashedFile, ...]:
         """The weight files with their sizes and digests, by name; empty if they are not known by now."""
         if directory not in self._digests:
             return ()
         sizes = {file.name: file.size_bytes for file in self._hashed[directory]}
         return tuple(
-            FileRecord(path=name, size_bytes=sizes[name], sha256=digest)
+            HashedFile(path=name, size_bytes=sizes[name], sha256=digest)
             for name, digest in sorted(self._digests[directory].files.items())
             if name in sizes
         )
@@ -220,7 +220,7 @@ class BaseWatch:
         if directory in self._silent:
             return None
         try:
-            return within(ANSWER_LIMIT_S, lambda: base_identity(directory))
+            return within(ANSWER_TIMEOUT_S, lambda: base_identity(directory))
         except TimeoutError:
             self._silent.add(directory)
             return None

@@ -127,8 +127,8 @@ class Repository:
         if not self.is_plan:
             self.notify(f"fetching {self.what} at {commit[:12]}: {counted(len(fetched.chosen), 'file')}, {total}")
             self._write_ref(commit)
-        limits = self._limits(files, fetched.chosen, commit)
-        directory = self._ask(lambda: self._download(commit, fetched.chosen, local_files_only=self.is_plan), limits)
+        max_sizes = self._max_sizes(files, fetched.chosen, commit)
+        directory = self._ask(lambda: self._download(commit, fetched.chosen, local_files_only=self.is_plan), max_sizes)
         self._refuse_incomplete(directory, fetched.chosen)
         # 4. Compare the new files with the digests that the Hub lists.
         for name in (name for name in absent if name in fetched.chosen):
@@ -159,7 +159,7 @@ class Repository:
             raise ResolveError(f"{host()}, or the cache, answered {what} for {self.what}", hint=CHECK_ENDPOINT)
         return name
 
-    def _limits(self, files: Mapping[str, RepoSibling], names: Iterable[str], commit: str) -> dict[str, int]:
+    def _max_sizes(self, files: Mapping[str, RepoSibling], names: Iterable[str], commit: str) -> dict[str, int]:
         """The most bytes of files, by the paths of their addresses."""
         paths = {name: urlsplit(hf_hub_url(self.repo_id, name, revision=commit)).path for name in names}
         sizes = {name: files[name].size for name in names}
@@ -207,8 +207,8 @@ class Repository:
     def _fetch_first(self, file: RepoSibling, commit: str) -> Path:
         """Fetch a file that the choice depends on."""
         is_new = not self._is_cached(file.rfilename, commit)
-        limits = self._limits({file.rfilename: file}, (file.rfilename,), commit)
-        path = Path(self._ask(lambda: self._download(commit, (file.rfilename,)), limits), file.rfilename)
+        max_sizes = self._max_sizes({file.rfilename: file}, (file.rfilename,), commit)
+        path = Path(self._ask(lambda: self._download(commit, (file.rfilename,)), max_sizes), file.rfilename)
         if not path.exists():
             raise incomplete(self.what, (file.rfilename,))
         if is_new:
@@ -295,14 +295,14 @@ class Repository:
         finally:
             constants.HF_HUB_DISABLE_XET = xet
 
-    def _ask(self, request: Callable[[], T], limits: Mapping[str, int] | None = None) -> T:
-        """Call `request`. With `limits` it is a download."""
+    def _ask(self, request: Callable[[], T], max_sizes: Mapping[str, int] | None = None) -> T:
+        """Call `request`. With `max_sizes` it is a download."""
 
         def wait(pause_s: float, refused: ResolveError) -> None:
             self.notify(f"{refused.message}; trying again in {pause_s:.0f} s")
             time.sleep(pause_s)
 
-        return ask(request, f"{self.what} is not a directory here, and", PAUSES_S, wait, limits)
+        return ask(request, f"{self.what} is not a directory here, and", PAUSES_S, wait, max_sizes)
 
     @property
     def what(self) -> str:
@@ -390,18 +390,18 @@ def ask(
             refused, pause_s = translate(error, opening), next(pauses, None)
             if refused is None:
                 raise
-            if pause_s is None or not _is_passing(error, transport=sizes is None or isinstance(error, ConnectError)):
+            if pause_s is None or not _is_transient(error, transport=sizes is None or isinstance(error, ConnectError)):
                 raise refused from error
             wait(max(pause_s, min(_retry_after_s(error), _LONGEST_PAUSE_S)), refused)
 
 
-def _is_passing(error: Exception, *, transport: bool) -> bool:
+def _is_transient(error: Exception, *, transport: bool) -> bool:
     """Whether the same request may succeed later. `transport`: whether a lost connection counts."""
     links = _chain(error)
     statuses = [status for link in links if (status := _status(link)) is not None]
-    passing = any(code in {408, 429} or code >= _SERVER_ERROR for code in statuses) or any(map(_is_incomplete, links))
-    passing = passing or (transport and any(map(is_transport, links)))
-    return passing and not any(map(_is_distrust, links))
+    is_transient = any(code in {408, 429} or code >= _SERVER_ERROR for code in statuses)
+    is_transient = is_transient or any(map(_is_incomplete, links)) or (transport and any(map(is_transport, links)))
+    return is_transient and not any(map(_is_distrust, links))
 
 
 def _retry_after_s(error: Exception) -> float:

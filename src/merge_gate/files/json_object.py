@@ -53,11 +53,11 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def read_as_transformers(path: str | Path, limit_bytes: int = LONGEST_BYTES) -> dict[str, Any] | None:
+def read_as_transformers(path: str | Path, max_bytes: int = LONGEST_BYTES) -> dict[str, Any] | None:
     """The object in a file that may lie behind a link; None if there is none. NaN and repeated keys are allowed."""
     try:
         with open_regular_file(path, follow=True) as file:
-            value = json.loads(read_all(file, limit_bytes))
+            value = json.loads(read_all(file, max_bytes))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

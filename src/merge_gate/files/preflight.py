@@ -29,13 +29,13 @@ from merge_gate.files.headers import CorruptFileError, PickleReader, lfs_pointer
 from merge_gate.files.identity import identity_of
 from merge_gate.judging import foreign_formats
 from merge_gate.judging.all_checks import refused
+from merge_gate.judging.bounds import bounded
 from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
 from merge_gate.judging.checks.file_lfs_pointer import FILE_LFS_POINTER
 from merge_gate.judging.checks.file_missing import FILE_MISSING
 from merge_gate.judging.checks.keys_missing import keys_missing
 from merge_gate.judging.checks.pickle_refused import PICKLE_REFUSED
 from merge_gate.judging.checks.shape_mismatch import SHAPE_MISMATCH
-from merge_gate.judging.limits import bounded
 from merge_gate.records.files import (
     CONFIG_NAME,
     EXPORT_NAME,
@@ -43,7 +43,7 @@ from merge_gate.records.files import (
     WEIGHTS_NAME,
     AdapterConfig,
     AdapterFiles,
-    FileRecord,
+    HashedFile,
     StoredTensor,
 )
 from merge_gate.records.refusals import Refusal
@@ -121,14 +121,14 @@ class _File:
 
     name: str | None = None
     content: Any = None
-    files: tuple[FileRecord, ...] = ()
+    files: tuple[HashedFile, ...] = ()
     findings: tuple[Finding, ...] = ()
 
 
 def _read(directory: str, name: str, parse: Callable[[BufferedReader, int], Any]) -> _File:
     """Hash a file and parse it. `parse` gets its size in bytes."""
     path = str(Path(directory, name))
-    files: tuple[FileRecord, ...] = ()
+    files: tuple[HashedFile, ...] = ()
     try:
         with open_regular(path) as file:
             files = (_record(name, file),)
@@ -280,11 +280,11 @@ def _pickled(file: BufferedReader, path: str, read_pickle: PickleReader | None) 
     return read_pickle and read_pickle(path)
 
 
-def _record(name: str, file: BufferedReader) -> FileRecord:
+def _record(name: str, file: BufferedReader) -> HashedFile:
     identity = identity_of(name, os.fstat(file.fileno()))  # before the hash, so that a write during it is noticed
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
+    return HashedFile(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
 
 
 def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:

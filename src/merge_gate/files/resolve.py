@@ -22,7 +22,7 @@ from merge_gate.files.headers import PickleReader, shown
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.judging.policies import POLICIES
-from merge_gate.limits.time_limit import within
+from merge_gate.limits.timeout import within
 from merge_gate.names.hub_names import HUB, close_directory, could_be_hub_id, is_commit
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import (
@@ -90,13 +90,13 @@ class Inputs:
     Args:
         config: the adapters and their bases.
         how: how files are fetched. The config says what may be fetched, and `access` replaces what it says.
-        limit_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
+        timeout_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
     """
 
     def __init__(
-        self, config: Config, how: Fetching, *, limit_s: Callable[[str], float | None] = lambda _: None
+        self, config: Config, how: Fetching, *, timeout_s: Callable[[str], float | None] = lambda _: None
     ) -> None:
-        self._config, self._limit_s = config, limit_s
+        self._config, self._timeout_s = config, timeout_s
         self._how = replace(how, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code)
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
@@ -218,16 +218,16 @@ class Inputs:
         def read() -> Snapshot:
             return resolve_base(model, revision, replace(self._how, access=access), label=label)
 
-        limit_s = self._limit_s(model) if Path(model).is_absolute() else None
+        timeout_s = self._timeout_s(model) if Path(model).is_absolute() else None
         try:
-            return read() if limit_s is None else within(limit_s, read)
+            return read() if timeout_s is None else within(timeout_s, read)
         except GateError as error:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
-            if limit_s is not None and isinstance(error, TimeoutError):
+            if timeout_s is not None and isinstance(error, TimeoutError):
                 return ResolveError(
-                    f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not "
-                    "answer",
+                    f"the headers of base {quoted(label, 200)} could not be read in {timeout_s:g} s: its mount does "
+                    "not answer",
                     hint="check the network file system that holds the base, then run again",
                 )
             return ResolveError(

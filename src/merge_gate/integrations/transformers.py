@@ -38,8 +38,8 @@ class AdapterNotPassedError(GateError):
         finding = words.deciding(worst)
         message, hint = (finding.message, finding.hint) if finding else (run_result.headline(report), "")
         place = words.place(finding) if finding else ""
-        where = f" in {place}" if place else f": {one_line(message, words.MESSAGE_LIMIT)}"
-        super().__init__(words.cause(worst) + where, hint=one_line(hint, words.MESSAGE_LIMIT))
+        where = f" in {place}" if place else f": {one_line(message, words.MESSAGE_LENGTH)}"
+        super().__init__(words.cause(worst) + where, hint=one_line(hint, words.MESSAGE_LENGTH))
         self.report = report
         self.page = page
 

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from merge_gate.judging import all_checks, verdict
+from merge_gate.judging.bounds import bounded, cut
 from merge_gate.judging.checks import (
     base_format,
     base_incomplete,
@@ -20,7 +21,6 @@ from merge_gate.judging.checks import (
 )
 from merge_gate.judging.checks.base_mismatch import base_mismatch
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence, Forward

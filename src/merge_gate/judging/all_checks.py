@@ -11,12 +11,12 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from merge_gate.judging import not_judged, peft_errors
+from merge_gate.judging.bounds import bounded
 from merge_gate.judging.checks import table
 from merge_gate.judging.checks.check import Check, FileCase, MergeCase
 from merge_gate.judging.checks.delta_norm import delta_norm
 from merge_gate.judging.checks.rounding_loss import allowed_norm, rounding_loss
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import NOT_JUDGED, accident
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles

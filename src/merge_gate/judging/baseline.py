@@ -21,13 +21,13 @@ from merge_gate.records.terms import Acceptance, BaselineEntry, Severity, Verdic
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from merge_gate.records.files import FileRecord
+    from merge_gate.records.files import HashedFile
 
 WORST_LAST = (Acceptance.UNMATCHED, Acceptance.USED, Acceptance.MORE, Acceptance.EXPIRED)
 """An entry may match an adapter in several dtypes. Its outcome is the one that comes last here."""
 
 
-def adapter_digest(files: Iterable[FileRecord]) -> str | None:
+def adapter_digest(files: Iterable[HashedFile]) -> str | None:
     """SHA-256 of the lines that sha256sum writes for the files, in their order; None if no file was read."""
     lines = [f"{file.sha256}  {file.path}\n" for file in files]
     return hashlib.sha256("".join(lines).encode("utf-8", "backslashreplace")).hexdigest() if lines else None

@@ -17,15 +17,15 @@ from typing import Any
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.text import COMMIT, is_inside
-from merge_gate.limits.time_limit import within
+from merge_gate.limits.timeout import within
 
-REQUEST_LIMIT_S = 60.0
+REQUEST_TIMEOUT_S = 60.0
 """For the headers of any answer, and for the whole answer of an API."""
 
 LEAST_BYTES_PER_S = 64 << 10
-"""How fast the bytes of a file must arrive, over each REQUEST_LIMIT_S."""
+"""How fast the bytes of a file must arrive, over each REQUEST_TIMEOUT_S."""
 
-LISTING_LIMIT_S = 600.0
+LISTING_TIMEOUT_S = 600.0
 """For all requests of one call that lists files, which come in pages."""
 
 AGENT = "merge-gate"
@@ -70,7 +70,7 @@ class _LimitedSend:
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         self._sizes.update(sizes)
-        self._thread.listing_ends = time.monotonic() + LISTING_LIMIT_S
+        self._thread.listing_ends = time.monotonic() + LISTING_TIMEOUT_S
 
     def __call__(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         if not request.headers.get("User-Agent", "").startswith(f"{AGENT}/"):
@@ -81,7 +81,7 @@ class _LimitedSend:
             raise _refused(request, "does not come to an end")
         context = contextvars.copy_context()
         try:
-            return within(REQUEST_LIMIT_S, lambda: context.run(self._send, request, stream=stream, **options))
+            return within(REQUEST_TIMEOUT_S, lambda: context.run(self._send, request, stream=stream, **options))
         except TimeoutError as error:
             raise _refused(request, "does not answer in time") from error
         except Exception as error:
@@ -96,7 +96,7 @@ class _LimitedSend:
         listed = self._sizes.get(request.url.path)
         if listed is not None:
             most = listed + _SPARE_BYTES
-            self._thread.file = most, time.monotonic() + 2 * (REQUEST_LIMIT_S + most / LEAST_BYTES_PER_S)
+            self._thread.file = most, time.monotonic() + 2 * (REQUEST_TIMEOUT_S + most / LEAST_BYTES_PER_S)
         if is_file:
             return getattr(self._thread, "file", (MOST_API_BYTES, float("inf")))
         return MOST_API_BYTES, getattr(self._thread, "listing_ends", float("inf"))
@@ -125,7 +125,7 @@ def _limit_answer(answer: Any) -> None:
     reset = re.search(r"\bt\s*=\s*(\d+)", headers.pop("RateLimit", "")) if answer.status_code == _TOO_MANY else None
     pause_s = reset[1] if reset else headers.pop("Retry-After", "")
     if pause_s.isascii() and pause_s.isdecimal():
-        headers["Retry-After"] = f"{min(float(pause_s), REQUEST_LIMIT_S):.0f}"
+        headers["Retry-After"] = f"{min(float(pause_s), REQUEST_TIMEOUT_S):.0f}"
     raw, whole = answer.iter_raw, answer.iter_bytes
 
     def iter_raw(chunk_size: int | None = None) -> Iterator[bytes]:
@@ -153,8 +153,8 @@ def _least_rate(answer: Any) -> Iterator[list[int]]:
 
     def watch() -> None:
         before = 0
-        while not is_over.wait(REQUEST_LIMIT_S):
-            if received[0] - before < LEAST_BYTES_PER_S * REQUEST_LIMIT_S:
+        while not is_over.wait(REQUEST_TIMEOUT_S):
+            if received[0] - before < LEAST_BYTES_PER_S * REQUEST_TIMEOUT_S:
                 is_slow.set()
                 with suppress(Exception):  # it is closed already, or the client has another transport
                     answer.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
@@ -170,4 +170,4 @@ def _least_rate(answer: Any) -> Iterator[list[int]]:
     finally:
         is_over.set()
     if is_slow.is_set():
-        raise _refused(answer.request, f"sends less than {LEAST_BYTES_PER_S >> 10} KiB/s for {REQUEST_LIMIT_S:g} s")
+        raise _refused(answer.request, f"sends less than {LEAST_BYTES_PER_S >> 10} KiB/s for {REQUEST_TIMEOUT_S:g} s")

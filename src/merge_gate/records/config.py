@@ -117,7 +117,7 @@ class AdapterSpec:
     """One entry of `adapters`. Exactly one of `path` (a directory, absolute), `hub_id` and `combine` is set.
 
     `source` is the path as written, or the Hub id, for the report. `checks` has a setting for every check: the entry's
-    own, or the file's. `forward` is the file's. With `limit_seconds` None, the limit depends on the size of the base.
+    own, or the file's. `forward` is the file's. With `timeout_seconds` None, the limit depends on the size of the base.
     `line` and `column` are the entry's place in the YAML file.
     """
 
@@ -131,7 +131,7 @@ class AdapterSpec:
     checks: tuple[CheckSetting, ...]
     expect: Expect | None = None
     forward: ForwardMode = ForwardMode.AUTO
-    limit_seconds: float | None = None
+    timeout_seconds: float | None = None
     line: int
     column: int
 

@@ -48,7 +48,7 @@ class BaseContent:
 
 
 @record
-class FileRecord:
+class HashedFile:
     """One input file of an adapter or of a base. `path` is relative to the directory.
 
     `identity` is that of the open file that was hashed. It does not count when two records are compared.
@@ -239,7 +239,7 @@ class AdapterFiles:
     config: AdapterConfig = AdapterConfig()
     weights: str | None = None
     tensors: tuple[StoredTensor, ...] = ()
-    files: tuple[FileRecord, ...] = ()
+    files: tuple[HashedFile, ...] = ()
     findings: tuple[Finding, ...] = ()
     padding: frozenset[str] = frozenset()
     on_hub: Fetched | None = None

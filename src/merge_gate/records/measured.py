@@ -139,7 +139,7 @@ class UnreadLayer:
 
 
 @record
-class RecordedRun:
+class EarlierRun:
     """The run that measured a whole base."""
 
     at: str = reported("Time of the run, in UTC.")
@@ -169,7 +169,7 @@ class BaseFacts:
     replaced: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
-    record: RecordedRun | None = None
+    record: EarlierRun | None = None
     no_skeleton: str = ""
 
     @property
@@ -178,7 +178,7 @@ class BaseFacts:
 
 
 @record
-class BaseRecord:
+class BaseFigures:
     """The figures of every tensor of a base that its files hold, from a run that read the base whole.
 
     `model_class` names the class and the size of its head (`LlamaForCausalLM`, `BertForTokenClassification/7`).
@@ -186,7 +186,7 @@ class BaseRecord:
 
     model_class: str = reported("The class of transformers that the base was loaded as, and the size of its head.")
     figures: tuple[TensorStats, ...] = reported("The figures of each tensor.")
-    run: RecordedRun | None = reported("The run that measured them.", default=None)
+    run: EarlierRun | None = reported("The run that measured them.", default=None)
 
 
 @record

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from merge_gate.records.files import FileRecord
-from merge_gate.records.measured import Forward, RecordedRun, TensorMerge
+from merge_gate.records.files import HashedFile
+from merge_gate.records.measured import EarlierRun, Forward, TensorMerge
 from merge_gate.records.terms import BaseKey, BaselineEntry, FailureKind, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
@@ -70,7 +70,7 @@ class PublishedModel:
 
     directory: str = reported("The directory, as the option or the configuration names it, with the model's name.")
     dtype: str = reported("`preserve`, or the dtype that all floating tensors were cast to.")
-    files: tuple[FileRecord, ...] = reported("Every file in it.")
+    files: tuple[HashedFile, ...] = reported("Every file in it.")
 
 
 @record
@@ -116,7 +116,7 @@ class AdapterReport:
         "What a run of base and adapter as models showed, and the comparison of merged and unmerged layers.",
         default=Forward(),
     )
-    files: tuple[FileRecord, ...] = reported("The files that were read.", default=())
+    files: tuple[HashedFile, ...] = reported("The files that were read.", default=())
     seconds: float = reported("Seconds that the adapter took; null if they were not measured.", default=0.0)
     seed: int | None = reported(
         "The seed of a combination by a random method (`dare_…`); null for any other adapter.", default=None
@@ -161,7 +161,7 @@ class BaseReport:
         "computed.",
         default=None,
     )
-    files: tuple[FileRecord, ...] = reported(
+    files: tuple[HashedFile, ...] = reported(
         "Its weight files, each with the digest that sha256sum and the Hub show; empty if they were not hashed.",
         default=(),
     )
@@ -177,7 +177,7 @@ class BaseReport:
         "Tensors of its own head that were replaced, because the adapters have a head with another number of labels.",
         default=(),
     )
-    record: RecordedRun | None = reported(
+    record: EarlierRun | None = reported(
         "The earlier run that measured the tensors that this run did not read; null if the base was read whole.",
         default=None,
     )

@@ -14,7 +14,7 @@ from merge_gate.judging import adapter_report
 from merge_gate.records.config import Config
 from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
 from merge_gate.report.wording.explanations import linked
-from merge_gate.run.groups import headers_limit_s
+from merge_gate.run.groups import headers_timeout_s
 from merge_gate.run.selection import select
 from merge_gate.run.tally import config_file, environment_of
 from merge_gate.run.view import View
@@ -23,7 +23,7 @@ from merge_gate.run.view import View
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
     specs = select(config, only)
-    inputs = Inputs(config, Fetching(notify=(view or View()).note), limit_s=headers_limit_s)
+    inputs = Inputs(config, Fetching(notify=(view or View()).note), timeout_s=headers_timeout_s)
     return (adapter_report.files_report(inputs.checked(spec)) for spec in specs)
 
 

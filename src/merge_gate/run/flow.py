@@ -34,7 +34,7 @@ from merge_gate.report.stored.output_directory import begun_run, refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature, requested
-from merge_gate.run.groups import group_by_base, headers_limit_s, placed, refuse_unread
+from merge_gate.run.groups import group_by_base, headers_timeout_s, placed, refuse_unread
 from merge_gate.run.selection import inputs_of, select
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.verdict_key import device_name
@@ -200,7 +200,7 @@ class Run:
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Report the entries that their files alone decide, and yield the others: they have to be merged."""
-        inputs = Inputs(self.config, self.fetching(), limit_s=headers_limit_s)
+        inputs = Inputs(self.config, self.fetching(), timeout_s=headers_timeout_s)
         lost_adapters = dict(self.options.lost_adapters)
         for spec in self.specs:
             self.tally.entries.extend(inputs.entries(spec))
@@ -310,7 +310,7 @@ class Run:
             case protocol.Unjudged():
                 self.verdicts.refuse(event.task, event.refusal)
             case protocol.Idle():
-                if event.limit_s:
+                if event.timeout_s:
                     self.view.note(self._still_at(event))
                 self.verdicts.catch_up(at_once=True)
             case protocol.InProgress() | protocol.Finished():
@@ -337,7 +337,7 @@ class Run:
             self.view.note(f"base {group.base.name} was loaded whole, by transformers itself: {reason}")
 
     def _still_at(self, event: protocol.Idle) -> str:
-        spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
+        spent, limit = words.duration(round(event.seconds)), words.duration(event.timeout_s)
         if event.task is None:
             return f"base {event.base}: still loading after {spent}; its time limit is {limit}"
         name = self.tally.entries[event.task].spec.name

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.judging import all_checks
-from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.records.files import Entry
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.worker.memory import MemoryGroup, too_large
-from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
+from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Group, Task
 
 if TYPE_CHECKING:
     pass
 
 
-LIMIT_PER_GIB_S = 180.0
+TIMEOUT_PER_GIB_S = 180.0
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = re.compile(r"fuse(\..*)?|nfs4?|cifs|smb3|smbfs|9p|ceph|lustre|afs|gfs2|ocfs2|beegfs|gpfs|glusterfs")
 _LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal"})
 
-HEADERS_LIMIT_S = 60.0
+HEADERS_TIMEOUT_S = 60.0
 """How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
 
 
@@ -46,27 +46,27 @@ def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
         group = groups.get(key) or Group(base=named, directory=base.directory, files=files, tasks=())
         # Several times what a merge takes on two slow cores. The size is the one that the files had when their headers
         # were read: now, their mount may not answer.
-        limit_s = entry.spec.limit_seconds or DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * files.weight_bytes / 2**30
+        timeout_s = entry.spec.timeout_seconds or DEFAULT_TIMEOUT_S + TIMEOUT_PER_GIB_S * files.weight_bytes / 2**30
         task = Task(
             index=index,
             files=entry.members,
             combine=entry.spec.combine,
             measure_options=all_checks.measure_options(entry.spec),
-            limit_s=limit_s,
+            timeout_s=timeout_s,
         )
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
 
 
-def headers_limit_s(directory: str) -> float | None:
+def headers_timeout_s(directory: str) -> float | None:
     """The time limit for reading the headers of a base; None for one on a local disk."""
-    return HEADERS_LIMIT_S if is_on_network([Path(directory)]) else None
+    return HEADERS_TIMEOUT_S if is_on_network([Path(directory)]) else None
 
 
 def is_on_network(paths: list[Path]) -> bool:
     """Whether one of these files is on a network file system. A mount that does not answer counts as one."""
     try:
-        return within(ANSWER_LIMIT_S, lambda: network_file_system(paths)) is not None
+        return within(ANSWER_TIMEOUT_S, lambda: network_file_system(paths)) is not None
     except TimeoutError:
         return True
 
@@ -108,7 +108,7 @@ def refuse_unread(group: Group, read: Read) -> None:
     Raises:
         UsageError: as above.
     """
-    if read is Read.TOUCHED and not group.records and group.files.on_hub is None:
+    if read is Read.TOUCHED and not group.earlier_figures and group.files.on_hub is None:
         raise UsageError(
             f"--read touched needs a run that has read the whole base {group.base.name} ({group.base.dtype}), with "
             "the same versions, and its record in --cache: there is none",

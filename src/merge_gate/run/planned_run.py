@@ -115,7 +115,7 @@ class _Base:
         yield _row("adapters", listing(self._names, _MOST_NAMES))
 
     def _how_read(self) -> str:
-        touched = all(group.records for group in self._groups) and (self._is_fed or Read.TOUCHED in self._reads)
+        touched = all(group.earlier_figures for group in self._groups) and (self._is_fed or Read.TOUCHED in self._reads)
         what = "what adapters touch: --cache has its record" if touched else "whole"
         if self._files.on_hub is not None and Read.WHOLE not in self._reads:
             what = "what adapters touch" if Read.TOUCHED in self._reads else _WHOLE_OR_TOUCHED

@@ -236,4 +236,4 @@ def _outcome(adapter: AdapterReport) -> str:
 
 
 def name_of(name: str) -> str:
-    return one_line(name, words.NAME_LIMIT)
+    return one_line(name, words.NAME_LENGTH)

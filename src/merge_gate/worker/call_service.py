@@ -21,7 +21,7 @@ from merge_gate.worker.protocol import Answer
 CALL_CHANNELS = 4
 """Calls that are answered at a time."""
 
-END_LIMIT_S = 1.0
+END_TIMEOUT_S = 1.0
 """How long the end of the service waits for a read or a disk."""
 
 
@@ -73,7 +73,7 @@ class CallService:
         self._hang_up()
         for service in self._services:
             service.cancel()
-        until = time.monotonic() + END_LIMIT_S
+        until = time.monotonic() + END_TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         for service in self._services:

@@ -160,7 +160,7 @@ def rounds(groups: Sequence[Group]) -> Iterator[list[int]]:
 def is_same_base(group: Group, other: Group) -> bool:
     """Whether a group differs from another one in dtype, tasks, and records only."""
     base = replace(group.base, dtype=other.base.dtype)
-    return replace(group, base=base, tasks=other.tasks, records=other.records) == other
+    return replace(group, base=base, tasks=other.tasks, earlier_figures=other.earlier_figures) == other
 
 
 def _choose_device(wanted: str) -> DeviceChosen:

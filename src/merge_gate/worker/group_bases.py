@@ -37,7 +37,7 @@ from merge_gate.files.feed import Feed
 from merge_gate.files.identity import base_identity
 from merge_gate.records.features import FEATURES, part
 from merge_gate.records.files import FileIdentity, Pattern
-from merge_gate.records.measured import BaseRecord, Evidence
+from merge_gate.records.measured import BaseFigures, Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
 from merge_gate.worker.memory import MemoryGroup, give_back
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
 
-TRIAL_LIMIT_S = 10.0
+TRIAL_TIMEOUT_S = 10.0
 """CPU seconds for all expressions of one adapter. A normal expression takes microseconds for each name."""
 
 PROGRESS_S = 0.1
@@ -117,12 +117,12 @@ class GroupBase:
         self.base.template = self.loaded = None
         self.kept.clear()
 
-    def record(self) -> BaseRecord | None:
+    def new_figures(self) -> BaseFigures | None:
         """The figures of a base that was read whole, if the group keeps them and has none of this class."""
-        known = {figures.model_class for figures in self.group.records}
-        if not self.group.keeps_record or self.model_class.label in known:
+        known = {figures.model_class for figures in self.group.earlier_figures}
+        if not self.group.keeps_figures or self.model_class.label in known:
             return None
-        return self.base.record(self.model_class)
+        return self.base.new_figures(self.model_class)
 
 
 class GroupBases:
@@ -156,7 +156,7 @@ class GroupBases:
         load.loaded, load.identity = _as_published(self._read(group, load.model_class), group), self._identity
         verify_base(group.directory, group.base.name, self._identity)
         accounting.add_file_facts(load.base, account, group.directory)
-        earlier = next((known for known in group.records if known.model_class == load.model_class.label), None)
+        earlier = next((known for known in group.earlier_figures if known.model_class == load.model_class.label), None)
         if earlier is not None and load.is_skeleton:
             load.base.use_earlier_figures(earlier)
 
@@ -293,8 +293,8 @@ def _announced(load: GroupBase, seconds: float) -> Iterator[Event]:
         measured=load.is_measured,
         seconds=seconds,
     )
-    if load.is_measured and (figures := load.record()) is not None:
-        yield BaseMeasured(group=load.position, task=task, facts=load.base.facts, record=figures)
+    if load.is_measured and (figures := load.new_figures()) is not None:
+        yield BaseMeasured(group=load.position, task=task, facts=load.base.facts, figures=figures)
 
 
 def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
@@ -314,7 +314,9 @@ def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
             confirm_card(bases.job.device)
             if isinstance(event, Merged) and not (load := base_of[event.task]).is_measured:
                 load.is_measured = True
-                yield BaseMeasured(group=load.position, task=event.task, facts=load.base.facts, record=load.record())
+                yield BaseMeasured(
+                    group=load.position, task=event.task, facts=load.base.facts, figures=load.new_figures()
+                )
             yield event
     for load in loaded:
         bases.keep_figures(load.base)
@@ -411,21 +413,21 @@ def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
     It must run in the main thread: the limit is a signal, which interrupts Python's matcher.
 
     Raises:
-        Refused: an expression is invalid, or matching takes longer than `TRIAL_LIMIT_S`.
+        Refused: an expression is invalid, or matching takes longer than `TRIAL_TIMEOUT_S`.
     """
     current = None
     try:
-        with _limited(TRIAL_LIMIT_S):
+        with _limited(TRIAL_TIMEOUT_S):
             for current in patterns:
                 expression = re.compile(current.expression)
                 for name in names:
                     expression.match(name)
                     expression.fullmatch(name)
     except _TimeOverError:
-        raise Refused("pattern_refused", pattern=current, names=len(names), seconds=TRIAL_LIMIT_S) from None
+        raise Refused("pattern_refused", pattern=current, names=len(names), seconds=TRIAL_TIMEOUT_S) from None
     except (re.error, OverflowError, RecursionError) as error:
         raise Refused(
-            "pattern_refused", pattern=current, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error)
+            "pattern_refused", pattern=current, names=len(names), seconds=TRIAL_TIMEOUT_S, problem=str(error)
         ) from None
 
 

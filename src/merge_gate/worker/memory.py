@@ -42,23 +42,23 @@ class MemoryGroup:
         """The highest memory use of the group so far."""
         return self._number("memory.peak" if self._version == 2 else "memory.max_usage_in_bytes")  # noqa: PLR2004
 
-    def limit_bytes(self) -> int | None:
+    def max_bytes(self) -> int | None:
         """The memory limit of the group; None if it has no limit."""
-        limit = self._number("memory.max" if self._version == 2 else "memory.limit_in_bytes")  # noqa: PLR2004
-        return limit if limit is not None and limit < _UNLIMITED else None
+        allowed = self._number("memory.max" if self._version == 2 else "memory.limit_in_bytes")  # noqa: PLR2004
+        return allowed if allowed is not None and allowed < _UNLIMITED else None
 
     def free_bytes(self) -> int | None:
         """The memory for a new process: what the machine has available, at most the limit of the group."""
-        limits = (_available_bytes(self._meminfo), self.limit_bytes())
-        return min((limit for limit in limits if limit is not None), default=None)
+        amounts = (_available_bytes(self._meminfo), self.max_bytes())
+        return min((allowed for allowed in amounts if allowed is not None), default=None)
 
     def left_bytes(self) -> int | None:
         """The memory that is left now: what the machine has available, and what the group has not taken of its limit.
 
         Pages of files do not count as taken: the kernel drops them.
         """
-        limit, taken = self.limit_bytes(), self._taken_bytes()
-        left = limit - taken if limit is not None and taken is not None else limit
+        allowed, taken = self.max_bytes(), self._taken_bytes()
+        left = allowed - taken if allowed is not None and taken is not None else allowed
         known = [size_bytes for size_bytes in (_available_bytes(self._meminfo), left) if size_bytes is not None]
         return max(0, min(known)) if known else None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from merge_gate._internal.errors import EngineError
 from merge_gate._internal.regular_file import NotRegularFileError, open_regular_file
 from merge_gate.files.identity import base_identity, identity_of
-from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
+from merge_gate.records.files import AdapterFiles, FileIdentity, HashedFile
 
 _OPEN_FILES = Path("/proc/self/fd")
 
@@ -34,44 +34,44 @@ def pinned_adapter(files: AdapterFiles) -> Iterator[AdapterFiles]:
     """
     with ExitStack() as stack:
         # 1. Open each file once.
-        opened = [(record, _open(files, record, stack)) for record in files.files]
+        opened = [(hashed, _open(files, hashed, stack)) for hashed in files.files]
         # 2. Link to the open files.
         private = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for record, descriptor in opened:
-            private.joinpath(record.path).symlink_to(_OPEN_FILES / str(descriptor))
+        for hashed, descriptor in opened:
+            private.joinpath(hashed.path).symlink_to(_OPEN_FILES / str(descriptor))
         try:
             yield replace(files, directory=str(private)) if _OPEN_FILES.is_dir() else files
         finally:
-            for record, descriptor in opened:
-                _verify(files, record, descriptor)
+            for hashed, descriptor in opened:
+                _verify(files, hashed, descriptor)
 
 
-def _open(files: AdapterFiles, record: FileRecord, stack: ExitStack) -> int:
+def _open(files: AdapterFiles, hashed: HashedFile, stack: ExitStack) -> int:
     try:
-        file = stack.enter_context(open_regular_file(Path(files.directory, record.path), follow=True))
+        file = stack.enter_context(open_regular_file(Path(files.directory, hashed.path), follow=True))
     except NotRegularFileError as error:
-        raise _changed(record.path, "another file is in its place, or it was written to") from error
+        raise _changed(hashed.path, "another file is in its place, or it was written to") from error
     except OSError as error:
-        raise _changed(record.path, f"it can no longer be read ({error.strerror})") from error
-    if identity_of(record.path, os.fstat(file.fileno())) != record.identity:
-        raise _changed(record.path, "it was replaced or written to")
+        raise _changed(hashed.path, f"it can no longer be read ({error.strerror})") from error
+    if identity_of(hashed.path, os.fstat(file.fileno())) != hashed.identity:
+        raise _changed(hashed.path, "it was replaced or written to")
     return file.fileno()
 
 
-def _verify(files: AdapterFiles, record: FileRecord, descriptor: int) -> None:
+def _verify(files: AdapterFiles, hashed: HashedFile, descriptor: int) -> None:
     try:
-        by_name = identity_of(record.path, Path(files.directory, record.path).stat())
+        by_name = identity_of(hashed.path, Path(files.directory, hashed.path).stat())
         # 3. Hash the open file.
         os.lseek(descriptor, 0, os.SEEK_SET)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        now = identity_of(record.path, os.fstat(descriptor))
+        now = identity_of(hashed.path, os.fstat(descriptor))
     except OSError as error:
-        raise _changed(record.path, f"it can no longer be read ({error.strerror})") from error
-    if not (by_name == now == record.identity):  # 4. The name still leads to it.
-        raise _changed(record.path, "it was replaced or written to")
-    if digest != record.sha256:
-        raise _changed(record.path, f"its SHA-256 is {digest}, expected {record.sha256}")
+        raise _changed(hashed.path, f"it can no longer be read ({error.strerror})") from error
+    if not (by_name == now == hashed.identity):  # 4. The name still leads to it.
+        raise _changed(hashed.path, "it was replaced or written to")
+    if digest != hashed.sha256:
+        raise _changed(hashed.path, f"its SHA-256 is {digest}, expected {hashed.sha256}")
 
 
 def _changed(name: str, how: str) -> EngineError:

@@ -13,12 +13,12 @@ from typing import Any
 from merge_gate._internal.errors import EngineError
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, StoredTensor
-from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
+from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseFigures, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, record
 
-DEFAULT_LIMIT_S = 600.0
+DEFAULT_TIMEOUT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
 
 ALONE, TOGETHER, SUSPECTED = range(3)
@@ -48,16 +48,16 @@ class ConsumerSpec:
 class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
-    `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
-    of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `consumers` take part in
-    the merge, in this order.
+    `index` identifies the task in events. `measure_options` says what need not be measured. `timeout_s` is the time
+    limit of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `consumers` take
+    part in the merge, in this order.
     """
 
     index: int
     files: tuple[AdapterFiles, ...]
     combine: Combine | None = None
     measure_options: MeasureOptions = MEASURE_ALL
-    limit_s: float = DEFAULT_LIMIT_S
+    timeout_s: float = DEFAULT_TIMEOUT_S
     turn: int = TOGETHER
     consumers: tuple[ConsumerSpec, ...] = ()
 
@@ -88,10 +88,10 @@ class Group:
     """The adapters on one base. `files` is what the base's files contain.
 
     `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
-    only where adapters touch it. `fed`: the parent reads its weight files (features/stream). `records` are what earlier
-    runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the parent keeps the
-    figures of a base that is read whole. `base_run`: what is known of the base as a model, after a process died that
-    ran it with adapters. It is `alone` if it has to run without them first, and `ran` if it can.
+    only where adapters touch it. `fed`: the parent reads its weight files (features/stream). `earlier_figures` are what
+    earlier runs measured of the base: tensors that no adapter touches are then not read. `keeps_figures`: the parent
+    keeps the figures of a base that is read whole. `base_run`: what is known of the base as a model, after a process
+    died that ran it with adapters. It is `alone` if it has to run without them first, and `ran` if it can.
     """
 
     base: BaseKey
@@ -99,8 +99,8 @@ class Group:
     files: BaseFiles
     one_pass: bool = False
     fed: bool = False
-    records: tuple[BaseRecord, ...] = ()
-    keeps_record: bool = False
+    earlier_figures: tuple[BaseFigures, ...] = ()
+    keeps_figures: bool = False
     base_run: str = ""
     tasks: tuple[Task, ...]
 
@@ -194,13 +194,13 @@ class BaseLoaded:
 class BaseMeasured:
     """The base is measured: at its load, if its record is kept, or in the pass of its first adapters.
 
-    `task` is one of its tasks. `record` has the figures of a base that was read whole, if the group keeps them.
+    `task` is one of its tasks. `figures` has the figures of a base that was read whole, if the group keeps them.
     """
 
     group: int
     task: int
     facts: BaseFacts
-    record: BaseRecord | None = None
+    figures: BaseFigures | None = None
 
 
 @record
@@ -265,13 +265,13 @@ class Finished:
 class Idle:
     """The worker sent nothing for a while. The parent makes this event.
 
-    With a `limit_s`, that is long: the task sent nothing for so many seconds, or `base` has been loading for so many.
+    With a `timeout_s`, that is long: the task sent nothing for so many seconds, or `base` has been loading for so many.
     """
 
     task: int | None = None
     base: str = ""
     seconds: float = 0.0
-    limit_s: float = 0.0
+    timeout_s: float = 0.0
 
 
 Event = (

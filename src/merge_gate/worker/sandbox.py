@@ -47,7 +47,7 @@ _CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_D
 _SPARE_FILE_BYTES = 1 << 30
 _SPARE_MEMORY_BYTES = 8 << 30
 _MAX_CAST_FACTOR = 4  # one byte of a file may become four in memory
-_MOST_LIMIT_BYTES = 1 << 62  # the kernel's numbers are signed; a sparse file can have any size
+_MOST_DATA_BYTES = 1 << 62  # the kernel's numbers are signed; a sparse file can have any size
 
 
 def caches(directory: str) -> dict[str, str]:
@@ -114,7 +114,7 @@ def _drop_capabilities() -> None:
 
 def _lower(resource_id: int, to_bytes: int) -> None:
     _, hard = resource.getrlimit(resource_id)
-    new = min(to_bytes, _MOST_LIMIT_BYTES if hard == resource.RLIM_INFINITY else hard)
+    new = min(to_bytes, _MOST_DATA_BYTES if hard == resource.RLIM_INFINITY else hard)
     resource.setrlimit(resource_id, (new, new))
 
 

@@ -44,7 +44,7 @@ from merge_gate.worker import protocol
 from merge_gate.worker.channel import Channel, GarbledError
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.private_directory import private_directory
-from merge_gate.worker.protocol import ALONE, DEFAULT_LIMIT_S, SUSPECTED, Event, Job, Listener, Task
+from merge_gate.worker.protocol import ALONE, DEFAULT_TIMEOUT_S, SUSPECTED, Event, Job, Listener, Task
 from merge_gate.worker.sandbox import caches
 
 if TYPE_CHECKING:
@@ -198,10 +198,10 @@ class Attempt:
         self._loading: int | None = None
         self._merging: tuple[int, ...] = ()
         self._in_progress: dict[int | None, int] = {}  # by thread
-        self._begin(DEFAULT_LIMIT_S)
+        self._begin(DEFAULT_TIMEOUT_S)
 
-    def _begin(self, limit_s: float) -> None:
-        self._limit_s, self._progress = limit_s, ""
+    def _begin(self, timeout_s: float) -> None:
+        self._timeout_s, self._progress = timeout_s, ""
         self._began_s = self._last_event_s = time.monotonic()
         self._next_note_s = FIRST_NOTE_S
         self._running: set[int] = set()  # tasks whose models run
@@ -226,13 +226,13 @@ class Attempt:
             case protocol.BaseLoading():
                 self._directory = self.job.groups[event.group].directory
                 self._loading, self._merging = event.group, ()
-                self._begin(max(task.limit_s for task in self.job.groups[event.group].tasks))
+                self._begin(max(task.timeout_s for task in self.job.groups[event.group].tasks))
             case protocol.BaseLoaded():
                 self._loading = None
-                self._begin(DEFAULT_LIMIT_S)
+                self._begin(DEFAULT_TIMEOUT_S)
             case protocol.MergeStarted():
                 self._merging, self._in_progress = (event.task, *event.others), {}
-                self._begin(sum(self._open[index][1].limit_s for index in self._merging))
+                self._begin(sum(self._open[index][1].timeout_s for index in self._merging))
             case protocol.InProgress():
                 if event.thread is None:
                     self._in_progress.clear()
@@ -249,7 +249,7 @@ class Attempt:
                 del self._open[event.task]
                 self._loading = None  # no base is loading any more
                 self._merging = tuple(index for index in self._merging if index in self._open)
-                self._begin(sum(self._open[index][1].limit_s for index in self._merging) or DEFAULT_LIMIT_S)
+                self._begin(sum(self._open[index][1].timeout_s for index in self._merging) or DEFAULT_TIMEOUT_S)
             case protocol.Idle():
                 event = self._silence()
             case protocol.DeviceChosen() | protocol.BaseMeasured() | protocol.Finished():
@@ -307,15 +307,15 @@ class Attempt:
         if (task is None and not base) or silent_s < self._next_note_s:
             return protocol.Idle()
         self._next_note_s *= 2
-        return protocol.Idle(task=task, base=base, seconds=silent_s, limit_s=self._limit_of_now())
+        return protocol.Idle(task=task, base=base, seconds=silent_s, timeout_s=self._timeout_of_now())
 
-    def _limit_of_now(self) -> float:
-        return min((self._open[index][1].limit_s / FORWARD_SHARE for index in self._running), default=self._limit_s)
+    def _timeout_of_now(self) -> float:
+        return min((self._open[index][1].timeout_s / FORWARD_SHARE for index in self._running), default=self._timeout_s)
 
     def is_overdue(self) -> bool:
         """Whether what the process does now exceeds its time limit. A merge and the models have limits of their own."""
         began_s = self._running_since_s if self._running else self._began_s
-        return time.monotonic() - began_s > self._limit_of_now()
+        return time.monotonic() - began_s > self._timeout_of_now()
 
     # --- the end of the process --------------------------------------------------------------------------------------
 
@@ -396,14 +396,14 @@ class Attempt:
 
     def _why(self, what: str, ending: NotJudged) -> NotJudged:
         if self.is_overdue():
-            return _late(what + self._progress, self._limit_of_now())
+            return _late(what + self._progress, self._timeout_of_now())
         again = "" if self._merging else " twice"
         return replace(ending, message=f"the gate's worker process died{again} {what}: {ending.message}")
 
 
-def _late(what: str, limit_s: float) -> NotJudged:
+def _late(what: str, timeout_s: float) -> NotJudged:
     return NotJudged(
-        message=f"the gate's worker process was ended {what}: the time limit of {limit_s:g} s was over",
+        message=f"the gate's worker process was ended {what}: the time limit of {timeout_s:g} s was over",
         hint="if the adapter or its base is large or the machine slow, set limits: {seconds: …} for the adapter",
     )
 
@@ -432,7 +432,7 @@ class WorkerProcess(contextlib.ExitStack):
         """Ask for the tensors of a pickled file. Without an answer, the refusal is how the process ended."""
         try:
             self._channel.send(protocol.PickleNamed(path=path))
-            answer = self._channel.receive(DEFAULT_LIMIT_S)
+            answer = self._channel.receive(DEFAULT_TIMEOUT_S)
         except (EOFError, OSError):
             return protocol.PickleListed(refusal=describe_exit(_exit_code(self._process), self._output))
         except GarbledError as error:
@@ -441,7 +441,7 @@ class WorkerProcess(contextlib.ExitStack):
             )
         if isinstance(answer, protocol.PickleListed):
             return answer
-        return protocol.PickleListed(refusal=_late("while it listed pickled weights", DEFAULT_LIMIT_S))
+        return protocol.PickleListed(refusal=_late("while it listed pickled weights", DEFAULT_TIMEOUT_S))
 
     def run(self, attempt: Attempt, services: Services = ()) -> NotJudged | None:
         """Send the job and pass on its events. None if the process finished, or how it ended."""
@@ -475,7 +475,7 @@ class WorkerProcess(contextlib.ExitStack):
             return None
         if kills == self._kills_before:
             return ""
-        limit, peak = self._memory.limit_bytes(), self._memory.peak_bytes()
+        limit, peak = self._memory.max_bytes(), self._memory.peak_bytes()
         allowed = f"the control group may use {gibibytes(limit)}" if limit is not None else "the machine has no more"
         return f"{allowed}, and used {gibibytes(peak)} at its peak" if peak is not None else allowed
 

@@ -16,7 +16,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import BaseRecord, Evidence, RecordedRun, TensorStats
+from merge_gate.records.measured import BaseFigures, EarlierRun, Evidence, TensorStats
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import sandbox
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tests.support.models import Shelf
 
-RUN = RecordedRun(at="2026-11-27T12:00:00Z", place="acme run 7")
+RUN = EarlierRun(at="2026-11-27T12:00:00Z", place="acme run 7")
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
 TOUCHED = "model.layers.0.self_attn.q_proj.weight"
 UNTOUCHED = "model.norm.weight"
@@ -52,16 +52,16 @@ def merged(base: Base, adapter: Path) -> Evidence:
     return evidence
 
 
-def recorded(directory: Path, adapter: Path) -> tuple[BaseRecord, Evidence]:
+def recorded(directory: Path, adapter: Path) -> tuple[BaseFigures, Evidence]:
     base, _ = skeleton(directory)
-    assert base.record(LLAMA) is None, "it is not measured yet"
+    assert base.new_figures(LLAMA) is None, "it is not measured yet"
     evidence = merged(base, adapter)
-    record = base.record(LLAMA)
+    record = base.new_figures(LLAMA)
     assert record is not None
     return replace(record, run=RUN), evidence
 
 
-def changed(record: BaseRecord, name: str, **figures: Any) -> BaseRecord:
+def changed(record: BaseFigures, name: str, **figures: Any) -> BaseFigures:
     assert name in {one.name for one in record.figures}
     return replace(
         record, figures=tuple(replace(one, **figures) if one.name == name else one for one in record.figures)
@@ -82,18 +82,18 @@ def test_only_touched_tensors_are_read_for_the_same_evidence(shelf: Shelf) -> No
     read = {name for name, span in spans.items() if span in feed.reads}
     assert changes <= read
     assert spans.keys() - read, "what no adapter touches is not read"
-    assert base.recorded == base.tensors.keys() - changes
-    assert touched.parameters_from_record == sum(base.stats[name].numel for name in base.recorded) > 0
+    assert base.unchecked == base.tensors.keys() - changes
+    assert touched.parameters_from_record == sum(base.stats[name].numel for name in base.unchecked) > 0
     assert touched.parameters_checked == touched.parameters_total
     assert touched.base == replace(whole.base, record=RUN)
     comparable = replace(touched, base=whole.base, parameters_from_record=0, seconds=0.0, cross_checked=())
     assert comparable == replace(whole, seconds=0.0, cross_checked=())
-    assert base.record(LLAMA) is None, "a record is never made of another one"
+    assert base.new_figures(LLAMA) is None, "a record is never made of another one"
 
 
 def test_a_loaded_base_gives_the_same_record(shelf: Shelf) -> None:
     record, _ = recorded(shelf.base("llama"), shelf.adapter("plain"))
-    loaded = load_base(str(shelf.base("llama")), model_class=LLAMA, label="base").record(LLAMA)
+    loaded = load_base(str(shelf.base("llama")), model_class=LLAMA, label="base").new_figures(LLAMA)
     assert loaded is not None
     assert set(loaded.figures) == set(record.figures)
 
@@ -105,7 +105,7 @@ def test_figures_of_another_shape_dtype_or_name_are_not_taken(shelf: Shelf) -> N
     record = replace(record, figures=(replace(first, shape=(1, *first.shape)), replace(second, dtype="float64"), other))
     base, _ = skeleton(shelf.base("llama"))
     base.use_earlier_figures(record)
-    assert not base.recorded
+    assert not base.unchecked
     assert len(base.unmeasured()) == len(base.tensors)
 
 
@@ -133,14 +133,14 @@ def events_of(directory: Path, adapter: Path, **settings: Any) -> list[Any]:
     return list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
 
 
-@pytest.mark.parametrize("keeps_record", [True, False])
+@pytest.mark.parametrize("keeps_figures", [True, False])
 def test_the_worker_sends_a_record_if_it_is_kept(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, *, keeps_record: bool
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, *, keeps_figures: bool
 ) -> None:
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    events = events_of(shelf.base("llama"), shelf.adapter("plain"), keeps_record=keeps_record)
+    events = events_of(shelf.base("llama"), shelf.adapter("plain"), keeps_figures=keeps_figures)
     (measured,) = [event for event in events if isinstance(event, BaseMeasured)]
-    assert (measured.record is not None) == keeps_record
+    assert (measured.figures is not None) == keeps_figures
 
 
 def test_the_worker_reads_less_with_a_record_of_the_class(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_the_worker_reads_less_with_a_record_of_the_class(shelf: Shelf, monkeypa
     )
     assert model_class.label == record.model_class
     for records, is_used in (((record,), True), ((replace(record, model_class="LlamaModel"),), False)):
-        *_, end = events_of(shelf.base("llama"), shelf.adapter("plain"), records=records)
+        *_, end = events_of(shelf.base("llama"), shelf.adapter("plain"), earlier_figures=records)
         assert isinstance(end, Merged)
         assert (end.evidence.parameters_from_record > 0) == is_used
 
@@ -165,6 +165,6 @@ def test_a_record_of_other_values_is_no_verdict(
     monkeypatch.setenv(sandbox.SWITCH, "off")
     record, _ = recorded(shelf.base("llama"), shelf.adapter("every-projection"))
     forged = changed(record, TOUCHED, **figures)
-    *_, end = events_of(shelf.base("llama"), shelf.adapter("every-projection"), records=(forged,))
+    *_, end = events_of(shelf.base("llama"), shelf.adapter("every-projection"), earlier_figures=(forged,))
     assert isinstance(end, Unjudged)
     assert TOUCHED in end.refusal.message

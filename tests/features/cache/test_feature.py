@@ -16,7 +16,7 @@ from merge_gate.features.cache.store import ABANDONED_S, KINDS
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import BaseFiles, Entry
-from merge_gate.records.measured import BaseRecord, TensorStats
+from merge_gate.records.measured import BaseFigures, TensorStats
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run.flow import Run
@@ -136,8 +136,8 @@ def measured(cache: VerdictCache, run: Run, base: Group) -> None:
     """The worker measures the whole base in this run."""
     run.groups = (base,)
     figures = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
-    record = BaseRecord(model_class="A", figures=(figures,))
-    cache.received(BaseMeasured(group=0, task=0, facts=base_facts(), record=record))
+    record = BaseFigures(model_class="A", figures=(figures,))
+    cache.received(BaseMeasured(group=0, task=0, facts=base_facts(), figures=record))
     cache.finish()
 
 
@@ -147,13 +147,13 @@ def test_the_worker_gets_the_records_of_a_base(read: Read, is_used: bool, one: E
     with closing(open_cache(one, run=run)) as cache:
         run.read_of = lambda _: read
         (base,) = cache.schedule([group(directory)])
-        assert base.keeps_record
+        assert base.keeps_figures
         run.watch.start(directory)
         run.watch.wait()
         measured(cache, run, base)
         (scheduled,) = cache.schedule([group(directory)])
-    assert [record.model_class for record in scheduled.records] == (["A"] if is_used else [])
-    assert scheduled.keeps_record, "another class may have no record"
+    assert [record.model_class for record in scheduled.earlier_figures] == (["A"] if is_used else [])
+    assert scheduled.keeps_figures, "another class may have no record"
 
 
 def test_a_base_without_a_digest_leaves_no_record(one: Entry, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from merge_gate.features.export.export_record import ExportRecord, render
 from merge_gate.features.publish.manifest import PublishedAdapter, PublishedBase, Versions
 from merge_gate.features.publish.partial import PartialDirectory
-from merge_gate.records.files import EXPORT_NAME, FileRecord
+from merge_gate.records.files import EXPORT_NAME, HashedFile
 from merge_gate.records.report import TOOL, Tool
 from tests.support.publish_kills import KILLED_BEFORE_A_LOOK
 
@@ -30,7 +30,7 @@ def test_a_kill_before_the_look_leaves_an_export_to_remove(tmp_path: Path) -> No
         versions=Versions(python="3"),
         model_class="A",
         scale_in="lora_B",
-        files=(FileRecord(path="adapter_config.json", size_bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),),
+        files=(HashedFile(path="adapter_config.json", size_bytes=2, sha256=hashlib.sha256(b"{}").hexdigest()),),
     )
     (tmp_path / "one" / EXPORT_NAME).write_bytes(render(facts))
     untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")

@@ -11,7 +11,7 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.config.load_config import load_config
-from merge_gate.records.measured import BaseRecord, Forward
+from merge_gate.records.measured import BaseFigures, Forward
 from merge_gate.records.terms import ForwardMode
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.run import flow
@@ -120,11 +120,11 @@ def test_a_base_that_is_partly_read_is_run_only_if_required(
     forward: str, one_pass: bool, is_run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record of an earlier run is used only in a pass; any other base is measured again, and read whole."""
-    records = (BaseRecord(model_class="Odd", figures=()),)
+    records = (BaseFigures(model_class="Odd", figures=()),)
     monkeypatch.setattr(
         flow,
         "placed",
-        lambda group, *_: replace(group, one_pass=one_pass, records=records),
+        lambda group, *_: replace(group, one_pass=one_pass, earlier_figures=records),
     )
     (why,) = tasks_of(monkeypatch, forward=forward)
     assert (not why) is is_run

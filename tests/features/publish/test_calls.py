@@ -27,7 +27,7 @@ from tests.support.call_ends import Ends, open_files, wait_until
 TENSOR = StoredTensor(name="a", dtype="BF16", shape=(2, 3))
 
 
-class Recorder:
+class LoaderTrace:
     """Makes the files of tasks 0 to 3: each plan has one, or as many as `names` has."""
 
     def __init__(self, directory: Path) -> None:
@@ -52,7 +52,7 @@ class Publishing(Ends):
     """Tasks 0 to 3 may be published."""
 
     def __init__(self, directory: Path) -> None:
-        self.publisher: Any = Recorder(directory)
+        self.publisher: Any = LoaderTrace(directory)
         super().__init__(PublicationService(self.publisher, range(4)))
         self.connection = Connection(self.client)
 

@@ -225,9 +225,7 @@ def test_hostile_content_is_neither_followed_nor_waited_for(
     (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
     (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
     os.mkfifo(downloads / "pipe" / "report.json")
-    monkeypatch.setattr(
-        report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(limit_bytes=100_000), *OUTPUT_FILES[1:])
-    )
+    monkeypatch.setattr(report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(max_bytes=100_000), *OUTPUT_FILES[1:]))
     (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
     for place, problem in zip([downloads / "zlink", *evil], problems(downloads), strict=True):
         wording(f"{place.name} {problem}")

@@ -16,7 +16,7 @@ from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.identity import base_identity
 from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.files import Fetched
-from merge_gate.records.measured import RecordedRun
+from merge_gate.records.measured import EarlierRun
 from merge_gate.run.flow import Run
 from tests.support.judged_entry import based_entry
 from tests.support.judging.cases import base as base_facts
@@ -46,7 +46,7 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_bytes_came(
     pinned = replace(entry, spec=replace(entry.spec, base=replace(entry.spec.base, sha256=((ALL_WEIGHTS, "0"),))))
     watch, tally = BaseWatch(), SimpleNamespace(entries=[entry, pinned])
     asked = Fetched(repo_id="a/b", commit="c", directory=base, sizes={}, streamable=(WEIGHTS,))
-    partly = evidence(base=base_facts(record=RecordedRun(at="now", place="here")))
+    partly = evidence(base=base_facts(record=EarlierRun(at="now", place="here")))
     streamed = StreamedBases(cast("Run", SimpleNamespace(watch=watch, tally=tally)))
     assert [streamed.lay_out(asked), streamed.lay_out(asked)] == [base, base]
     assert parents[0] == parents[1]
@@ -54,7 +54,7 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_bytes_came(
     assert streamed.refusal(0, evidence()) is not None
     assert streamed.refusal(0, partly) is None
     assert streamed.refusal(1, partly) is not None
-    watch.passed(base, base_identity(base), digests)
+    watch.read_whole(base, base_identity(base), digests)
     assert streamed.refusal(0, evidence()) is None
     streamed.close()
     assert not Path(parents[0]).exists()

@@ -984,7 +984,7 @@ def test_a_tokenizer_that_panics_is_a_difference(base: Path, merged: Path) -> No
 def test_a_tokenizer_that_takes_too_long_costs_its_limit(
     base: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("merge_gate.features.verify.finished_settings.LIMIT_S", 0.0)
+    monkeypatch.setattr("merge_gate.features.verify.finished_settings.TIMEOUT_S", 0.0)
     edited(TOKENIZER, truncation=None)(merged)
     (found,) = [one for one in account(merged, base)[0] if one.check == T and one.severity is Severity.ERROR]
     assert "longer than 0 s" in found.message

@@ -31,12 +31,12 @@ def can_limit_memory() -> bool:
 
 
 @contextlib.contextmanager
-def memory_limit(limit_bytes: int) -> Iterator[tuple[str, ...]]:
+def memory_limit(max_bytes: int) -> Iterator[tuple[str, ...]]:
     """A cgroup. The words start a command in it. Memory that swaps out counts, too."""
     group = _ROOT / ("memory" if IS_V1 else "") / f"merge-gate-e2e-{os.getpid()}"
     group.mkdir()
     try:
-        (group / ("memory.limit_in_bytes" if IS_V1 else "memory.max")).write_text(str(limit_bytes))
+        (group / ("memory.limit_in_bytes" if IS_V1 else "memory.max")).write_text(str(max_bytes))
         yield "sh", "-c", _ENTER, str(group)
     finally:
         until = time.monotonic() + _EMPTIES_WITHIN_S

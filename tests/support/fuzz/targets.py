@@ -26,7 +26,7 @@ from merge_gate._internal.text import has_hidden
 from merge_gate.config.load_config import load_config
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
-from merge_gate.judging import limits
+from merge_gate.judging import bounds
 from merge_gate.records.files import StoredTensor
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import stored_report
@@ -110,7 +110,7 @@ def config_of_adapter(data: bytes) -> None:
     assert parsed == json.loads(data)
     record = adapter_config.recorded(parsed)
     assert pickle.loads(pickle.dumps(record)) == record
-    findings = limits.bounded(adapter_config.judge(parsed, _TENSORS))
+    findings = bounds.bounded(adapter_config.judge(parsed, _TENSORS))
     assert {one.check for one in findings} <= {"config-invalid", "config-unsafe"}
     assert not any(has_hidden(one.message) for one in findings)
     assert sum(len(one.message) + len(one.hint) for one in findings) < _LARGEST_FINDINGS

@@ -13,7 +13,7 @@ from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.all_checks import judge_files, judge_merge
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting
-from merge_gate.records.files import AdapterFiles, FileRecord, StoredTensor
+from merge_gate.records.files import AdapterFiles, HashedFile, StoredTensor
 from merge_gate.records.measured import (
     BaseFacts,
     Evidence,
@@ -70,7 +70,7 @@ def files(*, config: Mapping[str, Any] | None = None, **changes: Any) -> Adapter
     usual: dict[str, Any] = {
         "directory": "adapter",
         "config": recorded({"peft_type": "LORA", "r": 16, "lora_alpha": 32} | dict(config or {})),
-        "files": (FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256=DIGEST),),
+        "files": (HashedFile(path="adapter_model.safetensors", size_bytes=8, sha256=DIGEST),),
     }
     return AdapterFiles(**(usual | changes))
 

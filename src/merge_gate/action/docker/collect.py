@@ -15,7 +15,7 @@ from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.regular_file import chunks, open_regular_file
 from merge_gate._internal.whole_file import whole_file
 
-LIMITS_BYTES = {file.name: file.limit_bytes for file in OUTPUT_FILES}
+MAX_BYTES = {file.name: file.max_bytes for file in OUTPUT_FILES}
 """The files of a report, each with its largest size."""
 
 
@@ -24,9 +24,9 @@ def take(source: Path, target: Path) -> list[str]:
     refused = []
     folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        for name, limit in LIMITS_BYTES.items():
+        for name, most in MAX_BYTES.items():
             try:
-                _take(folder, name, limit, target)
+                _take(folder, name, most, target)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -38,14 +38,14 @@ def take(source: Path, target: Path) -> list[str]:
 
 def files(folder: Path) -> list[Path]:
     """Return the files of a report that exist: regular files, no links."""
-    paths = (folder / name for name in LIMITS_BYTES)
+    paths = (folder / name for name in MAX_BYTES)
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
-def _take(folder: int, name: str, limit: int, target: Path) -> None:
+def _take(folder: int, name: str, most: int, target: Path) -> None:
     """Copy one file. A link at the target's name is replaced, not followed."""
     with open_regular_file(name, folder=folder) as file, whole_file(target / name) as copy:
-        for chunk in chunks(file, limit):
+        for chunk in chunks(file, most):
             copy.write(chunk)
 
 

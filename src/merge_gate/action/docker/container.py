@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import ExitCode, LauncherError
-from merge_gate._internal.interrupts import STOP_GRACE_S, TIME_LIMIT_S, Interrupted, Signals
+from merge_gate._internal.interrupts import STOP_GRACE_S, TIMEOUT_S, Interrupted, Signals
 from merge_gate.action.docker import docker_api, handover, leftovers
 from merge_gate.action.docker.gpus import device_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_PASSED_ON = (
+_FORWARDED = (
     "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "NO_PROXY", "no_proxy", "NO_COLOR", "FORCE_COLOR",
     "MERGE_GATE_DEBUG", "MERGE_GATE_PLACE", "MERGE_GATE_COMMIT",
 )  # fmt: skip
@@ -63,7 +63,7 @@ class ContainerRun:
         verifies: whether `merge-gate verify` runs, on the model in `config`, and not `merge-gate run`.
         environ: the caller's environment.
         begins: called when no usage error of this machine can follow, before the report of an earlier run is moved.
-        time_limit_s: seconds until the run is stopped.
+        timeout_s: seconds until the run is stopped.
     """
 
     config: Path | None
@@ -86,7 +86,7 @@ class ContainerRun:
     verifies: bool = False
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     begins: Callable[[], object] = lambda: None
-    time_limit_s: float = TIME_LIMIT_S
+    timeout_s: float = TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def config_word(run: ContainerRun) -> str:
 
 def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str]:
     """Return the variables that inspecting the container shows: no token and no password."""
-    passed_on = {name: run.environ[name] for name in _PASSED_ON if run.environ.get(name)}
+    forwarded = {name: run.environ[name] for name in _FORWARDED if run.environ.get(name)}
     debug = {"MERGE_GATE_DEBUG": "1"} if run.environ.get("RUNNER_DEBUG") == "1" else {}
     expected = handover.expectations({**_file_of_workspace(run), **prepared.canaries}, run.gpus)
     promised = {handover.MARKER: "1"} if handed_over(run) else {}
@@ -144,7 +144,7 @@ def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str
     by_runtime = any(request["Driver"] != "cdi" for request in device_requests(run.gpus, prepared.engine))
     no_more_gpus = {"NVIDIA_VISIBLE_DEVICES": run.gpus if by_runtime else "void"}
     return {
-        **passed_on, **debug, **expected, **promised, **authorities, "HF_HOME": str(prepared.cache), **no_more_gpus,
+        **forwarded, **debug, **expected, **promised, **authorities, "HF_HOME": str(prepared.cache), **no_more_gpus,
     }  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def create(run: ContainerRun, prepared: PreparedContainer) -> Any:
             security_opt=["no-new-privileges", *(["label=disable"] if facts.selinux else [])],
             device_requests=device_requests(run.gpus, facts),
             network_mode="none" if offline else None,
-            labels=leftovers.labels(run.time_limit_s),
+            labels=leftovers.labels(run.timeout_s),
             userns_mode="host" if facts.remapped else None,
             **_caller(facts),
             **_limits(run),

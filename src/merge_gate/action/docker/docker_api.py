@@ -38,7 +38,7 @@ _SOCKETS = (
 _OLDEST_SDK = 7
 _NEEDED = "docker>=7.1"
 _PROGRESS_S = 5.0
-_REASON_LIMIT = 400
+_REASON_LENGTH = 400
 _LIST_ATTEMPTS = 4
 _LIST_PAUSE_S = 0.5
 
@@ -436,4 +436,4 @@ def reason(error: Exception) -> str:
     if isinstance(error, GateError):
         return error.message
     text = str(getattr(error, "explanation", None) or error)
-    return " ".join(text.split())[:_REASON_LIMIT]
+    return " ".join(text.split())[:_REASON_LENGTH]

@@ -29,7 +29,7 @@ GPU_HINT = (
     "to run on the CPU"
 )
 
-_LIMIT_BYTES = 65_536
+_MAX_BYTES = 65_536
 _DEVICES = ("nvidia[0-9]*", "nvidiactl", "nvhost*", "nvgpu*", "dxg")
 """Device files of NVIDIA GPUs: discrete GPUs, Jetson boards, and WSL."""
 _GPU_DEVICE = re.compile(r"/nvidia\d+$")
@@ -41,9 +41,9 @@ _GPU_DEVICE = re.compile(r"/nvidia\d+$")
 def written(variables: Mapping[str, str]) -> bytes:
     """Return the line for `read`. Raises `LauncherError` if it is too long."""
     line = json.dumps(dict(variables)).encode("ascii") + b"\n"
-    if len(line) > _LIMIT_BYTES:
+    if len(line) > _MAX_BYTES:
         raise LauncherError(
-            f"the token and the proxies for the container have {len(line)} bytes, expected at most {_LIMIT_BYTES}"
+            f"the token and the proxies for the container have {len(line)} bytes, expected at most {_MAX_BYTES}"
         )
     return line
 
@@ -52,7 +52,7 @@ def read(environ: Mapping[str, str], stream: BinaryIO) -> dict[str, str]:
     """Return the variables; none if `environ` announces none. Raises `LauncherError`."""
     if not environ.get(MARKER):
         return {}
-    line = stream.readline(_LIMIT_BYTES)
+    line = stream.readline(_MAX_BYTES)
     try:
         variables = json.loads(line)
         return {str(name): str(value) for name, value in variables.items()}

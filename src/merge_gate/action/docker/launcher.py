@@ -60,7 +60,7 @@ def run_in_container(
     gpus = requested_gpus(run.gpus, run.device, run.environ)
     run = replace(run, gpus=gpus, image=run.image or _released(gpus))
     tell = tell or partial(_tell_in_log, log)
-    with deferred_signals(run.time_limit_s) as signals, contextlib.ExitStack() as clearing:
+    with deferred_signals(run.timeout_s) as signals, contextlib.ExitStack() as clearing:
         try:
             with signals.interruptible():
                 client = docker_api.connect(run.environ)

@@ -23,9 +23,9 @@ _ATTEMPTS = 6
 _PAUSE_S = 0.5
 
 
-def labels(time_limit_s: float) -> dict[str, str]:
+def labels(timeout_s: float) -> dict[str, str]:
     """Return the labels of a container that this process starts now."""
-    return {**LABEL, _LAUNCHER: _process("self"), _UNTIL: str(int(time.time() + time_limit_s + _MARGIN_S))}
+    return {**LABEL, _LAUNCHER: _process("self"), _UNTIL: str(int(time.time() + timeout_s + _MARGIN_S))}
 
 
 def remove_orphans(client: Any, say: Callable[[str], None]) -> None:

@@ -80,8 +80,8 @@ def has_foreign_code(model: nn.Module) -> bool:
 
 
 def _trace_fake(model: Any) -> DirectReads:
-    leaves, limit = _Leaves(model), _CallLimit()
-    returned, outputs = _run(model, limit)
+    leaves, calls = _Leaves(model), _CallLimit()
+    returned, outputs = _run(model, calls)
     complete, ran = returned is not None, frozenset(leaves.ran)
     # 3., from the outside in
     complete_parts: list[str] = []
@@ -89,7 +89,7 @@ def _trace_fake(model: Any) -> DirectReads:
         is_inside = any(path.startswith(f"{outer}.") for outer in complete_parts)
         has_run = complete and any(f"{module_path}.".startswith(f"{path}.") for module_path in ran)
         if path and isinstance(part, transformers.PreTrainedModel) and not is_inside and not has_run:
-            returned_by_part, of_part = _run(part, limit)
+            returned_by_part, of_part = _run(part, calls)
             outputs += of_part
             complete_parts += [path] if returned_by_part is not None else []
     named = returned.items() if isinstance(returned, dict) else ()
@@ -169,7 +169,7 @@ def _leaves_of(outputs: Iterable[torch.Tensor]) -> set[int]:
 # --- forward passes ----------------------------------------------------------------------------------------------
 
 
-def _run(model: Any, limit: TorchFunctionMode) -> tuple[Any, list[torch.Tensor]]:
+def _run(model: Any, calls: TorchFunctionMode) -> tuple[Any, list[torch.Tensor]]:
     """Step 3: what the model returned, or None, and all tensors that show what was read.
 
     Of a pass that failed, these are what its modules returned before that.
@@ -182,7 +182,7 @@ def _run(model: Any, limit: TorchFunctionMode) -> tuple[Any, list[torch.Tensor]]
     try:
         for _, inputs in candidates(model):
             before = len(shown)
-            with contextlib.suppress(Exception), limit:  # inputs that do not fit, or code that needs values
+            with contextlib.suppress(Exception), calls:  # inputs that do not fit, or code that needs values
                 returned = model(**inputs)
                 shown[before:] = _tensors_of(returned)
                 return returned, shown

@@ -49,7 +49,7 @@ from merge_gate.engine.tensors.quantized import (
 )
 from merge_gate.engine.tensors.threads import Buffers, spread
 from merge_gate.records.files import FileSpan
-from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
+from merge_gate.records.measured import BaseFacts, BaseFigures, TensorStats
 from merge_gate.records.refusals import CannotJudge, Caught
 from merge_gate.records.terms import Quantization
 
@@ -128,7 +128,7 @@ class Base:
 
     Tensors in `lazy` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
-    from one stored tensor each, and that the load has not changed. `recorded` names tensors whose figures an earlier
+    from one stored tensor each, and that the load has not changed. `unchecked` names tensors whose figures an earlier
     run measured; a tensor that is read is measured again.
     """
 
@@ -148,7 +148,7 @@ class Base:
     lazy: LazyTensors | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
-    recorded: set[str] = field(default_factory=set)
+    unchecked: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(init=False)
     weights: WeightsOnDevice = field(default_factory=WeightsOnDevice)
     _buffers: threading.local = field(default_factory=threading.local)
@@ -224,7 +224,7 @@ class Base:
             values = dequantized(module, tensor) if is_quantized(tensor) else tensor
             return distance(values) / math.sqrt(values.numel())
 
-    def use_earlier_figures(self, earlier: BaseRecord) -> None:
+    def use_earlier_figures(self, earlier: BaseFigures) -> None:
         """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.
 
         A tensor that was not finite is read again: no adapter fails by a record.
@@ -235,15 +235,16 @@ class Base:
                 continue
             if figures.finite and (figures.shape, figures.dtype) == (tuple(tensor.shape), dtype_name(tensor.dtype)):
                 self.stats[figures.name] = figures
-                self.recorded.add(figures.name)
+                self.unchecked.add(figures.name)
         self.facts = replace(self.facts, record=earlier.run)
 
-    def record(self, model_class: ModelClass) -> BaseRecord | None:
+    def new_figures(self, model_class: ModelClass) -> BaseFigures | None:
         """All tensors' figures; None if this run did not measure all of them, or has quantized them."""
-        if self.recorded or self.unmeasured() or self.facts.record or self.source.quantization is not Quantization.NONE:
+        is_quantized = self.source.quantization is not Quantization.NONE
+        if self.unchecked or self.unmeasured() or self.facts.record or is_quantized:
             return None
         figures = tuple(stats for name, stats in self.stats.items() if name not in self.newly_initialized)
-        return BaseRecord(model_class=model_class.label, figures=figures)
+        return BaseFigures(model_class=model_class.label, figures=figures)
 
     def check_earlier_figures(self, name: str) -> None:
         """Measure a tensor, which has values now, if its figures are those of an earlier run.
@@ -251,7 +252,7 @@ class Base:
         Raises:
             SourceError: it has other figures, so the record is not of these files.
         """
-        if name not in self.recorded:
+        if name not in self.unchecked:
             return
         measured = measure(self.tensors[name], name)
         if measured != self.stats[name]:
@@ -261,7 +262,7 @@ class Base:
                 hint="run with `--read whole`, which replaces the record; if MERGE_GATE_CACHE_KEY is not set, others "
                 "who can write to the cache directory can write such a record",
             )
-        self.recorded.discard(name)
+        self.unchecked.discard(name)
 
     def unmeasured(self) -> list[str]:
         """The tensors that have no figures yet."""

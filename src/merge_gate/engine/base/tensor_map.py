@@ -117,7 +117,7 @@ def tensor_map(
         if is_plain:
             _forget_quantization(config)
         given = {name: _on_meta(tensor) for name, tensor in by_name.items()}
-        with _quiet(), recorded() as recorder:
+        with _quiet(), traced() as trace:
             model, info = transformers_class.from_pretrained(
                 None,
                 config=config,
@@ -130,9 +130,9 @@ def tensor_map(
             )
     except Exception as error:  # libraries have their own exceptions; the load will say what is wrong
         raise NoMapError(f"{type(error).__name__}: {error}"[:400]) from error
-    groups = tuple(recorder.groups())
+    groups = tuple(trace.groups())
     loaded = {source for group in groups for source in group.sources}
-    unloaded = {name: recorder.renamed.get(name, name) for name in by_name if name not in loaded}
+    unloaded = {name: trace.renamed.get(name, name) for name in by_name if name not in loaded}
     made = {target for group in groups for target in group.targets}
     return TensorMap(
         stored=by_name,
@@ -178,7 +178,7 @@ Step = tuple[str, str, str, torch.dtype]
 matched; and the dtype that the stored tensor is cast to before the conversion."""
 
 
-class Recorder:
+class LoaderTrace:
     """What the loader did: `renamed` maps stored names to the model's names, and `groups` yields its conversions."""
 
     def __init__(self) -> None:
@@ -233,24 +233,24 @@ def _converted(
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[Recorder]:
+def traced() -> Iterator[LoaderTrace]:
     """Record transformers' loader for as long as the `with` block lasts.
 
     Raises:
         NoMapError: this release of transformers has other internals.
     """
-    loader, recorder = core_model_loading, Recorder()
+    loader, trace = core_model_loading, LoaderTrace()
     transform = getattr(loader, "WeightTransform", None)
     kinds = [getattr(loader, name, None) for name in ("WeightRenaming", "WeightConverter")]
     names = (transform is not None and hasattr(transform, "add_tensor"), hasattr(loader, "rename_source_key"))
     if not all(names) or any(kind is None or "convert" not in vars(kind) for kind in kinds):
         raise NoMapError(f"transformers {transformers.__version__} has another loader")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(loader, "rename_source_key", lambda own: _renaming(own, recorder)))
-        stack.enter_context(_replaced(transform, "add_tensor", lambda own: _adding(own, recorder)))
+        stack.enter_context(_replaced(loader, "rename_source_key", lambda own: _renaming(own, trace)))
+        stack.enter_context(_replaced(transform, "add_tensor", lambda own: _adding(own, trace)))
         for kind in kinds:
-            stack.enter_context(_replaced(kind, "convert", lambda own: _converting(own, recorder)))
-        yield recorder
+            stack.enter_context(_replaced(kind, "convert", lambda own: _converting(own, trace)))
+        yield trace
 
 
 @contextlib.contextmanager
@@ -263,25 +263,25 @@ def _replaced(owner: Any, name: str, wrap: Any) -> Iterator[None]:
         setattr(owner, name, own)
 
 
-def _renaming(own: Any, recorder: Recorder) -> Any:
+def _renaming(own: Any, trace: LoaderTrace) -> Any:
     def rename(source_key: str, *args: Any, **options: Any) -> Any:
         renamed = own(source_key, *args, **options)
-        recorder.renamed[source_key] = renamed[0]
+        trace.renamed[source_key] = renamed[0]
         return renamed
 
     return rename
 
 
-def _adding(own: Any, recorder: Recorder) -> Any:
+def _adding(own: Any, trace: LoaderTrace) -> Any:
     def add(self: Any, target_key: str, source_key: str, source_pattern: str, future: Any) -> Any:
         held = future() if callable(future) else future.result()
-        recorder.collect(self, target_key, source_key, source_pattern, held.dtype)
+        trace.collect(self, target_key, source_key, source_pattern, held.dtype)
         return own(self, target_key, source_key, source_pattern, future)
 
     return add
 
 
-def _converting(own: Any, recorder: Recorder) -> Any:
+def _converting(own: Any, trace: LoaderTrace) -> Any:
     def convert(self: Any, layer_name: str, **options: Any) -> Any:
         info = options.get("loading_info")
         try:
@@ -290,10 +290,10 @@ def _converting(own: Any, recorder: Recorder) -> Any:
             if info is None:
                 raise
             # Tensors are missing, or a quantizer needs values (a state in JSON, an `.item()`), which headers lack.
-            name = recorder.fail(self)
+            name = trace.fail(self)
             info.conversion_errors.pop(layer_name, None)
             realized = {name: _as_it_is(options["model"], name)}
-        recorder.convert(self, realized, options)
+        trace.convert(self, realized, options)
         return realized
 
     return convert

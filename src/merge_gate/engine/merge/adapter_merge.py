@@ -396,7 +396,7 @@ class AdapterMerge:
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._pending.end(block.target)
         self.merged.enter(merge, block.layer)
-        self.merged.passed_on.add(block.target.name)
+        self.merged.given_to_sink.add(block.target.name)
         self.adapted.update(target.name for target in targets_of(block.layer, self.loaded.base_names))
 
     # --- step 3 ---
@@ -416,7 +416,7 @@ class AdapterMerge:
             values = exact.get(target.name) if is_changed else None
             merge = of_tensor(self.base, target.module, target.name, tensor, values, rounding_share=rounding, rows=rows)
             merges.append((merge, layer if is_changed else None))
-            if is_changed or target.name in self.merged.passed_on:
+            if is_changed or target.name in self.merged.given_to_sink:
                 self.merged.pass_on(target.module, target.name, tensor)
         return merges
 

@@ -180,7 +180,7 @@ def merge_in_blocks(
     if not measured.finite or measured.max_abs >= ceiling:
         return None
     extremes = measured.minimum, measured.maximum
-    result = _as_record(planned, extremes, sample or measured, norm=norm, changed=measured.changed, merge=merge)
+    result = _tensor_merge(planned, extremes, sample or measured, norm=norm, changed=measured.changed, merge=merge)
     if not with_rows or of_rows is None:
         return result
     return replace(result, keeps_rows=_keeps_rows(base, planned, weight, of_rows.cpu()))
@@ -220,7 +220,7 @@ def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -
     return measured if expected / FAIR_FACTOR <= held <= expected * FAIR_FACTOR else None
 
 
-def _as_record(
+def _tensor_merge(
     planned: BlockLayer,
     extremes: tuple[float, float],
     sample: Measured,

@@ -40,8 +40,8 @@ def unexplained(
     """
     places = _odd(final.flatten(), exact.flatten(), base.flatten())
     got, merged, was = (tensor.flatten().index_select(0, places).float() for tensor in (final, exact, base))
-    limits, change = torch.finfo(final.dtype), merged - was
-    room = change.abs() * (limits.eps / 2 + FLOAT32) + merged.abs() * FLOAT32 + limits.tiny * limits.eps
+    info, change = torch.finfo(final.dtype), merged - was
+    room = change.abs() * (info.eps / 2 + FLOAT32) + merged.abs() * FLOAT32 + info.tiny * info.eps
     low, high = ((merged + offset).to(final.dtype).float() for offset in (-room, room))  # 1.
     outside = (got < low) | (got > high)
     if not outside.any() or not final.isfinite().all():
@@ -49,13 +49,13 @@ def unexplained(
     counts = merged.isfinite()
     values = int((outside & counts).sum())
     sizes = torch.maximum(exact.abs(), base.abs().float())  # 2.
-    most = float(sizes.max()) * MOST_UNITS * limits.eps / 2
+    most = float(sizes.max()) * MOST_UNITS * info.eps / 2
     is_near = not bool((counts & ((got - merged).abs() > most)).any())
-    once = merged.clamp(limits.min, limits.max).to(final.dtype)
+    once = merged.clamp(info.min, info.max).to(final.dtype)
     errors = ((got - once).double() * change)[counts]
     delta = (exact - base).double()
     whole = float(delta.square().sum())
-    allowed = limits.eps * float((delta.abs() * sizes).sum()) + MOST_SHARE * whole
+    allowed = info.eps * float((delta.abs() * sizes).sum()) + MOST_SHARE * whole
     if not values or (not is_sum and is_near and abs(float(errors.sum())) <= allowed):
         return None
     moved = float(((final.double() - base) * delta).sum())

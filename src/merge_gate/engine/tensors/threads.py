@@ -33,16 +33,16 @@ AHEAD = 16
 def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     """Cores that this process may use: the least of its affinity, the container's quota, and OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [cores, MOST_THREADS]
+    counts = [cores, MOST_THREADS]
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted):
-        limits.append(int(wanted))
+        counts.append(int(wanted))
     try:
         quota, period = Path(quota_file).read_text(encoding="ascii").split()
-        limits.append(max(1, round(int(quota) / int(period))))
+        counts.append(max(1, round(int(quota) / int(period))))
     except (OSError, ValueError):
         pass  # no quota, or "max"
-    return min(limits)
+    return min(counts)
 
 
 def spread(function: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[Out]:

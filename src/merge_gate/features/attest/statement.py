@@ -40,7 +40,7 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from merge_gate.records.files import FileRecord
+    from merge_gate.records.files import HashedFile
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:merge-gate:verdict:1"
@@ -216,7 +216,7 @@ def render(statement: Statement) -> bytes:
     return data
 
 
-def _digests(files: Iterable[FileRecord]) -> dict[str, str]:
+def _digests(files: Iterable[HashedFile]) -> dict[str, str]:
     return {file.path: file.sha256 for file in files}
 
 

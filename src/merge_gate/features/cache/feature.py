@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.features.cache.cached_verdict import CachedVerdict, document_of, for_entry, from_document
-from merge_gate.features.cache.remembered import BaseRecords, KnownDevices, SeenBases
+from merge_gate.features.cache.remembered import KnownDevices, SeenBases, StoredFigures
 from merge_gate.features.cache.store import Seal, Store, from_environment
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.terms import BaseKey, Read
@@ -25,7 +25,7 @@ from merge_gate.worker.protocol import BaseMeasured, DeviceChosen
 
 if TYPE_CHECKING:
     from merge_gate.records.files import BaseContent, Entry
-    from merge_gate.records.measured import BaseRecord
+    from merge_gate.records.measured import BaseFigures
     from merge_gate.records.report import AdapterReport, BaseReport
     from merge_gate.run.flow import Run
     from merge_gate.run.verdict_key import Json
@@ -56,8 +56,8 @@ class VerdictCache(Feature):
         self._store = Store(directory, seal, run.view.note, read_only=run.options.is_plan)
         self._devices = KnownDevices(run.options.device, self._store, os.environ)
         here, trusts = current_place(os.environ), run.config.trusts
-        self._records = BaseRecords(self._store, here, fresh=self._fresh, trusts=trusts)
-        self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
+        self._records = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
+        self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseFigures]] = {}
         run.watch.remembered = SeenBases(self._store, fresh=self._fresh)
 
     def close(self) -> None:
@@ -119,20 +119,20 @@ class VerdictCache(Feature):
 
     def _with_records(self, group: Group) -> Group:
         """The group, with the figures that earlier runs measured of its base, unless this run reads all of it."""
-        records: tuple[BaseRecord, ...] = ()
+        records: tuple[BaseFigures, ...] = ()
         if (
             group.files.on_hub is None and self._run.read_of(group) is not Read.WHOLE
         ):  # on the Hub, no one knows whether there is a record
             self._run.watch.recall(group.directory)
             content = self._run.watch.content(group.directory)
             records = self._records.lookup(group.base, content) if content is not None else ()
-        return replace(group, records=records, keeps_record=group.plain_dtype is None)
+        return replace(group, earlier_figures=records, keeps_figures=group.plain_dtype is None)
 
     def received(self, event: Event) -> None:
         match event:
             case DeviceChosen():
                 self._devices.store(event)
-            case BaseMeasured(record=figures) if figures is not None:
+            case BaseMeasured(figures=figures) if figures is not None:
                 group = self._run.groups[event.group]
                 self._measured[group.directory, group.base, figures.model_class] = group, figures
 

@@ -13,7 +13,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.records.measured import BaseRecord, RecordedRun
+from merge_gate.records.measured import BaseFigures, EarlierRun
 from merge_gate.report.formats.fields import UnreadableError, dump, load
 from merge_gate.run.verdict_key import key_of, libraries, material_of_run
 from merge_gate.worker.device import cpu_name, has_card
@@ -152,7 +152,7 @@ MOST_CLASSES = 16
 """A base is measured as one or two classes. A document does not grow beyond this number."""
 
 
-class BaseRecords:
+class StoredFigures:
     """Figures of whole bases that earlier runs measured, so that a later run reads only what adapters touch.
 
     They apply only to the same bytes, code, and versions. With `fresh`, they are only written. `place` names this run.
@@ -162,24 +162,24 @@ class BaseRecords:
     def __init__(self, store: Store, place: str, *, fresh: bool = False, trusts: tuple[str, ...] = ()) -> None:
         self._store, self._place, self._fresh, self._trusts = store, place, fresh, trusts
 
-    def lookup(self, base: BaseKey, content: BaseContent) -> tuple[BaseRecord, ...]:
+    def lookup(self, base: BaseKey, content: BaseContent) -> tuple[BaseFigures, ...]:
         """What earlier runs measured of a base of this content, loaded in this dtype, for each model class."""
         return () if self._fresh else self._stored(self._material(base, content))
 
-    def store(self, base: BaseKey, content: BaseContent, figures: BaseRecord) -> None:
+    def store(self, base: BaseKey, content: BaseContent, figures: BaseFigures) -> None:
         """Add a record of this run, in place of an earlier one of the same class and head."""
         material = self._material(base, content)
         others = [earlier for earlier in self._stored(material) if earlier.model_class != figures.model_class]
-        run = RecordedRun(at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), place=self._place)
+        run = EarlierRun(at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), place=self._place)
         records = (replace(figures, run=run), *others)[:MOST_CLASSES]
         self._store.put("base-records", key_of(material), {"material": material, "records": dump(records)})
 
-    def _stored(self, material: Json) -> tuple[BaseRecord, ...]:
+    def _stored(self, material: Json) -> tuple[BaseFigures, ...]:
         document = self._store.get("base-records", key_of(material))
         try:
             if not isinstance(document, dict) or document.get("material") != material:
                 return ()
-            stored: tuple[BaseRecord, ...] = load(tuple[BaseRecord, ...], document.get("records"), "records")
+            stored: tuple[BaseFigures, ...] = load(tuple[BaseFigures, ...], document.get("records"), "records")
         except (UnreadableError, RecursionError):
             return ()
         return tuple(figures for figures in stored if figures.run is not None)

@@ -43,7 +43,7 @@ from merge_gate.records.files import (
     WEIGHTS_NAME,
     Entry,
     FileIdentity,
-    FileRecord,
+    HashedFile,
     StoredTensor,
 )
 from merge_gate.records.options import RunOptions
@@ -51,7 +51,7 @@ from merge_gate.records.report import TOOL, Report, Tool
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.output_directory import explained, made_directory, refuse_input
 from merge_gate.run.flow import Run
-from merge_gate.run.groups import headers_limit_s
+from merge_gate.run.groups import headers_timeout_s
 from merge_gate.run.view import View
 from merge_gate.worker.private_directory import private_directory
 
@@ -98,7 +98,7 @@ def export(
         stack.callback(partial.remove)
         earlier = _replaceable(target)  # again: a killed run may have taken it away
         # 1.
-        entry = Inputs(config, Fetching(), limit_s=headers_limit_s).checked(spec)  # fetches no base
+        entry = Inputs(config, Fetching(), timeout_s=headers_timeout_s).checked(spec)  # fetches no base
         _refuse_inputs(
             target, [name for member in entry.members for name in (member.directory, member.config.base_name)]
         )
@@ -191,7 +191,7 @@ def _replaceable(target: Path) -> tuple[FileIdentity, ...] | None:
 
 def write_adapter(
     directory: Path, config: Mapping[str, Any] | None, tensors: Mapping[str, Array]
-) -> tuple[FileRecord, ...]:
+) -> tuple[HashedFile, ...]:
     """Write both files of an adapter, and read them back. Their bytes depend on the config and the tensors only."""
     directory.mkdir(exist_ok=True)
     stored = [
@@ -240,7 +240,7 @@ def _renamed(entry: Entry, content: Mapping[str, Any], view: View) -> dict[str, 
     return renamed
 
 
-def _tensors(directory: str, files: Iterable[FileRecord]) -> dict[str, Array]:
+def _tensors(directory: str, files: Iterable[HashedFile]) -> dict[str, Array]:
     """The tensors in an adapter's files, which have to be the same as before."""
     try:
         with open_regular(str(Path(directory, WEIGHTS_NAME))) as file:

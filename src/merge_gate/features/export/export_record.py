@@ -15,7 +15,7 @@ from merge_gate.features.publish.manifest import (
     compared,
     rendered,
 )
-from merge_gate.records.files import EXPORT_NAME, FileRecord
+from merge_gate.records.files import EXPORT_NAME, HashedFile
 from merge_gate.records.report import TOOL, Report, Tool
 from merge_gate.records.terms import record, reported
 from merge_gate.report.formats.fields import dump_record, load_document
@@ -48,7 +48,7 @@ class ExportRecord:
     padding: tuple[str, ...] = reported("Modules that the adapter leaves alone: their factors are zeros.", default=())
     scale_in: str = reported("Where the scale is: `lora_alpha`, or `lora_B` (in float32).")
     comparisons: tuple[MergeComparison, ...] = reported("How the merges differ, for each dtype.", default=())
-    files: tuple[FileRecord, ...] = reported("The other files of the directory.", default=())
+    files: tuple[HashedFile, ...] = reported("The other files of the directory.", default=())
     sha256: str = reported("The SHA-256 of this file with an empty text in this place.", default="")
 
 

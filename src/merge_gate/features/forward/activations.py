@@ -30,11 +30,11 @@ class Activation:
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count the values of a tensor."""
-        limit = torch.finfo(tensor.dtype).max
+        ceiling = torch.finfo(tensor.dtype).max
         low, high = (float(value) for value in torch.aminmax(tensor))
-        if not -limit < low <= high < limit:  # NaN, too
+        if not -ceiling < low <= high < ceiling:  # NaN, too
             self.finite &= bool(torch.isfinite(tensor).all())
-            inside = tensor[tensor.abs() < limit]
+            inside = tensor[tensor.abs() < ceiling]
             low, high = (float(value) for value in torch.aminmax(inside)) if inside.numel() else (0.0, 0.0)
         self.largest = max(self.largest, -low, high)
 

@@ -38,5 +38,5 @@ class ForwardRuns(Feature):
         """Unless that is required, no model is run if that would read more of the base than the merges do."""
         entry = self._run.tally.entries[task.index]
         is_required = entry.spec.forward is ForwardMode.REQUIRED
-        partly_read = _PARTLY_READ if group.records and group.in_passes and not is_required else ""
+        partly_read = _PARTLY_READ if group.earlier_figures and group.in_passes and not is_required else ""
         return task.with_consumer(ConsumerSpec(feature="forward", why_not=entry.no_forward or partly_read))

@@ -32,7 +32,7 @@ from merge_gate.features.publish.weight_files import FLOATING, ModelLayout, base
 from merge_gate.files.base_watch import base_directory
 from merge_gate.judging import kinds, verdict
 from merge_gate.judging.adapter_report import base_report
-from merge_gate.judging.limits import bounded
+from merge_gate.judging.bounds import bounded
 from merge_gate.records.config import A_FILE, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.measured import BaseFacts, Evidence

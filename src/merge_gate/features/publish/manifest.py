@@ -24,7 +24,7 @@ from merge_gate._internal.text import counted, is_inside, one_of
 from merge_gate.files.resolve import digest_file
 from merge_gate.judging.policies import DEFAULT, POLICIES
 from merge_gate.records.config import CheckSetting, Combine, Config, PublishSpec
-from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, HashedFile, StoredTensor
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Tool
 from merge_gate.records.terms import (
     DTYPES,
@@ -63,7 +63,7 @@ class PublishedBase:
     requested_quantization: Quantization = reported("The quantization that was asked for.", default=Quantization.NONE)
     names: tuple[str, ...] = reported("Other names for it, which the configuration accepts.", default=())
     sha256: str = reported("Digest of its weights, hex, as in report.json.")
-    files: tuple[FileRecord, ...] = reported(
+    files: tuple[HashedFile, ...] = reported(
         "Its weight files; of a published model also its settings, tokenizer, and all other files that were copied.",
         default=(),
     )
@@ -76,7 +76,7 @@ class PublishedAdapter:
     name: str = reported("Its name in the configuration.")
     source: str = reported("Its path as written, or its Hub id.")
     revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
-    files: tuple[FileRecord, ...] = reported(
+    files: tuple[HashedFile, ...] = reported(
         "The files that were merged; of a published model also its tokenizer and all other files that were copied."
     )
 
@@ -122,7 +122,7 @@ class Manifest:
     checks: tuple[str, ...] = reported(
         "The checks that the configuration changed, with severity and limits: `keys-unexpected=off`.", default=()
     )
-    files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
+    files: tuple[HashedFile, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
 
 
 class Difference(StrEnum):
@@ -175,8 +175,8 @@ class PublicationFacts:
 
 def manifest_of(
     facts: PublicationFacts,
-    inputs: Sequence[tuple[FileRecord, ...]],
-    files: Iterable[FileRecord] = (),
+    inputs: Sequence[tuple[HashedFile, ...]],
+    files: Iterable[HashedFile] = (),
     findings: Iterable[Finding] = (),
 ) -> Manifest:
     """The manifest of a publication.
@@ -240,7 +240,7 @@ def warnings_in(findings: Iterable[Finding]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(finding.check for finding in findings if finding.severity is Severity.WARNING))
 
 
-def _adapters(facts: PublicationFacts, files: Sequence[tuple[FileRecord, ...]]) -> tuple[PublishedAdapter, ...]:
+def _adapters(facts: PublicationFacts, files: Sequence[tuple[HashedFile, ...]]) -> tuple[PublishedAdapter, ...]:
     spec = facts.entry.spec
     listed = {adapter.name: adapter for adapter in facts.config.adapters}
     members = [replace(spec, revision=facts.entry.revision)]
@@ -411,7 +411,7 @@ def is_unchanged(folder: Path, *, weights: bool) -> bool:
 
 
 def compared(
-    folder: Path, files: Iterable[FileRecord], listing: str, *, weights: bool = True
+    folder: Path, files: Iterable[HashedFile], listing: str, *, weights: bool = True
 ) -> Iterator[tuple[str, Difference]]:
     """The files of a directory that are not as the file `listing` lists them."""
     names = set(names_below(folder)) - {listing}

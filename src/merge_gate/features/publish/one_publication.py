@@ -34,7 +34,7 @@ from merge_gate.files import json_object, resolve
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import shown
 from merge_gate.records.config import PublishSpec
-from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, FileRecord, StoredTensor
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, Entry, FileIdentity, HashedFile, StoredTensor
 from merge_gate.records.terms import AS_MERGED, PRESERVE, Finding
 from merge_gate.worker.protocol import ConsumerSpec
 
@@ -73,7 +73,7 @@ class Publication:
         self.expected = self._layout(self._cast)
         self._partial: PartialDirectory | None = None
         self._writer: ModelWriter | None = None
-        self._weights: tuple[FileRecord, ...] = ()
+        self._weights: tuple[HashedFile, ...] = ()
         self.settings: dict[str, object] = {}
         self._planned: frozenset[str] = frozenset()
         self._is_written = self.is_accepted = False
@@ -158,7 +158,7 @@ class Publication:
 
     def publish(
         self, facts: PublicationFacts, seen: Identities, *, replaces: tuple[FileIdentity, ...] | None
-    ) -> tuple[tuple[FileRecord, ...], tuple[Finding, ...]]:
+    ) -> tuple[tuple[HashedFile, ...], tuple[Finding, ...]]:
         """Write the files next to the weights, and give the directory its name.
 
         Returns the files of the directory, and what there is to say about them.
@@ -193,8 +193,8 @@ class Publication:
 
 
 def input_files(
-    entry: Entry, weights: Iterable[FileRecord], base: CompanionFiles, *adapters: CompanionFiles
-) -> list[tuple[FileRecord, ...]]:
+    entry: Entry, weights: Iterable[HashedFile], base: CompanionFiles, *adapters: CompanionFiles
+) -> list[tuple[HashedFile, ...]]:
     """The files of an entry's base, and those of each adapter, sorted by name: what the merge read, and what is copied.
 
     A base also has settings in JSON. Its code is not listed: a model that runs code is not published.
@@ -217,16 +217,16 @@ def input_files(
     ]
 
 
-def _records(files: Mapping[str, bytes]) -> Iterator[FileRecord]:
+def _records(files: Mapping[str, bytes]) -> Iterator[HashedFile]:
     for name, data in files.items():
-        yield FileRecord(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        yield HashedFile(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _digests(directory: str, names: Iterable[str]) -> Iterator[FileRecord]:
+def _digests(directory: str, names: Iterable[str]) -> Iterator[HashedFile]:
     for name in names:
         place = Path(directory, name)
-        yield FileRecord(path=name, size_bytes=place.stat().st_size, sha256=resolve.digest_file(place))
+        yield HashedFile(path=name, size_bytes=place.stat().st_size, sha256=resolve.digest_file(place))
 
 
-def _sorted(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+def _sorted(files: Iterable[HashedFile]) -> tuple[HashedFile, ...]:
     return tuple(sorted(files, key=lambda file: file.path))

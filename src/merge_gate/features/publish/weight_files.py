@@ -34,7 +34,7 @@ from merge_gate.files import json_object
 from merge_gate.files.base_files import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING, loaded_files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular, parse_places, shown
-from merge_gate.records.files import FileRecord, StoredTensor
+from merge_gate.records.files import HashedFile, StoredTensor
 from merge_gate.records.terms import record
 
 FLOATING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -165,7 +165,7 @@ def cast(base: ModelLayout, dtype: str) -> dict[str, StoredTensor]:
 def merged_layout(
     base: ModelLayout,
     changes: Mapping[str, StoredTensor],
-    shard_limit_bytes: int | None = None,
+    max_shard_bytes: int | None = None,
     dropped: Collection[str] = (),
 ) -> ModelLayout:
     """The layout of a published model.
@@ -173,16 +173,16 @@ def merged_layout(
     Args:
         base: the base's own layout.
         changes: tensors with another dtype or shape than the base's, and tensors that the base does not store.
-        shard_limit_bytes: the most bytes that the tensors of a file may have. None keeps the base's files.
+        max_shard_bytes: the most bytes that the tensors of a file may have. None keeps the base's files.
         dropped: names of tensors that the model does not have.
 
     Raises:
         NotPublishedError: the base's config.json names a single weights file, and there would be several.
     """
-    if shard_limit_bytes is None:
+    if max_shard_bytes is None:
         files = tuple(_changed_files(base, changes, dropped))
     else:
-        files = tuple(_resharded(base, changes, shard_limit_bytes, dropped))
+        files = tuple(_resharded(base, changes, max_shard_bytes, dropped))
     return ModelLayout(files=files, index=_index(base, files))
 
 
@@ -201,7 +201,7 @@ def _changed_files(
 
 
 def _resharded(
-    base: ModelLayout, changes: Mapping[str, StoredTensor], limit_bytes: int, dropped: Collection[str]
+    base: ModelLayout, changes: Mapping[str, StoredTensor], max_bytes: int, dropped: Collection[str]
 ) -> Iterator[FileLayout]:
     kept = [tensor for tensor in base.tensors if tensor.name not in dropped]
     tensors = {tensor.name: changes.get(tensor.name, tensor) for tensor in kept} | dict(changes)
@@ -209,7 +209,7 @@ def _resharded(
     filled = 0
     for tensor in tensors.values():
         size_bytes = tensor_bytes(tensor)
-        if shards[-1] and filled + size_bytes > limit_bytes:
+        if shards[-1] and filled + size_bytes > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
@@ -373,7 +373,7 @@ class ModelWriter:
                 raise NotPublishedError("the run was ended")
             yield offset, min(CHUNK_BYTES, place.size_bytes - offset)
 
-    def add_file(self, name: str, content: bytes) -> FileRecord:
+    def add_file(self, name: str, content: bytes) -> HashedFile:
         """Write another file of the model, whole.
 
         Raises:
@@ -385,9 +385,9 @@ class ModelWriter:
             os.fsync(descriptor)
             if _read(descriptor) != content:
                 raise _other_bytes(name)
-        return FileRecord(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return HashedFile(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
-    def read_back(self) -> tuple[FileRecord, ...]:
+    def read_back(self) -> tuple[HashedFile, ...]:
         """Send the files to disk, and read each once: for its digest, and to compare each tensor with its checksum.
 
         Raises:
@@ -396,7 +396,7 @@ class ModelWriter:
         """
         return tuple(map(self._read_file, self.layout.files))
 
-    def _read_file(self, file: FileLayout) -> FileRecord:
+    def _read_file(self, file: FileLayout) -> HashedFile:
         whole, buffer = hashlib.sha256(file.head), memoryview(bytearray(CHUNK_BYTES))
         with _opened(self._directory / file.name) as descriptor, open(descriptor, "rb", closefd=False) as opened:
             os.fsync(descriptor)
@@ -410,7 +410,7 @@ class ModelWriter:
                     checksum = zlib.crc32(piece, checksum)
                 if checksum != self.checksums[place.tensor.name]:
                     raise _other_bytes(file.name, place.tensor.name)
-        return FileRecord(path=file.name, size_bytes=file.size_bytes, sha256=whole.hexdigest())
+        return HashedFile(path=file.name, size_bytes=file.size_bytes, sha256=whole.hexdigest())
 
 
 def _open(path: Path, flags: int) -> int:

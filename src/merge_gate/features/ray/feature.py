@@ -35,7 +35,7 @@ from merge_gate.features.shards.combined import combined
 from merge_gate.files.resolve import digest_file
 from merge_gate.records.config import Config
 from merge_gate.records.features import FEATURES, part
-from merge_gate.records.files import FileRecord
+from merge_gate.records.files import HashedFile
 from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Access, record
@@ -302,7 +302,7 @@ class RayRun(Feature):
         """A sentence for each file that a node read, and that has other bytes on this machine."""
         digest = cache(digest_file)
         specs = {spec.name: spec for spec in self._config.adapters}
-        read: list[tuple[str, list[str | None], tuple[FileRecord, ...]]] = []  # a combination has several directories
+        read: list[tuple[str, list[str | None], tuple[HashedFile, ...]]] = []  # a combination has several directories
         for report in self._reports():
             for adapter in report.adapters:
                 combine = specs[adapter.name].combine

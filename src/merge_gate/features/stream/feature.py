@@ -61,7 +61,7 @@ class StreamedBases(Feature):
         Raises:
             SourceError: they cannot be read.
         """
-        directory, passed = group.directory, self._run.watch.passed
+        directory, passed = group.directory, self._run.watch.read_whole
         if directory not in self._bases:
             if directory not in self._streamed and group.files.is_streamed:
                 raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")

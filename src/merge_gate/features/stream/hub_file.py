@@ -34,7 +34,7 @@ from merge_gate.features.stream.read_ahead import refuse_excess
 from merge_gate.files.headers import MAX_HEADER_BYTES, shown
 from merge_gate.files.hub import ask, is_transport
 from merge_gate.files.identity import base_identity
-from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_LIMIT_S, limit_requests
+from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_TIMEOUT_S, limit_requests
 from merge_gate.records.files import Fetched, FileIdentity
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _PARTIAL_CONTENT = 206
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXPIRED = frozenset({401, 403})
-_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
 _FIRST_READ_BYTES = 1 << 20
@@ -100,7 +100,7 @@ class HubFile:
         done = tries = 0
         spent_s = 0.0
         while done < len(buffer):
-            if spent_s > REQUEST_LIMIT_S and done < LEAST_BYTES_PER_S * spent_s:
+            if spent_s > REQUEST_TIMEOUT_S and done < LEAST_BYTES_PER_S * spent_s:
                 raise SourceError(
                     f"{self.label}: {done:,} bytes arrived in {spent_s:.0f} s, which is too slow", hint=_LATER
                 )
@@ -109,7 +109,7 @@ class HubFile:
             try:
                 received = self._request(address, start + done, buffer[done:])
                 reason, pause_s = "the connection ended", None
-            except _PassingError as error:
+            except _TransientError as error:
                 received, reason, pause_s = error.received, str(error), error.pause_s
                 if error.is_expired:
                     self._renew(address)
@@ -194,16 +194,16 @@ class HubFile:
         except Exception as error:
             if not is_transport(error):
                 raise
-            raise _PassingError(f"the connection failed ({type(error).__name__})", received=done) from error
+            raise _TransientError(f"the connection failed ({type(error).__name__})", received=done) from error
         return done
 
     def _check(self, answer: Any, start: int, end: int) -> None:
         status = answer.status_code
         if status in _EXPIRED:
-            raise _PassingError(f"the server refused with status {status}", pause_s=0.0, is_expired=True)
-        if status in _PASSING:
+            raise _TransientError(f"the server refused with status {status}", pause_s=0.0, is_expired=True)
+        if status in _TRANSIENT:
             pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops what is none
-            raise _PassingError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
+            raise _TransientError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
         if status != _PARTIAL_CONTENT:
             raise self._wrong(f"status {status}, expected 206 for a range")
         place = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
@@ -229,7 +229,7 @@ class HubFile:
         )
 
 
-class _PassingError(Exception):
+class _TransientError(Exception):
     def __init__(
         self, message: str, *, received: int = 0, pause_s: float | None = None, is_expired: bool = False
     ) -> None:

@@ -187,7 +187,7 @@ class _Piece:
     left: int = 0
     slot: memoryview | None = None
     has_arrived: bool = False
-    has_passed: bool = False
+    was_read: bool = False
 
     @property
     def content(self) -> memoryview:
@@ -254,7 +254,7 @@ class ReadAhead:
         with self._changed:
             self._is_over, self._error = True, self._error or error
             for piece in self._pieces:
-                if piece.has_passed:
+                if piece.was_read:
                     self._release(piece)
             self._changed.notify_all()
 
@@ -298,18 +298,18 @@ class ReadAhead:
     def _pass_on(self) -> None:
         error = None
         try:
-            if all(map(self._passed, self._pieces)) and self.base.are_complete:
+            if all(map(self._was_read, self._pieces)) and self.base.are_complete:
                 self.base.on_complete(self.base.known)
         except Exception as raised:  # noqa: BLE001 - the readers get it
             error = raised
         with self._changed:
             self._error, self._is_done = self._error or error, True
             for piece in self._pieces:
-                if piece.has_arrived and not piece.has_passed:
+                if piece.has_arrived and not piece.was_read:
                     self._release(piece)
             self._changed.notify_all()
 
-    def _passed(self, piece: _Piece) -> bool:
+    def _was_read(self, piece: _Piece) -> bool:
         """Hash a piece when it has arrived. False if it does not come any more."""
         with self._changed:
             self._changed.wait_for(lambda: piece.has_arrived or self._error is not None or self._is_over)
@@ -317,7 +317,7 @@ class ReadAhead:
                 return False
         self.base.add(piece.span.file, piece.span.start, piece.content)
         with self._changed:
-            piece.has_passed = True
+            piece.was_read = True
             if piece.left <= 0 or self._is_over:
                 self._release(piece)
             self._changed.notify_all()
@@ -342,11 +342,11 @@ class ReadAhead:
 
     def _copied(self, piece: _Piece, start: int, into: memoryview) -> bool:
         with self._changed:
-            while piece.left > 0 and not self._is_over and not piece.has_passed:
+            while piece.left > 0 and not self._is_over and not piece.was_read:
                 self._raise_error()
                 self._wait()
             self._raise_error()
-            if piece.slot is None or not piece.has_passed:
+            if piece.slot is None or not piece.was_read:
                 return False
             into[:] = piece.content[start - piece.span.start :][: len(into)]
             self._take(piece, len(into))
@@ -365,7 +365,7 @@ class ReadAhead:
     def _wait(self) -> None:
         """Wait for a change. If no one reads what fills the window, drop the oldest piece: it was skipped."""
         held = [piece for piece in self._pieces[: self._next] if piece.slot is not None]
-        if held and not self._window.free and all(piece.has_passed for piece in held):
+        if held and not self._window.free and all(piece.was_read for piece in held):
             self._take(held[0], held[0].left)
         else:
             self._changed.wait()

@@ -21,8 +21,8 @@ from merge_gate.features.verify.tensor_findings import stored_findings, value_fi
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.judging import adapter_report, all_checks
+from merge_gate.judging.bounds import bounded, cut
 from merge_gate.judging.kinds import ALLOWED, ANSWERS, finding
-from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.files import CONFIG_NAME, MANIFEST_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence

@@ -306,7 +306,7 @@ def _places(directory: str) -> dict[str, Path]:
     return {".git/" if name == ".git" and path.is_dir() else name: path for name, path in by_name.items()}
 
 
-def _refused(path: Path, limit_bytes: int | None = MOST_BYTES) -> str:
+def _refused(path: Path, max_bytes: int | None = MOST_BYTES) -> str:
     """Why a file cannot be read, or has more bytes than are read; empty if it can."""
     if path.name == ".git" and path.is_dir() and not path.is_symlink():
         return ""
@@ -317,8 +317,8 @@ def _refused(path: Path, limit_bytes: int | None = MOST_BYTES) -> str:
         return str(error)
     except OSError as error:
         return error.strerror or str(error)
-    if limit_bytes is not None and size_bytes > limit_bytes:
-        return f"it has {size_bytes:,} bytes, expected at most {limit_bytes:,}"
+    if max_bytes is not None and size_bytes > max_bytes:
+        return f"it has {size_bytes:,} bytes, expected at most {max_bytes:,}"
     return ""
 
 

@@ -197,11 +197,11 @@ class _Order:
 
 def units(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The unit of the last place of each of these values in a floating dtype."""
-    limits = torch.finfo(dtype)
+    info = torch.finfo(dtype)
     bits, exponent = _EXPONENTS[dtype]
     power = (magnitude.to(dtype).view(bits) & exponent).view(dtype)  # without the mantissa: a power of two
-    unit = power.to(magnitude.dtype) * limits.eps
-    return unit.clamp(min=max(limits.smallest_normal * limits.eps, torch.finfo(magnitude.dtype).tiny))
+    unit = power.to(magnitude.dtype) * info.eps
+    return unit.clamp(min=max(info.smallest_normal * info.eps, torch.finfo(magnitude.dtype).tiny))
 
 
 def requantized(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> tuple[str, float] | None:

@@ -26,11 +26,11 @@ from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import quoted
 from merge_gate.features.verify.comparison import ReadSettings, SettingDifference, SettingsFiles
 from merge_gate.features.verify.expected_differences import ABSENT, Expectation, KeyChange, expected_by, flat, same
-from merge_gate.limits.time_limit import within
+from merge_gate.limits.timeout import within
 
 T = TypeVar("T")
 
-LIMIT_S = 120.0
+TIMEOUT_S = 120.0
 """How long reading both tokenizers may take. A large one takes seconds."""
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
@@ -81,9 +81,9 @@ def read_settings(
             folder.mkdir()
         reading = _Reading(files, first, second, written, older, expected, actual, expectation)
         try:
-            return within(LIMIT_S, lambda: _without_panic(reading.result))
+            return within(TIMEOUT_S, lambda: _without_panic(reading.result))
         except TimeoutError:
-            why = f"loading took longer than {LIMIT_S:g} s"
+            why = f"loading took longer than {TIMEOUT_S:g} s"
         except Exception as error:
             why = _words(error)
         return ReadSettings(

@@ -29,7 +29,7 @@ from merge_gate.files.identity import directory_identity
 from merge_gate.files.resolve import Fetching
 from merge_gate.judging import adapter_report
 from merge_gate.judging.not_judged import not_judged
-from merge_gate.limits.time_limit import ANSWER_LIMIT_S, within
+from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.names.hub_names import HUB, close_directory
 from merge_gate.records.config import Config
 from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, Snapshot
@@ -267,7 +267,7 @@ def _refuse_inside(merged: str, output: str | None) -> None:
 def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
     """The identity of a directory and everything in it; None if it cannot be read, or its mount does not answer."""
     try:
-        return within(ANSWER_LIMIT_S, lambda: directory_identity(directory))
+        return within(ANSWER_TIMEOUT_S, lambda: directory_identity(directory))
     except (OSError, ValueError):
         return None
 

@@ -399,7 +399,7 @@ def _data(value: Any) -> Markup:
 
 
 def _name(text: str) -> str:
-    return one_line(text, words.NAME_LIMIT)
+    return one_line(text, words.NAME_LENGTH)
 
 
 def _short(value: float | None) -> float | None:

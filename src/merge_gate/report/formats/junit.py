@@ -39,7 +39,7 @@ def render(report: Report) -> str:
         suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
-            ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
+            ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LENGTH))
         for adapter, before in zip(adapters, earlier_entries(adapters), strict=True):
             _case(suite, name, adapter, before)
     if no_verdict or not report.adapters:
@@ -62,7 +62,7 @@ def _run(case: ET.Element, report: Report, *, no_verdict: bool) -> None:
 
 
 def _suite(adapter: AdapterReport) -> str:
-    revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
+    revision = f" at {one_line(adapter.base.revision, words.NAME_LENGTH)}" if adapter.base.revision else ""
     return f"base {words.model_name(adapter.base)}{revision}"
 
 
@@ -92,7 +92,7 @@ def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
 
 
 def _name(adapter: AdapterReport) -> str:
-    return f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+    return f"{one_line(adapter.name, words.NAME_LENGTH)} ({words.precision(adapter.base)})"
 
 
 def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Mapping[Finding, AdapterReport]) -> None:
@@ -101,7 +101,7 @@ def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Map
     case = ET.SubElement(suite, "testcase", name=name, classname=classname, time=_time(adapter.seconds))
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
-        message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
+        message = one_line(finding.message, words.MESSAGE_LENGTH) if finding else "no finding was recorded"
         kind = words.failure(adapter)
         if kind is not None and kind is not FailureKind.BROKEN:
             message = f"{words.FAILURES[kind]}: {message}"
@@ -132,15 +132,15 @@ def _text(
 
 
 def _kind(finding: Finding) -> str:
-    return f"{words.level(finding)} {one_line(finding.check, words.NAME_LIMIT)}"
+    return f"{words.level(finding)} {one_line(finding.check, words.NAME_LENGTH)}"
 
 
 def _part(finding: Finding, more: tuple[Finding, ...], *, is_deciding: bool) -> str:
     lines = [
-        f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
+        f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LENGTH)}",
         f"where: {'; '.join(filter(None, (words.place(finding), words.origin(finding))))}",
         f"found: {words.values(finding)}" if words.values(finding) else "",
-        f"{words.hint_label(finding)}: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
+        f"{words.hint_label(finding)}: {one_line(finding.hint, words.MESSAGE_LENGTH)}" if finding.hint else "",
         f"more: {words.more(finding)}" if is_deciding and words.more(finding) else "",
         f"and {more_findings(more)}" if more else "",
     ]

@@ -65,7 +65,7 @@ def _driver(report: Report) -> Json:
     return {
         "name": "merge-gate",
         # Semantic versioning has no `1.0.0.dev0`: the part after the numbers follows a hyphen.
-        "semanticVersion": one_line(report.tool.version, words.NAME_LIMIT).replace(".dev", "-dev."),
+        "semanticVersion": one_line(report.tool.version, words.NAME_LENGTH).replace(".dev", "-dev."),
         **({"informationUri": PROJECT_URL} if PROJECT_URL else {}),
         "rules": [_rule(check, summary) for check, summary in _summaries(report).items()],
     }
@@ -111,7 +111,7 @@ def _invocation(report: Report, *, left_out: int) -> Json:
 def _marks(report: Report) -> Json:
     """The marks of verdicts, also of adapters that passed and have no result, and the baseline's sentences."""
     marks = [
-        {"adapter": one_line(adapter.name, words.NAME_LIMIT), "dtype": words.precision(adapter.base), "mark": mark}
+        {"adapter": one_line(adapter.name, words.NAME_LENGTH), "dtype": words.precision(adapter.base), "mark": mark}
         for adapter in report.adapters
         for mark in words.marks(adapter)
     ]
@@ -142,7 +142,7 @@ def _result(
     name, base = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
     failure = words.failure(judged) if isinstance(judged, AdapterReport) else None
-    check = one_line(finding.check, words.NAME_LIMIT)
+    check = one_line(finding.check, words.NAME_LENGTH)
     result: Json = {
         "ruleId": check,
         "level": str(finding.severity),
@@ -165,7 +165,7 @@ def _result(
         },
     }
     if isinstance(judged, AdapterReport) and judged.accepted is not None and finding.severity is Severity.ERROR:
-        reason = one_line(judged.accepted.reason, words.MESSAGE_LIMIT)
+        reason = one_line(judged.accepted.reason, words.MESSAGE_LENGTH)
         result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": reason}]
     if check in (rules := list(_summaries(report))):
         result["ruleIndex"] = rules.index(check)
@@ -174,7 +174,7 @@ def _result(
 
 def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseKey]:
     if isinstance(judged, AdapterReport):
-        return one_line(judged.name, words.NAME_LIMIT), judged.base
+        return one_line(judged.name, words.NAME_LENGTH), judged.base
     return f"base {words.model_name(judged.key)}", judged.key
 
 
@@ -198,11 +198,11 @@ def _location(report: Report, judged: AdapterReport | BaseReport) -> Json:
 
 
 def _message(name: str, dtypes: str, finding: Finding, more: tuple[Finding, ...]) -> str:
-    text = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    text = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LENGTH)}"
     if more:
         text += f"; and {more_findings(more)}"
     if finding.hint:
-        text += f". To do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
+        text += f". To do: {one_line(finding.hint, words.MESSAGE_LENGTH)}"
     return _plain(text)
 
 

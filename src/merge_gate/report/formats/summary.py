@@ -83,11 +83,11 @@ def _shown_and_folded(report: Report) -> tuple[list[AdapterReport], list[Adapter
     return shown, folded
 
 
-def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES, *, first: str = "adapter") -> list[str]:
+def _table(adapters: Sequence[AdapterReport], max_bytes: int = _TABLE_BYTES, *, first: str = "adapter") -> list[str]:
     if not adapters:
         return []
     head = f"| {first} | base | verdict | cause and place |\n|---|---|---|---|"
-    rows, left = _fit(map(_row, adapters), len(adapters), limit_bytes)
+    rows, left = _fit(map(_row, adapters), len(adapters), max_bytes)
     table = "\n".join([head, *rows])
     return [table, f"… and {words.counted(left, 'more row')}; {_FULL_LIST}."] if left else [table]
 
@@ -108,11 +108,11 @@ def _published(report: Report) -> list[str]:
     return [table, f"… and {words.counted(left, 'more model')}; {_FULL_LIST}."] if left else [table]
 
 
-def _folded(quiet: Sequence[AdapterReport], limit_bytes: int) -> list[str]:
+def _folded(quiet: Sequence[AdapterReport], max_bytes: int) -> list[str]:
     if not quiet:
         return []
     title = f"{words.counted(len(quiet), 'merge')} that passed without a warning"
-    return [f"<details><summary>{title}</summary>", *_table(quiet, limit_bytes), "</details>"]
+    return [f"<details><summary>{title}</summary>", *_table(quiet, max_bytes), "</details>"]
 
 
 def _row(adapter: AdapterReport) -> str:
@@ -305,16 +305,16 @@ def _base_row(base: BaseReport) -> str:
     return f"| base | {', '.join(parts)} |"
 
 
-def _details(title: str, items: Sequence[str], limit_bytes: int) -> list[str]:
+def _details(title: str, items: Sequence[str], max_bytes: int) -> list[str]:
     """Return a folded list. GitHub reads Markdown inside only if there are blank lines between the parts."""
-    shown, left = _fit(items, len(items), limit_bytes)
+    shown, left = _fit(items, len(items), max_bytes)
     if left:
         shown.append(f"- … and {left} more; {_FULL_LIST}.")
     return [f"<details><summary>{title}</summary>", "\n".join(shown), "</details>"]
 
 
-def _fit(blocks: Iterable[str], total: int, limit_bytes: int) -> tuple[list[str], int]:
-    """Return as many of `total` blocks as fit into `limit_bytes` of UTF-8, and how many were left out.
+def _fit(blocks: Iterable[str], total: int, max_bytes: int) -> tuple[list[str], int]:
+    """Return as many of `total` blocks as fit into `max_bytes` of UTF-8, and how many were left out.
 
     The first block is always included: its parts are bounded. Blocks beyond the limit are not rendered.
     """
@@ -322,7 +322,7 @@ def _fit(blocks: Iterable[str], total: int, limit_bytes: int) -> tuple[list[str]
     used = 0
     for block in blocks:
         used += len(block.encode()) + 2
-        if fitting and used > limit_bytes:
+        if fitting and used > max_bytes:
             break
         fitting.append(block)
     return fitting, total - len(fitting)

@@ -91,7 +91,7 @@ def _row(adapter: AdapterReport, marks: dict[Verdict, str], *, names_base: bool)
     also = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
     module = words.deciding_module(adapter)
     yield Text(marks[adapter.verdict], style)
-    yield Text(one_line(adapter.name, words.NAME_LIMIT))
+    yield Text(one_line(adapter.name, words.NAME_LENGTH))
     yield Text(f"{words.model_name(adapter.base)} ({base})" if names_base else base)
     yield Text(", ".join([words.verdict(adapter), *also]), style)
     cause = words.reason(adapter) + (f" in {module}" if module else "")
@@ -120,7 +120,7 @@ def _paragraph(groups: Sequence[list[AdapterReport]], marks: dict[Verdict, str])
     """The paragraph of adapters with the same findings, in all dtypes that have them."""
     same = groups[0]
     adapter = same[0]
-    names = (one_line(each.name, words.NAME_LIMIT) for each, *_ in groups)
+    names = (one_line(each.name, words.NAME_LENGTH) for each, *_ in groups)
     cause = f": {words.cause(adapter)}" if adapter.verdict is Verdict.FAILED else ""
     title = f"{listing(names)} {words.title(adapter)}{cause} ({words.precisions(same)})"
     yield Text.assemble((f"{marks[adapter.verdict]} ", words.STYLES[adapter.verdict]), (title, "bold"))
@@ -137,7 +137,7 @@ def _paragraph(groups: Sequence[list[AdapterReport]], marks: dict[Verdict, str])
 
 
 def _wrong(finding: Finding) -> Iterator[RenderableType]:
-    message = one_line(finding.message, words.MESSAGE_LIMIT)
+    message = one_line(finding.message, words.MESSAGE_LENGTH)
     yield _labeled("wrong", message)
     place = words.place(finding, unless_in="" if words.is_of_activations(finding) else message)
     parts = filter(None, (place, words.values(finding), words.origin(finding)))
@@ -154,7 +154,7 @@ def _also(
     finding: Finding, more: tuple[Finding, ...], dtypes: str = "", *, with_hint: bool = True
 ) -> Iterator[RenderableType]:
     text = f"({dtypes}) " if dtypes else ""
-    text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    text += f"{one_line(finding.check, words.NAME_LENGTH)}: {one_line(finding.message, words.MESSAGE_LENGTH)}"
     if place := words.place(finding, unless_in=finding.message):
         text += f" ({place})"
     if more:
@@ -165,7 +165,7 @@ def _also(
 
 
 def _to_do(finding: Finding) -> Iterator[RenderableType]:
-    if hint := one_line(finding.hint, words.MESSAGE_LIMIT):
+    if hint := one_line(finding.hint, words.MESSAGE_LENGTH):
         yield _labeled(words.hint_label(finding), Text(hint, "bold"))
 
 
@@ -188,7 +188,7 @@ def _forwards(report: Report) -> Iterator[RenderableType]:
         closest = max(
             ran, key=lambda run: (run.forward.nonfinite_module is not None, words.share_of_dtype(run.forward))
         )
-        name = f"{one_line(closest.name, words.NAME_LIMIT)} ({words.precision(closest.base)})"
+        name = f"{one_line(closest.name, words.NAME_LENGTH)} ({words.precision(closest.base)})"
         rest = f" ({words.counted(len(ran) - 1, 'other run')} stayed further from the limit)" if len(ran) > 1 else ""
         yield from (_BLANK, Text(f"{name} {words.forward(closest)}{rest}"))
 

@@ -80,7 +80,7 @@ def read_report(file: BufferedReader, name: str) -> Report:
         OSError: the file cannot be read, or is too large.
         UsageError: it is not a report.
     """
-    return json_report.read(read_all(file, OUTPUT_FILES[0].limit_bytes), name)
+    return json_report.read(read_all(file, OUTPUT_FILES[0].max_bytes), name)
 
 
 # --- copies: --report FORMAT=FILE ------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _versions(old: Report, new: Report) -> Iterator[str]:
 
 
 def _version(version: str | None) -> str:
-    return one_line(version, words.NAME_LIMIT) if version else "absent"
+    return one_line(version, words.NAME_LENGTH) if version else "absent"
 
 
 def render_text(changes: Changes, *, width: int = WIDEST) -> str:
@@ -195,7 +195,7 @@ def render_text(changes: Changes, *, width: int = WIDEST) -> str:
 
     rows = []
     for change in changes.changes:
-        name = f"{one_line(change.adapter.name, words.NAME_LIMIT)} ({words.precision(change.adapter.base)})"
+        name = f"{one_line(change.adapter.name, words.NAME_LENGTH)} ({words.precision(change.adapter.base)})"
         rows.append((str(change.kind), f"{name}: {_verdict(change.old)} → {_verdict(change.new)}"))
         rows += [("", part) for part in _why(change)]
     rows += [("version", version) for version in changes.versions]
@@ -238,7 +238,7 @@ def _why(change: Change) -> list[str]:
         return []
     old = _reasons(change.old) if change.old else frozenset()
     return [
-        f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
+        f"{one_line(finding.check, words.NAME_LENGTH)}: {one_line(finding.message, words.MESSAGE_LENGTH)}"
         for finding, _ in words.grouped(change.new.findings)
         if finding.severity is not Severity.NOTE and (finding.check, finding.severity) not in old
     ]
@@ -268,7 +268,7 @@ def first_baseline(report: Report, today: dt.date) -> str:
         digest = adapter_digest(adapter.files)
         if adapter.verdict is Verdict.FAILED and digest and adapter.cause:
             key = digest, adapter.cause
-            name = f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+            name = f"{one_line(adapter.name, words.NAME_LENGTH)} ({words.precision(adapter.base)})"
             names.setdefault(key, []).append(name)
             also.setdefault(key, set()).update(failing_checks(adapter) - {adapter.cause})
     until = (today + dt.timedelta(days=DAYS)).isoformat()

@@ -25,8 +25,8 @@ AlikeAdapters: TypeAlias = "list[list[AdapterReport]]"
 """Adapters with the same findings; each adapter is a list of its entries, one per dtype."""
 
 _MOST_NAMES = 3
-_NAME_LIMIT = 60
-_MESSAGE_LIMIT = 120
+_NAME_LENGTH = 60
+_MESSAGE_LENGTH = 120
 
 
 def paragraphs(report: Report) -> list[AlikeAdapters]:
@@ -107,7 +107,7 @@ def more_findings(rest: Sequence[Finding]) -> str:
 
 
 def _more(finding: Finding) -> int:
-    """How many findings the last finding counts (judging/limits.py); 0 for any other."""
+    """How many findings the last finding counts (judging/bounds.py); 0 for any other."""
     more = dict(finding.measured).get("more", 0.0)
     return int(more) if finding.message.startswith("and ") and 0 < more < 1 << 53 else 0
 
@@ -123,7 +123,7 @@ def _part(values: str, findings: Sequence[Finding]) -> str:
         return f"{values} in {len(findings):,}" + (f" ({places})" if places else "")
     if places:
         return f"in {places}"
-    messages = dict.fromkeys(one_line(finding.message, _MESSAGE_LIMIT) for finding in findings)
+    messages = dict.fromkeys(one_line(finding.message, _MESSAGE_LENGTH) for finding in findings)
     return listing(messages, _MOST_NAMES)
 
 
@@ -138,7 +138,7 @@ def _places(findings: Iterable[Finding]) -> str:
             layers.add(int(match[0]))
             name = name[match.end() :].removeprefix(".")
         if name:
-            names[one_line(name, _NAME_LIMIT)] = None
+            names[one_line(name, _NAME_LENGTH)] = None
     word = "layer" if len(layers) == 1 else "layers"
     parts = [f"{word} {_ranges(sorted(layers))}"] if layers else []
     return ", ".join([*parts, *([listing(names, _MOST_NAMES)] if names else [])])

@@ -18,18 +18,18 @@ _REFERENCE = re.compile(r"&#64;(?=[\w./-])|&#35;(?=\w)|\bGH-(?=\d)|\b[0-9a-f]{7,
 _ADDRESS = re.compile(r"@(?=[\w./-])")
 
 
-def code(text: str, limit: int = words.NAME_LIMIT) -> str:
+def code(text: str, length: int = words.NAME_LENGTH) -> str:
     """Return a name as code. GitHub ignores mentions and links in code."""
-    line = one_line(text, limit)
+    line = one_line(text, length)
     if _PLAIN_CODE.fullmatch(line):
         return f"`{line}`"
     parts = ("".join(map(_entity, part)) for part in _ADDRESS.split(line))
     return f"<code>{'&#64;&#8203;'.join(parts)}</code>"
 
 
-def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
+def prose(text: str, length: int = words.MESSAGE_LENGTH) -> str:
     """Return a sentence as plain text. Text between backticks becomes code."""
-    parts = re.sub("` ?`", " ", one_line(text, limit)).split("`")  # no code in between: its neighbors stay apart
+    parts = re.sub("` ?`", " ", one_line(text, length)).split("`")  # no code in between: its neighbors stay apart
     if len(parts) % 2 == 0:
         parts[-2:] = ["`".join(parts[-2:])]
     return "".join(code(part) if index % 2 else plain(part) for index, part in enumerate(parts))

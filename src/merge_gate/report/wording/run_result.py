@@ -226,7 +226,7 @@ def _accepted(adapters: list[Adapter]) -> str:
     ends = sorted(entry.accepted.until for adapter in accepted for entry in adapter.entries if entry.accepted)
     if not accepted:
         return ""
-    first = f"{'first ' if len(set(ends)) > 1 else ''}ends {one_line(ends[0], words.NAME_LIMIT)}"
+    first = f"{'first ' if len(set(ends)) > 1 else ''}ends {one_line(ends[0], words.NAME_LENGTH)}"
     return f"{counted(len(accepted), 'known failure')} accepted ({first})"
 
 
@@ -252,7 +252,9 @@ def _reservation(adapters: list[Adapter]) -> str:
             return f"{counted(len(named), 'adapter')} {_inflected(phrase, named)}{more}"
     if not warned:
         return ""
-    checks = dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for each in warned for _, finding in each.warnings)
+    checks = dict.fromkeys(
+        one_line(finding.check, words.NAME_LENGTH) for each in warned for _, finding in each.warnings
+    )
     have = "has" if len(warned) == 1 else "have"
     return f"{counted(len(warned), 'adapter')} {have} warnings ({listing(checks, _MOST_CHECKS)})"
 

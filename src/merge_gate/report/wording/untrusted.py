@@ -23,8 +23,8 @@ _COMMAND = re.compile(r"^(\s*):(?=:)")
 _LEGACY_COMMAND = re.compile(r"#(?=#\[)")
 
 
-def one_line(text: str, limit: int | None = None) -> str:
-    """Return `text` on a single line with single spaces, at most `limit` characters long.
+def one_line(text: str, length: int | None = None) -> str:
+    """Return `text` on a single line with single spaces, at most `length` characters long.
 
     A hidden character becomes U+FFFD, so that the reader can see it. A long text loses its middle, since names differ
     at their starts and ends.
@@ -33,15 +33,15 @@ def one_line(text: str, limit: int | None = None) -> str:
         line = text
     else:
         line = " ".join(_visible(part) for part in text.split())
-    return shorten(line, limit) if limit else line
+    return shorten(line, length) if length else line
 
 
-def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of `text` so that at most `limit` characters remain."""
-    if len(text) <= limit:
+def shorten(text: str, length: int) -> str:
+    """Cut the middle out of `text` so that at most `length` characters remain."""
+    if len(text) <= length:
         return text
-    tail = (limit - 1) // 2
-    return text[: limit - 1 - tail] + ELLIPSIS + (text[-tail:] if tail else "")
+    tail = (length - 1) // 2
+    return text[: length - 1 - tail] + ELLIPSIS + (text[-tail:] if tail else "")
 
 
 def inert(line: str) -> str:

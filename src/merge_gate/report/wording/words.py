@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NAME_LIMIT = 200
-MESSAGE_LIMIT = 600
+NAME_LENGTH = 200
+MESSAGE_LENGTH = 600
 MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
 
@@ -95,13 +95,13 @@ def duration(seconds: float) -> str:
 def precision(base: BaseKey) -> str:
     """bfloat16, or bfloat16, bnb-4bit."""
     if not base.is_quantized:
-        return one_line(base.dtype, NAME_LIMIT)
-    return f"{one_line(base.dtype, NAME_LIMIT)}, {one_line(base.quantization, NAME_LIMIT)}"
+        return one_line(base.dtype, NAME_LENGTH)
+    return f"{one_line(base.dtype, NAME_LENGTH)}, {one_line(base.quantization, NAME_LENGTH)}"
 
 
 def model_name(base: BaseKey) -> str:
     """The base's name as the report shows it."""
-    return one_line(base.name, NAME_LIMIT)
+    return one_line(base.name, NAME_LENGTH)
 
 
 def worst_first(adapters: Iterable[AdapterReport]) -> list[AdapterReport]:
@@ -152,14 +152,14 @@ def cause(adapter: AdapterReport) -> str:
     """The check that decided; empty for a passed adapter."""
     if adapter.verdict is Verdict.PASSED:
         return ""
-    return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
+    return one_line(adapter.cause or NOT_JUDGED, NAME_LENGTH)
 
 
 def reason(adapter: AdapterReport) -> str:
     """The deciding check, the warnings of a passed adapter, or what a compared model is."""
     if adapter.verdict is not Verdict.PASSED:
         return cause(adapter)
-    checks = list(dict.fromkeys(one_line(finding.check, NAME_LIMIT) for finding in warnings(adapter)))
+    checks = list(dict.fromkeys(one_line(finding.check, NAME_LENGTH) for finding in warnings(adapter)))
     compared = [f"{finding.check}{' (allowed)' if level(finding) == 'allowed' else ''}" for finding in answers(adapter)]
     return f"warning: {', '.join(checks)}" if checks else ", ".join(compared)
 
@@ -181,7 +181,7 @@ def more(finding: Finding) -> str:
 
 def place(finding: Finding, *, unless_in: str = "") -> str:
     """The tensor, and the module if the tensor's name lacks it. Empty if the message `unless_in` names it."""
-    tensor, module = one_line(finding.tensor or "", NAME_LIMIT), one_line(finding.module or "", NAME_LIMIT)
+    tensor, module = one_line(finding.tensor or "", NAME_LENGTH), one_line(finding.module or "", NAME_LENGTH)
     if (finding.tensor or finding.module or "") in unless_in or (tensor or module) in unless_in:
         return ""
     if not tensor or not module or module in tensor:
@@ -192,7 +192,7 @@ def place(finding: Finding, *, unless_in: str = "") -> str:
 def deciding_module(adapter: AdapterReport) -> str:
     """The module, or else the tensor, of the finding that decided; may be empty."""
     finding = deciding(adapter)
-    return one_line((finding.module or finding.tensor or "") if finding else "", NAME_LIMIT)
+    return one_line((finding.module or finding.tensor or "") if finding else "", NAME_LENGTH)
 
 
 def marks(adapter: AdapterReport) -> list[str]:
@@ -203,7 +203,7 @@ def marks(adapter: AdapterReport) -> list[str]:
     if adapter.cached:
         verdict = adapter.judged
         when = (
-            f", judged {one_line(verdict.at, NAME_LIMIT)} at {one_line(verdict.place, NAME_LIMIT)}" if verdict else ""
+            f", judged {one_line(verdict.at, NAME_LENGTH)} at {one_line(verdict.place, NAME_LENGTH)}" if verdict else ""
         )
         remarks.append(f"cached{when}")
     return remarks
@@ -214,8 +214,8 @@ def acceptance(adapter: AdapterReport) -> str:
     accepted = adapter.accepted
     if accepted is None:
         return ""
-    owner, reason = one_line(accepted.owner, NAME_LIMIT), one_line(accepted.reason, MESSAGE_LIMIT)
-    return f"accepted until {one_line(accepted.until, NAME_LIMIT)} by {owner}: {reason}"
+    owner, reason = one_line(accepted.owner, NAME_LENGTH), one_line(accepted.reason, MESSAGE_LENGTH)
+    return f"accepted until {one_line(accepted.until, NAME_LENGTH)} by {owner}: {reason}"
 
 
 def verdict(adapter: AdapterReport) -> str:
@@ -254,17 +254,17 @@ def share_of_dtype(run: Forward) -> float:
 
 def forward(adapter: AdapterReport) -> str:
     """What the run of base and adapter as models showed, or why they were not run. Empty if neither is known."""
-    run, dtype = adapter.forward, one_line(adapter.base.dtype, NAME_LIMIT)
+    run, dtype = adapter.forward, one_line(adapter.base.dtype, NAME_LENGTH)
     if not run.ran:
-        return f"not run: {one_line(run.why_not, MESSAGE_LIMIT)}" if run.why_not else ""
+        return f"not run: {one_line(run.why_not, MESSAGE_LENGTH)}" if run.why_not else ""
     facts = []
     if run.nonfinite_module is not None:
         by_itself = ", also in the base by itself" if run.nonfinite_origin is Origin.BASE else ""
-        facts.append(f"{one_line(named(run.nonfinite_module), NAME_LIMIT)} returns NaN or an infinity{by_itself}")
+        facts.append(f"{one_line(named(run.nonfinite_module), NAME_LENGTH)} returns NaN or an infinity{by_itself}")
     if run.largest is not None:
         share = share_of_dtype(run)
         of_dtype = f" ({share:.0%} of {dtype})" if share >= _LEAST_SHARE else ""
-        place = one_line(named(run.largest_module), NAME_LIMIT)
+        place = one_line(named(run.largest_module), NAME_LENGTH)
         facts.append(f"largest activation {figure(run.largest)}{of_dtype} at {place}")
     if run.rounding_change is not None:
         facts.append(f"rounding to {dtype} changes {run.rounding_change:.0%} of the adapter's effect")
@@ -287,7 +287,7 @@ def bases_with_findings(bases: Iterable[BaseReport]) -> list[list[BaseReport]]:
 
 def how_loaded(several: list[BaseReport]) -> str:
     """(bfloat16; float16) as support loads it (LlamaModel). Another class may have tensors that this one lacks."""
-    name, loaded_as = (one_line(text, NAME_LIMIT) for text in (several[0].first_adapter, several[0].loaded_as))
+    name, loaded_as = (one_line(text, NAME_LENGTH) for text in (several[0].first_adapter, several[0].loaded_as))
     return f"({base_precisions(several)})" + (f" as {name} loads it ({loaded_as})" if name and loaded_as else "")
 
 
@@ -300,8 +300,8 @@ def baseline(report: Report) -> list[str]:
     }
     unused = [entry for entry in report.baseline if entry.outcome in reasons]
     sentences = [
-        f"baseline, line {entry.line:,}: {one_line(entry.cause, NAME_LIMIT)} of {one_line(entry.adapter, 12)} "
-        f"until {one_line(entry.until, NAME_LIMIT)} by {one_line(entry.owner, NAME_LIMIT)} {reasons[entry.outcome]}"
+        f"baseline, line {entry.line:,}: {one_line(entry.cause, NAME_LENGTH)} of {one_line(entry.adapter, 12)} "
+        f"until {one_line(entry.until, NAME_LENGTH)} by {one_line(entry.owner, NAME_LENGTH)} {reasons[entry.outcome]}"
         for entry in unused[:MOST_PROBLEMS]
     ]
     return sentences + _left_out(len(unused) - len(sentences), "more entry", "more entries")
@@ -310,7 +310,7 @@ def baseline(report: Report) -> list[str]:
 def cached(report: Report) -> str:
     """How many verdicts are cached, in a sentence without its final period. Empty if no verdict is cached."""
     adapters = [adapter for adapter in report.adapters if adapter.cached]
-    times = sorted(one_line(adapter.judged.at, NAME_LIMIT) for adapter in adapters if adapter.judged is not None)
+    times = sorted(one_line(adapter.judged.at, NAME_LENGTH) for adapter in adapters if adapter.judged is not None)
     if not adapters:
         return ""
     when = f", the oldest {times[0]}" if times else ""
@@ -326,8 +326,8 @@ def judged(report: Report) -> str:
         sorted(verdict.at for verdict in verdicts),
         list(dict.fromkeys(verdict.place for verdict in verdicts)),
     )
-    span = [one_line(time, NAME_LIMIT) for time in dict.fromkeys((times[0], times[-1]))]
-    return f"{' to '.join(span)}, at {listing(one_line(place, NAME_LIMIT) for place in places)}"
+    span = [one_line(time, NAME_LENGTH) for time in dict.fromkeys((times[0], times[-1]))]
+    return f"{' to '.join(span)}, at {listing(one_line(place, NAME_LENGTH) for place in places)}"
 
 
 def failure(adapter: AdapterReport) -> FailureKind | None:
@@ -398,7 +398,7 @@ def part(report: Report) -> str:
 
 def problems(report: Report) -> list[str]:
     """The first reasons why the shards are not one run, each in a sentence without its final period."""
-    sentences = [one_line(problem, MESSAGE_LIMIT) for problem in report.problems[:MOST_PROBLEMS]]
+    sentences = [one_line(problem, MESSAGE_LENGTH) for problem in report.problems[:MOST_PROBLEMS]]
     return sentences + _left_out(len(report.problems) - len(sentences), "more problem")
 
 
@@ -416,18 +416,18 @@ def versions(environment: Environment, tool_version: str) -> list[str]:
         ("transformers", environment.transformers),
         ("bitsandbytes", environment.bitsandbytes),
     )
-    return [f"{name} {one_line(version, NAME_LIMIT)}" for name, version in named if version]
+    return [f"{name} {one_line(version, NAME_LENGTH)}" for name, version in named if version]
 
 
 def device(environment: Environment) -> str:
     """cuda:0 (NVIDIA H100), or cpu."""
-    name = one_line(environment.device_name, NAME_LIMIT)
-    return f"{one_line(environment.device, NAME_LIMIT)} ({name})" if name else one_line(environment.device, NAME_LIMIT)
+    name, kind = (one_line(text, NAME_LENGTH) for text in (environment.device_name, environment.device))
+    return f"{kind} ({name})" if name else kind
 
 
 def sandbox(environment: Environment) -> str:
     """The restrictions of the worker, and the missing ones."""
-    restrictions = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
+    restrictions = ", ".join(one_line(part, NAME_LENGTH) for part in environment.sandbox.held)
     return "; ".join([restrictions or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])
 
 

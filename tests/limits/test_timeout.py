@@ -8,7 +8,7 @@ import pytest
 
 from merge_gate.files import base_watch
 from merge_gate.files.base_watch import BaseWatch
-from merge_gate.limits.time_limit import within
+from merge_gate.limits.timeout import within
 
 
 def test_the_result_is_that_of_the_read() -> None:
@@ -36,7 +36,7 @@ def test_a_mount_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPa
         never.wait()
 
     monkeypatch.setattr(base_watch, "base_identity", hang)
-    monkeypatch.setattr(base_watch, "ANSWER_LIMIT_S", 0.01)
+    monkeypatch.setattr(base_watch, "ANSWER_TIMEOUT_S", 0.01)
     watch = BaseWatch()
     for entry in range(3):
         watch.loaded("/mnt/base", (), [entry])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from merge_gate.judging.limits import MOST_CHARACTERS, MOST_FINDINGS, bounded, cut
+from merge_gate.judging.bounds import MOST_CHARACTERS, MOST_FINDINGS, bounded, cut
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.wording import Wording
 

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ANSWER_LIMIT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 """How long the file system may take to tell the size and the times of a base's files."""
 
 
-def within(limit_s: float, read: Callable[[], T]) -> T:
+def within(timeout_s: float, read: Callable[[], T]) -> T:
     """Read for at most this time. A read that hangs keeps its thread, and no one waits for it.
 
     Raises:
@@ -33,9 +33,9 @@ def within(limit_s: float, read: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(limit_s)
+    thread.join(timeout_s)
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer in {limit_s:g} s")
+        raise TimeoutError(f"no answer in {timeout_s:g} s")
     return results[0]
