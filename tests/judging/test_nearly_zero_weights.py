@@ -53,7 +53,7 @@ def with_record(base: Path, adapter: Path) -> Base:
     model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
     record, fed = loaded(base, adapter).new_figures(model_class), skeleton(base, adapter)
     assert record is not None
-    fed.adopt(record)
+    fed.use_earlier_figures(record)
     return fed
 
 
@@ -197,7 +197,7 @@ def test_a_typical_weight_is_measured_only_if_a_delta_is_large(shelf: Shelf, tmp
     once = reads_of(base, directory)
     others = [name for name, count in once.items() if count and name not in touched]
     assert 0 < len(others) <= MOST_TYPICAL
-    assert base.recorded - touched == base.tensors.keys() - touched - set(others), (
+    assert base.unchecked - touched == base.tensors.keys() - touched - set(others), (
         "what was read is no longer of the record"
     )
     judged(base, tmp_path / "adapter")
@@ -208,7 +208,7 @@ def test_a_record_that_does_not_fit_a_typical_weight_is_refused(shelf: Shelf, tm
     directory = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
     make_adapter(directory, tmp_path / "adapter")
     base = with_record(directory, tmp_path / "adapter")
-    for name in base.recorded:
+    for name in base.unchecked:
         base.stats[name] = replace(base.stats[name], maximum=0.5)
     with pytest.raises(SourceError, match="does not fit"):
         judged(base, tmp_path / "adapter")
