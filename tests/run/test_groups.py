@@ -69,7 +69,7 @@ def test_only_what_adapters_touch_is_read_of_a_recorded_base(
     with pytest.raises(UsageError):
         refuse_unread(group(base), Read.TOUCHED)
     for read in Read:
-        scheduled = placed(replace(group(base), records=(record,)), read, lambda _: None)
+        scheduled = placed(replace(group(base), earlier_figures=(record,)), read, lambda _: None)
         assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
