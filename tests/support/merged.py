@@ -34,7 +34,7 @@ def kept() -> Iterator[dict[str, torch.Tensor]]:
         whole = torch.empty(one.update.shape, dtype=blocks[0][1].dtype)
         for rows, values in blocks:
             whole[rows] = values
-        seen[one.slot.name] = whole
+        seen[one.target.name] = whole
         return made
 
     merged_tensors.of_tensor = adapter_merge.of_tensor = measured

@@ -90,11 +90,11 @@ def test_no_weight_is_read_to_make_it(shelf: Shelf) -> None:
     assert feed.reads == []
     assert feed.expected == []
     assert set(base.unmeasured()) == set(base.tensors)
-    cells = base.lazy.groups(base.tensors)
-    for cell in cells:
-        with base.filled(cell.outlines):
+    groups = base.lazy.groups(base.tensors)
+    for group in groups:
+        with base.filled(group.outlines):
             pass
-    assert feed.reads == [span for cell in cells for span in cell.spans]
+    assert feed.reads == [span for group in groups for span in group.spans]
     assert [span.start for span in feed.reads] == sorted(span.start for span in feed.reads)
 
 
@@ -105,7 +105,7 @@ def test_experts_that_are_mixed_in_the_files_are_read_in_order(tmp_path: Path, m
         monkeypatch.setattr(skeleton, "MOST_BYTES_TOGETHER", most_bytes)
         base = made(tmp_path, class_name)
         assert base.lazy is not None
-        starts = [span.start for cell in base.lazy.groups(base.tensors) for span in cell.spans]
+        starts = [span.start for group in base.lazy.groups(base.tensors) for span in group.spans]
         in_order.append(starts == sorted(starts))
         assert differing(base, loaded(tmp_path, class_name)) == []
     assert in_order == [True, False]

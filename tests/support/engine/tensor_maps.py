@@ -18,7 +18,7 @@ from transformers import core_model_loading
 from merge_gate.engine.base.accounting import account_for
 from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named_tensors
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
-from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded
+from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, traced
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.feed import LocalFeed
 from tests.support import methods
@@ -172,7 +172,7 @@ def _converted(stored: dict[str, torch.Tensor], directory: Path, model_class: An
     core_model_loading.WeightConverter.convert = convert
     try:
         config = model_class.config_class.from_pretrained(directory)
-        with methods.quiet(), recorded():
+        with methods.quiet(), traced():
             model_class.from_pretrained(None, config=config, state_dict=stored, dtype=torch.bfloat16)
     finally:
         core_model_loading.WeightConverter.convert = own
