@@ -451,7 +451,7 @@ def test_a_process_that_always_says_and_does_the_same_has_an_end(
         with contextlib.suppress(GarbledError):
             for event in (BaseLoading(group=0), *events):
                 attempt.receive(event)
-        left = attempt.left(DEATH, tried)
+        left = attempt.remaining_job(DEATH, tried)
         assert processes < 10
     assert killer.outcomes() == {0: "Unjudged", 1: "Unjudged"}
 
