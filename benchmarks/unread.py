@@ -38,9 +38,9 @@ from torch import nn
 
 from merge_gate.engine.base import direct_reads
 from merge_gate.engine.base.made_up_inputs import candidates
-from merge_gate.features.forward.activations import tensors_of
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.forward_trials import floating
 
 TIMEOUT_S = 45
 LIMIT_BYTES = 6 << 30
@@ -110,7 +110,7 @@ def outputs(model: Any) -> torch.Tensor:
     for _, inputs in candidates(model):
         torch.manual_seed(1)
         with contextlib.suppress(Exception):
-            return torch.cat([tensor.float().flatten() for tensor in tensors_of(model(**inputs))])
+            return torch.cat([tensor.float().flatten() for tensor in floating(model(**inputs))])
     raise ValueError("no inputs fit")
 
 

@@ -35,7 +35,6 @@ from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import WITHOUT_SETTING
 from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.terms import Origin, Result
-from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.report.wording.explanations import explanation
 from tests.support.all_faults import FAULTS
 from tests.support.cases import lay_out
@@ -526,10 +525,6 @@ def test_every_decision_has_its_date() -> None:
     records = re.findall(r"^- (.+)$", DECISIONS, re.MULTILINE)
     assert len(records) > 40
     assert [record for record in records if not re.match(r"2026-\d\d-\d\d \*\*\S", record)] == []
-
-
-def test_every_format_of_the_report_is_in_the_architecture() -> None:
-    assert set(FORMATS) <= set(re.findall(r"[a-z]+\.[a-z]+", section(ARCHITECTURE, "A plain run")))
 
 
 def dependencies() -> dict[str, str]:

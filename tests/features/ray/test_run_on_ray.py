@@ -17,7 +17,6 @@ import pytest
 
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.cache.declared import SECRET
 from merge_gate.features.ray import feature as module
 from merge_gate.features.ray.feature import MAX_LOSSES, run_shard
 from merge_gate.records.config import Config, PublishSpec
@@ -241,9 +240,9 @@ def test_a_node_with_other_versions_ends_the_run(quick: Path, wording: Wording) 
 def test_a_node_with_another_secret_reuses_and_stores_no_verdict(
     quick: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(SECRET, "a secret of the trusted jobs")
+    monkeypatch.setenv("MERGE_GATE_CACHE_KEY", "a secret of the trusted jobs")
     ray = Ray()
-    ray.changes = lambda work: (monkeypatch.delenv(SECRET), work)[1]
+    ray.changes = lambda work: (monkeypatch.delenv("MERGE_GATE_CACHE_KEY"), work)[1]
     wording(refused(ray, cache="cache"))
 
 
