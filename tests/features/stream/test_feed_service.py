@@ -431,7 +431,7 @@ def group(directory: Path, **files: Any) -> Group:
 
 
 def feeds(passed: Callable[..., None] = lambda *_: None) -> StreamedBases:
-    run: Any = SimpleNamespace(watch=SimpleNamespace(passed=passed))
+    run: Any = SimpleNamespace(watch=SimpleNamespace(read_whole=passed))
     return StreamedBases(run)
 
 
