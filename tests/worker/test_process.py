@@ -15,11 +15,12 @@ import pytest
 
 from merge_gate.demo import make_demo
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker import supervisor
+from merge_gate.worker import process
 from merge_gate.worker.memory import REUSE, MemoryGroup
 from merge_gate.worker.private_directory import PREFIX, private_directory
+from merge_gate.worker.process import SLEEPING_THREADS, WorkerProcess, child_environment, describe_exit
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
-from merge_gate.worker.supervisor import SLEEPING_THREADS, Attempt, WorkerProcess, child_environment, describe_exit
+from merge_gate.worker.supervisor import Attempt
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
 from tests.support.wording import Wording
 
@@ -173,7 +174,7 @@ def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotJudged]:
     """How a worker that does something else in place of its work is said to have ended."""
 
     def run(code: str, **counters: object) -> NotJudged:
-        monkeypatch.setattr(supervisor, "_BOOTSTRAP", ODD + code)
+        monkeypatch.setattr(process, "_BOOTSTRAP", ODD + code)
         with WorkerProcess() as child:
             for name, value in counters.items():
                 setattr(child, f"_{name}", value)
@@ -201,7 +202,7 @@ def test_a_child_that_sends_what_is_no_event_is_ended(
 
 
 def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., NotJudged], monkeypatch) -> None:
-    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.1)
     assert "SIGKILL" in odd_child("line.close(); time.sleep(60)").message
 
 
@@ -235,7 +236,7 @@ def test_a_killed_child_is_told_by_the_kernels_own_count(
 
 PARENT = """
 import os, signal, time
-from merge_gate.worker.supervisor import WorkerProcess
+from merge_gate.worker.process import WorkerProcess
 child = WorkerProcess()
 print(child._process.pid, flush=True)
 time.sleep(float(os.environ["DELAY"]))
@@ -304,7 +305,7 @@ class _Unkillable:
 
 
 def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.0)
     child: Any = _Unkillable()
-    assert supervisor._exit_code(child) == -signal.SIGKILL
+    assert process._exit_code(child) == -signal.SIGKILL
     assert child.kills == 1

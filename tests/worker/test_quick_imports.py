@@ -18,8 +18,9 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import quick_imports, sandbox
 from merge_gate.worker.child import judge_job
+from merge_gate.worker.process import OFFLINE, WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
-from merge_gate.worker.supervisor import OFFLINE, Attempt, WorkerProcess
+from merge_gate.worker.supervisor import Attempt
 from tests.support.command import environment
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS

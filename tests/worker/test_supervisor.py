@@ -25,6 +25,7 @@ from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
+from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
     ALONE,
     SUSPECTED,
@@ -44,7 +45,7 @@ from merge_gate.worker.protocol import (
     Task,
     Unjudged,
 )
-from merge_gate.worker.supervisor import Attempt, WorkerProcess, WorkerSlot, supervise
+from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS

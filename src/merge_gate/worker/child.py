@@ -1,7 +1,7 @@
 """The worker process from inside: it confines itself, imports the engine, and judges the groups of a job.
 
 In: names of pickled files, and then a `Job` with lines for calls, from the channel. Out: the tensors of the files, and
-events. supervisor.py starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when
+events. process.py starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when
 it is confined.
 """
 
