@@ -512,6 +512,13 @@ def test_the_architecture_is_read_in_one_sitting() -> None:
     assert section(ARCHITECTURE, "A plain run").count("\n") <= 60
 
 
+def test_every_function_that_the_plain_run_names_is_there() -> None:
+    named = re.findall(r"`(?:\w+\.)?(\w+)`", section(ARCHITECTURE, "A plain run"))
+    source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    assert len(named) > 20
+    assert not [name for name in named if not re.search(rf"\b(class|def) {name}\b|^{name} =", source, re.MULTILINE)]
+
+
 def test_ten_modules_explain_a_plain_run() -> None:
     assert len(re.findall(r"\*\*`\w+/[\w/]+\.py`\*\*", section(ARCHITECTURE, "A plain run"))) == 10
 

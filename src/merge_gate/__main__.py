@@ -10,7 +10,7 @@ def main() -> int:
     """Run the command. A SIGINT during the imports ends the process without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.set_threshold(10_000, 10, 100)  # a fleet's records are many, and no garbage: seldom look through all of them
+    gc.set_threshold(10_000, 10, 100)  # look for garbage rarely: a fleet's records live to the end
     from merge_gate.cli.dispatch import main as run  # noqa: PLC0415 - see above
 
     code = run()

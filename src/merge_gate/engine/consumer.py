@@ -29,7 +29,7 @@ Outline = tuple[torch.Size, torch.dtype]
 
 
 class Consumer:
-    """Does nothing.
+    """What a feature does with the merge of an adapter: nothing, unless it overrides a method.
 
     The tensors are those that differ from the base, in their final dtypes. A name is that of the base's tensor; a tied
     tensor has its first name. If the values of a tensor are given again (a second layer on a shared tensor), the last
@@ -69,7 +69,10 @@ class Consumer:
 
     @classmethod
     def in_pass(cls, pairs: Sequence[tuple[Self, MergeAttempt]], *, is_merged: bool) -> None:
-        """The consumers of this class in a pass, each with its adapter. Adapters that cannot be merged are left out."""
+        """Called before the merges of a pass, and again after them, with all consumers of this class.
+
+        Each comes with its adapter. Adapters that cannot be merged are left out.
+        """
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         """The evidence of a merge, with what this consumer adds."""

@@ -28,8 +28,8 @@ class Feed:
     def expect(self, spans: Sequence[FileSpan], *, whole: bool, needed_now: bool = True) -> None:
         """Announce the spans that will be read, in this order, so that they can be read ahead.
 
-        With `whole`, the rest of the files is read too, so that their digests are known. Before they are announced as
-        due, reads are of other bytes, or of the same ones again.
+        With `whole`, the rest of the files is read too, so that their digests are known. Until spans are `needed_now`,
+        a read may ask for any bytes.
         """
 
     def read(self, file: str, start: int, into: memoryview) -> None:

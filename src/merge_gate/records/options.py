@@ -19,7 +19,7 @@ class RunOptions:
         only: Names of adapters; empty for all in the configuration.
         lost_adapters: Pairs of an adapter that is not merged, and why: the machines that tried to were lost.
         is_plan: Whether the run stops before it merges, and writes nothing (`--plan`).
-        features: The options of the command line by their names, of which each feature reads its own.
+        features: The options of the command line by their names. Each feature reads its own.
     """
 
     device: str = "auto"

@@ -162,7 +162,7 @@ class Run:
             report = feature.add_to(report)
         return report
 
-    def joined(self, name: str) -> Any:
+    def join_feature(self, name: str) -> Any:
         """A feature that the files of a base turn out to need."""
         if name not in self.features:
             self.features[name] = part(name, "feature").join(self)
@@ -195,7 +195,7 @@ class Run:
         return how
 
     def _lay_out(self, base: Fetched) -> str:
-        directory: str = self.joined("stream").lay_out(base)
+        directory: str = self.join_feature("stream").lay_out(base)
         return directory
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
@@ -252,7 +252,7 @@ class Run:
         for group in self.groups:
             refuse_unread(group, self.read_of(group))
         if any(group.fed for group in self.groups):
-            self.joined("stream")
+            self.join_feature("stream")
         for group in self.groups:
             if not group.fed:
                 self.watch.start(group.directory)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.judging import all_checks
@@ -19,10 +18,6 @@ from merge_gate.records.files import Entry
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Group, Task
-
-if TYPE_CHECKING:
-    pass
-
 
 TIMEOUT_PER_GIB_S = 180.0
 

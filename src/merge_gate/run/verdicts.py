@@ -36,7 +36,7 @@ class Verdicts:
         self._hourly = HourlyLog()
 
     def merging_begins(self) -> None:
-        """The verdicts so far needed no merge."""
+        """Begin the hourly log. The verdicts so far needed no merge."""
         self._hourly.merging_begins(len(self._run.tally.reports))
 
     def note_model(self, event: ForwardRunning) -> None:

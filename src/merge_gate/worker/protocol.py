@@ -22,7 +22,7 @@ DEFAULT_TIMEOUT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
 
 ALONE, TOGETHER, SUSPECTED = range(3)
-"""Whom a pass merges an adapter with: no other one, the others, or those that were in progress with it when a pass
+"""How a pass merges an adapter: by itself, with the others, or with those that were in progress with it when a pass
 died. The passes have this order."""
 
 _PACKED_BY_BITSANDBYTES = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})

@@ -15,7 +15,7 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
    of them. A base that dies alone is not run any more, and neither is an adapter.
 
 The process may be in the hands of a base's own code, or of a defect in a library. It has no token and no network. It
-can lie about its base: an event counts only for tasks of the base in progress, and nothing else defends a verdict. The
+can forge evidence on its own base; only events on other bases are refused. The
 caller's directory is never on its `sys.path`: a config that names a module must not find the checkout.
 """
 

@@ -67,7 +67,7 @@ def load() -> Callable[[Path, Path, str], Base]:
     return get
 
 
-def given_to_sink(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
+def given_to_consumers(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     """The tensors that a sink gets."""
     seen: Tensors = {}
     sink = WholeTensors(seen.__setitem__)
@@ -113,7 +113,7 @@ def test_the_measured_tensors_are_those_of_peft(
     assert {name for name in seen if said[name].changed} == changed & seen.keys()
     assert evidence.parameters_checked == evidence.parameters_total == count(after)
 
-    given, again = given_to_sink(load(base, adapter, dtype), adapter)
+    given, again = given_to_consumers(load(base, adapter, dtype), adapter)
     assert changed - aliases(after, given) <= given.keys()
     assert [name for name, tensor in given.items() if not same(tensor, after[name])] == []
     assert replace(again, seconds=0.0) == replace(evidence, seconds=0.0)

@@ -122,9 +122,9 @@ class Base:
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
     a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (probes.py). `ran` is what it returned for made-up inputs (forward/run.py). `map` is known
-    if its headers allow one, and `named` is the class that users load, with its own map (served_class.py). The
-    tensors are in host memory, quantized ones on `device`.
+    layers, once it is traced (probes.py). `ran` is what it returned for made-up inputs (features/forward/run.py).
+    `map` is known if its headers allow one, and `named` is the class that users load, with its own map
+    (served_class.py). The tensors are in host memory, quantized ones on `device`.
 
     Tensors in `lazy` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
@@ -227,7 +227,7 @@ class Base:
     def use_earlier_figures(self, earlier: BaseFigures) -> None:
         """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.
 
-        A tensor that was not finite is read again: no adapter fails by a record.
+        A tensor that was not finite is read again: a stored figure alone never fails an adapter.
         """
         for figures in earlier.figures:
             tensor = self.tensors.get(figures.name)

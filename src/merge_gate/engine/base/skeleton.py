@@ -256,7 +256,7 @@ def _unchanged(targets: _Targets, spans: Mapping[str, StoredBytes]) -> dict[str,
 
 
 def _lazy_groups(groups: Sequence[_Targets], spans: Mapping[str, StoredBytes], feed: Feed) -> Iterator[LazyGroup]:
-    """Cells in the order of the files."""
+    """Lazy groups, in the order of the files."""
 
     def places(targets: _Targets) -> list[tuple[int, int]]:
         return sorted(spans[name].order for name in targets.group.sources)

@@ -1,8 +1,8 @@
 """What PEFT's merge may write to, and what each place of the final model has to hold.
 
 In: an adapter on its scratch copy, before PEFT merges. Out: `Refused` before a write into memory of the base or of the
-loaded adapter happens, and the names of the places that hold another tensor afterwards than they have to. Such a tensor
-is the one that was there before, which the load has compared with the file, or the one that a layer's merge has left.
+loaded adapter happens, and the names of places that hold a wrong tensor afterwards. The right one was there before,
+and the load has compared it with the file, or a layer's merge has left it.
 """
 
 from __future__ import annotations

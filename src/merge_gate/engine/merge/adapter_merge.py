@@ -131,7 +131,7 @@ class AdapterMerge:
         """The base's tensors that the merge can change, and their shapes and dtypes afterwards.
 
         They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized. A
-        tied tensor is there by its own name if the merge unties it: only one of both has a trained copy, or each.
+        tied tensor is there by its own name if the merge unties it: one or each of its two modules has a trained copy.
         """
         in_blocks = {id(block.layer): [block.target] for block in self.planned}
         targets = [in_blocks.get(id(layer)) or targets_of(layer, self.loaded.base_names) for _, layer in self.layers]
@@ -341,7 +341,7 @@ class AdapterMerge:
         return bool(targets) and alone and tuners == [layer] and not list(layer.get_base_layer().children())
 
     def merge_early(self, path: str, layer: Any) -> None:
-        """PEFT's merge of a layer that is apart, ahead of the merge. If it fails, the merge repeats and reports it."""
+        """Let PEFT merge an independent layer while its tensors have values. A failure is repeated later."""
         self.on_work()
         try:
             with torch.no_grad():
@@ -396,7 +396,7 @@ class AdapterMerge:
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._pending.end(block.target)
         self.merged.enter(merge, block.layer)
-        self.merged.given_to_sink.add(block.target.name)
+        self.merged.given_to_consumers.add(block.target.name)
         self.adapted.update(target.name for target in targets_of(block.layer, self.loaded.base_names))
 
     # --- step 3 ---
@@ -416,7 +416,7 @@ class AdapterMerge:
             values = exact.get(target.name) if is_changed else None
             merge = of_tensor(self.base, target.module, target.name, tensor, values, rounding_share=rounding, rows=rows)
             merges.append((merge, layer if is_changed else None))
-            if is_changed or target.name in self.merged.given_to_sink:
+            if is_changed or target.name in self.merged.given_to_consumers:
                 self.merged.pass_on(target.module, target.name, tensor)
         return merges
 

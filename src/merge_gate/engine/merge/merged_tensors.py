@@ -128,8 +128,8 @@ def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
 class MergedTensors:
     """`merges` by the base's names, and the `layers` that changed each. `total` and `checked` count elements.
 
-    `nonfinite` names the tensors of the base that are not finite in the merged model. `given_to_sink` names the tensors
-    that the `consumers` got.
+    `nonfinite` names the tensors of the base that are not finite in the merged model. `given_to_consumers` names the
+    tensors that the `consumers` got.
     """
 
     base: Base
@@ -139,7 +139,7 @@ class MergedTensors:
     total: int = 0
     nonfinite: set[str] = field(default_factory=set)
     consumers: Sequence[Consumer] = ()
-    given_to_sink: set[str] = field(default_factory=set)
+    given_to_consumers: set[str] = field(default_factory=set)
 
     def enter(self, merge: TensorMerge, layer: Any | None = None) -> None:
         """Enter a merged tensor. `layer` is the layer that changed it; None if the merge changed nothing."""
@@ -176,7 +176,7 @@ class MergedTensors:
                 self.nonfinite.add(self.base.first_name(name))
         untied = tuple(self._untied(named)) if self.consumers else ()
         for consumer in self.consumers:
-            consumer.complete(frozenset(self.given_to_sink), untied)
+            consumer.complete(frozenset(self.given_to_consumers), untied)
         return tuple(places.wrong(merged, named))
 
     def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -186,7 +186,7 @@ class MergedTensors:
         values = dequantized(module, tensor) if is_quantized(tensor) else tensor.data
         for consumer in self.consumers:
             consumer.put(name, values)
-        self.given_to_sink.add(name)
+        self.given_to_consumers.add(name)
 
     def _untied(self, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
         for name, first in self.base.aliases.items():

@@ -4,8 +4,8 @@ In: `AdapterMerge`s of adapters, planned, and their bases. Out: the same merges,
 cross-checked by PEFT. A base that does not fit in memory is read from its files once for all of these adapters.
 
 1. The pass goes over tensors that adapters change or that have no figures yet, in the order of the files. What has to
-   have values at the same time is one `FillStep`: stored tensors that several skeletons of one feed (dtypes and classes
-   of one base) are made of are read once, and shared. Tensors that are in memory come last.
+   have values at the same time is one `FillStep`: a stored tensor that several skeletons of one feed need (dtypes and
+   classes of one base) is read once, and shared. Tensors that are in memory come last.
 2. On a CPU each core takes whole steps. PEFT's own merges run on a thread of their own, with as many torch threads as
    the main one has, because bits depend on that.
 3. Everything that needs a tensor is done while it has values: its figures, its merges, and its cross-checks. If a feed

@@ -8,7 +8,7 @@ In: what the worker plans and writes, the base's own files, and the verdict. Out
 4. `publish`: the files next to the weights; the name.              the base is unchanged
 
 The worker is not trusted: it can lie about the values, and not about files, sizes, and names. Any of these steps raises
-what costs the publication (publications.py).
+what costs the publication (feature.py).
 """
 
 from __future__ import annotations
