@@ -23,7 +23,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Verdict
 from merge_gate.run import flow, groups
 from merge_gate.run.flow import run_gate
-from merge_gate.worker import supervisor
+from merge_gate.worker import process, supervisor
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.protocol import DeviceChosen, Event, InProgress, MergeStarted
 from tests.support.command import children_of
@@ -123,6 +123,6 @@ def test_an_adapter_without_enough_memory_costs_its_own_verdict(place: Path, mon
             elif is_at_fault(event):
                 subprocess.run([*enter, sys.executable, "-c", BALLAST, str(counter)], check=False)
 
-        monkeypatch.setattr(supervisor, "MemoryGroup", lambda: MemoryGroup(place / "proc"))
+        monkeypatch.setattr(process, "MemoryGroup", lambda: MemoryGroup(place / "proc"))
         report, events = judged(place, monkeypatch, exhaust)
         check(report, events, "out of memory")
