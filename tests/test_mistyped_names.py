@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
 from safetensors.numpy import save
 
 from merge_gate.cli.dispatch import main
@@ -64,11 +63,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
     with LoopbackHub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / ".cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        server.serve_this_process(monkeypatch, tmp_path / ".cache")
         server.tokens.add(TOKEN)
         for name in STRANGERS:
             files = {path.name: path.read_bytes() for path in (tmp_path / "adapters" / "healthy").iterdir()}

@@ -34,11 +34,7 @@ PATIENCE_S = 30.0
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.serve_this_process(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
         monkeypatch.setattr(hub_module, "PAUSES_S", (0.01, 0.02))
         monkeypatch.setattr(request_limits, "REQUEST_TIMEOUT_S", TIMEOUT_S)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 
 from merge_gate.cli.dispatch import main
-from merge_gate.files import base_watch, resolve
+from merge_gate.files import base_watch
 from merge_gate.records.measured import BaseFacts
 from tests.support.hub import LoopbackHub
 from tests.support.judging.cases import base as base_facts
-from tests.support.played_merges import lay, play, played
+from tests.support.played_merges import base_digest, lay, play, played
 
 WEIGHTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 OTHER = "0" * 64
@@ -32,10 +31,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def whole(place: Path) -> str:
-    return resolve.digest_directory(str(place / "base"), resolve.base_weight_files(str(place / "base")))
 
 
 def other_weights(place: Path) -> None:
@@ -70,7 +65,7 @@ ATTEMPT = pytest.mark.attempt(
 def test_the_digest_of_the_report_pins_a_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gate(place) == 0
     (listed,) = report(place)["bases"]
-    assert listed["sha256"] == whole(place)
+    assert listed["sha256"] == base_digest(place)
     assert gate(place, listed["sha256"].upper()) == 0
     other_weights(place)
     assert gate(place) == 0, "without a pin nothing is known about it"
@@ -109,7 +104,7 @@ def test_a_file_that_is_absent(place: Path) -> None:
 
 @pytest.mark.attempt("D3d", "--expect base-sha256=…", "expectation-failed")
 def test_the_option(place: Path) -> None:
-    assert play(place, "--expect", f"base-sha256={whole(place)}") == 0
+    assert play(place, "--expect", f"base-sha256={base_digest(place)}") == 0
     assert play(place, "--expect", f"base-sha256={OTHER}") == 1
     assert cause(place) == ("failed", "expectation-failed", "base")
     assert play(place, "--expect", "base-sha256=main") == 2
@@ -120,7 +115,7 @@ def test_an_adapter_has_a_pin_of_its_own(place: Path) -> None:
         {"path": "./one", "base": {"sha256": OTHER}},
         {"path": "./one", "name": "two", "base": {"model": "./base"}},
     ]
-    assert gate(place, whole(place), adapters=entries) == 1
+    assert gate(place, base_digest(place), adapters=entries) == 1
     assert [adapter["verdict"] for adapter in report(place)["adapters"]] == ["failed", "passed"]
     (place / "elsewhere").mkdir()
     for path in (place / "base").iterdir():
@@ -151,11 +146,7 @@ def test_a_base_that_cannot_be_hashed_is_not_judged(place: Path, monkeypatch: py
 @pytest.fixture
 def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / ".cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        server.serve_this_process(monkeypatch, place / ".cache")
         server.add_repo("acme/llama", {path.name: path.read_bytes() for path in (place / "base").iterdir()})
         yield server
 
@@ -178,5 +169,5 @@ def test_a_streamed_base_is_compared_before_its_bytes_arrive(place: Path) -> Non
 def test_a_part_of_a_streamed_base_proves_nothing(place: Path) -> None:
     """The played worker reads no bytes, as one that has a record of the base reads some of them."""
     recorded = replace(base_facts(dtype="bfloat16"), record="a run of yesterday")
-    assert streamed(place, whole(place), recorded) == 3
+    assert streamed(place, base_digest(place), recorded) == 3
     assert cause(place)[:2] == ("error", "not-judged")

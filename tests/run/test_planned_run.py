@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from huggingface_hub import constants
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
@@ -54,11 +53,7 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        server.serve_this_process(monkeypatch, place / "cache")
         monkeypatch.setattr(hub, "_free_bytes", lambda _: 5_000_000_000)
         for name, directory in ((BASE, place / "base"), ("acme/lora", place / "adapters" / "a")):
             server.add_repo(name, {file.name: file.read_bytes() for file in directory.iterdir()})

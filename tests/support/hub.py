@@ -21,9 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    import pytest
 
 LONGEST_STALL_S = 120.0
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx")
@@ -121,6 +125,14 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def serve_this_process(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Let huggingface_hub in this process ask this Hub, and keep files in `cache`."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def add_repo(
         self,

@@ -18,6 +18,7 @@ from unittest import mock
 
 from merge_gate._internal.errors import GateError
 from merge_gate.cli.dispatch import main
+from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import StoredTensor
 from merge_gate.run import flow
@@ -121,6 +122,11 @@ def played(
 def _played(send: Callable[..., None], publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     with suppress(GateError):  # the worker gets what the parent raises
         send(publisher, task, tensors)
+
+
+def base_digest(place: Path) -> str:
+    """The digest of the base that `lay` made."""
+    return resolve.digest_directory(str(place / "base"), resolve.base_weight_files(str(place / "base")))
 
 
 def stored(base: Path) -> dict[str, bytes]:

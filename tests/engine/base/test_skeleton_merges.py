@@ -53,7 +53,7 @@ from merge_gate.worker.protocol import (
 )
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
-from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.fed_bases import CountingFeed, EndingFeed, source
 from tests.support.engine.local_bases import load_base
 from tests.support.engine.merges import RUNS, runs
 from tests.support.faults import configure
@@ -378,17 +378,8 @@ def test_a_refused_adapter_has_a_base_that_was_measured(shelf: Shelf, tmp_path: 
 
 
 def test_bytes_that_cannot_be_had_are_an_error_for_all_adapters(shelf: Shelf) -> None:
-    class Ends(LocalFeed):
-        reads = 0
-
-        def read(self, file: str, start: int, into: memoryview) -> None:
-            self.reads += 1
-            if self.reads > 6:
-                raise SourceError("gone")
-            super().read(file, start, into)
-
     adapters, directory = [shelf.adapter(name) for name in ("every-projection", "plain")], shelf.base("llama")
-    feed = Ends(str(directory))
+    feed = EndingFeed(str(directory))
     base = fed(directory, adapters[0], feed)
     with pytest.raises(SourceError, match="gone"):
         merge_together([request(base, adapter) for adapter in adapters])

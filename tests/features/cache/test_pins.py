@@ -14,7 +14,7 @@ from merge_gate.features.cache.remembered import SETTLED_NS, SeenBases
 from merge_gate.features.cache.store import Seal, Store
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
-from tests.support.played_merges import lay, play, played
+from tests.support.played_merges import base_digest, lay, play, played
 
 OTHER = "0" * 64
 
@@ -26,10 +26,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def whole(place: Path) -> str:
-    return resolve.digest_directory(str(place / "base"), resolve.base_weight_files(str(place / "base")))
-
-
 def report(place: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((place / "merge-gate-report" / "report.json").read_text())
     return loaded
@@ -38,7 +34,7 @@ def report(place: Path) -> dict[str, Any]:
 @pytest.mark.attempt("D3e", "a cached verdict, and another pin", "expectation-failed")
 def test_a_cached_verdict_does_not_hide_another_pin(place: Path) -> None:
     with played(place / "base"):
-        for pin, code in ((None, 0), (whole(place), 0), (OTHER, 1)):
+        for pin, code in ((None, 0), (base_digest(place), 0), (OTHER, 1)):
             base = {"model": "./base"} | ({"sha256": pin} if pin else {})
             (place / "gate.yml").write_text(json.dumps({"version": 1, "base": base, "adapters": ["./one"]}))
             assert main(["run", "gate.yml", "--cache", "cache"]) == code
@@ -52,7 +48,7 @@ def test_a_forged_digest_does_not_match_a_pin(place: Path) -> None:
     (adapter,) = report(place)["adapters"]
     assert (adapter["verdict"], adapter["cause"]) == ("failed", "expectation-failed")
     assert adapter["findings"][0]["origin"] == "base"
-    assert gate_cached(place, whole(place)) == 0
+    assert gate_cached(place, base_digest(place)) == 0
 
 
 @pytest.mark.attempt("Y50b", "a forged digest in --cache bases/, and a run that publishes", "the digest of the bytes")
@@ -60,8 +56,8 @@ def test_a_forged_digest_is_not_published(place: Path) -> None:
     forge(place, dict.fromkeys(resolve.base_weight_files(str(place / "base")), "1" * 64))
     assert gate_cached(place, None, "--publish", "out") == 0
     (manifest,) = (place / "out").glob("*/merge-gate.json")
-    assert whole(place) in manifest.read_text()
-    assert report(place)["bases"][0]["sha256"] == whole(place)
+    assert base_digest(place) in manifest.read_text()
+    assert report(place)["bases"][0]["sha256"] == base_digest(place)
 
 
 def forge(place: Path, files: dict[str, str]) -> None:

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from huggingface_hub import constants
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream import hub_file
@@ -16,19 +15,17 @@ from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 CONTENT = random.Random(0).randbytes(100_000)
 REPOSITORY, NAME, TOKEN = "acme/base", "model.safetensors", "hf_loopback"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        hub.serve_this_process(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
         yield hub
 

@@ -29,7 +29,7 @@ from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Unjudged
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
-from tests.support.engine.fed_bases import CountingFeed
+from tests.support.engine.fed_bases import CountingFeed, EndingFeed
 from tests.support.engine.local_bases import load_base
 from tests.support.engine.merges import RUNS
 
@@ -121,17 +121,8 @@ def test_a_base_that_does_not_fit_is_refused_before_it_is_read(
 
 @pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.BNB_4BIT])
 def test_bytes_that_cannot_be_had_are_an_error_and_end_the_load(quantization: Quantization, shelf: Shelf) -> None:
-    class Ends(LocalFeed):
-        reads = 0
-
-        def read(self, file: str, start: int, into: memoryview) -> None:
-            self.reads += 1
-            if self.reads > 6:
-                raise SourceError("gone")
-            super().read(file, start, into)
-
     directory = shelf.base("llama")
-    feed = Ends(str(directory))
+    feed = EndingFeed(str(directory))
     with pytest.raises(SourceError, match="gone"):
         from_feed(directory, feed, quantization)
     assert feed.reads == 7

@@ -45,11 +45,7 @@ FILES = {MODEL: WEIGHTS, "config.json": b"{}"}
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        server.serve_this_process(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
         yield server
 

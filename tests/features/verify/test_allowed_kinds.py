@@ -10,34 +10,22 @@ import torch
 from merge_gate.judging.kinds import ALLOWED
 from merge_gate.records.terms import Severity, Verdict
 from tests.support.command import merge_gate
-from tests.support.gating import one_thread
 from tests.support.models import make_adapter, read_tensors, write_tensors
 from tests.support.verify.merges import WRONG, Recipe, Scene, peft_merge, weights_of, write_weights
 from tests.support.verify.verification import Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from merge_gate.records.report import AdapterReport
-    from tests.support.models import Shelf, Tensors
+    from tests.support.models import Tensors
 
 VARIANT = "bfloat16-base"
 MERGED, UNTOUCHED = "layers.1.self_attn.q_proj.weight", "model.norm.weight"
 
 OWN_RECORD = {"file-changed"}
 """Kinds of the comparison with merge-gate.json, which finds no others."""
-
-
-@pytest.fixture(scope="module")
-def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with one_thread():
-        yield Scene(shelf, tmp_path_factory.mktemp("scene"))
-
-
-@pytest.fixture(scope="module")
-def verifier() -> Verifier:
-    return Verifier()
 
 
 def recipe_of(kind: str) -> Recipe:

@@ -7,32 +7,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.records.terms import Severity, Verdict
-from tests.support.gating import one_thread
 from tests.support.verify.merges import EXACT, RIGHT, WRONG, Recipe, Scene
 from tests.support.verify.verification import Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from merge_gate.records.report import AdapterReport
-    from tests.support.models import Shelf
 
 IN_MAKE_TEST = {"all-linear", "dora", "modules-to-save", "resized-vocabulary", "conv1d", "fused-experts", "tied-base"}
 """The variants of `EXACT` that `make test` verifies; the others are slow."""
 
 GOOD = {"exact", "other-order", "rounding"}
-
-
-@pytest.fixture(scope="module")
-def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with one_thread():
-        yield Scene(shelf, tmp_path_factory.mktemp("scene"))
-
-
-@pytest.fixture(scope="module")
-def verifier() -> Verifier:
-    return Verifier()
 
 
 def reported(recipe: Recipe, scene: Scene, verifier: Verifier, out: Path, *allowed: str) -> AdapterReport:

@@ -10,16 +10,13 @@ import torch
 from merge_gate.features.verify.comparison import Comparison, TensorComparison
 from merge_gate.features.verify.tensor_findings import TensorState, bias_limit, state_of, value_findings
 from merge_gate.records.terms import Severity
-from tests.support.gating import one_thread
 from tests.support.models import make_adapter
 from tests.support.verify.merges import Scene, peft_merge, weights_of, write_weights
 from tests.support.verify.verification import Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.support.models import Shelf
 
 VARIANT = "bfloat16-base"
 
@@ -79,12 +76,6 @@ def test_a_list_of_some_tensors_says_how_many_more_there_are() -> None:
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with one_thread():
-        yield Scene(shelf, tmp_path_factory.mktemp("scene"))
 
 
 @pytest.mark.attempt("M02", "one shard is that of another candidate's merge", "other-candidate, by name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from merge_gate._internal.errors import SourceError
 from merge_gate.engine.base.loaded_base import Source
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import FileSpan
@@ -11,6 +12,18 @@ from merge_gate.records.files import FileSpan
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+
+class EndingFeed(LocalFeed):
+    """Whose bytes cannot be had after six reads."""
+
+    reads = 0
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        self.reads += 1
+        if self.reads > 6:
+            raise SourceError("gone")
+        super().read(file, start, into)
 
 
 class CountingFeed(LocalFeed):
