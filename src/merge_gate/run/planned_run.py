@@ -105,8 +105,8 @@ class _Base:
         size, count = shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
         place = "on this machine"
         if fetch is not None:
-            part = ", a part of them in the cache" if len(fetch.sizes) > len(fetch.absent) else ""
-            place = f"on the Hub{part}"
+            cached = ", a part of them in the cache" if len(fetch.sizes) > len(fetch.absent) else ""
+            place = f"on the Hub{cached}"
         yield _row("weights", f"{size} in {count}, {place}")
         if fetch is not None:
             yield _row("access", _access_of(fetch))
@@ -154,7 +154,7 @@ def _lines_of_bytes(run: Run, bases: Sequence[_Base]) -> Iterator[Table]:
         "base": {entry.base_files.directory: entry.base_files for entry in entries if entry.base_files is not None},
         "adapter": {member.directory: member for entry in entries for member in entry.members},
     }
-    sizes = {kind: [_download_bytes(files.on_hub) for files in files.values()] for kind, files in kinds.items()}
+    sizes = {kind: [_download_bytes(files.on_hub) for files in of_kind.values()] for kind, of_kind in kinds.items()}
     of = [counted(count, kind) for kind, of_kind in sizes.items() if (count := sum(size > 0 for size in of_kind))]
     if of:
         size = shown_bytes(sum(map(sum, sizes.values())))
