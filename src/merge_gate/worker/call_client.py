@@ -42,7 +42,7 @@ class CallClient:
             self._free.put(channel)
 
     def fetch(self, calls: Iterable[tuple[object, memoryview]]) -> None:
-        """Make calls, each with memory for its bytes. Each takes its time, so there are as many as lines are free.
+        """Make calls, each with memory for its bytes. Each takes its time, so as many are made as channels are free.
 
         Raises:
             SourceError: as for `call`.

@@ -53,7 +53,7 @@ class Service:
 
 
 class CallService:
-    """Answers the calls of one worker process from `start` until `close`. No other record is made of a message."""
+    """Answers the calls of one worker process from `start` until `close`."""
 
     def __init__(self, services: Sequence[Service]) -> None:
         self._services = services

@@ -148,7 +148,7 @@ class CallChannel(Channel):
     @classmethod
     def pair(cls, calls: Iterable[type]) -> tuple[CallChannel, CallChannel]:
         """The parent's end of a new channel for `calls`, and the other one. Neither can change the memory's size."""
-        window = os.memfd_create("merge-gate-line", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        window = os.memfd_create("merge-gate-call", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(window, PIECE_BYTES)
         fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         own, other = socket.socketpair()

@@ -1,6 +1,6 @@
 """The worker process from inside: it confines itself, imports the engine, and judges the groups of a job.
 
-In: names of pickled files, and then a `Job` with lines for calls, from the channel. Out: the tensors of the files, and
+In: names of pickled files, and then a `Job` with its channels for calls. Out: the tensors of the files, and
 events. process.py starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when
 it is confined.
 """
@@ -99,13 +99,13 @@ def _listed(pickled: PickleNamed) -> PickleListed:
     return listed_pickle(pickled.path)
 
 
-def _client(lines: Sequence[int]) -> CallClient | None:
+def _client(ends: Sequence[int]) -> CallClient | None:
     """What calls services of the parent; None if the job has none."""
-    if not lines:
+    if not ends:
         return None
     from merge_gate.worker.call_client import CallClient  # noqa: PLC0415 - few jobs have calls
 
-    return CallClient.of(lines)
+    return CallClient.of(ends)
 
 
 def _forget_output() -> None:

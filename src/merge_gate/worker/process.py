@@ -100,9 +100,9 @@ class WorkerProcess(contextlib.ExitStack):
 
     def run(self, attempt: Attempt, services: Services = ()) -> NotJudged | None:
         """Send the job and pass on its events. None if the process finished, or how it ended."""
-        lines = self._answered([made for service in services if (made := service(attempt.job)) is not None])
+        ends = self._answered([made for service in services if (made := service(attempt.job)) is not None])
         try:
-            finished = _converse(self._channel, attempt, lines)
+            finished = _converse(self._channel, attempt, ends)
         except GarbledError as error:
             _stop(self._process)
             return NotJudged(message=f"it sent something that is not an event of the gate ({error})", hint=_GARBLED)
@@ -114,7 +114,7 @@ class WorkerProcess(contextlib.ExitStack):
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
 
     def _answered(self, services: Sequence[Service]) -> Sequence[int]:
-        """Let these services answer calls. Returns the process's ends of the lines."""
+        """Let these services answer calls. Returns the process's ends of the channels."""
         if not services:
             return ()
         from merge_gate.worker.call_service import CallService  # noqa: PLC0415 - few jobs have calls
@@ -178,13 +178,13 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return SLEEPING_THREADS | REUSE | env | OFFLINE
 
 
-def _converse(channel: Channel, attempt: Attempt, lines: Sequence[int]) -> bool:
+def _converse(channel: Channel, attempt: Attempt, ends: Sequence[int]) -> bool:
     """Send the job, and pass on every event. False if the process ended before its last one, or is overdue.
 
     Raises:
         GarbledError: the process sent something else.
     """
-    sending = threading.Thread(target=_send, args=(channel, attempt.job, lines), daemon=True)
+    sending = threading.Thread(target=_send, args=(channel, attempt.job, ends), daemon=True)
     sending.start()  # a stopped process does not read
     patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
     while not attempt.is_overdue():
@@ -201,9 +201,9 @@ def _converse(channel: Channel, attempt: Attempt, lines: Sequence[int]) -> bool:
     return False
 
 
-def _send(channel: Channel, job: Job, lines: Sequence[int]) -> None:
+def _send(channel: Channel, job: Job, ends: Sequence[int]) -> None:
     with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
-        channel.send(job, lines)
+        channel.send(job, ends)
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
@@ -249,9 +249,6 @@ def late(what: str, timeout_s: float) -> NotJudged:
         message=f"the gate's worker process was ended {what}: the time limit of {timeout_s:g} s was over",
         hint="if the adapter or its base is large or the machine slow, set limits: {seconds: …} for the adapter",
     )
-
-
-# --- the process -----------------------------------------------------------------------------------------------------
 
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"

@@ -15,8 +15,8 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
    of them. A base that dies alone is not run any more, and neither is an adapter.
 
 The process may be in the hands of a base's own code, or of a defect in a library. It has no token and no network. It
-can forge evidence on its own base; only events on other bases are refused. The
-caller's directory is never on its `sys.path`: a config that names a module must not find the checkout.
+can forge evidence on its own base; only events on other bases are refused. The caller's directory is never on its
+`sys.path`: a config that names a module must not find the checkout.
 """
 
 from __future__ import annotations
