@@ -18,14 +18,7 @@ from typing import NoReturn, TypeAlias
 
 from merge_gate import __version__
 from merge_gate._internal.text import one_of, quoted
-from merge_gate.cli import (
-    check_command,
-    demo_command,
-    init_command,
-    print_command,
-    report_command,
-    run_command,
-)
+from merge_gate.cli import check_command, demo_command, init_command, print_command, report_command, run_command
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, HelpText, examples
 from merge_gate.cli.report_command import REPORT
 from merge_gate.names.suggestions import closest, nearest

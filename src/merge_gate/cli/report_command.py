@@ -6,19 +6,13 @@ import argparse
 import sys
 
 from merge_gate._internal.text import one_of
-from merge_gate.cli.arguments import (
-    DEFAULT_OUTPUT,
-    FORMATS,
-    CommandParser,
-    Commands,
-    examples,
-)
+from merge_gate.cli.arguments import DEFAULT_OUTPUT, FORMATS, CommandParser, Commands, examples
 from merge_gate.cli.output import print_document
 from merge_gate.run.streams import width_of
 
 REPORT = "report"
 SHOW, DIFF, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "baseline"))
-"""Commands of two words, which argparse hears as one."""
+"""Commands of two words, which argparse gets as one word."""
 
 _REPORT_HELP = "the report.json of a run, or its directory"
 _REPORT_OR_DEFAULT = f"{_REPORT_HELP} (default: {DEFAULT_OUTPUT})"

@@ -21,16 +21,7 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate._internal.errors import GateError
 from merge_gate.judging.baseline import accept
-from merge_gate.records.report import (
-    TOOL,
-    AdapterReport,
-    BaseReport,
-    ConfigFile,
-    Environment,
-    Report,
-    Sandbox,
-    Tool,
-)
+from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Report, Sandbox, Tool
 from merge_gate.records.terms import BaseKey, Result
 from merge_gate.report.formats.json_report import RenderedAdapters
 from merge_gate.report.stored.report_files import FORMATS, write_report

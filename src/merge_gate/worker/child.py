@@ -122,12 +122,7 @@ def _leave_with_parent(channel: Channel) -> None:
     os._exit(1)
 
 
-def judge_job(
-    job: Job,
-    progress: Listener,
-    sandbox: Sandbox,
-    client: CallClient | None = None,
-) -> Iterator[Event]:
+def judge_job(job: Job, progress: Listener, sandbox: Sandbox, client: CallClient | None = None) -> Iterator[Event]:
     """Load each base once for each class, and merge each task. An exception costs its own task only.
 
     `client` calls the parent for features.
@@ -195,10 +190,7 @@ def _judge_groups(positions: list[int], job: Job, progress: Listener, client: Ca
         yield from undecided(open_tasks.values(), error)
         return
     try:
-        with (
-            pinned_directory(first.directory) as directory,
-            LocalFeed(directory, keep=not first.one_pass) as local,
-        ):
+        with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=not first.one_pass) as local:
             source = part("stream", "feed").ParentFeed(client, positions[0]).begin() if first.fed and client else local
             bases = GroupBases(job=job, feed=source, report=progress, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}

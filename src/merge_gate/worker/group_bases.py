@@ -24,12 +24,7 @@ from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.accounting import Account
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
 from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.base.skeleton import (
-    FiguresBySpan,
-    NoSkeletonError,
-    figures_by_span,
-    skeleton_of,
-)
+from merge_gate.engine.base.skeleton import FiguresBySpan, NoSkeletonError, figures_by_span, skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.tensors.placement import compute_in_full_precision, confirm_card
@@ -331,10 +326,7 @@ def judge_each(batch: list[ClassedTask], base_of: dict[int, GroupBase], bases: G
 
 
 def request_of(
-    task: Task,
-    load: GroupBase,
-    pinned: contextlib.ExitStack,
-    progress: Callable[[int, int, str], None],
+    task: Task, load: GroupBase, pinned: contextlib.ExitStack, progress: Callable[[int, int, str], None]
 ) -> MergeRequest:
     """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
     files = tuple(pinned.enter_context(pinned_adapter(member)) for member in task.files)

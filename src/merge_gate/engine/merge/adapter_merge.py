@@ -46,13 +46,7 @@ from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.consumer import Consumer, Outline
 from merge_gate.engine.merge.account import Places, Watch
-from merge_gate.engine.merge.merged_tensors import (
-    ROUNDED,
-    ROUNDING_SHARE,
-    MergedTensors,
-    is_the_bases,
-    of_tensor,
-)
+from merge_gate.engine.merge.merged_tensors import ROUNDED, ROUNDING_SHARE, MergedTensors, is_the_bases, of_tensor
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.merge.private_copies import MergeTarget, Names, PendingMerges, private_copies, targets_of
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
