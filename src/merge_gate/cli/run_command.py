@@ -149,7 +149,7 @@ def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -
     given = vars(arguments)
     more = [word for name in arguments.only for word in ("--only", name)]
     more += ["--refresh"] if given.get("refresh") else []
-    for name in ("access", "forward", "policy", "read"):
+    for name in ("policy", *declared_keys("BASE_KEYS"), *declared_keys("FILE_KEYS")):
         more += [f"--{name}", value] if (value := given.get(name)) else []
     more += ["--max-shard-size", f"{size / 1000:.3f}KB"] if (size := given.get("max_shard_size")) else []
     more += ["--shard", "{}/{}".format(*shard)] if (shard := given.get("shard")) else []
