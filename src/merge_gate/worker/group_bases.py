@@ -148,7 +148,10 @@ class GroupBases:
         if before != self._identity:
             self._figures = {}
         self.feed.open_files(group.files.weights)  # before the identity is verified
-        load.loaded, load.identity = _as_published(self._read(group, load.model_class), group), self._identity
+        base = self._read(group, load.model_class)
+        if group.plain_dtype is not None and base.lazy is None:
+            base = bases.dequantized_base(base, group.plain_dtype)
+        load.loaded, load.identity = base, self._identity
         verify_base(group.directory, group.base.name, self._identity)
         accounting.add_file_facts(load.base, account, group.directory)
         earlier = next((known for known in group.earlier_figures if known.model_class == load.model_class.label), None)
@@ -193,13 +196,6 @@ class GroupBases:
     def keep_figures(self, base: Base) -> None:
         """Keep the figures of a base for another class."""
         self._figures = {**self._figures, **figures_by_span(base)}
-
-
-def _as_published(base: Base, group: Group) -> Base:
-    """A quantized base is published with plain weights, if all merges of the group are published in a named dtype."""
-    if group.plain_dtype is None or base.lazy is not None:
-        return base
-    return bases.dequantized_base(base, group.plain_dtype)
 
 
 def listed_pickle(path: str) -> PickleListed:
