@@ -71,7 +71,7 @@ class BaseWatch:
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
         self._read_whole: set[str] = set()
         self._silent: set[str] = set()
-        self._anew: set[str] = set()
+        self._again: set[str] = set()
 
     # --- digests ---------------------------------------------------------------------------------------------------
 
@@ -86,13 +86,13 @@ class BaseWatch:
                 thread.start()
                 self._threads[directory] = thread
 
-    def hash_anew(self, directory: str) -> None:
+    def hash_again(self, directory: str) -> None:
         """Believe no digest of an earlier run: this one is compared with a pin, or published."""
-        self._anew.add(directory)
+        self._again.add(directory)
 
     def recall(self, directory: str) -> None:
         """Take a digest that an earlier run computed, if the files cannot have changed since. Reads no weights."""
-        if self.remembered is None or directory in self._anew | self._threads.keys() | self._digests.keys():
+        if self.remembered is None or directory in self._again | self._threads.keys() | self._digests.keys():
             return
         with contextlib.suppress(OSError):  # the worker reads the same files, and reports what is wrong with them
             identity = within(ANSWER_TIMEOUT_S, lambda: base_identity(directory))
@@ -233,7 +233,9 @@ class BaseWatch:
             identity = base_identity(directory)
             self._hashed[directory] = identity  # first, so that a change during the hashing shows at the end
             files = (
-                self.remembered.lookup(directory, identity) if self.remembered and directory not in self._anew else None
+                self.remembered.lookup(directory, identity)
+                if self.remembered and directory not in self._again
+                else None
             )
             if files is None:
                 files = resolve.digest_files(

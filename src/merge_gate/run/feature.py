@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Feature:
     """What one feature does in one run. The methods have the order in which a run calls them, and do nothing here."""
 
-    hashes_anew = False
+    hashes_again = False
     """Whether digests of bases that earlier runs computed do not count."""
 
     def run_elsewhere(self) -> Report | None:

@@ -225,9 +225,9 @@ class Run:
         which its bytes are compared when they pass.
         """
         pinned = {index: entry for index, entry in to_merge.items() if entry.spec.base.sha256}
-        hashes_anew = any(feature.hashes_anew for feature in self.features.values())
-        for entry in (to_merge if hashes_anew else pinned).values():
-            self.watch.hash_anew(base_directory(entry))
+        hashes_again = any(feature.hashes_again for feature in self.features.values())
+        for entry in (to_merge if hashes_again else pinned).values():
+            self.watch.hash_again(base_directory(entry))
         for entry in pinned.values():
             self.watch.start(base_directory(entry))
         if pinned:
@@ -285,7 +285,7 @@ class Run:
             feature.received(event)
         match event:
             case protocol.DeviceChosen():
-                self._know_worker(event)
+                self._note_device(event)
             case protocol.BaseLoading():
                 group = self.groups[event.group]
                 self.view.base_loading(group.base.name, group.base.dtype)
@@ -318,7 +318,7 @@ class Run:
             case _:
                 assert_never(event)
 
-    def _know_worker(self, event: protocol.DeviceChosen) -> None:
+    def _note_device(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self.tally.environment.sandbox.missing:
             self.view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
         if event.device == "cpu" and self.tally.environment.device == "auto" and has_card():

@@ -77,7 +77,7 @@ def join(run: Run) -> Feature:
 class Publications(Feature):
     """The models of a run. For a plan, nothing is created or removed."""
 
-    hashes_anew = True
+    hashes_again = True
 
     def __init__(self, run: Run, spec: PublishSpec) -> None:
         self._run, self._spec = run, spec
