@@ -19,58 +19,40 @@ from typing import Any, NamedTuple
 
 FEATURES: dict[str, dict[str, str]] = {
     "stream": {
-        "declared": "merge_gate.features.stream.declared",
-        "feature": "merge_gate.features.stream.feature",
-        "feed": "merge_gate.features.stream.parent_feed",
-        "feed_service": "merge_gate.features.stream.feed_service",
-        "load": "merge_gate.features.stream.load_from_feed",
-        "batches": "merge_gate.features.stream.batches",
-        "passes": "merge_gate.features.stream.passes",
+        "declared": "declared",
+        "feature": "feature",
+        "feed": "parent_feed",
+        "feed_service": "feed_service",
+        "load": "load_from_feed",
+        "batches": "batches",
+        "passes": "passes",
     },
-    "shards": {
-        "declared": "merge_gate.features.shards.declared",
-        "feature": "merge_gate.features.shards.feature",
-        "command": "merge_gate.features.shards.combine_command",
-    },
-    "publish": {
-        "declared": "merge_gate.features.publish.declared",
-        "consumer": "merge_gate.features.publish.consumer",
-        "directory": "merge_gate.features.publish.manifest",
-        "feature": "merge_gate.features.publish.feature",
-    },
-    "cache": {"declared": "merge_gate.features.cache.declared", "feature": "merge_gate.features.cache.feature"},
-    "forward": {
-        "declared": "merge_gate.features.forward.declared",
-        "feature": "merge_gate.features.forward.feature",
-        "consumer": "merge_gate.features.forward.consumer",
-        "checks": "merge_gate.features.forward.checks",
-    },
-    "ray": {"declared": "merge_gate.features.ray.declared", "feature": "merge_gate.features.ray.feature"},
-    "verify": {
-        "declared": "merge_gate.features.verify.declared",
-        "records": "merge_gate.features.verify.comparison",
-        "consumer": "merge_gate.features.verify.consumer",
-        "command": "merge_gate.features.verify.verify_command",
-    },
-    "attest": {
-        "declared": "merge_gate.features.attest.declared",
-        "command": "merge_gate.features.attest.attest_command",
-    },
+    "shards": {"declared": "declared", "feature": "feature", "command": "combine_command"},
+    "publish": {"declared": "declared", "consumer": "consumer", "directory": "manifest", "feature": "feature"},
+    "cache": {"declared": "declared", "feature": "feature"},
+    "forward": {"declared": "declared", "feature": "feature", "consumer": "consumer", "checks": "checks"},
+    "ray": {"declared": "declared", "feature": "feature"},
+    "verify": {"declared": "declared", "records": "comparison", "consumer": "consumer", "command": "verify_command"},
+    "attest": {"declared": "declared", "command": "attest_command"},
     "export": {
-        "declared": "merge_gate.features.export.declared",
-        "command": "merge_gate.features.export.export_command",
-        "api": "merge_gate.features.export.export_flow",
-        "directory": "merge_gate.features.export.export_record",
+        "declared": "declared",
+        "command": "export_command",
+        "api": "export_flow",
+        "directory": "export_record",
     },
 }
-"""Module names by feature and place, in the order in which features act."""
+"""Modules in the folder of each feature, by place, in the order in which features act."""
 NEEDS = {"attest": "publish", "export": "publish", "ray": "shards", "verify": "publish"}
 """The one other feature that a feature imports. Who takes that one away takes both."""
 
 
+def module_name(feature: str, place: str) -> str:
+    return f"merge_gate.features.{feature}.{FEATURES[feature][place]}"
+
+
 def part(feature: str, place: str) -> Any:
     """Import the module of a feature that acts at a place."""
-    return importlib.import_module(FEATURES[feature][place])
+    return importlib.import_module(module_name(feature, place))
 
 
 def parts(place: str) -> Iterator[tuple[str, Any]]:

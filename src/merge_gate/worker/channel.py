@@ -22,7 +22,7 @@ from types import ModuleType
 
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records import config, files, measured, refusals, report, terms
-from merge_gate.records.features import FEATURES
+from merge_gate.records.features import FEATURES, module_name
 from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
@@ -46,7 +46,7 @@ def _records_in(*modules: ModuleType) -> dict[tuple[str, str], type]:
 
 
 _RECORDS = _records_in(terms, config, files, measured, refusals, report, protocol)
-_OF_FEATURES = frozenset(modules["records"] for modules in FEATURES.values() if "records" in modules)
+_OF_FEATURES = frozenset(module_name(name, "records") for name, places in FEATURES.items() if "records" in places)
 """Modules of further records."""
 
 
