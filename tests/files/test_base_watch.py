@@ -35,8 +35,9 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def hashed(base: str, watch: BaseWatch | None = None) -> BaseWatch:
+def hashed(base: str, watch: BaseWatch | None = None, *, memory: Memory | None = None) -> BaseWatch:
     watch = watch or BaseWatch()
+    watch.remembered = memory
     watch.start(base)
     watch.wait()
     assert not watch.is_hashing
@@ -141,7 +142,7 @@ def test_without_a_thread_the_run_goes_on_without_the_digest(base: str, monkeypa
 
 def test_a_remembered_base_is_not_hashed_again(base: str) -> None:
     memory = Memory(ZEROS)
-    watch = hashed(base, BaseWatch(memory))
+    watch = hashed(base, memory=memory)
     assert watch.digest(base) == digest_of_digests(ZEROS)
     assert watch.content(base) is not None
     assert memory.stored == []
@@ -149,7 +150,7 @@ def test_a_remembered_base_is_not_hashed_again(base: str) -> None:
 
 def test_a_digest_is_remembered(base: str) -> None:
     memory = Memory()
-    assert hashed(base, BaseWatch(memory)).digest(base) == weights_of(base)
+    assert hashed(base, memory=memory).digest(base) == weights_of(base)
     assert memory.stored == [digest_files(base, base_weight_files(base))]
 
 
@@ -162,7 +163,7 @@ def test_a_digest_of_files_that_changed_is_not_remembered(
 
     monkeypatch.setattr(base_watch.resolve, "digest_files", write_and_hash)
     memory = Memory()
-    watch = hashed(base, BaseWatch(memory))
+    watch = hashed(base, memory=memory)
     assert memory.stored == []
     assert watch.content(base) is None
 

@@ -61,8 +61,9 @@ class BaseWatch:
     For a plan, no base is hashed: only the digests that earlier runs computed are known, which are `remembered`.
     """
 
-    def __init__(self, remembered: RememberedDigests | None = None, *, is_plan: bool = False) -> None:
-        self.remembered, self._is_plan = remembered, is_plan
+    def __init__(self, *, is_plan: bool = False) -> None:
+        self._is_plan = is_plan
+        self.remembered: RememberedDigests | None = None  # set by the feature that remembers them
         self._threads: dict[str, threading.Thread] = {}
         self._heard_s: dict[str, float] = {}  # when a thread asked for the next bytes
         self._hashed: dict[str, _Identity] = {}
