@@ -313,7 +313,7 @@ class MergeAttempt:
             adapted |= {module_of(name): module_of(key) for name, key in arrival.model_key.items()}
         layers = adapter_merge.layers
         lora = {path: float(layer.scaling[ADAPTER_NAME]) for path, layer in layers if isinstance(layer, LoraLayer)}
-        served = served_class(base, self.request.members[0], adapted, lora, is_export=self._needs_served)
+        served = served_class(base, self.request.members[0], adapted, lora, is_needed=self._needs_served)
         self.evidence = replace(
             self.evidence,
             file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self.evidence.file_tensors),

@@ -22,18 +22,18 @@ from merge_gate.records.measured import ServedClass
 
 
 def served_class(
-    base: Base, files: AdapterFiles, adapted: Mapping[str, str], scalings: Mapping[str, float], *, is_export: bool
+    base: Base, files: AdapterFiles, adapted: Mapping[str, str], scalings: Mapping[str, float], *, is_needed: bool
 ) -> ServedClass | None:
-    """The class that users of an adapter load. Without `is_export`, None unless it lacks names of the loaded class.
+    """The class that users of an adapter load. Without `is_needed`, None unless it lacks names of the loaded class.
 
     Then the loaded class is that of a part of the base: the text model of a multimodal one. `adapted` are an adapter's
     modules by any of their names, with those in the loaded class. `scalings` has those of LoRA, by the latter.
     """
     loaded = type(base.model).__name__
     if base.named is None:
-        base.named = _named(base, loaded, files, is_export=is_export)
+        base.named = _named(base, loaded, files, is_needed=is_needed)
     name, is_whole, mapping = base.named
-    if not is_export and (not is_whole or mapping is None):
+    if not is_needed and (not is_whole or mapping is None):
         return None
     model: Any = mapping.model if mapping is not None else base.model
     own, sources = {path: path for path, _ in base.model.named_modules()}, _sources(mapping)
@@ -46,7 +46,7 @@ def served_class(
     lacking = [
         alias for alias, new in zip(names, current, strict=True) if names[alias] not in {alias, new[: -len(".weight")]}
     ]
-    if not is_export and not lacking:
+    if not is_needed and not lacking:
         return None
     return ServedClass(
         name=name,
@@ -60,7 +60,7 @@ def served_class(
     )
 
 
-def _named(base: Base, loaded: str, files: AdapterFiles, *, is_export: bool) -> tuple[str, bool, TensorMap | None]:
+def _named(base: Base, loaded: str, files: AdapterFiles, *, is_needed: bool) -> tuple[str, bool, TensorMap | None]:
     """The users' class, whether it is the whole base's while `loaded` is not, and its map, which has the names."""
     source, mapping = base.source, base.map
     code = source.trust_remote_code
@@ -68,7 +68,7 @@ def _named(base: Base, loaded: str, files: AdapterFiles, *, is_export: bool) -> 
     if name != loaded and mapping is not None:
         stored, mapping = tuple(mapping.stored.values()), None
         with contextlib.suppress(NoMapError):
-            if is_part or is_export:
+            if is_part or is_needed:
                 mapping = tensor_map(getattr(transformers, name), source.directory, stored)
     return name, is_part and name != loaded, mapping
 
