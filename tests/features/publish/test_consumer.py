@@ -210,7 +210,7 @@ def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
     connection: Any = parent
     with methods.quiet():
         loaded = skeleton_of(source(base), model_class, headers, feed)
-        sinks = consumer.PublicationSinks(
+        shared = consumer.PublicationBase(
             base=loaded, model_class=model_class, stored=headers, feed=feed, connection=connection, is_fed=True
         )
         if is_measured:
@@ -218,7 +218,7 @@ def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
             reads.clear()
         requests = [
             MergeRequest(
-                base=loaded, members=(files,), consumers=(sinks.sink(task, "preserve"),), no_forward="not here"
+                base=loaded, members=(files,), consumers=(shared.consumer(task, "preserve"),), no_forward="not here"
             )
             for task in (0, 1)
         ]
@@ -226,7 +226,7 @@ def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
             assert evidence is not None
             request.consumers[0].finish(evidence)
     twice = {one[:2] for one in reads if reads.count(one) > 1}
-    again = {place.name for place in sinks._places.values() if (place.span.file, place.span.start) in twice}
+    again = {place.name for place in shared._places.values() if (place.span.file, place.span.start) in twice}
     assert again <= {"model.layers.1.self_attn.v_proj.weight", "mtp.fc.weight"}
     expected = stored(base) | sent_by(base, adapter).values()
     for model in parent.models:

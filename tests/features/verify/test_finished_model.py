@@ -55,7 +55,7 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
         of_base = finished_model.Files(directory=str(base), stored=theirs.tensors, feed=base_feed)
         of_merge = finished_model.Files(directory=str(merged), stored=own.tensors, feed=feed)
         finished = finished_model.load_merged(of_merge, "m", model_class, loaded, of_base)
-        consumer = finished_model.Compared(loaded, finished, of_merge, of_base, account.map)
+        consumer = finished_model.ComparisonConsumer(loaded, finished, of_merge, of_base, account.map)
         evidence = merge(MergeRequest(base=loaded, members=(files,), consumers=(consumer,)))
         comparison = dict(evidence.facts)["verify"]
         assert isinstance(comparison, Comparison)

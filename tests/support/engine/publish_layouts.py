@@ -20,7 +20,7 @@ from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named_tensors
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, tensor_map
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.features.publish.consumer import PublicationSink
+from merge_gate.features.publish.consumer import PublicationConsumer
 from merge_gate.features.publish.stored_layout import StoredLayout, layout_of
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.measured import Evidence
@@ -128,12 +128,12 @@ def _changed(base: Base, layout: StoredLayout) -> dict[str, torch.Tensor]:
 def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent) -> None:
     """Write the changed tensors as a merge does."""
     connection: Any = sent
-    sink = PublicationSink(layout, connection, 0)
-    sink.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
+    consumer = PublicationConsumer(layout, connection, 0)
+    consumer.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
     for name, values in changed.items():
-        sink.put(name, values)
-    sink.complete(changed, ())
-    sink.finish(Evidence(base=layout.base.facts))
+        consumer.put(name, values)
+    consumer.complete(changed, ())
+    consumer.finish(Evidence(base=layout.base.facts))
     if sent.refusal is not None:
         raise NotPublishedError(sent.refusal.message)
 

@@ -1,6 +1,6 @@
 """A merged model put together from the stored tensors that a merge writes, without the process that makes files.
 
-In: a base's directory, and what a `PublicationSink` writes. Out: a directory that transformers loads.
+In: a base's directory, and what a `PublicationConsumer` writes. Out: a directory that transformers loads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
-from merge_gate.features.publish.consumer import PublicationSinks
+from merge_gate.features.publish.consumer import PublicationBase
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import PRESERVE
@@ -108,10 +108,10 @@ def sent_by(
             base = dequantized_base(base, publish)
         sent = sent or Sent()
         connection: Any = sent
-        sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=connection)
-        sink = sinks.sink(0, publish)
-        sent.evidence = merge(MergeRequest(base=base, members=(files,), consumers=(sink, *runs())))
-        sink.finish(sent.evidence)
+        published = PublicationBase(base=base, model_class=model_class, stored=stored, feed=feed, connection=connection)
+        consumer = published.consumer(0, publish)
+        sent.evidence = merge(MergeRequest(base=base, members=(files,), consumers=(consumer, *runs())))
+        consumer.finish(sent.evidence)
         return sent
 
 

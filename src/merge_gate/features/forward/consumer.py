@@ -169,18 +169,18 @@ def _fits(base: Base, evidence: Evidence, free_bytes: int | None) -> bool:
 def _merged_again(base: Base, loaded: Loaded, *, safe_merge: bool) -> MergedModel | None:
     """The merge. None if PEFT has to repeat it without blocks."""
     received: dict[str, torch.Tensor] = {}
-    walk = AdapterMerge(
+    merge = AdapterMerge(
         base=base,
         loaded=loaded,
         measure_options=MeasureOptions(estimates=True),
         consumers=(WholeTensors(received.__setitem__),),
         safe_merge=safe_merge,
     )
-    walk.plan()
-    merge_planned((walk,), (base,))
-    if walk.differing:
+    merge.plan()
+    merge_planned((merge,), (base,))
+    if merge.differing:
         return None
-    walk.finish()
+    merge.finish()
     model = loaded.model.get_base_model()
     places = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     in_place = {  # any other merged tensor is in the model

@@ -1,8 +1,8 @@
 """Writes the stored tensors of merged models while their adapters are merged and measured.
 
-In: a loaded base, the feed of its files, and merged tensors. Out: tensors in the files that a
-`Connection` has got, and at the end of each task their checksums, or the reason why the model must not be published.
-Judges nothing, and creates no files.
+In: a loaded base, the feed of its files, and merged tensors. Out: tensors in the files that a `Connection` gets, and
+at the end of each task their checksums, or the reason why the model must not be published. Judges nothing, and creates
+no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
 2. `put`, `put_rows`: the merged values are written, converted to the stored layout if necessary.
@@ -64,7 +64,7 @@ def consumer(
     """What publishes a task's merge. None if no process makes its files."""
     if bases.client is None:
         return None
-    sinks = loaded.kept.get(__name__) or PublicationSinks(
+    base = loaded.kept[__name__] = loaded.kept.get(__name__) or PublicationBase(
         base=loaded.base,
         model_class=loaded.model_class,
         stored=loaded.group.files.tensors,
@@ -72,8 +72,7 @@ def consumer(
         connection=Connection(bases.client),
         is_fed=loaded.group.fed,
     )
-    loaded.kept[__name__] = sinks
-    return sinks.sink(task.index, dtype)
+    return base.consumer(task.index, dtype)
 
 
 class Connection:
@@ -102,8 +101,8 @@ class Connection:
         )
 
 
-class PublicationSink(Consumer):
-    """The merged tensors of one adapter.
+class PublicationConsumer(Consumer):
+    """Writes the merged tensors of one adapter.
 
     `dtype` is `preserve`, `as-merged`, or the dtype that the base was loaded in, for a cast.
     """
@@ -378,7 +377,7 @@ class PublicationSink(Consumer):
         if lacking:
             self._own.feed.expect([place.span for place in lacking], whole=False)
             for place in lacking:
-                place.read(self._own.feed)  # all sinks of the pass `take` it
+                place.read(self._own.feed)  # all consumers of the pass `take` it
 
     def _with_base(self, group: TensorGroup) -> dict[str, torch.Tensor]:
         """All tensors of a group: those that the merge has given, and the base's."""
@@ -411,8 +410,8 @@ _BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
 
 
 @dataclass(slots=True, kw_only=True)
-class PublicationSinks:
-    """The publications on one loaded base. `stored` are the headers of its files.
+class PublicationBase:
+    """One loaded base, and what the publications on it share. `stored` are the headers of its files.
 
     `is_fed`: the parent does not copy what a merge leaves alone: it would have to read the base again.
     """
@@ -426,8 +425,8 @@ class PublicationSinks:
     _layout: StoredLayout | None = None
     _places: dict[tuple[str, int], StoredBytes] = field(default_factory=dict)
 
-    def sink(self, task: int, dtype: str) -> Consumer:
-        """A sink for a task. It takes nothing if this base allows no publication; the parent gets the reason."""
+    def consumer(self, task: int, dtype: str) -> Consumer:
+        """What publishes a task's merge: nothing, if this base allows no publication. The parent gets the reason."""
         try:
             if self._layout is None:
                 self._layout = self._made_layout()
@@ -442,7 +441,7 @@ class PublicationSinks:
                 (place.span.file, place.span.start): place for place in in_order if place.span.start < place.span.end
             }
         fed = self.feed if self.is_fed else None
-        return PublicationSink(self._layout, self.connection, task, dtype, places=self._places, fed=fed)
+        return PublicationConsumer(self._layout, self.connection, task, dtype, places=self._places, fed=fed)
 
     def _map(self, headers: tuple[StoredTensor, ...], *, is_plain: bool) -> TensorMap:
         source = self.base.source

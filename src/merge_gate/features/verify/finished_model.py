@@ -92,7 +92,7 @@ def comparing(
             f"base {base.source.label} is quantized ({base.facts.quantization}), and a merge into it is not compared",
             hint="name the original base with --base",
         )
-    return Compared(base, merged, files, base_files, base_map)
+    return ComparisonConsumer(base, merged, files, base_files, base_map)
 
 
 class _Unloadable(Consumer):
@@ -141,11 +141,11 @@ def _main_dtype(stored: Sequence[StoredTensor]) -> str:
     return max(counts, key=counts.__getitem__, default="")
 
 
-class Compared(WholeTensors):
-    """Steps 2 to 5. Without a merge, the comparison is empty."""
+class ComparisonConsumer(WholeTensors):
+    """Steps 2 to 5. If the adapter could not be merged, the comparison is empty."""
 
     def __init__(self, base: Base, merged: Base, files: Files, base_files: Files, base_map: TensorMap | None) -> None:
-        self._comparisons = _Comparisons(base=base, merged=merged)
+        self._comparisons = _TensorComparisons(base=base, merged=merged)
         self._files, self._base_files, self._base_map = files, base_files, base_map
         super().__init__(self._comparisons.put)
 
@@ -196,7 +196,7 @@ class Compared(WholeTensors):
 
 
 @dataclass(slots=True, kw_only=True)
-class _Comparisons:
+class _TensorComparisons:
     """Compares each merged tensor with the finished model's, and keeps the facts.
 
     `facts` are by the name of the merge's tensor, and by that of the finished model's.
