@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.features.cache import remembered
-from merge_gate.features.cache.remembered import KnownDevices, SeenBases, StoredFigures
+from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures
 from merge_gate.features.cache.store import Seal, Store
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import BaseContent
@@ -30,8 +30,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "has_card", lambda: True)
 
 
-def known_devices(place: Path, requested: str = "cuda", **environ: str) -> KnownDevices:
-    return KnownDevices(requested, open_store(place), environ)
+def known_devices(place: Path, requested: str = "cuda", **environ: str) -> StoredDevices:
+    return StoredDevices(requested, open_store(place), environ)
 
 
 def test_a_processor_is_known_without_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,25 +100,25 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bases(tmp_path: Path) -> SeenBases:
-    return SeenBases(Store(str(tmp_path / "cache"), Seal(), pytest.fail))
+def bases(tmp_path: Path) -> StoredDigests:
+    return StoredDigests(Store(str(tmp_path / "cache"), Seal(), pytest.fail))
 
 
-def learn(bases: SeenBases, base: Path, *, later_s: float = 3.0) -> None:
+def learn(bases: StoredDigests, base: Path, *, later_s: float = 3.0) -> None:
     bases.store(str(base), base_identity(str(base)), DIGEST, time.time_ns() + round(later_s * 1e9))
 
 
-def digests_of(bases: SeenBases, base: Path) -> dict[str, str] | None:
+def digests_of(bases: StoredDigests, base: Path) -> dict[str, str] | None:
     return bases.lookup(str(base), base_identity(str(base)))
 
 
-def test_an_unchanged_base_is_known(bases: SeenBases, base: Path) -> None:
+def test_an_unchanged_base_is_known(bases: StoredDigests, base: Path) -> None:
     assert digests_of(bases, base) is None
     learn(bases, base)
     assert digests_of(bases, base) == DIGEST
 
 
-def test_a_write_that_sets_size_and_time_back_is_seen(bases: SeenBases, base: Path) -> None:
+def test_a_write_that_sets_size_and_time_back_is_seen(bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
     file = base / "model.safetensors"
     before = file.stat()
@@ -128,7 +128,7 @@ def test_a_write_that_sets_size_and_time_back_is_seen(bases: SeenBases, base: Pa
     assert digests_of(bases, base) is None
 
 
-def test_another_file_in_its_place_is_seen(bases: SeenBases, base: Path) -> None:
+def test_another_file_in_its_place_is_seen(bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
     other = base / "other"
     other.write_bytes(b"WEIGHTS")
@@ -136,19 +136,19 @@ def test_another_file_in_its_place_is_seen(bases: SeenBases, base: Path) -> None
     assert digests_of(bases, base) is None
 
 
-def test_one_more_file_is_seen(bases: SeenBases, base: Path) -> None:
+def test_one_more_file_is_seen(bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
     (base / "modeling.py").write_text("")
     assert digests_of(bases, base) is None
 
 
-def test_files_as_young_as_the_digest_are_not_vouched_for(bases: SeenBases, base: Path) -> None:
+def test_files_as_young_as_the_digest_are_not_vouched_for(bases: StoredDigests, base: Path) -> None:
     """A write in the same tick of the clock would not show."""
     learn(bases, base, later_s=1.0)
     assert digests_of(bases, base) is None
 
 
-def test_files_from_the_future_are_not_vouched_for(bases: SeenBases, base: Path) -> None:
+def test_files_from_the_future_are_not_vouched_for(bases: StoredDigests, base: Path) -> None:
     """A clock that was set back could reach that time again."""
     ahead = time.time() + 3600
     os.utime(base / "model.safetensors", (ahead, ahead))
@@ -158,7 +158,7 @@ def test_files_from_the_future_are_not_vouched_for(bases: SeenBases, base: Path)
 
 @pytest.mark.parametrize("ahead_s", [-3600.0, -3.0, 3.0, 3600.0])
 def test_a_clock_that_was_set_makes_every_record_a_miss(
-    bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+    bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
 ) -> None:
     learn(bases, base)
     offset_s = remembered.clock_offset_s()
@@ -168,19 +168,19 @@ def test_a_clock_that_was_set_makes_every_record_a_miss(
 
 @pytest.mark.parametrize("start", ["another", None])
 def test_another_machine_knows_nothing(
-    bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, start: str | None
+    bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch, start: str | None
 ) -> None:
     learn(bases, base)
     monkeypatch.setattr(remembered, "boot_id", lambda: start)
     assert digests_of(bases, base) is None
 
 
-def test_fresh_reads_nothing(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+def test_fresh_reads_nothing(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
-    assert digests_of(SeenBases(Store(str(tmp_path / "cache"), Seal(), pytest.fail), fresh=True), base) is None
+    assert digests_of(StoredDigests(Store(str(tmp_path / "cache"), Seal(), pytest.fail), fresh=True), base) is None
 
 
-def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
     (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
     store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
@@ -194,7 +194,7 @@ def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base:
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
 
 
-def test_a_base_without_files_is_a_miss(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+def test_a_base_without_files_is_a_miss(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
     (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
     store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
@@ -205,7 +205,7 @@ def test_a_base_without_files_is_a_miss(tmp_path: Path, bases: SeenBases, base: 
 
 
 def test_without_a_boot_id_nothing_is_stored_or_found(
-    tmp_path: Path, bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learn(bases, base)
     (path,) = (tmp_path / "cache" / "bases").iterdir()

@@ -1,1 +1,1 @@
-"""Verdicts of earlier runs: their key, and the sealed store."""
+"""Verdicts of earlier runs: how they are sealed, stored, and reused, with figures of bases."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.features.cache.cached_verdict import CachedVerdict, document_of, for_entry, from_document
-from merge_gate.features.cache.remembered import KnownDevices, SeenBases, StoredFigures
+from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures
 from merge_gate.features.cache.store import Seal, Store, from_environment
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.terms import BaseKey, Read
@@ -54,11 +54,11 @@ class VerdictCache(Feature):
         for place in (folder, *folder.parents):
             refuse_input(place, run.inputs, "--cache")
         self._store = Store(directory, seal, run.view.note, read_only=run.options.is_plan)
-        self._devices = KnownDevices(run.options.device, self._store, os.environ)
+        self._devices = StoredDevices(run.options.device, self._store, os.environ)
         here, trusts = current_place(os.environ), run.config.trusts
-        self._records = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
+        self._figures = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseFigures]] = {}
-        run.watch.remembered = SeenBases(self._store, fresh=self._fresh)
+        run.watch.remembered = StoredDigests(self._store, fresh=self._fresh)
 
     def close(self) -> None:
         self._store.tidy()
@@ -115,18 +115,17 @@ class VerdictCache(Feature):
         yield "cache", f"{one_line(self._directory, 120)}: stored verdicts need no merge"
 
     def schedule(self, groups: Sequence[Group]) -> Iterator[Group]:
-        return map(self._with_records, groups)
+        return map(self._with_figures, groups)
 
-    def _with_records(self, group: Group) -> Group:
+    def _with_figures(self, group: Group) -> Group:
         """The group, with the figures that earlier runs measured of its base, unless this run reads all of it."""
-        records: tuple[BaseFigures, ...] = ()
-        if (
-            group.files.on_hub is None and self._run.read_of(group) is not Read.WHOLE
-        ):  # on the Hub, no one knows whether there is a record
+        figures: tuple[BaseFigures, ...] = ()
+        is_here = group.files.on_hub is None  # the figures are stored by a digest, which needs the files
+        if is_here and self._run.read_of(group) is not Read.WHOLE:
             self._run.watch.recall(group.directory)
             content = self._run.watch.content(group.directory)
-            records = self._records.lookup(group.base, content) if content is not None else ()
-        return replace(group, earlier_figures=records, keeps_figures=group.plain_dtype is None)
+            figures = self._figures.lookup(group.base, content) if content is not None else ()
+        return replace(group, earlier_figures=figures, keeps_figures=group.plain_dtype is None)
 
     def received(self, event: Event) -> None:
         match event:
@@ -144,4 +143,4 @@ class VerdictCache(Feature):
             is_proven = watch.digest(group.directory) is not None and not watch.is_only_listed(group.directory)
             if content is not None and is_proven:
                 with suppress(Exception):  # a record that is not stored costs a later run its time
-                    self._records.store(group.base, content, figures)
+                    self._figures.store(group.base, content, figures)

@@ -33,7 +33,7 @@ Json = Any
 _CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
-class KnownDevices:
+class StoredDevices:
     """The device that a run would merge on, which is part of every key. A card is valid until the machine restarts."""
 
     def __init__(self, requested: str, store: Store, environ: Mapping[str, str]) -> None:
@@ -85,7 +85,7 @@ CLOCK_DRIFT_S = 2.0
 """The system's own corrections of the clock stay below this. Setting the clock does not."""
 
 
-class SeenBases:
+class StoredDigests:
     """Digests of bases that earlier runs on this machine hashed. With `fresh`, they are only written.
 
     They are valid under three conditions:
