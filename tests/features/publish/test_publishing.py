@@ -477,14 +477,14 @@ def test_a_tensor_of_a_streamed_base_needs_a_checksum(place: Path, lost: str | N
 
 @pytest.mark.attempt("F01", "ENOSPC while the model is written", "not published, and no leftover")
 def test_a_disk_that_fills_during_the_copy_prevents_publishing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = weight_files._write_all
+    own = weight_files.write_all
 
     def fail(descriptor: int, start: int, content: memoryview) -> None:
         if start:  # not a header
             raise OSError(28, "No space left on device")
         own(descriptor, start, content)
 
-    monkeypatch.setattr(weight_files, "_write_all", fail)
+    monkeypatch.setattr(weight_files, "write_all", fail)
     assert play(place, "--publish", "merged") == 3
     assert nothing_published(place)
     assert "No space left on device" in adapters_of(place)[0]["findings"][0]["message"]

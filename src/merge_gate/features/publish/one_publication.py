@@ -7,8 +7,8 @@ In: what the worker plans and writes, the base's own files, and the verdict. Out
 3. `complete`: the rest, from the base; read back.                  the adapter passed, and the worker has ended
 4. `publish`: the files next to the weights; the name.              the base is unchanged
 
-The worker is not trusted: it can lie about the values, and not about files, sizes, and names. Any of these steps raises
-what costs the publication (feature.py).
+The worker is not trusted: it can lie about the values, and not about files, sizes, and names. What any of these steps
+raises costs the publication (feature.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ from pathlib import Path
 from merge_gate._internal.errors import NotPublishedError
 from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.companions import CompanionFiles, Identities, companions_of, read_inputs
-from merge_gate.features.publish.manifest import (
-    PublicationFacts,
-    manifest_of,
-    model_card,
-    render,
-)
+from merge_gate.features.publish.manifest import PublicationFacts, manifest_of, model_card, render
 from merge_gate.features.publish.packed_weights import packed_weights
 from merge_gate.features.publish.partial import PartialDirectory
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, cast, merged_layout, refuse_other_files
@@ -95,7 +90,8 @@ class Publication:
         self.discard()
         planned = self._cast | {tensor.name: tensor for tensor in tensors}
         self._planned = frozenset(planned)
-        layout = self._layout({name: tensor for name, tensor in planned.items() if not self._is_stored_so(tensor)})
+        changes = (item for item in planned.items() if self._stored.get(item[0]) != (item[1].dtype, item[1].shape))
+        layout = self._layout(dict(changes))
         largest, most_bytes = layout.largest_bytes, 2 * self.expected.size_bytes + _MORE_BYTES
         if layout.size_bytes > most_bytes or largest > self.publishing.most_bytes:
             raise NotPublishedError(
@@ -106,9 +102,6 @@ class Publication:
         self._partial = PartialDirectory(self.directory)
         self._writer = ModelWriter(self._partial.model, layout)
         return self._writer.make_files()
-
-    def _is_stored_so(self, tensor: StoredTensor) -> bool:
-        return self._stored.get(tensor.name) == (tensor.dtype, tensor.shape)
 
     def written(self, message: PublicationWritten) -> None:
         """The worker has written all that it wants to write: what it planned. The rest is copied from a local base."""

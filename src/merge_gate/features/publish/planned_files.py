@@ -34,9 +34,7 @@ class PlannedFiles:
         """
         content = content.cast("B")
         for descriptor, start, _ in self._places[name]:
-            done = 0
-            while done < len(content):
-                done += os.pwrite(descriptor, content[done:], start + offset + done)
+            write_all(descriptor, start + offset, content)
         checksum = zlib.crc32(content, self._written[name][1] if offset else 0)
         self._written[name] = offset + len(content), checksum
 
@@ -57,3 +55,10 @@ class PlannedFiles:
         """Close the files. May be called once."""
         for descriptor in self._descriptors:
             os.close(descriptor)
+
+
+def write_all(descriptor: int, start: int, content: memoryview) -> None:
+    """Write bytes to a place in a file, however many the system writes at a time."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, content[done:], start + done)

@@ -30,6 +30,7 @@ from typing import Any
 from merge_gate._internal.errors import GateError, NotPublishedError
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.features.publish.packed_weights import packed_weights
+from merge_gate.features.publish.planned_files import write_all
 from merge_gate.files import json_object
 from merge_gate.files.base_files import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING, loaded_files
 from merge_gate.files.feed import LocalFeed
@@ -294,7 +295,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _is_true(index: Mapping[str, Any], files: Iterable[FileLayout]) -> bool:
-    """Whether an index names every tensor of these files, and nothing else. Of a name in two files, either counts."""
+    """Whether an index names every tensor of these files, and nothing else. A tensor may be in two files."""
     holders: dict[str, set[str]] = {}
     for file in files:
         for place in file.places:
@@ -339,7 +340,7 @@ class ModelWriter:
                 made.append(_open(self._directory / file.name, _NEW))
                 stack.callback(os.close, made[-1])
                 os.ftruncate(made[-1], file.size_bytes)
-                _write_all(made[-1], 0, memoryview(file.head))
+                write_all(made[-1], 0, memoryview(file.head))
             stack.pop_all()
         return tuple(made)
 
@@ -363,7 +364,7 @@ class ModelWriter:
                         piece = buffer[:size_bytes]
                         feed.read(source.tensor.file, source.start + offset, piece)
                         checksum = zlib.crc32(piece, checksum)
-                        _write_all(descriptor, place.start + offset, piece)
+                        write_all(descriptor, place.start + offset, piece)
                 self.checksums[place.tensor.name] = checksum
 
     def _pieces(self, place: Place) -> Iterator[tuple[int, int]]:
@@ -381,7 +382,7 @@ class ModelWriter:
             OSError: the disk is full, or fails.
         """
         with _opened(self._directory / name, _NEW) as descriptor:
-            _write_all(descriptor, 0, memoryview(content))
+            write_all(descriptor, 0, memoryview(content))
             os.fsync(descriptor)
             if _read(descriptor) != content:
                 raise _other_bytes(name)
@@ -425,12 +426,6 @@ def _opened(path: Path, flags: int = _EXISTING) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, start: int, content: memoryview) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(descriptor, content[done:], start + done)
 
 
 def _read(descriptor: int) -> bytes:
