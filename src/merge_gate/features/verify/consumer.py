@@ -62,13 +62,8 @@ def _feed_of(finished: Snapshot, bases: GroupBases) -> Feed | None:
     """The feed of a finished model that is streamed: the parent has it as a group without tasks."""
     if bases.client is None or finished.base_files is None or not finished.base_files.is_streamed:
         return None
-    places = (
-        position
-        for position, group in enumerate(bases.job.groups)
-        if group.directory == finished.directory and not group.tasks
-    )
-    position = next(places, None)
-    if position is None:
-        return None
-    feed: Feed = part("stream", "feed").ParentFeed(bases.client, position, is_aside=True)
-    return feed
+    for position, group in enumerate(bases.job.groups):
+        if group.directory == finished.directory and not group.tasks:
+            feed: Feed = part("stream", "feed").ParentFeed(bases.client, position, is_aside=True)
+            return feed
+    return None
