@@ -180,7 +180,7 @@ class HubFile:
         if self._is_on_hub(address) and self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         done = 0
-        most = {MOST_BYTES: sys.maxsize}  # `_refuse_excess` knows better
+        most = {MOST_BYTES: sys.maxsize}  # `_refuse_more` has a closer limit
         limit_requests(get_session())
         try:
             with get_session().stream(
@@ -188,7 +188,7 @@ class HubFile:
             ) as answer:
                 self._check(answer, start, end)
                 for part in answer.iter_raw():
-                    self._refuse_excess(len(part), len(buffer) - done)
+                    self._refuse_more(len(part), len(buffer) - done)
                     buffer[done : done + len(part)] = part
                     done += len(part)
         except Exception as error:
@@ -202,7 +202,7 @@ class HubFile:
         if status in _EXPIRED:
             raise _TransientError(f"the server refused with status {status}", pause_s=0.0, is_expired=True)
         if status in _TRANSIENT:
-            pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops what is none
+            pause_s = answer.headers.get("Retry-After")  # digits: request_limits.py drops anything else
             raise _TransientError(f"the server answered with status {status}", pause_s=pause_s and float(pause_s))
         if status != _PARTIAL_CONTENT:
             raise self._wrong(f"status {status}, expected 206 for a range")
@@ -218,7 +218,7 @@ class HubFile:
             if etag != self._served:
                 raise self._changed("two ranges come from two files")
 
-    def _refuse_excess(self, size_bytes: int, room_bytes: int) -> None:
+    def _refuse_more(self, size_bytes: int, room_bytes: int) -> None:
         if size_bytes > room_bytes:
             raise self._wrong(f"{counted(size_bytes - room_bytes, 'byte')} more than requested")
 
@@ -293,7 +293,7 @@ class HubFiles:
                 )
 
     def read(self, file: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the file's bytes from `start` on. Of a header, these are the bytes that were laid out.
+        """Fill `into` with the file's bytes from `start` on. A header has the bytes that were laid out.
 
         Raises:
             SourceError: these bytes could not be had.
@@ -352,7 +352,7 @@ def _copy(source: str, directory: str, names: Iterable[str]) -> None:
 
 
 def _head(file: HubFile) -> bytes:
-    """The header of a safetensors file, with its length. Of any other file the first bytes, which show what it is."""
+    """The header of a safetensors file, with its length. For another file, its first bytes, which show what it is."""
     head = bytearray(min(_FIRST_READ_BYTES, file.size_bytes))
     if head:
         file.read_into(0, memoryview(head))
