@@ -118,7 +118,7 @@ def too_large(label: str, size_bytes: int, free_bytes: int | None) -> str | None
     )
 
 
-def gibibytes(count: int) -> str:
+def gibibytes(count: float) -> str:
     """A number of bytes in GiB."""
     return f"{count / 2**30:.1f} GiB"
 

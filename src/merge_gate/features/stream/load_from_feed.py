@@ -55,7 +55,7 @@ def load_from_feed(
     """Load a base into memory.
 
     Args:
-        source: the base. Of its directory, the headers of the weight files and the other files are read.
+        source: the base. The headers of its weight files and its other files are read from its directory.
         model_class: the class and head to load it as.
         files: the base's files, with the tensors in their headers.
         feed: the bytes of these files.
@@ -130,8 +130,8 @@ def _refuse_too_large(outline: Any, source: Source, model_class: ModelClass, fre
     if free_bytes is not None and needed > free_bytes:
         quantized = f" ({source.quantization})" if packed else ""
         raise EngineError(
-            f"base {source.label}{quantized} takes {needed / 2**30:.1f} GiB of memory as {model_class.class_name}, and "
-            f"only {free_bytes / 2**30:.1f} GiB are free: nothing of it was read",
+            f"base {source.label}{quantized} takes {gibibytes(needed)} of memory as {model_class.class_name}, and "
+            f"only {gibibytes(free_bytes)} are free: nothing of it was read",
             hint="use a machine with more memory"
             + (
                 "; with quantization: none, the base is read in pieces and needs no memory of its size"
