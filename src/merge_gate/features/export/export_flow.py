@@ -3,10 +3,10 @@
 In: the names of adapter, base, and directory. Out: an `Export`. The directory appears whole, or not at all. Imports no
 torch: only the worker process does.
 
-1. Read the adapter's files, refuse what has no plain LoRA, and repair names.     export/plain_lora.py
-2. Gate the adapter, and keep its merges.                                         run/flow.py, export/kept_merges.py
-3. Make the plain LoRA.                                                           export/plain_lora.py
-4. Gate it as the class that its users load, and compare its merges with those.   run/flow.py, export/kept_merges.py
+1. Read the adapter's files, refuse what has no plain LoRA, and repair names.     plain_lora.py
+2. Gate the adapter, and keep its merges.                                         run/flow.py, kept_merges.py
+3. Make the plain LoRA.                                                           plain_lora.py
+4. Gate it as the class that its users load, and compare its merges with those.   run/flow.py, kept_merges.py
 5. Write the record, and give the directory its name.                             features/publish/partial.py
 """
 

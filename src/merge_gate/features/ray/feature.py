@@ -1,7 +1,7 @@
 """Runs a gate on a Ray cluster as shards, and combines their reports. The only module that imports Ray.
 
-What `run_gate` gets, and the address of a cluster, go in. The report comes out that one machine would have written. Ray
-is imported only when a cluster is requested. No dashboard is started, and no statistics are sent.
+In: what `run_gate` gets, and the address of a cluster. Out: the report that one machine would have written. No
+dashboard is started, and no statistics are sent.
 
 1. A task is an ordinary run of a shard. It sends the calls of its view.
 2. A lost shard is run again, without an adapter that was being merged at two losses.

@@ -194,7 +194,7 @@ def _difference(part: _ShardReport, others: _ShardReport) -> str:
 
 
 def _each_once(parts: list[_ShardReport]) -> tuple[list[_ShardReport], list[str]]:
-    """Each shard once. Of two reports of one shard the worse one counts, so that no failure is lost."""
+    """Each shard once. If a shard has two reports, the worse one counts, so that no failure is lost."""
     by_index: dict[int, _ShardReport] = {}
     duplicates = []
     for part in sorted(parts, key=lambda part: _WORST[part.report.result]):

@@ -90,5 +90,5 @@ def _slots() -> int:
 
 
 def window_bytes() -> int:
-    """The memory of the window that the bytes of a base pass through, and of the lines."""
+    """The memory that the bytes of a base pass through: the window, and a piece for each channel of calls."""
     return (_slots() + CALL_CHANNELS) * PIECE_BYTES

@@ -250,7 +250,7 @@ class ReadAhead:
             threading.Thread(target=work, daemon=True).start()
 
     def cancel(self, error: Exception | None = None) -> None:
-        """Read ahead no more. Reads that wait get the error, or read the base itself."""
+        """Stop reading ahead. Reads that wait get the error, or read the base itself."""
         with self._changed:
             self._is_over, self._error = True, self._error or error
             for piece in self._pieces:
@@ -381,7 +381,7 @@ class ReadAhead:
 def plan(spans: Iterable[FileSpan], sizes: Mapping[str, int], known: Iterable[str]) -> tuple[FileSpan, ...]:
     """The pieces that hold these spans, in the order of the files' first use.
 
-    A file whose digest is not known is read whole, also if no span is in it. Of the others, only the chunks that hold
+    A file whose digest is not known is read whole, even if no span is in it. For other files, only the chunks that hold
     spans are read.
     """
     wanted = [(span.file, *widened(span.start, span.end, sizes[span.file])) for span in spans]

@@ -256,7 +256,7 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
     It is not signed, and anyone who can write the files can write it, too. A signature proves who wrote it.
 
     Raises:
-        UsageError: there is no record, or it is none of merge-gate.
+        UsageError: there is no record, or merge-gate did not write it.
         OSError: a file cannot be read.
     """
     from merge_gate.features.publish.manifest import differences, read_manifest  # noqa: PLC0415 - of this model alone

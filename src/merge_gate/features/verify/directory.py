@@ -100,7 +100,7 @@ def directory_findings(merged: Snapshot, expected: Mapping[str, Path], read: Rea
 
 
 class _Account:
-    """The account of one directory: what is odd, and which files are too many, by kind."""
+    """The account of one directory: by kind, what is odd, and which files should not be there."""
 
     def __init__(self, merged: Snapshot, expected: Mapping[str, Path], read: ReadSettings) -> None:
         self._merged, self._read = merged, read

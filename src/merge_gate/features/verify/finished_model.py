@@ -222,7 +222,7 @@ class _TensorComparisons:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """A merged tensor passes, in its final dtype. The last one of a name counts.
 
-        If the merge unties a tensor, its own name is none of the base's first names.
+        If the merge unties a tensor, its own name is not one of the base's first names.
         """
         if name not in self.base.tensors:
             self._untied.add(name)

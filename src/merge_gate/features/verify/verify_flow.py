@@ -5,7 +5,7 @@ torch: only the worker process does.
 
 1. Resolve the names, and read the headers of the directory.          files/resolve.py
 2. Merge the adapter and each candidate, and compare each merge.      run/flow.py, finished_model.py
-3. Name the kind of the directory.                                    verify/
+3. Name the kind of the directory.                                    answer.py
 4. Write the report.                                                  run/tally.py
 """
 
