@@ -119,7 +119,7 @@ def _refuse_report(top: argparse.ArgumentParser, words: Sequence[str]) -> NoRetu
         meant = f"{REPORT} show" if len(words) == 1 else f"{REPORT} diff"
         command = " ".join(["merge-gate", meant, *map(shlex.quote, words)])
         top.error(f"the command is missing; did you mean {quoted(command, 200, '`')}?")
-    known = [second for first, _, second in (name.partition(" ") for name in all_commands()) if first == REPORT]
+    known = [name.removeprefix(f"{REPORT} ") for name in all_commands() if name.startswith(f"{REPORT} ")]
     if not second or second in {"-h", "--help"}:
         lines = [f"  merge-gate {REPORT} {name} --help" for name in known]
         text = "\n".join(["the commands of `merge-gate report`:", *lines, ""])

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter.peft_config import pickled_headers
 from merge_gate.engine.adapter_evidence import MergeRequest
-from merge_gate.engine.base import accounting
-from merge_gate.engine.base import loaded_base as bases
+from merge_gate.engine.base import accounting, loaded_base
 from merge_gate.engine.base.accounting import Account
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
 from merge_gate.engine.base.model_class import model_class_for
@@ -150,7 +149,7 @@ class GroupBases:
         self.feed.open_files(group.files.weights)  # before the identity is verified
         base = self._read(group, load.model_class)
         if group.plain_dtype is not None and base.lazy is None:
-            base = bases.dequantized_base(base, group.plain_dtype)
+            base = loaded_base.dequantized_base(base, group.plain_dtype)
         load.loaded, load.identity = base, self._identity
         verify_base(group.directory, group.base.name, self._identity)
         accounting.add_file_facts(load.base, account, group.directory)
@@ -188,7 +187,7 @@ class GroupBases:
                 why_not = str(error)
         if base is None:
             give_back()
-            base = bases.load_base(source, model_class)
+            base = loaded_base.load_base(source, model_class)
         if group.in_passes:
             base.facts = replace(base.facts, no_skeleton=why_not.replace(group.directory, group.base.name))
         return base

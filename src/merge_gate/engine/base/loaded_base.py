@@ -240,8 +240,8 @@ class Base:
 
     def new_figures(self, model_class: ModelClass) -> BaseFigures | None:
         """All tensors' figures; None if this run did not measure all of them, or has quantized them."""
-        is_quantized = self.source.quantization is not Quantization.NONE
-        if self.unchecked or self.unmeasured() or self.facts.record or is_quantized:
+        quantizes = self.source.quantization is not Quantization.NONE
+        if self.unchecked or self.unmeasured() or self.facts.record or quantizes:
             return None
         figures = tuple(stats for name, stats in self.stats.items() if name not in self.newly_initialized)
         return BaseFigures(model_class=model_class.label, figures=figures)
