@@ -34,8 +34,8 @@ class Ends:
 
     def close(self) -> None:
         self.end()
-        for line in self.of_worker:
-            line.close()
+        for channel in self.of_worker:
+            channel.close()
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

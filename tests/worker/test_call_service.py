@@ -112,7 +112,7 @@ def test_the_end_waits_for_no_call(ends: Ends, service: Letters) -> None:
         ends.client.call(Asked(text=""))
 
 
-def test_the_memory_of_a_line_keeps_its_size(ends: Ends) -> None:
+def test_the_memory_of_a_channel_keeps_its_size(ends: Ends) -> None:
     """Otherwise, the parent would get a SIGBUS."""
     for channel in ends.of_worker:
         for size_bytes in (0, 2 * PIECE_BYTES):
