@@ -12,7 +12,19 @@ LOST = 1e-3
 
 
 @record
-class TensorComparison:
+class Deviation:
+    """How the values of a tensor deviate from the expected ones: figures that `TensorComparison` explains."""
+
+    units: float = 0.0
+    delta_sq: float = 0.0
+    cross: float = 0.0
+    actual_sq: float = 0.0
+    rounding_sq: float = 0.0
+    nonfinite: int = 0
+
+
+@record
+class TensorComparison(Deviation):
     """One tensor of the finished model, compared with the tensor that the merge gives.
 
     `same` is about PEFT's merge with safe_merge, and the figures are about the merge without it, which rounds once.
@@ -53,12 +65,6 @@ class TensorComparison:
     shape: tuple[int, ...]
     expected_shape: tuple[int, ...]
     numel: int
-    units: float = 0.0
-    delta_sq: float = 0.0
-    cross: float = 0.0
-    actual_sq: float = 0.0
-    rounding_sq: float = 0.0
-    nonfinite: int = 0
     outside: int | None = None
     bias: float = 0.0
     astray: int = 0

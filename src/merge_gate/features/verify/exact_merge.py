@@ -27,13 +27,13 @@ from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.merge.adapter_merge import AdapterMerge
 from merge_gate.engine.merge.private_copies import MergeTarget, private_copies, targets_of
 from merge_gate.engine.tensors.measure import CHUNK_ELEMENTS
+from merge_gate.features.verify.comparison import Deviation
 
 BLOCK = 64
 """Values that share a scale in 4 bits, as transformers loads a base."""
 
 LEAST_EXPLAINED = 0.5
 """A quantization explains a difference if it explains at least half of it: its scales may be quantized too."""
-
 
 _EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
@@ -43,7 +43,6 @@ _EXPONENTS = {
 }
 """The integers of the size of a floating dtype, and the bits of the exponent in them."""
 
-
 _HALVES = (torch.bfloat16, torch.float16)
 
 FLOAT32 = 2.0**-24
@@ -51,18 +50,6 @@ FLOAT32 = 2.0**-24
 
 LOOSE = 2.0**-6
 """Factors in 16 bits change a product by less than this share of what is added up to make it."""
-
-
-@dataclass(slots=True)
-class Deviation:
-    """See `TensorComparison`, which has the same figures."""
-
-    units: float = 0.0
-    delta_sq: float = 0.0
-    cross: float = 0.0
-    actual_sq: float = 0.0
-    rounding_sq: float = 0.0
-    nonfinite: int = 0
 
 
 def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> Deviation:
@@ -74,27 +61,29 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) 
     wide = torch.float64 if {torch.float32, torch.float64} & {actual.dtype, expected.dtype} else torch.float32
     flat = [tensor.detach().reshape(-1) for tensor in (actual, expected, base)]
     for start in range(0, actual.numel(), CHUNK_ELEMENTS):
-        _add(result, coarse, *(tensor[start : start + CHUNK_ELEMENTS].to(wide) for tensor in flat))
+        result = _added(result, coarse, *(tensor[start : start + CHUNK_ELEMENTS].to(wide) for tensor in flat))
     return result
 
 
-def _add(
-    result: Deviation, dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
-) -> None:
+def _added(
+    before: Deviation, dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor
+) -> Deviation:
     is_finite = torch.isfinite(actual)
     comparable = is_finite & torch.isfinite(expected) & torch.isfinite(base)
-    result.nonfinite += int((~is_finite & torch.isfinite(expected)).sum())
-    if bool((is_finite & ~torch.isfinite(expected)).any()):
-        result.units = math.inf
+    nonfinite = int((~is_finite & torch.isfinite(expected)).sum())
+    largest = math.inf if bool((is_finite & ~torch.isfinite(expected)).any()) else before.units
     if not bool(comparable.all()):
         actual, expected, base = (torch.where(comparable, tensor, 0.0) for tensor in (actual, expected, base))
     unit = units(torch.maximum(base.abs(), expected.abs()), dtype)
     delta, moved = (expected - base).double(), (actual - base).double()
-    result.units = max(result.units, float(((actual - expected).abs() / unit).max())) if len(unit) else result.units
-    result.delta_sq += float(delta.dot(delta))
-    result.cross += float(delta.dot(moved))
-    result.actual_sq += float(moved.dot(moved))
-    result.rounding_sq += float(torch.linalg.vector_norm(unit, dtype=torch.float64)) ** 2
+    return Deviation(
+        units=max(largest, float(((actual - expected).abs() / unit).max())) if len(unit) else largest,
+        delta_sq=before.delta_sq + float(delta.dot(delta)),
+        cross=before.cross + float(delta.dot(moved)),
+        actual_sq=before.actual_sq + float(moved.dot(moved)),
+        rounding_sq=before.rounding_sq + float(torch.linalg.vector_norm(unit, dtype=torch.float64)) ** 2,
+        nonfinite=before.nonfinite + nonfinite,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
