@@ -230,7 +230,8 @@ def _common(adapters: Iterable[CompanionFiles]) -> tuple[dict[str, bytes], list[
 
 def _replace(files: Chosen, own: Mapping[str, bytes]) -> list[Finding]:
     """Put the adapter's own files into `files`, and return notes about the base's files that they replace."""
-    dropped = replaced(files, own, has_template=_has_template(own))
+    settings = _object(own.get("tokenizer_config.json")) or {}
+    dropped = replaced(files, own, has_template=bool(settings.get("chat_template")))
     for name in dropped:
         del files[name]
     for name, data in own.items():
@@ -242,10 +243,6 @@ def _replace(files: Chosen, own: Mapping[str, bytes]) -> list[Finding]:
         return []
     message = "the adapter has its own tokenizer or chat template, so these files of the base were left out"
     return [_note(f"{message}: {listing(map(shown, gone), _LISTED)}")]
-
-
-def _has_template(files: Mapping[str, bytes]) -> bool:
-    return bool((_object(files.get("tokenizer_config.json")) or {}).get("chat_template"))
 
 
 def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[CompanionFiles]) -> list[Finding]:

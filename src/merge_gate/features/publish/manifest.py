@@ -420,7 +420,7 @@ def compared(
     for name, file in listed.items():
         if name not in names:
             yield name, Difference.MISSING
-        elif not is_regular(folder / name):
+        elif not (folder / name).is_file() or (folder / name).is_symlink():
             yield name, Difference.NO_FILE
         elif (folder / name).stat().st_size != file.size_bytes or (
             (weights or not name.endswith(".safetensors")) and digest_file(folder / name) != file.sha256
@@ -441,11 +441,6 @@ def names_below(directory: str | Path) -> list[str]:
         is_empty = not folders and not files and Path(place) != Path(directory)
         names += [Path(place, name).relative_to(directory).as_posix() for name in (*files, *linked, *["."] * is_empty)]
     return sorted(names)
-
-
-def is_regular(path: Path) -> bool:
-    """Whether a regular file is there, and not a link to one."""
-    return path.is_file() and not path.is_symlink()
 
 
 def _raise(error: OSError) -> None:
