@@ -8,16 +8,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import Any
 
 from merge_gate.judging import verdict
 from merge_gate.records.files import Entry
 from merge_gate.records.report import AdapterReport, BaseReport, Judged
 from merge_gate.records.terms import record
 from merge_gate.report.formats.fields import UnreadableError, dump, load
-from merge_gate.run.verdict_key import LONGEST_PLACE, key_of, may_have_key
-
-Json = Any
+from merge_gate.run.verdict_key import LONGEST_PLACE, Json, key_of, may_have_key
 
 _KEYS = {"material", "at", "place", "seconds", "adapter", "base"}
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")

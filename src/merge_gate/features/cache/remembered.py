@@ -11,11 +11,11 @@ import time
 from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_gate.records.measured import BaseFigures, EarlierRun
 from merge_gate.report.formats.fields import UnreadableError, dump, load
-from merge_gate.run.verdict_key import key_of, libraries, material_of_run
+from merge_gate.run.verdict_key import Json, key_of, libraries, material_of_run
 from merge_gate.worker.device import cpu_name, has_card
 from merge_gate.worker.protocol import DeviceChosen
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from merge_gate.features.cache.store import Store
     from merge_gate.records.files import BaseContent, FileIdentity
     from merge_gate.records.terms import BaseKey
-
-Json = Any
 
 # --- devices ---------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.regular_file import read_regular_file
@@ -22,12 +22,10 @@ from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
 from merge_gate._internal.text import counted
 from merge_gate._internal.whole_file import whole_file
 from merge_gate.features.cache.declared import SECRET
-from merge_gate.run.verdict_key import canonical
+from merge_gate.run.verdict_key import Json, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-Json = Any
 
 SHORTEST = 16
 _NO_SECRET = b"merge-gate: no secret"
