@@ -250,7 +250,7 @@ def _scaled(
     for group in sorted(groups, key=len, reverse=True)[:_LISTED]:
         factor = sum(tensor.cross for tensor in group) / sum(tensor.delta_sq for tensor in group)
         where = (
-            f"{_all(total)}"
+            _all(total)
             if len(group) == total
             else f"{len(group):,} of {total:,} tensors ({_listed(tensor.name for tensor in group)})"
         )
@@ -422,7 +422,7 @@ def _groups(names: Sequence[str]) -> str:
     """Names by their first part: 15 of `mtp.*`."""
     heads = Counter(name.partition(".")[0] for name in names)
     if len(names) <= _LISTED:
-        return listing([quoted(name, 120) for name in names])
+        return _listed(names)
     return listing([f"{count:,} {quoted(f'{head}.*', 80, '`')}" for head, count in heads.most_common()])
 
 
