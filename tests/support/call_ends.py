@@ -17,7 +17,7 @@ class Ends:
 
     def __init__(self, service: Service) -> None:
         self._calls, self._is_served = CallService([service]), True
-        ends = [os.dup(descriptor) for descriptor in self._calls.start()]  # as if the worker got them
+        ends = self._calls.start()  # as if the worker got them
         self.of_worker = [CallChannel.of(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)]
         self.client = CallClient(self.of_worker)
 

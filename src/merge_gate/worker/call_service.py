@@ -59,14 +59,14 @@ class CallService:
         self._services = services
         self._answers = {call: service.answer for service in services for call in service.calls}
         pairs = [CallChannel.pair(self._answers) for _ in range(CALL_CHANNELS)]
-        self.channels, self.of_worker = zip(*pairs, strict=True)
+        self.channels, self._of_worker = zip(*pairs, strict=True)
         self._threads = [threading.Thread(target=self._serve, args=(each,), daemon=True) for each in self.channels]
 
     def start(self) -> list[int]:
-        """Begin to answer. Returns the worker's ends of the channels."""
+        """Begin to answer. Returns the worker's ends of the channels, which the caller closes."""
         for thread in self._threads:
             thread.start()
-        return [descriptor for channel in self.of_worker for descriptor in channel.descriptors]
+        return [descriptor for channel in self._of_worker for descriptor in channel.detached()]
 
     def close(self) -> None:
         """End the service. A read or a disk that hangs keeps its thread."""
@@ -78,7 +78,7 @@ class CallService:
             thread.join(max(0.0, until - time.monotonic()))
         for service in self._services:
             service.end()
-        for channel in (*self.channels, *self.of_worker):
+        for channel in self.channels:
             channel.close()
 
     def _hang_up(self) -> None:

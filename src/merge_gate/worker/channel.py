@@ -156,12 +156,12 @@ class CallChannel(Channel):
 
     @classmethod
     def of(cls, socket_descriptor: int, window: int) -> CallChannel:
-        """The end that a process got as these `descriptors`."""
+        """The end that a process got as these descriptors."""
         return cls(socket.socket(fileno=socket_descriptor), window, MOST_FILES)
 
-    @property
-    def descriptors(self) -> tuple[int, int]:
-        return self._socket.fileno(), self.window
+    def detached(self) -> tuple[int, int]:
+        """The descriptors of this end. The caller closes them, and nothing else of this end is used any more."""
+        return self._socket.detach(), self.window
 
     def take(self, into: memoryview) -> None:
         """Copy out of the memory. A system call, unlike a mapping, lets other threads run meanwhile."""

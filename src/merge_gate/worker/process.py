@@ -204,6 +204,8 @@ def _converse(channel: Channel, attempt: Attempt, ends: Sequence[int]) -> bool:
 def _send(channel: Channel, job: Job, ends: Sequence[int]) -> None:
     with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
         channel.send(job, ends)
+    for descriptor in ends:
+        os.close(descriptor)
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
