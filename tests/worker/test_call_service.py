@@ -13,7 +13,7 @@ from merge_gate._internal.errors import SourceError
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records.terms import record
 from merge_gate.worker.call_client import CallClient
-from merge_gate.worker.call_service import CALL_CHANNELS, InvalidCallError, Service
+from merge_gate.worker.call_service import InvalidCallError, Service
 from merge_gate.worker.channel import CallChannel
 from merge_gate.worker.protocol import Answer, Idle
 from tests.support.call_ends import Ends, open_files, wait_until
@@ -96,9 +96,11 @@ def test_what_no_service_answers_ends_all_lines(message: object, ends: Ends) -> 
     assert ends.call(Asked(text="")) == Answer()
     with pytest.raises((EOFError, OSError)):
         ends.call(message)
-    for _ in range(CALL_CHANNELS):
-        with pytest.raises(SourceError):
-            ends.client.call(Asked(text=""))
+    for channel in ends.of_worker:  # they end one after the other
+        with pytest.raises(EOFError):
+            channel.receive()
+    with pytest.raises(SourceError):
+        ends.client.call(Asked(text=""))
 
 
 def test_the_end_waits_for_no_call(ends: Ends, service: Letters) -> None:
