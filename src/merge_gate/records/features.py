@@ -33,6 +33,7 @@ FEATURES: dict[str, dict[str, str]] = {
     "forward": {"declared": "declared", "feature": "feature", "consumer": "consumer", "checks": "checks"},
     "ray": {"declared": "declared", "feature": "feature"},
     "verify": {"declared": "declared", "records": "comparison", "consumer": "consumer", "command": "verify_command"},
+    "quantized": {"declared": "declared", "records": "measurement"},
     "attest": {"declared": "declared", "command": "attest_command"},
     "export": {
         "declared": "declared",
@@ -42,7 +43,7 @@ FEATURES: dict[str, dict[str, str]] = {
     },
 }
 """Modules in the folder of each feature, by place, in the order in which features act."""
-NEEDS = {"attest": "publish", "export": "publish", "ray": "shards", "verify": "publish"}
+NEEDS = {"attest": "publish", "export": "publish", "quantized": "verify", "ray": "shards", "verify": "publish"}
 """The one other feature that a feature imports. Who takes that one away takes both."""
 
 

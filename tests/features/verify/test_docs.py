@@ -55,5 +55,6 @@ def test_explain_knows_the_kinds_and_lists_them(capsys: pytest.CaptureFixture[st
 
 
 def test_a_good_kind_is_not_allowed_but_good() -> None:
-    good = {"exact", "other-order", "rounding", "as-published"}
-    assert set(ALLOWED) == set(ANSWERS) - good - {"broken-files", "other-architecture", "wrong-base"}
+    good = {"exact", "other-order", "rounding", "as-published", "applied"}
+    never = {"broken-files", "other-architecture", "wrong-base", "erased", "not-measurable"}
+    assert set(ALLOWED) == set(ANSWERS) - good - never

@@ -255,8 +255,8 @@ def _scaled(
             else f"{len(group):,} of {total:,} tensors ({_listed(tensor.name for tensor in group)})"
         )
         kind = "applied-twice" if _is(factor, 2) else "other-strength"
-        reasons = ", or ".join(_reasons(factor, config))
-        message = f"the delta is in {where} {factor:.4g} times, expected once" + (f": {reasons}" if reasons else "")
+        why = ", or ".join(reasons(factor, config))
+        message = f"the delta is in {where} {factor:.4g} times, expected once" + (f": {why}" if why else "")
         yield finding(kind, message, tensor=group[0].name, factor=factor)
 
 
@@ -264,7 +264,7 @@ def _is(factor: float, value: float) -> bool:
     return abs(factor - value) <= FACTOR_TOLERANCE * abs(value)
 
 
-def _reasons(factor: float, config: AdapterConfig) -> Iterator[str]:
+def reasons(factor: float, config: AdapterConfig) -> Iterator[str]:
     """What explains a factor: scalings of LoRA that programs confuse."""
     if _is(factor, 2):
         yield "it was merged twice, or at twice its strength"

@@ -1,0 +1,70 @@
+"""How much of an adapter's delta each tensor of a release has: facts of the worker, before they are judged."""
+
+from __future__ import annotations
+
+import math
+
+from merge_gate.records.terms import record
+
+
+@record
+class TensorStrength:
+    """One tensor of a release, compared with the base and the merge.
+
+    Let W be the base's values, D the delta of the merge in float32, and Q the release's values. Q is fitted by
+    aW + kD + e, in which e lets the merge be rounded to the base's dtype before it was quantized.
+
+    Attributes:
+        name: the name in the model.
+        kind: how the release stores it, such as `Q4_K`; empty for plain floats.
+        touched: whether the merge changes it. Otherwise, only the norms and `own_noise` are known.
+        shape, expected_shape: in the release, and in the merge. If they differ, the common part is compared.
+        nonfinite: how many values of Q are not finite. Nothing else is known then.
+        numel: the number of values.
+        strength: k. 1 is the merge, and 0 is the base.
+        error: the standard error of k: the largest of the errors for white noise, for noise that differs between rows,
+            and of the same fit on deltas whose rows are shuffled. Inf if the fit has no solution.
+        scale: a. Quantizers that fit their scales shrink W a little.
+        weight: the norm of W.
+        delta: the norm of D.
+        noise: the norm of the residual Q - aW - kD - e.
+        distance: the norm of Q - W.
+        bend: how much larger k is for large values of D, in standard errors. Rounding to codes erases small values.
+        own_noise: the norm of the error if W itself is quantized in this format; None if that cannot be repeated.
+        changed: the share of values that differ from this quantized W; None if it cannot be repeated.
+        is_erased: whether Q is nearer to a merge into that quantized W than to the quantized merge and to that W; None
+            if unknown.
+        rotated: whether rows or columns keep their norms although Q does not resemble W.
+    """
+
+    name: str
+    kind: str
+    touched: bool
+    shape: tuple[int, ...]
+    expected_shape: tuple[int, ...]
+    nonfinite: int = 0
+    numel: int = 0
+    strength: float = 0.0
+    error: float = math.inf
+    scale: float = 1.0
+    weight: float = 0.0
+    delta: float = 0.0
+    noise: float = 0.0
+    distance: float = 0.0
+    bend: float = 0.0
+    own_noise: float | None = None
+    changed: float | None = None
+    is_erased: bool | None = None
+    rotated: bool = False
+
+
+@record
+class Measurement:
+    """A release, compared with the merge of one adapter.
+
+    `absent` are tensors that the merge changes, and that the release lacks. `format` is what texts call its format.
+    """
+
+    format: str = ""
+    tensors: tuple[TensorStrength, ...] = ()
+    absent: tuple[str, ...] = ()

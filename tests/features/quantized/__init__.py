@@ -1,0 +1,1 @@
+"""How much of an adapter is in a quantized release."""

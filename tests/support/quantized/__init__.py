@@ -1,0 +1,1 @@
+"""Quantized releases, right and wrong, for the tests of their verification."""
