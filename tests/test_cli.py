@@ -741,9 +741,7 @@ def test_a_signal_ends_a_run_in_order(
 
 
 @pytest.mark.slow
-def test_a_second_run_is_refused_and_no_worker_outlives_a_kill(
-    stuck: tuple[subprocess.Popen[bytes], Path],
-) -> None:
+def test_a_second_run_is_refused_and_no_worker_outlives_a_kill(stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
     process, place = stuck
     before = (place / REPORT).read_bytes()
     answer = merge_gate("run", "gate.yml", cwd=place)

@@ -565,9 +565,7 @@ def cut(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_", "code"),
-    [(lambda _: None, 0), (cut, 1), (unreadable, 3)],
-    ids=["sound", "broken", "unreadable"],
+    ("break_", "code"), [(lambda _: None, 0), (cut, 1), (unreadable, 3)], ids=["sound", "broken", "unreadable"]
 )
 def test_a_check_says_what_it_found_and_that_nothing_was_merged(
     break_: Callable[[Path], object], code: int, place: Path, capsys: pytest.CaptureFixture[str], wording: Wording

@@ -443,11 +443,7 @@ def parameter(one: Mistake) -> ParameterSet:
 
 @pytest.mark.parametrize("mistake", [parameter(one) for one in MISTAKES])
 def test_a_mistake_loses_nothing(
-    mistake: Mistake,
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    wording: Wording,
+    mistake: Mistake, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     mistake.arrange(place)
     with mistake.accident(monkeypatch, place):

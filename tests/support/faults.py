@@ -588,12 +588,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
             break_=add("base_model.model.lm_head.original_module.weight", torch.nan, (64, 32)),
             warnings=("adapter-nonfinite",),
         ),
-        healthy(
-            "head-over-a-broken-one",
-            "modules-to-save",
-            base="llama-neginf-far",
-            warnings=("base-nonfinite",),
-        ),
+        healthy("head-over-a-broken-one", "modules-to-save", base="llama-neginf-far", warnings=("base-nonfinite",)),
         healthy("resized-head-lost", "resized-vocabulary", break_=drop("lm_head"), warnings=("untrained-tensors",)),
         healthy(
             "saved-by-0.15",

@@ -106,8 +106,7 @@ class Gate:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
         loaded = self.base(base, members[0], dtype=dtype)
         return self._decide(
-            members,
-            merge_combination(loaded, members, combine, measure_options=measure_options(TRIAL)),
+            members, merge_combination(loaded, members, combine, measure_options=measure_options(TRIAL))
         )
 
     def base(

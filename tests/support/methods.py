@@ -300,14 +300,7 @@ LORA_CASES = (
     make_case("lora-orthogonal", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="orthogonal"),
     make_case("lora-kasa", "llama", "LoraConfig", r=2, target_modules=Q, kasa_config=KasaConfig()),
     make_case("lora-mica", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="mica"),
-    make_case(
-        "lora-velora",
-        "llama",
-        "LoraConfig",
-        r=2,
-        target_modules=Q,
-        velora_config=VeloraConfig(num_groups=4),
-    ),
+    make_case("lora-velora", "llama", "LoraConfig", r=2, target_modules=Q, velora_config=VeloraConfig(num_groups=4)),
     make_case(
         "lora-monteclora",
         "llama",

@@ -170,11 +170,7 @@ def write_all(publisher: Publications, task: int, tensors: Mapping[str, bytes]) 
 
 
 def write(
-    publisher: Publications,
-    task: int,
-    planned: Sequence[StoredTensor],
-    tensors: Mapping[str, bytes],
-    **message: Any,
+    publisher: Publications, task: int, planned: Sequence[StoredTensor], tensors: Mapping[str, bytes], **message: Any
 ) -> None:
     """Plan a model, write these tensors in two parts, and send the message."""
     from merge_gate.features.publish.calls import PublicationWritten  # noqa: PLC0415 - of runs that publish

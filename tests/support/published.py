@@ -5,13 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from merge_gate.features.publish.manifest import (
-    PublicationFacts,
-    manifest_of,
-    model_card,
-    names_below,
-    render,
-)
+from merge_gate.features.publish.manifest import PublicationFacts, manifest_of, model_card, names_below, render
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, AdapterFiles, Entry, HashedFile
 from merge_gate.records.report import AdapterReport

@@ -116,11 +116,7 @@ def adapter(name: str = "support", verdict: Verdict = Verdict.PASSED, **fields: 
         "peft_type": "LORA",
         "verdict": verdict,
         "coverage": Coverage(
-            adapter_tensors=96,
-            applied=96,
-            modules_merged=48,
-            parameters_checked=checked,
-            parameters_total=PARAMETERS,
+            adapter_tensors=96, applied=96, modules_merged=48, parameters_checked=checked, parameters_total=PARAMETERS
         ),
         "files": (HashedFile(path="adapter_model.safetensors", size_bytes=151_123, sha256=SHA256),),
         "seconds": 0.84,
