@@ -22,9 +22,8 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Quantization
 from merge_gate.run.flow import run_gate
-from tests.support.base_cases import FORMAT
-from tests.support.bases import ADAPTERS, STEP
-from tests.support.bases_broken import BROKEN
+from tests.support.bases import ADAPTERS, STEP, Case
+from tests.support.bases_broken import BROKEN, FORMAT
 from tests.support.bases_good import GOOD, PACKAGED, UNFIT
 from tests.support.gating import Gate, one_thread
 
@@ -35,14 +34,13 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.loaded_base import Base
     from merge_gate.records.report import AdapterReport, BaseReport
     from merge_gate.records.terms import Finding
-    from tests.support.base_cases import Case
 
 if importlib.util.find_spec("compressed_tensors"):
-    GOOD.table.update(PACKAGED.table)
+    GOOD.update(PACKAGED)
 else:  # without the package, they are refused by name
     refused = {"cause": FORMAT, "names": ("compressed-tensors", "pip install", "unquantized")}
-    BROKEN.table.update({name: replace(case, **refused) for name, case in PACKAGED.table.items()})
-ALL = BROKEN.table | GOOD.table | UNFIT.table
+    BROKEN.update({name: replace(case, **refused) for name, case in PACKAGED.items()})
+ALL = BROKEN | GOOD | UNFIT
 HEADS = {"classifier", "pooler", "score"}
 """What a model of another task has, and the files need not."""
 
@@ -67,13 +65,13 @@ def params(table: Mapping[str, Case]) -> list[Any]:
 class Run:
     """What the gate reports, and where the bases are."""
 
-    adapters: Mapping[str, AdapterReport]
-    bases: Mapping[str, BaseReport]
-    truths: Mapping[str, Mapping[str, torch.Tensor]]
+    adapters: dict[str, AdapterReport]
+    bases: dict[str, BaseReport]
+    truths: dict[str, dict[str, torch.Tensor]]
     root: Path
 
     def base(self, case: Case) -> Path:
-        return directory_of(self.root, case.name)
+        return self.root / f"models--bases--{case.name}" / "snapshots" / "0"
 
     def findings(self, case: Case) -> Iterator[Finding]:
         yield from self.adapters[case.name].findings
@@ -81,32 +79,24 @@ class Run:
             yield from self.bases[str(self.base(case))].findings
 
 
-def directory_of(root: Path, name: str) -> Path:
-    return root / f"models--bases--{name}" / "snapshots" / "0"
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    root = tmp_path_factory.mktemp("bases")
-    truths, entries = {}, []
+    made, entries = Run({}, {}, {}, tmp_path_factory.mktemp("bases")), []
     with one_thread():
         for name, write in ADAPTERS.items():
-            write(root / "adapters" / name)
+            write(made.root / "adapters" / name)
         for case in ALL.values():
-            draft, directory = case.draft(), directory_of(root, case.name)
+            draft, directory = case.draft(), made.base(case)
             directory.mkdir(parents=True)
             draft.write(directory)
-            truths[case.name] = draft.truth
+            made.truths[case.name] = draft.truth
             base = {"model": str(directory)} | case.asked
             entries.append({"name": case.name, "path": f"adapters/{case.adapter}", "base": base})
-        (root / "gate.yml").write_text(json.dumps({"version": 1, "adapters": entries}))
-        report = run_gate(load_config(str(root / "gate.yml")), RunOptions(device="cpu"))
-        yield Run(
-            adapters={one.name: one for one in report.adapters},
-            bases={one.model: one for one in report.bases},
-            truths=truths,
-            root=root,
-        )
+        (made.root / "gate.yml").write_text(json.dumps({"version": 1, "adapters": entries}))
+        report = run_gate(load_config(str(made.root / "gate.yml")), RunOptions(device="cpu"))
+        made.adapters.update({one.name: one for one in report.adapters})
+        made.bases.update({one.model: one for one in report.bases})
+        yield made
 
 
 def texts(findings: Iterator[Finding], root: Path) -> str:
@@ -119,11 +109,11 @@ def texts(findings: Iterator[Finding], root: Path) -> str:
 @pytest.mark.parametrize("case", params(ALL))
 def test_the_verdict_is_right(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
-    expected = "failed" if case.name in UNFIT.table else "error" if case.cause else "passed"
+    expected = "failed" if case.name in UNFIT else "error" if case.cause else "passed"
     assert adapter.verdict == expected, texts(run.findings(case), run.root)
 
 
-@pytest.mark.parametrize("case", params(BROKEN.table))
+@pytest.mark.parametrize("case", params(BROKEN))
 def test_the_cause_is_a_check_of_bases_that_names_the_fault(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
     causes = (case.cause,) if isinstance(case.cause, str) else case.cause
@@ -134,7 +124,7 @@ def test_the_cause_is_a_check_of_bases_that_names_the_fault(case: Case, run: Run
     assert [name for name in case.names if name not in message] == [], message
 
 
-@pytest.mark.parametrize("case", params(UNFIT.table))
+@pytest.mark.parametrize("case", params(UNFIT))
 def test_an_adapter_that_does_not_fit_a_good_base_is_to_blame(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
     assert adapter.cause == case.cause, texts(run.findings(case), run.root)
@@ -142,13 +132,13 @@ def test_an_adapter_that_does_not_fit_a_good_base_is_to_blame(case: Case, run: R
     assert [name for name in case.names if name not in message] == [], message
 
 
-@pytest.mark.parametrize("case", params({name: case for name, case in GOOD.table.items() if case.notes}))
+@pytest.mark.parametrize("case", params({name: case for name, case in GOOD.items() if case.notes}))
 def test_what_is_not_part_of_the_merge_is_noted(case: Case, run: Run) -> None:
     notes = texts((one for one in run.findings(case) if str(one.severity) == "note"), run.root).replace(case.name, "")
     assert [name for name in case.notes if name not in notes] == [], notes
 
 
-@pytest.mark.parametrize("case", params({n: c for n, c in GOOD.table.items() if c.dtype or c.quantization}))
+@pytest.mark.parametrize("case", params({n: c for n, c in GOOD.items() if c.dtype or c.quantization}))
 def test_the_report_states_what_was_loaded(case: Case, run: Run) -> None:
     stated = run.adapters[case.name].base
     assert case.dtype in (None, stated.dtype)
@@ -186,14 +176,14 @@ def loaded(case: Case, run: Run) -> Base:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", params(GOOD.table))
+@pytest.mark.parametrize("case", params(GOOD))
 def test_a_good_base_is_loaded_as_its_true_weights(case: Case, run: Run) -> None:
     base = loaded(case, run)
     with base.filled({base.first_name(name) for name, _ in base.model.named_parameters()}):
         assert wrong(base.model, run.truths[case.name]) == []
 
 
-@pytest.mark.parametrize("case", params(BROKEN.table))
+@pytest.mark.parametrize("case", params(BROKEN))
 def test_a_broken_base_is_not_what_transformers_loads(case: Case, run: Run) -> None:
     """Without the gate: an exception, or weights that are not the truth. Otherwise the case would show nothing."""
     try:
@@ -207,7 +197,7 @@ def test_a_broken_base_is_not_what_transformers_loads(case: Case, run: Run) -> N
 
 # --- dequantized on every machine ------------------------------------------------------------------------------------
 
-DEQUANTIZED_CASES = {name: case for name, case in GOOD.table.items() if case.quantization in DEQUANTIZED}
+DEQUANTIZED_CASES = {name: case for name, case in GOOD.items() if case.quantization in DEQUANTIZED}
 
 
 @pytest.mark.parametrize("case", params(DEQUANTIZED_CASES))

@@ -1,7 +1,7 @@
-"""Bases written tensor by tensor, whose true weights are known exactly.
+"""Bases written tensor by tensor, whose true weights are known exactly, and adapters on them.
 
-In: what a case wants. Out: `Draft`, and its directory on disk. Every weight is a small code times a power of two, so
-that each format stores it without rounding, and what a loader returns is either the truth or wrong.
+In: what a case wants. Out: `Draft`, and its directory on disk; `Case`. Every weight is a small code times a power of
+two, so that each format stores it without rounding, and what a loader returns is either the truth or wrong.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,16 +46,14 @@ class Draft:
     """A base before it is written. `truth` has its weights by the names of the model, `stored` what its files hold.
 
     `shards` maps a file to the names in it (by default `model.safetensors` holds all). `listed` is the index's map of
-    names to files, if it is not that of the shards; `index` False writes none. `files` are written as they are, last.
-    `linked`: as the Hub's cache has it, links into `blobs`.
+    names to files. `files` are written as they are, last. `linked`: as the Hub's cache has it, links into `blobs`.
     """
 
     config: dict[str, Any]
     truth: Tensors
     stored: Tensors
-    shards: dict[str, list[str]] | None = None
-    listed: dict[str, str] | None = None
-    index: bool = True
+    shards: dict[str, list[str]] = field(default_factory=dict)
+    listed: dict[str, str] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     linked: bool = False
 
@@ -79,8 +78,18 @@ class Draft:
         self.config.update(changes)
         return self
 
+    def declared(self, quantization: Mapping[str, Any], **changes: Any) -> Draft:
+        return self.configured(quantization_config=dict(quantization) | changes)
+
+    def with_files(self, files: Mapping[str, bytes]) -> Draft:
+        self.files.update(files)
+        return self
+
     def with_json(self, name: str, content: Mapping[str, Any]) -> Draft:
-        self.files[name] = json.dumps(content).encode()
+        return self.with_files({name: json.dumps(content).encode()})
+
+    def as_links(self) -> Draft:
+        self.linked = True
         return self
 
     def packed(self, pack: Callable[[str, torch.Tensor], Tensors], *, only: str = "_proj.weight") -> Draft:
@@ -92,7 +101,10 @@ class Draft:
 
     def sharded(self, count: int = 2, pattern: str = "model-{number:05d}-of-{count:05d}.safetensors") -> Draft:
         names = sorted(self.stored)
-        self.shards = {pattern.format(number=number + 1, count=count): names[number::count] for number in range(count)}
+        self.shards = {
+            pattern.format(number=number + 1, at=number, count=count): names[number::count] for number in range(count)
+        }
+        self.listed = {name: file for file, names in self.shards.items() for name in names}
         return self
 
     # --- on disk ---
@@ -102,9 +114,8 @@ class Draft:
         content = {"config.json": json.dumps(self.config, indent=1).encode()}
         for file, names in shards.items():
             content[file] = save({name: self.stored[name].contiguous() for name in names}, {"format": "pt"})
-        if self.index and self.shards is not None:
-            listed = self.listed or {name: file for file, names in shards.items() for name in names}
-            content[INDEX] = json.dumps({"metadata": {}, "weight_map": listed}).encode()
+        if self.listed:
+            content[INDEX] = json.dumps({"metadata": {}, "weight_map": self.listed}).encode()
         for name, data in (content | self.files).items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,22 +135,23 @@ class Draft:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HIDDEN // HEAD,
+    "max_position_embeddings": 32,
+}
+DECODER = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+EXPERTS = DECODER | {"num_local_experts": 2}
+
+
 def llama(
     *, dtype: torch.dtype = torch.bfloat16, values: Iterable[float] = FP4, step: float = STEP, **changes: Any
 ) -> Draft:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HIDDEN // HEAD,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": False,
-        "dtype": str(dtype).removeprefix("torch."),
-    } | changes
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": str(dtype).removeprefix("torch.")}
+    config = kind | DECODER | {"num_hidden_layers": LAYERS} | changes
     inner, hidden, key = config["intermediate_size"], HIDDEN, config["num_key_value_heads"] * HEAD
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCABULARY, hidden),
@@ -164,56 +176,30 @@ def llama(
     return Draft(config=config, truth=truth, stored={name: tensor.to(dtype) for name, tensor in truth.items()})
 
 
-def of_class(config: dict[str, Any], class_name: str, *, dtype: torch.dtype = torch.bfloat16) -> Draft:
+def of_class(model_type: str, class_name: str, **kind: Any) -> Draft:
     """A base of any other model type: names and shapes are those of transformers' own class, on the meta device."""
     import transformers  # noqa: PLC0415 - few cases need it
 
-    kind = dict(config)
     with torch.device("meta"):
-        model = getattr(transformers, class_name)(transformers.AutoConfig.for_model(kind.pop("model_type"), **kind))
+        model = getattr(transformers, class_name)(transformers.AutoConfig.for_model(model_type, **kind))
     tied = set(model.all_tied_weights_keys)
     truth = {name: codes(name, one.shape) * STEP for name, one in model.named_parameters() if name not in tied}
-    config = {"architectures": [class_name], "dtype": str(dtype).removeprefix("torch.")} | config
-    return Draft(config=config, truth=truth, stored={name: tensor.to(dtype) for name, tensor in truth.items()})
+    config = {"architectures": [class_name], "model_type": model_type, "dtype": "bfloat16"} | kind
+    return Draft(config=config, truth=truth, stored={name: tensor.bfloat16() for name, tensor in truth.items()})
 
 
 def bert(class_name: str = "BertModel") -> Draft:
-    config = {
-        "model_type": "bert",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": INNER,
-        "max_position_embeddings": 32,
-    }
-    return of_class(config, class_name)
+    return of_class("bert", class_name, **SIZES)
 
 
 def mixtral() -> Draft:
     """As its files have been since transformers 4: one module for each expert. Transformers 5 stacks them."""
-    config = {
-        "model_type": "mixtral",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 2,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": False,
-    }
-    draft = of_class(config, "MixtralForCausalLM")
+    draft = of_class("mixtral", "MixtralForCausalLM", **EXPERTS)
     for name in [name for name in draft.stored if ".mlp." in name]:
         tensor = draft.stored.pop(name)
         prefix, _, rest = name.replace(".mlp.", ".block_sparse_moe.").partition("experts.")
-        for expert in range(len(tensor) if rest else 0):
-            parts = (
-                {"w1": tensor[expert][:INNER], "w3": tensor[expert][INNER:]}
-                if "gate_up" in rest
-                else {"w2": tensor[expert]}
-            )
+        for expert, matrix in enumerate(tensor if rest else ()):
+            parts = {"w1": matrix[:INNER], "w3": matrix[INNER:]} if "gate_up" in rest else {"w2": matrix}
             draft.plus({f"{prefix}experts.{expert}.{part}.weight": values.clone() for part, values in parts.items()})
         if not rest:
             draft.stored[prefix] = tensor
@@ -221,43 +207,16 @@ def mixtral() -> Draft:
 
 
 def gpt_oss() -> Draft:
-    config = {
-        "model_type": "gpt_oss",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": False,
-    }
-    return of_class(config, "GptOssForCausalLM")
+    sizes = {"intermediate_size": 32, "head_dim": HEAD, "num_experts_per_tok": 1}
+    return of_class("gpt_oss", "GptOssForCausalLM", **EXPERTS | sizes)
 
 
 def qwen3_5() -> Draft:
     """Text alone: a layer of linear attention and one of full attention."""
-    config = {
-        "model_type": "qwen3_5_text",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": HEAD,
-        "linear_value_head_dim": HEAD,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": False,
-    }
-    return of_class(config, "Qwen3_5ForCausalLM")
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": HEAD}
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "head_dim": HEAD}
+    sizes = DECODER | linear | layers | {"linear_value_head_dim": HEAD}
+    return of_class("qwen3_5_text", "Qwen3_5ForCausalLM", **sizes)
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -282,10 +241,9 @@ def _of(columns: int, value: float, rows: int, dtype: torch.dtype = torch.float1
 def gptq(name: str, values: torch.Tensor) -> Tensors:
     """Symmetric, 4 bits, groups of 32."""
     out, inputs = values.shape
-    zeros = torch.full((inputs // 32, out), 7, dtype=torch.int64)  # stored one less
     return {
         f"{name}.qweight": _in_int32(_int4(values)).T.contiguous(),
-        f"{name}.qzeros": _in_int32(zeros),
+        f"{name}.qzeros": _in_int32(torch.full((inputs // 32, out), 7, dtype=torch.int64)),  # stored one less
         f"{name}.scales": _of(out, STEP / 2, inputs // 32),
         f"{name}.g_idx": torch.arange(inputs, dtype=torch.int32) // 32,
     }
@@ -478,17 +436,16 @@ def write_adapter(
     modules: Mapping[str, tuple[int, int]],
     *,
     task_type: str = "CAUSAL_LM",
-    prefix: str = "",
-    saved: Mapping[str, tuple[int, ...]] | None = None,
+    saved: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
     """A LoRA of rank 2 on modules of these sizes (outputs, inputs); `saved` are whole tensors."""
     directory.mkdir(parents=True)
     tensors: Tensors = {}
     for name, (outputs, inputs) in modules.items():
         for part, shape in {"lora_A": (2, inputs), "lora_B": (outputs, 2)}.items():
-            key = f"base_model.model.{prefix}{name}.{part}.weight"
+            key = f"base_model.model.{name}.{part}.weight"
             tensors[key] = (codes(key, shape, (-1, -0.5, 0.5, 1)) * 0.25).to(torch.float32)
-    for name, shape in (saved or {}).items():
+    for name, shape in saved.items():
         tensors[f"base_model.model.{name}"] = (codes(name, shape) * STEP).to(torch.float32)
     (directory / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     targets = sorted({name.rpartition(".")[2] for name in modules})
@@ -497,34 +454,56 @@ def write_adapter(
 
 
 _Q_AND_V = {"q_proj": (HIDDEN, HIDDEN), "v_proj": (2 * HEAD, HIDDEN)}
-
-
-def _attention(layers: Iterable[int]) -> dict[str, tuple[int, int]]:
-    return {f"model.layers.{layer}.self_attn.{name}": size for layer in layers for name, size in _Q_AND_V.items()}
-
-
 _BERT = {f"encoder.layer.0.attention.self.{name}": (HIDDEN, HIDDEN) for name in ("query", "value")}
 
+
+def _attention(layers: int = LAYERS, body: str = "model") -> dict[str, tuple[int, int]]:
+    return {f"{body}.layers.{layer}.self_attn.{name}": _Q_AND_V[name] for layer in range(layers) for name in _Q_AND_V}
+
+
 ADAPTERS: dict[str, Callable[[Path], None]] = {
-    "llama": lambda path: write_adapter(path, _attention(range(LAYERS))),
-    "one-layer": lambda path: write_adapter(path, _attention([0])),
-    "second-layer": lambda path: write_adapter(path, {"model.layers.1.self_attn.v_proj": (2 * HEAD, HIDDEN)}),
-    "foreign-prefix": lambda path: write_adapter(
-        path, {name.replace("model.", "transformer.", 1): size for name, size in _attention(range(LAYERS)).items()}
-    ),
-    "language-model": lambda path: write_adapter(
-        path,
-        {name.replace("model.", "model.language_model.", 1): size for name, size in _attention(range(LAYERS)).items()},
-    ),
+    "llama": lambda path: write_adapter(path, _attention()),
+    "one-layer": lambda path: write_adapter(path, _attention(1)),
+    "second-layer": lambda path: write_adapter(path, {"model.layers.1.self_attn.v_proj": _Q_AND_V["v_proj"]}),
+    "foreign-prefix": lambda path: write_adapter(path, _attention(body="transformer")),
+    "language-model": lambda path: write_adapter(path, _attention(body="model.language_model")),
     "bert": lambda path: write_adapter(path, _BERT, task_type="FEATURE_EXTRACTION"),
     "bert-classifier": lambda path: write_adapter(
         path,
-        _BERT,
+        {f"bert.{name}": size for name, size in _BERT.items()},
         task_type="SEQ_CLS",
-        prefix="bert.",
         saved={"classifier.weight": (2, HIDDEN), "classifier.bias": (2,)},
     ),
     "classifier": lambda path: write_adapter(
-        path, _attention(range(LAYERS)), task_type="SEQ_CLS", saved={"score.weight": (2, HIDDEN)}
+        path, _attention(), task_type="SEQ_CLS", saved={"score.weight": (2, HIDDEN)}
     ),
 }
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A base, an adapter on it, and what the gate must say of the two.
+
+    `cause` is the check that decides (or those of which one must), None if the adapter must pass. Each of `names` is in
+    the message or the hint of the cause, each of `notes` in a note. `asked` is what the config asks of the base.
+    `dtype` and `quantization` are what the report must state.
+    """
+
+    name: str
+    draft: Callable[[], Draft]
+    cause: str | tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    asked: dict[str, Any] = field(default_factory=dict)
+    adapter: str = "llama"
+    dtype: str | None = None
+    quantization: str | None = None
+
+
+def by_name(*cases: Case) -> dict[str, Case]:
+    table = {case.name: case for case in cases}
+    assert len(table) == len(cases), "a name twice"
+    return table

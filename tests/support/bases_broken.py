@@ -2,144 +2,31 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from tests.support import bases
-from tests.support.base_cases import FORMAT, INCOMPLETE, INCONSISTENT, Cases
-from tests.support.bases import DOWN_PROJ, O_PROJ, Q_PROJ, TERNARY, WEIGHTS, Draft, llama
+from tests.support.bases import DOWN_PROJ, O_PROJ, Q_PROJ, STEP, TERNARY, WEIGHTS, Case, Draft, by_name, llama
 
-BROKEN = Cases()
-broken = BROKEN.add
-
-
-# --- layers that transformers initializes at random -------------------------------------------------------------------
-
-
-@broken(FORMAT, names=("GPTQ", "quantize_config.json"))
-def gptq_with_quantize_config_json_alone() -> Draft:
-    return llama().packed(bases.gptq).with_json("quantize_config.json", {"bits": 4, "group_size": 32, "sym": True})
-
-
-@broken(FORMAT, names=("GPTQ", "qweight"))
-def gptq_that_nothing_declares() -> Draft:
-    return llama().packed(bases.gptq)
-
-
-@broken(FORMAT, names=("AWQ",))
-def awq_that_nothing_declares() -> Draft:
-    return llama().packed(bases.awq)
-
-
-@broken(FORMAT, names=("EXL2",))
-def exl2_that_nothing_declares() -> Draft:
-    return llama().packed(bases.exl2)
-
-
-@broken(FORMAT, names=("EXL2",))
-def exl2_declared() -> Draft:
-    return llama().packed(bases.exl2).configured(quantization_config={"quant_method": "exl2", "bits": 4.0})
-
-
-@broken(FORMAT, names=("quanto",))
-def quanto_saved_by_itself() -> Draft:
-    qmap = {name.removesuffix(".weight"): {"weights": "qint8", "activations": "none"} for name in llama().truth}
-    return llama().packed(bases.quanto).with_json("quanto_qmap.json", qmap)
-
-
-@broken(FORMAT, names=("compressed-tensors",))
-def w4a16_without_its_key() -> Draft:
-    return llama().packed(bases.w4a16)
-
-
-@broken((FORMAT, INCONSISTENT), names=("MXFP4",), adapter="one-layer")
-def mxfp4_without_its_key() -> Draft:
-    return (
-        bases.gpt_oss().packed(bases.mxfp4, only="experts.gate_up_proj").packed(bases.mxfp4, only="experts.down_proj")
-    )
-
-
-# --- scales that transformers drops -----------------------------------------------------------------------------------
-
-
-@broken((FORMAT, INCONSISTENT), names=("weight_scale",))
-def autofp8() -> Draft:
-    declared = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
-    return llama().packed(bases.fp8_tensor).configured(quantization_config=declared)
-
-
+FORMAT, INCOMPLETE, INCONSISTENT = "base-format", "base-incomplete", "base-inconsistent"
+UNREADABLE, LACKING, ANY = (FORMAT, INCONSISTENT), (INCOMPLETE, INCONSISTENT), (FORMAT, INCOMPLETE, INCONSISTENT)
 MODELOPT = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+NVFP4 = MODELOPT | {"quant_algo": "NVFP4"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+BY_ROWS = bases.compressed("float-quantized", strategy="channel")
+INT4 = bases.compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+SHARD, SHARD_OF_QWEN = "model-00002-of-00003.safetensors", "model.safetensors-00002-of-00003.safetensors"
+QWEN_NAMES = "model.safetensors-{number:05d}-of-{count:05d}.safetensors"
 
 
-@broken(FORMAT, names=("ModelOpt",))
-def modelopt_fp8_declared() -> Draft:
-    return llama().packed(bases.fp8_tensor).configured(quantization_config={"quant_method": "modelopt"} | MODELOPT)
+# --- drafts ----------------------------------------------------------------------------------------------------------
 
 
-@broken(FORMAT, names=("ModelOpt", "hf_quant_config.json"))
-def modelopt_fp8_with_hf_quant_config_json_alone() -> Draft:
-    declared = {"producer": {"name": "modelopt", "version": "0.33"}, "quantization": MODELOPT}
-    return llama().packed(bases.fp8_tensor).with_json("hf_quant_config.json", declared)
-
-
-@broken(FORMAT, names=("NVFP4",))
-def nvfp4_declared() -> Draft:
-    declared = {"quant_method": "modelopt"} | MODELOPT | {"quant_algo": "NVFP4"}
-    return llama().packed(bases.nvfp4).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("NVFP4",))
-def nvfp4_with_hf_quant_config_json_alone() -> Draft:
-    declared = {"producer": {"name": "modelopt"}, "quantization": MODELOPT | {"quant_algo": "NVFP4"}}
-    return llama().packed(bases.nvfp4).with_json("hf_quant_config.json", declared)
-
-
-@broken((FORMAT, INCONSISTENT), names=("weight_scale_inv",))
-def fp8_blocks_without_their_key() -> Draft:
-    return llama().packed(bases.fp8_blocks())
-
-
-@broken((FORMAT, INCONSISTENT), names=("weight_scale",))
-def compressed_tensors_fp8_without_its_key() -> Draft:
-    return llama().packed(bases.fp8_channel)
-
-
-@broken(FORMAT, names=("compressed-tensors", "compression_config"))
-def compressed_tensors_fp8_under_its_old_key() -> Draft:
-    return (
-        llama()
-        .packed(bases.fp8_channel)
-        .configured(compression_config=bases.compressed("float-quantized", strategy="channel"))
-    )
-
-
-@broken((FORMAT, INCONSISTENT), names=("SCB",))
-def bnb_8bit_without_its_key() -> Draft:
-    return llama().packed(bases.bnb_8bit)
-
-
-@broken((FORMAT, INCONSISTENT), names=("absmax",))
-def bnb_4bit_without_its_key() -> Draft:
-    return llama(values=TERNARY).packed(bases.bnb_4bit())
-
-
-# --- a scale that is missing, codes without a meaning -----------------------------------------------------------------
-
-
-def fp8() -> Draft:
-    return llama().packed(bases.fp8_blocks()).configured(quantization_config=bases.FP8_CONFIG)
-
-
-@broken(INCONSISTENT, names=(f"{O_PROJ}.weight",))
-def fp8_without_the_scale_of_one_layer() -> Draft:
-    return fp8().without(f"{O_PROJ}.weight_scale_inv")
-
-
-@broken(INCONSISTENT, names=("_proj.weight",))
-def fp8_without_any_scale() -> Draft:
-    draft = fp8()
-    return draft.without(*[name for name in draft.stored if name.endswith("scale_inv")])
+def fp8(**changes: Any) -> Draft:
+    return llama(**changes).packed(bases.fp8_blocks()).declared(bases.FP8_CONFIG)
 
 
 def fp8_experts() -> Draft:
@@ -148,366 +35,298 @@ def fp8_experts() -> Draft:
     for name in [name for name in draft.stored if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]:
         values = draft.stored.pop(name).double()
         draft.plus(bases.fp8_blocks()(name.removesuffix(".weight"), values))
-    return draft.packed(bases.fp8_blocks()).configured(quantization_config=bases.FP8_CONFIG)
+    return draft.packed(bases.fp8_blocks()).declared(bases.FP8_CONFIG)
 
 
-@broken(INCONSISTENT, names=("experts.1.w2.weight",), adapter="one-layer")
-def fp8_without_the_scale_of_one_expert() -> Draft:
-    return fp8_experts().without("model.layers.0.block_sparse_moe.experts.1.w2.weight_scale_inv")
+def bnb_4bit(*, nested: bool = False) -> Draft:
+    return llama(values=TERNARY).packed(bases.bnb_4bit(nested=nested)).declared(bases.BNB_4BIT_CONFIG)
 
 
-@broken(INCONSISTENT, names=("nested_absmax",))
-def bnb_4bit_without_one_nested_absmax() -> Draft:
-    draft = llama(values=TERNARY).packed(bases.bnb_4bit(nested=True))
-    return draft.without(f"{O_PROJ}.weight.nested_absmax").configured(quantization_config=bases.BNB_4BIT_CONFIG)
+def bnb_8bit() -> Draft:
+    return llama().packed(bases.bnb_8bit).declared(bases.BNB_8BIT_CONFIG)
 
 
-@broken(INCONSISTENT, names=("absmax",))
-def bnb_4bit_without_one_absmax() -> Draft:
-    draft = llama(values=TERNARY).packed(bases.bnb_4bit())
-    return draft.without(f"{O_PROJ}.weight.absmax").configured(quantization_config=bases.BNB_4BIT_CONFIG)
+def mxfp4_experts() -> Draft:
+    draft = bases.gpt_oss().packed(bases.mxfp4, only="experts.gate_up_proj")
+    return draft.packed(bases.mxfp4, only="experts.down_proj")
 
 
-@broken(INCONSISTENT, names=("SCB",))
-def bnb_8bit_without_one_scb() -> Draft:
-    draft = llama().packed(bases.bnb_8bit)
-    return draft.without(f"{O_PROJ}.SCB").configured(quantization_config=bases.BNB_8BIT_CONFIG)
+def _quanto() -> Draft:
+    qmap = {name.removesuffix(".weight"): {"weights": "qint8", "activations": "none"} for name in llama().truth}
+    return llama().packed(bases.quanto).with_json("quanto_qmap.json", qmap)
 
 
-@broken((INCONSISTENT, INCOMPLETE), names=("down_proj",), adapter="one-layer")
-def mxfp4_without_the_scales_of_one_parameter() -> Draft:
-    draft = (
-        bases.gpt_oss().packed(bases.mxfp4, only="experts.gate_up_proj").packed(bases.mxfp4, only="experts.down_proj")
-    )
-    draft.configured(quantization_config=bases.MXFP4_CONFIG)
-    return draft.without("model.layers.0.mlp.experts.down_proj_scales")
+def _without(draft: Draft, end: str) -> Draft:
+    return draft.without(*[name for name in draft.stored if name.endswith(end)])
+
+
+def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Draft:
+    """One tensor is what `change` makes of its true values."""
+    draft = llama()
+    return draft.plus({name: change(draft.truth[name])})
 
 
 def _codes_in(dtype: torch.dtype) -> Draft:
-    draft = llama()
-    values = draft.truth[f"{O_PROJ}.weight"] / bases.STEP * 2
-    return draft.plus({f"{O_PROJ}.weight": values.to(torch.int64).to(dtype)})
+    return _changed(f"{O_PROJ}.weight", lambda values: (values / STEP * 2).to(torch.int64).to(dtype))
 
 
-for _dtype in (torch.int8, torch.int32, torch.uint8, torch.bool):
-    _name = str(_dtype).removeprefix("torch.")
-    broken(INCONSISTENT, name=f"{_name}-for-a-float-parameter", names=(f"{O_PROJ}.weight", _name))(
-        partial(_codes_in, _dtype)
-    )
-
-
-@broken(INCONSISTENT, names=("model.norm.weight", "int32"))
-def an_integer_norm() -> Draft:
-    draft = llama()
-    return draft.plus({"model.norm.weight": (draft.truth["model.norm.weight"] / bases.STEP).to(torch.int32)})
-
-
-@broken(INCONSISTENT, names=(f"{O_PROJ}.weight",))
-def int8_with_a_weight_scale() -> Draft:
-    """W8A8 of one layer, which nothing declares."""
-    draft = llama()
-    values = draft.truth[f"{O_PROJ}.weight"] / bases.STEP * 2
-    return draft.plus({f"{O_PROJ}.weight": values.to(torch.int8), f"{O_PROJ}.weight_scale": torch.tensor([[2.0**-5]])})
-
-
-@broken(INCONSISTENT, names=(f"{O_PROJ}.weight",))
-def one_float8_weight_with_a_scale() -> Draft:
+def _float8_of_one_layer() -> Draft:
     draft = llama()
     return draft.plus(bases.fp8_tensor(O_PROJ, draft.truth[f"{O_PROJ}.weight"]))
 
 
-# --- weights that the files lack --------------------------------------------------------------------------------------
-
-
-@broken(INCOMPLETE, names=(f"{O_PROJ}.weight",))
-def no_weight_of_the_body() -> Draft:
-    return llama().without(f"{O_PROJ}.weight")
-
-
-@broken(INCOMPLETE, names=(f"{Q_PROJ}.weight",))
-def no_weight_of_a_target() -> Draft:
-    return llama().without(f"{Q_PROJ}.weight")
-
-
-@broken(INCOMPLETE, names=("model.embed_tokens.weight",))
-def no_embedding() -> Draft:
-    return llama().without("model.embed_tokens.weight")
-
-
-@broken(INCOMPLETE, names=("lm_head.weight",))
-def no_untied_head() -> Draft:
-    return llama().without("lm_head.weight")
-
-
-@broken(INCOMPLETE, names=("model.norm.weight",))
-def no_norm() -> Draft:
-    return llama().without("model.norm.weight")
-
-
-@broken(INCOMPLETE, names=("self_attn.q_proj.bias",))
-def biases_that_the_config_promises() -> Draft:
-    return llama().configured(attention_bias=True)
-
-
-@broken(INCOMPLETE, names=("model.layers.2.",))
-def one_layer_too_many_in_the_config() -> Draft:
-    return llama().configured(num_hidden_layers=3)
-
-
-@broken(INCOMPLETE, names=("experts",), adapter="one-layer")
-def one_expert_of_mixtral_missing() -> Draft:
-    return bases.mixtral().without("model.layers.0.block_sparse_moe.experts.1.w2.weight")
-
-
-@broken((INCOMPLETE, INCONSISTENT), names=(f"{O_PROJ}.weight",))
-def an_index_that_names_what_its_shard_lacks() -> Draft:
+def _lost_of_its_shard() -> Draft:
     draft = llama().sharded()
-    assert draft.shards is not None
-    draft.listed = {name: file for file, names in draft.shards.items() for name in names}
     draft.shards[draft.listed[f"{O_PROJ}.weight"]].remove(f"{O_PROJ}.weight")
     return draft
 
 
-@broken((INCOMPLETE, INCONSISTENT), names=(f"{DOWN_PROJ}.weight", WEIGHTS))
-def a_partial_model_safetensors_next_to_complete_shards() -> Draft:
+def _next_to_shards() -> Draft:
     draft = llama().sharded()
-    assert draft.shards is not None
-    whole = [name for names in draft.shards.values() for name in names]
-    draft.listed = {name: file for file, names in draft.shards.items() for name in names}
-    draft.shards[WEIGHTS] = [name for name in whole if name != f"{DOWN_PROJ}.weight"]
+    draft.shards[WEIGHTS] = [name for name in draft.stored if name != f"{DOWN_PROJ}.weight"]
     return draft
 
 
-@broken((INCOMPLETE, INCONSISTENT), names=("model-00002-of-00003.safetensors",))
-def a_shard_that_the_index_does_not_list() -> Draft:
+def _unlisted_shard() -> Draft:
     draft = llama().sharded(3)
-    assert draft.shards is not None
-    lost = "model-00002-of-00003.safetensors"
-    draft.listed = {name: file for file, names in draft.shards.items() for name in names if file != lost}
+    draft.listed = {name: file for name, file in draft.listed.items() if file != SHARD}
     return draft
 
 
-@broken((INCOMPLETE, INCONSISTENT), names=("model-00002-of-00003.safetensors",))
-def a_shard_that_is_absent() -> Draft:
-    draft = llama().sharded(3)
-    assert draft.shards is not None
-    draft.listed = {name: file for file, names in draft.shards.items() for name in names}
-    del draft.shards["model-00002-of-00003.safetensors"]
+def _absent_shard(draft: Draft, shard: str) -> Draft:
+    del draft.shards[shard]
     return draft
 
 
-@broken((INCOMPLETE, INCONSISTENT), names=("model.safetensors-00002-of-00003.safetensors",))
-def a_shard_of_qwen3_5_that_is_absent() -> Draft:
-    draft = llama().sharded(3, "model.safetensors-{number:05d}-of-{count:05d}.safetensors")
-    assert draft.shards is not None
-    draft.listed = {name: file for file, names in draft.shards.items() for name in names}
-    del draft.shards["model.safetensors-00002-of-00003.safetensors"]
-    return draft
-
-
-@broken(INCONSISTENT, names=("base_layer.weight",))
-def weights_of_a_base_layer() -> Draft:
-    """Saved from a model that PEFT had wrapped."""
-    return llama().renamed("q_proj.weight", "q_proj.base_layer.weight")
-
-
-@broken(INCOMPLETE, names=("model.",))
-def another_prefix_on_every_name() -> Draft:
+def _another_prefix() -> Draft:
     draft = llama()
     draft.stored = {f"module.{name}": tensor for name, tensor in draft.stored.items()}
     return draft
 
 
-@broken(INCONSISTENT, names=(f"{Q_PROJ}.weight", "48"))
-def a_shape_that_the_config_contradicts() -> Draft:
-    return llama().plus({f"{Q_PROJ}.weight": torch.zeros(48, 32, dtype=torch.bfloat16)})
-
-
-@broken((INCOMPLETE, INCONSISTENT), names=("no weights",))
-def no_weight_files() -> Draft:
+def _no_weights() -> Draft:
     draft = llama()
-    draft.stored = {}
-    return draft
+    return draft.without(*draft.stored)
 
 
-@broken((INCOMPLETE, INCONSISTENT), names=("Git LFS",))
-def a_git_lfs_pointer() -> Draft:
+def _truncated() -> Draft:
     draft = llama()
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
-    draft.files[WEIGHTS] = pointer
-    return draft
+    return draft.with_files({WEIGHTS: bases.save(draft.stored)[:-1000]})
 
 
-@broken((INCOMPLETE, INCONSISTENT), names=(WEIGHTS,))
-def a_truncated_file() -> Draft:
-    draft = llama()
-    draft.files[WEIGHTS] = bases.save(draft.stored)[:-1000]
-    return draft
-
-
-@broken((INCOMPLETE, INCONSISTENT), names=(WEIGHTS,))
-def an_empty_file() -> Draft:
-    draft = llama()
-    draft.files[WEIGHTS] = b""
-    return draft
-
-
-@broken(INCONSISTENT, names=("lm_head.weight", "different"))
-def one_name_with_two_values() -> Draft:
+def _two_values() -> Draft:
     draft = llama().sharded()
-    assert draft.shards is not None
     first, second = draft.shards
     twice = draft.shards[first][0]
-    draft.listed = {name: file for file, names in draft.shards.items() for name in names}
     others = {name: draft.stored[name] for name in draft.shards[second]}
-    draft.files[second] = bases.save(others | {twice: torch.ones_like(draft.stored[twice])}, {"format": "pt"})
-    return draft
+    content = bases.save(others | {twice: torch.ones_like(draft.stored[twice])}, {"format": "pt"})
+    return draft.with_files({second: content})
 
 
-# --- blocks that do not divide the rows -------------------------------------------------------------------------------
-
-
-@broken(INCONSISTENT, names=("_proj.weight", "16", "24"))
-def fp8_rows_that_are_no_multiple_of_the_block() -> Draft:
-    draft = llama(intermediate_size=24).packed(bases.fp8_blocks())
-    return draft.configured(quantization_config=bases.FP8_CONFIG)
-
-
-@broken((INCONSISTENT, FORMAT), names=("_proj.weight",))
-def fp8_rows_that_transformers_refuses() -> Draft:
-    draft = llama(intermediate_size=40).packed(bases.fp8_blocks())
-    return draft.configured(quantization_config=bases.FP8_CONFIG)
-
-
-# --- declared formats that cannot be judged, and declarations that are not so -----------------------------------------
-
-
-@broken(INCONSISTENT, names=("quantization_config",))
-def fp8_declared_over_plain_weights() -> Draft:
-    return llama().configured(quantization_config=bases.FP8_CONFIG)
-
-
-@broken(INCONSISTENT, names=("quantization_config",))
-def bnb_4bit_declared_over_plain_weights() -> Draft:
-    return llama().configured(quantization_config=bases.BNB_4BIT_CONFIG)
-
-
-@broken(INCONSISTENT, names=("quantization_config",))
-def bnb_8bit_declared_over_plain_weights() -> Draft:
-    return llama().configured(quantization_config=bases.BNB_8BIT_CONFIG)
-
-
-@broken((INCONSISTENT, FORMAT), names=("GPTQ",))
-def gptq_declared_over_plain_weights() -> Draft:
-    return llama().configured(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
-
-
-@broken(FORMAT, names=("GPTQ", "unquantized"))
-def gptq_declared() -> Draft:
-    declared = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
-    return llama().packed(bases.gptq).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("AWQ", "unquantized"))
-def awq_declared() -> Draft:
-    declared = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-    return llama().packed(bases.awq).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("HQQ", "unquantized"))
-def hqq_declared() -> Draft:
-    declared = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}
-    return llama().packed(bases.hqq).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("torchao", "unquantized"))
-def torchao_declared() -> Draft:
-    declared = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
-    return llama().packed(bases.torchao).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("quanto", "unquantized"))
-def quanto_declared() -> Draft:
-    return llama().packed(bases.quanto).configured(quantization_config={"quant_method": "quanto", "weights": "int8"})
-
-
-@broken(FORMAT, names=("BitNet", "unquantized"))
-def bitnet_declared() -> Draft:
-    declared = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
-    return llama(values=TERNARY).packed(bases.bitnet).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("fbgemm", "unquantized"))
-def fbgemm_declared() -> Draft:
-    declared = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
-    return llama().packed(bases.fp8_channel).configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("GGUF", "unquantized"))
-def gguf_alone() -> Draft:
+def _diffusers() -> Draft:
     draft = llama()
-    draft.stored = {}
-    draft.files["model-q4_0.gguf"] = b"GGUF\x03\x00\x00\x00" + bytes(64)
-    return draft
-
-
-@broken((FORMAT, INCONSISTENT), names=("compressed-tensors",))
-def compressed_tensors_fp8_without_one_scale() -> Draft:
-    declared = bases.compressed("float-quantized", strategy="channel")
-    return llama().packed(bases.fp8_channel).without(f"{O_PROJ}.weight_scale").configured(quantization_config=declared)
-
-
-@broken(INCONSISTENT, names=("quantization_config", "compressed-tensors"))
-def compressed_tensors_declared_over_plain_weights() -> Draft:
-    return llama().configured(quantization_config=bases.compressed("float-quantized", strategy="channel"))
-
-
-@broken((FORMAT, INCONSISTENT), names=("compressed-tensors",))
-def w4a16_without_one_scale() -> Draft:
-    declared = bases.compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
-    draft = llama(values=TERNARY).packed(bases.w4a16).without(f"{O_PROJ}.weight_scale")
-    return draft.configured(quantization_config=declared)
-
-
-@broken(FORMAT, names=("no_such_method",))
-def a_method_that_nobody_knows() -> Draft:
-    return llama().configured(quantization_config={"quant_method": "no_such_method"})
-
-
-# --- another packing than the config asks for -------------------------------------------------------------------------
-
-
-def bnb_4bit() -> Draft:
-    draft = llama(values=TERNARY).packed(bases.bnb_4bit())
-    return draft.configured(quantization_config=bases.BNB_4BIT_CONFIG)
-
-
-def bnb_8bit() -> Draft:
-    return llama().packed(bases.bnb_8bit).configured(quantization_config=bases.BNB_8BIT_CONFIG)
-
-
-broken(FORMAT, name="bnb-4bit-asked-for-as-bnb-8bit", asked={"quantization": "bnb-8bit"}, names=("bnb-4bit",))(bnb_4bit)
-broken(FORMAT, name="bnb-8bit-asked-for-as-bnb-4bit", asked={"quantization": "bnb-4bit"}, names=("bnb-8bit",))(bnb_8bit)
-broken(FORMAT, name="fp8-asked-for-as-bnb-4bit", asked={"quantization": "bnb-4bit"}, names=("fp8",))(fp8)
-broken(FORMAT, name="fp8-asked-for-as-bnb-8bit", asked={"quantization": "bnb-8bit"}, names=("fp8",))(fp8)
-
-
-# --- directories that hold something else -----------------------------------------------------------------------------
-
-
-@broken((FORMAT, INCOMPLETE, INCONSISTENT), names=("diffusers",))
-def a_diffusers_directory() -> Draft:
-    draft = llama()
-    draft.files = {"model_index.json": b'{"_class_name": "StableDiffusionPipeline"}'}
+    draft.with_files({"model_index.json": b'{"_class_name": "StableDiffusionPipeline"}'})
     for part in ("unet", "vae"):
-        draft.files[f"{part}/config.json"] = b'{"_class_name": "UNet2DConditionModel"}'
-        draft.files[f"{part}/diffusion_pytorch_model.safetensors"] = bases.save(draft.stored)
+        weights = bases.save(draft.stored)
+        draft.with_files({f"{part}/config.json": b'{"_class_name": "UNet2DConditionModel"}'})
+        draft.with_files({f"{part}/diffusion_pytorch_model.safetensors": weights})
     draft.stored, draft.config = {}, {}
     return draft
 
 
-@broken((FORMAT, INCOMPLETE, INCONSISTENT), names=("fp16", "float16"))
-def a_dtype_that_torch_does_not_know() -> Draft:
-    draft = llama(dtype=torch.float16)
+def unknown_dtype() -> Draft:
+    draft = llama(dtype=torch.float16).configured(torch_dtype="fp16")
     del draft.config["dtype"]
-    return draft.configured(torch_dtype="fp16")
+    return draft
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def case(name: str, cause: str | tuple[str, ...], draft: Callable[[], Draft], *names: str, **settings: Any) -> Case:
+    return Case(name=name, cause=cause, draft=draft, names=names, **settings)
+
+
+def _layers_initialized_at_random() -> tuple[Case, ...]:
+    alone = {"bits": 4, "group_size": 32, "sym": True}
+    return (
+        case("gptq-with-quantize-config-json-alone", FORMAT,
+             lambda: llama().packed(bases.gptq).with_json("quantize_config.json", alone),
+             "GPTQ", "quantize_config.json"),
+        case("gptq-that-nothing-declares", FORMAT, lambda: llama().packed(bases.gptq), "GPTQ", "qweight"),
+        case("awq-that-nothing-declares", FORMAT, lambda: llama().packed(bases.awq), "AWQ"),
+        case("exl2-that-nothing-declares", FORMAT, lambda: llama().packed(bases.exl2), "EXL2"),
+        case("exl2-declared", FORMAT,
+             lambda: llama().packed(bases.exl2).declared({"quant_method": "exl2", "bits": 4.0}), "EXL2"),
+        case("quanto-saved-by-itself", FORMAT, _quanto, "quanto"),
+        case("w4a16-without-its-key", FORMAT, lambda: llama().packed(bases.w4a16), "compressed-tensors"),
+        case("mxfp4-without-its-key", UNREADABLE, mxfp4_experts, "MXFP4", adapter="one-layer"),
+    )  # fmt: skip
+
+
+def _dropped_scales() -> tuple[Case, ...]:
+    autofp8 = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    version = {"name": "modelopt", "version": "0.33"}
+    return (
+        case("autofp8", UNREADABLE, lambda: llama().packed(bases.fp8_tensor).declared(autofp8), "weight_scale"),
+        case("modelopt-fp8-declared", FORMAT,
+             lambda: llama().packed(bases.fp8_tensor).declared(MODELOPT, quant_method="modelopt"), "ModelOpt"),
+        case("modelopt-fp8-with-hf-quant-config-json-alone", FORMAT,
+             lambda: llama().packed(bases.fp8_tensor).with_json(
+                 "hf_quant_config.json", {"producer": version, "quantization": MODELOPT}),
+             "ModelOpt", "hf_quant_config.json"),
+        case("nvfp4-declared", FORMAT,
+             lambda: llama().packed(bases.nvfp4).declared(NVFP4, quant_method="modelopt"), "NVFP4"),
+        case("nvfp4-with-hf-quant-config-json-alone", FORMAT,
+             lambda: llama().packed(bases.nvfp4).with_json(
+                 "hf_quant_config.json", {"producer": {"name": "modelopt"}, "quantization": NVFP4}),
+             "NVFP4"),
+        case("fp8-blocks-without-their-key", UNREADABLE, lambda: llama().packed(bases.fp8_blocks()),
+             "weight_scale_inv"),
+        case("compressed-tensors-fp8-without-its-key", UNREADABLE, lambda: llama().packed(bases.fp8_channel),
+             "weight_scale"),
+        case("compressed-tensors-fp8-under-its-old-key", FORMAT,
+             lambda: llama().packed(bases.fp8_channel).configured(compression_config=BY_ROWS),
+             "compressed-tensors", "compression_config"),
+        case("bnb-8bit-without-its-key", UNREADABLE, lambda: llama().packed(bases.bnb_8bit), "SCB"),
+        case("bnb-4bit-without-its-key", UNREADABLE, lambda: llama(values=TERNARY).packed(bases.bnb_4bit()), "absmax"),
+    )  # fmt: skip
+
+
+def _codes_without_a_meaning() -> tuple[Case, ...]:
+    """A scale is missing, or integers are in the place of floats."""
+    expert, scales = (
+        "model.layers.0.block_sparse_moe.experts.1.w2.weight",
+        "model.layers.0.mlp.experts.down_proj_scales",
+    )
+    return (
+        case("fp8-without-the-scale-of-one-layer", INCONSISTENT,
+             lambda: fp8().without(f"{O_PROJ}.weight_scale_inv"), f"{O_PROJ}.weight"),
+        case("fp8-without-any-scale", INCONSISTENT, lambda: _without(fp8(), "scale_inv"), "_proj.weight"),
+        case("fp8-without-the-scale-of-one-expert", INCONSISTENT,
+             lambda: fp8_experts().without(f"{expert}_scale_inv"), "experts.1.w2.weight", adapter="one-layer"),
+        case("bnb-4bit-without-one-nested-absmax", INCONSISTENT,
+             lambda: bnb_4bit(nested=True).without(f"{O_PROJ}.weight.nested_absmax"), "nested_absmax"),
+        case("bnb-4bit-without-one-absmax", INCONSISTENT,
+             lambda: bnb_4bit().without(f"{O_PROJ}.weight.absmax"), "absmax"),
+        case("bnb-8bit-without-one-scb", INCONSISTENT, lambda: bnb_8bit().without(f"{O_PROJ}.SCB"), "SCB"),
+        case("mxfp4-without-the-scales-of-one-parameter", (INCONSISTENT, INCOMPLETE),
+             lambda: mxfp4_experts().declared(bases.MXFP4_CONFIG).without(scales), "down_proj", adapter="one-layer"),
+        *(case(f"{str(dtype).removeprefix('torch.')}-for-a-float-parameter", INCONSISTENT,
+               lambda dtype=dtype: _codes_in(dtype), f"{O_PROJ}.weight", str(dtype).removeprefix("torch."))
+          for dtype in (torch.int8, torch.int32, torch.uint8, torch.bool)),
+        case("an-integer-norm", INCONSISTENT,
+             lambda: _changed("model.norm.weight", lambda values: (values / STEP).to(torch.int32)),
+             "model.norm.weight", "int32"),
+        case("int8-with-a-weight-scale", INCONSISTENT,
+             lambda: _codes_in(torch.int8).plus({f"{O_PROJ}.weight_scale": torch.tensor([[2.0**-5]])}),
+             f"{O_PROJ}.weight"),
+        case("one-float8-weight-with-a-scale", INCONSISTENT, _float8_of_one_layer, f"{O_PROJ}.weight"),
+    )  # fmt: skip
+
+
+def _lacking_weights() -> tuple[Case, ...]:
+    lost = (
+        ("no-weight-of-the-body", f"{O_PROJ}.weight"), ("no-weight-of-a-target", f"{Q_PROJ}.weight"),
+        ("no-embedding", "model.embed_tokens.weight"), ("no-untied-head", "lm_head.weight"),
+        ("no-norm", "model.norm.weight"),
+    )  # fmt: skip
+    return (
+        *(case(name, INCOMPLETE, lambda weight=weight: llama().without(weight), weight) for name, weight in lost),
+        case("biases-that-the-config-promises", INCOMPLETE, lambda: llama().configured(attention_bias=True),
+             "self_attn.q_proj.bias"),
+        case("one-layer-too-many-in-the-config", INCOMPLETE, lambda: llama().configured(num_hidden_layers=3),
+             "model.layers.2."),
+        case("one-expert-of-mixtral-missing", INCOMPLETE,
+             lambda: bases.mixtral().without("model.layers.0.block_sparse_moe.experts.1.w2.weight"),
+             "experts", adapter="one-layer"),
+        case("an-index-that-names-what-its-shard-lacks", LACKING, _lost_of_its_shard, f"{O_PROJ}.weight"),
+        case("a-partial-model-safetensors-next-to-complete-shards", LACKING, _next_to_shards,
+             f"{DOWN_PROJ}.weight", WEIGHTS),
+        case("a-shard-that-the-index-does-not-list", LACKING, _unlisted_shard, SHARD),
+        case("a-shard-that-is-absent", LACKING, lambda: _absent_shard(llama().sharded(3), SHARD), SHARD),
+        case("a-shard-of-qwen3-5-that-is-absent", LACKING,
+             lambda: _absent_shard(llama().sharded(3, QWEN_NAMES), SHARD_OF_QWEN), SHARD_OF_QWEN),
+        case("weights-of-a-base-layer", INCONSISTENT,  # saved from a model that PEFT had wrapped
+             lambda: llama().renamed("q_proj.weight", "q_proj.base_layer.weight"), "base_layer.weight"),
+        case("another-prefix-on-every-name", INCOMPLETE, _another_prefix, "model."),
+        case("a-shape-that-the-config-contradicts", INCONSISTENT,
+             lambda: llama().plus({f"{Q_PROJ}.weight": torch.zeros(48, 32, dtype=torch.bfloat16)}),
+             f"{Q_PROJ}.weight", "48"),
+        case("no-weight-files", LACKING, _no_weights, "no weights"),
+        case("a-git-lfs-pointer", LACKING, lambda: llama().with_files({WEIGHTS: LFS_POINTER}), "Git LFS"),
+        case("a-truncated-file", LACKING, _truncated, WEIGHTS),
+        case("an-empty-file", LACKING, lambda: llama().with_files({WEIGHTS: b""}), WEIGHTS),
+        case("one-name-with-two-values", INCONSISTENT, _two_values, "lm_head.weight", "different"),
+    )  # fmt: skip
+
+
+def _blocks_that_do_not_divide_the_rows() -> tuple[Case, ...]:
+    return (
+        case("fp8-rows-that-are-no-multiple-of-the-block", INCONSISTENT, lambda: fp8(intermediate_size=24),
+             "_proj.weight", "16", "24"),
+        case("fp8-rows-that-transformers-refuses", (INCONSISTENT, FORMAT), lambda: fp8(intermediate_size=40),
+             "_proj.weight"),
+    )  # fmt: skip
+
+
+def _declarations() -> tuple[Case, ...]:
+    """Formats that cannot be judged, and declarations that are not so."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    hqq = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}
+    torchao = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
+    fbgemm = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    declared = (
+        ("gptq", "GPTQ", bases.gptq, GPTQ | {"sym": True, "desc_act": False}), ("awq", "AWQ", bases.awq, awq),
+        ("hqq", "HQQ", bases.hqq, hqq), ("torchao", "torchao", bases.torchao, torchao),
+        ("quanto", "quanto", bases.quanto, {"quant_method": "quanto", "weights": "int8"}),
+        ("fbgemm", "fbgemm", bases.fp8_channel, fbgemm),
+    )  # fmt: skip
+    bitnet = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    plain = {"fp8": bases.FP8_CONFIG, "bnb-4bit": bases.BNB_4BIT_CONFIG, "bnb-8bit": bases.BNB_8BIT_CONFIG}
+    gguf = {"model-q4_0.gguf": b"GGUF\x03\x00\x00\x00" + bytes(64)}
+    one_scale = f"{O_PROJ}.weight_scale"
+    return (
+        *(case(f"{name}-declared-over-plain-weights", INCONSISTENT,
+               lambda config=config: llama().declared(config), "quantization_config")
+          for name, config in plain.items()),
+        case("gptq-declared-over-plain-weights", (INCONSISTENT, FORMAT), lambda: llama().declared(GPTQ), "GPTQ"),
+        *(case(f"{name}-declared", FORMAT, lambda pack=pack, config=config: llama().packed(pack).declared(config),
+               called, "unquantized")
+          for name, called, pack, config in declared),
+        case("bitnet-declared", FORMAT, lambda: llama(values=TERNARY).packed(bases.bitnet).declared(bitnet),
+             "BitNet", "unquantized"),
+        case("gguf-alone", FORMAT, lambda: _no_weights().with_files(gguf), "GGUF", "unquantized"),
+        case("compressed-tensors-fp8-without-one-scale", UNREADABLE,
+             lambda: llama().packed(bases.fp8_channel).without(one_scale).declared(BY_ROWS), "compressed-tensors"),
+        case("compressed-tensors-declared-over-plain-weights", INCONSISTENT, lambda: llama().declared(BY_ROWS),
+             "quantization_config", "compressed-tensors"),
+        case("w4a16-without-one-scale", UNREADABLE,
+             lambda: llama(values=TERNARY).packed(bases.w4a16).without(one_scale).declared(INT4),
+             "compressed-tensors"),
+        case("a-method-that-nobody-knows", FORMAT, lambda: llama().declared({"quant_method": "no_such_method"}),
+             "no_such_method"),
+    )  # fmt: skip
+
+
+def _other_requests() -> tuple[Case, ...]:
+    """Another packing than the config asks for."""
+    rows = (("bnb-4bit", bnb_4bit, "bnb-8bit"), ("bnb-8bit", bnb_8bit, "bnb-4bit"),
+            ("fp8", fp8, "bnb-4bit"), ("fp8", fp8, "bnb-8bit"))  # fmt: skip
+    return tuple(
+        case(f"{name}-asked-for-as-{asked}", FORMAT, draft, name, asked={"quantization": asked})
+        for name, draft, asked in rows
+    )
+
+
+BROKEN = by_name(
+    *_layers_initialized_at_random(),
+    *_dropped_scales(),
+    *_codes_without_a_meaning(),
+    *_lacking_weights(),
+    *_blocks_that_do_not_divide_the_rows(),
+    *_declarations(),
+    *_other_requests(),
+    case("a-diffusers-directory", ANY, _diffusers, "diffusers"),
+    case("a-dtype-that-torch-does-not-know", ANY, unknown_dtype, "fp16", "float16"),
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 WEIGHTS = "adapter_model.safetensors"
@@ -43,125 +43,48 @@ DECODER = TEXT | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings"
 VISION = {k: TEXT[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 
 
-def _llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
+_Build = Callable[[], nn.Module]
 
 
-def _llama_tall() -> nn.Module:
-    """Weights of several times as many elements as the gate's fast way samples."""
-    large = {"hidden_size": 128, "intermediate_size": 4096}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | large))
+def _of(model: str, config: str, **settings: Any) -> _Build:
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))
 
 
-def _llama_bias() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, attention_bias=True, mlp_bias=True))
+def _llama(**changes: Any) -> _Build:
+    return _of("LlamaForCausalLM", "LlamaConfig", **DECODER | changes)
 
 
-def _llama_tied() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"tie_word_embeddings": True}))
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+_GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "tie_word_embeddings": False}
+_EXPERTS = {"num_experts_per_tok": 1}
+_QWEN2_MOE = _EXPERTS | {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic", "num_channels": 2}
+_CONVNEXT = {"num_channels": 2, "patch_size": 2, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
+_SIGLIP = VISION | {"image_size": 8, "patch_size": 4, "num_channels": 2}
+_VIDEOMAE = VISION | {"image_size": 4, "patch_size": 2, "num_channels": 2, "num_frames": 2, "tubelet_size": 2}
+_CONVOLUTIONS = {"conv_dim": [4, 4], "conv_stride": [2, 2], "conv_kernel": [3, 2], "num_feat_extract_layers": 2}
+_WAV2VEC2 = TEXT | _CONVOLUTIONS | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 
-
-def _t5() -> nn.Module:
-    """In float16 transformers keeps `wo` in float32: the final dtype is each tensor's own."""
-    config = transformers.T5Config(
-        vocab_size=24,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=1,
-        num_decoder_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-    config.tie_word_embeddings = False
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _bert() -> nn.Module:
-    return transformers.BertModel(transformers.BertConfig(**TEXT))
-
-
-def _bert_classifier() -> nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=3))
-
-
-def _mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(**DECODER, num_local_experts=2, num_experts_per_tok=1)
-    return transformers.MixtralForCausalLM(config)
-
-
-def _qwen2_moe() -> nn.Module:
-    config = transformers.Qwen2MoeConfig(
-        **DECODER, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8
-    )
-    return transformers.Qwen2MoeForCausalLM(config)
-
-
-def _resnet() -> nn.Module:
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_channels=2
-    )
-    return transformers.ResNetModel(config)
-
-
-def _convnext() -> nn.Module:
-    return transformers.ConvNextModel(
-        transformers.ConvNextConfig(num_channels=2, patch_size=2, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1])
-    )
-
-
-def _siglip() -> nn.Module:
-    config = transformers.SiglipVisionConfig(**VISION, image_size=8, patch_size=4, num_channels=2)
-    return transformers.SiglipVisionModel(config)
-
-
-def _wav2vec2() -> nn.Module:
-    config = transformers.Wav2Vec2Config(
-        **TEXT,
-        conv_dim=[4, 4],
-        conv_stride=[2, 2],
-        conv_kernel=[3, 2],
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        num_feat_extract_layers=2,
-    )
-    return transformers.Wav2Vec2Model(config)
-
-
-def _videomae() -> nn.Module:
-    config = transformers.VideoMAEConfig(
-        **VISION, image_size=4, patch_size=2, num_channels=2, num_frames=2, tubelet_size=2
-    )
-    return transformers.VideoMAEModel(config)
-
-
-def _xlm_roberta() -> nn.Module:
-    """Its head is tied to the embedding, and has a bias."""
-    return transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**TEXT))
-
-
-BASES: Mapping[str, Callable[[], nn.Module]] = {
-    "llama": _llama,
-    "llama-tall": _llama_tall,
-    "llama-bias": _llama_bias,
-    "llama-tied": _llama_tied,
-    "gpt2": _gpt2,
-    "t5": _t5,
-    "bert": _bert,
-    "bert-classifier": _bert_classifier,
-    "mixtral": _mixtral,
-    "qwen2-moe": _qwen2_moe,
-    "resnet": _resnet,
-    "convnext": _convnext,
-    "siglip": _siglip,
-    "wav2vec2": _wav2vec2,
-    "videomae": _videomae,
-    "xlm-roberta": _xlm_roberta,
+BASES: Mapping[str, _Build] = {
+    "llama": _llama(),
+    # weights of several times as many elements as the gate's fast way samples
+    "llama-tall": _llama(hidden_size=128, intermediate_size=4096),
+    "llama-bias": _llama(attention_bias=True, mlp_bias=True),
+    "llama-tied": _llama(tie_word_embeddings=True),
+    "gpt2": _of("GPT2LMHeadModel", "GPT2Config", vocab_size=24, **_GPT2),
+    # in float16 transformers keeps `wo` in float32: the final dtype is each tensor's own
+    "t5": _of("T5ForConditionalGeneration", "T5Config", vocab_size=24, decoder_start_token_id=0, **_T5),
+    "bert": _of("BertModel", "BertConfig", **TEXT),
+    "bert-classifier": _of("BertForSequenceClassification", "BertConfig", **TEXT, num_labels=3),
+    "mixtral": _of("MixtralForCausalLM", "MixtralConfig", **DECODER, **_EXPERTS, num_local_experts=2),
+    "qwen2-moe": _of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **DECODER, **_QWEN2_MOE),
+    "resnet": _of("ResNetModel", "ResNetConfig", **_RESNET),
+    "convnext": _of("ConvNextModel", "ConvNextConfig", **_CONVNEXT),
+    "siglip": _of("SiglipVisionModel", "SiglipVisionConfig", **_SIGLIP),
+    "wav2vec2": _of("Wav2Vec2Model", "Wav2Vec2Config", **_WAV2VEC2),
+    "videomae": _of("VideoMAEModel", "VideoMAEConfig", **_VIDEOMAE),
+    # its head is tied to the embedding, and has a bias
+    "xlm-roberta": _of("XLMRobertaForMaskedLM", "XLMRobertaConfig", **TEXT),
 }
 
 
@@ -250,6 +173,14 @@ def make_case(name: str, base: str, kind: str, **kwargs: Any) -> Case:
     return Case(name=name, base=base, config=lambda: make(**copy.deepcopy(kwargs)), state=state)
 
 
+def _case(name: str, base: str, kind: str, targets: Any = ("q_proj",), **kwargs: Any) -> Case:
+    return make_case(name, base, kind, target_modules=targets if targets == "all-linear" else list(targets), **kwargs)
+
+
+def _lora(name: str, base: str = "llama", targets: Any = ("q_proj",), **kwargs: Any) -> Case:
+    return _case(name, base, "LoraConfig", targets, r=2, **kwargs)
+
+
 def _experts_one_by_one() -> dict[str, Tensor]:
     """A Mixtral adapter as transformers 4 wrote it: one pair of factors per expert and matrix."""
     state = {}
@@ -261,176 +192,117 @@ def _experts_one_by_one() -> dict[str, Tensor]:
     return state
 
 
-Q = ["q_proj"]
 CONV = ["layer.0.convolution"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 LORA_CASES = (
-    make_case("lora-linear", "llama", "LoraConfig", r=2, target_modules=["q_proj", "v_proj"]),
-    make_case("lora-all-linear", "llama", "LoraConfig", r=2, target_modules="all-linear"),
-    make_case("lora-tall", "llama-tall", "LoraConfig", r=2, target_modules=["up_proj", "gate_proj"]),
-    make_case("lora-bert", "bert", "LoraConfig", r=2, target_modules=["query"]),
-    make_case("lora-rslora", "llama", "LoraConfig", r=2, target_modules=Q, use_rslora=True, lora_alpha=4),
-    make_case(
-        "lora-patterns",
-        "llama",
-        "LoraConfig",
-        r=2,
-        target_modules=["q_proj", "k_proj"],
-        rank_pattern={"k_proj": 3},
-        alpha_pattern={"q_proj": 5},
-    ),
-    make_case("lora-bias-term", "llama-bias", "LoraConfig", r=2, target_modules=Q, lora_bias=True),
-    make_case("lora-bias-only", "llama-bias", "LoraConfig", r=2, target_modules=Q, bias="lora_only"),
-    make_case("lora-bias-all", "bert", "LoraConfig", r=2, target_modules=["query"], bias="all"),
-    make_case(
-        "lora-modules-to-save",
-        "bert-classifier",
-        "LoraConfig",
-        r=2,
-        target_modules=["query"],
-        modules_to_save=["classifier"],
-        task_type="SEQ_CLS",
-    ),
-    make_case("lora-lm-head-saved", "llama", "LoraConfig", r=2, target_modules=Q, modules_to_save=["lm_head"]),
-    make_case("lora-tokens", "llama", "LoraConfig", r=2, target_modules=Q, trainable_token_indices=[1, 5]),
-    make_case("lora-dora", "llama", "LoraConfig", r=2, target_modules=Q, use_dora=True),
-    make_case("lora-pissa", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="pissa"),
-    make_case("lora-olora", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="olora"),
-    make_case("lora-orthogonal", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="orthogonal"),
-    make_case("lora-kasa", "llama", "LoraConfig", r=2, target_modules=Q, kasa_config=KasaConfig()),
-    make_case("lora-mica", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="mica"),
-    make_case("lora-velora", "llama", "LoraConfig", r=2, target_modules=Q, velora_config=VeloraConfig(num_groups=4)),
-    make_case(
-        "lora-monteclora",
-        "llama",
-        "LoraConfig",
-        r=2,
-        target_modules=Q,
-        monteclora_config=MontecloraConfig(num_samples=2, buffer_size=4),
-    ),
-    make_case(
+    _lora("lora-linear", "llama", ["q_proj", "v_proj"]),
+    _lora("lora-all-linear", "llama", "all-linear"),
+    _lora("lora-tall", "llama-tall", ["up_proj", "gate_proj"]),
+    _lora("lora-bert", "bert", ["query"]),
+    _lora("lora-rslora", use_rslora=True, lora_alpha=4),
+    _lora("lora-patterns", "llama", ["q_proj", "k_proj"], rank_pattern={"k_proj": 3}, alpha_pattern={"q_proj": 5}),
+    _lora("lora-bias-term", "llama-bias", lora_bias=True),
+    _lora("lora-bias-only", "llama-bias", bias="lora_only"),
+    _lora("lora-bias-all", "bert", ["query"], bias="all"),
+    _lora("lora-modules-to-save", "bert-classifier", ["query"], modules_to_save=["classifier"], task_type="SEQ_CLS"),
+    _lora("lora-lm-head-saved", modules_to_save=["lm_head"]),
+    _lora("lora-tokens", trainable_token_indices=[1, 5]),
+    _lora("lora-dora", use_dora=True),
+    _lora("lora-pissa", init_lora_weights="pissa"),
+    _lora("lora-olora", init_lora_weights="olora"),
+    _lora("lora-orthogonal", init_lora_weights="orthogonal"),
+    _lora("lora-kasa", kasa_config=KasaConfig()),
+    _lora("lora-mica", init_lora_weights="mica"),
+    _lora("lora-velora", velora_config=VeloraConfig(num_groups=4)),
+    _lora("lora-monteclora", monteclora_config=MontecloraConfig(num_samples=2, buffer_size=4)),
+    _lora(
         "lora-bdlora",
-        "llama",
-        "LoraConfig",
-        r=2,
-        target_modules=Q,
         use_bdlora=BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2),
     ),
-    make_case("lora-conv1d-gpt2", "gpt2", "LoraConfig", r=2, target_modules=["c_attn"], fan_in_fan_out=True),
-    make_case(
-        "lora-conv1d-gpt2-dora",
-        "gpt2",
-        "LoraConfig",
-        r=2,
-        target_modules=["attn.c_proj"],
-        fan_in_fan_out=True,
-        use_dora=True,
-    ),
-    make_case("lora-conv1d", "wav2vec2", "LoraConfig", r=2, target_modules=["conv_layers.1.conv"]),
-    make_case("lora-conv1d-dora", "wav2vec2", "LoraConfig", r=2, target_modules=["conv_layers.1.conv"], use_dora=True),
-    make_case("lora-conv2d", "resnet", "LoraConfig", r=2, target_modules=CONV),
-    make_case("lora-conv2d-dora", "resnet", "LoraConfig", r=2, target_modules=CONV, use_dora=True),
-    make_case(
-        "lora-conv2d-bias-term", "convnext", "LoraConfig", r=2, target_modules=["patch_embeddings"], lora_bias=True
-    ),
-    make_case("lora-conv3d", "videomae", "LoraConfig", r=2, target_modules=["projection"]),
-    make_case("lora-conv3d-dora", "videomae", "LoraConfig", r=2, target_modules=["projection"], use_dora=True),
-    make_case("lora-embedding", "llama", "LoraConfig", r=2, target_modules=["embed_tokens"]),
-    make_case("lora-embedding-dora", "llama", "LoraConfig", r=2, target_modules=["embed_tokens"], use_dora=True),
-    make_case("lora-embedding-position", "bert", "LoraConfig", r=2, target_modules=["position_embeddings"]),
-    make_case("lora-lm-head", "llama", "LoraConfig", r=2, target_modules=["lm_head"]),
-    make_case("lora-experts", "mixtral", "LoraConfig", r=2, target_modules=[], target_parameters=EXPERTS),
-    make_case("lora-experts-one", "mixtral", "LoraConfig", r=2, target_modules=[], target_parameters=EXPERTS[:1]),
-    make_case("lora-experts-qwen", "qwen2-moe", "LoraConfig", r=2, target_modules=Q, target_parameters=EXPERTS),
-    make_case(
-        "lora-experts-one-by-one",
-        "mixtral",
-        "LoraConfig",
-        r=2,
-        target_modules=["w1", "w2", "w3"],
-        state=_experts_one_by_one,
-    ),
-    make_case("lora-mha", "siglip", "LoraConfig", r=2, target_modules=["head.attention"]),
-    make_case("lora-mha-bias-term", "siglip", "LoraConfig", r=2, target_modules=["head.attention"], lora_bias=True),
-    make_case("lora-mha-linear", "siglip", "LoraConfig", r=2, target_modules=["q_proj"]),
-    make_case("lora-t5", "t5", "LoraConfig", r=2, target_modules=["wo"]),
-    make_case("lora-tied-linear", "llama-tied", "LoraConfig", r=2, target_modules=Q),
-    make_case("lora-tied-tokens", "llama-tied", "LoraConfig", r=2, target_modules=Q, trainable_token_indices=[1, 5]),
-    make_case("lora-tied-saved", "llama-tied", "LoraConfig", r=2, target_modules=Q, modules_to_save=["embed_tokens"]),
-    make_case("lora-pissa-niter", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="pissa_niter_4"),
-    make_case("lora-eva", "llama", "LoraConfig", r=2, target_modules=Q, init_lora_weights="eva"),
-    make_case("lora-norm-saved", "bert", "LoraConfig", r=2, target_modules=["query"], modules_to_save=["LayerNorm"]),
-    make_case("lora-parameter-2d", "llama", "LoraConfig", r=2, target_modules=[], target_parameters=["q_proj.weight"]),
+    _lora("lora-conv1d-gpt2", "gpt2", ["c_attn"], fan_in_fan_out=True),
+    _lora("lora-conv1d-gpt2-dora", "gpt2", ["attn.c_proj"], fan_in_fan_out=True, use_dora=True),
+    _lora("lora-conv1d", "wav2vec2", ["conv_layers.1.conv"]),
+    _lora("lora-conv1d-dora", "wav2vec2", ["conv_layers.1.conv"], use_dora=True),
+    _lora("lora-conv2d", "resnet", CONV),
+    _lora("lora-conv2d-dora", "resnet", CONV, use_dora=True),
+    _lora("lora-conv2d-bias-term", "convnext", ["patch_embeddings"], lora_bias=True),
+    _lora("lora-conv3d", "videomae", ["projection"]),
+    _lora("lora-conv3d-dora", "videomae", ["projection"], use_dora=True),
+    _lora("lora-embedding", "llama", ["embed_tokens"]),
+    _lora("lora-embedding-dora", "llama", ["embed_tokens"], use_dora=True),
+    _lora("lora-embedding-position", "bert", ["position_embeddings"]),
+    _lora("lora-lm-head", "llama", ["lm_head"]),
+    _lora("lora-experts", "mixtral", [], target_parameters=EXPERTS),
+    _lora("lora-experts-one", "mixtral", [], target_parameters=EXPERTS[:1]),
+    _lora("lora-experts-qwen", "qwen2-moe", target_parameters=EXPERTS),
+    _lora("lora-experts-one-by-one", "mixtral", ["w1", "w2", "w3"], state=_experts_one_by_one),
+    _lora("lora-mha", "siglip", ["head.attention"]),
+    _lora("lora-mha-bias-term", "siglip", ["head.attention"], lora_bias=True),
+    _lora("lora-mha-linear", "siglip"),
+    _lora("lora-t5", "t5", ["wo"]),
+    _lora("lora-tied-linear", "llama-tied"),
+    _lora("lora-tied-tokens", "llama-tied", trainable_token_indices=[1, 5]),
+    _lora("lora-tied-saved", "llama-tied", modules_to_save=["embed_tokens"]),
+    _lora("lora-pissa-niter", init_lora_weights="pissa_niter_4"),
+    _lora("lora-eva", init_lora_weights="eva"),
+    _lora("lora-norm-saved", "bert", ["query"], modules_to_save=["LayerNorm"]),
+    _lora("lora-parameter-2d", "llama", [], target_parameters=["q_proj.weight"]),
 )
 
 LINEAR_CASES = (
-    make_case("adalora-linear", "llama", "AdaLoraConfig", init_r=3, target_r=2, total_step=10, target_modules=Q),
-    make_case("adalora-conv2d", "resnet", "AdaLoraConfig", init_r=3, target_r=2, total_step=10, target_modules=CONV),
-    make_case("adamss-linear", "llama-bias", "AdamssConfig", r=4, num_subspaces=2, subspace_rank=1, target_modules=Q),
-    make_case("boft-linear", "llama", "BOFTConfig", boft_block_size=4, target_modules=Q),
-    make_case(
-        "boft-factor", "llama-bias", "BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=2, target_modules=Q
+    _case("adalora-linear", "llama", "AdaLoraConfig", init_r=3, target_r=2, total_step=10),
+    _case("adalora-conv2d", "resnet", "AdaLoraConfig", CONV, init_r=3, target_r=2, total_step=10),
+    _case("adamss-linear", "llama-bias", "AdamssConfig", r=4, num_subspaces=2, subspace_rank=1),
+    _case("boft-linear", "llama", "BOFTConfig", boft_block_size=4),
+    _case("boft-factor", "llama-bias", "BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=2),
+    _case("boft-conv2d", "resnet", "BOFTConfig", CONV, boft_block_size=4),
+    _case("oft-linear", "llama", "OFTConfig", oft_block_size=4, use_cayley_neumann=False),
+    _case("oft-neumann", "llama", "OFTConfig", oft_block_size=4, use_cayley_neumann=True),
+    _case("oft-share", "llama", "OFTConfig", oft_block_size=4, block_share=True, coft=True, eps=0.5),
+    _case("oft-embedding", "llama", "OFTConfig", ["embed_tokens"], oft_block_size=4),
+    _case("ia3-linear", "llama", "IA3Config", feedforward_modules=[]),
+    _case("ia3-bias", "llama-bias", "IA3Config", feedforward_modules=[]),
+    _case("ia3-feedforward", "llama", "IA3Config", ["down_proj"], feedforward_modules=["down_proj"]),
+    _case("ia3-conv1d-gpt2", "gpt2", "IA3Config", ["c_attn"], feedforward_modules=[], fan_in_fan_out=True),
+    _case("ia3-conv2d", "resnet", "IA3Config", CONV, feedforward_modules=[]),
+    _case("ia3-conv3d", "videomae", "IA3Config", ["projection"], feedforward_modules=[]),
+    _case("beft-linear", "llama-bias", "BeftConfig"),
+    _case("loha-linear", "llama", "LoHaConfig", r=2),
+    _case("loha-conv1d", "wav2vec2", "LoHaConfig", ["conv_layers.1.conv"], r=2),
+    _case("loha-conv2d", "resnet", "LoHaConfig", CONV, r=2),
+    _case("loha-conv2d-effective", "resnet", "LoHaConfig", CONV, r=2, use_effective_conv2d=True),
+    _case("lokr-linear", "llama", "LoKrConfig", r=2),
+    _case("lokr-both", "llama", "LoKrConfig", r=1, decompose_both=True),
+    _case("lokr-conv1d", "wav2vec2", "LoKrConfig", ["conv_layers.1.conv"], r=2),
+    _case("lokr-conv2d", "resnet", "LoKrConfig", CONV, r=2),
+    _case("ln-norm", "bert", "LNTuningConfig", ["attention.output.LayerNorm"]),
+    _case("ln-rmsnorm", "llama", "LNTuningConfig", ["input_layernorm"]),
+    _case("ln-linear", "llama-bias", "LNTuningConfig"),
+    _case("vera-linear", "llama", "VeraConfig", r=4),
+    _case("vera-two", "llama", "VeraConfig", ["q_proj", "v_proj"], r=4, save_projection=False),
+    _case("vera-shapes", "llama", "VeraConfig", ["q_proj", "down_proj"], r=4),
+    _case("pvera-linear", "llama", "PveraConfig", r=4),
+    _case("frod-linear", "llama", "FrodConfig", sparse_rate=0.2, progressbar=False),
+    _case("fourierft-linear", "llama", "FourierFTConfig", n_frequency=8),
+    _case("glora-lora", "llama-bias", "GloraConfig", r=2),
+    _case(
+        "glora-vector", "llama-bias", "GloraConfig", r=2, config_A_B="vector", config_C="vector", config_D_E="vector"
     ),
-    make_case("boft-conv2d", "resnet", "BOFTConfig", boft_block_size=4, target_modules=CONV),
-    make_case("oft-linear", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, use_cayley_neumann=False),
-    make_case("oft-neumann", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, use_cayley_neumann=True),
-    make_case(
-        "oft-share", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, block_share=True, coft=True, eps=0.5
-    ),
-    make_case("oft-embedding", "llama", "OFTConfig", oft_block_size=4, target_modules=["embed_tokens"]),
-    make_case("ia3-linear", "llama", "IA3Config", target_modules=Q, feedforward_modules=[]),
-    make_case("ia3-bias", "llama-bias", "IA3Config", target_modules=Q, feedforward_modules=[]),
-    make_case("ia3-feedforward", "llama", "IA3Config", target_modules=["down_proj"], feedforward_modules=["down_proj"]),
-    make_case(
-        "ia3-conv1d-gpt2", "gpt2", "IA3Config", target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True
-    ),
-    make_case("ia3-conv2d", "resnet", "IA3Config", target_modules=CONV, feedforward_modules=[]),
-    make_case("ia3-conv3d", "videomae", "IA3Config", target_modules=["projection"], feedforward_modules=[]),
-    make_case("beft-linear", "llama-bias", "BeftConfig", target_modules=Q),
-    make_case("loha-linear", "llama", "LoHaConfig", r=2, target_modules=Q),
-    make_case("loha-conv1d", "wav2vec2", "LoHaConfig", r=2, target_modules=["conv_layers.1.conv"]),
-    make_case("loha-conv2d", "resnet", "LoHaConfig", r=2, target_modules=CONV),
-    make_case("loha-conv2d-effective", "resnet", "LoHaConfig", r=2, target_modules=CONV, use_effective_conv2d=True),
-    make_case("lokr-linear", "llama", "LoKrConfig", r=2, target_modules=Q),
-    make_case("lokr-both", "llama", "LoKrConfig", r=1, target_modules=Q, decompose_both=True),
-    make_case("lokr-conv1d", "wav2vec2", "LoKrConfig", r=2, target_modules=["conv_layers.1.conv"]),
-    make_case("lokr-conv2d", "resnet", "LoKrConfig", r=2, target_modules=CONV),
-    make_case("ln-norm", "bert", "LNTuningConfig", target_modules=["attention.output.LayerNorm"]),
-    make_case("ln-rmsnorm", "llama", "LNTuningConfig", target_modules=["input_layernorm"]),
-    make_case("ln-linear", "llama-bias", "LNTuningConfig", target_modules=Q),
-    make_case("vera-linear", "llama", "VeraConfig", r=4, target_modules=Q),
-    make_case("vera-two", "llama", "VeraConfig", r=4, target_modules=["q_proj", "v_proj"], save_projection=False),
-    make_case("vera-shapes", "llama", "VeraConfig", r=4, target_modules=["q_proj", "down_proj"]),
-    make_case("pvera-linear", "llama", "PveraConfig", r=4, target_modules=Q),
-    make_case("frod-linear", "llama", "FrodConfig", target_modules=Q, sparse_rate=0.2, progressbar=False),
-    make_case("fourierft-linear", "llama", "FourierFTConfig", n_frequency=8, target_modules=Q),
-    make_case("glora-lora", "llama-bias", "GloraConfig", r=2, target_modules=Q),
-    make_case(
-        "glora-vector",
-        "llama-bias",
-        "GloraConfig",
-        r=2,
-        target_modules=Q,
-        config_A_B="vector",
-        config_C="vector",
-        config_D_E="vector",
-    ),
-    make_case(
+    _case(
         "glora-constant",
         "llama-bias",
         "GloraConfig",
         r=2,
-        target_modules=Q,
         config_A_B="constant",
         config_C="none",
         config_D_E="constant",
     ),
-    make_case("hra-linear", "llama", "HRAConfig", r=2, target_modules=Q),
-    make_case("hra-gram-schmidt", "llama", "HRAConfig", r=2, target_modules=Q, apply_GS=True),
-    make_case("hra-conv2d", "resnet", "HRAConfig", r=2, target_modules=CONV),
-    make_case("vblora-linear", "llama", "VBLoRAConfig", r=2, num_vectors=6, vector_length=4, topk=2, target_modules=Q),
-    make_case(
+    _case("hra-linear", "llama", "HRAConfig", r=2),
+    _case("hra-gram-schmidt", "llama", "HRAConfig", r=2, apply_GS=True),
+    _case("hra-conv2d", "resnet", "HRAConfig", CONV, r=2),
+    _case("vblora-linear", "llama", "VBLoRAConfig", r=2, num_vectors=6, vector_length=4, topk=2),
+    _case(
         "vblora-topk-only",
         "llama",
         "VBLoRAConfig",
@@ -438,59 +310,45 @@ LINEAR_CASES = (
         num_vectors=6,
         vector_length=4,
         topk=2,
-        target_modules=Q,
         save_only_topk_weights=True,
     ),
-    make_case(
-        "vblora-shapes",
-        "llama",
-        "VBLoRAConfig",
-        r=2,
-        num_vectors=6,
-        vector_length=8,
-        topk=2,
-        target_modules=["q_proj", "down_proj"],
+    _case(
+        "vblora-shapes", "llama", "VBLoRAConfig", ["q_proj", "down_proj"], r=2, num_vectors=6, vector_length=8, topk=2
     ),
-    make_case(
-        "unilora-shapes", "llama", "UniLoraConfig", r=2, theta_d_length=16, target_modules=["q_proj", "down_proj"]
-    ),
-    make_case("unilora-linear", "llama", "UniLoraConfig", r=2, theta_d_length=16, target_modules=Q),
-    make_case("miss-linear", "llama", "MissConfig", r=4, target_modules=Q),
-    make_case("miss-bat", "llama", "MissConfig", r=4, target_modules=Q, init_weights="bat"),
-    make_case("miss-mini", "llama", "MissConfig", r=4, mini_r=4, target_modules=Q, init_weights="mini"),
-    make_case("randlora-linear", "llama", "RandLoraConfig", r=4, target_modules=Q),
-    make_case("randlora-shapes", "llama", "RandLoraConfig", r=4, target_modules=["q_proj", "down_proj"]),
-    make_case("randlora-sparse", "llama", "RandLoraConfig", r=4, target_modules=Q, sparse=True),
-    make_case("road-linear", "llama-bias", "RoadConfig", group_size=4, target_modules=Q),
-    make_case("road-4", "llama", "RoadConfig", group_size=4, target_modules=Q, variant="road_4"),
-    make_case(
-        "trainable-tokens", "llama", "TrainableTokensConfig", token_indices=[1, 5], target_modules=["embed_tokens"]
-    ),
-    make_case("hira-linear", "llama", "HiraConfig", r=2, target_modules=Q),
-    make_case("hira-conv1d-gpt2", "gpt2", "HiraConfig", r=2, target_modules=["c_attn"], fan_in_fan_out=True),
-    make_case("hira-conv2d", "resnet", "HiraConfig", r=2, target_modules=CONV),
-    make_case("hira-conv1d", "wav2vec2", "HiraConfig", r=2, target_modules=["conv_layers.1.conv"]),
-    make_case("hira-conv3d", "videomae", "HiraConfig", r=2, target_modules=["projection"]),
-    make_case("hira-embedding", "llama", "HiraConfig", r=2, target_modules=["embed_tokens"]),
-    make_case("shira-linear", "llama", "ShiraConfig", r=1, target_modules=Q, random_seed=3),
-    make_case("c3a-linear", "llama", "C3AConfig", block_size=4, target_modules=Q),
-    make_case("waveft-linear", "llama", "WaveFTConfig", n_frequency=8, target_modules=Q),
-    make_case("osf-linear", "llama", "OSFConfig", effective_rank=4, target_modules=Q),
-    make_case("delora-linear", "llama", "DeloraConfig", r=2, target_modules=Q),
-    make_case("gralora-linear", "llama", "GraloraConfig", r=4, gralora_k=2, target_modules=Q),
-    make_case("gralora-hybrid", "llama", "GraloraConfig", r=4, hybrid_r=2, gralora_k=2, target_modules=Q),
-    make_case("tinylora-linear", "llama", "TinyLoraConfig", r=2, u=4, target_modules=Q),
-    make_case(
-        "tinylora-tying", "llama", "TinyLoraConfig", r=2, u=4, target_modules=["q_proj", "down_proj"], weight_tying=1.0
-    ),
-    make_case("tinylora-embedding", "llama", "TinyLoraConfig", r=2, u=4, target_modules=["embed_tokens"]),
-    make_case("psoft-linear", "llama", "PsoftConfig", r=4, target_modules=Q),
-    make_case("psoft-neumann", "llama", "PsoftConfig", r=4, target_modules=Q, use_cayley_neumann=True),
-    make_case("peanut-linear", "llama", "PeanutConfig", r=2, target_modules=Q),
-    make_case("peanut-deep", "llama", "PeanutConfig", r=2, depth=2, target_modules=Q),
-    make_case("supertuning-linear", "llama", "SupertuningConfig", sparsity=0.9, target_modules=Q),
-    make_case("deft-linear", "llama", "DeftConfig", r=2, target_modules=Q),
-    make_case("deft-qr", "llama", "DeftConfig", r=2, target_modules=Q, decomposition_method="qr"),
+    _case("unilora-shapes", "llama", "UniLoraConfig", ["q_proj", "down_proj"], r=2, theta_d_length=16),
+    _case("unilora-linear", "llama", "UniLoraConfig", r=2, theta_d_length=16),
+    _case("miss-linear", "llama", "MissConfig", r=4),
+    _case("miss-bat", "llama", "MissConfig", r=4, init_weights="bat"),
+    _case("miss-mini", "llama", "MissConfig", r=4, mini_r=4, init_weights="mini"),
+    _case("randlora-linear", "llama", "RandLoraConfig", r=4),
+    _case("randlora-shapes", "llama", "RandLoraConfig", ["q_proj", "down_proj"], r=4),
+    _case("randlora-sparse", "llama", "RandLoraConfig", r=4, sparse=True),
+    _case("road-linear", "llama-bias", "RoadConfig", group_size=4),
+    _case("road-4", "llama", "RoadConfig", group_size=4, variant="road_4"),
+    _case("trainable-tokens", "llama", "TrainableTokensConfig", ["embed_tokens"], token_indices=[1, 5]),
+    _case("hira-linear", "llama", "HiraConfig", r=2),
+    _case("hira-conv1d-gpt2", "gpt2", "HiraConfig", ["c_attn"], r=2, fan_in_fan_out=True),
+    _case("hira-conv2d", "resnet", "HiraConfig", CONV, r=2),
+    _case("hira-conv1d", "wav2vec2", "HiraConfig", ["conv_layers.1.conv"], r=2),
+    _case("hira-conv3d", "videomae", "HiraConfig", ["projection"], r=2),
+    _case("hira-embedding", "llama", "HiraConfig", ["embed_tokens"], r=2),
+    _case("shira-linear", "llama", "ShiraConfig", r=1, random_seed=3),
+    _case("c3a-linear", "llama", "C3AConfig", block_size=4),
+    _case("waveft-linear", "llama", "WaveFTConfig", n_frequency=8),
+    _case("osf-linear", "llama", "OSFConfig", effective_rank=4),
+    _case("delora-linear", "llama", "DeloraConfig", r=2),
+    _case("gralora-linear", "llama", "GraloraConfig", r=4, gralora_k=2),
+    _case("gralora-hybrid", "llama", "GraloraConfig", r=4, hybrid_r=2, gralora_k=2),
+    _case("tinylora-linear", "llama", "TinyLoraConfig", r=2, u=4),
+    _case("tinylora-tying", "llama", "TinyLoraConfig", ["q_proj", "down_proj"], r=2, u=4, weight_tying=1.0),
+    _case("tinylora-embedding", "llama", "TinyLoraConfig", ["embed_tokens"], r=2, u=4),
+    _case("psoft-linear", "llama", "PsoftConfig", r=4),
+    _case("psoft-neumann", "llama", "PsoftConfig", r=4, use_cayley_neumann=True),
+    _case("peanut-linear", "llama", "PeanutConfig", r=2),
+    _case("peanut-deep", "llama", "PeanutConfig", r=2, depth=2),
+    _case("supertuning-linear", "llama", "SupertuningConfig", sparsity=0.9),
+    _case("deft-linear", "llama", "DeftConfig", r=2),
+    _case("deft-qr", "llama", "DeftConfig", r=2, decomposition_method="qr"),
 )
 CASES = LORA_CASES + LINEAR_CASES
 

@@ -215,7 +215,7 @@ def write_bases(directory: Path, chosen: Chosen) -> list[Path]:
         write(directory / "adapters" / name)
 
     def entries() -> Iterator[dict[str, Any]]:
-        for name, case in (BROKEN.table | GOOD.table | UNFIT.table | PACKAGED.table).items():
+        for name, case in (BROKEN | GOOD | UNFIT | PACKAGED).items():
             if chosen(name):
                 base = directory / f"models--bases--{name}" / "snapshots" / "0"
                 base.mkdir(parents=True)
