@@ -16,30 +16,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    MvpConfig,
-    MvpModel,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -74,109 +54,52 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 
-def _llama_config(**changes: Any) -> LlamaConfig:
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return LlamaConfig(**(settings | changes))
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+DECODER = TEXT | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def _randomised(model: PreTrainedModel) -> PreTrainedModel:
+def _randomised(name: str, config: str, **settings: Any) -> PreTrainedModel:
     """Biases start as zero and norms as one; small noise makes each tensor tell itself from every other."""
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     return model
 
 
+def _llama(**changes: Any) -> PreTrainedModel:
+    return _randomised("LlamaForCausalLM", "LlamaConfig", **DECODER | SPECIAL | changes)
+
+
 def llama(**changes: Any) -> PreTrainedModel:
     """Grouped-query attention (4 heads, 2 key-value heads), biases on q, k, v and o, head and embedding apart."""
-    return _randomised(LlamaForCausalLM(_llama_config(attention_bias=True, **changes)))
-
-
-def llama_tied() -> PreTrainedModel:
-    return _randomised(LlamaForCausalLM(_llama_config(tie_word_embeddings=True)))
-
-
-def llama_wide() -> PreTrainedModel:
-    return llama(hidden_size=64, intermediate_size=96)
-
-
-def llama_tall() -> PreTrainedModel:
-    """Weights of several times as many elements as the gate samples."""
-    return llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    return _llama(attention_bias=True, **changes)
 
 
 def gpt2() -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
-    )
-    return _randomised(GPT2LMHeadModel(config))
-
-
-def _bert_config(**changes: Any) -> BertConfig:
-    return BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        **changes,
-    )
-
-
-def bert() -> PreTrainedModel:
-    return _randomised(BertModel(_bert_config()))
-
-
-def bert_classifier() -> PreTrainedModel:
-    return _randomised(BertForSequenceClassification(_bert_config(num_labels=3)))
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 32}
+    return _randomised("GPT2LMHeadModel", "GPT2Config", **sizes, bos_token_id=1, eos_token_id=2)
 
 
 def opt() -> PreTrainedModel:
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        word_embed_proj_dim=32,
-    )
-    return _randomised(OPTForCausalLM(config))
+    sizes = {key: value for key, value in TEXT.items() if key != "intermediate_size"}
+    return _randomised("OPTForCausalLM", "OPTConfig", **sizes, ffn_dim=48, word_embed_proj_dim=32)
 
 
 def mvp() -> PreTrainedModel:
     """Its embeddings of positions shift the index."""
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-    return _randomised(MvpModel(MvpConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **heads, **sizes)))
-
-
-def mixtral() -> PreTrainedModel:
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-    )
-    return _randomised(MixtralForCausalLM(config))
+    places = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
+    return _randomised("MvpModel", "MvpConfig", **places, **heads, **sizes)
 
 
 def _llama_loud() -> PreTrainedModel:
@@ -191,27 +114,17 @@ def qwen3_5() -> PreTrainedModel:
     """A text model inside of a larger one. `AutoModelForCausalLM` loads the text model alone, by other names."""
     sizes = {"hidden_size": 32, "intermediate_size": 48}
     heads = {"num_attention_heads": 4, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    text = {
-        "vocab_size": VOCABULARY,
-        "num_hidden_layers": LAYERS,
-        "num_key_value_heads": 2,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 4,
-        "layer_types": ["linear_attention", "full_attention"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    keys = {"num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+    layers = {"num_hidden_layers": LAYERS, "layer_types": ["linear_attention", "full_attention"]}
     vision = {"depth": 1, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32, "num_position_embeddings": 16}
-    config = Qwen3_5Config(
-        text_config=text | sizes | heads,
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return _randomised(
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        text_config={"vocab_size": VOCABULARY} | layers | keys | SPECIAL | sizes | heads,
         vision_config=vision | sizes,
-        image_token_id=60,
-        video_token_id=61,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
+        **dict(zip(tokens, range(60, 64), strict=True)),
     )
-    return _randomised(Qwen3_5ForConditionalGeneration(config))
 
 
 def _with(build: Callable[[], PreTrainedModel], name: str, index: tuple[int, ...], value: float) -> PreTrainedModel:
@@ -259,9 +172,10 @@ BASES: dict[str, BaseRecipe] = {
     "llama-loud": BaseRecipe(_llama_loud, torch.float16),
     "llama-bfloat16": BaseRecipe(llama, torch.bfloat16),
     "llama-sharded": BaseRecipe(llama, max_shard_size="20KB"),
-    "llama-tied": BaseRecipe(llama_tied),
-    "llama-wide": BaseRecipe(llama_wide),
-    "llama-tall": BaseRecipe(llama_tall),
+    "llama-tied": BaseRecipe(lambda: _llama(tie_word_embeddings=True)),
+    "llama-wide": BaseRecipe(lambda: llama(hidden_size=64, intermediate_size=96)),
+    # weights of several times as many elements as the gate samples
+    "llama-tall": BaseRecipe(lambda: llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=1)),
     "llama-nan-in-target": BaseRecipe(lambda: _with(llama, f"{Q_PROJ}.weight", (3, 5), torch.nan)),
     "llama-nan-far": BaseRecipe(lambda: _with(llama, "model.norm.weight", (31,), torch.nan)),
     "llama-neginf-far": BaseRecipe(lambda: _with(llama, "lm_head.weight", (63, 31), -torch.inf)),
@@ -269,10 +183,12 @@ BASES: dict[str, BaseRecipe] = {
     "llama-inconsistent": BaseRecipe(llama, after=_reconfigure(intermediate_size=56)),
     "llama-exl2": BaseRecipe(llama, after=_reconfigure(quantization_config={"quant_method": "exl2", "bits": 4.0})),
     "gpt2": BaseRecipe(gpt2),
-    "bert": BaseRecipe(bert),
-    "bert-classifier": BaseRecipe(bert_classifier),
+    "bert": BaseRecipe(lambda: _randomised("BertModel", "BertConfig", **TEXT)),
+    "bert-classifier": BaseRecipe(
+        lambda: _randomised("BertForSequenceClassification", "BertConfig", **TEXT, num_labels=3)
+    ),
     "opt": BaseRecipe(opt),
-    "mixtral": BaseRecipe(mixtral),
+    "mixtral": BaseRecipe(lambda: _randomised("MixtralForCausalLM", "MixtralConfig", **DECODER, num_local_experts=4)),
     "qwen3-5": BaseRecipe(qwen3_5),
     "mvp": BaseRecipe(mvp),
 }
@@ -304,16 +220,20 @@ def load_for_training(base: Path, task_type: str | None, **settings: Any) -> Pre
     """The model that a trainer would have put the adapter on."""
     loaders = {
         "CAUSAL_LM": AutoModelForCausalLM,
-        "SEQ_CLS": AutoModelForSequenceClassification,
-        "TOKEN_CLS": AutoModelForTokenClassification,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     }
     return loaders.get(task_type or "", AutoModel).from_pretrained(base, **settings)
 
 
 def make_adapter(base_dir: Path, out_dir: Path, *, seed: int = 1, **lora_kwargs: Any) -> None:
     """A LoRA adapter of the base, as PEFT saves it; nothing is trained, all its parameters are seeded noise."""
+    save_adapter(base_dir, out_dir, _lora_config(lora_kwargs), seed=seed)
+
+
+def _lora_config(changes: Mapping[str, Any]) -> LoraConfig:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    save_adapter(base_dir, out_dir, LoraConfig(**(settings | lora_kwargs)), seed=seed)
+    return LoraConfig(**settings | dict(changes))
 
 
 @contextmanager
@@ -352,15 +272,10 @@ def save_adapter(
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config)
         _noise(peft_model, seed)
-        if save_embedding_layers:
-            _shift_embeddings(peft_model)
+        if save_embedding_layers:  # one that equals the base's could be dropped unseen
+            with torch.no_grad():
+                peft_model.get_input_embeddings().weight.add_(0.01)
         peft_model.save_pretrained(out_dir, save_embedding_layers=save_embedding_layers or rows is not None)
-
-
-def _shift_embeddings(model: torch.nn.Module) -> None:
-    """A saved embedding that equals the base's could be dropped unseen."""
-    with torch.no_grad():
-        model.get_input_embeddings().weight.add_(0.01)
 
 
 @dataclass(frozen=True)
@@ -377,9 +292,7 @@ class Variant:
         if self.build is not None:
             self.build(base_dir, out_dir)
         else:
-            settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-            config = LoraConfig(**(settings | dict(self.lora)))
-            save_adapter(base_dir, out_dir, config, **self.save)
+            save_adapter(base_dir, out_dir, _lora_config(self.lora), **self.save)
         if self.after is not None:
             self.after(out_dir)
 
