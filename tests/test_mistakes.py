@@ -27,14 +27,12 @@ from merge_gate.records.report import Shard
 from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
-from merge_gate.worker import supervisor
 from tests.support.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
 
     from merge_gate.records.report import Report
-    from merge_gate.worker.protocol import Job
     from tests.support.wording import Wording
 
 
@@ -52,22 +50,12 @@ Arrange = Callable[[Path], object]
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a damaged adapter, a base, and a config; the commands run in it."""
-
-    def refuse(**_: bool) -> NoReturn:
-        raise OSError("no process to be had")
-
-    def supervise(job: Job, *_: object) -> None:
-        assert not job.groups, "the damaged adapter is judged by its file"
-
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"damaged")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
-    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
-    monkeypatch.setattr(supervisor.WorkerSlot, "start", lambda *_, **__: None)
-    monkeypatch.setattr(flow, "supervise", supervise)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

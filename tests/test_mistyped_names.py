@@ -9,16 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from merge_gate.cli.dispatch import main
-from merge_gate.run import flow
-from merge_gate.worker import supervisor
-from merge_gate.worker.protocol import Job
 from tests.support.hub import LoopbackHub
 
 TOKEN = "hf_secret"
@@ -43,23 +39,13 @@ def lay_adapter(directory: Path, base: str = "./models/base", revision: str | No
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """The current directory is a project with `adapters/`, `models/`, and a config in `ci/`. No worker starts."""
-
-    def refuse(**_: bool) -> NoReturn:
-        raise OSError("no process to be had")
-
-    def supervise(job: Job, *_: object) -> None:
-        assert not job.groups, "no adapter here can be merged"
-
+    """The current directory is a project with `adapters/`, `models/`, and a config in `ci/`."""
     lay_adapter(tmp_path / "adapters" / "healthy")
     for name in ("base", "merged"):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "config.json").write_text("{}")
         (tmp_path / "models" / name / "model.safetensors").write_bytes(NO_TENSORS)
     (tmp_path / "ci").mkdir()
-    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
-    monkeypatch.setattr(supervisor.WorkerSlot, "start", lambda *_, **__: None)
-    monkeypatch.setattr(flow, "supervise", supervise)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
     with LoopbackHub() as server:
