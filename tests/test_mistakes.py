@@ -11,15 +11,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 
-from merge_gate import demo
 from merge_gate._internal import whole_file
 from merge_gate._internal.earlier_reports import is_own
 from merge_gate.cli.dispatch import main
@@ -125,52 +125,43 @@ def clock(year: int) -> Arrange:
 # --- the accidents that come from outside ----------------------------------------------------------------------------
 
 Accident = Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[object]]
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def none(*_: object) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def disk_full(monkeypatch: pytest.MonkeyPatch, _: Path) -> AbstractContextManager[object]:
-    def fail(*_: object) -> NoReturn:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(whole_file.os, "fsync", fail)
-    return nullcontext()
+@contextmanager
+def disk_full(monkeypatch: pytest.MonkeyPatch, _: Path) -> Iterator[None]:
+    monkeypatch.setattr(whole_file.os, "fsync", Mock(side_effect=FULL))
+    yield
 
 
-def no_room(monkeypatch: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
+@contextmanager
+def no_room(monkeypatch: pytest.MonkeyPatch, _: Path) -> Iterator[None]:
     real = os.mkdir
 
     def fail(path: str, *more: object, **named: object) -> None:
         if Path(path).name == "previous":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise FULL
         real(path, *more, **named)
 
     monkeypatch.setattr(os, "mkdir", fail)
-    return nullcontext()
+    yield
 
 
-def another_run(_: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
-    held = begun_run(str(place / OUTPUT))
-    held.__enter__()
-    write_report(FAIL, place / OUTPUT)
-
-    class Held(AbstractContextManager[object]):
-        def __exit__(self, *_: object) -> None:
-            held.__exit__(None, None, None)
-
-    return Held()
+@contextmanager
+def another_run(_: pytest.MonkeyPatch, place: Path) -> Iterator[None]:
+    with begun_run(str(place / OUTPUT)):
+        write_report(FAIL, place / OUTPUT)
+        yield
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, _: Path) -> AbstractContextManager[object]:
+@contextmanager
+def interrupt(monkeypatch: pytest.MonkeyPatch, _: Path) -> Iterator[None]:
     monkeypatch.setattr(flow, "inputs_of", lambda _: os.kill(os.getpid(), signal.SIGINT) or iter(()))
-    return nullcontext()
-
-
-def small_demo(monkeypatch: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
-    monkeypatch.setattr(demo, "_demo_files", lambda: {"merge-gate.yml": b"version: 1\nadapters: []\n"})
-    return nullcontext()
+    yield
 
 
 # --- the mistakes --------------------------------------------------------------------------------------------------
@@ -202,7 +193,7 @@ def output(mistake: str, arrange: Arrange, *words: str, **more: object) -> Mista
     return Mistake(mistake, UNTOUCHED, (words,), arrange, **more)  # type: ignore[arg-type]
 
 
-RUN = ("run", "gate.yml")
+RUN, ABSENT = ("run", "gate.yml"), ("run", "absent.yml")
 MISTAKES = (
     # the command line is wrong
     typo("a mistyped option: `--devise cpu`", *RUN, "--devise", "cpu", says="--devise"),
@@ -225,13 +216,9 @@ MISTAKES = (
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
     typo("`--cache` names a file", *RUN, "--cache", "gate.yml", says="gate.yml"),
     typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="--container"),
-    Mistake("the same mistake twice", UNTOUCHED, (("run", "absent.yml"), ("run", "absent.yml"))),
-    Mistake(
-        "the mistake, a good run, the mistake again",
-        "the earlier report, in `previous/`; the new one",
-        (("run", "absent.yml"), RUN, ("run", "absent.yml")),
-        now_in=PREVIOUS,
-    ),
+    Mistake("the same mistake twice", UNTOUCHED, (ABSENT, ABSENT)),
+    Mistake("the mistake, a good run, the mistake again", "the earlier report, in `previous/`; the new one",
+            (ABSENT, RUN, ABSENT), now_in=PREVIOUS),
     # --output is wrong
     output("`--output` mistyped: `--ouptut notes`", earlier, *RUN, "--ouptut", "notes"),
     output("`--output` as another tool calls it: `--outdir notes`", earlier, *RUN, "--outdir", "notes"),
@@ -239,137 +226,61 @@ MISTAKES = (
     output('`--output "$DIR"` with a variable that is not set', earlier, *RUN, "--output", ""),
     output("`--output` names a file", text("out"), *RUN, "--output", "out"),
     output("`--output` is a link", both(folder("real"), link("out", "real")), *RUN, "--output", "out"),
-    output(
-        "`--output` is a link, with `--container`", both(folder("real"), link("out", "real")),
-        *(*RUN, "--container", "--image", "x:y", "--output", "out"), says="link",
-    ),
+    output("`--output` is a link, with `--container`", both(folder("real"), link("out", "real")),
+           *RUN, "--container", "--image", "x:y", "--output", "out", says="link"),
     output("`--output` is an adapter's directory", nothing, *RUN, "--output", "one", says="one"),
     output("`--output` is a base's directory", nothing, "run", "./one", "--base", "base", "--output", "base"),
     output("`--output` is the base that the adapter names", nothing, *RUN, "--output", "base", says="base"),
     output("`--cache` is an adapter's directory", nothing, *RUN, "--cache", "one", says="one"),
     output("`--cache` is inside of a base's directory", nothing, "run", "./one", "--base", "base", "--cache", "base/c"),
-    output("`--output` does not exist, and the config does not either", nothing, "run", "absent.yml", "--output", "o"),
-    output(
-        "`--output` holds `summary.md` and `report.html` of the user, and the adapter is mistyped",
-        both(text("notes/summary.md"), text("notes/report.html")),
-        *("run", "./my-adaptr", "--base", "./base", "--output", "notes"),
-        says="my-adaptr",
-    ),
-    output(
-        "`--output` holds the `junit.xml` of a test runner",
-        text("reports/junit.xml", "<testsuites/>"),
-        *(*RUN, "--output", "reports"),
-        says="reports/junit.xml",
-    ),
-    output(
-        "one of the five files is another tool's, four are the gate's",
-        both(earlier, text(f"{OUTPUT}/junit.xml", "<testsuites/>")),
-        *RUN,
-    ),
-    output(
-        "`--output` holds a `report.json` of another tool", text("reports/report.json", '{"tool": {"name": "x"}}'),
-        *(*RUN, "--output", "reports"),
-    ),
-    output(
-        "a link has the name of a report",
-        both(written("own", PASS), link(f"{OUTPUT}/report.json", "../own/report.json")),
-        *RUN,
-    ),
+    output("`--output` does not exist, and the config does not either", nothing, *ABSENT, "--output", "o"),
+    output("`--output` holds `summary.md` and `report.html` of the user, and the adapter is mistyped",
+           both(text("notes/summary.md"), text("notes/report.html")),
+           "run", "./my-adaptr", "--base", "./base", "--output", "notes", says="my-adaptr"),
+    output("`--output` holds the `junit.xml` of a test runner", text("reports/junit.xml", "<testsuites/>"),
+           *RUN, "--output", "reports", says="reports/junit.xml"),
+    output("one of the five files is another tool's, four are the gate's",
+           both(earlier, text(f"{OUTPUT}/junit.xml", "<testsuites/>")), *RUN),
+    output("`--output` holds a `report.json` of another tool", text("reports/report.json", '{"tool": {"name": "x"}}'),
+           *RUN, "--output", "reports"),
+    output("a link has the name of a report",
+           both(written("own", PASS), link(f"{OUTPUT}/report.json", "../own/report.json")), *RUN),
     output("a directory has the name of a report", text(f"{OUTPUT}/report.html/mine.html"), *RUN, says="report.html"),
     output("a report is named as the config", earlier, "run", f"{OUTPUT}/report.json"),
     output("the output directory is named as an adapter", earlier, "run", OUTPUT),
-    Mistake(
-        "a directory that other tools use too",
-        "their files; the new report next to them",
-        ((*RUN, "--output", "reports"),),
-        both(text("reports/coverage.xml"), text("reports/.report.json.backup.tmp")),
-        code=1,
-    ),
+    Mistake("a directory that other tools use too", "their files; the new report next to them",
+            ((*RUN, "--output", "reports"),),
+            both(text("reports/coverage.xml"), text("reports/.report.json.backup.tmp")), code=1),
     Mistake("`--output .`", "all files; the report next to them", ((*RUN, "--output", "."),), nothing, 1),
-    Mistake(
-        "`--output` is the directory of another project's reports",
-        "its reports, in `previous/`",
-        ((*RUN, "--output", "theirs"),),
-        written("theirs", FAIL),
-        code=1,
-        now_in="theirs/previous",
-    ),
-    Mistake(
-        "`previous/` is a directory of the user",
-        "their files; the earlier report next to them, in `previous/`",
-        (RUN,),
-        both(earlier, text(f"{PREVIOUS}/thesis.tex")),
-        code=1,
-        now_in=PREVIOUS,
-    ),
+    Mistake("`--output` is the directory of another project's reports", "its reports, in `previous/`",
+            ((*RUN, "--output", "theirs"),), written("theirs", FAIL), code=1, now_in="theirs/previous"),
+    Mistake("`previous/` is a directory of the user", "their files; the earlier report next to them, in `previous/`",
+            (RUN,), both(earlier, text(f"{PREVIOUS}/thesis.tex")), code=1, now_in=PREVIOUS),
     output("`previous` is a file of the user", both(earlier, text(PREVIOUS)), *RUN, says=PREVIOUS),
     output("`previous/` holds a `junit.xml` of the user", both(earlier, text(f"{PREVIOUS}/junit.xml")), *RUN),
     output("`previous` is a link", both(earlier, folder("real"), link(PREVIOUS, "../real")), *RUN),
-    Mistake(
-        "a second run with the same output",
-        "the earlier report, in `previous/`; the new one",
-        (RUN,),
-        code=1,
-        now_in=PREVIOUS,
-    ),
-    Mistake(
-        "two shards, one after the other, into the same directory",
-        "the first shard's report, in `previous/`",
-        ((*RUN, "--shard", "1/2"),),
-        written(OUTPUT, FAIL),
-        code=1,
-        now_in=PREVIOUS,
-    ),
+    Mistake("a second run with the same output", "the earlier report, in `previous/`; the new one", (RUN,), code=1,
+            now_in=PREVIOUS),
+    Mistake("two shards, one after the other, into the same directory", "the first shard's report, in `previous/`",
+            ((*RUN, "--shard", "1/2"),), written(OUTPUT, FAIL), code=1, now_in=PREVIOUS),
     # other commands
     output("`init` with a config that is there", text("merge-gate.yml"), "init", "one", says="merge-gate.yml"),
     output("`demo` in a directory with other files", text("mine/thesis.tex"), "demo", "mine", says="mine"),
-    Mistake(
-        "`demo` again, after its config was edited",
-        "the edited config, as `merge-gate.yml.old`",
-        (("demo", "d"),),
-        both(text("d/.merge-gate-demo"), text("d/kept.txt")),
-        accident=small_demo,
-    ),
-    output(
-        "`report combine --output` is a shard's directory",
-        shards,
-        *("report", "combine", "shards/1", "shards/2", "--output", "shards/1"),
-        says="shards/1",
-    ),
-    output(
-        "`report combine --output` holds a `junit.xml` of another tool",
-        both(shards, text("all/junit.xml")),
-        *("report", "combine", "shards", "--output", "all"),
-        says="all/junit.xml",
-    ),
+    output("`report combine --output` is a shard's directory", shards,
+           "report", "combine", "shards/1", "shards/2", "--output", "shards/1", says="shards/1"),
+    output("`report combine --output` holds a `junit.xml` of another tool", both(shards, text("all/junit.xml")),
+           "report", "combine", "shards", "--output", "all", says="all/junit.xml"),
     typo("`report combine` with a mistyped option", "report", "combine", "shards", "--refresh"),
     typo("`report combine` with a wrong directory", "report", "combine", "shrads", code=3),
-    Mistake(
-        "`report combine` of directories with earlier reports in them",
-        "all of them; only the newest reports count",
-        (("report", "combine", "shards/1", "shards/2"),),
-        both(shards, written("shards/1/previous", FAIL)),
-        code=0,
-        now_in="shards/1/previous",
-    ),
-    Mistake(
-        "`--cache` is a directory with files of the user, hidden and old ones too",
-        "all of them",
-        ((*RUN, "--cache", "."),),
-        cache_of_a_checkout,
-        code=1,
-    ),
+    Mistake("`report combine` of directories with earlier reports in them",
+            "all of them; only the newest reports count", (("report", "combine", "shards/1", "shards/2"),),
+            both(shards, written("shards/1/previous", FAIL)), code=0, now_in="shards/1/previous"),
+    Mistake("`--cache` is a directory with files of the user, hidden and old ones too", "all of them",
+            ((*RUN, "--cache", "."),), cache_of_a_checkout, code=1),
     # not the user's mistake
     output("two runs at once", nothing, *RUN, says=OUTPUT, accident=another_run),
-    typo(
-        "the disk is full when the report is written",
-        *RUN,
-        left=MOVED,
-        code=3,
-        now_in=PREVIOUS,
-        says="No space left",
-        accident=disk_full,
-    ),
+    typo("the disk is full when the report is written", *RUN, left=MOVED, code=3, now_in=PREVIOUS,
+         says="No space left", accident=disk_full),
     typo("the disk has no room for `previous/`", *RUN, code=3, says="No space left", accident=no_room),
     typo("Ctrl-C before anything is judged", *RUN, code=3, says="SIGINT", accident=interrupt),
     Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), 1, PREVIOUS),
