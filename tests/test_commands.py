@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import io
 import json
 import os
@@ -19,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -39,11 +39,12 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import WORDS, write_report
 from merge_gate.run import flow, groups
-from merge_gate.worker import protocol, supervisor
+from merge_gate.worker import protocol
 from merge_gate.worker.memory import too_large
 from tests.support.fake_ray import Ray
 from tests.support.reports import FAIL, PASS, adapter, report
 from tests.support.schemas import report_schema
+from tests.support.tried import tried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,26 +71,29 @@ def weights() -> bytes:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with one adapter and its config, in which the commands run; no worker can be started."""
-
-    def refuse(**_: bool) -> NoReturn:
-        raise OSError("no process to be had")
-
+    """A directory with one adapter and its config, in which the commands run."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "one" / "adapter_model.safetensors").write_bytes(weights())
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
-    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def _replace(monkeypatch: pytest.MonkeyPatch, command: str, run: Callable[..., Any]) -> None:
-    monkeypatch.setitem(COMMANDS, command, (COMMANDS[command][0], run))
+def lay_base(place: Path) -> None:
+    (place / "base").mkdir()
+    (place / "base" / "config.json").write_text("{}")
+    (place / "base" / "model.safetensors").write_bytes(weights())
 
 
-def broken(*_: object) -> NoReturn:
-    raise ZeroDivisionError("by zero")
+def cut(place: Path) -> None:
+    (place / "one" / "adapter_model.safetensors").write_bytes(weights()[:-1])
+
+
+@pytest.fixture
+def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
+    """Gives a command another function."""
+    return lambda name, run: monkeypatch.setitem(COMMANDS, name, (COMMANDS[name][0], run))
 
 
 # --- before the command, and around it -----------------------------------------------------------------------------
@@ -133,49 +137,41 @@ def test_a_signal_before_the_command_leaves_no_verdict(
 
 
 def test_a_signal_during_a_command_without_an_output(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _replace(monkeypatch, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    replace_command("check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
     assert "SIGTERM" in capsys.readouterr().err
 
 
-def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("by zero"),
+        ModuleNotFoundError("absent", name="jsonschema.absent"),
+        OSError(errno.EMFILE, "no"),
+        OSError(errno.ENOMEM, "no"),
+    ],
+    ids=["a defect", "a package", "files", "memory"],
+)
+def test_an_error_of_a_command_is_a_sentence(
+    error: Exception, replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
-    monkeypatch.delenv("MERGE_GATE_DEBUG", raising=False)
-    _replace(monkeypatch, "schema", broken)
+    """Never exit code 1, with which Python ends by itself."""
+    replace_command("schema", Mock(side_effect=error))
     assert main(["schema", "config"]) == 3
-    said = capsys.readouterr().err
-    assert "ZeroDivisionError: by zero\n" in said
-    assert "MERGE_GATE_DEBUG=1" in said
-    wording(said)
+    wording(capsys.readouterr().err)
+
+
+def test_the_details_of_a_defect_are_to_be_had(
+    replace_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_command("schema", Mock(side_effect=ZeroDivisionError("by zero")))
     monkeypatch.setenv("MERGE_GATE_DEBUG", "1")
-    assert main(["schema", "config"]) == 3, "never 1, with which Python ends by itself"
+    assert main(["schema", "config"]) == 3
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert said.endswith("ZeroDivisionError: by zero\n")
-
-
-def test_a_package_that_is_missing_is_no_defect(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
-    monkeypatch.setitem(sys.modules, "jsonschema.absent", None)
-    _replace(monkeypatch, "schema", lambda _: importlib.import_module("jsonschema.absent"))
-    assert main(["schema", "config"]) == 3
-    wording(capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
-def test_what_the_system_lacks_is_no_defect(
-    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
-    def lacking(*_: object) -> NoReturn:
-        raise OSError(number, "no")
-
-    _replace(monkeypatch, "schema", lacking)
-    assert main(["schema", "config"]) == 3
-    wording(capsys.readouterr().err)
 
 
 def test_a_directory_that_one_may_not_read_is_no_defect(
@@ -251,6 +247,23 @@ def test_what_cannot_be_had_together_is_wrong_usage(
     wording(said.rpartition("error: ")[2])
 
 
+@pytest.fixture
+def container(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[ContainerRun]:
+    """What was asked of a container. The gate in it fails; if the configuration is `begins.yml`, it begins first."""
+    asked: list[ContainerRun] = []
+
+    def run(wanted: ContainerRun, log: Callable[[bytes], None]) -> int:
+        asked.append(wanted)
+        log(b"from the inside\n")
+        if wanted.config.name == "begins.yml":
+            wanted.begins()
+        write_report(FAIL, place / "merge-gate-report")
+        return 1
+
+    monkeypatch.setattr(launcher, "run_in_container", run)
+    return asked
+
+
 @pytest.mark.parametrize(
     ("words", "inside"),
     [
@@ -261,19 +274,24 @@ def test_what_cannot_be_had_together_is_wrong_usage(
     ],
 )
 def test_a_run_in_a_container_is_told_what_this_one_was(
-    words: tuple[str, ...], inside: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: tuple[str, ...], inside: tuple[str, ...], container: list[ContainerRun], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[ContainerRun] = []
-
-    def run(wanted: ContainerRun, log: Callable[[bytes], None]) -> int:
-        asked.append(wanted)
-        log(b"from the inside\n")
-        return 1
-
-    monkeypatch.setattr(launcher, "run_in_container", run)
     assert main(["run", "gate.yml", "--container", *words]) == 1
-    assert [one.arguments for one in asked] == [inside]
+    assert [one.arguments for one in container] == [inside]
     assert capfd.readouterr().out == "from the inside\n"
+
+
+@pytest.mark.usefixtures("container")
+@pytest.mark.parametrize("config", ["begins.yml", "gate.yml"])
+def test_copies_are_made_of_the_report_of_a_container(
+    config: str, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "begins.yml").write_bytes((place / "gate.yml").read_bytes())
+    assert main(["run", config, "--container", "--report", "junit=-"]) == 1
+    said = capfd.readouterr()
+    assert said.err == "from the inside\n"
+    made = (place / "merge-gate-report" / "junit.xml").read_text()
+    assert said.out == (made if config == "begins.yml" else "")
 
 
 # --- run, with somebody else in the worker's place -------------------------------------------------------------------
@@ -282,9 +300,7 @@ def test_a_run_in_a_container_is_told_what_this_one_was(
 @pytest.fixture
 def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """What the worker says before it gives up on every adapter. There is a base to merge into."""
-    (place / "base").mkdir()
-    (place / "base" / "config.json").write_text("{}")
-    (place / "base" / "model.safetensors").write_bytes(weights())
+    lay_base(place)
     says: list[Event] = []
 
     def supervise(job: Job, on_event: Callable[[Event], None], *_: object) -> None:
@@ -294,7 +310,6 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
             for task in group.tasks:
                 on_event(protocol.Unjudged(task=task.index, refusal=REFUSAL))
 
-    monkeypatch.setattr(supervisor.WorkerSlot, "start", lambda *_, **__: None)
     monkeypatch.setattr(flow, "supervise", supervise)
     return says
 
@@ -435,13 +450,7 @@ def test_a_new_copy_replaces_the_old_one(place: Path) -> None:
         assert {path.name for path in (place / "ci").iterdir()} == {"report.json", "junit.xml"}
 
 
-@pytest.mark.parametrize(
-    "held",
-    [
-        pytest.param(held, marks=pytest.mark.attempt(f"Y52{row}", f"--report json={held}/report.json", "exit 2, kept"))
-        for row, held in zip("ab", ("other", "other/previous"), strict=True)
-    ],
-)
+@pytest.mark.parametrize("held", tried("Y52", "--report json=", "exit 2, kept", ["other", "other/previous"]))
 @pytest.mark.parametrize("names", ["gate.yml", "gate.yaml"])
 def test_a_copy_replaces_no_report_of_another_run(names: str, held: str, place: Path) -> None:
     write_report(PASS, place / held)
@@ -454,25 +463,23 @@ def test_a_copy_replaces_no_report_of_another_run(names: str, held: str, place: 
 
 @pytest.mark.parametrize(
     "words",
-    [
-        pytest.param(words, marks=pytest.mark.attempt(f"Y53{row}", f"run {' '.join(words)}", "exit 2, nothing changes"))
-        for row, words in zip(
-            "abcd",
-            (
-                ("--report", "json=foreign.txt"),
-                ("--report", "json=a.json", "--report", "json=a.json"),
-                ("--report", "json=foreign.txt", "--container"),
-                ("--report", "json=merge-gate-report/report.json"),
-            ),
-            strict=True,
-        )
-    ],
+    tried(
+        "Y53",
+        "run gate.yml --report",
+        "exit 2, nothing changes",
+        {
+            "foreign": ("json=foreign.txt",),
+            "twice": ("json=a.json", "--report", "json=a.json"),
+            "foreign, in a container": ("json=foreign.txt", "--container"),
+            "of the output": ("json=merge-gate-report/report.json",),
+        },
+    ),
 )
 def test_a_mistake_with_a_copy_touches_nothing(words: tuple[str, ...], place: Path) -> None:
     (place / "foreign.txt").write_text("mine")
     write_report(PASS, place / "merge-gate-report")
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    assert main(["run", "gate.yml", *words]) == 2
+    assert main(["run", "gate.yml", "--report", *words]) == 2
     assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
@@ -527,41 +534,13 @@ def test_a_check_has_a_report_that_claims_no_merge(place: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["adapters"][0]["cause"] == "file-corrupt"
 
 
-@pytest.mark.parametrize("has_begun", [True, False])
-def test_copies_are_made_of_the_report_of_a_container(
-    has_begun: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def run(asked: ContainerRun, log: Callable[[bytes], None]) -> int:
-        log(b"from the inside\n")
-        if has_begun:
-            asked.begins()
-        write_report(FAIL, place / "merge-gate-report")
-        return 1
-
-    monkeypatch.setattr(launcher, "run_in_container", run)
-    assert main(["run", "gate.yml", "--container", "--report", "junit=-"]) == 1
-    said = capfd.readouterr()
-    assert said.err == "from the inside\n"
-    assert said.out == ((place / "merge-gate-report" / "junit.xml").read_text() if has_begun else "")
-
-
 # --- check, init, demo ---------------------------------------------------------------------------------------------
-
-
-def lay_base(place: Path) -> None:
-    (place / "base").mkdir()
-    (place / "base" / "config.json").write_text("{}")
-    (place / "base" / "model.safetensors").write_bytes(weights())
 
 
 def unreadable(place: Path) -> None:
     weights = place / "one" / "adapter_model.safetensors"
     weights.unlink()
     weights.symlink_to(weights.name)
-
-
-def cut(place: Path) -> None:
-    (place / "one" / "adapter_model.safetensors").write_bytes(weights()[:-1])
 
 
 @pytest.mark.parametrize(
@@ -653,11 +632,20 @@ def test_the_shards_of_a_run_become_its_report(place: Path, capsys: pytest.Captu
     assert report_of(place)["problems"]
 
 
-def test_a_first_baseline_accepts_each_failure(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_baseline_accepts_each_failure_and_fits_its_schema(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once each failure has a reason and an owner."""
     write_report(FAIL, place / "out")
     assert main(["report", "baseline", "out/report.json"]) == 0
     said = capsys.readouterr().out
     assert all(f"{one.name}" in said for one in FAIL.adapters if one.verdict == "failed")
+    baseline = yaml.safe_load(said)
+    assert main(["schema", "baseline"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert not jsonschema.Draft202012Validator(schema).is_valid(baseline)
+    baseline["accept"] = [entry | {"reason": "known", "owner": "the team"} for entry in baseline["accept"]]
+    jsonschema.Draft202012Validator(schema).validate(baseline)
 
 
 def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
@@ -691,19 +679,7 @@ def test_a_check_knows_no_digest_of_a_base(place: Path, capsys: pytest.CaptureFi
     assert "base-sha256" in capsys.readouterr().err
 
 
-def test_a_first_baseline_fits_its_schema(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once each failure has a reason and an owner."""
-    write_report(FAIL, place / "out")
-    assert main(["report", "baseline", "out"]) == 0
-    baseline = yaml.safe_load(capsys.readouterr().out)
-    assert main(["schema", "baseline"]) == 0
-    schema = json.loads(capsys.readouterr().out)
-    assert not jsonschema.Draft202012Validator(schema).is_valid(baseline)
-    baseline["accept"] = [entry | {"reason": "known", "owner": "the team"} for entry in baseline["accept"]]
-    jsonschema.Draft202012Validator(schema).validate(baseline)
-
-
-@pytest.mark.parametrize("document", ["config", "report", "baseline"])
+@pytest.mark.parametrize("document", ["config", "report"])
 def test_a_schema_is_all_that_is_printed(document: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", document]) == 0
     assert json.loads(capsys.readouterr().out)["$schema"]
