@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate.demo import CONFIG_NAME, EXPECTED, LFS_POINTER, MARKER, make_demo
-from tests.support.command import Answer, merge_gate
+from tests.support.command import Answer, merge_gate, strict_json
 from tests.support.documents import blocks, without_numbers
 from tests.support.terminal_picture import drawn, drawn_demo, plain, text_of
 from tests.support.wording import Wording
@@ -149,6 +149,7 @@ def test_the_demo_keeps_its_report_and_ends_with_its_page(without_a_directory: t
     place, answer = without_a_directory
     assert answer.code == 0, answer.said
     assert [path.name for path in place.iterdir()] == ["merge-gate-demo"]
+    assert strict_json(place / "merge-gate-demo" / "merge-gate-report" / "report.json")["result"] == "fail"
     label, _, page = plain(answer.out).splitlines()[-1].partition(" ")
     assert label == "Report:"
     assert (place / page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.action.docker.container import ContainerRun
 from merge_gate.demo import make_demo
-from tests.support.e2e.act import ROOT, TAG, copy_action, free_port
-from tests.support.e2e.engines import BASE_IMAGE, HUB_NAME, pip_settings, serving
+from tests.support.e2e.act import ROOT, TAG, ActRun, copy_action, free_port, make_repository, run_act
+from tests.support.e2e.engines import BASE_IMAGE, pip_settings, serving
+from tests.support.e2e.launch import TOKEN
+from tests.support.e2e.proxy import HUB_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +91,18 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory.mkdir()
     copy_action(directory)
     return directory
+
+
+@pytest.fixture
+def play(tool, tmp_path: Path, installed: Path, released: Path):
+    """Run a workflow in a directory, which becomes a repository. The runner has merge-gate, if nothing else is said."""
+
+    def play(repository: Path, workflow: str, scratch: Path = tmp_path / "run", **options) -> ActRun:
+        make_repository(repository, workflow)
+        options = {"python": installed, "consumer_of": released, **options}
+        return run_act(tool("act"), repository, workflow, scratch, **options)
+
+    return play
 
 
 @pytest.fixture(scope="session")
@@ -189,6 +204,19 @@ def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     podman("build", "--pull=never", f"--tag={ROGUE}", context)
     yield ROGUE
     podman("untag", ROGUE, ROGUE)
+
+
+@pytest.fixture
+def rogue_run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
+    """A container of that image with a token. `gate.yml`, which says what it does, is still to be written."""
+    for name in ("workspace", "temp"):
+        (tmp_path / name).mkdir()
+    environ = {
+        "DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path / "temp"), "HOME": "/nowhere",
+        "HF_TOKEN": TOKEN,
+    }  # fmt: skip
+    config, output = tmp_path / "workspace" / "gate.yml", tmp_path / "report"
+    return ContainerRun(config=config, output=output, workspace=config.parent, image=rogue, environ=environ)
 
 
 def _hard(flag: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jsonschema
 import pytest
 
-from tests.support.e2e.act import TAG, make_repository, run_act
+from tests.support.e2e.act import TAG
 from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
@@ -20,19 +20,10 @@ TOKEN = "hf_aTokenForTheContainerOnly77"
 
 
 @pytest.mark.usefixtures("image")
-def test_the_chain_is_green_and_red(tool, repository: Path, tmp_path: Path, bare, released, engine: str) -> None:
+def test_the_chain_is_green_and_red(play, repository: Path, tmp_path: Path, bare, engine: str) -> None:
     """`auto` finds the engine; the SDK comes from the lock by hash; both legs keep their report."""
-    make_repository(repository, "docker.yml")
-    run = run_act(
-        tool("act"),
-        repository,
-        "docker.yml",
-        tmp_path / "run",
-        python=bare,
-        consumer_of=released,
-        secrets={"HF_TOKEN": TOKEN},
-        environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
-    )
+    environ = {"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"}
+    run = play(repository, "docker.yml", python=bare, secrets={"HF_TOKEN": TOKEN}, environ=environ)
     assert run.code == 1, run.text
     assert set(run.artifacts) == {"report-green", "report-merge-gate"}
     results = {}
@@ -54,18 +45,15 @@ def test_the_chain_is_green_and_red(tool, repository: Path, tmp_path: Path, bare
 
 
 def test_every_input_reaches_the_container_or_its_default_does(
-    tool, repository: Path, tmp_path: Path, bare, released, engine: str, rogue: str, podman
+    play, repository: Path, tmp_path: Path, bare, engine: str, rogue: str, podman
 ) -> None:
     home = tmp_path / "run" / "home"
     for shelf in ("shelf", "other shelf"):
         (home / shelf / "base").mkdir(parents=True)
     (repository / "gate" / "facts.yml").write_text(f"facts notes.txt {home / 'shelf'}", encoding="utf-8")
     (repository / "gate" / "late.yml").write_text("sleep 600", encoding="utf-8")
-    make_repository(repository, "every-input.yml")
-    run = run_act(
-        tool("act"), repository, "every-input.yml", tmp_path / "run", python=bare, consumer_of=released,
-        secrets={"HF_TOKEN": TOKEN}, environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    environ = {"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"}
+    run = play(repository, "every-input.yml", python=bare, secrets={"HF_TOKEN": TOKEN}, environ=environ)
     seen = run.outputs("seen")
     assert seen["RESULTS"] == "pass pass error", run.text
     assert seen["OTHERS"] == "error error"
@@ -90,19 +78,8 @@ def test_every_input_reaches_the_container_or_its_default_does(
 
 
 @pytest.mark.usefixtures("image")
-def test_a_gpu_that_is_not_there_is_an_error(
-    tool, repository: Path, tmp_path: Path, installed, released, engine
-) -> None:
-    make_repository(repository, "docker-gpu.yml")
-    run = run_act(
-        tool("act"),
-        repository,
-        "docker-gpu.yml",
-        tmp_path / "run",
-        python=installed,
-        consumer_of=released,
-        environ={"DOCKER_HOST": engine},
-    )
+def test_a_gpu_that_is_not_there_is_an_error(play, repository: Path, engine: str) -> None:
+    run = play(repository, "docker-gpu.yml", environ={"DOCKER_HOST": engine})
     assert run.code == 1, run.text
     (error,) = [record for record in run.commands("error") if record["kvPairs"].get("title") == "merge-gate"]
     assert "GPUs (all)" in error["arg"]
@@ -112,14 +89,8 @@ def test_a_gpu_that_is_not_there_is_an_error(
 
 
 @pytest.mark.usefixtures("image")
-def test_a_model_is_published_and_verified_natively_and_inside(
-    tool, repository: Path, tmp_path: Path, installed, released, engine: str
-) -> None:
-    make_repository(repository, "publish.yml")
-    run = run_act(
-        tool("act"), repository, "publish.yml", tmp_path / "run", python=installed, consumer_of=released,
-        environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+def test_a_model_is_published_and_verified_natively_and_inside(play, repository: Path, engine: str) -> None:
+    run = play(repository, "publish.yml", environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"})
     assert run.code == 0, run.text
     seen = [record for record in run.commands("set-output") if record.get("stepID") == ["seen"]]
     results = [record["arg"] for record in seen if record["name"] == "RESULTS"]

@@ -10,26 +10,17 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.support.e2e.act import ActRun, make_repository, run_act
 from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.support.e2e.act import ActRun
+
 pytestmark = pytest.mark.e2e
 
 BROKEN = ["nan", "overflow", "lost-keys", "lfs-pointer", "no-effect"]
 TOKEN = "hf_thisTokenMustStayHidden0123456789"
-
-
-@pytest.fixture
-def play(tool, tmp_path: Path, installed: Path, released: Path):
-    def play(repository: Path, workflow: str, **options) -> ActRun:
-        make_repository(repository, workflow)
-        options = {"python": installed, "consumer_of": released, **options}
-        return run_act(tool("act"), repository, workflow, tmp_path / "run", **options)
-
-    return play
 
 
 def checked_report(run: ActRun, name: str | None = None) -> dict:

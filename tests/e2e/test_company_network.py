@@ -5,29 +5,25 @@ Without a container: the environment of a self-hosted runner. Bases are download
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import json
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pytest
 
 from tests.support.command import Answer, merge_gate, strict_json
-from tests.support.e2e.act import free_port
-from tests.support.e2e.engines import HUB_NAME
-from tests.support.e2e.proxy import CompanyProxy, proxy
-from tests.support.hub import LoopbackHub
+from tests.support.e2e import proxy
+from tests.support.e2e.proxy import CREDENTIALS, HUB_NAME, PASSWORD, CompanyProxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.support.hub import LoopbackHub
+
 pytestmark = pytest.mark.e2e
 
-PASSWORD, TOKEN = "onlyTheProxyMayKnow77", "hf_loopback"
+TOKEN = "hf_loopback"
 CONFIG = "version: 1\nbase: {model: acme/base, dtype: float16}\nadapters: [acme/good]\n"
 
 
@@ -58,29 +54,16 @@ class Company:
 
 @pytest.fixture
 def company(certificates: Path, demo: Path, tmp_path: Path) -> Iterator[Company]:
-    """A Hub that speaks HTTPS and is reached through a proxy only, with the demo's base and good adapter."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / "server.pem", certificates / "server-key.pem")
-    port = free_port()
-    with contextlib.ExitStack() as stack:
-        hub = stack.enter_context(LoopbackHub())
-        hub.cdn_url = f"https://cdn.{HUB_NAME}"
-        for name, folder in (("acme/base", demo / "base"), ("acme/good", demo / "adapters" / "good")):
-            files = {path.name: path.read_bytes() for path in folder.iterdir()}
-            hub.add_repo(name, files, private=True, token=TOKEN)
-        stack.enter_context(proxy(int(urlsplit(hub.url).port or 0), port, tls=context))
-        company_proxy = stack.enter_context(CompanyProxy(HUB_NAME, port))
-        yield Company(hub=hub, proxy=company_proxy, place=tmp_path, authority=certificates / "ca.pem")
+    folders = {"acme/base": demo / "base", "acme/good": demo / "adapters" / "good"}
+    with proxy.company(certificates, folders, TOKEN) as (hub, way_out):
+        yield Company(hub=hub, proxy=way_out, place=tmp_path, authority=certificates / "ca.pem")
 
 
 @pytest.mark.parametrize("access", ["download", "stream"])
 def test_a_base_comes_through_proxy_and_companys_authority(access: str, company: Company) -> None:
     answer, report = company.run("--access", access)
     assert answer.code == 0, answer.said
-    assert {credentials for _, credentials in company.proxy.asked} == {
-        "Basic " + base64.b64encode(f"gate:{PASSWORD}".encode()).decode()
-    }
-    assert {target for target, _ in company.proxy.asked} == {f"{HUB_NAME}:443", f"cdn.{HUB_NAME}:443"}
+    assert {*company.proxy.asked} == {(f"{name}{HUB_NAME}:443", CREDENTIALS) for name in ("", "cdn.")}
     assert {one.token for one in company.hub.requests if one.path.startswith("/cdn/")} == {None}
     on_hub = [one for one in company.hub.requests if one.path.startswith(("/api/models/", "/acme/"))]
     assert {one.token for one in on_hub} == {TOKEN}

@@ -29,15 +29,15 @@ from merge_gate.action.docker import docker_api
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.report.stored.report_files import FORMATS
+from tests.support.e2e.docker_engine import cdi_specification
 from tests.support.e2e.engines import PATIENCE_S, as_user, described, serving
+from tests.support.e2e.launch import LAUNCH, TOKEN
 from tests.support.schemas import report_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
-
-TOKEN = "hf_onlyTheRunningContainerMayKnow42"
 
 
 class Log:
@@ -193,27 +193,6 @@ def test_an_ordinary_user_owns_what_the_gate_writes(run: ContainerRun, demo: Pat
 
 # --- stopping -------------------------------------------------------------------------------------------------------
 
-LAUNCH = """
-import os, sys
-from pathlib import Path
-from merge_gate._internal.errors import GateError
-from merge_gate.action.docker.container import ContainerRun
-from merge_gate.action.docker.launcher import run_in_container
-run = ContainerRun(
-    config=Path(sys.argv[1], "slow.yml"),
-    workspace=Path(sys.argv[1]),
-    output=Path(sys.argv[2]),
-    image=sys.argv[3],
-    environ={**dict(word.split("=", 1) for word in sys.argv[4:]), "HF_TOKEN": os.environ["TOKEN"]},
-    timeout_s=float(os.environ["LIMIT"]),
-)
-try:
-    sys.exit(run_in_container(run, lambda data: (sys.stdout.buffer.write(data), sys.stdout.flush())))
-except GateError as error:
-    print(error.message)
-    sys.exit(int(error.exit_code))
-"""
-
 
 class Running:
     """A launcher in a process of its own, with a gate that has a minute's work."""
@@ -227,18 +206,10 @@ class Running:
         self.run = run
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    LAUNCH,
-                    run.workspace,
-                    run.output,
-                    run.image,
-                    *(f"{key}={value}" for key, value in run.environ.items()),
-                ],
+                [sys.executable, "-c", LAUNCH, run.workspace / "slow.yml", run.output, run.image],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "TOKEN": TOKEN, "LIMIT": str(timeout_s)},
+                env={**run.environ, "PATH": os.environ["PATH"], "HF_TOKEN": TOKEN, "LIMIT": str(timeout_s)},
             )
 
     @property
@@ -329,9 +300,7 @@ def fake_gpu() -> Iterator[None]:
         pytest.skip("this machine has real GPUs, described for CDI")
     spec = folders[1] / "merge-gate-e2e.json"
     spec.parent.mkdir(exist_ok=True)
-    edits = {"deviceNodes": [{"path": "/dev/nvidia0", "hostPath": "/dev/null"}]}
-    devices = [{"name": name, "containerEdits": edits} for name in ("all", "0")]
-    spec.write_text(json.dumps({"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices}), encoding="utf-8")
+    spec.write_text(cdi_specification(), encoding="utf-8")
     yield
     spec.unlink()
 

@@ -34,18 +34,10 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
+def run(rogue_run: ContainerRun) -> ContainerRun:
     """A container that prints the digest of what it was handed."""
-    workspace = tmp_path / "workspace"
-    workspace.mkdir()
-    (workspace / "gate.yml").write_text("digest", encoding="utf-8")
-    environ = {
-        "DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path), "HOME": "/nowhere",
-        "HF_TOKEN": "hf_x",
-    }  # fmt: skip
-    return ContainerRun(
-        config=workspace / "gate.yml", output=tmp_path / "report", workspace=workspace, image=rogue, environ=environ
-    )
+    rogue_run.config.write_text("digest", encoding="utf-8")
+    return rogue_run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from merge_gate.report.stored.report_files import FORMATS
-from tests.support.e2e.act import ROOT, make_repository, run_act
+from tests.support.e2e.act import ROOT
 from tests.support.e2e.engines import pip_settings
 
 if TYPE_CHECKING:
@@ -161,19 +161,9 @@ def test_it_says_what_it_can_do_at_once(podman, image: str) -> None:
     assert done.returncode == 2
 
 
-def test_a_job_in_the_image_gates_natively(
-    tool, own_repository: Path, tmp_path: Path, image: str, installed, engine
-) -> None:
-    make_repository(own_repository, "job-container.yml")
-    run = run_act(
-        tool("act"),
-        own_repository,
-        "job-container.yml",
-        tmp_path / "run",
-        python=installed,
-        platform=image,
-        environ={"DOCKER_HOST": engine},
-    )
+def test_a_job_in_the_image_gates_natively(play, own_repository: Path, image: str, engine: str) -> None:
+    environ = {"DOCKER_HOST": engine}
+    run = play(own_repository, "job-container.yml", consumer_of=None, platform=image, environ=environ)
     assert run.code == 1, run.text
     assert "runtime native" in run.text
     assert run.outputs("gate")["result"] == "fail"

@@ -6,19 +6,14 @@ podman takes the place of a cluster: it knows the pod's rights, secrets, and vol
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import ssl
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
-from tests.support.e2e.act import ROOT, free_port
-from tests.support.e2e.engines import HUB_NAME
-from tests.support.e2e.proxy import CompanyProxy, proxy
-from tests.support.hub import LoopbackHub
+from tests.support.e2e.act import ROOT
+from tests.support.e2e.proxy import CREDENTIALS, HUB_NAME, PASSWORD, CompanyProxy, company
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,25 +21,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.e2e
 
-PASSWORD, TOKEN = "onlyTheProxyMayKnow77", "hf_loopback"
+TOKEN = "hf_loopback"
 NAME = "merge-gate-e2e"
 
 
 @pytest.fixture
-def company(certificates: Path, demo: Path) -> Iterator[CompanyProxy]:
-    """A mirror of the Hub that speaks HTTPS and is reached through a proxy only, with the demo's adapters."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / "server.pem", certificates / "server-key.pem")
-    port = free_port()
-    with contextlib.ExitStack() as stack:
-        hub = stack.enter_context(LoopbackHub())
-        hub.cdn_url = f"https://cdn.{HUB_NAME}"
-        adapters = sorted(path for path in (demo / "adapters").iterdir() if path.is_dir())
-        for name, folder in (("base", demo / "base"), *((path.name, path) for path in adapters)):
-            files = {path.name: path.read_bytes() for path in folder.iterdir()}
-            hub.add_repo(f"acme/{name}", files, private=True, token=TOKEN)
-        stack.enter_context(proxy(int(urlsplit(hub.url).port or 0), port, tls=context))
-        yield stack.enter_context(CompanyProxy(HUB_NAME, port))
+def way_out(certificates: Path, demo: Path) -> Iterator[CompanyProxy]:
+    adapters = {f"acme/{path.name}": path for path in (demo / "adapters").iterdir() if path.is_dir()}
+    with company(certificates, {"acme/base": demo / "base"} | adapters, TOKEN) as (_, way_out):
+        yield way_out
 
 
 def played(recipe: str, image: str, out: Path, authority: str, port: int, adapters: list[str]) -> str:
@@ -82,7 +67,7 @@ def _of(kind: str, name: str, data: dict[str, str]) -> dict[str, Any]:
 
 
 def test_the_pod_gates_through_proxy_mirror_and_authority(
-    podman, image: str, company: CompanyProxy, certificates: Path, tmp_path: Path
+    podman, image: str, way_out: CompanyProxy, certificates: Path, tmp_path: Path
 ) -> None:
     """One good and one broken adapter: exit code 1, a whole report, and a base that was never on a disk."""
     recipe = (ROOT / "recipes" / "kubernetes-job.yaml").read_text(encoding="utf-8")
@@ -92,7 +77,7 @@ def test_the_pod_gates_through_proxy_mirror_and_authority(
     file = tmp_path / "pod.yaml"
     authority = (certificates / "ca.pem").read_text(encoding="utf-8")
     adapters = ["acme/good", "acme/overflow"]
-    file.write_text(played(recipe, image, out, authority, company.port, adapters), encoding="utf-8")
+    file.write_text(played(recipe, image, out, authority, way_out.port, adapters), encoding="utf-8")
     container = f"{NAME}-merge-gate"
     try:
         podman("kube", "play", file)
@@ -110,9 +95,6 @@ def test_the_pod_gates_through_proxy_mirror_and_authority(
     assert [one["verdict"] for one in report["adapters"]] == ["passed", "failed"], log
     assert report["bases"][0]["sha256"]
     assert {path.stat().st_uid for path in (out / "merge-gate-report").iterdir()} == {10001}
-    assert {target for target, _ in company.asked} == {f"{HUB_NAME}:443", f"cdn.{HUB_NAME}:443"}
-    assert {credentials for _, credentials in company.asked} == {
-        "Basic " + base64.b64encode(f"gate:{PASSWORD}".encode()).decode()
-    }
+    assert {*way_out.asked} == {(f"{name}{HUB_NAME}:443", CREDENTIALS) for name in ("", "cdn.")}
     assert PASSWORD not in log + json.dumps(report)
     assert TOKEN not in log + json.dumps(report)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from tests.support.e2e.engines import PATIENCE_S, described
 from tests.support.e2e.launch import LAUNCH, TOKEN
@@ -24,22 +23,16 @@ from tests.support.e2e.proxy import proxy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from merge_gate.action.docker.container import ContainerRun
+
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
-    """A container that waits for a minute, with a token."""
-    workspace = tmp_path / "workspace"
-    workspace.mkdir()
-    (workspace / "gate.yml").write_text("sleep 60", encoding="utf-8")
-    (tmp_path / "temp").mkdir()
-    environ = {
-        "DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path / "temp"), "HF_TOKEN": TOKEN,
-    }  # fmt: skip
-    return ContainerRun(
-        config=workspace / "gate.yml", output=tmp_path / "report", workspace=workspace, image=rogue, environ=environ
-    )
+def run(rogue_run: ContainerRun) -> ContainerRun:
+    """A container that waits for a minute."""
+    rogue_run.config.write_text("sleep 60", encoding="utf-8")
+    return rogue_run
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-from tests.support.e2e.act import make_repository, run_act
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from merge_gate.action.docker.container import ContainerRun
 
 pytestmark = pytest.mark.e2e
 
@@ -25,17 +25,6 @@ def secret(tmp_path: Path) -> Path:
     path = tmp_path / "secret"
     path.write_text(SECRET, encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
-    workspace = tmp_path / "workspace"
-    workspace.mkdir()
-    (tmp_path / "temp").mkdir()
-    environ = {"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path / "temp")}
-    return ContainerRun(
-        config=workspace / "rogue.yml", output=tmp_path / "report", workspace=workspace, image=rogue, environ=environ
-    )
 
 
 @pytest.mark.parametrize("name", ["report.json", "summary.md"])
@@ -50,36 +39,36 @@ def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
     ],
 )
 def test_what_stands_in_place_of_a_file_is_refused(
-    run: ContainerRun, secret: Path, kind: str, name: str, says: str
+    rogue_run: ContainerRun, secret: Path, kind: str, name: str, says: str
 ) -> None:
-    run.config.write_text(f"{kind} {name} {secret}", encoding="utf-8")
+    rogue_run.config.write_text(f"{kind} {name} {secret}", encoding="utf-8")
     refused: list[str] = []
     before = time.monotonic()
-    assert run_in_container(run, print, lambda kind, text: None if kind == "image" else refused.append(text)) == 0
+    assert run_in_container(rogue_run, print, lambda kind, text: None if kind == "image" else refused.append(text)) == 0
     assert time.monotonic() - before < 60
     (sentence,) = refused
     assert sentence.startswith(name)
     assert says in sentence
     others = {"report.json", "summary.md"} - {name}
-    assert {path.name for path in run.output.iterdir()} == others
-    assert list((run.output.parent / "temp").iterdir()) == [], "folders that nobody may enter are gone as well"
+    assert {path.name for path in rogue_run.output.iterdir()} == others
+    assert list((rogue_run.output.parent / "temp").iterdir()) == [], "folders that nobody may enter are gone as well"
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "sparse"])
-def test_other_names_do_not_exist(run: ContainerRun, secret: Path, kind: str) -> None:
-    run.config.write_text(f"{kind} notes.txt {secret}", encoding="utf-8")
-    assert run_in_container(run, print) == 0
-    assert {path.name for path in run.output.iterdir()} == {"report.json", "summary.md"}
+def test_other_names_do_not_exist(rogue_run: ContainerRun, secret: Path, kind: str) -> None:
+    rogue_run.config.write_text(f"{kind} notes.txt {secret}", encoding="utf-8")
+    assert run_in_container(rogue_run, print) == 0
+    assert {path.name for path in rogue_run.output.iterdir()} == {"report.json", "summary.md"}
 
 
 @pytest.mark.parametrize("kind", ["device", "hardlink"])
-def test_what_the_engine_itself_keeps_it_from(run: ContainerRun, secret: Path, kind: str) -> None:
+def test_what_the_engine_itself_keeps_it_from(rogue_run: ContainerRun, secret: Path, kind: str) -> None:
     """No capability to make a device, and no way to give a file of another mount a second name."""
-    run.config.write_text(f"{kind} summary.md {secret}", encoding="utf-8")
+    rogue_run.config.write_text(f"{kind} summary.md {secret}", encoding="utf-8")
     log = bytearray()
-    assert run_in_container(run, log.extend) == 0
+    assert run_in_container(rogue_run, log.extend) == 0
     assert b"refused by the engine" in log
-    assert {path.name for path in run.output.iterdir()} == {"report.json"}
+    assert {path.name for path in rogue_run.output.iterdir()} == {"report.json"}
 
 
 @pytest.mark.parametrize(
@@ -92,15 +81,11 @@ def test_what_the_engine_itself_keeps_it_from(run: ContainerRun, secret: Path, k
     ],
 )
 def test_the_artifact_holds_nothing_of_the_runner(
-    tool, repository: Path, tmp_path: Path, bare, released, engine: str, rogue: str, secret: Path, plant, result, files
+    play, repository: Path, bare, engine: str, rogue: str, secret: Path, plant, result, files
 ) -> None:
     """The whole chain under act: the artifact unzipped and looked at, the job summary and the log besides."""
     (repository / "gate" / "rogue.yml").write_text(f"{plant} {secret}", encoding="utf-8")
-    make_repository(repository, "rogue.yml")
-    run = run_act(
-        tool("act"), repository, "rogue.yml", tmp_path / "run", python=bare, consumer_of=released,
-        environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    run = play(repository, "rogue.yml", python=bare, environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"})
     assert run.code == (0 if result == "pass" else 1), run.text
     assert run.outputs("gate")["result"] == result
     assert {name for archive in run.artifacts.values() for name in archive} == files

@@ -9,7 +9,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from merge_gate import __version__
+from tests.support.e2e.browser import chromium
 from website.build import ROOT, SitePage, site_pages
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.e2e
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
 OF_EACH_KIND = ("index.md", "guides/github-actions.md", "reference/configuration.md", "checks/merged-nonfinite.md")
@@ -60,12 +58,8 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium, "no chromium: run .ci/install-e2e.sh first"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        yield browser
-        browser.close()
+    with chromium() as started:
+        yield started
 
 
 def opened(browser: Browser, address: str, complaints: list[str], size: Any = DESK, scheme: Any = "light") -> Page:

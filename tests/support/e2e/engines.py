@@ -24,7 +24,6 @@ PATIENCE_S = 120
 """How long something that has to happen may take on a busy machine; what never happens is found out after it."""
 BASE_IMAGE = "localhost/merge-gate-base:trixie"
 """Debian with Python 3.11, as .ci/install-e2e.sh makes it."""
-HUB_NAME = "hub.company.invalid"
 
 
 @contextlib.contextmanager

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import socket
 import socketserver
+import ssl
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
+
+from tests.support.e2e.act import free_port
+from tests.support.hub import LoopbackHub, files_of
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+HUB_NAME = "hub.company.invalid"
+PASSWORD = "onlyTheProxyMayKnow77"
+CREDENTIALS = "Basic " + base64.b64encode(f"gate:{PASSWORD}".encode()).decode()
+"""What the company's proxy gets from a client whose address of it has the password."""
 
 Place = Path | int
 """A socket file, or a TCP port of this machine."""
@@ -72,6 +82,22 @@ def pump(source: socket.socket, target: socket.socket, hook: Callable[[bytes], N
     for end in (target, source):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def company(
+    certificates: Path, folders: Mapping[str, Path], token: str | None = None
+) -> Iterator[tuple[LoopbackHub, CompanyProxy]]:
+    """A Hub that speaks HTTPS and is reached through a proxy only. With a token, its repositories are private."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server-key.pem")
+    port = free_port()
+    with LoopbackHub() as hub, proxy(int(urlsplit(hub.url).port or 0), port, tls=context):
+        hub.cdn_url = f"https://cdn.{HUB_NAME}"
+        for name, folder in folders.items():
+            hub.add_repo(name, files_of(folder), private=token is not None, token=token)
+        with CompanyProxy(HUB_NAME, port) as way_out:
+            yield hub, way_out
 
 
 class CompanyProxy(socketserver.ThreadingTCPServer):
