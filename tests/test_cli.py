@@ -25,7 +25,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import parsers
 from merge_gate.demo import make_demo
 from merge_gate.judging.all_checks import refused
-from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.worker.protocol import refusal_of
 from tests.support.command import (
     COMMAND,
@@ -40,6 +40,7 @@ from tests.support.command import (
     strict_json,
     wait_until,
 )
+from tests.support.reports import PASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -225,6 +226,8 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "config-a-broken-link": (lambda place: (place / "dangling.yml").symlink_to("gone.yml"), ("run", "dangling.yml"),
                              '"gone.yml"'),
     "adapter-a-broken-link": (lambda place: (place / "dangling").symlink_to("gone"), ("run", "dangling/"), '"gone"'),
+    "a-report": (lambda place: write_report(PASS, place / "out"), ("run", "out/report.json", "--output", "out"),
+                 '"out/report.json"'),
     "output-below-a-file": (nothing, ("run", "gate.yml", "--output", "gate.yml/out"), "gate.yml/out"),
     "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),
     "output-nameless": (nothing, ("run", "gate.yml", "--output", "x" * 300), "x" * 20),
@@ -237,7 +240,7 @@ USAGE_BY_PROCESS = ("no-command", "config-with-hostile-name", "unknown-only-near
 WORDED = {
     "command-left-out", "near-a-command", "near-no-command", "near-no-option", "no-default-config",
     "report-with-another-command", "option-of-run", "gone-rebuild", "gone-keys", "list-with-a-blank",
-    "unknown-only-near-none", "several-only", "config-a-broken-link",
+    "unknown-only-near-none", "several-only", "config-a-broken-link", "a-report",
 }  # fmt: skip
 """The other sentences are in the goldens of configurations, of the output directory, and of users' mistakes."""
 

@@ -247,7 +247,7 @@ MISTAKES = (
     output("a link has the name of a report",
            both(written("own", PASS), link(f"{OUTPUT}/report.json", "../own/report.json")), *RUN),
     output("a directory has the name of a report", text(f"{OUTPUT}/report.html/mine.html"), *RUN, says="report.html"),
-    output("a report is named as the config", earlier, "run", f"{OUTPUT}/report.json", says="report.json"),
+    output("a report is named as the config", earlier, "run", f"{OUTPUT}/report.json"),
     output("the output directory is named as an adapter", earlier, "run", OUTPUT),
     Mistake("a directory that other tools use too", "their files; the new report next to them",
             ((*RUN, "--output", "reports"),),

@@ -174,7 +174,6 @@ def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path: Path, file:
 
 
 def test_a_kill_while_writing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    """Ten of the kills of tests/tools/kills_cache.py, which has 200."""
     store(tmp_path).put("verdicts", NAME, {"turn": -1, "same": -1})  # a slow writer is killed before its first one
     for turn in range(10):
         found = kill_while_writing(tmp_path, 0.02 + 0.0013 * turn)

@@ -1,4 +1,4 @@
-"""Merges that other exporters made. tests/tools/make_exports.py made the base, the adapter, and each merge."""
+"""Merges that other exporters made of a base and an adapter; exports/exports.json has their versions and dates."""
 
 from __future__ import annotations
 
