@@ -1,0 +1,271 @@
+"""Layouts of quantized weights in safetensors files: the parts of a weight, and the values that they make.
+
+In: the parts of a weight by their suffixes. Out: a `Grid`, which has the values. The same functions run on the meta
+device first, and show there whether the shapes fit. Sources: the layers of AutoGPTQ (qlinear_cuda_old), GPTQModel, and
+AutoAWQ (packing_utils); the compressors of compressed-tensors; finegrained_fp8 and fbgemm_fp8 of transformers;
+QuantState and Linear8bitLt of bitsandbytes; and `mlx.core.quantize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+
+VALUES = 1 << 20
+"""So many values are computed at once."""
+
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+"""The place in a word of each of eight columns."""
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Numbers of values that share a scale in bitsandbytes."""
+
+Parts = Mapping[str, torch.Tensor]
+
+
+class LayoutError(Exception):
+    """The parts do not fit. The text continues a sentence that begins with the name of the weight."""
+
+
+class Weight(NamedTuple):
+    """A weight of shape (rows, columns), the rows and columns that share a scale (0: unknown), and its method."""
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    method: str
+
+
+class Grid(NamedTuple):
+    """Values `codes * scales + offsets`. Scales and offsets (rows, groups) are float32.
+
+    Codes (rows, columns) are float8, int8, or unsigned with so many `bits`. With a `table`, they are places in it.
+    `groups` has the group of each column.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    groups: torch.Tensor
+    bits: int = 8
+    table: torch.Tensor | None = None
+
+    def values(self) -> torch.Tensor:
+        """The values (rows, columns) in float32."""
+        values = torch.empty(self.codes.shape)
+        for rows, scales, offsets in self._in_rows():
+            codes = self.codes[rows].float() if self.table is None else self.table[self.codes[rows].int()]
+            torch.addcmul(offsets, codes, scales, out=values[rows])
+        return values
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Each of these values (rows, columns), rounded to the nearest one that has a code."""
+        rounded = torch.empty(self.codes.shape)
+        for rows, scales, offsets in self._in_rows():
+            codes = self._rounded(((values[rows] - offsets) / scales).nan_to_num_())
+            torch.addcmul(offsets, codes, scales, out=rounded[rows])
+        return rounded
+
+    def _rounded(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.table is not None:
+            table = self.table.sort().values
+            return table[torch.bucketize(codes, (table[1:] + table[:-1]) / 2)]
+        if self.codes.dtype.is_floating_point:
+            largest = torch.finfo(self.codes.dtype).max
+            return codes.clamp_(-largest, largest).to(self.codes.dtype).float()
+        return codes.round_().clamp_(*((0, 2**self.bits - 1) if self.codes.dtype == torch.uint8 else (-128, 127)))
+
+    def _in_rows(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        step = max(1, VALUES // self.codes.shape[1])
+        for start in range(0, len(self.codes), step):
+            rows = slice(start, start + step)
+            yield rows, self.scales[rows][:, self.groups], self.offsets[rows][:, self.groups]
+
+
+class Layout(NamedTuple):
+    """How a format stores a weight: the suffixes of the parts that its values need, with their dtypes.
+
+    `optional` are further parts. `read` makes the weight, and raises `LayoutError`.
+    """
+
+    parts: Mapping[str, str]
+    optional: Mapping[str, str]
+    read: Callable[[Weight, Parts], Grid]
+
+    def suits(self, dtypes: Mapping[str, str]) -> bool:
+        """Whether a weight with parts of these dtypes is stored so."""
+        known = {**self.parts, **self.optional}
+        suit = (dtype in known.get(part, "").split() for part, dtype in dtypes.items())
+        return self.parts.keys() <= dtypes.keys() and all(suit)
+
+    def check(self, weight: Weight, parts: Parts) -> None:
+        """Raise `LayoutError` if these parts on the meta device do not make such a weight."""
+        try:
+            self.read(weight, parts)
+        except (RuntimeError, IndexError, ValueError, ZeroDivisionError) as error:  # the shapes do not fit together
+            shapes = ", ".join(f"{part} {[*tensor.shape]}" for part, tensor in sorted(parts.items()))
+            raise LayoutError(f"has parts that make no weight of shape {[*weight.shape]}: {shapes}") from error
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Codes (rows, count) in uint8, from a little-endian stream of bits in each row of `words` (rows, integers)."""
+    octets = words.contiguous().view(torch.uint8)
+    octets = functional.pad(octets, (0, -octets.shape[1] % bits)).view(len(words), -1, bits)  # 8 codes in `bits` bytes
+    codes = octets.new_empty(len(words), octets.shape[1], 8)
+    for code in range(8):
+        first, shift = divmod(code * bits, 8)
+        pair = octets[..., first].short()
+        if shift + bits > 8:  # noqa: PLR2004 - bits of a byte
+            pair |= octets[..., first + 1].short() << 8
+        codes[..., code] = pair >> shift & (1 << bits) - 1
+    return codes.view(len(words), -1)[:, :count]
+
+
+def _bits(words: torch.Tensor, count: int) -> int:
+    """The number of bits of each of `count` codes in a row of words."""
+    bits = words.shape[1] * 32 // count
+    if not 1 <= bits <= 8 or words.shape[1] != -(-count * bits // 32):  # noqa: PLR2004
+        raise ValueError(bits)
+    return bits
+
+
+def _spread(weight: Weight, axis: int, groups: int) -> torch.Tensor:
+    """The group of each row (axis 0) or column. The last group may be smaller than the others if a size is declared."""
+    total, size = weight.shape[axis], weight.block[axis]
+    if not size or -(-total // size) != groups:
+        size = total // groups
+        if size * groups != total:
+            raise ValueError(groups)
+    return torch.arange(total) // size
+
+
+def _grid(  # noqa: PLR0917 - what makes a grid
+    weight: Weight,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    bits: int,
+    index: torch.Tensor | None = None,
+) -> Grid:
+    """The grid, if the shapes fit. An `index` gives the group of each column, unless it is -1 everywhere."""
+    count, groups = scales.shape[1], _spread(weight, 1, scales.shape[1])
+    if index is not None and index.shape == groups.shape and not index.is_meta and bool((index != -1).any()):
+        groups = index.long()
+        if bool(((index < 0) | (index >= count)).any()):
+            raise LayoutError(f"has a g_idx beyond its {count} groups")
+    of_rows = torch.Size((weight.shape[0], count))
+    if (codes.shape, scales.shape, offsets.shape) != (weight.shape, of_rows, of_rows):
+        raise ValueError(of_rows)
+    if index is not None and index.shape != groups.shape:
+        raise ValueError(index.shape)
+    return Grid(codes, scales, offsets, groups, bits)
+
+
+def _gptq(weight: Weight, parts: Parts) -> Grid:
+    (rows, columns), words, scales = weight.shape, parts["qweight"].t(), parts["scales"].t().float()
+    bits = _bits(words, columns)
+    zeros = unpack(parts["qzeros"], bits, rows).t()
+    if weight.method == "gptq":  # version 1 stores them less one
+        zeros = zeros + 1 & 2**bits - 1
+    return _grid(weight, unpack(words, bits, columns), scales, -scales * zeros, bits, parts.get("g_idx"))
+
+
+def _awq(weight: Weight, parts: Parts) -> Grid:
+    words, scales = (parts["qweight"], parts["qzeros"]), parts["scales"].t().float()
+    codes, zeros = (
+        unpack(part, 4, 8 * part.shape[1]).view(*part.shape, 8)[..., AWQ_ORDER].flatten(1).t() for part in words
+    )
+    return _grid(weight, codes, scales, -scales * zeros, 4)
+
+
+def _packed(weight: Weight, parts: Parts) -> Grid:
+    (rows, columns), words, scales = weight.shape, parts["weight_packed"], parts["weight_scale"].float()
+    bits, zeros = _bits(words, columns), parts.get("weight_zero_point")
+    offsets = scales * -(1 << bits - 1) if zeros is None else -scales * unpack(zeros.t(), bits, rows).t()
+    return _grid(weight, unpack(words, bits, columns), scales, offsets, bits, parts.get("weight_g_idx"))
+
+
+def _mlx(weight: Weight, parts: Parts) -> Grid:
+    words, columns = parts["weight"], weight.shape[1]
+    bits = _bits(words, columns)
+    return _grid(weight, unpack(words, bits, columns), parts["scales"].float(), parts["biases"].float(), bits)
+
+
+def _scaled(weight: Weight, parts: Parts) -> Grid:
+    """One scale for all values, for each row, or for each block of rows and columns."""
+    scales = next(parts[part] for part in ("weight_scale_inv", "weight_scale", "SCB") if part in parts)
+    scales = scales.view(-1, 1) if scales.dim() < 2 else scales  # noqa: PLR2004
+    zeros = parts.get("weight_zero_point", torch.zeros((), device=scales.device).expand(scales.shape))
+    rows = _spread(weight, 0, len(scales)).to(scales.device)
+    scales, zeros = scales.float()[rows], zeros.view(scales.shape)[rows]
+    layout = parts.get("weight_format")
+    if layout is not None and not layout.is_meta and bool(layout.any()):
+        raise LayoutError("has a weight_format other than row")
+    if "SCB" in parts:  # the largest value of each row
+        scales = scales / 127
+    return _grid(weight, parts["weight"], scales, -scales * zeros, 8)
+
+
+def _blocks(weight: Weight, parts: Parts) -> Grid:
+    """4 bits of bitsandbytes: each block of values is a row of the grid."""
+    scales, nested, count = parts["weight.absmax"], parts.get("weight.nested_absmax"), math.prod(weight.shape)
+    pairs = unpack(parts["weight"].view(1, -1), 4, count + count % 2).view(-1, 2)  # the first one in the upper half
+    if nested is not None:
+        size = _block_size(len(scales), len(nested))
+        scales = parts["weight.nested_quant_map"].view(256)[scales.int()]
+        scales = scales * nested.repeat_interleave(size)[: len(scales)] + _offset(parts)
+    size = _block_size(count, len(scales))
+    in_blocks = Weight((len(scales), size), (0, 0), weight.method)
+    scales = scales.view(-1, 1)
+    grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales, torch.zeros_like(scales), 4)
+    return grid._replace(table=parts["weight.quant_map"].view(16))
+
+
+def _block_size(values: int, scales: int) -> int:
+    """The number of values that share a scale in bitsandbytes."""
+    return next((size for size in BLOCK_SIZES if -(-values // size) == scales), 0)
+
+
+def _offset(parts: Parts) -> float:
+    """The mean of the scales, from the JSON that bitsandbytes stores as bytes."""
+    state = next(tensor for part, tensor in parts.items() if part in _STATES)
+    if state.is_meta:
+        return 0.0
+    try:
+        return float(parse_strictly(bytes(state[: 1 << 16].tolist()))["nested_offset"])
+    except (InvalidJsonError, KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"has a quant_state without nested_offset: {error}") from error
+
+
+_STATES = {f"weight.quant_state.bitsandbytes__{kind}": "U8" for kind in ("nf4", "fp4")}
+_FLOATS = "F16 BF16 F32"
+_GPTQ = {"qweight": "I32", "qzeros": "I32", "scales": _FLOATS}
+_PACKED = {"weight_zero_point": "I32", "weight_g_idx": "I32", "weight_shape": "I32 I64"}
+_NF4 = {"weight": "U8", "weight.absmax": "F32", "weight.quant_map": "F32"}
+_NESTED = {"weight.absmax": "U8", "weight.nested_absmax": "F32", "weight.nested_quant_map": "F32"}
+_SCALED = tuple(
+    Layout({"weight": codes, scale: f"{_FLOATS} F8_E8M0"}, zeros, _scaled)
+    for scale in ("weight_scale_inv", "weight_scale")
+    for codes, zeros in (("F8_E4M3 F8_E5M2", {}), ("I8", {"weight_zero_point": "I8"}))
+)
+
+LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
+    "gptq": (Layout(_GPTQ, {"g_idx": "I32"}, _gptq),),
+    "gptq_v2": (Layout(_GPTQ, {"g_idx": "I32"}, _gptq),),
+    "awq": (Layout(_GPTQ, {}, _awq),),
+    "compressed-tensors": (Layout({"weight_packed": "I32", "weight_scale": _FLOATS}, _PACKED, _packed), *_SCALED),
+    "fp8": _SCALED,
+    "fbgemm_fp8": _SCALED,
+    "bitsandbytes": (
+        Layout(_NF4, _STATES, _blocks),
+        Layout({**_NF4, **_NESTED}, _STATES, _blocks),
+        Layout({"weight": "I8", "SCB": "F32"}, {"weight_format": "U8"}, _scaled),
+    ),
+    "mlx": (Layout({"weight": "U32", "scales": _FLOATS, "biases": _FLOATS}, {}, _mlx),),
+}
+"""The layouts of each method. `gptq_v2` is the version of GPTQ that stores zero points as they are."""

@@ -1,0 +1,225 @@
+"""Quantized directories: values as the formats' own tools make them, and clear refusals of everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+from merge_gate._internal.errors import EngineError
+from tests.support.quantized.checkpoints import WRITTEN, Tensors, opened, written
+
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 64]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.iterdir()))
+def test_values_are_those_of_the_tool(name: str, tmp_path: Path) -> None:
+    parts, expected, settings = written(name)
+    release = opened(tmp_path, parts, {"layer.weight": expected}, settings)
+    values = release.read("layer.weight")
+    assert values.dtype == torch.float32
+    assert torch.allclose(values, expected, rtol=1e-3, atol=1e-6)  # some tools compute in float16
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.iterdir()))
+def test_values_of_a_release_are_on_its_own_grid(name: str, tmp_path: Path) -> None:
+    parts, expected, settings = written(name)
+    release = opened(tmp_path, parts, {"layer.weight": expected}, settings)
+    values = release.read("layer.weight")
+    again = release.requantized("layer.weight", values)
+    assert again is not None
+    assert torch.allclose(again, values, atol=1e-6)
+    moved = release.requantized("layer.weight", values + 0.1 * values.abs().max() * random(*values.shape))
+    assert moved is not None
+    assert not torch.equal(moved, again)
+    assert torch.equal(moved, release.requantized("layer.weight", moved))
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_in_4_bits(kind: str, is_nested: bool, tmp_path: Path) -> None:
+    layer = bitsandbytes.nn.Linear4bit(192, 96, bias=False, compress_statistics=is_nested, quant_type=kind)
+    weight = random(96, 192)
+    layer.weight = bitsandbytes.nn.Params4bit(weight, False, quant_type=kind, compress_statistics=is_nested)
+    layer.to("cpu")
+    tensors = {f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}
+    expected = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    release = opened(tmp_path, tensors, {"layer.weight": weight}, BITSANDBYTES)
+    assert torch.allclose(release.read("layer.weight"), expected, atol=1e-6)
+    assert release.format == "bitsandbytes (4 bits in groups of 64)"
+    again = release.requantized("layer.weight", weight)
+    assert again is not None
+    is_same = (again - expected).abs() < 1e-6
+    assert float(is_same.float().mean()) >= (
+        0.99 if is_nested else 1
+    )  # the codes are from scales that were not rounded
+
+
+def test_bitsandbytes_in_8_bits(tmp_path: Path) -> None:
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    weight = random(32, 64)
+    layer.weight = bitsandbytes.nn.Int8Params(weight.half(), requires_grad=False)
+    layer.to("cpu")
+    tensors = {f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}
+    expected = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    release = opened(tmp_path, tensors, {"layer.weight": weight}, {"load_in_8bit": True})
+    assert torch.allclose(release.read("layer.weight"), expected, atol=1e-5)
+    assert release.kind("layer.weight") == "8 bits"
+
+
+@pytest.mark.parametrize("scale_format", ["float", "ue8m0"])
+def test_fp8_of_transformers(scale_format: str, tmp_path: Path) -> None:
+    config = FineGrainedFP8Config(weight_block_size=(32, 64), scale_fmt=scale_format)
+    quantizer = SimpleNamespace(quantization_config=config)
+    weight = random(96, 128)
+    made = Fp8Quantize(quantizer).convert({"layer.weight": weight})
+    scale = made["layer.weight_scale_inv"]
+    expected = Fp8Dequantize(quantizer)._dequantize_one(made["layer.weight"], scale, torch.float32)
+    release = opened(tmp_path, made, {"layer.weight": weight}, FP8)
+    assert torch.equal(release.read("layer.weight"), expected)
+    assert torch.equal(release.requantized("layer.weight", weight), expected)  # type: ignore[arg-type]
+    assert release.format == "FP8 (FP8)"
+
+
+def test_a_last_block_of_fp8_may_be_smaller(tmp_path: Path) -> None:
+    codes, scales = random(80, 100).to(torch.float8_e4m3fn), 1 + random(3, 2).abs()
+    tensors = {"layer.weight": codes, "layer.weight_scale_inv": scales}
+    expected = codes.float() * scales.repeat_interleave(32, 0)[:80].repeat_interleave(64, 1)[:, :100]
+    assert torch.equal(opened(tmp_path, tensors, {"layer.weight": codes}, FP8).read("layer.weight"), expected)
+
+
+def test_fp8_of_fbgemm_has_a_scale_for_each_row(tmp_path: Path) -> None:
+    codes, scales = random(8, 16).to(torch.float8_e4m3fn), 1 + random(8, 1).abs()
+    tensors = {"layer.weight": codes, "layer.weight_scale": scales, "layer.input_scale_ub": torch.ones(1)}
+    release = opened(tmp_path, tensors, {"layer.weight": codes}, {"quant_method": "fbgemm_fp8"})
+    assert torch.equal(release.read("layer.weight"), codes.float() * scales)
+
+
+def test_columns_in_the_order_of_activations(tmp_path: Path) -> None:
+    """compressed-tensors wrote such files until it removed `actorder: group`; the index is that of GPTQ."""
+    parts, expected, _ = written("pack-quantized-4")
+    index = torch.arange(64).flip(0) // 32
+    codes = expected.view(32, 2, 32) / parts["layer.weight_scale"].float()[..., None]
+    scales = parts["layer.weight_scale"].float()[:, index]
+    ordered = opened(
+        tmp_path, parts | {"layer.weight_g_idx": index.int()}, {"layer.weight": expected}, COMPRESSED
+    ).read("layer.weight")
+    assert torch.allclose(ordered, codes.round().view(32, 64) * scales, atol=1e-3)
+
+
+def test_other_tensors_are_plain_floats(tmp_path: Path) -> None:
+    parts, expected, settings = written("gptq-8")
+    plain = {"norm.weight": random(8).half(), "head.weight": random(4, 8).bfloat16()}
+    release = opened(
+        tmp_path, {**parts, **plain}, {"layer.weight": expected, **plain, "gone.weight": expected.clone()}, settings
+    )
+    assert torch.equal(release.read("head.weight"), plain["head.weight"].float())
+    assert release.kind("head.weight") == ""
+    assert release.requantized("norm.weight", plain["norm.weight"]) is None
+    assert [name in release for name in ("norm.weight", "layer.weight", "gone.weight")] == [True, True, False]
+    assert release.format == "GPTQ (8 bits in groups of 32)"
+
+
+def test_weights_that_the_base_stores_transposed(tmp_path: Path) -> None:
+    """The layers of GPT-2 are such."""
+    parts, expected, settings = written("gptq-8")
+    release = opened(tmp_path, parts, {"layer.weight": expected.T}, settings)
+    values = release.read("layer.weight")
+    assert torch.allclose(values, expected.T, atol=1e-2)
+    assert torch.allclose(release.requantized("layer.weight", values), values, atol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "no quantization_config"),
+        ({"quant_method": "hqq"}, "HQQ"),
+        ({"quant_method": ["awq"]}, "awq"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "GPTQ: 'marlin'"),
+        ({"quant_method": "awq", "version": "gemv"}, "AWQ: 'gemv'"),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mlx"),
+        ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        ({**COMPRESSED, "config_groups": {"a": {"format": "marlin-24"}}}, "marlin-24"),
+        ({**COMPRESSED, "transform_config": {"config_groups": {"R1": {}}}}, "rotated"),
+    ],
+)
+def test_other_formats_are_refused_by_name(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    parts, expected, _ = written("gptq-8")
+    with pytest.raises(EngineError, match=words):
+        opened(tmp_path, parts, {"layer.weight": expected}, settings)
+
+
+def parts_of_gptq(**changed: torch.Tensor | None) -> Tensors:
+    parts = {f"layer.{part}": tensor for part, tensor in changed.items()}
+    return {name: tensor for name, tensor in (written("gptq-8")[0] | parts).items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"scales": None}, "cannot be read as gptq"),
+        ({"scales": torch.zeros(2, 32, dtype=torch.int32)}, "cannot be read as gptq"),
+        ({"scales": torch.zeros(3, 32)}, "make no weight"),
+        ({"scales": torch.zeros(0, 32)}, "make no weight"),
+        ({"scales": torch.zeros(())}, "make no weight"),
+        ({"scales": torch.zeros(2, 32, 2)}, "make no weight"),
+        ({"qzeros": torch.zeros(2, 1, dtype=torch.int32)}, "make no weight"),
+        ({"qweight": torch.zeros(0, 32, dtype=torch.int32)}, "make no weight"),
+        ({"qweight": torch.zeros(5, 32, dtype=torch.int32)}, "make no weight"),
+        ({"qweight": torch.zeros(128, 32, dtype=torch.int32)}, "make no weight"),
+        ({"g_idx": torch.zeros(8, dtype=torch.int32)}, "make no weight"),
+        ({"g_idx": None, "rotation": torch.zeros(8)}, "rotation"),
+        ({"weight": torch.zeros(32, 64, dtype=torch.complex64)}, "weight"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=words):
+        opened(tmp_path, parts_of_gptq(**changed), {"layer.weight": random(32, 64)}, GPTQ)
+
+
+def test_groups_beyond_the_scales_are_refused(tmp_path: Path) -> None:
+    parts = parts_of_gptq(g_idx=torch.full((64,), 2, dtype=torch.int32))
+    release = opened(tmp_path, parts, {"layer.weight": random(32, 64)}, GPTQ)
+    with pytest.raises(EngineError, match=r"'layer\.weight' has a g_idx beyond its 2 groups"):
+        release.read("layer.weight")
+
+
+def test_other_names_than_the_base_has_are_refused(tmp_path: Path) -> None:
+    tensors = {"layer.weight": random(8, 16).to(torch.float8_e4m3fn), "layer.weight_scale": torch.ones(8, 1)}
+    with pytest.raises(EngineError, match="no weight of the base"):
+        opened(tmp_path, tensors, {"model.layer.weight": random(8, 16)}, FP8)
+
+
+def test_scaled_activations_are_refused(tmp_path: Path) -> None:
+    """AWQ moves scales into an activation if nothing else is before a layer."""
+    parts, expected, settings = written("awq-4")
+    with pytest.raises(EngineError, match=r"act\.scales"):
+        opened(tmp_path, {**parts, "mlp.act.scales": random(8)}, {"layer.weight": expected}, settings)
+
+
+@pytest.mark.parametrize("state", [b"", b"[]", b"{}", b'{"nested_offset": [1]}', b"\xff", b'{"nested_offset": 1e999'])
+def test_a_hostile_state_of_bitsandbytes_is_refused(state: bytes, tmp_path: Path) -> None:
+    tensors = {
+        "layer.weight": torch.zeros(64, 1, dtype=torch.uint8),
+        "layer.weight.absmax": torch.zeros(2, dtype=torch.uint8),
+        "layer.weight.quant_map": torch.zeros(16),
+        "layer.weight.nested_absmax": torch.zeros(1),
+        "layer.weight.nested_quant_map": torch.zeros(256),
+        "layer.weight.quant_state.bitsandbytes__nf4": torch.tensor([*state], dtype=torch.uint8),
+    }
+    release = opened(tmp_path, tensors, {"layer.weight": random(8, 16)}, BITSANDBYTES)
+    with pytest.raises(EngineError, match="nested_offset"):
+        release.read("layer.weight")
