@@ -530,16 +530,10 @@ INVALID = {
     "lone surrogate": (b'{"peft_type": "\\ud800"}', "UTF-8"),
     "nan": (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
     "infinity": (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity"),
-    "too large a number": (
-        b'{"peft_type": "LORA", "lora_alpha": 1e999}',
-        "",
-    ),
+    "too large a number": (b'{"peft_type": "LORA", "lora_alpha": 1e999}', ""),
     "twice": (b'{"peft_type": "LORA", "r": 4, "r": 8}', ""),
     "nested": (b'{"a":' * 50_000, ""),
-    "long number": (
-        b'{"r": ' + b"9" * 5000 + b"}",
-        "64",
-    ),
+    "long number": (b'{"r": ' + b"9" * 5000 + b"}", "64"),
     "huge": (b'{"a": "' + b"x" * 10_000_000 + b'"}', "10,000,000"),
     "no peft_type": ({"r": 4}, "peft_type"),
     "peft_type null": (CONFIG | {"peft_type": None}, "peft_type"),

@@ -278,11 +278,7 @@ def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
     assert (lesser.check, lesser.severity) == ("file-corrupt", Severity.WARNING)
     wording(why.message)
     assert why == Finding(
-        check=NOT_JUDGED,
-        severity=Severity.ERROR,
-        message=why.message,
-        hint="h",
-        origin=Origin.RUNTIME,
+        check=NOT_JUDGED, severity=Severity.ERROR, message=why.message, hint="h", origin=Origin.RUNTIME
     )
 
 

@@ -14,12 +14,7 @@ from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.not_judged import NOT_JUDGED, accident, not_judged
 from merge_gate.records.config import CheckSetting
-from merge_gate.records.measured import (
-    Evidence,
-    FileTensor,
-    MeasureOptions,
-    TensorStats,
-)
+from merge_gate.records.measured import Evidence, FileTensor, MeasureOptions, TensorStats
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Finding, ForwardMode, Origin, Severity
 from tests.support.judging.cases import (

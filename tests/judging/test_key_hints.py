@@ -26,10 +26,7 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
         (["base_model.model.module.q.lora_A.weight"], "model.module"),
         (["base_model.model._orig_mod.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),
         (["base_model.model.layers.0._checkpoint_wrapped_module.q.lora_A.weight"], "_checkpoint_wrapped_module"),
-        (
-            ["base_model.model.q.lora_A.weight", "base_model.model.h.1._orig_mod.q.lora_A.weight"],
-            "_orig_mod",
-        ),
+        (["base_model.model.q.lora_A.weight", "base_model.model.h.1._orig_mod.q.lora_A.weight"], "_orig_mod"),
         (["model.embed_tokens.weight", "model.norm.weight"], "full model"),
         (["model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_B.weight"], "lacks base_model.model."),
         (["model.layers.0.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),

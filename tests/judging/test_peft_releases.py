@@ -8,10 +8,7 @@ import pytest
 
 from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.peft_releases import NEWEST, Span, written_by
-from tests.support.judging.releases import (
-    ALWAYS,
-    LORA_0_9,
-)
+from tests.support.judging.releases import ALWAYS, LORA_0_9
 from tests.support.wording import Wording
 
 

@@ -224,9 +224,7 @@ def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: dict[t
     assert one.coverage.parameters_checked == 0
 
 
-def test_a_base_that_the_adapter_names_is_beside_the_config(
-    judged: dict[tuple[str, str], AdapterReport],
-) -> None:
+def test_a_base_that_the_adapter_names_is_beside_the_config(judged: dict[tuple[str, str], AdapterReport]) -> None:
     one = judged["names-its-base", "float32"]
     assert one.verdict is Verdict.PASSED, told(one)
     assert one.base.model == "./bases/llama"
@@ -239,9 +237,7 @@ def test_without_a_base_there_is_no_verdict(judged: dict[tuple[str, str], Adapte
     assert "base: {model: …}" in one.findings[0].hint
 
 
-def test_a_base_name_that_no_system_takes_costs_its_adapter(
-    judged: dict[tuple[str, str], AdapterReport],
-) -> None:
+def test_a_base_name_that_no_system_takes_costs_its_adapter(judged: dict[tuple[str, str], AdapterReport]) -> None:
     hostile = [one.verdict for (name, _), one in judged.items() if name.startswith("hostile-")]
     assert hostile == [Verdict.ERROR] * len(NO_BASES)
     assert judged["good", "float32"].verdict is Verdict.PASSED
@@ -569,10 +565,7 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
     delta_norm = all_checks.CHECKS["delta-norm"]
     of_files = _failing_for("judging", delta_norm.of_files, lambda case: case.spec.name)
     of_merge = _failing_for("judging-the-merge", delta_norm.of_merge, lambda case: case.spec.name)
-    changed = {
-        **all_checks.CHECKS,
-        "delta-norm": dataclasses.replace(delta_norm, of_files=of_files, of_merge=of_merge),
-    }
+    changed = {**all_checks.CHECKS, "delta-norm": dataclasses.replace(delta_norm, of_files=of_files, of_merge=of_merge)}
     monkeypatch.setattr(all_checks, "CHECKS", changed)
     names = ("good", *accidents, "nan")
     config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in names), base=str(shelf.base("llama")))

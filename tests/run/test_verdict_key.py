@@ -67,12 +67,7 @@ DECIDES = {
     "the base's weights": of(base=replace(BASE, weights="d" * 64)),
     "the base's settings": of(base=replace(BASE, settings="d" * 64)),
     "the base's name": of(replace(ENTRY, base=Snapshot(name="./other", directory="/checkout/base"))),
-    "the base's commit": of(
-        replace(
-            ENTRY,
-            base=replace(ENTRY.base or Snapshot(name="", directory=""), revision="1"),
-        )
-    ),
+    "the base's commit": of(replace(ENTRY, base=replace(ENTRY.base or Snapshot(name="", directory=""), revision="1"))),
     "the base's last name": of(with_base(model="/checkout/other")),
     "no base in the config": of(with_base(model=None)),
     "the base's label": of(with_base(label="./other")),

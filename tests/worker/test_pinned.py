@@ -104,10 +104,7 @@ def test_a_change_before_the_merge_is_found(change: Callable[[Path], None], adap
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_during_the_merge_is_found(change: Callable[[Path], None], adapter: Path) -> None:
-    with (
-        pytest.raises(EngineError, match=WEIGHTS),
-        pinned_adapter(read(adapter)),
-    ):
+    with pytest.raises(EngineError, match=WEIGHTS), pinned_adapter(read(adapter)):
         change(adapter)
 
 

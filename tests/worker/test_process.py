@@ -141,17 +141,13 @@ def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], N
             return events, describe_exit(-signal.SIGABRT, child._output)
 
 
-def test_while_the_child_imports_its_parent_has_time(
-    idle_child: tuple[list[Event], NotJudged],
-) -> None:
+def test_while_the_child_imports_its_parent_has_time(idle_child: tuple[list[Event], NotJudged]) -> None:
     events, _ = idle_child
     assert isinstance(events[0], Idle)
     assert isinstance(events[-1], Finished)
 
 
-def test_what_a_child_printed_before_it_was_ready_is_dropped(
-    idle_child: tuple[list[Event], NotJudged],
-) -> None:
+def test_what_a_child_printed_before_it_was_ready_is_dropped(idle_child: tuple[list[Event], NotJudged]) -> None:
     _, ending = idle_child
     assert ending.message.endswith("SIGABRT")
 
@@ -188,10 +184,7 @@ def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotJudged]:
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [
-        ("line.sendall(bytes([255]) * 16); time.sleep(60)", "18,446,744,073,709,551,615"),
-        (SENDS_A_JOB, "Job"),
-    ],
+    [("line.sendall(bytes([255]) * 16); time.sleep(60)", "18,446,744,073,709,551,615"), (SENDS_A_JOB, "Job")],
 )
 def test_a_child_that_sends_what_is_no_event_is_ended(
     odd_child: Callable[..., NotJudged], code: str, said: str, wording: Wording
@@ -208,12 +201,7 @@ def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., NotJu
 
 @pytest.mark.parametrize(
     ("files", "killed_before"),
-    [
-        ({"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"}, 0),
-        ({"memory.max": "max"}, 0),
-        ({}, 1),
-        ({}, None),
-    ],
+    [({"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"}, 0), ({"memory.max": "max"}, 0), ({}, 1), ({}, None)],
 )
 def test_a_killed_child_is_told_by_the_kernels_own_count(
     odd_child: Callable[..., NotJudged],

@@ -65,11 +65,7 @@ print(json.dumps([are_there, found]))
 
 def said(script: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(**OFFLINE),
-        check=True,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script], env=environment(**OFFLINE), check=True, capture_output=True, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 

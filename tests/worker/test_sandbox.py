@@ -155,9 +155,7 @@ def confined(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
         return gate(shelf, place, port, {"tells": TELL, "loads": ""}, **elsewhere), place, before
 
 
-def test_code_of_a_base_is_held_and_the_report_says_by_what(
-    confined: tuple[Any, Path, os.stat_result],
-) -> None:
+def test_code_of_a_base_is_held_and_the_report_says_by_what(confined: tuple[Any, Path, os.stat_result]) -> None:
     report, place, before = confined
     # What Landlock leaves open seems to succeed, so that libraries can copy files with their modes, and does nothing.
     assert done_by(report, "tells") == {"own", "thread", "chmod", "times"}, report["said"]

@@ -94,8 +94,7 @@ def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
 def limited(group: Group, *tasks: int) -> Group:
     """With a time limit for these tasks alone: on a busy machine the others may take longer."""
     return replace(
-        group,
-        tasks=tuple(replace(task, timeout_s=TIMEOUT_S) if task.index in tasks else task for task in group.tasks),
+        group, tasks=tuple(replace(task, timeout_s=TIMEOUT_S) if task.index in tasks else task for task in group.tasks)
     )
 
 

@@ -16,11 +16,7 @@ class TestAdapterNonfinite(EveryCheck):
             evidence(file_tensors=(FileTensor(stats=broken(LORA_B, neginf=2)),)),
             places={"module": MODULE, "tensor": LORA_B, "neginf": 2, "numel": 64},
         ),
-        Fire(
-            (LORA_B,),
-            Origin.ADAPTER,
-            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=64)),)),
-        ),
+        Fire((LORA_B,), Origin.ADAPTER, evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=64)),))),
         Fire(
             (LORA_B,),
             Origin.ADAPTER,
@@ -31,9 +27,6 @@ class TestAdapterNonfinite(EveryCheck):
     SITUATIONS = (
         (
             "a tensor of NaN only",
-            (
-                evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=60, posinf=1, neginf=3)),)),
-                files(),
-            ),
+            (evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=60, posinf=1, neginf=3)),)), files()),
         ),
     )

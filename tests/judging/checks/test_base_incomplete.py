@@ -59,12 +59,7 @@ class TestBaseIncomplete(EveryCheck):
             elsewhere=("c",),
         ),
         reason(
-            "parameters_not_stored",
-            base="./base",
-            class_name="LlamaModel",
-            names=(NORM,),
-            read=MANY,
-            elsewhere=MANY,
+            "parameters_not_stored", base="./base", class_name="LlamaModel", names=(NORM,), read=MANY, elsewhere=MANY
         ),
     )
 

@@ -65,10 +65,7 @@ class TestBaseMismatch(EveryCheck):
         ),
         (
             "a base whose name only begins like the one used",
-            (
-                evidence(),
-                files(config={"base_model_name_or_path": "acme/llamaX", "revision": "main"}),
-            ),
+            (evidence(), files(config={"base_model_name_or_path": "acme/llamaX", "revision": "main"})),
         ),
     )
     SILENT = ("the revision that was asked for",)

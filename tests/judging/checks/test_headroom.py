@@ -63,10 +63,7 @@ class TestHeadroom(EveryCheck):
         ),
         (
             "safe_merge refuses on a broken base",
-            (
-                evidence(refused_by_safe_merge=(MODULE,), base=base(nonfinite=(broken("model.norm.weight"),))),
-                files(),
-            ),
+            (evidence(refused_by_safe_merge=(MODULE,), base=base(nonfinite=(broken("model.norm.weight"),))), files()),
         ),
     )
     QUIET = (

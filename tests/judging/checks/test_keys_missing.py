@@ -24,12 +24,7 @@ def lost(config: dict[str, Any], *names: str) -> tuple[Evidence, AdapterFiles]:
 
 class TestKeysMissing(EveryCheck):
     FIRES = (
-        Fire(
-            (LORA_B,),
-            Origin.ADAPTER,
-            evidence(missing=(LORA_B,)),
-            places={"module": MODULE, "tensor": LORA_B},
-        ),
+        Fire((LORA_B,), Origin.ADAPTER, evidence(missing=(LORA_B,)), places={"module": MODULE, "tensor": LORA_B}),
         Fire(("lora.0",), Origin.ADAPTER, evidence(missing=tuple(f"lora.{i}" for i in range(7)))),
     )
     SITUATIONS = (
@@ -43,18 +38,12 @@ class TestKeysMissing(EveryCheck):
         ("one tensor is lost on loading", (evidence(missing=(LORA_A,), dropped=(LORA_A,)), files())),
         (
             "two of three are lost on loading",
-            (
-                evidence(missing=(LORA_A, LORA_B, "x.lora_A.weight"), dropped=(LORA_A, LORA_B)),
-                files(),
-            ),
+            (evidence(missing=(LORA_A, LORA_B, "x.lora_A.weight"), dropped=(LORA_A, LORA_B)), files()),
         ),
         ("four of four are lost on loading", (evidence(missing=tuple("abcd"), dropped=tuple("abcd")), files())),
         (
             "missing, of a model whose wrapper was saved",
-            (
-                evidence(missing=(LORA_A,)),
-                files(tensors=headers("_orig_mod.base_model.model.q_proj.lora_A.weight")),
-            ),
+            (evidence(missing=(LORA_A,)), files(tensors=headers("_orig_mod.base_model.model.q_proj.lora_A.weight"))),
         ),
         (
             "missing, and wrapped twice",

@@ -23,10 +23,7 @@ class TestMeaningChanged(EveryCheck):
         ("the bias of lora_B", (evidence(), files(config=LORA_0_14))),
         (
             "the bias of lora_B, by the root of the rank",
-            (
-                evidence(),
-                files(config=LORA_0_14 | {"use_rslora": True, "r": 4, "lora_alpha": 6}),
-            ),
+            (evidence(), files(config=LORA_0_14 | {"use_rslora": True, "r": 4, "lora_alpha": 6})),
         ),
         ("DoRA on an embedding", (evidence(), files(config=DORA, tensors=EMBEDDING))),
         (
@@ -118,8 +115,5 @@ def test_initialisations_of_later_releases(scheme: str) -> None:
 
 def test_all_changes_that_concern_a_config_are_listed() -> None:
     config = LORA_0_14 | {"use_dora": True}
-    assert [change.name for change, _ in changes(recorded(config), EMBEDDING)] == [
-        "lora-bias-scale",
-        "dora-embedding",
-    ]
+    assert [change.name for change, _ in changes(recorded(config), EMBEDDING)] == ["lora-bias-scale", "dora-embedding"]
     assert not [*changes(recorded(config | {"peft_type": "LOHA"}), EMBEDDING)]

@@ -10,18 +10,7 @@ import math
 from merge_gate.records.measured import Evidence, FileTensor, LayerDifference, TensorDifference
 from merge_gate.records.terms import Origin
 from tests.support.faults import Case, healthy
-from tests.support.judging.cases import (
-    LORA_B,
-    MODULE,
-    Fire,
-    broken,
-    evidence,
-    files,
-    judge,
-    merged,
-    reason,
-    spec,
-)
+from tests.support.judging.cases import LORA_B, MODULE, Fire, broken, evidence, files, judge, merged, reason, spec
 from tests.support.judging.every_check import EveryCheck
 
 

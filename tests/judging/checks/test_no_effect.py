@@ -80,16 +80,11 @@ class TestNoEffect(EveryCheck):
                 file_tensors=(
                     FileTensor(stats=tensor(LORA_A)),
                     FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
-                ),
+                )
             ),
             files(config={"kasa_config": {"beta": 1e-4}}),
         ),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(merges=(merged(changed=False),)),
-            files(config={"lora_alpha": 0}),
-        ),
+        Fire((), Origin.ADAPTER, evidence(merges=(merged(changed=False),)), files(config={"lora_alpha": 0})),
         Fire(
             ("layers.6",),
             Origin.ADAPTER,
@@ -150,10 +145,7 @@ class TestNoEffect(EveryCheck):
         ),
         (
             "a module that is changed in a part of it, and one that only begins alike",
-            (
-                evidence(targeted=(SECOND, "model.layers.6.ml"), merges=(merged(module=f"{SECOND}.up"),)),
-                files(),
-            ),
+            (evidence(targeted=(SECOND, "model.layers.6.ml"), merges=(merged(module=f"{SECOND}.up"),)), files()),
         ),
         (
             "no effect by a zero that is no lora_B",

@@ -38,17 +38,8 @@ def run(change: float, *merges: TensorMerge, choices: int = 0, typical: float | 
 class TestRoundingLoss(EveryCheck):
     FIRES = (
         Fire(("62.0%", "40%", "98.0%"), Origin.MERGE, run(0.62), places={"tensor": WEIGHT}),
-        Fire(
-            ("81.0%", "float16", "90.0%"),
-            Origin.MERGE,
-            evidence(merges=(lossy(0.81),)),
-            places={"tensor": WEIGHT},
-        ),
-        Fire(
-            ("(90.0%)",),
-            Origin.MERGE,
-            evidence(merges=(lossy(0.9), lossy(0.6), LARGE)),
-        ),
+        Fire(("81.0%", "float16", "90.0%"), Origin.MERGE, evidence(merges=(lossy(0.81),)), places={"tensor": WEIGHT}),
+        Fire(("(90.0%)",), Origin.MERGE, evidence(merges=(lossy(0.9), lossy(0.6), LARGE))),
     )
     SITUATIONS = (
         ("most of the effect changes", (run(0.85), files())),
@@ -79,10 +70,7 @@ class TestRoundingLoss(EveryCheck):
         ),
         (
             "rounding, of a weight that is quantized again",
-            (
-                evidence(base=base(quantization=Quantization.BNB_4BIT), merges=(lossy(0.6),)),
-                files(),
-            ),
+            (evidence(base=base(quantization=Quantization.BNB_4BIT), merges=(lossy(0.6),)), files()),
         ),
         (
             "rounding, of most of them, quantized again",
@@ -96,10 +84,7 @@ class TestRoundingLoss(EveryCheck):
         ),
         (
             "rounding, without a count",
-            (
-                evidence(merges=(merged(base_norm=1.0, delta_norm=1.0, lost_norm=0.75),)),
-                files(),
-            ),
+            (evidence(merges=(merged(base_norm=1.0, delta_norm=1.0, lost_norm=0.75),)), files()),
         ),
     )
     FAULTS = (

@@ -38,10 +38,7 @@ class TestServedNames(EveryCheck):
         ),
     )
     SITUATIONS = (
-        (
-            "several modules",
-            (evidence(served=served(**{MODULE: WHOLE, "model.a": "model.language_model.a"})), files()),
-        ),
+        ("several modules", (evidence(served=served(**{MODULE: WHOLE, "model.a": "model.language_model.a"})), files())),
     )
     FAULTS = (
         Case(

@@ -14,14 +14,7 @@ from merge_gate.judging.all_checks import judge_files, judge_merge
 from merge_gate.judging.checks.check import Check
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles, HashedFile, StoredTensor
-from merge_gate.records.measured import (
-    BaseFacts,
-    Evidence,
-    FileTensor,
-    TensorMerge,
-    TensorStats,
-    UnreadLayer,
-)
+from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, TensorMerge, TensorStats, UnreadLayer
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 
