@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_gate._internal.tensor_names import module_of
 from merge_gate._internal.text import COMMIT, counted, has_hidden, is_hidden, is_inside, listing, quoted, unusable
 from merge_gate.report.formats.json_report import render
 from merge_gate.report.wording.untrusted import one_line
@@ -107,3 +108,19 @@ def test_other_names_are_not(name: str) -> None:
 )
 def test_a_commit_is_a_digest(name: str, is_commit: bool) -> None:
     assert bool(COMMIT.fullmatch(name)) == is_commit
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("base_model.model.model.layers.5.self_attn.q_proj.lora_A.weight", "model.layers.5.self_attn.q_proj"),
+        ("base_model.model.embed.lora_embedding_A", "embed"),
+        ("base_model.model.experts.base_layer.lora_B.weight", "experts"),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "model.embed_tokens"),
+        ("base_model.model.lm_head.modules_to_save.weight", "lm_head"),
+        ("base_model.model.model.norm.weight", "model.norm"),
+        ("stray", ""),
+    ],
+)
+def test_it_is_what_stands_before_pefts_own_parts(name: str, module: str) -> None:
+    assert module_of(name) == module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from merge_gate.report.wording import run_result
 from tests.support.reports import (
     ATTACKS,
     EMPTY,
-    FAIL,
     HALF,
     NAN,
     PASS,
@@ -30,7 +28,6 @@ from tests.support.reports import (
     hostile_reports,
     in_two_dtypes,
     lines_of,
-    names_for_shared_words,
     report,
     runner_obeys,
 )
@@ -54,39 +51,13 @@ def test_a_case_refers_to_the_one_before_for_what_is_the_same(wording: Wording) 
     wording(second.text)
 
 
-def test_golden() -> None:
-    golden = HERE / "goldens" / "junit.xml"
-    with names_for_shared_words() as run:
-        text = render(run)
-    if os.environ.get("UPDATE_GOLDENS"):
-        golden.write_text(text, encoding="utf-8")
-    assert text == golden.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
-
-
 def test_a_suite_per_base_and_a_case_per_dtype() -> None:
     other = adapter("other", base=HALF)
     root = parse(report(PASSED, adapter("support", base=HALF), other))
     (suite,) = root
     assert suite.get("name") == "base ./models/base"
-    assert [case.get("name") for case in suite.iter("testcase")] == [
-        "support (bfloat16)", "support (float16)", "other (float16)",
-    ]  # fmt: skip
-
-
-def test_failures_and_errors_are_told_apart() -> None:
-    root = parse(FAIL)
-    assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
-        "tests": "5", "failures": "2", "errors": "1",
-    }  # fmt: skip
-    cases = {str(case.get("name")): case for case in root.iter("testcase")}
-    failure, error = cases["billing (bfloat16)"].find("failure"), cases["translate-de (bfloat16)"].find("error")
-    assert failure is not None
-    assert (failure.get("type"), failure.get("message")) == (NAN.check, NAN.message)
-    assert NAN.hint in str(failure.text)
-    assert error is not None
-    assert error.get("type") == "not-judged"
-    assert cases["support (bfloat16)"].find("failure") is None
-    assert "rounding-loss" in str(cases["legal (bfloat16)"].findtext("system-out"))
+    names = [case.get("name") for case in suite.iter("testcase")]
+    assert names == ["support (bfloat16)", "support (float16)", "other (float16)"]
 
 
 @pytest.mark.parametrize("run", [EMPTY, report(), report(PASSED, complete=False)])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from cmarkgfm import github_flavored_markdown_to_html
@@ -45,7 +43,6 @@ from tests.support.reports import (
     hostile_reports,
     in_two_dtypes,
     lines_of,
-    names_for_shared_words,
     report,
     runner_obeys,
     tensors,
@@ -53,25 +50,10 @@ from tests.support.reports import (
 from tests.support.wording import Wording
 
 LIMIT_BYTES = 64 * 1024
-GOLDEN = Path(__file__).parent / "goldens" / "summary.md"
 TAGS = {
-    "h2",
-    "h3",
-    "p",
-    "table",
-    "thead",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "ul",
-    "li",
-    "strong",
-    "code",
-    "details",
-    "summary",
+    "h2", "h3", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "strong", "code", "details", "summary",
     "pre",
-}
+}  # fmt: skip
 
 
 def commonmark(markdown: str) -> str:
@@ -84,8 +66,6 @@ def github(markdown: str) -> str:
 
 
 RENDERERS = (commonmark, github)
-
-
 PARTS_OF_ADDRESSES = (
     "http", "ftp", ":", "//", "www", "WWW", ".", "evil", "example", "@", "me", "mailto:", "xmpp:", "`", "``", " ", "_",
     "-", "<", ">", "(", ")", "[", "]", "\\", "&", "&#58;", "#", "~", "*", "x", "/", "名", "+",
@@ -129,27 +109,9 @@ class Seen(HTMLParser):
         self.plain += "" if self._code else data
 
 
-def test_golden() -> None:
-    with names_for_shared_words() as run:
-        text = render(run)
-    if os.environ.get("UPDATE_GOLDENS"):
-        GOLDEN.write_text(text, encoding="utf-8")
-    assert text == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
-
-
 @pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])
 def test_the_headline_has_the_result(run: Report, mark: str) -> None:
     assert render(run).startswith(f"{GENERATOR_COMMENT}\n\n## {mark} merge-gate {run_result.verdict_line(run)}\n")
-
-
-def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:
-    text = render(FAIL)
-    order = [text.index(f"| `{name}` |") for name in ("billing", "summaries", "translate-de", "support", "legal")]
-    assert order == sorted(order)
-    *_, folded, runs = (match.start() for match in re.finditer("<details>", text))
-    assert folded < text.index("- `legal` (bfloat16) `rounding-loss`")
-    assert text.index("- `legal` (bfloat16) `rounding-loss`") < runs < text.index("- `support` (bfloat16) ran on")
-    assert "2,200,096,768" in text
 
 
 def test_quiet_adapters_of_a_fleet_are_folded_below_the_others(wording: Wording) -> None:
@@ -367,18 +329,7 @@ def test_the_map_is_of_an_adapter_that_it_shows_the_failure_of() -> None:
     text = render(report(sound, broken))
     assert text.index("`first` failed") < text.index("`second` failed") < text.index("````text")
     assert text.count("````text") == 1
-    assert "````text" not in render(report(sound))
-
-
-def test_the_worst_adapter_has_a_map() -> None:
-    text = render(FAIL)
-    (drawn,) = re.findall(r"````text\n(.*?)````", text, re.DOTALL)
-    assert drawn.splitlines() == [
-        "  model.layers      0    5",
-        "  self_attn.q_proj  .....N..",
-        "  mlp.up_proj       ........",
-    ]
-    assert "````" not in render(PASS)
+    assert "````text" not in render(report(sound)) + render(PASS)
 
 
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if 0 < len(attack) < 100])

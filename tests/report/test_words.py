@@ -1,18 +1,23 @@
-"""The sentences that all formats share."""
+"""The sentences and figures that all formats share, and foreign text in them."""
 
 from __future__ import annotations
 
-import dataclasses
 import html
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
 
+from merge_gate.judging.bounds import bounded
 from merge_gate.judging.checks.check import FOLLOWS
-from merge_gate.records.measured import Forward
+from merge_gate.records.measured import Forward, TensorMerge
 from merge_gate.records.report import Accepted, Judged
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from merge_gate.report.formats import html_report, junit, summary, terminal_text
 from merge_gate.report.wording import words
+from merge_gate.report.wording.alike import more_findings
+from merge_gate.report.wording.grid import State, blocks, count_states, states
+from merge_gate.report.wording.untrusted import inert, one_line, safe_text, shorten
 from tests.support.reports import (
     BASE,
     CRASHED,
@@ -26,9 +31,13 @@ from tests.support.reports import (
     PASS,
     PASSED,
     RAN,
+    ROUNDING,
+    TEXTS,
     WARNED,
     adapter,
     report,
+    runner_obeys,
+    tensors,
 )
 from tests.support.wording import Wording
 
@@ -36,7 +45,7 @@ KNOWN = Accepted(owner="ml", until="2027-01-01", reason="known")
 
 
 def test_what_stands_beside_a_verdict(wording: Wording) -> None:
-    wording(words.cached(PASS), *words.marks(WARNED), *words.marks(dataclasses.replace(FAILED, accepted=KNOWN)))
+    wording(words.cached(PASS), *words.marks(WARNED), *words.marks(replace(FAILED, accepted=KNOWN)))
     wording(words.title(FAILED), words.title(CRASHED), words.title(PASSED))
 
 
@@ -60,7 +69,7 @@ def test_a_report_says_when_and_where_its_verdicts_were_reached(wording: Wording
 def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
     """In each format for people. A share of bfloat16's largest value would tell nothing."""
     half = adapter("half", base=HALF, forward=RAN)
-    wide = adapter("wide", forward=dataclasses.replace(RAN, largest_allowed=3.4e38))
+    wide = adapter("wide", forward=replace(RAN, largest_allowed=3.4e38))
     broken = adapter(
         "broken",
         forward=Forward(
@@ -91,8 +100,8 @@ def test_a_run_of_the_model_is_shown_in_one_line(wording: Wording) -> None:
 
 
 def test_a_terminal_shows_the_run_closest_to_its_limit() -> None:
-    low, high = (adapter(name, forward=dataclasses.replace(RAN, largest=at)) for name, at in (("a", 9.0), ("b", 99.0)))
-    wide = adapter("c", forward=dataclasses.replace(RAN, largest=9e9, largest_allowed=3.4e38))
+    low, high = (adapter(name, forward=replace(RAN, largest=at)) for name, at in (("a", 9.0), ("b", 99.0)))
+    wide = adapter("c", forward=replace(RAN, largest=9e9, largest_allowed=3.4e38))
     assert f"b ({words.precision(high.base)}) ran on" in terminal_text.render(report(low, high, wide), "", width=400)
     assert "other run" not in terminal_text.render(report(low), "", width=400)
     assert "ran on" not in terminal_text.render(report(adapter("quiet")), "", width=400)
@@ -108,7 +117,7 @@ def test_the_cause_decides_not_the_first_symptom() -> None:
 
 
 def test_equal_findings_are_not_lost() -> None:
-    twice = adapter(verdict=Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(NAN)))
+    twice = adapter(verdict=Verdict.FAILED, cause=NAN.check, findings=(NAN, replace(NAN)))
     assert len(words.others(twice)) == 1
 
 
@@ -117,9 +126,9 @@ def test_worst_first_else_in_order() -> None:
 
 
 def test_values_and_place(wording: Wording) -> None:
-    counted = dataclasses.replace(OVERFLOW, message="broken")
+    counted = replace(OVERFLOW, message="broken")
     wording(words.values(counted))
-    said = dataclasses.replace(OVERFLOW, message=f"holds {words.values(counted)}")
+    said = replace(OVERFLOW, message=f"holds {words.values(counted)}")
     assert words.values(said) == "", "the message says it already"
     bare = Finding(check="c", severity=Severity.ERROR, message="in m", origin=Origin.FILE, module="m", tensor="t")
     assert words.values(bare) == ""
@@ -136,8 +145,8 @@ def test_an_activation_is_not_in_the_adapters_tensors() -> None:
         module="lm_head",
     )  # fmt: skip
     assert words.origin(louder) == "in what this module returns"
-    assert words.origin(dataclasses.replace(louder, module="")) == "in what the model itself returns"
-    assert words.origin(dataclasses.replace(louder, origin=Origin.BASE)) == words.ORIGINS[Origin.BASE]
+    assert words.origin(replace(louder, module="")) == "in what the model itself returns"
+    assert words.origin(replace(louder, origin=Origin.BASE)) == words.ORIGINS[Origin.BASE]
     shown = terminal_text.render(report(adapter("loud", Verdict.FAILED, cause=louder.check, findings=(louder,))), "")
     assert "  where   lm_head\n          in what this module returns\n" in shown
 
@@ -165,11 +174,11 @@ def test_duration(seconds: float, said: str) -> None:
 
 def test_precision() -> None:
     assert words.precision(BASE) == "bfloat16"
-    assert words.precision(dataclasses.replace(BASE, quantization=Quantization.BNB_4BIT)) == "bfloat16, bnb-4bit"
+    assert words.precision(replace(BASE, quantization=Quantization.BNB_4BIT)) == "bfloat16, bnb-4bit"
 
 
 def test_hundreds_of_findings_become_one_line_per_check() -> None:
-    many = [dataclasses.replace(NAN, tensor=f"t{n}") for n in range(96)]
+    many = [replace(NAN, tensor=f"t{n}") for n in range(96)]
     assert words.grouped([*many, MERGED_NAN]) == [(many[0], tuple(many[1:])), (MERGED_NAN, ())]
 
 
@@ -182,5 +191,130 @@ def test_hundreds_of_findings_become_one_line_per_check() -> None:
     ],
 )
 def test_what_follows_from_another_finding_is_no_cause(origin: Origin, hint: str, told: tuple[str, str]) -> None:
-    finding = dataclasses.replace(NAN, origin=origin, hint=hint)
+    finding = replace(NAN, origin=origin, hint=hint)
     assert (words.origin(finding), words.hint_label(finding)) == told
+
+
+def placed(finding: Finding, layer: int | None, module: str) -> Finding:
+    name = module if layer is None else f"model.layers.{layer}.{module}"
+    return replace(finding, module=name, tensor=f"{name}.weight")
+
+
+EXPECTED = replace(ROUNDING, module=None, tensor=None, message="expect.r is 16, but the config has 4")
+GROUPS: dict[str, list[Finding]] = {
+    "none": [],
+    "one": [placed(NAN, 3, "mlp.up_proj")],
+    "ranges": [
+        *(placed(NAN, layer, "mlp.down_proj") for layer in range(10, 20)),
+        placed(replace(OVERFLOW, neginf=0), 20, "self_attn.o_proj"),
+    ],
+    "gaps": [placed(NAN, layer, "mlp.down_proj") for layer in (1, 2, 3, 7, 9, 10)],
+    "both-infinities": [placed(OVERFLOW, 1, "a"), placed(OVERFLOW, 2, "b"), placed(NAN, None, "lm_head")],
+    "many-modules": [placed(NAN, 1, f"expert.part{chr(97 + number)}") for number in range(9)],
+    "without-values": [placed(ROUNDING, 4, "mlp.up_proj"), placed(ROUNDING, 5, "mlp.up_proj")],
+    "no-place": [EXPECTED, replace(EXPECTED, message="expect.lora_alpha is 8, but the config has 32")],
+    "hidden": [placed(NAN, None, "a\x1b[31m\u202eb")],
+    "counted": list(bounded(placed(NAN, layer, "q_proj") for layer in range(150)))[1:],
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_rest_in_a_sentence(name: str, wording: Wording) -> None:
+    wording(more_findings(GROUPS[name]) or "(nothing)")
+
+
+def test_a_forged_count_is_no_count() -> None:
+    for more in (float("nan"), float("inf"), -3.0, 1e300):
+        forged = replace(MERGED_NAN, message="and many", measured=(("more", more),))
+        assert more_findings([forged]).startswith("1 more")
+
+
+ONE = tensors(1)[0]
+
+
+def merge_of(module: str, own: str = "weight", **counts: int) -> TensorMerge:
+    name = f"{module}.{own}" if module else own
+    return replace(ONE, module=module, stats=replace(ONE.stats, name=name, **counts))
+
+
+@pytest.mark.parametrize(
+    ("module", "own", "stack", "layer", "row"),
+    [
+        ("model.layers.5.mlp.up_proj", "weight", "model.layers", "5", "mlp.up_proj"),
+        ("model.layers.5.mlp.up_proj", "bias", "model.layers", "5", "mlp.up_proj.bias"),
+        ("transformer.h.11.attn.c_attn", "weight", "transformer.h", "11", "attn.c_attn"),
+        ("model.layers.3.mlp.experts.7.w1", "weight", "model.layers", "3", "mlp.experts.7.w1"),
+        ("layers.0", "weight", "layers", "0", "weight"),
+        ("0.q", "weight", "", "0", "q"),
+        ("lm_head", "weight", "", "", "lm_head"),
+        ("classifier", "bias", "", "", "classifier.bias"),
+        ("model.layer5.q", "weight", "", "", "model.layer5.q"),
+    ],
+)
+def test_where_a_tensor_stands(module: str, own: str, stack: str, layer: str, row: str) -> None:
+    (block,) = blocks((merge_of(module, own),))
+    assert (block.stack, block.layers, block.modules, block.places) == (stack, (layer,), (row,), ((0, 0, 0),))
+
+
+def test_layers_are_in_the_order_of_numbers_and_stacks_apart() -> None:
+    names = ["enc.layers.10.q", "enc.layers.9.q", "dec.layers.0.q", "enc.layers.9.v"]
+    first, second = blocks(tuple(merge_of(name) for name in names))
+    assert (first.stack, first.layers, first.modules) == ("enc.layers", ("9", "10"), ("q", "v"))
+    assert first.places == ((0, 0, 1), (1, 0, 0), (3, 1, 0))
+    assert (second.stack, second.places) == ("dec.layers", ((2, 0, 0),))
+
+
+def test_the_worst_state_counts() -> None:
+    merges = (
+        merge_of("a", nan=1, posinf=2),
+        merge_of("b", neginf=1),
+        replace(merge_of("c"), changed=False),
+        merge_of("d"),
+        merge_of("e"),
+    )
+    assert states(merges) == [State.NAN, State.INF, State.NO_EFFECT, State.FINITE, State.FINITE]
+    assert count_states(merges) == [(State.NAN, 1), (State.INF, 1), (State.NO_EFFECT, 1), (State.FINITE, 2)]
+
+
+def test_a_bias_that_is_not_trained_is_not_without_effect() -> None:
+    bias = replace(merge_of("a", "bias"), changed=False)
+    assert states((merge_of("a"), bias)) == [State.FINITE, State.UNTOUCHED]
+    assert states((replace(merge_of("a"), changed=False), bias)) == [State.NO_EFFECT, State.NO_EFFECT]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("Größe 名前", "Größe 名前"),
+        ("a\nb\tc  d", "a b c d"),
+        ("a\u2028b", "a b"),
+        ("\x1b[31mred", "\ufffd[31mred"),
+        ("\u202efdp.exe", "\ufffdfdp.exe"),
+        ("zero\u200bwidth\ufeff", "zero\ufffdwidth\ufffd"),
+        ("\ud800", "\ufffd"),
+        ("e" + "\u0301" * 50, "e" + "\u0301" * 4),
+        ("\u3164", "\ufffd"),
+    ],
+)
+def test_hidden_characters_are_shown_on_one_line(text: str, shown: str) -> None:
+    assert one_line(text) == shown
+
+
+def test_a_long_name_keeps_head_and_tail() -> None:
+    assert shorten("model.layers.31.mlp.up_proj", 13) == "model.…p_proj"
+    assert len(one_line("x" * 999, 200)) == 200
+
+
+def test_commands_are_broken_and_stay_readable() -> None:
+    assert inert("  ::error::x") == "  : :error::x"
+    assert inert("log ##[error]x") == "log # #[error]x"
+    assert inert("a::b #[x]") == "a::b #[x]"
+    assert safe_text("one\r::error::two\nthree") == "one\n: :error::two\nthree"
+
+
+@given(TEXTS)
+def test_no_line_of_any_text_is_obeyed(text: str) -> None:
+    assert not any(runner_obeys(line) for line in safe_text(text).split("\n"))
+    assert not runner_obeys(inert(one_line(text)))
+    assert one_line(text).isprintable()

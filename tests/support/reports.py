@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pytest
 from hypothesis import strategies as st
 
 from merge_gate.judging.verdict import with_decision
@@ -26,10 +24,9 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
-from merge_gate.report.wording import run_result, words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    pass
 
 PARAMETERS = 1_100_048_384
 SHA256 = "9f2c5d1e" * 8
@@ -225,30 +222,6 @@ PASS = report(PASSED, WARNED)
 FAIL = report(PASSED, WARNED, FAILED, HALF_FAILED, CRASHED)
 UNDECIDED = report(PASSED, CRASHED)
 EMPTY = report(complete=False, bases=())
-
-
-@contextmanager
-def names_for_shared_words() -> Iterator[Report]:
-    """For the golden of a format: FAIL, with a name in place of each sentence that all formats share.
-
-    The sentences are in the golden of tests/report/test_words.py. The adapters are copies, because the page remembers
-    the text of an adapter that it has rendered.
-    """
-
-    def named(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def stand_in(*arguments: Any) -> Any:
-            text = original(*arguments)
-            return [f"the {name}"] * len(text) if isinstance(text, list) else text and f"the {name}"
-
-        return stand_in
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("verdict_line", "after_result", "headline", "advice"):
-            patch.setattr(run_result, name, named(name.replace("_", " "), getattr(run_result, name)))
-        for name in ("cached", "judged", "title", "values", "marks", "forward"):
-            patch.setattr(words, name, named(name, getattr(words, name)))
-        patch.setattr(words, "ORIGINS", {origin: f"origin {origin}" for origin in Origin})
-        yield replace(FAIL, adapters=tuple(replace(one) for one in FAIL.adapters))
 
 
 # --- hostile -------------------------------------------------------------------------------------------------------

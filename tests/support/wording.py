@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,6 +36,22 @@ def write(golden: Path, sections: dict[str, str]) -> None:
     """Sections in the order of their names, so that the order of the tests does not matter."""
     golden.parent.mkdir(exist_ok=True)
     golden.write_text("".join(f"== {name}\n{sections[name]}" for name in sorted(sections)), encoding="utf-8")
+
+
+def hold(golden: Path, text: str) -> None:
+    """Hold a whole text against its golden."""
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+def hold_in_order(golden: Path, parts: Iterable[str]) -> None:
+    """Hold parts of a text against its golden, up to the first that differs."""
+    stored, at = golden.read_text(encoding="utf-8"), 0
+    for part in parts:
+        assert stored[at : at + len(part)] == part, "look at the difference, then run with UPDATE_GOLDENS=1"
+        at += len(part) + 1
+    assert at == len(stored) + 1, "parts are missing"
 
 
 class Wording:
