@@ -33,24 +33,14 @@ def lay_adapter(directory: Path, base: str, **files: bytes) -> None:
     (directory / "adapter_model.safetensors").write_bytes(files.get("weights", safetensors(tensors)))
 
 
-class View(views.View):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def checked(place: Path, base: Mapping[str, Any] | None = None) -> tuple[list[tuple[str, str | None]], list[str]]:
     """(verdict, cause) of each adapter, and the notes."""
     config = {"version": 1, "adapters": ["./adapter*"]} | ({"base": base} if base else {})
     (place / "gate.yml").write_text(json.dumps(config))
-    view = View()
-    return [
-        (one.verdict.value, one.cause) for one in check_files(load_config(str(place / "gate.yml")), view=view)
-    ], view.notes
+    view, notes = views.View(), list[str]()
+    view.note = notes.append  # type: ignore[method-assign]
+    found = check_files(load_config(str(place / "gate.yml")), view=view)
+    return [(one.verdict.value, one.cause) for one in found], notes
 
 
 @pytest.fixture
@@ -68,8 +58,6 @@ def test_a_sound_base_is_sound(place: Path) -> None:
     ("weights", "cause"),
     [
         (LFS, "base-incomplete"),
-        (safetensors(PLAIN)[:-3], "base-incomplete"),
-        (b"", "base-incomplete"),
         (b"PK\3\4", "base-inconsistent"),
         (safetensors(plus(**GPTQ)), "base-format"),
     ],

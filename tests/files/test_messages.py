@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError, safe_open
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.files.preflight import base_of, preflight
@@ -30,7 +31,7 @@ from tests.support.files.adapter_files import (
     weights,
 )
 from tests.support.files.pickles import packed, read_pickle
-from tests.support.wording import Wording
+from tests.support.wording import Wording, hold_in_order
 
 GOLDEN = Path(__file__).with_name("messages.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}
@@ -124,6 +125,7 @@ SITUATIONS: dict[str, Files] = {
     "an integer of 5,000 digits": raw_config('{"r": ' + "9" * 5000 + "}"),
     "a number out of range": raw_config('{"lora_alpha": 1e999}'),
     "no type": config(peft_type=...),
+    "a type of null": config(peft_type=None),
     "a type that is no text": config(peft_type=7),
     "a type that is empty": config(peft_type=""),
     "a type of tomorrow": config(peft_type="TOMORROW", r=0),
@@ -139,6 +141,15 @@ SITUATIONS: dict[str, Files] = {
         modules_to_save=["s"], layers_pattern=["h"], target_parameters=["x"], layers_to_transform=[0, 1],
         rank_pattern={"q": 4}, alpha_pattern={"q": 4.5}, auto_mapping={}, fan_in_fan_out=False, inference_mode=True,
         trainable_token_indices={"e": [1, 2]},
+    ),
+    "flags, texts and lists in place of another kind": config(
+        r=True, lora_alpha="16", rank_pattern=["q"], base_model_name_or_path=["a"], target_modules="*.q", bias=True,
+        layers_to_transform=["1"], exclude_modules=[1], use_dora="yes",
+    ),
+    "a rank of null": config(r=None),
+    "settings of other stages, and of tomorrow": config(
+        megatron_config={}, megatron_core="elsewhere", corda_config={"a": 1}, eva_config={}, loftq_config={},
+        of_tomorrow=[{}],
     ),
     "one layer": config(layers_to_transform=3),
     "a rank of nothing": config(r=0),
@@ -160,6 +171,7 @@ SITUATIONS: dict[str, Files] = {
     "a library that is no text": config(auto_mapping={"parent_library": 7}),
     "a library that is known": config(auto_mapping={"parent_library": "transformers.models.bert.modeling_bert"}),
     "code of a base": config(auto_mapping={"parent_library": "transformers_modules.acme.modeling"}),
+    "the code of any base": config(auto_mapping={"parent_library": "transformers_modules", "base_model_class": "X"}),
     "remote code": config(tokenizer_kwargs={"a": [{"trust_remote_code": True}]}),
     "remote code that is off": config(tokenizer_kwargs={"trust_remote_code": False}),
     "another rank": config(r=8),
@@ -175,12 +187,15 @@ SITUATIONS: dict[str, Files] = {
     "another rank, in blocks": config(r=8, use_bdlora={"a": 1}),
     "another rank, of another method": config(r=8, peft_type="LOHA"),
     "no tensors": SOUND | {WEIGHTS_NAME: pack(b"{}")},
+    "no tensors, but metadata": header('{"__metadata__":{"format":"pt"}}'),
     "no tensors, of X-LoRA": config(peft_type="XLORA") | {WEIGHTS_NAME: pack(b"{}")},
     "an empty shard": SOUND | shapes(q__lora_A__weight=[0]),
     "empty shards, of another method": config(peft_type="VERA") | {WEIGHTS_NAME: weights({"a": [0], "b": [0]})},
     "flat shards": SOUND | {WEIGHTS_NAME: weights({LORA_A: [32], LORA_B: [32], "bias": [8]})},
     "an empty side": SOUND | {WEIGHTS_NAME: weights({LORA_A: [4, 0], LORA_B: [8, 4]})},
     "an empty side, of another method": config(peft_type="VERA") | {WEIGHTS_NAME: weights({LORA_A: [4, 0]})},
+    "another rank of embeddings": SOUND | shapes(e__lora_embedding_A=[4, 9], e__lora_embedding_B=[8, 4]),
+    "the rank of a convolution": SOUND | shapes(c__lora_A__weight=[4, 3, 3, 3]),
     "an empty embedding": SOUND | shapes(q__lora_embedding_B=[8]),
     # --- the weights file itself
     "empty weights": SOUND | {WEIGHTS_NAME: b""},
@@ -201,6 +216,7 @@ SITUATIONS: dict[str, Files] = {
         ("JSON", b' {"a": 1}'),
     )},
     "weights that are zeros": SOUND | {WEIGHTS_NAME: bytes(7)},
+    "weights that are more zeros": SOUND | {WEIGHTS_NAME: bytes(64)},
     "a header that is not UTF-8": header(b'{"\xff": 1}'),
     "a header that is no JSON": header("{"),
     "a header nested without end": header("[" * 100_000),
@@ -277,26 +293,30 @@ def told(place: Path) -> Iterator[str]:
 
 
 def test_messages_of_files(tmp_path: Path) -> None:
-    """Each situation against the file, up to the first that differs."""
     if os.environ.get("UPDATE_GOLDENS"):
         GOLDEN.write_text("\n".join(told(tmp_path / "written")), encoding="utf-8")
-    stored = GOLDEN.read_text(encoding="utf-8")
-    at = 0
-    for one in told(tmp_path / "read"):
-        assert stored[at : at + len(one)] == one
-        at += len(one) + 1
-    assert at == len(stored) + 1
+    hold_in_order(GOLDEN, told(tmp_path / "read"))
 
 
-SILENT = (
-    "sound", "every value in another right kind", "one layer", "a library that is known", "code of a base",
-    "remote code that is off", "a rank that one tensor has", "another rank, and patterns",
-)  # fmt: skip
+@pytest.mark.parametrize("name", [name for name, files in SITUATIONS.items() if files and not any(files.values())])
+def test_files_on_the_hub_have_the_hint_of_those_that_lie_here(name: str, tmp_path: Path) -> None:
+    laid(tmp_path / "here", SITUATIONS[name])
+    (tmp_path / "empty").mkdir()
+    here = preflight(str(tmp_path / "here"), allow_pickle=False)
+    there = preflight(str(tmp_path / "empty"), allow_pickle=False, withheld=tuple(SITUATIONS[name]))
+    assert [one.hint for one in here.findings] == [one.hint for one in there.findings] != []
 
 
-@pytest.mark.parametrize("name", SILENT)
-def test_sound_files_have_no_finding(name: str, tmp_path: Path) -> None:
-    assert preflight(str(laid(tmp_path, SITUATIONS[name])), allow_pickle=False).findings == ()
+def test_the_library_reads_no_corrupt_weights_either(tmp_path: Path) -> None:
+    corrupt = []
+    for number, (name, files) in enumerate(SITUATIONS.items()):
+        directory = laid(tmp_path / str(number), files | {"README.md": b""})
+        found = preflight(str(directory), allow_pickle=False).findings
+        if WEIGHTS_NAME in files and "file-corrupt" in {one.check for one in found}:
+            corrupt.append(name)
+            with pytest.raises(SafetensorError), safe_open(directory / WEIGHTS_NAME, "np"):
+                pytest.fail(name)
+    assert len(corrupt) > 50
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -327,6 +347,7 @@ def test_sockets_and_devices(tmp_path: Path, wording: Wording) -> None:
 
 
 def test_an_unreadable_directory(tmp_path: Path, wording: Wording) -> None:
+    """It is no verdict on the adapter."""
     with pytest.raises(EngineError) as raised:
         preflight(str(tmp_path / "gone\n"), allow_pickle=False)
     assert "'gone\\n'" in str(raised.value)
@@ -338,6 +359,9 @@ def test_the_base_that_a_config_names(tmp_path: Path) -> None:
     laid(tmp_path, SOUND)
     assert base_of(str(tmp_path)) == "acme/base"
     laid(tmp_path, raw_config("{"))
+    assert base_of(str(tmp_path)) is None
+    (tmp_path / CONFIG_NAME).unlink()
+    (tmp_path / CONFIG_NAME).symlink_to(CONFIG_NAME)
     assert base_of(str(tmp_path)) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from merge_gate.records.config import AdapterSpec
     from merge_gate.records.files import Entry
 
 NO_TENSORS = b"\x02\0\0\0\0\0\0\0{}"
@@ -43,12 +45,15 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def asked(place: Path, *adapters: str | Mapping[str, Any]) -> tuple[Inputs, tuple[AdapterSpec, ...]]:
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": adapters}))
+    config = load_config(str(place / "gate.yml"))
+    return Inputs(config, Fetching(notify=pytest.fail)), config.adapters
+
+
 def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Entry]:
-    config = {"version": 1, "adapters": adapters}
-    (place / "gate.yml").write_text(json.dumps(config))
-    asked = load_config(str(place / "gate.yml"))
-    files = Inputs(asked, Fetching(notify=pytest.fail))
-    return {spec.name: files.prepare(spec) for spec in asked.adapters}
+    inputs, specs = asked(place, *adapters)
+    return {spec.name: inputs.prepare(spec) for spec in specs}
 
 
 def why(one: Entry, check: str = "not-judged") -> str:
@@ -81,25 +86,17 @@ def test_a_base_that_the_adapter_names_is_by_a_linked_config(
     assert base.directory == str(place / "base")
 
 
-def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[str] = []
-    read, find = resolve.preflight, resolve.resolve_base
-
-    def reading(directory: str, **options: Any) -> Any:
-        looked.append(directory)
-        return read(directory, **options)
-
-    def finding(model: str, *words: Any, **options: Any) -> Any:
-        looked.append(model)
-        return find(model, *words, **options)
-
-    monkeypatch.setattr(resolve, "preflight", reading)
-    monkeypatch.setattr(resolve, "resolve_base", finding)
+def test_each_is_read_once(place: Path) -> None:
+    """What is read is gone when a combination needs it again."""
     members = {"adapters": ["one", "two"], "weights": [0.5, 0.5], "method": "linear"}
-    found = prepared(place, "./one", "./two", {"name": "sum", "combine": members})
-    assert [one.directory for one in found["sum"].members] == [str(place / "one"), str(place / "two")]
-    assert [one.base for one in found.values()] == [found["one"].base] * 3
-    assert sorted(looked) == sorted(str(place / name) for name in ("one", "two", "base"))
+    inputs, specs = asked(place, "./one", "./two", {"name": "sum", "combine": members})
+    one, two = map(inputs.prepare, specs[:2])
+    for name in ("one", "two"):
+        shutil.rmtree(place / name)
+    (place / "base" / "model.safetensors").unlink()
+    both = inputs.prepare(specs[2])
+    assert both.members == (one.files, two.files)
+    assert both.base == one.base == two.base is not None
 
 
 def test_a_file_that_cannot_be_read_costs_what_it_is_part_of(place: Path) -> None:
@@ -111,20 +108,6 @@ def test_a_file_that_cannot_be_read_costs_what_it_is_part_of(place: Path) -> Non
     assert found["one"].problem is None
     assert "'adapter_model.safetensors'" in why(found["two"])
     assert why(found["sum"]) == why(found["two"])
-
-
-def test_an_accident_in_reading_costs_that_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = resolve.preflight
-
-    def failing(directory: str, **options: Any) -> Any:
-        if directory.endswith("two"):
-            raise RecursionError("too deep for anybody")
-        return read(directory, **options)
-
-    monkeypatch.setattr(resolve, "preflight", failing)
-    found = prepared(place, "./one", "./two")
-    assert found["one"].problem is None
-    assert "RecursionError: too deep for anybody" in why(found["two"])
 
 
 def test_an_adapter_that_names_no_base(place: Path, wording: Wording) -> None:
@@ -151,24 +134,9 @@ def test_a_base_of_the_config_is_not_blamed_on_the_adapter(place: Path) -> None:
     assert "adapter_config.json" not in one.problem.hint
 
 
-def test_an_accident_in_looking_up_a_base_costs_what_names_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = resolve.resolve_base
-
-    def failing(model: str, *words: Any, **options: Any) -> Any:
-        if model == "acme/odd":
-            raise RecursionError("too deep for anybody")
-        return find(model, *words, **options)
-
-    lay_adapter(place / "odd", base_model_name_or_path="acme/odd")
-    monkeypatch.setattr(resolve, "resolve_base", failing)
-    found = prepared(place, "./odd", "./one")
-    assert "'acme/odd'" in why(found["odd"])
-    assert found["one"].problem is None
-
-
 @pytest.mark.parametrize("named", ["/" + "a" * 5000, "/x\0y"])
 def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place: Path) -> None:
-    """The message depends on the version of Python."""
+    """An unexpected exception, whose message depends on the version of Python."""
     lay_adapter(place / "odd", base_model_name_or_path=named)
     found = prepared(place, "./odd", "./one")
     assert found["odd"].problem is not None

@@ -156,9 +156,10 @@ def test_a_combination_is_no_directory() -> None:
 
 
 def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
-    directory = make_directory(tmp_path / "base", BASE)
-    assert resolve_base(str(directory), label="./base").name == "./base"
-    assert base_weight_files(str(directory)) == ("model.safetensors",)
+    resolved = resolve_base(str(make_directory(tmp_path / "base", BASE)), label="./base")
+    assert resolved.name == "./base"
+    assert resolved.base_files is not None
+    assert resolved.base_files.weights == base_weight_files(resolved.directory) == ("model.safetensors",)
 
 
 SHARDS = {
@@ -166,35 +167,7 @@ SHARDS = {
     "model.safetensors.index.json": b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}',
     "model-00001-of-00002.safetensors": TENSORS,
 }
-INDEX_OF_X = b'{"metadata": {}, "weight_map": {"a": "x.safetensors"}}'
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n"
 PICKLED_BASE = {"config.json": b"{}", "pytorch_model.bin": packed(b"\x80\x02}.")}
-BROKEN_BASES = {
-    "no weights": {"config.json": b"{}"},
-    "no config": {"model.safetensors": TENSORS},
-    "pickle only": {"config.json": b"{}", "pytorch_model.bin": b"PK"},
-    "an adapter": ADAPTER,
-    "a merged model with its adapter": BASE | ADAPTER,
-    "lfs weights": BASE | {"model.safetensors": LFS},
-    "lfs config": BASE | {"config.json": LFS},
-    "truncated": BASE | {"model.safetensors": TENSORS[:-1]},
-    "a shard is absent": SHARDS | {"model.safetensors.index.json": INDEX_OF_X},
-    "a shard is elsewhere": SHARDS | {"model.safetensors.index.json": INDEX_OF_X.replace(b"x.s", b"../../x.s")},
-    "index without metadata": SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'},
-    "index is no json": SHARDS | {"model.safetensors.index.json": b"{"},
-    "index is empty": SHARDS | {"model.safetensors.index.json": b"{}"},
-    "index of numbers": SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'},
-    "gguf": {"config.json": b"{}", "model.gguf": b"GGUF"},
-}
-
-
-@pytest.mark.parametrize("case", BROKEN_BASES)
-def test_a_broken_local_base_is_refused(case: str, tmp_path: Path, wording: Wording) -> None:
-    with pytest.raises(ResolveError) as raised:
-        resolve_base(str(make_directory(tmp_path / "base", BROKEN_BASES[case])), label="./base")
-    wording(raised.value)
-    assert "./base" in raised.value.message
-    assert raised.value.hint
 
 
 def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path, wording: Wording) -> None:
@@ -237,18 +210,13 @@ def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path)
     assert found == ("code/layers.py", "config.json", "generation_config.json", "modeling_x.py")
 
 
-@pytest.mark.parametrize("name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/"])
+@pytest.mark.parametrize(
+    "name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/", "/nowhere/llama"]
+)
 def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str, wording: Wording) -> None:
     with pytest.raises(ResolveError) as raised:
         resolve_base(name)
     wording(raised.value)
-    assert "Hub id" in raised.value.hint
-
-
-def test_an_absolute_path_of_another_machine(wording: Wording) -> None:
-    with pytest.raises(ResolveError) as caught:
-        resolve_base("/nowhere/llama")
-    wording(caught.value)
 
 
 # --- digests -------------------------------------------------------------------------------------------------------
@@ -258,14 +226,6 @@ def test_the_digest_is_that_of_sha256sum_lines(tmp_path: Path) -> None:
     make_directory(tmp_path / "d", {"b": b"2", "a": b"1"})
     lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in (("a", b"1"), ("b", b"2")))
     assert digest_directory(str(tmp_path / "d"), ["b", "a"]) == hashlib.sha256(lines.encode()).hexdigest()
-
-
-def test_a_link_outside_a_cache_is_read_by_any_name(tmp_path: Path) -> None:
-    make_directory(tmp_path / "blobs", {"0" * 64: b"real"})
-    make_directory(tmp_path / "d", {})
-    (tmp_path / "d" / "file").symlink_to(tmp_path / "blobs" / ("0" * 64))
-    make_directory(tmp_path / "e", {"file": b"real"})
-    assert digest_directory(str(tmp_path / "d"), ["file"]) == digest_directory(str(tmp_path / "e"), ["file"])
 
 
 def test_a_blob_of_the_cache_is_read_whatever_its_name(tmp_path: Path) -> None:
@@ -588,13 +548,6 @@ def test_other_bytes_than_those_that_are_listed_leave_the_cache(
     assert content_of(client.adapter("acme/lora")) == CHOSEN
 
 
-def test_a_mirror_that_lists_no_digests_is_taken_at_its_word(hub: LoopbackHub, client: Client) -> None:
-    commit = hub.add_repo("acme/lora", ADAPTER)
-    hub.unsaid = {"blobId", "lfs"}
-    answer = client.adapter("acme/lora")
-    assert (answer["commit"], content_of(answer)) == (commit, CHOSEN)
-
-
 def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.unsaid = {"sha"}
@@ -678,7 +631,7 @@ def test_errors_that_no_loopback_server_can_cause(error: OSError, wording: Wordi
 
 
 def test_a_certificate_without_authority_is_not_the_disks_fault(wording: Wording) -> None:
-    """Although the error of ssl has the number of "operation not permitted"; and it is not asked for again."""
+    """Although the error of ssl has the number of "operation not permitted"."""
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate in certificate chain"
     translated = translate(error, "'acme/lora':")
@@ -714,10 +667,8 @@ def test_what_a_variable_says_of_the_library_stays(
     assert answer.stdout.split() == [str(are_off), str(timeout_s)]
 
 
-# --- cost ----------------------------------------------------------------------------------------------------------
-
-
-def test_importing_it_imports_neither_torch_nor_huggingface_hub() -> None:
-    heavy = {"torch", "peft", "huggingface_hub", "transformers"}
-    code = f"import merge_gate.files.resolve, sys; print({heavy} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+def test_a_mirror_that_lists_no_digests_is_taken_at_its_word(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER)
+    hub.unsaid = {"blobId", "lfs"}
+    answer = client.adapter("acme/lora")
+    assert (answer["commit"], content_of(answer)) == (commit, CHOSEN)
