@@ -68,12 +68,8 @@ def test_names_give_the_config_that_a_file_gives(here: Path) -> None:
         "version: 1\nbase: {model: base, dtype: [bfloat16, float16], quantization: bnb-4bit}\n"
         "adapters: [{path: ./support}, {path: 'teams/*/billing'}, {path: acme/lora}]\n"
     )
-    direct = config_of(
-        ["./support", "teams/*/billing", "acme/lora"],
-        base="base",
-        dtypes=["bfloat16", "float16"],
-        quantization="bnb-4bit",
-    )
+    names = ["./support", "teams/*/billing", "acme/lora"]
+    direct = config_of(names, base="base", dtypes=["bfloat16", "float16"], quantization="bnb-4bit")
     assert placeless(direct) == placeless(load_config("gate.yml"))
     assert direct.adapters[0].base.quantization is Quantization.BNB_4BIT
     assert (direct.path, direct.label, direct.directory) == (None, COMMAND_LINE, str(Path.cwd()))
@@ -241,13 +237,6 @@ def test_a_glob_that_matches_only_reports_is_an_error(here: Path) -> None:
         config_of(["n*"], output="now")
 
 
-def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
-    (here / "merge-gate.yml").write_text(first_config(["."], base_of))
-    config = load_config("merge-gate.yml")
-    assert {adapter.name for adapter in config.adapters} == {"support", "billing"}
-    assert {adapter.base.label for adapter in config.adapters} == {"./base"}
-
-
 @pytest.mark.attempt("D3g", "init --pin", "the digest of each base in a directory")
 def test_a_first_config_pins_bases_that_are_here(here: Path) -> None:
     digests = {"./base": "a" * 64, "./other": "b" * 64}
@@ -333,19 +322,6 @@ def test_a_first_config_cuts_long_names(here: Path) -> None:
         (here / run / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
     assert len(f"./{run}") == 201
     assert f'"./{run[:197]}…"' in first_config([run.partition("/")[0]], base_of)
-
-
-def test_adapters_of_one_name_get_two(here: Path) -> None:
-    (here / "teams/b/billing").mkdir(parents=True)
-    (here / "teams/b/billing/adapter_config.json").write_text("not json")
-    (here / "merge-gate.yml").write_text(first_config(["teams"], base_of))
-    assert {adapter.name for adapter in load_config("merge-gate.yml").adapters} == {"a-billing", "b-billing"}
-
-
-@pytest.mark.parametrize("directory", ["base", "nowhere", "support/adapter_config.json"])
-def test_nothing_to_list_is_an_error(directory: str, here: Path) -> None:
-    with pytest.raises(UsageError, match=re.escape(f'"{directory}"')):
-        first_config([directory], base_of)
 
 
 @pytest.mark.parametrize("directory", ["teams", "teams/a"])

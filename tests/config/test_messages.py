@@ -11,21 +11,20 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from merge_gate._internal.errors import ConfigError, UsageError
+from merge_gate._internal.errors import ConfigError, ExitCode, GateError, UsageError
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.config.init_file import first_config
 from merge_gate.config.load_config import load_config
 from merge_gate.files.preflight import base_of
-from tests.support.config.baselines import DIGEST, ENTRY, GOOD
-from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, WRONG
-from tests.support.config.invalid import ENTRY as ONE
-from tests.support.wording import Wording
+from merge_gate.records.config import Config
+from tests.support.config.invalid import COMBINE, DIGEST, DIRECTORIES, ENTRY, HEAD, KNOWN, KNOWN_ENTRY, LIST, WRONG
+from tests.support.wording import Wording, hold_in_order
 
 GOLDEN = Path(__file__).with_name("messages.txt")
 
@@ -50,24 +49,24 @@ MORE = {
     "digits": LIST + f"checks: {{delta-norm: {{limit: {'9' * 301}}}}}\n",
     "digits of a hexadecimal number": LIST + f"checks: {{headroom: {{limit: 0x{'f' * 301}}}}}\n",
     "an octal number": LIST + "baseline: 0o17\n",
-    "a hexadecimal number": ONE + "name: 0xff\n",
+    "a hexadecimal number": ENTRY + "name: 0xff\n",
     "infinity with a sign": LIST + "limits: {seconds: -.INF}\n",
-    "a mapping where text stands": ONE + "name: {a: b}\n",
-    "an empty list where text stands": ONE + "name: []\n",
+    "a mapping where text stands": ENTRY + "name: {a: b}\n",
+    "an empty list where text stands": ENTRY + "name: []\n",
     "an empty mapping where a list stands": "version: 1\nadapters: {}\n",
     "a list where a mapping stands": LIST + "checks: [headroom]\n",
-    "a whole number that is wanted": ONE + "expect: {r: [1]}\n",
+    "a whole number that is wanted": ENTRY + "expect: {r: [1]}\n",
     "a severity that nothing is like": LIST + "checks: {headroom: {severity: maybe}}\n",
     "a number where a word belongs": LIST + "base: {quantization: 4}\n",
     "a severity without a value": LIST + "checks: {headroom: {severity: ~}}\n",
     "a dtype without a value": LIST + "base: {dtype: [~]}\n",
     "no path at all": LIST.replace("./adapters/support", "~"),
     "text that is too long": LIST + f"base: {'a/' * 2049}\n",
-    "an empty type": ONE + "expect: {peft_type: ''}\n",
-    "a blank digest": ONE + "expect: {sha256: {a: ' '}}\n",
-    "a digest without a value": ONE + "expect: {sha256: {a: ~}}\n",
-    "a file of digests with a backslash": ONE + f"expect: {{sha256: {{'a\\b': {'a' * 64}}}}}\n",
-    "a file named as pydantic names keys": ONE + "expect: {sha256: {'[key]': x}}\n",
+    "an empty type": ENTRY + "expect: {peft_type: ''}\n",
+    "a blank digest": ENTRY + "expect: {sha256: {a: ' '}}\n",
+    "a digest without a value": ENTRY + "expect: {sha256: {a: ~}}\n",
+    "a file of digests with a backslash": ENTRY + f"expect: {{sha256: {{'a\\b': {'a' * 64}}}}}\n",
+    "a file named as pydantic names keys": ENTRY + "expect: {sha256: {'[key]': x}}\n",
     "a seed that is too large": COMBINE + "{method: cat, adapters: [support], weights: [1], seed: 4294967296}\n",
     "several things wrong in a combination": COMBINE + "{method: x, adapters: [1, support], density: 2}\n    nam: x\n",
     "a member that nothing is like": COMBINE + "{method: cat, adapters: [zzzzz], weights: [1]}\n",
@@ -177,56 +176,51 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield place
 
 
-def shown(place: Path, text: str, known: str | None = None) -> str:
+def shown(place: Path, text: str, known: str | None, load: Callable[[str], Config]) -> str:
     """What comes of a file: its problems, or its configuration."""
     (place / "merge-gate.yml").write_text(text, encoding="utf-8")
     (place / "known.yml").unlink(missing_ok=True)
     if known is not None:
         (place / "known.yml").write_text(known, encoding="utf-8")
     try:
-        config = load_config(str(place / "merge-gate.yml"))
-    except ConfigError as error:
+        config = load(str(place / "merge-gate.yml"))
+    except GateError as error:
         return str(error)
     return "\n".join([*(str(one) for one in config.adapters), *map(str, config.baseline), str(config.baseline_path)])
 
 
-def told(place: Path) -> Iterator[str]:
+def told(place: Path, load: Callable[[str], Config] = load_config) -> Iterator[str]:
     """What is said of one case after the other."""
     texts = {case: text for case, (text, _) in WRONG.items()} | MORE | READ
     files = [(case, text, None) for case, text in texts.items()]
-    files += [(f"baseline: {case}", LIST + "baseline: known.yml\n", known) for case, known in KNOWN.items()]
+    files += [(f"baseline: {case}", LIST + "baseline: known.yml\n", known) for case, known in BASELINES.items()]
     for case, text, known in files:
-        yield f"== {case}\n{shown(place, text, known)}\n".replace(str(place), "<here>")
+        yield f"== {case}\n{shown(place, text, known, load)}\n".replace(str(place), "<here>")
 
 
-def hold(said: Iterator[str]) -> None:
-    """Each case against the file, up to the first that differs."""
-    stored = GOLDEN.read_text(encoding="utf-8")
-    at = 0
-    for one in said:
-        assert stored[at : at + len(one)] == one, "look at the difference, then run with UPDATE_GOLDENS=1"
-        at += len(one) + 1
-    assert at == len(stored) + 1, "cases are missing"
-
-
-KNOWN = {
-    "good": GOOD + ENTRY.replace("no-effect", "headroom").replace(DIGEST, DIGEST.upper()),
+BASELINES = {
+    "good": KNOWN + KNOWN_ENTRY.replace("no-effect", "headroom").replace(DIGEST, DIGEST.upper()),
     "none": "version: 1\naccept: []\n",
     "not there": None,
     "a list": "- a\n",
     "empty": "version: 1\naccept:\n",
-    "several wrong": "version: 2\naccept:\n  - 5\n" + ENTRY.replace("a1", "zz")
-    + ENTRY.replace("2026-12-31", "2026-02-30") + ENTRY.replace("no-effect", "no-efect") + "    also: [headrom, 5]\n"
-    + ENTRY.replace("    reason: a stub\n", "") + ENTRY,
-    "also checks that there are not": GOOD + "    also: [headroom, zzzzzz]\n",
-    "the same twice, and another": GOOD + ENTRY + ENTRY.replace("no-effect", "headroom"),
+    "several wrong": "version: 2\naccept:\n  - 5\n" + KNOWN_ENTRY.replace("a1", "zz")
+    + KNOWN_ENTRY.replace("2026-12-31", "2026-02-30")
+    + KNOWN_ENTRY.replace("no-effect", "no-efect") + "    also: [headrom, 5]\n"
+    + KNOWN_ENTRY.replace("    reason: a stub\n", "") + KNOWN_ENTRY,
+    "also checks that there are not": KNOWN + "    also: [headroom, zzzzzz]\n",
+    "the same twice, and another": KNOWN + KNOWN_ENTRY + KNOWN_ENTRY.replace("no-effect", "headroom"),
+    "more wrong": "version: 1\naccept:\n" + KNOWN_ENTRY.replace("a stub", '""') + KNOWN_ENTRY.replace("a1", "team-*")
+    + KNOWN_ENTRY.replace("no-effect", '"*"') + KNOWN_ENTRY.replace("2026-12-31", "soon")
+    + KNOWN_ENTRY.replace("    owner: team-a\n", "") + KNOWN_ENTRY + "    dtype: float16\n",
+    "without entries": "version: 1\n",
 }  # fmt: skip
 
 
 def test_messages_of_configurations(laid: Path) -> None:
     if os.environ.get("UPDATE_GOLDENS"):
         GOLDEN.write_text("\n".join(told(laid)), encoding="utf-8")
-    hold(told(laid))
+    hold_in_order(GOLDEN, told(laid))
 
 
 @pytest.mark.parametrize("target", ["none", "z" * 201])
@@ -313,12 +307,7 @@ def test_a_base_whose_name_is_none_of_the_hubs_is_looked_for(here: Path) -> None
     assert yaml.safe_load(text)["base"] == {"model": "./c/b2"}
 
 
-@pytest.mark.parametrize(
-    "directory",
-    [
-        "empty", "far", "gone", "a/one/adapter_config.json",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("directory", ["empty", "far", "gone", "a/one/adapter_config.json"])
 def test_a_first_file_of_nothing(here: Path, directory: str, wording: Wording) -> None:
     with pytest.raises(UsageError) as caught:
         first_config([directory], base_of)
@@ -365,14 +354,14 @@ def test_problems_of_the_command_line(wording: Wording) -> None:
     "path",
     [
         "gone.yml", "zzzzzzzz", ".", "gate.yml.d", "gates", "none/x", "pipe", "x" * 300, "a\0b", "large", "latin",
-        "whole",
+        "whole", "", "gate.yml/x", "wide",
     ],
 )  # fmt: skip
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, wording: Wording) -> None:
     monkeypatch.chdir(tmp_path)
     for name, data in {
         "gate.yml": b"a", "other.yaml": b"b", "large": b"#" * (1 << 20) + b"#", "whole": b"#" * (1 << 20),
-        "latin": b"# a\nb: \xc3\xbc\xfc\n",
+        "latin": b"# a\nb: \xc3\xbc\xfc\n", "wide": LIST.encode("utf-16"),
     }.items():  # fmt: skip
         Path(name).write_bytes(data)
     Path("gate.yml.d").mkdir()
@@ -382,6 +371,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, wordi
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert str(caught.value).startswith(f"{path}:")
+    assert caught.value.exit_code is ExitCode.USAGE
     if path != "whole":  # an empty file: its sentence is in messages.txt
         wording(caught.value)
 
@@ -394,5 +384,4 @@ def test_a_fresh_import_makes_the_same_models(monkeypatch: pytest.MonkeyPatch, l
     assert fresh.load_config is not load_config
     schemas = importlib.import_module("tests.support.schemas")
     assert schemas.config_schema() == json.loads((schemas.SCHEMAS / "config.schema.json").read_text())
-    monkeypatch.setattr("tests.config.test_messages.load_config", fresh.load_config)
-    hold(told(laid))
+    hold_in_order(GOLDEN, told(laid, fresh.load_config))

@@ -14,6 +14,12 @@ HEAD = "version: 1\nadapters:\n"
 LIST = "version: 1\nadapters: [./adapters/support]\n"
 ENTRY = HEAD + "  - path: ./adapters/support\n    "
 COMBINE = HEAD + "  - ./adapters/support\n  - ./adapters/billing\n  - name: both\n    combine: "
+DIGEST = "a1" * 32
+KNOWN_ENTRY = (
+    f'  - adapter: "{DIGEST}"\n    cause: no-effect\n    reason: a stub\n    owner: team-a\n    until: 2026-12-31\n'
+)
+KNOWN = f"version: 1\naccept:\n{KNOWN_ENTRY}"
+"""A baseline that is valid."""
 # Each text, and the line and column of its problem.
 WRONG: dict[str, tuple[str, str]] = {
     # the file as a whole
