@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,7 @@ from merge_gate.judging.all_checks import measure_options
 from merge_gate.judging.checks.check import Check, FileCase, Symptom
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.judging.not_judged import NOT_JUDGED, accident, not_judged
+from merge_gate.judging.not_judged import NOT_JUDGED, not_judged
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import Evidence, FileTensor, MeasureOptions, TensorStats
 from merge_gate.records.refusals import NotJudged
@@ -32,6 +33,7 @@ from tests.support.judging.cases import (
     lossy,
     merged,
     of,
+    reason,
     setting,
     spec,
     tensor,
@@ -106,23 +108,6 @@ def test_a_note_stays_a_note(severity: Severity) -> None:
     assert judge(chosen, files(findings=(note,)), None) == (note,)
 
 
-def test_notes_come_last() -> None:
-    note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="more", origin=Origin.BASE)
-    noted = files(config=OTHER_BASE, findings=(note,))
-    findings = judge(spec(base=NAMED), noted, evidence(merges=(merged(broken()),)))
-    assert [finding.check for finding in findings] == ["merged-nonfinite", "base-mismatch", "base-inconsistent"]
-
-
-def test_only_checks_of_base_and_finiteness_cannot_be_off() -> None:
-    assert {check for check, default in CHECKS.items() if not default.can_be_off} == {
-        "base-incomplete",
-        "base-inconsistent",
-        "base-format",
-        "base-nonfinite",
-        "merged-nonfinite",
-    }
-
-
 @pytest.mark.parametrize(
     ("check", "limit", "evidence_"),
     [
@@ -155,11 +140,6 @@ def test_causes_come_before_what_follows_from_them() -> None:
     assert checks == ["keys-missing", "base-nonfinite", "adapter-nonfinite", "merged-nonfinite", "no-effect"]
 
 
-def test_errors_come_before_warnings() -> None:
-    findings = judge(spec(base=NAMED), files(config=OTHER_BASE), evidence(merges=(merged(broken()),)))
-    assert [finding.check for finding in findings] == ["merged-nonfinite", "base-mismatch"]
-
-
 def test_another_base_is_named_beside_refused_files() -> None:
     cut = Finding(check="file-corrupt", severity=Severity.ERROR, message="cut", hint="", origin=Origin.FILE)
     findings = judge(spec(base=NAMED), files(config=OTHER_BASE, findings=(cut,)), None)
@@ -174,9 +154,6 @@ def test_what_the_gate_could_not_do_is_no_check() -> None:
     assert not_judged("out of memory").hint == ""
 
 
-# --- hints that fit the case -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("severity", [Severity.ERROR, Severity.OFF])
 def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is switched off stays off."""
@@ -188,16 +165,11 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
         "merge_gate.judging.all_checks.CHECKS",
         {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], of_files=crash)},
     )
-    findings = judged(found_in_files(CHECKS["file-corrupt"]), setting("file-corrupt", severity))
+    findings = judged(found_in_files("file-corrupt"), setting("file-corrupt", severity))
     (finding,) = of(NOT_JUDGED, findings)
     assert "delta-norm" in finding.message
     assert "ZeroDivisionError: no weights, no norm" in finding.message
     assert bool(of("file-corrupt", findings)) == (severity is Severity.ERROR)
-
-
-def test_running_out_of_memory_is_no_bug() -> None:
-    assert "memory" in accident("x", MemoryError()).message
-    assert "bug" not in accident("x", MemoryError()).hint
 
 
 # --- what need not be known exactly ----------------------------------------------------------------------------------
@@ -234,3 +206,54 @@ def test_an_error_rests_on_a_measurement(settings: tuple[CheckSetting, ...], exp
 def test_rows_are_measured_if_they_decide_whether_a_model_is_run() -> None:
     found = {mode: measure_options(dataclasses.replace(spec(), forward=mode)).rows for mode in ForwardMode}
     assert found == {ForwardMode.AUTO: True, ForwardMode.OFF: False, ForwardMode.REQUIRED: False}
+
+
+FIRST, *_, LAST = CHECKS
+UNKNOWN = "file-cursed"
+"""No check of the table."""
+
+
+def found(check: str, severity: Severity = Severity.ERROR, message: str = "m") -> Finding:
+    return Finding(check=check, severity=severity, message=message, origin=Origin.FILE)
+
+
+def order(findings: tuple[Finding, ...], evidence_: Evidence | None) -> list[str]:
+    return [one.check for one in judge(spec(), files(findings=findings), evidence_)]
+
+
+@pytest.mark.parametrize("evidence_", [None, evidence()], ids=["files", "merge"])
+@pytest.mark.parametrize("checks", [*permutations((FIRST, LAST, UNKNOWN))], ids="-".join)
+def test_what_the_table_does_not_know_is_the_cause(checks: tuple[str, ...], evidence_: Evidence | None) -> None:
+    """A found without a row must not hide behind others, whatever comes first."""
+    assert order(tuple(map(found, checks)), evidence_) == [UNKNOWN, FIRST, LAST]
+
+
+@pytest.mark.parametrize("checks", [(UNKNOWN, NOT_JUDGED), (NOT_JUDGED, UNKNOWN)], ids="-".join)
+def test_what_the_table_does_not_know_keeps_its_place(checks: tuple[str, ...]) -> None:
+    assert order((found(LAST), *map(found, checks)), None) == [*checks, LAST]
+
+
+def test_the_severity_counts_more_than_the_check() -> None:
+    findings = (
+        found(UNKNOWN, Severity.NOTE),
+        found(FIRST, Severity.WARNING),
+        found(UNKNOWN, Severity.WARNING),
+        found(LAST),
+    )
+    assert judge(spec(), files(findings=findings), None) == tuple(findings[index] for index in (3, 2, 1, 0))
+
+
+def test_findings_of_one_check_keep_their_order() -> None:
+    findings = tuple(found(LAST, message=message) for message in ("b", "a", "c"))
+    assert judge(spec(), files(findings=findings), None) == findings
+
+
+def test_a_refused_merge_is_blamed_in_its_place() -> None:
+    refused = evidence(refusal=reason("targets_not_found", targets=("query",), of_base=("q_proj",)), merges=())
+    around = ("expectation-failed", "file-corrupt")
+    assert order(tuple(map(found, around)), refused) == ["file-corrupt", "targets-not-found", "expectation-failed"]
+
+
+def test_a_merge_that_was_not_judged_comes_before_every_check() -> None:
+    refused = evidence(refusal=NotJudged(message="gone"), merges=())
+    assert order((found(LAST), found(FIRST)), refused) == [NOT_JUDGED, FIRST, LAST]

@@ -26,7 +26,7 @@ def loaded(**settings: str) -> Refusal:
 
 
 class TestBaseFormat(EveryCheck):
-    FIRES = (refusing(reason("quantization_unknown", base="./base", method="odd", transformers="5.0"), Origin.BASE),)
+    FIRES = (refusing(reason("quantization_unknown", base="./base", method="odd", transformers="5.0")),)
     REFUSED = (
         reason("quantization_unknown", base="./base", method="odd", transformers="9.0.0"),
         loaded(asked_quantization=Quantization.BNB_8BIT),

@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from merge_gate.judging.checks import base_incomplete
 from merge_gate.records.terms import Finding, Origin, Severity
-from tests.support.judging.cases import (
-    COUNTS,
-    MANY,
-    MODULE,
-    NAMES,
-    WEIGHT,
-    Fire,
-    base,
-    evidence,
-    reason,
-    refusing,
-    unworded,
-)
+from tests.support.judging.cases import COUNTS, MANY, NAMES, WEIGHT, Given, base, evidence, reason, refusing, unworded
 from tests.support.judging.every_check import EveryCheck
 from tests.support.wording import Wording
 
@@ -25,27 +13,15 @@ NORM = "model.norm.weight"
 
 class TestBaseIncomplete(EveryCheck):
     FIRES = (
-        refusing(
-            reason("parameters_not_stored", base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)),
-            Origin.BASE,
-            module=MODULE,
-            tensor=WEIGHT,
-        ),
-        Fire(
-            ("./base is incomplete", "1 parameter of LlamaForCausalLM: model.norm.weight", "random values"),
-            Origin.BASE,
+        refusing(reason("parameters_not_stored", base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",))),
+        Given(
             evidence(
                 base=base(loaded_as="LlamaForCausalLM", incomplete=("model.norm.weight", "lm_head.weight")),
                 initialized=("model.norm.weight",),
-            ),
-            places={"module": "model.norm", "tensor": "model.norm.weight"},
+            )
         ),
-        Fire(
-            ("LlamaForCausalLM: lm_head.weight",),
-            Origin.BASE,
-            evidence(base=base(loaded_as="LlamaForCausalLM", incomplete=("lm_head.weight",))),
-            severity=Severity.NOTE,
-            places={"module": "lm_head", "tensor": "lm_head.weight"},
+        Given(
+            evidence(base=base(loaded_as="LlamaForCausalLM", incomplete=("lm_head.weight",))), severity=Severity.NOTE
         ),
     )
     REFUSED = (

@@ -23,8 +23,7 @@ def left_out(**settings: Any) -> Refusal:
 class TestBaseInconsistent(EveryCheck):
     FIRES = (
         refusing(
-            reason("base_shape_clash", base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)),
-            Origin.BASE,
+            reason("base_shape_clash", base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,))
         ),
     )
     REFUSED = (

@@ -5,88 +5,72 @@ from __future__ import annotations
 import dataclasses
 
 from merge_gate.records.config import Expect
-from merge_gate.records.terms import Origin, Severity
-from tests.support.judging.cases import NAMED, Fire, base, evidence, files, spec
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.terms import Severity
+from tests.support.judging.cases import NAMED, Given, base, evidence, files, spec
 from tests.support.judging.every_check import EveryCheck
+
+ON_LLAMA = spec(base=NAMED)
+
+
+def names(base_name: str, revision: str | None = None) -> AdapterFiles:
+    return files(config={"base_model_name_or_path": base_name, "revision": revision})
 
 
 class TestBaseMismatch(EveryCheck):
     FIRES = (
-        Fire(
-            ("'acme/mistral'", "'./models/llama'"),
-            Origin.CONFIG,
-            files=files(config={"base_model_name_or_path": "acme/mistral"}),
-            spec=spec(base=NAMED),
-        ),
-        Fire(
-            ("'/home/alice/mistral'", "'./models/llama'"),
-            Origin.CONFIG,
-            files=files(config={"base_model_name_or_path": "/home/alice/mistral"}),
-            spec=spec(base=NAMED),
+        Given(files=names("acme/mistral"), spec=ON_LLAMA),
+        Given(
+            files=names("/home/alice/mistral"),
+            spec=ON_LLAMA,
             severity=Severity.NOTE,
         ),
-        Fire(
-            ("'unsloth/llama-bnb-4bit'", "'./models/llama'"),
-            Origin.CONFIG,
-            files=files(config={"base_model_name_or_path": "unsloth/llama-bnb-4bit"}),
-            spec=spec(base=NAMED),
+        Given(
+            files=names("unsloth/llama-bnb-4bit"),
+            spec=ON_LLAMA,
             severity=Severity.NOTE,
         ),
-        Fire(
-            ("'v1'", "'c0ffee'"),
-            Origin.CONFIG,
+        Given(
             evidence(base=base(revision="c0ffee")),
-            files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
-            spec(base=NAMED),
+            names("acme/llama", "v1"),
+            spec=ON_LLAMA,
         ),
-        Fire(("260", "256"), Origin.CONFIG, evidence(resized=(256, 260)), severity=Severity.NOTE),
+        Given(evidence(resized=(256, 260)), severity=Severity.NOTE),
     )
-    SITUATIONS = (
-        (
-            "a class that the base is not",
-            (
-                evidence(base=base(loaded_as="BertModel"), instead_of="BertForMaskedLM"),
-                files(config={"task_type": "MASKED_LM"}),
-            ),
+    SITUATIONS = {
+        "a class that the base is not": Given(
+            evidence(base=base(loaded_as="BertModel"), instead_of="BertForMaskedLM"),
+            files(config={"task_type": "MASKED_LM"}),
         ),
-        (
-            "a revision of the base that the config does not name",
-            (
-                evidence(base=base(revision="c0ffee")),
-                files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
-            ),
+        "a revision of the base that the config does not name": Given(
+            evidence(base=base(revision="c0ffee")),
+            names("acme/llama", "v1"),
+            ON_LLAMA,
         ),
-        (
-            "the revision that was asked for",
-            (
-                evidence(base=base(revision="c0ffee")),
-                files(config={"base_model_name_or_path": "acme/llama", "revision": "c0ffee"}),
-            ),
+        "the revision that was asked for": Given(
+            evidence(base=base(revision="c0ffee")),
+            names("acme/llama", "c0ffee"),
+            ON_LLAMA,
         ),
-        (
-            "a base whose name only begins like the one used",
-            (evidence(), files(config={"base_model_name_or_path": "acme/llamaX", "revision": "main"})),
-        ),
-    )
+        "a base whose name only begins like the one used": Given(files=names("acme/llamaX", "main"), spec=ON_LLAMA),
+    }
     SILENT = ("the revision that was asked for",)
     QUIET = (
-        (evidence(), files(config={"base_model_name_or_path": "acme/Llama"}), spec(base=NAMED)),
-        (evidence(), files(config={"base_model_name_or_path": "C:\\models\\llama\\"}), spec(base=NAMED)),
-        (evidence(), files(config={"base_model_name_or_path": "acme/mistral"}), spec()),
-        (
-            evidence(),
-            files(config={"base_model_name_or_path": "acme/mistral"}),
-            spec(base=NAMED, expect=Expect(base="acme/mistral")),
+        Given(files=names("acme/Llama"), spec=ON_LLAMA),
+        Given(files=names("C:\\models\\llama\\"), spec=ON_LLAMA),
+        Given(files=names("acme/mistral")),
+        Given(
+            files=names("acme/mistral"),
+            spec=spec(base=NAMED, expect=Expect(base="acme/mistral")),
         ),
-        (
-            evidence(),
-            files(config={"base_model_name_or_path": "Acme/Mistral"}),
-            spec(base=dataclasses.replace(NAMED, names=("acme/phi", "acme/mistral"))),
+        Given(
+            files=names("Acme/Mistral"),
+            spec=spec(base=dataclasses.replace(NAMED, names=("acme/phi", "acme/mistral"))),
         ),
-        (evidence(), files(), spec(base=NAMED)),
-        (
+        Given(spec=ON_LLAMA),
+        Given(
             evidence(base=base(revision="v1")),
-            files(config={"base_model_name_or_path": "llama", "revision": "v1"}),
-            spec(base=NAMED),
+            names("llama", "v1"),
+            spec=ON_LLAMA,
         ),
     )

@@ -3,53 +3,31 @@
 from __future__ import annotations
 
 from merge_gate.judging.checks.base_nonfinite import of_base
-from merge_gate.records.terms import Origin, Severity
-from tests.support.judging.cases import Fire, base, broken, evidence, files, tensor
+from merge_gate.records.terms import Severity
+from tests.support.judging.cases import Given, base, broken, evidence, tensor
 from tests.support.judging.every_check import EveryCheck
 
 
 class TestBaseNonfinite(EveryCheck):
     FIRES = (
-        Fire(
-            ("./base", "model.norm.weight"),
-            Origin.BASE,
-            evidence(base=base(nonfinite=(broken("model.norm.weight"),))),
-            places={"module": "model.norm", "tensor": "model.norm.weight", "nan": 1, "first_index": (0, 7)},
-        ),
-        Fire(
-            ("./base", "lm_head.weight"),
-            Origin.BASE,
+        Given(evidence(base=base(nonfinite=(broken("model.norm.weight"),)))),
+        Given(
             evidence(base=base(nonfinite=(broken("lm_head.weight"),)), replaced_nonfinite=("lm_head.weight",)),
             severity=Severity.WARNING,
         ),
-        Fire(
-            ("./base", "lm_head.weight.absmax"),
-            Origin.BASE,
+        Given(
             evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), replaced_nonfinite=("lm_head.weight",)),
             severity=Severity.WARNING,
         ),
     )
-    SITUATIONS = (
-        (
-            "an infinite buffer of the base",
-            (
-                evidence(base=base(nonfinite=(tensor("model.mask", neginf=3, is_buffer=True, first_index=(0, 1)),))),
-                files(),
-            ),
+    SITUATIONS = {
+        "an infinite buffer of the base": Given(
+            evidence(base=base(nonfinite=(tensor("model.mask", neginf=3, is_buffer=True, first_index=(0, 1)),)))
         ),
-        (
-            "a NaN in a buffer of the base",
-            (
-                evidence(base=base(nonfinite=(tensor("model.mask", nan=1, is_buffer=True, first_index=(0, 1)),))),
-                files(),
-            ),
+        "a NaN in a buffer of the base": Given(
+            evidence(base=base(nonfinite=(tensor("model.mask", nan=1, is_buffer=True, first_index=(0, 1)),)))
         ),
-    )
-
-
-def test_the_base_has_findings_of_its_own() -> None:
-    (finding,) = of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
-    assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
+    }
 
 
 def test_a_replaced_tensor_of_the_base_hides_no_other() -> None:

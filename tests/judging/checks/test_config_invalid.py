@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from merge_gate.judging.all_checks import refused
-from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.files import Pattern
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import Origin
 from tests.support.faults import Case, cast_one
 from tests.support.judging.cases import found_in_files, reason, refusing
 from tests.support.judging.every_check import EveryCheck
@@ -26,9 +24,9 @@ def misspelled(*settings: str) -> Refusal:
 
 class TestConfigInvalid(EveryCheck):
     FIRES = (
-        found_in_files(CHECKS["config-invalid"]),
-        refusing(reason("pattern_refused", pattern=None, names=9, seconds=1.0), Origin.CONFIG),
-        refusing(NOT_FLOATING, Origin.ADAPTER),
+        found_in_files("config-invalid"),
+        refusing(reason("pattern_refused", pattern=None, names=9, seconds=1.0)),
+        refusing(NOT_FLOATING),
     )
     REFUSED = (
         reason("pattern_refused", pattern=EXPRESSION, names=9, seconds=10.0),

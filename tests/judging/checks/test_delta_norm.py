@@ -10,12 +10,11 @@ import pytest
 from merge_gate.judging.checks.delta_norm import WIPED_SHARE
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import FileTensor, TensorMerge
-from merge_gate.records.terms import Origin, Severity
+from merge_gate.records.terms import Severity
 from tests.support.judging.cases import (
     LORA_A,
-    MODULE,
     WEIGHT,
-    Fire,
+    Given,
     evidence,
     files,
     judge,
@@ -38,72 +37,39 @@ def small(share: float) -> TensorMerge:
 
 class TestDeltaNorm(EveryCheck):
     FIRES = (
-        Fire(
-            (WEIGHT,),
-            Origin.MERGE,
-            evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),)),
-            places={"module": MODULE, "tensor": WEIGHT},
-        ),
-        Fire(
-            (),
-            Origin.MERGE,
-            evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),)),
-            places={"module": MODULE, "tensor": WEIGHT},
-        ),
-        Fire(
-            (),
-            Origin.MERGE,
-            evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),)),
-        ),
-        Fire(
-            (),
-            Origin.ADAPTER,
-            evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),)),
-            places={"tensor": LORA_A},
-        ),
+        Given(evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),))),
+        Given(evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),))),
+        Given(evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),))),
+        Given(evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),))),
     )
-    SITUATIONS = (
-        (
-            "two large deltas, the larger one estimated",
-            (
-                evidence(
-                    merges=(
-                        merged(base_norm=1.0, delta_norm=20.0),
-                        merged(tensor("b.weight"), module="b", base_norm=2.0, delta_norm=88.0, estimated=True),
-                        merged(tensor("c.weight"), module="c", base_norm=2.0, delta_norm=float("inf")),
-                        merged(tensor("d.weight"), module="d", base_norm=2.0, delta_norm=20.0),
-                    )
-                ),
-                files(),
-            ),
+    SITUATIONS = {
+        "two large deltas, the larger one estimated": Given(
+            evidence(
+                merges=(
+                    merged(base_norm=1.0, delta_norm=20.0),
+                    merged(tensor("b.weight"), module="b", base_norm=2.0, delta_norm=88.0, estimated=True),
+                    merged(tensor("c.weight"), module="c", base_norm=2.0, delta_norm=float("inf")),
+                    merged(tensor("d.weight"), module="d", base_norm=2.0, delta_norm=20.0),
+                )
+            )
         ),
-        (
-            "a delta that is too large for a typical weight",
-            (
-                evidence(
-                    merges=(merged(tensor(shape=(8, 8), numel=64), base_norm=0.0, delta_norm=6e6),), typical_rms=0.5
-                ),
-                files(),
-            ),
+        "a delta that is too large for a typical weight": Given(
+            evidence(merges=(merged(tensor(shape=(8, 8), numel=64), base_norm=0.0, delta_norm=6e6),), typical_rms=0.5)
         ),
-        (
-            "two large deltas of one size",
-            (
-                evidence(
-                    merges=(
-                        merged(base_norm=1.0, delta_norm=20.0),
-                        merged(tensor("b.weight"), module="b", base_norm=2.0, delta_norm=40.0),
-                    )
-                ),
-                files(),
-            ),
+        "two large deltas of one size": Given(
+            evidence(
+                merges=(
+                    merged(base_norm=1.0, delta_norm=20.0),
+                    merged(tensor("b.weight"), module="b", base_norm=2.0, delta_norm=40.0),
+                )
+            )
         ),
-    )
+    }
     QUIET = (
-        (evidence(merges=(merged(base_norm=1.0, delta_norm=10.0),)), files(), spec()),
-        (evidence(merges=(merged(base_norm=0.0, delta_norm=10.0),)), files(), spec()),
-        (evidence(merges=(small(1.01 * WIPED_SHARE),)), files(), spec()),
-        (evidence(file_tensors=(ZERO,), merges=(merged(changed=False),)), files(), spec()),
+        Given(evidence(merges=(merged(base_norm=1.0, delta_norm=10.0),))),
+        Given(evidence(merges=(merged(base_norm=0.0, delta_norm=10.0),))),
+        Given(evidence(merges=(small(1.01 * WIPED_SHARE),))),
+        Given(evidence(file_tensors=(ZERO,), merges=(merged(changed=False),))),
     )
 
 

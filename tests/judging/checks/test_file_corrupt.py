@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from merge_gate.judging.checks.table import CHECKS
 from tests.support.judging.cases import found_in_files, reason
 from tests.support.judging.every_check import EveryCheck
 
 
 class TestFileCorrupt(EveryCheck):
-    FIRES = (found_in_files(CHECKS["file-corrupt"]),)
+    FIRES = (found_in_files("file-corrupt"),)
     REFUSED = (
         reason("tensor_unreadable", name="odd", is_meta=True, dtype="float32"),
         reason("tensor_unreadable", name="odd", dtype="float4_e2m1fn_x2"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from merge_gate.judging.checks.table import CHECKS
 from tests.support.judging.cases import found_in_files
 from tests.support.judging.every_check import EveryCheck
 
 
 class TestFileMissing(EveryCheck):
-    FIRES = (found_in_files(CHECKS["file-missing"]),)
+    FIRES = (found_in_files("file-missing"),)

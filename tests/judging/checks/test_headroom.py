@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import math
 
-from merge_gate.records.terms import Origin
 from tests.support.faults import healthy, poison
-from tests.support.judging.cases import (
-    HALF_MAX,
-    MODULE,
-    WEIGHT,
-    Fire,
-    base,
-    broken,
-    evidence,
-    files,
-    merged,
-    spec,
-    tensor,
-)
+from tests.support.judging.cases import HALF_MAX, MODULE, Given, base, broken, evidence, merged, tensor
 from tests.support.judging.every_check import EveryCheck
 
 SECOND = "model.layers.6.mlp"
@@ -37,38 +24,23 @@ class TestHeadroom(EveryCheck):
         ),
     )
     FIRES = (
-        Fire(
-            (WEIGHT, "60,000", "65,504", "92%"),
-            Origin.MERGE,
-            evidence(merges=(merged(tensor(maximum=60000.0)),)),
-            places={"module": MODULE, "tensor": WEIGHT},
-        ),
-        Fire(
-            (MODULE, "safe_merge=True"),
-            Origin.MERGE,
-            evidence(refused_by_safe_merge=(MODULE,)),
-            places={"module": MODULE},
-        ),
+        Given(evidence(merges=(merged(tensor(maximum=60000.0)),))),
+        Given(evidence(refused_by_safe_merge=(MODULE,))),
     )
-    SITUATIONS = (
-        (
-            "safe_merge refuses two, and one that is broken besides",
-            (
-                evidence(
-                    refused_by_safe_merge=(MODULE, "lm_head", SECOND, f"{SECOND}.up"),
-                    merges=(merged(), merged(broken("x.weight"), module=SECOND)),
-                ),
-                files(),
-            ),
+    SITUATIONS = {
+        "safe_merge refuses two, and one that is broken besides": Given(
+            evidence(
+                refused_by_safe_merge=(MODULE, "lm_head", SECOND, f"{SECOND}.up"),
+                merges=(merged(), merged(broken("x.weight"), module=SECOND)),
+            )
         ),
-        (
-            "safe_merge refuses on a broken base",
-            (evidence(refused_by_safe_merge=(MODULE,), base=base(nonfinite=(broken("model.norm.weight"),))), files()),
+        "safe_merge refuses on a broken base": Given(
+            evidence(refused_by_safe_merge=(MODULE,), base=base(nonfinite=(broken("model.norm.weight"),)))
         ),
-    )
+    }
     QUIET = (
-        (evidence(merges=(merged(tensor(maximum=HALF_MAX / 2)),)), files(), spec()),
-        (evidence(merges=(merged(tensor(maximum=6e4), changed=False),)), files(), spec()),
-        (evidence(merges=(merged(tensor(maximum=9e9), dtype_max=math.inf),)), files(), spec()),
-        (evidence(merges=(merged(broken()),), refused_by_safe_merge=(MODULE,)), files(), spec()),
+        Given(evidence(merges=(merged(tensor(maximum=HALF_MAX / 2)),))),
+        Given(evidence(merges=(merged(tensor(maximum=6e4), changed=False),))),
+        Given(evidence(merges=(merged(tensor(maximum=9e9), dtype_max=math.inf),))),
+        Given(evidence(merges=(merged(broken()),), refused_by_safe_merge=(MODULE,))),
     )

@@ -10,39 +10,31 @@ from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.checks.meaning_changed import changes
 from merge_gate.judging.peft_releases import Span
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.terms import Origin
-from tests.support.judging.cases import LOKR, Fire, evidence, files, spec
+from tests.support.judging.cases import LOKR, Given, files
 from tests.support.judging.every_check import EveryCheck
 from tests.support.judging.releases import ALWAYS, CONVOLUTION, DORA, EMBEDDING, LINEAR, LORA_0_14
 from tests.support.judging.releases import LOKR as SCALED
 
 
 class TestMeaningChanged(EveryCheck):
-    FIRES = (Fire((), Origin.CONFIG, files=files(config=LOKR | {"r": 2, "alpha": 4})),)
-    SITUATIONS = (
-        ("the bias of lora_B", (evidence(), files(config=LORA_0_14))),
-        (
-            "the bias of lora_B, by the root of the rank",
-            (evidence(), files(config=LORA_0_14 | {"use_rslora": True, "r": 4, "lora_alpha": 6})),
+    FIRES = (Given(files=files(config=LOKR | {"r": 2, "alpha": 4})),)
+    SITUATIONS = {
+        "the bias of lora_B": Given(files=files(config=LORA_0_14)),
+        "the bias of lora_B, by the root of the rank": Given(
+            files=files(config=LORA_0_14 | {"use_rslora": True, "r": 4, "lora_alpha": 6})
         ),
-        ("DoRA on an embedding", (evidence(), files(config=DORA, tensors=EMBEDDING))),
-        (
-            "OFT's series",
-            (
-                evidence(),
-                files(config=ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}),
-            ),
+        "DoRA on an embedding": Given(files=files(config=DORA, tensors=EMBEDDING)),
+        "OFT's series": Given(
+            files=files(config=ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True})
         ),
-        (
-            "a convolution of an old release",
-            (evidence(), files(config=ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, tensors=CONVOLUTION)),
+        "a convolution of an old release": Given(
+            files=files(config=ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, tensors=CONVOLUTION)
         ),
-        (
-            "an old initialisation",
-            (evidence(), files(config=ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"})),
+        "an old initialisation": Given(
+            files=files(config=ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"})
         ),
-    )
-    QUIET = ((evidence(), files(config=LOKR | {"r": 2, "alpha": 2}), spec()),)
+    }
+    QUIET = (Given(files=files(config=LOKR | {"r": 2, "alpha": 2})),)
 
 
 @pytest.mark.parametrize(

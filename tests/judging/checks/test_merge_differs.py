@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 
 from merge_gate.records.measured import Evidence, FileTensor, LayerDifference, TensorDifference
-from merge_gate.records.terms import Origin
 from tests.support.faults import Case, healthy
-from tests.support.judging.cases import LORA_B, MODULE, Fire, broken, evidence, files, judge, merged, reason, spec
+from tests.support.judging.cases import LORA_B, MODULE, Given, broken, evidence, files, judge, merged, reason, spec
 from tests.support.judging.every_check import EveryCheck
 
 
@@ -35,32 +34,24 @@ IN = TensorDifference(tensor=TENSOR, fault="in", values=256, factor=-1.0)
 
 class TestMergeDiffers(EveryCheck):
     FIRES = (
-        Fire(("StandardizedConv2d", "25%"), Origin.MERGE, different((MODULE, 0.25)), places={"module": MODULE}),
-        Fire(
-            ("a.b", "50%"), Origin.MERGE, different((MODULE, 0.25), ("a.b", 0.5), ("c", 0.1)), places={"module": "a.b"}
-        ),
-        Fire((), Origin.MERGE, different((MODULE, math.inf)), places={"module": MODULE}),
-        Fire((TENSOR, "256", "-1.00"), Origin.MERGE, wrong(IN), places={"module": MODULE, "tensor": TENSOR}),
-        Fire(
-            ("not merge",),
-            Origin.MERGE,
-            wrong(TensorDifference(tensor=MODULE, fault="not merged")),
-            places={"module": MODULE},
-        ),
+        Given(different((MODULE, 0.25))),
+        Given(different((MODULE, 0.25), ("a.b", 0.5), ("c", 0.1))),
+        Given(different((MODULE, math.inf))),
+        Given(wrong(IN)),
+        Given(wrong(TensorDifference(tensor=MODULE, fault="not merged"))),
     )
-    SITUATIONS = (
-        ("one layer", (different((MODULE, 0.123)), files())),
-        ("several layers", (different(*((f"layers.{number}", 1.0 + number) for number in range(9))), files())),
-        *(
-            (f"a tensor: {fault}", (wrong(TensorDifference(tensor="a.weight", fault=fault), IN), files()))
+    SITUATIONS = {
+        "one layer": Given(different((MODULE, 0.123))),
+        "several layers": Given(different(*((f"layers.{number}", 1.0 + number) for number in range(9)))),
+        **{
+            f"a tensor: {fault}": Given(wrong(TensorDifference(tensor="a.weight", fault=fault), IN))
             for fault in ("before", "after", "packed")
+        },
+        "PEFT merges other bits, and is right": Given(
+            evidence(differing=(MODULE,), versions="torch 2.13.0, PEFT 0.21.2")
         ),
-        (
-            "PEFT merges other bits, and is right",
-            (evidence(differing=(MODULE,), versions="torch 2.13.0, PEFT 0.21.2"), files()),
-        ),
-        ("a merged layer that does not run", (different((MODULE, math.inf)), files())),
-    )
+        "a merged layer that does not run": Given(different((MODULE, math.inf))),
+    }
     REFUSED = (reason("base_written", tensor=TENSOR, operation="mul_"),)
     FAULTS = (Case("positions", "positions", cause="merge-differs", origin="merge"),)
     HEALTHY = (healthy("next-to-positions"),)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from merge_gate.records.config import Combine
 from merge_gate.records.measured import Evidence, FileTensor
-from merge_gate.records.terms import Origin
 from tests.support.judging.cases import (
     LORA_B,
     MODULE,
     WEIGHT,
-    Fire,
+    Given,
     base,
     broken,
     evidence,
     files,
-    hint_of,
     judge,
     merged,
     spec,
@@ -32,63 +30,32 @@ def nonfinite(module: str, *, dtype: str = "bfloat16", **counts: int) -> Evidenc
 
 
 class TestMergedNonfinite(EveryCheck):
-    FIRES = (
-        Fire(
-            (WEIGHT, "float16"),
-            Origin.MERGE,
-            evidence(merges=(merged(broken(posinf=3)),)),
-            places={"module": MODULE, "tensor": WEIGHT, "posinf": 3},
+    FIRES = (Given(evidence(merges=(merged(broken(posinf=3)),))), Given(evidence(merges=(merged(broken()),))))
+    SITUATIONS = {
+        "a NaN that the merge carries on": Given(nonfinite(MODULE)),
+        "a NaN that the merge carries on into a part of the module": Given(
+            evidence(
+                file_tensors=(FileTensor(stats=broken(LORA_B)),),
+                merges=(merged(broken(f"{MODULE}.inner.weight"), module=f"{MODULE}.inner"),),
+            )
         ),
-        Fire((WEIGHT,), Origin.MERGE, evidence(merges=(merged(broken()),))),
-    )
-    SITUATIONS = (
-        ("a NaN that the merge carries on", (nonfinite(MODULE), files())),
-        (
-            "a NaN that the merge carries on into a part of the module",
-            (
-                evidence(
-                    file_tensors=(FileTensor(stats=broken(LORA_B)),),
-                    merges=(merged(broken(f"{MODULE}.inner.weight"), module=f"{MODULE}.inner"),),
-                ),
-                files(),
-            ),
+        "a NaN that the merge carries on into the whole of it": Given(
+            evidence(
+                file_tensors=(FileTensor(stats=broken(LORA_B)),),
+                merges=(merged(broken("model.layers.5.fused"), module="model.layers.5"),),
+            )
         ),
-        (
-            "a NaN that the merge carries on into the whole of it",
-            (
-                evidence(
-                    file_tensors=(FileTensor(stats=broken(LORA_B)),),
-                    merges=(merged(broken("model.layers.5.fused"), module="model.layers.5"),),
-                ),
-                files(),
-            ),
+        "a NaN, and another elsewhere": Given(nonfinite("model.layers.55.q_proj")),
+        "an overflow in bfloat16": Given(
+            evidence(merges=(merged(tensor(dtype="bfloat16", posinf=2, first_index=(3,)), dtype_max=3.4e38),))
         ),
-        ("a NaN, and another elsewhere", (nonfinite("model.layers.55.q_proj"), files())),
-        (
-            "an overflow in bfloat16",
-            (
-                evidence(merges=(merged(tensor(dtype="bfloat16", posinf=2, first_index=(3,)), dtype_max=3.4e38),)),
-                files(),
-            ),
+        "a NaN, and another in a tensor that is not used": Given(
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),), merges=(merged(broken()),))
         ),
-        ("an overflow in float16", (evidence(merges=(merged(broken(neginf=1)),)), files())),
-        ("a NaN of finite values", (evidence(merges=(merged(broken(nan=1, posinf=1)),)), files())),
-    )
-    QUIET = ((evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),)
-
-
-def test_a_merge_that_only_carries_on_nan_points_to_the_adapter() -> None:
-    sick = evidence(file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(broken()),))
-    assert "adapter-nonfinite" in hint_of("merged-nonfinite", sick)
-    unused = evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),), merges=(merged(broken()),))
-    assert "adapter-nonfinite" not in hint_of("merged-nonfinite", unused)
-
-
-def test_an_overflow_is_not_sent_to_the_dtype_it_happened_in() -> None:
-    wide = tensor(dtype="bfloat16", posinf=1, first_index=(0, 0))
-    hint = hint_of("merged-nonfinite", evidence(merges=(merged(wide, dtype_max=3.4e38),)))
-    assert "serve" not in hint
-    assert "lora_alpha" in hint
+        "an overflow in float16": Given(evidence(merges=(merged(broken(neginf=1)),))),
+        "a NaN of finite values": Given(evidence(merges=(merged(broken(nan=1, posinf=1)),))),
+    }
+    QUIET = (Given(evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),)))),)
 
 
 def test_a_combination_is_judged_like_one_adapter() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from merge_gate.judging.checks.not_mergeable import DEFECTS
-from merge_gate.records.terms import Origin, Severity
-from tests.support.judging.cases import FOURIERFT, MODULE, Fire, evidence, files, judge, reason, refusing, spec, unread
+from merge_gate.records.terms import Severity
+from tests.support.judging.cases import FOURIERFT, MODULE, Given, evidence, files, judge, reason, refusing, spec, unread
 from tests.support.judging.every_check import EveryCheck
 
 NORM = "model.norm.weight"
@@ -12,52 +12,28 @@ NORM = "model.norm.weight"
 
 class TestNotMergeable(EveryCheck):
     FIRES = (
-        refusing(reason("layer_left_unmerged", module=MODULE), Origin.MERGE, module=MODULE),
-        Fire(
-            ("head.out_proj",),
-            Origin.CONFIG,
-            evidence(peft_type="FOURIERFT", unread=(unread(),)),
-            files(config=FOURIERFT),
-            places={"module": "head.out_proj"},
-        ),
-        Fire(
-            ("head.out_proj",),
-            Origin.CONFIG,
-            evidence(unread=(unread(),)),
-            files(config={"init_lora_weights": "pissa"}),
-        ),
-        Fire(
-            (),
-            Origin.CONFIG,
+        refusing(reason("layer_left_unmerged", module=MODULE)),
+        Given(evidence(peft_type="FOURIERFT", unread=(unread(),)), files(config=FOURIERFT)),
+        Given(evidence(unread=(unread(),)), files(config={"init_lora_weights": "pissa"})),
+        Given(
             evidence(peft_type="FOURIERFT", unread=(unread(share=0.5, in_logits=False), unread(never_called=False))),
             files(config=FOURIERFT),
             severity=Severity.WARNING,
         ),
-        Fire(
-            (),
-            Origin.CONFIG,
+        Given(
             evidence(peft_type="FOURIERFT", unread=(unread(share=2.0**-8),)),
             files(config=FOURIERFT),
             severity=Severity.WARNING,
         ),
-        Fire(
-            (),
-            Origin.CONFIG,
-            evidence(unread=(unread(),)),
-            files(config={"init_lora_weights": False}),
-            severity=Severity.WARNING,
-        ),
+        Given(evidence(unread=(unread(),)), files(config={"init_lora_weights": False}), severity=Severity.WARNING),
     )
-    SITUATIONS = (
-        ("a layer that is never called", (evidence(unread=(unread(),)), files(config={"init_lora_weights": False}))),
-        (
-            "layers that are never called",
-            (
-                evidence(peft_type="FOURIERFT", unread=(unread(), unread(module="body.out_proj", share=0.25))),
-                files(config=FOURIERFT),
-            ),
+    SITUATIONS = {
+        "a layer that is never called": Given(evidence(unread=(unread(),)), files(config={"init_lora_weights": False})),
+        "layers that are never called": Given(
+            evidence(peft_type="FOURIERFT", unread=(unread(), unread(module="body.out_proj", share=0.25))),
+            files(config=FOURIERFT),
         ),
-    )
+    }
     REFUSED = (
         *(reason("known_defect", defect=one) for one in DEFECTS),
         reason("known_defect", defect="merged-twice", modules=("lm_head", "embed")),

@@ -9,12 +9,11 @@ import pytest
 from merge_gate.judging.all_checks import measure_options
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import NORM_LIMIT, Evidence, Forward, TensorMerge
-from merge_gate.records.terms import Origin, Quantization, Severity
+from merge_gate.records.terms import Quantization, Severity
 from tests.support.faults import Case, shrink
 from tests.support.judging.cases import (
     LARGE,
-    WEIGHT,
-    Fire,
+    Given,
     base,
     evidence,
     files,
@@ -37,56 +36,42 @@ def run(change: float, *merges: TensorMerge, choices: int = 0, typical: float | 
 
 class TestRoundingLoss(EveryCheck):
     FIRES = (
-        Fire(("62.0%", "40%", "98.0%"), Origin.MERGE, run(0.62), places={"tensor": WEIGHT}),
-        Fire(("81.0%", "float16", "90.0%"), Origin.MERGE, evidence(merges=(lossy(0.81),)), places={"tensor": WEIGHT}),
-        Fire(("(90.0%)",), Origin.MERGE, evidence(merges=(lossy(0.9), lossy(0.6), LARGE))),
+        Given(run(0.62)),
+        Given(evidence(merges=(lossy(0.81),))),
+        Given(evidence(merges=(lossy(0.9), lossy(0.6), LARGE))),
     )
-    SITUATIONS = (
-        ("most of the effect changes", (run(0.85), files())),
-        ("the effect seems to change, and is small on these inputs", (run(1.61, typical=0.061), files())),
-        ("the effect of experts changes", (run(0.5, lossy(0.7, estimated=True), LARGE, choices=3), files())),
-        (
-            "rounding, estimated, in two tensors of different size",
-            (
-                evidence(
-                    merges=(
-                        lossy(0.8, estimated=True),
-                        merged(
-                            tensor("model.norm.weight", numel=192, dtype="bfloat16"),
-                            module="model.norm",
-                            base_norm=5.0,
-                            delta_norm=2.0,
-                            lost_norm=1.8,
-                            unchanged_fraction=0.5,
-                        ),
-                        merged(
-                            tensor("all.weight"), module="all", delta_norm=0.5, lost_norm=0.0, unchanged_fraction=0.0
-                        ),
-                        merged(tensor("rest.weight"), module="rest", delta_norm=1.0, lost_norm=0.6),
-                    )
-                ),
-                files(),
-            ),
+    SITUATIONS = {
+        "most of the effect changes": Given(run(0.85)),
+        "the effect seems to change, and is small on these inputs": Given(run(1.61, typical=0.061)),
+        "the effect of experts changes": Given(run(0.5, lossy(0.7, estimated=True), LARGE, choices=3)),
+        "rounding, estimated, in two tensors of different size": Given(
+            evidence(
+                merges=(
+                    lossy(0.8, estimated=True),
+                    merged(
+                        tensor("model.norm.weight", numel=192, dtype="bfloat16"),
+                        module="model.norm",
+                        base_norm=5.0,
+                        delta_norm=2.0,
+                        lost_norm=1.8,
+                        unchanged_fraction=0.5,
+                    ),
+                    merged(tensor("all.weight"), module="all", delta_norm=0.5, lost_norm=0.0, unchanged_fraction=0.0),
+                    merged(tensor("rest.weight"), module="rest", delta_norm=1.0, lost_norm=0.6),
+                )
+            )
         ),
-        (
-            "rounding, of a weight that is quantized again",
-            (evidence(base=base(quantization=Quantization.BNB_4BIT), merges=(lossy(0.6),)), files()),
+        "rounding, of a weight that is quantized again": Given(
+            evidence(base=base(quantization=Quantization.BNB_4BIT), merges=(lossy(0.6),))
         ),
-        (
-            "rounding, of most of them, quantized again",
-            (
-                evidence(
-                    base=base(quantization=Quantization.BNB_8BIT),
-                    merges=(lossy(0.9), lossy(0.9), lossy(0.0, delta_norm=100.0)),
-                ),
-                files(),
-            ),
+        "rounding, of most of them, quantized again": Given(
+            evidence(
+                base=base(quantization=Quantization.BNB_8BIT),
+                merges=(lossy(0.9), lossy(0.9), lossy(0.0, delta_norm=100.0)),
+            )
         ),
-        (
-            "rounding, without a count",
-            (evidence(merges=(merged(base_norm=1.0, delta_norm=1.0, lost_norm=0.75),)), files()),
-        ),
-    )
+        "rounding, without a count": Given(evidence(merges=(merged(base_norm=1.0, delta_norm=1.0, lost_norm=0.75),))),
+    }
     FAULTS = (
         Case(
             "rounded-away",
@@ -98,13 +83,13 @@ class TestRoundingLoss(EveryCheck):
         ),
     )
     QUIET = (
-        (run(0.4), files(), spec()),
-        (run(0.08), files(), spec()),
-        (evidence(merges=(lossy(0.5),)), files(), spec()),
-        (evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),
-        (evidence(merges=(lossy(0.9), lossy(0.9), LARGE, LARGE)), files(), spec()),
-        (evidence(merges=(merged(lost_norm=1.0, delta_norm=0.0),)), files(), spec()),
-        (evidence(merges=(merged(lost_norm=math.inf, delta_norm=1.0),)), files(), spec()),
+        Given(run(0.4)),
+        Given(run(0.08)),
+        Given(evidence(merges=(lossy(0.5),))),
+        Given(evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE))),
+        Given(evidence(merges=(lossy(0.9), lossy(0.9), LARGE, LARGE))),
+        Given(evidence(merges=(merged(lost_norm=1.0, delta_norm=0.0),))),
+        Given(evidence(merges=(merged(lost_norm=math.inf, delta_norm=1.0),))),
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from merge_gate.records.measured import ServedClass
-from merge_gate.records.terms import Origin
 from tests.support.faults import Case
-from tests.support.judging.cases import MODULE, Fire, evidence, files, reason, spec
+from tests.support.judging.cases import MODULE, Given, evidence, reason
 from tests.support.judging.every_check import EveryCheck
 
 WHOLE = "model.language_model.layers.5.self_attn.q_proj"
@@ -29,17 +28,10 @@ RENAMED = {"served": served(**{MODULE: WHOLE})}
 
 
 class TestServedNames(EveryCheck):
-    FIRES = (
-        Fire(
-            ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", MODULE, WHOLE),
-            Origin.ADAPTER,
-            evidence(**RENAMED),
-            places={"module": MODULE, "measured": (("modules_renamed", 1.0),)},
-        ),
-    )
-    SITUATIONS = (
-        ("several modules", (evidence(served=served(**{MODULE: WHOLE, "model.a": "model.language_model.a"})), files())),
-    )
+    FIRES = (Given(evidence(**RENAMED)),)
+    SITUATIONS = {
+        "several modules": Given(evidence(served=served(**{MODULE: WHOLE, "model.a": "model.language_model.a"})))
+    }
     FAULTS = (
         Case(
             "text-class-as-error",
@@ -51,8 +43,8 @@ class TestServedNames(EveryCheck):
     )
     HEALTHY = (Case("text-class", "text-class"),)
     QUIET = (
-        (evidence(), files(), spec()),
-        (evidence(served=replace(served(**{MODULE: WHOLE}), lacking=())), files(), spec()),
-        (evidence(**RENAMED, missing=("a.lora_A.weight",)), files(), spec()),
-        (evidence(**RENAMED, refusal=reason("targets_not_found")), files(), spec()),
+        Given(),
+        Given(evidence(served=replace(served(**{MODULE: WHOLE}), lacking=()))),
+        Given(evidence(**RENAMED, missing=("a.lora_A.weight",))),
+        Given(evidence(**RENAMED, refusal=reason("targets_not_found"))),
     )

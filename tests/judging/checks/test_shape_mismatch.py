@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import Origin
-from tests.support.judging.cases import LORA_A, LORA_B, MODULE, reason, refusing
+from tests.support.judging.cases import LORA_A, LORA_B, reason, refusing
 from tests.support.judging.every_check import EveryCheck
 
 HEAD = "base_model.model.lm_head.modules_to_save.weight"
 
 
 class TestShapeMismatch(EveryCheck):
-    FIRES = (
-        refusing(
-            reason("shape_clash", name=LORA_B, got=(2,), expected=(3,)), Origin.ADAPTER, module=MODULE, tensor=LORA_B
-        ),
-    )
+    FIRES = (refusing(reason("shape_clash", name=LORA_B, got=(2,), expected=(3,))),)
     REFUSED = (
         reason("shape_clash", name=LORA_A, got=(8, 32), expected=(16, 32)),
         reason("shape_clash", name=LORA_A, got=(8, 32), expected=(16, 64), others=1),

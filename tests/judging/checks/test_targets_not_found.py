@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import Origin
 from tests.support.judging.cases import MANY, reason, refusing
 from tests.support.judging.every_check import EveryCheck
 
@@ -15,7 +14,7 @@ def targets(*names: str, **settings: Any) -> Refusal:
 
 
 class TestTargetsNotFound(EveryCheck):
-    FIRES = (refusing(reason("targets_not_found", targets=("query",), of_base=("q_proj",)), Origin.CONFIG),)
+    FIRES = (refusing(reason("targets_not_found", targets=("query",), of_base=("q_proj",))),)
     REFUSED = (
         targets("query"),
         targets(),

@@ -11,12 +11,12 @@ import pytest
 
 from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.all_checks import judge_files, judge_merge
-from merge_gate.judging.checks.check import Check
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles, HashedFile, StoredTensor
 from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, TensorMerge, TensorStats, UnreadLayer
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import Finding, Origin, Quantization, Severity
+from merge_gate.records.terms import Finding, Quantization, Severity
 
 MODULE = "model.layers.5.self_attn.q_proj"
 WEIGHT = f"{MODULE}.weight"
@@ -80,24 +80,21 @@ def judge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence | None) -> 
 
 
 @dataclass(frozen=True)
-class Fire:
-    """One reason for which a check fires. The message has `names`: tensors, files and figures, but no sentence."""
+class Given:
+    """What a check is given: a sound adapter, changed. `severity` is that of its finding, if it is a lesser one."""
 
-    names: tuple[str, ...]
-    origin: Origin
     evidence: Evidence | None = field(default_factory=evidence)
     files: AdapterFiles = field(default_factory=files)
     spec: AdapterSpec = field(default_factory=spec)
     severity: Severity | None = None
-    places: Mapping[str, Any] = field(default_factory=dict)
 
 
 def reason(kind: str, **fields: Any) -> Refusal:
     return Refusal(kind=kind, fields=fields)
 
 
-def found_in_files(row: Check) -> Fire:
-    return Fire((), row.origin, None, files(findings=(row.finding("what the preflight says", "do"),)))
+def found_in_files(check: str) -> Given:
+    return Given(None, files(findings=(CHECKS[check].finding("what the preflight says", "do"),)))
 
 
 def unread(**changes: Any) -> UnreadLayer:
@@ -123,8 +120,8 @@ FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
 
 
-def refusing(refusal: Refusal, origin: Origin, **places: str) -> Fire:
-    return Fire((), origin, evidence(refusal=refusal, merges=()), places=places)
+def refusing(refusal: Refusal) -> Given:
+    return Given(evidence(refusal=refusal, merges=()))
 
 
 def with_settings(one: AdapterSpec, *settings: CheckSetting) -> AdapterSpec:
@@ -164,5 +161,5 @@ def shown(finding: Finding) -> str:
     return f"{finding.severity} {finding.check}, {finding.origin}\n  {finding.message}\n  > {finding.hint}{places}\n"
 
 
-def judged(fire: Fire, *settings: CheckSetting) -> tuple[Finding, ...]:
-    return judge(with_settings(fire.spec, *settings), fire.files, fire.evidence)
+def judged(given: Given, *settings: CheckSetting) -> tuple[Finding, ...]:
+    return judge(with_settings(given.spec, *settings), given.files, given.evidence)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from merge_gate.records.measured import Evidence, Forward
-from merge_gate.records.terms import Origin
 from tests.support.faults import blow_up, healthy
-from tests.support.judging.cases import HALF_MAX, MODULE, Fire, base, evidence, files, spec
+from tests.support.judging.cases import HALF_MAX, MODULE, Given, base, evidence
 from tests.support.judging.every_check import EveryCheck
 
 
@@ -32,20 +31,11 @@ class TestActivationHeadroom(EveryCheck):
             warnings=("activation-headroom",),
         ),
     )
-    FIRES = (
-        Fire(
-            (MODULE, "45,056", "65,504", "69%", "24,912"), Origin.ADAPTER, reaching(45056.0), places={"module": MODULE}
-        ),
-        Fire(
-            ("the model itself", "45,056"),
-            Origin.ADAPTER,
-            evidence(forward=replace(REACHED.forward, raised_module="")),
-        ),
-    )
+    FIRES = (Given(reaching(45056.0)), Given(evidence(forward=replace(REACHED.forward, raised_module=""))))
     QUIET = (
-        (evidence(forward=replace(REACHED.forward, nonfinite_module=MODULE)), files(), spec()),
-        (reaching(HALF_MAX / 2), files(), spec()),
-        (reaching(None), files(), spec()),
-        (reaching(45056.0, base=base(dtype="bfloat16")), files(), spec()),
-        (evidence(forward=Forward()), files(), spec()),
+        Given(evidence(forward=replace(REACHED.forward, nonfinite_module=MODULE))),
+        Given(reaching(HALF_MAX / 2)),
+        Given(reaching(None)),
+        Given(reaching(45056.0, base=base(dtype="bfloat16"))),
+        Given(evidence(forward=Forward())),
     )
