@@ -28,7 +28,6 @@ from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Quantization, Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow, tally, view
-from merge_gate.run.checked_files import check_files
 from merge_gate.run.feature import Feature
 from merge_gate.run.flow import run_gate
 from merge_gate.run.selection import select
@@ -70,6 +69,10 @@ def by_name(report: Report) -> dict[tuple[str, str], AdapterReport]:
 
 def told(report: AdapterReport) -> str:
     return f"{report.name}: {report.verdict} {report.cause}\n" + "\n".join(f"  {f}" for f in report.findings)
+
+
+Entries = dict[tuple[str, str], AdapterReport]
+"""The lines of a report, by name and dtype."""
 
 
 class Watcher:
@@ -123,6 +126,7 @@ def test_a_card_that_torch_does_not_see_is_noted(
     assert any("load its driver" in note for note in notes) is is_noted
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 NO_BASES = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")
 """Names of bases that no system takes."""
 
@@ -145,7 +149,7 @@ def place(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
+def judged(place: Path) -> Entries:
     base = {"model": "./bases/llama", "dtype": "float32"}
     members = {"weights": [0.5, 0.5], "method": "linear"}
 
@@ -160,9 +164,7 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
         entry("nan"),
         entry("nan-unchecked", "nan", checks=off),
         entry("nan-warned", "nan", checks={"adapter-nonfinite": "warning"}),
-        entry(
-            "dtypes", "overflow", base=base | {"dtype": ["float32", "bfloat16", "float16"]}, checks={"delta-norm": OFF}
-        ),
+        entry("dtypes", "overflow", base=base | {"dtype": [*DTYPES]}, checks={"delta-norm": OFF}),
         *(entry(f"{check}-off", check, checks={check: OFF}) for check in UNLOADABLE),
         *(entry(f"{check}-warned", check, checks={check: "warning"}) for check in UNLOADABLE),
         {"name": "names-its-base", "path": "./adapters/names-its-base"},
@@ -170,11 +172,7 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
         {"path": "./adapters/hostile-*"},
         {"name": "sum", "combine": members | {"adapters": ["good", "other"]}, "base": base},
         {"name": "sum-with-nan", "combine": members | {"adapters": ["good", "nan"]}, "base": base},
-        {
-            "name": "sum-with-a-pointer",
-            "combine": members | {"adapters": ["file-lfs-pointer-off", "good"]},
-            "base": base,
-        },
+        {"name": "sum-with-pointer", "combine": members | {"adapters": ["file-lfs-pointer-off", "good"]}, "base": base},
         entry("as-expected", "good", expect={"r": 4, "lora_alpha": 8, "peft_type": "LORA"}),
         entry("not-as-expected", "good", expect={"r": 8}),
         entry("not-as-expected-but-warned", "good", expect={"r": 8}, checks={"expectation-failed": "warning"}),
@@ -182,18 +180,18 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
     return by_name(run_gate(load_config(str(config)), RunOptions(device="cpu")))
 
 
-def test_every_entry_is_in_the_report_once_per_dtype(judged: dict[tuple[str, str], AdapterReport]) -> None:
-    assert [dtype for name, dtype in judged if name == "dtypes"] == ["float32", "bfloat16", "float16"]
+def test_every_entry_is_in_the_report_once_per_dtype(judged: Entries) -> None:
+    assert [dtype for name, dtype in judged if name == "dtypes"] == [*DTYPES]
     assert len(judged) == 6 + 2 + 2 * len(UNLOADABLE) + 2 + len(NO_BASES) + 3 + 3
 
 
-def test_each_dtype_has_its_own_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_each_dtype_has_its_own_verdict(judged: Entries) -> None:
     said = {dtype: one.verdict for (name, dtype), one in judged.items() if name == "dtypes"}
     assert said == {"float32": Verdict.PASSED, "bfloat16": Verdict.PASSED, "float16": Verdict.FAILED}
     assert judged["dtypes", "float16"].cause == "merged-nonfinite"
 
 
-def test_every_merged_tensor_is_in_the_report(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_every_merged_tensor_is_in_the_report(judged: Entries) -> None:
     for (name, dtype), one in judged.items():
         assert len({merge.stats.name for merge in one.tensors}) == len(one.tensors), name
         assert len({merge.module for merge in one.tensors}) == one.coverage.modules_merged, name
@@ -207,7 +205,7 @@ def test_every_merged_tensor_is_in_the_report(judged: dict[tuple[str, str], Adap
 
 
 @pytest.mark.parametrize("name", ["nan-unchecked", "nan-warned"])
-def test_a_nan_fails_whatever_is_switched_off(name: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_a_nan_fails_whatever_is_switched_off(name: str, judged: Entries) -> None:
     one = judged[name, "float32"]
     assert (one.verdict, one.cause) == (Verdict.FAILED, "merged-nonfinite"), told(one)
     warned = {finding.check for finding in one.findings if finding.severity is Severity.WARNING}
@@ -216,7 +214,7 @@ def test_a_nan_fails_whatever_is_switched_off(name: str, judged: dict[tuple[str,
 
 @pytest.mark.parametrize("check", UNLOADABLE)
 @pytest.mark.parametrize("how", ["off", "warned"])
-def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: Entries) -> None:
     one = judged[f"{check}-{how}", "float32"]
     assert one.verdict in {Verdict.ERROR, Verdict.FAILED}, told(one)
     assert one.findings[0].message
@@ -224,41 +222,36 @@ def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: dict[t
     assert one.coverage.parameters_checked == 0
 
 
-def test_a_base_that_the_adapter_names_is_beside_the_config(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_a_base_that_the_adapter_names_is_beside_the_config(judged: Entries) -> None:
     one = judged["names-its-base", "float32"]
     assert one.verdict is Verdict.PASSED, told(one)
     assert one.base.model == "./bases/llama"
 
 
-def test_without_a_base_there_is_no_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_without_a_base_there_is_no_verdict(judged: Entries) -> None:
     one = judged["names-no-base", "auto"]
     assert one.verdict is Verdict.ERROR, told(one)
     assert "base.model" in one.findings[0].message
     assert "base: {model: …}" in one.findings[0].hint
 
 
-def test_a_base_name_that_no_system_takes_costs_its_adapter(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_a_base_name_that_no_system_takes_costs_its_adapter(judged: Entries) -> None:
     hostile = [one.verdict for (name, _), one in judged.items() if name.startswith("hostile-")]
     assert hostile == [Verdict.ERROR] * len(NO_BASES)
     assert judged["good", "float32"].verdict is Verdict.PASSED
 
 
-def test_a_combination_is_judged_by_what_it_makes(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_a_combination_is_judged_by_what_it_makes(judged: Entries) -> None:
     assert judged["sum", "float32"].verdict is Verdict.PASSED, told(judged["sum", "float32"])
     assert judged["sum-with-nan", "float32"].verdict is Verdict.FAILED
     assert judged["sum-with-nan", "float32"].cause == "adapter-nonfinite"
-    assert judged["sum-with-a-pointer", "float32"].verdict is not Verdict.PASSED
+    assert judged["sum-with-pointer", "float32"].verdict is not Verdict.PASSED
+    assert judged["nan", "float32"].cause == "adapter-nonfinite"
     coverage = judged["sum", "float32"].coverage
     assert coverage.parameters_checked == coverage.parameters_total > 0
 
 
-def test_the_members_verdicts_are_their_own(judged: dict[tuple[str, str], AdapterReport]) -> None:
-    assert judged["good", "float32"].verdict is Verdict.PASSED
-    assert judged["other", "float32"].verdict is Verdict.PASSED
-    assert (judged["nan", "float32"].verdict, judged["nan", "float32"].cause) == (Verdict.FAILED, "adapter-nonfinite")
-
-
-def test_what_is_expected_is_held_against_the_adapter(judged: dict[tuple[str, str], AdapterReport]) -> None:
+def test_what_is_expected_is_held_against_the_adapter(judged: Entries) -> None:
     assert judged["as-expected", "float32"].verdict is Verdict.PASSED
     assert judged["not-as-expected", "float32"].cause == "expectation-failed"
     assert judged["not-as-expected", "float32"].coverage.parameters_checked > 0, (
@@ -323,12 +316,6 @@ def test_only_a_combination_still_finds_its_members(combination_alone: Report) -
 def test_a_digest_that_fails_costs_the_digest_only(combination_alone: Report) -> None:
     assert combination_alone.result is Result.PASS
     assert [base.sha256 for base in combination_alone.bases] == [None]
-
-
-def test_check_files_needs_no_base(place: Path) -> None:
-    config = write(place, {"path": "./adapters/good"}, {"path": "./adapters/file-corrupt"}, base={"model": "acme/gone"})
-    found = {one.name: (one.verdict, one.cause) for one in check_files(load_config(str(config)))}
-    assert found == {"good": (Verdict.PASSED, None), "file-corrupt": (Verdict.FAILED, "file-corrupt")}
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -469,18 +456,6 @@ def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
     assert [file.sha256 for base in report.bases for file in base.files] == ["0" * 64]
 
 
-def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def start(*_: object) -> None:
-        shutil.rmtree(out)
-        out.write_text("a file now")
-
-    with pytest.raises(GateError) as caught:
-        run_gate(small(place, "file-corrupt"), RunOptions(device="cpu", output=str(out)), view=Watcher(start=start))
-    assert str(out) in caught.value.message
-
-
 @pytest.mark.parametrize("comes_back", sampled([True, False], [True]))
 def test_a_disk_that_gives_out_costs_no_verdict(
     comes_back: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -596,12 +571,6 @@ def test_a_feature_that_cannot_be_released_keeps_no_other_one(place: Path) -> No
     with pytest.raises(OSError, match="one"):
         run.close()
     assert sorted(released) == sorted(held)
-
-
-def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run_gate(small(place, "file-corrupt"), RunOptions(device="cpu")).result is Result.FAIL
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_base_that_transformers_loads_is_named_with_the_reason(
@@ -737,32 +706,3 @@ def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path:
     report = run_gate(load_config(str(config)), RunOptions(device="cpu", output=str(tmp_path / "out")))
     assert (tmp_path / "out" / "report.json").stat().st_size < 1_000_000
     assert any("99,900" in finding.message for finding in report.adapters[0].findings)
-
-
-@pytest.mark.parametrize("key", ["lora_alpha", "r", "lora_dropout"])
-def test_a_number_that_nothing_holds_is_the_adapters_fault(key: str, shelf: Shelf, tmp_path: Path) -> None:
-    lay(tmp_path, shelf, "huge", configure(**{key: 10**400}))
-    config = write(tmp_path, {"path": "./adapters/huge"}, base=str(shelf.base("llama")))
-    (huge,) = run_gate(load_config(str(config)), RunOptions(device="cpu")).adapters
-    assert (huge.verdict, huge.cause) == (Verdict.FAILED, "config-invalid"), told(huge)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"target_modules": "(q_proj"},
-        {"exclude_modules": "[a-"},
-        {"layers_to_transform": [0], "layers_pattern": "(h"},
-        {"rank_pattern": {"q_proj(": 4}},
-        {"alpha_pattern": {"+q_proj": 8}},
-    ],
-    ids=lambda setting: next(reversed(setting)),
-)
-def test_an_expression_that_python_refuses_is_the_adapters_fault(
-    setting: dict[str, Any], shelf: Shelf, tmp_path: Path
-) -> None:
-    lay(tmp_path, shelf, "wrong", configure(**setting))
-    config = write(tmp_path, {"path": "./adapters/wrong"}, base=str(shelf.base("llama")))
-    (wrong,) = check_files(load_config(str(config)))
-    assert (wrong.verdict, wrong.cause) == (Verdict.FAILED, "config-invalid"), told(wrong)
-    assert next(reversed(setting)) in wrong.findings[0].message

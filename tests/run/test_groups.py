@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,16 +34,31 @@ def group(directory: str) -> Group:
     return Group(base=key, directory=directory, files=BaseFiles(directory=directory, weights=(WEIGHTS,)), tasks=())
 
 
-@pytest.mark.parametrize(("note", "system"), [(None, None), ("too large", None), (None, "nfs4"), ("too large", "nfs4")])
+Machine = Callable[[str | None, str | None], None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Sets what is said of a base that is too large, and the file system of its mount."""
+
+    def is_so(note: str | None, system: str | None) -> None:
+        monkeypatch.setattr(groups, "too_large", lambda *_: note)
+        monkeypatch.setattr(groups, "network_file_system", lambda _: system)
+
+    return is_so
+
+
+@pytest.mark.parametrize("note", [None, "too large"])
+@pytest.mark.parametrize("system", [None, "nfs4"])
 def test_a_base_that_is_large_or_on_a_network_is_fed(
-    note: str | None, system: str | None, base: str, monkeypatch: pytest.MonkeyPatch
+    note: str | None, system: str | None, base: str, machine: Machine
 ) -> None:
-    monkeypatch.setattr(groups, "too_large", lambda *_: note)
-    monkeypatch.setattr(groups, "network_file_system", lambda _: system)
+    machine(note, system)
     notes: list[str] = []
     scheduled = placed(group(base), Read.AUTO, notes.append)
     assert (scheduled.one_pass, scheduled.fed) == (note is not None, bool(note or system))
     assert notes == ([note] if note else [])
+    assert groups.headers_timeout_s("/base") == (groups.HEADERS_TIMEOUT_S if system else None)
 
 
 def test_a_streamed_base_is_fed_in_a_pass(base: str) -> None:
@@ -51,26 +67,15 @@ def test_a_streamed_base_is_fed_in_a_pass(base: str) -> None:
     assert (scheduled.one_pass, scheduled.fed) == (True, True)
 
 
-@pytest.mark.parametrize(("system", "timeout_s"), [(None, None), ("nfs4", groups.HEADERS_TIMEOUT_S)])
-def test_headers_on_a_network_have_a_time_limit(
-    system: str | None, timeout_s: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(groups, "network_file_system", lambda _: system)
-    assert groups.headers_timeout_s("/base") == timeout_s
-
-
-@pytest.mark.parametrize("is_large", [False, True])
-def test_only_what_adapters_touch_is_read_of_a_recorded_base(
-    is_large: bool, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(groups, "too_large", lambda *_: "too large" if is_large else None)
-    monkeypatch.setattr(groups, "network_file_system", lambda _: None)
+@pytest.mark.parametrize("note", [None, "too large"])
+def test_only_what_adapters_touch_is_read_of_a_recorded_base(note: str | None, base: str, machine: Machine) -> None:
+    machine(note, None)
     record = BaseFigures(model_class="A", figures=())
     with pytest.raises(UsageError):
         refuse_unread(group(base), Read.TOUCHED)
     for read in Read:
         scheduled = placed(replace(group(base), earlier_figures=(record,)), read, lambda _: None)
-        assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
+        assert scheduled.one_pass == (note is not None or read is Read.TOUCHED)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -132,15 +137,8 @@ def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("system", "is_network"),
     [
-        ("nfs4", True),
-        ("cifs", True),
-        ("fuse.sshfs", True),
-        ("fuse", True),
-        ("9p", True),
-        ("ext4", False),
-        ("overlay", False),
-        ("fuseblk", False),
-        ("fuse.fuse-overlayfs", False),
+        *((system, True) for system in ("nfs4", "cifs", "fuse.sshfs", "fuse", "9p")),
+        *((system, False) for system in ("ext4", "overlay", "fuseblk", "fuse.fuse-overlayfs")),
     ],
 )
 def test_the_type_of_the_mount_decides(system: str, is_network: bool, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from merge_gate._internal.errors import ExitCode, GateError, UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate.report.formats import json_report
 from merge_gate.run import tally
 from merge_gate.run.tally import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
 from merge_gate.run.view import View
@@ -30,11 +29,10 @@ COST_S = 2.0
 class Run:
     """A writer with a clock that moves while a report is made."""
 
-    def __init__(self, directory: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path | None, **view: object) -> None:
         self.now, self.made, self.told = 1000.0, 0, list[str]()
         self.view = View()
-        monkeypatch.setattr(self.view, "note", self.told.append)
-        monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: self.now))
+        vars(self.view).update({"note": self.told.append} | view)
         self.writer = ReportWriter(str(directory) if directory else None, self.view)
 
     def current(self) -> Report:
@@ -49,41 +47,39 @@ class Run:
         return self.made
 
 
-def test_a_run_has_all_files_at_its_start_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, monkeypatch)
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(out: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    one = Run(out)
+    monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: one.now))
+    return one
+
+
+def test_a_run_has_all_files_at_its_start_and_at_its_end(run: Run, out: Path) -> None:
     run.writer.write_first(EMPTY)
-    assert {one.name for one in tmp_path.iterdir()} == ALL
-    begun = {name: (tmp_path / name).read_bytes() for name in ALL}
+    assert {one.name for one in out.iterdir()} == ALL
+    begun = {name: (out / name).read_bytes() for name in ALL}
     assert run.judge() == 1
-    assert {name for name in ALL if (tmp_path / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
+    assert {name for name in ALL if (out / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
     run.writer.finish(PASS)
-    assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
+    assert {name for name in ALL if (out / name).read_bytes() == begun[name]} == set()
 
 
-def test_when_it_first_waits_all_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, monkeypatch)
+def test_when_it_first_waits_all_files_are_written(run: Run, out: Path) -> None:
     run.writer.write_first(EMPTY)
-    begun = {name: (tmp_path / name).read_bytes() for name in ALL}
+    begun = {name: (out / name).read_bytes() for name in ALL}
     assert run.judge(at_once=True) == 1
-    assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
+    assert {name for name in ALL if (out / name).read_bytes() == begun[name]} == set()
     run.writer.write_first(EMPTY)
     assert run.judge(at_once=True) == 2
-    assert {name for name in ALL if (tmp_path / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
+    assert {name for name in ALL if (out / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
 
 
-def test_each_report_json_reuses_the_texts_of_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    monkeypatch.setattr(json_report, "_adapter_text", lambda adapter: made.append(adapter.name) or "")
-    run = Run(tmp_path, monkeypatch)
-    run.writer.write_first(FAIL)
-    run.judge(at_once=True)
-    run.judge(at_once=True)
-    run.writer.finish(FAIL)
-    assert len(made) == len(FAIL.adapters)
-
-
-def test_a_provisional_report_waits_for_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, monkeypatch)
+def test_a_provisional_report_waits_for_its_share_of_the_time(run: Run) -> None:
     assert run.judge() == 1
     run.now += PAUSE_RATIO * COST_S - 0.5
     assert run.judge() == 1, "a moment ago"
@@ -94,8 +90,7 @@ def test_a_provisional_report_waits_for_its_share_of_the_time(tmp_path: Path, mo
     assert run.judge() == 3
 
 
-def test_what_the_first_report_holds_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, monkeypatch)
+def test_what_the_first_report_holds_is_not_written_again(run: Run) -> None:
     run.writer.changed()
     run.writer.write_first(FAIL)
     run.writer.catch_up(run.current, at_once=True)
@@ -104,7 +99,7 @@ def test_what_the_first_report_holds_is_not_written_again(tmp_path: Path, monkey
 
 def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run = Run(None, monkeypatch)
+    run = Run(None)
     run.writer.write_first(EMPTY)
     assert run.judge(at_once=True) == 0
     run.writer.finish(PASS)
@@ -115,9 +110,9 @@ def test_reports_that_are_sent_have_a_pause_and_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run, sent = Run(None, monkeypatch), list[Any]()
-    monkeypatch.setattr(run.view, "report_made", sent.append)
-    run.writer = ReportWriter(None, run.view)
+    sent: list[Any] = []
+    run = Run(None, report_made=sent.append)
+    monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: run.now))
     run.writer.write_first(EMPTY)
     assert run.judge() == 1
     run.now += SENT_EVERY_S - 0.5
@@ -129,26 +124,20 @@ def test_reports_that_are_sent_have_a_pause_and_are_not_written(
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_goes_wrong_in_between_is_told_once_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    run = Run(tmp_path / "out", monkeypatch)
-    (tmp_path / "out").write_text("a file", encoding="utf-8")
+def test_what_goes_wrong_in_between_is_told_once_and_tried_again(run: Run, out: Path, wording: Wording) -> None:
+    out.write_text("a file", encoding="utf-8")
     for _ in range(3):
         run.judge(at_once=True)
     (said,) = run.told
-    assert str(tmp_path / "out") in said
+    assert str(out) in said
     wording(said.rpartition("; ")[2])
-    (tmp_path / "out").unlink()
+    out.unlink()
     run.writer.catch_up(run.current, at_once=True)
-    assert {one.name for one in (tmp_path / "out").iterdir()} == set(PROVISIONAL_FORMATS)
+    assert {one.name for one in out.iterdir()} == set(PROVISIONAL_FORMATS)
 
 
-def test_a_directory_that_is_none_is_wrong_usage_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    run = Run(tmp_path / "out", monkeypatch)
-    (tmp_path / "out").write_text("a file", encoding="utf-8")
+def test_a_directory_that_is_none_is_wrong_usage_first(run: Run, out: Path, wording: Wording) -> None:
+    out.write_text("a file", encoding="utf-8")
     with pytest.raises(UsageError) as first:
         run.writer.write_first(EMPTY)
     with pytest.raises(GateError) as last:
