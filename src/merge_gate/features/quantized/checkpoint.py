@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES
+from merge_gate.features.quantized.folds import ROWS, Folds
 from merge_gate.features.quantized.layouts import LAYOUTS, Grid, Layout, LayoutError, Weight
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.base_formats import KNOWN_NAMES
@@ -48,9 +50,19 @@ def open_checkpoint(files: Files, base: Files, label: str) -> Checkpoint:
         (part[key] for part in parts for key in keys if isinstance(part.get(key), dict)), {}
     )
     try:
-        return Checkpoint(files, base, _method(settings), _block(settings))
+        return Checkpoint(files, base, _method(settings), _block(settings), _head_size(parts))
     except LayoutError as error:
         raise EngineError(f"the release {shown(label)} {error}", hint=_HINT) from error
+
+
+def _head_size(configs: Sequence[Mapping[str, Any]]) -> int:
+    """The number of columns of an attention head; 1 if it is not known."""
+    for config in configs:
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if type(hidden) is int and type(heads) is int and heads > 0:
+            own = config.get("head_dim")
+            return own if type(own) is int and own > 0 else max(1, hidden // heads)
+    return 1
 
 
 def _method(settings: Mapping[str, Any]) -> str:
@@ -95,12 +107,13 @@ class Checkpoint:
     """The tensors of a release, by the names of the base's stored tensors: a `Release` (release.py).
 
     `method` is a key of `LAYOUTS`, and `block` the rows and columns that share a scale; 0 if they are not declared.
+    `folds` are the scales that AWQ or SmoothQuant has moved, and `head` is the size of an attention head.
 
     Raises:
         LayoutError: a weight has parts that do not fit. The text names it.
     """
 
-    def __init__(self, files: Files, base: Files, method: str, block: tuple[int, int]) -> None:
+    def __init__(self, files: Files, base: Files, method: str, block: tuple[int, int], head: int) -> None:
         self._feed, self._method, self._block = files.feed, method, block
         self._shapes = {tensor.name: tensor.shape for tensor in base.stored}
         self._parts = _parts(files.stored, self._shapes)
@@ -118,6 +131,10 @@ class Checkpoint:
             except LayoutError:
                 raise error from None
         self._places = stored_bytes(files.directory, {tensor.name: tensor for tensor in files.stored})
+        self._base_feed, known = base.feed, {tensor.name: tensor for tensor in base.stored if tensor.name in self}
+        self._base = stored_bytes(base.directory, known)
+        shapes = {name: tensor.shape for name, tensor in known.items() if not self._is_transposed}
+        self.folds = Folds(self._stored, self._base_rows, shapes, head)
         self._latest: tuple[str, Grid] | None = None
         kinds = Counter(map(self.kind, self._parts))
         title = {"bitsandbytes": "bitsandbytes", "mlx": "MLX"}.get(method) or KNOWN_NAMES[method.removesuffix("_v2")]
@@ -147,17 +164,31 @@ class Checkpoint:
             SourceError: the bytes could not be had.
             EngineError: the parts of the tensor contradict each other.
         """
+        return self.folds.undone(name, self._stored(name))
+
+    def _stored(self, name: str) -> torch.Tensor:
         if name in self._parts:
             return self._oriented(self._grid(name).values(), name)
         return self._places[name].read(self._feed).float()
+
+    def _base_rows(self, name: str, start: int) -> torch.Tensor:
+        """Rows of a tensor of the base, from this one on; all values of a vector."""
+        place = self._base[name]
+        count = min(ROWS, place.shape[0] - start) if len(place.shape) > 1 else place.shape[0]
+        row_bytes = (place.span.end - place.span.start) // place.shape[0]
+        span = replace(place.span, start=place.span.start + start * row_bytes)
+        return replace(place, shape=(count, *place.shape[1:]), span=span).read(self._base_feed).float()
 
     def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
         """Other values of this tensor, rounded to the grid of the release's own scales. None for plain floats."""
         if name not in self._parts:
             return None
         grid = self._grid(name)
-        values = values.mT.contiguous() if self._is_transposed else values
-        return self._oriented(grid.nearest(values.view(grid.codes.shape)), name)
+        if self._is_transposed:
+            return self._oriented(grid.nearest(values.mT.contiguous().view(grid.codes.shape)), name)
+        rows, columns = self.folds.factors(name)
+        values = (values * columns).mul_(rows[:, None])
+        return self.folds.undone(name, self._oriented(grid.nearest(values.view(grid.codes.shape)), name))
 
     def _grid(self, name: str) -> Grid:
         """The grid of a weight. The latest one is kept, because a weight is read and requantized in turn."""

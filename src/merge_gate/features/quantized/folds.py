@@ -1,0 +1,177 @@
+"""Undoes the scales that AWQ and SmoothQuant move from the columns of a layer into the norm or the layer before it.
+
+In: the values of a release as they are stored, and the base's. Out: the values as they would be without the scales s.
+A norm stores its weight divided by s, and the layers after it store their columns multiplied by s; a layer before
+another one stores its rows divided by s (AutoAWQ, quantize/scale.py; SmoothQuant, arXiv:2211.10438).
+
+1. The scales of a norm follow from its own weight in base and release. They count for each layer of its block whose
+   first rows they bring nearer to the base's. Gemma's norms add 1 to their weight.
+2. The scales of a pair of layers follow from the columns of the second one, each compared with the base's by least
+   squares, or from the rows of the first one if the merge changes the second one only. They count if both agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+
+ROWS = 256
+"""So many rows are compared at once."""
+
+NEARER = 0.9
+"""Scales have to reduce the square of a difference to less than this share."""
+
+OPPOSED, LEAST_SPREAD = -0.8, 0.01
+"""The logarithms of a pair's scales have to correlate less than this, and to vary more."""
+
+PAIRS = {"o_proj": ("v_proj", "qkv_proj"), "out_proj": ("v_proj",), "down_proj": ("up_proj", "gate_up_proj"),
+         "fc2": ("fc1",), "w2": ("w3",)}  # fmt: skip
+"""The names of layers, and of those before them whose last rows they read."""
+
+_BLOCK = re.compile(r".*?\.\d+\.")
+
+
+class Folds:
+    """The scales that a release has moved.
+
+    Args:
+        release: a tensor of the release as it is stored, in float32.
+        base: rows of a tensor of the base, from a first one on, in float32.
+        shapes: the shapes of the base's tensors that the release has.
+        head: the number of columns of an attention head.
+
+    Attributes:
+        touched: the tensors that the merge changes.
+    """
+
+    def __init__(
+        self,
+        release: Callable[[str], torch.Tensor],
+        base: Callable[[str, int], torch.Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        head: int,
+    ) -> None:
+        self._release, self._base, self._shapes, self._head = release, base, shapes, head
+        self.touched: Collection[str] = ()
+        self._norms: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._by_norm: dict[str, tuple[str, torch.Tensor] | None] = {}
+        self._by_pair: dict[str, torch.Tensor | None] = {}
+
+    def undone(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The stored values of a tensor without the scales."""
+        if name not in self._shapes:
+            return values
+        if values.dim() == 2:  # noqa: PLR2004
+            rows, columns = self.factors(name)
+            return values.div_(rows[:, None]).div_(columns)
+        owner = f"{name.rpartition('.')[0]}.weight"
+        if len(self._shapes.get(owner, ())) == 2:  # noqa: PLR2004 - the bias of a layer
+            return values / self.factors(owner)[0]
+        members = self._changed_norms(name) and [other for other in self._shapes if _block(other) == _block(name)]
+        scales = dict(filter(None, map(self._norm_of, members))).get(owner)
+        if scales is None:
+            return values
+        return self._base(name, 0) if name == owner else values * scales
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the rows and the columns of a layer's weight were multiplied with."""
+        rows, columns = torch.ones(1), torch.ones(1)
+        if by_norm := self._norm_of(name):
+            columns = by_norm[1]
+        if (scales := self._pair(name)) is not None:
+            columns = scales
+        stem, leaf, _ = (".", *name.rsplit(".", 2))[-3:]
+        for second in (f"{stem}.{second}.weight" for second, firsts in PAIRS.items() if leaf in firsts):
+            if (scales := self._pair(second)) is not None:
+                count = self._shapes[name][0]
+                rows = torch.ones(count)
+                rows[-len(scales) :] = 1 / self._in_groups(scales, count)
+        return rows, columns
+
+    # --- 1. ----------------------------------------------------------------------------------------------------------
+
+    def _changed_norms(self, name: str) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The norms of its block that differ, in base and release."""
+        block = _block(name)
+        if block not in self._norms:
+            names = [
+                norm for norm, shape in self._shapes.items()
+                if block and len(shape) == 1 and norm.startswith(block) and norm.endswith(".weight")
+                and norm not in self.touched
+            ]  # fmt: skip
+            pairs = {norm: (self._base(norm, 0), self._release(norm)) for norm in names}
+            self._norms[block] = {norm: pair for norm, pair in pairs.items() if not torch.equal(*pair)}
+        return self._norms[block]
+
+    def _norm_of(self, name: str) -> tuple[str, torch.Tensor] | None:
+        """The norm whose scales a layer's columns have, and the scales."""
+        if name not in self._by_norm:
+            self._by_norm[name] = None
+            shape = self._shapes[name]
+            norms = self._changed_norms(name) if len(shape) == 2 else {}  # noqa: PLR2004
+            if fits := {norm: pair for norm, pair in norms.items() if pair[0].shape == shape[1:]}:
+                base = self._base(name, 0)[:ROWS]
+                stored = self._release(name)[: len(base)]
+                least = NEARER * float((stored - base).square().sum())
+                for norm, (before, after) in fits.items():
+                    for added in (0, 1):
+                        scales = torch.where(before == after, 1, (before + added) / (after + added))
+                        error = float((stored / scales - base).square().sum())
+                        if error < least and bool((scales > 0).all()):
+                            least, self._by_norm[name] = error, (norm, scales)
+        return self._by_norm[name]
+
+    # --- 2. ----------------------------------------------------------------------------------------------------------
+
+    def _pair(self, second: str) -> torch.Tensor | None:
+        """The scales of the columns of a layer, which the layer before it was divided by."""
+        if second not in self._by_pair:
+            self._by_pair[second] = None
+            stem, leaf, _ = (".", *second.rsplit(".", 2))[-3:]
+            names = [f"{stem}.{first}.weight" for first in PAIRS.get(leaf, ())]
+            first = next((name for name in names if name in self._shapes), None)
+            if first is not None and second in self._shapes and self._changed_norms(second):
+                self._by_pair[second] = self._pair_scales(first, second)
+        return self._by_pair[second]
+
+    def _pair_scales(self, first: str, second: str) -> torch.Tensor | None:
+        columns, rows = self._fitted(second, 0), self._fitted(first, 1)
+        if len(rows) < len(columns):
+            if len(columns) % len(rows) or len(rows) % self._head:
+                return None
+            rows = rows.view(-1, 1, self._head).expand(-1, len(columns) // len(rows), -1).flatten()
+        rows = rows[-len(columns) :]
+        both = torch.stack((columns, rows)).log()
+        if not bool(both.isfinite().all()):
+            return None
+        both -= both.mean(1, keepdim=True)
+        spread = both.norm(dim=1)
+        if float(both[0] @ both[1]) > OPPOSED * float(spread.prod()) or float(both[0].std()) < LEAST_SPREAD:
+            return None
+        return 1 / rows if second in self.touched and first not in self.touched else columns
+
+    def _fitted(self, name: str, axis: int) -> torch.Tensor:
+        """The factor of each column (axis 0) or row of the base that is nearest to the release's."""
+        values, by_norm, start = self._release(name), self._norm_of(name), 0
+        products = []
+        while start < len(values):
+            base = self._base(name, start)
+            stored = values[start : start + len(base)] / (by_norm[1] if by_norm and axis else 1)
+            products.append(torch.stack(((stored * base).sum(axis), base.square().sum(axis))))
+            start += len(base)
+        both = torch.cat(products, 1) if axis else torch.stack(products).sum(0)
+        return both[0] / both[1]
+
+    def _in_groups(self, scales: torch.Tensor, count: int) -> torch.Tensor:
+        """The scales of so many rows, if several heads of the next layer read each of them; else of the last rows."""
+        if count >= len(scales):
+            return scales
+        return scales.view(-1, len(scales) // count, self._head).mean(1).flatten()
+
+
+def _block(name: str) -> str:
+    """The beginning of the names of a block of a model, up to its number."""
+    match = _BLOCK.match(name)
+    return match[0] if match else ""
