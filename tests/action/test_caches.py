@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,12 @@ def test_a_key_is_that_of_the_files(tmp_path: Path) -> None:
     assert other["verdicts-path"] == caches.outputs(environ)["verdicts-path"]
 
 
-def test_a_cache_that_github_would_not_keep_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_github_would_not_keep_is_not_saved(tmp_path: Path) -> None:
     environ = run_of(tmp_path, "push")
     fill(environ)
-    monkeypatch.setattr(caches, "MOST_BYTES", 0)
+    for cache in (caches.verdicts(environ), caches.hub(environ)):
+        assert cache is not None
+        os.truncate(cache.directory / "models--a--b" / "blob", caches.MOST_BYTES + 1)
     assert set(caches.key_outputs(environ).values()) == {""}
 
 

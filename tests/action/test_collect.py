@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,42 +43,26 @@ def test_files_of_a_report_are_taken_and_no_others(source: Path, target: Path) -
     assert collect.files(target) == [target / "report.json", target / "summary.md"]
 
 
-def plant_link(path: Path) -> None:
-    path.symlink_to(path.parent.parent / "secret")
-
-
-def plant_endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def plant_folder_link(path: Path) -> None:
-    path.symlink_to(path.parent.parent, target_is_directory=True)
-
-
-def plant_sparse(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(4 << 30)
-
-
 def plant_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
 
 
-@pytest.mark.parametrize(
-    ("plant", "says"),
-    [
-        (plant_link, "a symbolic link"),
-        (plant_endless, "a symbolic link"),
-        (plant_folder_link, "a symbolic link"),
-        (os.mkfifo, "a named pipe"),
-        (plant_sparse, "4294967296 bytes"),
-        (Path.mkdir, "a directory"),
-        (plant_socket, "a socket"),
-    ],
-)
+PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link": (lambda path: path.symlink_to("../secret"), "a symbolic link"),
+    "an endless link": (lambda path: path.symlink_to("/dev/zero"), "a symbolic link"),
+    "a link to a folder": (lambda path: path.symlink_to(".."), "a symbolic link"),
+    "a pipe": (os.mkfifo, "a named pipe"),
+    "a sparse file": (lambda path: (path.touch(), os.truncate(path, 4 << 30)), "4294967296 bytes"),
+    "a folder": (Path.mkdir, "a directory"),
+    "a socket": (plant_socket, "a socket"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
 @pytest.mark.parametrize("name", ["report.json", "summary.md"])
-def test_what_is_no_file_is_refused_in_a_sentence(source: Path, target: Path, name: str, plant, says: str) -> None:
+def test_what_is_no_file_is_refused_in_a_sentence(source: Path, target: Path, name: str, what: str) -> None:
+    plant, says = PLANTED[what]
     plant(source / name)
     (sentence,) = collect.take(source, target)
     assert sentence.startswith(f"{name} ")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +35,27 @@ def environ(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_a_comment_is_written_once_and_then_edited(
-    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def github(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GitHub]:
+    """The API that the environment names."""
     github = GitHub()
+    with serving(github, tmp_path) as certificate:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        environ["GITHUB_API_URL"] = github.url
+        yield github
+
+
+def test_a_comment_is_written_once_and_then_edited(
+    github: GitHub, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     github.comments += [
         {"id": 4, "user": None, "body": "<!-- merge-gate 0a1b -->"},
         {"id": 1, "user": {"login": "stranger"}, "body": "<!-- merge-gate 0a1b -->"},
         {"id": 2, "user": {"login": BOT}, "body": "<!-- merge-gate ffff --> of another job"},
     ]
-    with serving(github, tmp_path) as certificate:
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        environ["GITHUB_API_URL"] = github.url
-        assert comment.main(environ) == 0
-        (tmp_path / "summary.md").write_text("## ✅ merge-gate PASS: 2 adapters passed\n", encoding="utf-8")
-        assert comment.main(environ) == 0
+    assert comment.main(environ) == 0
+    (tmp_path / "summary.md").write_text("## ✅ merge-gate PASS: 2 adapters passed\n", encoding="utf-8")
+    assert comment.main(environ) == 0
     assert "::warning" not in capsys.readouterr().out
     assert len(github.comments) == 4
     body = github.comments[3]["body"]
@@ -78,15 +86,16 @@ def test_entities_of_the_summary_stay_whole() -> None:
 
 @pytest.mark.attempt("A03a", "the API redirects the comment to another host", "the token stays")
 def test_the_token_follows_no_redirect(
-    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    github: GitHub, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    other, github = GitHub(), GitHub()
+    other = GitHub()
     (tmp_path / "other").mkdir()
-    with serving(other, tmp_path / "other") as trusted, serving(github, tmp_path) as certificate:
-        (tmp_path / "both.pem").write_bytes(certificate.read_bytes() + trusted.read_bytes())
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "both.pem"))
+    with serving(other, tmp_path / "other") as trusted:
+        both = tmp_path / "both.pem"
+        both.write_bytes(Path(os.environ["SSL_CERT_FILE"]).read_bytes() + trusted.read_bytes())
+        monkeypatch.setenv("SSL_CERT_FILE", str(both))
         github.redirect = f"{other.url}/repos/acme/adapters/issues/5/comments"
-        assert comment.main({**environ, "GITHUB_API_URL": github.url}) == 0
+        assert comment.main(environ) == 0
     assert "::warning" in capsys.readouterr().out
     assert github.tokens == ["Bearer ghs_x"]
     assert other.requests == []
@@ -112,15 +121,12 @@ def _is_slow(*_: object) -> Any:
     ],
 )
 def test_an_odd_answer_is_a_warning(
-    answer: Any, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    answer: Any, github: GitHub, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    github = GitHub()
-    monkeypatch.setattr(github, "answer", answer)
+    github.answer = answer  # type: ignore[method-assign]
     monkeypatch.setattr(comment, "_MOST_BYTES", 4_096)
     monkeypatch.setattr(comment, "_TIMEOUT_S", 1.0)
-    with serving(github, tmp_path) as certificate:
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert comment.main({**environ, "GITHUB_API_URL": github.url}) == 0
+    assert comment.main(environ) == 0
     assert "::warning" in capsys.readouterr().out
 
 
@@ -134,13 +140,10 @@ def test_no_other_run_comments(environ: dict[str, str], event: str, head: str, c
 
 
 def test_a_comment_that_cannot_be_written_is_a_warning(
-    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, wording: Wording
+    github: GitHub, environ: dict[str, str], capsys, wording: Wording
 ) -> None:
-    github = GitHub()
-    monkeypatch.setattr(github, "answer", lambda *_: None)
-    with serving(github, tmp_path) as certificate:
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert comment.main({**environ, "GITHUB_API_URL": github.url}) == 0
+    github.answer = lambda *_: None  # type: ignore[method-assign]
+    assert comment.main(environ) == 0
     wording(capsys.readouterr().out)
     assert comment.main({**environ, "GITHUB_API_URL": "http://127.0.0.1:1"}) == 0
     wording(capsys.readouterr().out)

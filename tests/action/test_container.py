@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate._internal.errors import LauncherError
-from merge_gate.action.docker import container, handover
+from merge_gate._internal.errors import LauncherError, UsageError
+from merge_gate.action.docker import container, handover, launcher, released_image
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.docker_api import Engine
+from merge_gate.action.docker.launcher import run_in_container
+from merge_gate.cli import dispatch
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 TOKEN = "hf_secret"
 PLAIN = Engine(podman=False, rootless=False, remapped=False, selinux=False, nvidia_runtime=False, cdi_gpus=False)
@@ -23,7 +27,7 @@ PLAIN = Engine(podman=False, rootless=False, remapped=False, selinux=False, nvid
 
 @pytest.fixture
 def run(tmp_path: Path) -> ContainerRun:
-    workspace = tmp_path / "work"
+    workspace = tmp_path / "workspace"
     (workspace / "gate").mkdir(parents=True)
     (workspace / "gate" / "config.yml").write_text("version: 1\n", encoding="utf-8")
     return ContainerRun(
@@ -32,7 +36,12 @@ def run(tmp_path: Path) -> ContainerRun:
         workspace=workspace,
         image="merge-gate:test",
         gpus="",
-        environ={"HF_TOKEN": TOKEN, "HTTPS_PROXY": f"http://me:{TOKEN}@proxy", "AWS_SECRET_ACCESS_KEY": "x"},
+        environ={
+            "HF_TOKEN": TOKEN,
+            "HTTPS_PROXY": f"http://me:{TOKEN}@proxy",
+            "AWS_SECRET_ACCESS_KEY": "x",
+            "DOCKER_HOST": "unix:///nowhere/docker.sock",
+        },
     )
 
 
@@ -191,3 +200,90 @@ def test_the_main_thread_is_free_for_signals_during_a_container() -> None:
     with pytest.raises(OSError, match="gone"):
         container._waited_for(Ending())
     assert threading.main_thread() not in waited
+
+
+# --- what the launcher refuses before it asks an engine --------------------------------------------------------------
+
+HIDING = ("/", "/usr/share/x", "/etc", "/opt/merge-gate")
+
+
+REFUSED: dict[str, Callable[[ContainerRun, Path], ContainerRun]] = {
+    "a config that is not there": lambda run, _: replace(run, config=run.workspace / "other.yml"),
+    "a config elsewhere": lambda run, here: replace(run, config=here / "elsewhere.yml"),
+    "a config behind a link": lambda run, _: replace(run, config=run.workspace / "link.yml"),
+    "a base elsewhere": lambda run, here: replace(run, config=None, adapters=("acme/lora",), base=str(here / "bases")),
+    "an adapter behind a link": lambda run, _: replace(run, config=None, adapters=("./a", "./link")),
+    "an output that is a file": lambda run, here: replace(run, output=here / "elsewhere.yml"),
+    "an output behind a link": lambda run, _: replace(run, output=run.workspace / "link" / "out"),
+    "models behind a link": lambda run, _: replace(run, publish=run.workspace / "link" / "out"),
+    "a mount that is not there": lambda run, here: replace(run, mounts=(here / "absent",)),
+    "no image": lambda run, _: replace(run, image=""),
+    **{f"{path} hidden": lambda run, _, path=path: replace(run, output=Path(path)) for path in HIDING},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_container_would_not_see_or_hide_is_refused(
+    run: ContainerRun, tmp_path: Path, what: str, wording: Wording
+) -> None:
+    """podman's API would make a mount that is not there, as root, and leave it."""
+    assert (released_image.CPU, released_image.CUDA) == ("", ""), "a commit that is no release"
+    (tmp_path / "elsewhere.yml").touch()
+    for name in ("workspace/a", "bases"):
+        (tmp_path / name).mkdir()
+    (run.workspace / "link.yml").symlink_to(tmp_path / "elsewhere.yml")
+    (run.workspace / "link").symlink_to(tmp_path / "bases")
+    with pytest.raises(UsageError) as caught:
+        run_in_container(REFUSED[what](replace(run, gpus="none"), tmp_path), print)
+    wording(caught.value)
+
+
+def test_what_mounts_make_visible_is_not_refused(run: ContainerRun, tmp_path: Path, wording: Wording) -> None:
+    """The engine comes later, and nothing is made before."""
+    (tmp_path / "elsewhere").mkdir()
+    (run.workspace / "link").symlink_to(tmp_path / "elsewhere")
+    run = replace(run, gpus="none")
+    mounted = replace(run, mounts=(tmp_path / "elsewhere",))
+    for given in (run, replace(mounted, config=None, adapters=("./link",), base=str(tmp_path / "elsewhere"))):
+        with pytest.raises(LauncherError) as caught:
+            run_in_container(given, print)
+    wording(caught.value)
+    assert not run.output.exists()
+
+
+def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.workspace)
+    environ = {"HF_HOME": str(tmp_path / "cache"), "DOCKER_HOST": "unix:///nowhere/docker.sock"}
+    asked = launcher.local_run(
+        "gate/config.yml", output="out", arguments=("--only", "a", "--only", "b c"), environ=environ
+    )
+    assert (asked.config, asked.workspace) == (run.config, run.workspace)
+    assert asked.output == run.workspace / "out"
+    assert asked.hf_cache == tmp_path / "cache"
+    assert asked.arguments == ("--only", "a", "--only", "b c")
+
+
+def test_the_command_hands_on_what_the_gate_inside_has_to_know(
+    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "gate.yml"
+    config.write_text("version: 1\nadapters: [./a]\n", encoding="utf-8")
+    asked: list[ContainerRun] = []
+    monkeypatch.setattr(launcher, "run_in_container", lambda wanted, _log: asked.append(wanted) or 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    dispatch.main(["run", str(config), "--container", "--only", "a", "--refresh", "--image", "x:y"])
+    assert asked[0].arguments == ("--only", "a", "--refresh")
+    dispatch.main(["run", str(config), "--container", "--publish", "merged", "--max-shard-size", "1KiB"])
+    assert asked[1].publish == tmp_path / "merged"
+    more = ["--publish", str(tmp_path / "merged"), "--max-shard-size", "1.024KB"]
+    assert container.gate_words(asked[1], "cpu")[-4:] == more
+
+
+def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    asked = launcher.local_run(str(run.config), output="out", environ={"XDG_CACHE_HOME": str(tmp_path)})
+    assert asked.workspace == run.config.parent
+    assert asked.output == tmp_path / "home" / "out"
+    assert asked.hf_cache == tmp_path / "huggingface"

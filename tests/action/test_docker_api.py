@@ -10,13 +10,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import docker
 import pytest
-import requests
 
 from merge_gate._internal.errors import LauncherError
 from merge_gate.action.docker import docker_api
@@ -27,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements" / "launcher.txt"
 
 
-def needed() -> str:
-    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
-        "launcher"
-    ]
-    return str(requirement)
+@pytest.fixture
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A user of this machine who sees none of its own sockets."""
+    here = tuple(template for template in docker_api._SOCKETS if template.startswith("{"))
+    monkeypatch.setattr(docker_api, "_SOCKETS", here)
+    return {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path / "home")}
 
 
 def test_an_address_that_was_set_on_purpose_is_tried_not_asked(tmp_path: Path) -> None:
@@ -39,27 +39,22 @@ def test_an_address_that_was_set_on_purpose_is_tried_not_asked(tmp_path: Path) -
     assert not docker_api.answers({"DOCKER_HOST": f"unix://{tmp_path}/nowhere.sock"})
 
 
-def test_an_engine_behind_ssh_is_refused_in_a_sentence(wording: Wording) -> None:
+@pytest.mark.parametrize(
+    ("given", "sdk"),
+    [
+        pytest.param({"DOCKER_HOST": "ssh://gpu-box"}, docker, id="an engine behind ssh"),
+        pytest.param({"DOCKER_CONFIG": "/nowhere"}, docker, id="no engine"),
+        pytest.param({"DOCKER_HOST": "unix:///nowhere"}, None, id="no SDK"),
+        pytest.param({"DOCKER_HOST": "unix:///nowhere"}, SimpleNamespace(__version__="odd"), id="an SDK of no version"),
+    ],
+)
+def test_without_an_engine_or_an_sdk_there_is_a_sentence(
+    environ: dict[str, str], given: dict[str, str], sdk: object, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    monkeypatch.setitem(sys.modules, "docker", sdk)
     with pytest.raises(LauncherError) as raised:
-        docker_api.connect({"DOCKER_HOST": "ssh://gpu-box"})
+        docker_api.connect({**environ, **given})
     wording(raised.value)
-    wording(raised.value.hint)
-
-
-def test_a_machine_without_an_engine_is_a_sentence(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
-    monkeypatch.setattr(docker_api, "_SOCKETS", ())
-    with pytest.raises(LauncherError) as raised:
-        docker_api.connect({"DOCKER_CONFIG": "/nowhere"})
-    wording(raised.value)
-    wording(raised.value.hint)
-
-
-def test_no_sdk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
-    monkeypatch.setitem(sys.modules, "docker", None)
-    with pytest.raises(LauncherError) as raised:
-        docker_api.connect({"DOCKER_HOST": "unix:///nowhere"})
-    wording(raised.value)
-    wording(raised.value.hint)
 
 
 def test_an_engine_behind_tls_without_certificates_is_a_sentence(tmp_path: Path) -> None:
@@ -72,36 +67,11 @@ def test_an_engine_behind_tls_without_certificates_is_a_sentence(tmp_path: Path)
             docker_api.connect(environ)
 
 
-def test_an_sdk_of_no_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
-    monkeypatch.setattr(docker, "__version__", "odd")
-    with pytest.raises(LauncherError) as raised:
-        docker_api.connect({"DOCKER_HOST": "unix:///nowhere"})
-    wording(raised.value)
-    wording(raised.value.hint)
-
-
 def test_a_socket_of_something_else_is_no_engine(tmp_path: Path) -> None:
     address = tmp_path / "dead.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(address))
     assert not docker_api.answers({"DOCKER_HOST": f"unix://{address}"})
-
-
-def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_api, "_PROGRESS_S", 0.0)
-    events = [
-        {"status": "Pulling from acme/merge-gate"},
-        {"status": "Downloading", "id": "a", "progressDetail": {"current": 1_000_000, "total": 4_000_000}},
-        {"status": "Downloading", "id": "b", "progressDetail": {"current": 2_000_000, "total": 6_000_000}},
-        {"status": "Download complete", "id": "a", "progressDetail": {}},
-    ]
-    assert list(docker_api.progress(iter(events)))[:2] == ["pulling: 1 of 4 MB\n", "pulling: 3 of 10 MB\n"]
-
-
-def test_an_error_in_the_midst_of_a_pull(wording: Wording) -> None:
-    with pytest.raises(LauncherError) as caught:
-        list(docker_api.progress(iter([{"status": "Pulling"}, {"error": "manifest unknown"}])))
-    wording(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +91,6 @@ def test_the_engines_errors_are_sentences(said: str, gpus: str, wording: Wording
     with pytest.raises(LauncherError) as raised, docker_api.translated("it cannot be made", gpus=gpus):
         raise docker.errors.APIError("500 Server Error", explanation=said)
     wording(raised.value)
-
-
-def test_a_lost_connection_is_a_sentence_too(wording: Wording) -> None:
-    with pytest.raises(LauncherError) as caught, docker_api.translated("it was lost"):
-        raise requests.ConnectionError("Connection aborted")
-    wording(caught.value)
 
 
 class LyingEngine:
@@ -201,14 +165,6 @@ def answering(tmp_path: Path) -> Iterator[str]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.fixture
-def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A user of this machine who sees none of its own sockets."""
-    here = tuple(template for template in docker_api._SOCKETS if template.startswith("{"))
-    monkeypatch.setattr(docker_api, "_SOCKETS", here)
-    return {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path / "home")}
-
-
 def dead(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -226,26 +182,15 @@ def make_context(home: Path, name: str, host: str, *files: str, **more: object) 
         path.touch()
 
 
-def test_nothing_is_found_where_nothing_is(environ: dict[str, str]) -> None:
-    assert docker_api.find_address(environ) is None
-
-
-def test_a_place_that_cannot_be_looked_at_is_passed_over(environ, answering: str) -> None:
-    """Another user's directory; here, one whose name is too long."""
-    assert docker_api.find_address({**environ, "HOME": "/" + "x" * 5000}) == docker_api.find_address(environ)
-
-
-def test_a_known_socket_is_found(environ: dict[str, str], answering: str) -> None:
-    found = docker_api.find_address(environ)
-    assert found
-    assert found.url == f"unix://{answering}"
-
-
-def test_a_dead_socket_does_not_hide_one_that_answers(environ, answering: str, tmp_path: Path) -> None:
+def test_the_socket_that_answers_is_found(environ, answering: str, tmp_path: Path) -> None:
+    """A dead socket does not hide it. Another user's directory cannot be looked at; here, its name is too long."""
     dead(tmp_path / "docker.sock")
-    found = docker_api.find_address(environ)
-    assert found
-    assert found.url == f"unix://{answering}"
+    for given in ({}, {"HOME": "/" + "x" * 5000}, {"DOCKER_CONTEXT": "default"}):
+        found = docker_api.find_address({**environ, **given})
+        assert found
+        assert found.url == f"unix://{answering}"
+    named = docker_api.find_address({**environ, "DOCKER_HOST": "tcp://box:2375"})
+    assert named == Address("tcp://box:2375", "DOCKER_HOST")
 
 
 def test_a_dead_socket_alone_is_named(environ, tmp_path: Path) -> None:
@@ -254,12 +199,6 @@ def test_a_dead_socket_alone_is_named(environ, tmp_path: Path) -> None:
     assert found
     assert found.url == f"unix://{tmp_path}/docker.sock"
     assert docker_api.unreachable(found) == "Connection refused"
-
-
-def test_docker_host_decides(environ, answering: str) -> None:
-    assert docker_api.find_address({**environ, "DOCKER_HOST": "tcp://box:2375"}) == Address(
-        "tcp://box:2375", "DOCKER_HOST"
-    )
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -282,7 +221,7 @@ def test_tls_without_a_directory_reads_the_users_own(environ, tmp_path: Path) ->
     assert found.tls == {"ca_cert": authority, "client_cert": None, "verify": True}
 
 
-def test_a_context_that_is_in_use(environ, answering: str, tmp_path: Path, wording: Wording) -> None:
+def test_a_context_that_is_in_use(environ, tmp_path: Path, wording: Wording) -> None:
     home = tmp_path / "home"
     make_context(home, "gpu-box", "tcp://gpu:2376", "ca.pem", "cert.pem", "key.pem")
     make_context(home, "other", "unix:///other.sock", SkipTLSVerify=False)
@@ -298,9 +237,6 @@ def test_a_context_that_is_in_use(environ, answering: str, tmp_path: Path, wordi
     assert found.tls
     assert found.tls["verify"]
     assert found.tls["client_cert"][0].endswith("/docker/cert.pem")
-    default = docker_api.find_address({**environ, "DOCKER_CONTEXT": "default"})
-    assert default
-    assert default.url == f"unix://{answering}"
     assert docker_api.find_address({**environ, "DOCKER_HOST": "unix:///x"}) == Address("unix:///x", "DOCKER_HOST")
 
 
@@ -308,13 +244,13 @@ def test_a_context_that_is_not_there(environ, wording: Wording) -> None:
     with pytest.raises(LauncherError) as raised:
         docker_api.find_address({**environ, "DOCKER_CONTEXT": "gone"})
     wording(raised.value)
-    wording(raised.value.hint)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"currentContext": 3}', "{}"])
-def test_a_configuration_that_says_nothing(environ, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"currentContext": 3}', "{}"])
+def test_a_configuration_that_says_nothing(environ, tmp_path: Path, text: str | None) -> None:
     (tmp_path / "home" / ".docker").mkdir(parents=True)
-    (tmp_path / "home" / ".docker" / "config.json").write_text(text, encoding="utf-8")
+    if text is not None:
+        (tmp_path / "home" / ".docker" / "config.json").write_text(text, encoding="utf-8")
     assert docker_api.find_address(environ) is None
 
 

@@ -11,7 +11,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +35,7 @@ from tests.support.wording import Wording
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 
 TOKEN = "hf_secret"
+LAUNCHER, UNTIL = leftovers._LAUNCHER, leftovers._UNTIL
 
 
 REPORT = json_report.render(EMPTY)
@@ -52,9 +56,7 @@ def wait_to_be_stopped(inside: Container) -> int:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr(leftovers, "_PAUSE_S", 0.01)
-    monkeypatch.setattr(docker_api, "_LIST_PAUSE_S", 0.01)
+def engine(tmp_path: Path) -> Iterator[Engine]:
     with engine_at(tmp_path / "engine.sock", judge) as engine:
         yield engine
     gc.collect()
@@ -182,10 +184,14 @@ def test_an_engine_is_served_as_it_says_that_it_is(run, engine: Engine, heard: H
 def test_an_image_that_is_not_there_is_pulled(run, engine: Engine, heard: Heard, monkeypatch) -> None:
     monkeypatch.setattr(docker_api, "_PROGRESS_S", 0.0)
     engine.can_pull["host/gate:1"] = {"Id": "sha256:2", "RepoDigests": ["host/gate@sha256:3"]}
-    detail = {"current": 1_000_000, "total": 2_000_000}
-    engine.pull_says = [{"status": "Downloading", "id": "a", "progressDetail": detail}]
+    layers = ("a", 1_000_000, 4_000_000), ("b", 2_000_000, 6_000_000)
+    engine.pull_says = [{"status": "Pulling from host/gate"}] + [
+        {"status": "Downloading", "id": layer, "progressDetail": {"current": current, "total": total}}
+        for layer, current, total in layers
+    ]
     assert heard.run(replace(run, image="host/gate:1")) == 1
-    assert heard.log == b"pulling host/gate:1\npulling: 1 of 2 MB\njudged 1 adapter\n"
+    pulled = b"pulling host/gate:1\npulling: 1 of 4 MB\npulling: 3 of 10 MB\n"
+    assert heard.log == pulled + b"judged 1 adapter\n"
     assert heard.images == ["host/gate@sha256:3"]
 
 
@@ -305,16 +311,6 @@ def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(
     nothing_is_left(run, engine)
 
 
-def test_gpus_that_an_engine_does_not_have(run, engine: Engine, heard: Heard, wording: Wording) -> None:
-    said = {"message": 'could not select device driver "" with capabilities: [[gpu]]'}
-    engine.wrong["POST /containers/.*/start"] = [(500, said)]
-    with pytest.raises(LauncherError) as raised:
-        heard.run(replace(run, gpus="all"))
-    wording(raised.value)
-    wording(raised.value.hint)
-    nothing_is_left(run, engine)
-
-
 @pytest.mark.parametrize("request_", ["attach", "wait"])
 def test_an_engine_that_goes_away_is_a_sentence(
     run, engine: Engine, heard: Heard, request_: str, wording: Wording
@@ -358,7 +354,7 @@ def orphan(engine: Engine, **labels: str) -> Container:
 
 
 def test_a_container_whose_launcher_is_gone_is_removed_alone(run, engine: Engine, heard: Heard) -> None:
-    orphan(engine, **{leftovers._UNTIL: "1"})
+    orphan(engine, **{UNTIL: "1"})
     assert heard.run(run) == 1
     assert engine.containers == {}
     living = orphan(engine)
@@ -367,7 +363,7 @@ def test_a_container_whose_launcher_is_gone_is_removed_alone(run, engine: Engine
 
 
 def test_an_orphan_that_cannot_be_removed_is_told(run, engine: Engine, heard: Heard, wording: Wording) -> None:
-    orphan(engine, **{leftovers._UNTIL: "1"})
+    orphan(engine, **{UNTIL: "1"})
     engine.wrong["DELETE /containers/f+"] = [(409, {"message": "removal is in progress"})] * 6
     assert heard.run(run) == 1
     (said,) = heard.warnings
@@ -444,3 +440,37 @@ def test_a_signal_before_the_start_starts_nothing(run, engine: Engine, heard: He
     assert heard.log == b"merge-gate: received SIGINT\n"
     assert not [request for request in engine.asked if request.endswith("/start")]
     nothing_is_left(run, engine)
+
+
+# --- which containers nobody waits for any longer --------------------------------------------------------------------
+
+
+def test_a_container_of_a_launcher_that_lives_stays() -> None:
+    ours = leftovers.labels(60)
+    assert ours.items() >= leftovers.LABEL.items()
+    assert not leftovers.is_orphan(ours, time.time())
+    assert not leftovers.is_orphan(ours, time.time() + 1e6), "as long as its launcher lives"
+
+
+def test_a_container_of_a_launcher_that_died_goes() -> None:
+    code = "import json; from merge_gate.action.docker import leftovers; print(json.dumps(leftovers.labels(60)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert leftovers.is_orphan(eval(done.stdout), time.time())
+
+
+def test_a_process_id_that_was_given_again_is_another_process() -> None:
+    boot, space, process, start = leftovers.labels(60)[LAUNCHER].split("/")
+    assert leftovers.is_orphan({LAUNCHER: f"{boot}/{space}/{process}/{int(start) - 1}"}, 0)
+
+
+@pytest.mark.parametrize("launcher", ["other-boot/1/2/3", "", "nonsense", "{boot}/{space}", "{boot}/{space}/../../1"])
+def test_one_of_another_machine_goes_when_its_time_is_over(launcher: str) -> None:
+    boot, space, *_ = leftovers.labels(60)[LAUNCHER].split("/")
+    ours = {LAUNCHER: launcher.format(boot=boot, space=space), UNTIL: "1000"}
+    assert not leftovers.is_orphan(ours, 999)
+    assert leftovers.is_orphan(ours, 1001)
+
+
+@pytest.mark.parametrize("ours", [{}, {UNTIL: "soon"}, {UNTIL: ""}])
+def test_one_that_says_nothing_stays(ours: dict[str, str]) -> None:
+    assert not leftovers.is_orphan(ours, time.time())

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-import venv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,21 +38,14 @@ def run(demo: Path, tmp_path: Path) -> ContainerRun:
     )
 
 
-def test_it_runs_and_what_lies_in_the_workspace_is_not_imported(run: ContainerRun) -> None:
+def test_it_runs_and_what_lies_in_the_workspace_is_not_imported(run: ContainerRun, tmp_path: Path) -> None:
+    workspace = shutil.copytree(run.workspace, tmp_path / "workspace")
     for name in ("torch", "merge_gate", "json"):
-        (run.workspace / f"{name}.py").write_text("raise SystemExit(99)", encoding="utf-8")
-    log = bytearray()
-    try:
-        environ = {**run.environ, "PYTHONPATH": str(run.workspace)}
-        assert step.run_here(ContainerRun(**{**vars_of(run), "environ": environ}), log.extend) == 0, log.decode()
-    finally:
-        for name in ("torch", "merge_gate", "json"):
-            (run.workspace / f"{name}.py").unlink()
+        (workspace / f"{name}.py").write_text("raise SystemExit(99)", encoding="utf-8")
+    log, environ = bytearray(), {**run.environ, "PYTHONPATH": str(workspace)}
+    here = replace(run, workspace=workspace, config=workspace / "merge-gate.yml", environ=environ)
+    assert step.run_here(here, log.extend) == 0, log.decode()
     assert (run.output / "report.json").is_file()
-
-
-def vars_of(run: ContainerRun) -> dict:
-    return {name: getattr(run, name) for name in run.__dataclass_fields__}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +62,7 @@ def vars_of(run: ContainerRun) -> dict:
     ],
 )
 def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device, visible, told) -> None:
-    environ, device = step.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+    environ, device = step.gpus_and_device(replace(run, gpus=gpus, device=device))
     assert environ.get("CUDA_VISIBLE_DEVICES") == visible
     assert device == told
 
@@ -77,7 +70,7 @@ def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device
 @pytest.mark.parametrize(("gpus", "device"), [("none", "cuda"), ("all", "cpu"), ("0", "cpu")])
 def test_gpus_and_device_that_contradict_each_other(run: ContainerRun, gpus: str, device: str) -> None:
     with pytest.raises(UsageError, match="contradict"):
-        step.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+        step.gpus_and_device(replace(run, gpus=gpus, device=device))
 
 
 @pytest.mark.attempt("A04b", "native runtime: the YAML of a pull request publishes outside of the workspace", "exit 2")
@@ -90,7 +83,7 @@ def test_models_stay_in_the_workspace(run: ContainerRun, tmp_path: Path, target:
     config = workspace / "merge-gate.yml"
     config.write_text(f"{config.read_text()}\npublish: {target}\n")
     log = bytearray()
-    limited = ContainerRun(**{**vars_of(run), "workspace": workspace, "config": config})
+    limited = replace(run, workspace=workspace, config=config)
     assert step.run_here(limited, log.extend) == (0 if target == "inside" else 2), log.decode()
     assert list((tmp_path / "outside").iterdir()) == []
     assert (workspace / "inside" / "good").is_dir() == (target == "inside")
@@ -98,22 +91,29 @@ def test_models_stay_in_the_workspace(run: ContainerRun, tmp_path: Path, target:
 
 def test_a_directory_that_the_workflow_names_may_be_elsewhere(run: ContainerRun, tmp_path: Path) -> None:
     place = tmp_path / "models"
-    elsewhere = ContainerRun(**{**vars_of(run), "publish": place})
+    elsewhere = replace(run, publish=place)
     log = bytearray()
     assert step.run_here(elsewhere, log.extend) == 0, log.decode()
     assert (place / "good").is_dir()
 
 
-def test_a_python_without_merge_gate(
-    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    venv.create(tmp_path / "bare", with_pip=False)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in the place of the Python that runs the gate."""
+    path = tmp_path / "python3"
+    path.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    return path
+
+
+def test_a_python_without_merge_gate(run: ContainerRun, python: Path, wording: Wording) -> None:
+    """Without an engine, `auto` has no other runtime."""
+    python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     assert step.missing({})
-    with pytest.raises(UsageError) as raised:
-        step.run_here(run, print)
-    wording(raised.value)
-    assert "container:" in raised.value.hint
+    for refuse in (lambda: step.run_here(run, print), lambda: step.choose_runtime("auto", run.environ)):
+        with pytest.raises(UsageError) as raised:
+            refuse()
+        wording(raised.value)
 
 
 def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
@@ -126,13 +126,10 @@ def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("obeys", [True, False])
 def test_a_signal_stops_the_gate_whether_it_obeys_or_not(
-    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
+    run: ContainerRun, python: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
 ) -> None:
     trap = "trap 'echo stopped; exit 3' TERM" if obeys else "trap '' TERM"
-    python = tmp_path / "python3"
     python.write_text(f'#!/bin/sh\n[ "$2" = "-c" ] && exit 0\n{trap}\necho $$\nwhile :; do sleep 0.05; done\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(step, "STOP_GRACE_S", 20.0 if obeys else 0.2)
     said: list[bytes] = []
 
@@ -146,14 +143,9 @@ def test_a_signal_stops_the_gate_whether_it_obeys_or_not(
     assert not alive(int(said[0]))
 
 
-def test_a_gate_that_dies_is_no_verdict(
-    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    """A python3 that kills itself once the probe has been answered, as the kernel does when memory runs out."""
-    python = tmp_path / "python3"
+def test_a_gate_that_dies_is_no_verdict(run: ContainerRun, python: Path, wording: Wording) -> None:
+    """A Python that kills itself once the probe has been answered, as the kernel does when memory runs out."""
     python.write_text('#!/bin/sh\n[ "$2" = "-c" ] && exit 0\nkill -KILL $$\n', encoding="utf-8")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(LauncherError) as caught:
         step.run_here(run, print)
     wording(caught.value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action import outcome
-from tests.support.action.report_json import changed, report
+from tests.support.action.step_files import changed, report
 from tests.support.wording import Wording
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,8 @@ from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
 from merge_gate.report.stored.report_files import FORMATS, write_report
-from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
+from tests.support.action.step_files import asked, report
 from tests.support.command import PATIENCE_S
 from tests.support.reports import EMPTY, PASS
 from tests.support.wording import Wording
@@ -32,49 +31,18 @@ from tests.support.wording import Wording
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def environ(tmp_path: Path) -> dict[str, str]:
-    workspace = tmp_path / "work"
-    workspace.mkdir()
-    (workspace / "gate.yml").write_text("version: 1\n", encoding="utf-8")
-    (tmp_path / "temp").mkdir()
-    return {
-        "GITHUB_WORKSPACE": str(workspace),
-        "RUNNER_TEMP": str(tmp_path / "temp"),
-        "GITHUB_JOB": "release gate",
-        "GITHUB_OUTPUT": str(tmp_path / "output"),
-        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
-        "DOCKER_HOST": "unix:///nowhere/docker.sock",
-        "PATH": os.environ["PATH"],
-        **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
-    }
-
-
 # --- environment -----------------------------------------------------------------------------------------------------
 
 
 def test_the_gate_gets_the_hubs_token_and_none_of_the_runners(environ: dict[str, str]) -> None:
     runners = {"ACTIONS_RUNTIME_TOKEN": "a", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "b", "GITHUB_TOKEN": "c", "INPUT_X": "d"}
-    given = {
-        **environ,
-        **runners,
-        "MERGE_GATE_INPUT_HF_TOKEN": "hf",
-        "MERGE_GATE_INPUT_ARGS": "",
-        "MERGE_GATE_IMAGE": "cpu",
-    }
+    given = {**asked(environ, hf_token="hf", args=""), **runners, "MERGE_GATE_IMAGE": "cpu"}
     ours = action.gate_environment(given)
-    assert ours["HF_TOKEN"] == "hf"
-    assert ours["MERGE_GATE_IMAGE"] == "cpu"
+    assert (ours["HF_TOKEN"], ours["MERGE_GATE_IMAGE"]) == ("hf", "cpu")
     steering = [name for name in ours if name.startswith(("GITHUB_", "ACTIONS_", "INPUT_", "MERGE_GATE_INPUT_"))]
     assert steering == ["GITHUB_WORKSPACE"]
-    named = {
-        **given,
-        "GITHUB_REPOSITORY": "acme/adapters",
-        "GITHUB_RUN_ID": "7",
-        "GITHUB_SHA": "0" * 40,
-        "MERGE_GATE_CACHE_KEY": "k" * 16,
-    }
-    ours = action.gate_environment(named)
+    run = {"GITHUB_REPOSITORY": "acme/adapters", "GITHUB_RUN_ID": "7", "GITHUB_SHA": "0" * 40}
+    ours = action.gate_environment({**given, **run, "MERGE_GATE_CACHE_KEY": "k" * 16})
     assert ours["MERGE_GATE_COMMIT"] == "0" * 40
     assert (ours["MERGE_GATE_PLACE"], ours["MERGE_GATE_CACHE_KEY"]) == ("acme/adapters run 7", "k" * 16)
     assert action.gate_environment({**environ, "HF_TOKEN": "of the job"})["HF_TOKEN"] == "of the job"
@@ -128,11 +96,6 @@ def outputs(environ: dict[str, str]) -> dict[str, str]:
     }
 
 
-def asked(environ: dict[str, str], **inputs: str) -> dict[str, str]:
-    given = {"config": "gate.yml", **inputs}
-    return {**environ, **{f"MERGE_GATE_INPUT_{name.upper()}": value for name, value in given.items()}}
-
-
 def step(environ: dict[str, str], **inputs: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-I", ROOT / "entrypoint.py", "action"],
@@ -144,13 +107,19 @@ def step(environ: dict[str, str], **inputs: str) -> subprocess.Popen[str]:
     )
 
 
+def run_step(environ: dict[str, str], **inputs: str) -> str:
+    """Run the step, and return its log."""
+    process = step(environ, **inputs)
+    log, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, log
+    return log
+
+
 @pytest.mark.parametrize(
     "inputs", [{"config": "nowhere.yml"}, {"runtime": "docker"}, {"runtime": "docker", "image": "x"}]
 )
 def test_whatever_goes_wrong_the_outputs_say_error(environ: dict[str, str], inputs: dict[str, str]) -> None:
-    process = step(environ, **inputs)
-    log, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, log
+    log = run_step(environ, **inputs)
     assert annotations("error", log)
     assert "Traceback" not in log
     said = outputs(environ)
@@ -182,17 +151,6 @@ def test_a_crash_of_the_step_itself_is_an_error_with_outputs(
     assert outputs(environ)["result"] == "error"
 
 
-def test_neither_an_engine_nor_the_gate_is_a_sentence(
-    environ: dict[str, str], tmp_path: Path, monkeypatch, wording: Wording
-) -> None:
-    venv.create(tmp_path / "bare", with_pip=False)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(UsageError) as raised:
-        action.choose_runtime("auto", environ)
-    wording(raised.value)
-    assert "start Docker" in raised.value.hint
-
-
 def fail_one(inside: Container) -> int:
     """A gate inside whose only adapter fails."""
     output = Path(inside.asked["Cmd"][inside.asked["Cmd"].index("--output") + 1])
@@ -206,9 +164,7 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
         orphan = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.LABEL, leftovers._UNTIL: "1"}})
         engine.containers[orphan.id] = orphan
         engine.wrong["DELETE /containers/f+"] = [(409, {"message": "busy"})] * 6
-        process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
-        log, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, log
+        log = run_step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
     (started,) = re.findall(r"^merge-gate: runtime (.*)$", log, re.MULTILINE)
     assert started.startswith("docker, ")
     (warning,) = annotations("warning", log)
@@ -231,8 +187,7 @@ def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str],
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
         engine.before["POST /containers/.*/wait"] = lambda: engine.container.ended.wait(30)
         engine.wrong["POST /containers/.*/wait"] = [BREAK_OFF]
-        process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
-        log, _ = process.communicate(timeout=PATIENCE_S)
+        log = run_step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
     (lost,) = annotations("error", log)
     said = outputs(environ)
     assert (said["result"], said["failed"], said["report-path"] != "") == ("error", '["a"]', True)
@@ -242,9 +197,7 @@ def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str],
 
 
 def test_a_wrong_configuration_is_named_in_the_annotation(environ: dict[str, str]) -> None:
-    process = step(environ, runtime="native")
-    log, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0
+    log = run_step(environ, runtime="native")
     at_the_line, whole = [line for line in log.splitlines() if line.startswith("::error")]
     assert at_the_line.startswith("::error file=gate.yml,line=1,col=1,")
     assert "adapters" in at_the_line
@@ -255,8 +208,7 @@ def test_a_wrong_configuration_is_named_in_the_annotation(environ: dict[str, str
 def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -> None:
     out = Path(environ["GITHUB_WORKSPACE"], "out")
     write_report(PASS, out)
-    process = step(environ, runtime="native", output="out")
-    log, _ = process.communicate(timeout=PATIENCE_S)
+    log = run_step(environ, runtime="native", output="out")
     assert outputs(environ)["result"] == "error"
     assert outputs(environ)["upload-path"] == ""
     assert {path.name for path in out.iterdir()} == {"previous"}
@@ -270,8 +222,7 @@ def test_a_verification_leaves_the_report_of_a_run(environ: dict[str, str], runt
     workspace = Path(environ["GITHUB_WORKSPACE"])
     (workspace / "model").mkdir()
     write_report(PASS, workspace / "out")
-    process = step(environ, runtime=runtime, config="merge-gate.yml", verify="model", output="out")
-    log, _ = process.communicate(timeout=PATIENCE_S)
+    log = run_step(environ, runtime=runtime, config="merge-gate.yml", verify="model", output="out")
     (error,) = annotations("error", log)
     assert "report of a run" in error
     assert outputs(environ)["result"] == "error"
@@ -286,8 +237,7 @@ def test_files_of_other_tools_stay_as_they_are(environ: dict[str, str], runtime:
     workspace = Path(environ["GITHUB_WORKSPACE"])
     (workspace / "junit.xml").write_text("<testsuites/>", encoding="utf-8")
     write_report(PASS, workspace, formats=["report.json"])
-    process = step(environ, runtime=runtime, output=".")
-    log, _ = process.communicate(timeout=PATIENCE_S)
+    log = run_step(environ, runtime=runtime, output=".")
     (error,) = annotations("error", log)
     assert "junit.xml" in error
     assert outputs(environ)["result"] == "error"
@@ -302,8 +252,7 @@ def test_a_run_in_a_container_replaces_the_previous_report(environ: dict[str, st
     write_report(PASS, out)
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
         given = {**environ, "DOCKER_HOST": engine.address}
-        process = step(given, image="merge-gate:test", gpus="none", output="out")
-        log, _ = process.communicate(timeout=PATIENCE_S)
+        log = run_step(given, image="merge-gate:test", gpus="none", output="out")
     assert {path.name for path in out.iterdir()} == {"report.json", "summary.md", "previous"}, log
     assert (out / "previous" / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert sorted(outputs(environ)["upload-path"].splitlines()) == [str(out / "report.json"), str(out / "summary.md")]
@@ -314,8 +263,7 @@ def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, 
     output.mkdir()
     with locked_directory(output):
         (output / "report.json").write_text("of the other run", encoding="utf-8")
-        process = step(environ, runtime="native", output="out")
-        log, _ = process.communicate(timeout=PATIENCE_S)
+        log = run_step(environ, runtime="native", output="out")
     (error,) = annotations("error", log)
     assert str(output) in error
     assert (output / "report.json").read_text() == "of the other run"
@@ -327,12 +275,17 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(environ: dict[str, str], 
     place = Path(environ["GITHUB_WORKSPACE"], "file")
     place.touch()
     changed = {"RUNNER_TEMP": str(place)} if blocked == "temp" else {}
-    process = step({**environ, **changed}, runtime="native", **({"output": "file/out"} if blocked == "output" else {}))
-    log, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0
+    log = run_step({**environ, **changed}, runtime="native", **({"output": "file/out"} if blocked == "output" else {}))
     (error,) = annotations("error", log)
     assert os.strerror(errno.ENOTDIR) in error
     assert NotADirectoryError.__name__ not in log, "an accident names its exception"
+
+
+def publish(environ: dict[str, str], outcome: StepOutcome, **inputs: str) -> None:
+    """Do what the step does with an outcome, as if its run had these inputs, and `out` as its output."""
+    read = read_inputs(asked(environ, output="out", **inputs))
+    read.run.output.mkdir(exist_ok=True)
+    assert action._publish(read, outcome, action._Messages(list), environ) == 0
 
 
 def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path: Path) -> None:
@@ -363,10 +316,8 @@ def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
         **environ, "GITHUB_EVENT_NAME": "pull_request", "GITHUB_EVENT_PATH": str(event), "HF_TOKEN": token,
         "GITHUB_REPOSITORY": "acme/adapters",
     }  # fmt: skip
-    inputs = read_inputs(asked(given, output="out", comment="true", upload_sarif="true", fail_on_not_judged="false"))
-    inputs.run.output.mkdir()
-    result = StepOutcome(verdict, report(verdict))
-    assert action._publish(inputs, result, action._Messages(list), given) == 0
+    wanted = {"comment": "true", "upload_sarif": "true", "fail_on_not_judged": "false"}
+    publish(given, StepOutcome(verdict, report(verdict)), **wanted)
     warnings = annotations("warning", capsys.readouterr().out)
     assert bool(warnings) is explains
     summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
@@ -377,44 +328,40 @@ def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
     assert (said["conclusion"], said["comment"], said["upload-sarif"]) == ("success", own, own)
 
 
-def test_only_a_configuration_is_annotated_at_its_lines(
-    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = Path(environ["GITHUB_WORKSPACE"], "merged")
-    model.mkdir()
-    for given, place in (
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
         ({}, "file=gate.yml,line=1,col=1,title"),
-        ({"config": "", "verify": "merged", "adapters": "acme/lora"}, "title"),
+        ({"config": "", "verify": ".", "adapters": "acme/lora"}, "title"),
         ({"config": "", "adapters": "acme/lora"}, "title"),
-    ):
-        inputs = read_inputs(asked(environ, output="out", **given))
-        inputs.run.output.mkdir(exist_ok=True)
-        action._publish(inputs, StepOutcome("fail", report("fail")), action._Messages(list), environ)
-        assert f"::error {place}=a failed" in capsys.readouterr().out
+    ],
+)
+def test_only_a_configuration_is_annotated_at_its_lines(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str], given: dict[str, str], place: str
+) -> None:
+    publish(environ, StepOutcome("fail", report("fail")), **given)
+    assert f"::error {place}=a failed" in capsys.readouterr().out
 
 
-def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("fail_on", "conclusion"), [("warning", "failure"), ("failed", "success")])
+def test_a_warning_that_fails_the_job_is_annotated(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str], fail_on: str, conclusion: str
+) -> None:
     found = report("pass")
-    found["adapters"][0]["findings"] = [
-        {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
-    ]
-    for fail_on, expected in (("warning", "failure"), ("failed", "success")):
-        inputs = read_inputs(asked(environ, output="out", fail_on=fail_on))
-        inputs.run.output.mkdir(exist_ok=True)
-        action._publish(inputs, StepOutcome("pass", found), action._Messages(list), environ)
-        log = capsys.readouterr().out
-        assert ("::warning file=gate.yml,line=1,col=1,title=a passed%3A headroom::m" in log) is (fail_on == "warning")
-        assert outputs(environ)["conclusion"] == expected
-        Path(environ["GITHUB_OUTPUT"]).unlink()
+    warning = {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
+    found["adapters"][0]["findings"] = [warning]
+    publish(environ, StepOutcome("pass", found), fail_on=fail_on)
+    line = "::warning file=gate.yml,line=1,col=1,title=a passed%3A headroom::m"
+    assert (line in capsys.readouterr().out) is (fail_on == "warning")
+    assert outputs(environ)["conclusion"] == conclusion
 
 
 @pytest.mark.parametrize(("problem", "passed"), [("", '["a"]'), ("the report was tampered with", "[]")])
 def test_without_a_verdict_nothing_has_passed(environ: dict[str, str], problem: str, passed: str) -> None:
-    inputs = read_inputs(asked(environ, output="out"))
-    inputs.run.output.mkdir()
-    (inputs.run.output / "summary.md").write_text("all is well", encoding="utf-8")
-    result = StepOutcome("error" if problem else "pass", report("pass"), problem)
-    assert action._publish(inputs, result, action._Messages(list), environ) == 0
+    out = Path(environ["GITHUB_WORKSPACE"], "out")
+    out.mkdir()
+    (out / "summary.md").write_text("all is well", encoding="utf-8")
+    publish(environ, StepOutcome("error" if problem else "pass", report("pass"), problem))
     said = outputs(environ)
     assert (said["passed"], bool(said["summary"])) == (passed, not problem)
 
@@ -422,12 +369,10 @@ def test_without_a_verdict_nothing_has_passed(environ: dict[str, str], problem: 
 def test_a_server_without_artifacts_keeps_the_report(
     environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = read_inputs(asked(environ, output="out"))
-    inputs.run.output.mkdir()
     on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
-    assert action._publish(inputs, StepOutcome("pass", report("pass")), action._Messages(list), on_premises) == 0
+    publish(on_premises, StepOutcome("pass", report("pass")))
     assert outputs(environ)["upload"] == "false"
-    assert outputs(environ)["report-path"] == str(inputs.run.output)
+    assert outputs(environ)["report-path"] == str(Path(environ["GITHUB_WORKSPACE"], "out"))
     (warning,) = annotations("warning", capsys.readouterr().out)
     assert "github.acme.example" in warning
 

@@ -1,4 +1,4 @@
-"""A report.json as a container leaves it."""
+"""What a step gets and leaves: its inputs, and a report.json as a container leaves it."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def changed(change) -> dict:
     ]
     change(made)
     return made
+
+
+def asked(environ: dict[str, str], **inputs: str) -> dict[str, str]:
+    """The environment of a step with these inputs."""
+    given = {"config": "gate.yml", **inputs}
+    return {**environ, **{f"MERGE_GATE_INPUT_{name.upper()}": value for name, value in given.items()}}
