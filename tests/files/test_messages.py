@@ -164,6 +164,8 @@ SITUATIONS: dict[str, Files] = {
         lora_alpha=10**30, r=2**63, more={"deep": [-(2**63) - 1, -(2**63), 2**63 - 1]}
     ),
     "expressions": config(target_modules="q(", rank_pattern={"(a": 4}, layers_pattern=["h["]),
+    "more expressions": config(exclude_modules="[a-", alpha_pattern={"+q": 8}),
+    "numbers that nothing holds": config(lora_alpha=10**400, r=10**400, lora_dropout=10**400),
     "megatron": config(megatron_config={"a": 1}, megatron_core="evil.core"),
     "megatron by its default": config(megatron_config={"a": 1}),
     "a library of somebody": config(auto_mapping={"parent_library": "evil", "base_model_class": "X"}),
