@@ -8,6 +8,7 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 a feature made (features/publish). `records` travel between the processes (worker/channel.py). `feed`
 reads a base in the worker, by calls of `feed_service` in the parent (worker/call_service.py), and `load` loads a base
 from a feed. `batches` are the adapters that `passes` merges together. `api` has a function of the Python interface.
+`release` measures a finished model that cannot be compared bit for bit (features/verify).
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ FEATURES: dict[str, dict[str, str]] = {
     "forward": {"declared": "declared", "feature": "feature", "consumer": "consumer", "checks": "checks"},
     "ray": {"declared": "declared", "feature": "feature"},
     "verify": {"declared": "declared", "records": "comparison", "consumer": "consumer", "command": "verify_command"},
-    "quantized": {"declared": "declared", "records": "measurement"},
+    "quantized": {
+        "declared": "declared",
+        "records": "measurement",
+        "consumer": "consumer",
+        "release": "release_flow",
+    },
     "attest": {"declared": "declared", "command": "attest_command"},
     "export": {
         "declared": "declared",

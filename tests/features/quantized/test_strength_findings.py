@@ -46,7 +46,8 @@ def release(strengths: Sequence[float], error: float = 0.01, **more: Any) -> Mea
 
 def findings(measurement: Measurement, **candidates: Measurement) -> list[Finding]:
     config = AdapterConfig(r=16, lora_alpha=64)
-    return list(strength_findings(measurement, candidates, adapter="support", config=config))
+    made = strength_findings(measurement, candidates, adapter="support", config=config)
+    return [one for one in made if one.check != "strength"]
 
 
 RIGHT = [1.0, 0.99, 1.01, 1.02]
@@ -93,6 +94,14 @@ def test_an_applied_release_is_described_in_one_line() -> None:
         "support is in this release at 1.00 ± 0.01 of its strength; the noise of GGUF (Q4_0) is 4 times its size"
     )
     assert dict(one.measured).keys() == {"factor", "error", "noise"}
+
+
+def test_each_tensor_has_a_note_and_the_furthest_is_first() -> None:
+    made = strength_findings(release([1.0, 1.0, 0.5]), {}, adapter="support", config=AdapterConfig())
+    notes = [one for one in made if one.check == "strength"]
+    assert [one.tensor for one in notes][:1] == ["layers.2.q_proj.weight"]
+    assert len(notes) == 3
+    assert notes[0].message == "the delta is in it 0.50 ± 0.01 times; the noise is 4 times its size"
 
 
 def test_scalings_that_fit_a_factor_are_named() -> None:

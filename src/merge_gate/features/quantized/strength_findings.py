@@ -65,7 +65,7 @@ class Strength(NamedTuple):
         return abs(self.value - value) <= tolerance * max(1.0, abs(value)) + errors * self.error
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {math.ceil(self.error * 100) / 100:.2f}"
+        return f"{round(self.value, 2) or 0.0:.2f} ± {math.ceil(self.error * 100) / 100:.2f}"
 
 
 def pooled(tensors: Iterable[TensorStrength]) -> Strength:
@@ -140,6 +140,7 @@ def strength_findings(
     """The findings on a release."""
     yield from _unfit(measurement)
     release = _Release(measurement)
+    yield from _per_tensor(release)
     odd, far = release.odd_noise()
     if 2 * sum(tensor.rotated for tensor in far) > len(release.others):
         what = (
@@ -185,6 +186,15 @@ def _unfit(measurement: Measurement) -> Iterator[Finding]:
         message = f"{quoted(first.name, 120)} has {list(first.shape)}, expected {list(first.expected_shape)}"
         what = counted(len(odd), "tensor has", "tensors have")
         yield finding("shape-changed", f"{what} another shape than in the merge: {message}", tensor=first.name)
+
+
+def _per_tensor(release: _Release) -> Iterator[Finding]:
+    """A note on each tensor, those first that are furthest from 1."""
+    for tensor in sorted(release.parts, key=lambda tensor: -abs(tensor.strength - 1) / (tensor.error + TOLERANCE)):
+        ratio = tensor.noise / tensor.delta
+        message = f"the delta is in it {_strength(tensor)} times; the noise is {ratio:,.2g} times its size"
+        factor, error = _strength(tensor)
+        yield finding("strength", message, tensor=tensor.name, factor=factor, error=error, noise=ratio)
 
 
 def _listed(tensors: Sequence[TensorStrength]) -> str:

@@ -33,9 +33,10 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from merge_gate.features.publish.manifest import Difference, Manifest
 
-_ORDER = {kind: number for number, kind in enumerate(ANSWERS)}
+_ORDER = {kind: number for number, kind in enumerate((*ANSWERS, "strength"))}
 """The order in which findings decide. Those of the gate are -1."""
 
+_UNDECIDED = {NOT_JUDGED, "not-measurable"}
 _MOST_CONFIG_BYTES = 20_000_000
 SHARE_OF_ANOTHER = 0.5
 """If more of the base's tensors than this share are absent or have another shape, the model is another one."""
@@ -103,13 +104,15 @@ def _same(first: str, second: str) -> bool:
     return first == second or (Path(first).is_dir() and Path(first).resolve() == Path(second).resolve())
 
 
-def before_merge(merged: Snapshot, entry: Entry) -> AdapterReport | None:
-    """The report on a model that its files alone decide; None if it has to be compared."""
+def before_merge(merged: Snapshot, entry: Entry, *, is_release: bool = False) -> AdapterReport | None:
+    """The report on a model that its files alone decide; None if it has to be compared, or measured as a release."""
     base, own = entry.base_files, merged.base_files
     if base is None or own is None:
         return None
     name = entry.base.name if entry.base is not None else ""
-    problem = _quantized(base, own, base_name=name, merged_name=merged.name) or architecture_finding(base, own)
+    problem = _quantized(base, own, base_name=name, merged_name=merged.name, is_release=is_release)
+    if problem is None and own.tensors:
+        problem = architecture_finding(base, own)
     return _of_files(merged, entry, problem) if problem is not None else None
 
 
@@ -169,7 +172,7 @@ def decided(
     )
     index = next((place for place, problem in enumerate(ordered) if problem.severity is Severity.ERROR), None)
     is_of_base = index is not None and ordered[index].origin is Origin.BASE
-    is_undecided = is_of_base or (index is not None and ordered[index].check == NOT_JUDGED)
+    is_undecided = is_of_base or (index is not None and ordered[index].check in _UNDECIDED)
     verdict = Verdict.PASSED if index is None else Verdict.ERROR if is_undecided else Verdict.FAILED
     cause = None if index is None else ordered[index].check
     failure = FailureKind.UNEXPECTED if cause in ANSWERS else gated.failure
@@ -189,8 +192,10 @@ def decided(
 # --- what the files alone say -----------------------------------------------------------------------------------------
 
 
-def _quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_name: str) -> Finding | None:
-    """Why two models are not compared: one of them is stored quantized. None if none is."""
+def _quantized(
+    base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_name: str, is_release: bool
+) -> Finding | None:
+    """Why two models are not compared: one of them is stored quantized. None if none is, or it is measured."""
     if base.quantization is not None and base.quantization.is_read:
         original = f"--base {quoted(base.original, 120)}" if base.original else "the original base with --base"
         return _not_compared(
@@ -200,7 +205,7 @@ def _quantized(base: BaseFiles, merged: BaseFiles, *, base_name: str, merged_nam
             Origin.BASE,
         )
     is_whole = all(problem.check == "base-format" for problem in merged.findings)
-    if merged.quantization is not None and merged.quantization.is_read and is_whole:
+    if merged.quantization is not None and merged.quantization.is_read and is_whole and not is_release:
         return _not_compared(
             f"the model {quoted(merged_name, 200)} is stored quantized ({_method(merged)}), so its values are not the "
             "values of the merge",

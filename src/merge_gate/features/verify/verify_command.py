@@ -14,7 +14,7 @@ EXIT_CODES_OF_VERIFY = exit_codes(
     "0  the model is the merge (bit for bit, or in another order of rounding), or it matches its merge-gate.json",
     "1  the model is something else. The report names it",
     "2  usage error: nothing was compared",
-    "3  the model could not be compared: the adapter or the base cannot be read or merged",
+    "3  the model could not be compared: a file cannot be read or merged, or a release has too much noise",
 )
 
 
@@ -24,17 +24,20 @@ def add(commands: Commands[CommandParser]) -> None:
         help="compare a merged model with its base and adapter",
         description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE. The command "
         "names the result: the merge, the unchanged base, an adapter applied twice or at another strength, another "
-        "base, and more. Without --adapter, it compares a directory from `merge-gate run --publish` with its own "
-        "merge-gate.json.",
+        "base, and more. In a quantized release, it measures how much of the adapter is there. Without --adapter, it "
+        "compares a directory from `merge-gate run --publish` with its own merge-gate.json.",
         usage="%(prog)s MERGED [options]",
         epilog=examples(
             "merge-gate verify ./merged --base ./my-base --adapter ./my-adapter",
+            "merge-gate verify ./model-Q4_K_M.gguf --base ./my-base --adapter ./my-adapter",
             "merge-gate verify ./published/my-adapter",
         )
         + EXIT_CODES_OF_VERIFY,
         short=("--base", "--adapter", "--candidate", "--output"),
     )
-    verify.add_argument("merged", type=given, metavar="MERGED", help="the merged model: a directory or a Hub id")
+    verify.add_argument(
+        "merged", type=given, metavar="MERGED", help="the merged model: a directory, a Hub id, or a GGUF file"
+    )
     verify.add_argument("--base", type=given, metavar="BASE", help="the base: a directory or a Hub id")
     verify.add_argument("--adapter", type=given, metavar="ADAPTER", help="the adapter: a directory or a Hub id")
     verify.add_argument(

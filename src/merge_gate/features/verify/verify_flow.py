@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from merge_gate._internal.errors import GateError, ResolveError, UsageError
 from merge_gate._internal.text import quoted
@@ -32,6 +33,7 @@ from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.names.hub_names import HUB, close_directory
 from merge_gate.records.config import Config
+from merge_gate.records.features import parts
 from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
@@ -119,7 +121,8 @@ class Verification(Feature):
         self._writer = ReportWriter(output, view)
         self._merged: Snapshot | ResolveError | None = None
         self._report: AdapterReport | None = None
-        self._comparisons: dict[int, Comparison] = {}
+        self._release: Any = None  # the module that measures the model, if its values are not those of a merge
+        self._comparisons: dict[int, Any] = {}
         self._evidence: dict[int, Evidence] = {}
 
     def compare(self) -> Report:
@@ -152,13 +155,22 @@ class Verification(Feature):
 
     def _resolved(self) -> Snapshot | ResolveError:
         """The finished directory, or why its files cannot be read as a model's."""
+        for _, module in parts("release"):
+            if (release := module.file_release(self._name)) is not None:
+                self._release = module
+                return cast("Snapshot", release)
         label, path, hub_id = _resolved(self._name)
         if hub_id == self._name and (close := close_directory(hub_id, Path.cwd(), is_base=False)):
             hint = f"did you mean {quoted(close, 200)}? If it is on the Hub, write {quoted(HUB + hub_id, 200)}"
             raise UsageError(f"no such directory: {quoted(hub_id, 200)}", hint=hint)
         try:
             how = replace(self._run.fetching(), access=Access.STREAM)
-            return resolve.resolve_base(path or hub_id or label, None, how, label=label)
+            merged = resolve.resolve_base(path or hub_id or label, None, how, label=label)
+            self._release = next((module for _, module in parts("release") if module.is_release(merged)), None)
+            if self._release is None or merged.fetched is None:
+                return merged
+            how = replace(how, access=Access.DOWNLOAD)
+            return resolve.resolve_base(hub_id or label, None, how, label=label)
         except ResolveError as error:
             if path is not None or error.check is not None:
                 return error
@@ -174,7 +186,12 @@ class Verification(Feature):
         entry, merged = self._run.tally.entries[0], self._merged
         if isinstance(merged, Snapshot):
             blocked = self._run.tally.reports.get(0)
-            decided = answer.before_merge(merged, entry) if blocked is None else answer.without_merge(merged, blocked)
+            is_release = self._release is not None
+            decided = (
+                answer.before_merge(merged, entry, is_release=is_release)
+                if blocked is None
+                else answer.without_merge(merged, blocked)
+            )
             self._report = decided
         elif merged is not None:
             self._report = answer.unread_report(Snapshot(name=self._name, directory=self._name), entry, merged)
@@ -185,6 +202,9 @@ class Verification(Feature):
         """Compare each adapter, one at a time. The files are compared with those of the first."""
         merged = self._merged
         if not groups or not isinstance(merged, Snapshot):
+            return
+        if self._release is not None:
+            yield from self._release.groups_of(merged, groups, [_NO_MODEL])
             return
         settings, files = settings_files(merged, self._run.tally.entries[0]), merged.base_files
         assert files is not None  # noqa: S101 - it was resolved as a base
@@ -203,8 +223,9 @@ class Verification(Feature):
             case DeviceChosen():
                 self._tally.merged_on(event.device, event.device_name, event.sandbox)
             case Merged():
-                comparison = dict(event.evidence.facts).get("verify")
-                if isinstance(comparison, Comparison):
+                facts = dict(event.evidence.facts)
+                comparison = facts.get("verify" if self._release is None else "quantized")
+                if comparison is not None:
                     self._comparisons[event.task] = comparison
 
     def judged(self, index: int, report: AdapterReport, evidence: Evidence | None) -> None:
@@ -224,7 +245,8 @@ class Verification(Feature):
         comparison = self._comparisons.get(0, Comparison())
         judged = self._comparisons.items()
         candidates = {entries[index].spec.source: compared for index, compared in judged if index > 0}
-        findings = answer.findings_of(merged, entries[0], comparison, candidates)
+        findings_of = answer.findings_of if self._release is None else self._release.findings_of
+        findings = findings_of(merged, entries[0], comparison, candidates)
         return answer.compared_report(merged, entries[0], self._evidence[0], findings, self._allowed)
 
     def _unless_changed(self, report: AdapterReport) -> AdapterReport:

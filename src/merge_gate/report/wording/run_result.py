@@ -299,6 +299,8 @@ def _of_compared(report: Report) -> str:
             "Only digests were compared, with those in merge-gate.json, which is not signed. No tensor was compared "
             "with base and adapter."
         )
+    if any(finding.check == "applied" for adapter in report.adapters for finding in adapter.findings):
+        return "Its tensors were measured. Settings and tokenizer were not compared: compare them before quantizing."
     return "Its tensors, settings, and tokenizer were compared with those that base and adapter give."
 
 

@@ -1,0 +1,200 @@
+"""Measures a quantized release in the worker, while the merge of a task passes.
+
+In: merged tensors in float32, and the release's files. Out: a `Measurement` in the evidence of the merge. Judges
+nothing.
+
+1. The release is opened, and refused by its headers.
+2. Each merged tensor is compared with the release's as it passes: one at a time, which bounds the memory.
+3. The other tensors are compared with the base's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from merge_gate._internal.errors import EngineError
+from merge_gate._internal.regular_file import open_regular_file
+from merge_gate._internal.text import quoted
+from merge_gate.engine.adapter_evidence import MergeAttempt
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
+from merge_gate.engine.consumer import Consumer, WholeTensors
+from merge_gate.features.quantized.checkpoint import open_checkpoint
+from merge_gate.features.quantized.measurement import Measurement, TensorStrength
+from merge_gate.features.quantized.release import Release
+from merge_gate.features.quantized.release_flow import GGUF
+from merge_gate.features.quantized.tensor_fit import fitted, repeated, untouched
+from merge_gate.features.verify.finished_model import Files, in_common
+from merge_gate.files.feed import LocalFeed
+from merge_gate.records.files import Snapshot
+from merge_gate.records.measured import Evidence
+from merge_gate.worker.pinned import pinned_directory
+from merge_gate.worker.protocol import Task
+
+if TYPE_CHECKING:
+    from merge_gate.worker.group_bases import GroupBase, GroupBases
+
+MOST_REPEATED = 8
+"""So many tensors that the merge changes, and as many others, are quantized again."""
+
+FULL, FAR = 0.9, 1.5
+"""Beyond the first tensors, those are quantized again that have less of the delta, or are further away than usual."""
+
+
+def consumer(
+    finished: Snapshot, _task: Task, loaded: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
+) -> Consumer:
+    """Step 1.
+
+    Raises:
+        EngineError: the release cannot be read.
+    """
+    assert finished.base_files is not None  # noqa: S101 - it was recognized by them
+    is_file = finished.base_files.quantization == GGUF
+    release = _opened_file(finished, loaded, pinned) if is_file else _opened_directory(finished, loaded, bases, pinned)
+    stored = Counter(tensor.dtype for tensor in loaded.group.files.tensors if len(tensor.shape) > 1)
+    dtype = getattr(torch, DTYPES[stored.most_common(1)[0][0]]) if stored else torch.float32
+    return StrengthConsumer(loaded.base, release, dtype)
+
+
+def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitStack) -> Release:
+    from merge_gate.features.quantized.gguf_release import GgufRelease  # noqa: PLC0415 - slow to import
+
+    try:
+        file = pinned.enter_context(open_regular_file(Path(finished.directory), follow=True))
+    except OSError as error:
+        raise EngineError(f"{quoted(finished.name, 200)} cannot be read: {error.strerror or error}") from error
+    return GgufRelease(file, loaded.base.model)
+
+
+def _opened_directory(
+    finished: Snapshot, loaded: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
+) -> Release:
+    group, mapping = loaded.group, bases.account(loaded).map
+    if mapping is None or finished.base_files is None:
+        raise EngineError(f"the tensors of base {group.base.name} have no known names, so no release is compared")
+    directory = pinned.enter_context(pinned_directory(finished.directory))
+    feed = pinned.enter_context(LocalFeed(directory, keep=False))
+    files = Files(directory=directory, stored=finished.base_files.tensors, feed=feed)
+    base_files = Files(directory=group.directory, stored=group.files.tensors, feed=bases.feed)
+    return ByModelNames(open_checkpoint(files, base_files, finished.name), mapping)
+
+
+class ByModelNames:
+    """A release by the names of the model's tensors, which transformers makes of stored ones: a `Release` (release.py).
+
+    If several stored tensors make a tensor, transformers' own conversion makes it.
+    """
+
+    def __init__(self, release: Release, mapping: TensorMap) -> None:
+        self._release, self.format = release, release.format
+        self._groups: Mapping[str, TensorGroup] = {
+            target: group
+            for group in mapping.groups
+            for target in group.targets
+            if all(source in release for source in group.sources)
+            and (group.conversion == RENAMED or group.recipe is not None)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._groups
+
+    def kind(self, name: str) -> str:
+        return next(filter(None, map(self._release.kind, self._groups[name].sources)), "")
+
+    def read(self, name: str) -> torch.Tensor:
+        group = self._groups[name]
+        if group.conversion == RENAMED or group.recipe is None:
+            return self._release.read(group.sources[0])
+        return group.recipe({source: self._release.read(source) for source in group.sources})[name].float()
+
+    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
+        group = self._groups[name]
+        return self._release.requantized(group.sources[0], values) if group.conversion == RENAMED else None
+
+
+class StrengthConsumer(WholeTensors):
+    """Steps 2 and 3. `dtype` is that of the base's files. If the adapter was not merged, nothing is measured."""
+
+    def __init__(self, base: Base, release: Release, dtype: torch.dtype) -> None:
+        super().__init__(self._touched)
+        self._base, self._release, self._dtype = base, release, dtype
+        self._facts: dict[str, TensorStrength] = {}
+        self._absent: dict[str, None] = {}
+        self._repeated = 0
+        self._lock = threading.Lock()
+
+    def _partner(self, name: str) -> str | None:
+        """The release's name of a tensor: a tied tensor has several."""
+        names = (name, *(alias for alias, first in self._base.aliases.items() if first == name))
+        return next((name for name in names if name in self._release), None)
+
+    def _touched(self, name: str, merged: torch.Tensor) -> None:
+        first = self._base.first_name(name)
+        with self._lock, torch.no_grad(), self._base.filled([first]):
+            base = self._base.tensors[first].detach()
+            if (partner := self._partner(name)) is None:
+                self._absent[name] = None
+                return
+            actual = self._release.read(partner)
+            facts = self._outline(name, partner, actual, merged)
+            if actual.dim() != merged.dim() or base.dim() != merged.dim():
+                self._facts[name] = facts
+                return
+            is_whole = actual.shape == merged.shape == base.shape
+            actual, merged = in_common(actual, merged.float())
+            base, merged = in_common(base.float(), merged)
+            actual, merged = in_common(actual, merged)
+            facts = fitted(replace(facts, touched=True), base, merged, actual, self._dtype)
+            most = MOST_REPEATED if facts.strength > FULL else 2 * MOST_REPEATED
+            if is_whole and facts.kind and self._repeated < most:
+                self._repeated += 1
+                facts = repeated(facts, base, merged, actual, partial(self._release.requantized, partner))
+            self._facts[name] = facts
+
+    def _outline(self, name: str, partner: str, actual: torch.Tensor, expected: torch.Tensor) -> TensorStrength:
+        return TensorStrength(
+            name=name,
+            kind=self._release.kind(partner),
+            touched=False,
+            shape=tuple(actual.shape),
+            expected_shape=tuple(expected.shape),
+        )
+
+    def end(self, attempt: MergeAttempt) -> Evidence:
+        attempt.merge = None  # its memory is of no use to what follows
+        measurement = Measurement(format=self._release.format)
+        if attempt.evidence.refusal is None:
+            self._compare_others()
+            measurement = replace(measurement, tensors=tuple(self._facts.values()), absent=tuple(self._absent))
+        return replace(attempt.evidence, facts=(*attempt.evidence.facts, ("quantized", measurement)))
+
+    def _compare_others(self) -> None:
+        shares: dict[str, list[float]] = {}
+        for facts in self._facts.values():
+            shares.setdefault(facts.kind, []).append(facts.noise / (facts.weight or 1.0))
+        left = MOST_REPEATED
+        for name in self._base.tensors.keys() - self._facts.keys() - self._base.newly_initialized:
+            with torch.no_grad(), self._base.filled([name]):
+                base, partner = self._base.tensors[name].detach().float(), self._partner(name)
+                if partner is None or not base.dim() or not base.numel():
+                    continue
+                actual = self._release.read(partner)
+                facts = self._outline(name, partner, actual, base)
+                if actual.shape == base.shape:
+                    facts = untouched(facts, base, actual)
+                    usual = median(shares.get(facts.kind, [0.0]))
+                    if left and facts.kind and facts.distance > FAR * usual * facts.weight:
+                        left -= 1
+                        facts = repeated(facts, base, base, actual, partial(self._release.requantized, partner))
+                self._facts[name] = facts

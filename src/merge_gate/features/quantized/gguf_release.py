@@ -1,0 +1,150 @@
+"""Reads the tensors of a GGUF file by the names of the base's model, one at a time.
+
+In: a GGUF file, and the base's model without values. Out: a `Release`. The package `gguf` dequantizes, and transformers
+maps names and reverts what llama.cpp's converter changes (rows of q and k, norms of Gemma).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from io import BufferedReader
+from typing import Any
+
+import torch
+from transformers import modeling_gguf_pytorch_utils as of_transformers
+
+from merge_gate._internal.errors import EngineError, SourceError
+from merge_gate._internal.text import counted, listing, quoted
+from merge_gate.features.quantized.gguf_file import GgufHeader, GgufTensor, read_header
+from merge_gate.features.quantized.release import library
+
+BLOCK = 1 << 22
+"""Values that are dequantized at once: 16 MiB."""
+
+_FLOATS = {"F32", "F16", "BF16", "F64"}
+_SIMILAR = {
+    "Q2_K": (16, 3, False), "Q3_K": (16, 7, True), "Q4_K": (32, 15, False), "Q5_K": (32, 31, False),
+    "Q6_K": (16, 63, True), "IQ4_NL": (32, 15, True), "IQ4_XS": (32, 15, True),
+}  # fmt: skip
+"""Types that `gguf` does not quantize: values that share a scale, steps, and whether there is no offset.
+
+Rounding to these steps has nearly the noise of the type."""
+
+
+class GgufRelease:
+    """A GGUF file. Its tensors have the names of the model, and the shapes that transformers gives them."""
+
+    def __init__(self, file: BufferedReader, model: Any) -> None:
+        self._gguf, self._file = library("gguf"), file
+        types = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
+        header = read_header(file, {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()})
+        self._types: Mapping[int, Any] = types
+        self._processor, self._names = _mapping(header, model)
+        self._tensors: dict[str, list[GgufTensor]] = defaultdict(list)
+        for tensor in header.tensors.values():
+            name = self._names.get(tensor.name) or self._names.get(tensor.name.removesuffix(".weight"))
+            if name is not None:
+                self._tensors[name].append(tensor)
+        kinds = dict.fromkeys(self.kind(name) for name in self._tensors)
+        self.format = f"GGUF ({listing(sorted(filter(None, kinds))) or 'not quantized'})"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def kind(self, name: str) -> str:
+        kind: str = self._types[self._tensors[name][0].type].name
+        return "" if kind in _FLOATS else kind
+
+    def read(self, name: str) -> torch.Tensor:
+        parsed: dict[str, Any] = {"tensors": {}}
+        for tensor in self._tensors[name]:
+            made = self._processor.process(
+                weights=self._values(tensor),
+                name=tensor.name,
+                tensor_key_mapping=self._names,
+                parsed_parameters=parsed,
+            )
+            if made.name is not None:
+                parsed["tensors"][name] = torch.from_numpy(made.weights.copy())
+        values: torch.Tensor = parsed["tensors"][name]
+        return values.float()
+
+    def _values(self, tensor: GgufTensor) -> Any:
+        """The values of a tensor as the file has them, in float32."""
+        rows = math.prod(tensor.shape[:-1])
+        row_bytes, kind = tensor.size_bytes // rows, self._types[tensor.type]
+        values, step = torch.empty(rows, tensor.shape[-1]), max(1, BLOCK // tensor.shape[-1])
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            packed = torch.empty(count, row_bytes, dtype=torch.uint8)
+            self._fill(packed, tensor, start * row_bytes)
+            try:
+                block = self._gguf.quants.dequantize(packed.numpy(), kind)
+            except NotImplementedError as error:
+                raise EngineError(
+                    f"the package gguf cannot dequantize {kind.name}, the type of {tensor.name}"
+                ) from error
+            values[start : start + count] = torch.from_numpy(block.reshape(count, -1).astype("float32", copy=False))
+        return values.reshape(tensor.shape).numpy()
+
+    def _fill(self, packed: torch.Tensor, tensor: GgufTensor, offset: int) -> None:
+        got = os.preadv(self._file.fileno(), [packed.numpy().data.cast("B")], tensor.start + offset)
+        if got != packed.numel():
+            raise SourceError(f"expected {packed.numel():,} bytes of {quoted(tensor.name, 120)}, got {got:,}")
+
+    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
+        """As the release's type. Rows that were exchanged have the same blocks, and a transposed tensor has others."""
+        tensors, kind = self._tensors[name], self.kind(name)
+        if len(tensors) > 1 or not kind or isinstance(self._processor, of_transformers.GPT2TensorProcessor):
+            return None
+        if kind in _SIMILAR:
+            return _rounded(values, *_SIMILAR[kind])
+        type_ = self._types[tensors[0].type]
+        try:
+            made = self._gguf.quants.dequantize(self._gguf.quants.quantize(values.numpy(), type_), type_)
+        except NotImplementedError:
+            return None
+        return torch.from_numpy(made.copy())
+
+
+def _rounded(values: torch.Tensor, block: int, steps: int, is_symmetric: bool) -> torch.Tensor:
+    """Values rounded to equal steps between the extremes of each block."""
+    blocks = values.reshape(-1, block)
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    if is_symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    step = ((high - low) / steps).clamp(min=torch.finfo(torch.float32).tiny)
+    return (((blocks - low) / step).round() * step + low).reshape(values.shape)
+
+
+def _mapping(header: GgufHeader, model: Any) -> tuple[Any, Mapping[str, str]]:
+    """The processor of transformers for this architecture, and the file's names of tensors with those of the model.
+
+    Raises:
+        EngineError: the file is no whole model, or transformers does not know its architecture.
+    """
+    architecture, count = header.keys.get("general.architecture"), header.keys.get("split.count")
+    if header.keys.get("general.type") == "adapter":
+        raise EngineError("the GGUF file is an adapter", hint="name the GGUF file of a merged model")
+    if count:
+        raise EngineError(
+            f"the GGUF file is part of {counted(count, 'file')}", hint="join them with `llama-gguf-split --merge`"
+        )
+    known = {*of_transformers.GGUF_SUPPORTED_ARCHITECTURES, *of_transformers.TENSOR_PROCESSORS}
+    if not isinstance(architecture, str) or architecture not in known - {"general", "tokenizer"}:
+        raise EngineError(
+            f"transformers does not know the architecture {quoted(str(architecture), 60)} of the GGUF file, so its "
+            "tensors cannot be compared with those of the base",
+            hint="verify the merged model before it is converted",
+        )
+    config = model.config.get_text_config(decoder=True)
+    processor = of_transformers.TENSOR_PROCESSORS.get(architecture, of_transformers.TensorProcessor)(config.to_dict())
+    try:
+        names = of_transformers.get_gguf_hf_weights_map(model, processor, architecture, config.num_hidden_layers)
+    except (NotImplementedError, AttributeError) as error:
+        raise EngineError(f"transformers cannot name the tensors of the GGUF file: {error}") from error
+    return processor, names

@@ -1,0 +1,52 @@
+"""What `merge-gate verify` does with a quantized release: recognize it, ask the worker to measure it, name its kind.
+
+In: the name of a finished model, or its headers. Out: groups for the worker, and findings. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from merge_gate.features.quantized.measurement import Measurement
+from merge_gate.features.quantized.strength_findings import strength_findings
+from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, Snapshot
+from merge_gate.records.terms import Finding
+from merge_gate.worker.protocol import ALONE, ConsumerSpec, Group
+
+GGUF = DeclaredQuantization(method="gguf", file="")
+"""What a GGUF file declares by its name."""
+
+
+def file_release(name: str) -> Snapshot | None:
+    """A release that is a single file. Its directory is the file."""
+    path = Path(name).absolute()
+    if path.suffix != ".gguf" or not path.is_file():
+        return None
+    return Snapshot(name=name, directory=str(path), base_files=BaseFiles(directory=str(path), quantization=GGUF))
+
+
+def is_release(merged: Snapshot) -> bool:
+    """Whether a finished model is stored quantized, by its headers."""
+    files = merged.base_files
+    if files is None or files.quantization is None:
+        return False
+    is_whole = all(problem.check == "base-format" for problem in files.findings)
+    return files.quantization.is_read and is_whole
+
+
+def groups_of(merged: Snapshot, groups: Sequence[Group], more: Sequence[ConsumerSpec]) -> Iterator[Group]:
+    """The groups, with a measurement of each task in float32: the release may have been quantized from it."""
+    for group in groups:
+        consumer = ConsumerSpec(feature="quantized", settings=merged)
+        tasks = (replace(task, turn=ALONE, consumers=(*task.consumers, *more, consumer)) for task in group.tasks)
+        yield replace(group, base=replace(group.base, dtype="float32"), tasks=tuple(tasks))
+
+
+def findings_of(
+    _merged: Snapshot, entry: Entry, measurement: Measurement, candidates: Mapping[str, Measurement]
+) -> tuple[Finding, ...]:
+    """Every finding on a release."""
+    name = entry.spec.name
+    return tuple(strength_findings(measurement, candidates, adapter=name, config=entry.files.config))

@@ -1,0 +1,51 @@
+"""Right and wrong merges in GGUF files are named: a sample in `make test`, and all in `make sweeps`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from merge_gate.features.quantized.gguf_release import GgufRelease
+from tests.support.quantized.gguf_files import roundtrip, write_llama
+from tests.support.quantized.releases import FAULTS, Bench
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.terms import Finding
+
+TYPES = (Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0)
+SHARES = (0.1, 0.03, 0.01, 0.003)
+METHODS = ("lora", "dora", "ia3")
+SAMPLE = {(Type.Q4_0, "lora", 0.03), (Type.Q8_0, "dora", 0.01)}
+
+
+def released(bench: Bench, fault: str, method: str, share: float, kind: Type, path: Path) -> list[Finding]:
+    tensors = bench.faulty(fault, method, share, partial(roundtrip, kind=kind))
+    write_llama(path, tensors, bench.model().config, kind, Type.Q8_0)
+    with path.open("rb") as file:
+        release = GgufRelease(file, bench.model())
+        found = bench.findings(release, method, share, has_candidate=fault == "other")
+    return [one for one in found if one.check != "strength"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("kind", "method", "share"),
+    [
+        pytest.param(kind, method, share, marks=[] if (kind, method, share) in SAMPLE else [pytest.mark.slow])
+        for kind in TYPES
+        for method in METHODS
+        for share in SHARES
+    ],
+    ids=str,
+)
+def test_each_release_has_its_kind(
+    bench: Bench, fault: str, method: str, share: float, kind: Type, tmp_path: Path
+) -> None:
+    first = released(bench, fault, method, share, kind, tmp_path / "model.gguf")[0]
+    is_kept = fault == "codes" and dict(first.measured)["factor"] > 0.9  # large deltas survive in many bits
+    assert first.check == FAULTS[fault] or is_kept, first.message
