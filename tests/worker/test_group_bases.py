@@ -1,4 +1,4 @@
-"""One answer for each task, and the trial of expressions."""
+"""One answer for each task, the trial of expressions, and which groups of a job the worker judges together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merge_gate.records.refusals import NotJudged, Refused
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import group_bases
-from merge_gate.worker.child import judge_job
+from merge_gate.worker.child import is_same_base, judge_job, rounds
 from merge_gate.worker.protocol import Event, Group, Job, Task, Unjudged
 from merge_gate.worker.sandbox import SWITCH
 
@@ -76,3 +76,41 @@ def test_one_without_end_is_refused_after_its_computing_time(monkeypatch: pytest
     endless = Refused("pattern_refused", pattern=pattern("(([a-z0-9_.])+)+!"), names=2, seconds=0.2)
     assert raised.value.refusal == endless.refusal
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def one_group(directory: str, dtype: str, task: int, *, one_pass: bool = True, quantization: str = "none") -> Group:
+    key = BaseKey(model=directory, revision=None, dtype=dtype, quantization=quantization)
+    return Group(
+        base=key,
+        directory=directory,
+        files=BaseFiles(directory=directory),
+        tasks=(Task(index=task, files=()),),
+        one_pass=one_pass,
+    )
+
+
+def test_dtypes_of_a_base_that_is_read_in_a_pass_come_together() -> None:
+    groups = [
+        one_group("a", "bfloat16", 0),
+        one_group("b", "bfloat16", 1),
+        one_group("a", "float32", 2),
+        one_group("a", "bfloat16", 3, quantization="bnb-4bit"),
+        replace(one_group("a", "float16", 4), tasks=()),
+        one_group("b", "float16", 5),
+    ]
+    assert list(rounds(groups)) == [[0, 2], [1, 5], [3]]
+
+
+def test_a_base_that_fits_in_memory_comes_one_dtype_at_a_time() -> None:
+    groups = [one_group("a", dtype, index, one_pass=False) for index, dtype in enumerate(("bfloat16", "float32"))]
+    assert list(rounds(groups)) == [[0], [1]]
+    assert list(rounds([])) == []
+    assert is_same_base(groups[0], groups[1])
+
+
+def test_groups_whose_bases_are_read_in_another_way_are_apart() -> None:
+    first, second = one_group("a", "bfloat16", 0), one_group("a", "float32", 1)
+    assert list(rounds([first, replace(second, fed=True)])) == [[0], [1]]
+    on_network = [replace(one, one_pass=False, fed=True) for one in (first, second)]
+    assert list(rounds(on_network)) == [[0, 1]]
+    assert not is_same_base(first, replace(second, keeps_figures=True))

@@ -1,4 +1,4 @@
-"""The kernel's own account of memory, in both of its versions."""
+"""What the system's files tell of memory, in both versions of the kernel's account, and of the device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from merge_gate.worker import sandbox
+from merge_gate.worker.device import cpu_name, has_card, why_no_card
 from merge_gate.worker.memory import MemoryGroup, give_back, too_large
 from tests.support.wording import Wording
 
@@ -20,39 +22,42 @@ def lay(root: Path, files: dict[str, str]) -> None:
         (root / name).write_text(text)
 
 
-def test_version_2(tmp_path: Path) -> None:
-    lay(
-        tmp_path,
-        {
-            "proc": "0::/job\n",
-            "sys/job/memory.events": "low 0\nhigh 3\nmax 9\noom 2\noom_kill 1\noom_group_kill 0\n",
-            "sys/job/memory.max": f"{2 * GIB}\n",
-            "sys/job/memory.peak": f"{2 * GIB}\n",
-        },
-    )
+@pytest.mark.parametrize(
+    ("files", "kills", "max_bytes", "peak_bytes"),
+    [
+        (
+            {
+                "proc": "0::/job\n",
+                "sys/job/memory.events": "low 0\nhigh 3\nmax 9\noom 2\noom_kill 1\noom_group_kill 0\n",
+                "sys/job/memory.max": f"{2 * GIB}\n",
+                "sys/job/memory.peak": f"{2 * GIB}\n",
+            },
+            1,
+            2 * GIB,
+            2 * GIB,
+        ),
+        (
+            {
+                "proc": "5:cpu:/\n4:memory:/job\n0::/\n",
+                "sys/memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n",
+                "sys/memory/job/memory.usage_in_bytes": "1\n",
+                "sys/memory/job/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/memory/job/memory.max_usage_in_bytes": f"{GIB}\n",
+            },
+            4,
+            None,
+            GIB,
+        ),
+        ({"proc": "0::/../../job\n", "sys/memory.events": "oom_kill 0\n", "sys/memory.max": "max\n"}, 0, None, None),
+    ],
+    ids=["version 2", "version 1", "a container, which sees its own group as the root"],
+)
+def test_the_kernels_account(
+    files: dict[str, str], kills: int, max_bytes: int | None, peak_bytes: int | None, tmp_path: Path
+) -> None:
+    lay(tmp_path, files)
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (1, 2 * GIB, 2 * GIB)
-
-
-def test_version_1(tmp_path: Path) -> None:
-    lay(
-        tmp_path,
-        {
-            "proc": "5:cpu:/\n4:memory:/job\n0::/\n",
-            "sys/memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n",
-            "sys/memory/job/memory.usage_in_bytes": "1\n",
-            "sys/memory/job/memory.limit_in_bytes": "9223372036854771712\n",
-            "sys/memory/job/memory.max_usage_in_bytes": f"{GIB}\n",
-        },
-    )
-    group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (4, None, GIB)
-
-
-def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
-    lay(tmp_path, {"proc": "0::/../../job\n", "sys/memory.events": "oom_kill 0\n", "sys/memory.max": "max\n"})
-    group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
-    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (0, None, None)
+    assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (kills, max_bytes, peak_bytes)
 
 
 @pytest.mark.parametrize("text", [None, "", "0::/\n", "4:memory:/x\n", "5:cpu:/x\n"])
@@ -109,3 +114,45 @@ def test_pages_are_given_back_where_the_libc_can(can: bool, monkeypatch: pytest.
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
     give_back()
     assert asked == ([0] if can else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: Xeon: 2.1 GHz\nmodel name\t: other\n", "Xeon: 2.1 GHz"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_the_processors_name_is_the_systems(text: str | None, name: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_name(tmp_path / "cpuinfo") == name
+
+
+@pytest.mark.parametrize("device", ["nvidia0", "nvidiactl", "nvhost-gpu", "nvmap", "nvgpu", "dxg", "kfd"])
+def test_a_card_shows_by_its_device_files(device: str, tmp_path: Path) -> None:
+    """The sandbox lets the driver open the same files."""
+    (tmp_path / "null").touch()
+    assert not has_card(tmp_path)
+    (tmp_path / device).touch()
+    assert has_card(tmp_path)
+    assert any((tmp_path / device).match(pattern) for pattern in sandbox._DEVICES)
+
+
+def test_where_devices_cannot_be_listed_there_may_be_a_card(tmp_path: Path) -> None:
+    assert has_card(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("state", ["driver", "server", "neither"])
+def test_what_keeps_the_worker_from_a_card_is_named(state: str, tmp_path: Path, wording: Wording) -> None:
+    (tmp_path / "nvidiactl").touch()
+    if state != "driver":
+        (tmp_path / "nvidia-uvm").touch()
+    pipes = tmp_path / "pipes"
+    if state == "server":
+        pipes.mkdir()
+        (pipes / "control").touch()
+    why = why_no_card({"CUDA_MPS_PIPE_DIRECTORY": str(pipes)}, tmp_path)
+    wording(why.replace(str(tmp_path), "/dev"))

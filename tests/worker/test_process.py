@@ -22,6 +22,7 @@ from merge_gate.worker.process import SLEEPING_THREADS, WorkerProcess, child_env
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from merge_gate.worker.supervisor import Attempt
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
+from tests.support.played_worker import other_workers
 from tests.support.wording import Wording
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
@@ -62,24 +63,15 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, mo
     assert "PYTHONPATH" not in child_environment({})
 
 
-def test_variables_of_the_libraries_that_compute_are_passed_on() -> None:
-    """Those of the linker, of threads, and of devices, without which a user's torch does not load or is slow."""
-    names = [
-        "PATH",
-        "HOME",
-        "LD_LIBRARY_PATH",
-        "OMP_NUM_THREADS",
-        "CUDA_VISIBLE_DEVICES",
-        "PYTORCH_CUDA_ALLOC_CONF",
-        "LC_ALL",
-    ]
-    assert dict.fromkeys(names, "x").items() <= child_environment(dict.fromkeys(names, "x")).items()
-
-
-@pytest.mark.parametrize("name", [*SLEEPING_THREADS, *REUSE])
-def test_threads_and_memory_are_the_workers_or_callers_choice(name: str) -> None:
-    assert child_environment({})[name] == {**SLEEPING_THREADS, **REUSE}[name]
-    assert child_environment({name: "other"})[name] == "other"
+def test_variables_of_libraries_are_passed_on_if_they_change_no_figure() -> None:
+    """Without those of the linker, of threads, and of devices, a user's torch does not load or is slow."""
+    names = ["PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "LC_ALL"]
+    own = SLEEPING_THREADS | REUSE
+    passed = child_environment(dict.fromkeys([*names, *own], "x"))
+    assert dict.fromkeys([*names, *own], "x").items() <= passed.items()
+    assert own.items() <= child_environment({}).items()
+    rounding = dict.fromkeys(("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"), "1")
+    assert not child_environment(rounding).keys() & rounding.keys()
 
 
 def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
@@ -91,11 +83,6 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
     assert answer.code == 0, answer.said
     assert not (place / "imported").exists()
     assert strict_json(place / "merge-gate-report" / "report.json")["counts"] == {"passed": 1, "failed": 0, "error": 0}
-
-
-def test_the_caller_cannot_make_a_card_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
-    assert not child_environment(dict.fromkeys(names, "1")).keys() & set(names)
 
 
 # --- how it ended ----------------------------------------------------------------------------------------------------
@@ -128,35 +115,20 @@ def test_how_a_child_ended_is_said(
     wording(f"{ending.message}\n> {ending.hint}")
 
 
-@pytest.fixture(scope="module")
-def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], NotJudged]:
-    """What a child without adapters sends, and how its end would be told; it prints something while it starts."""
-    place, events = tmp_path_factory.mktemp("site"), []
-    (place / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(place))
-        with WorkerProcess() as child:
-            wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
-            assert child.run(Attempt(Job(groups=(), device="cpu"), events.append)) is None
-            return events, describe_exit(-signal.SIGABRT, child._output)
-
-
-def test_while_the_child_imports_its_parent_has_time(idle_child: tuple[list[Event], NotJudged]) -> None:
-    events, _ = idle_child
+def test_what_a_child_printed_before_it_was_ready_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And while it imports, its parent has time."""
+    events: list[Event] = []
+    (tmp_path / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerProcess() as child:
+        wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
+        assert child.run(Attempt(Job(groups=(), device="cpu"), events.append)) is None
+        assert describe_exit(-signal.SIGABRT, child._output).message.endswith("SIGABRT")
     assert isinstance(events[0], Idle)
     assert isinstance(events[-1], Finished)
 
 
-def test_what_a_child_printed_before_it_was_ready_is_dropped(idle_child: tuple[list[Event], NotJudged]) -> None:
-    _, ending = idle_child
-    assert ending.message.endswith("SIGABRT")
-
-
-ODD = """
-import os, signal, socket, sys, time
-sys.path.insert(0, sys.argv[1])
-line = socket.socket(fileno=int(sys.argv[3]))
-"""
+ODD = "import os, signal, socket, time\nline = socket.socket(fileno=descriptors[0])\n"
 SENDS_A_JOB = """
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
@@ -166,14 +138,12 @@ time.sleep(60)
 
 
 @pytest.fixture
-def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NotJudged]:
+def odd_child(tmp_path: Path) -> Callable[..., NotJudged]:
     """How a worker that does something else in place of its work is said to have ended."""
 
     def run(code: str, **counters: object) -> NotJudged:
-        monkeypatch.setattr(process, "_BOOTSTRAP", ODD + code)
-        with WorkerProcess() as child:
-            for name, value in counters.items():
-                setattr(child, f"_{name}", value)
+        with other_workers(tmp_path, ODD + code), WorkerProcess() as child:
+            vars(child).update(counters)
             ending = child.run(Attempt(Job(groups=()), lambda _event: None))
         assert ending is not None
         assert not alive(child._process.pid)
@@ -214,7 +184,7 @@ def test_a_killed_child_is_told_by_the_kernels_own_count(
         (tmp_path / name).write_text(text)
     (tmp_path / "proc").write_text("0::/\n")
     memory = MemoryGroup(tmp_path / "proc", tmp_path)
-    ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", memory=memory, kills_before=killed_before)
+    ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", _memory=memory, _kills_before=killed_before)
     assert "SIGKILL" in ending.message
     wording(ending.message)
 

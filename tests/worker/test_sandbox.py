@@ -1,12 +1,14 @@
-"""The worker's sandbox, tried by code that a base brings along (`trust-remote-code`), with and without it."""
+"""The worker's sandbox, tried by code that a base brings along, with and without it, and its filter of system calls."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ import pytest
 from merge_gate.records.report import Sandbox
 from merge_gate.worker import sandbox
 from merge_gate.worker.protocol import Job
-from merge_gate.worker.sandbox import SWITCH, confine, limit
+from merge_gate.worker.sandbox import SWITCH, confine, limit, refuse_calls
 from tests.support.command import environment, merge_gate, strict_json
 
 if TYPE_CHECKING:
@@ -141,8 +143,11 @@ def done_by(report: Any, name: str) -> set[str]:
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HOME")
 
 
+Confined = tuple[Any, Path, os.stat_result]
+
+
 @pytest.fixture(scope="module")
-def confined(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, os.stat_result]:
+def confined(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Confined:
     """A run within the sandbox, its directory, and what the file `victim` was before.
 
     The code of a base tells what it could do, that of another one lets it be loaded. The caches that the environment
@@ -155,7 +160,7 @@ def confined(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
         return gate(shelf, place, port, {"tells": TELL, "loads": ""}, **elsewhere), place, before
 
 
-def test_code_of_a_base_is_held_and_the_report_says_by_what(confined: tuple[Any, Path, os.stat_result]) -> None:
+def test_code_of_a_base_is_held_and_the_report_says_by_what(confined: Confined) -> None:
     report, place, before = confined
     # What Landlock leaves open seems to succeed, so that libraries can copy files with their modes, and does nothing.
     assert done_by(report, "tells") == {"own", "thread", "chmod", "times"}, report["said"]
@@ -171,16 +176,11 @@ def test_code_of_a_base_is_held_and_the_report_says_by_what(confined: tuple[Any,
     assert stat.S_IMODE(after.st_mode) == 0o600
 
 
-def test_code_of_a_base_runs_within_it(confined: tuple[Any, Path, os.stat_result]) -> None:
-    report, _, _ = confined
-    assert [one["verdict"] for one in report["adapters"] if one["name"] == "loads"] == ["passed"], report["said"]
-    assert [one["loaded_as"] for one in report["bases"] if one["model"] == "./loads"] == ["RogueForCausalLM"]
-
-
-def test_caches_that_the_environment_names_are_the_workers_own(confined: tuple[Any, Path, os.stat_result]) -> None:
+def test_code_of_a_base_runs_within_it_and_its_caches_are_the_workers(confined: Confined) -> None:
     """A library that may not make the directory of its cache fails while it is imported, and with it the adapter."""
     report, place, _ = confined
-    assert "passed" in {one["verdict"] for one in report["adapters"]}, report["said"]
+    assert [one["verdict"] for one in report["adapters"] if one["name"] == "loads"] == ["passed"], report["said"]
+    assert [one["loaded_as"] for one in report["bases"] if one["model"] == "./loads"] == ["RogueForCausalLM"]
     assert not (place / "elsewhere").exists()
 
 
@@ -208,25 +208,18 @@ def absent(_paths):
 sandbox.restrict_writes = absent
 platform.machine = lambda: "sparc"
 held = sandbox.confine(Path.cwd())
-print(json.dumps([held.held, held.missing, sandbox.limit(held, Job(groups=()), "cpu").held]))
+limited = [sandbox.limit(held, Job(groups=()), device) for device in ("cpu", "cuda:0")]
+print(json.dumps([held.held, held.missing, limited[0].held, limited[1].missing[-1]]))
 """
 
 
 def test_what_a_kernel_lacks_is_said_with_its_reason(tmp_path: Path, wording: Wording) -> None:
+    """And that a card's driver maps more addresses than there is memory."""
     command = [sys.executable, "-P", "-c", WITHOUT]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True)
-    held, missing, limits = json.loads(done.stdout)
+    held, missing, limits, missing_on_a_card = json.loads(done.stdout)
     assert (held, limits) == ([], ["file size", "memory"])
-    wording(*missing)
-
-
-def test_a_card_has_no_limit_of_memory(tmp_path: Path, wording: Wording) -> None:
-    """Its driver maps more addresses than there is memory."""
-    code = WITHOUT.replace('"cpu").held', '"cuda:0").missing')
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True
-    )
-    wording(json.loads(done.stdout)[2][-1])
+    wording(*missing, missing_on_a_card)
 
 
 LIMITED = """
@@ -367,3 +360,78 @@ def test_a_rule_that_the_kernel_refuses_is_an_error(tmp_path: Path) -> None:
     in_a_thread(give_up)
     with pytest.raises(OSError, match="Bad file descriptor"):
         sandbox._call(sandbox._RESTRICT, -1, 0)
+
+
+ALLOWED, REFUSED, NO_SUCH_CALL, WITHOUT_EFFECT = "allowed", errno.EPERM, errno.ENOSYS, 0
+AF_UNIX, AF_INET, THREAD, NEW_PROCESS = 1, 2, 0x10F00, 0x1200011
+
+
+def answer(program: bytes, architecture: int, number: int, argument: int = 0) -> str | int:
+    """What the kernel does with a call: `allowed`, or the error that it gives. Classic BPF, as far as it is used."""
+    data = struct.pack("=IIQQ", number, architecture, 0, argument)
+    steps = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    value = at = 0
+    while True:
+        code, if_true, if_false, operand = steps[at]
+        match code:
+            case 0x20:
+                (value,) = struct.unpack_from("=I", data, operand)
+            case 0x06:
+                return ALLOWED if operand == 0x7FFF0000 else operand & 0xFFFF
+            case 0x15:
+                at += if_true if value == operand else if_false
+            case 0x35:
+                at += if_true if value >= operand else if_false
+            case 0x45:
+                at += if_true if value & operand else if_false
+            case _:
+                pytest.fail(f"no step of this program: {code:#x}")
+        at += 1
+
+
+# Numbers of asm/unistd_64.h and asm-generic/unistd.h.
+CALLS = {
+    "x86_64": {
+        "read": 0, "socket": 41, "connect": 42, "clone": 56, "fork": 57, "execve": 59, "kill": 62, "chmod": 90,
+        "tgkill": 234, "openat": 257, "utimensat": 280, "clone3": 435,
+    },
+    "aarch64": {
+        "read": 63, "socket": 198, "connect": 203, "clone": 220, "execve": 221, "kill": 129, "fchmodat": 53,
+        "tgkill": 131, "openat": 56, "utimensat": 88, "clone3": 435,
+    },
+}  # fmt: skip
+ANSWERS = {
+    "read": ALLOWED, "openat": ALLOWED, "connect": REFUSED, "fork": REFUSED, "execve": REFUSED,
+    "clone3": NO_SUCH_CALL, "chmod": WITHOUT_EFFECT, "fchmodat": WITHOUT_EFFECT, "utimensat": WITHOUT_EFFECT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", CALLS)
+def test_the_filter_of_each_architecture(machine: str) -> None:
+    kernel, column = sandbox._ARCHITECTURES[machine]
+    program = b"".join(sandbox._program(kernel, column))
+    for name, number in CALLS[machine].items():
+        if name in ANSWERS:
+            assert answer(program, kernel, number) == ANSWERS[name], name
+            assert answer(program, kernel ^ 1, number) == REFUSED, "a call of another architecture"
+            assert answer(program, kernel, number | 0x40000000) == REFUSED, "of x32"
+    calls = CALLS[machine]
+    assert answer(program, kernel, calls["socket"], AF_UNIX) == ALLOWED
+    assert answer(program, kernel, calls["socket"], AF_INET) == REFUSED
+    assert answer(program, kernel, calls["clone"], THREAD) == ALLOWED
+    assert answer(program, kernel, calls["clone"], NEW_PROCESS) == REFUSED
+    for call in ("kill", "tgkill"):
+        assert answer(program, kernel, calls[call], os.getpid()) == ALLOWED
+        assert answer(program, kernel, calls[call], os.getppid()) == REFUSED
+
+
+def test_a_kernel_without_filters_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_MODE_FILTER", 99)  # what such a kernel makes of the right one
+    with pytest.raises(OSError, match="Invalid argument"):
+        refuse_calls()
+
+
+def test_an_architecture_without_a_list_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "sparc")
+    with pytest.raises(OSError, match="the system calls of sparc are not listed"):
+        refuse_calls()

@@ -21,7 +21,7 @@ import pytest
 
 from merge_gate.features.stream.batches import batches
 from merge_gate.files.preflight import preflight
-from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
@@ -89,6 +89,24 @@ def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
         files=base_files(base),
         tasks=tasks,
     )
+
+
+@pytest.fixture
+def trio(shelf: Shelf, adapters: list[AdapterFiles]) -> Group:
+    return group(shelf.base("llama"), adapters)
+
+
+@pytest.fixture
+def job(trio: Group) -> Job:
+    """Three adapters that are merged in one pass."""
+    return Job(groups=(replace(trio, one_pass=True),))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
+    return now
 
 
 def limited(group: Group, *tasks: int) -> Group:
@@ -170,54 +188,28 @@ def deaths(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
     return killer
 
 
+def test_each_accident_costs_only_the_adapters_that_it_hit(deaths: Killer, wording: Wording) -> None:
+    """The first child of the job was killed before it had the job, and adapter 2 needed two loads of its base."""
+    outcomes = deaths.outcomes()
+    assert {task for task, outcome in outcomes.items() if outcome == "Merged"} == {2, 4, 5, 7, 10}
+    assert len(outcomes) == 11
+    assert [event for event in deaths.heard if event == BaseLoading(group=1)] == [BaseLoading(group=1)] * 3
+    assert "SIGKILL" in deaths.refusal(3).message
+    wording(deed(deaths.refusal(3)), deed(deaths.refusal(0)), deaths.refusal(6), deaths.refusal(8))
+
+
+def test_what_takes_long_is_named_meanwhile(deaths: Killer) -> None:
+    merging = [event for event in deaths.heard if isinstance(event, Idle) and event.task == 6]
+    assert merging, "and on a busy machine others too"
+    assert [event.timeout_s for event in merging] == [TIMEOUT_S] * len(merging)
+    assert len(merging) <= 3, "each time after twice as long"
+    loading = [event for event in deaths.heard if isinstance(event, Idle) and event.base == "stopped"]
+    assert {(event.task, event.timeout_s) for event in loading} == {(None, TIMEOUT_S)}
+
+
 def copied(shelf: Shelf, directory: Path) -> Path:
     """A base of its own, for which accidents can be planned."""
     return shutil.copytree(shelf.base("llama"), directory)
-
-
-def test_a_child_that_dies_at_once_costs_nothing(deaths: Killer) -> None:
-    """What no later accident hit is merged, though the first child of the job was killed before it had the job."""
-    merged = {task for task, outcome in deaths.outcomes().items() if outcome == "Merged"}
-    assert merged == {2, 4, 5, 7, 10}
-    assert len(deaths.outcomes()) == 11
-
-
-def test_a_death_within_an_adapter_costs_that_adapter(deaths: Killer, wording: Wording) -> None:
-    assert [deaths.outcomes()[task] for task in (2, 3, 4)] == ["Merged", "Unjudged", "Merged"]
-    refusal = deaths.refusal(3)
-    assert "SIGKILL" in refusal.message
-    assert refusal.hint
-    wording(deed(refusal))
-
-
-def test_a_death_while_a_base_loads_costs_its_adapters(deaths: Killer, wording: Wording) -> None:
-    assert [deaths.outcomes()[task] for task in (0, 1, 2)] == ["Unjudged", "Unjudged", "Merged"]
-    wording(deed(deaths.refusal(0)))
-
-
-def test_a_single_death_while_a_base_loads_costs_nothing(deaths: Killer) -> None:
-    """The third load is that of the child after adapter 3."""
-    assert [event for event in deaths.heard if event == BaseLoading(group=1)] == [BaseLoading(group=1)] * 3
-    assert [deaths.outcomes()[task] for task in (2, 4)] == ["Merged", "Merged"]
-
-
-def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording: Wording) -> None:
-    """And it is named while it hangs."""
-    assert [deaths.outcomes()[task] for task in (5, 6, 7)] == ["Merged", "Unjudged", "Merged"]
-    wording(deaths.refusal(6))
-    waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.task == 6]
-    assert waiting, "and on a busy machine others too"
-    assert [event.timeout_s for event in waiting] == [TIMEOUT_S] * len(waiting)
-    assert len(waiting) <= 3, "each time after twice as long"
-
-
-def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wording: Wording) -> None:
-    """And it is named while it loads."""
-    assert [deaths.outcomes()[task] for task in (8, 9, 10)] == ["Unjudged", "Unjudged", "Merged"]
-    wording(deaths.refusal(8))
-    waiting = [event for event in deaths.heard if isinstance(event, Idle) and event.base == "stopped"]
-    assert waiting, "and on a busy machine others too"
-    assert {(event.task, event.timeout_s) for event in waiting} == {(None, TIMEOUT_S)}
 
 
 @pytest.fixture(scope="module")
@@ -268,31 +260,16 @@ def test_adapters_are_merged_in_one_pass(shelf: Shelf, alone: Killer, tmp_path: 
         supervise(Job(groups=(one_pass(shelf.base("llama"), files),)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Merged") | {3: "Unjudged"}
     assert started(killer, 0, 1, 2) == [(0, (1, 2, 3))]
-    evidence = [
+    same = {"seconds": 0.0, "cross_checked": ()}
+    found, expected = (
         [
-            replace(
-                event.evidence,
-                seconds=0.0,
-                cross_checked=(),
-                forward=replace(event.evidence.forward, largest_difference=None),
-            )
+            replace(event.evidence, forward=replace(event.evidence.forward, largest_difference=None), **same)
             for event in one.heard
             if isinstance(event, Merged)
         ]
         for one in (killer, alone)
-    ]
-    assert evidence[0] == evidence[1]
-
-
-def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(shelf: Shelf, tmp_path: Path) -> None:
-    """Another child merges the others in a pass, and is killed when it merges adapter 1 alone."""
-    files = sound(3, shelf, tmp_path)
-    plan(files[1].directory, merge="kill kill")
-    killer = Killer()
-    with played_workers(tmp_path), WorkerSlot() as worker:
-        supervise(Job(groups=(one_pass(shelf.base("llama"), files),)), killer, worker)
-    assert killer.outcomes() == {0: "Merged", 1: "Unjudged", 2: "Merged"}
-    assert started(killer, 0, 1, 2) == [(0, (1, 2)), (0, (2,)), (1, ())]
+    )
+    assert found == expected
 
 
 # --- models that run -------------------------------------------------------------------------------------------------
@@ -328,13 +305,9 @@ def test_a_model_that_dies_or_hangs_costs_its_measurement(accidents: Killer, wor
     wording(*((why[task] or "").partition(": ")[0] for task in (0, 1)))
     assert why[3] is None
     assert started(accidents, 3) == [(3, ())]
-
-
-def test_after_a_death_of_models_in_a_pass_each_runs_alone(accidents: Killer) -> None:
-    why = why_not_run(accidents)
     assert "SIGKILL" in (why[5] or "")
     assert why[4] is why[6] is None
-    assert started(accidents, 4, 5, 6) == [(4, (5, 6)), (4, ()), (5, ()), (5, ()), (6, ())]
+    assert started(accidents, 4, 5, 6) == [(4, (5, 6)), (4, ()), (5, ()), (5, ()), (6, ())], "then each runs alone"
 
 
 @pytest.mark.parametrize("passes", [False, True])
@@ -393,16 +366,6 @@ def test_real_workers_die_as_played_ones_do(shelf: Shelf, adapters: list[Adapter
     assert "time limit" in killer.refusal(2).message
 
 
-def test_a_task_that_is_not_to_be_run_is_not(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    """It says so."""
-    killer, one = Killer(), group(shelf.base("llama"), adapters[:1])
-    tasks = (one.tasks[0].without("forward", "forward is off"),)
-    with WorkerSlot() as worker:
-        supervise(Job(groups=(replace(one, tasks=tasks),)), killer, worker)
-    assert why_not_run(killer) == {0: "forward is off"}
-    assert not [event for event in killer.heard if isinstance(event, ForwardRunning)]
-
-
 def begun(job: Job, *events: Event) -> Attempt:
     """A process that loaded the first base, and then sent these events."""
     attempt = Attempt(job, Killer())
@@ -414,8 +377,7 @@ def begun(job: Job, *events: Event) -> Attempt:
 DEATH = NotJudged(message="killed", hint="hint")
 
 
-def test_a_death_of_models_is_blamed_on_no_merge(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
+def test_a_death_of_models_is_blamed_on_no_merge(job: Job) -> None:
     running = [ForwardRunning(task=task, is_running=True) for task in (0, 1)]
     ended = [replace(event, is_running=False) for event in running]
     merging = MergeStarted(task=0, others=(1, 2))
@@ -440,11 +402,11 @@ RAN = (ForwardRunning(task=0, is_running=True), ForwardRunning(task=0, is_runnin
     ids=["a model that is not asked for", "two models at a time", "a pass", "a pass of two turns"],
 )
 def test_a_process_that_always_says_and_does_the_same_has_an_end(
-    why_not: str, events: tuple[Event, ...], shelf: Shelf, adapters: list[AdapterFiles]
+    why_not: str, events: tuple[Event, ...], trio: Group
 ) -> None:
     """It may be in the hands of a base's code. The gate's own never says this again."""
-    one = one_pass(shelf.base("llama"), adapters[:2])
-    left = Job(groups=(replace(one, tasks=tuple(task.without("forward", why_not) for task in one.tasks)),))
+    tasks = tuple(task.without("forward", why_not) for task in trio.tasks[:2])
+    left = Job(groups=(replace(trio, tasks=tasks, one_pass=True),))
     tried, processes, killer = set[tuple[str, object]](), 0, Killer()
     while left.groups[0].tasks:
         attempt, processes = Attempt(left, killer), processes + 1
@@ -456,67 +418,53 @@ def test_a_process_that_always_says_and_does_the_same_has_an_end(
     assert killer.outcomes() == {0: "Unjudged", 1: "Unjudged"}
 
 
-def test_the_time_of_the_models_does_not_count_as_the_merges(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
-    attempt = begun(Job(groups=(limited(group(shelf.base("llama"), adapters), 0),)), MergeStarted(task=0))
+def test_the_time_of_the_models_does_not_count_as_the_merges(trio: Group, clock: list[float]) -> None:
+    attempt = begun(Job(groups=(limited(trio, 0),)), MergeStarted(task=0))
     for is_running, pause_s in ((True, 0.4 * TIMEOUT_S), (False, 0.9 * TIMEOUT_S)):
         attempt.receive(ForwardRunning(task=0, is_running=is_running))
-        now[0] += pause_s
+        clock[0] += pause_s
         assert not attempt.is_overdue()
-    now[0] += 0.2 * TIMEOUT_S
+    clock[0] += 0.2 * TIMEOUT_S
     assert attempt.is_overdue()
 
 
-def test_each_model_of_a_pass_has_a_time_limit_of_its_own(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_model_of_a_pass_has_a_time_limit_of_its_own(job: Job, clock: list[float]) -> None:
     """They run one after another, or all together: then the first one that exceeds its limit ends all."""
-    now = [0.0]
-    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
-    job = Job(groups=(limited(one_pass(shelf.base("llama"), adapters), 0, 1, 2),))
-    attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
+    attempt = begun(Job(groups=(limited(job.groups[0], 0, 1, 2),)), MergeStarted(task=0, others=(1, 2)))
     for task in (0, 1, 2):
         for is_running in (True, False):
             attempt.receive(ForwardRunning(task=task, is_running=is_running))
             assert not attempt.is_overdue()
-            now[0] += 0.4 * TIMEOUT_S if is_running else 0.0
+            clock[0] += 0.4 * TIMEOUT_S if is_running else 0.0
     attempt.receive(MergeProgressed(task=0, done=1, total=2, module="m"))
-    now[0] += 2.9 * TIMEOUT_S
+    clock[0] += 2.9 * TIMEOUT_S
     assert not attempt.is_overdue(), "the merge of the pass has its limit for itself"
     for task in (1, 2):
         attempt.receive(ForwardRunning(task=task, is_running=True))
-    now[0] += 0.6 * TIMEOUT_S
+    clock[0] += 0.6 * TIMEOUT_S
     assert attempt.is_overdue()
 
 
-def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
+def test_a_pass_has_the_time_of_its_adapters_together(job: Job) -> None:
     attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
     assert attempt._timeout_of_now() == sum(task.timeout_s for task in job.groups[0].tasks)
     attempt.receive(ForwardRunning(task=2, is_running=True))
     assert attempt._timeout_of_now() == job.groups[0].tasks[2].timeout_s / supervisor.FORWARD_SHARE
 
 
-def test_children_that_die_at_once_are_not_started_forever(
-    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, wording: Wording
-) -> None:
+def test_children_that_die_at_once_are_not_started_forever(trio: Group, tmp_path: Path, wording: Wording) -> None:
     killer = Killer()
     with other_workers(tmp_path, "raise SystemExit('no torch here')"), WorkerSlot() as worker:
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, worker)
+        supervise(Job(groups=(trio,)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Unjudged")
     assert "no torch here" in killer.refusal(2).message
     wording(deed(killer.refusal(2)))
 
 
-def test_a_base_that_could_not_be_loaded_is_not_loading(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_could_not_be_loaded_is_not_loading(trio: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_NOTE_S", 0.0)
     killer = Killer()
-    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    attempt = Attempt(Job(groups=(trio,)), killer)
     attempt.receive(BaseLoading(group=0))
     attempt.receive(Idle())
     attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
@@ -524,28 +472,12 @@ def test_a_base_that_could_not_be_loaded_is_not_loading(
     assert len([event for event in killer.heard if isinstance(event, Idle)]) == 1
 
 
-@pytest.mark.slow
-def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    """Within its time limit: the trial ends, and says which expression it is."""
-    adapters[0] = hang(adapters[0])
-    killer = Killer()
-    with WorkerSlot() as worker:
-        supervise(Job(groups=(group(shelf.base("llama"), adapters[:1]),)), killer, worker)
-    (merged,) = [event for event in killer.heard if isinstance(event, Merged)]
-    refusal = merged.evidence.refusal
-    assert isinstance(refusal, Refusal)
-    assert (refusal.kind, refusal.fields["pattern"].text) == ("pattern_refused", ENDLESS)
-    assert "problem" not in refusal.fields
-
-
 # --- accounts --------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_that_the_child_forgets_is_unjudged(
-    shelf: Shelf, adapters: list[AdapterFiles], wording: Wording
-) -> None:
+def test_an_adapter_that_the_child_forgets_is_unjudged(trio: Group, wording: Wording) -> None:
     killer = Killer()
-    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    attempt = Attempt(Job(groups=(trio,)), killer)
     attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Finished())
     attempt.report_rest()
@@ -573,11 +505,11 @@ REFUSED = NotJudged(message="m")
     ids=repr,
 )
 def test_an_event_about_other_tasks_is_refused(
-    event: Event, shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
+    event: Event, trio: Group, adapters: list[AdapterFiles], tmp_path: Path
 ) -> None:
     """Task 0 is reported, tasks 1 and 2 are open, and 3 to 5 are on another base. Group 2 has no tasks."""
-    other = shutil.copytree(shelf.base("llama"), tmp_path / "other")
-    groups = group(shelf.base("llama"), adapters), group(other, adapters, first=3), group(other, [])
+    other = shutil.copytree(trio.directory, tmp_path / "other")
+    groups = trio, group(other, adapters, first=3), group(other, [])
     attempt = begun(Job(groups=groups), Unjudged(task=0, refusal=REFUSED), MergeStarted(task=1))
     with pytest.raises(GarbledError):
         attempt.receive(event)
@@ -599,12 +531,8 @@ def turns(attempt: Attempt) -> dict[int, int]:
         ([InProgress(task=1, thread=11), InProgress(task=2)], {2}),
     ],
 )
-def test_after_a_death_in_a_pass_suspects_are_merged_apart(
-    events: list[Event], suspects: set[int], shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
-    attempt = begun(
-        Job(groups=(one_pass(shelf.base("llama"), adapters),)), MergeStarted(task=0, others=(1, 2)), *events
-    )
+def test_after_a_death_in_a_pass_suspects_are_merged_apart(events: list[Event], suspects: set[int], job: Job) -> None:
+    attempt = begun(job, MergeStarted(task=0, others=(1, 2)), *events)
     assert {index for index, turn in turns(attempt).items() if turn == SUSPECTED} == suspects
 
 
@@ -653,19 +581,18 @@ class SimulatedPasses:
 TWENTY = 20
 
 
-def simulated(base: Path, adapter: AdapterFiles, culprits: set[int], in_progress: int, most: int) -> SimulatedPasses:
-    simulation = SimulatedPasses(Job(groups=(one_pass(base, [adapter] * TWENTY),)), culprits, in_progress, most)
+def simulated(trio: Group, culprits: set[int], in_progress: int, most: int) -> SimulatedPasses:
+    tasks = tuple(replace(trio.tasks[0], index=index) for index in range(TWENTY))
+    simulation = SimulatedPasses(Job(groups=(replace(trio, tasks=tasks, one_pass=True),)), culprits, in_progress, most)
     simulation.run()
     return simulation
 
 
 @pytest.mark.parametrize("in_progress", [0, 1, 2, 16])
 @pytest.mark.parametrize("culprit", [0, 7, 19])
-def test_one_death_costs_at_most_two_more_reads_of_the_base(
-    culprit: int, in_progress: int, shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
+def test_one_death_costs_at_most_two_more_reads_of_the_base(culprit: int, in_progress: int, trio: Group) -> None:
     """Of 20 adapters, some of which were in progress."""
-    done = simulated(shelf.base("llama"), adapters[0], {culprit}, in_progress, most=1)
+    done = simulated(trio, {culprit}, in_progress, most=1)
     assert (done.merged, done.errors) == (set(range(TWENTY)), set())
     after = (TWENTY - in_progress, in_progress) if in_progress else (1, TWENTY - 1)
     assert [len(batch) for batch in done.reads] == [TWENTY, *after]
@@ -682,27 +609,23 @@ def test_one_death_costs_at_most_two_more_reads_of_the_base(
     ],
 )
 def test_an_adapter_that_ends_every_process_costs_its_verdict(
-    culprits: set[int], in_progress: int, reads: list[int], shelf: Shelf, adapters: list[AdapterFiles]
+    culprits: set[int], in_progress: int, reads: list[int], trio: Group
 ) -> None:
-    done = simulated(shelf.base("llama"), adapters[0], culprits, in_progress, most=100)
+    done = simulated(trio, culprits, in_progress, most=100)
     assert (done.merged, done.errors) == (set(range(TWENTY)) - culprits, culprits)
     assert [len(batch) for batch in done.reads] == reads
 
 
-def test_a_death_in_a_pass_leaves_the_passes_of_other_groups(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    groups = one_pass(shelf.base("llama"), adapters[:2]), one_pass(shelf.base("llama"), adapters[2:], first=2)
-    attempt = begun(Job(groups=groups), MergeStarted(task=0, others=(1,)))
-    assert turns(attempt) == {0: ALONE, 1: TOGETHER, 2: TOGETHER}
+def test_a_death_leaves_what_it_did_not_touch(trio: Group, adapters: list[AdapterFiles], job: Job) -> None:
+    """The pass of another group, and adapters that are merged one after another."""
+    other = one_pass(Path(trio.directory), adapters[:2], first=3)
+    two = Job(groups=(*job.groups, other))
+    assert turns(begun(two, MergeStarted(task=0, others=(1, 2)))) == {0: ALONE} | dict.fromkeys(range(1, 5), TOGETHER)
+    done = Unjudged(task=0, refusal=REFUSED)
+    assert turns(begun(Job(groups=(trio,)), MergeStarted(task=0), done)) == {1: TOGETHER, 2: TOGETHER}
 
 
-def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    job = Job(groups=(group(shelf.base("llama"), adapters),))
-    attempt = begun(job, MergeStarted(task=0), Unjudged(task=0, refusal=REFUSED))
-    assert turns(attempt) == {1: TOGETHER, 2: TOGETHER}
-
-
-def test_a_death_as_a_pass_hands_over_is_of_the_one_in_progress(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
+def test_a_death_as_a_pass_hands_over_is_of_the_one_in_progress(job: Job) -> None:
     events = MergeStarted(task=0, others=(1, 2)), Unjudged(task=0, refusal=REFUSED), InProgress(task=1)
     assert turns(begun(job, *events)) == {1: SUSPECTED, 2: TOGETHER}
     attempt = begun(job, *events, Unjudged(task=1, refusal=REFUSED))
@@ -714,42 +637,35 @@ def test_a_death_as_a_pass_hands_over_is_of_the_one_in_progress(shelf: Shelf, ad
     [{"done": "x"}, {"task": []}, {"done": 10**5000}, {"module": 5}, {"total": None}],
     ids=["text", "list", "digits", "number", "none"],
 )
-def test_an_event_with_fields_of_other_types_is_garbled(
-    changes: dict[str, Any], shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
-    job = Job(groups=(group(shelf.base("llama"), adapters),))
-    attempt = begun(job, MergeStarted(task=0))
+def test_an_event_with_fields_of_other_types_is_garbled(changes: dict[str, Any], trio: Group) -> None:
+    attempt = begun(Job(groups=(trio,)), MergeStarted(task=0))
     with pytest.raises(GarbledError):
         attempt.receive(replace(MergeProgressed(task=0, done=1, total=2, module="m"), **changes))
 
 
-def test_a_long_name_of_a_module_is_cut(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    attempt = begun(Job(groups=(group(shelf.base("llama"), adapters),)), MergeStarted(task=0))
+def test_a_long_name_of_a_module_is_cut(trio: Group) -> None:
+    attempt = begun(Job(groups=(trio,)), MergeStarted(task=0))
     attempt.receive(MergeProgressed(task=0, done=1, total=2, module="m\x1b" * 1000))
     assert len(attempt._progress) < 1000
     assert attempt._progress.isprintable()
 
 
-def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    class FillStep(BaseException):
-        pass
+class FillStep(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("raised", [FillStep, BrokenPipeError])
+def test_what_the_listener_raises_ends_the_child(raised: type[BaseException], trio: Group) -> None:
+    """A broken pipe of the listener is not the child's."""
 
     def listen(event: Event) -> None:
-        raise FillStep
+        raise raised
 
     worker = WorkerSlot()
     child = process_of(worker)
-    with pytest.raises(FillStep), worker:
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen, worker)
+    with pytest.raises(raised), worker:
+        supervise(Job(groups=(trio,)), listen, worker)
     assert child.poll() == -signal.SIGKILL
-
-
-def test_a_broken_pipe_of_the_listener_is_not_the_childs(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    def listen(event: Event) -> None:
-        raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError), WorkerSlot() as worker:
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen, worker)
 
 
 def test_a_child_without_a_job_leaves_when_it_is_let_go() -> None:
@@ -792,18 +708,13 @@ def test_a_job_without_tasks_starts_nothing(shelf: Shelf) -> None:
 # --- the device without a job ----------------------------------------------------------------------------------------
 
 
-def test_a_process_without_adapters_reports_its_device_and_ends() -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_process_without_adapters_reports_its_device_and_ends(is_killed: bool) -> None:
     with WorkerSlot() as worker:
         child = process_of(worker)
+        if is_killed:
+            child.kill()
         chosen = worker.choose_device("cpu")
-        assert isinstance(chosen, DeviceChosen)
-        assert chosen.device == "cpu"
-        assert child.poll() == 0
+        assert (chosen is None) == is_killed
+        assert chosen is None or (chosen.device, child.poll()) == ("cpu", 0)
         assert not worker.is_started, "the next job gets a new process"
-
-
-def test_a_process_that_dies_reports_no_device() -> None:
-    with WorkerSlot() as worker:
-        process_of(worker).kill()
-        assert worker.choose_device("cpu") is None
-        assert not worker.is_started
