@@ -14,6 +14,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -439,35 +440,49 @@ def test_the_token_comes_from_the_usual_places(hub: LoopbackHub, client: Client)
     assert {request.token for request in hub.requests if "cdn" in request.path} == {None}
 
 
-def test_a_wrong_token_is_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    hub.add_repo("acme/private", ADAPTER, private=True, token="hf_other")
-    answer = client.adapter("acme/private", HF_TOKEN=SECRET)
-    wording(answer["error"])
+REFUSALS: dict[str, tuple[Callable[[LoopbackHub], object], dict[str, Any], dict[str, str], int]] = {
+    **{f"the id {name}": (lambda _: None, {"id": name}, {}, 0) for name in ("not an id", "a/b/c", "-x/y", "a--b/c..d")},
+    "a token that is not the right one": (lambda _: None, {"id": "acme/private"}, {"HF_TOKEN": SECRET}, 0),
+    "an unknown revision": (lambda _: None, {"revision": "v9"}, {}, 0),
+    "no network": (lambda _: None, {}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, len(PAUSES_S)),
+    "offline, and not in the cache": (lambda _: None, {}, {"HF_HUB_OFFLINE": "1"}, 0),
+    "a failure during the download": (lambda hub: hub.fail("/cdn/", 404), {}, {}, 1),
+    "a refusal": (lambda hub: hub.fail("/api/models", 403), {}, {}, 0),
+    "a server that is no Hub": (lambda hub: hub.fail("/api/models", 200), {}, {}, 0),
+    "a server that says nothing": (
+        lambda hub: hub.damage("/api/models", "silence"), {"timeout_s": 0.3}, {}, len(PAUSES_S),
+    ),
+    "a mirror that names no commit": (lambda hub: vars(hub).update(unsaid={"sha"}), {}, {}, 0),
+    "a cache that cannot be written": (lambda _: None, {}, {"HF_HOME": "file"}, 0),
+}  # fmt: skip
+"""What happens to the Hub, the call, the environment, and how often it is said that the call is made again."""
 
 
-def test_an_unknown_revision(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_the_hub_or_the_network_refuses(hub: LoopbackHub, client: Client, case: str, wording: Wording) -> None:
+    """A path that is mistyped reads as a Hub id, so that offline the directory is named."""
+    happens, call, env, notes = REFUSALS[case]
     hub.add_repo("acme/lora", ADAPTER)
-    wording(client.adapter("acme/lora", "v9")["error"])
+    hub.add_repo("acme/private", ADAPTER, private=True, token="hf_other")
+    happens(hub)
+    (client.home.parent / "file").touch()
+    (answer,) = client.ask({"kind": "adapter", "id": "acme/lora"} | call, **env)
+    wording(answer["error"], answer["hint"])
+    assert len(answer["notes"]) == notes
 
 
-@pytest.mark.parametrize("name", ["not an id", "a/b/c", "-x/y", "a--b/c..d"])
-def test_an_invalid_id(client: Client, name: str, wording: Wording) -> None:
-    wording(client.adapter(name)["error"])
+@pytest.mark.attempt("M12", "huggingface_hub asks for a list of coding agents", "only the repository is asked for")
+def test_a_refusal_is_not_tried_again(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/api/models", 403)
+    client.adapter("acme/lora")
+    assert hub.paths() == ["/api/models/acme/lora"]
 
 
-def test_no_network(client: Client, wording: Wording) -> None:
-    answer = client.adapter("acme/lora", HF_ENDPOINT="http://127.0.0.1:9")
-    wording(answer["error"])
-    assert "HF_HUB_OFFLINE=1" in answer["hint"]
-    assert len(answer["notes"]) == 2
-    wording(answer["notes"][0])
-
-
-def test_offline_and_not_in_the_cache(client: Client, wording: Wording) -> None:
-    answer = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
-    wording(answer["error"])
-    assert "directory" in answer["error"], "a mistyped path reads as a Hub id"
-    assert "directory" in answer["hint"]
+@pytest.mark.attempt("S11", "a password in HF_ENDPOINT, and an error", "it is not shown")
+def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    url = hub.url.replace("http://", f"http://user:{SECRET}@")
+    wording(client.adapter("acme/absent", HF_ENDPOINT=url)["error"])
 
 
 def test_offline_with_half_of_the_files(hub: LoopbackHub, client: Client, wording: Wording) -> None:
@@ -485,20 +500,6 @@ def test_passing_failures_are_tried_again(hub: LoopbackHub, client: Client, stat
     assert answer["commit"] == commit
     wording(answer["notes"][0])
     hub.fail("/api/models", status)
-    wording(client.adapter("acme/lora")["error"])
-
-
-@pytest.mark.attempt("M12", "huggingface_hub asks for a list of coding agents", "only the repository is asked for")
-def test_a_refusal_is_not_tried_again(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    hub.add_repo("acme/lora", ADAPTER)
-    hub.fail("/api/models", 403)
-    wording(client.adapter("acme/lora")["error"])
-    assert hub.paths() == ["/api/models/acme/lora"]
-
-
-def test_a_failure_during_the_download(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    hub.add_repo("acme/lora", ADAPTER)
-    hub.fail("/cdn/", 404)
     wording(client.adapter("acme/lora")["error"])
 
 
@@ -548,21 +549,6 @@ def test_other_bytes_than_those_that_are_listed_leave_the_cache(
     assert content_of(client.adapter("acme/lora")) == CHOSEN
 
 
-def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    hub.add_repo("acme/lora", ADAPTER)
-    hub.unsaid = {"sha"}
-    answer = client.adapter("acme/lora")
-    wording(answer["error"])
-    assert "HF_ENDPOINT" in answer["hint"]
-
-
-def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    hub.damage("/api/models", "silence")
-    (answer,) = client.ask({"kind": "adapter", "id": "acme/lora", "revision": None, "timeout_s": 0.3})
-    wording(answer["error"])
-    assert len(answer["notes"]) == len(PAUSES_S)
-
-
 def test_a_network_that_is_dead_is_told_within_a_minute() -> None:
     """A request is made three times; huggingface_hub makes one for a file six times, a second apart."""
     assert 3 * _REQUEST_TIMEOUT_S + sum(PAUSES_S) < 60
@@ -588,26 +574,6 @@ def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: C
         run.kill()
     wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
     assert content_of(client.adapter("acme/lora")) == LARGE
-
-
-def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path, wording: Wording) -> None:
-    hub.add_repo("acme/lora", ADAPTER)
-    (tmp_path / "file").touch()
-    answer = client.adapter("acme/lora", HF_HOME=str(tmp_path / "file"))
-    wording(answer["error"])
-
-
-def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    hub.fail("/api/models", 200)
-    answer = client.adapter("acme/lora")
-    wording(answer["error"])
-    assert "HF_ENDPOINT" in answer["hint"]
-
-
-@pytest.mark.attempt("S11", "a password in HF_ENDPOINT, and an error", "it is not shown")
-def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
-    url = hub.url.replace("http://", f"http://user:{SECRET}@")
-    wording(client.adapter("acme/absent", HF_ENDPOINT=url)["error"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from merge_gate.files.resolve import resolve_adapter
 from merge_gate.limits import request_limits
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from tests.support.hub import LoopbackHub
+from tests.support.tried import tried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,25 +90,23 @@ def test_the_token_follows_no_redirect(hub: LoopbackHub) -> None:
     assert hosts == {None}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "kind"),
-    [
-        pytest.param(pattern, kind, marks=pytest.mark.attempt(f"S02{letter}", f"{what}: {kind}", "error in time"))
-        for letter, what, pattern, kind in (
-            ("a", "the answer of the API", r"/api/models/acme/lora$", "endless"),
-            ("b", "the answer of the API", r"/api/models/acme/lora$", "drip"),
-            ("c", "the list of files", r"/tree/", "endless"),
-            ("d", "adapter_config.json", r"/resolve/.*json$", "endless"),
-            ("e", "adapter_config.json", r"/resolve/.*json$", "drip"),
-            ("f", "adapter_config.json", r"/resolve/.*json$", "drip-chunk"),
-            ("g", "downloaded weights", r"/cdn/", "endless"),
-            ("h", "downloaded weights", r"/cdn/", "drip"),
-            ("i", "downloaded weights", r"/cdn/", "drip-chunk"),
-        )
-    ],
-)
-def test_a_download_without_end_is_an_error(pattern: str, kind: str, hub: LoopbackHub, tmp_path: Path) -> None:
-    hub.damage(pattern, kind)
+API, CONFIG = r"/api/models/acme/lora$", r"/resolve/.*json$"
+ENDLESS = {
+    "the answer of the API, endless": (API, "endless"),
+    "the answer of the API, drip": (API, "drip"),
+    "the list of files, endless": ("/tree/", "endless"),
+    "adapter_config.json, endless": (CONFIG, "endless"),
+    "adapter_config.json, drip": (CONFIG, "drip"),
+    "adapter_config.json, drip-chunk": (CONFIG, "drip-chunk"),
+    "downloaded weights, endless": ("/cdn/", "endless"),
+    "downloaded weights, drip": ("/cdn/", "drip"),
+    "downloaded weights, drip-chunk": ("/cdn/", "drip-chunk"),
+}
+
+
+@pytest.mark.parametrize("damage", tried("S02", "a download without end", "error in time", ENDLESS))
+def test_a_download_without_end_is_an_error(damage: tuple[str, str], hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.damage(*damage)
     refused(fetched, ResolveError)
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 300_000
 
@@ -126,18 +125,15 @@ def test_pages_without_end_are_an_error(hub: LoopbackHub, monkeypatch: pytest.Mo
     refused(fetched, ResolveError)
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        pytest.param(pattern, marks=pytest.mark.attempt(f"S03{letter}", f"headers of {what} drip", "error in time"))
-        for letter, what, pattern in (
-            ("a", "the API", "/api/models"),
-            ("b", "a list of files", "/tree/"),
-            ("c", "a small file", "/resolve/.*json"),
-            ("d", "downloaded weights", "/cdn/"),
-        )
-    ],
-)
+DRIPPING = {
+    "the API": "/api/models",
+    "a list of files": "/tree/",
+    "a small file": "/resolve/.*json",
+    "downloaded weights": "/cdn/",
+}
+
+
+@pytest.mark.parametrize("pattern", tried("S03", "headers that drip", "error in time", DRIPPING))
 def test_headers_that_drip_are_an_error(pattern: str, hub: LoopbackHub) -> None:
     hub.dripping = pattern
     refused(fetched, ResolveError)
@@ -166,17 +162,10 @@ def test_a_stream_that_is_too_slow_is_an_error(kind: str, hub: LoopbackHub) -> N
     refused(lambda: read(file), SourceError)
 
 
-@pytest.mark.parametrize(
-    "location",
-    [
-        pytest.param(location, marks=pytest.mark.attempt(f"S04{letter}", f"a redirect to {location}", "error at once"))
-        for letter, location in zip(
-            "abcde",
-            ("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "unix:///run/x", "data:,x"),
-            strict=True,
-        )
-    ],
-)
+LOCATIONS = ("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "unix:///run/x", "data:,x")
+
+
+@pytest.mark.parametrize("location", tried("S04", "a redirect", "error at once", LOCATIONS))
 def test_a_redirect_that_leaves_the_web_fails_at_once(
     location: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,26 +176,13 @@ def test_a_redirect_that_leaves_the_web_fails_at_once(
 
 
 COMMITS = (
-    "../../../../elsewhere",
-    "/tmp/elsewhere",
-    "..",
-    "a/b",
-    "main",
-    "0" * 39,
-    "0" * 41,
-    "A" * 40,
-    "0" * 64,
-    "0" * 5_000,
-    "",
-)
+    "../../../../elsewhere", "/tmp/elsewhere", "..", "a/b", "main", "0" * 39, "0" * 41, "A" * 40, "0" * 64,
+    "0" * 5_000, "",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "commit",
-    [
-        pytest.param(commit, marks=pytest.mark.attempt(f"S06{letter}", f"the commit {commit[:44]!r}", "error, no file"))
-        for letter, commit in zip("abcdefghijk", COMMITS, strict=True)
-    ],
+    "commit", tried("S06", "the commit", "error, no file", {repr(commit[:44]): commit for commit in COMMITS})
 )
 def test_a_commit_that_is_none_is_refused(commit: str, hub: LoopbackHub, tmp_path: Path) -> None:
     hub.overrides = {"sha": commit}
@@ -214,23 +190,23 @@ def test_a_commit_that_is_none_is_refused(commit: str, hub: LoopbackHub, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("header", "value"),
-    [
-        pytest.param(header, value, marks=pytest.mark.attempt(f"S06b{letter}", f"{header}: {value}", "error, no file"))
-        for letter, header, value in (
-            ("a", "X-Repo-Commit", "../../../../elsewhere"),
-            ("b", "X-Repo-Commit", "/elsewhere"),
-            ("c", "ETag", '"../../../elsewhere"'),
-            ("d", "ETag", 'W/"../../../elsewhere"'),
-            ("e", "ETag", '".."'),
-            ("f", "ETag", '"' + "x" * 300 + '"'),
-            ("g", "X-Linked-ETag", "../../../elsewhere"),
-        )
-    ],
+HEADERS = (
+    ("X-Repo-Commit", "../../../../elsewhere"),
+    ("X-Repo-Commit", "/elsewhere"),
+    ("ETag", '"../../../elsewhere"'),
+    ("ETag", 'W/"../../../elsewhere"'),
+    ("ETag", '".."'),
+    ("ETag", '"' + "x" * 300 + '"'),
+    ("X-Linked-ETag", "../../../elsewhere"),
 )
-def test_a_header_that_becomes_a_path_is_checked(header: str, value: str, hub: LoopbackHub, tmp_path: Path) -> None:
-    hub.file_headers = {header: value}
+
+
+@pytest.mark.parametrize(
+    "header",
+    tried("S06b", "a header", "error, no file", {f"{name}: {value}"[:60]: (name, value) for name, value in HEADERS}),
+)
+def test_a_header_that_becomes_a_path_is_checked(header: tuple[str, str], hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.file_headers = dict([header])
     refused(fetched, ResolveError)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert not list(tmp_path.rglob("*elsewhere*"))
@@ -242,35 +218,23 @@ def test_a_commit_is_asked_for_once(hub: LoopbackHub) -> None:
     assert hub.paths().count(f"/api/models/{LORA}") + hub.paths().count(f"/api/models/{LORA}/revision/main") == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.attempt(f"S07{letter}", f"a repository lists {name!r}"[:60], "error"))
-        for letter, name in zip(
-            "abcdefgh", ("../x.json", "/etc/x.json", "a/../x", "./a", "a//b", "a\\b", "a\0b", "\ud800"), strict=True
-        )
-    ],
-)
+NAMES = ("../x.json", "/etc/x.json", "a/../x", "./a", "a//b", "a\\b", "a\0b", "\ud800")
+
+
+@pytest.mark.parametrize("name", tried("S07", "a repository lists", "error", {ascii(name): name for name in NAMES}))
 def test_a_listed_name_that_leads_elsewhere_is_refused(name: str, hub: LoopbackHub) -> None:
     listed = [{"rfilename": each, "size": 1} for each in (*ADAPTER, name)]
     hub.overrides = {"siblings": listed}
     refused(fetched, ResolveError)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        pytest.param(headers, marks=pytest.mark.attempt(f"S10{letter}", f"429 with {str(headers)[:60]}", "bounded"))
-        for letter, headers in (
-            ("a", {"Retry_After": "1000000000"}),
-            ("b", {"Retry_After": "9" * 5_000}),
-            ("c", {"Retry_After": "nan"}),
-            ("d", {"Retry_After": "-5"}),
-            ("e", {"Retry_After": "²"}),
-            ("f", {"RateLimit": '"api";r=0;t=1000000000'}),
-        )
-    ],
-)
+PAUSES = (
+    {"Retry_After": "1000000000"}, {"Retry_After": "9" * 5_000}, {"Retry_After": "nan"}, {"Retry_After": "-5"},
+    {"Retry_After": "²"}, {"RateLimit": '"api";r=0;t=1000000000'},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", tried("S10", "429", "bounded", {str(each)[:60]: each for each in PAUSES}))
 def test_a_pause_that_the_server_asks_for_is_bounded(
     headers: dict[str, str], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
