@@ -14,21 +14,32 @@ Each type has a process of its own, with a limit of time and memory, in which `f
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from benchmarks.architectures import LIMIT_BYTES, TIMEOUT_S, command, head_of, rows
 from benchmarks.unread import in_process
-from tests.support.engine.forward_trials import sentence, trial
+from merge_gate.engine.base.made_up_inputs import Inputs
+from tests.support.engine.forward_trials import outputs, sentence, trial
+from tests.support.methods import quiet
+
+LEAST_SHARE, LEAST_ERROR = 0.01, 1e-5
+"""A merge differs above this share of the adapter's effect, and of the outputs."""
 
 DATA = Path(__file__).resolve().parent / "forward.json"
 
@@ -39,9 +50,97 @@ def child(model_type: str, sender: Connection) -> None:
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
     try:
-        sender.send({"type": model_type, **asdict(trial(model_type))})
+        sender.send({"type": model_type, **asdict(trial(model_type, more))})
     except Exception as error:  # noqa: BLE001 - nothing could be built, or a mistake of the trial: its type shows it
         sender.send({"type": model_type, "reason": sentence(error)})
+
+
+def more(
+    model: Any, adapted: Any, inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
+) -> dict[str, Any]:
+    facts = {"unlike": tuple(_unlike(model, inputs))}
+    return facts if adapted is None else facts | _merged(adapted, inputs, of_base, of_adapter)
+
+
+def _unlike(model: nn.Module, inputs: Inputs) -> Iterator[str]:
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        given = {
+            key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
+        try:
+            found = outputs(copy.deepcopy(model).to(dtype), given)
+        except Exception as error:  # noqa: BLE001 - a model's own
+            yield f"{name}: {sentence(error)}"
+        else:
+            if not all(bool(torch.isfinite(one).all()) for one in found):
+                yield f"{name}: not finite"
+
+
+def _merged(
+    adapted: Any, inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
+) -> dict[str, Any]:
+    layers = {path: one for path, one in adapted.named_modules() if isinstance(one, LoraLayer)}
+    called: set[int] = set()
+    hooks = [one.register_forward_hook(lambda module, *_: called.add(id(module))) for one in layers.values()]
+    outputs(adapted.get_base_model(), inputs)
+    for hook in hooks:
+        hook.remove()
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for path, one in layers.items():
+        how = _how(adapted, one, id(one) in called)
+        kinds.setdefault((path.rpartition(".")[2], type(one.get_base_layer()).__name__, how), []).append(path)
+    error = _error(adapted, list(layers), inputs, of_base, of_adapter)
+    if isinstance(error, str):
+        return {"differs": (error,)}
+    differs = []
+    for (leaf, name, how), paths in kinds.items() if error > LEAST_SHARE else ():
+        of_kind = _error(adapted, paths, inputs, of_base, of_adapter)
+        if isinstance(of_kind, str) or of_kind > LEAST_SHARE:
+            differs.append(f"{leaf} ({name}) {how}")
+    return {
+        "error": float(f"{error:.1e}"),
+        "differs": tuple(differs or (["all together"] if error > LEAST_SHARE else ())),
+    }
+
+
+def _error(
+    adapted: Any, paths: list[str], inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
+) -> float | str:
+    """How far the outputs are from the unmerged ones once these layers are merged, as a share of the effect."""
+    merged = copy.deepcopy(adapted)
+    try:
+        with quiet():
+            for path in paths:
+                merged.get_submodule(path).merge()
+            found = outputs(merged.get_base_model(), inputs)
+    except Exception as error:  # noqa: BLE001 - PEFT's own
+        return sentence(error)
+    distance = _norm(found, of_adapter)
+    is_far = distance > LEAST_ERROR * _norm(of_adapter, [torch.zeros_like(one) for one in of_adapter])
+    return distance / max(_norm(of_adapter, of_base), 1e-30) if is_far else 0.0
+
+
+def _norm(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    if [one.shape for one in tensors] != [one.shape for one in others]:
+        return float("inf")
+    return (
+        sum(float((one.double() - other.double()).norm()) ** 2 for one, other in zip(tensors, others, strict=True))
+        ** 0.5
+    )
+
+
+def _how(adapted: nn.Module, layer: Any, is_called: bool) -> str:
+    """What is special about a layer."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    holders = [one for one in adapted.modules() if any(weight is tensor for tensor in one.parameters(recurse=False))]
+    if len(holders) > 1:
+        return "shares its weight"
+    if not is_called:
+        return "is not called"
+    return "has a forward of its own" if not type(base).__module__.startswith("torch.") else "is called"
 
 
 def run(model_types: list[str], results: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.support.card import build, compare
 from tests.support.card.fleets import Workshop
 from tests.support.card.runs import CPU, Device, Run, judge, judge_on_both
 from tests.support.command import merge_gate
+from tests.support.faults import configure
+from tests.support.models import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what PEFT and transformers write
 PASSED = ("passed", None)
@@ -28,10 +31,18 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 def config(directory: Path, workshop: Workshop, *names: str, dtype: str = "float32") -> Path:
     """A configuration of adapters of tests/support/methods.py."""
-    entries = [{"name": name} | workshop.entry(methods.find(name), dtype) for name in names]
+    return write(directory, [{"name": name} | workshop.entry(methods.find(name), dtype) for name in names])
+
+
+def write(directory: Path, entries: list[dict[str, Any]]) -> Path:
     path = directory / "gate.yml"
     path.write_text(json.dumps({"version": 1, "adapters": entries}))
     return path
+
+
+@pytest.fixture
+def cuda(card: Path) -> Device:
+    return Device(name="cuda", environment=build.environment(card))
 
 
 def finding(run: Run, name: str) -> str:
@@ -41,15 +52,16 @@ def finding(run: Run, name: str) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_a_card_published_is_verified(dtype: str, card: Path, workshop: Workshop, tmp_path: Path) -> None:
-    device = Device(name="cuda", environment=build.environment(card))
+def test_a_model_that_a_card_published_is_verified(
+    dtype: str, cuda: Device, workshop: Workshop, tmp_path: Path
+) -> None:
     path = config(tmp_path, workshop, "lora-linear", dtype=dtype)
-    judged = judge(path, device, publishes=True)
+    judged = judge(path, cuda, publishes=True)
     assert judged.answer.code == 0, judged.answer.said
     (entry,) = json.loads(path.read_text())["adapters"]
     merged = judged.published / "lora-linear"
     inputs = ("--base", entry["base"]["model"], "--adapter", entry["path"])
-    for environment in (device.environment, CPU.environment):
+    for environment in (cuda.environment, CPU.environment):
         answer = merge_gate("verify", merged, *inputs, cwd=tmp_path, **environment)
         assert answer.code == 0, answer.said
 
@@ -105,27 +117,21 @@ def test_an_error_of_the_card_does_not_refuse_a_combination(
     member = workshop.entry(methods.find("lora-linear"), "bfloat16", quantization="bnb-8bit")
     combine = {"method": "svd", "adapters": ["first", "second"], "weights": [0.6, 0.4]}
     entries = [member | {"name": name} for name in combine["adapters"]]
-    path = tmp_path / "gate.yml"
-    path.write_text(
-        json.dumps({"version": 1, "adapters": [*entries, {"name": "both", "combine": combine, "base": member["base"]}]})
-    )
+    path = write(tmp_path, [*entries, {"name": "both", "combine": combine, "base": member["base"]}])
     judged = judge(path, Device(name="cuda", environment=build.environment(card, failures={"aten::_linalg_svd": kind})))
     assert judged.verdicts() == {"first": PASSED, "second": PASSED, "both": ("error", "not-judged")}
 
 
-def test_an_index_out_of_range_is_the_adapters_fault(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+def test_an_index_out_of_range_is_the_adapters_fault(cuda: Device, workshop: Workshop, tmp_path: Path) -> None:
     """On a card, it would end the context, and the verdicts of the adapters after it."""
-    path = config(tmp_path, workshop, "lora-linear", "supertuning-linear", "lora-dora")
-    document = json.loads(path.read_text())
-    broken = tmp_path / "broken"
-    tensors = methods.load_file(Path(document["adapters"][1]["path"]) / methods.WEIGHTS)
+    names = ("lora-linear", "supertuning-linear", "lora-dora")
+    entries = [{"name": name} | workshop.entry(methods.find(name), "float32") for name in names]
+    tensors = methods.load_file(Path(entries[1]["path"]) / methods.WEIGHTS)
     for tensor in tensors.values():
         if not tensor.is_floating_point():
             tensor.view(-1)[-1] = 100_000
-    methods.write_variant(Path(document["adapters"][1]["path"]), broken, tensors)
-    document["adapters"][1]["path"] = str(broken)
-    path.write_text(json.dumps(document))
-    cpu, on_card = judge_on_both(path, Device(name="cuda", environment=build.environment(card)))
+    entries[1]["path"] = str(methods.write_variant(Path(entries[1]["path"]), tmp_path / "broken", tensors))
+    cpu, on_card = judge_on_both(write(tmp_path, entries), cuda)
     assert on_card.verdicts()["supertuning-linear"] == ("failed", "shape-mismatch")
     assert compare.of_reports(cpu.report, on_card.report) == []
 
@@ -135,6 +141,7 @@ def test_no_setting_of_the_caller_rounds_to_tf32(card: Path, workshop: Workshop,
     override = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "NVIDIA_TF32_OVERRIDE": "1"}
     device = Device(name="cuda", environment=build.environment(card) | override)
     cpu, on_card = judge_on_both(path, device, publishes=True)
+    assert on_card.report["environment"]["device"] == "cuda:0"
     assert compare.of_reports(cpu.report, on_card.report) == []
     assert compare.of_published(cpu.published, on_card.published) == []
 
@@ -146,20 +153,13 @@ def test_the_table_of_a_real_card_says_if_there_was_none(card: Path) -> None:
     assert simulated.stdout.count("NO REAL CARD WAS USED") == 2
 
 
-def test_a_token_out_of_range_is_the_adapters_fault(card: Path, workshop: Workshop, tmp_path: Path) -> None:
+def test_a_token_out_of_range_is_the_adapters_fault(cuda: Device, workshop: Workshop, tmp_path: Path) -> None:
     """The embedding of a quantized base is on the card when PEFT reads the tokens' rows."""
     entry = workshop.entry(methods.find("lora-tokens"), "bfloat16", quantization="bnb-8bit")
-    broken = tmp_path / "broken"
-    shutil.copytree(entry["path"], broken)
-    settings = json.loads((broken / "adapter_config.json").read_text())
-    settings["trainable_token_indices"][-1] = 9_999
-    (broken / "adapter_config.json").write_text(json.dumps(settings))
-    path = tmp_path / "gate.yml"
-    path.write_text(
-        json.dumps(
-            {"version": 1, "adapters": [entry | {"name": "broken", "path": str(broken)}, entry | {"name": "good"}]}
-        )
-    )
-    cpu, on_card = judge_on_both(path, Device(name="cuda", environment=build.environment(card)))
+    broken = shutil.copytree(entry["path"], tmp_path / "broken")
+    first, *_ = read_config(broken)["trainable_token_indices"]
+    configure(trainable_token_indices=[first, 9_999])(broken)
+    path = write(tmp_path, [entry | {"name": "broken", "path": str(broken)}, entry | {"name": "good"}])
+    cpu, on_card = judge_on_both(path, cuda)
     assert cpu.verdicts() == {"broken": ("failed", "shape-mismatch"), "good": PASSED}
     assert on_card.verdicts() == cpu.verdicts()

@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import methods
 from tests.support.card import build
-from tests.support.card.fleets import Workshop
-from tests.support.card.runs import Device, judge
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CARD = {"during": ["cuda:0 torch.float32"], "after": ["cpu torch.float32"]}
@@ -50,11 +47,3 @@ def test_a_full_card_drops_the_weights_that_it_keeps(seen: dict[str, Any]) -> No
 
 def test_a_draw_on_the_card_is_taken_back(seen: dict[str, Any]) -> None:
     assert seen["drawn"] == [True, True]
-
-
-def test_the_report_names_the_card_with_its_index(card: Path, tmp_path: Path) -> None:
-    entry = {"name": "lora"} | Workshop(tmp_path).entry(methods.find("lora-linear"), "float32")
-    config = tmp_path / "gate.yml"
-    config.write_text(json.dumps({"version": 1, "adapters": [entry]}))
-    judged = judge(config, Device(name="cuda", environment=build.environment(card)))
-    assert judged.report["environment"]["device"] == "cuda:0"

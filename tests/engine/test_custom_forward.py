@@ -6,7 +6,7 @@ layers, does not, and must pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from merge_gate.records.config import Combine
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.faults import edit
-from tests.support.gating import Gate, Judgement, one_thread
+from tests.support.gating import Gate, Judgement
 from tests.support.models import _noise
+
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 TOKENS = {"input_ids": torch.arange(3, 11)[None]}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}
@@ -98,12 +100,6 @@ ALIKE: dict[str, Row] = {
     "falcon-oft": (_falcon, TOKENS, peft.OFTConfig(oft_block_size=4, target_modules=["dense"], module_dropout=0.5)),
     "falcon-lora": (_falcon, TOKENS, lora("query_key_value", "dense")),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def trained(row: Row, root: Path) -> float:

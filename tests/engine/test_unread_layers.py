@@ -5,7 +5,7 @@ Each adapter of `UNREAD` computes one thing as it was trained and another when i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from merge_gate.engine.base import direct_reads
 from merge_gate.records.terms import Finding, Severity, Verdict
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.plain_merge import merge_error
 from tests.support.faults import edit
-from tests.support.gating import Gate, Judgement, one_thread
+from tests.support.gating import Gate, Judgement
 from tests.support.sampled import sampled
+
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 TEXT = methods.TEXT
 VISION = methods.VISION | {"image_size": 8, "patch_size": 4}
@@ -103,7 +106,8 @@ def trained(root: Path, base: str, config: peft.PeftConfig, dtype: torch.dtype =
     goal = None
     for _ in range(5):
         with methods.quiet():
-            output = _first(model.train()(**_fit(inputs, dtype)))
+            returned = model.train()(**_fit(inputs, dtype))
+        output = next(returned[name] for name in ("logits", "logits_per_image", "pooler_output") if name in returned)
         goal = torch.randn(output.shape) if goal is None else goal
         optimizer.zero_grad()
         (output.float() - goal).pow(2).mean().backward()
@@ -112,20 +116,9 @@ def trained(root: Path, base: str, config: peft.PeftConfig, dtype: torch.dtype =
     idle = tuple(name for name, one in own.items() if one.grad is None)
     with methods.quiet():
         model.save_pretrained(root / "adapter")
-        loaded = peft.PeftModel.from_pretrained(
-            kind.from_pretrained(root / "base", dtype="auto"), root / "adapter"
-        ).eval()
-        unmerged = methods.compute(loaded, _fit(inputs, dtype)).float()
-        merged = methods.compute(loaded.merge_and_unload(safe_merge=True).eval(), _fit(inputs, dtype)).float()
-    off = float((merged - unmerged).norm() / unmerged.norm())
+        loaded = peft.PeftModel.from_pretrained(kind.from_pretrained(root / "base", dtype="auto"), root / "adapter")
+    off = merge_error(loaded, _fit(inputs, dtype))
     return Trained(base=root / "base", adapter=root / "adapter", off=off, idle=idle)
-
-
-def _first(output: Any) -> torch.Tensor:
-    """What is trained: logits, or what the pooling head gives."""
-    names = ("logits", "logits_per_image", "pooler_output")
-    found: torch.Tensor = next(output[name] for name in names if name in output)
-    return found
 
 
 def _fit(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -134,12 +127,6 @@ def _fit(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch
 
 def said(judgement: Judgement) -> Finding | None:
     return next((one for one in judgement.findings if one.check == "not-mergeable"), None)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 OUT_PROJ, DT_PROJ, RELATIVE = "head.attention.out_proj", "dt_proj", "rel_embeddings"
@@ -155,25 +142,14 @@ def fourier(*targets: str) -> Callable[[], peft.PeftConfig]:
     return lambda: peft.FourierFTConfig(n_frequency=20, target_modules=names)
 
 
+C3A = peft.C3AConfig(block_size=4, init_weights="gaussian", target_modules=["q_proj", OUT_PROJ])
 UNREAD: dict[str, tuple[str, Callable[[], peft.PeftConfig], str, Severity, float]] = {
     "siglip-fourierft": ("siglip", fourier("q_proj", OUT_PROJ), OUT_PROJ, ERROR, 0.1),
     "siglip-lora-random": ("siglip", lora("q_proj", OUT_PROJ, init_lora_weights=False), OUT_PROJ, WARNING, 0.1),
     "siglip-pissa": ("siglip", lora("q_proj", OUT_PROJ, init_lora_weights="pissa"), OUT_PROJ, ERROR, 0.1),
-    "siglip-all-linear": (
-        "siglip",
-        lambda: peft.FourierFTConfig(n_frequency=20, target_modules="all-linear"),
-        OUT_PROJ,
-        ERROR,
-        0.05,
-    ),
+    "siglip-all-linear": ("siglip", fourier("all-linear"), OUT_PROJ, ERROR, 0.05),
     "siglip-vision-fourierft": ("siglip-vision", fourier("q_proj", OUT_PROJ), OUT_PROJ, WARNING, 0.1),
-    "siglip-c3a-gaussian": (
-        "siglip",
-        lambda: peft.C3AConfig(block_size=4, init_weights="gaussian", target_modules=["q_proj", OUT_PROJ]),
-        OUT_PROJ,
-        ERROR,
-        0.1,
-    ),
+    "siglip-c3a-gaussian": ("siglip", lambda: C3A, OUT_PROJ, ERROR, 0.1),
     "mamba-fourierft": ("mamba", fourier("in_proj", DT_PROJ), DT_PROJ, WARNING, 1e-2),
     "mamba-lora-random": ("mamba", lora("in_proj", DT_PROJ, init_lora_weights=False), DT_PROJ, WARNING, 1e-4),
     "deberta-lora-random": ("deberta", lora("query_proj", RELATIVE, init_lora_weights=False), RELATIVE, WARNING, 1e-4),
@@ -194,10 +170,6 @@ def test_a_start_that_only_the_merge_brings_is_told(name: str, tmp_path: Path) -
     assert (judgement.verdict is Verdict.FAILED) is (severity is ERROR), judgement
 
 
-def vera() -> peft.PeftConfig:
-    return peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"])
-
-
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 READ: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "siglip-lora": ("siglip", lora("q_proj", OUT_PROJ)),
@@ -210,7 +182,7 @@ READ: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "mamba-fourierft-elsewhere": ("mamba", fourier("in_proj", "x_proj")),
     "deberta-lora": ("deberta", lora("query_proj", RELATIVE)),
     "llama-fourierft": ("llama", fourier("q_proj", "down_proj", "lm_head")),
-    "llama-vera": ("llama", vera),
+    "llama-vera": ("llama", lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"])),
     "llama-random": ("llama", lora("q_proj", "embed_tokens", "lm_head", init_lora_weights=False)),
     "llama-tied-random": ("llama-tied", lora("q_proj", "down_proj", init_lora_weights=False)),
     "mixtral-experts": (

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from peft import LNTuningConfig, LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
 from merge_gate.records.terms import Verdict
-from tests.support import methods
+from tests.support import methods, models
 from tests.support.engine.merges import NOT_RUN
-from tests.support.gating import Bench, Gate, one_thread
+from tests.support.gating import Bench, Gate
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 PREFIX = "base_model.model."
 NORM = "model.norm.weight"
@@ -26,9 +26,8 @@ BIAS = "encoder.layer.0.attention.output.dense.bias"
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with one_thread():
-        yield Bench(tmp_path_factory.mktemp("unnamed"), Gate(no_forward=NOT_RUN))
+def bench(bench: Bench) -> Bench:
+    return replace(bench, gate=Gate(no_forward=NOT_RUN))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_embeddings_may_ride_along(
     torch.manual_seed(0)
     with methods.quiet():
         model.resize_token_embeddings(rows, mean_resizing=False)
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)
+        config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
         wrapped = peft.get_peft_model(model, config)
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad or "embed_tokens" in name:
@@ -106,3 +105,63 @@ def test_embeddings_may_ride_along(
     judgement = bench.gate.judge(tmp_path, bench.base_directory(base, "float32"))
     assert judgement.verdict is Verdict.PASSED, judgement
     assert "keys-unexpected" not in judgement.warned, judgement
+
+
+# --- a base with NaN in a tensor that the adapter replaces ----------------------------------------------------------
+
+EMBEDDING, HEAD, Q_BIAS = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"
+ROW = 5
+
+
+def config(**settings: Any) -> LoraConfig:
+    return LoraConfig(**({"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings))
+
+
+SAVED = config(modules_to_save=["lm_head"])
+EMBEDDED = config(modules_to_save=["embed_tokens"])
+TOKENS = config(trainable_token_indices=[3, ROW])
+NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.usefixtures("single_thread")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("base", "broken", "adapter", "mended"),
+    [
+        pytest.param("llama", EMBEDDING, TOKENS, True, id="trained tokens"),
+        pytest.param("llama", EMBEDDING, config(trainable_token_indices=[3, 4]), False, id="other tokens"),
+        pytest.param("llama", HEAD, SAVED, True, id="a trained head"),
+        pytest.param("llama", HEAD, EMBEDDED, False, id="a trained embedding beside it"),
+        pytest.param("llama", Q_BIAS, config(bias="all"), True, id="a trained bias"),
+        pytest.param("llama", Q_BIAS, config(), False, id="a bias beside the weight that is merged"),
+        pytest.param("llama", NORM, NORMS, True, id="a trained norm"),
+        pytest.param("llama", HEAD, config(target_modules=["lm_head"]), False, id="a delta on the head"),
+        pytest.param("llama-tied", EMBEDDING, TOKENS, True, id="trained tokens of a tied embedding"),
+        pytest.param("llama-tied", EMBEDDING, EMBEDDED, False, id="a tied embedding, whose head keeps the base's"),
+        pytest.param("llama-tied", EMBEDDING, config(modules_to_save=["embed_tokens", "lm_head"]), True, id="both"),
+    ],
+)
+def test_a_broken_tensor_that_the_adapter_replaces_is_a_warning(
+    base: str, broken: str, adapter: LoraConfig | LNTuningConfig, mended: bool, dtype: str, tmp_path: Path
+) -> None:
+    directory, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base(base, directory)
+    models.save_adapter(directory, out, adapter)
+    tensors = models.read_tensors(directory, "model.safetensors")
+    tensors[broken][ROW] = torch.nan
+    models.write_tensors(directory, tensors, "model.safetensors")
+    assert is_finite(out, directory, dtype) is mended
+    judgement = Gate().judge(out, directory, dtype=dtype)
+    of_base = [(one.severity, one.tensor) for one in judgement.findings if one.check == "base-nonfinite"]
+    assert of_base == [("warning" if mended else "error", broken)], judgement
+    verdict = (Verdict.PASSED, None) if mended else (Verdict.FAILED, "base-nonfinite")
+    assert (judgement.verdict, judgement.cause) == verdict, judgement
+    assert "no-effect" not in judgement.warned, judgement
+
+
+def is_finite(adapter: Path, base: Path, dtype: str) -> bool:
+    """Of the model that PEFT merges; without its own check, which looks at some layers only."""
+    with methods.quiet():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return all(bool(tensor.isfinite().all()) for tensor in methods.values(merged).values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,12 @@ from merge_gate.engine.adapter.inject import fill_blanks, inject, parameters_of
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, load_adapter
 from merge_gate.engine.adapter.peft_config import can_start_blank, read_config, read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
 from tests.support import methods
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_local
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.support.engine.local_bases import base_for
 
 PACKED = (Quantization.BNB_8BIT, Quantization.BNB_4BIT)
 CASES = {case.name: case for case in methods.CASES}
@@ -37,8 +33,7 @@ def made(name: str, root: Path, dtype: str, quantization: Quantization) -> tuple
         model = methods.load_base(case.base, base)
         methods.save_adapter(case, model, root / "adapter", base_directory=base)
     files = preflight(str(root / "adapter"), allow_pickle=False)
-    model_class = model_class_for(str(base), files, stored_tensors(base))
-    return load_local(str(base), model_class=model_class, label="base", dtype="auto", quantization=quantization), files
+    return base_for(base, root / "adapter", quantization=quantization), files
 
 
 def injected(base: Base, files: AdapterFiles, *, blank: bool) -> nn.Module | None:
@@ -57,20 +52,9 @@ def injected(base: Base, files: AdapterFiles, *, blank: bool) -> nn.Module | Non
 
 LORA = sorted(name for name in CASES if name.startswith("lora-"))
 WITH_VALUES = {
-    "lora-bdlora",
-    "lora-eva",
-    "lora-experts",
-    "lora-experts-one",
-    "lora-experts-qwen",
-    "lora-kasa",
-    "lora-mica",
-    "lora-monteclora",
-    "lora-olora",
-    "lora-parameter-2d",
-    "lora-pissa",
-    "lora-pissa-niter",
-    "lora-velora",
-}
+    "lora-bdlora", "lora-eva", "lora-experts", "lora-experts-one", "lora-experts-qwen", "lora-kasa", "lora-mica",
+    "lora-monteclora", "lora-olora", "lora-parameter-2d", "lora-pissa", "lora-pissa-niter", "lora-velora",
+}  # fmt: skip
 """Cases whose initialisation does more than to give the adapter's own tensors values that a load overwrites."""
 
 

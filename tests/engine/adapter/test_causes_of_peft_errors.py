@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
@@ -17,119 +17,44 @@ from tests.support import methods
 from tests.support.faults import configure, drop, edit
 from tests.support.gating import Bench, Gate, one_thread
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
-    from tests.support.models import Tensors
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with one_thread():
-        yield Bench(tmp_path_factory.mktemp("causes"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    name: str
-    case: str
-    break_: Callable[[Path], None]
-    cause: str
-
-
-def elsewhere(tensors: Tensors) -> Tensors:
+def elsewhere(by: int) -> Callable[[Path], None]:
     """Indices of a larger weight."""
-    return {name: tensor + 1000 if "indices" in name else tensor for name, tensor in tensors.items()}
+    return edit(lambda tensors: {name: one + by if "indices" in name else one for name, one in tensors.items()})
 
 
-ROWS = (
-    Row(
-        name="projections-lost",
-        case="vera-linear",
-        break_=drop("vera_A", "vera_B"),
-        cause="keys-missing",
-    ),
-    Row(
-        name="projections-lost-of-pvera",
-        case="pvera-linear",
-        break_=drop("pvera_A", "pvera_B"),
-        cause="keys-missing",
-    ),
-    Row(
-        name="places-of-another-base",
-        case="shira-linear",
-        break_=edit(elsewhere),
-        cause="shape-mismatch",
-    ),
-    Row(
-        name="tokens-before-the-first",
-        case="lora-tokens",
-        break_=configure(trainable_token_indices=[1, -1]),
-        cause="shape-mismatch",
-    ),
-    Row(
-        name="fewer-tokens",
-        case="lora-tokens",
-        break_=configure(trainable_token_indices=[5]),
-        cause="shape-mismatch",
-    ),
-    Row(
-        name="vectors-that-the-bank-lacks",
-        case="vblora-topk-only",
-        break_=edit(lambda tensors: {name: one + 100 if "indices" in name else one for name, one in tensors.items()}),
-        cause="shape-mismatch",
-    ),
-    Row(
-        name="places-beyond-the-base",
-        case="supertuning-linear",
-        break_=edit(elsewhere),
-        cause="shape-mismatch",
-    ),
-    Row(
-        name="tokens-in-words",
-        case="lora-tokens",
-        break_=configure(trainable_token_indices=["1", 5]),
-        cause="config-invalid",
-    ),
-    Row(
-        name="tokens-in-fractions",
-        case="lora-tokens",
-        break_=configure(trainable_token_indices={"embed_tokens": [1.0, 5]}),
-        cause="config-invalid",
-    ),
-    Row(
-        name="parameters-of-another-base",
-        case="lora-experts-one",
-        break_=configure(target_parameters=["experts.no_such"]),
-        cause="targets-not-found",
-    ),
-    Row(
-        name="parameters-of-another-base-and-no-modules",
-        case="lora-experts-one",
-        break_=configure(target_parameters=["experts.no_such"], target_modules=None),
-        cause="targets-not-found",
-    ),
-    Row(
-        name="dropout-of-two",
-        case="lora-linear",
-        break_=configure(lora_dropout=2.0),
-        cause="config-invalid",
-    ),
+NO_SUCH = {"target_parameters": ["experts.no_such"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "break_", "cause"),
+    [
+        ("vera-linear", drop("vera_A", "vera_B"), "keys-missing"),
+        ("pvera-linear", drop("pvera_A", "pvera_B"), "keys-missing"),
+        ("shira-linear", elsewhere(1000), "shape-mismatch"),
+        ("vblora-topk-only", elsewhere(100), "shape-mismatch"),
+        ("supertuning-linear", elsewhere(1000), "shape-mismatch"),
+        ("lora-tokens", configure(trainable_token_indices=[1, -1]), "shape-mismatch"),
+        ("lora-tokens", configure(trainable_token_indices=[5]), "shape-mismatch"),
+        ("lora-tokens", configure(trainable_token_indices=["1", 5]), "config-invalid"),
+        ("lora-tokens", configure(trainable_token_indices={"embed_tokens": [1.0, 5]}), "config-invalid"),
+        ("lora-experts-one", configure(**NO_SUCH), "targets-not-found"),
+        ("lora-experts-one", configure(**NO_SUCH, target_modules=None), "targets-not-found"),
+        ("lora-linear", configure(lora_dropout=2.0), "config-invalid"),
+    ],
 )
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_the_cause_is_what_is_at_fault(row: Row, tmp_path: Path, bench: Bench) -> None:
-    case = methods.find(row.case)
+def test_the_cause_is_what_is_at_fault(
+    name: str, break_: Callable[[Path], None], cause: str, tmp_path: Path, bench: Bench
+) -> None:
+    case = methods.find(name)
     adapter = bench.adapter(case)
     broken = methods.write_variant(adapter, tmp_path, methods.load_file(adapter / methods.WEIGHTS))
-    row.break_(broken)
+    break_(broken)
     with pytest.raises(Exception, match=r"."):
         methods.merge(bench.base(case.base, "float32"), broken, safe=True)
     judgement = bench.gate.judge(broken, bench.base_directory(case.base, "float32"))
-    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, row.cause), judgement
-    finding = next(one for one in judgement.findings if one.check == row.cause)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, cause), judgement
+    finding = next(one for one in judgement.findings if one.check == cause)
     assert finding.hint
 
 

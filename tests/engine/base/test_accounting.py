@@ -1,55 +1,45 @@
-"""A base on its headers: what contradicts itself is refused, what is not part of the merge is listed."""
+"""A base on its headers: what contradicts itself is refused, and what its files lack is brought or made up.
+
+tests/test_bases.py has the bases that pass, and most of those that do not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from peft import LNTuningConfig, LoraConfig
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from merge_gate.engine.base import accounting
-from merge_gate.engine.base.loaded_base import (
-    ModelClass,
-    Source,
-    declared,
-    refuse_other_packing,
-    refuse_unknown_format,
-)
+from merge_gate.engine.base.loaded_base import ModelClass, Source, refuse_other_packing
 from merge_gate.engine.base.tensor_map import tensor_map
 from merge_gate.engine.tensors.quantized import loaded_dtypes
 from merge_gate.records.refusals import CannotJudge
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import Quantization, Severity, Verdict
 from tests.support import models
 from tests.support.engine.base_headers import stored_tensors
+from tests.support.gating import Gate
+from tests.support.models import Shelf, Tensors
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf, Tensors
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 O_PROJ = "model.layers.1.self_attn.o_proj"
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
 WEIGHTS = "model.safetensors"
 
 
-def changed(shelf: Shelf, root: Path, tensors: Tensors, *, without: tuple[str, ...] = (), base: str = "llama") -> Path:
+def changed(shelf: Shelf, root: Path, tensors: Tensors, base: str = "llama") -> Path:
     """A copy of a base with other tensors in its file."""
     directory = root / "base"
     shutil.copytree(shelf.base(base), directory)
-    held = {name: one for name, one in models.read_tensors(directory, WEIGHTS).items() if name not in without}
-    models.write_tensors(directory, held | tensors, WEIGHTS)
+    models.write_tensors(directory, models.read_tensors(directory, WEIGHTS) | tensors, WEIGHTS)
     return directory
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
-def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: Shelf, tmp_path: Path) -> None:
-    base = changed(shelf, tmp_path, {f"{O_PROJ}.weight": torch.ones(32, 32).to(dtype)})
-    with pytest.raises(CannotJudge, match="codes_for_numbers") as refused:
-        accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
-    assert refused.value.refusal.fields["tensor"] == f"{O_PROJ}.weight"
 
 
 @pytest.mark.parametrize(
@@ -60,66 +50,6 @@ def test_a_part_of_a_loaded_weight_that_is_not_loaded_is_refused(part: str, shel
     with pytest.raises(CannotJudge, match="stored_tensors_left_out") as refused:
         accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
     assert refused.value.refusal.fields["names"] == (f"{O_PROJ}.{part}",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mtp.layers.0.fc.weight",
-        "model.layers.2.self_attn.o_proj.weight_scale",
-        "model.layers.1.self_attn.k_scale",
-        "model.layers.1.self_attn.k_proj.k_scale",
-        "visual.patch_embed.proj.weight",
-        "value_head.weight",
-    ],
-)
-def test_a_tensor_that_is_not_part_of_the_model_is_listed(name: str, shelf: Shelf, tmp_path: Path) -> None:
-    base = changed(shelf, tmp_path, {name: torch.ones(2, 2)})
-    account = accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
-    assert (account.unloaded, account.incomplete) == ((name,), ())
-
-
-def test_a_buffer_that_earlier_releases_stored_is_not_listed(shelf: Shelf, tmp_path: Path) -> None:
-    base = changed(shelf, tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    assert accounting.account_for(str(base), LLAMA, "b", stored_tensors(base)).unloaded == ()
-
-
-def test_a_missing_parameter_of_the_own_class_is_named(shelf: Shelf, tmp_path: Path) -> None:
-    base = changed(shelf, tmp_path, {}, without=("lm_head.weight", "model.norm.weight"))
-    account = accounting.account_for(str(base), LLAMA, "b", stored_tensors(base))
-    assert account.incomplete == ("lm_head.weight", "model.norm.weight")
-    assert account.map is not None
-    facts = accounting.not_stored("b", account.incomplete, account.map, str(base)).fields
-    assert (facts["names"], facts["read"], facts["elsewhere"]) == (account.incomplete, (WEIGHTS,), ())
-
-
-def test_a_head_of_another_task_and_a_pooler_need_not_be_stored(shelf: Shelf, tmp_path: Path) -> None:
-    head = ModelClass(class_name="LlamaForSequenceClassification", num_labels=2)
-    assert (
-        accounting.account_for(str(shelf.base("llama")), head, "b", stored_tensors(shelf.base("llama"))).incomplete
-        == ()
-    )
-    poolers = ("pooler.dense.weight", "pooler.dense.bias")
-    base = changed(shelf, tmp_path, {}, without=poolers, base="bert")
-    account = accounting.account_for(str(base), ModelClass(class_name="BertModel"), "b", stored_tensors(base))
-    assert account.incomplete == ()
-    assert account.map is not None
-    assert account.map.missing == set(poolers)
-
-
-def test_a_tied_head_is_stored_once(shelf: Shelf) -> None:
-    account = accounting.account_for(
-        str(shelf.base("llama-tied")), LLAMA, "b", stored_tensors(shelf.base("llama-tied"))
-    )
-    assert (account.incomplete, account.unloaded) == ((), ())
-
-
-def test_one_expert_that_is_not_there_makes_the_base_incomplete(shelf: Shelf, tmp_path: Path) -> None:
-    held = models.read_tensors(shelf.base("mixtral"), WEIGHTS)
-    lost = max(name for name in held if "experts" in name)
-    base = changed(shelf, tmp_path, {}, without=(lost,), base="mixtral")
-    account = accounting.account_for(str(base), ModelClass(class_name="MixtralForCausalLM"), "b", stored_tensors(base))
-    assert [name.rpartition(".experts.")[0] for name in account.incomplete] == ["model.layers.1.mlp"]
 
 
 def test_the_map_has_both_directions(shelf: Shelf) -> None:
@@ -158,12 +88,6 @@ def test_a_base_that_loads_in_another_quantization_is_refused(tmp_path: Path) ->
         refuse_other_packing(torch.nn.Linear(4, 4), source, "none")
 
 
-def test_a_quantization_unknown_to_transformers_is_refused() -> None:
-    method = declared(LlamaConfig(quantization_config={"quant_method": "no-such-method"}))
-    with pytest.raises(CannotJudge, match=r"quantization_unknown.*'no-such-method'"):
-        refuse_unknown_format(method, "b")
-
-
 def test_stale_buffers_are_those_of_the_models_own_modules(shelf: Shelf, tmp_path: Path) -> None:
     """What else transformers merely ignores, such as an MTP head, is lost if a merge lacks it."""
     stale = [
@@ -196,3 +120,119 @@ def test_a_stored_mask_is_stale_and_a_bias_is_not(
     found = tensor_map(GPT2LMHeadModel, str(base), stored_tensors(base))
     assert list(found.unloaded) == [name]
     assert accounting.stale_buffers(found) == ((name,) if is_mask else ())
+
+
+# --- tensors that the base's files lack ----------------------------------------------------------------------------
+
+Q = "model.layers.0.self_attn.q_proj"
+Config = LoraConfig | LNTuningConfig
+
+
+def config(*targets: str, **settings: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", *targets], task_type="CAUSAL_LM", **settings)
+
+
+NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "adapter", "brought"),
+    [
+        pytest.param(f"{Q}.weight", config(), False, id="a delta on a weight"),
+        pytest.param(f"{Q}.weight", config(use_dora=True), False, id="DoRA on a weight"),
+        pytest.param(f"{Q}.bias", config(), False, id="a bias next to the weight that is merged"),
+        pytest.param(f"{Q}.bias", config(lora_bias=True), False, id="a delta on a bias"),
+        pytest.param(f"{Q}.bias", config(bias="all"), True, id="a trained bias"),
+        pytest.param("lm_head.weight", config(modules_to_save=["lm_head"]), True, id="a trained head"),
+        pytest.param("lm_head.weight", config(), False, id="a head that the adapter lacks"),
+        pytest.param("model.norm.weight", NORMS, True, id="a trained norm"),
+        pytest.param("model.embed_tokens.weight", config(trainable_token_indices=[1, 2]), False, id="some rows"),
+    ],
+)
+def test_a_parameter_that_no_file_has_makes_the_base_incomplete(
+    lacking: str, adapter: Config, brought: bool, tmp_path: Path
+) -> None:
+    whole, base, out = tmp_path / "whole", tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama", whole)
+    models.save_adapter(whole, out, adapter)
+    shutil.copytree(whole, base)
+    tensors = models.read_tensors(whole, WEIGHTS)
+    models.write_tensors(base, {name: one for name, one in tensors.items() if name != lacking}, WEIGHTS)
+    judgement = Gate().judge(out, base)
+    expected = (Verdict.PASSED, None) if brought else (Verdict.ERROR, "base-incomplete")
+    assert (judgement.verdict, judgement.cause) == expected, str(judgement)
+    found = [(one.severity, one.tensor) for one in judgement.findings if one.check == "base-incomplete"]
+    assert found == [(Severity.NOTE if brought else Severity.ERROR, lacking)]
+    assert not any(one.check == "untrained-tensors" for one in judgement.findings)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "made_up"),
+    [
+        pytest.param(config(), [], id="both are saved"),
+        pytest.param(config(trainable_token_indices=[3, 69]), [], id="tokens"),
+        pytest.param(config(modules_to_save=["embed_tokens", "lm_head"]), [], id="both are trained"),
+        pytest.param(config("embed_tokens"), ["lm_head.weight"], id="a LoRA on the embedding, which is saved alone"),
+        pytest.param(config("lm_head"), ["model.embed_tokens.weight"], id="a LoRA on the head, which is saved alone"),
+    ],
+)
+def test_rows_of_a_vocabulary_that_no_file_has_are_warned_of(
+    adapter: Config, made_up: list[str], tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama", base)
+    models.save_adapter(base, out, adapter, rows=70)
+    assert warned_of(out, base) == made_up
+
+
+def warned_of(adapter: Path, base: Path) -> list[str | None]:
+    judgement = Gate().judge(adapter, base)
+    assert judgement.verdict is Verdict.PASSED, str(judgement)
+    return [one.tensor for one in judgement.findings if one.check == "untrained-tensors"]
+
+
+# --- an index that leaves a shard out ------------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def without_a_shard(base: Path, *, needed: bool, keep_file: bool = True) -> str:
+    """The index names nothing of the second shard any more; where that is not `needed`, the first holds its tensors."""
+    index = json.loads((base / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    first, second = shards[:2]
+    if not needed:
+        moved = models.read_tensors(base, first) | models.read_tensors(base, second)
+        models.write_tensors(base, moved, first)
+    index["weight_map"] = {
+        name: first if shard == second else shard
+        for name, shard in index["weight_map"].items()
+        if shard != second or not needed
+    }
+    (base / INDEX).write_text(json.dumps(index))
+    if not keep_file:
+        (base / second).unlink()
+    return second
+
+
+@pytest.mark.parametrize("keep_file", [True, False], ids=["the file is there", "the file is gone as well"])
+def test_a_base_whose_index_leaves_a_shard_out_is_refused(keep_file: bool, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama-sharded", base)
+    models.save_adapter(base, out, config())
+    lost = without_a_shard(base, needed=True, keep_file=keep_file)
+    account = accounting.account_for(str(base), LLAMA, "base", stored_tensors(base))
+    judgement = Gate().judge(out, base)
+    assert (judgement.verdict, judgement.cause) == (Verdict.ERROR, "base-incomplete")
+    assert account.map is not None
+    facts = accounting.not_stored("base", account.incomplete, account.map, str(base)).fields
+    assert (lost in facts["elsewhere"]) is keep_file
+    assert facts["names"] == account.incomplete
+
+
+def test_a_shard_that_nothing_needs_may_be_left_out(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama-sharded", base)
+    models.save_adapter(base, out, config())
+    without_a_shard(base, needed=False)
+    assert warned_of(out, base) == []

@@ -13,7 +13,9 @@ from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.architecture_trials import trial, with_nan
-from tests.support.gating import Gate, one_thread
+from tests.support.gating import Gate
+
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 SLICE = {
     "blip": "its head is tied to an embedding, and all-linear reaches it",
@@ -37,8 +39,7 @@ def fast(model_types: Iterable[str], *names: str) -> list[Any]:
 
 @pytest.mark.parametrize("model_type", fast(SLICE, "gpt2", "t5"))
 def test_verdict_and_bits_are_those_of_a_user_of_peft(model_type: str, tmp_path: Path) -> None:
-    with one_thread():
-        outcome = trial(model_type, tmp_path)
+    outcome = trial(model_type, tmp_path)
     assert outcome.built, outcome.reason
     assert not outcome.wrong
 
@@ -55,47 +56,34 @@ DROPPED = {
 
 @pytest.mark.parametrize("model_type", fast(DROPPED, "laguna"))
 def test_tensors_that_peft_saves_and_does_not_load_fail(model_type: str, tmp_path: Path) -> None:
-    with one_thread():
-        outcome = trial(model_type, tmp_path)
+    outcome = trial(model_type, tmp_path)
     assert outcome.dropped, "PEFT loads this type by now: take one that it does not"
     assert outcome.healthy == "failed (keys-missing)"
     assert not outcome.wrong
 
 
 def test_nan_in_a_tensor_that_peft_does_not_load_is_no_accident(tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    with one_thread():
-        architecture = architectures.build("laguna", base)
-        architectures.save_lora(architecture, base, adapter)
-        name = next(name for name in methods.load_file(adapter / methods.WEIGHTS) if ".shared_experts." in name)
-        judgement = Gate().judge(with_nan(adapter, tmp_path / "nan", name), base)
-    assert judgement.verdict is Verdict.FAILED
-    assert judgement.cause == "keys-missing"
+    base, adapter = built("laguna", tmp_path)
+    name = next(name for name in methods.load_file(adapter / methods.WEIGHTS) if ".shared_experts." in name)
+    judgement = Gate().judge(with_nan(adapter, tmp_path / "nan", name), base)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "keys-missing")
 
 
-def test_infinite_buffers_that_mean_no_limit_are_a_warning(tmp_path: Path) -> None:
-    base, adapter = gemma4_audio(tmp_path)
-    with one_thread():
-        judgement = Gate().judge(adapter, base)
-    assert judgement.verdict is Verdict.PASSED
-    assert "base-nonfinite" in judgement.warned
+@pytest.mark.parametrize(("suffix", "value"), [(None, 0.0), (".input_max", math.nan), (".weight", math.inf)])
+def test_infinite_buffers_mean_no_limit_and_other_values_fail(suffix: str | None, value: float, tmp_path: Path) -> None:
+    """NaN in a buffer, and Inf in a parameter."""
+    base, adapter = built("gemma4_audio", tmp_path)
+    if suffix is not None:
+        state = methods.load_file(base / "model.safetensors")
+        state[next(name for name in state if name.endswith(suffix))].view(-1)[0] = value
+        methods.save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    judgement = Gate().judge(adapter, base)
+    expected = (Verdict.PASSED, None) if suffix is None else (Verdict.FAILED, "base-nonfinite")
+    assert (judgement.verdict, judgement.cause) == expected
+    assert "base-nonfinite" in {one.check for one in judgement.findings}
 
 
-@pytest.mark.parametrize(("suffix", "value"), [(".input_max", math.nan), (".weight", math.inf)])
-def test_nan_in_a_buffer_and_inf_in_a_parameter_fail(suffix: str, value: float, tmp_path: Path) -> None:
-    base, adapter = gemma4_audio(tmp_path)
-    state = methods.load_file(base / "model.safetensors")
-    name = next(name for name in state if name.endswith(suffix))
-    state[name].view(-1)[0] = value
-    methods.save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    with one_thread():
-        judgement = Gate().judge(adapter, base)
-    assert judgement.verdict is Verdict.FAILED
-    assert judgement.cause == "base-nonfinite"
-
-
-def gemma4_audio(root: Path) -> tuple[Path, Path]:
-    with one_thread():
-        architecture = architectures.build("gemma4_audio", root / "base")
-        architectures.save_lora(architecture, root / "base", root / "adapter")
+def built(model_type: str, root: Path) -> tuple[Path, Path]:
+    architecture = architectures.build(model_type, root / "base")
+    architectures.save_lora(architecture, root / "base", root / "adapter")
     return root / "base", root / "adapter"

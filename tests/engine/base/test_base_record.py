@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from merge_gate.engine.adapter_evidence import MergeRequest, merge_together
+from merge_gate.engine.adapter_evidence import merge_together
 from merge_gate.engine.base.loaded_base import Base, ModelClass
-from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import BaseFigures, EarlierRun, Evidence, TensorStats
-from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey
-from merge_gate.worker import sandbox
-from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import BaseMeasured, Group, Job, Merged, Task, Unjudged
+from merge_gate.worker.protocol import BaseMeasured, Event, Merged, Unjudged
 from tests.support import methods
-from tests.support.engine.base_headers import base_files, stored_tensors
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.jobs import events_of, group_of
 from tests.support.engine.local_bases import load_base
-from tests.support.engine.merges import RUNS
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf
+from tests.support.engine.merges import NOT_RUN, request_for
+from tests.support.models import Shelf
 
 RUN = EarlierRun(at="2026-11-27T12:00:00Z", place="acme run 7")
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
@@ -46,8 +38,7 @@ def skeleton(directory: Path) -> tuple[Base, CountingFeed]:
 
 
 def merged(base: Base, adapter: Path) -> Evidence:
-    members = (preflight(str(adapter), allow_pickle=False),)
-    (evidence,) = merge_together([MergeRequest(base=base, members=members, no_forward="not of interest")])
+    (evidence,) = merge_together([request_for(base, adapter, no_forward=NOT_RUN)])
     assert evidence is not None
     return evidence
 
@@ -61,13 +52,6 @@ def recorded(directory: Path, adapter: Path) -> tuple[BaseFigures, Evidence]:
     return replace(record, run=RUN), evidence
 
 
-def changed(record: BaseFigures, name: str, **figures: Any) -> BaseFigures:
-    assert name in {one.name for one in record.figures}
-    return replace(
-        record, figures=tuple(replace(one, **figures) if one.name == name else one for one in record.figures)
-    )
-
-
 def test_only_touched_tensors_are_read_for_the_same_evidence(shelf: Shelf) -> None:
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
     record, whole = recorded(directory, adapter)
@@ -75,9 +59,8 @@ def test_only_touched_tensors_are_read_for_the_same_evidence(shelf: Shelf) -> No
     base.use_earlier_figures(record)
     assert base.unmeasured() == []
     touched = merged(base, adapter)
-    spans = {one.name: one.span for one in stored_bytes(str(directory), {
-        one.name: one for one in stored_tensors(directory)
-    }).values()}  # fmt: skip
+    stored = {one.name: one for one in stored_tensors(directory)}
+    spans = {one.name: one.span for one in stored_bytes(str(directory), stored).values()}
     changes = {merge.stats.name for merge in touched.merges}
     read = {name for name, span in spans.items() if span in feed.reads}
     assert changes <= read
@@ -124,47 +107,30 @@ def test_a_tensor_that_was_not_finite_is_read_again(shelf: Shelf, tmp_path: Path
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
-def events_of(directory: Path, adapter: Path, **settings: Any) -> list[Any]:
-    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    tasks = (Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), consumers=RUNS),)
-    group = Group(
-        base=key, directory=str(directory), files=base_files(directory), tasks=tasks, one_pass=True, **settings
-    )
-    return list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
+def in_one_pass(shelf: Shelf, adapter: str, **fields: Any) -> list[Event]:
+    return events_of(group_of(shelf.base("llama"), shelf.adapter(adapter), one_pass=True, **fields))
 
 
 @pytest.mark.parametrize("keeps_figures", [True, False])
-def test_the_worker_sends_a_record_if_it_is_kept(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, *, keeps_figures: bool
-) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
-    events = events_of(shelf.base("llama"), shelf.adapter("plain"), keeps_figures=keeps_figures)
+def test_the_worker_sends_a_record_if_it_is_kept(shelf: Shelf, *, keeps_figures: bool) -> None:
+    events = in_one_pass(shelf, "plain", keeps_figures=keeps_figures)
     (measured,) = [event for event in events if isinstance(event, BaseMeasured)]
     assert (measured.figures is not None) == keeps_figures
 
 
-def test_the_worker_reads_less_with_a_record_of_the_class(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
+def test_the_worker_reads_less_with_a_record_of_the_class(shelf: Shelf) -> None:
     record, _ = recorded(shelf.base("llama"), shelf.adapter("plain"))
-    model_class = model_class_for(
-        str(shelf.base("llama")),
-        preflight(str(shelf.adapter("plain")), allow_pickle=False),
-        stored_tensors(shelf.base("llama")),
-    )
-    assert model_class.label == record.model_class
     for records, is_used in (((record,), True), ((replace(record, model_class="LlamaModel"),), False)):
-        *_, end = events_of(shelf.base("llama"), shelf.adapter("plain"), earlier_figures=records)
+        *_, end = in_one_pass(shelf, "plain", earlier_figures=records)
         assert isinstance(end, Merged)
         assert (end.evidence.parameters_from_record > 0) == is_used
 
 
 @pytest.mark.parametrize("figures", [{"maximum": 9.0}, {"minimum": -9.0}])
-def test_a_record_of_other_values_is_no_verdict(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, figures: dict[str, float]
-) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
+def test_a_record_of_other_values_is_no_verdict(figures: dict[str, float], shelf: Shelf) -> None:
     record, _ = recorded(shelf.base("llama"), shelf.adapter("every-projection"))
-    forged = changed(record, TOUCHED, **figures)
-    *_, end = events_of(shelf.base("llama"), shelf.adapter("every-projection"), earlier_figures=(forged,))
+    assert TOUCHED in {one.name for one in record.figures}
+    forged = tuple(replace(one, **figures) if one.name == TOUCHED else one for one in record.figures)
+    *_, end = in_one_pass(shelf, "every-projection", earlier_figures=(replace(record, figures=forged),))
     assert isinstance(end, Unjudged)
     assert TOUCHED in end.refusal.message

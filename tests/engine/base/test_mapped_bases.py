@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,22 +17,12 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import figures_by_span, skeleton_of
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.feed import LocalFeed
-from merge_gate.files.preflight import preflight
-from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey
-from merge_gate.worker import sandbox
-from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Job, Merged, Task
-from tests.support.engine.base_headers import base_files, stored_tensors
+from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Merged
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.jobs import events_as_they_come, events_of, group_of
 from tests.support.engine.local_bases import load_base
-from tests.support.engine.merges import RUNS
-from tests.support.models import save_adapter
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf
+from tests.support.models import Shelf, save_adapter
 
 CLASSIFIER = "ForSequenceClassification"
 PAIRS = {
@@ -45,12 +36,6 @@ PAIRS = {
     "fused experts": ("mixtral", "MixtralForCausalLM", "MixtralModel", None),
     "a broken body": ("llama-nan-in-target", "LlamaForCausalLM", f"Llama{CLASSIFIER}", 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker bounds its own process; here that is the one of all tests."""
-    monkeypatch.setenv(sandbox.SWITCH, "off")
 
 
 def mapped(directory: Path, model_class: ModelClass, known: Base | None = None, feed: LocalFeed | None = None) -> Base:
@@ -72,15 +57,11 @@ def test_in_the_stored_dtype_it_is_mapped_and_nothing_is_copied(shelf: Shelf) ->
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_another_class_uses_the_figures_of_the_first(pair: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_class_uses_the_figures_of_the_first(pair: str, shelf: Shelf) -> None:
     key, first, second, labels = PAIRS[pair]
     model_class = ModelClass(class_name=second, num_labels=labels)
     known, fresh = mapped(shelf.base(key), ModelClass(class_name=first)), mapped(shelf.base(key), model_class)
-    measured: list[str] = []
-    measure = bases.measure
-    monkeypatch.setattr(bases, "measure", lambda tensor, name: measured.append(name) or measure(tensor, name))
     other = mapped(shelf.base(key), model_class, known)
-    assert not other.alone.keys() & known.alone.keys() & set(measured)
     real = load_base(str(shelf.base(key)), model_class=model_class, label="base")
     assert other.newly_initialized == real.newly_initialized
     assert other.tensors.keys() == real.tensors.keys()
@@ -102,18 +83,21 @@ def test_eight_adapters_with_four_heads_measure_the_body_once(
         config = LoraConfig(task_type=task_type, r=4, target_modules=["c_attn"], fan_in_fan_out=True)
         settings = {} if labels is None else {"num_labels": labels}
         save_adapter(shelf.base("gpt2"), tmp_path / str(number), config, seed=number, **settings)
-    read, events = [0], []
+    read = [0]
     measure = bases.measure
 
     def measured(tensor: torch.Tensor, name: str) -> Any:
         read[-1] += tensor.numel()
         return measure(tensor, name)
 
-    monkeypatch.setattr(bases, "measure", measured)
-    for event in judge_job(job(shelf.base("gpt2"), [tmp_path / str(one) for one in range(8)]), print, Sandbox()):
-        events.append(event)
+    def listened(event: Event) -> Event:
         if isinstance(event, (BaseLoading, BaseLoaded)):
             read.append(0)
+        return event
+
+    monkeypatch.setattr(bases, "measure", measured)
+    group = group_of(shelf.base("gpt2"), *(tmp_path / str(one) for one in range(8)))
+    events = [listened(event) for event in events_as_they_come(group)]
     loaded = [event.facts for event in events if isinstance(event, BaseLoaded)]
     assert [facts.loaded_as for facts in loaded] == [
         "GPT2LMHeadModel", f"GPT2{CLASSIFIER}", f"GPT2{CLASSIFIER}", "GPT2ForTokenClassification"
@@ -130,38 +114,17 @@ def test_eight_adapters_with_four_heads_measure_the_body_once(
 # --- other dtypes --------------------------------------------------------------------------------------------------
 
 
-def job(base: Path, adapters: list[Path], dtypes: tuple[str, ...] = ("auto",)) -> Job:
-    files = [preflight(str(adapter), allow_pickle=False) for adapter in adapters]
-    return Job(
-        device="cpu",
-        groups=tuple(
-            Group(
-                base=BaseKey(model="base", revision=None, dtype=dtype, quantization="none"),
-                directory=str(base),
-                files=base_files(base),
-                tasks=tuple(
-                    Task(index=index * len(files) + number, files=(one,), consumers=RUNS)
-                    for number, one in enumerate(files)
-                ),
-            )
-            for index, dtype in enumerate(dtypes)
-        ),
-    )
-
-
-def run(base: Path, adapter: Path, dtypes: tuple[str, ...]) -> list[Event]:
-    return list(judge_job(job(base, [adapter], dtypes), lambda _: None, Sandbox()))
+def in_dtypes(base: Path, adapter: Path, *dtypes: str) -> tuple[Group, ...]:
+    return tuple(group_of(base, adapter, dtype=dtype, first=number) for number, dtype in enumerate(dtypes))
 
 
 @pytest.mark.parametrize(
     "dtypes", [("bfloat16", "float16", "float32"), ("float32",), ("auto", "float16"), ("float16", "float64")]
 )
-def test_a_plain_base_is_never_loaded_into_memory(
-    dtypes: tuple[str, ...], shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bases, "load_base", lambda *_, **__: pytest.fail("loaded"))
-    events = run(shelf.base("llama-bfloat16"), shelf.adapter("bfloat16-base"), dtypes)
+def test_a_plain_base_is_never_loaded_into_memory(dtypes: tuple[str, ...], shelf: Shelf) -> None:
+    events = events_of(*in_dtypes(shelf.base("llama-bfloat16"), shelf.adapter("bfloat16-base"), *dtypes))
     facts = [event.facts for event in events if isinstance(event, BaseLoaded)]
+    assert not any(one.no_skeleton for one in facts)
     assert [one.dtype for one in facts] == [dtype.replace("auto", "bfloat16") for dtype in dtypes]
     merged = [event.evidence for event in events if isinstance(event, Merged)]
     assert [one.base for one in merged] == facts
@@ -175,11 +138,8 @@ def test_what_the_dtype_cannot_hold_is_counted(value: float, shelf: Shelf, tmp_p
     with torch.no_grad():
         model.lm_head.weight[3, 5] = value
     model.save_pretrained(directory)
-    (evidence,) = (
-        event.evidence
-        for event in run(directory, shelf.adapter("bfloat16-base"), ("float16",))
-        if isinstance(event, Merged)
-    )
+    events = events_of(group_of(directory, shelf.adapter("bfloat16-base"), dtype="float16"))
+    (evidence,) = (event.evidence for event in events if isinstance(event, Merged))
     assert [one.name for one in evidence.base.nonfinite] == ["lm_head.weight"]
     model_class = ModelClass(class_name="LlamaForCausalLM")
     assert (
@@ -193,8 +153,7 @@ def test_files_that_changed_in_between_are_read_again(shelf: Shelf, tmp_path: Pa
     model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-bfloat16"), dtype="auto")
     model.save_pretrained(directory)
     seen = []
-    both = job(directory, [shelf.adapter("bfloat16-base")], ("bfloat16", "float16"))
-    for event in judge_job(both, lambda _: None, Sandbox()):
+    for event in events_as_they_come(*in_dtypes(directory, shelf.adapter("bfloat16-base"), "bfloat16", "float16")):
         if isinstance(event, Merged):
             seen.append(len(event.evidence.base.nonfinite))
             tensors = load_file(directory / "model.safetensors")

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_base
 from tests.support.gating import Gate
-from tests.support.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf
+from tests.support.models import (
+    VARIANTS,
+    Shelf,
+    _noise,
+    read_config,
+    read_tensors,
+    save_adapter,
+    write_config,
+    write_tensors,
+)
 
 QV = {"r": 4, "target_modules": ["query", "value"]}
+
+
+def class_of(adapter: Path, base: Path) -> ModelClass:
+    return model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
 
 
 def set_task(adapter: Path, task_type: str | None) -> None:
@@ -51,11 +58,8 @@ def test_a_head_has_no_more_labels_than_a_config_can_name(
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV), num_labels=5)
     files = preflight(str(tmp_path / "a"), allow_pickle=False)
     bias = replace(next(one for one in files.tensors if one.name.endswith("classifier.bias")), shape=(rows,))
-    model_class = model_class_for(
-        str(shelf.base("bert-classifier")),
-        replace(files, tensors=(bias,)),
-        stored_tensors(shelf.base("bert-classifier")),
-    )
+    base = shelf.base("bert-classifier")
+    model_class = model_class_for(str(base), replace(files, tensors=(bias,)), stored_tensors(base))
     assert model_class.num_labels == num_labels
 
 
@@ -104,26 +108,6 @@ def test_a_head_of_any_task_has_its_own_labels(tmp_path: Path, task: str) -> Non
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
-def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path: Path) -> None:
-    base = shelf.base("bert-classifier")
-    broken = tmp_path / "base"
-    broken.mkdir()
-    for file in base.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-    save_adapter(base, tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV))
-    model_class = model_class_for(
-        str(broken), preflight(str(tmp_path / "a"), allow_pickle=False), stored_tensors(broken)
-    )
-    with pytest.raises(CannotJudge) as caught:
-        load_base(str(broken), model_class=model_class, label="b")
-    clash = caught.value.refusal
-    assert clash.kind == "base_shape_clash"
-    assert "intermediate" in clash.fields["name"]
-    assert (clash.fields["got"][0], clash.fields["expected"][0]) == (48, 40)
-
-
 @pytest.mark.parametrize("base", ["bert", "bert-classifier"])
 def test_names_of_the_bare_model_outweigh_the_task_type(shelf: Shelf, tmp_path: Path, base: str) -> None:
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="FEATURE_EXTRACTION", **QV))
@@ -159,41 +143,31 @@ def test_names_that_fit_no_class_leave_the_task_types(shelf: Shelf, tmp_path: Pa
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="FEATURE_EXTRACTION", **QV))
     renamed = {k.replace("encoder", "transformer"): v for k, v in read_tensors(tmp_path / "a").items()}
     write_tensors(tmp_path / "a", renamed)
-    model_class = model_class_for(
-        str(shelf.base("bert")), preflight(str(tmp_path / "a"), allow_pickle=False), stored_tensors(shelf.base("bert"))
-    )
+    model_class = class_of(tmp_path / "a", shelf.base("bert"))
     assert (model_class.class_name, model_class.instead_of) == ("BertModel", None)
 
 
 @pytest.mark.parametrize("variant", ["plain", "conv1d", "opt", "fused-experts", "classifier", "feature-extraction"])
 def test_two_names_of_one_class_share_a_load(shelf: Shelf, tmp_path: Path, variant: str) -> None:
-
     base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
     shapes = set()
     for task_type in (read_config(adapter)["task_type"], None):
-        directory = tmp_path / str(task_type)
-        directory.mkdir()
-        for file in adapter.iterdir():
-            (directory / file.name).write_bytes(file.read_bytes())
+        directory = shutil.copytree(adapter, tmp_path / str(task_type))
         set_task(directory, task_type)
-        shapes.add(model_class_for(str(base), preflight(str(directory), allow_pickle=False), stored_tensors(base)))
+        shapes.add(class_of(directory, base))
     assert len(shapes) == 1
 
 
-TEXT = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0,
+TEXT = VISION | {
+    "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8,
-    "patch_size": 4,
-}  # fmt: skip
+PICTURES = VISION | {"image_size": 8, "patch_size": 4}
 
 
 def save_llava(directory: Path) -> Path:
     torch.manual_seed(0)
-    text, vision = transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**VISION)
+    text, vision = transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**PICTURES)
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=62)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(directory)
     return directory
@@ -207,8 +181,7 @@ def save_on(model: transformers.PreTrainedModel, directory: Path, **settings: An
 
 def changed_by_peft(model: transformers.PreTrainedModel, adapter: Path) -> set[str]:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with methods.quiet():
         after = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
     return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
 
@@ -243,7 +216,7 @@ def test_old_names_are_those_of_the_class_that_peft_loads(loses: str, task_type:
 
 def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -> None:
     """An adapter of a text model names its class (auto_mapping); the base's files have the names of another one."""
-    vision = VISION | {"vision_use_head": False}
+    vision = PICTURES | {"vision_use_head": False}
     config = transformers.Gemma3Config(text_config=TEXT, vision_config=vision, mm_tokens_per_image=4)
     text = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT))
     with methods.quiet():
@@ -253,15 +226,3 @@ def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -
     assert {name for name, _ in user.named_parameters()} <= set(said["missing_keys"])
     with pytest.raises(CannotJudge, match=r"base_of_another_class.*Gemma3ForCausalLM"):
         Gate().judge(tmp_path / "a", tmp_path / "base")
-
-
-def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path: Path) -> None:
-    """Transformers puts it on the base unasked, and what is merged then is no plain base."""
-    base = tmp_path / "base"
-    shutil.copytree(shelf.base("llama"), base)
-    for file in shelf.adapter("plain").iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
-    assert any("lora_A" in name for name, _ in plain.named_parameters())
-    with pytest.raises(CannotJudge, match="adapter_next_to_base"):
-        Gate().judge(shelf.adapter("regex"), base)

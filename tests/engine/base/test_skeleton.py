@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +26,8 @@ from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.local_bases import load_base
-from tests.support.models import among_transformers
+from tests.support.models import Shelf, among_transformers
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.support.models import Shelf
 
 SLICE = ("bert", "chinese_clip", "gpt2", "llama", "marian", "mixtral", "phimoe", "qwen3_moe", "t5", "wav2vec2")
 """Plain types, fused experts, tied biases and embeddings, computed positions, a padding row, weight norms."""
@@ -182,7 +178,7 @@ def test_an_adapter_in_the_directory_is_refused_as_by_a_load(shelf: Shelf, tmp_p
     shutil.copytree(shelf.adapter("plain"), directory, dirs_exist_ok=True)
     with pytest.raises(NoSkeletonError, match="an adapter"):
         made(directory)
-    with pytest.raises(CannotJudge):
+    with pytest.raises(CannotJudge, match="adapter_next_to_base"):
         loaded(directory)
 
 
@@ -205,7 +201,11 @@ def test_a_base_unlike_its_class_is_refused_as_by_a_load(shelf: Shelf, tmp_path:
         with pytest.raises(CannotJudge) as refused:
             make(directory)
         refusals.append(refused.value.refusal)
-    assert refusals[0] == refusals[1]
+    clash = refusals[0]
+    assert clash == refusals[1]
+    assert clash.kind == "base_shape_clash"
+    assert (clash.fields["got"][0], clash.fields["expected"][0]) == (48, 40)
+    assert "mlp" in clash.fields["name"]
 
 
 # --- the places in the files ---------------------------------------------------------------------------------------

@@ -7,107 +7,75 @@ import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 from peft.tuners.lycoris_utils import LycorisLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine import adapter_evidence
-from merge_gate.engine.adapter import load_adapter as load_adapter_module
-from merge_gate.engine.adapter.inject import parameters_of
-from merge_gate.engine.adapter.peft_config import read_weights
-from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
+from merge_gate.engine.adapter_evidence import merge, merge_together
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.loaded_base import Base, ModelClass
-from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.skeleton import NoSkeletonError
 from merge_gate.engine.base.stored_spans import stored_bytes
-from merge_gate.engine.merge import adapter_merge, one_pass
-from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors
+from merge_gate.engine.merge import adapter_merge
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
 from merge_gate.features.stream import passes
 from merge_gate.files.feed import LocalFeed
-from merge_gate.files.preflight import preflight
 from merge_gate.records.files import FileSpan
-from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey
-from merge_gate.worker import sandbox
-from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import (
-    BaseLoaded,
-    BaseMeasured,
-    DeviceChosen,
-    Event,
-    Group,
-    Job,
-    Merged,
-    MergeStarted,
-    Task,
-)
+from merge_gate.worker.protocol import BaseLoaded, BaseMeasured, DeviceChosen, Event, Merged, MergeStarted
 from tests.support import methods
-from tests.support.engine.base_headers import base_files, stored_tensors
-from tests.support.engine.fed_bases import CountingFeed, EndingFeed, source
-from tests.support.engine.local_bases import load_base
-from tests.support.engine.merges import RUNS, runs
+from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.fed_bases import CountingFeed, EndingFeed
+from tests.support.engine.jobs import events_of, group_of
+from tests.support.engine.local_bases import base_for, load_base
+from tests.support.engine.merges import NOT_RUN, comparable, request_for
 from tests.support.faults import configure
-from tests.support.files.pickles import read_pickle
 from tests.support.merged import kept
-from tests.support.models import VARIANTS, read_tensors, write_tensors
+from tests.support.models import VARIANTS, Shelf, read_tensors, write_tensors
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from merge_gate.records.measured import Evidence
-    from tests.support.models import Shelf
 
 VARIANTS_IN_SLICE = (
     "every-projection", "dora-all-linear", "embedding", "modules-to-save", "lora-bias", "pissa", "bias-all",
     "resized-vocabulary", "token-rows", "rslora", "per-expert",
 )  # fmt: skip
 
-METHODS_IN_SLICE = (
-    "lora-dora", "lora-olora", "lora-kasa", "lora-tokens", "lora-lm-head-saved", "lora-conv1d-gpt2", "lora-experts",
-    "lora-experts-qwen", "lora-tied-tokens", "lora-mha", "osf-linear", "psoft-linear", "ln-norm",
-)  # fmt: skip
+request = functools.partial(request_for, no_forward=NOT_RUN)
+"""To merge alone: a run of the models reads the base once more."""
 
 
-def bases(directory: Path, model_class: ModelClass, dtype: str, *, is_mapped: bool = False) -> tuple[Base, Base]:
-    """The skeleton, and the loaded base."""
-    feed, stored = LocalFeed(str(directory)), stored_tensors(directory)
+def fed(directory: Path, adapter: Path, feed: LocalFeed | None = None) -> Base:
     with methods.quiet():
-        ours = skeleton_of(source(directory, dtype), model_class, stored, feed, is_mapped=is_mapped)
-        return ours, load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
+        return base_for(directory, adapter, is_mapped=False, feed=feed)
+
+
+def real(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
+    with methods.quiet():
+        return base_for(directory, adapter, dtype, load=load_base)
 
 
 def outcome(base: Base, adapter: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The evidence as text, because NaN is not NaN, and the merged tensors."""
+    """The evidence, and the merged tensors."""
     with kept() as tensors:
-        evidence = merge(
-            MergeRequest(
-                base=base,
-                members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),),
-                consumers=runs(),
-            )
-        )
+        evidence = merge(request_for(base, adapter))
     names = [merge.stats.name for merge in evidence.merges]  # an attempt that did not count has others
     return comparable(evidence), {name: tensors[name] for name in names if name in tensors}
 
 
-def comparable(evidence: Evidence) -> str:
-    """Which layers are cross-checked may differ, not how many."""
-    forward = replace(evidence.forward, largest_difference=None)
-    return repr(replace(evidence, seconds=0.0, forward=forward, cross_checked=(str(len(evidence.cross_checked)),)))
-
-
-def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
+def assert_same(directory: Path, adapter: Path, *, is_mapped: bool = False) -> None:
+    """In bfloat16; test_methods.py compares the bits of all methods with PEFT's, also in float32 and from a feed."""
+    with methods.quiet():
+        ours, theirs = (
+            base_for(directory, adapter, "bfloat16", is_mapped=is_mapped),
+            real(directory, adapter, "bfloat16"),
+        )
     (text, merged), (expected_text, expected) = outcome(ours, adapter), outcome(theirs, adapter)
     assert text == expected_text
     assert merged.keys() == expected.keys()
@@ -119,41 +87,10 @@ def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("name", sampled(VARIANTS_IN_SLICE, VARIANTS_IN_SLICE[::3]))
 def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: Shelf) -> None:
-    directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
-    model_class = model_class_for(
-        str(directory), preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), stored_tensors(directory)
-    )
-    assert_same(*bases(directory, model_class, "bfloat16", is_mapped=is_mapped), adapter)
-
-
-@pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
-@pytest.mark.parametrize("name", sampled(METHODS_IN_SLICE, METHODS_IN_SLICE[::4]))
-def test_a_method_comes_to_the_same(name: str, is_mapped: bool, tmp_path: Path) -> None:
-    """In bfloat16; test_methods.py compares the bits of all methods with PEFT's, also in float32 and from a feed."""
-    case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "a"
-    methods.save_base(case.base, base)
-    methods.save_adapter(case, methods.load_base(case.base, base), adapter, base_directory=base)
-    model_class = model_class_for(
-        str(base), preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), stored_tensors(base)
-    )
-    assert_same(*bases(base, model_class, "bfloat16", is_mapped=is_mapped), adapter)
+    assert_same(shelf.base(VARIANTS[name].base), shelf.adapter(name), is_mapped=is_mapped)
 
 
 # --- one pass ------------------------------------------------------------------------------------------------------
-
-
-def fed(directory: Path, adapter: Path, feed: LocalFeed) -> Base:
-    model_class = model_class_for(
-        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
-    )
-    with methods.quiet():
-        return skeleton_of(source(directory, "auto"), model_class, stored_tensors(directory), feed)
-
-
-def request(base: Base, adapter: Path) -> MergeRequest:
-    """To merge alone: a run of the models reads the base once more."""
-    members = (preflight(str(adapter), allow_pickle=False),)
-    return MergeRequest(base=base, members=members, no_forward="not of interest")
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
@@ -197,8 +134,8 @@ def test_layers_that_peft_merges_are_read_once_too(
     assert worked.count("loha-linear") == 2 + together[0].layers_by_peft
     assert len(feed.reads) == len(set(feed.reads)) == len(base.tensors)
     assert [one.layers_by_peft > 0 for one in together] == [True, True, True, False]
-    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
-    assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
+    loaded = real(directory, adapters[0])
+    assert [comparable(one) for one in together] == [comparable(merge(request(loaded, one))) for one in adapters]
 
 
 def test_a_merge_that_draws_numbers_runs_in_order_of_its_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +145,7 @@ def test_a_merge_that_draws_numbers_runs_in_order_of_its_walk(tmp_path: Path, mo
     projections = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     case = methods.make_case("loha", "llama", "LoHaConfig", r=2, target_modules=projections)
     methods.save_adapter(case, methods.load_base("llama", directory), adapter, base_directory=directory)
-    base = fed(directory, adapter, LocalFeed(str(directory)))
-    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
+    bases = fed(directory, adapter), real(directory, adapter)
     numbers: dict[float, float] = {}
     own = LycorisLayer.merge
 
@@ -219,38 +155,12 @@ def test_a_merge_that_draws_numbers_runs_in_order_of_its_walk(tmp_path: Path, mo
 
     monkeypatch.setattr(LycorisLayer, "merge", merge_with_number)
     drawn = []
-    for one in (base, real):
+    for one in bases:
         torch.manual_seed(0)
         numbers.clear()
         drawn.append((comparable(merge(request(one, adapter))), dict(numbers)))
     assert len(numbers) > 1
     assert drawn[0] == drawn[1]
-
-
-def test_adapters_of_one_pass_have_the_evidence_of_a_loaded_base(shelf: Shelf) -> None:
-    adapters = [shelf.adapter(name) for name in ("every-projection", "pissa", "modules-to-save", "resized-vocabulary")]
-    directory = shelf.base("llama")
-    base = fed(directory, adapters[0], LocalFeed(str(directory)))
-    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
-    together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
-    assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
-
-
-def test_no_merge_changes_a_tensor_of_other_adapters(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters = [shelf.adapter(name) for name in ("every-projection", "dora-all-linear", "lora-bias", "modules-to-save")]
-    directory = shelf.base("llama")
-    base = fed(directory, adapters[0], LocalFeed(str(directory)))
-    own, same = one_pass._Pass._visit_tensor, dict[str, bool]()
-
-    def visit(self: Any, of: Base, name: str) -> None:
-        before = of.tensors[name].clone()
-        own(self, of, name)
-        same[name] = same_bits(of.tensors[name], before)
-
-    monkeypatch.setattr(one_pass._Pass, "_visit_tensor", visit)
-    assert None not in merge_together([request(base, adapter) for adapter in adapters])
-    assert same.keys() == base.tensors.keys()
-    assert all(same.values())
 
 
 def test_adapters_that_wait_have_the_memory_of_their_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +174,7 @@ def test_adapters_that_wait_have_the_memory_of_their_files(shelf: Shelf, monkeyp
     monkeypatch.setattr(adapter_evidence, "map_factors", map_factors)
     names = ("every-projection", "dora-all-linear", "embedding", "token-rows")
     adapters, directory = [shelf.adapter(name) for name in names], shelf.base("llama")
-    base = fed(directory, adapters[0], LocalFeed(str(directory)))
+    base = fed(directory, adapters[0])
     together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
     for model, mapped in loads:
         factors = [one for name, one in model.named_parameters() if "lora_" in name]
@@ -272,28 +182,9 @@ def test_adapters_that_wait_have_the_memory_of_their_files(shelf: Shelf, monkeyp
         inside = [any(start <= one.data_ptr() < end for start, end in files) for one in factors if id(one) in mapped]
         assert len(inside) >= len(factors)
         assert all(inside)
-    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
-    assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
+    loaded = real(directory, adapters[0])
+    assert [comparable(one) for one in together] == [comparable(merge(request(loaded, one))) for one in adapters]
     assert len(loads) == len(adapters)
-
-
-def test_factors_of_a_file_are_copied_for_a_merge(shelf: Shelf) -> None:
-    """A tensor in a file has another alignment than torch's, and PEFT's bits may depend on that."""
-    directory, adapter = shelf.base("llama"), shelf.adapter("every-projection")
-    base = fed(directory, adapter, LocalFeed(str(directory)))
-    files = preflight(str(adapter), allow_pickle=False)
-    with methods.quiet():
-        loaded = load_adapter_module.load_adapter(base, files, weights := read_weights(files))
-    mapped = map_factors(loaded.model, loaded.arrivals[0], weights)
-    layer = next(module for module in loaded.model.modules() if isinstance(module, BaseTunerLayer))
-    factors = [factor for _, _, factor in parameters_of(layer)]
-    before = [(factor.data_ptr(), factor.data.clone()) for factor in factors]
-    with factors_in_memory(layer, mapped):
-        for factor, (place, values) in zip(factors, before, strict=True):
-            assert factor.data_ptr() % 64 == 0
-            assert factor.data_ptr() != place
-            assert same_bits(factor.data, values)
-    assert [factor.data_ptr() for factor in factors] == [place for place, _ in before]
 
 
 def test_a_merge_without_memory_is_refused_before_it_reads(shelf: Shelf) -> None:
@@ -322,12 +213,10 @@ def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_pat
         model.lm_head.weight[0, 0] = math.inf
     model.save_pretrained(tmp_path)
     adapter = shelf.adapter("every-projection")
-    base = fed(tmp_path, adapter, LocalFeed(str(tmp_path)))
-    assert base.facts.nonfinite == ()
-    _, real = bases(tmp_path, ModelClass(class_name="LlamaForCausalLM"), "auto")
-    assert len(real.facts.nonfinite) == 2
-    assert comparable(merge(request(base, adapter))) == comparable(merge(request(real, adapter)))
-    assert base.facts == real.facts
+    base, loaded = fed(tmp_path, adapter), real(tmp_path, adapter)
+    assert (base.facts.nonfinite, len(loaded.facts.nonfinite)) == ((), 2)
+    assert comparable(merge(request(base, adapter))) == comparable(merge(request(loaded, adapter)))
+    assert base.facts == loaded.facts
 
 
 @pytest.mark.parametrize(
@@ -349,30 +238,14 @@ def test_a_broken_adapter_comes_to_the_same(
     tensors = read_tensors(adapter)
     change(tensors)
     write_tensors(adapter, tensors)
-    assert_same(*bases(shelf.base("llama"), ModelClass(class_name="LlamaForCausalLM"), "bfloat16"), adapter)
-
-
-def test_a_module_is_copied_under_meta_in_another_dtype(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copies of a trained module are made while PEFT's factors are made on the meta device."""
-    adapter, directory = shelf.adapter("modules-to-save"), shelf.base("llama")
-    ours, _ = bases(directory, ModelClass(class_name="LlamaForCausalLM"), "float16")
-    templates: list[bool] = []
-    own = load_adapter_module._make_template
-
-    def make(base: Base, files: Any, *, blank: bool = False, filled: bool = False) -> Any:
-        templates.append(blank)
-        return own(base, files, blank=blank, filled=filled)
-
-    monkeypatch.setattr(load_adapter_module, "_make_template", make)
-    assert merge(request(ours, adapter)).refusal is None
-    assert templates == [True]
+    assert_same(shelf.base("llama"), adapter)
 
 
 def test_a_refused_adapter_has_a_base_that_was_measured(shelf: Shelf, tmp_path: Path) -> None:
     adapter = shutil.copytree(shelf.adapter("plain"), tmp_path / "elsewhere")
     configure(target_modules=["absent"])(adapter)
     directory = shelf.base("llama")
-    base = fed(directory, adapter, LocalFeed(str(directory)))
+    base = fed(directory, adapter)
     assert merge(request(base, adapter)).refusal is not None
     assert base.unmeasured() == []
 
@@ -390,7 +263,7 @@ def test_bytes_that_cannot_be_had_are_an_error_for_all_adapters(shelf: Shelf) ->
 
 def test_a_pass_that_reads_a_tensor_without_values_is_repeated(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters, directory = [shelf.adapter(name) for name in ("every-projection", "plain")], shelf.base("llama")
-    base = fed(directory, adapters[0], LocalFeed(str(directory)))
+    base = fed(directory, adapters[0])
     sums: list[float] = []
     own = adapter_merge.AdapterMerge.finish
 
@@ -408,26 +281,24 @@ def test_a_pass_that_reads_a_tensor_without_values_is_repeated(shelf: Shelf, mon
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_reports_the_facts_once_they_are_known(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
+def test_a_worker_reports_the_facts_once_they_are_known(shelf: Shelf, tmp_path: Path) -> None:
     model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama"), dtype="auto")
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     model.save_pretrained(tmp_path)
-    files = [preflight(str(shelf.adapter(name)), allow_pickle=False) for name in ("every-projection", "plain")]
-    tasks = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
-    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    of_pass: dict[bool, list[Any]] = {}
-    for is_in_pass in (True, False):
-        group = Group(base=key, directory=str(tmp_path), files=base_files(tmp_path), tasks=tasks, one_pass=is_in_pass)
-        events = judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
-        of_pass[is_in_pass] = [event for event in events if not isinstance(event, DeviceChosen | MergeStarted)]
-    names = [type(event).__name__ for event in of_pass[True]]
+    group = group_of(tmp_path, shelf.adapter("every-projection"), shelf.adapter("plain"), consumers=())
+    in_pass, whole = (
+        [
+            event
+            for event in events_of(replace(group, one_pass=is_in_pass))
+            if not isinstance(event, DeviceChosen | MergeStarted)
+        ]
+        for is_in_pass in (True, False)
+    )
+    names = [type(event).__name__ for event in in_pass]
     assert names == ["BaseLoading", "BaseLoaded", "BaseMeasured", "Merged", "Merged"]
-    loaded, measured, *merged = of_pass[True][1:]
-    _, loaded_whole, *merged_whole = of_pass[False]
+    loaded, measured, *merged = in_pass[1:]
+    _, loaded_whole, *merged_whole = whole
     assert (loaded.measured, loaded_whole.measured) == (False, True)
     assert measured.facts == loaded_whole.facts != loaded.facts
     assert [comparable(one.evidence) for one in merged] == [comparable(one.evidence) for one in merged_whole]
@@ -438,7 +309,6 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
     threads: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Two adapters in two dtypes, and a head of another class in one: each stored tensor is read once for all five."""
-    monkeypatch.setenv(sandbox.SWITCH, "off")
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     directory = shelf.base("llama")
     classifier = shutil.copytree(shelf.adapter("plain"), tmp_path / "classifier")
@@ -454,21 +324,12 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
 
     monkeypatch.setattr(LocalFeed, "read", read)
     adapters = (shelf.adapter("every-projection"), shelf.adapter("dora-all-linear"))
-    files = [preflight(str(adapter), allow_pickle=False) for adapter in (*adapters, classifier)]
-    key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="none")
-    first = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
-    second = tuple(Task(index=3 + index, files=(one,)) for index, one in enumerate(files[:2]))
+    options: dict[str, Any] = {"consumers": (), "one_pass": True}
     groups = (
-        Group(base=key, directory=str(directory), files=base_files(directory), tasks=first, one_pass=True),
-        Group(
-            base=replace(key, dtype="float32"),
-            directory=str(directory),
-            files=base_files(directory),
-            tasks=second,
-            one_pass=True,
-        ),
+        group_of(directory, *adapters, classifier, dtype="bfloat16", **options),
+        group_of(directory, *adapters, dtype="float32", first=3, **options),
     )
-    events = list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
+    events = events_of(*groups)
     stored = {one.name: one for one in stored_tensors(directory)}
     spans = {one.span for one in stored_bytes(str(directory), stored).values()}
     assert set(reads) == spans
@@ -481,8 +342,7 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
     assert [(event.task, event.others) for event in events if isinstance(event, MergeStarted)] == [(0, (1, 2, 3, 4))]
     measured = [event for event in events if isinstance(event, BaseMeasured)]
     assert [(event.group, event.task) for event in measured] == [(0, 0), (0, 2), (1, 3)]
-    whole = Job(groups=tuple(replace(group, one_pass=False) for group in groups), device="cpu")
-    expected = list(judge_job(whole, lambda _: None, Sandbox()))
+    expected = events_of(*(replace(group, one_pass=False) for group in groups))
     assert merged_of(events) == merged_of(expected)
     facts = {(one.group, one.facts.loaded_as): one.facts for one in expected if isinstance(one, BaseLoaded)}
     assert [event.facts for event in measured] == [facts[one.group, one.facts.loaded_as] for one in measured]
@@ -499,40 +359,20 @@ def merged_of(events: list[Event]) -> dict[int, str]:
 
 def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of its own reads again what is merged, and the figures of the rest are those of the first pass."""
-    monkeypatch.setenv(sandbox.SWITCH, "off")
     monkeypatch.setattr(passes, "fit", lambda *_: False)
-    adapter = preflight(str(shelf.adapter("every-projection")), allow_pickle=False)
-    key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="none")
-    directory = str(shelf.base("llama"))
-    groups = tuple(
-        Group(
-            base=replace(key, dtype=dtype),
-            directory=directory,
-            files=base_files(directory),
-            tasks=(task,),
-            one_pass=True,
-        )
-        for dtype, task in (
-            ("bfloat16", Task(index=0, files=(adapter,))),
-            ("float16", Task(index=1, files=(adapter,))),
-        )
-    )
-    events = list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
+    base, adapter = shelf.base("llama"), shelf.adapter("every-projection")
+    groups = [
+        group_of(base, adapter, dtype=dtype, first=index, consumers=(), one_pass=True)
+        for index, dtype in enumerate(("bfloat16", "float16"))
+    ]
+    events = events_of(*groups)
     assert [(event.task, event.others) for event in events if isinstance(event, MergeStarted)] == [(0, ()), (1, ())]
-    whole = Job(groups=tuple(replace(group, one_pass=False) for group in groups), device="cpu")
-    assert merged_of(events) == merged_of(list(judge_job(whole, lambda _: None, Sandbox())))
+    assert merged_of(events) == merged_of(events_of(*(replace(group, one_pass=False) for group in groups)))
 
 
 def test_a_class_that_needs_its_values_is_loaded_from_the_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
     monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
-    files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
-    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    tasks = (Task(index=0, files=(files,), consumers=RUNS),)
-    group = Group(
-        base=key, directory=str(shelf.base("llama")), files=base_files(shelf.base("llama")), tasks=tasks, one_pass=True
-    )
-    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
+    events = events_of(group_of(shelf.base("llama"), shelf.adapter("plain"), one_pass=True))
     loaded = [event for event in events if isinstance(event, BaseLoaded)]
     assert [(event.measured, event.facts.no_skeleton) for event in loaded] == [(True, "odd")]
     assert isinstance(events[-1], Merged)

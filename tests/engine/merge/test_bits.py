@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ import torch
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.consumer import WholeTensors
 from merge_gate.files.preflight import preflight
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Evidence
 from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_local
+from tests.support.engine.local_bases import base_for
 from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import Case
@@ -26,12 +26,6 @@ from tests.support.files.pickles import read_pickle
 from tests.support.merged import kept
 from tests.support.models import VARIANTS, Shelf
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.records.measured import Evidence
 
 RANDOM = {"pissa-niter"}  # PEFT decomposes the base by a randomised method on every load: no two merges are alike
 UNMERGEABLE = {"prompt-tuning", "tied-head", "tied-embedding"}
@@ -50,60 +44,35 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype is other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
 
 
-@pytest.fixture(scope="module")
-def load() -> Callable[[Path, Path, str], Base]:
-    """The gate's base for an adapter, loaded once per base, dtype and shape of its head."""
-    loaded: dict[Any, Base] = {}
-
-    def get(base: Path, adapter: Path, dtype: str) -> Base:
-        model_class = model_class_for(
-            str(base), preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), stored_tensors(base)
-        )
-        key = (base, dtype, model_class)
-        if key not in loaded:
-            loaded[key] = load_local(str(base), model_class=model_class, label=base.name, dtype=dtype)
-        return loaded[key]
-
-    return get
+def read(adapter: Path) -> AdapterFiles:
+    return preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle)
 
 
 def given_to_consumers(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     """The tensors that a sink gets."""
     seen: Tensors = {}
     sink = WholeTensors(seen.__setitem__)
-    evidence = adapter_evidence.merge(
-        MergeRequest(
-            base=base,
-            members=(preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle),),
-            consumers=(sink,),
-            no_forward=NOT_RUN,
-        )
-    )
+    request = MergeRequest(base=base, members=(read(adapter),), consumers=(sink,), no_forward=NOT_RUN)
+    evidence = adapter_evidence.merge(request)
     assert sink.names <= seen.keys()
     return {name: tensor for name, tensor in seen.items() if name in sink.names}, evidence
 
 
 def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     with kept() as seen:
-        evidence = merge_adapter(
-            base, preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle), no_forward=NOT_RUN
-        )
+        evidence = merge_adapter(base, read(adapter), no_forward=NOT_RUN)
     assert evidence.refusal is None, evidence.refusal
     return seen, evidence
 
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [
-        *((variant, "bfloat16") for variant in MERGEABLE),
-        *itertools.product(IN_ALL_DTYPES, ("float32", "float16")),
-    ],
+    [*((variant, "bfloat16") for variant in MERGEABLE), *itertools.product(IN_ALL_DTYPES, ("float32", "float16"))],
 )
-def test_the_measured_tensors_are_those_of_peft(
-    variant: str, dtype: str, shelf: Shelf, load: Callable[[Path, Path, str], Base]
-) -> None:
+def test_the_measured_tensors_are_those_of_peft(variant: str, dtype: str, shelf: Shelf) -> None:
     base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
-    seen, evidence = gate_merge(load(base, adapter, dtype), adapter)
+    loaded = base_for(base, adapter, dtype)
+    seen, evidence = gate_merge(loaded, adapter)
     before, after = peft_merge(base, adapter, dtype)
     changed = {name for name, value in after.items() if name not in before or not same(before[name], value)}
     assert seen
@@ -113,7 +82,7 @@ def test_the_measured_tensors_are_those_of_peft(
     assert {name for name in seen if said[name].changed} == changed & seen.keys()
     assert evidence.parameters_checked == evidence.parameters_total == count(after)
 
-    given, again = given_to_consumers(load(base, adapter, dtype), adapter)
+    given, again = given_to_consumers(loaded, adapter)
     assert changed - aliases(after, given) <= given.keys()
     assert [name for name, tensor in given.items() if not same(tensor, after[name])] == []
     assert replace(again, seconds=0.0) == replace(evidence, seconds=0.0)
@@ -130,11 +99,9 @@ def count(tensors: Tensors) -> int:
 
 
 @pytest.mark.parametrize("variant", ["plain", "dora", "bias-all", "modules-to-save", "conv1d"])
-def test_the_figures_are_those_of_the_tensors(
-    variant: str, shelf: Shelf, load: Callable[[Path, Path, str], Base]
-) -> None:
+def test_the_figures_are_those_of_the_tensors(variant: str, shelf: Shelf) -> None:
     base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
-    _, evidence = gate_merge(load(base, adapter, "bfloat16"), adapter)
+    _, evidence = gate_merge(base_for(base, adapter, "bfloat16"), adapter)
     before, after = peft_merge(base, adapter, "bfloat16")
     exact = peft_merge(base, adapter, "float32")[1]
     changed = [merge for merge in evidence.merges if merge.changed]
@@ -154,13 +121,11 @@ def overflowing() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", sampled(overflowing(), overflowing()[::3]))
-def test_what_is_broken_is_counted_as_peft_merges_it(
-    case: Case, shelf: Shelf, load: Callable[[Path, Path, str], Base], tmp_path: Path
-) -> None:
+def test_what_is_broken_is_counted_as_peft_merges_it(case: Case, shelf: Shelf, tmp_path: Path) -> None:
     """PEFT's own check stops at the first bad layer; the gate goes on, as `safe_merge=False` would."""
     base, adapter = shelf.base(case.base or VARIANTS[case.variant].base), tmp_path / case.variant
     lay_out(case, shelf, adapter)
-    seen, evidence = gate_merge(load(base, adapter, case.dtype), adapter)
+    seen, evidence = gate_merge(base_for(base, adapter, case.dtype), adapter)
     after = peft_merge(base, adapter, case.dtype, safe_merge=False)[1]
     broken = {name for name, value in after.items() if not torch.isfinite(value).all()}
     assert broken

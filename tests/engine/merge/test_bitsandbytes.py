@@ -8,7 +8,8 @@ overflow in each tensor, and `make nightly` all cases at every place.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import peft
 import pytest
@@ -32,10 +33,6 @@ from tests.support.engine.quantized_cases import (
 )
 from tests.support.faults_methods import EVERY_PLACE, ONE_NAN
 from tests.support.gating import Bench, mistake, one_thread, told
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -12,18 +12,13 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity
 from tests.support.all_faults import FAULTS, HEALTHY
-from tests.support.cases import lay_out
+from tests.support.cases import Judged, lay_out
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.faults import Case
 from tests.support.files.pickles import read_pickle
 from tests.support.models import BASES, VARIANTS, Shelf
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.cases import Judged
 
 REFUSED_BASES = {"base-format", "base-incomplete", "base-inconsistent"}
 

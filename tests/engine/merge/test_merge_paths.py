@@ -5,61 +5,39 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.adapter_evidence import merge
 from merge_gate.engine.blocks.block_merge import measure_merge
 from merge_gate.engine.merge import plan
-from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Verdict
 from tests.support import methods
-from tests.support.command import merge_gate, strict_json
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_local
-from tests.support.engine.merges import NOT_RUN, merge_adapter
+from tests.support.engine.local_bases import base_for
+from tests.support.engine.merges import NOT_RUN, comparable, request_for
 from tests.support.faults import configure, edit
-from tests.support.gating import Bench
-from tests.support.models import ALL_LINEAR, VARIANTS, Shelf
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.support.models import Tensors
-
+from tests.support.gating import Bench, Gate
+from tests.support.models import ALL_LINEAR, VARIANTS, Shelf, Tensors, read_tensors, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 SAMPLED = MeasureOptions(estimates=True)
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(root=tmp_path_factory.mktemp("bench"))
-
-
-def loaded(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
-    model_class = model_class_for(
-        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
-    )
-    return load_local(str(directory), model_class=model_class, label="base", dtype=dtype)
-
-
-def evidence_of(
-    base: Path, adapter: Path, dtype: str = "auto", *, measure_options: MeasureOptions = SAMPLED
-) -> Evidence:
-    files = preflight(str(adapter), allow_pickle=False)
-    return merge_adapter(loaded(base, adapter, dtype), files, measure_options=measure_options, no_forward=NOT_RUN)
+def evidence_of(base: Path, adapter: Path) -> Evidence:
+    loaded = base_for(base, adapter, "bfloat16")
+    return merge(request_for(loaded, adapter, measure_options=SAMPLED, no_forward=NOT_RUN))
 
 
 # --- an untrained adapter has no effect ----------------------------------------------------------------------------
@@ -78,45 +56,31 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+Q = {"target_modules": ["q_proj"]}
 UNTRAINED: dict[str, Callable[[], peft.PeftConfig]] = {
-    "lora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"]),
-    "dora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
-    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]),
-    "lokr": lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"]),
-    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
-    "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"], init_weights=True),
-    "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=1, target_modules=["q_proj"]),
-    "randlora": lambda: peft.RandLoraConfig(r=2, target_modules=["q_proj"]),
-    "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"]),
-    "waveft": lambda: peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"], init_weights=True),
-    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "lora": lambda: peft.LoraConfig(r=2, **Q),
+    "dora": lambda: peft.LoraConfig(r=2, **Q, use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=2, **Q),
+    "lokr": lambda: peft.LoKrConfig(r=2, **Q),
+    "vera": lambda: peft.VeraConfig(r=2, **Q),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, **Q, init_weights=True),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=1, **Q),
+    "randlora": lambda: peft.RandLoraConfig(r=2, **Q),
+    "shira": lambda: peft.ShiraConfig(r=2, **Q),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=10, **Q, init_weights=True),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, **Q),
     "dora-embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True),
-    "pissa": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
-    "olora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"),
+    "pissa": lambda: peft.LoraConfig(r=2, **Q, init_lora_weights="pissa"),
+    "olora": lambda: peft.LoraConfig(r=2, **Q, init_lora_weights="olora"),
     **{
         name: methods.find(name).config
         for name in (
-            "hira-linear",
-            "hira-embedding",
-            "adamss-linear",
-            "peanut-linear",
-            "lora-bdlora",
-            "lora-velora",
-            "lora-monteclora",
-            "lora-mica",
-            "gralora-hybrid",
-            "tinylora-linear",
-            "delora-linear",
-            "pvera-linear",
-            "supertuning-linear",
-            "glora-lora",
-            "ia3-linear",
-            "miss-linear",
-            "miss-bat",
-            "trainable-tokens",
+            "hira-linear", "hira-embedding", "adamss-linear", "peanut-linear", "lora-bdlora", "lora-velora",
+            "lora-monteclora", "lora-mica", "gralora-hybrid", "tinylora-linear", "delora-linear", "pvera-linear",
+            "supertuning-linear", "glora-lora", "ia3-linear", "miss-linear", "miss-bat", "trainable-tokens",
         )
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -262,21 +226,17 @@ def pruned_by_adalora(base: Path, directory: Path, kept: dict[str, list[bool]]) 
         wrapped.save_pretrained(directory)
 
 
-def test_a_layer_that_adalora_has_pruned_is_not_lost(tmp_path: Path, bench: Bench) -> None:
+@pytest.mark.parametrize("is_all", [False, True])
+def test_a_layer_that_adalora_has_pruned_is_not_lost(is_all: bool, tmp_path: Path, bench: Bench) -> None:
+    """If nothing is left of all layers, the adapter has no effect."""
     base = bench.base_directory("llama", "float32")
-    pruned_by_adalora(base, tmp_path, {"q_proj": [False, False], "v_proj": [True, False]})
+    pruned_by_adalora(base, tmp_path, {"q_proj": [False, False], "v_proj": [not is_all, False]})
     shapes = {name: tuple(tensor.shape) for name, tensor in methods.load_file(tmp_path / WEIGHTS).items()}
     assert shapes["base_model.model.model.layers.0.self_attn.q_proj.lora_A"] == (0, 16)
     judgement = bench.gate.judge(tmp_path, base)
-    assert judgement.verdict is Verdict.PASSED, judgement
+    expected = (Verdict.FAILED, "no-effect") if is_all else (Verdict.PASSED, None)
+    assert (judgement.verdict, judgement.cause) == expected, judgement
     assert "no-effect" not in judgement.warned, judgement
-
-
-def test_an_adalora_of_which_nothing_is_left_has_no_effect(tmp_path: Path, bench: Bench) -> None:
-    base = bench.base_directory("llama", "float32")
-    pruned_by_adalora(base, tmp_path, {"q_proj": [False, False], "v_proj": [False, False]})
-    judgement = bench.gate.judge(tmp_path, base)
-    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
 
 
 def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
@@ -321,37 +281,6 @@ def test_what_is_changed_under_another_name_is_changed(name: str, tmp_path: Path
     judgement = bench.gate.judge(tmp_path, base)
     assert judgement.cause == cause, judgement
     assert not judgement.warned, judgement
-
-
-# --- an error rests on a measurement -------------------------------------------------------------------------------
-
-
-def test_rounding_loss_is_measured_where_a_sample_is_mistaken(shelf: Shelf, tmp_path: Path) -> None:
-    """Rows of two kinds: a delta that survives rounding in few rows, one that does not in the others."""
-    shutil.copytree(shelf.adapter("tall"), tmp_path / "tall")
-
-    def two_kinds(tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if "lora_B" in name:
-                tensor.normal_(generator=torch.Generator().manual_seed(3)).mul_(1e-5)
-                tensor[::5].mul_(1e-3)
-
-    edit(two_kinds)(tmp_path / "tall")
-    exact = evidence_of(shelf.base("llama-tall"), tmp_path / "tall", "bfloat16", measure_options=MeasureOptions())
-    assert not any(merge.estimated for merge in exact.merges)
-    weights = load_file(tmp_path / "tall" / WEIGHTS)
-    base = transformers.AutoModelForCausalLM.from_pretrained(shelf.base("llama-tall"), dtype=torch.bfloat16)
-    config = json.loads((tmp_path / "tall" / "adapter_config.json").read_text())
-    lost = delta = 0.0
-    for merge in exact.merges:
-        prefix = f"base_model.model.{merge.module}"
-        exact_delta = weights[f"{prefix}.lora_B.weight"].double() @ weights[f"{prefix}.lora_A.weight"].double()
-        exact_delta *= config["lora_alpha"] / config["r"]
-        weight = base.get_submodule(merge.module).weight.detach()
-        merged = weight + exact_delta.to(torch.bfloat16)
-        lost += float((merged.double() - weight.double() - exact_delta).square().sum())
-        delta += float(exact_delta.square().sum())
-    assert exact.lost_share == pytest.approx(math.sqrt(lost / delta), rel=1e-3)
 
 
 # --- beyond the range of floats ------------------------------------------------------------------------------------
@@ -399,122 +328,65 @@ def test_nan_in_running_statistics_of_the_file_is_the_adapters(tmp_path: Path, b
 
 # --- PEFT is the witness -------------------------------------------------------------------------------------------
 
-OVERLAY = """
-import importlib.abc, importlib.machinery, sys
-
-BROKEN = __BROKEN__
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        methods = [method for method in BROKEN if name == "peft.tuners." + method[0]]
-        if not methods:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            for place, owner, method in methods:
-                overlay(getattr(module, owner), method, BROKEN[place, owner, method])
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-def overlay(owner, method, then):
-    own = getattr(owner, method)
-
-    def broken(self, *args, **kwargs):
-        result = own(self, *args, **kwargs)
-        alpha = self.lora_alpha if method == "merge" else {"default": self.peft_config["default"].lora_alpha}
-        exec(then.get(alpha["default"], "pass"), {"self": self, "result": result})
-        return result
-
-    setattr(owner, method, broken)
-
-sys.meta_path.insert(0, Finder())
-"""
-"""Put into the worker by sitecustomize: what an installed PEFT does besides, by the `lora_alpha` of the adapter."""
-
-MERGE, UNLOAD = ("lora.layer", "Linear", "merge"), ("tuners_utils", "BaseTuner", "merge_and_unload")
-LOSES_A_ROW = "self.get_base_layer().weight.data = self.get_base_layer().weight.data[1:]"
-BROKEN = {
-    "nan": (MERGE, "self.get_base_layer().weight.data[0, 0] = float('nan')", "every-projection"),
-    "123": (MERGE, "self.get_base_layer().weight.data[0, 0] = 123.0", "every-projection"),
-    "a-row-lost": (MERGE, LOSES_A_ROW, "every-projection"),
-    "a-row-lost-beside-saved-modules": (MERGE, LOSES_A_ROW, "modules-to-save"),
-    "no-norm": (UNLOAD, "del result.model.norm.weight", "every-projection"),
-    "no-attention": (UNLOAD, "result.model.layers[1].self_attn = None", "every-projection"),
-}
-"""Each adapter's method of PEFT, what it does besides, and the adapter's variant."""
+Then = Callable[[Any, Any], object]
+"""Gets what a method of PEFT belongs to, and what it has returned."""
 
 
-@pytest.fixture(scope="module")
-def by_a_broken_peft(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command says of good adapters with an installed PEFT that treats each of them in another wrong way."""
-    place = tmp_path_factory.mktemp("broken-peft")
-    overlaid, work = place / "overlay", place / "work"
-    for directory in (overlaid, work):  # the worker finds nothing that lies below the working directory
-        directory.mkdir()
-    broken: dict[tuple[str, str, str], dict[int, str]] = {MERGE: {}, UNLOAD: {}}
-    for alpha, (name, (method, then, variant)) in enumerate(BROKEN.items(), 8):
-        shutil.copytree(shelf.adapter(variant), work / name)
-        configure(lora_alpha=alpha)(work / name)
-        broken[method][alpha] = then
-    (overlaid / "sitecustomize.py").write_text(OVERLAY.replace("__BROKEN__", repr(broken)))
-    (base,) = {VARIANTS[variant].base for _, _, variant in BROKEN.values()}
-    answer = merge_gate(
-        "run",
-        *BROKEN,
-        "--base",
-        shelf.base(base),
-        "--output",
-        "out",
-        cwd=work,
-        PYTHONPATH=str(overlaid),
-    )
-    adapters = strict_json(work / "out" / "report.json")["adapters"]
-    return {adapter["name"]: adapter | {"said": answer.said} for adapter in adapters}
+def write(value: float) -> Then:
+    return lambda layer, _: layer.get_base_layer().weight.data[0, :1].fill_(value)
 
 
-@pytest.mark.parametrize(("name", "cause"), [("nan", "merged-nonfinite"), ("123", "merge-differs")])
-def test_a_peft_that_merges_otherwise_decides(name: str, cause: str, by_a_broken_peft: dict[str, Any]) -> None:
-    """An installed PEFT whose Linear.merge writes a value of its own into each merged weight."""
-    adapter = by_a_broken_peft[name]
-    assert (adapter["verdict"], adapter["cause"]) == ("failed", cause), adapter["said"]
-    coverage = adapter["coverage"]
-    assert coverage["layers_differing"]
-    assert (coverage["layers_in_blocks"], coverage["layers_witnessed"]) == (0, 0)
-    assert coverage["layers_by_peft"] == 2 * len(ALL_LINEAR)
+def lose_a_row(layer: Any, _: Any) -> None:
+    layer.get_base_layer().weight.data = layer.get_base_layer().weight.data[1:]
 
 
-@pytest.mark.parametrize("name", ["a-row-lost", "a-row-lost-beside-saved-modules"])
-def test_what_was_measured_and_what_there_is_are_counted_apart(name: str, by_a_broken_peft: dict[str, Any]) -> None:
-    """A PEFT that loses a row of each weight while it merges: fewer elements were measured than the model has.
+def lose_a_norm(_: Any, merged: Any) -> None:
+    del merged.model.norm.weight
 
-    That alone would be an error; what the layers compute fails.
-    """
-    adapter = by_a_broken_peft[name]
-    coverage = adapter["coverage"]
-    assert coverage["parameters_checked"] < coverage["parameters_total"], adapter["said"]
-    assert (adapter["verdict"], adapter["cause"]) == ("failed", "merge-differs"), adapter["said"]
+
+def lose_an_attention(_: Any, merged: Any) -> None:
+    merged.model.layers[1].self_attn = None
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("owner", "method", "then", "variant", "cause"),
     [
-        ("no-norm", "model.norm.weight"),
-        ("no-attention", "model.layers.1.self_attn.k_proj.bias"),
+        (Linear, "merge", write(math.nan), "every-projection", "merged-nonfinite"),
+        (Linear, "merge", write(123.0), "every-projection", "merge-differs"),
+        (Linear, "merge", lose_a_row, "every-projection", "merge-differs"),
+        (Linear, "merge", lose_a_row, "modules-to-save", "merge-differs"),
+        (BaseTuner, "merge_and_unload", lose_a_norm, "every-projection", "not-mergeable"),
+        (BaseTuner, "merge_and_unload", lose_an_attention, "every-projection", "not-mergeable"),
     ],
 )
-def test_a_parameter_that_the_merged_model_lacks_fails(name: str, says: str, by_a_broken_peft: dict[str, Any]) -> None:
-    """Counting only what is there would not miss it."""
-    adapter = by_a_broken_peft[name]
-    assert (adapter["verdict"], adapter["cause"]) == ("failed", "not-mergeable"), adapter["said"]
-    assert says in adapter["findings"][0]["message"]
+def test_a_peft_that_merges_otherwise_decides(
+    owner: Any, method: str, then: Then, variant: str, cause: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting only what is there would not miss what is lost."""
+    own = getattr(owner, method)
+
+    def broken(self: Any, *given: Any, **named: Any) -> Any:
+        returned = own(self, *given, **named)
+        then(self, returned)
+        return returned
+
+    monkeypatch.setattr(owner, method, broken)
+    judgement = Gate().judge(shelf.adapter(variant), shelf.base("llama"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, cause), judgement
+    evidence = judgement.evidence
+    assert evidence is not None
+    if then is lose_a_row:
+        assert evidence.parameters_checked < evidence.parameters_total
+    elif owner is Linear:
+        assert evidence.differing
+        assert (evidence.layers_in_blocks, evidence.layers_by_peft) == (0, 2 * len(ALL_LINEAR))
+    else:
+        lost = "model.norm.weight" if then is lose_a_norm else "model.layers.1.self_attn.k_proj.bias"
+        assert lost in judgement.findings[0].message
 
 
 def test_peft_witnesses_each_kind_of_layer(shelf: Shelf) -> None:
-    evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
+    evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"))
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(shelf.base("llama"))
     shapes = {tuple(model.get_submodule(name).weight.shape) for name in evidence.targeted}
     assert (evidence.layers_in_blocks, evidence.layers_by_peft) == (len(evidence.targeted), 0)
@@ -529,9 +401,9 @@ def test_extremes_unlike_pefts_send_the_adapter_through_peft(shelf: Shelf, monke
         found = measure_merge(*given, **named)
         return dataclasses.replace(found, maximum=found.maximum * 1.5)
 
-    right = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
+    right = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"))
     monkeypatch.setattr(plan, "measure_merge", nudged)
-    evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
+    evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"))
     assert len(evidence.differing) == len(right.cross_checked)
     assert evidence.layers_in_blocks == 0
     by_peft, expected = (
@@ -543,45 +415,31 @@ def test_extremes_unlike_pefts_send_the_adapter_through_peft(shelf: Shelf, monke
 # --- the next adapter of the same config ---------------------------------------------------------------------------
 
 
-def without(evidence: Evidence) -> Evidence:
-    from dataclasses import replace  # noqa: PLC0415
-
-    return replace(evidence, seconds=0.0)
-
-
-def change(directory: Path, by: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    tensors = load_file(directory / WEIGHTS)
-    by(tensors)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    return directory
-
-
-@pytest.mark.parametrize("variant", ["every-projection", "dora-all-linear", "conv1d", "embedding", "modules-to-save"])
+@pytest.mark.parametrize(
+    "variant", ["every-projection", "dora-all-linear", "conv1d", "embedding", "modules-to-save", "rslora"]
+)
 def test_an_adapter_is_judged_alike_after_others_of_its_config(variant: str, shelf: Shelf, tmp_path: Path) -> None:
-    """A sound one, one with other values, one that is broken, one that lacks a tensor, and the first again."""
+    """A sound one, and others that are broken, lack a tensor, or have no effect. Sound ones share a scratch."""
     directory = shelf.base(VARIANTS[variant].base)
-    edits: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    edits: dict[str, Callable[[Tensors], object]] = {
         "first": lambda tensors: None,
         "other": lambda tensors: [tensor.mul_(1.5) for name, tensor in tensors.items() if "_A" in name],
+        "untrained": lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if "_B" in name],
         "broken": lambda tensors: next(iter(tensors.values())).view(-1).fill_(torch.nan),
         "lacking": lambda tensors: tensors.pop(next(iter(tensors))),
         "last": lambda tensors: None,
     }
-    for name, by in edits.items():
+    for name, change in edits.items():
         shutil.copytree(shelf.adapter(variant), tmp_path / name)
-        change(tmp_path / name, by)
-    together = loaded(directory, tmp_path / "first")
+        tensors = read_tensors(tmp_path / name)
+        change(tensors)
+        write_tensors(tmp_path / name, tensors)
+    together, kept = base_for(directory, tmp_path / "first"), []
     for name in edits:
-        files = preflight(str(tmp_path / name), allow_pickle=False)
-        got = merge_adapter(together, files, measure_options=SAMPLED)
-        alone = merge_adapter(loaded(directory, tmp_path / name), files, measure_options=SAMPLED)
-        assert repr(without(got)) == repr(without(alone)), name
-
-
-def test_what_peft_merged_is_not_left_in_the_base(shelf: Shelf) -> None:
-    adapter = shelf.adapter("dora-all-linear")
-    base = loaded(shelf.base("llama"), adapter)
-    before = {name: tensor.clone() for name, tensor in base.tensors.items()}
-    for _ in range(2):
-        merge_adapter(base, preflight(str(adapter), allow_pickle=False))
-    assert all(torch.equal(before[name], tensor) for name, tensor in base.tensors.items())
+        before = together.template
+        got = merge(request_for(together, tmp_path / name, measure_options=SAMPLED))
+        kept.append(before is not None and together.template is before)
+        alone = merge(request_for(base_for(directory, tmp_path / name), tmp_path / name, measure_options=SAMPLED))
+        assert comparable(got) == comparable(alone), name
+    if variant == "every-projection":
+        assert kept == [False, True, True, True, False, False]

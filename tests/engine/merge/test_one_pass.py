@@ -2,77 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter import load_adapter
-from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
-from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.engine.merge import adapter_merge, one_pass
-from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import Evidence, MeasureOptions
+from merge_gate.engine.adapter_evidence import merge, merge_together
+from merge_gate.engine.merge import adapter_merge
+from merge_gate.records.measured import MeasureOptions
 from merge_gate.records.refusals import Refused
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_local
-from tests.support.engine.merges import runs
+from tests.support.engine.local_bases import base_for
+from tests.support.engine.merges import comparable, request_for
 from tests.support.faults import configure
+from tests.support.models import Shelf, read_tensors, write_tensors
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.support.models import Shelf
-
-WEIGHTS = "adapter_model.safetensors"
 SAMPLED = MeasureOptions(estimates=True)
 
 TOGETHER = (
-    "every-projection",
-    "dora-all-linear",
-    "embedding",
-    "modules-to-save",
-    "lora-bias",
-    "pissa",
-    "bias-all",
-    "resized-vocabulary",
-    "token-rows",
-)
+    "every-projection", "dora-all-linear", "embedding", "modules-to-save", "lora-bias", "pissa", "bias-all",
+    "resized-vocabulary", "token-rows",
+)  # fmt: skip
 """Variants of one base that go in blocks, through PEFT's merge, or both; some write to the base's tensors on load."""
-
-
-def base_for(directory: Path, adapter: Path, dtype: str) -> Base:
-    model_class = model_class_for(
-        str(directory), preflight(str(adapter), allow_pickle=False), stored_tensors(directory)
-    )
-    return load_local(str(directory), model_class=model_class, label="base", dtype=dtype)
-
-
-def request_for(base: Base, adapter: Path, **options: Any) -> MergeRequest:
-    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), consumers=runs(), **options)
-
-
-def comparable(evidence: Evidence) -> str:
-    """Its text, since NaN is not equal to NaN. Which layers PEFT cross-checks depends on the adapters before."""
-    assert len(set(evidence.cross_checked)) == len(evidence.cross_checked)
-    assert (evidence.forward.largest_difference or 0.0) < 1e-3  # of the cross-checked layers, in float32
-    forward = dataclasses.replace(evidence.forward, largest_difference=None)
-    checked = (str(len(evidence.cross_checked)),)
-    return repr(dataclasses.replace(evidence, seconds=0.0, cross_checked=checked, forward=forward))
-
-
-def changed(adapter: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    shutil.copytree(adapter, to)
-    tensors = load_file(to / WEIGHTS)
-    change(tensors)
-    save_file(tensors, to / WEIGHTS, metadata={"format": "pt"})
-    return to
 
 
 @pytest.fixture
@@ -87,7 +42,12 @@ def adapters(shelf: Shelf, tmp_path: Path) -> list[Path]:
     good = [shelf.adapter(name) for name in TOGETHER]
     elsewhere = shutil.copytree(good[0], tmp_path / "elsewhere")
     configure(target_modules=["absent"])(elsewhere)
-    return [*good, elsewhere, *(changed(good[0], tmp_path / name, change) for name, change in changes.items())]
+    broken = [shutil.copytree(good[0], tmp_path / name) for name in changes]
+    for adapter in broken:
+        tensors = read_tensors(adapter)
+        changes[adapter.name](tensors)
+        write_tensors(adapter, tensors)
+    return [*good, elsewhere, *broken]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -115,24 +75,6 @@ def test_adapters_are_cross_checked_in_different_layers(shelf: Shelf) -> None:
     assert first.cross_checked != second.cross_checked
     assert len(first.cross_checked) == len(second.cross_checked) > 1
     assert len(merge(request_for(base, adapter)).cross_checked) == len(first.cross_checked)
-
-
-def test_a_weight_is_merged_with_all_adapters_before_the_next(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    own = adapter_merge.AdapterMerge.merge_in_blocks
-
-    def merged(self: adapter_merge.AdapterMerge, block: Any, weight: torch.Tensor) -> Any:
-        seen.append(block.target.name)
-        return own(self, block, weight)
-
-    monkeypatch.setattr(adapter_merge.AdapterMerge, "merge_in_blocks", merged)
-    monkeypatch.setattr(one_pass, "spread", map)
-    adapter = shelf.adapter("every-projection")
-    base = base_for(shelf.base("llama"), adapter, "bfloat16")
-    merge_together([request_for(base, adapter)] * 3)
-    assert seen == [name for name in dict.fromkeys(seen) for _ in range(3)]
-    addresses = [base.tensors[name].data_ptr() for name in dict.fromkeys(seen)]
-    assert addresses == sorted(addresses)
 
 
 def test_an_adapter_that_raises_is_left_to_be_merged_by_itself(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

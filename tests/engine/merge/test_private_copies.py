@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate.engine.adapter.inject import parameters_of
-from merge_gate.engine.adapter.load_adapter import load_adapter
+from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
-from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
-from merge_gate.engine.base.loaded_base import ModelClass
-from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.merge.private_copies import map_factors, private_copies, targets_of
+from merge_gate.engine.adapter_evidence import merge, merge_together
+from merge_gate.engine.base.loaded_base import Base, ModelClass
+from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors, private_copies, targets_of
 from merge_gate.engine.tensors.measure import same_bits
-from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from tests.support import methods
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.fed_bases import source
-from tests.support.engine.merges import runs
-from tests.support.models import read_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.engine.adapter.load_adapter import Loaded
-    from merge_gate.engine.base.loaded_base import Base
-    from tests.support.models import Shelf
+from tests.support.engine.local_bases import load_local
+from tests.support.engine.merges import request_for
+from tests.support.models import Shelf, read_tensors
 
 ADAPTERS = ("every-projection", "dora-all-linear", "plain")
 
 
 def skeleton(directory: Path) -> Base:
-    model_class, stored = ModelClass(class_name="LlamaForCausalLM"), stored_tensors(directory)
     with methods.quiet():
-        return skeleton_of(source(directory), model_class, stored, LocalFeed(str(directory)))
+        return load_local(
+            str(directory), model_class=ModelClass(class_name="LlamaForCausalLM"), label="base", is_mapped=False
+        )
 
 
 def loaded_on(base: Base, adapter: Path) -> tuple[Loaded, Any]:
@@ -52,17 +43,13 @@ def loaded_on(base: Base, adapter: Path) -> tuple[Loaded, Any]:
     return loaded, next(module for module in loaded.model.modules() if isinstance(module, BaseTunerLayer))
 
 
-def request(base: Base, adapter: Path) -> MergeRequest:
-    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), consumers=runs())
-
-
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
 def test_a_write_in_a_cross_check_reaches_no_other_adapter(
     is_before: bool, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, adapters = shelf.base("llama"), [shelf.adapter(name) for name in ADAPTERS]
     base = skeleton(directory)
-    right = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
+    right = [one for one in merge_together([request_for(base, adapter) for adapter in adapters]) if one is not None]
     writes: list[Any] = []
     own: Callable[..., None] = lora.Linear.merge
 
@@ -78,7 +65,7 @@ def test_a_write_in_a_cross_check_reaches_no_other_adapter(
 
     monkeypatch.setattr(lora.Linear, "merge", merge_and_write)
     base = skeleton(directory)
-    merged = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
+    merged = [one for one in merge_together([request_for(base, adapter) for adapter in adapters]) if one is not None]
     assert writes
     assert [len(one.differing) for one in merged].count(1) == is_before  # after the merge, nothing reads the copy
     assert sum(one.layers_by_peft == 0 for one in merged) == len(ADAPTERS) - is_before
@@ -86,7 +73,7 @@ def test_a_write_in_a_cross_check_reaches_no_other_adapter(
     assert base.lazy is not None
     assert base.lazy.kept_bytes() == 0
     assert not base.was_misread()
-    assert [extremes(merge(request(base, one))) for one in adapters] == [extremes(one) for one in right]
+    assert [extremes(merge(request_for(base, one))) for one in adapters] == [extremes(one) for one in right]
 
 
 def extremes(evidence: Any) -> dict[str, tuple[float, float]]:
@@ -117,9 +104,18 @@ def test_nothing_stays_behind_after_a_write(failure: type[Exception] | None, she
     assert base.lazy is not None
     assert not base.lazy.fill_touched()  # its pages were given back
     with base.lazy.filled([weight.data]):
-        assert same_bits(weight.data, stored(directory, layer, loaded))
+        name = loaded.base_names[id(layer.get_base_layer()), "weight"]
+        assert same_bits(weight.data, read_tensors(directory, "model.safetensors")[name])
 
 
-def stored(directory: Path, layer: Any, loaded: Loaded) -> torch.Tensor:
-    name = loaded.base_names[id(layer.get_base_layer()), "weight"]
-    return read_tensors(directory, "model.safetensors")[name]
+def test_factors_of_a_file_are_copied_for_a_merge(shelf: Shelf) -> None:
+    """A tensor in a file has another alignment than torch's, and PEFT's bits may depend on that."""
+    loaded, layer = loaded_on(skeleton(shelf.base("llama")), shelf.adapter("every-projection"))
+    factors = [factor for _, _, factor in parameters_of(layer)]
+    before = [(factor.data_ptr(), factor.data.clone()) for factor in factors]
+    with factors_in_memory(layer, loaded.mapped):
+        for factor, (place, values) in zip(factors, before, strict=True):
+            assert factor.data_ptr() % 64 == 0
+            assert factor.data_ptr() != place
+            assert same_bits(factor.data, values)
+    assert [factor.data_ptr() for factor in factors] == [place for place, _ in before]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,13 +13,8 @@ from merge_gate.engine.merge.rounding_floor import is_start
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.faults import edit
-from tests.support.gating import Bench, one_thread
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from tests.support.models import Tensors
+from tests.support.gating import Bench
+from tests.support.models import Tensors
 
 Q = ["q_proj"]
 DEFT = {"r": 4, "target_modules": Q}
@@ -31,37 +27,18 @@ STARTS: dict[str, Callable[[], peft.PeftConfig]] = {
     "deft-qr": lambda: peft.DeftConfig(**DEFT, decomposition_method="qr"),
 }
 DTYPES = pytest.mark.parametrize("dtype", methods.DTYPES)
-START = pytest.mark.parametrize("start", STARTS)
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with one_thread():
-        yield Bench(tmp_path_factory.mktemp("untrained"))
-
-
-def save_start(start: str, dtype: str, directory: Path, bench: Bench) -> Path:
+@DTYPES
+@pytest.mark.parametrize("start", STARTS)
+def test_an_adapter_as_its_training_starts_has_no_effect(start: str, dtype: str, tmp_path: Path, bench: Bench) -> None:
+    """A step of a thousandth has one, in float32, as trainers keep an adapter."""
+    base = bench.base_directory("llama", dtype)
     torch.manual_seed(3)
     with methods.quiet():
-        peft.get_peft_model(
-            methods.load_base("llama", bench.base_directory("llama", dtype)), STARTS[start]()
-        ).save_pretrained(directory)
-    return bench.base_directory("llama", dtype)
-
-
-@DTYPES
-@START
-def test_an_adapter_as_its_training_starts_has_no_effect(start: str, dtype: str, tmp_path: Path, bench: Bench) -> None:
-    base = save_start(start, dtype, tmp_path, bench)
+        peft.get_peft_model(methods.load_base("llama", base), STARTS[start]()).save_pretrained(tmp_path)
     judgement = bench.gate.judge(tmp_path, base)
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
-
-
-@DTYPES
-@START
-def test_a_step_of_training_is_an_effect(start: str, dtype: str, tmp_path: Path, bench: Bench) -> None:
-    """A step of a thousandth, in float32, as trainers keep an adapter."""
-    base = save_start(start, dtype, tmp_path, bench)
 
     def train(tensors: Tensors) -> Tensors:
         generator = torch.Generator().manual_seed(5)

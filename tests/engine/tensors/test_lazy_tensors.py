@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
@@ -66,15 +66,10 @@ def test_who_reads_it_before_it_is_filled_is_found_out() -> None:
     assert not made.fill_touched()
 
 
-def test_who_writes_to_it_is_found_out() -> None:
+@pytest.mark.parametrize("touch", [lambda made: made["pages"][5].fill_(1), lambda made: made["matrix"].clone()])
+def test_who_writes_to_it_or_copies_it_is_found_out(touch: Callable[[dict[str, torch.Tensor]], object]) -> None:
     made = lazy(sources())
-    made.tensors["pages"][5].fill_(1)
-    assert made.fill_touched()
-
-
-def test_a_copy_of_it_is_found_out() -> None:
-    made = lazy(sources())
-    made.tensors["matrix"].clone()
+    touch(made.tensors)
     assert made.fill_touched()
 
 
@@ -166,9 +161,7 @@ def test_large_cells_begin_at_huge_pages() -> None:
     sizes = {"one": 700, "two": HUGE_BYTES, "three": 1, "four": HUGE_BYTES + 5, "five": 3}
     made = LazyTensors(cast_from(name, torch.ones(size), torch.bfloat16) for name, size in sizes.items())
     addresses = {name: tensor.data_ptr() for name, tensor in made.tensors.items()}
-    assert [name for name, one in addresses.items() if one % HUGE_BYTES == 0 and sizes[name] >= HUGE_BYTES // 2] == [
-        "two",
-        "four",
-    ]
+    large = [name for name, one in addresses.items() if one % HUGE_BYTES == 0 and sizes[name] >= HUGE_BYTES // 2]
+    assert large == ["two", "four"]
     ends = [addresses[name] + 2 * size for name, size in sizes.items()]
     assert all(end <= start for end, start in zip(ends, list(addresses.values())[1:], strict=False))

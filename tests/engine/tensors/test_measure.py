@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,11 +20,9 @@ from merge_gate.engine.tensors.measure import (
     same_values,
     unchanged_fraction,
 )
+from merge_gate.records.measured import TensorStats
 from merge_gate.records.refusals import CannotJudge
 from tests.support.properties import examples
-
-if TYPE_CHECKING:
-    from merge_gate.records.measured import TensorStats
 
 NARROW = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name))
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW)

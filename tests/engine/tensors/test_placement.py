@@ -23,23 +23,14 @@ from merge_gate.engine.tensors.placement import (
     restore_random,
 )
 from merge_gate.files.preflight import preflight
-from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.worker import sandbox
-from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import Group, Job, Merged, Task
+from merge_gate.worker.protocol import Merged
 from tests.support import faults_methods, methods
-from tests.support.engine.base_headers import base_files
-from tests.support.engine.merges import NOT_RUN, RUNS, merge_adapter
+from tests.support.engine.jobs import events_of, group_of
+from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.gating import Bench
 
 CARD = torch.device("cuda:0")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("placement"))
 
 
 # --- the device of a layer ---
@@ -75,20 +66,12 @@ def test_a_run_on_a_cpu_keeps_no_copies() -> None:
 # --- how a device computes ---
 
 
-def test_the_worker_computes_in_full_precision(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_computes_in_full_precision(bench: Bench) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     cudnn.allow_tf32 = matmul.allow_tf32 = True
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
-    monkeypatch.setenv(sandbox.SWITCH, "off")
     case = methods.find("lora-linear")
-    directory = bench.base_directory(case.base, "float32")
-    group = Group(
-        base=BaseKey(model="base", revision=None, dtype="auto", quantization=Quantization.NONE),
-        directory=str(directory),
-        files=base_files(directory),
-        tasks=(Task(index=0, files=(preflight(str(bench.adapter(case)), allow_pickle=False),), consumers=RUNS),),
-    )
-    (*_, last) = judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
+    (*_, last) = events_of(group_of(bench.base_directory(case.base, "float32"), bench.adapter(case)))
     assert isinstance(last, Merged)
     assert not cudnn.allow_tf32
     assert not matmul.allow_tf32

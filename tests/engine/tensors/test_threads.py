@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +13,12 @@ import torch
 from merge_gate.engine.tensors import threads as parallel
 from merge_gate.engine.tensors.threads import AHEAD, MOST_THREADS, spread, threads
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
 TWO = 2
 
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "threads", lambda: TWO)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(TWO))
 
 
 def test_results_come_in_order_however_long_each_takes(two_threads: None) -> None:
@@ -45,7 +42,7 @@ def test_each_thread_computes_by_itself(two_threads: None) -> None:
 
 @pytest.mark.parametrize("count", [1, TWO])
 def test_items_may_follow_from_results(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "threads", lambda: count)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(count))
     seen: list[int] = []
     last = 10 * TWO * AHEAD
 
@@ -60,7 +57,7 @@ def test_items_may_follow_from_results(count: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("count", [1, TWO])
 def test_an_exception_comes_when_its_turn_does(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "threads", lambda: count)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(count))
     results = spread(lambda item: 6 // item, [3, 2, 0, 1])
     assert [next(results), next(results)] == [2, 3]
     with pytest.raises(ZeroDivisionError):

@@ -9,25 +9,22 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from merge_gate.config.load_config import load_config
 from merge_gate.features.cache import remembered
 from merge_gate.records.options import RunOptions
+from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
 from merge_gate.run.view import View
-from merge_gate.worker import supervisor
 from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
 from tests.support.faults import poison
 from tests.support.small_fleet import BROKEN, same
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import AdapterReport, Report
 
 FILES_ALONE = {"float16-base-0"}
 """Judged by their files alone, which is done in every run."""
@@ -156,9 +153,7 @@ def test_what_changed_is_judged_and_nothing_else(changed: tuple[Path, Report, li
     assert same(again) == same(report)
 
 
-def test_cached_verdicts_are_in_every_format_before_any_merge(
-    changed: tuple[Path, Report, list[str]],
-) -> None:
+def test_cached_verdicts_are_in_every_format_before_any_merge(changed: tuple[Path, Report, list[str]]) -> None:
     """A run that is killed then leaves it, and its last report takes less time."""
     _, _, named = changed
     assert named[: len(FORMATS)] == list(FORMATS)
@@ -181,14 +176,16 @@ def test_an_accepted_failure_is_accepted_from_the_cache_too(copy: Path) -> None:
     assert cached(report) == everyone(report)
 
 
-def test_torch_is_asked_once_for_the_device_if_there_is_a_card(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_asked_once_for_the_device_if_there_is_a_card(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """A worker without a job says what it would merge on; the cache knows it until the machine starts anew."""
     monkeypatch.setattr(remembered, "has_card", lambda: True)
     first = run(copy, "plain-0")
     assert cached(first) == {"plain-0"}
     assert first.environment.device == "cpu"
     assert len(list((copy / "cache" / "devices").iterdir())) == 1
-    monkeypatch.setattr(supervisor, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
+    request.getfixturevalue("no_worker")
     assert same(run(copy, "plain-0")) == same(first)
 
 

@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.features.cache.cached_verdict import (
-    CachedVerdict,
-    document_of,
-    for_entry,
-    from_document,
-)
+from merge_gate.features.cache.cached_verdict import CachedVerdict, document_of, for_entry, from_document
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage, Judged
@@ -64,13 +59,21 @@ def test_names_and_places_in_the_config_are_those_of_today(tmp_path: Path) -> No
     assert (back.adapter.name, back.adapter.source, back.adapter.line, back.adapter.column) == ("two", "./two", 9, 1)
 
 
-def test_a_sealed_error_is_a_miss(tmp_path: Path) -> None:
-    """A verdict that follows from its findings, and says nothing about another run."""
+DIED = not_judged("the worker died", "run it again")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"verdict": Verdict.ERROR, "cause": DIED.check, "findings": (DIED,)},
+        {"coverage": Coverage(parameters_total=9)},
+    ],
+    ids=["an error, which says nothing about another run", "a pass without coverage"],
+)
+def test_a_sealed_verdict_that_does_not_count_is_a_miss(fields: dict[str, Any], tmp_path: Path) -> None:
     one = entry(tmp_path)
     verdict = judged(one)
-    finding = not_judged("the worker died", "run it again")
-    failed = replace(verdict.adapter, verdict=Verdict.ERROR, cause=finding.check, findings=(finding,))
-    _, document = stored(replace(verdict, adapter=failed), one)
+    _, document = stored(replace(verdict, adapter=replace(verdict.adapter, **fields)), one)
     assert restored(document, one) is None
 
 
@@ -119,14 +122,6 @@ def test_a_document_that_contradicts_itself_is_a_miss(tmp_path: Path, what: str)
 @pytest.mark.parametrize("document", [None, [], "passed", 1, {}, {"material": {}}])
 def test_another_document_is_a_miss(tmp_path: Path, document: object) -> None:
     assert restored(document, entry(tmp_path)) is None
-
-
-def test_a_pass_without_coverage_is_a_miss(tmp_path: Path) -> None:
-    one = entry(tmp_path)
-    verdict = judged(one)
-    lazy = replace(verdict, adapter=replace(verdict.adapter, coverage=Coverage(parameters_total=9)))
-    _, document = stored(lazy, one)
-    assert restored(document, one) is None
 
 
 def test_the_document_of_another_adapter_is_a_miss(tmp_path: Path) -> None:

@@ -8,26 +8,76 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from merge_gate.features.cache.feature import VerdictCache
-from merge_gate.features.cache.store import ABANDONED_S, KINDS
-from merge_gate.files.base_watch import base_directory
+from merge_gate.features.cache.store import ABANDONED_S, KINDS, Seal
+from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFigures, TensorStats
 from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run.flow import Run
-from merge_gate.worker.protocol import BaseMeasured, Group, Task
-from tests.support.cache.caches import CARD, CPU, a_run, is_hit, open_cache, store
+from merge_gate.run.verdict_key import device_name, keyed
+from merge_gate.worker.protocol import BaseMeasured, DeviceChosen, Group, Task
+from tests.support.cache.verdicts import judged
 from tests.support.judged_entry import BASE, based_entry
 from tests.support.judging.cases import base as base_facts
 
 SECRET = "a secret of this test"
 OPEN_FILES = Path("/proc/self/fd")
 WEIGHTS = "adapter_model.safetensors"
+
+
+CPU = DeviceChosen(device="cpu", device_name="a CPU")
+CARD = DeviceChosen(device="cuda", device_name="a card")
+
+
+def a_run(options: RunOptions, notify: Callable[[str], object] = pytest.fail) -> Run:
+    """A run without inputs, as far as a cache knows it. Its worker finds a card."""
+    made = SimpleNamespace(
+        options=options,
+        inputs=(),
+        config=SimpleNamespace(trusts=()),
+        view=SimpleNamespace(note=notify),
+        watch=BaseWatch(),
+        worker=SimpleNamespace(choose_device=lambda _: CARD),
+        groups=(),
+    )
+    return cast("Run", made)
+
+
+def open_cache(
+    entry: Entry,
+    *,
+    requested: str = "cpu",
+    secret: str = "",
+    notify: Callable[[str], object] = pytest.fail,
+    run: Run | None = None,
+    **options: Any,
+) -> VerdictCache:
+    """A cache in a directory next to the entry's base."""
+    place = Path(base_directory(entry)).parent / "cache"
+    own = RunOptions(device=requested, features=options)
+    return VerdictCache(run or a_run(own, notify), str(place), Seal(secret))
+
+
+def store(cache: VerdictCache, entry: Entry, device: DeviceChosen = CPU) -> None:
+    """Store the verdict of a run on this entry."""
+    verdict = judged(entry)
+    made = keyed(entry, verdict.adapter, BASE, device_name(device), ())
+    assert made is not None
+    cache.decided(made[0], verdict.base, made[1])
+
+
+def is_hit(cache: VerdictCache, entry: Entry, device: DeviceChosen = CPU) -> bool:
+    found = cache.lookup(entry, BASE, device)
+    assert found is None or found.adapter.cached
+    return found is not None
 
 
 @pytest.fixture

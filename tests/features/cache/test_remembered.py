@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,11 @@ from merge_gate.records.measured import BaseFigures, TensorStats
 from merge_gate.records.terms import BaseKey
 from merge_gate.run import verdict_key as key
 from merge_gate.run.verdict_key import key_of
-from tests.support.cache.caches import CARD, CPU
+from merge_gate.worker.protocol import DeviceChosen
 from tests.support.cache.store_writes import store as open_store
+
+CPU = DeviceChosen(device="cpu", device_name="a CPU")
+CARD = DeviceChosen(device="cuda", device_name="a card")
 
 # --- devices ---------------------------------------------------------------------------------------------------------
 
@@ -101,7 +106,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bases(tmp_path: Path) -> StoredDigests:
-    return StoredDigests(Store(str(tmp_path / "cache"), Seal(), pytest.fail))
+    return StoredDigests(open_store(tmp_path))
 
 
 def learn(bases: StoredDigests, base: Path, *, later_s: float = 3.0) -> None:
@@ -118,41 +123,37 @@ def test_an_unchanged_base_is_known(bases: StoredDigests, base: Path) -> None:
     assert digests_of(bases, base) == DIGEST
 
 
-def test_a_write_that_sets_size_and_time_back_is_seen(bases: StoredDigests, base: Path) -> None:
-    learn(bases, base)
+def write_and_set_back(base: Path) -> None:
+    """Size and time are as before."""
     file = base / "model.safetensors"
     before = file.stat()
     file.write_bytes(b"WEIGHTS")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_mtime_ns == before.st_mtime_ns
-    assert digests_of(bases, base) is None
 
 
-def test_another_file_in_its_place_is_seen(bases: StoredDigests, base: Path) -> None:
-    learn(bases, base)
-    other = base / "other"
-    other.write_bytes(b"WEIGHTS")
-    other.rename(base / "model.safetensors")
-    assert digests_of(bases, base) is None
+def exchange(base: Path) -> None:
+    (base / "other").write_bytes(b"WEIGHTS")
+    (base / "other").rename(base / "model.safetensors")
 
 
-def test_one_more_file_is_seen(bases: StoredDigests, base: Path) -> None:
-    learn(bases, base)
+def add(base: Path) -> None:
     (base / "modeling.py").write_text("")
-    assert digests_of(bases, base) is None
 
 
-def test_files_as_young_as_the_digest_are_not_vouched_for(bases: StoredDigests, base: Path) -> None:
-    """A write in the same tick of the clock would not show."""
-    learn(bases, base, later_s=1.0)
-    assert digests_of(bases, base) is None
-
-
-def test_files_from_the_future_are_not_vouched_for(bases: StoredDigests, base: Path) -> None:
-    """A clock that was set back could reach that time again."""
-    ahead = time.time() + 3600
-    os.utime(base / "model.safetensors", (ahead, ahead))
+@pytest.mark.parametrize("change", [write_and_set_back, exchange, add])
+def test_a_change_is_seen(change: Callable[[Path], None], bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
+    change(base)
+    assert digests_of(bases, base) is None
+
+
+@pytest.mark.parametrize(("later_s", "ahead_s"), [(1.0, 0.0), (3.0, 3600.0)])
+def test_young_files_are_not_vouched_for(later_s: float, ahead_s: float, bases: StoredDigests, base: Path) -> None:
+    """A write in the same tick of the clock would not show, and a clock that was set back could reach a later time."""
+    now = time.time() + ahead_s
+    os.utime(base / "model.safetensors", (now, now))
+    learn(bases, base, later_s=later_s)
     assert digests_of(bases, base) is None
 
 
@@ -177,44 +178,38 @@ def test_another_machine_knows_nothing(
 
 def test_fresh_reads_nothing(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
-    assert digests_of(StoredDigests(Store(str(tmp_path / "cache"), Seal(), pytest.fail), fresh=True), base) is None
+    assert digests_of(StoredDigests(open_store(tmp_path), fresh=True), base) is None
+
+
+def stored_record(tmp_path: Path) -> tuple[str, dict[str, Any]]:
+    (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
+    record = open_store(tmp_path).get("bases", name)
+    assert isinstance(record, dict)
+    return name, record
 
 
 def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
-    (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
-    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
-    good = store.get("bases", name)
-    assert good is not None
+    name, good = stored_record(tmp_path)
     short, wrong_type = good | {"sha256": {"model.safetensors": "d"}}, good | {"sha256": {"model.safetensors": 1}}
     of_all, empty = good | {"sha256": "d" * 64}, good | {"sha256": {}}
     for bad in ([], {}, "x", short, wrong_type, of_all, empty, good | {"offset_s": "0"}, good | {"files": None}):
-        store.put("bases", name, bad)
+        open_store(tmp_path).put("bases", name, bad)
         assert digests_of(bases, base) is None
+    open_store(tmp_path).put("bases", name, good | {"files": []})
+    assert bases.lookup(str(base), ()) is None, "a base without files"
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
-
-
-def test_a_base_without_files_is_a_miss(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
-    learn(bases, base)
-    (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
-    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
-    record = store.get("bases", name)
-    assert record is not None
-    store.put("bases", name, record | {"files": []})
-    assert bases.lookup(str(base), ()) is None
 
 
 def test_without_a_boot_id_nothing_is_stored_or_found(
     tmp_path: Path, bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learn(bases, base)
-    (path,) = (tmp_path / "cache" / "bases").iterdir()
-    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
-    record = store.get("bases", path.name)
-    assert record is not None
-    store.put("bases", path.name, record | {"machine": None})
+    name, record = stored_record(tmp_path)
+    open_store(tmp_path).put("bases", name, record | {"machine": None})
     monkeypatch.setattr(remembered, "boot_id", lambda: None)
     assert digests_of(bases, base) is None
+    path = tmp_path / "cache" / "bases" / name
     path.unlink()
     learn(bases, base)
     assert not path.exists()

@@ -45,11 +45,6 @@ def test_every_changed_byte_is_a_miss(tmp_path: Path, file: Path) -> None:
         assert store(tmp_path).get("verdicts", NAME) is None, position
 
 
-def test_an_edited_verdict_is_a_miss(tmp_path: Path, file: Path) -> None:
-    file.write_bytes(file.read_bytes().replace(b"failed", b"passed"))
-    assert store(tmp_path).get("verdicts", NAME) is None
-
-
 def test_a_renamed_document_is_a_miss(tmp_path: Path, file: Path) -> None:
     file.rename(file.with_name(OTHER))
     assert store(tmp_path).get("verdicts", OTHER) is None
@@ -69,9 +64,13 @@ def test_a_link_is_a_miss_wherever_it_leads(tmp_path: Path, file: Path) -> None:
 
 
 @pytest.mark.attempt("C03b", "a folder of the cache is a link", "exit 2")
-def test_a_kind_that_is_a_link_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["verdicts", "bases"])
+def test_a_kind_that_is_a_link_or_a_file_is_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "verdicts").symlink_to(tmp_path)
+    if kind == "verdicts":
+        (tmp_path / "cache" / kind).symlink_to(tmp_path)
+    else:
+        (tmp_path / "cache" / kind).touch()
     with pytest.raises(UsageError, match=str(tmp_path / "cache")):
         store(tmp_path)
 
@@ -136,13 +135,6 @@ def test_a_full_disk_is_reported_once_and_costs_no_verdict(tmp_path: Path) -> No
     for name in (NAME, OTHER):
         there.put("verdicts", name, DOCUMENT)
     assert len(notes) == 1
-
-
-def test_a_kind_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "bases").touch()
-    with pytest.raises(UsageError, match=str(tmp_path / "cache")):
-        store(tmp_path)
 
 
 def test_without_permission_to_write_one_note_is_reported(wording: Wording) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,12 @@ from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
+from merge_gate.records.measured import Forward
 from merge_gate.records.terms import Origin, Severity
 from tests.support import methods
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.gating import SPEC
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.measured import Forward
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 LAYERS = {
@@ -106,17 +103,13 @@ def test_a_model_whose_logits_are_nan_fails(tmp_path: Path) -> None:
     assert (forward.output_error, found) == (None, {"activation-nonfinite": Severity.ERROR})
 
 
-def test_a_model_that_clamps_and_returns_other_values_fails(tmp_path: Path) -> None:
-    """Every channel is clamped, so that only the signs of a layer's values are left."""
-    forward, found = judged(WHISPER, tmp_path, factor=SPREAD)
-    assert forward.output_error is not None
-    assert forward.output_error > 1
-    assert found["activation-nonfinite"] is Severity.ERROR
+@pytest.mark.parametrize("changes_logits", [False, True])
+def test_a_model_that_clamps_and_returns_other_values_fails(changes_logits: bool, tmp_path: Path) -> None:
+    """Every channel is clamped, so that only the signs of a layer's values are left.
 
-
-def test_a_large_effect_on_one_output_hides_no_error_of_another(tmp_path: Path) -> None:
-    """The logits are right, and the encoder's states, which are returned too, are not."""
-    forward, found = judged(WHISPER, tmp_path, factor=SPREAD, changes_logits=True)
+    A large effect on the logits, which are right then, does not hide it: the encoder's states are returned, too.
+    """
+    forward, found = judged(WHISPER, tmp_path, factor=SPREAD, changes_logits=changes_logits)
     assert forward.output_error is not None
     assert forward.output_error > 1
     assert found["activation-nonfinite"] is Severity.ERROR

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,18 +17,14 @@ from merge_gate.files.preflight import preflight
 from merge_gate.judging.adapter_report import merged_report
 from merge_gate.records.config import ForwardMode
 from merge_gate.records.files import Entry
+from merge_gate.records.measured import Evidence
+from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.gating import SPEC
 from tests.support.judging.cases import files
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.measured import Evidence
-    from merge_gate.records.report import AdapterReport
 
 LLAVA, SWITCH = "LlavaForConditionalGeneration", "SwitchTransformersForConditionalGeneration"
 VISION = r".*vision_tower.*(v_proj|out_proj|fc2)"

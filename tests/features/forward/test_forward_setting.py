@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -19,9 +21,6 @@ from merge_gate.worker import protocol
 from tests.support.played_merges import lay, played
 from tests.support.reports import RAN
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 NOT_RUN = {"forward": Forward(why_not="the inputs of Odd are unknown")}
 BROKEN = {"unexpected": ("stray",)}
 
@@ -32,10 +31,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, names=["one"])
 
 
-def gate(*words: str, changes: dict[str, Any], **config: Any) -> int:
+def gate_listened(listen: Callable[..., None], *words: str, changes: dict[str, Any], **config: Any) -> int:
+    """`listen` gets what a run gives to its supervisor, and the played one."""
     Path("gate.yml").write_text(json.dumps({"version": 1, "base": "./base", "adapters": ["./one"]} | config))
-    with played(Path("base"), changes=changes):
+    with played(Path("base"), changes=changes), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "supervise", functools.partial(listen, flow.supervise))
         return main(["run", "gate.yml", *words])
+
+
+def gate(*words: str, changes: dict[str, Any], **config: Any) -> int:
+    return gate_listened(lambda supervise, *given: supervise(*given), *words, changes=changes, **config)
 
 
 def entry() -> dict[str, Any]:
@@ -88,28 +93,25 @@ def test_a_report_of_an_earlier_version_has_no_run() -> None:
     assert main(["report", "show", "merge-gate-report"]) == 0
 
 
-def tasks_of(monkeypatch: pytest.MonkeyPatch, *words: str, **config: Any) -> list[str]:
+def tasks_of(*words: str, **config: Any) -> list[str]:
     """Why the tasks of a run are not to be run as models."""
     reasons: list[str] = []
-    with monkeypatch.context() as patch:
-        merge = flow.Run._merge
 
-        def noted(run: flow.Run) -> None:
-            for group in run.groups:
-                asked = ([one for one in task.consumers if one.feature == "forward"] for task in group.tasks)
-                reasons.extend(specs[0].why_not if specs else "off" for specs in asked)
-            merge(run)
+    def listen(supervise: Callable[..., None], job: protocol.Job, *rest: Any) -> None:
+        for group in job.groups:
+            asked = ([one for one in task.consumers if one.feature == "forward"] for task in group.tasks)
+            reasons.extend(specs[0].why_not if specs else "off" for specs in asked)
+        supervise(job, *rest)
 
-        patch.setattr(flow.Run, "_merge", noted)
-        gate(*words, changes={}, **config)
+    gate_listened(listen, *words, changes={}, **config)
     return reasons
 
 
-def test_the_worker_is_told_whether_to_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tasks_of(monkeypatch) == [""]
-    assert tasks_of(monkeypatch, forward="required") == [""]
-    assert tasks_of(monkeypatch, forward="off") == ["off"]
-    assert tasks_of(monkeypatch, "--forward", "off", forward="required") == ["off"]
+def test_the_worker_is_told_whether_to_run_the_model() -> None:
+    assert tasks_of() == [""]
+    assert tasks_of(forward="required") == [""]
+    assert tasks_of(forward="off") == ["off"]
+    assert tasks_of("--forward", "off", forward="required") == ["off"]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +123,8 @@ def test_a_base_that_is_partly_read_is_run_only_if_required(
 ) -> None:
     """A record of an earlier run is used only in a pass; any other base is measured again, and read whole."""
     records = (BaseFigures(model_class="Odd", figures=()),)
-    monkeypatch.setattr(
-        flow,
-        "placed",
-        lambda group, *_: replace(group, one_pass=one_pass, earlier_figures=records),
-    )
-    (why,) = tasks_of(monkeypatch, forward=forward)
+    monkeypatch.setattr(flow, "placed", lambda group, *_: replace(group, one_pass=one_pass, earlier_figures=records))
+    (why,) = tasks_of(forward=forward)
     assert (not why) is is_run
 
 
@@ -137,18 +135,18 @@ def test_the_setting_counts_in_a_cached_verdict() -> None:
     assert entry()["cached"]
 
 
-def test_a_verdict_whose_model_died_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_whose_model_died_is_not_stored() -> None:
     """More memory, or a machine that is less busy, has the measurement next time."""
 
-    def dies(on_event: Callable[[protocol.Event], None], event: protocol.Event) -> None:
-        if isinstance(event, protocol.Merged):
-            on_event(protocol.ForwardRunning(task=event.task, is_running=True))
-        on_event(event)
+    def dies(supervise: Callable[..., None], job: protocol.Job, on_event: Callable[..., None], *rest: Any) -> None:
+        def heard(event: protocol.Event) -> None:
+            if isinstance(event, protocol.Merged):
+                on_event(protocol.ForwardRunning(task=event.task, is_running=True))
+            on_event(event)
 
-    heard = flow.Run._on_event
-    with monkeypatch.context() as patch:
-        patch.setattr(flow.Run, "_on_event", lambda run, event: dies(lambda one: heard(run, one), event))
-        assert gate("--cache", "cache", changes=NOT_RUN) == 0
+        supervise(job, heard, *rest)
+
+    assert gate_listened(dies, "--cache", "cache", changes=NOT_RUN) == 0
     for is_cached in (False, True):
         assert gate("--cache", "cache", changes={"forward": RAN}) == 0
         assert entry()["cached"] is is_cached

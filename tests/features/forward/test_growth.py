@@ -5,43 +5,29 @@ from __future__ import annotations
 import functools
 import random
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 
-from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
-from merge_gate.engine.base.model_class import model_class_for
-from merge_gate.files.preflight import preflight
+from merge_gate.engine.adapter_evidence import merge, merge_together
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.records.measured import Forward, MeasureOptions
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_base, load_local
-from tests.support.engine.merges import runs
-from tests.support.models import ALL_LINEAR, make_adapter, read_tensors, save_adapter, write_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.engine.base.loaded_base import Base
-    from tests.support.models import Shelf, Tensors
+from tests.support.engine.local_bases import base_for, load_base, load_local
+from tests.support.engine.merges import request_for
+from tests.support.models import ALL_LINEAR, Shelf, Tensors, make_adapter, read_tensors, save_adapter, write_tensors
 
 AUTO, REQUIRED = MeasureOptions(rows=True), MeasureOptions()
 IN_LAYER = "base_model.model.model.layers.1."
 DOWN = f"{IN_LAYER}mlp.down_proj"
 
 
-def loaded(directory: Path, adapter: Path, dtype: str = "float32", load: Callable[..., Base] = load_local) -> Base:
-    files = preflight(str(adapter), allow_pickle=False)
-    model_class = model_class_for(str(directory), files, stored_tensors(directory))
-    return load(str(directory), label="base", model_class=model_class, dtype=dtype)
-
-
 def run(base: Base, adapter: Path, options: MeasureOptions = AUTO) -> Forward:
-    files = preflight(str(adapter), allow_pickle=False)
-    evidence = merge(MergeRequest(base=base, members=(files,), measure_options=options, consumers=runs()))
+    evidence = merge(request_for(base, adapter, measure_options=options))
     assert evidence.refusal is None, evidence.refusal
     return evidence.forward
 
@@ -91,7 +77,7 @@ def test_an_ordinary_merge_is_run_in_float16_only(
     shelf: Shelf, tmp_path: Path, variant: str, dtype: str, *, ran: bool
 ) -> None:
     adapter = tamed(shelf, variant, tmp_path / "adapter")
-    forward = run(loaded(shelf.base("llama"), adapter, dtype), adapter)
+    forward = run(base_for(shelf.base("llama"), adapter, dtype), adapter)
     assert forward.ran is ran
     reason = (
         f"{dtype} holds values up to 3.4e38, and the adapter changes no row of a weight by more than 0.7 times its norm"
@@ -114,14 +100,14 @@ def test_an_ordinary_merge_is_run_in_float16_only(
 )
 def test_what_is_more_than_a_merge_is_run(shelf: Shelf, variant: str) -> None:
     adapter = shelf.adapter(variant)
-    assert is_run(loaded(shelf.base("llama"), adapter), adapter)
+    assert is_run(base_for(shelf.base("llama"), adapter, "float32"), adapter)
 
 
 def test_methods_that_peft_merges_are_measured(shelf: Shelf, tmp_path: Path) -> None:
     """IA3 multiplies rows of some weights, and columns of others."""
     settings = {"target_modules": ["up_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     save_adapter(shelf.base("llama"), tmp_path / "ia3", peft.IA3Config(task_type="CAUSAL_LM", **settings))
-    base = loaded(shelf.base("llama"), tmp_path / "ia3")
+    base = base_for(shelf.base("llama"), tmp_path / "ia3", "float32")
     ran, scale = {}, f"{IN_LAYER}mlp.up_proj.ia3_l"
     for factor in (1.0, 1.5, 0.5, 2.0, 0.1, 0.0, -1.0):
         adapter = edited(tmp_path / "ia3", tmp_path / str(factor), lambda one, f=factor: one[scale][:1].mul_(f))
@@ -129,25 +115,31 @@ def test_methods_that_peft_merges_are_measured(shelf: Shelf, tmp_path: Path) -> 
     assert ran == {factor: abs(factor - 1) > 0.7 for factor in ran}
 
 
-def test_other_tensors_that_peft_merges_are_run(shelf: Shelf, tmp_path: Path) -> None:
-    save_adapter(shelf.base("llama"), tmp_path, peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"]))
-    assert is_run(loaded(shelf.base("llama"), tmp_path), tmp_path)
+MIXED = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"])),
+        ("mixtral", peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **MIXED)),
+    ],
+    ids=["a tensor that PEFT merges", "a parameter that is no layer's weight"],
+)
+def test_other_tensors_that_peft_merges_are_run(
+    name: str, config: peft.PeftConfig, shelf: Shelf, tmp_path: Path
+) -> None:
+    save_adapter(shelf.base(name), tmp_path, config)
+    assert is_run(base_for(shelf.base(name), tmp_path, "float32"), tmp_path)
 
 
 def test_a_class_that_inherits_from_a_linear_layer_is_run(tmp_path: Path) -> None:
     sizes = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).save_pretrained(tmp_path / "base")
     make_adapter(tmp_path / "base", tmp_path / "a", target_modules=["query_key_value"], lora_alpha=0.1)
-    base = loaded(tmp_path / "base", tmp_path / "a")
+    base = base_for(tmp_path / "base", tmp_path / "a", "float32")
     assert type(base.model.get_submodule("transformer.h.0.self_attention.query_key_value")) is not torch.nn.Linear
     assert is_run(base, tmp_path / "a")
-
-
-def test_a_parameter_that_is_no_layers_weight_is_run(shelf: Shelf, tmp_path: Path) -> None:
-    make_adapter(
-        shelf.base("mixtral"), tmp_path, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
-    )
-    assert is_run(loaded(shelf.base("mixtral"), tmp_path), tmp_path)
 
 
 # --- how large it may be ---------------------------------------------------------------------------------------------
@@ -167,7 +159,7 @@ def into(tensors: Tensors, base: Path, name: str, factor: float, row: int | None
 def test_a_row_may_change_by_less_than_its_norm(shelf: Shelf, tmp_path: Path, dtype: str) -> None:
     name = f"{IN_LAYER}self_attn.o_proj"
     make_adapter(shelf.base("llama"), tmp_path / "a", target_modules=["o_proj"], r=32, lora_alpha=32)
-    base, ran = loaded(shelf.base("llama"), tmp_path / "a", dtype), {}
+    base, ran = base_for(shelf.base("llama"), tmp_path / "a", dtype), {}
     for row, factors in {None: (1.5, 1.65, 0.35, -1.0, 1.8, 0.2), 3: (1.65, 1.8, 0.2, -1.0), 31: (0.0,)}.items():
         for factor in factors:
 
@@ -179,37 +171,34 @@ def test_a_row_may_change_by_less_than_its_norm(shelf: Shelf, tmp_path: Path, dt
     assert ran == {case: abs(case[1] - 1) > 0.7 for case in ran}
 
 
-def test_a_row_of_an_embedding_is_a_token(shelf: Shelf, tmp_path: Path) -> None:
-    tame = tamed(shelf, "embedding", tmp_path / "tame")
-    base, ran = loaded(shelf.base("llama"), tame), {}
-    for factor in (1.0, 500.0):
-        adapter = edited(
-            tame,
-            tmp_path / str(factor),
-            lambda one, f=factor: one["base_model.model.model.embed_tokens.lora_embedding_A"][:, 5].mul_(f),
-        )
-        ran[factor] = is_run(base, adapter)
-    assert ran == {1.0: False, 500.0: True}
+TOKEN = ("base_model.model.model.embed_tokens.lora_embedding_A", (slice(None), 5))
+MAGNITUDE = (f"{DOWN}.lora_magnitude_vector", slice(5, 6))
 
 
-def test_a_magnitude_of_dora_is_the_norm_of_its_row(shelf: Shelf, tmp_path: Path) -> None:
-    tame = tamed(shelf, "dora-all-linear", tmp_path / "tame")
-    base, ran = loaded(shelf.base("llama"), tame, "bfloat16"), {}
-    for factor in (1.3, 0.7, -1.0, 2.0, 0.2):
-        adapter = edited(
-            tame,
-            tmp_path / str(factor),
-            lambda one, f=factor: one[f"{DOWN}.lora_magnitude_vector"][5:6].mul_(f),
-        )
+@pytest.mark.parametrize(
+    ("variant", "dtype", "place", "expected"),
+    [
+        ("embedding", "float32", TOKEN, {1.0: False, 500.0: True}),
+        ("dora-all-linear", "bfloat16", MAGNITUDE, {1.3: False, 0.7: False, -1.0: True, 2.0: True, 0.2: True}),
+    ],
+    ids=["a row of an embedding is a token", "a magnitude of DoRA is the norm of its row"],
+)
+def test_a_row_may_change_by_a_factor(
+    variant: str, dtype: str, place: tuple[str, Any], expected: dict[float, bool], shelf: Shelf, tmp_path: Path
+) -> None:
+    tame, (name, rows) = tamed(shelf, variant, tmp_path / "tame"), place
+    base, ran = base_for(shelf.base("llama"), tame, dtype), {}
+    for factor in expected:
+        adapter = edited(tame, tmp_path / str(factor), lambda one, f=factor: one[name][rows].mul_(f))
         ran[factor] = is_run(base, adapter)
-    assert ran == {1.3: False, 0.7: False, -1.0: True, 2.0: True, 0.2: True}
+    assert ran == expected
 
 
 def test_a_dora_whose_norm_overflows_is_run(shelf: Shelf, tmp_path: Path) -> None:
     """Its magnitudes are those of the base, and its merged weight is zero."""
     tame = tamed(shelf, "dora-all-linear", tmp_path / "tame")
     adapter = edited(tame, tmp_path / "b", lambda one: [one[f"{DOWN}.lora_{end}.weight"].mul_(1e11) for end in "AB"])
-    assert is_run(loaded(shelf.base("llama"), adapter), adapter)
+    assert is_run(base_for(shelf.base("llama"), adapter, "float32"), adapter)
 
 
 def test_one_value_may_not_be_far_above_all_others_of_its_weight(shelf: Shelf, tmp_path: Path) -> None:
@@ -228,7 +217,7 @@ def test_one_value_may_not_be_far_above_all_others_of_its_weight(shelf: Shelf, t
         one[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"][4] = change
 
     adapter = edited(tmp_path / "a", tmp_path / "b", concentrate)
-    assert is_run(loaded(directory, adapter), adapter)
+    assert is_run(base_for(directory, adapter, "float32"), adapter)
 
 
 def test_what_rounding_takes_needs_the_model(shelf: Shelf, tmp_path: Path) -> None:
@@ -237,7 +226,7 @@ def test_what_rounding_takes_needs_the_model(shelf: Shelf, tmp_path: Path) -> No
         tmp_path / "small",
         lambda one: [tensor.mul_(1e-3) for name, tensor in one.items() if "lora_B" in name],
     )
-    base = loaded(shelf.base("llama"), adapter, "bfloat16")
+    base = base_for(shelf.base("llama"), adapter, "bfloat16")
     assert run(base, adapter).rounding_change is not None
     assert not run(base, adapter, MeasureOptions(rows=True, norm_limit=0.999)).ran
 
@@ -249,13 +238,12 @@ def test_late_runs_of_a_pass_have_the_figures_of_early_ones(
     """Two adapters have to run, and stand next to one that need not."""
     loud = edited(shelf.adapter("plain"), tmp_path / "loud", lambda one: [part.mul_(30) for part in one.values()])
     adapters = [loud, tamed(shelf, "plain", tmp_path / "tame"), shelf.adapter("bias-all"), loud]
-    base = loaded(shelf.base("llama"), loud, load=load)
+    base = base_for(shelf.base("llama"), loud, "float32", load=load)
 
-    def requests(options: MeasureOptions) -> list[MergeRequest]:
-        files = [preflight(str(one), allow_pickle=False) for one in adapters]
-        return [MergeRequest(base=base, members=(one,), measure_options=options, consumers=runs()) for one in files]
-
-    auto, required = (merge_together(requests(options)) for options in (AUTO, REQUIRED))
+    auto, required = (
+        merge_together([request_for(base, one, measure_options=options) for one in adapters])
+        for options in (AUTO, REQUIRED)
+    )
     assert [one and one.forward.ran for one in auto] == [True, False, True, True]
     assert [auto[n].forward for n in (0, 2, 3)] == [required[n].forward for n in (0, 2, 3)]  # type: ignore[union-attr]
 
@@ -314,7 +302,7 @@ def test_a_trained_parameter_that_makes_nan_is_found(name: str, tmp_path: Path) 
     values = change(model.state_dict()[stored])
     adapter = edited(tmp_path / "a", tmp_path / "b", lambda one: one.update({f"base_model.model.{stored}": values}))
     for dtype in ("float32", "bfloat16"):
-        base = loaded(tmp_path / "base", adapter, dtype)
+        base = base_for(tmp_path / "base", adapter, dtype)
         assert not run(base, tmp_path / "a").ran, "only its other tensors are merged"
         assert is_run(base, adapter)
         if "decay" not in name:  # exp(-inf) is 0
@@ -326,7 +314,7 @@ def test_a_projection_that_is_erased_before_a_norm_is_found(tmp_path: Path) -> N
     clip().save_pretrained(tmp_path / "base")
     config = peft.IA3Config(target_modules=["text_projection"], feedforward_modules=[])
     save_adapter(tmp_path / "base", tmp_path / "a", config)
-    base = loaded(tmp_path / "base", tmp_path / "a")
+    base = base_for(tmp_path / "base", tmp_path / "a", "float32")
     adapter = edited(tmp_path / "a", tmp_path / "b", lambda one: [part.zero_() for part in one.values()])
     assert not is_run(base, tmp_path / "a")
     assert is_run(base, adapter)
@@ -360,7 +348,7 @@ def test_no_random_adapter_returns_nan_unseen(kind: str, trials: int, shelf: She
     """The others are those that `auto` leaves out: each of them is run, too."""
     make_adapter(shelf.base("llama"), tmp_path / "a", target_modules=ALL_LINEAR)
     stored = read_tensors(shelf.base("llama"), "model.safetensors")
-    bases = {dtype: loaded(shelf.base("llama"), tmp_path / "a", dtype) for dtype in ("float32", "bfloat16")}
+    bases = {dtype: base_for(shelf.base("llama"), tmp_path / "a", dtype) for dtype in ("float32", "bfloat16")}
     left_out = 0
     for number in range(trials):
         draw, place = random.Random(number), tmp_path / str(number)

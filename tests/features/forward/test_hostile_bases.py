@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,9 @@ import torch
 from merge_gate.engine.base import direct_reads
 from merge_gate.features.forward import lockstep
 from merge_gate.records.terms import Verdict
-from tests.support.command import merge_gate, strict_json
+from tests.support.command import Answer, merge_gate, strict_json
 from tests.support.engine import architectures
 from tests.support.gating import Gate
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.command import Answer
 
 RAN = ""
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], str]] = {

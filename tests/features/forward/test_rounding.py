@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -11,25 +13,18 @@ import torch
 import transformers
 from peft import PeftModel
 
-from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.adapter_evidence import merge
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.made_up_inputs import candidates
-from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.records.measured import Evidence, Forward, MeasureOptions
 from tests.support import methods
-from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.local_bases import load_base, load_local
-from tests.support.engine.merges import runs
+from tests.support.engine.local_bases import base_for, load_base, load_local
+from tests.support.engine.merges import request_for
 from tests.support.gating import SPEC
 from tests.support.models import make_base, read_tensors, save_adapter, write_tensors
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.engine.base.loaded_base import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 
@@ -57,18 +52,10 @@ class Trial:
         )
 
     def loaded(self, dtype: str, load: Callable[..., Base] = load_local) -> Base:
-        directory = str(self.base_directory)
-        model_class = model_class_for(directory, self.files, stored_tensors(directory))
-        return load(directory, model_class=model_class, label="base", dtype=dtype)
-
-    @property
-    def files(self) -> Any:
-        return preflight(str(self.adapter), allow_pickle=False)
+        return base_for(self.base_directory, self.adapter, dtype, load=load)
 
     def evidence(self, base: Base, *, norm_limit: float = ALWAYS, **options: Any) -> Evidence:
-        chosen = MeasureOptions(norm_limit=norm_limit)
-        options = {"consumers": () if options.get("no_forward") else runs()} | options
-        return merge(MergeRequest(base=base, members=(self.files,), measure_options=chosen, **options))
+        return merge(request_for(base, self.adapter, measure_options=MeasureOptions(norm_limit=norm_limit), **options))
 
     def measured(self, base: Base, **options: Any) -> Forward:
         evidence = self.evidence(base, **options)
@@ -153,7 +140,8 @@ def test_the_figure_decides_and_the_next_reuses_the_copy(trial: Trial) -> None:
     assert change == pytest.approx(norm, rel=0.3)  # of a random delta, rounding takes as much as of its norm
     assert evidence.forward.choices_changed == 0
     assert base.template is not None
-    found = [one for one in judge_merge(SPEC, trial.files, evidence) if one.check == "rounding-loss"]
+    files = preflight(str(trial.adapter), allow_pickle=False)
+    found = [one for one in judge_merge(SPEC, files, evidence) if one.check == "rounding-loss"]
     assert [dict(one.measured)["rounding_change"] for one in found] == [change]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,28 +13,18 @@ import transformers
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
-from merge_gate.engine.base.loaded_base import ModelClass, Source
+from merge_gate.engine.adapter_evidence import merge, merge_together
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.made_up_inputs import candidates
-from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.features.forward.rounding import MergedModel
 from merge_gate.features.forward.run import is_close, run_adapters, run_merged
-from merge_gate.files.feed import LocalFeed
-from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Forward
 from merge_gate.records.terms import Origin, Quantization
 from tests.support import methods
-from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
-from tests.support.engine.merges import runs
+from tests.support.engine.merges import request_for, runs
 from tests.support.faults import blow_up
-from tests.support.models import make_adapter, read_tensors, save_adapter, write_tensors
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.engine.base.loaded_base import Base
-    from tests.support.models import Shelf
+from tests.support.models import Shelf, make_adapter, read_tensors, save_adapter, write_tensors
 
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
 HEAD = "lm_head.weight"
@@ -46,9 +37,8 @@ def loud(shelf: Shelf) -> Base:
     return load_local(str(shelf.base("llama-loud")), label="loud", model_class=LLAMA)
 
 
-def request(base: Base, adapter: Path, **options: Any) -> MergeRequest:
-    options = {"consumers": () if options.get("no_forward") else runs()} | options
-    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), **options)
+def llama(shelf: Shelf, **options: Any) -> Base:
+    return load_local(str(shelf.base("llama")), label="base", model_class=LLAMA, **options)
 
 
 def louder(shelf: Shelf, tmp_path: Path, factor: float) -> Path:
@@ -71,7 +61,7 @@ def test_the_figures_are_those_of_a_plain_forward(loud: Base, shelf: Shelf, tmp_
     with torch.no_grad():
         of_base = float(plain(**inputs).logits.abs().max())
         unmerged = float(PeftModel.from_pretrained(plain, adapter).eval()(**inputs).logits.abs().max())
-    forward = merge(request(loud, adapter)).forward
+    forward = merge(request_for(loud, adapter)).forward
     assert (forward.ran, forward.why_not, forward.parameters_run) == (True, None, 1.0)
     assert (forward.largest_module, forward.largest_of_base, forward.largest) == ("lm_head", of_base, unmerged)
     assert forward.largest_allowed == LIMIT
@@ -79,7 +69,7 @@ def test_the_figures_are_those_of_a_plain_forward(loud: Base, shelf: Shelf, tmp_
 
 
 def test_an_adapter_that_leaves_the_dtype_is_to_blame(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
-    evidence = merge(request(loud, louder(shelf, tmp_path, 3.0)))
+    evidence = merge(request_for(loud, louder(shelf, tmp_path, 3.0)))
     assert all(one.stats.finite for one in evidence.merges)
     assert (evidence.forward.nonfinite_origin, evidence.forward.nonfinite_module) == (Origin.ADAPTER, "lm_head")
 
@@ -90,12 +80,12 @@ def test_a_base_that_leaves_the_dtype_by_itself_is_to_blame(shelf: Shelf, tmp_pa
         model.lm_head.weight.mul_(3.0)
     model.save_pretrained(tmp_path)
     base = load_local(str(tmp_path), label="louder", model_class=LLAMA)
-    forward = merge(request(base, shelf.adapter("plain"))).forward
+    forward = merge(request_for(base, shelf.adapter("plain"))).forward
     assert (forward.nonfinite_origin, forward.nonfinite_module) == (Origin.BASE, "lm_head")
 
 
 def test_only_the_merged_model_can_be_to_blame(loud: Base, shelf: Shelf) -> None:
-    forward = merge(request(loud, shelf.adapter("loud-base"))).forward
+    forward = merge(request_for(loud, shelf.adapter("loud-base"))).forward
     assert not is_close(forward)
     head = loud.tensors[HEAD].detach()
     assert run_merged(loud, merged(loud, {HEAD: head * 3}), forward, ()).nonfinite_origin is Origin.MERGE
@@ -105,13 +95,13 @@ def test_only_the_merged_model_can_be_to_blame(loud: Base, shelf: Shelf) -> None
 
 def test_what_only_the_unmerged_adapter_exceeds_is_no_fault(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
     """The merged model is what is served."""
-    forward = merge(request(loud, louder(shelf, tmp_path, 3.0))).forward
+    forward = merge(request_for(loud, louder(shelf, tmp_path, 3.0))).forward
     assert is_close(forward)
     assert run_merged(loud, merged(loud, {}), forward, ()).nonfinite_origin is None
 
 
 def test_close_to_the_limit_the_merged_model_counts(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
-    forward = merge(request(loud, louder(shelf, tmp_path, 2.35))).forward
+    forward = merge(request_for(loud, louder(shelf, tmp_path, 2.35))).forward
     assert forward.largest is not None
     assert LIMIT > forward.largest > 0.9 * LIMIT
     assert is_close(forward)
@@ -127,7 +117,7 @@ def test_the_largest_module_that_the_adapter_raises_is_known(loud: Base, shelf: 
     factor = next(name for name in tensors if "1.self_attn.v_proj.lora_B" in name)
     tensors[factor] *= 100.0
     write_tensors(directory, tensors)
-    forward = merge(request(loud, directory)).forward
+    forward = merge(request_for(loud, directory)).forward
     assert (forward.largest_module, forward.raised_module) == ("lm_head", "model.layers.1.self_attn.v_proj")
     assert forward.raised is not None
     assert forward.raised_of_base is not None
@@ -141,20 +131,15 @@ def test_a_merged_model_with_a_broken_weight_is_not_run(
 ) -> None:
     """The adapter ran, and its activations are not finite either. They are no fault of their own."""
     heard: list[bool] = []
-    evidence = merge(request(loud, louder(shelf, tmp_path, factor), consumers=runs(on_run=heard.append)))
+    evidence = merge(request_for(loud, louder(shelf, tmp_path, factor), consumers=runs(on_run=heard.append)))
     assert evidence.forward.nonfinite_origin is Origin.ADAPTER
     assert heard == [True, False] * count
 
 
 @pytest.mark.parametrize("adapter", ["plain", "modules-to-save", "dora-all-linear", "token-rows"])
 def test_a_base_that_is_not_in_memory_runs_alike(shelf: Shelf, adapter: str) -> None:
-    directory = str(shelf.base("llama"))
-    in_memory = load_local(directory, label="base", model_class=LLAMA)
-    with LocalFeed(directory) as feed:
-        source = Source(directory=directory, label="base")
-        lazy = skeleton_of(source, LLAMA, stored_tensors(directory), feed)
-        requests = [request(base, shelf.adapter(adapter)) for base in (in_memory, lazy)]
-        expected, found = map(merge, requests)
+    lazy = llama(shelf, is_mapped=False)
+    expected, found = (merge(request_for(base, shelf.adapter(adapter))) for base in (llama(shelf), lazy))
     assert found.forward == expected.forward
     assert found.forward.ran
     assert not lazy.was_misread()
@@ -162,33 +147,29 @@ def test_a_base_that_is_not_in_memory_runs_alike(shelf: Shelf, adapter: str) -> 
 
 @pytest.mark.parametrize("is_hollow", [False, True])
 def test_the_base_runs_once_for_all_adapters(shelf: Shelf, is_hollow: bool) -> None:
-    directory, calls = str(shelf.base("llama")), list[bool]()
-    with LocalFeed(directory) as feed:
-        base = load_local(directory, label="base", model_class=LLAMA)
-        if is_hollow:
-            base = skeleton_of(base.source, LLAMA, stored_tensors(directory), feed)
-        head = base.model.lm_head
-        head.register_forward_hook(lambda module, *_: calls.append(module is head))  # scratch copies have it, too
-        first, other, again = (
-            merge(request(base, shelf.adapter(name), consumers=runs(tries_base=True)))
-            for name in ("plain", "modules-to-save", "plain")
-        )
-        assert first.forward.ran
-        assert other.forward.ran
-        assert again.forward == first.forward
-        assert sum(calls) == 1
-        if is_hollow:  # what it returned then counts no more
-            float(base.tensors["lm_head.weight"][0, 0])
-            assert base.was_misread()
-            assert merge(request(base, shelf.adapter("plain"))).forward == first.forward
-            assert sum(calls) == 2
+    base, calls = llama(shelf, is_mapped=not is_hollow), list[bool]()
+    head = base.model.lm_head
+    head.register_forward_hook(lambda module, *_: calls.append(module is head))  # scratch copies have it, too
+    first, other, again = (
+        merge(request_for(base, shelf.adapter(name), consumers=runs(tries_base=True)))
+        for name in ("plain", "modules-to-save", "plain")
+    )
+    assert first.forward.ran
+    assert other.forward.ran
+    assert again.forward == first.forward
+    assert sum(calls) == 1
+    if is_hollow:  # what it returned then counts no more
+        float(base.tensors["lm_head.weight"][0, 0])
+        assert base.was_misread()
+        assert merge(request_for(base, shelf.adapter("plain"))).forward == first.forward
+        assert sum(calls) == 2
 
 
 def test_the_adapters_of_a_pass_run_together(shelf: Shelf) -> None:
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base = llama(shelf)
     names = ("plain", "modules-to-save", "dora-all-linear")
-    alone = [merge(request(base, shelf.adapter(name))).forward for name in names]
-    together = merge_together([request(base, shelf.adapter(name)) for name in names])
+    alone = [merge(request_for(base, shelf.adapter(name))).forward for name in names]
+    together = merge_together([request_for(base, shelf.adapter(name)) for name in names])
     assert [_of_the_run(one.forward) for one in together if one is not None] == [*map(_of_the_run, alone)]
 
 
@@ -205,46 +186,30 @@ def test_every_trained_token_runs_whatever_runs_beside_it(shelf: Shelf, tmp_path
     (key,) = (name for name in tensors if "token" in name)
     tensors[key][-1] = 60_000.0
     write_tensors(tmp_path / "many", tensors)
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA, dtype="float16")
-    alone = [merge(request(base, tmp_path / name)).forward for name in ("many", "few")]
+    base = llama(shelf, dtype="float16")
+    alone = [merge(request_for(base, tmp_path / name)).forward for name in ("many", "few")]
     assert [one.nonfinite_origin or (one.largest or 0) > 50_000 for one in alone] == [True, False]
-    together = merge_together([request(base, tmp_path / name) for name in ("few", "many")])
+    together = merge_together([request_for(base, tmp_path / name) for name in ("few", "many")])
     assert [_of_the_run(one.forward) for one in together if one is not None] == [*map(_of_the_run, reversed(alone))]
 
 
 def test_a_run_changes_nothing_of_the_evidence(shelf: Shelf) -> None:
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base = llama(shelf)
     before = {name: tensor.clone() for name, tensor in base.tensors.items()}
-    with_it, without = (merge(request(base, shelf.adapter("all-linear"), no_forward=why)) for why in ("", "off"))
+    with_it, without = (merge(request_for(base, shelf.adapter("all-linear"), no_forward=why)) for why in ("", "off"))
     assert without.forward.why_not == "off"
     assert _bare(with_it) == _bare(without)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.tensors.items())
 
 
 def _bare(evidence: Evidence) -> Evidence:
-    return replace(evidence, seconds=0.0, forward=replace(evidence.forward, ran=False, why_not=None, **EMPTY))
-
-
-EMPTY: dict[str, None] = dict.fromkeys(
-    (
-        "inputs",
-        "parameters_run",
-        "modules",
-        "modules_run",
-        "largest",
-        "largest_module",
-        "largest_of_base",
-        "largest_allowed",
-        "raised",
-        "raised_module",
-        "raised_of_base",
-        "effect",
-    )
-)
+    """Without what a run has found."""
+    compared = {name: getattr(evidence.forward, name) for name in ("layers_compared", "largest_difference")}
+    return replace(evidence, seconds=0.0, forward=Forward(**compared))
 
 
 def test_what_a_forward_changes_in_its_model_is_undone(shelf: Shelf) -> None:
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base = llama(shelf)
     model: Any = base.scratch()
     norm, head = model.model.norm, model.lm_head
     norm.register_buffer("calls", torch.zeros(2))
@@ -281,7 +246,7 @@ def test_a_model_that_writes_to_its_weights_changes_no_adapter(tmp_path: Path) -
     settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["receptance"], modules_to_save=["output", "value"])
     save_adapter(tmp_path / "base", tmp_path / "adapter", settings)
     base = load_local(str(tmp_path / "base"), label="base", model_class=ModelClass(class_name="RwkvForCausalLM"))
-    ran, not_run = (merge(request(base, tmp_path / "adapter", no_forward=why)) for why in ("", "not wanted"))
+    ran, not_run = (merge(request_for(base, tmp_path / "adapter", no_forward=why)) for why in ("", "not wanted"))
     assert "writes to a weight" in (ran.forward.why_not or "")
     assert ran.different == ()
     assert ran.merges == not_run.merges
@@ -292,7 +257,7 @@ def test_an_attention_of_torch_runs(tmp_path: Path) -> None:
     directory = methods.save_base("siglip", tmp_path / "base")
     adapter = methods.save_adapter(methods.find("lora-mha"), methods.load_base("siglip", directory), tmp_path / "a")
     base = load_local(str(directory), label="base", model_class=ModelClass(class_name="SiglipVisionModel"))
-    ran, not_run = (merge(request(base, adapter, no_forward=why)) for why in ("", "not wanted"))
+    ran, not_run = (merge(request_for(base, adapter, no_forward=why)) for why in ("", "not wanted"))
     assert ran.forward.ran, ran.forward
     assert ran.merges == not_run.merges
 
@@ -302,7 +267,7 @@ class _Foreign(nn.Linear):
 
 
 def test_code_that_comes_with_a_base_is_not_run(shelf: Shelf) -> None:
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base = llama(shelf)
     model: Any = base.model
     model.lm_head.__class__ = _Foreign
     (forward,) = run_adapters(base, [base.scratch()])
@@ -311,17 +276,17 @@ def test_code_that_comes_with_a_base_is_not_run(shelf: Shelf) -> None:
 
 
 def test_a_quantized_base_is_not_run(shelf: Shelf) -> None:
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base = llama(shelf)
     base.facts = replace(base.facts, quantization=Quantization.BNB_4BIT)
     (forward,) = run_adapters(base, [base.scratch()])
     assert "quantized" in (forward.why_not or "")
 
 
 def test_a_forward_that_raises_costs_only_the_measurement(shelf: Shelf) -> None:
-    base = load_local(str(shelf.base("llama")), label="base", model_class=LLAMA)
+    base = llama(shelf)
     model: Any = base.model
     model.config.num_attention_heads = model.model.layers[0].self_attn.head_dim = 7  # as a config that lies
-    evidence = merge(request(base, shelf.adapter("plain")))
+    evidence = merge(request_for(base, shelf.adapter("plain")))
     assert evidence.refusal is None
     assert not evidence.forward.ran
     assert "raised" in (evidence.forward.why_not or "")

@@ -3,14 +3,15 @@ that it really harms."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from merge_gate.engine.base.loaded_base import ModelClass
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.made_up_inputs import candidates
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
@@ -20,11 +21,6 @@ from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter
 from tests.support.gating import SPEC
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.engine.base.loaded_base import Base
 
 LEAK = 0.05
 """The share of a trigger's direction that other tokens have, too."""

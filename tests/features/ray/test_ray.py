@@ -12,19 +12,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.records.report import Report
 from merge_gate.report.formats.json_report import read
 from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
 from tests.support.small_fleet import same
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from merge_gate.records.report import Report
 
 NO_AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 

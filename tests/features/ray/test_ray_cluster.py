@@ -11,9 +11,11 @@ import signal
 import socket
 import sys
 import tomllib
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 from ray import exceptions
@@ -25,10 +27,6 @@ from merge_gate.features.ray.feature import cluster, first_line
 from merge_gate.records.config import Config
 from tests.support.wording import Wording
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-HEAD = "head:6379"
 ROOT = Path(__file__).parents[3]
 
 
@@ -72,12 +70,19 @@ def test_what_is_lost_says_why_in_a_line(error: Exception, said: str) -> None:
     assert first_line(error) == said
 
 
+@pytest.fixture
+def listening() -> Iterator[str]:
+    """An address at which something listens."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
 # --- how it is reached -----------------------------------------------------------------------------------------------
 
 
 def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray()
-    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
+    monkeypatch.setitem(sys.modules, "ray", cast("ModuleType", ray))
     handler = signal.getsignal(signal.SIGTERM)
     with cluster(LOCAL, object_store_bytes=7):
         place = Path(ray.asked["_temp_dir"])
@@ -93,33 +98,30 @@ def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.Mon
     assert not place.exists()
 
 
-@pytest.mark.parametrize("address", ["auto", HEAD])
-def test_a_cluster_that_is_there_is_only_connected_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray, reached = Ray(), list[str]()
-    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
-    monkeypatch.setattr(run_on_ray, "_reach", reached.append)
+@pytest.mark.parametrize("is_auto", [True, False])
+def test_a_cluster_that_is_there_is_only_connected_to(
+    is_auto: bool, listening: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, address = Ray(), "auto" if is_auto else listening
+    monkeypatch.setitem(sys.modules, "ray", cast("ModuleType", ray))
+    monkeypatch.setattr(sys, "executable", "/bin/false" if is_auto else "/bin/true")  # Ray finds its own
     with cluster(address):
         assert ray.is_up
     assert not ray.is_up
     assert ray.asked["address"] == address
     assert "_temp_dir" not in ray.asked
     assert os.environ["RAY_AUTH_MODE"] == "", "whoever made it decides"
-    assert reached == [one for one in (address,) if one != "auto"], "Ray finds its own"
 
 
 @pytest.mark.parametrize(
     ("address", "refusal"),
-    [
-        (LOCAL, ValueError("\n too little memory\nmore")),
-        (LOCAL, OSError()),
-        ("auto", ConnectionError("none found")),
-    ],
+    [(LOCAL, ValueError("\n too little memory\nmore")), (LOCAL, OSError()), ("auto", ConnectionError("none found"))],
 )
 def test_a_cluster_that_cannot_be_is_said(
     address: str, refusal: Exception, wording: Wording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = Ray(refusal=refusal)
-    monkeypatch.setattr(run_on_ray, "_imported", lambda: ray)
+    monkeypatch.setitem(sys.modules, "ray", cast("ModuleType", ray))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(GateError) as caught, cluster(address):
         pytest.fail("there is none")
@@ -148,13 +150,6 @@ def test_what_is_no_address_is_said(address: str, wording: Wording) -> None:
     wording(caught.value)
     for fine in ("", "auto", "head:6379", "10.0.0.1:6379", "[::1]:6379"):
         assert configured(config, asked(fine)) is config
-
-
-@pytest.fixture
-def listening() -> Iterator[str]:
-    """An address at which something listens."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])

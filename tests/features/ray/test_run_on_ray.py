@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +23,7 @@ from merge_gate.features.ray.feature import MAX_LOSSES, run_shard
 from merge_gate.records.config import Config, PublishSpec
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
+from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, Result, Verdict
 from merge_gate.report.stored.report_files import read_report
 from merge_gate.run import flow
@@ -31,14 +33,9 @@ from merge_gate.worker.protocol import Event, Job, MergeStarted, Unjudged
 from merge_gate.worker.supervisor import WorkerSlot
 from tests.support.fake_ray import Ray
 from tests.support.faults import poison
+from tests.support.models import Shelf
 from tests.support.small_fleet import same
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from merge_gate.records.report import AdapterReport, Report
-    from tests.support.models import Shelf
 
 NAMES = ("one", "two", "three")
 

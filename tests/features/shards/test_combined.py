@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,22 +15,33 @@ from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.features.shards import combined as module
 from merge_gate.features.shards.combined import PlacedReport, combined, refuse_overwriting, reports_in
-from merge_gate.records.report import TOOL, ConfigFile, Report, Sandbox, Tool
-from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
+from merge_gate.records.report import TOOL, BaseReport, ConfigFile, Report, Sandbox, Shard, Tool
+from merge_gate.records.terms import Acceptance, BaselineEntry, Quantization, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text
 from merge_gate.report.formats.html_report import render as render_html
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.report.stored import report_files
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
-from tests.support.shards.shard_reports import BASE, SHARDS, mark
 from tests.support.tried import tried
 from tests.support.wording import Wording
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
+BASE = BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE, sha256=SHA256)
 OTHER = replace(BASE, model="./models/other")
+
+
+def shard(index: int, *positions: int, entries: int = 5, count: int = 3, **fields: Any) -> Report:
+    defaults = {"plan_sha256": "p" * 64, "versions_sha256": "v" * 64, "bases_from": positions[:1]}
+    mark = Shard(index=index, count=count, entries=entries, positions=positions, **defaults)
+    return report(*(adapter(f"a{position}") for position in positions), **{
+        "shard": mark, "bases": (BASE,) if positions else ()} | fields)  # fmt: skip
+
+
+SHARDS = (shard(1, 0, 3), shard(2, 1, 2, 4), shard(3))
+
+
+def mark(one: Report, **changes: Any) -> Report:
+    assert one.shard is not None
+    return replace(one, shard=replace(one.shard, **changes))
 
 
 def found(*reports: Report) -> list[PlacedReport]:
@@ -58,38 +71,34 @@ def test_a_shard_with_nothing_to_do_is_green_and_no_verdict(wording: Wording) ->
     assert replace(empty, shard=None).result is Result.ERROR
 
 
-def unlike(one: Report, **fields: Any) -> Report:
-    return replace(one, **fields)
-
-
 WRONG: dict[str, Callable[[], list[Report]]] = {
     "missing": lambda: [SHARDS[0], SHARDS[2]],
     "an empty one missing": lambda: [SHARDS[0], SHARDS[1]],
     "doubled": lambda: [*SHARDS, SHARDS[0]],
-    "unfinished": lambda: [unlike(SHARDS[0], complete=False, adapters=SHARDS[0].adapters[:1]), *SHARDS[1:]],
+    "unfinished": lambda: [replace(SHARDS[0], complete=False, adapters=SHARDS[0].adapters[:1]), *SHARDS[1:]],
     "another config": lambda: [
-        unlike(mark(SHARDS[0], plan_sha256="q"), config=ConfigFile(path="c", sha256="c")),
+        replace(mark(SHARDS[0], plan_sha256="q"), config=ConfigFile(path="c", sha256="c")),
         *SHARDS[1:],
     ],
     "another version of the gate": lambda: [
-        unlike(mark(SHARDS[0], plan_sha256="q"), tool=Tool(name=TOOL, version="9.9")),
+        replace(mark(SHARDS[0], plan_sha256="q"), tool=Tool(name=TOOL, version="9.9")),
         *SHARDS[1:],
     ],
     "another torch": lambda: [
-        unlike(mark(SHARDS[0], versions_sha256="w"), environment=replace(ENVIRONMENT, torch="9.9")),
+        replace(mark(SHARDS[0], versions_sha256="w"), environment=replace(ENVIRONMENT, torch="9.9")),
         *SHARDS[1:],
     ],
     "another library": lambda: [SHARDS[0], mark(SHARDS[1], versions_sha256="w"), SHARDS[2]],
     "another set": lambda: [mark(SHARDS[0], plan_sha256="q"), *SHARDS[1:]],
     "another number": lambda: [mark(SHARDS[0], plan_sha256="q", count=4), *SHARDS[1:]],
     "the same entry": lambda: [mark(SHARDS[0], positions=(0, 4)), *SHARDS[1:]],
-    "another base": lambda: [SHARDS[0], unlike(SHARDS[1], bases=(replace(BASE, sha256="0" * 64),)), SHARDS[2]],
+    "another base": lambda: [SHARDS[0], replace(SHARDS[1], bases=(replace(BASE, sha256="0" * 64),)), SHARDS[2]],
     "a whole run": lambda: [report(adapter("a0")), *SHARDS],
-    "a combination": lambda: [unlike(SHARDS[0], problems=("x",)), *SHARDS[1:]],
+    "a combination": lambda: [replace(SHARDS[0], problems=("x",)), *SHARDS[1:]],
     "a number too high": lambda: [mark(SHARDS[0], index=4), *SHARDS[1:]],
     "a place too far": lambda: [mark(SHARDS[0], positions=(0, 5)), *SHARDS[1:]],
     "places in disorder": lambda: [mark(SHARDS[0], positions=(3, 0)), *SHARDS[1:]],
-    "less than it announced": lambda: [unlike(SHARDS[0], adapters=()), *SHARDS[1:]],
+    "less than it announced": lambda: [replace(SHARDS[0], adapters=()), *SHARDS[1:]],
     "more than it announced": lambda: [mark(SHARDS[0], positions=(0,)), *SHARDS[1:]],
     "bases from nowhere": lambda: [mark(SHARDS[0], bases_from=()), *SHARDS[1:]],
 }
@@ -104,7 +113,7 @@ def test_what_is_not_one_whole_run_is_said_and_never_passes(name: str, wording: 
 
 
 def test_a_broken_adapter_outranks_a_missing_shard() -> None:
-    broken = unlike(SHARDS[0], adapters=(adapter("a0", Verdict.FAILED, cause="no-effect"), adapter("a3")))
+    broken = replace(SHARDS[0], adapters=(adapter("a0", Verdict.FAILED, cause="no-effect"), adapter("a3")))
     whole = combined(found(broken, SHARDS[2]))
     assert whole.result is Result.FAIL
     assert not whole.complete
@@ -129,15 +138,15 @@ def test_many_problems_are_cut_for_people() -> None:
 
 def test_bases_stand_once_in_the_order_of_their_entries() -> None:
     classifier = replace(BASE, loaded_as="Classifier")
-    first = mark(unlike(SHARDS[1], bases=(BASE, OTHER)), bases_from=(2, 1))
-    second = mark(unlike(SHARDS[0], bases=(classifier, BASE)), bases_from=(3, 0))
+    first = mark(replace(SHARDS[1], bases=(BASE, OTHER)), bases_from=(2, 1))
+    second = mark(replace(SHARDS[0], bases=(classifier, BASE)), bases_from=(3, 0))
     assert combined(found(first, second, SHARDS[2])).bases == (BASE, classifier, OTHER)
 
 
 def test_a_base_names_the_first_adapter_of_all_shards() -> None:
     late, early = (replace(BASE, first_adapter=name) for name in ("late", "early"))
-    first = mark(unlike(SHARDS[1], bases=(late,)), bases_from=(1,))
-    second = mark(unlike(SHARDS[0], bases=(early,)), bases_from=(0,))
+    first = mark(replace(SHARDS[1], bases=(late,)), bases_from=(1,))
+    second = mark(replace(SHARDS[0], bases=(early,)), bases_from=(0,))
     assert combined(found(first, second, SHARDS[2])).bases[0].first_adapter == "early"
 
 
@@ -145,7 +154,7 @@ def test_devices_may_differ_and_are_all_named() -> None:
     other = replace(ENVIRONMENT, device_name="another CPU", sandbox=Sandbox(held=("network",), missing=("files: why",)))
     idle = replace(ENVIRONMENT, device="auto", device_name="", sandbox=Sandbox())
     whole = combined(
-        found(SHARDS[0], unlike(SHARDS[1], environment=other), unlike(SHARDS[2], environment=idle))
+        found(SHARDS[0], replace(SHARDS[1], environment=other), replace(SHARDS[2], environment=idle))
     ).environment
     assert (whole.device, whole.device_name) == ("cpu", "a CPU, another CPU")
     assert whole.sandbox == Sandbox(held=("network",), missing=("processes: the kernel has no filter", "files: why"))

@@ -6,9 +6,9 @@ import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -18,15 +18,11 @@ from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
 from merge_gate.features.shards.declared import shard_of
 from merge_gate.features.shards.partition import assign, part_of
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.report import Shard
 from merge_gate.records.terms import Acceptance, BaselineEntry, ForwardMode
 from tests.support.command import merge_gate
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from merge_gate.records.config import AdapterSpec, Config
-    from merge_gate.records.report import Shard
 
 Bases = dict[str, tuple[str, str]]
 BASES = st.dictionaries(

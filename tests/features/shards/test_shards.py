@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from merge_gate.features.shards.combined import combined, reports_in
+from merge_gate.records.report import Report
 from merge_gate.records.terms import Result
 from merge_gate.report.formats.json_report import read
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.command import merge_gate
+from tests.support.models import Shelf
 from tests.support.small_fleet import BROKEN, same
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.report import Report
-    from tests.support.models import Shelf
-
 
 COUNT = 3
 

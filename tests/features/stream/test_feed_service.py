@@ -133,14 +133,6 @@ def test_bytes_that_were_not_announced_come_past_a_full_window(ends: Fed, conten
                 assert data == expected(content, span)
 
 
-def test_skipped_bytes_do_not_block_later_ones(ends: Fed, content: dict[str, bytes]) -> None:
-    client = ends.feed(0)
-    spans = spans_of(content)
-    client.expect(spans, whole=True)
-    assert read(client, spans[-1]) == expected(content, spans[-1])
-    assert read(client, spans[0]) == expected(content, spans[0])
-
-
 def test_a_second_pass_reads_what_it_needs_and_no_more(ends: Fed, content: dict[str, bytes], tmp_path: Path) -> None:
     client = ends.feed(0)
     for spans in (spans_of(content), spans_of(content, 1)[3:6]):
@@ -161,7 +153,7 @@ def test_a_new_expectation_replaces_one_in_progress(ends: Fed, content: dict[str
 
 @pytest.mark.parametrize("is_the_same", [True, False])
 def test_what_is_prefetched_fills_the_window_and_is_read_once(
-    is_the_same: bool, ends: Fed, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    is_the_same: bool, ends: Fed, content: dict[str, bytes]
 ) -> None:
     client, spans, pieces = ends.feed(0), spans_of(content), list[str]()
     own = ends.base.files.read
@@ -170,7 +162,7 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
         pieces.append(f"{file} {start}")
         own(file, start, into)
 
-    monkeypatch.setattr(ends.base.files, "read", count_and_read)
+    ends.base.files.read = count_and_read
     for _ in range(2):
         client.expect(spans, whole=True, needed_now=False)
     wait_until(lambda: len(pieces) == 4)  # all slots
@@ -186,14 +178,12 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
     assert (read_twice <= 1) is is_the_same, pieces  # the last piece, for the read before the pass
 
 
-def test_a_prefetch_that_fails_fails_the_pass(
-    ends: Fed, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prefetch_that_fails_fails_the_pass(ends: Fed, content: dict[str, bytes]) -> None:
     def fail(*_: object) -> None:
         raise SourceError("the mount is gone")
 
     client, spans = ends.feed(0), spans_of(content)
-    monkeypatch.setattr(ends.base.files, "read", fail)
+    ends.base.files.read = fail
     client.expect(spans, whole=True, needed_now=False)
     client.expect(spans, whole=True)
     with pytest.raises(SourceError, match="mount"):
@@ -211,11 +201,11 @@ def test_expectations_that_are_replaced_leave_no_threads(ends: Fed, content: dic
     wait_until(lambda: threading.active_count() <= before)
 
 
-def test_replaced_expectations_that_hang_leave_a_thread_each(ends: Fed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_expectations_that_hang_leave_a_thread_each(ends: Fed) -> None:
     may_end = threading.Event()
     client = ends.feed(0)
     before = threading.active_count()
-    monkeypatch.setattr(ends.base.files, "read", lambda *_: may_end.wait())
+    ends.base.files.read = lambda *_: may_end.wait()
     for _ in range(1, 40):
         client.expect([FileSpan(file="2.safetensors", start=0, end=PAGE)], whole=True)
     slots, last = 4, read_ahead.CONNECTIONS + 1
@@ -264,13 +254,6 @@ def test_a_file_that_is_cut_off_is_an_error_for_all_reads(ends: Fed, content: di
         read_all(client, spans_of(content))
 
 
-def test_another_base_may_be_opened_while_one_is_read_ahead(ends: Fed, content: dict[str, bytes]) -> None:
-    for _ in range(3):
-        client = ends.feed(0)
-        client.expect(spans_of(content), whole=True)
-    assert read(client, SPAN) == expected(content, SPAN)
-
-
 @pytest.mark.parametrize("is_expected", [False, True])
 def test_a_read_that_fails_in_the_worker_keeps_no_line(is_expected: bool, ends: Fed, content: dict[str, bytes]) -> None:
     client = ends.feed(0)
@@ -302,8 +285,8 @@ def test_a_service_that_ends_is_an_error_and_no_hang(ends: Fed, content: dict[st
         read_all(client, itertools.repeat(FileSpan(file="0.safetensors", start=0, end=20 * PAGE)))
 
 
-def test_nothing_is_read_for_nothing(ends: Fed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ends.base.files, "read", lambda *_: pytest.fail("it was read"))
+def test_nothing_is_read_for_nothing(ends: Fed) -> None:
+    ends.base.files.read = lambda *_: pytest.fail("it was read")
     client = ends.feed(0)
     client.expect([], whole=True)
     client.expect([FileSpan(file="0.safetensors", start=1, end=1)], whole=False)
@@ -413,10 +396,10 @@ def test_a_read_that_fails_leaves_no_answer_for_the_next_one(ends: Fed, content:
         own(file, start, into)
 
     for _ in range(3):
-        ends.base.files.read = fail  # type: ignore[method-assign]
+        ends.base.files.read = fail
         with pytest.raises(SourceError, match="gone"):
             read(client, whole)
-        ends.base.files.read = own  # type: ignore[method-assign]
+        ends.base.files.read = own
         assert read(client, whole) == expected(content, whole)
 
 
@@ -459,9 +442,9 @@ def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:
         feeds().open(group(tmp_path / "gone", weights=("model.safetensors",)))
 
 
-def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Fed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Fed) -> None:
     client = ends.feed(0)
-    monkeypatch.setattr(ends.base.files, "read", lambda *_: 1 / 0)
+    ends.base.files.read = lambda *_: 1 / 0
     with pytest.raises(SourceError, match="ZeroDivisionError"):
         read(client, SPAN)
 

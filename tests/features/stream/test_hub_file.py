@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,6 @@ from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream import hub_file
 from merge_gate.features.stream.hub_file import MOST_TRIES, HubFile, refuse_private
 from tests.support.hub import LoopbackHub
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 CONTENT = random.Random(0).randbytes(100_000)
 REPOSITORY, NAME, TOKEN = "acme/base", "model.safetensors", "hf_loopback"
@@ -169,6 +166,7 @@ def test_another_commit_is_refused(hub: LoopbackHub, commit: str) -> None:
         ("http://10.0.0.7/x", "https://8.8.8.8", True),
         ("https://8.8.4.4/x", "https://8.8.8.8", False),
         ("http://10.0.0.7/x", "http://10.0.0.1", False),
+        ("https://bytes.invalid/x", "https://8.8.8.8", False),  # a name that only a proxy can resolve
     ],
 )
 def test_an_address_in_a_private_network_is_for_private_mirrors(url: str, endpoint: str, refused: bool) -> None:
@@ -219,21 +217,13 @@ def test_a_resolver_without_a_size_is_an_error(hub: LoopbackHub, commit: str) ->
         opened(commit)
 
 
-def test_a_defect_is_not_hidden_as_a_network_problem(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_file, "get_hf_file_metadata", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        opened(commit)
-
-
-def test_a_defect_while_bytes_are_read_is_not_hidden_either(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["get_hf_file_metadata", "get_session"])
+def test_a_defect_is_not_hidden_as_a_network_problem(name: str, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a file is opened, or while its bytes are read."""
     file = opened(commit)
-    monkeypatch.setattr(hub_file, "get_session", lambda: 1 / 0)
+    monkeypatch.setattr(hub_file, name, lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        read(file, 0, 10)
-
-
-def test_a_name_that_only_a_proxy_can_resolve_is_not_private() -> None:
-    refuse_private("https://bytes.invalid/x", "https://8.8.8.8")
+        read(file, 0, 10) if name == "get_session" else opened(commit)
 
 
 def test_several_threads_renew_an_expired_address_once(hub: LoopbackHub, commit: str) -> None:

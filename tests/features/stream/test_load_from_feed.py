@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,25 +20,18 @@ from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.features.stream import load_from_feed as whole
 from merge_gate.features.stream.load_from_feed import load_from_feed
 from merge_gate.files.feed import LocalFeed
-from merge_gate.files.preflight import preflight
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.refusals import CannotJudge, NotJudged
-from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.worker import sandbox
-from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Unjudged
+from merge_gate.records.terms import Quantization
+from merge_gate.worker.protocol import BaseLoaded, Merged, Unjudged
 from tests.support import methods
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, EndingFeed
+from tests.support.engine.jobs import events_of, group_of
 from tests.support.engine.local_bases import load_base
-from tests.support.engine.merges import RUNS
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf
-    from tests.support.wording import Wording
+from tests.support.engine.merges import comparable
+from tests.support.models import Shelf
+from tests.support.wording import Wording
 
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
 QUANTIZED = (Quantization.BNB_4BIT, Quantization.BNB_8BIT)
@@ -128,87 +122,58 @@ def test_bytes_that_cannot_be_had_are_an_error_and_end_the_load(quantization: Qu
     assert feed.reads == 7
 
 
-def test_a_load_that_lacks_other_tensors_does_not_count(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = whole.load_with_info
-
-    def lacks(*given: Any, **named: Any) -> Any:
-        model, info = own(*given, **named)
-        return model, replace(info, missing=info.missing | {"lm_head.weight"})
-
-    monkeypatch.setattr(whole, "load_with_info", lacks)
-    with pytest.raises(NoSkeletonError, match="lm_head"):
-        from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
+def lacking(*given: Any, load: Any = whole.load_with_info, **named: Any) -> Any:
+    model, info = load(*given, **named)
+    return model, replace(info, missing=info.missing | {"lm_head.weight"})
 
 
-def test_a_load_that_fails_is_of_the_base(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> Any:
-        raise ValueError("odd")
+def failing(*_: Any, **__: Any) -> Any:
+    raise ValueError("odd")
 
-    monkeypatch.setattr(whole, "load_with_info", fails)
-    with pytest.raises(CannotJudge):
+
+@pytest.mark.parametrize(
+    ("load", "error", "words"), [(lacking, NoSkeletonError, "lm_head"), (failing, CannotJudge, "")]
+)
+def test_a_load_that_fails_or_lacks_other_tensors_does_not_count(
+    load: Any, error: type[Exception], words: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "load_with_info", load)
+    with pytest.raises(error, match=words):
         from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZED)
-def test_a_worker_quantizes_a_fed_base(
-    quantization: Quantization, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
-    key = BaseKey(model="base", revision=None, dtype="float16", quantization=quantization)
-    files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
-    tasks = tuple(Task(index=index, files=(files,), consumers=RUNS) for index in range(2))
+def test_a_worker_quantizes_a_fed_base(quantization: Quantization, shelf: Shelf) -> None:
+    base, adapter = shelf.base("llama"), shelf.adapter("plain")
     evidence = {}
     for fed in (True, False):
-        group = Group(
-            base=key,
-            directory=str(shelf.base("llama")),
-            files=base_files(shelf.base("llama")),
-            tasks=tasks,
-            one_pass=fed,
-            fed=fed,
-        )
-        events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
+        group = group_of(base, adapter, adapter, dtype="float16", quantization=quantization, one_pass=fed, fed=fed)
+        events = events_of(group)
         assert [one.measured for one in events if isinstance(one, BaseLoaded)] == [True]
         assert [one for one in events if isinstance(one, Unjudged)] == []
         evidence[fed] = [one.evidence for one in events if isinstance(one, Merged)]
         assert [bool(one.base.no_skeleton) for one in evidence[fed]] == [fed, fed]
     same = [
-        [
-            replace(
-                one,
-                seconds=0.0,
-                cross_checked=(),
-                base=replace(one.base, no_skeleton=""),
-                forward=replace(one.forward, largest_difference=None),
-            )
-            for one in of_base
-        ]
+        [comparable(replace(one, base=replace(one.base, no_skeleton=""))) for one in of_base]
         for of_base in evidence.values()
     ]
-    assert repr(same[0]) == repr(same[1])
+    assert same[0] == same[1]
 
 
 def test_a_class_without_a_skeleton_is_loaded_from_the_feed(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are stubs, so nothing may map them. If the class has a loader of its own, that is an error."""
-    monkeypatch.setenv(sandbox.SWITCH, "off")
     monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
     monkeypatch.setattr(bases, "load_base", lambda *_, **__: pytest.fail("a stub was loaded"))
-    directory = str(shelf.base("llama"))
-    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
-    tasks = (Task(index=0, files=(preflight(str(shelf.adapter("plain")), allow_pickle=False),), consumers=RUNS),)
-    files = BaseFiles(directory=directory, tensors=stored_tensors(directory), is_streamed=True)
-    group = Group(base=key, directory=directory, files=files, tasks=tasks, one_pass=True, fed=True)
-    loaded, merged = (
-        one
-        for one in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
-        if isinstance(one, BaseLoaded | Merged)
-    )
+    base = shelf.base("llama")
+    files = BaseFiles(directory=str(base), tensors=stored_tensors(base), is_streamed=True)
+    group = group_of(base, shelf.adapter("plain"), files=files, one_pass=True, fed=True)
+    loaded, merged = (one for one in events_of(group) if isinstance(one, BaseLoaded | Merged))
     assert isinstance(loaded, BaseLoaded)
     assert (loaded.measured, loaded.facts.no_skeleton) == (True, "odd")
     assert isinstance(merged, Merged)
     assert merged.evidence.refusal is None
     monkeypatch.setattr(skeleton, "loads_as_usual", lambda _: False)
-    last = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))[-1]
+    last = events_of(group)[-1]
     assert isinstance(last, Unjudged)
     assert isinstance(last.refusal, NotJudged)
     assert "from_pretrained of its own" in last.refusal.message

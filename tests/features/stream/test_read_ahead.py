@@ -99,20 +99,6 @@ def test_no_more_is_read_than_the_window_holds() -> None:
     assert threads_end(before)
 
 
-def test_an_error_of_a_read_reaches_the_reader() -> None:
-    files, before = Files(8 * PAGE), threading.active_count()
-
-    def broken(_: str, start: int) -> None:
-        if start >= 2 * PAGE:
-            raise OSError("the line is dead")
-
-    files.on_read = broken
-    ahead = begun(files, 3)
-    with pytest.raises(OSError, match="dead"):
-        read(ahead, "0.safetensors", 0, 8 * PAGE)
-    assert threads_end(before)
-
-
 @pytest.mark.parametrize("is_read", [True, False])
 def test_canceling_ends_the_threads_and_frees_the_slots(*, is_read: bool) -> None:
     files, before, window = Files(64 * PAGE), threading.active_count(), Window(5)
@@ -215,14 +201,6 @@ def test_a_file_has_a_digest_once_its_bytes_passed_in_order() -> None:
     assert passed.are_complete
 
 
-def test_a_digest_that_is_not_the_expected_one_is_an_error() -> None:
-    content = os.urandom(2 * PAGE)
-    passed = fed({"a": len(content)}, {"a": hashlib.sha256(content[::-1]).hexdigest()})
-    with pytest.raises(SourceError):
-        added(passed, content, [0, PAGE])
-    assert not passed.are_complete
-
-
 def test_bytes_that_are_read_again_must_be_the_same() -> None:
     content = bytearray(os.urandom(3 * PAGE - 100))
     passed = fed({"a": len(content)}, {"a": hashlib.sha256(content).hexdigest()})
@@ -257,19 +235,6 @@ class Remote:
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into[:] = self.content[start : start + len(into)]
-
-
-@pytest.mark.parametrize("place", [0, CHUNK - 3, len(CONTENT) - 10])
-def test_bytes_that_changed_are_refused(place: int) -> None:
-    remote = Remote({NAME: hashlib.sha256(CONTENT).hexdigest()})
-    base = FedBase(remote)
-    base.add(NAME, 0, memoryview(CONTENT))
-    into = bytearray(10)
-    base.read(NAME, place, memoryview(into))
-    assert into == CONTENT[place : place + 10]
-    remote.content[place + 9] ^= 1
-    with pytest.raises(SourceError):
-        base.read(NAME, place, memoryview(into))
 
 
 def forged(content: bytes, crc: int) -> bytes:

@@ -69,10 +69,7 @@ def _command(output: Path) -> list[str]:
 
 
 def environment(
-    built: Path,
-    *,
-    memory_mib: Sequence[int] = (80 * 1024,),
-    failures: dict[str, str] | None = None,
+    built: Path, *, memory_mib: Sequence[int] = (80 * 1024,), failures: dict[str, str] | None = None
 ) -> dict[str, str]:
     """The variables of a process that has simulated cards. Its working directory may not be a parent of this folder.
 

@@ -110,33 +110,13 @@ def write_faults(directory: Path, chosen: Chosen) -> list[Path]:
 
 
 COMBINATIONS = (
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
 KINDS_OF_LAYERS = (
-    "lora-dora",
-    "lora-all-linear",
-    "lora-tokens",
-    "lora-lm-head-saved",
-    "lora-embedding",
-    "lora-bias-term",
-    "lora-tied-tokens",
-    "lora-experts",
-    "lora-mha",
-    "lora-conv2d",
-    "ia3-linear",
-    "oft-linear",
-    "vera-two",
-)
+    "lora-dora", "lora-all-linear", "lora-tokens", "lora-lm-head-saved", "lora-embedding", "lora-bias-term",
+    "lora-tied-tokens", "lora-experts", "lora-mha", "lora-conv2d", "ia3-linear", "oft-linear", "vera-two",
+)  # fmt: skip
 
 
 def write_combinations(directory: Path, chosen: Chosen) -> list[Path]:
@@ -179,15 +159,9 @@ def _combination(method: str, adapters: list[str]) -> dict[str, Any]:
 
 
 ON_QUANTIZED = (
-    "lora-linear",
-    "lora-dora",
-    "lora-bias-term",
-    "oft-linear",
-    "ia3-linear",
-    "vera-two",
-    "randlora-linear",
+    "lora-linear", "lora-dora", "lora-bias-term", "oft-linear", "ia3-linear", "vera-two", "randlora-linear",
     "road-linear",
-)
+)  # fmt: skip
 
 
 def write_quantized(directory: Path, chosen: Chosen) -> list[Path]:

@@ -64,15 +64,7 @@ def judge(config: Path, device: Device, *, publishes: bool = False) -> Run:
     output = config.with_suffix(f".{device.name.replace(':', '-')}")
     publish = ("--publish", output / "published") if publishes else ()
     answer = merge_gate(
-        "run",
-        config,
-        "--device",
-        device.name,
-        "--output",
-        output,
-        *publish,
-        cwd=config.parent,
-        **device.environment,
+        "run", config, "--device", device.name, "--output", output, *publish, cwd=config.parent, **device.environment
     )
     assert (output / "report.json").exists(), answer.said
     return Run(answer=answer, report=strict_json(output / "report.json"), published=output / "published")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_gate.files.base_files import loaded_files, read_base
 from merge_gate.files.headers import open_regular, parse_file
-
-if TYPE_CHECKING:
-    from merge_gate.records.files import BaseFiles, StoredTensor
+from merge_gate.records.files import BaseFiles, StoredTensor
 
 
 def base_files(directory: Path | str) -> BaseFiles:

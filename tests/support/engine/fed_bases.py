@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.engine.base.loaded_base import Source
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import FileSpan
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 
 class EndingFeed(LocalFeed):

@@ -1,4 +1,4 @@
-"""A model type on made-up inputs: which inputs run it, in lockstep or alone, and merged or not.
+"""A model type on made-up inputs: which inputs run it, in lockstep or alone.
 
 In: a model type. Out: `Outcome`. The gate makes the inputs and the lockstep; transformers and PEFT are what both are
 held against.
@@ -10,12 +10,11 @@ import contextlib
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from merge_gate.engine.base.made_up_inputs import Inputs, candidates
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 MOST_CPU_S = 4
 """No further configuration is tried after that."""
 
-LEAST_SHARE, LEAST_ERROR = 0.01, 1e-5
-"""A merge differs above this share of the adapter's effect, and of the outputs."""
+Measure = Callable[[Any, Any, Inputs, list[torch.Tensor], list[torch.Tensor]], dict[str, Any]]
+"""Gets the model, PEFT's model, their inputs, and the outputs of both. Returns more fields of the outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +59,8 @@ class Outcome:
     differs: tuple[str, ...] = ()
 
 
-def trial(model_type: str) -> Outcome:
-    """Build, run, adapt, run in lockstep, merge.
+def trial(model_type: str, measure: Measure = lambda *_: {}) -> Outcome:
+    """Build, run, adapt, run in lockstep, and what else is measured.
 
     Raises:
         CannotBuildError: transformers builds no small model of this type.
@@ -76,7 +75,7 @@ def trial(model_type: str) -> Outcome:
             outcome = outcome or Outcome(model_class=model_class, is_causal=is_causal, failure=ran)
         else:
             name, number, inputs = ran
-            facts = _facts(architecture, model, inputs)
+            facts = _facts(architecture, model, inputs, measure)
             return Outcome(model_class=model_class, is_causal=is_causal, inputs=name, number=number, **facts)
         if time.process_time() - started > MOST_CPU_S:
             break
@@ -117,7 +116,7 @@ def returned(model: Any, inputs: Inputs) -> Any:
         return model(**given)
 
 
-def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs) -> dict[str, Any]:
+def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs, measure: Measure) -> dict[str, Any]:
     calls: Counter[str] = Counter()
     hooks = [
         module.register_forward_hook(lambda *_, path=path: calls.update([path]))
@@ -129,7 +128,6 @@ def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs)
     facts: dict[str, Any] = {
         "repeats": alike(of_base, outputs(model, inputs)),
         "finite": all(bool(torch.isfinite(one).all()) for one in of_base),
-        "unlike": tuple(_unlike(model, inputs)),
     }
     try:
         with quiet():
@@ -155,25 +153,7 @@ def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs)
         ),
         None,
     )
-    if adapted is not None:
-        facts |= _merged(adapted, inputs, of_base, of_adapter)
-    return facts
-
-
-def _unlike(model: nn.Module, inputs: Inputs) -> Iterator[str]:
-    for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        given = {
-            key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for key, value in inputs.items()
-        }
-        try:
-            found = outputs(copy.deepcopy(model).to(dtype), given)
-        except Exception as error:  # noqa: BLE001 - a model's own
-            yield f"{name}: {sentence(error)}"
-        else:
-            if not all(bool(torch.isfinite(one).all()) for one in found):
-                yield f"{name}: not finite"
+    return facts | measure(model, adapted, inputs, of_base, of_adapter)
 
 
 def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[list[ModelRun], Counter[str]]:
@@ -209,74 +189,6 @@ def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[lis
 def _put(values: dict[nn.Parameter, torch.Tensor]) -> None:
     for tensor, value in values.items():
         tensor.copy_(value)
-
-
-# --- merged ----------------------------------------------------------------------------------------------------------
-
-
-def _merged(
-    adapted: Any, inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
-) -> dict[str, Any]:
-    layers = {path: one for path, one in adapted.named_modules() if isinstance(one, LoraLayer)}
-    called: set[int] = set()
-    hooks = [one.register_forward_hook(lambda module, *_: called.add(id(module))) for one in layers.values()]
-    outputs(adapted.get_base_model(), inputs)
-    for hook in hooks:
-        hook.remove()
-    kinds: dict[tuple[str, str, str], list[str]] = {}
-    for path, one in layers.items():
-        how = _how(adapted, one, id(one) in called)
-        kinds.setdefault((path.rpartition(".")[2], type(one.get_base_layer()).__name__, how), []).append(path)
-    error = _error(adapted, list(layers), inputs, of_base, of_adapter)
-    if isinstance(error, str):
-        return {"differs": (error,)}
-    differs = []
-    for (leaf, name, how), paths in kinds.items() if error > LEAST_SHARE else ():
-        of_kind = _error(adapted, paths, inputs, of_base, of_adapter)
-        if isinstance(of_kind, str) or of_kind > LEAST_SHARE:
-            differs.append(f"{leaf} ({name}) {how}")
-    return {
-        "error": float(f"{error:.1e}"),
-        "differs": tuple(differs or (["all together"] if error > LEAST_SHARE else ())),
-    }
-
-
-def _error(
-    adapted: Any, paths: list[str], inputs: Inputs, of_base: list[torch.Tensor], of_adapter: list[torch.Tensor]
-) -> float | str:
-    """How far the outputs are from the unmerged ones once these layers are merged, as a share of the effect."""
-    merged = copy.deepcopy(adapted)
-    try:
-        with quiet():
-            for path in paths:
-                merged.get_submodule(path).merge()
-            found = outputs(merged.get_base_model(), inputs)
-    except Exception as error:  # noqa: BLE001 - PEFT's own
-        return sentence(error)
-    distance = _norm(found, of_adapter)
-    is_far = distance > LEAST_ERROR * _norm(of_adapter, [torch.zeros_like(one) for one in of_adapter])
-    return distance / max(_norm(of_adapter, of_base), 1e-30) if is_far else 0.0
-
-
-def _norm(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    if [one.shape for one in tensors] != [one.shape for one in others]:
-        return float("inf")
-    return (
-        sum(float((one.double() - other.double()).norm()) ** 2 for one, other in zip(tensors, others, strict=True))
-        ** 0.5
-    )
-
-
-def _how(adapted: nn.Module, layer: Any, is_called: bool) -> str:
-    """What is special about a layer."""
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    holders = [one for one in adapted.modules() if any(weight is tensor for tensor in one._parameters.values())]
-    if len(holders) > 1:
-        return "shares its weight"
-    if not is_called:
-        return "is not called"
-    return "has a forward of its own" if not type(base).__module__.startswith("torch.") else "is called"
 
 
 def alike(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:

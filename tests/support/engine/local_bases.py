@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from merge_gate.engine.base import loaded_base
-from merge_gate.engine.base.loaded_base import Source
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.files.feed import LocalFeed
+from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
-
-if TYPE_CHECKING:
-    from merge_gate.engine.base.loaded_base import Base, ModelClass
+from tests.support.files.pickles import read_pickle
 
 
 def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Base:
@@ -19,10 +20,25 @@ def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Bas
     return loaded_base.load_base(Source(directory=directory, **options), model_class)
 
 
-def load_local(directory: str, *, model_class: ModelClass, is_mapped: bool = True, **options: Any) -> Base:
+def load_local(
+    directory: str,
+    *,
+    model_class: ModelClass,
+    is_mapped: bool = True,
+    feed: LocalFeed | None = None,
+    **options: Any,
+) -> Base:
     """The skeleton over the files, which are mapped, or fed; by `from_pretrained` if there is none."""
-    source = Source(directory=directory, **options)
+    source, feed = Source(directory=directory, **options), feed or LocalFeed(directory)
     try:
-        return skeleton_of(source, model_class, stored_tensors(directory), LocalFeed(directory), is_mapped=is_mapped)
+        return skeleton_of(source, model_class, stored_tensors(directory), feed, is_mapped=is_mapped)
     except NoSkeletonError:
         return loaded_base.load_base(source, model_class)
+
+
+def base_for(directory: Path, adapter: Path, dtype: str = "auto", *, load: Any = load_local, **options: Any) -> Base:
+    """Loaded with the class that the adapter needs."""
+    files = preflight(str(adapter), allow_pickle=True, read_pickle=read_pickle)
+    model_class = model_class_for(str(directory), files, stored_tensors(directory))
+    loaded: Base = load(str(directory), model_class=model_class, label="base", dtype=dtype, **options)
+    return loaded

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.consumer import Consumer
-from merge_gate.engine.merge.adapter_merge import Progress
+from merge_gate.files.preflight import preflight
 from merge_gate.records.config import Combine
 from merge_gate.records.features import FEATURES, part
 from merge_gate.records.files import AdapterFiles
@@ -33,40 +34,40 @@ def merge_adapter(
     files: AdapterFiles,
     *,
     measure_options: MeasureOptions = MEASURE_ALL,
-    progress: Progress | None = None,
     is_export: bool = False,
     no_forward: str = "",
-    free_bytes: int | None = None,
-    safe_merge: bool = True,
+    **options: Any,
 ) -> Evidence:
-    """Merge one adapter into a scratch copy of the base, and measure everything.
+    """Merge one adapter into a scratch copy of the base, and measure everything. The options are the request's.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
     exports = Consumer()
     exports.needs_served = is_export
-    request = MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress)
-    request = replace(request, no_forward=no_forward, free_bytes=free_bytes, safe_merge=safe_merge)
-    return merge(replace(request, consumers=(exports, *(() if no_forward else runs()))))
+    request = MergeRequest(base=base, members=(files,), measure_options=measure_options, no_forward=no_forward)
+    return merge(replace(request, consumers=(exports, *(() if no_forward else runs())), **options))
 
 
 def merge_combination(
-    base: Base,
-    members: tuple[AdapterFiles, ...],
-    combine: Combine,
-    *,
-    measure_options: MeasureOptions = MEASURE_ALL,
-    progress: Progress | None = None,
+    base: Base, members: tuple[AdapterFiles, ...], combine: Combine, measure_options: MeasureOptions = MEASURE_ALL
 ) -> Evidence:
     """Combine adapters by PEFT's `add_weighted_adapter`, and merge the result as `merge_adapter` does."""
-    return merge(
-        MergeRequest(
-            base=base,
-            members=members,
-            combine=combine,
-            measure_options=measure_options,
-            progress=progress,
-            consumers=runs(),
-        )
-    )
+    request = MergeRequest(base=base, members=members, combine=combine, measure_options=measure_options)
+    return merge(replace(request, consumers=runs()))
+
+
+def request_for(base: Base, adapter: Path, **options: Any) -> MergeRequest:
+    """What a run asks for one adapter; with `no_forward`, the merge alone."""
+    consumers = () if options.get("no_forward") else runs()
+    members = (preflight(str(adapter), allow_pickle=False),)
+    return MergeRequest(**{"base": base, "members": members, "consumers": consumers} | options)
+
+
+def comparable(evidence: Evidence) -> str:
+    """Its text, since NaN is not equal to NaN. Which layers PEFT cross-checks depends on the adapters before."""
+    assert len(set(evidence.cross_checked)) == len(evidence.cross_checked)
+    assert (evidence.forward.largest_difference or 0.0) < 1e-3  # of the cross-checked layers, in float32
+    forward = replace(evidence.forward, largest_difference=None)
+    checked = (str(len(evidence.cross_checked)),)
+    return repr(replace(evidence, seconds=0.0, cross_checked=checked, forward=forward))

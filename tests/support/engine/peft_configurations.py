@@ -317,12 +317,7 @@ def one_nan(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _disagreements(
-    user: Merged,
-    judgement: Judgement,
-    seen: dict[str, Tensor],
-    with_nan: Judgement,
-    base: Any,
-    broken: Path,
+    user: Merged, judgement: Judgement, seen: dict[str, Tensor], with_nan: Judgement, base: Any, broken: Path
 ) -> Iterator[str]:
     passes = judgement.verdict is Verdict.PASSED
     if passes == bool(user.raised):

@@ -1,18 +1,17 @@
-"""The merge that plain PEFT makes of one case."""
+"""What plain PEFT makes of an adapter: the merged tensors, and what the merged model computes."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
+from tests.support import methods
 from tests.support.models import VARIANTS, load_for_training, read_config
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 Tensors = dict[str, torch.Tensor]
 
@@ -31,3 +30,11 @@ def peft_merge(base: Path, adapter: Path, dtype: str, *, safe_merge: bool = True
             model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe_merge)
     return before, merged.state_dict()
+
+
+def merge_error(model: Any, inputs: Mapping[str, torch.Tensor]) -> float:
+    """How far the outputs of the merged model are from those of base and adapter, as a share of these."""
+    unmerged = methods.compute(model.eval(), inputs)
+    with methods.quiet():
+        merged = methods.compute(model.merge_and_unload(safe_merge=True).eval(), inputs)
+    return float((merged - unmerged).norm() / unmerged.norm())

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import conversion_mapping
 
 from merge_gate._internal.errors import GateError, NotPublishedError
-from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named_tensors
+from merge_gate.engine.base.loaded_base import Base, ModelClass, loads_as_usual, named_tensors
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, tensor_map
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.features.publish.consumer import PublicationConsumer
@@ -29,11 +30,6 @@ from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
 from tests.support.engine.published import Sent, write_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.engine.base.loaded_base import Base
 
 COMPUTED = frozenset({"chinese_clip", "chinese_clip_text_model", "marian"})
 """Types whose parameters transformers changes after it has loaded them (tensor_maps.py): no value can be compared."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +26,9 @@ from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.features.publish.consumer import PublicationBase
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.measured import Evidence
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import PRESERVE
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
@@ -31,14 +36,6 @@ from tests.support.engine.fed_bases import source
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import runs
 from tests.support.files.pickles import read_pickle
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from merge_gate.records.files import StoredTensor
-    from merge_gate.records.measured import Evidence
-    from merge_gate.records.refusals import NotJudged
 
 
 @dataclass

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from merge_gate.records.terms import Quantization
 from tests.support import methods
 from tests.support.gating import Bench
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
 
 BASE = "llama-bias"
 ON_LOADING = ("bnb-8bit", "bnb-4bit")

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tests.support import methods
 from tests.support.faults import configure
@@ -33,9 +34,6 @@ from tests.support.models import (
     to_pickle,
     write_tensors,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SCORE = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "v_proj"]}
 VANISHED = "/mnt/nvme0/users/kim/runs/llama-tuned"
@@ -119,24 +117,50 @@ def trainer_state(directory: Path) -> None:
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": 40, "epoch": 1.0, "log_history": []}))
 
 
-def tokenizer(directory: Path) -> None:
-    """A tokenizer with two tokens of its own."""
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    (directory / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
-    (directory / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 64, "<|im_end|>": 65}))
-    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+def beside(files: Mapping[str, object]) -> Callable[[Path], None]:
+    """Writes these files: texts, bytes, or what is written as JSON."""
+
+    def write(directory: Path) -> None:
+        for name, content in files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            text = content if isinstance(content, str | bytes) else json.dumps(content)
+            (directory / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return write
 
 
-def card(directory: Path) -> None:
-    """Axolotl's model card, which holds a YAML file."""
-    text = "---\nlibrary_name: peft\nbase_model: acme/llama\n---\n# out\n```yaml\nadapter: lora\nlora_r: 4\n```\n"
-    (directory / "README.md").write_text(text)
+def only(files: Mapping[str, object]) -> Callable[[Shelf, Path], None]:
+    return lambda _shelf, out: beside(files)(out)
 
 
-def config_of_the_base(directory: Path) -> None:
-    """Axolotl and others save the base's config.json beside the adapter."""
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "_name_or_path": VANISHED}
-    (directory / "config.json").write_text(json.dumps(config))
+TOKENIZER = beside({
+    "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    "special_tokens_map.json": {"pad_token": "<pad>"},
+    "added_tokens.json": {"<|im_start|>": 64, "<|im_end|>": 65},
+    "chat_template.jinja": "{% for m in messages %}{{ m.content }}{% endfor %}",
+})  # fmt: skip
+"""With two tokens of its own."""
+YAML = "---\nlibrary_name: peft\nbase_model: acme/llama\n---\n# out\n```yaml\nadapter: lora\nlora_r: 4\n```\n"
+CARD = beside({"README.md": YAML})
+"""Axolotl's model card holds a YAML file."""
+CONFIG_OF_THE_BASE = beside({
+    "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "_name_or_path": VANISHED},
+})  # fmt: skip
+"""Axolotl and others save it beside the adapter."""
+OF_SWIFT = beside({
+    "args.json": {"model": "acme/llama", "tuner_type": "lora"},
+    "additional_config.json": {"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06},
+})  # fmt: skip
+OF_DEEPSPEED = only({
+    "global_step40/zero_pp_rank_0_mp_rank_00_model_states.pt": b"PK",
+    "latest": "global_step40",
+    "zero_to_fp32.py": "# DeepSpeed's\n",
+})  # fmt: skip
+OF_FSDP = only({
+    "pytorch_model_fsdp_0/__0_0.distcp": b"\x80", "optimizer_0/__0_0.distcp": b"\x80", "trainer_state.json": "{}",
+})  # fmt: skip
+OF_MEGATRON = only({"iter_0000040/__0_0.distcp": b"\x80", "latest_checkpointed_iteration.txt": "40"})
+OF_NEMO = only({"megatron_gpt_peft_lora_tuning.nemo": b"\x1f\x8b"})
 
 
 def of_unsloth(directory: Path) -> None:
@@ -148,16 +172,9 @@ def of_unsloth(directory: Path) -> None:
     configure(auto_mapping=mapping, base_model_name_or_path="unsloth/llama-bnb-4bit", task_type="CAUSAL_LM")(directory)
 
 
-def of_swift(directory: Path) -> None:
-    (directory / "args.json").write_text(json.dumps({"model": "acme/llama", "tuner_type": "lora"}))
-    extra = {"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06}
-    (directory / "additional_config.json").write_text(json.dumps(extra))
-
-
 def of_llama_factory(directory: Path) -> None:
-    (directory / "all_results.json").write_text(json.dumps({"train_loss": 1.2}))
-    (directory / "trainer_log.jsonl").write_text(json.dumps({"current_steps": 5, "loss": 1.2}) + "\n")
-    (directory / "training_loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    log, picture = json.dumps({"current_steps": 5, "loss": 1.2}) + "\n", b"\x89PNG\r\n\x1a\n"
+    beside({"all_results.json": {"train_loss": 1.2}, "trainer_log.jsonl": log, "training_loss.png": picture})(directory)
     save_file({"v_head.summary.weight": torch.zeros(1, 32)}, directory / "value_head.safetensors")
 
 
@@ -277,35 +294,6 @@ def empty_pickle(shelf: Shelf, out: Path) -> None:
     (out / ADAPTER_WEIGHTS).unlink()
 
 
-def of_deepspeed(shelf: Shelf, out: Path) -> None:
-    del shelf
-    (out / "global_step40").mkdir(parents=True)
-    torch.save({"module": {}}, out / "global_step40" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    (out / "latest").write_text("global_step40")
-    (out / "zero_to_fp32.py").write_text("# DeepSpeed's\n")
-
-
-def of_fsdp(shelf: Shelf, out: Path) -> None:
-    del shelf
-    (out / "pytorch_model_fsdp_0").mkdir(parents=True)
-    (out / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"\x80")
-    (out / "optimizer_0").mkdir()
-    (out / "trainer_state.json").write_text("{}")
-
-
-def of_megatron(shelf: Shelf, out: Path) -> None:
-    del shelf
-    (out / "iter_0000040").mkdir(parents=True)
-    (out / "iter_0000040" / "__0_0.distcp").write_bytes(b"\x80")
-    (out / "latest_checkpointed_iteration.txt").write_text("40")
-
-
-def of_nemo(shelf: Shelf, out: Path) -> None:
-    del shelf
-    out.mkdir(parents=True)
-    (out / "megatron_gpt_peft_lora_tuning.nemo").write_bytes(b"\x1f\x8b")
-
-
 def on_another_adapter(shelf: Shelf, out: Path) -> None:
     """Trained on a model that was loaded from an adapter's directory: the base that it names is that adapter."""
     lora()(shelf, out / "first")
@@ -354,14 +342,14 @@ def passing() -> tuple[Shipped, ...]:
     }
     base = {"target_modules": seven}
     return (
-        Shipped(name="axolotl", make=then(lora(**base), card, config_of_the_base, tokenizer, trainer_state)),
-        Shipped(name="checkpoint", make=below("checkpoint-40", then(lora(), trainer_state, card)),
+        Shipped(name="axolotl", make=then(lora(**base), CARD, CONFIG_OF_THE_BASE, TOKENIZER, trainer_state)),
+        Shipped(name="checkpoint", make=below("checkpoint-40", then(lora(), trainer_state, CARD)),
                 path="checkpoint-40"),
-        Shipped(name="unsloth", make=then(lora(), of_unsloth, tokenizer)),
-        Shipped(name="llama-factory", make=then(lora(), of_llama_factory, card)),
-        Shipped(name="swift", make=below("v0-20260101-120000/checkpoint-40", then(lora(), of_swift, trainer_state)),
+        Shipped(name="unsloth", make=then(lora(), of_unsloth, TOKENIZER)),
+        Shipped(name="llama-factory", make=then(lora(), of_llama_factory, CARD)),
+        Shipped(name="swift", make=below("v0-20260101-120000/checkpoint-40", then(lora(), OF_SWIFT, trainer_state)),
                 path="v0-20260101-120000/checkpoint-40"),
-        Shipped(name="trl-added-tokens", make=then(resized, tokenizer), rows=66),
+        Shipped(name="trl-added-tokens", make=then(resized, TOKENIZER), rows=66),
         Shipped(name="value-head-beside", make=then(
             lora(), lambda out: torch.save({"v_head.summary.weight": torch.zeros(1, 32)}, out / "pytorch_model.bin"))),
         Shipped(name="both-containers", make=then(lora(), also_pickled)),
@@ -399,7 +387,7 @@ def in_another_place() -> tuple[Shipped, ...]:
     return (
         Shipped(name="output-directory", cause=missing, hint=("subdirectory 'checkpoint-100'",),
                 make=all_of(below("checkpoint-20", lora()), below("checkpoint-100", lora(seed=2)))),
-        Shipped(name="swift-output", make=below(run, then(lora(), of_swift)), cause=missing,
+        Shipped(name="swift-output", make=below(run, then(lora(), OF_SWIFT)), cause=missing,
                 hint=(f"subdirectory '{run}'",)),
         Shipped(name="subfolder", make=below("adapter", lora()), cause=missing, hint=("subdirectory 'adapter'",)),
         Shipped(name="several", make=two_names("sft", "dpo"), cause=missing,
@@ -411,10 +399,10 @@ def in_another_place() -> tuple[Shipped, ...]:
         Shipped(name="capital", make=then(lora(), capital), cause=missing, hint=("adapter_config.json",)),
         Shipped(name="safetensors-as-bin", make=then(lora(), renamed_to("adapter_model.bin")), cause="file-corrupt",
                 says=("safetensors",), hint=("adapter_model.safetensors",)),
-        Shipped(name="deepspeed", make=of_deepspeed, cause=missing, hint=("DeepSpeed", "save_pretrained")),
-        Shipped(name="fsdp", make=of_fsdp, cause=missing, hint=("FSDP", "FULL_STATE_DICT")),
-        Shipped(name="megatron", make=of_megatron, cause=missing, hint=("Megatron", "AutoBridge.export_adapter_ckpt")),
-        Shipped(name="nemo", make=of_nemo, cause=missing, hint=("NeMo", "AutoBridge.export_adapter_ckpt")),
+        Shipped(name="deepspeed", make=OF_DEEPSPEED, cause=missing, hint=("DeepSpeed", "save_pretrained")),
+        Shipped(name="fsdp", make=OF_FSDP, cause=missing, hint=("FSDP", "FULL_STATE_DICT")),
+        Shipped(name="megatron", make=OF_MEGATRON, cause=missing, hint=("Megatron", "AutoBridge.export_adapter_ckpt")),
+        Shipped(name="nemo", make=OF_NEMO, cause=missing, hint=("NeMo", "AutoBridge.export_adapter_ckpt")),
         Shipped(name="merged", make=merged_only, cause=missing, hint=("model",)),
         Shipped(name="merged-config-left", make=merged_by_mistake, cause=missing, hint=("model",)),
     )  # fmt: skip

@@ -8,8 +8,10 @@ In: a model type. Out: `Checked`. The map is right if filling it with the stored
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,10 +27,6 @@ from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import source
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 COMPUTED = {
     "chinese_clip": "transformers sets the padding row of an embedding to zero after the load",

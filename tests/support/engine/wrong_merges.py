@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,9 +110,13 @@ class Fault:
     broken: list[Key] = field(default_factory=list)
     first: Tensor | None = None
 
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for kind in MERGING:
-            monkeypatch.setattr(kind, "merge", self._wrapped(kind.merge))
+    @contextlib.contextmanager
+    def made(self, *kinds: Any) -> Iterator[None]:
+        """Classes of PEFT, by default all, make the fault."""
+        with pytest.MonkeyPatch.context() as patched:
+            for kind in kinds or MERGING:
+                patched.setattr(kind, "merge", self._wrapped(kind.merge))
+            yield
 
     def _wrapped(self, merge: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(merge)
@@ -149,6 +154,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("IA3Config", {"feedforward_modules": []}),
     "lokr": ("LoKrConfig", {"r": 4}),
 }
+PAIRS = [(base, method) for base in TARGETS for method in METHODS if (base, method) != ("gpt2", "lokr")]
+"""PEFT has no LoKr for Conv1D."""
 
 
 def case_of(base: str, method: str) -> methods.Case:
