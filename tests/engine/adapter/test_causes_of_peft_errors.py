@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import transformers
 from merge_gate.engine.base.loaded_base import first_line
 from merge_gate.records.terms import Origin, Verdict
 from tests.support import methods
+from tests.support.engine.local_bases import edited_base
 from tests.support.faults import configure, drop, edit
 from tests.support.gating import Bench, Gate, one_thread
 
@@ -91,11 +91,9 @@ def test_a_file_of_zeros_that_changes_the_base_earns_a_warning(name: str, tmp_pa
 
 def test_a_weight_that_peft_cannot_decompose_is_refused(tmp_path: Path, bench: Bench) -> None:
     case = methods.find("osf-linear")
-    directory = tmp_path / "base"
-    shutil.copytree(bench.base_directory(case.base, "float32"), directory)
-    tensors = methods.load_file(directory / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
-    methods.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = bench.base_directory(case.base, "float32")
+    directory = edited_base(base, tmp_path / "base", lambda tensors: tensors[name][3, 4:5].fill_(torch.nan))
     with pytest.raises(torch.linalg.LinAlgError):
         methods.load_adapter(methods.load_base(case.base, directory), bench.adapter(case))
     judgement = bench.gate.judge(bench.adapter(case), directory)

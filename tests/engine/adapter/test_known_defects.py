@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import ArrowConfig
-from torch import nn
+from torch import Tensor, nn
 
 from merge_gate.judging.checks.not_mergeable import WITHOUT_WEIGHTS
 from merge_gate.records.terms import Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
+from tests.support.engine.local_bases import edited_base
 from tests.support.engine.plain_merge import merge_error
 from tests.support.gating import Bench
 
@@ -208,10 +208,12 @@ def test_the_docs_have_the_row(row: Row) -> None:
 
 def test_tokens_of_a_head_whose_bias_is_zero_pass(bench: Bench, tmp_path: Path) -> None:
     """PEFT's forward leaves out a bias of zeros, and nothing is lost."""
-    shutil.copytree(bench.base_directory("xlm-roberta", "float32"), tmp_path / "base")
-    state = faults_methods.load_file(tmp_path / "base" / "model.safetensors")
-    biases = {name: torch.zeros_like(tensor) for name, tensor in state.items() if name.startswith("lm_head.bias")}
-    methods.save_file(state | biases, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    biases: list[Tensor] = []
+
+    def erase(tensors: dict[str, Tensor]) -> None:
+        biases.extend(tensor.zero_() for name, tensor in tensors.items() if name.startswith("lm_head.bias"))
+
+    edited_base(bench.base_directory("xlm-roberta", "float32"), tmp_path / "base", erase)
     case = next(row.case for row in ROWS if row.name == "tokens-of-a-head-with-a-bias")
     base, adapter = methods.load_base("xlm-roberta", tmp_path / "base"), bench.adapter(case)
     assert merge_error(methods.load_adapter(base, adapter), methods.make_input("xlm-roberta")) < 1e-6

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization, Severity, Verdict
 from tests.support import models
 from tests.support.engine.base_headers import stored_tensors
+from tests.support.engine.local_bases import edited_base
 from tests.support.gating import Gate
 from tests.support.models import Shelf, Tensors
 
@@ -36,10 +36,7 @@ WEIGHTS = "model.safetensors"
 
 def changed(shelf: Shelf, root: Path, tensors: Tensors, base: str = "llama") -> Path:
     """A copy of a base with other tensors in its file."""
-    directory = root / "base"
-    shutil.copytree(shelf.base(base), directory)
-    models.write_tensors(directory, models.read_tensors(directory, WEIGHTS) | tensors, WEIGHTS)
-    return directory
+    return edited_base(shelf.base(base), root / "base", lambda _: tensors)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +147,11 @@ NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
     ],
 )
 def test_a_parameter_that_no_file_has_makes_the_base_incomplete(
-    lacking: str, adapter: Config, brought: bool, tmp_path: Path
+    lacking: str, adapter: Config, brought: bool, shelf: Shelf, tmp_path: Path
 ) -> None:
-    whole, base, out = tmp_path / "whole", tmp_path / "base", tmp_path / "adapter"
-    models.make_base("llama", whole)
-    models.save_adapter(whole, out, adapter)
-    shutil.copytree(whole, base)
-    tensors = models.read_tensors(whole, WEIGHTS)
-    models.write_tensors(base, {name: one for name, one in tensors.items() if name != lacking}, WEIGHTS)
+    out = tmp_path / "adapter"
+    models.save_adapter(shelf.base("llama"), out, adapter)
+    base = edited_base(shelf.base("llama"), tmp_path / "base", lambda tensors: [tensors.pop(lacking)])
     judgement = Gate().judge(out, base)
     expected = (Verdict.PASSED, None) if brought else (Verdict.ERROR, "base-incomplete")
     assert (judgement.verdict, judgement.cause) == expected, str(judgement)

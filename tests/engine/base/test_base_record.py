@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from merge_gate.engine.adapter_evidence import merge_together
 from merge_gate.engine.base.loaded_base import Base, ModelClass
@@ -21,7 +19,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.jobs import events_of, group_of
-from tests.support.engine.local_bases import load_base
+from tests.support.engine.local_bases import edited_base, load_base
 from tests.support.engine.merges import NOT_RUN, request_for
 from tests.support.models import Shelf
 
@@ -93,12 +91,11 @@ def test_figures_of_another_shape_dtype_or_name_are_not_taken(shelf: Shelf) -> N
 
 
 def test_a_tensor_that_was_not_finite_is_read_again(shelf: Shelf, tmp_path: Path) -> None:
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama"), dtype="auto")
-    with torch.no_grad():
-        model.model.norm.weight[3] = math.nan
-    model.save_pretrained(tmp_path)
-    record, whole = recorded(tmp_path, shelf.adapter("plain"))
-    base, _ = skeleton(tmp_path)
+    directory = edited_base(
+        shelf.base("llama"), tmp_path / "base", lambda tensors: tensors[UNTOUCHED][3:4].fill_(math.nan)
+    )
+    record, whole = recorded(directory, shelf.adapter("plain"))
+    base, _ = skeleton(directory)
     base.use_earlier_figures(record)
     assert base.unmeasured() == [UNTOUCHED], "it is read again: no adapter fails by a record"
     assert merged(base, shelf.adapter("plain")).base.nonfinite == whole.base.nonfinite

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Event, Group, Me
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.jobs import events_as_they_come, events_of, group_of
-from tests.support.engine.local_bases import load_base
+from tests.support.engine.local_bases import edited_base, load_base
 from tests.support.models import Shelf, save_adapter
 
 CLASSIFIER = "ForSequenceClassification"
@@ -133,11 +133,8 @@ def test_a_plain_base_is_never_loaded_into_memory(dtypes: tuple[str, ...], shelf
 
 @pytest.mark.parametrize("value", [1e30, -1e30, math.inf, math.nan])
 def test_what_the_dtype_cannot_hold_is_counted(value: float, shelf: Shelf, tmp_path: Path) -> None:
-    directory = tmp_path / "base"
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-bfloat16"), dtype="auto")
-    with torch.no_grad():
-        model.lm_head.weight[3, 5] = value
-    model.save_pretrained(directory)
+    base = shelf.base("llama-bfloat16")
+    directory = edited_base(base, tmp_path / "base", lambda tensors: tensors["lm_head.weight"][3, 5:6].fill_(value))
     events = events_of(group_of(directory, shelf.adapter("bfloat16-base"), dtype="float16"))
     (evidence,) = (event.evidence for event in events if isinstance(event, Merged))
     assert [one.name for one in evidence.base.nonfinite] == ["lm_head.weight"]
@@ -149,9 +146,7 @@ def test_what_the_dtype_cannot_hold_is_counted(value: float, shelf: Shelf, tmp_p
 
 
 def test_files_that_changed_in_between_are_read_again(shelf: Shelf, tmp_path: Path) -> None:
-    directory = tmp_path / "base"
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama-bfloat16"), dtype="auto")
-    model.save_pretrained(directory)
+    directory = shutil.copytree(shelf.base("llama-bfloat16"), tmp_path / "base")
     seen = []
     for event in events_as_they_come(*in_dtypes(directory, shelf.adapter("bfloat16-base"), "bfloat16", "float16")):
         if isinstance(event, Merged):

@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.base import skeleton
+from merge_gate.engine.base import accounting, skeleton, tensor_map
 from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.base.tensor_map import NoMapError
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
 from tests.support import methods
-from tests.support.engine import architectures
+from tests.support.engine import architectures, tensor_maps
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
-from tests.support.engine.local_bases import load_base
+from tests.support.engine.local_bases import edited_base, load_base
+from tests.support.gating import one_thread
 from tests.support.models import Shelf, among_transformers
 from tests.support.sampled import sampled
 
@@ -161,12 +162,12 @@ def test_a_class_that_needs_its_values_is_loaded(
 def test_tied_tensors_that_are_both_stored_are_tied_if_equal(
     factor: float, is_mapped: bool, shelf: Shelf, tmp_path: Path
 ) -> None:
-    directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    def tie(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"lm_head.weight": tensors["model.embed_tokens.weight"] * factor}
+
+    directory = edited_base(shelf.base("llama"), tmp_path / "base", tie)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    tensors = load_file(directory / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     base, real = made(directory, is_mapped=is_mapped), loaded(directory)
     assert ("lm_head.weight" in real.tensors) == (factor != 1)
     assert differing(base, real) == []
@@ -204,8 +205,8 @@ def test_a_base_unlike_its_class_is_refused_as_by_a_load(shelf: Shelf, tmp_path:
     clash = refusals[0]
     assert clash == refusals[1]
     assert clash.kind == "base_shape_clash"
-    assert (clash.fields["got"][0], clash.fields["expected"][0]) == (48, 40)
     assert "mlp" in clash.fields["name"]
+    assert (48, 40) in zip(clash.fields["got"], clash.fields["expected"], strict=True)
 
 
 # --- the places in the files ---------------------------------------------------------------------------------------
@@ -255,3 +256,43 @@ def test_a_header_longer_than_its_file_is_an_error(shelf: Shelf, tmp_path: Path)
     path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(ValueError, match="header"):
         stored_bytes(str(directory), stored)
+
+
+# --- the map of names: each kind of conversion, and plain types, of tests/tools/tensor_maps.py ---------------------
+
+TYPES = (
+    "albert", "bamba", "bart", "bert", "blip", "bloom", "clip", "cohere", "deberta-v2", "deepseek_v3", "distilbert",
+    "electra", "falcon", "gemma", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "jamba", "llama", "llava",
+    "mamba", "marian", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe",
+    "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_next", "resnet", "roberta", "siglip", "t5", "vit", "wav2vec2", "whisper",
+    "xlm-roberta",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", sampled(TYPES, [*TYPES][::4]))
+def test_the_map_is_what_transformers_loads(model_type: str, tmp_path: Path) -> None:
+    with one_thread():
+        checked = tensor_maps.check(model_type, tmp_path)
+    assert not checked.skipped
+    assert checked.parameters
+    assert checked.wrong == ()
+
+
+def test_a_release_with_another_loader_gives_no_map(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The load itself then has to account for the base."""
+    monkeypatch.delattr(transformers.core_model_loading, "WeightConverter")
+    directory = str(shelf.base("llama"))
+    with pytest.raises(NoMapError, match="transformers"), tensor_map.traced():
+        pass
+    llama = ModelClass(class_name="LlamaForCausalLM")
+    assert accounting.account_for(directory, llama, "b", stored_tensors(directory)).map is None
+
+
+def test_the_loader_is_as_it_was_after_a_recording(shelf: Shelf) -> None:
+    loader = transformers.core_model_loading
+    before = (loader.rename_source_key, loader.WeightTransform.add_tensor, loader.WeightConverter.convert)
+    stored = stored_tensors(shelf.base("llama"))
+    tensor_map.tensor_map(transformers.LlamaForCausalLM, str(shelf.base("llama")), stored, dtype=torch.float32)
+    assert before == (loader.rename_source_key, loader.WeightTransform.add_tensor, loader.WeightConverter.convert)

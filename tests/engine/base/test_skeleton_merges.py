@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import transformers
 from peft.tuners.lycoris_utils import LycorisLayer
 
 from merge_gate._internal.errors import EngineError, SourceError
@@ -35,11 +34,11 @@ from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, EndingFeed
 from tests.support.engine.jobs import events_of, group_of
-from tests.support.engine.local_bases import base_for, load_base
+from tests.support.engine.local_bases import base_for, edited_base, load_base
 from tests.support.engine.merges import NOT_RUN, comparable, request_for
 from tests.support.faults import configure
 from tests.support.merged import kept
-from tests.support.models import VARIANTS, Shelf, read_tensors, write_tensors
+from tests.support.models import VARIANTS, Shelf, Tensors, read_tensors, write_tensors
 from tests.support.sampled import sampled
 
 VARIANTS_IN_SLICE = (
@@ -207,13 +206,13 @@ def mapped_files() -> list[tuple[int, int]]:
 
 
 def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_path: Path) -> None:
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama"), dtype="auto")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight[3, 5] = math.nan
-        model.lm_head.weight[0, 0] = math.inf
-    model.save_pretrained(tmp_path)
+    def breaks(tensors: Tensors) -> None:
+        tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = math.nan
+        tensors["lm_head.weight"][0, 0] = math.inf
+
+    directory = edited_base(shelf.base("llama"), tmp_path / "base", breaks)
     adapter = shelf.adapter("every-projection")
-    base, loaded = fed(tmp_path, adapter), real(tmp_path, adapter)
+    base, loaded = fed(directory, adapter), real(directory, adapter)
     assert (base.facts.nonfinite, len(loaded.facts.nonfinite)) == ((), 2)
     assert comparable(merge(request(base, adapter))) == comparable(merge(request(loaded, adapter)))
     assert base.facts == loaded.facts
@@ -282,11 +281,10 @@ def test_a_pass_that_reads_a_tensor_without_values_is_repeated(shelf: Shelf, mon
 
 
 def test_a_worker_reports_the_facts_once_they_are_known(shelf: Shelf, tmp_path: Path) -> None:
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama"), dtype="auto")
-    with torch.no_grad():
-        model.model.norm.weight[3] = math.nan
-    model.save_pretrained(tmp_path)
-    group = group_of(tmp_path, shelf.adapter("every-projection"), shelf.adapter("plain"), consumers=())
+    base = edited_base(
+        shelf.base("llama"), tmp_path / "base", lambda one: one["model.norm.weight"][3:4].fill_(math.nan)
+    )
+    group = group_of(base, shelf.adapter("every-projection"), shelf.adapter("plain"), consumers=())
     in_pass, whole = (
         [
             event

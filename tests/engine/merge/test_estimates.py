@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
@@ -19,6 +18,7 @@ from merge_gate.judging.verdict import decide_files
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
+from tests.support.engine.local_bases import edited_base
 from tests.support.engine.merges import NOT_RUN, merge_adapter
 from tests.support.gating import SPEC, Gate
 
@@ -88,21 +88,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     return Trial(root / "base", root / "adapter", Gate())
 
 
-def copied(plain: Trial, root: Path) -> Trial:
-    shutil.copytree(plain.adapter, root / "adapter")
-    return Trial(plain.base, root / "adapter", plain.gate)
-
-
 @pytest.mark.parametrize("few_are_lost", [True, False])
 def test_rows_of_two_kinds_end_on_the_side_of_their_true_loss(few_are_lost: bool, plain: Trial, tmp_path: Path) -> None:
     """The delta has one size in all rows; it is lost where the weights are large. A sample meets one kind only."""
     rows = torch.arange(ROWS)
     lost = rows % 28 == 0 if few_are_lost else (rows % 7 != 0) & (rows % 16 != 1)
-    shutil.copytree(plain.base, tmp_path / "base")
-    state = load_file(plain.base / "model.safetensors")
-    state[f"{TARGET}.weight"] = torch.where(lost[:, None], 64.0, 2.0**-12).expand(ROWS, WIDTH).bfloat16().contiguous()
-    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    trial = Trial(tmp_path / "base", copied(plain, tmp_path).adapter, Gate())
+    weight = torch.where(lost[:, None], 64.0, 2.0**-12).expand(ROWS, WIDTH).bfloat16().contiguous()
+    base = edited_base(plain.base, tmp_path / "base", lambda _: {f"{TARGET}.weight": weight})
+    trial = Trial(base, plain.adapter, Gate())
     truth = trial.true_loss()
     assert truth == pytest.approx(0.19 if few_are_lost else 0.90, abs=0.03)
     verdict, estimated, loss = trial.judged(Severity.ERROR)
@@ -117,12 +110,9 @@ def test_rows_of_two_kinds_end_on_the_side_of_their_true_loss(few_are_lost: bool
 
 def test_a_ratio_near_its_error_limit_is_measured(plain: Trial, tmp_path: Path) -> None:
     """A sample of tiny weights would fail an adapter whose other rows are large."""
-    shutil.copytree(plain.base, tmp_path / "base")
-    state = load_file(plain.base / "model.safetensors")
     is_sampled = torch.arange(ROWS) % 7 == 0
-    state[f"{TARGET}.weight"] = torch.where(is_sampled[:, None], 2.0**-20, 1.0).expand(ROWS, WIDTH).bfloat16()
-    state[f"{TARGET}.weight"] = state[f"{TARGET}.weight"].contiguous()
-    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    verdict, estimated, _ = Trial(tmp_path / "base", copied(plain, tmp_path).adapter, Gate()).judged(Severity.WARNING)
+    weight = torch.where(is_sampled[:, None], 2.0**-20, 1.0).expand(ROWS, WIDTH).bfloat16().contiguous()
+    base = edited_base(plain.base, tmp_path / "base", lambda _: {f"{TARGET}.weight": weight})
+    verdict, estimated, _ = Trial(base, plain.adapter, Gate()).judged(Severity.WARNING)
     assert not estimated
     assert verdict is Verdict.PASSED

@@ -442,4 +442,4 @@ def test_an_adapter_is_judged_alike_after_others_of_its_config(variant: str, she
         alone = merge(request_for(base_for(directory, tmp_path / name), tmp_path / name, measure_options=SAMPLED))
         assert comparable(got) == comparable(alone), name
     if variant == "every-projection":
-        assert kept == [False, True, True, True, False, False]
+        assert kept == [False, True, True, False, False, False]

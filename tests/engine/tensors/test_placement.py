@@ -94,17 +94,17 @@ def test_random_numbers_are_restored() -> None:
 # --- errors of the run ---
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "CUDA driver error: invalid argument",
-        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
-        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
-        "HIP error: the operation cannot be performed in the present state",
-    ],
+OF_A_CARD = (
+    "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA driver error: invalid argument",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+    "HIP error: the operation cannot be performed in the present state",
 )
+
+
+@pytest.mark.parametrize("text", OF_A_CARD)
 def test_an_error_of_a_card_is_no_adapters(text: str) -> None:
     with pytest.raises(CardError) as raised:
         raise_if_of_the_run(RuntimeError(text))
@@ -117,17 +117,20 @@ def test_a_lack_of_memory_stays_what_it_is(error: Exception) -> None:
         raise_if_of_the_run(error)
 
 
+QUOTED = "Unknown initialization init_lora_weights='CUDA error'"
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["LoftQ needs CUDA or XPU", "index 7 is out of bounds", "mat1 and mat2", "Error(s): missing key 'CUDA error: x'"],
+    "error",
+    [
+        *map(RuntimeError, ("LoftQ needs CUDA or XPU", "index 7 is out of bounds", "mat1 and mat2")),
+        RuntimeError("Error(s): missing key 'CUDA error: x'"),
+        ValueError(QUOTED),
+        NotImplementedError(QUOTED),
+    ],
 )
-def test_another_error_is_the_adapters(text: str) -> None:
-    raise_if_of_the_run(RuntimeError(text))
-
-
-@pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
-def test_a_setting_that_peft_quotes_is_no_error_of_a_card(kind: type[Exception]) -> None:
-    raise_if_of_the_run(kind("Unknown initialization init_lora_weights='CUDA error'"))
+def test_another_error_is_the_adapters(error: Exception) -> None:
+    raise_if_of_the_run(error)
 
 
 def failing(kind: type[Exception], text: str) -> Callable[..., None]:

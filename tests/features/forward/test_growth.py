@@ -17,7 +17,7 @@ import transformers
 from merge_gate.engine.adapter_evidence import merge, merge_together
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.records.measured import Forward, MeasureOptions
-from tests.support.engine.local_bases import base_for, load_base, load_local
+from tests.support.engine.local_bases import base_for, edited_base, load_base, load_local
 from tests.support.engine.merges import request_for
 from tests.support.models import ALL_LINEAR, Shelf, Tensors, make_adapter, read_tensors, save_adapter, write_tensors
 
@@ -203,11 +203,8 @@ def test_a_dora_whose_norm_overflows_is_run(shelf: Shelf, tmp_path: Path) -> Non
 
 def test_one_value_may_not_be_far_above_all_others_of_its_weight(shelf: Shelf, tmp_path: Path) -> None:
     """A row of 32 equal values: one of them changes by 0.69 times the norm of all, which is 3.9 times its own."""
-    directory, name = tmp_path / "base", "model.layers.1.self_attn.o_proj.weight"
-    shutil.copytree(shelf.base("llama"), directory)
-    tensors = read_tensors(directory, "model.safetensors")
-    tensors[name] = torch.full_like(tensors[name], 0.1)
-    write_tensors(directory, tensors, "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    directory = edited_base(shelf.base("llama"), tmp_path / "base", lambda tensors: tensors[name].fill_(0.1))
     make_adapter(directory, tmp_path / "a", target_modules=["o_proj"], r=32, lora_alpha=32)
 
     def concentrate(one: Tensors) -> None:

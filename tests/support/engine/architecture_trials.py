@@ -91,7 +91,7 @@ def trial(model_type: str, work: Path) -> Outcome:
         architecture = architectures.build(model_type, base)
         trained = architectures.save_lora(architecture, base, adapter)
     except Exception as error:  # noqa: BLE001 - whatever transformers or PEFT raise: there is nothing to gate
-        return Outcome(model_type=model_type, reason=_sentence(error), seconds=_since(started))
+        return Outcome(model_type=model_type, reason=sentence(error), seconds=_since(started))
     user = user_merge(architecture, base, adapter, trained)
     gate = Gate()
     healthy = judged(gate, base, adapter)
@@ -109,9 +109,9 @@ def trial(model_type: str, work: Path) -> Outcome:
         tensors=len(trained),
         dropped=user.dropped,
         complaint=user.complaint,
-        healthy=_word(healthy),
+        healthy=word(healthy),
         findings=tuple(sorted({one.check for one in healthy.findings} if healthy.verdict is Verdict.PASSED else ())),
-        one_nan=_word(one_nan),
+        one_nan=word(one_nan),
         wrong=tuple(wrong),
         seconds=_since(started),
     )
@@ -132,7 +132,7 @@ def user_merge(architecture: Architecture, base: Path, adapter: Path, trained: d
         with methods.quiet():
             merged = peft_model.merge_and_unload(safe_merge=True)
     except Exception as error:  # noqa: BLE001 - whatever PEFT raises is what its user sees
-        return Merged(raised=_sentence(error))
+        return Merged(raised=sentence(error))
     tensors = methods.values(merged)
     changed = {name for name in before if name in tensors and not methods.same_tensor(before[name], tensors[name])}
     lost = tuple(one for one in targets if not any(name.startswith(f"{one}.") for name in changed))
@@ -204,12 +204,12 @@ def with_nan(adapter: Path, directory: Path, name: str | None = None) -> Path:
 # --- the gate's way ------------------------------------------------------------------------------------------------
 
 
-def judged(gate: Gate, base: Path, adapter: Path) -> Judgement:
+def judged(gate: Gate, base: Path, adapter: Path, dtype: str = "auto") -> Judgement:
     torch.manual_seed(0)  # as `architectures.load`
     try:
-        return gate.judge(adapter, base)
+        return gate.judge(adapter, base, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - as the worker does: the adapter is undecided
-        return Judgement(verdict=Verdict.ERROR, cause=_sentence(error), findings=(), evidence=None)
+        return Judgement(verdict=Verdict.ERROR, cause=sentence(error), findings=(), evidence=None)
 
 
 def gate_merge(gate: Gate, base: Path, adapter: Path) -> dict[str, Tensor]:
@@ -227,30 +227,27 @@ def disagreements(user: Merged, gate: Judgement) -> tuple[str, ...]:
     expected = Verdict.FAILED if user.complaint else Verdict.PASSED
     if gate.verdict is expected:
         return ()
-    return (f"healthy: {_word(gate)}, and for a user of PEFT: {user.complaint or 'loads and merges'}",)
+    return (f"healthy: {word(gate)}, and for a user of PEFT: {user.complaint or 'loads and merges'}",)
 
 
 def different_bits(user: Merged, gate: dict[str, Tensor]) -> tuple[str, ...]:
     """Tensors that the gate merged to other bits than PEFT, and those that PEFT changed and the gate did not merge."""
     places = {user.tensors[name].data_ptr() for name in gate if name in user.tensors}
-    found = [name for name, tensor in gate.items() if name not in user.tensors or _differ(user.tensors[name], tensor)]
+    same = methods.same_tensor
+    found = [name for name, tensor in gate.items() if name not in user.tensors or not same(user.tensors[name], tensor)]
     found += [
         name
         for name, tensor in user.tensors.items()
-        if name in user.before and tensor.data_ptr() not in places and _differ(user.before[name], tensor)
+        if name in user.before and tensor.data_ptr() not in places and not same(user.before[name], tensor)
     ]
     return (f"bits of {len(found)} tensors: {', '.join(found[:3])}",) if found else ()
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    return not methods.same_tensor(one, other)
-
-
-def _word(judgement: Judgement) -> str:
+def word(judgement: Judgement) -> str:
     return f"{judgement.verdict} ({judgement.cause})" if judgement.cause else str(judgement.verdict)
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())[:200]
     return text if type(error).__name__ in text else f"{type(error).__name__}: {text}"
 

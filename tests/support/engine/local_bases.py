@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.files.pickles import read_pickle
+from tests.support.models import Tensors, read_tensors, write_tensors
+
+WEIGHTS = "model.safetensors"
 
 
 def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Base:
@@ -42,3 +47,12 @@ def base_for(directory: Path, adapter: Path, dtype: str = "auto", *, load: Any =
     model_class = model_class_for(str(directory), files, stored_tensors(directory))
     loaded: Base = load(str(directory), model_class=model_class, label="base", dtype=dtype, **options)
     return loaded
+
+
+def edited_base(base: Path, out: Path, change: Callable[[Tensors], object]) -> Path:
+    """A copy of a base of one file; `change` edits its tensors in place, or returns those that are other ones."""
+    shutil.copytree(base, out)
+    tensors = read_tensors(out, WEIGHTS)
+    changed = change(tensors)
+    write_tensors(out, tensors | changed if isinstance(changed, dict) else tensors, WEIGHTS)
+    return out

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
-from tests.support.engine.architecture_trials import Merged, different_bits
+from tests.support.engine.architecture_trials import Merged, different_bits, judged, sentence, word
 from tests.support.gating import Gate, Judgement
 from tests.support.merged import kept
 
@@ -258,9 +258,9 @@ def hold(one: Configuration, dtype: str, gate: Gate, work: Path) -> Outcome:
         case = methods.Case(name=one.name, base=one.model, config=lambda: _config(one))
         methods.save_adapter(case, load_base(one, base, "float32"), adapter, base_directory=base)
     except Exception as error:  # noqa: BLE001 - whatever PEFT says: there is no adapter to gate
-        return Outcome(name=one.name, dtype=dtype, reason=_sentence(error))
+        return Outcome(name=one.name, dtype=dtype, reason=sentence(error))
     with kept() as seen:
-        judgement = judged(gate, adapter, base, dtype)
+        judgement = judged(gate, base, adapter, dtype)
     user = user_merge(load_base(one, base, dtype), adapter)
     if not user.raised and different_bits(user, seen):
         # Where weights lie in a file decides how they are aligned in memory, and that the last bit of a product
@@ -268,28 +268,20 @@ def hold(one: Configuration, dtype: str, gate: Gate, work: Path) -> Outcome:
         user = user_merge(copy.deepcopy(load_base(one, base, dtype)), adapter)
     broken = work / "broken"
     methods.write_variant(adapter, broken, one_nan(methods.load_file(adapter / methods.WEIGHTS)))
-    with_nan = judged(gate, broken, base, dtype)
+    with_nan = judged(gate, base, broken, dtype)
     return Outcome(
         name=one.name,
         dtype=dtype,
         peft=user.raised or "merges",
-        gate=_word(judgement),
+        gate=word(judgement),
         said=next((finding.message for finding in judgement.findings if finding.check == judgement.cause), ""),
-        one_nan=_word(with_nan),
+        one_nan=word(with_nan),
         wrong=tuple(_disagreements(user, judgement, seen, with_nan, lambda: load_base(one, base, dtype), broken)),
     )
 
 
 def _config(one: Configuration) -> Any:
     return one.settings if isinstance(one.settings, one.kind) else one.kind(**one.settings)
-
-
-def judged(gate: Gate, adapter: Path, base: Path, dtype: str) -> Judgement:
-    torch.manual_seed(0)
-    try:
-        return gate.judge(adapter, base, dtype=dtype)
-    except Exception as error:  # noqa: BLE001 - as the worker does: the adapter is undecided
-        return Judgement(verdict=Verdict.ERROR, cause=_sentence(error), findings=(), evidence=None)
 
 
 def user_merge(model: nn.Module, adapter: Path) -> Merged:
@@ -301,7 +293,7 @@ def user_merge(model: nn.Module, adapter: Path) -> Merged:
             merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
             tensors = methods.values(merged)
     except Exception as error:  # noqa: BLE001 - what PEFT raises is what its user sees
-        return Merged(before=before, raised=_sentence(error))
+        return Merged(before=before, raised=sentence(error))
     idle = all(methods.same_tensor(tensors[name], tensor) for name, tensor in before.items() if name in tensors)
     return Merged(before=before, tensors=tensors, raised="merges, and changes nothing" if idle else None)
 
@@ -321,7 +313,7 @@ def _disagreements(
 ) -> Iterator[str]:
     passes = judgement.verdict is Verdict.PASSED
     if passes == bool(user.raised):
-        yield f"PEFT: {user.raised or 'merges'}; the gate: {_word(judgement)}"
+        yield f"PEFT: {user.raised or 'merges'}; the gate: {word(judgement)}"
     if passes and not user.raised:
         yield from different_bits(user, seen)
     if with_nan.verdict is Verdict.PASSED and not _is_harmless(with_nan, user_merge(base(), broken)):
@@ -332,11 +324,3 @@ def _is_harmless(judgement: Judgement, user: Merged) -> bool:
     """The merge does not read what is NaN: then nothing of it is in the merged model, and a warning tells."""
     warned = any(f.check == "adapter-nonfinite" and f.severity is Severity.WARNING for f in judgement.findings)
     return warned and not user.raised and not methods.nonfinite(user.tensors)
-
-
-def _word(judgement: Judgement) -> str:
-    return f"{judgement.verdict} ({judgement.cause})" if judgement.cause else str(judgement.verdict)
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -30,9 +30,7 @@ from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
 from tests.support.engine.published import Sent, write_model
-
-COMPUTED = frozenset({"chinese_clip", "chinese_clip_text_model", "marian"})
-"""Types whose parameters transformers changes after it has loaded them (tensor_maps.py): no value can be compared."""
+from tests.support.engine.tensor_maps import COMPUTED
 
 
 @dataclass(frozen=True, kw_only=True)
