@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
+from benchmarks.peft_configurations import Outcome, hold, one_nan, read
 from tests.support import methods
-from tests.support.engine.peft_configurations import Outcome, hold, one_nan, read
 from tests.support.gating import Gate, Judgement, one_thread
 
 TABLES = {

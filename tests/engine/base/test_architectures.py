@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.architectures import trial, with_nan
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.engine import architectures
-from tests.support.engine.architecture_trials import trial, with_nan
 from tests.support.gating import Gate
 
 pytestmark = pytest.mark.usefixtures("single_thread")

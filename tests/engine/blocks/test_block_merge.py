@@ -361,7 +361,7 @@ def test_without_a_proof_of_norms_the_bits_are_the_same(monkeypatch, kind) -> No
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_proof_of_norms_fails_where_a_block_differs_in_one_bit(monkeypatch, transposed) -> None:
+def test_a_proof_of_norms_fails_where_one_bit_differs(monkeypatch, transposed) -> None:
     shape = facts(512, 512, transposed=transposed)
     genuine = block_merge._norms_of
 

@@ -132,7 +132,7 @@ def failing(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("load", "error", "words"), [(lacking, NoSkeletonError, "lm_head"), (failing, CannotJudge, "")]
+    ("load", "error", "words"), [(lacking, NoSkeletonError, "lm_head"), (failing, CannotJudge, "odd")]
 )
 def test_a_load_that_fails_or_lacks_other_tensors_does_not_count(
     load: Any, error: type[Exception], words: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,10 +159,15 @@ def test_a_file_without_a_digest_is_refused(
         resolved(tmp_path)
 
 
-def test_a_disk_that_takes_nothing_is_an_error(server: LoopbackHub) -> None:
-    server.add_repo(BASE, FILES)
-    with pytest.raises(SourceError):
-        resolved(Path("/proc/self"))  # no user can make a directory there
+def test_a_full_disk_is_an_error(server: LoopbackHub, tmp_path: Path) -> None:
+    server.add_repo(BASE, FILES | {MODEL: safetensors(bytes(4 << 20), a=1 << 20)})
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, usual[1]))
+    try:
+        with pytest.raises(SourceError):
+            resolved(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 # --- what is streamed ------------------------------------------------------------------------------------------------
