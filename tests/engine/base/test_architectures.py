@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +12,7 @@ from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.gating import Gate
+from tests.support.sampled import sampled
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -32,12 +31,7 @@ SLICE = {
 }
 
 
-def fast(model_types: Iterable[str], *names: str) -> list[Any]:
-    """Parameters of which only `names` run in `make test`."""
-    return [pytest.param(one, marks=() if one in names else pytest.mark.slow) for one in model_types]
-
-
-@pytest.mark.parametrize("model_type", fast(SLICE, "gpt2", "t5"))
+@pytest.mark.parametrize("model_type", sampled(SLICE, ("gpt2", "t5")))
 def test_verdict_and_bits_are_those_of_a_user_of_peft(model_type: str, tmp_path: Path) -> None:
     outcome = trial(model_type, tmp_path)
     assert outcome.built, outcome.reason
@@ -54,7 +48,7 @@ DROPPED = {
 """Types whose adapters PEFT does not load whole, though it saved them, and the renaming that loses the tensors."""
 
 
-@pytest.mark.parametrize("model_type", fast(DROPPED, "laguna"))
+@pytest.mark.parametrize("model_type", sampled(DROPPED, ("laguna",)))
 def test_tensors_that_peft_saves_and_does_not_load_fail(model_type: str, tmp_path: Path) -> None:
     outcome = trial(model_type, tmp_path)
     assert outcome.dropped, "PEFT loads this type by now: take one that it does not"

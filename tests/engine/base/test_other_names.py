@@ -16,6 +16,7 @@ from tests.support.engine import architectures
 from tests.support.engine.architectures import Architecture
 from tests.support.gating import Gate, Judgement
 from tests.support.models import Shelf, make_adapter, read_config, read_tensors, write_config, write_tensors
+from tests.support.sampled import sampled
 
 PREFIX = "base_model.model."
 
@@ -56,21 +57,20 @@ def noted(judgement: Judgement) -> list[Severity]:
     return [finding.severity for finding in judgement.findings if finding.check == "served-names"]
 
 
-OF_THE_TEXT = [
+Class = tuple[str, str, str | None]
+"""A model type, a class of it, and the adapter's task type."""
+OF_THE_TEXT: list[Class] = [
     ("qwen3_5", "AutoModelForCausalLM", "CAUSAL_LM"),
     ("qwen2_5_vl", "Qwen2_5_VLTextModel", None),
-    pytest.param("qwen3_5", "Qwen3_5ForCausalLM", None, marks=pytest.mark.slow),
-    pytest.param("llama4", "AutoModelForCausalLM", "CAUSAL_LM", marks=pytest.mark.slow),
+    ("qwen3_5", "Qwen3_5ForCausalLM", None),
+    ("llama4", "AutoModelForCausalLM", "CAUSAL_LM"),
 ]
 
 
-@pytest.mark.parametrize(("model_type", "class_name", "task_type"), OF_THE_TEXT)
-def test_an_adapter_of_the_text_class_is_noted(
-    model_type: str, class_name: str, task_type: str | None, bases: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("of", sampled(OF_THE_TEXT, OF_THE_TEXT[:2]))
+def test_an_adapter_of_the_text_class_is_noted(of: Class, bases: Path, tmp_path: Path) -> None:
     """PEFT applies none of it to the whole model, and all of it by the names that the gate found."""
-    base = built(bases, model_type)
-    adapter = trained(bases, model_type, class_name, task_type, tmp_path / "a")
+    base, adapter = built(bases, of[0]), trained(bases, *of, tmp_path / "a")
     judgement = Gate().judge(adapter, base)
     assert judgement.verdict is Verdict.PASSED, judgement
     assert noted(judgement) == [Severity.NOTE]
@@ -92,28 +92,20 @@ def test_an_adapter_of_the_text_class_is_noted(
     assert (renamed.verdict, noted(renamed)) == (Verdict.PASSED, []), renamed
 
 
-OF_THE_WHOLE = [
+OF_THE_WHOLE: list[Class] = [
     ("qwen3_5", "Qwen3_5ForConditionalGeneration", "CAUSAL_LM"),
     ("gemma3", "AutoModelForCausalLM", "CAUSAL_LM"),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in [
-            ("qwen3_5", "Qwen3_5ForConditionalGeneration", None),
-            ("llama4", "Llama4ForConditionalGeneration", "CAUSAL_LM"),
-            ("gemma3", "Gemma3ForConditionalGeneration", None),
-            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", None),
-            ("qwen3_vl", "Qwen3VLForConditionalGeneration", "CAUSAL_LM"),
-        ]
-    ),
+    ("qwen3_5", "Qwen3_5ForConditionalGeneration", None),
+    ("llama4", "Llama4ForConditionalGeneration", "CAUSAL_LM"),
+    ("gemma3", "Gemma3ForConditionalGeneration", None),
+    ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", None),
+    ("qwen3_vl", "Qwen3VLForConditionalGeneration", "CAUSAL_LM"),
 ]
 
 
-@pytest.mark.parametrize(("model_type", "class_name", "task_type"), OF_THE_WHOLE)
-def test_an_adapter_of_the_whole_is_not(
-    model_type: str, class_name: str, task_type: str | None, bases: Path, tmp_path: Path
-) -> None:
-    base = built(bases, model_type)
-    adapter = trained(bases, model_type, class_name, task_type, tmp_path / "a")
+@pytest.mark.parametrize("of", sampled(OF_THE_WHOLE, OF_THE_WHOLE[:2]))
+def test_an_adapter_of_the_whole_is_not(of: Class, bases: Path, tmp_path: Path) -> None:
+    base, adapter = built(bases, of[0]), trained(bases, *of, tmp_path / "a")
     assert served(base, adapter).keys() == {name for name in read_tensors(adapter) if "lora_B" in name}
     judgement = Gate().judge(adapter, base)
     assert judgement.verdict is Verdict.PASSED, judgement
@@ -129,10 +121,10 @@ def test_an_adapter_of_a_class_that_does_not_load_fails(bases: Path, tmp_path: P
     assert noted(judgement) == []
 
 
-SAMPLE = ("bert", "clip", "gpt2", "musicgen", "t5", "wav2vec2")
+SAMPLE = ("llava", "bert", "clip", "gpt2", "musicgen", "t5", "wav2vec2")
 
 
-@pytest.mark.parametrize("model_type", ["llava", *(pytest.param(one, marks=pytest.mark.slow) for one in SAMPLE)])
+@pytest.mark.parametrize("model_type", sampled(SAMPLE, SAMPLE[:1]))
 def test_an_adapter_of_the_class_in_the_config_is_not(model_type: str, tmp_path: Path) -> None:
     """A sample of the sweep of architectures. They differ in prefixes, layouts, and names that transformers renames."""
     with methods.quiet():

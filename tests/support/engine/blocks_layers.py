@@ -80,12 +80,11 @@ def tuner_layer(
     torch.manual_seed(seed)
     base = base_layer(kind, rows, columns, dtype)
     config = LoraConfig(r=rank, use_dora=dora, fan_in_fan_out=kind == "conv1d")
-    arguments = {"r": rank, "lora_alpha": 8}
     if kind in PACKED:
         made = lora_bnb.Linear8bitLt if kind == "8bit" else lora_bnb.Linear4bit
     else:
         made = lora_layer.Embedding if kind == "embedding" else lora_layer.Linear
-    layer = made(base, "default", config, **arguments)
+    layer = made(base, "default", config, r=rank, lora_alpha=8)
     for factor in factors(layer):
         factor.data = torch.randn(factor.shape).mul(size).to(factor_dtype)
     for magnitude in layer.lora_magnitude_vector.values():
@@ -112,13 +111,10 @@ def update_of(layer: Any) -> LowRankUpdate:
     )
 
 
-def row_scales(layer: Any) -> torch.Tensor | None:
-    return getattr(layer.get_base_layer().weight, "SCB", None)
-
-
 def in_blocks(layer: Any, *, block_elements: int = 1) -> BlockMerge:
     weight = layer.get_base_layer().weight
-    return merged_blocks(weight, update_of(layer), Buffers(block_elements=block_elements), row_scales=row_scales(layer))
+    buffers, scales_of_rows = Buffers(block_elements=block_elements), getattr(weight, "SCB", None)
+    return merged_blocks(weight, update_of(layer), buffers, row_scales=scales_of_rows)
 
 
 def whole(merge: BlockMerge) -> torch.Tensor:
@@ -133,11 +129,11 @@ def base_values(layer: Any) -> torch.Tensor:
     return dequantized(module, module.weight) if is_quantized(module.weight) else module.weight.data.clone()
 
 
-def by_peft(layer: Any, *, safe: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def by_peft(layer: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What PEFT's merge leaves: the values of the weight and its scales."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Merge lora module to .-bit linear")
-        layer.merge(safe_merge=safe)
+        layer.merge(safe_merge=True)
     module = layer.get_base_layer()
     found = dict(scales(module, module.weight)) if is_quantized(module.weight) else {}
     return base_values(layer), found
