@@ -13,7 +13,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -118,29 +117,14 @@ def test_every_make_target_exists(page: Path) -> None:
     assert set(commands) <= make_targets()
 
 
-def test_the_readme_names_the_two_commands_of_a_newcomer() -> None:
-    install, own, commands = blocks(README, "console")
-    assert [line.split()[:2] for line in install.splitlines()][1:] == [
-        ["pip", "install"],
-        ["pip", "install"],
-        ["merge-gate", "demo"],
-    ]
-    assert [line.split()[:2] for line in own.splitlines()] == [["merge-gate", "check"], ["merge-gate", "run"]]
-    assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
-
-
-def test_every_target_is_told_to_contributors() -> None:
-    assert set(re.findall(r"^\| `make ([\w-]+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
-
-
-def test_make_help_has_every_target_and_the_told_hours() -> None:
+def test_make_help_and_contributing_have_every_target_and_the_told_hours() -> None:
     command = ["make", "--file", str(ROOT / "Makefile"), "help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"^make ([\w-]+) ", shown, re.MULTILINE)) == make_targets() - {"help"}
+    told = dict(re.findall(r"^\| `make ([\w-]+)` \|.*\| ([^|]*) ?\|$", CONTRIBUTING, re.MULTILINE))
+    assert set(re.findall(r"^make ([\w-]+) ", shown, re.MULTILINE)) == told.keys() == make_targets() - {"help"}
     hours = dict(re.findall(r"^make ([\w-]+) .*\(([^()]*hours?)\)$", shown, re.MULTILINE))
-    told = dict(re.findall(r"^\| `make ([\w-]+)` \|.*\| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE))
     assert "mutants" in hours
-    assert hours == {target: told[target] for target in hours}
+    assert hours == {target: told[target].strip() for target in hours}
 
 
 @pytest.mark.parametrize("target", sorted(make_targets() - {"help", "clean"}))
@@ -202,10 +186,6 @@ def test_every_command_and_option_exists(command: str) -> None:
         assert option in text
 
 
-def test_commands_are_found_at_all() -> None:
-    assert {"run", "check", "demo", "schema"} <= {command.split()[0] for command in told_commands()}
-
-
 def python_snippets() -> list[tuple[str, str]]:
     return [(page.name, body) for page in PAGES for body in blocks(page.read_text(encoding="utf-8"), "python")]
 
@@ -216,10 +196,6 @@ def test_python_in_a_page_compiles_and_imports_what_there_is(name: str, snippet:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("merge_gate"):
             module = importlib.import_module(str(node.module))
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
-
-
-def test_python_is_found_in_pages() -> None:
-    assert {"python.md", "trainers.md"} <= {name for name, _ in python_snippets()}
 
 
 # --- the README's configs and tables ------------------------------------------------------------------------
@@ -236,7 +212,9 @@ def test_a_config_follows_the_schema(name: str, snippet: str) -> None:
     assert errors == [], name
 
 
-def test_the_readme_has_a_config() -> None:
+def test_pages_have_commands_programs_and_configs() -> None:
+    assert {"run", "check", "demo", "schema"} <= {command.split()[0] for command in told_commands()}
+    assert {"python.md", "trainers.md"} <= {name for name, _ in python_snippets()}
     assert "README.md" in dict(config_snippets())
 
 
@@ -261,14 +239,6 @@ def test_the_exit_codes_are_the_tools() -> None:
 def test_git_ignores_the_environment_that_the_readme_makes() -> None:
     (name,) = re.findall(r"python3 -m venv (\S+)", README)
     assert f"{name}/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
-
-
-def test_the_readme_ends_with_five_links() -> None:
-    assert len(re.findall(r"\]\(", README.splitlines()[-1])) == 5
-
-
-def test_the_readme_can_be_read_in_one_sitting() -> None:
-    assert len(README.splitlines()) <= 130
 
 
 # --- what the README says of PEFT's own check ------------------------------------------------------------------------
@@ -361,12 +331,6 @@ def test_a_section_states_the_default(check: str) -> None:
     assert said in explained(check).splitlines()
 
 
-@pytest.mark.parametrize("check", [*CHECKS, *WITHOUT_SETTING])
-def test_a_section_answers_three_questions(check: str) -> None:
-    for question in ("**Fires when**", "**Why it matters.**", "**What to do.**"):
-        assert f"\n{question}" in explained(check)
-
-
 @pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
 def test_an_example_is_a_message_of_the_gate(check: str, judged: Judged) -> None:
     (example,) = blocks(explained(check), "text")
@@ -409,8 +373,7 @@ def test_the_page_of_architectures_is_made_from_their_data() -> None:
     answers = json.loads((ROOT / "benchmarks" / "architectures.json").read_text(encoding="utf-8"))
     assert sum("class" in facts for facts in answers["types"].values()) >= LEAST_ARCHITECTURES
     assert not [name for name, facts in answers["types"].items() if "wrong" in facts]
-    assert architectures.stored(answers) == (ROOT / "benchmarks" / "architectures.json").read_text(encoding="utf-8")
-    held(ROOT / "docs" / "evidence" / "truth.md", "architectures", architectures.document(answers))
+    held_by_data("truth", "architectures", architectures, answers)
 
 
 def test_the_page_of_forward_passes_is_made_from_their_data() -> None:
@@ -422,8 +385,14 @@ def test_the_page_of_forward_passes_is_made_from_their_data() -> None:
     assert len(ran) >= 0.65 * len(built)
     assert sum("inputs" in facts for facts in causal) >= 0.85 * len(causal)
     assert sum("lockstep" not in facts for facts in ran) >= 0.97 * len(ran)
-    assert architectures.stored(answers) == (ROOT / "benchmarks" / "forward.json").read_text(encoding="utf-8")
-    held(ROOT / "docs" / "evidence" / "truth.md", "forward", forward.document(answers))
+    held_by_data("truth", "forward", forward, answers)
+
+
+def held_by_data(page: str, name: str, tool: Any, answers: Any) -> None:
+    """The stored answers are as the tool writes them, and the table is made from them."""
+    stored = (ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8")
+    assert (servers if tool is servers else architectures).stored(answers) == stored
+    held(ROOT / "docs" / ("guides" if tool is servers else "evidence") / f"{page}.md", name, tool.document(answers))
 
 
 LEAST_ARCHITECTURES = 400
@@ -434,13 +403,8 @@ LEAST_ARCHITECTURES = 400
 
 
 def test_the_comparison_with_peers_is_what_they_said() -> None:
-    path = ROOT / "benchmarks" / "peers.py"
-    spec = importlib.util.spec_from_file_location("peers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    peers = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = peers
-    spec.loader.exec_module(peers)
+    from benchmarks import peers  # noqa: PLC0415 - imports the cases of all checks
+
     answers = peers.told()
     assert len(answers) > LEAST_PEER_CASES
     page = (ROOT / "docs" / "evidence/peers.md").read_text(encoding="utf-8")
@@ -459,11 +423,9 @@ LEAST_PEER_CASES = 150
 
 
 def test_the_page_of_servers_is_made_from_their_answers() -> None:
-    stored = (ROOT / "benchmarks" / "servers.json").read_text(encoding="utf-8")
-    answers = json.loads(stored)
-    assert servers.stored(answers) == stored
+    answers = json.loads((ROOT / "benchmarks" / "servers.json").read_text(encoding="utf-8"))
     assert list(answers["kinds"]) == list(servers.KINDS)
-    held(ROOT / "docs" / "guides" / "serve-adapters.md", "servers", servers.document(answers))
+    held_by_data("serve-adapters", "servers", servers, answers)
 
 
 def test_every_export_that_a_server_got_is_exact() -> None:
@@ -507,11 +469,6 @@ def test_every_module_that_the_architecture_names_is_there() -> None:
     assert not [name for name in named if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()]
 
 
-def test_the_architecture_is_read_in_one_sitting() -> None:
-    assert ARCHITECTURE.count("\n") <= 300
-    assert section(ARCHITECTURE, "A plain run").count("\n") <= 60
-
-
 def test_every_function_that_the_plain_run_names_is_there() -> None:
     named = re.findall(r"`(?:\w+\.)?(\w+)`", section(ARCHITECTURE, "A plain run"))
     source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
@@ -519,31 +476,11 @@ def test_every_function_that_the_plain_run_names_is_there() -> None:
     assert not [name for name in named if not re.search(rf"\b(class|def) {name}\b|^{name} =", source, re.MULTILINE)]
 
 
-def test_ten_modules_explain_a_plain_run() -> None:
-    assert len(re.findall(r"\*\*`\w+/[\w/]+\.py`\*\*", section(ARCHITECTURE, "A plain run"))) == 10
-
-
-def test_a_maintainer_finds_ten_answers() -> None:
-    rows = re.findall(r"^\| (.+\?.*) \| (.+) \|$", section(ARCHITECTURE, "Questions of a maintainer"), re.MULTILINE)
-    assert len(rows) >= 10
-
-
-def test_every_decision_has_its_date() -> None:
-    records = re.findall(r"^- (.+)$", DECISIONS, re.MULTILINE)
-    assert len(records) > 40
-    assert [record for record in records if not re.match(r"2026-\d\d-\d\d \*\*\S", record)] == []
-
-
-def dependencies() -> dict[str, str]:
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        project: dict[str, Any] = tomllib.load(file)["project"]
-    return dict(dependency.split(">=") for dependency in project["dependencies"])
-
-
 def test_every_dependency_has_a_reason_and_was_tried() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = [dependency.split(">=") for dependency in tomllib.load(file)["project"]["dependencies"]]
     rows = re.findall(r"^\| `([\w]+)` \| ([\d.]+) \| .+ \|$", DEPENDENCIES, re.MULTILINE)
-    bounds = [(name, Version(bound)) for name, bound in dependencies().items()]
-    assert [(name, Version(tried)) for name, tried in rows] == bounds
+    assert [(name, Version(tried)) for name, tried in rows] == [(name, Version(bound)) for name, bound in listed]
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -608,12 +545,3 @@ def test_the_formats_were_not_tried_with_later_versions() -> None:
     assert tried
     installed = [Version(version(name)) for name in ("torch", "transformers", "peft")]
     assert all(Version(one) <= here for one, here in zip(tried.groups(), installed, strict=True))
-
-
-def test_glossary_is_sorted_and_short() -> None:
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    glossary = contributing.partition("### Glossary")[2].partition("\n## ")[0]
-    terms = re.findall(r"^\| ([a-z -]+) \|", glossary, re.MULTILINE)
-    terms.remove("term")
-    assert terms == sorted(set(terms))
-    assert 30 <= len(terms) <= 40
