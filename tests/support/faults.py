@@ -219,7 +219,8 @@ ALLOW_PICKLE = {"allow-pickle": True}
 NEGATIVE = -torch.inf
 BAD = {"nan": torch.nan, "posinf": torch.inf, "neginf": NEGATIVE}
 LARGE_DELTA = both(blow_up("v_proj.lora_A", 1e3), blow_up("v_proj.lora_B", 1e5))
-V_B = "layers.1.self_attn.v_proj.lora_B"
+V_PROJ = "layers.1.self_attn.v_proj"
+V_B = f"{V_PROJ}.lora_B"
 
 
 # --- what must fail --------------------------------------------------------------------------------------------------
@@ -245,12 +246,7 @@ def nonfinite_adapters() -> tuple[Case, ...]:
         ("nan-lora-bias", "lora-bias", poison("lora_B.bias", where="last"), "lora_B.bias"),
         ("neginf-bias-all", "bias-all", poison("o_proj.bias", NEGATIVE, "last"), "layers.1.self_attn.o_proj.bias"),
         ("nan-bias-all-target", "bias-all", poison("q_proj.base_layer.bias"), "layers.1.self_attn.q_proj"),
-        (
-            "nan-bias-lora-only",
-            "bias-lora-only",
-            poison("v_proj.base_layer.bias", where="last"),
-            "layers.1.self_attn.v_proj",
-        ),
+        ("nan-bias-lora-only", "bias-lora-only", poison("v_proj.base_layer.bias", where="last"), V_PROJ),
         ("nan-saved-weight", "modules-to-save", poison("o_proj.weight", where="last"), "o_proj.weight"),
         ("inf-saved-bias", "modules-to-save", poison("o_proj.bias", torch.inf, "last"), "o_proj.bias"),
         ("nan-saved-head", "modules-to-save", poison("lm_head.weight", where="last"), "lm_head.weight"),
@@ -266,16 +262,9 @@ def nonfinite_adapters() -> tuple[Case, ...]:
         ("nan-under-tied-head", "saved-tied-embedding", add(UNDER_TRAINED, torch.nan, (64, 32)), "original_module"),
         ("nan-pickled", "pickled", poison_pickle("lora_B"), V_B),
     )
+    nonfinite = {"cause": "adapter-nonfinite", "origin": "adapter"}
     return tuple(
-        Case(
-            name,
-            variant,
-            break_,
-            cause="adapter-nonfinite",
-            origin="adapter",
-            tensor=tensor,
-            top=ALLOW_PICKLE if variant == "pickled" else {},
-        )
+        Case(name, variant, break_, tensor=tensor, top=ALLOW_PICKLE if variant == "pickled" else {}, **nonfinite)
         for name, variant, break_, tensor in (*grid, *kinds)
     )
 
@@ -417,13 +406,15 @@ def broken_files() -> tuple[Case, ...]:
         ("no-weights", remove(ADAPTER_WEIGHTS), "file-missing"),
         ("only-pickle", to_pickle, "pickle-refused"),
     )
-    cases = tuple(Case(name, break_=break_, cause=cause, origin="file") for name, break_, cause in rows)
-    hostile = Case("malicious-pickle", break_=malicious_pickle, cause="file-corrupt", origin="file", top=ALLOW_PICKLE)
-    junk = Case("garbage-bin", break_=only_bin(b"\x80junk" * 9), cause="file-corrupt", origin="file", top=ALLOW_PICKLE)
-    pointer = Case(
-        "lfs-pointer-bin", break_=only_bin(LFS_POINTER), cause="file-lfs-pointer", origin="file", top=ALLOW_PICKLE
+    pickled = (
+        ("malicious-pickle", malicious_pickle, "file-corrupt"),
+        ("garbage-bin", only_bin(b"\x80junk" * 9), "file-corrupt"),
+        ("lfs-pointer-bin", only_bin(LFS_POINTER), "file-lfs-pointer"),
     )
-    return (*cases, hostile, junk, pointer)
+    return (
+        *(Case(name, break_=break_, cause=cause, origin="file") for name, break_, cause in rows),
+        *(Case(name, break_=break_, cause=cause, origin="file", top=ALLOW_PICKLE) for name, break_, cause in pickled),
+    )
 
 
 def broken_bases() -> tuple[Case, ...]:
@@ -474,21 +465,12 @@ def vain_merges() -> tuple[Case, ...]:
         Case("tied-head-one-side", "tied-head", cause="tied-weights"),
         Case("tied-embedding-one-side", "tied-embedding", cause="tied-weights"),
         Case("tied-tokens-one-side", "tied-tokens-head", cause="tied-weights"),
-        Case(
-            "nonfinite-check-off",
-            break_=poison("lora_B", where="last"),
-            cause="merged-nonfinite",
-            tensor="v_proj.weight",
-            entry={"checks": {"adapter-nonfinite": "off"}},
-        ),
+        Case("nonfinite-check-off", break_=poison("lora_B", where="last"), cause="merged-nonfinite",
+             tensor="v_proj.weight", entry={"checks": {"adapter-nonfinite": "off"}}),
         Case("large-delta", break_=LARGE_DELTA, cause="delta-norm", tensor="v_proj.weight"),
-        Case(
-            "mismatch-as-error",
-            break_=configure(base_model_name_or_path="acme/another-base"),
-            cause="base-mismatch",
-            entry={"checks": {"base-mismatch": "error"}},
-        ),
-    )
+        Case("mismatch-as-error", break_=configure(base_model_name_or_path="acme/another-base"),
+             cause="base-mismatch", entry={"checks": {"base-mismatch": "error"}}),
+    )  # fmt: skip
 
 
 FAULTS: tuple[Case, ...] = (
@@ -513,56 +495,16 @@ def healthy(name: str, variant: str | None = None, **settings: Any) -> Case:
     return Case(name, variant or name, verdict="passed", **settings)
 
 
-def healthy_cases() -> tuple[Case, ...]:
-    family = (
-        "plain",
-        "all-linear",
-        "every-projection",
-        "regex",
-        "excluded",
-        "layers-to-transform",
-        "rslora",
-        "patterns",
-        "gaussian",
-        "dora",
-        "dora-all-linear",
-        "pissa",
-        "olora",
-        "lora-bias",
-        "bias-all",
-        "bias-lora-only",
-        "modules-to-save",
-        "token-rows",
-        "embedding",
-        "embedding-dora",
-        "saved-embedding",
-        "resized-vocabulary",
-        "resized-tied",
-        "resized-target",
-        "resized-tokens",
-        "resized-tied-tokens",
-        "both-biases",
-        "dropout",
-        "bfloat16-file",
-        "float16-file",
-        "lopsided",
-        "name-in-keys",
-        "old-config",
-        "sharded-base",
-        "tied-base",
-        "tied-tokens",
-        "conv1d",
-        "conv1d-dora",
-        "conv1d-saved",
-        "feature-extraction",
-        "six-labels",
-        "classifier",
-        "opt",
-        "per-expert",
-        "fused-experts",
-    )
-    return tuple(healthy(name) for name in family)
-
+FAMILY = (
+    "plain", "all-linear", "every-projection", "regex", "excluded", "layers-to-transform", "rslora", "patterns",
+    "gaussian", "dora", "dora-all-linear", "pissa", "olora", "lora-bias", "bias-all", "bias-lora-only",
+    "modules-to-save", "token-rows", "embedding", "embedding-dora", "saved-embedding", "resized-vocabulary",
+    "resized-tied", "resized-target", "resized-tokens", "resized-tied-tokens", "both-biases", "dropout",
+    "bfloat16-file", "float16-file", "lopsided", "name-in-keys", "old-config", "sharded-base", "tied-base",
+    "tied-tokens", "conv1d", "conv1d-dora", "conv1d-saved", "feature-extraction", "six-labels", "classifier", "opt",
+    "per-expert", "fused-experts",
+)  # fmt: skip
+"""Variants that must pass without a warning."""
 
 SINCE_0_16 = (
     "use_qalora", "qalora_group_size", "target_parameters", "peft_version", "alora_invocation_tokens", "arrow_config",
@@ -579,43 +521,26 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
     """Odd, but not broken: each of these has been failed by some tool."""
     another = configure(base_model_name_or_path="acme/another-base")
     expect = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    saved_by_0_15 = configure(**dict.fromkeys(SINCE_0_16, ...))
+    large_delta = {"checks": {"delta-norm": {"error-limit": 1e9}}}
+    head, norm = "base_model.model.lm_head.original_module.weight", "base_model.model.model.norm.weight"
     return (
         healthy("pissa-niter", warnings=("not-reproducible",)),
         healthy("random-head", "six-labels", break_=FOR_ANOTHER_HEAD, warnings=("untrained-tensors",)),
-        healthy(
-            "nan-where-a-trained-head-stands",
-            "modules-to-save",
-            break_=add("base_model.model.lm_head.original_module.weight", torch.nan, (64, 32)),
-            warnings=("adapter-nonfinite",),
-        ),
+        healthy("nan-where-a-trained-head-stands", "modules-to-save", break_=add(head, torch.nan, (64, 32)),
+                warnings=("adapter-nonfinite",)),
         healthy("head-over-a-broken-one", "modules-to-save", base="llama-neginf-far", warnings=("base-nonfinite",)),
         healthy("resized-head-lost", "resized-vocabulary", break_=drop("lm_head"), warnings=("untrained-tensors",)),
-        healthy(
-            "saved-by-0.15",
-            "lora-bias",
-            break_=configure(**dict.fromkeys(SINCE_0_16, ...)),
-            warnings=("meaning-changed",),
-        ),
+        healthy("saved-by-0.15", "lora-bias", break_=saved_by_0_15, warnings=("meaning-changed",)),
         healthy("saved-twice", "modules-to-save", break_=save_twice()),
         healthy("pickle-allowed", "pickled", top=ALLOW_PICKLE),
         healthy("junk-pickle-beside", "plain", break_=overwrite(b"junk", "adapter_model.bin")),
         healthy("other-base-in-config", "plain", break_=another, warnings=("base-mismatch",)),
         healthy("some-lora-B-zero", "plain", break_=zero(V_B), warnings=("no-effect",)),
         healthy("lopsided-float16", "lopsided", dtype="float16"),
-        healthy(
-            "large-but-float32",
-            "plain",
-            break_=LARGE_DELTA,
-            warnings=("delta-norm",),
-            entry={"checks": {"delta-norm": {"error-limit": 1e9}}},
-        ),
+        healthy("large-but-float32", "plain", break_=LARGE_DELTA, warnings=("delta-norm",), entry=large_delta),
         healthy("complex-factors", "plain", break_=edit(complex_factors), warnings=("keys-unexpected",)),
-        healthy(
-            "norm-that-no-config-names",
-            "plain",
-            break_=add("base_model.model.model.norm.weight", 1.5, (32,)),
-            warnings=("keys-unexpected",),
-        ),
+        healthy("norm-that-no-config-names", "plain", break_=add(norm, 1.5, (32,)), warnings=("keys-unexpected",)),
         healthy("magnitudes-zero", "dora", break_=zero("lora_magnitude_vector"), warnings=("delta-norm",)),
         healthy("saved-head-zero", "modules-to-save", break_=zero("lm_head"), warnings=("delta-norm",)),
         healthy("tiny-delta", "plain", break_=shrink("lora_B", 1e-3), dtype="bfloat16", warnings=("rounding-loss",)),
@@ -629,7 +554,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
         healthy("saved-float16", "modules-to-save", dtype="float16"),
         healthy("resized-bfloat16", "resized-vocabulary", dtype="bfloat16"),
         healthy("conv1d-float16", "conv1d", dtype="float16"),
-    )
+    )  # fmt: skip
 
 
-HEALTHY: tuple[Case, ...] = (*healthy_cases(), *healthy_with_a_twist())
+HEALTHY: tuple[Case, ...] = (*map(healthy, FAMILY), *healthy_with_a_twist())
