@@ -9,7 +9,7 @@ import pytest
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import Severity, Verdict
 from tests.support.all_faults import FAULTS, HEALTHY
-from tests.support.decisions import told
+from tests.support.cases import told
 from tests.support.faults import Case, Payload
 
 if TYPE_CHECKING:

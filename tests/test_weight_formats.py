@@ -15,8 +15,7 @@ from merge_gate.config.load_config import load_config
 from merge_gate.records.options import RunOptions
 from merge_gate.run.flow import run_gate
 from tests.support.all_faults import FAULTS, HEALTHY
-from tests.support.cases import lay_out, write_config_file
-from tests.support.decisions import told
+from tests.support.cases import lay_out, told, write_config_file
 from tests.support.faults import ALLOW_PICKLE, Case
 from tests.support.models import ADAPTER_WEIGHTS, read_tensors
 

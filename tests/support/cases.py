@@ -28,6 +28,12 @@ class Judged:
     adapters_directory: Path
 
 
+def told(report: AdapterReport) -> str:
+    """What the report says, for the message of a failing assertion."""
+    findings = "\n".join(f"  {f.severity} {f.check} ({f.origin}, {f.tensor}): {f.message}" for f in report.findings)
+    return f"{report.name}: {report.verdict}, cause {report.cause}\n{findings}"
+
+
 def top_settings(case: Case) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(case.top.items()))
 

@@ -49,17 +49,7 @@ class Repo:
 
 @dataclass
 class Failure:
-    """The next `times` requests whose path matches `pattern` get this answer instead of theirs."""
-
-    pattern: str
-    status: int
-    times: int
-    headers: dict[str, str]
-
-
-@dataclass
-class Damage:
-    """The next `times` bodies whose path matches `pattern` arrive damaged.
+    """The next `times` requests whose path matches `pattern` get this answer instead of theirs, or a damaged body.
 
     `stall`: the first half, and no more. `cut`: the first half, and the end of the connection. `short`: the first half,
     said to be all of it. `other`: as many bytes, of which the last is another. `silence`: not even a status line.
@@ -69,8 +59,10 @@ class Damage:
     """
 
     pattern: str
-    kind: str
     times: int
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    damage: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.ranges: list[str] = []
         self.failures: list[Failure] = []
-        self.damages: list[Damage] = []
+        self.damages: list[Failure] = []
         self.is_over = threading.Event()
         self.tokens: set[str] = set()
         self.on_request: Callable[[str], object] = lambda path: path
@@ -112,9 +104,8 @@ class LoopbackHub:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.cdn_url = (
-            f"http://localhost:{port}"  # another host, as on the real Hub: the client must not send its token
-        )
+        self.cdn_url = f"http://localhost:{port}"
+        """Another host, as on the real Hub: the client must not send its token."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -156,28 +147,26 @@ class LoopbackHub:
         return commit
 
     def fail(self, pattern: str, status: int, *, times: int = 10**6, **headers: str) -> None:
-        self.failures.append(Failure(pattern, status, times, {k.replace("_", "-"): v for k, v in headers.items()}))
+        renamed = {key.replace("_", "-"): value for key, value in headers.items()}
+        self.failures.append(Failure(pattern, times, status, renamed))
 
     def damage(self, pattern: str, kind: str, *, times: int = 10**6) -> None:
-        self.damages.append(Damage(pattern, kind, times))
+        self.damages.append(Failure(pattern, times, damage=kind))
 
     def paths(self, method: str | None = None) -> list[str]:
         return [request.path for request in self.requests if method in {None, request.method}]
 
-    def next_failure(self, path: str) -> Failure | None:
-        return self._next(self.failures, path)
-
-    def next_damage(self, path: str) -> str:
-        damage = self._next(self.damages, path)
-        return damage.kind if damage else ""
-
-    def _next(self, listed: list[Any], path: str) -> Any:
+    def next_of(self, listed: list[Failure], path: str) -> Failure | None:
         with self._lock:
             for one in listed:
                 if one.times > 0 and re.search(one.pattern, path):
                     one.times -= 1
                     return one
         return None
+
+    def next_damage(self, path: str) -> str:
+        failure = self.next_of(self.damages, path)
+        return failure.damage if failure else ""
 
 
 def files_of(directory: Path, **config: str) -> dict[str, bytes]:
@@ -197,17 +186,11 @@ def _is_lfs(name: str) -> bool:
     return name.endswith(LFS_SUFFIXES)
 
 
-def _describe(name: str, content: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _sha1(content)}
+def _described(content: bytes, name: str, key: str, digest: str, hashed: str) -> dict[str, Any]:
+    """A file, under the keys of a tree or of a repository's description."""
+    entry: dict[str, Any] = {key: name, "size": len(content), digest: _sha1(content)}
     if _is_lfs(name):
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return entry
-
-
-def _sibling(name: str, content: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": _sha1(content)}
-    if _is_lfs(name):
-        entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        entry["lfs"] = {hashed: hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     return entry
 
 
@@ -225,15 +208,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """The log is `requests`."""
 
-    def do_HEAD(self) -> None:
-        self._respond()
-
-    def do_GET(self) -> None:
-        self._respond()
-
-    def do_POST(self) -> None:
-        self._respond()
-
     def _respond(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append(Request(self.command, path, self._token(), self.headers.get("Host") or ""))
@@ -244,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/") and (kind := self.hub.next_damage(path)):
             self._send_damaged(kind, 200, b"{}", {})
             return
-        if failure := self.hub.next_failure(path):
+        if failure := self.hub.next_of(self.hub.failures, path):
             self._send(failure.status, b"", failure.headers)
             return
         try:
@@ -254,6 +228,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._route(path)
         except _RefusalError as refusal:
             self._send(refusal.status, b"", refusal.headers)
+
+    do_HEAD = do_GET = do_POST = _respond  # noqa: N815 - http.server's names
 
     def _route(self, path: str) -> None:
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
@@ -272,10 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"errors": [], "warnings": []})
         elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             names = [file["path"] for file in json.loads(body)["files"]]
-            modes = [
-                {"path": name, "uploadMode": "regular", "shouldIgnore": name in self.hub.ignored} for name in names
-            ]
-            self._send_json({"files": modes})
+            mode = {"uploadMode": "regular"}
+            files = [mode | {"path": name, "shouldIgnore": name in self.hub.ignored} for name in names]
+            self._send_json({"files": files})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             self._commit(match[1], [json.loads(line) for line in body.splitlines() if line])
         else:
@@ -315,7 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_info(self, repo_id: str, revision: str) -> None:
         repo, commit = self._find(repo_id, revision)
-        siblings = [self._said(_sibling(name, content)) for name, content in repo.commits[commit].items()]
+        files = repo.commits[commit].items()
+        siblings = [self._said(_described(content, name, "rfilename", "blobId", "sha256")) for name, content in files]
         info = {"id": repo_id, "sha": commit, "private": repo.private, "gated": repo.gated, "siblings": siblings}
         self._send_json(self._said(info | {"tags": [], "downloads": 0, "likes": 0} | self.hub.overrides))
 
@@ -326,10 +302,10 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit = self._find(repo_id, revision)
         files = repo.commits[commit]
         folders = sorted({name.rpartition("/")[0] for name in files if "/" in name})
+        tree = [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
+        tree += [{"type": "file"} | _described(files[name], name, "path", "oid", "oid") for name in sorted(files)]
         self._send_json(
-            [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
-            + [_describe(name, content) for name, content in sorted(files.items())],
-            {"Link": f'<{self.hub.url}{self.hub.next_page}>; rel="next"'} if self.hub.next_page else {},
+            tree, {"Link": f'<{self.hub.url}{self.hub.next_page}>; rel="next"'} if self.hub.next_page else {}
         )
 
     def _send_file(self, repo_id: str, revision: str, name: str) -> None:
@@ -379,12 +355,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_json(self, value: object, headers: Mapping[str, str] | None = None) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self._begin(status, headers | {"Content-Length": str(len(content))})
         if self.command != "HEAD":
             self.wfile.write(content)
 
@@ -397,32 +375,22 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(more)
 
     def _send_damaged(self, kind: str, status: int, content: bytes, headers: dict[str, str]) -> None:
-        half = content[: len(content) // 2]
+        half, whole_length = content[: len(content) // 2], headers | {"Content-Length": str(len(content))}
         if kind == "short":
             self._send(status, half, headers)
         elif kind == "other":
             self._send(status, content[:-1] + bytes([content[-1] ^ 1]), headers)
         elif kind in {"endless", "drip-chunk"}:
-            self.send_response(status)
-            for name, value in (headers | {"Transfer-Encoding": "chunked"}).items():
-                self.send_header(name, value)
-            self.end_headers()
+            self._begin(status, headers | {"Transfer-Encoding": "chunked"})
             more = b"10000\r\n" + bytes(65_536) + b"\r\n"
             self._drip(content[:1] and b"1\r\n" + content[:1] + b"\r\n", more if kind == "endless" else b"0")
         elif kind in {"byte", "drip"}:
-            self.close_connection = True
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(content))}).items():
-                self.send_header(name, value)
-            self.end_headers()
+            self._begin(status, whole_length)
             self._drip(content[:1], content[:1] if kind == "drip" else b"")
         else:
             self.close_connection = True
             if kind != "silence":
-                self.send_response(status)
-                for name, value in (headers | {"Content-Length": str(len(content))}).items():
-                    self.send_header(name, value)
-                self.end_headers()
+                self._begin(status, whole_length)
                 self.wfile.write(half)
                 self.wfile.flush()
             if kind != "cut":
