@@ -43,63 +43,48 @@ ENVIRONMENT = Environment(
     sandbox=Sandbox(held=("files", "network"), missing=("processes: the kernel has no filter",)),
 )
 
-NAN = Finding(
-    check="adapter-nonfinite",
-    severity=Severity.ERROR,
-    message="lora_B of model.layers.5.self_attn.q_proj holds 1 NaN among 16,384 values, expected all to be finite",
-    hint="retrain from the last checkpoint whose loss was finite, or restore the file from the training run's output",
-    origin=Origin.ADAPTER,
-    module="model.layers.5.self_attn.q_proj",
-    tensor="base_model.model.model.layers.5.self_attn.q_proj.lora_B.weight",
-    nan=1,
-    posinf=0,
-    neginf=0,
-    numel=16_384,
-    first_index=(0, 7),
-)
-MERGED_NAN = Finding(
-    check="merged-nonfinite",
-    severity=Severity.ERROR,
-    message="the merged weight holds 2,048 NaN among 4,194,304 values in bfloat16, expected all to be finite",
-    origin=Origin.ADAPTER,
-    module="model.layers.5.self_attn.q_proj",
-    tensor="model.layers.5.self_attn.q_proj.weight",
-    nan=2048,
-    posinf=0,
-    neginf=0,
-    numel=4_194_304,
-    first_index=(0, 0),
-)
-OVERFLOW = Finding(
-    check="merged-nonfinite",
-    severity=Severity.ERROR,
-    message="the merged weight holds 12 +Inf and 3 -Inf among 11,534,336 values in float16 (largest 65,504), "
+
+def _finding(check: str, message: str, hint: str = "", *, origin: Origin, **fields: Any) -> Finding:
+    severity = fields.pop("severity", Severity.ERROR)
+    return Finding(check=check, severity=severity, message=message, hint=hint, origin=origin, **fields)
+
+
+def _counts(nan: int, posinf: int, neginf: int, numel: int, first_index: tuple[int, ...]) -> dict[str, Any]:
+    return {"nan": nan, "posinf": posinf, "neginf": neginf, "numel": numel, "first_index": first_index}
+
+
+Q_PROJ, UP_PROJ = "model.layers.5.self_attn.q_proj", "model.layers.17.mlp.up_proj"
+NAN = _finding(
+    "adapter-nonfinite",
+    f"lora_B of {Q_PROJ} holds 1 NaN among 16,384 values, expected all to be finite",
+    "retrain from the last checkpoint whose loss was finite, or restore the file from the training run's output",
+    origin=Origin.ADAPTER, module=Q_PROJ, tensor=f"base_model.model.{Q_PROJ}.lora_B.weight",
+    **_counts(1, 0, 0, 16_384, (0, 7)),
+)  # fmt: skip
+MERGED_NAN = _finding(
+    "merged-nonfinite",
+    "the merged weight holds 2,048 NaN among 4,194,304 values in bfloat16, expected all to be finite",
+    origin=Origin.ADAPTER, module=Q_PROJ, tensor=f"{Q_PROJ}.weight", **_counts(2048, 0, 0, 4_194_304, (0, 0)),
+)  # fmt: skip
+OVERFLOW = _finding(
+    "merged-nonfinite",
+    "the merged weight holds 12 +Inf and 3 -Inf among 11,534,336 values in float16 (largest 65,504), "
     "expected all to be finite; base and adapter are finite by themselves",
-    hint="merge in bfloat16 (`dtype: bfloat16`), or lower lora_alpha from 4096",
-    origin=Origin.MERGE,
-    module="model.layers.17.mlp.up_proj",
-    tensor="model.layers.17.mlp.up_proj.weight",
-    nan=0,
-    posinf=12,
-    neginf=3,
-    numel=11_534_336,
-    first_index=(311, 2040),
+    "merge in bfloat16 (`dtype: bfloat16`), or lower lora_alpha from 4096",
+    origin=Origin.MERGE, module=UP_PROJ, tensor=f"{UP_PROJ}.weight", **_counts(0, 12, 3, 11_534_336, (311, 2040)),
     measured=(("largest", 65504.0), ("headroom", float("inf"))),
-)
-ROUNDING = Finding(
-    check="rounding-loss",
-    severity=Severity.WARNING,
-    message="81 % of the delta's norm is lost in bfloat16 in 12 of 48 modules, expected at most 50 %",
-    hint="merge in float32, or train with a higher scaling",
-    origin=Origin.MERGE,
-    module="model.layers.0.self_attn.q_proj",
+)  # fmt: skip
+ROUNDING = _finding(
+    "rounding-loss",
+    "81 % of the delta's norm is lost in bfloat16 in 12 of 48 modules, expected at most 50 %",
+    "merge in float32, or train with a higher scaling",
+    severity=Severity.WARNING, origin=Origin.MERGE, module="model.layers.0.self_attn.q_proj",
     measured=(("lost_share", 0.81), ("limit", 0.5)),
-)
-CRASH = Finding(
-    check="not-judged",
-    severity=Severity.ERROR,
-    message="the worker was killed by signal 9 (SIGKILL) while it merged model.layers.3.mlp.down_proj",
-    hint="the machine probably ran out of memory: 15.2 of 15.6 GB were in use; use a runner with more",
+)  # fmt: skip
+CRASH = _finding(
+    "not-judged",
+    "the worker was killed by signal 9 (SIGKILL) while it merged model.layers.3.mlp.down_proj",
+    "the machine probably ran out of memory: 15.2 of 15.6 GB were in use; use a runner with more",
     origin=Origin.RUNTIME,
 )
 
@@ -178,44 +163,21 @@ def tensors(
 
 
 RAN = Forward(
-    ran=True,
-    inputs="16 tokens",
-    parameters_run=1.0,
-    largest=24_912.0,
-    largest_module="model.layers.11.mlp.down_proj",
-    largest_of_base=1_872.0,
-    largest_allowed=FLOAT16_MAX,
-    layers_compared=48,
-    largest_difference=2.5e-7,
-    effect=0.125,
-    rounding_change=0.08,
-)
+    ran=True, inputs="16 tokens", parameters_run=1.0, largest=24_912.0,
+    largest_module="model.layers.11.mlp.down_proj", largest_of_base=1_872.0, largest_allowed=FLOAT16_MAX,
+    layers_compared=48, largest_difference=2.5e-7, effect=0.125, rounding_change=0.08,
+)  # fmt: skip
+EARLIER = Judged(key=SHA256, at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84)
 PASSED = adapter("support", tensors=tensors(2, no_effect="1.mlp.up_proj"), forward=RAN)
-WARNED = adapter(
-    "legal",
-    findings=(ROUNDING,),
-    line=7,
-    seconds=0.0,
-    cached=True,
-    judged=Judged(key=SHA256, at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84),
-)
+WARNED = adapter("legal", findings=(ROUNDING,), line=7, seconds=0.0, cached=True, judged=EARLIER)
 FAILED = adapter(
-    "billing",
-    Verdict.FAILED,
-    cause="adapter-nonfinite",
-    findings=(MERGED_NAN, NAN, ROUNDING),
-    line=8,
+    "billing", Verdict.FAILED, cause="adapter-nonfinite", findings=(MERGED_NAN, NAN, ROUNDING), line=8,
     tensors=tensors(8, nan="5.self_attn.q_proj"),
-)
+)  # fmt: skip
 HALF_FAILED = adapter(
-    "summaries",
-    Verdict.FAILED,
-    cause="merged-nonfinite",
-    findings=(OVERFLOW,),
-    base=HALF,
-    line=9,
+    "summaries", Verdict.FAILED, cause="merged-nonfinite", findings=(OVERFLOW,), base=HALF, line=9,
     tensors=tensors(18, "float16", inf="17.mlp.up_proj"),
-)
+)  # fmt: skip
 CRASHED = adapter("translate-de", Verdict.ERROR, cause="not-judged", findings=(CRASH,), line=11)
 
 PASS = report(PASSED, WARNED)
@@ -242,22 +204,13 @@ _SOME = st.none() | TEXTS
 
 
 def findings() -> st.SearchStrategy[Finding]:
+    index = st.none() | st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    measured = st.lists(st.tuples(TEXTS, st.floats() | st.integers()), max_size=2).map(tuple)
     return st.builds(
-        Finding,
-        check=TEXTS,
-        severity=st.sampled_from((Severity.ERROR, Severity.WARNING)),
-        message=TEXTS,
-        hint=TEXTS,
-        origin=st.sampled_from(Origin),
-        module=_SOME,
-        tensor=_SOME,
-        nan=_COUNTS,
-        posinf=_COUNTS,
-        neginf=_COUNTS,
-        numel=_COUNTS,
-        first_index=st.none() | st.lists(st.integers(0, 9), max_size=3).map(tuple),
-        measured=st.lists(st.tuples(TEXTS, st.floats() | st.integers()), max_size=2).map(tuple),
-    )
+        Finding, check=TEXTS, severity=st.sampled_from((Severity.ERROR, Severity.WARNING)), message=TEXTS, hint=TEXTS,
+        origin=st.sampled_from(Origin), module=_SOME, tensor=_SOME, nan=_COUNTS, posinf=_COUNTS, neginf=_COUNTS,
+        numel=_COUNTS, first_index=index, measured=measured,
+    )  # fmt: skip
 
 
 def merges() -> st.SearchStrategy[TensorMerge]:
@@ -302,23 +255,15 @@ def adapters() -> st.SearchStrategy[AdapterReport]:
 
 def hostile_reports() -> st.SearchStrategy[Report]:
     base = st.builds(
-        BaseReport,
-        model=TEXTS,
-        revision=_SOME,
-        dtype=TEXTS,
-        quantization=st.sampled_from(Quantization),
-        sha256=_SOME,
-        parameters=st.integers(0, 10**12),
-        findings=st.lists(findings(), max_size=2).map(tuple),
-        loaded_as=TEXTS,
+        BaseReport, model=TEXTS, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization), sha256=_SOME,
+        parameters=st.integers(0, 10**12), findings=st.lists(findings(), max_size=2).map(tuple), loaded_as=TEXTS,
         first_adapter=TEXTS,
-    )
-    environment = st.builds(Environment, python=TEXTS, torch=_SOME, device=TEXTS, device_name=TEXTS)
+    )  # fmt: skip
     return st.builds(
         Report,
         complete=st.booleans(),
         tool=st.builds(Tool, name=st.just(TOOL), version=TEXTS),
-        environment=environment,
+        environment=st.builds(Environment, python=TEXTS, torch=_SOME, device=TEXTS, device_name=TEXTS),
         config=st.builds(ConfigFile, path=TEXTS, sha256=TEXTS),
         bases=st.lists(base, max_size=2).map(tuple),
         adapters=st.lists(adapters(), max_size=4).map(tuple),
