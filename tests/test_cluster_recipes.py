@@ -102,7 +102,8 @@ def test_the_page_names_what_the_recipes_expect() -> None:
 # --- Hugging Face Jobs -----------------------------------------------------------------------------------------------
 
 
-def recipe() -> types.ModuleType:
+def recipe() -> Any:
+    """The script as a module of its own."""
     spec = importlib.util.spec_from_file_location("hf_job", RECIPES / "hf_job.py")
     assert spec is not None
     assert spec.loader is not None
@@ -138,10 +139,10 @@ class Jobs:
 
 @pytest.mark.parametrize(("last", "code"), [("COMPLETED", 0), ("ERROR", 1), ("CANCELED", 3), ("DELETED", 3)])
 def test_the_script_waits_for_the_job_and_ends_as_it_did(
-    last: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    last: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, jobs = recipe(), Jobs(["RUNNING", last])
-    monkeypatch.setattr(script, "WAIT_S", 0)
+    script.WAIT_S = 0
     got = script.gate(jobs, "acme/base", "acme/lora", flavor="cpu-upgrade", timeout="1h", token="hf_secret")
     assert got == code
     assert jobs.asked["secrets"] == {"HF_TOKEN": "hf_secret"}

@@ -128,11 +128,16 @@ def test_an_interrupt_during_the_imports_leaves_no_traceback(
     assert seen == [then]
 
 
-def test_a_signal_before_the_command_leaves_no_verdict(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
-    monkeypatch.setattr(dispatch, "_parsed", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(["check", "gate.yml"]) == 3
+class Killing(list[str]):
+    """Words that send a signal when they are read."""
+
+    def __iter__(self) -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().__iter__()
+
+
+def test_a_signal_before_the_command_leaves_no_verdict(capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
+    assert main(Killing(["check", "gate.yml"])) == 3
     wording(capsys.readouterr().err)
 
 

@@ -97,8 +97,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def play(tool, tmp_path: Path, installed: Path, released: Path):
     """Run a workflow in a directory, which becomes a repository. The runner has merge-gate, if nothing else is said."""
 
-    def play(repository: Path, workflow: str, scratch: Path = tmp_path / "run", **options) -> ActRun:
-        make_repository(repository, workflow)
+    def play(repository: Path, workflow: str, scratch: Path = tmp_path / "run", text: str = "", **options) -> ActRun:
+        make_repository(repository, workflow, text)
         options = {"python": installed, "consumer_of": released, **options}
         return run_act(tool("act"), repository, workflow, scratch, **options)
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 import pytest
 import torch
 from safetensors.torch import save, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.e2e.act import make_repository, run_act
 from tests.support.e2e.limits import can_limit_memory, memory_limit, small_disk
 from tests.support.hub import LoopbackHub
 from tests.support.schemas import report_schema
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.e2e,
@@ -29,7 +26,10 @@ pytestmark = [
 ]
 
 MEMORY_BYTES, DISK_BYTES = 2 << 30, 100 << 20
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, HEADS, KEY_HEADS = 1024, 3584, 7, 32_000, 32, 8
+SIZES = {
+    "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 7, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32_000, "tie_word_embeddings": False,
+}  # fmt: skip
 BASE, TOKEN = "acme/llama-8b", "hf_loopback"
 CONFIG = """\
 version: 1
@@ -40,44 +40,18 @@ adapters:
 """
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, int] | tuple[int]]]:
+def shapes() -> dict[str, torch.Size]:
     """The tensors of the base."""
-    keys = HIDDEN // HEADS * KEY_HEADS
-    linear = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (keys, HIDDEN),
-        "self_attn.v_proj": (keys, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    }
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for layer in range(LAYERS):
-        for name, shape in linear.items():
-            yield f"model.layers.{layer}.{name}.weight", shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{layer}.{name}.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def base_files() -> dict[str, bytes]:
     """The base in two shards; its values repeat."""
-    settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": False,
-    }
-    pool = (torch.randn(max(map(math.prod, dict(shapes()).values())), generator=torch.Generator()) * 0.02).bfloat16()
-    listed = list(shapes())
+    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"} | SIZES
+    listed = list(shapes().items())
+    pool = (torch.randn(max(math.prod(shape) for _, shape in listed)) * 0.02).bfloat16()
     cut = len(listed) // 2
     files: dict[str, bytes] = {"config.json": json.dumps(settings).encode()}
     index: dict[str, str] = {}
@@ -95,7 +69,7 @@ def make_adapter(directory: Path, *, is_broken: bool) -> None:
     }  # fmt: skip
     numbers = torch.Generator().manual_seed(int(is_broken))
     tensors = {}
-    for name, shape in shapes():
+    for name, shape in shapes().items():
         if name.endswith(("q_proj.weight", "v_proj.weight")):
             place = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{place}.lora_A.weight"] = torch.randn(8, shape[-1], generator=numbers) * 0.05
@@ -113,12 +87,10 @@ def repository(tmp_path: Path) -> Path:
     for name in ("good", "nan"):
         make_adapter(directory / "adapters" / name, is_broken=name == "nan")
     (directory / "merge-gate.yml").write_text(CONFIG, encoding="utf-8")
-    return make_repository(directory, "quickstart.yml")
+    return directory
 
 
-def test_a_base_that_does_not_fit_on_the_runner_is_judged(
-    tool: Any, repository: Path, released: Path, installed: Path, tmp_path: Path
-) -> None:
+def test_a_base_that_does_not_fit_on_the_runner_is_judged(play: Any, repository: Path, tmp_path: Path) -> None:
     files = base_files()
     weight_bytes = sum(len(content) for name, content in files.items() if name.endswith(".safetensors"))
     assert weight_bytes > 2 * DISK_BYTES
@@ -128,13 +100,8 @@ def test_a_base_that_does_not_fit_on_the_runner_is_judged(
         memory_limit(MEMORY_BYTES) as within,
     ):
         commit = hub.add_repo(BASE, files, private=True, token=TOKEN)
-        run = run_act(
-            tool("act"), repository, "quickstart.yml", disk, python=installed, consumer_of=released,
-            event="pull_request", before=within,
-            environ={
-                "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "TMPDIR": str(disk), "DOCKER_HOST": "unix:///nowhere",
-            },
-        )  # fmt: skip
+        environ = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "TMPDIR": str(disk), "DOCKER_HOST": "unix:///nowhere"}
+        run = play(repository, "quickstart.yml", disk, event="pull_request", before=within, environ=environ)
         stored = [path.stat().st_blocks * 512 for path in disk.rglob("*.safetensors") if "adapter" not in path.name]
     assert run.code == 1, run.text
     assert (run.outputs("seen")["RESULT"], run.outputs("seen")["FAILED"]) == ("fail", '["nan"]')
@@ -145,9 +112,7 @@ def test_a_base_that_does_not_fit_on_the_runner_is_judged(
         "nan": ("failed", "adapter-nonfinite"),
     }
     coverage = report["adapters"][0]["coverage"]
-    assert (
-        coverage["parameters_checked"] == coverage["parameters_total"] == sum(math.prod(shape) for _, shape in shapes())
-    )
+    assert coverage["parameters_checked"] == sum(map(math.prod, shapes().values())) == coverage["parameters_total"]
     (base,) = report["bases"]
     assert (base["revision"], base["dtype"]) == (commit, "bfloat16")
     assert base["sha256"]

@@ -38,7 +38,7 @@ def ended(sha: str = SHA, event: str = "pull_request") -> dict:
 def comment(tool, tmp_path: Path, installed: Path):
     assert shutil.which("gh"), "no gh: run .ci/install-e2e.sh first"
     (tmp_path / "repository").mkdir()
-    repository = make_repository(tmp_path / "repository", "comment.yml", RECIPES)
+    repository = make_repository(tmp_path / "repository", "comment.yml", recipe("comment.yml"))
 
     def comment(github: GitHub, payload: dict) -> ActRun:
         scratch = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
@@ -104,28 +104,26 @@ def test_a_run_without_a_report_says_so(comment) -> None:
     assert "[Run and report]" in github.comments[0]["body"]
 
 
+def recipe(name: str) -> str:
+    return (RECIPES / name).read_text(encoding="utf-8").replace("OWNER/", "acme/")
+
+
 # --- a fleet ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def fleet(tool, tmp_path: Path, installed: Path, released: Path, demo: Path):
+def fleet(play, tmp_path: Path, demo: Path):
     """The matrix over the demo's adapters; its last job runs on this machine instead of in the image."""
 
     def fleet(config: str, *changes: tuple[str, str]) -> ActRun:
         (tmp_path / "repository").mkdir()
         shutil.copytree(demo, tmp_path / "repository", dirs_exist_ok=True)
         shutil.copy(demo / config, tmp_path / "repository" / "merge-gate.yml")
-        repository = make_repository(tmp_path / "repository", "fleet-matrix.yml", RECIPES)
-        workflow = repository / ".github" / "workflows" / "fleet-matrix.yml"
-        text = re.sub(r"^    container: .*\n", "", workflow.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        for old, new in (("OWNER/", "acme/"), *changes):
+        text = re.sub(r"^    container: .*\n", "", recipe("fleet-matrix.yml"), flags=re.MULTILINE)
+        for old, new in changes:
             assert old in text
             text = text.replace(old, new)
-        workflow.write_text(text, encoding="utf-8")
-        return run_act(
-            tool("act"), repository, "fleet-matrix.yml", tmp_path / "run", python=installed, consumer_of=released,
-            event="pull_request",
-        )  # fmt: skip
+        return play(tmp_path / "repository", "fleet-matrix.yml", text=text, event="pull_request")
 
     return fleet
 
@@ -162,19 +160,13 @@ def test_an_artifact_that_is_missing_leaves_no_verdict(fleet) -> None:
 # --- a push to the Hub -----------------------------------------------------------------------------------------------
 
 
-def test_a_push_to_the_hub_is_gated_at_its_commit(
-    tool, tmp_path: Path, installed: Path, released: Path, demo: Path
-) -> None:
+def test_a_push_to_the_hub_is_gated_at_its_commit(play, tmp_path: Path, demo: Path) -> None:
     (tmp_path / "repository").mkdir()
-    repository = make_repository(tmp_path / "repository", "hub-push.yml", RECIPES)
-    workflow = repository / ".github" / "workflows" / "hub-push.yml"
-    workflow.write_text(workflow.read_text(encoding="utf-8").replace("OWNER/", "acme/"), encoding="utf-8")
     with LoopbackHub() as hub:
         hub.add_repo("acme/base", files_of(demo / "base"))
         commit = hub.add_repo("acme/nan", files_of(demo / "adapters" / "nan", base_model_name_or_path="acme/base"))
-        run = run_act(
-            tool("act"), repository, "hub-push.yml", tmp_path / "run",
-            python=installed, consumer_of=released, event="repository_dispatch",
+        run = play(
+            tmp_path / "repository", "hub-push.yml", text=recipe("hub-push.yml"), event="repository_dispatch",
             payload={"action": "hub-push", "client_payload": {"repo": "acme/nan", "revision": commit}},
             environ={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")},
         )  # fmt: skip

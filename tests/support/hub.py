@@ -119,11 +119,14 @@ class LoopbackHub:
 
     def serve_this_process(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         """Let huggingface_hub in this process ask this Hub, and keep files in `cache`."""
-        monkeypatch.setattr(constants, "ENDPOINT", self.url)
-        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        settings = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
 
     def add_repo(
         self,

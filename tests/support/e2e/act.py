@@ -38,14 +38,14 @@ def copy_action(target: Path) -> None:
             shutil.copy2(source, copy)
 
 
-def make_repository(directory: Path, workflow: str, source: Path = HERE / "workflows") -> Path:
-    """A git repository with one workflow of tests/e2e/workflows, or of another directory.
+def make_repository(directory: Path, workflow: str, text: str = "") -> Path:
+    """A git repository with one workflow: of tests/e2e/workflows, or another text.
 
     act names a job's container and volumes after workflow and job, so the workflow's name has to be this run's own.
     """
     target = directory / ".github" / "workflows" / workflow
     target.parent.mkdir(parents=True)
-    text = (source / workflow).read_text(encoding="utf-8").replace(":e2e", f":{TAG}")
+    text = (text or (HERE / "workflows" / workflow).read_text(encoding="utf-8")).replace(":e2e", f":{TAG}")
     target.write_text(re.sub(r"^name: .*", rf"\g<0> {TAG}", text, count=1, flags=re.MULTILINE), encoding="utf-8")
     git = ["git", "-C", str(directory), "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "gc.auto=0"]
     subprocess.run([*git, "init", "-q", "-b", "main"], check=True)
