@@ -7,7 +7,6 @@ bit for bit but for the last bit of bitsandbytes' 8-bit scales.
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,13 @@ import pytest
 import torch
 import transformers
 
-from merge_gate.config.load_config import load_config
 from merge_gate.engine.tensors.quantized import DEQUANTIZED, dequantized, is_quantized
 from merge_gate.files.preflight import preflight
-from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Quantization
-from merge_gate.run.flow import run_gate
 from tests.support.bases import ADAPTERS, STEP, Case
 from tests.support.bases_broken import BROKEN, FORMAT
 from tests.support.bases_good import GOOD, PACKAGED, UNFIT
+from tests.support.cases import gated
 from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
@@ -92,8 +89,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             made.truths[case.name] = draft.truth
             base = {"model": str(directory)} | case.asked
             entries.append({"name": case.name, "path": f"adapters/{case.adapter}", "base": base})
-        (made.root / "gate.yml").write_text(json.dumps({"version": 1, "adapters": entries}))
-        report = run_gate(load_config(str(made.root / "gate.yml")), RunOptions(device="cpu"))
+        report = gated(made.root, entries)
         made.adapters.update({one.name: one for one in report.adapters})
         made.bases.update({one.model: one for one in report.bases})
         yield made

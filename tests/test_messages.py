@@ -16,11 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_gate.config.load_config import load_config
-from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Origin, Severity, Verdict
-from merge_gate.run.flow import run_gate
-from tests.support.faults import configure, edit, halve, overwrite, remove, rename, save_twice
+from tests.support.cases import gated
+from tests.support.faults import ALLOW_PICKLE, configure, edit, halve, overwrite, remove, rename, save_twice
 from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
 
 if TYPE_CHECKING:
@@ -265,9 +263,7 @@ def told(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
         lay_out(row, shelf, root / row.name)
         base = {"base": {"model": base_of(row, shelf, root)}} if row.base else {}
         entries.append({"name": row.name, "path": str(root / row.name)} | base)
-    path = root / "gate.yml"
-    path.write_text(json.dumps({"version": 1, "allow-pickle": True, "adapters": entries}))
-    return {one.name: one for one in run_gate(load_config(str(path)), RunOptions(device="cpu")).adapters}
+    return {one.name: one for one in gated(root, entries, **ALLOW_PICKLE).adapters}
 
 
 def finding_of(row: Row, report: AdapterReport) -> Finding:

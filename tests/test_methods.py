@@ -7,7 +7,6 @@ tensor, and `make nightly` all cases at every place.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +17,11 @@ import torch
 import transformers
 from packaging import version
 
-from merge_gate.config.load_config import load_config
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
-from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
-from merge_gate.run.flow import run_gate
 from tests.support import faults_methods, methods
+from tests.support.cases import gated
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import NOT_RUN, merge_adapter
@@ -163,13 +160,8 @@ def test_an_index_outside_of_the_weight_corrupts_nothing(name: str, bench: Bench
     tensor = min(set(faults.state) - set(faults_methods.floating(faults.state)))
     broken = faults_methods.point_nowhere(faults.state, tensor)
     methods.write_variant(bench.adapter(case), tmp_path / "adapter", broken)
-    config = {
-        "version": 1,
-        "base": {"model": str(bench.base_directory(case.base, "float32"))},
-        "adapters": ["./adapter"],
-    }
-    (tmp_path / "gate.yml").write_text(json.dumps(config))
-    (report,) = run_gate(load_config(str(tmp_path / "gate.yml")), RunOptions(device="cpu")).adapters
+    base = {"model": str(bench.base_directory(case.base, "float32"))}
+    (report,) = gated(tmp_path, [{"path": "./adapter", "base": base}]).adapters
     assert (report.verdict, report.cause) == (Verdict.FAILED, "shape-mismatch"), report.findings
     assert not any("died" in finding.message for finding in report.findings), report.findings
 

@@ -5,7 +5,6 @@ The adapter's licence keeps it out of the repository: `MERGE_GATE_REAL_ADAPTER` 
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from importlib.resources import files
@@ -17,10 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from merge_gate.config.load_config import load_config
-from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Severity, Verdict
-from merge_gate.run.flow import run_gate
+from tests.support.cases import gated
 from tests.support.models import read_tensors
 
 if TYPE_CHECKING:
@@ -36,14 +33,7 @@ TOLERANCE = 0.002
 
 def gate(directory: Path, adapter: Path, dtypes: list[str]) -> dict[str, AdapterReport]:
     """By dtype, what the gate says of one adapter on the real base."""
-    config = {
-        "version": 1,
-        "base": {"model": str(BASE), "dtype": dtypes},
-        "adapters": [{"name": "real", "path": str(adapter)}],
-    }
-    path = directory / "gate.yml"
-    path.write_text(json.dumps(config))
-    report = run_gate(load_config(str(path)), RunOptions(device="cpu"))
+    report = gated(directory, [{"name": "real", "path": str(adapter)}], base={"model": str(BASE), "dtype": dtypes})
     return {adapter.base.dtype: adapter for adapter in report.adapters}
 
 

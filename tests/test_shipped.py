@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from merge_gate.config.load_config import load_config
-from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Severity, Verdict
-from merge_gate.run.flow import run_gate
 from tests.support import methods
+from tests.support.cases import gated
 from tests.support.engine.shipped import SHIPPED, Shipped, loftq, merge_plainly
 from tests.support.gating import Gate, one_thread
 from tests.support.merged import kept
@@ -46,9 +43,7 @@ def told(shelf: Shelf, root: Path) -> Mapping[str, AdapterReport]:
     for row in ROWS:
         base = {"base": {"model": str(shelf.base(row.base))}} if row.base else {}
         entries.append({"name": row.name, "path": str(root / row.name / row.path)} | base)
-    path = root / "gate.yml"
-    path.write_text(json.dumps({"version": 1, "allow-pickle": True, "adapters": entries}))
-    return {one.name: one for one in run_gate(load_config(str(path)), RunOptions(device="cpu")).adapters}
+    return {one.name: one for one in gated(root, entries, **{"allow-pickle": True}).adapters}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records.report import AdapterReport, BaseReport
+    from merge_gate.records.report import AdapterReport, BaseReport, Report
     from tests.support.faults import Case
     from tests.support.models import Shelf
 
@@ -62,6 +62,17 @@ def write_config_file(shelf: Shelf, root: Path, number: int, top: dict[str, Any]
     config = {"version": 1, "adapters": [entry_for(case, shelf) for case in cases]} | top
     path.write_text(json.dumps(config, indent=2))
     return path
+
+
+def gated(root: Path, adapters: list[dict[str, Any]], **top: Any) -> Report:
+    """The report of a run over these entries on the CPU, in this process."""
+    from merge_gate.config.load_config import load_config  # noqa: PLC0415
+    from merge_gate.records.options import RunOptions  # noqa: PLC0415
+    from merge_gate.run.flow import run_gate  # noqa: PLC0415
+
+    path = root / "gate.yml"
+    path.write_text(json.dumps({"version": 1, "adapters": adapters} | top))
+    return run_gate(load_config(str(path)), RunOptions(device="cpu"))
 
 
 def digests(*roots: Path) -> dict[str, str]:
