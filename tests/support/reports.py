@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -24,9 +24,6 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
-
-if TYPE_CHECKING:
-    pass
 
 PARAMETERS = 1_100_048_384
 SHA256 = "9f2c5d1e" * 8
