@@ -155,6 +155,28 @@ base: !!map
 checks: {headroom: {severity: "off", limit: +.5e0}, delta-norm: {limit: 0o12}, no-effect: !!bool Off}
 ...
 """,
+    "lines and the order of a glob": HEAD
+    + "  - ./adapters/support\n  - path: ./adapters/team-*\n  - {path: acme/x, base: {access: download}}\n"
+    "base: {access: stream}\n",
+    "bases that override what they name": HEAD + "  - {path: ./adapters/support, base: {dtype: float32}}\n"
+    "  - {path: ./adapters/billing, base: {model: acme/base}}\n  - {path: ./a/x, base: acme/other}\n"
+    "  - {path: ./adapters/team-a, base: {revision: v2}}\n  - {path: ./adapters/team-b, base: gpt2}\n"
+    "base: {model: acme/base, revision: v1, dtype: [bfloat16, float16], names: [acme/base-1b, base-v2]}\n",
+    "halves of checks, and limits": HEAD
+    + "  - {path: ./adapters/support, checks: {headroom: warning, delta-norm: {limit: 1e-3},"
+    " rounding-loss: error}}\n  - ./a/x\nchecks: {headroom: {severity: error, limit: 0.9}, delta-norm: error,"
+    " rounding-loss: {error-limit: 0.9}, no-effect: warning}\n",
+    "a directory, and an id of the Hub": HEAD + "  - adapters/support\n  - acme/support-2\n"
+    "  - {path: adapters/elsewhere, revision: main}\n",
+    "anchors, aliases and merge keys": HEAD
+    + "  - &first {path: ./adapters/support, base: &b {model: ./models/base, dtype: float16}}\n"
+    "  - {<<: *first, path: ./adapters/billing}\n"
+    "  - {path: ./adapters/team-a, base: {<<: [*b, {dtype: float32}], quantization: none}}\n"
+    "  - {<<: {path: ./adapters/team-b}, <<: {name: z}}\n",
+    "a combination on the base of its members": HEAD
+    + "  - {name: both, base: {dtype: float16}, combine: {method: cat, adapters: [support, x], weights: [1, -1]}}\n"
+    "  - {path: ./adapters/support, base: ./models/base}\n  - {path: ./a/x, base: ./models/base}\n",
+    "texts that look like numbers": "version: 1\nadapters: [{path: acme/x, revision: 2026-01-31, name: 12:30:45}]\n",
     "numbers as text": "version: 1\nadapters: [{path: acme/x, name: 1.2.3, revision: '1'}, {path: c/d, name: 1_0}]\n",
 }
 

@@ -83,15 +83,6 @@ def test_only_what_is_set_is_among_the_values(tmp_path: Path) -> None:
     assert (values["g"], values["h"]) == ("0.5", "[null]")
 
 
-def test_expressions_are_found_as_peft_forms_them(tmp_path: Path) -> None:
-    config = CONFIG | {"target_modules": ".*q", "rank_pattern": {"a|b": 4}, "layers_pattern": ["h+"]}
-    assert set(recorded(tmp_path, config).patterns) == {
-        Pattern(place="target_modules", text=".*q", expression=".*q"),
-        Pattern(place="a key of rank_pattern", text="a|b", expression=r"(.*\.)?(a|b)$"),
-        Pattern(place="layers_pattern", text="h+", expression=r"(?:^|.*?\.)h+\.(?P<idx>\d+)\."),
-    }
-
-
 def test_the_digest_is_that_of_what_the_file_says(tmp_path: Path) -> None:
     """Not of its spaces; the order of its keys counts, since the worker forms patterns in it."""
     spaced = recorded(tmp_path / "b", json.dumps(CONFIG, indent=4).encode())

@@ -76,7 +76,7 @@ def test_the_file_that_config_json_names_goes_before_all_others(tmp_path: Path) 
     assert len(base.tensors) == len(PLAIN)
 
 
-def test_a_shard_that_is_a_link_into_a_cache_is_followed(tmp_path: Path) -> None:
+def test_a_shard_that_is_a_link_into_a_cache_is_followed(tmp_path: Path, wording: Wording) -> None:
     blob = tmp_path / "blobs" / "0f"
     blob.parent.mkdir()
     blob.write_bytes(safetensors(PLAIN))
@@ -84,10 +84,10 @@ def test_a_shard_that_is_a_link_into_a_cache_is_followed(tmp_path: Path) -> None
     (snapshot / MODEL).symlink_to("../../blobs/0f")
     assert len(read_base(str(snapshot), name="b").tensors) == len(PLAIN)
     blob.unlink()
-    with pytest.raises(ResolveError, match=r"link to '\.\./\.\./blobs/0f'") as raised:
+    with pytest.raises(ResolveError) as raised:
         read_base(str(snapshot), name="b")
     assert raised.value.check == INCOMPLETE
-    assert "download" in raised.value.hint
+    wording(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ from merge_gate.files.headers import (
 from merge_gate.files.identity import identity_of
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import EXPORT_NAME
-from tests.support import methods
 from tests.support.files.adapter_files import (
     CONFIG,
     CONFIG_NAME,
@@ -91,42 +90,24 @@ def test_it_reads_what_the_later_stages_need(tmp_path: Path) -> None:
     for record in files.files:
         content = (tmp_path / record.path).read_bytes()
         assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        assert record.identity == identity_of(record.path, (tmp_path / record.path).stat()), "it can be known again"
     assert [record.path for record in files.files] == [CONFIG_NAME, WEIGHTS_NAME]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_peft_saves_has_no_finding(variant: str, shelf: Shelf) -> None:
-    files = look(shelf.adapter(variant), allow_pickle=True)
-    assert files.findings == ()
-    assert files.config.peft_type
+    assert files.directory == str(tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_torch_pickles_is_read_as_safetensors_are(variant: str, shelf: Shelf, tmp_path: Path) -> None:
     if variant == "pickled":  # it has no other weights
-        assert look(shelf.adapter(variant), allow_pickle=True).tensors
+        found = look(shelf.adapter(variant), allow_pickle=True)
+        assert found.tensors
+        assert found.findings == ()
         return
     shutil.copytree(shelf.adapter(variant), tmp_path / "pickled")
     torch.save(load_file(tmp_path / "pickled" / WEIGHTS_NAME), tmp_path / "pickled" / PICKLE_NAME)
     (tmp_path / "pickled" / WEIGHTS_NAME).unlink()
-    found = look(tmp_path / "pickled", allow_pickle=True)
-    assert found.findings == ()
-    assert set(found.tensors) == set(look(shelf.adapter(variant)).tensors)
-
-
-@pytest.fixture(scope="session")
-def method_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("method-bases")
-    return {name: methods.load_base(name, methods.save_base(name, root / name)) for name in methods.BASES}
-
-
-@pytest.mark.parametrize("case", methods.CASES, ids=lambda case: case.name)
-def test_what_every_method_saves_has_no_finding(
-    case: methods.Case, method_bases: dict[str, Any], tmp_path: Path
-) -> None:
-    with methods.quiet():
-        methods.save_adapter(case, method_bases[case.base], tmp_path / "adapter")
-    assert look(tmp_path / "adapter").findings == ()
+    found, safe = look(tmp_path / "pickled", allow_pickle=True), look(shelf.adapter(variant))
+    assert found.findings == safe.findings == ()
+    assert set(found.tensors) == set(safe.tensors)
 
 
 def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
@@ -230,13 +211,6 @@ def test_the_padding_of_an_export_is_read(content: str, padding: set[str], tmp_p
     assert found.padding == padding
     assert found.findings == ()
     assert [file.path for file in found.files] == [CONFIG_NAME, WEIGHTS_NAME, EXPORT_NAME]
-
-
-def test_what_was_read_can_be_known_again(tmp_path: Path) -> None:
-    files = look(make(tmp_path))
-    assert files.directory == str(tmp_path)
-    for record in files.files:
-        assert record.identity == identity_of(record.path, (tmp_path / record.path).stat())
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])

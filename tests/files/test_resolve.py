@@ -186,15 +186,6 @@ def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
     assert resolve_base(str(pickled), how=Fetching(allow_pickle=True)).directory == str(pickled)
 
 
-def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path, wording: Wording) -> None:
-    directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
-    (directory / "model.safetensors").symlink_to("../gone")
-    with pytest.raises(ResolveError) as raised:
-        resolve_base(str(directory), label="./base")
-    wording(raised.value)
-    assert raised.value.check == "base-incomplete"
-
-
 def test_a_base_that_is_gone_by_now(tmp_path: Path, wording: Wording) -> None:
     with pytest.raises(ResolveError) as caught:
         base_weight_files(str(tmp_path / "base"))

@@ -139,12 +139,6 @@ def test_what_is_left_out_is_counted_by_check_and_severity(wording: Wording) -> 
     assert (found[-1].check, found[-1].severity) == ("config-invalid", Severity.ERROR)
 
 
-def test_long_texts_are_cut_and_what_is_left_out_is_counted() -> None:
-    (cut,) = bounded([finding(message="x" * 1_000_000)])
-    assert len(cut.message) < MOST_CHARACTERS + 40
-    assert "998,000" in cut.message
-
-
 def test_a_text_of_just_the_length_is_whole(wording: Wording) -> None:
     assert cut("x" * MOST_CHARACTERS) == "x" * MOST_CHARACTERS
     longer = cut("x" * (MOST_CHARACTERS + 1))

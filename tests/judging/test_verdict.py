@@ -35,28 +35,32 @@ def decided(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict,
     return verdict, None if index is None else findings[index].check, findings
 
 
-def test_nothing_found_and_all_looked_at_passes() -> None:
-    assert decided((), WHOLE) == (Verdict.PASSED, None, ())
+def of_merge(origin: Origin) -> Finding:
+    return dataclasses.replace(finding("merged-nonfinite"), origin=origin)
 
 
-def test_warnings_do_not_fail() -> None:
-    warned = (finding("headroom", Severity.WARNING),)
-    assert decided(warned, WHOLE) == (Verdict.PASSED, None, warned)
+WARNING, NOTE, BROKEN_BASE = (
+    finding("headroom", Severity.WARNING), finding("base-mismatch", Severity.NOTE), finding("base-incomplete"),
+)  # fmt: skip
 
 
-def test_the_first_error_is_the_cause() -> None:
-    found = (finding("adapter-nonfinite"), finding("merged-nonfinite"), finding("headroom", Severity.WARNING))
-    assert decided(found, WHOLE) == (Verdict.FAILED, "adapter-nonfinite", found)
-
-
-def test_a_warning_before_it_is_not_the_cause() -> None:
-    found = (finding("base-mismatch", Severity.WARNING), finding("no-effect"))
-    assert decided(found, WHOLE)[:2] == (Verdict.FAILED, "no-effect")
-
-
-def test_what_could_not_be_judged_is_an_error() -> None:
-    found = (not_judged("out of memory"),)
-    assert decided(found, WHOLE) == (Verdict.ERROR, NOT_JUDGED, found)
+@pytest.mark.parametrize(
+    ("found", "verdict", "cause"),
+    [
+        ((), Verdict.PASSED, None),
+        ((WARNING, NOTE), Verdict.PASSED, None),
+        ((finding("adapter-nonfinite"), finding("merged-nonfinite"), WARNING), Verdict.FAILED, "adapter-nonfinite"),
+        ((WARNING, finding("no-effect")), Verdict.FAILED, "no-effect"),
+        ((not_judged("out of memory"),), Verdict.ERROR, NOT_JUDGED),
+        ((BROKEN_BASE, finding("file-corrupt")), Verdict.FAILED, "file-corrupt"),
+        ((BROKEN_BASE, of_merge(Origin.MERGE)), Verdict.ERROR, "base-incomplete"),
+        ((BROKEN_BASE, of_merge(Origin.BASE)), Verdict.ERROR, "base-incomplete"),
+    ],
+)
+def test_the_first_error_that_is_the_adapters_decides(
+    found: tuple[Finding, ...], verdict: Verdict, cause: str | None
+) -> None:
+    assert decided(found, WHOLE) == (verdict, cause, found)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -65,27 +69,11 @@ def test_a_proven_failure_outranks_what_could_not_be_judged(first: bool) -> None
     assert decided(found if first else found[::-1], WHOLE)[:2] == (Verdict.FAILED, "no-effect")
 
 
-def test_notes_change_nothing() -> None:
-    noted = (finding("base-mismatch", Severity.NOTE), finding("base-inconsistent", Severity.NOTE))
-    assert decided(noted, WHOLE) == (Verdict.PASSED, None, noted)
-
-
 @pytest.mark.parametrize("check", ["base-incomplete", "base-inconsistent", "base-format"])
 def test_an_error_of_the_base_is_not_the_adapters_failure(check: str) -> None:
     found = (finding(check),)
     assert decided(found, WHOLE) == (Verdict.ERROR, check, found)
     assert decided((not_judged("x"), *found), WHOLE)[:2] == (Verdict.ERROR, check)
-
-
-def test_a_broken_file_fails_the_adapter_on_a_broken_base_too() -> None:
-    found = (finding("base-incomplete"), finding("file-corrupt"))
-    assert decided(found, WHOLE)[:2] == (Verdict.FAILED, "file-corrupt")
-
-
-@pytest.mark.parametrize("origin", [Origin.MERGE, Origin.BASE])
-def test_a_merge_into_a_broken_base_is_not_held_against_adapters(origin: Origin) -> None:
-    merged = dataclasses.replace(finding("merged-nonfinite"), origin=origin)
-    assert decided((finding("base-incomplete"), merged), WHOLE)[:2] == (Verdict.ERROR, "base-incomplete")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_what_was_named_on_the_command_line_has_no_line_there() -> None:
 
 
 def test_the_head_names_the_run() -> None:
-    config = dataclasses.replace(config_file("merge-gate.yml"), read_at="2026-11-27T21:00:00Z", commit="c0ffee" * 6)
+    config = replace(config_file("merge-gate.yml"), read_at="2026-11-27T21:00:00Z", commit="c0ffee" * 6)
     head = render(report(FAILED, config=config)).partition("</header>")[0]
     assert "2026-11-27T21:00:00Z" in head
     assert "commit <code>c0ffeec0ffee</code>" in head
@@ -114,7 +114,7 @@ def test_the_head_names_the_run() -> None:
 
 @pytest.mark.attempt("M9", "a run in two dtypes", "the page has a row for each adapter, as the quickstart says")
 def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
-    run = report(dataclasses.replace(FAILED, base=HALF), adapter("billing"), adapter("billing-2", findings=(ROUNDING,)))
+    run = report(replace(FAILED, base=HALF), adapter("billing"), adapter("billing-2", findings=(ROUNDING,)))
     html = render(run)
     assert html.count('<tbody class="adapter"') == 2
     (row,) = re.findall(r'<tbody class="adapter" id="adapter-billing".*?</tbody>', html, re.DOTALL)
@@ -125,7 +125,7 @@ def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
 
 
 def test_an_adapter_that_failed_unjudged_is_counted_as_both() -> None:
-    html = render(report(FAILED, dataclasses.replace(CRASHED, name=FAILED.name, base=HALF)))
+    html = render(report(FAILED, replace(CRASHED, name=FAILED.name, base=HALF)))
     for pick in ("failed", "error"):
         assert re.search(rf'data-pick="{pick}"[^>]*><b>1</b>', html), pick
     assert re.search(r'<tbody class="adapter"[^>]* data-verdict="failed"[^>]* data-also="error', html)
@@ -139,7 +139,7 @@ def test_a_row_has_each_cause_of_its_dtypes() -> None:
     row = render(report(FAILED, overflow)).partition('id="adapter-billing"')[2].partition('<tr class="detail">')[0]
     causes = re.findall(r'<code class="cause">([^<]+)</code> <span class="kind">\(([^)]+)\)', row)
     assert causes == [("adapter-nonfinite", "bfloat16"), (OVERFLOW.check, "float16")]
-    same = dataclasses.replace(FAILED, base=HALF)
+    same = replace(FAILED, base=HALF)
     row = render(report(FAILED, same)).partition('id="adapter-billing"')[2].partition('<tr class="detail">')[0]
     assert re.findall(r'<code class="cause">([^<]+)</code> <span class="([^"]+)', row) == [
         ("adapter-nonfinite", "place")
@@ -156,7 +156,7 @@ def test_a_row_has_an_address_of_its_name() -> None:
 
 def test_a_command_repeats_the_adapter_alone() -> None:
     assert "<code>merge-gate run merge-gate.yml --only billing</code>" in render(report(FAILED))
-    direct = render(report(FAILED, dataclasses.replace(FAILED, base=HALF), config=config_file(COMMAND_LINE)))
+    direct = render(report(FAILED, replace(FAILED, base=HALF), config=config_file(COMMAND_LINE)))
     command = "merge-gate run ./adapters/billing --base ./models/base --dtype bfloat16,float16"
     assert f"<code>{command}</code>" in direct
     assert "--only &#39;a;rm -rf&#39;" in render(report(adapter("a;rm -rf")))
@@ -165,7 +165,7 @@ def test_a_command_repeats_the_adapter_alone() -> None:
 
 
 def test_each_check_of_the_report_is_explained_once() -> None:
-    every = tuple(dataclasses.replace(NAN, check=check) for check in (*CHECKS, "no-such-check"))
+    every = tuple(replace(NAN, check=check) for check in (*CHECKS, "no-such-check"))
     page = render(report(adapter("a", Verdict.FAILED, cause=NAN.check, findings=every)))
     assert re.findall(r'<details class="meaning" id="check-([a-z-]+)">', page) == list(CHECKS)
     (text,) = re.findall(r'<section aria-labelledby="checks">.*?</section>', page, re.DOTALL)
@@ -180,9 +180,9 @@ def test_each_check_of_the_report_is_explained_once() -> None:
     [("rounding-loss", "loss"), ("delta-norm", "ratio"), ("headroom", "headroom"), ("other", "state")],
 )
 def test_the_map_opens_on_what_was_found(check: str, kind: str) -> None:
-    finding = dataclasses.replace(ROUNDING, check=check, measured=(("limit", 0.25),))
+    finding = replace(ROUNDING, check=check, measured=(("limit", 0.25),))
     for verdict, severity in ((Verdict.FAILED, Severity.ERROR), (Verdict.PASSED, Severity.WARNING)):
-        one = dataclasses.replace(finding, severity=severity)
+        one = replace(finding, severity=severity)
         cause = check if verdict is Verdict.FAILED else None
         run = report(adapter("a", verdict, cause=cause, findings=(one,), tensors=tensors(2)))
         (drawn,) = [data for data in Page(render(run)).data() if isinstance(data, dict)]
@@ -194,21 +194,21 @@ def test_the_map_opens_on_what_was_found(check: str, kind: str) -> None:
 
 def test_who_accepted_a_failure_comes_first_in_its_row() -> None:
     accepted = Accepted(owner="ml team", until="2027-01-01", reason="retrained in March")
-    line = render(report(dataclasses.replace(FAILED, accepted=accepted))).partition('<td class="why">')[2]
+    line = render(report(replace(FAILED, accepted=accepted))).partition('<td class="why">')[2]
     assert line.startswith('<span class="mark">accepted until 2027-01-01 by ml team: retrained in March</span>')
 
 
 def test_the_coverage_counts_tensors_that_are_absent() -> None:
-    missing = dataclasses.replace(NAN, check="keys-missing", measured=(("missing", 14.0),))
-    run = report(dataclasses.replace(PASS.adapters[0], findings=(missing,)))
+    missing = replace(NAN, check="keys-missing", measured=(("missing", 14.0),))
+    run = report(replace(PASS.adapters[0], findings=(missing,)))
     assert "96 of 110 expected adapter tensors used" in render(run)
-    forged = dataclasses.replace(missing, measured=(("missing", float("nan")),))
-    assert "96 of 96 adapter tensors used" in render(report(dataclasses.replace(PASS.adapters[0], findings=(forged,))))
+    forged = replace(missing, measured=(("missing", float("nan")),))
+    assert "96 of 96 adapter tensors used" in render(report(replace(PASS.adapters[0], findings=(forged,))))
     assert "nothing was merged" in render(report(adapter("a", Verdict.FAILED, coverage=Coverage())))
 
 
 def test_a_long_path_breaks_between_its_parts() -> None:
-    base = dataclasses.replace(BASE, model="/srv/models/llama_3-8b/2.5")
+    base = replace(BASE, model="/srv/models/llama_3-8b/2.5")
     page = render(report(adapter("a", base=base, source="/srv/adapters/support")))
     assert page.count("/srv/<wbr>models/<wbr>llama_3-8b/<wbr>2.5</code>") == 2, "in the table, and in the row's facts"
     assert "/srv/<wbr>adapters/<wbr>support</code>" in page
@@ -216,7 +216,7 @@ def test_a_long_path_breaks_between_its_parts() -> None:
 
 def test_a_base_in_two_dtypes_is_listed_once() -> None:
     file = HashedFile(path="model.safetensors", size_bytes=7, sha256="ab" * 32)
-    one, other = (dataclasses.replace(PASS.bases[0], dtype=dtype, files=(file,)) for dtype in ("bfloat16", "float16"))
+    one, other = (replace(PASS.bases[0], dtype=dtype, files=(file,)) for dtype in ("bfloat16", "float16"))
     html = render(report(adapter("a"), bases=(one, other))).partition('<h2 id="bases">')[2]
     assert html.count("ab" * 32) == 1
     assert "bfloat16; float16</dd>" in html
@@ -227,14 +227,14 @@ def told(judged: AdapterReport) -> list[tuple[str, str]]:
 
 
 def test_it_breaks_where_the_cause_lies() -> None:
-    base = dataclasses.replace(NAN, origin=Origin.BASE, check="base-nonfinite")
+    base = replace(NAN, origin=Origin.BASE, check="base-nonfinite")
     of_base = told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))
     assert of_base[0] == ("broken", "base-nonfinite")
     assert [outcome for outcome, _ in of_base[1:]] == ["sound", "unknown", "unknown"], "no merge with it is sound"
 
 
 def test_what_was_not_judged_is_not_said_to_be_sound() -> None:
-    crashed = dataclasses.replace(CRASHED, coverage=Coverage())
+    crashed = replace(CRASHED, coverage=Coverage())
     assert {outcome for outcome, _ in told(crashed)} == {"unknown"}
 
 
@@ -247,11 +247,9 @@ def test_adapters_on_the_same_tensors_share_a_layout() -> None:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_hostile_name_is_only_text(attack: str) -> None:
     def played(text: str) -> Page:
-        finding = dataclasses.replace(NAN, message=text, hint=f"x{text}", tensor=text, module=text, check=text)
+        finding = replace(NAN, message=text, hint=f"x{text}", tensor=text, module=text, check=text)
         merges = tuple(
-            dataclasses.replace(
-                merge, module=f"{text}.{n}.q", stats=dataclasses.replace(merge.stats, name=f"{text}.{n}")
-            )
+            replace(merge, module=f"{text}.{n}.q", stats=replace(merge.stats, name=f"{text}.{n}"))
             for n, merge in enumerate(tensors(1))
         )
         names = {"source": text, "revision": f"x{text}", "tensors": merges}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -121,8 +121,8 @@ def test_keys_of_a_later_version_are_ignored() -> None:
     document = json.loads(render(FAIL)) | {"schema_version": "1.7", "later": 1}
     for judged in document["adapters"]:
         del judged["tensors"]
-    bare = tuple(dataclasses.replace(judged, tensors=()) for judged in FAIL.adapters)
-    assert read(json.dumps(document).encode(), "r") == dataclasses.replace(FAIL, adapters=bare)
+    bare = tuple(replace(judged, tensors=()) for judged in FAIL.adapters)
+    assert read(json.dumps(document).encode(), "r") == replace(FAIL, adapters=bare)
 
 
 def test_a_column_that_an_earlier_version_lacked_has_its_default() -> None:

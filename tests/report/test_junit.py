@@ -21,7 +21,6 @@ from tests.support.reports import (
     EMPTY,
     HALF,
     NAN,
-    PASS,
     PASSED,
     adapter,
     config_file,
@@ -80,12 +79,6 @@ def test_kinds_of_findings_without_end_are_counted(wording: Wording) -> None:
     (failure,) = parse(report(adapter("a", Verdict.FAILED, cause="check-0", findings=found))).iter("failure")
     assert str(failure.text).count("check-") == junit._MAX_GROUPS
     wording(str(failure.text).splitlines()[-1])
-
-
-def test_what_passed_is_green() -> None:
-    root = parse(PASS)
-    assert (root.get("failures"), root.get("errors")) == ("0", "0")
-    assert not [*root.iter("failure"), *root.iter("error")]
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS, "]]>", "<![CDATA[x]]>", "&xxe;", "\ufffe"])

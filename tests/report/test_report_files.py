@@ -49,11 +49,6 @@ def test_every_file_names_its_generator_at_its_beginning(row: OutputFile, run: R
     assert not row.tag.match(text.replace(b"merge-gate", b"merge-gates"))
 
 
-def test_only_the_formats_asked_for(tmp_path: Path) -> None:
-    write_report(PASS, tmp_path, formats=["report.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
 def test_does_not_write_through_a_link(tmp_path: Path, wording: Wording) -> None:
     secret = tmp_path / "secret"
     secret.write_text("keep")

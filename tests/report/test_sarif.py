@@ -5,8 +5,8 @@ Its official schema is in no package that `make test` needs: tests/e2e/test_repo
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +63,7 @@ def test_what_is_so_in_several_dtypes_is_one_result() -> None:
 
 @pytest.mark.parametrize(("version", "shown"), [("1.0.0", "1.0.0"), ("1.0.0.dev0", "1.0.0-dev.0")])
 def test_the_version_is_semantic(version: str, shown: str) -> None:
-    driver = parse(dataclasses.replace(PASS, tool=Tool(name=TOOL, version=version)))["tool"]["driver"]
+    driver = parse(replace(PASS, tool=Tool(name=TOOL, version=version)))["tool"]["driver"]
     assert driver["semanticVersion"] == shown
 
 
@@ -97,7 +97,7 @@ def test_without_a_configuration_a_result_points_at_the_adapter(
 
 
 def test_hundreds_of_findings_of_one_kind_are_one_result(wording: Wording) -> None:
-    (result,) = parse(report(dataclasses.replace(FAILED, findings=(NAN,) * 96)))["results"]
+    (result,) = parse(report(replace(FAILED, findings=(NAN,) * 96)))["results"]
     message = result["message"]["text"].partition(NAN.message)[2]
     assert "95" in message
     wording(message)
@@ -108,9 +108,9 @@ def test_a_fingerprint_stays_when_the_file_is_edited() -> None:
         return [one["partialFingerprints"]["mergeGate/v1"] for one in parse(report(judged))["results"]]
 
     before = prints(FAILED)
-    assert prints(dataclasses.replace(FAILED, line=80, column=2, seconds=9.0)) == before
+    assert prints(replace(FAILED, line=80, column=2, seconds=9.0)) == before
     assert len(set(before)) == len(before)
-    assert not set(prints(dataclasses.replace(FAILED, name="other"))) & set(before)
+    assert not set(prints(replace(FAILED, name="other"))) & set(before)
 
 
 def test_the_run_says_whether_it_came_to_a_verdict() -> None:
@@ -142,7 +142,7 @@ def test_a_name_makes_no_link() -> None:
 
 
 def test_no_more_results_than_github_keeps_errors_among_them(wording: Wording) -> None:
-    findings = tuple(dataclasses.replace(ROUNDING, check=f"c{n}") for n in range(100))
+    findings = tuple(replace(ROUNDING, check=f"c{n}") for n in range(100))
     broken = adapter("last", Verdict.PASSED, findings=(*findings, NAN))
     run = parse(report(*(adapter(f"a{n}", findings=findings) for n in range(300)), broken))
     assert len(run["results"]) == MAX_RESULTS
@@ -153,9 +153,7 @@ def test_no_more_results_than_github_keeps_errors_among_them(wording: Wording) -
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_hostile_name_is_only_text(attack: str) -> None:
-    finding = dataclasses.replace(
-        NAN, message=f"x{attack}", hint=attack, tensor=attack, module=attack, check=f"x{attack}"
-    )
+    finding = replace(NAN, message=f"x{attack}", hint=attack, tensor=attack, module=attack, check=f"x{attack}")
     run = report(adapter(attack, Verdict.FAILED, cause=attack, findings=(finding,)), config=config_file(f"x{attack}"))
     (result,) = parse(run)["results"]
     assert result["message"]["text"].isprintable()

@@ -181,14 +181,10 @@ def judged(place: Path) -> Entries:
 
 
 def test_every_entry_is_in_the_report_once_per_dtype(judged: Entries) -> None:
-    assert [dtype for name, dtype in judged if name == "dtypes"] == [*DTYPES]
+    dtypes = {dtype: one for (name, dtype), one in judged.items() if name == "dtypes"}
+    assert [*dtypes] == [*DTYPES]
+    assert [one.cause for one in dtypes.values()] == [None, None, "merged-nonfinite"], "each has its own verdict"
     assert len(judged) == 6 + 2 + 2 * len(UNLOADABLE) + 2 + len(NO_BASES) + 3 + 3
-
-
-def test_each_dtype_has_its_own_verdict(judged: Entries) -> None:
-    said = {dtype: one.verdict for (name, dtype), one in judged.items() if name == "dtypes"}
-    assert said == {"float32": Verdict.PASSED, "bfloat16": Verdict.PASSED, "float16": Verdict.FAILED}
-    assert judged["dtypes", "float16"].cause == "merged-nonfinite"
 
 
 def test_every_merged_tensor_is_in_the_report(judged: Entries) -> None:
@@ -290,32 +286,22 @@ def test_the_options_that_are_meant_can_go_to_a_shell(place: Path) -> None:
     assert caught.value.hint.endswith(" --only good --only '$(id)'")
 
 
-@pytest.fixture(scope="module")
-def combination_alone(place: Path) -> Report:
-    """`--only` names a combination, and its base's digest cannot be taken."""
+def test_only_a_combination_finds_its_members_though_its_base_has_no_digest(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest that cannot be taken costs the digest only."""
 
     def fail(*_: object) -> str:
         raise RuntimeError("the disk is on fire")
 
-    config = write(
-        place,
-        {"path": "./adapters/good"},
-        {"path": "./adapters/other"},
-        {"name": "sum", "combine": {"method": "linear", "adapters": ["good", "other"], "weights": [0.5, 0.5]}},
-        base={"model": "./bases/llama"},
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "digest_files", fail)
-        return run_gate(load_config(str(config)), RunOptions(device="cpu", only=("sum",)))
-
-
-def test_only_a_combination_still_finds_its_members(combination_alone: Report) -> None:
-    assert [(one.name, one.verdict) for one in combination_alone.adapters] == [("sum", Verdict.PASSED)]
-
-
-def test_a_digest_that_fails_costs_the_digest_only(combination_alone: Report) -> None:
-    assert combination_alone.result is Result.PASS
-    assert [base.sha256 for base in combination_alone.bases] == [None]
+    monkeypatch.setattr(resolve, "digest_files", fail)
+    combine = {"method": "linear", "adapters": ["good", "other"], "weights": [0.5, 0.5]}
+    members = ({"path": "./adapters/good"}, {"path": "./adapters/other"})
+    config = write(place, *members, {"name": "sum", "combine": combine}, base={"model": "./bases/llama"})
+    found = run_gate(load_config(str(config)), RunOptions(device="cpu", only=("sum",)))
+    assert [(one.name, one.verdict) for one in found.adapters] == [("sum", Verdict.PASSED)]
+    assert found.result is Result.PASS
+    assert [base.sha256 for base in found.bases] == [None]
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -325,60 +311,39 @@ def repository(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OfTheHub:
-    """The reports of two runs on repositories of a Hub, the second one without a network, and the commits there."""
+def test_hub_ids_are_pinned_and_judged_again_from_the_cache(shelf: Shelf, tmp_path: Path) -> None:
+    """The base is named by adapter_config.json alone; one that cannot be fetched costs its own adapters.
 
-    reports: tuple[dict[str, Any], dict[str, Any]]
-    base: str
-    first: str
-    second: str
-
-
-@pytest.fixture(scope="module")
-def of_the_hub(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> OfTheHub:
-    place = tmp_path_factory.mktemp("hub")
-    lay(place, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
+    The second run has no network at all.
+    """
+    lay(tmp_path, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
     write(
-        place,
+        tmp_path,
         {"path": "hub:acme/lora"},
         {"name": "broken", "path": "hub:acme/lora", "revision": "v2"},
         {"name": "lost", "path": "hub:acme/lora", "base": {"model": "acme/gone"}},
     )
     with LoopbackHub() as hub:
         base = hub.add_repo("acme/llama", repository(shelf.base("llama")))
-        first = hub.add_repo("acme/lora", repository(place / "adapters" / "lora"))
-        NAN(place / "adapters" / "lora")
-        second = hub.add_repo("acme/lora", repository(place / "adapters" / "lora"), refs=("v2",))
-        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "0"}
-        answer = merge_gate("run", "gate.yml", cwd=place, **online)
-    assert answer.code == 1, answer.said
-    offline = merge_gate("run", "gate.yml", "--output", "again", cwd=place, **online | {"HF_HUB_OFFLINE": "1"})
-    assert offline.code == 1, offline.said
-    reports = (strict_json(place / "merge-gate-report" / "report.json"), strict_json(place / "again" / "report.json"))
-    return OfTheHub(reports=reports, base=base, first=first, second=second)
-
-
-def test_hub_ids_are_pinned_and_judged_again_from_the_cache(of_the_hub: OfTheHub) -> None:
-    """The base is named by adapter_config.json alone. The second run has no network at all."""
-    for report in of_the_hub.reports:
-        adapters = [one for one in report["adapters"] if one["name"] != "lost"]
-        assert [(one["name"], one["revision"], one["verdict"]) for one in adapters] == [
-            ("lora", of_the_hub.first, "passed"),
-            ("broken", of_the_hub.second, "failed"),
-        ]
-        pinned = ("acme/llama", of_the_hub.base)
-        assert {(one["base"]["model"], one["base"]["revision"]) for one in adapters} == {pinned}
+        first = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"))
+        NAN(tmp_path / "adapters" / "lora")
+        second = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"), refs=("v2",))
+        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        answers = {"merge-gate-report": merge_gate("run", "gate.yml", cwd=tmp_path, **online)}
+    offline = online | {"HF_HUB_OFFLINE": "1"}
+    answers["again"] = merge_gate("run", "gate.yml", "--output", "again", cwd=tmp_path, **offline)
+    for directory, answer in answers.items():
+        assert answer.code == 1, answer.said
+        report = strict_json(tmp_path / directory / "report.json")
+        lora, broken, lost = report["adapters"]
+        assert [one["verdict"] for one in (lora, broken, lost)] == ["passed", "failed", "error"]
+        assert [one["revision"] for one in (lora, broken)] == [first, second]
+        assert [one["base"] | {"dtype": ""} for one in (lora, broken)] == [{
+            "model": "acme/llama", "revision": base, "dtype": "", "quantization": "none",
+        }] * 2  # fmt: skip
         (described,) = report["bases"]
-        assert (described["model"], described["revision"]) == pinned
+        assert (described["model"], described["revision"]) == ("acme/llama", base)
         assert len(described["sha256"]) == 64
-
-
-def test_a_base_that_cannot_be_fetched_costs_its_own_adapters(of_the_hub: OfTheHub) -> None:
-    """With a Hub that has no such base, and without a network."""
-    for report in of_the_hub.reports:
-        verdicts = {one["name"]: one["verdict"] for one in report["adapters"]}
-        assert verdicts == {"lora": "passed", "broken": "failed", "lost": "error"}
 
 
 # --- what is written when --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -56,14 +57,11 @@ def test_a_closed_stream_ends_nothing() -> None:
         stream.getvalue()
 
 
-def test_what_is_flushed_at_the_end_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    with broken_pipe() as out, io.StringIO() as err:
+def test_what_is_flushed_at_the_end_may_fail() -> None:
+    with broken_pipe() as out, redirect_stdout(out), redirect_stderr(io.StringIO()):
         out.write("never read")
-        monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "stderr", err)
         streams.flush_streams()
         assert end_of(out) == os.devnull
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -15,6 +15,7 @@ from merge_gate.run.view import View
 from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from merge_gate.records.report import Report
@@ -53,10 +54,25 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(out: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    one = Run(out)
-    monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: one.now))
-    return one
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Starts a run on its clock."""
+
+    def start(directory: Path | None, **view: object) -> Run:
+        run = Run(directory, **view)
+        monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: run.now))
+        return run
+
+    return start
+
+
+@pytest.fixture
+def run(out: Path, start: Callable[..., Run]) -> Run:
+    return start(out)
 
 
 def test_a_run_has_all_files_at_its_start_and_at_its_end(run: Run, out: Path) -> None:
@@ -97,9 +113,9 @@ def test_what_the_first_report_holds_is_not_written_again(run: Run) -> None:
     assert run.made == 0
 
 
-def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = Run(None)
+@pytest.mark.usefixtures("here")
+def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start(None)
     run.writer.write_first(EMPTY)
     assert run.judge(at_once=True) == 0
     run.writer.finish(PASS)

@@ -149,16 +149,11 @@ def test_every_fact_that_expect_states_makes_another_key(name: str) -> None:
     assert of(with_spec(expect=stated)) != of(with_spec(expect=Expect()))
 
 
-def test_another_version_or_another_code_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = of()
-    monkeypatch.setattr(key, "libraries", lambda: key_libraries | {"peft": "0.0.1"})
-    changed = of()
-    monkeypatch.undo()
-    monkeypatch.setattr(key, "own_code", lambda: "e" * 64)
-    assert len({before, changed, of()}) == 3
-
-
-key_libraries = key.libraries()
+def test_another_version_or_another_code_is_another_key() -> None:
+    before = material(ENTRY, BASE, "cpu", ())
+    assert (before["libraries"], before["gate"]) == (key.libraries(), key.own_code())
+    others = before | {"libraries": key.libraries() | {"peft": "0.0.1"}}, before | {"gate": "e" * 64}
+    assert len({of(), *map(key_of, others)}) == 3
 
 
 def test_a_library_that_is_not_there_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,6 @@ SLOW = (
     "tests/files/test_adapter_config.py::test_any_bytes_are_a_record_or_a_finding",
     "tests/files/test_adapter_config.py::test_what_is_recorded_is_what_peft_reads",
     "tests/files/test_preflight.py::test_what_torch_pickles_is_read_as_safetensors_are",
-    "tests/files/test_preflight.py::test_what_peft_saves_has_no_finding",
-    "tests/files/test_preflight.py::test_what_every_method_saves_has_no_finding",
     "tests/files/test_preflight.py::test_what_the_library_refuses_is_refused",
     "tests/files/test_preflight.py::test_a_damaged_file_is_never_accepted_if_the_library_refuses",
     "tests/files/test_preflight.py::test_sound_files_are_accepted_as_the_library_does",

@@ -157,8 +157,3 @@ def test_the_matrix_that_fails_is_named_and_no_smaller_weight() -> None:
     exploded = merged(dataclasses.replace(shape, name="b.weight"), base_norm=1.0, delta_norm=1e6)
     (finding,) = of("delta-norm", judge(spec(), files(), evidence(merges=(tiny, exploded), typical_rms=1 / 8)))
     assert (finding.severity, finding.tensor) == (Severity.ERROR, "b.weight")
-
-
-def test_a_weight_of_zeros_has_no_ratio_to_warn_by() -> None:
-    merge = merged(dataclasses.replace(tensor(), shape=(8, 8)), base_norm=0.0, delta_norm=1e9)
-    assert not of("delta-norm", judge(spec(), files(), evidence(merges=(merge,))))
